@@ -1,0 +1,1 @@
+"""RegViT: register tokens for Hugging Face vision models."""
