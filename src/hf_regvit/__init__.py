@@ -1,1 +1,67 @@
-"""RegViT: register tokens for Hugging Face vision models."""
+"""hf_regvit: register tokens as a first-class part of Hugging Face vision models.
+
+`import hf_regvit` registers the RegViT classes with the Auto classes of transformers, so that
+`AutoModel.from_pretrained` needs no `trust_remote_code`.
+"""
+
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForDepthEstimation,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    BitImageProcessor,
+    BitImageProcessorPil,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from .configuration_regvit import ConfigError, RegViTConfig, __version__
+from .modeling_regvit import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ImageTooSmallError,
+    RegViTBackbone,
+    RegViTForDepthEstimation,
+    RegViTForImageClassification,
+    RegViTForSemanticSegmentation,
+    RegViTModel,
+    RegViTModelOutput,
+)
+
+if "regvit" in CONFIG_MAPPING_NAMES:  # exist_ok below would otherwise hide a model of that name in transformers itself
+    raise ImportError("This transformers has a model type 'regvit' of its own. Upgrade hf_regvit.")
+
+AutoConfig.register("regvit", RegViTConfig, exist_ok=True)
+for auto_class, model_class in (
+    (AutoModel, RegViTModel),
+    (AutoBackbone, RegViTBackbone),
+    (AutoModelForImageClassification, RegViTForImageClassification),
+    (AutoModelForSemanticSegmentation, RegViTForSemanticSegmentation),
+    (AutoModelForDepthEstimation, RegViTForDepthEstimation),
+):
+    auto_class.register(RegViTConfig, model_class, exist_ok=True)
+    model_class.register_for_auto_class(auto_class.__name__)  # makes save_pretrained copy the two code files
+RegViTConfig.register_for_auto_class()
+# Every checkpoint names this processor itself; the registration serves configurations saved without one.
+AutoImageProcessor.register(
+    RegViTConfig,
+    image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil},
+    exist_ok=True,
+)
+
+__all__ = [
+    "CheckpointCorruptError",
+    "CheckpointError",
+    "ConfigError",
+    "ImageTooSmallError",
+    "RegViTBackbone",
+    "RegViTConfig",
+    "RegViTForDepthEstimation",
+    "RegViTForImageClassification",
+    "RegViTForSemanticSegmentation",
+    "RegViTModel",
+    "RegViTModelOutput",
+    "__version__",
+]

@@ -1,1 +1,364 @@
+# Copyright 2026 The hf_regvit developers. Licensed under the Apache License, Version 2.0.
+"""Configuration of RegViT: a plain vision transformer with register tokens (arXiv 2309.16588).
+
+This file and the modeling file beside it are copied as they are into every checkpoint on the Hub, so they import
+nothing but torch, transformers and huggingface_hub, and they stay flat.
+"""
+
+import difflib
+import json
+import math
+
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+from transformers.utils import logging
+
 __version__ = "0.1.0"
+
+logger = logging.get_logger(__name__)
+
+# Complete on purpose: transformers would name only the class that was saved, and then AutoModel, AutoBackbone and the
+# feature-extraction pipeline fail on a classifier's repository wherever this package is not installed.
+AUTO_MAP = {
+    "AutoConfig": "configuration_regvit.RegViTConfig",
+    "AutoModel": "modeling_regvit.RegViTModel",
+    "AutoBackbone": "modeling_regvit.RegViTBackbone",
+    "AutoModelForImageClassification": "modeling_regvit.RegViTForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_regvit.RegViTForSemanticSegmentation",
+    "AutoModelForDepthEstimation": "modeling_regvit.RegViTForDepthEstimation",
+}
+
+# Widths, depths and heads: tiny from DeiT (arXiv 2012.12877), the others from DINOv2 (arXiv 2304.07193, table 17).
+PRESETS: dict[str, dict] = {
+    "tiny": {"hidden_size": 192, "num_hidden_layers": 12, "num_attention_heads": 3},
+    "small": {"hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6},
+    "base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
+    "large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
+    "giant": {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True},
+}
+
+# Far above anything published (22 B parameters), far below a typing error that would eat the machine.
+MAX_PARAMETERS = 100e9
+
+# Keywords that are no fields of ours but that config files and transformers itself hand over.
+_FOREIGN_KEYWORDS = {
+    "model_type", "auto_map", "stage_names", "out_features", "out_indices", "num_labels", "torch_dtype", "name_or_path",
+    "output_attentions", "attn_implementation", "experts_implementation", "per_layer_config", "use_cache",
+    "custom_pipelines", "quantization_config", "hf_regvit_version", "transformers_version", "transformers_weights",
+    "tie_word_embeddings", "finetuning_task", "task_specific_params", "tokenizer_class", "pad_token_id",
+    "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id", "add_cross_attention", "is_decoder",
+    "cross_attention_hidden_size", "is_encoder_decoder", "chunk_size_feed_forward", "output_hidden_states",
+    "return_dict",
+}  # fmt: skip
+
+
+class ConfigError(StrictDataclassError, ValueError):
+    """A value no RegViT can have: the message names the field, the value and a valid one."""
+
+
+def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size given as one number or as a pair."""
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+@strict
+class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
+    r"""
+    Configuration of the RegViT family. The defaults are a ViT-B/16 with 4 registers that trains the DINOv2 way; the
+    fields also express plain ViT, DeiT, DINO, DINOv2 and timm's `reg4` models exactly (see `hf_regvit.convert`).
+
+    Args:
+        num_register_tokens (`int`, *optional*, defaults to 4):
+            Number R of learnable tokens between CLS and patches; 0 is a plain ViT. 4 is the paper's choice.
+        image_size (`int` or pair, *optional*, defaults to 224):
+            Height and width in pixels of the stored position table's grid. Other input sizes are resampled.
+        patch_size (`int` or pair, *optional*, defaults to 16):
+            Height and width of a patch in pixels.
+        num_channels (`int`, *optional*, defaults to 3):
+            Channels of `pixel_values`.
+        hidden_size (`int`, *optional*, defaults to 768):
+            Width D of a token.
+        num_hidden_layers (`int`, *optional*, defaults to 12):
+            Number L of blocks.
+        num_attention_heads (`int`, *optional*, defaults to 12):
+            Heads per block; has to divide `hidden_size`.
+        mlp_ratio (`float`, *optional*, defaults to 4):
+            Hidden width of the MLP over `hidden_size`. A SwiGLU takes two thirds of it, rounded up to a multiple of 8.
+        intermediate_size (`int`, *optional*):
+            Hidden width of the MLP (of one half of the SwiGLU) where `mlp_ratio` cannot express it.
+        hidden_act (`str`, *optional*, defaults to `"gelu"`):
+            Activation of the MLP; `"gelu"` is the exact one.
+        use_swiglu_ffn (`bool`, *optional*, defaults to `False`):
+            SwiGLU instead of the two-layer MLP.
+        qkv_bias, proj_bias, mlp_bias (`bool`, *optional*, default to `True`):
+            Biases of the fused query-key-value projection, the output projection and the MLP.
+        layer_norm_eps (`float`, *optional*, defaults to 1e-6):
+            Epsilon of every LayerNorm.
+        layerscale_value (`float`, *optional*, defaults to 1e-5):
+            Initial LayerScale, the value DINOv2 trains with; `None` for no LayerScale.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of linear weights and of the position table.
+        register_init_std (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the registers' start. Never 0: equal registers get equal gradients for ever.
+        drop_path_rate (`float`, *optional*, defaults to 0.0):
+            Share of residual branches dropped in training.
+        drop_path_mode (`str`, *optional*, defaults to `"sample"`):
+            `"sample"` draws per sample and branch; `"batch_subset"` computes each branch for a random
+            `max(int(B * (1 - rate)), 1)` of the B samples, as DINOv2 does, which also saves the time.
+        drop_path_uniform (`bool`, *optional*, defaults to `True`):
+            The same rate in every block; otherwise it rises linearly from 0.
+        use_mask_token (`bool`, *optional*, defaults to `False`):
+            A learnable token for `bool_masked_pos`; needed for pretraining only.
+        no_embed_class (`bool`, *optional*, defaults to `False`):
+            The position table has no row for CLS (timm's `no_embed_class`).
+        interpolate_antialias (`bool`, *optional*, defaults to `True`):
+            Antialias when the position table is resampled. Official DINOv2: on with registers, off without.
+        interpolate_offset (`float`, *optional*, defaults to 0.0):
+            Cells added to the target grid to form scale factors. Official DINOv2 without registers: 0.1.
+        final_norm (`str`, *optional*, defaults to `"tokens"`):
+            `"tokens"` normalises the whole sequence; `"pooled"` leaves it raw and normalises the mean of the patch
+            tokens, which is then the `pooler_output` (timm's `fc_norm`).
+        pooler_act (`str`, *optional*):
+            Activation of an extra dense layer on CLS (`"tanh"` in the first ViT); `None` for no such layer.
+        discard_registers (`bool`, *optional*, defaults to `False`):
+            Leave the registers out of `last_hidden_state`, as the paper does.
+        pooling (`str`, *optional*, defaults to `"cls_mean_patch"`):
+            What the image classifier reads: `"cls"`, `"cls_mean_patch"` (CLS and the mean patch, side by side) or
+            `"mean_patch"`. Never a register.
+        head_layers (`list[int]`, *optional*, defaults to `[-1]`):
+            Blocks whose normalised tokens the segmentation and depth heads read, e.g. `[-4, -3, -2, -1]`.
+        semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
+            Label that the segmentation loss ignores.
+        num_depth_bins (`int`, *optional*, defaults to 256), min_depth, max_depth (`float`, default to 0.001 and 10):
+            Centres of the depth head, in metres.
+        apply_layernorm, reshape_hidden_states (`bool`, *optional*, default to `True`):
+            Backbone: normalise the feature maps; return them as (B, D, rows, columns) rather than (B, 1+N, D).
+        return_register_tokens (`bool`, *optional*, defaults to `False`):
+            Backbone with `reshape_hidden_states=False`: keep the registers between CLS and patches. DPT and others
+            expect exactly one token in front of the patches, so they are dropped unless asked for.
+
+    Raises:
+        ConfigError: A value out of its range; heads that do not divide; an image that is no multiple of the patch.
+
+    Example:
+
+    ```python
+    >>> from hf_regvit import RegViTConfig, RegViTModel
+
+    >>> model = RegViTModel(RegViTConfig.from_preset("small", patch_size=14, image_size=518))
+    ```"""
+
+    model_type = "regvit"
+
+    num_register_tokens: int = 4
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    mlp_ratio: float | int = 4
+    intermediate_size: int | None = None
+    hidden_act: str = "gelu"
+    use_swiglu_ffn: bool = False
+    qkv_bias: bool = True
+    proj_bias: bool = True
+    mlp_bias: bool = True
+    layer_norm_eps: float | int = 1e-6
+    layerscale_value: float | int | None = 1e-5
+    initializer_range: float | int = 0.02
+    register_init_std: float | int = 0.02
+    drop_path_rate: float | int = 0.0
+    drop_path_mode: str = "sample"
+    drop_path_uniform: bool = True
+    use_mask_token: bool = False
+    no_embed_class: bool = False
+    interpolate_antialias: bool = True
+    interpolate_offset: float | int = 0.0
+    final_norm: str = "tokens"
+    pooler_act: str | None = None
+    discard_registers: bool = False
+    pooling: str = "cls_mean_patch"
+    head_layers: list[int] | tuple[int, ...] = (-1,)
+    semantic_loss_ignore_index: int = 255
+    num_depth_bins: int = 256
+    min_depth: float | int = 0.001
+    max_depth: float | int = 10.0
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+    return_register_tokens: bool = False
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs):
+        self._warn_about_unknown(kwargs)
+        self._warn_about_newer(kwargs.pop("hf_regvit_version", None))
+        kwargs.pop("stage_names", None)  # derived, see the property
+        kwargs.pop("use_cache", None)  # Trainer writes it into every config; a ViT has no cache
+        self.validate_architecture()
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+        self.auto_map = dict(AUTO_MAP)  # always our own files: save_pretrained copies them beside the weights
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "RegViTConfig":
+        """The configuration of size `tiny`, `small`, `base`, `large` or `giant`; keywords override its fields."""
+        if name not in PRESETS:
+            raise ConfigError(f"Unknown preset {name!r}. Use one of {', '.join(PRESETS)}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """(height, width) in pixels that the stored position table was made for."""
+        return _pair(self.image_size)
+
+    @property
+    def patch_shape(self) -> tuple[int, int]:
+        """(height, width) of a patch in pixels."""
+        return _pair(self.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the stored position table."""
+        return self.image_shape[0] // self.patch_shape[0], self.image_shape[1] // self.patch_shape[1]
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens in front of the patches: CLS and the registers."""
+        return 1 + self.num_register_tokens
+
+    @property
+    def ffn_hidden_size(self) -> int:
+        """Hidden width of the MLP, or of one half of the SwiGLU (DINOv2's rounding to a multiple of 8)."""
+        if self.intermediate_size is not None:
+            return self.intermediate_size
+        width = int(self.hidden_size * self.mlp_ratio)
+        return (int(width * 2 / 3) + 7) // 8 * 8 if self.use_swiglu_ffn else width
+
+    @property
+    def stage_names(self) -> list[str]:
+        """Names of the backbone's feature maps. Derived on access: `from_pretrained` overrides fields late."""
+        return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
+
+    def validate_architecture(self) -> None:
+        """Check every field. Runs at construction and again in `save_pretrained`."""
+        for name, low, high in (
+            ("hidden_size", 1, 65536), ("num_hidden_layers", 1, 1024), ("num_attention_heads", 1, 1024),
+            ("num_register_tokens", 0, 1024), ("num_channels", 1, 4096), ("intermediate_size", 1, 1048576),
+            ("num_depth_bins", 2, 65536), ("mlp_ratio", 1e-3, 1024), ("layer_norm_eps", 0, 0.1),
+            ("layerscale_value", 1e-12, 1e3), ("initializer_range", 0, 10), ("register_init_std", 1e-9, 10),
+            ("drop_path_rate", 0, 0.99), ("interpolate_offset", 0, 1), ("min_depth", 0, 1e6), ("max_depth", 0, 1e6),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                default = type(self).__dataclass_fields__[name].default
+                raise ConfigError(f"{name}={value} is out of range: it must lie in [{low}, {high}], e.g. {default}.")
+        for name, allowed in (
+            ("drop_path_mode", ("sample", "batch_subset")), ("pooling", ("cls", "cls_mean_patch", "mean_patch")),
+            ("final_norm", ("tokens", "pooled")), ("pooler_act", (None, "tanh", "gelu", "relu")),
+            ("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+        self._validate_sizes()
+        if self.min_depth >= self.max_depth:
+            raise ConfigError(f"min_depth={self.min_depth} must be below max_depth={self.max_depth}, e.g. 0.001.")
+        if not self.head_layers or any(
+            not -self.num_hidden_layers <= i < self.num_hidden_layers for i in self.head_layers
+        ):
+            raise ConfigError(
+                f"head_layers={list(self.head_layers)} must name blocks in "
+                f"[{-self.num_hidden_layers}, {self.num_hidden_layers - 1}], e.g. [-1]."
+            )
+        if (count := self.num_parameters()) > MAX_PARAMETERS:
+            raise ConfigError(
+                f"hidden_size={self.hidden_size} with num_hidden_layers={self.num_hidden_layers} makes "
+                f"{count / 1e9:,.0f} B parameters ({count * 4 / 2**30:,.0f} GiB in float32), more than the "
+                f"{MAX_PARAMETERS / 1e9:.0f} B that are accepted. A giant has hidden_size=1536, num_hidden_layers=40."
+            )
+
+    def _validate_sizes(self) -> None:
+        """Sizes that have to divide one another; the message names the nearest that do."""
+        if self.hidden_size % self.num_attention_heads:
+            divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
+            raise ConfigError(
+                f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
+                f"Use {nearest}."
+            )
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) and len(value) != 2:
+                raise ConfigError(f"{name}={value} must be one number or a (height, width) pair, e.g. 224.")
+            if any(not 1 <= side <= 65536 for side in _pair(value)):
+                raise ConfigError(f"{name}={value} is out of range: sides lie in [1, 65536] pixels, e.g. 224.")
+        for side, patch in zip(self.image_shape, self.patch_shape):
+            if side % patch:
+                low = side // patch * patch
+                raise ConfigError(
+                    f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}. "
+                    f"Use {f'{low} or ' if low else ''}{low + patch}."
+                )
+
+    def num_parameters(self) -> int:
+        """Parameters of the backbone, counted without building it."""
+        d, h = self.hidden_size, self.ffn_hidden_size
+        attention = 4 * d * d + self.qkv_bias * 3 * d + self.proj_bias * d
+        ffn = (3 if self.use_swiglu_ffn else 2) * d * h + self.mlp_bias * ((2 if self.use_swiglu_ffn else 1) * h + d)
+        block = attention + ffn + 4 * d + (0 if self.layerscale_value is None else 2 * d)
+        patches = (math.prod(self.patch_shape) * self.num_channels + 1) * d
+        positions = (math.prod(self.grid) + (not self.no_embed_class)) * d
+        tokens = (self.num_prefix_tokens + self.use_mask_token) * d
+        pooler = 0 if self.pooler_act is None else d * (d + 1)
+        return self.num_hidden_layers * block + patches + positions + tokens + 2 * d + pooler
+
+    def to_dict(self) -> dict:
+        """The fields as written to config.json, with this package's version and without Trainer's `use_cache`."""
+        output = super().to_dict()
+        output.pop("use_cache", None)
+        output["hf_regvit_version"] = __version__
+        return output
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """Read config.json; a broken one is reported with its name and line."""
+        try:
+            config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise ConfigError(
+                f"config.json of '{pretrained_model_name_or_path}'{line}: not JSON text ({error})."
+            ) from error
+        if not isinstance(config, dict):
+            raise ConfigError(
+                f"config.json of '{pretrained_model_name_or_path}' holds a {type(config).__name__}, not an object "
+                'of fields like {"model_type": "regvit"}.'
+            )
+        return config, unused
+
+    def _warn_about_unknown(self, kwargs: dict) -> None:
+        """Warn, never fail: a config of a newer version must still load."""
+        fields = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        for name in kwargs:
+            if name in _FOREIGN_KEYWORDS or name.startswith("_"):
+                continue
+            nearest = difflib.get_close_matches(name, fields, n=1, cutoff=0.0)
+            logger.warning(f"RegViTConfig has no field '{name}'; it is ignored. Did you mean '{nearest[0]}'?")
+
+    @staticmethod
+    def _warn_about_newer(saved_by: str | None) -> None:
+        def key(version: str) -> list[int]:
+            return [int("".join(c for c in part if c.isdigit()) or 0) for part in version.split(".")]
+
+        if isinstance(saved_by, str) and key(saved_by) > key(__version__):
+            logger.warning(
+                f"This configuration was saved by hf_regvit {saved_by}, you have {__version__}: fields it does not "
+                "know are ignored. Upgrade with `pip install -U hf_regvit`."
+            )
+
+
+__all__ = ["RegViTConfig"]

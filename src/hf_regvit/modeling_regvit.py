@@ -1,0 +1,1011 @@
+# Copyright 2026 The hf_regvit developers. Licensed under the Apache License, Version 2.0.
+"""RegViT: a plain vision transformer whose register tokens are part of its interface.
+
+Token order is `[CLS | registers | patches]`. Registers enter after the positions are added, carry no position, take
+part in every block, and reach no head and no pooled output (arXiv 2309.16588). Shapes: B images, R registers, N patches
+in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
+
+This file and the configuration beside it go to the Hub as they are: flat, and importing only torch and transformers.
+Hidden states and attentions are collected by hand, because the helpers for that moved several times within
+transformers 5.x and a Hub repository has to run with whatever version its user has.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    DepthEstimatorOutput,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput, logging
+
+from .configuration_regvit import RegViTConfig
+
+logger = logging.get_logger(__name__)
+
+
+class ImageTooSmallError(ValueError):
+    """An image with a side shorter than one patch."""
+
+
+class CheckpointError(ValueError):
+    """Weights that do not fit the model: tensors missing, left over or of another shape."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """A weights file that cannot be read."""
+
+
+@dataclass
+class RegViTModelOutput(ModelOutput):
+    """Output of `RegViTModel`. T' is T, or T - R with `discard_registers`.
+
+    Args:
+        last_hidden_state: (B, T', D) tokens after the final norm, `[CLS | registers | patches]`.
+        pooler_output: (B, D) the normalised CLS token (see `final_norm` and `pooler_act` for the two other families).
+        register_tokens: (B, R, D) normalised registers; R may be 0.
+        patch_tokens: (B, N, D) normalised patches, row-major over the grid.
+        output_mask: (B, T') bool, True at tokens that carry the image: False at registers and at padding.
+        patch_mask: (B, T') bool, True at patches only, False at padding.
+        hidden_states: L + 1 tensors (B, T, D), the raw residual stream: after the embedding, then after every block.
+            The last one is **before** the final norm; artifact norms are measured here.
+        attentions: L tensors (B, heads, T, T); only "eager" attention computes them.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    register_tokens: torch.FloatTensor | None = None
+    patch_tokens: torch.FloatTensor | None = None
+    output_mask: torch.BoolTensor | None = None
+    patch_mask: torch.BoolTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+# --- Embeddings -------------------------------------------------------------------------------------------------------
+
+
+class RegViTPatchEmbeddings(nn.Module):
+    """Pixels to patch tokens: a convolution whose stride is its kernel."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.patch_shape = config.patch_shape
+        self.num_channels = config.num_channels
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_shape, stride=self.patch_shape
+        )
+
+    def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
+        """(rows, columns) of the patches of a batch (B, C, H, W); raises if the images cannot be cut into patches."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {self.num_channels}, height, "
+                "width). Convert the images to that number of channels, or set num_channels in the config."
+            )
+        height, width = pixel_values.shape[-2:]
+        self.check_size(height, width)
+        return height // self.patch_shape[0], width // self.patch_shape[1]
+
+    def check_size(self, height: int, width: int) -> None:
+        """Raise unless an image of this size in pixels is made of whole patches."""
+        rows, columns = self.patch_shape
+        if height < rows or width < columns:
+            raise ImageTooSmallError(
+                f"The image is {height} x {width} pixels, smaller than one patch of {rows} x {columns}. "
+                f"Resize it to at least {rows} x {columns}."
+            )
+        if height % rows or width % columns:
+            nearest = [f"{max(1, round(s / p)) * p}" for s, p in ((height, rows), (width, columns))]
+            raise ValueError(
+                f"The image is {height} x {width} pixels, no multiple of the patch of {rows} x {columns}. "
+                f"Resize or crop it to {' x '.join(nearest)}, or pad it and pass pixel_mask."
+            )
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        patches = self.projection(pixel_values.to(self.projection.weight.dtype))  # (B, D, rows, columns)
+        return patches.flatten(2).transpose(1, 2)  # (B, N, D)
+
+
+class RegViTEmbeddings(nn.Module):
+    """CLS, registers and patches as one sequence; positions go to CLS and patches only."""
+
+    MAX_CACHED_GRIDS = 8
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embeddings = RegViTPatchEmbeddings(config)
+        self.num_position_prefix = 0 if config.no_embed_class else 1
+        num_positions = math.prod(config.grid) + self.num_position_prefix
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
+        # No parameter at all without registers: a tensor of size 0 would be one more name on disk for a plain ViT.
+        self.register_tokens = (
+            nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
+            if config.num_register_tokens
+            else None
+        )
+        self.mask_token = nn.Parameter(torch.empty(1, config.hidden_size)) if config.use_mask_token else None
+        self._cached_table: torch.Tensor | None = None
+        self._cached_stamp: tuple[int, int] | None = None
+        self._cached_positions: dict[tuple[int, int], torch.Tensor] = {}
+
+    def train(self, mode: bool = True) -> "RegViTEmbeddings":
+        """Drop the cache whenever the mode is set: the weights are about to change, or just have."""
+        self._cached_table = None
+        return super().train(mode)
+
+    def resample_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """The patch part of the position table for a grid of (rows, columns): (1, N, D).
+
+        Bicubic, in float32. With `interpolate_offset` the kernel is driven by scale factors instead of sizes, which
+        shifts the sampling points: both forms exist in released checkpoints. Source: dinov2
+        `models/vision_transformer.py`, `interpolate_pos_encoding`.
+        """
+        table = self.position_embeddings[:, self.num_position_prefix :]  # (1, N0, D)
+        stored = self.config.grid
+        if grid == stored:
+            return table
+        offset = self.config.interpolate_offset
+        target = (
+            {"scale_factor": tuple((new + offset) / old for new, old in zip(grid, stored))}
+            if offset
+            else {"size": grid}
+        )
+        maps = table.reshape(1, *stored, -1).permute(0, 3, 1, 2).float()  # (1, D, rows0, columns0)
+        maps = nn.functional.interpolate(
+            maps, mode="bicubic", align_corners=False, antialias=self.config.interpolate_antialias, **target
+        )
+        return maps.to(table.dtype).flatten(2).transpose(1, 2)  # (1, N, D)
+
+    def patch_positions(self, grid: tuple[int, int]) -> torch.Tensor:
+        """`resample_positions`, remembered per grid while no gradient flows through the table and nothing is traced.
+
+        A stale table would be silent, so the cache is checked at every call. On a CPU the table itself is compared,
+        which even sees writes through `.data`; elsewhere that would stall the device, and the address and version
+        counter of the parameter have to do.
+        """
+        table = self.position_embeddings
+        if grid == self.config.grid:
+            return table[:, self.num_position_prefix :]
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad) or self.training:
+            return self.resample_positions(grid)
+        if not self._cache_is_valid(table):
+            self._cached_positions.clear()
+            self._cached_table = table.detach().clone() if table.device.type == "cpu" else table.detach()
+            self._cached_stamp = None if table.is_inference() else (table.data_ptr(), table._version)
+        if grid not in self._cached_positions:
+            if len(self._cached_positions) >= self.MAX_CACHED_GRIDS:
+                self._cached_positions.pop(next(iter(self._cached_positions)))
+            self._cached_positions[grid] = self.resample_positions(grid)
+        return self._cached_positions[grid]
+
+    def _cache_is_valid(self, table: torch.Tensor) -> bool:
+        cached = self._cached_table
+        if cached is None or cached.device != table.device or cached.dtype != table.dtype:
+            return False
+        if table.device.type == "cpu":
+            return torch.equal(cached, table)
+        return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
+
+    def padded_positions(self, grids: list[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
+        """Positions (B, N, D) of images of their own `grids`, each in the top left corner of the common `grid`."""
+        width = self.config.hidden_size
+        positions = self.position_embeddings.new_zeros(len(grids), *grid, width)
+        for own in set(grids):
+            rows = [i for i, g in enumerate(grids) if g == own]
+            positions[rows, : own[0], : own[1]] = self.patch_positions(own).reshape(1, *own, width)
+        return positions.flatten(1, 2)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        bool_masked_pos: torch.Tensor | None = None,
+        grids: list[tuple[int, int]] | None = None,
+    ) -> torch.Tensor:
+        """Tokens (B, T, D) before the first block. `grids`: each image's own grid in a padded batch."""
+        grid = self.patch_embeddings.grid_of(pixel_values)
+        patches = self.patch_embeddings(pixel_values)  # (B, N, D)
+        batch_size, num_patches, _ = patches.shape
+        if bool_masked_pos is not None:
+            patches = self._mask_patches(patches, bool_masked_pos)
+        elif self.mask_token is not None and self.training:
+            # Without this DDP would have to search for the unused parameter in every step that masks nothing.
+            patches = patches + 0 * self.mask_token
+        patches = patches + (self.patch_positions(grid) if grids is None else self.padded_positions(grids, grid))
+        cls_token = self.cls_token
+        if self.num_position_prefix:
+            cls_token = cls_token + self.position_embeddings[:, :1]
+        tokens = [cls_token.expand(batch_size, -1, -1), patches]
+        if self.register_tokens is not None:
+            tokens.insert(1, self.register_tokens.expand(batch_size, -1, -1))
+        return torch.cat(tokens, dim=1)  # (B, T, D)
+
+    def _mask_patches(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
+        if self.mask_token is None:
+            raise ValueError(
+                "bool_masked_pos was given, but the model has no mask token. Build or load it with use_mask_token=True."
+            )
+        if bool_masked_pos.shape != patches.shape[:2]:
+            raise ValueError(
+                f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (batch, patches) = "
+                f"{tuple(patches.shape[:2])}: one entry per patch, none for CLS or registers."
+            )
+        return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
+
+
+def grids_of_padded_images(pixel_mask: torch.Tensor, embeddings: RegViTPatchEmbeddings) -> list[tuple[int, int]]:
+    """Each image's own (rows, columns) from a mask (B, H, W), nonzero at real pixels, images in the top left corner."""
+    mask = pixel_mask.bool()
+    heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)  # (B,)
+    rows = torch.arange(mask.shape[1], device=mask.device)[None, :, None] < heights[:, None, None]
+    columns = torch.arange(mask.shape[2], device=mask.device)[None, None, :] < widths[:, None, None]
+    if not torch.equal(mask, rows & columns):
+        raise ValueError(
+            "pixel_mask must be 1 on one rectangle in the top left corner of every image and 0 elsewhere. "
+            "Pad images at the right and at the bottom."
+        )
+    sizes = list(zip(heights.tolist(), widths.tolist()))
+    for height, width in sizes:
+        embeddings.check_size(height, width)
+    return [(height // embeddings.patch_shape[0], width // embeddings.patch_shape[1]) for height, width in sizes]
+
+
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention as written in the books, for (B, heads, T, head_dim): the only form that returns its weights."""
+    scores = query @ key.transpose(2, 3) * scaling  # (B, heads, T, T)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.softmax(scores, dim=-1)
+    return (weights @ value).transpose(1, 2), weights
+
+
+class RegViTAttention(nn.Module):
+    """Self-attention over all tokens, registers included, with one fused projection for query, key and value."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.config = config
+        self.num_attention_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, num_tokens, width = hidden_states.shape
+        qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
+        query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, T, head_dim)
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        output, weights = attention_interface(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0
+        )
+        return self.o_proj(output.reshape(batch_size, num_tokens, width)), weights
+
+
+class RegViTMLP(nn.Module):
+    """Two linear layers with the activation between them."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+class RegViTSwiGLU(nn.Module):
+    """Gated MLP; the first half of `gate_up_proj` is the gate (row order of DINOv2's `w12`)."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
+        return self.down_proj(nn.functional.silu(gate) * up)
+
+
+class RegViTLayerScale(nn.Module):
+    """A learnable gain per channel on the output of a branch."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.empty(config.hidden_size))
+
+
+class RegViTLayer(GradientCheckpointingLayer):
+    """A pre-norm block: attention and MLP, each a branch added to the residual stream."""
+
+    def __init__(self, config: RegViTConfig, drop_path_rate: float):
+        super().__init__()
+        self.drop_path_rate = drop_path_rate
+        self.drop_path_mode = config.drop_path_mode
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = RegViTAttention(config)
+        self.layer_scale1 = None if config.layerscale_value is None else RegViTLayerScale(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = RegViTSwiGLU(config) if config.use_swiglu_ffn else RegViTMLP(config)
+        self.layer_scale2 = None if config.layerscale_value is None else RegViTLayerScale(config)
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them."""
+        rows = self._draw_rows(hidden_states)
+        branch, weights = self.attention(self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows))
+        hidden_states = self._add(hidden_states, branch, self.layer_scale1, rows)
+        rows = self._draw_rows(hidden_states)
+        branch = self.mlp(self.norm2(self._take(hidden_states, rows)))
+        return self._add(hidden_states, branch, self.layer_scale2, rows), weights
+
+    def _draw_rows(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """The samples whose branch is computed under "batch_subset": a share 1 - rate of them, at least one."""
+        if not self.training or self.drop_path_rate == 0 or self.drop_path_mode != "batch_subset":
+            return None
+        batch_size = hidden_states.shape[0]
+        keep = max(int(batch_size * (1 - self.drop_path_rate)), 1)
+        return torch.randperm(batch_size, device=hidden_states.device)[:keep]
+
+    @staticmethod
+    def _take(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+        if rows is None or tensor is None or not isinstance(tensor, torch.Tensor) and tensor.shape[0] == 1:
+            return tensor
+        if not isinstance(tensor, torch.Tensor):
+            raise NotImplementedError(
+                "drop_path_mode='batch_subset' cannot select rows of a flex-attention mask. Use drop_path_mode='sample' "
+                "or attn_implementation='sdpa' for padded batches."
+            )
+        return tensor[rows]
+
+    def _add(
+        self,
+        hidden_states: torch.Tensor,
+        branch: torch.Tensor,
+        layer_scale: RegViTLayerScale | None,
+        rows: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """hidden_states + scale * branch, with stochastic depth (arXiv 1603.09382) in training."""
+        if not self.training or self.drop_path_rate == 0:
+            if layer_scale is None:
+                return hidden_states + branch
+            return torch.addcmul(hidden_states, branch, layer_scale.lambda1)  # one pass over memory instead of two
+        if layer_scale is not None:
+            branch = branch * layer_scale.lambda1
+        batch_size = hidden_states.shape[0]
+        if rows is not None:
+            # Scaled by the share really drawn, not by 1 / (1 - rate): dinov2 `layers/block.py`.
+            return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=batch_size / len(rows))
+        keep = 1 - self.drop_path_rate
+        return hidden_states + branch * (branch.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep)
+
+
+# --- Models -----------------------------------------------------------------------------------------------------------
+
+
+class RegViTPreTrainedModel(PreTrainedModel):
+    """Initialisation, and loading that never leaves a part of the backbone at random."""
+
+    config: RegViTConfig
+    base_model_prefix = "regvit"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    # Trainer takes a bare **kwargs for a loss that is scaled already, and then multiplies it by the accumulation.
+    accepts_loss_kwargs = False
+    _no_split_modules = ["RegViTEmbeddings", "RegViTLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    _input_embed_layer = "patch_embeddings"
+    _keys_to_ignore_on_load_unexpected = [r"mask_token", r"(^|\.)pooler\."]
+
+    def __init__(self, config: RegViTConfig, *args, **kwargs):
+        self._check_memory(config)
+        super().__init__(config, *args, **kwargs)
+
+    @staticmethod
+    def _check_memory(config: RegViTConfig) -> None:
+        """Refuse a model larger than the machine before any of it is allocated (the meta device takes none)."""
+        needed = config.num_parameters() * torch.get_default_dtype().itemsize
+        if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):
+            return
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if needed > available:
+            raise MemoryError(
+                f"hidden_size={config.hidden_size} with num_hidden_layers={config.num_hidden_layers} needs "
+                f"{needed / 2**30:,.0f} GiB for its weights, this machine has {available / 2**30:,.0f} GiB. "
+                "Use a smaller model, or build it under torch.device('meta')."
+            )
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """DINOv2's initialisation (dinov2 `models/vision_transformer.py`) but for the registers' larger spread."""
+        super()._init_weights(module)
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the patch embedding keeps torch's own default
+            bound = 1 / math.sqrt(module.in_channels * math.prod(module.kernel_size))
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, RegViTLayerScale):
+            init.constant_(module.lambda1, self.config.layerscale_value)
+        elif isinstance(module, RegViTEmbeddings):
+            init.trunc_normal_(module.position_embeddings, std=std)
+            init.normal_(module.cls_token, std=1e-6)
+            if module.register_tokens is not None:
+                init.normal_(module.register_tokens, std=self.config.register_init_std)
+            if module.mask_token is not None:
+                init.zeros_(module.mask_token)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=False, **kwargs):
+        """Load as every transformers model does, but fail where the backbone would be left partly at random.
+
+        Raises:
+            CheckpointCorruptError: The weights file cannot be read.
+            CheckpointError: Backbone tensors, registers above all, are missing, left over or of another shape.
+                `ignore_mismatched_sizes=True` is honoured for heads only.
+        """
+        wants_info = kwargs.pop("output_loading_info", False)
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path,
+                *model_args,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **kwargs,
+            )
+        except SafetensorError as error:
+            raise CheckpointCorruptError(
+                f"{_find_corrupt_file(pretrained_model_name_or_path)} cannot be read as safetensors ({error}). "
+                "Download or save it again."
+            ) from error
+        if pretrained_model_name_or_path is not None:  # None: the caller brought a state dict and knows what is in it
+            model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
+        return (model, info) if wants_info else model
+
+    def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
+        def backbone(keys) -> list[str]:
+            names = {key.removeprefix("regvit."): key for key in keys}
+            return sorted(
+                full for name, full in names.items() if name.startswith(("embeddings.", "layers.", "layernorm."))
+            )
+
+        missing = [key for key in backbone(info["missing_keys"]) if not key.endswith("mask_token")]
+        surplus = backbone(info["unexpected_keys"])
+        mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+        problems = []
+        for key in missing:
+            if key.endswith("register_tokens"):
+                problems.append(
+                    f"num_register_tokens={self.config.num_register_tokens}, but the checkpoint has no register tokens. "
+                    "Load it with num_register_tokens=0, then call resize_register_tokens(n) on the RegViTModel"
+                )
+            else:
+                problems.append(f"{key} is missing")
+        for key in surplus:
+            if key.endswith("register_tokens"):
+                problems.append(
+                    "num_register_tokens=0, but the checkpoint has register tokens. Load it without that override"
+                )
+            else:
+                problems.append(f"{key} is in the checkpoint but not in the model")
+        strict_keys = set(backbone(mismatched)) if ignore_mismatched_sizes else set(mismatched)
+        for key in sorted(strict_keys):
+            found, wanted = mismatched[key]
+            hint = ""
+            if key.endswith("register_tokens"):
+                hint = (
+                    f": num_register_tokens={wanted[1]}, but the checkpoint has {found[1]}. Load it without that "
+                    "override, then call resize_register_tokens(n)"
+                )
+            elif key.endswith("position_embeddings"):
+                hint = ". Load it without an image_size override: other input sizes are resampled as they come"
+            elif key not in backbone([key]):
+                hint = ". Pass ignore_mismatched_sizes=True to start this head anew"
+            problems.append(f"{key} has shape {found} in the checkpoint and {wanted} in the model{hint}")
+        if problems:
+            shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            raise CheckpointError(f"The checkpoint '{source}' does not fit {type(self).__name__}: {shown}.")
+
+
+def _find_corrupt_file(source) -> str:
+    """The first safetensors file of a local folder that does not open; the source itself elsewhere."""
+    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            return f"'{path}'"
+    return f"The weights of '{source}'"
+
+
+class RegViTPooler(nn.Module):
+    """The dense layer on CLS that the first ViT put before its head."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.pooler_act]
+
+    def forward(self, cls_token: torch.Tensor) -> torch.Tensor:
+        return self.activation(self.dense(cls_token))
+
+
+class RegViTModel(RegViTPreTrainedModel):
+    """The backbone: pixels to CLS, registers and patch tokens.
+
+    Example:
+
+    ```python
+    >>> output = model(pixel_values)
+    >>> output.pooler_output, output.patch_tokens, output.register_tokens
+    >>> output.last_hidden_state[output.output_mask]  # every token but registers and padding
+    ```
+    """
+
+    def __init__(self, config: RegViTConfig, add_pooling_layer: bool = True):
+        super().__init__(config)
+        rate, depth = config.drop_path_rate, config.num_hidden_layers
+        rates = [rate if config.drop_path_uniform else rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.embeddings = RegViTEmbeddings(config)
+        self.layers = nn.ModuleList([RegViTLayer(config, rates[i]) for i in range(depth)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.pooler = RegViTPooler(config) if add_pooling_layer and config.pooler_act is not None else None
+        self.post_init()
+
+    def split_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(B, T, D) -> CLS (B, 1, D), registers (B, R, D), patches (B, N, D). The one place that knows the order."""
+        prefix = self.config.num_prefix_tokens
+        return tokens[:, :1], tokens[:, 1:prefix], tokens[:, prefix:]
+
+    @torch.no_grad()
+    def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTModel":
+        """Keep the first `num_register_tokens` registers and draw those that are wanted beyond, N(0, register_init_std).
+
+        New registers are untrained: train them before use. Changes the model and its config in place.
+        """
+        self.config.num_register_tokens = num_register_tokens
+        self.config.validate_architecture()
+        old = self.embeddings.register_tokens
+        like, kept = self.embeddings.cls_token, 0 if old is None else min(old.shape[1], num_register_tokens)
+        if num_register_tokens == 0:
+            self.embeddings.register_tokens = None
+            return self
+        generator = torch.Generator().manual_seed(seed)
+        tokens = (
+            torch.randn(1, num_register_tokens, like.shape[-1], generator=generator) * self.config.register_init_std
+        )
+        if kept:
+            tokens[:, :kept] = old[:, :kept].cpu()
+        self.embeddings.register_tokens = nn.Parameter(tokens.to(like.device, like.dtype))
+        return self
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        bool_masked_pos: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> RegViTModelOutput | tuple:
+        """Run the backbone.
+
+        Args:
+            pixel_values: (B, C, H, W) normalised pixels; H and W are multiples of the patch, in any proportion.
+            bool_masked_pos: (B, N) bool, True where a patch is replaced by the mask token.
+            pixel_mask: (B, H, W), nonzero at real pixels, for images of different sizes padded at the right and at the
+                bottom. Padding takes no part in attention and every image keeps the positions of its own grid, so that
+                its tokens equal those it gets alone.
+            output_attentions: Also return attention weights (needs `attn_implementation="eager"`).
+            output_hidden_states: Also return the residual stream.
+            return_dict: False for a plain tuple.
+
+        Raises:
+            ImageTooSmallError: A side is shorter than a patch.
+            ValueError: Wrong channels, sizes that are no multiple of the patch, masks of another shape.
+        """
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: pass images as (batch, channels, height, width).")
+        config = self.config
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return_dict = config.return_dict if return_dict is None else return_dict
+        if output_attentions and config._attn_implementation != "eager":
+            logger.warning_once(
+                f"attn_implementation='{config._attn_implementation}' computes no attention weights, so `attentions` "
+                "will be empty. Call model.set_attn_implementation('eager') to get them."
+            )
+
+        grids, token_mask = None, None
+        if pixel_mask is not None:
+            grids, token_mask = self._token_mask(pixel_values, pixel_mask)
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos, grids)  # (B, T, D)
+        attention_mask = None if token_mask is None else create_bidirectional_mask(config, hidden_states, token_mask)
+
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, attention_mask)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions and weights is not None:
+                all_attentions.append(weights)
+
+        sequence = self.layernorm(hidden_states) if config.final_norm == "tokens" else hidden_states
+        cls_token, register_tokens, patch_tokens = self.split_tokens(sequence)
+        output_mask, patch_mask = self._output_masks(sequence, token_mask)
+        if config.final_norm == "pooled":
+            pooled = self.layernorm(mean_of_patches(patch_tokens, patch_mask))
+        else:
+            pooled = cls_token[:, 0] if self.pooler is None else self.pooler(cls_token[:, 0])  # (B, D)
+        if config.discard_registers and config.num_register_tokens:
+            sequence = torch.cat([cls_token, patch_tokens], dim=1)
+        output = RegViTModelOutput(
+            last_hidden_state=sequence,
+            pooler_output=pooled,
+            register_tokens=register_tokens,
+            patch_tokens=patch_tokens,
+            output_mask=output_mask,
+            patch_mask=patch_mask,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def _token_mask(
+        self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
+    ) -> tuple[list[tuple[int, int]], torch.Tensor]:
+        """Each image's own grid, and a mask (B, T) that is False at padding."""
+        if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
+            raise ValueError(
+                f"pixel_mask has shape {tuple(pixel_mask.shape)}, expected (batch, height, width) = "
+                f"{(pixel_values.shape[0], *pixel_values.shape[-2:])}."
+            )
+        patch_embeddings = self.embeddings.patch_embeddings
+        patch_embeddings.grid_of(pixel_values)
+        grids = grids_of_padded_images(pixel_mask, patch_embeddings)
+        rows, columns = patch_embeddings.patch_shape
+        patches = pixel_mask[:, ::rows, ::columns].bool().flatten(1)  # (B, N)
+        prefix = patches.new_ones(patches.shape[0], self.config.num_prefix_tokens)
+        return grids, torch.cat([prefix, patches], dim=1)
+
+    def _output_masks(
+        self, sequence: torch.Tensor, token_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`output_mask` and `patch_mask` of the length of `last_hidden_state`."""
+        batch_size, num_tokens, _ = sequence.shape
+        index = torch.arange(num_tokens, device=sequence.device)
+        patch_mask = (index >= self.config.num_prefix_tokens).expand(batch_size, -1)
+        if token_mask is not None:
+            patch_mask = patch_mask & token_mask
+        output_mask = patch_mask | (index == 0)
+        if self.config.discard_registers and self.config.num_register_tokens:
+            keep = (index == 0) | (index >= self.config.num_prefix_tokens)
+            return output_mask[:, keep], patch_mask[:, keep]
+        return output_mask, patch_mask
+
+
+# --- Heads ------------------------------------------------------------------------------------------------------------
+
+
+def mean_of_patches(patch_tokens: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
+    """Mean over real patches: (B, N, D) tokens and the (B, T) `patch_mask` of the same output -> (B, D)."""
+    weights = patch_mask[:, -patch_tokens.shape[1] :, None].to(patch_tokens.dtype)
+    return (patch_tokens * weights).sum(1) / weights.sum(1)
+
+
+class RegViTForImageClassification(RegViTPreTrainedModel):
+    """A linear classifier on CLS, the mean patch, or both (`config.pooling`); registers never reach it."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.regvit = RegViTModel(config, add_pooling_layer=False)
+        width = config.hidden_size * (2 if config.pooling == "cls_mean_patch" else 1)
+        self.classifier = nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    def pool(self, output: RegViTModelOutput) -> torch.Tensor:
+        """What the classifier reads: (B, D) or (B, 2 D)."""
+        if self.config.pooling == "cls" or self.config.final_norm == "pooled":
+            return output.pooler_output
+        mean = mean_of_patches(output.patch_tokens, output.patch_mask)
+        return mean if self.config.pooling == "mean_patch" else torch.cat([output.pooler_output, mean], dim=1)
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> ImageClassifierOutput | tuple:
+        """Logits (B, num_labels). `labels` is (B,) class ids, or (B, num_labels) for several labels or regression."""
+        output = self.regvit(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        logits = self.classifier(self.pool(output))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        result = ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
+    """What segmentation and depth share: normalised tokens of chosen blocks, and maps back at the input's size."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__(config)
+        if config.final_norm != "tokens":
+            raise ValueError("Dense heads read normalised patch tokens: they need final_norm='tokens'.")
+        self.regvit = RegViTModel(config, add_pooling_layer=False)
+
+    def dense_features(self, output: RegViTModelOutput, *, with_cls: bool) -> torch.Tensor:
+        """(B, N, F) features of every patch: `config.head_layers` side by side, each with CLS beside it if asked."""
+        features = []
+        for block in self.config.head_layers:
+            block %= self.config.num_hidden_layers
+            tokens = self.regvit.layernorm(output.hidden_states[block + 1])
+            cls_token, _, patch_tokens = self.regvit.split_tokens(tokens)
+            features.append(patch_tokens)
+            if with_cls:
+                features.append(cls_token.expand_as(patch_tokens))
+        return torch.cat(features, dim=-1)
+
+    def to_pixels(
+        self, patch_values: torch.Tensor, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, decode: Callable
+    ) -> torch.Tensor:
+        """(B, N, C) values of patches -> `decode((B, C, rows, columns), (H, W))`, padded images each on their own."""
+        patch_embeddings = self.regvit.embeddings.patch_embeddings
+        rows, columns = patch_embeddings.grid_of(pixel_values)
+        maps = patch_values.transpose(1, 2).unflatten(2, (rows, columns))  # (B, C, rows, columns)
+        size = tuple(pixel_values.shape[-2:])
+        if pixel_mask is None:
+            return decode(maps, size)
+        decoded = None
+        for i, (own_rows, own_columns) in enumerate(grids_of_padded_images(pixel_mask, patch_embeddings)):
+            own = (own_rows * patch_embeddings.patch_shape[0], own_columns * patch_embeddings.patch_shape[1])
+            image = decode(maps[i : i + 1, :, :own_rows, :own_columns], own)
+            if decoded is None:
+                decoded = image.new_zeros(len(maps), image.shape[1], *size)
+            decoded[i : i + 1, :, : own[0], : own[1]] = image
+        return decoded
+
+
+class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
+    """DINOv2's linear segmentation head: batch norm and one linear layer on every patch, upsampled bilinearly."""
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        width = config.hidden_size * len(config.head_layers)
+        self.head_norm = nn.BatchNorm1d(width)
+        self.classifier = nn.Linear(width, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> SemanticSegmenterOutput | tuple:
+        """Logits (B, num_labels, H, W) at the size of the input. `labels`: (B, H, W) class ids; 255 is ignored."""
+        output = self.regvit(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        features = self.dense_features(output, with_cls=False)  # (B, N, F)
+        valid = output.patch_mask[:, -features.shape[1] :]
+        if pixel_mask is None:
+            patch_logits = self.classifier(self.head_norm(features.flatten(0, 1))).unflatten(0, features.shape[:2])
+        else:  # padding must not enter the statistics of the batch norm
+            patch_logits = features.new_zeros(*features.shape[:2], self.num_labels)
+            patch_logits[valid] = self.classifier(self.head_norm(features[valid])).to(patch_logits.dtype)
+
+        def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+            return nn.functional.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+        logits = self.to_pixels(patch_logits, pixel_values, pixel_mask, upsample)  # (B, C, H, W)
+        loss = None
+        if labels is not None:
+            ignore = self.config.semantic_loss_ignore_index
+            if pixel_mask is not None:
+                labels = labels.masked_fill(~pixel_mask.bool(), ignore)
+            loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        result = SemanticSegmenterOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states if wants_states else None,
+            attentions=output.attentions,
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
+    """DINOv2's linear depth head: bins of depth for every patch with CLS beside it, upsampled four times first."""
+
+    UPSAMPLE = 4
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__(config)
+        self.classifier = nn.Linear(2 * config.hidden_size * len(config.head_layers), config.num_depth_bins)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> DepthEstimatorOutput | tuple:
+        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; 0 and below are ignored."""
+        output = self.regvit(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
+        bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
+        depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_metres)[:, 0]  # (B, H, W)
+        loss = None
+        if labels is not None:
+            valid = labels > 0
+            loss = scale_invariant_log_loss(
+                depth.float(), labels.float(), valid & pixel_mask.bool() if pixel_mask is not None else valid
+            )
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        result = DepthEstimatorOutput(
+            loss=loss,
+            predicted_depth=depth,
+            hidden_states=output.hidden_states if wants_states else None,
+            attentions=output.attentions,
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+    def _bins_to_metres(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        """(B, bins, rows, columns) -> (B, 1, H, W): weights by "linear norm", then the mean of the bins' centres."""
+        grid = tuple(self.UPSAMPLE * side for side in bins.shape[-2:])
+        bins = nn.functional.interpolate(bins, size=grid, mode="bilinear", align_corners=False)
+        weights = nn.functional.relu(bins) + 0.1
+        centers = torch.linspace(
+            self.config.min_depth,
+            self.config.max_depth,
+            self.config.num_depth_bins,
+            device=bins.device,
+            dtype=bins.dtype,
+        )
+        depth = (weights * centers[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
+        return nn.functional.interpolate(depth, size=size, mode="bilinear", align_corners=False)
+
+
+def scale_invariant_log_loss(depth: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """`sqrt(Var(g) + 0.15 mean(g)^2)` with g = log(depth) - log(target) where `valid`; 0 where nothing is.
+
+    Source: "SigLog" of the linear depth protocol (arXiv 2304.07193, after arXiv 1406.2283).
+    """
+    error = (torch.log(depth + 1e-3) - torch.log(target.clamp(min=0) + 1e-3))[valid]
+    if error.numel() < 2:
+        return depth.sum() * 0
+    return torch.sqrt(error.var() + 0.15 * error.mean() ** 2)
+
+
+class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
+    """Feature maps of chosen blocks for dense models of transformers (DPT, UperNet, ...).
+
+    `AutoBackbone.from_pretrained` asks the Hub before it looks at the disk and refuses local folders; use
+    `RegViTBackbone.from_pretrained(folder)` for those.
+    """
+
+    def __init__(self, config: RegViTConfig):
+        super().__init__(config)
+        self.regvit = RegViTModel(config, add_pooling_layer=False)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
+        """Feature maps (B, D, rows, columns), or token sequences with `reshape_hidden_states=False`."""
+        output = self.regvit(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=True,
+            return_dict=True,
+        )
+        grid = self.regvit.embeddings.patch_embeddings.grid_of(pixel_values)
+        feature_maps = []
+        for stage, tokens in zip(self.stage_names, output.hidden_states):
+            if stage not in self.out_features:
+                continue
+            if self.config.apply_layernorm:
+                tokens = self.regvit.layernorm(tokens)
+            cls_token, register_tokens, patch_tokens = self.regvit.split_tokens(tokens)
+            if self.config.reshape_hidden_states:
+                tokens = patch_tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, rows, columns)
+            elif not self.config.return_register_tokens:
+                tokens = torch.cat([cls_token, patch_tokens], dim=1)  # (B, 1 + N, D)
+            feature_maps.append(tokens)
+        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        result = BackboneOutput(
+            feature_maps=tuple(feature_maps),
+            hidden_states=output.hidden_states if wants_states else None,
+            attentions=output.attentions,
+        )
+        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+__all__ = [
+    "RegViTBackbone",
+    "RegViTForDepthEstimation",
+    "RegViTForImageClassification",
+    "RegViTForSemanticSegmentation",
+    "RegViTModel",
+    "RegViTModelOutput",
+    "RegViTPreTrainedModel",
+]
