@@ -26,7 +26,11 @@ requires_shared = pytest.mark.skipif(
 def golden_files(group: str) -> list[str]:
     """Names of the golden safetensors files of one group, relative to `golden/`; empty without `shared`."""
     root = shared_dir()
-    return sorted(str(p.relative_to(root / "golden")) for p in (root / "golden" / group).rglob("*.safetensors")) if root else []
+    return (
+        sorted(str(p.relative_to(root / "golden")) for p in (root / "golden" / group).rglob("*.safetensors"))
+        if root
+        else []
+    )
 
 
 def load_golden(name: str) -> tuple[dict[str, torch.Tensor], dict]:

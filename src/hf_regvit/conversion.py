@@ -1,0 +1,598 @@
+"""Weights of other plain ViTs as RegViT, exactly, or refused by name.
+
+Sources: official DINOv2 and DINO state dicts and training checkpoints, transformers ViT, DeiT (undistilled), DINO,
+Dinov2 and Dinov2WithRegisters (folders, Hub ids, modules), timm vision transformers (modules, `timm/` Hub ids, state
+dicts). Every tensor of the source is either placed or named in an error; nothing is left at random.
+
+Positions that a library gives to its registers (timm with `no_embed_class=False`) are folded into the tokens, which is
+the same sum. Facts on names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`; timm
+`models/vision_transformer.py`; transformers' ViT and DINOv2 families.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .configuration_regvit import RegViTConfig
+from .modeling_regvit import CheckpointCorruptError, RegViTBackbone, RegViTForImageClassification, RegViTModel
+
+logger = logging.getLogger(__name__)
+
+# Outputs are compared relative to their own spread: the real ViT-Tiny has tokens of norm 500 beside others of 19.
+VERIFY_TOLERANCE = 1e-4
+
+# What the shapes of a raw state dict do not tell. Families whose code fixes a value fill it in themselves.
+NOT_IN_SHAPES = {
+    "num_attention_heads": "hidden_size / 64 in every released DINOv2",
+    "interpolate_antialias": "True for DINOv2 with registers and timm, False for DINOv2 without registers and DINO",
+    "interpolate_offset": "0.0 for DINOv2 with registers and timm, 0.1 for DINOv2 without registers and DINO",
+    "layer_norm_eps": "1e-6 for DINOv2, DINO and timm",
+}
+
+
+class ConversionError(ValueError):
+    """A source that RegViT cannot express, or whose outputs did not come out equal."""
+
+
+@dataclass
+class _Source:
+    """A checkpoint on its way: tensors under upstream names, the config fields known so far, a model to compare with."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    fields: dict[str, Any] = field(default_factory=dict)
+    module: nn.Module | None = None
+
+
+def convert(
+    source: str | Path | nn.Module | dict[str, Any], *, verify: bool = True, **config_overrides: Any
+) -> RegViTModel | RegViTForImageClassification:
+    """Turn another plain ViT into a RegViT that gives the same numbers.
+
+    Args:
+        source: A folder written by `save_pretrained`, a Hub id, a weights file (`.safetensors`, `.pth`), a state dict,
+            or a module of transformers or timm.
+        verify: Run the source and the result on the same random images, at the native and at another size, and compare.
+            Where there is no source model to run (state dicts), a warning says so; names and shapes are always checked.
+        config_overrides: Fields of `RegViTConfig`. A raw state dict needs `num_attention_heads`, `layer_norm_eps`,
+            `interpolate_antialias` and `interpolate_offset`, and `image_size` if its position table is not square.
+
+    Returns:
+        A model in eval mode, with a classifier if the source has one.
+
+    Raises:
+        ConversionError: The source holds what RegViT cannot express (named), or the outputs differ.
+        CheckpointCorruptError: A weights file cannot be read.
+        TypeError: An override that is no config field.
+    """
+    known = [name for name in RegViTConfig.__dataclass_fields__ if not name.startswith("_")] + [
+        "out_features",
+        "out_indices",
+    ]
+    for name in config_overrides:
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise TypeError(f"convert() got '{name}', which is no field of RegViTConfig. Did you mean '{nearest}'?")
+    origin = _open_source(source)
+    origin.fields.update(config_overrides)
+    tensors = _rename(origin)
+    config, tensors = _build_config(origin, tensors)
+    model_class = RegViTForImageClassification if "classifier.weight" in tensors else RegViTModel
+    with torch.device("meta"):
+        model = model_class(config)
+    _load(model, tensors, origin.name)
+    model.eval()
+    if verify:
+        _verify(model, origin)
+    return model
+
+
+# --- Reading ---
+
+
+def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> _Source:
+    if isinstance(source, nn.Module):
+        return _from_module(source)
+    if isinstance(source, dict):
+        return _Source("state dict", _find_backbone(source))
+    path = Path(source)
+    if path.is_file():
+        return _Source(str(path), _find_backbone(_read_weights(path)))
+    if path.is_dir():
+        return _from_folder(path)
+    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+        raise FileNotFoundError(
+            f"'{source}' is neither a file nor a folder, nor a Hub id of the form 'owner/name'. Check the path."
+        )
+    from huggingface_hub import snapshot_download
+
+    return _from_folder(Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])))
+
+
+def _read_weights(path: Path) -> dict[str, Any]:
+    """A weights file. Pickles only as plain tensors (`weights_only=True`), with no way around it."""
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise CheckpointCorruptError(
+                f"'{path}' cannot be read as safetensors ({error}). Download it again."
+            ) from error
+    import pickle
+
+    try:
+        # DINO's checkpoints hold their command line; a Namespace runs nothing when it is unpacked.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointCorruptError(
+            f"'{path}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
+            "trust the file, load it in a process of its own and save its tensors as safetensors."
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointCorruptError(f"'{path}' holds a {type(loaded).__name__}, expected a dict of tensors.")
+    return loaded
+
+
+def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """The backbone's tensors in a state dict or training checkpoint: the teacher's if there are several."""
+    for key in ("teacher", "state_dict", "model", "student"):
+        if isinstance(checkpoint.get(key), dict):
+            if key in ("teacher", "student"):
+                logger.info("The checkpoint holds a training state; taking its %s.", key)
+            return _find_backbone(checkpoint[key])
+    tensors = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
+    for prefix in ("teacher.", "student.", "backbone."):
+        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        if inside:
+            rest = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
+            heads = {key: value for key, value in rest.items() if key.startswith("linear_head.")}
+            dropped = sorted({key.split(".")[0] for key in rest} - {"linear_head"})
+            if dropped:
+                logger.info("Taking '%s*' and leaving %s behind.", prefix, ", ".join(dropped))
+            return _find_backbone({**inside, **heads})
+    if not tensors:
+        raise ConversionError(f"The checkpoint holds no tensors; its entries are {sorted(map(str, checkpoint))[:8]}.")
+    return tensors
+
+
+def _from_folder(folder: Path) -> _Source:
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no config.json. Pass the weights file itself together with the config overrides."
+        )
+    try:
+        config = json.loads(config_file.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"'{config_file}' is not JSON text ({error}).") from error
+    if "model_type" not in config and "architecture" in config:
+        return _from_module(_timm_module(folder, config))
+    if config.get("model_type") == "regvit":
+        raise ConversionError(f"'{folder}' is a RegViT already. Load it with AutoModel.from_pretrained.")
+    tensors: dict[str, Tensor] = {}
+    for file in _weight_files(folder):
+        tensors.update(_read_weights(file))
+    return _Source(str(folder), *_transformers_parts(config, tensors), module=_LazySource(folder, config))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The weights of a transformers folder: one file, or the shards that its index names."""
+    for single in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        if (folder / single).is_file():
+            return [folder / single]
+    raise FileNotFoundError(
+        f"'{folder}' has no model.safetensors (or pytorch_model.bin); it holds {sorted(p.name for p in folder.iterdir())[:8]}."
+    )
+
+
+def _timm_module(folder: Path, config: dict[str, Any]) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"'{folder}' is a timm model: run `pip install timm` to convert it.") from error
+    model = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
+    model.reset_classifier(config.get("num_classes", 0))
+    model.load_state_dict(_read_weights(folder / "model.safetensors"))
+    return model.eval()
+
+
+class _LazySource(nn.Module):
+    """A transformers folder that becomes a module only if outputs are compared."""
+
+    def __init__(self, folder: Path, config: dict[str, Any]):
+        super().__init__()
+        self.folder = folder
+        self.has_classifier = any("ImageClassification" in name for name in config.get("architectures") or [])
+
+    def load(self) -> nn.Module:
+        from transformers import AutoModel, AutoModelForImageClassification
+
+        auto_class = AutoModelForImageClassification if self.has_classifier else AutoModel
+        return auto_class.from_pretrained(self.folder).eval()
+
+
+def _from_module(module: nn.Module) -> _Source:
+    name = type(module).__name__
+    tensors = {key: value.detach() for key, value in module.state_dict().items()}
+    if hasattr(module, "config") and hasattr(module.config, "model_type"):
+        return _Source(name, *_transformers_parts(module.config.to_dict(), tensors), module=module)
+    if hasattr(module, "num_prefix_tokens") and hasattr(module, "patch_embed"):
+        return _Source(name, tensors, _timm_fields(module), module)
+    raise ConversionError(f"{name} is neither a transformers nor a timm vision transformer. Pass its state_dict().")
+
+
+# --- What the libraries say of themselves ---
+
+
+def _transformers_parts(
+    config: dict[str, Any], tensors: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors without the model prefix, and config fields, of a transformers model."""
+    model_type = config["model_type"]
+    if model_type not in ("vit", "deit", "dinov2", "dinov2_with_registers"):
+        raise ConversionError(
+            f"model_type '{model_type}' is not a plain ViT that RegViT can express (vit, deit, dinov2, "
+            "dinov2_with_registers). DINOv3's rotary positions, SigLIP's missing CLS and hierarchical models are not."
+        )
+    tensors = {re.sub(rf"^{model_type}\.", "", key): value for key, value in tensors.items()}
+    if "embeddings.distillation_token" in tensors:
+        raise ConversionError(
+            "The DeiT has a distillation_token, a second output token that RegViT does not have. Undistilled DeiT "
+            "checkpoints (model_type 'vit') convert."
+        )
+    names = (
+        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
+        "layer_norm_eps", "initializer_range", "image_size", "patch_size", "num_channels", "qkv_bias",
+        "use_swiglu_ffn", "drop_path_rate", "id2label", "label2id", "problem_type", "out_features", "out_indices",
+        "apply_layernorm", "reshape_hidden_states",
+    )  # fmt: skip
+    from transformers import CONFIG_MAPPING
+
+    # Fields that the file leaves out have their family's default, not ours.
+    full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    fields = {name: full[name] for name in names if full.get(name) is not None}
+    with_registers = model_type == "dinov2_with_registers"
+    fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
+    fields["interpolate_antialias"], fields["interpolate_offset"] = with_registers, 0.0
+    if model_type in ("vit", "deit"):
+        fields["pooling"] = "cls"
+        fields["pooler_act"] = full["pooler_act"] if "pooler.dense.weight" in tensors else None
+    else:
+        fields["pooling"] = "cls_mean_patch"
+        fields["return_register_tokens"] = not full["reshape_hidden_states"]
+    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        if full.get(name):
+            logger.warning(
+                "%s=%s has no counterpart: outputs are equal, further training is without it.", name, full[name]
+            )
+    return tensors, fields
+
+
+def _timm_fields(module: nn.Module) -> dict[str, Any]:
+    """Config fields of a timm VisionTransformer, or a refusal that names what RegViT has not."""
+    block = module.blocks[0]
+    mlp = type(block.mlp).__name__
+    refusals = {
+        "no class token": not module.has_class_token,
+        "no position table": module.pos_embed is None,
+        f"block {type(block).__name__}": type(block).__name__ != "Block",
+        f"attention {type(block.attn).__name__}": type(block.attn).__name__ != "Attention",
+        f"MLP {mlp}": mlp not in ("Mlp", "GluMlp"),
+        f"a gate with {type(block.mlp.act).__name__}": mlp == "GluMlp"
+        and (not isinstance(block.mlp.act, nn.SiLU) or block.mlp.gate_last),
+        "a norm before the blocks (pre_norm)": not isinstance(module.norm_pre, nn.Identity),
+        "normalised queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
+        f"global_pool '{module.global_pool}'": module.global_pool not in ("token", "avg", ""),
+        "pooling over prefix tokens": getattr(module, "pool_include_prefix", False),
+        "CLS pooling with fc_norm": module.global_pool != "avg" and not isinstance(module.fc_norm, nn.Identity),
+    }
+    if refused := [name for name, applies in refusals.items() if applies]:
+        raise ConversionError(f"The timm model has {' and '.join(refused)}, which RegViT cannot express.")
+    pooled = not isinstance(module.fc_norm, nn.Identity)
+    patch = module.patch_embed.patch_size
+    grid = module.patch_embed.grid_size
+    gelu = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
+    return {
+        "num_attention_heads": block.attn.num_heads,
+        "layer_norm_eps": block.norm1.eps,
+        "hidden_act": "gelu" if mlp != "Mlp" else gelu.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
+        "use_swiglu_ffn": mlp != "Mlp",
+        "image_size": [grid[0] * patch[0], grid[1] * patch[1]]
+        if grid[0] != grid[1] or patch[0] != patch[1]
+        else grid[0] * patch[0],
+        "no_embed_class": module.no_embed_class,
+        "interpolate_antialias": True,
+        "interpolate_offset": 0.0,
+        "final_norm": "pooled" if pooled else "tokens",
+        "pooling": "mean_patch" if module.global_pool == "avg" else "cls",
+    }
+
+
+# --- Names and shapes ---
+
+# (pattern, replacement), applied in this order to every name; the first group serves official DINOv2 and timm.
+_RULES = [
+    (r"^blocks\.(?:\d+\.)?(\d+)\.", r"layers.\1."),  # `block_chunks` nests the blocks without renumbering them
+    (r"\.attn\.qkv\.", ".attention.qkv."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
+    (r"\.mlp\.(?:w12|weights_in)\.", ".mlp.gate_up_proj."),
+    (r"\.mlp\.(?:w3|weights_out)\.", ".mlp.down_proj."),
+    (r"^(?:norm|fc_norm)\.", "layernorm."),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
+    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
+    (r"^(?:register_tokens|reg_token)$", "embeddings.register_tokens"),
+    (r"^pos_embed$", "embeddings.position_embeddings"),
+    (r"^(?:head|linear_head)\.", "classifier."),
+    # transformers, both generations of names
+    (r"^(?:encoder\.layer|layer)\.(\d+)\.", r"layers.\1."),
+    (r"\.attention\.attention\.(query|key|value)\.", r".attention.\1."),
+    (r"\.attention\.(?:query|q_proj)\.", ".attention.q."),
+    (r"\.attention\.(?:key|k_proj)\.", ".attention.k."),
+    (r"\.attention\.(?:value|v_proj)\.", ".attention.v."),
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"^(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.gate."),
+    (r"\.mlp\.up_proj\.", ".mlp.up."),
+]
+# Tensors of one projection that arrive in pieces, in the order of RegViT's rows.
+_FUSED = {
+    ".attention.qkv.": (".attention.q.", ".attention.k.", ".attention.v."),
+    ".mlp.gate_up_proj.": (".mlp.gate.", ".mlp.up."),
+}
+
+
+def _rename(origin: _Source) -> dict[str, Tensor]:
+    """Upstream names to ours; pieces of a projection become one tensor."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in origin.tensors.items():
+        for pattern, replacement in _RULES:
+            name = re.sub(pattern, replacement, name)
+        tensors[name] = tensor
+    for whole, pieces in _FUSED.items():
+        for first in [name for name in tensors if pieces[0] in name]:
+            names = [first.replace(pieces[0], piece) for piece in pieces]
+            if missing := [name for name in names if name not in tensors]:
+                raise ConversionError(f"'{origin.name}' lacks {', '.join(missing)} beside {first}.")
+            tensors[first.replace(pieces[0], whole)] = torch.cat([tensors.pop(name) for name in names])
+    for name in [name for name in tensors if re.search(r"\.mlp\.fc1\.", name)]:
+        # timm packs a SwiGLU into fc1: it then has twice as many rows as fc2 has columns.
+        second = re.sub(r"fc1\.\w+$", "fc2.weight", name)
+        if second in tensors and tensors[name].shape[0] == 2 * tensors[second].shape[1]:
+            tensors[name.replace(".mlp.fc1.", ".mlp.gate_up_proj.")] = tensors.pop(name)
+    for name in [name for name in tensors if ".mlp.fc2." in name]:
+        if re.sub(r"fc2\.\w+$", "gate_up_proj.weight", name) in tensors:
+            tensors[name.replace(".mlp.fc2.", ".mlp.down_proj.")] = tensors.pop(name)
+    return tensors
+
+
+def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTConfig, dict[str, Tensor]]:
+    """The config that these tensors and the known fields imply, and the tensors with prefix positions folded in."""
+    needed = (
+        "embeddings.cls_token",
+        "embeddings.position_embeddings",
+        "embeddings.patch_embeddings.projection.weight",
+    )
+    if missing := [name for name in needed if name not in tensors]:
+        raise ConversionError(
+            f"'{origin.name}' has no {' and no '.join(missing)} (RegViT names), so it is no ViT with CLS and learned "
+            f"positions. Its first names are {sorted(origin.tensors)[:5]}."
+        )
+    fields = dict(origin.fields)
+    projection = tensors["embeddings.patch_embeddings.projection.weight"]  # (D, C, rows, columns)
+    if projection.ndim != 4:
+        raise ConversionError(
+            f"The patch embedding has shape {tuple(projection.shape)}, expected (D, channels, h, w)."
+        )
+    patch = (projection.shape[2], projection.shape[3])
+    registers = tensors.get("embeddings.register_tokens")
+    if registers is not None and registers.shape[1] == 0:
+        del tensors["embeddings.register_tokens"]
+        registers = None
+    depth = 1 + max((int(m[1]) for m in (re.match(r"layers\.(\d+)\.", n) for n in tensors) if m), default=-1)
+    if "reg_token" in origin.tensors:  # only timm uses this name, and timm resamples in one way
+        fields = {"interpolate_antialias": True, "interpolate_offset": 0.0, "layer_norm_eps": 1e-6, **fields}
+    if unknown := [name for name in NOT_IN_SHAPES if name not in fields]:
+        raise ConversionError(
+            f"'{origin.name}' does not tell {', '.join(unknown)}. Pass them to convert(): "
+            + "; ".join(f"{name}: {NOT_IN_SHAPES[name]}" for name in unknown)
+            + "."
+        )
+    swiglu = "layers.0.mlp.gate_up_proj.weight" in tensors
+    ffn = tensors.get("layers.0.mlp.down_proj.weight" if swiglu else "layers.0.mlp.fc2.weight")
+    shaped: dict[str, Any] = {
+        "hidden_size": projection.shape[0],
+        "num_channels": projection.shape[1],
+        "patch_size": patch[0] if patch[0] == patch[1] else list(patch),
+        "num_hidden_layers": depth,
+        "num_register_tokens": 0 if registers is None else registers.shape[1],
+        "use_swiglu_ffn": swiglu,
+        "qkv_bias": "layers.0.attention.qkv.bias" in tensors,
+        "proj_bias": "layers.0.attention.o_proj.bias" in tensors,
+        "mlp_bias": f"layers.0.mlp.{'down_proj' if swiglu else 'fc2'}.bias" in tensors,
+        "layerscale_value": fields.get("layerscale_value", 1e-5)
+        if "layers.0.layer_scale1.lambda1" in tensors
+        else None,
+        "use_mask_token": "embeddings.mask_token" in tensors,
+        "final_norm": "pooled" if "fc_norm.weight" in origin.tensors else "tokens",
+    }
+    for name, value in shaped.items():
+        if (
+            name in fields
+            and fields[name] != value
+            and name not in ("patch_size", "layerscale_value", "use_mask_token")
+        ):
+            raise ConversionError(
+                f"{name}={fields[name]} does not fit the tensors of '{origin.name}', which say {value}."
+            )
+    fields = {**fields, **shaped}
+    if "mask_token" in (tensors_name.rsplit(".", 1)[-1] for tensors_name in tensors):
+        tensors["embeddings.mask_token"] = tensors["embeddings.mask_token"].reshape(1, -1)
+    if ffn is not None:
+        fields["intermediate_size"] = ffn.shape[1]
+    if "classifier.weight" in tensors:
+        fields.setdefault("pooling", _pooling_of(tensors["classifier.weight"], projection.shape[0], origin))
+        fields.setdefault("num_labels", tensors["classifier.weight"].shape[0])
+    if fields["final_norm"] == "pooled":
+        fields["pooling"] = "mean_patch"
+    fields.pop("mlp_ratio", None)  # intermediate_size says it exactly
+    if "id2label" in fields:
+        fields.pop("num_labels", None)
+    tensors = _fold_positions(origin, tensors, fields, patch)
+    return RegViTConfig(**fields), tensors
+
+
+def _pooling_of(classifier: Tensor, width: int, origin: _Source) -> str:
+    pooling = {width: "cls", 2 * width: "cls_mean_patch"}.get(classifier.shape[1])
+    if pooling is None:
+        raise ConversionError(
+            f"The classifier of '{origin.name}' reads {classifier.shape[1]} features, expected {width} (CLS) or "
+            f"{2 * width} (CLS and mean patch). Heads on several blocks cannot be expressed; pass the backbone alone."
+        )
+    if "fc_norm.weight" not in origin.tensors and pooling == "cls" and origin.module is None:
+        logger.warning(
+            "Taking the classifier of '%s' to read CLS; pass pooling='mean_patch' if it does not.", origin.name
+        )
+    return pooling
+
+
+def _fold_positions(
+    origin: _Source, tensors: dict[str, Tensor], fields: dict[str, Any], patch: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Find the grid behind the position table; rows that belong to registers go into the registers."""
+    table = tensors["embeddings.position_embeddings"]  # (1, prefix + N, D)
+    rows, registers = table.shape[1], fields["num_register_tokens"]
+    candidates = {1: "a row for CLS", 0: "no row for CLS", 1 + registers: "a row for CLS and for every register"}
+    if "image_size" in fields:
+        size = fields["image_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        fits = [prefix for prefix in candidates if rows - prefix == (height // patch[0]) * (width // patch[1])]
+    else:
+        fits = [prefix for prefix in candidates if rows > prefix and math.isqrt(rows - prefix) ** 2 == rows - prefix]
+        if fits:
+            side = math.isqrt(rows - fits[0])
+            fields["image_size"] = side * patch[0] if patch[0] == patch[1] else [side * patch[0], side * patch[1]]
+    if not fits:
+        raise ConversionError(
+            f"The position table of '{origin.name}' has {rows} rows: with patch_size={patch} that is no grid of "
+            f"image_size={fields.get('image_size', 'a square')}. Pass image_size=[height, width] in pixels."
+        )
+    prefix = fits[0]
+    fields["no_embed_class"] = prefix == 0
+    if prefix == 1 + registers and registers:
+        tensors["embeddings.register_tokens"] = tensors["embeddings.register_tokens"] + table[:, 1:prefix]
+        tensors["embeddings.position_embeddings"] = torch.cat([table[:, :1], table[:, prefix:]], dim=1)
+    return tensors
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
+    """Put every tensor in its place; a name or shape that does not fit is an error."""
+    prefix = "regvit." if isinstance(model, RegViTForImageClassification) else ""
+    placed = {key if key.startswith("classifier.") else prefix + key: value for key, value in tensors.items()}
+    if prefix:
+        placed = {key: value for key, value in placed.items() if not key.startswith("regvit.pooler.")}
+    wanted = model.state_dict()
+    problems = [f"{key} is missing" for key in sorted(wanted.keys() - placed.keys())]
+    problems += [f"{key} has no place in RegViT" for key in sorted(placed.keys() - wanted.keys())]
+    problems += [
+        f"{key} has shape {tuple(placed[key].shape)}, expected {tuple(wanted[key].shape)}"
+        for key in sorted(wanted.keys() & placed.keys())
+        if wanted[key].shape != placed[key].shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ConversionError(f"'{name}' cannot be expressed as RegViT: {'; '.join(problems[:8])}{more}.")
+    # Copies: the result must not share memory with the model it came from.
+    model.load_state_dict({key: value.clone().contiguous() for key, value in placed.items()}, assign=True)
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+
+# --- Proof ---
+
+
+@torch.no_grad()
+def _verify(model: nn.Module, origin: _Source) -> None:
+    """Compare with the source model on random images at its native size and at another one."""
+    source = origin.module.load() if isinstance(origin.module, _LazySource) else origin.module
+    if source is None:
+        logger.warning(
+            "'%s' is a bare set of tensors with no model to run: names and shapes were checked, outputs were not compared.",
+            origin.name,
+        )
+        return
+    was_training = source.training
+    source.eval()
+    config = model.config
+    height, width = config.image_shape
+    sizes = [(height, width)]
+    if _takes_any_size(source):
+        sizes.append((height + config.patch_shape[0], width + 2 * config.patch_shape[1]))
+    generator = torch.Generator().manual_seed(0)
+    parameter = next(source.parameters())
+    try:
+        for size in sizes:
+            pixels = torch.randn(2, config.num_channels, *size, generator=generator).to(
+                parameter.device, parameter.dtype
+            )
+            kind, expected = _run_source(source, pixels)
+            actual, expected = _run_ours(model.to(parameter.device), pixels, kind).float(), expected.float()
+            difference = ((actual - expected).abs().max() / expected.std().clamp(min=1e-6)).item()
+            limit = VERIFY_TOLERANCE if parameter.dtype == torch.float32 else 2e-2
+            if not difference <= limit:
+                raise ConversionError(
+                    f"RegViT's outputs differ from those of '{origin.name}' by {difference:.2e} of their standard "
+                    f"deviation at {size[0]} x {size[1]} pixels, more than {limit:.0e}. Check the config overrides."
+                )
+            logger.info("Outputs equal those of '%s' at %d x %d: %.1e.", origin.name, *size, difference)
+    finally:
+        source.train(was_training)
+
+
+def _takes_any_size(source: nn.Module) -> bool:
+    return hasattr(source, "config") or getattr(source, "dynamic_img_size", False)
+
+
+def _run_source(source: nn.Module, pixels: Tensor) -> tuple[str, Tensor]:
+    """Name and value of the output to compare."""
+    if not hasattr(source, "config"):
+        return (
+            ("logits", source(pixels))
+            if source.num_classes
+            else ("last_hidden_state", source.forward_features(pixels))
+        )
+    extra = {"interpolate_pos_encoding": True} if source.config.model_type in ("vit", "deit") else {}
+    output = source(pixels, **extra)
+    for name in ("logits", "last_hidden_state", "feature_maps"):
+        if output.get(name) is not None:
+            return name, output[name][-1] if name == "feature_maps" else output[name]
+    raise ConversionError(f"{type(source).__name__} returns nothing to compare with: {list(output.keys())}.")
+
+
+def _run_ours(model: nn.Module, pixels: Tensor, kind: str) -> Tensor:
+    if kind != "feature_maps":
+        return model(pixels)[kind]
+    with torch.device("meta"):
+        backbone = RegViTBackbone(model.config)
+    backbone.regvit = model
+    return backbone.eval()(pixels).feature_maps[-1]
