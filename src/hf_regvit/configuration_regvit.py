@@ -249,8 +249,8 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, low, high in (
             ("hidden_size", 1, 65536), ("num_hidden_layers", 1, 1024), ("num_attention_heads", 1, 1024),
             ("num_register_tokens", 0, 1024), ("num_channels", 1, 4096), ("intermediate_size", 1, 1048576),
-            ("num_depth_bins", 2, 65536), ("mlp_ratio", 1e-3, 1024), ("layer_norm_eps", 0, 0.1),
-            ("layerscale_value", 1e-12, 1e3), ("initializer_range", 0, 10), ("register_init_std", 1e-9, 10),
+            ("num_depth_bins", 2, 65536), ("mlp_ratio", 1e-3, 1024), ("layer_norm_eps", 0, 1),
+            ("layerscale_value", 1e-12, 1e3), ("initializer_range", 0, 10), ("register_init_std", 1e-12, 10),
             ("drop_path_rate", 0, 0.99), ("interpolate_offset", 0, 1), ("min_depth", 0, 1e6), ("max_depth", 0, 1e6),
         ):  # fmt: skip
             value = getattr(self, name)

@@ -43,8 +43,11 @@ class ImageTooSmallError(ValueError):
     """An image with a side shorter than one patch."""
 
 
-class CheckpointError(ValueError):
-    """Weights that do not fit the model: tensors missing, left over or of another shape."""
+class CheckpointError(ValueError, RuntimeError):
+    """Weights that do not fit the model: tensors missing, left over or of another shape.
+
+    A RuntimeError too, because that is what transformers raises for tensors of another shape.
+    """
 
 
 class CheckpointCorruptError(CheckpointError):
