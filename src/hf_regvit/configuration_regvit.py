@@ -8,6 +8,8 @@ nothing but torch, transformers and huggingface_hub, and they stay flat.
 import difflib
 import json
 import math
+import os
+from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -41,6 +43,9 @@ PRESETS: dict[str, dict] = {
 
 # Far above anything published (22 B parameters), far below a typing error that would eat the machine.
 MAX_PARAMETERS = 100e9
+
+# Ten times the config of a classifier with all 21,841 names of ImageNet-21k.
+MAX_CONFIG_BYTES = 16 * 2**20
 
 # Keywords that are no fields of ours but that config files and transformers itself hand over.
 _FOREIGN_KEYWORDS = {
@@ -195,6 +200,8 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self._warn_about_unknown(kwargs)
         self._warn_about_newer(kwargs.pop("hf_regvit_version", None))
+        if (num_labels := kwargs.get("num_labels")) is not None and num_labels < 1:
+            raise ConfigError(f"num_labels={num_labels} is out of range: a head has at least 1 label, e.g. 2.")
         kwargs.pop("stage_names", None)  # derived, see the property
         kwargs.pop("use_cache", None)  # Trainer writes it into every config; a ViT has no cache
         self.validate_architecture()
@@ -251,7 +258,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ("num_register_tokens", 0, 1024), ("num_channels", 1, 4096), ("intermediate_size", 1, 1048576),
             ("num_depth_bins", 2, 65536), ("mlp_ratio", 1e-3, 1024), ("layer_norm_eps", 0, 1),
             ("layerscale_value", 1e-12, 1e3), ("initializer_range", 0, 10), ("register_init_std", 1e-12, 10),
-            ("drop_path_rate", 0, 0.99), ("interpolate_offset", 0, 1), ("min_depth", 0, 1e6), ("max_depth", 0, 1e6),
+            ("drop_path_rate", 0, 0.99), ("interpolate_offset", 0, 0.99), ("min_depth", 0, 1e6), ("max_depth", 0, 1e6),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):
@@ -265,6 +272,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         self._validate_sizes()
+        if self.final_norm == "pooled" and self.pooler_act is not None:
+            raise ConfigError(
+                f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' pools the mean patch. Use "
+                "pooler_act=None."
+            )
         if self.min_depth >= self.max_depth:
             raise ConfigError(f"min_depth={self.min_depth} must be below max_depth={self.max_depth}, e.g. 0.001.")
         if not self.head_layers or any(
@@ -290,12 +302,17 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
                 f"Use {nearest}."
             )
+        if self.ffn_hidden_size < 1:
+            raise ConfigError(
+                f"mlp_ratio={self.mlp_ratio} with hidden_size={self.hidden_size} makes an MLP of no width. Use 4."
+            )
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
             if not isinstance(value, int) and len(value) != 2:
                 raise ConfigError(f"{name}={value} must be one number or a (height, width) pair, e.g. 224.")
             if any(not 1 <= side <= 65536 for side in _pair(value)):
-                raise ConfigError(f"{name}={value} is out of range: sides lie in [1, 65536] pixels, e.g. 224.")
+                default = type(self).__dataclass_fields__[name].default
+                raise ConfigError(f"{name}={value} is out of range: sides lie in [1, 65536] pixels, e.g. {default}.")
         for side, patch in zip(self.image_shape, self.patch_shape):
             if side % patch:
                 low = side // patch * patch
@@ -324,21 +341,27 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return output
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
-        """Read config.json; a broken one is reported with its name and line."""
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
+        """Read config.json; a broken one is reported with its name and line, before anything is made of it."""
+        size = Path(json_file).stat().st_size
+        if size > MAX_CONFIG_BYTES:
+            raise ConfigError(f"'{json_file}' has {size:,} bytes, no config has more than {MAX_CONFIG_BYTES:,}.")
         try:
-            config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            config = super()._dict_from_json_file(json_file)
+        except UnicodeDecodeError as error:
             raise ConfigError(
-                f"config.json of '{pretrained_model_name_or_path}'{line}: not JSON text ({error})."
+                f"'{json_file}' is no UTF-8 text (byte {error.start}). Save it again as UTF-8."
+            ) from error
+        except json.JSONDecodeError as error:
+            raise ConfigError(
+                f"'{json_file}', line {error.lineno}: no JSON ({error.msg}). Correct that line."
             ) from error
         if not isinstance(config, dict):
             raise ConfigError(
-                f"config.json of '{pretrained_model_name_or_path}' holds a {type(config).__name__}, not an object "
-                'of fields like {"model_type": "regvit"}.'
+                f"'{json_file}' holds a {type(config).__name__}, not an object of fields like "
+                '{"model_type": "regvit"}.'
             )
-        return config, unused
+        return config
 
     def _warn_about_unknown(self, kwargs: dict) -> None:
         """Warn, never fail: a config of a newer version must still load."""

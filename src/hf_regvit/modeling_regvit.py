@@ -10,6 +10,7 @@ Hidden states and attentions are collected by hand, because the helpers for that
 transformers 5.x and a Hub repository has to run with whatever version its user has.
 """
 
+import copy
 import math
 import os
 from collections.abc import Callable
@@ -442,6 +443,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"(^|\.)pooler\."]
 
     def __init__(self, config: RegViTConfig, *args, **kwargs):
+        config.validate_architecture()  # again: from_pretrained applies its overrides after the config was checked
         self._check_memory(config)
         super().__init__(config, *args, **kwargs)
 
@@ -492,6 +494,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes=True` is honoured for heads only.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        kwargs.setdefault("use_safetensors", True)  # RegViT was never saved as a pickle: one found here is not ours
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -509,15 +512,17 @@ class RegViTPreTrainedModel(PreTrainedModel):
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         return (model, info) if wants_info else model
 
-    def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
-        def backbone(keys) -> list[str]:
-            names = {key.removeprefix("regvit."): key for key in keys}
-            return sorted(
-                full for name, full in names.items() if name.startswith(("embeddings.", "layers.", "layernorm."))
-            )
+    def _move_missing_keys_from_meta_to_device(self, missing_keys: set[str], *args, **kwargs) -> None:
+        """Backbone tensors that `_check_loaded` is about to refuse stay on the meta device, where they are free."""
+        if self.config.name_or_path is not None:
+            missing_keys = missing_keys - {
+                key for key in _backbone_keys(missing_keys) if not key.endswith("mask_token")
+            }
+        super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
-        missing = [key for key in backbone(info["missing_keys"]) if not key.endswith("mask_token")]
-        surplus = backbone(info["unexpected_keys"])
+    def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
+        missing = [key for key in _backbone_keys(info["missing_keys"]) if not key.endswith("mask_token")]
+        surplus = _backbone_keys(info["unexpected_keys"])
         mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
         problems = []
         for key in missing:
@@ -535,7 +540,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 )
             else:
                 problems.append(f"{key} is in the checkpoint but not in the model")
-        strict_keys = set(backbone(mismatched)) if ignore_mismatched_sizes else set(mismatched)
+        strict_keys = set(_backbone_keys(mismatched)) if ignore_mismatched_sizes else set(mismatched)
         for key in sorted(strict_keys):
             found, wanted = mismatched[key]
             hint = ""
@@ -546,12 +551,19 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 )
             elif key.endswith("position_embeddings"):
                 hint = ". Load it without an image_size override: other input sizes are resampled as they come"
-            elif key not in backbone([key]):
+            elif not _backbone_keys([key]):
                 hint = ". Pass ignore_mismatched_sizes=True to start this head anew"
             problems.append(f"{key} has shape {found} in the checkpoint and {wanted} in the model{hint}")
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise CheckpointError(f"The checkpoint '{source}' does not fit {type(self).__name__}: {shown}.")
+
+
+def _backbone_keys(keys) -> list[str]:
+    """Those of `keys` that belong to the backbone, sorted; the others are heads and poolers."""
+    return sorted(
+        key for key in keys if key.removeprefix("regvit.").startswith(("embeddings.", "layers.", "layernorm."))
+    )
 
 
 def _find_corrupt_file(source) -> str:
@@ -610,8 +622,10 @@ class RegViTModel(RegViTPreTrainedModel):
 
         New registers are untrained: train them before use. Changes the model and its config in place.
         """
+        wanted = copy.copy(self.config)  # checked on a copy: a refused number must leave the model as it was
+        wanted.num_register_tokens = num_register_tokens
+        wanted.validate_architecture()
         self.config.num_register_tokens = num_register_tokens
-        self.config.validate_architecture()
         old = self.embeddings.register_tokens
         like, kept = self.embeddings.cls_token, 0 if old is None else min(old.shape[1], num_register_tokens)
         if num_register_tokens == 0:
@@ -746,6 +760,11 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
     def __init__(self, config: RegViTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
+        if config.final_norm == "pooled" and config.pooling != "mean_patch":
+            raise ValueError(
+                f"pooling={config.pooling!r} does not go with final_norm='pooled', which pools the mean patch. Use "
+                "pooling='mean_patch'."
+            )
         self.regvit = RegViTModel(config, add_pooling_layer=False)
         width = config.hidden_size * (2 if config.pooling == "cls_mean_patch" else 1)
         self.classifier = nn.Linear(width, config.num_labels)
@@ -869,7 +888,9 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
             ignore = self.config.semantic_loss_ignore_index
             if pixel_mask is not None:
                 labels = labels.masked_fill(~pixel_mask.bool(), ignore)
-            loss = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore)
+            # The mean over labelled pixels; 0, not NaN, for a batch that has none.
+            total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
+            loss = total / (labels != ignore).sum().clamp(min=1)
         wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         result = SemanticSegmenterOutput(
             loss=loss,
