@@ -514,7 +514,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys: set[str], *args, **kwargs) -> None:
         """Backbone tensors that `_check_loaded` is about to refuse stay on the meta device, where they are free."""
-        if self.config.name_or_path != "None":  # what transformers writes there for from_pretrained(None, state_dict=...)
+        if self.config.name_or_path != "None":  # the text that from_pretrained(None, state_dict=...) leaves there
             missing_keys = missing_keys - {
                 key for key in _backbone_keys(missing_keys) if not key.endswith("mask_token")
             }
