@@ -4,6 +4,8 @@
 `AutoModel.from_pretrained` needs no `trust_remote_code`.
 """
 
+from importlib import import_module
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -51,11 +53,30 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
+# Trainer, datasets and their kind cost seconds to import, so the functions that need them are found on first use.
+_ON_FIRST_USE = {
+    "ConversionError": "conversion",
+    "convert": "conversion",
+    "PretrainingArguments": "pretraining",
+    "pretrain": "pretraining",
+    "load_images": "data",
+    "knn_classify": "probes",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module 'hf_regvit' has no attribute '{name}'")
+    return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
+
+
 __all__ = [
     "CheckpointCorruptError",
     "CheckpointError",
     "ConfigError",
+    "ConversionError",
     "ImageTooSmallError",
+    "PretrainingArguments",
     "RegViTBackbone",
     "RegViTConfig",
     "RegViTForDepthEstimation",
@@ -64,4 +85,8 @@ __all__ = [
     "RegViTModel",
     "RegViTModelOutput",
     "__version__",
+    "convert",
+    "knn_classify",
+    "load_images",
+    "pretrain",
 ]

@@ -45,7 +45,7 @@ class ConversionError(ValueError):
 
 @dataclass
 class _Source:
-    """A checkpoint on its way: tensors under upstream names, the config fields known so far, a model to compare with."""
+    """A checkpoint on its way: tensors under upstream names, config fields known so far, a model to compare with."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -61,8 +61,9 @@ def convert(
     Args:
         source: A folder written by `save_pretrained`, a Hub id, a weights file (`.safetensors`, `.pth`), a state dict,
             or a module of transformers or timm.
-        verify: Run the source and the result on the same random images, at the native and at another size, and compare.
-            Where there is no source model to run (state dicts), a warning says so; names and shapes are always checked.
+        verify: Run source and result on the same random images, at the native and at another size, and compare.
+            Where there is no source model to run (state dicts), a warning says so; names and shapes are always
+            checked.
         config_overrides: Fields of `RegViTConfig`. A raw state dict needs `num_attention_heads`, `layer_norm_eps`,
             `interpolate_antialias` and `interpolate_offset`, and `image_size` if its position table is not square.
 
@@ -96,6 +97,49 @@ def convert(
     return model
 
 
+def convert_to_folder(
+    source: str | Path, output_dir: str | Path, *, verify: bool = True, **config_overrides: Any
+) -> RegViTModel | RegViTForImageClassification:
+    """`convert`, saved as a checkpoint with its code files and an image processor.
+
+    The processor is the source's own where it has one. A bare file of weights gets DINOv2's: ImageNet statistics and a
+    centre crop of the native size.
+
+    Args:
+        source: As for `convert`, but a folder, a file or a Hub id.
+        output_dir: A new or empty folder, or one without a checkpoint.
+        verify: As for `convert`.
+        config_overrides: As for `convert`.
+
+    Raises:
+        FileExistsError: `output_dir` holds a checkpoint already.
+    """
+    output = Path(output_dir)
+    if (output / "config.json").exists():
+        raise FileExistsError(f"'{output}' holds a checkpoint already. Choose another output_dir or remove it.")
+    source = _local(source)
+    model = convert(source, verify=verify, **config_overrides)
+    processor = _processor_of(source, model.config)
+    model.save_pretrained(output)
+    processor.save_pretrained(output)
+    return model
+
+
+def _processor_of(source: Path, config: RegViTConfig) -> Any:
+    from transformers import AutoImageProcessor
+
+    from .data import default_image_processor
+
+    if (source / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(source)
+    processor = default_image_processor(config.image_shape)
+    if (source / "config.json").is_file():
+        statistics = json.loads((source / "config.json").read_text(encoding="utf-8")).get("pretrained_cfg", {})
+        processor.image_mean = list(statistics.get("mean", processor.image_mean))
+        processor.image_std = list(statistics.get("std", processor.image_std))
+    return processor
+
+
 # --- Reading ---
 
 
@@ -104,18 +148,22 @@ def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> _Source:
         return _from_module(source)
     if isinstance(source, dict):
         return _Source("state dict", _find_backbone(source))
+    path = _local(source)
+    return _Source(str(path), _find_backbone(_read_weights(path))) if path.is_file() else _from_folder(path)
+
+
+def _local(source: str | Path) -> Path:
+    """The file or folder, downloaded if `source` is a Hub id: configurations and safetensors only, no code."""
     path = Path(source)
-    if path.is_file():
-        return _Source(str(path), _find_backbone(_read_weights(path)))
-    if path.is_dir():
-        return _from_folder(path)
+    if path.exists():
+        return path
     if path.suffix or path.is_absolute() or str(source).count("/") != 1:
         raise FileNotFoundError(
             f"'{source}' is neither a file nor a folder, nor a Hub id of the form 'owner/name'. Check the path."
         )
     from huggingface_hub import snapshot_download
 
-    return _from_folder(Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"])))
+    return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
@@ -197,9 +245,8 @@ def _weight_files(folder: Path) -> list[Path]:
             return [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if (folder / single).is_file():
             return [folder / single]
-    raise FileNotFoundError(
-        f"'{folder}' has no model.safetensors (or pytorch_model.bin); it holds {sorted(p.name for p in folder.iterdir())[:8]}."
-    )
+    found = sorted(path.name for path in folder.iterdir())[:8]
+    raise FileNotFoundError(f"'{folder}' has no model.safetensors (or pytorch_model.bin); it holds {found}.")
 
 
 def _timm_module(folder: Path, config: dict[str, Any]) -> nn.Module:
@@ -288,11 +335,14 @@ def _transformers_parts(
 def _timm_fields(module: nn.Module) -> dict[str, Any]:
     """Config fields of a timm VisionTransformer, or a refusal that names what RegViT has not."""
     block = module.blocks[0]
+    if type(block).__name__ != "Block":
+        raise ConversionError(
+            f"The timm model has blocks of type {type(block).__name__}, which RegViT cannot express."
+        )
     mlp = type(block.mlp).__name__
     refusals = {
         "no class token": not module.has_class_token,
         "no position table": module.pos_embed is None,
-        f"block {type(block).__name__}": type(block).__name__ != "Block",
         f"attention {type(block.attn).__name__}": type(block.attn).__name__ != "Attention",
         f"MLP {mlp}": mlp not in ("Mlp", "GluMlp"),
         f"a gate with {type(block.mlp.act).__name__}": mlp == "GluMlp"
@@ -537,7 +587,8 @@ def _verify(model: nn.Module, origin: _Source) -> None:
     source = origin.module.load() if isinstance(origin.module, _LazySource) else origin.module
     if source is None:
         logger.warning(
-            "'%s' is a bare set of tensors with no model to run: names and shapes were checked, outputs were not compared.",
+            "'%s' is a bare set of tensors with no model to run: names and shapes were checked, "
+            "outputs were not compared.",
             origin.name,
         )
         return

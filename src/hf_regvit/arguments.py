@@ -1,0 +1,119 @@
+"""The command line's arguments: dataclasses, and YAML recipes as their defaults."""
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+
+@dataclass
+class ConvertArguments:
+    """What `regvit convert` reads. The overrides are fields of `RegViTConfig` that a raw state dict cannot tell."""
+
+    model_name_or_path: str = HfArg(
+        aliases=["--model"], help="Folder, weights file (.safetensors, .pth) or Hub id of the model to convert."
+    )
+    output_dir: str = field(metadata={"help": "Folder to write the RegViT to; it must not hold one already."})
+    verify: bool = field(
+        default=True, metadata={"help": "Compare outputs with the source model where there is one to run."}
+    )
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads, for raw state dicts."})
+    layer_norm_eps: float | None = field(default=None, metadata={"help": "LayerNorm epsilon, for raw state dicts."})
+    interpolate_antialias: bool | None = field(
+        default=None, metadata={"help": "Antialias when positions are resampled, for raw state dicts."}
+    )
+    interpolate_offset: float | None = field(
+        default=None, metadata={"help": "Cells added to the grid when positions are resampled, for raw state dicts."}
+    )
+    image_size: list[int] | None = field(
+        default=None, metadata={"help": "Pixels of the stored position table, one side or height and width."}
+    )
+    pooling: str | None = field(
+        default=None, metadata={"help": "What a classifier reads: cls, cls_mean_patch or mean_patch."}
+    )
+
+    def overrides(self) -> dict[str, Any]:
+        """The config fields that were given."""
+        names = [f.name for f in fields(self) if f.name not in ("model_name_or_path", "output_dir", "verify")]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if len(given.get("image_size", [])) == 1:
+            given["image_size"] = given["image_size"][0]
+        return given
+
+
+class RecipeError(ValueError):
+    """A recipe file that cannot be used; the message names file, line and key."""
+
+
+class RecipeParser(HfArgumentParser):
+    """`HfArgumentParser` with `--config recipe.yaml`: default < recipe < flag.
+
+    Values of the recipe become the parser's defaults and pass through its types, because YAML reads `1e-4` as text and
+    transformers' own YAML parsing leaves it so. Recipes are flat; an unknown key is an error with the nearest one.
+    """
+
+    def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
+        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        self.add_argument(
+            "--config", metavar="RECIPE.yaml", help="Flat YAML file of these options; flags override it."
+        )
+
+    def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
+        """The dataclasses of `args` (without the program's name).
+
+        Raises:
+            RecipeError: The recipe is missing, not flat YAML, or has an unknown key or a value of the wrong type.
+        """
+        recipe = _take_config(args)
+        if recipe is not None:
+            self._use_recipe(Path(recipe))
+        *parsed, _rest = self.parse_args_into_dataclasses(list(args), look_for_args_file=False)
+        return tuple(parsed)
+
+    def _use_recipe(self, path: Path) -> None:
+        if not path.is_file():
+            raise RecipeError(f"The recipe '{path}' does not exist.")
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise RecipeError(f"'{path}' is not YAML: {error}") from error
+        if not isinstance(values, dict):
+            raise RecipeError(f"'{path}' holds a {type(values).__name__}, expected one 'option: value' a line.")
+        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        for key, value in values.items():
+            line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
+            if key not in known:
+                nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise RecipeError(f"Unknown key '{key}' in {path}:{line}. Did you mean '{nearest}'?")
+            action = known[key]
+            try:
+                action.default = self._typed(action, value)
+            except (TypeError, ValueError) as error:
+                raise RecipeError(f"{key}: {value!r} in {path}:{line} cannot be used: {error}") from error
+            action.required = False
+
+    @staticmethod
+    def _typed(action: Any, value: Any) -> Any:
+        if value is None or isinstance(value, dict):
+            return value
+        convert = action.type or str
+        if isinstance(value, bool) and action.type is None:
+            return value
+        if isinstance(value, list):
+            return [convert(item) if isinstance(item, str) else convert(str(item)) for item in value]
+        return convert(value if isinstance(value, str) else str(value))
+
+
+def _take_config(args: Sequence[str]) -> str | None:
+    for i, argument in enumerate(args):
+        if argument == "--config" and i + 1 < len(args):
+            return args[i + 1]
+        if argument.startswith("--config="):
+            return argument.removeprefix("--config=")
+    return None

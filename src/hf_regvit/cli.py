@@ -1,0 +1,116 @@
+"""The `regvit` command: parse, call one public function, print.
+
+Results go to stdout, logs to stderr. Exit status: 0 done, 1 failed, 2 misuse. Many processes:
+`accelerate launch -m hf_regvit pretrain ...`.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+USAGE = """usage: regvit COMMAND [options]
+
+commands:
+  pretrain   train a RegViT on images without labels, the DINOv2 way
+  convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
+
+regvit COMMAND --help lists the options of a command.
+Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
+"""
+
+
+def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit pretrain --config examples/photos_cpu.yaml --output_dir runs/a`."""
+    from .arguments import RecipeParser
+    from .pretraining import PretrainingArguments, pretrain
+
+    (arguments,) = RecipeParser(PretrainingArguments, prog="regvit pretrain").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    model = pretrain(arguments)
+    return {"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()}
+
+
+def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit convert --model SOURCE --output_dir FOLDER`."""
+    from .arguments import ConvertArguments, RecipeParser
+    from .conversion import convert_to_folder
+
+    (arguments,) = RecipeParser(ConvertArguments, prog="regvit convert").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    model = convert_to_folder(
+        arguments.model_name_or_path, arguments.output_dir, verify=arguments.verify, **arguments.overrides()
+    )
+    config = model.config
+    return {
+        "output_dir": arguments.output_dir,
+        "class": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "registers": config.num_register_tokens,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+    }
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
+    "pretrain": pretrain_command,
+    "convert": convert_command,
+}
+
+
+def _resolved(arguments: Any) -> dict[str, Any]:
+    """The arguments that differ from the defaults, and those that have none."""
+    resolved = {}
+    for field in dataclasses.fields(arguments):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        value = getattr(arguments, field.name)
+        if field.init and value != default and isinstance(value, str | int | float | bool | list | None):
+            resolved[field.name] = value
+    return resolved
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if args else 2
+    if args[0] == "--version":
+        from .configuration_regvit import __version__
+
+        print(f"hf_regvit {__version__}")
+        return 0
+    name, *rest = args
+    if name not in COMMANDS:
+        import difflib
+
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        print(f"error: unknown command '{name}'. Did you mean '{nearest}'?", file=sys.stderr)
+        return 2
+    switches = {switch: f"--{switch}" in rest for switch in ("dry_run", "json", "debug")}
+    rest = [argument for argument in rest if argument not in ("--dry_run", "--json", "--debug")]
+    logging.basicConfig(level=os.environ.get("REGVIT_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
+    for chatty in ("httpx", "httpcore", "urllib3", "PIL", "matplotlib"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    try:
+        result = COMMANDS[name](rest, switches)
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 1
+    except SystemExit as stop:  # argparse has printed its own message
+        return stop.code if isinstance(stop.code, int) else 2
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        if switches["debug"]:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if switches["json"]:
+        print(json.dumps(result))
+    else:
+        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+    return 0
