@@ -40,7 +40,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 EMBEDDED_SOURCES = ("photos", "digits")
 
 # Formats that Pillow decodes by itself: EPS would start Ghostscript, PDF and SVG are no pixel formats.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "MPO")
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 _MAX_PIXELS = 89_478_485  # Pillow's own limit before it warns: a quarter of a GiB of RGB
 _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
@@ -85,7 +85,7 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
     except OSError as error:
         raise BadImageError(name, f"{error.strerror or error}") from error
     try:
-        with Image.open(BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(BytesIO(data), formats=_known_formats()) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise BadImageError(name, f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
             image.load()
@@ -107,13 +107,19 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
         raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip(".")) from error
 
 
+@cache
+def _known_formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # not every build of Pillow reads AVIF
+
+
 def _describe_unknown(data: bytes) -> str:
     if not data:
         return "the file is empty"
     head = data[:256].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "it looks like HTML, XML or SVG (a failed download?), expected a pixel image"
-    return f"no supported image format ({', '.join(_FORMATS)}); the first bytes are {data[:8]!r}"
+    return f"no supported image format ({', '.join(_known_formats())}); the first bytes are {data[:8]!r}"
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
