@@ -3,8 +3,8 @@
 `scripts/dev/get_hf_common_tests.py` has put its `tests/` folder into `.cache/hf_common/`. The source distribution
 lacks what those files import relatively (exporters, generation, configuration constants, one module per pipeline); the
 stand-ins are here and in `pipeline_checks.py`. Three things more are patched, each only for the time it is needed: the
-mixins import transformers a second time by path, they read a list of tiny models of the Hub at import, and they look up
-by class name, in the static tables of transformers, which class wants labels.
+mixins import transformers a second time by path, they read a list of tiny models of the Hub at import, and they look
+up by class name, in the static tables of transformers, which class wants labels.
 """
 
 import contextlib

@@ -111,8 +111,8 @@ class RegViTModelTest(suite.ModelTesterMixin, suite.PipelineTesterMixin, unittes
             assert model.get_output_embeddings() is None
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
-        # Wrapped: upstream reads `weight` of the input embedding, passes over models whose embedding has none, and skips
-        # if that leaves no model. Ours is in the convolution one level below.
+        # Wrapped: upstream reads `weight` of the input embedding, passes over models whose embedding has none, and
+        # skips if that leaves no model. Ours is in the convolution one level below.
         weight = property(lambda embeddings: embeddings.projection.weight)
         with mock.patch.object(RegViTPatchEmbeddings, "weight", weight, create=True):
             super().test_enable_input_require_grads_with_gradient_checkpointing()
