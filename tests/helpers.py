@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 
 def shared_dir() -> Path | None:
-    """The folder `shared` beside or above the project, which holds golden files and data sets; None on a user's machine."""
+    """The folder `shared` above the project, with golden files and data sets; None on a user's machine."""
     for parent in Path(__file__).resolve().parents:
         if (parent / "shared" / "golden" / "README.md").is_file():
             return parent / "shared"
