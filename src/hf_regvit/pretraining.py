@@ -1,0 +1,1152 @@
+"""DINOv2-style self-supervised pretraining of a vision transformer with registers.
+
+`pretrain(args)` is the whole job. Below it, from small to large: `PrototypeHead` (the projection head), `Schedules`
+(every time-dependent number as a pure function of the step), `parameter_rules` (learning-rate and weight-decay
+multiplier of every parameter), `SelfDistillation` (student, teacher, heads, losses in one module) and `DinoTrainer`
+(the thin layer between these and `transformers.Trainer`).
+
+Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
+code, whose divisors, orders of operations and schedules are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention everywhere and in no loss.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import platform
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+
+from .callbacks import MetricsFile, Observer, TrainingProgress
+from .configuration_regvit import RegViTConfig
+from .losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from .modeling_regvit import RegViTModel
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Projection head ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes of one projection head: D -> hidden -> ... -> bottleneck -> prototypes.
+
+    Attributes:
+        num_prototypes: K, the number of output logits.
+        hidden_size: width of the hidden layers.
+        bottleneck_size: width that is L2-normalised and compared with the prototypes.
+        num_layers: linear layers before the prototypes, at least 1.
+    """
+
+    num_prototypes: int = 65536
+    hidden_size: int = 2048
+    bottleneck_size: int = 256
+    num_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} of a projection head is {value}; expected at least 1.")
+
+
+class _Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: row k is `g_k * v_k / |v_k|`.
+
+    Written out instead of `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
+    """
+
+    def __init__(self, in_features: int, num_prototypes: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One bf16 step of a logit near 1, divided by a temperature of 0.04, is 0.1 nat: this layer runs in full
+        # precision whatever the rest of the head runs in.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+            return F.linear(x.to(weight.dtype), weight)
+
+
+class PrototypeHead(nn.Module):
+    """Projection head of DINO and iBOT: MLP, unit length, then the scaled cosine to each of K prototypes.
+
+    Parameters are named `mlp.0|2|4.weight|bias`, `last_layer.weight_g` and `last_layer.weight_v`, as in released
+    checkpoints; with a single layer `mlp.weight` and `mlp.bias`.
+
+    Args:
+        in_features: D, width of a token.
+        shape: sizes of the head.
+        bias: whether the MLP layers have a bias.
+
+    Source: the released DINOv2 head; initialisation trunc-normal 0.02 and zero bias in the MLP, uniform
+    +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
+    """
+
+    def __init__(self, in_features: int, shape: HeadShape, *, bias: bool = True) -> None:
+        super().__init__()
+        inner = [shape.hidden_size] * (shape.num_layers - 1)
+        widths = [in_features, *inner, shape.bottleneck_size]
+        layers: list[nn.Module] = []
+        for index in range(shape.num_layers):
+            linear = nn.Linear(widths[index], widths[index + 1], bias=bias)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(linear.bias)
+            layers += [linear, nn.GELU()]
+        # No activation after the last layer; a lone layer is not wrapped, so that its name has no index.
+        self.mlp = layers[0] if shape.num_layers == 1 else nn.Sequential(*layers[:-1])
+        self.last_layer = _Prototypes(shape.bottleneck_size, shape.num_prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(n, K)` in float32 of features `(n, D)`; n may be 0."""
+        x = self.mlp(x)
+        # 1e-12 underflows in fp16.
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+# ---- Schedules ---------------------------------------------------------------------------------------------------
+
+
+def cosine_schedule(
+    step: int,
+    *,
+    base: float,
+    final: float,
+    total_steps: int,
+    warmup_steps: int = 0,
+    warmup_start: float = 0.0,
+    freeze_steps: int = 0,
+) -> float:
+    """Zeros, then a linear warm-up, then half a cosine period; a pure function of the step.
+
+    The warm-up includes both ends, so its last value is already `base`, and the cosine starts at `base` again. The
+    cosine comes near `final` at `total_steps - 1` and is exactly `final` from `total_steps` on.
+
+    Args:
+        step: 0-based optimizer step.
+        base: value at the top.
+        final: value at and after the end.
+        total_steps: length of the whole schedule.
+        warmup_steps: steps from `warmup_start` to `base`.
+        warmup_start: first value of the warm-up.
+        freeze_steps: leading steps with the value 0.
+
+    Returns:
+        The value at `step`.
+
+    Source: released DINOv2 training code (`CosineScheduler`).
+    """
+    if step >= total_steps:
+        return final
+    if step < freeze_steps:
+        return 0.0
+    step -= freeze_steps
+    if step < warmup_steps:
+        return warmup_start + (base - warmup_start) * step / max(warmup_steps - 1, 1)
+    step -= warmup_steps
+    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / (total_steps - warmup_steps - freeze_steps)))
+
+
+class StepValues(NamedTuple):
+    """What the schedules say for one step."""
+
+    learning_rate: float
+    last_layer_learning_rate: float
+    weight_decay: float
+    teacher_momentum: float
+    teacher_temperature: float
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """Every number of a run that depends on time. All durations are optimizer steps.
+
+    Source: released DINOv2 training code and `vitl16_short` / `vitl14` configurations.
+    """
+
+    total_steps: int
+    learning_rate: float
+    min_learning_rate: float
+    warmup_steps: int
+    freeze_last_layer_steps: int
+    weight_decay: float
+    weight_decay_end: float
+    teacher_momentum: float
+    teacher_momentum_end: float
+    warmup_teacher_temperature: float
+    teacher_temperature: float
+    warmup_teacher_temperature_steps: int
+
+    def at(self, step: int) -> StepValues:
+        """Values at the 0-based optimizer step; after the last step the final ones."""
+        learning_rate = cosine_schedule(
+            step,
+            base=self.learning_rate,
+            final=self.min_learning_rate,
+            total_steps=self.total_steps,
+            warmup_steps=self.warmup_steps,
+        )
+        return StepValues(
+            learning_rate=learning_rate,
+            last_layer_learning_rate=0.0 if step < self.freeze_last_layer_steps else learning_rate,
+            weight_decay=cosine_schedule(
+                step, base=self.weight_decay, final=self.weight_decay_end, total_steps=self.total_steps
+            ),
+            teacher_momentum=cosine_schedule(
+                step, base=self.teacher_momentum, final=self.teacher_momentum_end, total_steps=self.total_steps
+            ),
+            # A warm-up as long as the schedule itself: linear, then constant.
+            teacher_temperature=cosine_schedule(
+                step,
+                base=self.teacher_temperature,
+                final=self.teacher_temperature,
+                total_steps=self.warmup_teacher_temperature_steps,
+                warmup_steps=self.warmup_teacher_temperature_steps,
+                warmup_start=self.warmup_teacher_temperature,
+            ),
+        )
+
+
+# ---- Parameter groups --------------------------------------------------------------------------------------------
+
+
+class ParameterRule(NamedTuple):
+    """Multipliers of one parameter. Parameters with the same rule share an optimizer group."""
+
+    lr_multiplier: float
+    wd_multiplier: float
+    is_last_layer: bool
+
+
+def _backbone_depth(name: str, num_layers: int) -> int:
+    """0 for everything before the blocks, i + 1 for block i, L + 1 after them."""
+    first, *rest = name.split(".")
+    if first == "embeddings":
+        return 0
+    if first == "layers":
+        return int(rest[0]) + 1
+    if first == "layernorm":
+        return num_layers + 1
+    raise ValueError(
+        f"no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.* or "
+        "layernorm.*. Pretraining supports the plain RegViT backbone, without an extra pooler or norm."
+    )
+
+
+def parameter_rules(
+    names: Iterable[str],
+    *,
+    num_layers: int,
+    layer_decay: float = 1.0,
+    patch_embed_lr_multiplier: float = 1.0,
+) -> dict[str, ParameterRule]:
+    """Learning-rate and weight-decay multiplier of every student parameter, by explicit rules on its name.
+
+    Weight decay is 0 for biases, norms and LayerScale gains, and 1 for everything else, the CLS token, registers,
+    mask token, positions and prototypes included. The learning rate of the backbone falls by `layer_decay` per block
+    towards the input; final norm and heads keep 1; the patch embedding is slowed down once more.
+
+    Args:
+        names: parameter names with the submodule in front: `backbone.*`, `dino_head.*`, `ibot_head.*`.
+        num_layers: L, blocks of the backbone.
+        layer_decay: factor per block, 1 for none.
+        patch_embed_lr_multiplier: extra factor of patch projection weight and bias.
+
+    Returns:
+        One rule per name, in the order of `names`.
+
+    Raises:
+        ValueError: a backbone parameter that no rule covers.
+
+    Source: released DINOv2 training code (`get_params_groups_with_decay`).
+    """
+    rules = {}
+    for name in names:
+        lr_multiplier = 1.0
+        if name.startswith("backbone."):
+            inner = name.removeprefix("backbone.")
+            lr_multiplier = layer_decay ** (num_layers + 1 - _backbone_depth(inner, num_layers))
+            if inner.startswith("embeddings.patch_embeddings."):
+                lr_multiplier *= patch_embed_lr_multiplier
+        undecayed = name.endswith((".bias", ".lambda1")) or "norm" in name
+        rules[name] = ParameterRule(lr_multiplier, 0.0 if undecayed else 1.0, ".last_layer." in name)
+    return rules
+
+
+def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> list[dict[str, Any]]:
+    """Optimizer groups of the trainable parameters of `student`, one per distinct rule.
+
+    Args:
+        student: module whose `named_parameters` are the keys of `rules`.
+        rules: from `parameter_rules`.
+
+    Returns:
+        Groups with `params`, `lr`, `weight_decay` and the fields of `ParameterRule`. The schedules set `lr` and
+        `weight_decay` before every step; until then nothing moves.
+    """
+    groups: dict[ParameterRule, dict[str, Any]] = {}
+    for name, parameter in student.named_parameters():
+        if parameter.requires_grad:
+            rule = rules[name]
+            group = groups.setdefault(rule, {"params": [], "lr": 0.0, "weight_decay": 0.0, **rule._asdict()})
+            group["params"].append(parameter)
+    return list(groups.values())
+
+
+# ---- Student, teacher, losses ------------------------------------------------------------------------------------
+
+
+class StudentOutput(NamedTuple):
+    """What the losses read of the student. K and K' are the prototypes of the DINO and the iBOT head."""
+
+    cls_features: Tensor  # (G, B, D) CLS of the global crops after the final norm
+    global_logits: Tensor  # (G, B, K)
+    local_logits: Tensor  # (L, B, K)
+    masked_logits: Tensor  # (M, K')
+
+
+class TeacherTargets(NamedTuple):
+    """Target probabilities; each row sums to 1 and carries no gradient."""
+
+    cls: Tensor  # (G, B, K)
+    masked: Tensor  # (M, K')
+
+
+class SelfDistillation(nn.Module):
+    """Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
+
+    Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
+    with softmax centering also `dino_center` and `ibot_center`. The teacher starts as a copy of the student, has no
+    gradients, stays in eval mode and moves only through `update_teacher`.
+
+    Per optimizer step: `begin_step(temperature)` once, forward and backward per micro-batch, `clip_gradients`, the
+    optimizer, `update_teacher(momentum)`.
+
+    Args:
+        backbone: the student's backbone; needs `config.use_mask_token=True`. It is used as it is, not copied.
+        dino_head: sizes of the head on CLS tokens.
+        ibot_head: sizes of the head on masked patches; None ties it to the DINO head.
+        centering: `"softmax"` (running center) or `"sinkhorn"` (Sinkhorn-Knopp over the global batch).
+        center_momentum: share of the old center kept per step; softmax centering only.
+        student_temperature: divides the student logits.
+        dino_loss_weight: weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
+        ibot_loss_weight: weight of the masked-patch term; 0 skips its logits.
+        koleo_loss_weight: weight of the KoLeo term of each global crop; 0 skips it.
+
+    Raises:
+        ValueError: a backbone without mask token, an unknown centering, a negative weight or no loss at all.
+    """
+
+    # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    def __init__(
+        self,
+        backbone: RegViTModel,
+        *,
+        dino_head: HeadShape,
+        ibot_head: HeadShape | None = None,
+        centering: str = "softmax",
+        center_momentum: float = 0.9,
+        student_temperature: float = 0.1,
+        dino_loss_weight: float = 1.0,
+        ibot_loss_weight: float = 1.0,
+        koleo_loss_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not backbone.config.use_mask_token:
+            raise ValueError(
+                "the backbone has no mask token, which the student needs; build it with use_mask_token=True."
+            )
+        if centering not in ("softmax", "sinkhorn"):
+            raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
+        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(f"loss weights (DINO, iBOT, KoLeo) are {weights}; expected none below 0 and one above 0.")
+        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight = weights
+        self.student_temperature = student_temperature
+        self.teacher_temperature = 0.07
+        width = backbone.config.hidden_size
+        self.student = nn.ModuleDict({"backbone": backbone, "dino_head": PrototypeHead(width, dino_head)})
+        if ibot_head is not None:
+            self.student["ibot_head"] = PrototypeHead(width, ibot_head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.dino_center = self.ibot_center = None
+        if centering == "softmax":
+            masked_head = dino_head if ibot_head is None else ibot_head
+            self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)
+            self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
+        self.train()
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes the student's blocks in the backward pass; the teacher has none."""
+        self.student["backbone"].gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def begin_step(self, teacher_temperature: float) -> None:
+        """Once per optimizer step, before its first forward: sets the temperature and folds in the last centers."""
+        self.teacher_temperature = teacher_temperature
+        for center in (self.dino_center, self.ibot_center):
+            if center is not None:
+                center.commit()
+
+    def _logits(self, network: nn.ModuleDict, cls: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Head outputs of CLS rows and masked-patch rows. A loss that is off gets no rows and so costs nothing."""
+        cls = cls if self.dino_loss_weight else cls[:0]
+        masked = masked if self.ibot_loss_weight else masked[:0]
+        if "ibot_head" in network:
+            return network["dino_head"](cls), network["ibot_head"](masked)
+        logits = network["dino_head"](torch.cat([cls, masked]))
+        return logits[: len(cls)], logits[len(cls) :]
+
+    def _probabilities(self, logits: Tensor, center: SoftmaxCenter | None) -> Tensor:
+        if center is None:
+            return sinkhorn_knopp(logits, temperature=self.teacher_temperature)
+        probabilities = center(logits, temperature=self.teacher_temperature)
+        if self.training:
+            center.accumulate(logits)
+        return probabilities
+
+    @torch.no_grad()
+    def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
+        """Targets from the unmasked global crops.
+
+        Args:
+            global_crops: `(G, B, 3, S, S)`.
+            mask_indices: `(M,)` positions of masked patches in the flattened (G, B, N).
+
+        Returns:
+            Probabilities of the CLS tokens, crop by crop, and of the patches under the masks.
+        """
+        outputs = self.teacher["backbone"](global_crops.flatten(0, 1))
+        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
+        cls_logits, masked_logits = self._logits(self.teacher, outputs.pooler_output, masked)
+        cls_probabilities = self._probabilities(cls_logits, self.dino_center)
+        return TeacherTargets(
+            cls_probabilities.reshape(global_crops.shape[0], -1, cls_probabilities.shape[-1]),
+            self._probabilities(masked_logits, self.ibot_center),
+        )
+
+    def student_outputs(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
+    ) -> StudentOutput:
+        """Student on masked global crops and unmasked local crops.
+
+        The two resolutions are two forwards: packing them into one sequence saves nothing on a CPU.
+
+        Args:
+            global_crops: `(G, B, 3, S, S)`.
+            local_crops: `(L, B, 3, s, s)`; L may be 0.
+            masks: `(G, B, N)` bool, True where the mask token replaces the patch.
+            mask_indices: `(M,)` positions of the True entries.
+
+        Returns:
+            Features and logits, crop-major.
+        """
+        num_global, batch = global_crops.shape[:2]
+        num_local = local_crops.shape[0] if self.dino_loss_weight else 0
+        backbone = self.student["backbone"]
+        outputs = backbone(global_crops.flatten(0, 1), bool_masked_pos=masks.flatten(0, 1))
+        cls = outputs.pooler_output
+        rows = [cls]
+        if num_local:
+            rows.append(backbone(local_crops.flatten(0, 1)).pooler_output)
+        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
+        cls_logits, masked_logits = self._logits(self.student, torch.cat(rows), masked)
+        cls_logits = cls_logits.reshape(-1, batch, cls_logits.shape[-1])
+        return StudentOutput(
+            cls.reshape(num_global, batch, -1), cls_logits[:num_global], cls_logits[num_global:], masked_logits
+        )
+
+    def forward(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+    ) -> dict[str, Tensor]:
+        """One training forward.
+
+        Args:
+            global_crops: `(2, B, 3, S, S)` normalised pixels, two global crops of B images.
+            local_crops: `(L, B, 3, s, s)`; L may be 0.
+            masks: `(2, B, N)` bool over the N patches of a global crop.
+            mask_indices: `(M,)` int64 positions of the True entries in the flattened masks, ascending; M may be 0.
+            mask_weights: `(M,)` 1 / (masked patches of that patch's crop).
+
+        Returns:
+            `loss` (the scalar to differentiate), its detached weighted parts `dino_local_loss`, `dino_global_loss`,
+            `ibot_loss` and `koleo_loss`, which add up to it, and `teacher_entropy` and `teacher_marginal_entropy` in
+            nats: of a single DINO target, and of their mean over the batch. All near ln K means uniform collapse, both
+            near 0 means that one prototype takes everything.
+
+        Raises:
+            ValueError: tensors that do not fit together, or a number of global crops other than 2.
+        """
+        self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
+        targets = self.teacher_targets(global_crops, mask_indices)
+        student = self.student_outputs(global_crops, local_crops, masks, mask_indices)
+        num_global, batch = global_crops.shape[:2]
+        # The official divisor: without local crops it counts one term that is not there.
+        divisor = max(num_global * local_crops.shape[0], 1) + num_global
+        temperature = self.student_temperature
+        terms = {}
+        if self.dino_loss_weight:
+            if student.local_logits.shape[0]:
+                local = dino_loss(student.local_logits, targets.cls, student_temperature=temperature)
+                terms["dino_local_loss"] = self.dino_loss_weight * local / divisor
+            # Each crop learns from the other: one comparison of 2B rows with the crops of the teacher swapped.
+            swapped = targets.cls.flip(0).flatten(0, 1)[None]
+            both = student.global_logits.flatten(0, 1)[None]
+            across = dino_loss(both, swapped, student_temperature=temperature)
+            terms["dino_global_loss"] = self.dino_loss_weight * across * num_global / divisor
+        if self.ibot_loss_weight:
+            masked = ibot_loss(
+                student.masked_logits,
+                targets.masked,
+                mask_weights,
+                num_crops=num_global * batch,
+                student_temperature=temperature,
+            )
+            terms["ibot_loss"] = self.ibot_loss_weight * masked
+        if self.koleo_loss_weight:
+            terms["koleo_loss"] = self.koleo_loss_weight * sum(koleo_loss(crop) for crop in student.cls_features)
+        loss = torch.stack(list(terms.values())).sum()
+        outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        if self.dino_loss_weight:
+            probabilities = targets.cls.flatten(0, 1)
+            outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
+            outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
+        return outputs
+
+    def _check_batch(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+    ) -> None:
+        if global_crops.ndim != 5 or global_crops.shape[0] != 2:
+            raise ValueError(
+                f"global_crops have shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of B "
+                "images, crop-major."
+            )
+        if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
+            raise ValueError(
+                f"local_crops have shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
+                "local crops of the same images, crop-major."
+            )
+        if masks.dtype != torch.bool or masks.shape[:2] != global_crops.shape[:2]:
+            raise ValueError(
+                f"masks have shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
+                f"(2, {global_crops.shape[1]}, N)."
+            )
+        if mask_indices.shape != mask_weights.shape or mask_indices.ndim != 1:
+            raise ValueError(
+                f"mask_indices {tuple(mask_indices.shape)} and mask_weights {tuple(mask_weights.shape)} do not fit; "
+                "expected (M,) each, one entry per masked patch."
+            )
+
+    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
+        """Clips backbone, DINO head and iBOT head separately, as the official code does.
+
+        Args:
+            max_norm: largest gradient norm of each of them.
+
+        Returns:
+            Norms before clipping, by name of the submodule.
+        """
+        return {name: nn.utils.clip_grad_norm_(part.parameters(), max_norm) for name, part in self.student.items()}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Moves every teacher parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
+        student = dict(self.student.named_parameters())
+        teacher = dict(self.teacher.named_parameters())
+        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+
+
+# ---- Arguments ---------------------------------------------------------------------------------------------------
+
+
+def _field(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class PretrainingArguments(TrainingArguments):
+    """Arguments of a pretraining run, on top of those of `transformers.TrainingArguments`.
+
+    Durations called `*_steps` count optimizer steps; a value below 1 is a share of the run, so a recipe keeps its
+    shape when the run gets shorter. Defaults are the published ViT-L/16 recipe ("short", ImageNet-1k) unless a help
+    text says otherwise.
+    """
+
+    # Data and crops
+    data: str = _field(
+        "photos", "Image folder, parquet file, Hub data set, or the embedded sets 'photos' and 'digits'."
+    )
+    global_crop_size: int = _field(
+        224, "Side of the two global crops in pixels; a multiple of the patch. Official: 224."
+    )
+    local_crop_size: int = _field(
+        96, "Side of the local crops in pixels; a multiple of the patch. Official: 96 (98 for patch 14)."
+    )
+    num_local_crops: int = _field(8, "Local crops per image. Official: 8.")
+    global_crop_scale: list[float] = field(
+        default_factory=lambda: [0.32, 1.0],
+        metadata={"help": "Smallest and largest area share of a global crop. Official: 0.32 1.0."},
+    )
+    local_crop_scale: list[float] = field(
+        default_factory=lambda: [0.05, 0.32],
+        metadata={"help": "Smallest and largest area share of a local crop. Official: 0.05 0.32."},
+    )
+    jitter_probability: float = _field(0.8, "Share of crops with colour jitter. Official: 0.8.")
+    brightness: float = _field(0.4, "Largest relative change of brightness. Official: 0.4.")
+    contrast: float = _field(0.4, "Largest relative change of contrast. Official: 0.4.")
+    saturation: float = _field(0.2, "Largest relative change of saturation. Official: 0.2.")
+    hue: float = _field(0.1, "Largest hue shift in turns of the colour circle. Official: 0.1.")
+    grayscale_probability: float = _field(0.2, "Share of crops turned gray. Official: 0.2.")
+    blur: str = _field("as_trained", "Blur probabilities: 'as_trained' (0, 0.9, 0.5) or 'as_written' (1, 0.1, 0.5).")
+    blur_kernel_size: int = _field(9, "Taps of the blur, odd; 3 for crops of 32 pixels, 5 for 96. Official: 9.")
+    blur_sigma: list[float] = field(
+        default_factory=lambda: [0.1, 2.0],
+        metadata={"help": "Smallest and largest blur sigma in pixels. Official: 0.1 2.0."},
+    )
+    solarize_probability: float = _field(0.2, "Share of second global crops that are solarized. Official: 0.2.")
+    mask_ratio: list[float] = field(
+        default_factory=lambda: [0.1, 0.5],
+        metadata={"help": "Smallest and largest share of masked patches in a masked crop. Official: 0.1 0.5."},
+    )
+    mask_probability: float = _field(0.5, "Share of the global crops that get a mask. Official: 0.5.")
+
+    # Backbone
+    preset: str = _field("small", "Backbone size: tiny, small, base, large or giant. Fields below override it.")
+    num_register_tokens: int = _field(4, "Register tokens. Source: 'Vision Transformers Need Registers', 4.")
+    patch_size: int = _field(16, "Side of a patch in pixels.")
+    hidden_size: int | None = _field(None, "Width D; default: the preset's.")
+    num_hidden_layers: int | None = _field(None, "Blocks; default: the preset's.")
+    num_attention_heads: int | None = _field(None, "Attention heads; default: the preset's.")
+    layerscale_value: float = _field(
+        1e-5, "Initial LayerScale gain. Official: 1e-5; runs of a few thousand steps need about 0.1."
+    )
+    drop_path_rate: float = _field(0.0, "Share of dropped residual branches. Official: 0.3 (ViT-L short), 0.4 (full).")
+    drop_path_mode: str = _field(
+        "batch_subset", "'batch_subset' (official, saves the work) or 'sample' (for tiny batches)."
+    )
+
+    # Heads
+    head_num_prototypes: int = _field(
+        65536, "Prototypes K of the DINO head. Official: 65536. Keep K / (2 * batch) below about 32."
+    )
+    head_hidden_size: int = _field(2048, "Hidden width of the heads. Official: 2048.")
+    head_bottleneck_size: int = _field(
+        256, "Bottleneck width of the DINO head. Official: 256 (384 in the full recipe)."
+    )
+    head_num_layers: int = _field(3, "Linear layers of each head before the prototypes. Official: 3.")
+    separate_ibot_head: bool = _field(False, "A head of its own for masked patches. Official: no (short), yes (full).")
+    ibot_head_num_prototypes: int = _field(65536, "Prototypes of a separate iBOT head. Official full recipe: 131072.")
+    ibot_head_bottleneck_size: int = _field(256, "Bottleneck width of a separate iBOT head. Official: 256.")
+
+    # Losses and targets
+    dino_loss_weight: float = _field(1.0, "Weight of the DINO terms; 0 switches them off. Official: 1.")
+    ibot_loss_weight: float = _field(1.0, "Weight of the masked-patch term; 0 switches it off. Official: 1.")
+    koleo_loss_weight: float = _field(
+        0.1, "Weight of KoLeo per global crop; set 0 below 16 images per process. Official: 0.1."
+    )
+    centering: str = _field("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
+    center_momentum: float = _field(0.9, "Share of the old center kept per step. Official: 0.9.")
+    student_temperature: float = _field(0.1, "Temperature of the student softmax. Official: 0.1.")
+    warmup_teacher_temperature: float = _field(0.04, "Teacher temperature at the start. Official: 0.04.")
+    teacher_temperature: float = _field(0.07, "Teacher temperature after its warm-up. Official: 0.07.")
+    warmup_teacher_temperature_steps: float = _field(
+        0.3, "Steps, or share of the run, of the linear temperature warm-up. Official: 0.3."
+    )
+
+    # Optimisation
+    learning_rate: float = _field(
+        4e-3, "Base learning rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3."
+    )
+    learning_rate_reference_batch: int = _field(
+        1024, "Images per step for which learning_rate holds; 0 takes learning_rate as it is. Official: 1024."
+    )
+    min_learning_rate: float = _field(1e-6, "Learning rate at the end. Official: 1e-6.")
+    warmup_steps: float = _field(
+        0.1, "Steps, or share of the run, of the linear learning-rate warm-up. Official: 0.1."
+    )
+    freeze_last_layer_steps: float = _field(
+        0.01, "Steps, or share of the run, with the prototypes' learning rate at 0. Official: 0.01."
+    )
+    weight_decay: float = _field(0.04, "AdamW weight decay at the start. Official: 0.04.")
+    weight_decay_end: float = _field(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
+    teacher_momentum: float = _field(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
+    teacher_momentum_end: float = _field(1.0, "EMA momentum at the end. Official: 1.")
+    layer_decay: float = _field(
+        0.9, "Learning-rate factor per block towards the input. Official: 0.9 (1 in the full recipe)."
+    )
+    patch_embed_lr_multiplier: float = _field(0.2, "Extra learning-rate factor of the patch embedding. Official: 0.2.")
+    max_grad_norm: float = _field(
+        3.0, "Largest gradient norm, for backbone and each head separately; 0 for none. Official: 3."
+    )
+
+    # Defaults of Trainer that pretraining needs otherwise
+    per_device_train_batch_size: int = _field(64, "Images per process and micro-batch. Official: 64.")
+    logging_steps: float = _field(10, "Steps between log lines.")
+    logging_nan_inf_filter: bool = _field(False, "Trainer hides NaN losses by default; pretraining stops at them.")
+    remove_unused_columns: bool = _field(False, "Multi-crop batches have no columns to remove.")
+    dataloader_drop_last: bool = _field(True, "Every batch has the same number of images.")
+    dataloader_pin_memory: bool = _field(False, "Pinning needs an accelerator.")
+    lr_scheduler_type: str = _field("constant", "The schedules are this package's own, functions of the step.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
+            value = getattr(self, name)
+            if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
+                raise ValueError(f"{name} is {value}; expected two shares between 0 and 1, the smaller one first.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns is True; it would drop every crop. Leave it at False.")
+        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
+            raise ValueError(f"optim is {self.optim}; expected adamw_torch_fused or adamw_torch, as in the recipe.")
+        if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
+            raise ValueError("KoLeo compares images of one batch; with a batch of 1 set koleo_loss_weight=0.")
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimizer step over all processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def schedules(self, total_steps: int) -> Schedules:
+        """The schedules of a run of `total_steps` optimizer steps."""
+
+        def steps(value: float) -> int:
+            return math.ceil(value * total_steps) if value < 1 else int(value)
+
+        reference = self.learning_rate_reference_batch
+        scale = math.sqrt(self.images_per_step / reference) if reference else 1.0
+        own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Schedules)}
+        durations = ("warmup_steps", "freeze_last_layer_steps", "warmup_teacher_temperature_steps")
+        own.update({name: steps(getattr(self, name)) for name in durations})
+        own.update(total_steps=total_steps, learning_rate=self.learning_rate * scale)
+        return Schedules(**own)
+
+    def backbone_config(self) -> RegViTConfig:
+        """Configuration of the backbone that the fields above describe."""
+        overrides = {
+            name: getattr(self, name)
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+            if getattr(self, name) is not None
+        }
+        return RegViTConfig.from_preset(
+            self.preset,
+            num_register_tokens=self.num_register_tokens,
+            image_size=self.global_crop_size,
+            patch_size=self.patch_size,
+            layerscale_value=self.layerscale_value,
+            drop_path_rate=self.drop_path_rate,
+            drop_path_mode=self.drop_path_mode,
+            use_mask_token=True,
+            **overrides,
+        )
+
+    def resolved(self) -> dict[str, Any]:
+        """Every pretraining argument, and those of Trainer that differ from its defaults, as plain values for YAML."""
+        own = set(PretrainingArguments.__annotations__)
+        recipe = {}
+        for item in dataclasses.fields(self):
+            if not item.init:
+                continue
+            value = getattr(self, item.name)
+            default = item.default if item.default is not dataclasses.MISSING else None
+            value, default = getattr(value, "value", value), getattr(default, "value", default)
+            if item.name in own or (value != default and isinstance(value, bool | int | float | str | list)):
+                recipe[item.name] = value
+        return recipe
+
+
+# ---- Trainer -----------------------------------------------------------------------------------------------------
+
+
+class _StepRules(TrainerCallback):
+    """What the recipe does around an optimizer step: schedules before it, the teacher's update after it."""
+
+    def __init__(self) -> None:
+        self.schedules: Schedules | None = None
+        self.values: StepValues | None = None
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.schedules = args.schedules(state.max_steps)
+        self.values = self.schedules.at(state.global_step)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.values = self.schedules.at(state.global_step)
+        for group in kwargs["optimizer"].param_groups:
+            rate = self.values.last_layer_learning_rate if group["is_last_layer"] else self.values.learning_rate
+            group["lr"] = rate * group["lr_multiplier"]
+            group["weight_decay"] = self.values.weight_decay * group["wd_multiplier"]
+        kwargs["model"].begin_step(self.values.teacher_temperature)
+
+    def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        kwargs["model"].update_teacher(self.values.teacher_momentum)
+
+
+class DinoTrainer(Trainer):
+    """`transformers.Trainer` for `SelfDistillation`: everything of the recipe is elsewhere, this connects it.
+
+    A checkpoint holds the whole module, so student, teacher, heads and centers; with the optimizer, the random state
+    and the position in the data a resumed run repeats the unbroken one bit for bit on a CPU.
+
+    Args:
+        model: student, teacher and losses.
+        args: arguments of the run.
+        train_dataset: map-style, indexed by `(epoch, index)` and with a length; see `hf_regvit.data.MultiCropDataset`.
+        data_collator: makes the keyword arguments of `SelfDistillation.forward` from a list of items.
+        callbacks: observers.
+
+    Raises:
+        ValueError: several GPUs in one process (`DataParallel`).
+    """
+
+    def __init__(
+        self,
+        model: SelfDistillation,
+        args: PretrainingArguments,
+        *,
+        train_dataset: Dataset,
+        data_collator: Any,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: Trainer would use DataParallel, which breaks the teacher. "
+                "Start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        self._rules = _StepRules()
+        self._terms: dict[str, tuple[Tensor | float, int]] = {}
+        self._window: tuple[float, int] | None = None
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            callbacks=[self._rules, *callbacks],
+        )
+        # Trainer prints raw dictionaries; the progress bar and the metrics file say the same once.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(TrainingProgress())
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        from .data import EpochSampler
+
+        return EpochSampler(len(self.train_dataset), seed=self.args.seed)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW with one parameter group per pair of multipliers."""
+        if self.optimizer is None:
+            student = (model or self.model).student
+            rules = parameter_rules(
+                [name for name, _ in student.named_parameters()],
+                num_layers=student["backbone"].config.num_hidden_layers,
+                layer_decay=self.args.layer_decay,
+                patch_embed_lr_multiplier=self.args.patch_embed_lr_multiplier,
+            )
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = optimizer_class(parameter_groups(student, rules), **options)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        # The optimizer's first group is the slowest one; the log shows the rate of a multiplier of 1.
+        return self._rules.values.learning_rate
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        # Once, before the separate clips: a second unscaling under fp16 raises.
+        self.accelerator.unscale_gradients()
+        norms = self.model.clip_gradients(self.args.max_grad_norm)
+        self._record({f"grad_norm_{name}": norm for name, norm in norms.items()})
+        return torch.stack(list(norms.values())).norm()
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Loss of one micro-batch; stops the run where it is not finite.
+
+        Raises:
+            FloatingPointError: NaN or infinite loss; names the step and the terms. The last checkpoint is intact.
+        """
+        if self._window is None:
+            self._window = (time.perf_counter(), self.state.global_step)
+        outputs = model(**inputs)
+        loss = outputs["loss"]
+        terms = {name: value for name, value in outputs.items() if name != "loss"}
+        if not torch.isfinite(loss):
+            values = ", ".join(f"{name}={value.item():.4g}" for name, value in terms.items())
+            raise FloatingPointError(
+                f"the loss is {loss.item()} at step {self.state.global_step} ({values}); expected a finite number. "
+                "Nothing of this step was applied. Resume from the last checkpoint with a lower learning_rate, or in "
+                "bf16 or float32 if this was fp16."
+            )
+        self._record(terms)
+        return (loss, outputs) if return_outputs else loss
+
+    def _record(self, terms: dict[str, Tensor]) -> None:
+        """Sums terms on the device; their means are read once per log line, not once per step."""
+        for name, value in terms.items():
+            total, count = self._terms.get(name, (0.0, 0))
+            self._terms[name] = (total + value.detach(), count + 1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the named loss terms, schedules, images per second and what observers have measured."""
+        measured = {}
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Observer):
+                measured.update(callback.take())
+        logs.update(measured)
+        if "loss" in logs and self._terms:
+            now, steps = time.perf_counter(), self.state.global_step - self._window[1]
+            logs.update({name: float(total) / count for name, (total, count) in self._terms.items()})
+            logs.update(self._rules.values._asdict())
+            seconds = now - self._window[0] - measured.get("eval_seconds", 0.0)
+            logs["images_per_second"] = self.args.images_per_step * steps / max(seconds, 1e-9)
+            self._terms, self._window = {}, (now, self.state.global_step)
+        super().log(logs, start_time)
+
+
+# ---- The job -----------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    args: PretrainingArguments,
+    *,
+    model: RegViTConfig | RegViTModel | None = None,
+    train_dataset: Dataset | None = None,
+    data_collator: Any = None,
+    image_processor: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RegViTModel:
+    """Pretrains a backbone on images without labels and returns the EMA teacher.
+
+    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor, for
+    `AutoModel.from_pretrained`), `training/` (student, heads and centers as safetensors, for continued pretraining),
+    `metrics.jsonl`, `resolved_recipe.yaml` (every argument, readable as a recipe), `environment.json`, `report.json`
+    and Trainer's checkpoints.
+
+    Args:
+        args: the run. `resume_from_checkpoint` takes a checkpoint folder, or `"last"` for the newest one in
+            `output_dir`, if there is any.
+        model: configuration of the backbone, or a backbone to continue from (it is copied, not changed); default:
+            what `args` describe.
+        train_dataset: indexed by `(epoch, index)`, giving `global_crops` (2, 3, S, S), `local_crops` (L, 3, s, s),
+            `sample_id` and `epoch`; default: multi-crop views of `args.data`.
+        data_collator: from a list of such items to the arguments of `SelfDistillation.forward`; default: stacks them
+            and draws block masks.
+        image_processor: saved beside the backbone; default: resize, centre crop to `args.global_crop_size`, ImageNet
+            statistics.
+        callbacks: observers, such as `hf_regvit.callbacks.OnlineKNN`.
+
+    Returns:
+        The teacher's backbone in eval mode.
+
+    Raises:
+        ValueError: arguments that do not fit together, or fewer images than one batch.
+        FloatingPointError: a loss that is NaN or infinite.
+    """
+    from .data import DinoCollator, default_image_processor
+
+    set_seed(args.seed)
+    network = _build_network(args, model)
+    config = network.student["backbone"].config
+    if train_dataset is None:
+        train_dataset = _build_dataset(args, config)
+    if len(train_dataset) < args.images_per_step:
+        raise ValueError(
+            f"there are {len(train_dataset)} images for steps of {args.images_per_step}; expected at least one full "
+            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps."
+        )
+    if data_collator is None:
+        rows, columns = (args.global_crop_size // side for side in config.patch_shape)
+        data_collator = DinoCollator(
+            (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
+        )
+    if image_processor is None:
+        image_processor = default_image_processor(args.global_crop_size)
+    output = Path(args.output_dir)
+    trainer = DinoTrainer(
+        network,
+        args,
+        train_dataset=train_dataset,
+        data_collator=data_collator,
+        callbacks=[*callbacks, MetricsFile(output / "metrics.jsonl")],
+    )
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
+        _write_json(output / "environment.json", _environment(args))
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
+    seconds = time.perf_counter() - started
+    backbone = network.teacher["backbone"].requires_grad_(True).eval()
+    if trainer.is_world_process_zero():
+        backbone.save_pretrained(output / "backbone")
+        image_processor.save_pretrained(output / "backbone")
+        _save_training_state(network, output / "training")
+        _write_json(output / "report.json", _report(trainer, network, seconds=seconds))
+    return backbone
+
+
+def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> SelfDistillation:
+    """Student from a configuration, a backbone or the arguments, with everything around it."""
+    if isinstance(model, RegViTModel):
+        backbone = copy.deepcopy(model)
+        if not model.config.use_mask_token:
+            backbone = RegViTModel(_with_mask_token(model.config))
+            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
+            if missing != ["embeddings.mask_token"] or unexpected:
+                raise ValueError(f"the backbone to continue from lacks {missing} and has in addition {unexpected}.")
+        # Loading under from_pretrained leaves a model in eval mode and a caller may have frozen parts of it.
+        backbone.train().requires_grad_(True)
+    else:
+        backbone = RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
+    shape = HeadShape(args.head_num_prototypes, args.head_hidden_size, args.head_bottleneck_size, args.head_num_layers)
+    ibot_shape = dataclasses.replace(
+        shape, num_prototypes=args.ibot_head_num_prototypes, bottleneck_size=args.ibot_head_bottleneck_size
+    )
+    ratio = shape.num_prototypes / (2 * args.per_device_train_batch_size * args.world_size)
+    if ratio > 32:
+        logger.warning(
+            "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch; small runs learn with a "
+            "ratio of 32 or less, e.g. head_num_prototypes=%d.",
+            shape.num_prototypes,
+            ratio,
+            shape.num_prototypes // ratio,
+            16 * shape.num_prototypes // ratio,
+        )
+    return SelfDistillation(
+        backbone,
+        dino_head=shape,
+        ibot_head=ibot_shape if args.separate_ibot_head else None,
+        centering=args.centering,
+        center_momentum=args.center_momentum,
+        student_temperature=args.student_temperature,
+        dino_loss_weight=args.dino_loss_weight,
+        ibot_loss_weight=args.ibot_loss_weight,
+        koleo_loss_weight=args.koleo_loss_weight,
+    )
+
+
+def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
+    config = copy.deepcopy(config)
+    config.use_mask_token = True
+    return config
+
+
+def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
+    """Multi-crop views of `args.data`."""
+    from .data import MultiCrop, MultiCropDataset, load_images
+
+    same_name = ("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue")
+    same_name += ("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability")
+    multi_crop = MultiCrop(
+        global_size=args.global_crop_size,
+        local_size=args.local_crop_size,
+        global_scale=args.global_crop_scale,
+        local_scale=args.local_crop_scale,
+        patch_size=math.lcm(*config.patch_shape),
+        **{name: getattr(args, name) for name in same_name},
+    )
+    return MultiCropDataset(load_images(args.data, split="train"), multi_crop, seed=args.seed)
+
+
+def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    if args.resume_from_checkpoint == "last":
+        return get_last_checkpoint(args.output_dir)
+    return args.resume_from_checkpoint
+
+
+def _save_training_state(network: SelfDistillation, folder: Path) -> None:
+    """What continued pretraining needs beside the backbone: one file each for student, teacher heads and centers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    parts = {
+        "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
+        "teacher_heads": {
+            name.removeprefix("teacher."): state[name]
+            for name in state
+            if name.startswith("teacher.") and "_head." in name
+        },
+        "centers": {name: state[name] for name in state if "_center." in name},
+    }
+    for name, tensors in parts.items():
+        if tensors:
+            save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _environment(args: PretrainingArguments) -> dict[str, Any]:
+    """What one needs to know to compare two runs; no host names, no paths."""
+    from importlib.metadata import version
+
+    packages = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+    return {
+        "packages": {name: version(name) for name in packages},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+        "processes": args.world_size,
+        "cpu_threads": torch.get_num_threads(),
+    }
+
+
+def _peak_memory_mib() -> float | None:
+    """Largest resident memory of this process in MiB; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) -> dict[str, Any]:
+    """Summary of a finished run."""
+    history = trainer.state.log_history
+    losses = [entry for entry in history if "loss" in entry]
+    steps, images = trainer.state.global_step, trainer.state.global_step * trainer.args.images_per_step
+    return {
+        "steps": steps,
+        "images_seen": images,
+        "epochs": trainer.state.epoch,
+        "seconds": seconds,
+        "peak_memory_mib": _peak_memory_mib(),
+        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in network.student.items()},
+        "final": losses[-1] if losses else {},
+        "knn": [
+            {key: value for key, value in entry.items() if key.startswith("eval_knn") or key == "step"}
+            for entry in history
+            if any(key.startswith("eval_knn") for key in entry)
+        ],
+    }

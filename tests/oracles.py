@@ -1,0 +1,127 @@
+"""Slow twins of the vectorised formulas: plain Python loops over float64 numbers, written from the definitions."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+
+def softmax(row: Sequence[float]) -> list[float]:
+    top = max(row)
+    exps = [math.exp(value - top) for value in row]
+    return [value / sum(exps) for value in exps]
+
+
+def cross_entropy(target: Sequence[float], logits: Sequence[float], temperature: float) -> float:
+    """`-sum_k t_k log softmax(s / temperature)_k`, entry by entry."""
+    probs = softmax([value / temperature for value in logits])
+    return -sum(t * math.log(p) for t, p in zip(target, probs, strict=True))
+
+
+def dino_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> float:
+    """Every student crop against every teacher crop: the mean over images, summed over pairs."""
+    total = 0.0
+    for student_crop in student.tolist():
+        for teacher_crop in teacher.tolist():
+            rows = [cross_entropy(t, s, temperature) for t, s in zip(teacher_crop, student_crop, strict=True)]
+            total += sum(rows) / len(rows)
+    return total
+
+
+def ibot_loss(student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor, temperature: float = 0.1) -> float:
+    """Per crop the mean over its masked patches, then the mean over all crops, unmasked ones counting as 0.
+
+    `student` and `teacher` are `(crops, patches, K)`, `masks` `(crops, patches)`.
+    """
+    total = 0.0
+    for crop in range(masks.shape[0]):
+        rows = [
+            cross_entropy(teacher[crop, patch].tolist(), student[crop, patch].tolist(), temperature)
+            for patch in range(masks.shape[1])
+            if masks[crop, patch]
+        ]
+        total += sum(rows) / max(len(rows), 1)
+    return total / masks.shape[0]
+
+
+def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> float:
+    rows = []
+    for row in features.tolist():
+        norm = max(math.sqrt(sum(value * value for value in row)), eps)
+        rows.append([value / norm for value in row])
+    total = 0.0
+    for i, row in enumerate(rows):
+        others = [j for j in range(len(rows)) if j != i]
+        nearest = max(others, key=lambda j: sum(a * b for a, b in zip(row, rows[j], strict=True)))
+        distance = math.sqrt(sum((a - b + eps) ** 2 for a, b in zip(row, rows[nearest], strict=True)))
+        total -= math.log(distance + eps)
+    return total / len(rows)
+
+
+def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int = 3) -> list[list[float]]:
+    """Prototypes, then samples, scaled to equal mass, on the whole matrix at once."""
+    top = float(logits.max())
+    matrix = [[math.exp((value - top) / temperature) for value in row] for row in logits.tolist()]
+    samples, prototypes = len(matrix), len(matrix[0])
+    for _ in range(num_iterations):
+        for k in range(prototypes):
+            mass = sum(matrix[i][k] for i in range(samples)) * prototypes
+            for i in range(samples):
+                matrix[i][k] /= mass
+        for i in range(samples):
+            mass = sum(matrix[i]) * samples
+            matrix[i] = [value / mass for value in matrix[i]]
+    return [[value * samples for value in row] for row in matrix]
+
+
+def softmax_centers(batches: Sequence[torch.Tensor], momentum: float) -> list[list[float]]:
+    """The center used at each step and, last, the one after all of them: a running mean that lags by one step."""
+    center = [0.0] * batches[0].shape[-1]
+    used = [center]
+    for batch in batches:
+        rows = batch.reshape(-1, batch.shape[-1]).tolist()
+        mean = [sum(row[k] for row in rows) / len(rows) for k in range(len(center))]
+        center = [momentum * c + (1 - momentum) * m for c, m in zip(center, mean, strict=True)]
+        used.append(center)
+    return used
+
+
+def prototype_logits(x: torch.Tensor, layers: Sequence[tuple], g: torch.Tensor, v: torch.Tensor) -> list[list[float]]:
+    """Prototype head on `(n, D)`: linear layers with exact GELU between, unit length, `g * cosine` to each prototype."""
+    rows = []
+    for value in x.tolist():
+        for index, (weight, bias) in enumerate(layers):
+            value = [
+                sum(w * a for w, a in zip(row, value, strict=True)) + b
+                for row, b in zip(weight.tolist(), bias.tolist(), strict=True)
+            ]
+            if index < len(layers) - 1:
+                value = [0.5 * a * (1 + math.erf(a / math.sqrt(2))) for a in value]
+        norm = math.sqrt(sum(a * a for a in value))
+        row = []
+        for gain, prototype in zip(g.flatten().tolist(), v.tolist(), strict=True):
+            length = math.sqrt(sum(p * p for p in prototype))
+            row.append(sum(gain * p / length * a / norm for p, a in zip(prototype, value, strict=True)))
+        rows.append(row)
+    return rows
+
+
+def cosine_table(
+    *, base: float, final: float, total: int, warmup: int = 0, warmup_start: float = 0.0, frozen: int = 0
+) -> list[float]:
+    """The whole schedule as a list: zeros, then a line that includes both ends, then half a cosine period."""
+    table = [0.0] * frozen
+    for i in range(warmup):
+        table.append(warmup_start if warmup == 1 else warmup_start + (base - warmup_start) * i / (warmup - 1))
+    steps = total - warmup - frozen
+    for i in range(steps):
+        table.append(final + 0.5 * (base - final) * (1 + math.cos(math.pi * i / steps)))
+    return table
+
+
+def ema(teacher: Sequence[float], students: Sequence[Sequence[float]], momenta: Sequence[float]) -> list[float]:
+    """The teacher after one update per student state, number by number."""
+    values = list(teacher)
+    for student, momentum in zip(students, momenta, strict=True):
+        values = [momentum * t + (1 - momentum) * s for t, s in zip(values, student, strict=True)]
+    return values
