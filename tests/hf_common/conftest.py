@@ -11,12 +11,11 @@ HERE = Path(__file__).parent
 
 UPSTREAM_MARKERS = (
     "accelerate_tests", "flash_attn_test", "flash_attn_3_test", "flash_attn_4_test", "generate", "is_pipeline_test",
-    "is_training_test", "order", "slow", "torch_compile_test", "torch_export_test", "training_ci",
+    "is_training_test", "order", "torch_compile_test", "torch_export_test", "training_ci",
 )  # fmt: skip
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "hf_common: the common test suite of transformers")
     for marker in UPSTREAM_MARKERS:
         config.addinivalue_line("markers", f"{marker}: used by the common suite of transformers")
 

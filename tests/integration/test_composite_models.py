@@ -1,0 +1,137 @@
+"""RegViT as the backbone of dense models of transformers: DPT and UperNet, and what their feature maps have to be."""
+
+import pytest
+import torch
+from transformers import (
+    AutoBackbone,
+    DPTConfig,
+    DPTForDepthEstimation,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+
+from hf_regvit import RegViTBackbone, RegViTConfig
+
+SIZES = [(32, 32), (32, 48), (64, 16)]  # the native square, wide, tall: height and width in pixels
+
+
+def backbone_config(**overrides) -> RegViTConfig:
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    # The default layerscale_value would leave the blocks of an untrained model without effect.
+    return RegViTConfig(**{**sizes, "layerscale_value": 1.0, "out_indices": [1, 2, 3, 4], **overrides})
+
+
+def build_dpt(**overrides) -> DPTForDepthEstimation:
+    config = DPTConfig(
+        backbone_config=backbone_config(reshape_hidden_states=False, **overrides),
+        neck_hidden_sizes=[8, 16, 24, 32],
+        fusion_hidden_size=16,
+        head_in_index=-1,
+        patch_size=8,
+        readout_type="project",
+    )
+    return DPTForDepthEstimation(config)
+
+
+def build_upernet(**overrides) -> UperNetForSemanticSegmentation:
+    config = UperNetConfig(
+        backbone_config=backbone_config(**overrides), hidden_size=16, auxiliary_channels=16, num_labels=5
+    )
+    return UperNetForSemanticSegmentation(config)
+
+
+def outputs_of(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    for (
+        parameter
+    ) in model.parameters():  # weights in a mapped file are not aligned, and kernels then round differently
+        parameter.data = parameter.data.clone()
+    with torch.inference_mode():
+        output = model.eval()(pixel_values)
+    return output.predicted_depth if "predicted_depth" in output else output.logits
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("build", [build_dpt, build_upernet])
+def test_dense_model_builds_runs_and_reloads(build, size, tmp_path):
+    torch.manual_seed(0)
+    model = build()
+    assert isinstance(model.backbone, RegViTBackbone)
+    pixel_values = torch.randn(2, 3, *size)
+    expected = outputs_of(model, pixel_values)
+    if build is build_dpt:  # the neck of DPT enlarges the grid 16 times, whatever the patch
+        assert expected.shape == (2, 2 * size[0], 2 * size[1])
+    else:
+        assert expected.shape == (2, 5, *size)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert type(again.config.backbone_config) is RegViTConfig
+    fields = again.config.backbone_config.to_diff_dict()
+    assert {**model.config.backbone_config.to_diff_dict(), "dtype": fields["dtype"]} == fields
+    assert torch.equal(outputs_of(again, pixel_values), expected)
+
+
+@pytest.mark.parametrize("build", [build_dpt, build_upernet])
+def test_dense_model_trains_through_the_backbone(build):
+    torch.manual_seed(0)
+    model = build().train()
+    output = model(torch.randn(2, 3, 32, 48))
+    (output.predicted_depth if "predicted_depth" in output else output.logits).square().mean().backward()
+    for name in ("register_tokens", "cls_token", "position_embeddings"):
+        assert getattr(model.backbone.regvit.embeddings, name).grad.abs().sum() > 0, name
+
+
+def test_dense_model_takes_a_pretrained_backbone(tmp_path):
+    torch.manual_seed(0)
+    backbone = RegViTBackbone(backbone_config())
+    backbone.save_pretrained(tmp_path)
+    model = build_upernet()
+    model.backbone = RegViTBackbone.from_pretrained(tmp_path, out_indices=[1, 2, 3, 4])
+    for name, parameter in backbone.named_parameters():
+        assert torch.equal(model.backbone.get_parameter(name), parameter), name
+    assert outputs_of(model, torch.randn(1, 3, 32, 48)).shape == (1, 5, 32, 48)
+
+
+def test_backbone_drops_registers_unless_asked():
+    # DPT takes exactly one token in front of the patches for granted.
+    torch.manual_seed(0)
+    model = RegViTBackbone(backbone_config(reshape_hidden_states=False, out_indices=[4])).eval()
+    pixel_values = torch.randn(1, 3, 32, 48)
+    with torch.inference_mode():
+        (without,) = model(pixel_values).feature_maps
+        model.config.return_register_tokens = True
+        (whole,) = model(pixel_values).feature_maps
+    assert (without.shape, whole.shape) == ((1, 1 + 24, 32), (1, 1 + 4 + 24, 32))
+    assert torch.equal(without, torch.cat([whole[:, :1], whole[:, 5:]], dim=1))
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_maps_are_rows_and_columns(size):
+    """An image that changes along one axis only gives maps that vary along that axis, more than along the other."""
+    torch.manual_seed(0)
+    model = AutoBackbone.from_config(backbone_config(out_indices=[0, 4], image_size=[48, 64])).eval()
+    rows, columns = size[0] // 8, size[1] // 8
+    along_height = torch.linspace(-1, 1, size[0]).view(1, 1, -1, 1).expand(1, 3, *size)
+    along_width = torch.linspace(-1, 1, size[1]).view(1, 1, 1, -1).expand(1, 3, *size)
+    with torch.no_grad():
+        model.regvit.embeddings.position_embeddings.zero_()  # or the maps vary with the place whatever the image shows
+        for image, changing, constant in ((along_height, 2, 3), (along_width, 3, 2)):
+            maps = model(image).feature_maps
+            assert [m.shape for m in maps] == [(1, 32, rows, columns)] * 2
+            for feature_map in maps:
+                assert feature_map.std(changing).mean() > 0.1
+                assert feature_map.std(constant).max() < 1e-4
+
+
+def test_maps_are_the_patch_tokens_in_row_major_order():
+    torch.manual_seed(0)
+    model = RegViTBackbone(backbone_config(out_indices=[2, 4])).eval()
+    pixel_values = torch.randn(2, 3, 32, 48)
+    with torch.inference_mode():
+        maps = model(pixel_values).feature_maps
+        states = model.regvit(pixel_values, output_hidden_states=True).hidden_states
+        for feature_map, block in zip(maps, (2, 4)):
+            tokens = model.regvit.layernorm(states[block])
+            for row in range(4):
+                for column in range(6):
+                    token = tokens[:, 1 + model.config.num_register_tokens + 6 * row + column]
+                    torch.testing.assert_close(feature_map[:, :, row, column], token, atol=1e-6, rtol=1e-6)
