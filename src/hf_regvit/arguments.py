@@ -1,6 +1,7 @@
 """The command line's arguments: dataclasses, and YAML recipes as their defaults."""
 
 import difflib
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -72,7 +73,14 @@ class RecipeParser(HfArgumentParser):
         recipe = _take_config(args)
         if recipe is not None:
             self._use_recipe(Path(recipe))
-        *parsed, _rest = self.parse_args_into_dataclasses(list(args), look_for_args_file=False)
+        # The parser's own namespace comes after the dataclasses (it holds --config), then what nothing claimed.
+        *parsed, _, unknown = self.parse_args_into_dataclasses(
+            list(args), return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            options = [option for action in self._actions for option in action.option_strings]
+            nearest = difflib.get_close_matches(unknown[0], options, n=1, cutoff=0.0)[0]
+            self.error(f"unknown option '{unknown[0]}'. Did you mean '{nearest}'?")  # exits with status 2
         return tuple(parsed)
 
     def _use_recipe(self, path: Path) -> None:
@@ -85,18 +93,21 @@ class RecipeParser(HfArgumentParser):
             raise RecipeError(f"'{path}' is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise RecipeError(f"'{path}' holds a {type(values).__name__}, expected one 'option: value' a line.")
-        known = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        known: dict[str, list[Any]] = {}  # a switch has a second action of the same name, --no_switch
+        for action in self._actions:
+            if action.dest not in ("help", "config"):
+                known.setdefault(action.dest, []).append(action)
         for key, value in values.items():
             line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
             if key not in known:
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise RecipeError(f"Unknown key '{key}' in {path}:{line}. Did you mean '{nearest}'?")
-            action = known[key]
             try:
-                action.default = self._typed(action, value)
-            except (TypeError, ValueError) as error:
+                default = self._typed(known[key][0], value)
+            except (TypeError, ValueError, ArgumentTypeError) as error:
                 raise RecipeError(f"{key}: {value!r} in {path}:{line} cannot be used: {error}") from error
-            action.required = False
+            for action in known[key]:
+                action.default, action.required = default, False
 
     @staticmethod
     def _typed(action: Any, value: Any) -> Any:

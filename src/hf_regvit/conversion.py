@@ -50,7 +50,7 @@ class _Source:
     name: str
     tensors: dict[str, Tensor]
     fields: dict[str, Any] = field(default_factory=dict)
-    module: nn.Module | None = None
+    module: Any = None
 
 
 def convert(
@@ -249,7 +249,7 @@ def _weight_files(folder: Path) -> list[Path]:
     raise FileNotFoundError(f"'{folder}' has no model.safetensors (or pytorch_model.bin); it holds {found}.")
 
 
-def _timm_module(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
     try:
         import timm
     except ImportError as error:
@@ -275,7 +275,7 @@ class _LazySource(nn.Module):
         return auto_class.from_pretrained(self.folder).eval()
 
 
-def _from_module(module: nn.Module) -> _Source:
+def _from_module(module: Any) -> _Source:
     name = type(module).__name__
     tensors = {key: value.detach() for key, value in module.state_dict().items()}
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
@@ -332,7 +332,7 @@ def _transformers_parts(
     return tensors, fields
 
 
-def _timm_fields(module: nn.Module) -> dict[str, Any]:
+def _timm_fields(module: Any) -> dict[str, Any]:
     """Config fields of a timm VisionTransformer, or a refusal that names what RegViT has not."""
     block = module.blocks[0]
     if type(block).__name__ != "Block":
@@ -582,7 +582,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
 
 
 @torch.no_grad()
-def _verify(model: nn.Module, origin: _Source) -> None:
+def _verify(model: Any, origin: _Source) -> None:
     """Compare with the source model on random images at its native size and at another one."""
     source = origin.module.load() if isinstance(origin.module, _LazySource) else origin.module
     if source is None:
@@ -620,11 +620,11 @@ def _verify(model: nn.Module, origin: _Source) -> None:
         source.train(was_training)
 
 
-def _takes_any_size(source: nn.Module) -> bool:
+def _takes_any_size(source: Any) -> bool:
     return hasattr(source, "config") or getattr(source, "dynamic_img_size", False)
 
 
-def _run_source(source: nn.Module, pixels: Tensor) -> tuple[str, Tensor]:
+def _run_source(source: Any, pixels: Tensor) -> tuple[str, Tensor]:
     """Name and value of the output to compare."""
     if not hasattr(source, "config"):
         return (
@@ -640,7 +640,7 @@ def _run_source(source: nn.Module, pixels: Tensor) -> tuple[str, Tensor]:
     raise ConversionError(f"{type(source).__name__} returns nothing to compare with: {list(output.keys())}.")
 
 
-def _run_ours(model: nn.Module, pixels: Tensor, kind: str) -> Tensor:
+def _run_ours(model: Any, pixels: Tensor, kind: str) -> Tensor:
     if kind != "feature_maps":
         return model(pixels)[kind]
     with torch.device("meta"):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, subtree
 from safetensors.torch import load_file
 
+from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTBackbone, RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.conversion import ConversionError, convert
 
@@ -73,7 +73,7 @@ def test_official_dinov2(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
 def test_official_intermediate_layers(name: str) -> None:
-    """`get_intermediate_layers` of the official code from `hidden_states`: the documented recipe for multi-layer features."""
+    """`get_intermediate_layers` of the official code, rebuilt from `hidden_states`."""
     tensors, config = load_golden(name)
     model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"]))
     depth = model.config.num_hidden_layers

@@ -1,0 +1,119 @@
+"""The command line: one line per error, exit codes, recipes as defaults, no option without a help text."""
+
+import json
+
+import pytest
+import torch
+from transformers import ViTConfig, ViTModel
+
+from hf_regvit import RegViTModel, cli
+from hf_regvit.arguments import ConvertArguments, RecipeError, RecipeParser
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+@pytest.fixture
+def vit_folder(tmp_path):
+    torch.manual_seed(0)
+    ViTModel(ViTConfig(**SMALL)).save_pretrained(tmp_path / "vit")
+    return tmp_path / "vit"
+
+
+def test_usage_and_unknown_command(capsys) -> None:
+    assert cli.main([]) == 2
+    assert cli.main(["--help"]) == 0
+    usage = capsys.readouterr().out
+    assert all(f"\n  {name} " in usage for name in cli.COMMANDS)
+    assert cli.main(["convrt"]) == 2
+    assert capsys.readouterr().err == "error: unknown command 'convrt'. Did you mean 'convert'?\n"
+
+
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
+def test_help_of_every_command_renders(command, capsys) -> None:
+    assert cli.main([command, "--help"]) == 0
+    assert "--output_dir" in capsys.readouterr().out
+
+
+def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["convert", "--model", str(vit_folder), "--output_dir", str(out), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["class"] == "RegViTModel"
+    assert result["registers"] == 0
+    names = {path.name for path in out.iterdir()}
+    assert names == {
+        "config.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py", "modeling_regvit.py"
+    }  # fmt: skip
+    source = ViTModel.from_pretrained(vit_folder).eval()
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            RegViTModel.from_pretrained(out)(pixels)[0], source(pixels)[0], atol=1e-5, rtol=1e-5
+        )
+
+
+def test_convert_does_not_overwrite(vit_folder, tmp_path, capsys) -> None:
+    args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(args) == 0
+    assert cli.main(args) == 1
+    assert "holds a checkpoint already" in capsys.readouterr().err
+
+
+def test_failures_are_one_line_unless_debugged(tmp_path, capsys) -> None:
+    args = ["convert", "--model", str(tmp_path / "no.pth"), "--output_dir", str(tmp_path / "out")]
+    assert cli.main(args) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "no.pth" in error
+    assert len(error.splitlines()) == 1
+    with pytest.raises(FileNotFoundError):
+        cli.main([*args, "--debug"])
+
+
+def test_misuse_is_2(capsys) -> None:
+    assert cli.main(["convert", "--model", "x"]) == 2  # no output_dir
+    assert cli.main(["convert", "--model", "x", "--output_dir", "y", "--num_head", "3"]) == 2
+
+
+def test_dry_run_converts_nothing(vit_folder, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["convert", "--model", str(vit_folder), "--output_dir", str(out), "--dry_run"]) == 0
+    assert not out.exists()
+    assert f"output_dir: {out}" in capsys.readouterr().out
+
+
+def test_overrides_reach_convert() -> None:
+    args = ["--model", "m", "--output_dir", "o", "--num_attention_heads", "6"]
+    args += ["--interpolate_antialias", "False", "--image_size", "32", "48"]
+    (parsed,) = RecipeParser(ConvertArguments).parse(args)
+    assert parsed.overrides() == {"num_attention_heads": 6, "interpolate_antialias": False, "image_size": [32, 48]}
+    (parsed,) = RecipeParser(ConvertArguments).parse(["--model", "m", "--output_dir", "o", "--image_size", "32"])
+    assert parsed.overrides() == {"image_size": 32}
+
+
+def test_recipe_values_are_defaults_and_flags_win(tmp_path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("output_dir: from_recipe\nlayer_norm_eps: 1e-4\nverify: false\nnum_attention_heads: 3\n")
+    args = ["--config", str(recipe), "--model", "m", "--num_attention_heads", "6"]
+    (parsed,) = RecipeParser(ConvertArguments).parse(args)
+    assert parsed.output_dir == "from_recipe"
+    assert parsed.layer_norm_eps == 1e-4  # YAML itself reads this as text
+    assert parsed.verify is False
+    assert parsed.num_attention_heads == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("output_dir: a\nnum_attention_head: 3\n", r"'num_attention_head' in .*r\.yaml:2\. .*'num_attention_heads'"),
+        ("layer_norm_eps: small\n", r"layer_norm_eps: 'small' in .*r\.yaml:1"),
+        ("- a\n- b\n", "holds a list"),
+        ("a: [\n", "is not YAML"),
+    ],
+)
+def test_bad_recipes_name_file_and_line(tmp_path, text, message) -> None:
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(RecipeError, match=message):
+        RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "r.yaml")])
+    with pytest.raises(RecipeError, match="does not exist"):
+        RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "none.yaml")])
