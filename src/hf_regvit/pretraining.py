@@ -310,6 +310,18 @@ def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> lis
     return list(groups.values())
 
 
+def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+    """Writes learning rate and weight decay of one step into the groups made by `parameter_groups`.
+
+    A frozen last layer has a learning rate of 0 and so no decay either, but its Adam moments keep accumulating, as in
+    the official code.
+    """
+    for group in optimizer.param_groups:
+        rate = values.last_layer_learning_rate if group["is_last_layer"] else values.learning_rate
+        group["lr"] = rate * group["lr_multiplier"]
+        group["weight_decay"] = values.weight_decay * group["wd_multiplier"]
+
+
 # ---- Student, teacher, losses ------------------------------------------------------------------------------------
 
 
@@ -794,10 +806,7 @@ class _StepRules(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.values = self.schedules.at(state.global_step)
-        for group in kwargs["optimizer"].param_groups:
-            rate = self.values.last_layer_learning_rate if group["is_last_layer"] else self.values.learning_rate
-            group["lr"] = rate * group["lr_multiplier"]
-            group["weight_decay"] = self.values.weight_decay * group["wd_multiplier"]
+        set_rates(kwargs["optimizer"], self.values)
         kwargs["model"].begin_step(self.values.teacher_temperature)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
