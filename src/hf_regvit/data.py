@@ -63,6 +63,10 @@ class BadImageError(ValueError):
         return f"Cannot use image '{self.path}': {self.reason}."
 
 
+class MissingSplitError(ValueError):
+    """The source is there, but it has no part of that name."""
+
+
 def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
     """Decode one image to 8-bit RGB, upright, the same way for training, evaluation and serving.
 
@@ -199,11 +203,12 @@ def load_images(
         data: One of the above. A path wins over a Hub id.
         split: `"train"`, `"validation"`, or None for everything.
         image_column: Column of a parquet file or Hub data set; default: the only image column, or `image`.
-        label_column: Integer or ClassLabel column; default `label` where it exists.
+        label_column: Integer or ClassLabel column; default `label` where it is one.
 
     Raises:
         FileNotFoundError: No such path (the nearest existing parent is named), or no such data set.
-        ValueError: Nothing usable there, no such split, or no such column; says what was looked for and found.
+        MissingSplitError: No such part; a ValueError.
+        ValueError: Nothing usable there or no such column; says what was looked for and found.
     """
     if split not in (None, "train", "validation"):
         raise ValueError(f"split={split!r} is unknown. Use 'train', 'validation' or None (all images).")
@@ -223,7 +228,9 @@ def load_images(
         if path.suffix.lower() != ".parquet":
             raise ValueError(f"'{data}' is a file of type '{path.suffix}'. Give a parquet file or a folder of images.")
         if split == "validation":
-            raise ValueError(f"'{data}' is one file and has no validation part. Give the folder, or split=None.")
+            raise MissingSplitError(
+                f"'{data}' is one file and has no validation part. Give the folder, or split=None."
+            )
         return _parquet(path, [path], image_column=image_column, label_column=label_column)
     parent = next(p for p in path.absolute().parents if p.is_dir())
     missing = f"'{data}' does not exist; the nearest existing folder is '{parent}'."
@@ -353,7 +360,8 @@ def _read_digit(pixels: np.ndarray, size: int, index: int) -> Image.Image:
 
 def _walk(root: Path) -> list[Path]:
     """All files below `root` in a fixed order. Links are followed, each folder once (loops), hidden names left out."""
-    files, seen = [], set()
+    files: list[Path] = []
+    seen = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         status = os.stat(folder)  # noqa: PTH116 - os.walk deals in strings, and bytes that are no UTF-8 stay intact
         if (status.st_dev, status.st_ino) in seen:
@@ -376,16 +384,18 @@ def _split_of(file: Path, root: Path) -> Split | None:
     return None
 
 
+def _part(root: Path, files: list[Path], split: Split | None) -> list[Path]:
+    """The files of one part, perhaps none. Without a training part of its own, training is all that is in no part."""
+    parts = [_split_of(file, root) for file in files]
+    wanted = None if split == "train" and "train" not in parts else split
+    return [file for file, part in zip(files, parts) if split is None or part == wanted]
+
+
 def _select_split(root: Path, files: list[Path], split: Split | None) -> list[Path]:
-    if split is None:
-        return files
-    splits = [_split_of(file, root) for file in files]
-    if split == "train" and "train" not in splits:
-        return [file for file, part in zip(files, splits) if part is None]
-    selected = [file for file, part in zip(files, splits) if part == split]
-    if not selected:
+    selected = _part(root, files, split)
+    if split is not None and not selected:
         looked = "', '".join(_SPLIT_FOLDERS[split])
-        raise ValueError(
+        raise MissingSplitError(
             f"'{root}' has no {split} part: looked for '{looked}' among {_outermost(root, files)}. "
             "Add such a sub-folder, or use split=None for all images."
         )
@@ -407,30 +417,28 @@ def _image_folder(root: Path, files: list[Path], split: Split | None) -> ImageSo
             f"No images in '{root}' or below. Looked for {' '.join(sorted(_SUFFIXES))} and .parquet; found {found}."
         )
     selected = _select_split(root, images, split)
-    if not selected:
-        raise ValueError(
-            f"'{root}' has no {split} part, only {_outermost(root, images)}. Use split='validation' or None."
-        )
     classes = [_class_of(file, root) for file in selected]
+    # Both parts must number the classes alike, so the training part gives the list wherever there is one.
+    known = {_class_of(file, root) for file in _part(root, images, "train")} if split else set(classes)
+    known = known or set(classes)
     names, labels = None, None
-    if None not in classes:
-        # Both parts must number the classes alike, so the training part always gives the list.
-        train = {_class_of(file, root) for file in _select_split(root, images, "train")} if split else set(classes)
-        if extra := sorted(set(classes) - (train or set(classes))):
+    if "" not in known and "" not in classes:
+        if extra := sorted(set(classes) - known):
             raise ValueError(
                 f"'{root}' has classes only in its {split} part: {extra[:8]}. Move them, or add training images."
             )
-        names = tuple(sorted(train or set(classes)))
+        names = tuple(sorted(known))
         position = {name: i for i, name in enumerate(names)}
         labels = [position[name] for name in classes]
     ids = [file.relative_to(root).as_posix() for file in selected]
     return ImageSource(name=str(root), ids=ids, read=partial(_read_file, root, ids), labels=labels, label_names=names)
 
 
-def _class_of(file: Path, root: Path) -> str | None:
+def _class_of(file: Path, root: Path) -> str:
+    """The outermost folder below `root` or its split folder; empty for a file that lies in none."""
     parts = file.relative_to(root).parts
     parts = parts[1:] if _split_of(file, root) else parts
-    return parts[0] if len(parts) > 1 else None
+    return parts[0] if len(parts) > 1 else ""
 
 
 def _read_file(root: Path, ids: list[str], index: int) -> Image.Image:
@@ -474,20 +482,26 @@ def _columns(
         if isinstance(feature, ImageFeature) or (isinstance(feature, Value) and feature.dtype.endswith("binary"))
     ]
     column = image_column or ("image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None)
-    if column not in candidates:
+    if column is None or column not in candidates:
         raise ValueError(
             f"'{name}': {'no image column' if column is None else f'column {column!r} holds no images'}. "
             f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}. Set image_column."
         )
     labels = names = None
-    label_column = label_column or ("label" if "label" in features else None)
+    # A column of text called "label" is no reason to refuse a set that may be meant for pretraining.
+    integers = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+    ]
+    if label_column is not None and label_column not in integers:
+        raise ValueError(
+            f"'{name}': label column {label_column!r} is {features.get(label_column)}, expected integers or ClassLabel: "
+            f"{', '.join(integers) or 'there are none'}. Columns: {', '.join(features)}. Set label_column."
+        )
+    label_column = label_column or ("label" if "label" in integers else None)
     if label_column is not None:
-        feature = features.get(label_column)
-        if not isinstance(feature, ClassLabel) and not (isinstance(feature, Value) and "int" in feature.dtype):
-            raise ValueError(
-                f"'{name}': label column {label_column!r} is {feature}, expected integers or ClassLabel. "
-                f"Columns: {', '.join(features)}. Choose with label_column."
-            )
+        feature = features[label_column]
         labels = [-1 if value is None else value for value in table[label_column]]
         # The Hub marks unlabelled rows (most test splits) with -1.
         labels = labels if min(labels, default=-1) >= 0 else None
@@ -915,7 +929,7 @@ def batch_masks(
     Source: arXiv 2304.07193; dinov2 `data/collate.py` for the order of the draws.
     """
     num_masked_crops = int(num_crops * mask_probability)
-    edges = np.linspace(*mask_ratio, num_masked_crops + 1).tolist()
+    edges = np.linspace(mask_ratio[0], mask_ratio[1], num_masked_crops + 1).tolist()
     num_patches = grid[0] * grid[1]
     masks = [block_mask(grid, int(num_patches * rng.uniform(*strip)), rng) for strip in pairwise(edges)]
     masks += [np.zeros(grid, dtype=bool)] * (num_crops - num_masked_crops)

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
 _INK = "#222222"
-_STYLE = {
+_DOTS_PER_INCH = 120
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": _INK,
@@ -40,7 +41,6 @@ _STYLE = {
     "xtick.color": _INK,
     "ytick.color": _INK,
     "figure.facecolor": "white",
-    "savefig.dpi": 120,
 }
 
 
@@ -175,7 +175,7 @@ def norm_map_figure(image: Image.Image, norms: Tensor) -> "Figure":
     """
     figure, axes = _panels(image, 2, with_bar=True)
     _draw_image(axes[0], image, "picture")
-    _draw_norms(axes[1], image, norms)
+    _draw_norms(figure, axes[1], image, norms)
     return figure
 
 
@@ -185,7 +185,7 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     _draw_image(axes[0], image, "picture")
     _draw_attention(axes[1:-2], image, maps.attention)
     _draw_colors(axes[-2], image, pca_colors(maps.patch_tokens), "PCA of patches")
-    _draw_norms(axes[-1], image, maps.norms)
+    _draw_norms(figure, axes[-1], image, maps.norms)
     return figure
 
 
@@ -304,17 +304,17 @@ def _draw_colors(axis: "Axes", image: Image.Image, colors: Tensor, title: str) -
     _draw_image(axis, pixels.resize(image.size, Image.Resampling.BICUBIC), title)
 
 
-def _draw_norms(axis: "Axes", image: Image.Image, norms: Tensor) -> None:
+def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tensor) -> None:
     drawn = _draw_map(axis, image, norms, "norm of patches", cmap=_NORM_COLORS)
-    panel, inch = axis.get_position(), 1 / axis.figure.get_figwidth()
-    bar = axis.figure.add_axes((panel.x1 + 0.05 * inch, panel.y0, 0.07 * inch, panel.height))
-    axis.figure.colorbar(drawn, cax=bar).outline.set_linewidth(0.5)
+    panel, inch = axis.get_position(), 1 / figure.get_figwidth()
+    bar = figure.add_axes((panel.x1 + 0.05 * inch, panel.y0, 0.07 * inch, panel.height))
+    figure.colorbar(drawn, cax=bar).outline.set_linewidth(0.5)
     bar.tick_params(labelsize=6, width=0.5, length=2, pad=1)
 
 
 def _png(figure: "Figure") -> bytes:
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=_STYLE["savefig.dpi"])
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
     return buffer.getvalue()
 
 

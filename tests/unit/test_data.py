@@ -287,15 +287,21 @@ class TestFolder:
         with pytest.raises(ValueError, match="emu"):
             load_images(tmp_path, split="validation")
 
+    def test_training_images_outside_of_class_folders_leave_the_validation_part_unlabelled_too(self, tmp_path):
+        make_folder(tmp_path, ["train/a.png", "train/cat/b.png", "val/cat/c.png"])
+        assert load_images(tmp_path).labels is None
+        assert load_images(tmp_path, split="validation").labels is None
+
     def test_no_validation_part(self, tmp_path):
         make_folder(tmp_path, ["cat/a.png", "dog/b.png"])
-        with pytest.raises(ValueError, match=r"no validation part.*'cat', 'dog'"):
+        with pytest.raises(D.MissingSplitError, match=r"no validation part.*'cat', 'dog'"):
             load_images(tmp_path, split="validation")
 
     def test_no_training_part(self, tmp_path):
         make_folder(tmp_path, ["val/cat/a.png"])
-        with pytest.raises(ValueError, match="no train part"):
+        with pytest.raises(D.MissingSplitError, match="no train part"):
             load_images(tmp_path)
+        assert load_images(tmp_path, split="validation").label_names == ("cat",)
 
     def test_f25_empty_folder_lists_what_was_looked_for(self, tmp_path):
         with pytest.raises(ValueError, match=r"Looked for .*\.jpg.*\.parquet; found nothing"):
@@ -377,7 +383,7 @@ class TestTables:
         assert source.labels == [0, 1, 0, 1]
         assert source[3].image.getpixel((0, 0)) == (3, 0, 0)
         assert source[3].image.size == (9, 7)
-        with pytest.raises(ValueError, match="no validation part"):
+        with pytest.raises(D.MissingSplitError, match="no validation part"):
             load_images(tmp_path / "pets.parquet", split="validation")
 
     def test_folder_with_parts(self, tmp_path):
@@ -404,6 +410,17 @@ class TestTables:
             load_images(tmp_path, image_column="pixels")
         with pytest.raises(ValueError, match="label column 'breed' is None"):
             load_images(tmp_path, label_column="breed")
+
+    def test_a_text_column_called_label_is_left_alone(self, tmp_path):
+        import datasets
+
+        cell = {"bytes": encode(Image.new("RGB", (5, 4)), "PNG"), "path": None}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        table = datasets.Dataset.from_dict({"image": [cell], "label": ["cat"]}, features=features)
+        table.to_parquet(str(tmp_path / "a.parquet"))
+        assert load_images(tmp_path).labels is None
+        with pytest.raises(ValueError, match=r"'label' is Value\('string'\).*there are none"):
+            load_images(tmp_path, label_column="label")
 
     def test_f37_empty_cell(self, tmp_path):
         import datasets
