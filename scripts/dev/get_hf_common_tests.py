@@ -20,6 +20,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "hf_common"
 # SHA-256 of the source distributions we have run. A version listed here has to be this very file. Any other is
 # accepted with a note: pip itself has compared the download with what its index states.
 DIGESTS = {
+    "5.15.1": "27c996bd9075ddc82d40f8590dfdc81ea45f611bfca477e0db5d7fd257a482f7",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
 }
 

@@ -5,11 +5,6 @@ import pytest
 from PIL import Image
 from transformers import ImageClassificationPipeline, ImageFeatureExtractionPipeline
 
-CHECKS = {
-    "image-feature-extraction": f"{__name__}.FeatureExtractionChecks",
-    "image-classification": f"{__name__}.ClassificationChecks",
-}
-
 
 def example_images() -> list[Image.Image]:
     """Three images of different sizes: colour, upright colour, grey."""
@@ -55,3 +50,6 @@ class ClassificationChecks:
         assert sum(entry["score"] for entry in everything) == pytest.approx(1, abs=2e-3)  # float16 comes here too
         with pytest.raises(ValueError, match="unknown is not a valid"):
             pipeline(examples[0], function_to_apply="unknown")
+
+
+CHECKS = {"image-feature-extraction": FeatureExtractionChecks, "image-classification": ClassificationChecks}

@@ -176,7 +176,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
 def run_child(source: Path, target: Path, home: Path) -> dict:
     """Load every checkpoint under `source` without the package; save copies, outputs and facts under `target`."""
     target.mkdir()
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(CHILD), str(source), str(target), str(torch.get_num_threads())],
