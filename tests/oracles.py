@@ -87,7 +87,7 @@ def softmax_centers(batches: Sequence[torch.Tensor], momentum: float) -> list[li
 
 
 def prototype_logits(x: torch.Tensor, layers: Sequence[tuple], g: torch.Tensor, v: torch.Tensor) -> list[list[float]]:
-    """Prototype head on `(n, D)`: linear layers with exact GELU between, unit length, `g * cosine` to each prototype."""
+    """Head on `(n, D)`: linear layers with exact GELU between, unit length, `g * cosine` to each prototype."""
     rows = []
     for value in x.tolist():
         for index, (weight, bias) in enumerate(layers):

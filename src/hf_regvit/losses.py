@@ -193,7 +193,9 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
     sample_scale = shift.squeeze(1).exp_()
     prototype_scale = kernel.new_ones(kernel.shape[1])
     for _ in range(num_iterations):
-        prototype_scale = 1 / _all_reduce(sample_scale @ kernel)
+        masses = _all_reduce(sample_scale @ kernel)
+        # Any common factor cancels in the next line; this one keeps both vectors from growing by n / K per iteration.
+        prototype_scale = masses.mean() / masses
         sample_scale = 1 / (kernel @ prototype_scale)
     return kernel.mul_(prototype_scale).mul_(sample_scale[:, None])
 

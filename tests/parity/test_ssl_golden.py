@@ -1,11 +1,11 @@
-"""Two whole training steps, schedules and parameter groups against numbers of the official code (`golden/ssl`, `train`)."""
+"""Two training steps, schedules and parameter groups against numbers of the official code (`golden/ssl`, `train`)."""
 
 import json
 
 import pytest
 import torch
-from helpers import load_golden, requires_shared, shared_dir, subtree
 
+from helpers import load_golden, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.pretraining import (
     HeadShape,

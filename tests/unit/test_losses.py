@@ -1,0 +1,236 @@
+"""Losses and targets: loop twins, limits and bad input."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import oracles
+from hf_regvit.losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+
+
+def normal(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def probabilities(*shape, seed=1, temperature=0.5):
+    return (normal(*shape, seed=seed) / temperature).softmax(-1)
+
+
+# ---- DINO and iBOT ----
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(1, 1), (3, 2), (5, 1)])
+def test_dino_loss_equals_its_loop(students, teachers):
+    student, teacher = normal(students, 4, 7), probabilities(teachers, 4, 7)
+    assert dino_loss(student, teacher).item() == pytest.approx(oracles.dino_loss(student, teacher), rel=1e-5)
+
+
+def test_dino_gradient_is_that_of_the_library_cross_entropy():
+    student, teacher = normal(3, 4, 7, dtype=torch.float64).requires_grad_(), probabilities(2, 4, 7).double()
+    (ours,) = torch.autograd.grad(dino_loss(student, teacher), student)
+    reference = sum(F.cross_entropy(s / 0.1, t) for s in student for t in teacher)
+    (expected,) = torch.autograd.grad(reference, student)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)  # targets sum to 1 up to float32 rounding
+
+
+def test_dino_loss_of_uniform_logits_is_ln_k():
+    loss = dino_loss(torch.zeros(1, 3, 50), probabilities(1, 3, 50))
+    assert loss.item() == pytest.approx(math.log(50), rel=1e-6)
+
+
+def test_dino_targets_are_constants():
+    teacher = probabilities(1, 2, 5).requires_grad_()
+    dino_loss(normal(1, 2, 5).requires_grad_(), teacher).backward()
+    assert teacher.grad is None
+
+
+def test_ibot_loss_equals_its_loop():
+    masks = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 1], [0, 1, 0, 0], [1, 1, 1, 1]]).bool()
+    student, teacher = normal(4, 4, 6), probabilities(4, 4, 6)
+    weights = (1 / masks.sum(1).clamp(min=1))[:, None].expand_as(masks)[masks]
+    loss = ibot_loss(student[masks], teacher[masks], weights, num_crops=4)
+    assert loss.item() == pytest.approx(oracles.ibot_loss(student, teacher, masks), rel=1e-5)
+
+
+def test_ibot_loss_without_masked_patches_is_zero_and_differentiable():
+    student = normal(0, 6).requires_grad_()
+    loss = ibot_loss(student, probabilities(0, 6), torch.zeros(0), num_crops=4)
+    loss.backward()
+    assert loss.item() == 0
+    assert student.grad.shape == (0, 6)
+
+
+def test_half_precision_logits_are_taken_to_float32():
+    student, teacher = normal(2, 3, 9).bfloat16(), probabilities(1, 3, 9)
+    loss = dino_loss(student, teacher)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracles.dino_loss(student.float(), teacher), rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.1, float("nan")])
+def test_temperatures_must_be_positive(temperature):
+    with pytest.raises(ValueError, match="above 0"):
+        dino_loss(normal(1, 2, 3), probabilities(1, 2, 3), student_temperature=temperature)
+    with pytest.raises(ValueError, match="above 0"):
+        sinkhorn_knopp(normal(2, 3), temperature=temperature)
+    with pytest.raises(ValueError, match="above 0"):
+        SoftmaxCenter(3)(normal(2, 3), temperature=temperature)
+
+
+def test_shapes_that_do_not_fit_are_named():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\).*\(1, 2, 4\)"):
+        dino_loss(normal(1, 2, 3), probabilities(1, 2, 4))
+    with pytest.raises(ValueError, match=r"\(5, 3\).*\(4,\)"):
+        ibot_loss(normal(5, 3), probabilities(5, 3), torch.ones(4), num_crops=2)
+    with pytest.raises(ValueError, match="num_crops is 0"):
+        ibot_loss(normal(5, 3), probabilities(5, 3), torch.ones(5), num_crops=0)
+
+
+# ---- KoLeo ----
+
+
+def test_koleo_equals_its_loop():
+    features = normal(9, 5)
+    assert koleo_loss(features).item() == pytest.approx(oracles.koleo_loss(features), rel=1e-5)
+
+
+def test_koleo_of_an_orthonormal_batch():
+    assert koleo_loss(3 * torch.eye(6)).item() == pytest.approx(-0.5 * math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_koleo_of_identical_rows_is_finite_under_autocast(dtype):
+    features = normal(1, 8).expand(4, 8).to(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        loss = koleo_loss(features)
+    assert loss.item() == pytest.approx(-math.log(1e-8 * math.sqrt(8) + 1e-8), rel=1e-3)
+
+
+def test_koleo_gradient_pushes_neighbours_apart():
+    features = torch.tensor([[1.0, 0.0], [1.0, 0.1], [-1.0, 0.0]]).requires_grad_()
+    koleo_loss(features).backward()
+    moved = (features - 0.01 * features.grad).detach()
+    before, after = (F.normalize(x, dim=-1) for x in (features.detach(), moved))
+    assert (after[0] - after[1]).norm() > (before[0] - before[1]).norm()
+
+
+def test_koleo_needs_two_rows():
+    with pytest.raises(ValueError, match=r"\(1, 8\).*at least 2"):
+        koleo_loss(normal(1, 8))
+
+
+# ---- Sinkhorn-Knopp ----
+
+
+@pytest.mark.parametrize("iterations", [1, 3])
+@pytest.mark.parametrize(("samples", "prototypes"), [(6, 4), (3, 11)])
+def test_sinkhorn_equals_its_loop(samples, prototypes, iterations):
+    logits = normal(samples, prototypes) * 0.1
+    expected = torch.tensor(oracles.sinkhorn_knopp(logits, 0.07, iterations))
+    actual = sinkhorn_knopp(logits, temperature=0.07, num_iterations=iterations)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
+
+
+def test_sinkhorn_balances_prototypes():
+    targets = sinkhorn_knopp(normal(64, 8) * 0.1, temperature=0.07, num_iterations=50)
+    torch.testing.assert_close(targets.sum(1), torch.ones(64))
+    torch.testing.assert_close(targets.sum(0), torch.full((8,), 8.0), atol=1e-3, rtol=0)
+
+
+def test_sinkhorn_ignores_an_added_constant():
+    logits = normal(5, 7)
+    torch.testing.assert_close(
+        sinkhorn_knopp(logits + 3, temperature=0.05), sinkhorn_knopp(logits, temperature=0.05), atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("scale", [20.0, 1e4])
+def test_sinkhorn_neither_overflows_nor_vanishes(scale):
+    logits = scale * normal(6, 9)
+    logits[0] -= 5 * scale  # a sample far below all others
+    logits[:, 1] -= 5 * scale  # a prototype that nobody is near
+    targets = sinkhorn_knopp(logits, temperature=0.04)
+    assert torch.isfinite(targets).all()
+    torch.testing.assert_close(targets.sum(1), torch.ones(6))
+
+
+def test_sinkhorn_of_a_collapsed_teacher_is_uniform():
+    targets = sinkhorn_knopp(normal(1, 16).expand(8, 16), temperature=0.04)
+    torch.testing.assert_close(targets, torch.full((8, 16), 1 / 16))
+
+
+def test_sinkhorn_of_no_rows():
+    assert sinkhorn_knopp(normal(0, 5), temperature=0.04).shape == (0, 5)
+
+
+def test_sinkhorn_leaves_its_argument_alone():
+    logits = normal(4, 5)
+    before = logits.clone()
+    sinkhorn_knopp(logits, temperature=0.04)
+    assert torch.equal(logits, before)
+
+
+def test_sinkhorn_refuses_bad_input():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
+        sinkhorn_knopp(normal(2, 3, 4), temperature=0.04)
+    with pytest.raises(ValueError, match="num_iterations is 0"):
+        sinkhorn_knopp(normal(2, 3), temperature=0.04, num_iterations=0)
+
+
+# ---- Centering ----
+
+
+def test_center_equals_its_loop_and_lags_by_one_step():
+    batches = [normal(5, 4, seed=seed) for seed in range(4)]
+    expected = oracles.softmax_centers(batches, 0.8)
+    center = SoftmaxCenter(4, momentum=0.8)
+    for step, batch in enumerate(batches):
+        center.commit()
+        torch.testing.assert_close(center.center, torch.tensor(expected[step]))
+        probs = center(batch, temperature=0.1)
+        row = oracles.softmax([(z - c) / 0.1 for z, c in zip(batch[2].tolist(), expected[step], strict=True)])
+        torch.testing.assert_close(probs[2], torch.tensor(row))
+        center.accumulate(batch)
+    center.commit()
+    torch.testing.assert_close(center.center, torch.tensor(expected[-1]))
+
+
+def test_micro_batches_move_the_center_once():
+    rows = normal(6, 4)
+    whole, halves = SoftmaxCenter(4), SoftmaxCenter(4)
+    whole.accumulate(rows)
+    halves.accumulate(rows[:2])
+    halves.accumulate(rows[2:])
+    for center in (whole, halves):
+        center.commit()
+    torch.testing.assert_close(whole.center, halves.center)
+
+
+def test_no_rows_leave_the_center_as_it_is():
+    center = SoftmaxCenter(4)
+    center.accumulate(normal(3, 4))
+    center.commit()
+    before = center.center.clone()
+    center.accumulate(normal(0, 4))
+    center.commit()
+    assert torch.equal(center.center, before)
+    center.commit()
+    assert torch.equal(center.center, before)
+
+
+def test_a_checkpoint_keeps_what_is_pending():
+    first, second = SoftmaxCenter(4), SoftmaxCenter(4)
+    first.accumulate(normal(3, 4))
+    second.load_state_dict(first.state_dict())
+    for center in (first, second):
+        center.commit()
+    assert first.center.any()
+    assert torch.equal(first.center, second.center)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0])
+def test_center_momentum_is_checked(momentum):
+    with pytest.raises(ValueError, match="center momentum"):
+        SoftmaxCenter(4, momentum=momentum)
