@@ -1,0 +1,399 @@
+"""From pixels to a published-form checkpoint in a few minutes on two CPU cores.
+
+    make demo                        the photographs inside scikit-image and scikit-learn, cut into tiles
+    DATA=path/to/folder make demo    your own images (a folder, class folders, parquet)
+
+Pretrains a small RegViT with four registers without labels, compares its features with plain ones by k nearest
+neighbours, saves and reloads it as a user would, and draws what CLS and the registers look at. A finished run is
+reused, an interrupted one continues; `--fresh` starts over.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from PIL import Image
+from tqdm import tqdm
+
+from hf_regvit.data import (
+    EMBEDDED_SOURCES,
+    BadImageError,
+    ImageSource,
+    MissingSplitError,
+    load_images,
+    photographs,
+    stratified_split,
+)
+
+HERE = Path(__file__).resolve().parent
+MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, prepared in a minute or two
+SHORT_SIDE = 256  # of their prepared copies, pixels: four times the largest crop
+NEIGHBOURS = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", default="photos", help="'photos', 'digits', or a folder of images or parquet files")
+    parser.add_argument(
+        "--config", type=Path, default=HERE / "photos_cpu.yaml", help="recipe; default photos_cpu.yaml"
+    )
+    parser.add_argument("--output_dir", type=Path, help="default runs/demo-<data>")
+    parser.add_argument("--fresh", action="store_true", help="forget an earlier run in this folder")
+    options = parser.parse_args(argv)
+    run = options.output_dir or Path("runs") / f"demo-{slug(options.data)}"
+    try:
+        demo(options.data, options.config, run, fresh=options.fresh)
+    except KeyboardInterrupt:
+        print(f"\nInterrupted. The same command continues the run in {run}; --fresh starts over.", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
+    # Trainer's own bar stays; these would come for every file that is read or written.
+    transformers.logging.disable_progress_bar()
+    if fresh:
+        forget(run)
+    with step("Images"):
+        folder = prepare_images(data, run)
+        train, held_out = open_parts(folder)
+        print(f"  {len(train)} for training" + (f", {len(held_out)} held out" if held_out else ", no held-out labels"))
+    arguments = read_recipe(recipe, folder, run, num_images=len(train))
+    seconds = pretrain_or_reuse(arguments, run)
+    backbone = run / "backbone"
+    with step("As a user loads it"):
+        model, processor = load_and_compare(backbone, train[0].image)
+    scores = neighbour_scores(train, held_out, arguments, model, processor, run / "scores.json")
+    table = score_table(scores, train, held_out, seconds) if scores else ""
+    write_card(backbone, model, data=data, seconds=seconds, table=table)
+    page = run / "figures" / "index.html"
+    if not page.exists() or page.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
+        with step("Figures of whole pictures"):
+            from hf_regvit.figures import overview_page
+
+            pictures = whole_pictures(data, train)
+            title = f"RegViT on {len(pictures)} pictures after {seconds / 60:.1f} minutes"
+            overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
+    print()
+    print(table or "No held-out labels (class folders, two classes or more), so there is no kNN comparison.\n")
+    print(f"Checkpoint   {backbone}      AutoModel.from_pretrained('{backbone}') after `import hf_regvit`")
+    print(f"Figures      {page}")
+
+
+# --- Images
+
+
+def prepare_images(data: str, run: Path) -> str:
+    """What to train on: an embedded set as it is, anything else as a shrunken copy that decodes fast.
+
+    The 12 megapixels of a camera take a hundred times longer to decode than to augment. Unreadable images are left out
+    and named. Images that came or went since the last time start the run over.
+    """
+    if data in EMBEDDED_SOURCES:
+        return data
+    parts = {"train": load_images(data)}
+    source = parts["train"]
+    try:
+        parts["validation"] = load_images(data, split="validation")
+    except MissingSplitError:
+        if source.labels and len(source.label_names) > 1:
+            indices = stratified_split(source.labels, held_out_share=0.2, seed=0)
+            parts = {name: source.subset(part) for name, part in zip(("train", "validation"), indices, strict=True)}
+    names = json.dumps({name: list(part.ids) for name, part in parts.items()})
+    folder, listing = run / "images", run / "images" / "sources.json"
+    if listing.exists() and listing.read_text() == names:
+        return str(folder)
+    if listing.exists():
+        print("  the images have changed: starting over")
+    forget(run)
+    bad = [error for name, part in parts.items() for error in copy_images(part, folder / name)]
+    for error in bad[:5]:
+        print(f"  left out: {error}", file=sys.stderr)
+    if len(bad) > 5:
+        print(f"  left out: {len(bad) - 5} more unreadable images", file=sys.stderr)
+    if not any((folder / "train").glob("*/*.jpg")):
+        raise ValueError(f"None of the {len(source)} images of '{data}' can be read.")
+    listing.write_text(names)  # last: without it the copy is not complete
+    return str(folder)
+
+
+def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
+    """Write small copies in one sub-folder per class; returns what could not be read."""
+    chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:MAX_IMAGES])
+    if len(source) > MAX_IMAGES:
+        print(f"  {folder.name}: {MAX_IMAGES} of {len(source)} images, drawn at random")
+    bad = []
+    for index in tqdm(chosen.tolist(), desc=f"  preparing {folder.name}", unit="image", leave=False):
+        try:
+            record = source[index]
+        except BadImageError as error:
+            bad.append(error)
+            continue
+        # The number keeps the order of the classes, and apart what differs only in special characters.
+        group = "all" if record.label is None else f"{record.label:04d} {slug(source.label_names[record.label])}"
+        path = folder / group / f"{index:06d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shrink(record.image).save(path, quality=95)
+    return bad
+
+
+def shrink(image: Image.Image) -> Image.Image:
+    scale = SHORT_SIDE / min(image.size)
+    if scale >= 1:
+        return image
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+
+
+def open_parts(data: str) -> tuple[ImageSource, ImageSource | None]:
+    """Training images, and held-out ones with labels to score by, or None."""
+    train = load_images(data)
+    try:
+        held_out = load_images(data, split="validation")
+    except MissingSplitError:
+        return train, None
+    scorable = train.labels and held_out.labels and len(train.label_names) > 1 and len(train) >= NEIGHBOURS
+    return train, (held_out if scorable else None)
+
+
+def whole_pictures(data: str, train: ImageSource, limit: int = 21) -> dict[str, Image.Image]:
+    if data == "photos":
+        return photographs()
+    chosen = np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int)
+    return {train[i].id: train[i].image for i in chosen.tolist()}
+
+
+# --- Training
+
+
+def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
+    """The recipe's arguments for this data; a small folder gets smaller batches, never more steps."""
+    from hf_regvit.arguments import RecipeParser
+    from hf_regvit.pretraining import PretrainingArguments
+
+    flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
+    (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
+    if num_images < 2:
+        raise ValueError(
+            f"'{data}' has {num_images} readable training image; pretraining compares images, so give more."
+        )
+    if num_images < arguments.per_device_train_batch_size:
+        arguments.per_device_train_batch_size = num_images
+        arguments.koleo_loss_weight = arguments.koleo_loss_weight if num_images >= 16 else 0.0
+    return arguments
+
+
+def pretrain_or_reuse(arguments, run: Path) -> float:
+    """Train unless this very recipe is finished; returns the seconds that training took."""
+    from hf_regvit.pretraining import pretrain
+
+    recipe, report = run / "resolved_recipe.yaml", run / "report.json"
+    if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
+        print("The earlier run followed another recipe: starting over.")
+        forget(run, keep="images")
+    if report.exists() and (run / "backbone" / "model.safetensors").exists():
+        print(f"Pretraining   reusing the finished run in {run} (--fresh starts over)")
+        return json.loads(report.read_text())["seconds"]
+    checkpoints = []
+    for folder in run.glob("checkpoint-*"):
+        try:
+            json.loads((folder / "trainer_state.json").read_text())  # Trainer writes this file last
+            checkpoints.append(folder)
+        except (FileNotFoundError, ValueError):
+            shutil.rmtree(folder)  # the save was cut off
+    if checkpoints:
+        newest = max(checkpoints, key=lambda folder: int(folder.name.split("-")[1]))
+        print(f"Pretraining   continuing at step {newest.name.split('-')[1]}")
+        arguments.resume_from_checkpoint = str(newest)
+    else:
+        print("Pretraining")
+    pretrain(arguments)
+    for folder in run.glob("checkpoint-*"):
+        shutil.rmtree(folder)  # backbone/ and training/ hold what is needed from here on
+    return json.loads(report.read_text())["seconds"]
+
+
+def comparable(recipe: dict) -> dict:
+    """A recipe without what may differ between two starts of the same run."""
+    return {key: value for key, value in recipe.items() if key not in ("output_dir", "resume_from_checkpoint")}
+
+
+def forget(run: Path, *, keep: str = "") -> None:
+    """Empty a run folder, if it is one."""
+    if not run.exists():
+        return
+    found = {path.name for path in run.iterdir()}
+    if found and not found & {"images", "resolved_recipe.yaml"}:
+        raise ValueError(f"'{run}' holds other things than a demo run. Choose another --output_dir.")
+    for path in run.iterdir():
+        if path.name == keep:
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# --- What it is worth
+
+
+def load_and_compare(folder: Path, image: Image.Image):
+    """Load the folder through AutoModel and through the pipeline; both must give the same tokens."""
+    from transformers import AutoImageProcessor, AutoModel, pipeline
+
+    import hf_regvit  # noqa: F401 - registers the classes, so no trust_remote_code
+
+    model = AutoModel.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    extractor = pipeline("image-feature-extraction", model=str(folder), image_processor=str(folder))
+    with torch.no_grad():
+        output = model(**processor(image, return_tensors="pt"))
+    from_pipeline = torch.tensor(extractor(image))
+    difference = (from_pipeline - output.last_hidden_state).abs().max().item()
+    if not difference < 1e-5:
+        raise ValueError(f"AutoModel and the pipeline differ by {difference:.2g} on {folder}.")
+    _, registers, width = output.register_tokens.shape
+    print(
+        f"  AutoModel and pipeline('image-feature-extraction') agree to {difference:.0e}: CLS, {registers} registers, "
+        f"{output.patch_tokens.shape[1]} patches of width {width}"
+    )
+    return model, processor
+
+
+def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
+    """Accuracy of 10-NN on held-out images for plain features, the untrained and the trained network."""
+    from hf_regvit.callbacks import backbone_features
+    from hf_regvit.modeling_regvit import RegViTModel
+
+    if held_out is None:
+        return None
+    if file.exists():
+        return json.loads(file.read_text())
+    with step("Nearest neighbours"):
+        images = [[source[i].image for i in range(len(source))] for source in (train, held_out)]
+        torch.manual_seed(arguments.seed)
+        untrained = RegViTModel(arguments.backbone_config()).eval()
+        features = {
+            "raw 16x16 pixels": [raw_pixels(part) for part in images],
+            "colour mean and deviation": [colour_statistics(part) for part in images],
+        }
+        for name, network in (("untrained", untrained), ("trained", model)):
+            with torch.no_grad():
+                features[name] = [backbone_features(network, part, image_processor=processor) for part in images]
+        scores = {name: accuracies(*pair, train.labels, held_out.labels) for name, pair in features.items()}
+    file.write_text(json.dumps(scores, indent=2) + "\n")
+    return scores
+
+
+def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
+    small = [np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC), dtype=np.float32) for image in images]
+    return torch.from_numpy(np.stack(small)).flatten(1) / 255
+
+
+def colour_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
+    pixels = [np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255 for image in images]
+    return torch.from_numpy(np.stack([np.concatenate([p.mean(0), p.std(0)]) for p in pixels]))
+
+
+def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_labels) -> dict[str, float]:
+    """Share of right answers, with DINOv2's vote by cosine and with the plain vote by Euclidean distance."""
+    from sklearn.neighbors import KNeighborsClassifier
+
+    from hf_regvit.probes import knn_accuracy
+
+    labels = torch.tensor(train_labels), torch.tensor(test_labels)
+    k = min(NEIGHBOURS, len(train))
+    plain = KNeighborsClassifier(k).fit(train.numpy(), train_labels)
+    return {
+        "cosine": knn_accuracy(train, labels[0], test, labels[1], k=(k,))[k],
+        "euclidean": float(plain.score(test.numpy(), test_labels)),
+    }
+
+
+def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: float) -> str:
+    counts = np.bincount(held_out.labels)
+    names = {
+        "untrained": "RegViT, untrained",
+        "trained": f"RegViT, after {seconds / 60:.1f} minutes",
+    }
+    lines = [
+        f"{NEIGHBOURS}-NN accuracy on {len(held_out)} held-out images of {len(train.label_names)} classes "
+        f"(always the largest class: {counts.max() / counts.sum():.1%}).",
+        "Network features: CLS and mean patch token; registers are left out.",
+        "",
+        f"| {'features':<28} | cosine | Euclidean |",
+        f"|{'-' * 30}|-------:|----------:|",
+    ]
+    lines += [
+        f"| {names.get(name, name):<28} | {score['cosine']:6.1%} | {score['euclidean']:9.1%} |"
+        for name, score in scores.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# --- Card and messages
+
+
+def write_card(folder: Path, model, *, data: str, seconds: float, table: str) -> None:
+    config = model.config
+    source = f"the embedded set `{data}`" if data in ("photos", "digits") else "images of the user"
+    (folder / "README.md").write_text(
+        f"""---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- regvit
+- register-tokens
+- self-supervised
+---
+
+# RegViT with {config.num_register_tokens} registers, {config.num_hidden_layers} blocks, width {config.hidden_size}
+
+Made by `make demo` of hf_regvit: pretrained without labels (DINOv2 losses) on {source}, {seconds / 60:.1f} minutes on
+a CPU, patches of {config.patch_shape[0]} px, crops of {config.image_size} px. It shows how the pieces fit together; it
+is not a general-purpose model.
+
+```python
+import hf_regvit  # or trust_remote_code=True without the package
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+output = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+output.pooler_output, output.patch_tokens, output.register_tokens
+```
+
+Tokens are `[CLS | registers | patches]`; `output.output_mask` is False at the registers, which carry no local content.
+
+{table}
+""",
+        encoding="utf-8",
+    )
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    print(name, flush=True)
+    started = time.perf_counter()
+    yield
+    print(f"  {time.perf_counter() - started:.1f} s", flush=True)
+
+
+def slug(text: str) -> str:
+    """A name for a folder; paths get a checksum, because the last part alone is rarely unique."""
+    name = "".join(letter if letter.isalnum() else "-" for letter in Path(text).name)[:40].strip("-")
+    return name if name == text else f"{name}-{zlib.crc32(str(Path(text).absolute()).encode()):08x}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

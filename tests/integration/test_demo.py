@@ -1,0 +1,214 @@
+"""`make demo` from end to end on small folders: table, checkpoint, page, and every way to stop and repeat."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_regvit.data import load_images
+
+DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
+TINY = """
+preset: tiny
+hidden_size: 24
+num_hidden_layers: 2
+num_attention_heads: 2
+patch_size: 8
+global_crop_size: 32
+local_crop_size: 16
+num_local_crops: 2
+head_num_prototypes: 64
+head_hidden_size: 32
+head_bottleneck_size: 16
+per_device_train_batch_size: 16
+max_steps: 4
+save_strategy: steps
+save_steps: 2
+report_to: none
+seed: 3
+"""
+
+
+@pytest.fixture(scope="module")
+def demo():
+    spec = importlib.util.spec_from_file_location("demo", DEMO)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return path
+
+
+def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) -> Path:
+    """Tiles of the embedded photographs as a user's folder of PNG files."""
+    source = load_images("photos")
+    for index in range(0, count * every, every):
+        record = source[index]
+        path = folder / (source.label_names[record.label] if labelled else "") / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record.image.save(path)
+    return folder
+
+
+@pytest.fixture
+def one_picture(demo, monkeypatch):
+    """Draws one picture instead of up to 21; the page itself has its own tests."""
+    draw = demo.whole_pictures
+    monkeypatch.setattr(demo, "whole_pictures", lambda data, train: draw(data, train, limit=1))
+
+
+def files_and_times(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeypatch):
+    data = write_tiles(tmp_path / "tiles", count=60, labelled=True)
+    (data / "astronaut" / "broken.jpg").write_bytes(b"<html>404</html>")
+    run = tmp_path / "run"
+    arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(run)]
+    assert demo.main(arguments) == 0
+    output = capsys.readouterr()
+    assert "broken.jpg" in output.err
+    assert "HTML" in output.err
+    for row in ("raw 16x16 pixels", "colour mean and deviation", "RegViT, untrained", "RegViT, after"):
+        assert row in output.out
+    assert f"Figures      {run / 'figures' / 'index.html'}" in output.out
+    scores = json.loads((run / "scores.json").read_text())
+    assert all(0 <= value <= 1 for score in scores.values() for value in score.values())
+
+    # What a user gets: weights as safetensors, processor, card with the table, figures.
+    backbone = run / "backbone"
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= {
+        path.name for path in backbone.iterdir()
+    }
+    card = (backbone / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert "| raw 16x16 pixels" in card
+    assert str(tmp_path) not in card  # a card may be published
+    assert len(list((run / "figures").glob("*.png"))) == 21
+    assert not list(run.glob("checkpoint-*"))
+
+    # Again: nothing is trained, scored or drawn a second time.
+    from hf_regvit import pretraining
+
+    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    before = files_and_times(run)
+    assert demo.main(arguments) == 0
+    again = capsys.readouterr().out
+    assert "reusing the finished run" in again
+    assert "RegViT, after" in again
+    changed = {path for path, time in files_and_times(run).items() if before.get(path) != time}
+    assert changed <= {str(backbone / "README.md")}
+
+
+@pytest.mark.usefixtures("one_picture")
+def test_folder_without_labels(demo, recipe, tmp_path, capsys):
+    """Fewer images than a batch, no classes: trains all the same and says why there is no comparison."""
+    data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
+    assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
+    output = capsys.readouterr().out
+    assert "9 for training, no held-out labels" in output
+    assert "no kNN comparison" in output
+    assert not (tmp_path / "run" / "scores.json").exists()
+    assert (tmp_path / "run" / "figures" / "index.html").exists()
+
+
+class Stop:
+    """Ctrl-C in the middle of step `at`."""
+
+    def __init__(self, monkeypatch, at: int) -> None:
+        from hf_regvit.pretraining import DinoTrainer
+
+        self.count, self.at, self.step = 0, at, DinoTrainer.training_step
+        monkeypatch.setattr(DinoTrainer, "training_step", lambda trainer, *args: self(trainer, *args))
+
+    def __call__(self, trainer, *args):
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+        return self.step(trainer, *args)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_picture")
+def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, recipe, tmp_path, capsys, monkeypatch):
+    from safetensors.torch import load_file
+
+    data = write_tiles(tmp_path / "tiles", count=20, labelled=False)
+    arguments = ["--data", str(data), "--config", str(recipe), "--output_dir"]
+    assert demo.main([*arguments, str(tmp_path / "unbroken")]) == 0
+    with monkeypatch.context() as patch:
+        Stop(patch, at=4)
+        assert demo.main([*arguments, str(tmp_path / "run")]) == 130
+    assert "The same command continues" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-2").exists()
+    # A save that was cut off is newer, and must not be chosen.
+    (tmp_path / "run" / "checkpoint-3").mkdir()
+    (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": ')
+    assert demo.main([*arguments, str(tmp_path / "run")]) == 0
+    assert "continuing at step 2" in capsys.readouterr().out
+    expected = load_file(tmp_path / "unbroken" / "backbone" / "model.safetensors")
+    actual = load_file(tmp_path / "run" / "backbone" / "model.safetensors")
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("one_picture")
+def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys):
+    data = write_tiles(tmp_path / "tiles", count=18, labelled=False)
+    arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
+    assert demo.main(arguments) == 0
+    recipe.write_text(TINY.replace("max_steps: 4", "max_steps: 2"))
+    assert demo.main(arguments) == 0
+    assert "another recipe: starting over" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 2
+    (data / "0.png").unlink()
+    assert demo.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert "the images have changed: starting over" in output
+    assert "17 for training" in output
+    assert demo.main([*arguments, "--fresh"]) == 0
+    assert "reusing" not in capsys.readouterr().out
+
+
+def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert demo.main(["--config", str(recipe), *arguments]) == 1
+        return capsys.readouterr().err
+
+    run = ["--output_dir", str(tmp_path / "run")]
+    assert "does not exist" in error("--data", str(tmp_path / "nowhere"), *run)
+    (tmp_path / "empty").mkdir()
+    assert "found nothing" in error("--data", str(tmp_path / "empty"), *run)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.jpg").write_bytes(b"")
+    assert "None of the 1 images" in error("--data", str(tmp_path / "bad"), *run)
+    one = write_tiles(tmp_path / "one", count=1, labelled=False)
+    assert "1 readable training image" in error("--data", str(one), *run)
+    # A folder of someone else's is never emptied.
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("x")
+    assert "other things" in error("--data", "digits", "--fresh", "--output_dir", str(tmp_path / "thesis"))
+    assert "other things" in error("--data", str(one), "--output_dir", str(tmp_path / "thesis"))
+    assert (tmp_path / "thesis" / "chapter.txt").exists()
+
+
+def test_pictures_of_the_default_data_are_whole(demo):
+    pictures = demo.whole_pictures("photos", load_images("photos"))
+    assert len(pictures) == 21
+    assert pictures["astronaut"].size == (512, 512)
+
+
+def test_names_of_run_folders(demo, tmp_path):
+    assert demo.slug("photos") == "photos"
+    first, second = (demo.slug(str(tmp_path / name / "my images")) for name in ("a", "b"))
+    assert first != second
+    assert first.startswith("my-images-")
