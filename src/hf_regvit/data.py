@@ -496,7 +496,7 @@ def _columns(
     ]
     if label_column is not None and label_column not in integers:
         raise ValueError(
-            f"'{name}': label column {label_column!r} is {features.get(label_column)}, expected integers or ClassLabel: "
+            f"'{name}': label column {label_column!r} is {features.get(label_column)}; with integers or ClassLabel: "
             f"{', '.join(integers) or 'there are none'}. Columns: {', '.join(features)}. Set label_column."
         )
     label_column = label_column or ("label" if "label" in integers else None)
