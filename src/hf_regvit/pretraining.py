@@ -541,7 +541,9 @@ class SelfDistillation(nn.Module):
             terms["ibot_loss"] = self.ibot_loss_weight * masked
         if self.koleo_loss_weight:
             terms["koleo_loss"] = self.koleo_loss_weight * sum(koleo_loss(crop) for crop in student.cls_features)
-        loss = torch.stack(list(terms.values())).sum()
+        # Logits of a loss that is off have no rows, but they tie its head to the graph: DDP waits for every gradient.
+        idle = student.global_logits[:0].sum() + student.masked_logits[:0].sum()
+        loss = torch.stack(list(terms.values())).sum() + idle
         outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
         if self.dino_loss_weight:
             probabilities = targets.cls.flatten(0, 1)
