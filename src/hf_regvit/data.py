@@ -93,7 +93,8 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
             if image.width * image.height > _MAX_PIXELS:
                 raise BadImageError(name, f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image), name)
+            is_png = image.format == "PNG"  # the upright copy no longer knows
+            return _to_rgb(ImageOps.exif_transpose(image), name, is_png=is_png)
     except Image.UnidentifiedImageError as error:
         raise BadImageError(name, _describe_unknown(data)) from error
     except BadImageError:
@@ -126,8 +127,8 @@ def _describe_unknown(data: bytes) -> str:
     return f"no supported image format ({', '.join(_known_formats())}); the first bytes are {data[:8]!r}"
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+def _to_rgb(image: Image.Image, name: str, *, is_png: bool) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
         values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255: a white picture
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
