@@ -178,9 +178,9 @@ class OnlineKNN(Observer):
         )
         return knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
 
-    def _measure(self, model: nn.Module) -> None:
+    def _measure(self, model: Any) -> None:
         started = time.perf_counter()
-        accuracies = self.accuracy(model.teacher["backbone"])
+        accuracies = self.accuracy(model.teacher_backbone)
         self._measured = {f"eval_knn_{k}": accuracy for k, accuracy in accuracies.items()}
         self._measured["eval_seconds"] = time.perf_counter() - started
 

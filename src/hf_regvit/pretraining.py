@@ -17,10 +17,10 @@ import logging
 import math
 import platform
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -369,6 +369,11 @@ class SelfDistillation(nn.Module):
     # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
     accepts_loss_kwargs = False
 
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict
+    dino_center: SoftmaxCenter | None
+    ibot_center: SoftmaxCenter | None
+
     def __init__(
         self,
         backbone: RegViTModel,
@@ -407,6 +412,16 @@ class SelfDistillation(nn.Module):
             self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
         self.train()
 
+    @property
+    def student_backbone(self) -> RegViTModel:
+        """The backbone that is trained."""
+        return cast(RegViTModel, self.student["backbone"])
+
+    @property
+    def teacher_backbone(self) -> RegViTModel:
+        """The backbone that is kept: the moving average of the student's."""
+        return cast(RegViTModel, self.teacher["backbone"])
+
     def train(self, mode: bool = True) -> "SelfDistillation":
         """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
         super().train(mode)
@@ -415,7 +430,7 @@ class SelfDistillation(nn.Module):
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recomputes the student's blocks in the backward pass; the teacher has none."""
-        self.student["backbone"].gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+        self.student_backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
 
     def begin_step(self, teacher_temperature: float) -> None:
         """Once per optimizer step, before its first forward: sets the temperature and folds in the last centers."""
@@ -452,7 +467,7 @@ class SelfDistillation(nn.Module):
         Returns:
             Probabilities of the CLS tokens, crop by crop, and of the patches under the masks.
         """
-        outputs = self.teacher["backbone"](global_crops.flatten(0, 1))
+        outputs = self.teacher_backbone(global_crops.flatten(0, 1))
         masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
         cls_logits, masked_logits = self._logits(self.teacher, outputs.pooler_output, masked)
         cls_probabilities = self._probabilities(cls_logits, self.dino_center)
@@ -479,7 +494,7 @@ class SelfDistillation(nn.Module):
         """
         num_global, batch = global_crops.shape[:2]
         num_local = local_crops.shape[0] if self.dino_loss_weight else 0
-        backbone = self.student["backbone"]
+        backbone = self.student_backbone
         outputs = backbone(global_crops.flatten(0, 1), bool_masked_pos=masks.flatten(0, 1))
         cls = outputs.pooler_output
         rows = [cls]
@@ -540,7 +555,8 @@ class SelfDistillation(nn.Module):
             )
             terms["ibot_loss"] = self.ibot_loss_weight * masked
         if self.koleo_loss_weight:
-            terms["koleo_loss"] = self.koleo_loss_weight * sum(koleo_loss(crop) for crop in student.cls_features)
+            spread = torch.stack([koleo_loss(crop) for crop in student.cls_features])
+            terms["koleo_loss"] = self.koleo_loss_weight * spread.sum()
         # Logits of a loss that is off have no rows, but they tie its head to the graph: DDP waits for every gradient.
         idle = student.global_logits[:0].sum() + student.masked_logits[:0].sum()
         loss = torch.stack(list(terms.values())).sum() + idle
@@ -556,8 +572,8 @@ class SelfDistillation(nn.Module):
     ) -> None:
         if global_crops.ndim != 5 or global_crops.shape[0] != 2:
             raise ValueError(
-                f"global_crops have shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of B "
-                "images, crop-major."
+                f"global_crops have shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
+                "B images, crop-major."
             )
         if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
             raise ValueError(
@@ -752,11 +768,20 @@ class PretrainingArguments(TrainingArguments):
 
         reference = self.learning_rate_reference_batch
         scale = math.sqrt(self.images_per_step / reference) if reference else 1.0
-        own = {field.name: getattr(self, field.name, None) for field in dataclasses.fields(Schedules)}
-        durations = ("warmup_steps", "freeze_last_layer_steps", "warmup_teacher_temperature_steps")
-        own.update({name: steps(getattr(self, name)) for name in durations})
-        own.update(total_steps=total_steps, learning_rate=self.learning_rate * scale)
-        return Schedules(**own)
+        return Schedules(
+            total_steps=total_steps,
+            learning_rate=self.learning_rate * scale,
+            min_learning_rate=self.min_learning_rate,
+            warmup_steps=steps(self.warmup_steps),
+            freeze_last_layer_steps=steps(self.freeze_last_layer_steps),
+            weight_decay=self.weight_decay,
+            weight_decay_end=self.weight_decay_end,
+            teacher_momentum=self.teacher_momentum,
+            teacher_momentum_end=self.teacher_momentum_end,
+            warmup_teacher_temperature=self.warmup_teacher_temperature,
+            teacher_temperature=self.teacher_temperature,
+            warmup_teacher_temperature_steps=steps(self.warmup_teacher_temperature_steps),
+        )
 
     def backbone_config(self) -> RegViTConfig:
         """Configuration of the backbone that the fields above describe."""
@@ -798,9 +823,8 @@ class PretrainingArguments(TrainingArguments):
 class _StepRules(TrainerCallback):
     """What the recipe does around an optimizer step: schedules before it, the teacher's update after it."""
 
-    def __init__(self) -> None:
-        self.schedules: Schedules | None = None
-        self.values: StepValues | None = None
+    schedules: Schedules
+    values: StepValues
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.schedules = args.schedules(state.max_steps)
@@ -832,6 +856,9 @@ class DinoTrainer(Trainer):
         ValueError: several GPUs in one process (`DataParallel`).
     """
 
+    model: SelfDistillation
+    args: PretrainingArguments
+
     def __init__(
         self,
         model: SelfDistillation,
@@ -848,7 +875,8 @@ class DinoTrainer(Trainer):
             )
         self._rules = _StepRules()
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
-        self._window: tuple[float, int] | None = None
+        # Clock and step at the last log line; the clock starts with the first step, not with the set-up.
+        self._window = (0.0, -1)
         super().__init__(
             model=model,
             args=args,
@@ -865,19 +893,19 @@ class DinoTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         from .data import EpochSampler
 
-        return EpochSampler(len(self.train_dataset), seed=self.args.seed)
+        return EpochSampler(len(cast(Sized, self.train_dataset)), seed=self.args.seed)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one parameter group per pair of multipliers."""
         if self.optimizer is None:
-            student = (model or self.model).student
+            student = self.model.student
             rules = parameter_rules(
                 [name for name, _ in student.named_parameters()],
-                num_layers=student["backbone"].config.num_hidden_layers,
+                num_layers=self.model.student_backbone.config.num_hidden_layers,
                 layer_decay=self.args.layer_decay,
                 patch_embed_lr_multiplier=self.args.patch_embed_lr_multiplier,
             )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(parameter_groups(student, rules), **options)
         return self.optimizer
 
@@ -904,7 +932,7 @@ class DinoTrainer(Trainer):
         Raises:
             FloatingPointError: NaN or infinite loss; names the step and the terms. The last checkpoint is intact.
         """
-        if self._window is None:
+        if self._window[1] < 0:
             self._window = (time.perf_counter(), self.state.global_step)
         outputs = model(**inputs)
         loss = outputs["loss"]
@@ -985,12 +1013,13 @@ def pretrain(
 
     set_seed(args.seed)
     network = _build_network(args, model)
-    config = network.student["backbone"].config
+    config = network.student_backbone.config
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
-    if len(train_dataset) < args.images_per_step:
+    num_images = len(cast(Sized, train_dataset))
+    if num_images < args.images_per_step:
         raise ValueError(
-            f"there are {len(train_dataset)} images for steps of {args.images_per_step}; expected at least one full "
+            f"there are {num_images} images for steps of {args.images_per_step}; expected at least one full "
             "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps."
         )
     if data_collator is None:
@@ -1000,7 +1029,7 @@ def pretrain(
         )
     if image_processor is None:
         image_processor = default_image_processor(args.global_crop_size)
-    output = Path(args.output_dir)
+    output = Path(cast(str, args.output_dir))  # Trainer's own default if it was not given
     trainer = DinoTrainer(
         network,
         args,
@@ -1015,7 +1044,7 @@ def pretrain(
     started = time.perf_counter()
     trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
     seconds = time.perf_counter() - started
-    backbone = network.teacher["backbone"].requires_grad_(True).eval()
+    backbone = network.teacher_backbone.requires_grad_(True).eval()
     if trainer.is_world_process_zero():
         backbone.save_pretrained(output / "backbone")
         image_processor.save_pretrained(output / "backbone")
@@ -1074,8 +1103,8 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Multi-crop views of `args.data`."""
     from .data import MultiCrop, MultiCropDataset, load_images
 
-    same_name = ("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue")
-    same_name += ("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability")
+    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
+    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
     multi_crop = MultiCrop(
         global_size=args.global_crop_size,
         local_size=args.local_crop_size,
@@ -1146,10 +1175,9 @@ def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) 
     """Summary of a finished run."""
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
-    steps, images = trainer.state.global_step, trainer.state.global_step * trainer.args.images_per_step
     return {
-        "steps": steps,
-        "images_seen": images,
+        "steps": trainer.state.global_step,
+        "images_seen": trainer.state.global_step * trainer.args.images_per_step,
         "epochs": trainer.state.epoch,
         "seconds": seconds,
         "peak_memory_mib": _peak_memory_mib(),
