@@ -4,8 +4,8 @@
     python scripts/bench_inference.py --models small --sizes 224 --dtypes float32 --batches 1 8
 
 Every case runs the three in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike. Printed are
-medians in milliseconds and ratios of medians paired round by round (above 1: RegViT is faster), then the memory a
-forward pass adds, each system in a process of its own (peak resident memory on a CPU, allocator's peak on a GPU).
+medians in milliseconds and medians of the ratios of each round (above 1: RegViT is faster), then the memory a forward
+pass adds, each system in a process of its own (peak resident memory on a CPU under Linux, allocator's peak on a GPU).
 518 is the native size of the stored position table; 224 has to resample it.
 """
 
@@ -15,12 +15,12 @@ import json
 import os
 import platform
 import re
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -62,7 +62,8 @@ def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[
     model = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", img_size=518, dynamic_img_size=True)
     rules = (
         (r"^layers\.", "blocks."), (r"\.attention\.qkv", ".attn.qkv"), (r"\.attention\.o_proj", ".attn.proj"),
-        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"), (r"^layernorm", "norm"), (r"^embeddings\.register_tokens", "reg_token"),
+        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"), (r"^layernorm", "norm"),
+        (r"^embeddings\.register_tokens", "reg_token"),
         (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"), (r"^embeddings\.cls_token", "cls_token"),
         (r"^embeddings\.position_embeddings", "pos_embed"),
     )  # fmt: skip
@@ -77,6 +78,13 @@ def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[
     model.load_state_dict(renamed)
     model = model.eval().to(device, dtype)
     return model.forward_features
+
+
+def cpu_name() -> str:
+    """The processor's model name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
 
 
 def synchronise(device: str) -> None:
@@ -111,6 +119,11 @@ def time_case(
     return times
 
 
+def resident_kib(field: str) -> int:
+    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM); Linux only."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
 def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str) -> None:
     """Print the MiB that a forward pass adds to a process which holds the model."""
     dtype = getattr(torch, dtype_name)
@@ -124,9 +137,10 @@ def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: st
             model(images)
             added = torch.cuda.max_memory_allocated() - before
         else:
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            Path("/proc/self/clear_refs").write_text("5")  # building the model had a peak of its own: forget it
+            before = resident_kib("VmRSS")
             model(images)
-            added = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+            added = (resident_kib("VmHWM") - before) * 1024
     print(json.dumps(added / 2**20))
 
 
@@ -163,12 +177,11 @@ def main() -> None:
     import timm
     import transformers
 
-    name = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor() or platform.machine()}"
-    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, "
-          f"transformers {transformers.__version__}, timm {timm.__version__}, Python {platform.python_version()}")  # fmt: skip
-    print(
-        "\n| model | pixels | batch | dtype | RegViT ms | transformers ms | timm ms | vs transformers | vs timm | rounds |"
-    )
+    name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm.__version__}"
+    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}")
+    print("\nMilliseconds of a forward pass (medians), and theirs / ours (median of paired rounds):\n")
+    print("| model | pixels | batch | dtype | RegViT | transformers | timm | / transformers | / timm | rounds |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     cases = list(itertools.product(args.models, args.sizes, args.batches, args.dtypes))
     for size, pixels, batch, dtype in cases:
@@ -182,9 +195,8 @@ def main() -> None:
         print(f"| {size} | {pixels} | {batch} | {dtype} | {' | '.join(cells)} | {len(times['timm'])} |", flush=True)
     if args.no_memory:
         return
-    print(
-        "\n| model | pixels | batch | dtype | RegViT MiB | transformers MiB | timm MiB |\n|---|---|---|---|---|---|---|"
-    )
+    print("\nMiB that a forward pass adds (medians of 3 processes):\n")
+    print("| model | pixels | batch | dtype | RegViT | transformers | timm |\n|---|---|---|---|---|---|---|")
     for size, pixels, batch, dtype in cases:
         memory = memory_case(size, pixels, batch, dtype, args.device)
         print(

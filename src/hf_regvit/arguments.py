@@ -9,15 +9,17 @@ from typing import Any
 
 import yaml
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
 
 @dataclass
 class ConvertArguments:
     """What `regvit convert` reads. The overrides are fields of `RegViTConfig` that a raw state dict cannot tell."""
 
-    model_name_or_path: str = HfArg(
-        aliases=["--model"], help="Folder, weights file (.safetensors, .pth) or Hub id of the model to convert."
+    model_name_or_path: str = field(
+        metadata={
+            "aliases": ["--model"],
+            "help": "Folder, weights file (.safetensors, .pth) or Hub id of the model to convert.",
+        }
     )
     output_dir: str = field(metadata={"help": "Folder to write the RegViT to; it must not hold one already."})
     verify: bool = field(

@@ -185,7 +185,9 @@ def _read_weights(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, UnicodeDecodeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # torch's own text advises to unpickle after all, so only the name of what it refused is passed on.
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it wants {refused[1]}" if refused else type(error).__name__
         raise CheckpointCorruptError(
             f"'{path}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
             "trust the file, load it in a process of its own and save its tensors as safetensors."
@@ -227,6 +229,8 @@ def _from_folder(folder: Path) -> _Source:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"'{config_file}' is not JSON text ({error}).") from error
+    if not isinstance(config, dict):
+        raise ConversionError(f"'{config_file}' holds a {type(config).__name__}, not an object of fields.")
     if "model_type" not in config and "architecture" in config:
         return _from_module(_timm_module(folder, config))
     if config.get("model_type") == "regvit":
@@ -254,7 +258,7 @@ def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
         import timm
     except ImportError as error:
         raise ImportError(f"'{folder}' is a timm model: run `pip install timm` to convert it.") from error
-    model = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
+    model: Any = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
     model.reset_classifier(config.get("num_classes", 0))
     model.load_state_dict(_read_weights(folder / "model.safetensors"))
     return model.eval()
