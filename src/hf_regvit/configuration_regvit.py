@@ -49,7 +49,8 @@ MAX_CONFIG_BYTES = 16 * 2**20
 
 # Keywords that are no fields of ours but that config files and transformers itself hand over.
 _FOREIGN_KEYWORDS = {
-    "model_type", "auto_map", "stage_names", "out_features", "out_indices", "num_labels", "torch_dtype", "name_or_path",
+    "model_type", "auto_map", "stage_names", "out_features", "out_indices", "num_labels", "torch_dtype",
+    "name_or_path",
     "output_attentions", "attn_implementation", "experts_implementation", "per_layer_config", "use_cache",
     "custom_pipelines", "quantization_config", "hf_regvit_version", "transformers_version", "transformers_weights",
     "tie_word_embeddings", "finetuning_task", "task_specific_params", "tokenizer_class", "pad_token_id",

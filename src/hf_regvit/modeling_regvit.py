@@ -2,8 +2,8 @@
 """RegViT: a plain vision transformer whose register tokens are part of its interface.
 
 Token order is `[CLS | registers | patches]`. Registers enter after the positions are added, carry no position, take
-part in every block, and reach no head and no pooled output (arXiv 2309.16588). Shapes: B images, R registers, N patches
-in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
+part in every block, and reach no head and no pooled output (arXiv 2309.16588). Shapes: B images, R registers, N
+patches in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
 
 This file and the configuration beside it go to the Hub as they are: flat, and importing only torch and transformers.
 Hidden states and attentions are collected by hand, because the helpers for that moved several times within
@@ -81,7 +81,7 @@ class RegViTModelOutput(ModelOutput):
     attentions: tuple[torch.FloatTensor, ...] | None = None
 
 
-# --- Embeddings -------------------------------------------------------------------------------------------------------
+# --- Embeddings ---
 
 
 class RegViTPatchEmbeddings(nn.Module):
@@ -226,7 +226,7 @@ class RegViTEmbeddings(nn.Module):
         """Tokens (B, T, D) before the first block. `grids`: each image's own grid in a padded batch."""
         grid = self.patch_embeddings.grid_of(pixel_values)
         patches = self.patch_embeddings(pixel_values)  # (B, N, D)
-        batch_size, num_patches, _ = patches.shape
+        batch_size = patches.shape[0]
         if bool_masked_pos is not None:
             patches = self._mask_patches(patches, bool_masked_pos)
         elif self.mask_token is not None and self.training:
@@ -244,7 +244,8 @@ class RegViTEmbeddings(nn.Module):
     def _mask_patches(self, patches: torch.Tensor, bool_masked_pos: torch.Tensor) -> torch.Tensor:
         if self.mask_token is None:
             raise ValueError(
-                "bool_masked_pos was given, but the model has no mask token. Build or load it with use_mask_token=True."
+                "bool_masked_pos was given, but the model has no mask token. "
+                "Build or load it with use_mask_token=True."
             )
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
@@ -255,7 +256,7 @@ class RegViTEmbeddings(nn.Module):
 
 
 def grids_of_padded_images(pixel_mask: torch.Tensor, embeddings: RegViTPatchEmbeddings) -> list[tuple[int, int]]:
-    """Each image's own (rows, columns) from a mask (B, H, W), nonzero at real pixels, images in the top left corner."""
+    """Each image's own (rows, columns) from a mask (B, H, W), nonzero at real pixels, images at the top left."""
     mask = pixel_mask.bool()
     heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)  # (B,)
     rows = torch.arange(mask.shape[1], device=mask.device)[None, :, None] < heights[:, None, None]
@@ -271,7 +272,7 @@ def grids_of_padded_images(pixel_mask: torch.Tensor, embeddings: RegViTPatchEmbe
     return [(height // embeddings.patch_shape[0], width // embeddings.patch_shape[1]) for height, width in sizes]
 
 
-# --- Blocks -----------------------------------------------------------------------------------------------------------
+# --- Blocks ---
 
 
 def eager_attention_forward(
@@ -389,12 +390,12 @@ class RegViTLayer(GradientCheckpointingLayer):
 
     @staticmethod
     def _take(tensor: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
-        if rows is None or tensor is None or not isinstance(tensor, torch.Tensor) and tensor.shape[0] == 1:
+        if rows is None or tensor is None:
             return tensor
         if not isinstance(tensor, torch.Tensor):
             raise NotImplementedError(
-                "drop_path_mode='batch_subset' cannot select rows of a flex-attention mask. Use drop_path_mode='sample' "
-                "or attn_implementation='sdpa' for padded batches."
+                "drop_path_mode='batch_subset' cannot select rows of a flex-attention mask. "
+                "Use drop_path_mode='sample' or attn_implementation='sdpa' for padded batches."
             )
         return tensor[rows]
 
@@ -420,7 +421,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         return hidden_states + branch * (branch.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep)
 
 
-# --- Models -----------------------------------------------------------------------------------------------------------
+# --- Models ---
 
 
 class RegViTPreTrainedModel(PreTrainedModel):
@@ -528,8 +529,8 @@ class RegViTPreTrainedModel(PreTrainedModel):
         for key in missing:
             if key.endswith("register_tokens"):
                 problems.append(
-                    f"num_register_tokens={self.config.num_register_tokens}, but the checkpoint has no register tokens. "
-                    "Load it with num_register_tokens=0, then call resize_register_tokens(n) on the RegViTModel"
+                    f"num_register_tokens={self.config.num_register_tokens}, but the checkpoint has no register "
+                    "tokens. Load it with num_register_tokens=0, then call resize_register_tokens(n) on the RegViTModel"
                 )
             else:
                 problems.append(f"{key} is missing")
@@ -593,7 +594,6 @@ class RegViTModel(RegViTPreTrainedModel):
     """The backbone: pixels to CLS, registers and patch tokens.
 
     Example:
-
     ```python
     >>> output = model(pixel_values)
     >>> output.pooler_output, output.patch_tokens, output.register_tokens
@@ -618,7 +618,7 @@ class RegViTModel(RegViTPreTrainedModel):
 
     @torch.no_grad()
     def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTModel":
-        """Keep the first `num_register_tokens` registers and draw those that are wanted beyond, N(0, register_init_std).
+        """Keep the first `num_register_tokens` registers and draw those wanted beyond from N(0, register_init_std).
 
         New registers are untrained: train them before use. Changes the model and its config in place.
         """
@@ -745,7 +745,7 @@ class RegViTModel(RegViTPreTrainedModel):
         return output_mask, patch_mask
 
 
-# --- Heads ------------------------------------------------------------------------------------------------------------
+# --- Heads ---
 
 
 def mean_of_patches(patch_tokens: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
@@ -1009,7 +1009,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
                 continue
             if self.config.apply_layernorm:
                 tokens = self.regvit.layernorm(tokens)
-            cls_token, register_tokens, patch_tokens = self.regvit.split_tokens(tokens)
+            cls_token, _, patch_tokens = self.regvit.split_tokens(tokens)
             if self.config.reshape_hidden_states:
                 tokens = patch_tokens.transpose(1, 2).unflatten(2, grid).contiguous()  # (B, D, rows, columns)
             elif not self.config.return_register_tokens:
