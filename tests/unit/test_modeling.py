@@ -766,7 +766,7 @@ def test_checkpointed_gradients_equal_the_plain_ones(reentrant, with_padding):
     assert len(forwards) == 2  # once forwards and once again on the way back: checkpointing was on
 
 
-@pytest.mark.parametrize("cls", CLASSES)
+@pytest.mark.parametrize("cls", [CLASSES[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES[1:])])
 @torch.no_grad()
 def test_compiles_into_one_graph(cls):
     model, pixel_values = build(cls, num_hidden_layers=1), images(2, 24, 32)
