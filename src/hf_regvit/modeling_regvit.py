@@ -5,7 +5,7 @@ Token order is `[CLS | registers | patches]`. Registers enter after the position
 part in every block, and reach no head and no pooled output (arXiv 2309.16588). Shapes: B images, R registers, N
 patches in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
 
-This file and the configuration beside it go to the Hub as they are: flat, and importing only torch and transformers.
+This file and the configuration beside it go to the Hub as they are: flat, importing torch, transformers, safetensors.
 Hidden states and attentions are collected by hand, because the helpers for that moved several times within
 transformers 5.x and a Hub repository has to run with whatever version its user has.
 """
@@ -522,42 +522,59 @@ class RegViTPreTrainedModel(PreTrainedModel):
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
-        missing = [key for key in _backbone_keys(info["missing_keys"]) if not key.endswith("mask_token")]
-        surplus = _backbone_keys(info["unexpected_keys"])
-        mismatched = {key: (tuple(found), tuple(wanted)) for key, found, wanted in info["mismatched_keys"]}
+        wanted = self.config.num_register_tokens
+        resize = "Load it without that override, then call resize_register_tokens(n) on the RegViTModel"
         problems = []
-        for key in missing:
+        for key in _backbone_keys(info["missing_keys"]):
             if key.endswith("register_tokens"):
-                problems.append(
-                    f"num_register_tokens={self.config.num_register_tokens}, but the checkpoint has no register "
-                    "tokens. Load it with num_register_tokens=0, then call resize_register_tokens(n) on the RegViTModel"
-                )
-            else:
+                problems.append(f"num_register_tokens={wanted}, but the checkpoint has no register tokens. {resize}")
+            elif not key.endswith("mask_token"):
                 problems.append(f"{key} is missing")
-        for key in surplus:
+        for key in _backbone_keys(info["unexpected_keys"]):
             if key.endswith("register_tokens"):
-                problems.append(
-                    "num_register_tokens=0, but the checkpoint has register tokens. Load it without that override"
-                )
+                problems.append(f"num_register_tokens=0, but the checkpoint has register tokens. {resize}")
             else:
                 problems.append(f"{key} is in the checkpoint but not in the model")
-        strict_keys = set(_backbone_keys(mismatched)) if ignore_mismatched_sizes else set(mismatched)
-        for key in sorted(strict_keys):
-            found, wanted = mismatched[key]
-            hint = ""
+        for key, found, expected in sorted(info["mismatched_keys"]):
             if key.endswith("register_tokens"):
-                hint = (
-                    f": num_register_tokens={wanted[1]}, but the checkpoint has {found[1]}. Load it without that "
-                    "override, then call resize_register_tokens(n)"
-                )
+                hint = f": num_register_tokens={wanted}, but the checkpoint has {found[1]}. {resize}"
             elif key.endswith("position_embeddings"):
                 hint = ". Load it without an image_size override: other input sizes are resampled as they come"
-            elif not _backbone_keys([key]):
+            elif _backbone_keys([key]):
+                hint = ""
+            elif ignore_mismatched_sizes:
+                continue
+            else:
                 hint = ". Pass ignore_mismatched_sizes=True to start this head anew"
-            problems.append(f"{key} has shape {found} in the checkpoint and {wanted} in the model{hint}")
+            shapes = f"{tuple(found)} in the checkpoint and {tuple(expected)} in the model"
+            problems.append(f"{key} has shape {shapes}{hint}")
         if problems:
             shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             raise CheckpointError(f"The checkpoint '{source}' does not fit {type(self).__name__}: {shown}.")
+
+    def _run_backbone(
+        self,
+        pixel_values: torch.Tensor | None,
+        pixel_mask: torch.Tensor | None,
+        output_attentions: bool | None,
+        output_hidden_states: bool | None,
+    ) -> RegViTModelOutput:
+        """The backbone inside a head."""
+        return self.regvit(
+            pixel_values,
+            pixel_mask=pixel_mask,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+
+    def _finish(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
+        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+    def _asked_states(self, output: RegViTModelOutput, output_hidden_states: bool | None) -> tuple | None:
+        """Hidden states if the caller wants them, for heads that need them anyway."""
+        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        return output.hidden_states if wanted else None
 
 
 def _backbone_keys(keys) -> list[str]:
@@ -670,7 +687,6 @@ class RegViTModel(RegViTPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        return_dict = config.return_dict if return_dict is None else return_dict
         if output_attentions and config._attn_implementation != "eager":
             logger.warning_once(
                 f"attn_implementation='{config._attn_implementation}' computes no attention weights, so `attentions` "
@@ -710,7 +726,7 @@ class RegViTModel(RegViTPreTrainedModel):
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
-        return output if return_dict else output.to_tuple()
+        return self._finish(output, return_dict)
 
     def _token_mask(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
@@ -787,19 +803,13 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
         """Logits (B, num_labels). `labels` is (B,) class ids, or (B, num_labels) for several labels or regression."""
-        output = self.regvit(
-            pixel_values,
-            pixel_mask=pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
+        output = self._run_backbone(pixel_values, pixel_mask, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(output))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         result = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return self._finish(result, return_dict)
 
 
 class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
@@ -864,13 +874,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         return_dict: bool | None = None,
     ) -> SemanticSegmenterOutput | tuple:
         """Logits (B, num_labels, H, W) at the size of the input. `labels`: (B, H, W) class ids; 255 is ignored."""
-        output = self.regvit(
-            pixel_values,
-            pixel_mask=pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=True,
-            return_dict=True,
-        )
+        output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         features = self.dense_features(output, with_cls=False)  # (B, N, F)
         valid = output.patch_mask[:, -features.shape[1] :]
         if pixel_mask is None:
@@ -891,14 +895,13 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
             # The mean over labelled pixels; 0, not NaN, for a batch that has none.
             total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
             loss = total / (labels != ignore).sum().clamp(min=1)
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         result = SemanticSegmenterOutput(
             loss=loss,
             logits=logits,
-            hidden_states=output.hidden_states if wants_states else None,
+            hidden_states=self._asked_states(output, output_hidden_states),
             attentions=output.attentions,
         )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return self._finish(result, return_dict)
 
 
 class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
@@ -921,13 +924,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         return_dict: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
         """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; 0 and below are ignored."""
-        output = self.regvit(
-            pixel_values,
-            pixel_mask=pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=True,
-            return_dict=True,
-        )
+        output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
         depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_metres)[:, 0]  # (B, H, W)
@@ -937,14 +934,13 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
             loss = scale_invariant_log_loss(
                 depth.float(), labels.float(), valid & pixel_mask.bool() if pixel_mask is not None else valid
             )
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         result = DepthEstimatorOutput(
             loss=loss,
             predicted_depth=depth,
-            hidden_states=output.hidden_states if wants_states else None,
+            hidden_states=self._asked_states(output, output_hidden_states),
             attentions=output.attentions,
         )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return self._finish(result, return_dict)
 
     def _bins_to_metres(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(B, bins, rows, columns) -> (B, 1, H, W): weights by "linear norm", then the mean of the bins' centres."""
@@ -989,19 +985,13 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
-        pixel_mask: torch.Tensor | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        pixel_mask: torch.Tensor | None = None,
     ) -> BackboneOutput | tuple:
         """Feature maps (B, D, rows, columns), or token sequences with `reshape_hidden_states=False`."""
-        output = self.regvit(
-            pixel_values,
-            pixel_mask=pixel_mask,
-            output_attentions=output_attentions,
-            output_hidden_states=True,
-            return_dict=True,
-        )
+        output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         grid = self.regvit.embeddings.patch_embeddings.grid_of(pixel_values)
         feature_maps = []
         for stage, tokens in zip(self.stage_names, output.hidden_states):
@@ -1015,13 +1005,12 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
             elif not self.config.return_register_tokens:
                 tokens = torch.cat([cls_token, patch_tokens], dim=1)  # (B, 1 + N, D)
             feature_maps.append(tokens)
-        wants_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         result = BackboneOutput(
             feature_maps=tuple(feature_maps),
-            hidden_states=output.hidden_states if wants_states else None,
+            hidden_states=self._asked_states(output, output_hidden_states),
             attentions=output.attentions,
         )
-        return result if (self.config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+        return self._finish(result, return_dict)
 
 
 __all__ = [
