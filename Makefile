@@ -16,10 +16,12 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
+	@echo "Installing hf_regvit into $(VENV): torch is large, this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
+	@echo "Installing hf_regvit into $(VENV): torch is large, this takes some minutes the first time."
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@ $(VENV)/installed
 
