@@ -126,6 +126,9 @@ def prepare_images(data: str, run: Path) -> str:
         print(f"  left out: {len(bad) - 5} more unreadable images", file=sys.stderr)
     if not any((folder / "train").glob("*/*.jpg")):
         raise ValueError(f"None of the {len(source)} images of '{data}' can be read.")
+    for group in sorted((folder / "validation").glob("*")):
+        if not (folder / "train" / group.name).exists():
+            shutil.rmtree(group)  # nothing readable to learn this class from was drawn
     listing.write_text(names)  # last: without it the copy is not complete
     return str(folder)
 

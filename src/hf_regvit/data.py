@@ -243,18 +243,19 @@ def load_images(
 
 
 def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of a training and a held-out part with the same mix of classes; at least one of each class held out.
+    """Indices of a training and a held-out part with the same mix of classes, at least one of each class in both.
 
     Args:
         labels: Class index of each image.
-        held_out_share: In (0, 1), rounded within each class.
+        held_out_share: In (0, 1), rounded within each class. The only image of a class is for training.
         seed: Of the draw.
     """
     rng = np.random.default_rng(seed)
     values, held = np.asarray(labels), []
     for label in np.unique(values):
         members = rng.permutation(np.flatnonzero(values == label))
-        held.extend(members[: max(1, round(len(members) * held_out_share))].tolist())
+        count = min(max(round(len(members) * held_out_share), 1), len(members) - 1)
+        held.extend(members[:count].tolist())
     held_out = set(held)
     return [i for i in range(len(values)) if i not in held_out], sorted(held_out)
 

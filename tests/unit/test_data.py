@@ -239,13 +239,14 @@ class TestDigits:
         assert np.asarray(record.image).max() > 200
 
 
-def test_stratified_split_takes_one_of_each_class_at_least():
-    train, held_out = D.stratified_split([0] * 10 + [1] * 2, held_out_share=0.2, seed=0)
-    assert sorted(train + held_out) == list(range(12))
-    assert sum(i < 10 for i in held_out) == 2
-    assert sum(i >= 10 for i in held_out) == 1
-    assert (train, held_out) == D.stratified_split([0] * 10 + [1] * 2, held_out_share=0.2, seed=0)
-    assert (train, held_out) != D.stratified_split([0] * 10 + [1] * 2, held_out_share=0.2, seed=1)
+def test_stratified_split_has_each_class_in_both_parts():
+    labels = [0] * 10 + [1] * 2 + [2]
+    train, held_out = D.stratified_split(labels, held_out_share=0.2, seed=0)
+    assert sorted(train + held_out) == list(range(13))
+    assert [labels[i] for i in held_out] == [0, 0, 1]  # a class of one is for training
+    assert (train, held_out) == D.stratified_split(labels, held_out_share=0.2, seed=0)
+    assert (train, held_out) != D.stratified_split(labels, held_out_share=0.2, seed=1)
+    assert {labels[i] for i in D.stratified_split(labels, held_out_share=0.99, seed=0)[0]} == {0, 1, 2}
 
 
 class TestFolder:
