@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
@@ -384,5 +384,22 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 "know are ignored. Upgrade with `pip install -U hf_regvit`."
             )
 
+
+_set_checked_by_type = RegViTConfig.__setattr__
+
+
+def _set_field(self: RegViTConfig, name: str, value: object) -> None:
+    """Report a wrong type as any other wrong value: with the field, the value and one that would do."""
+    try:
+        _set_checked_by_type(self, name, value)
+    except StrictDataclassFieldValidationError as error:
+        field = type(self).__dataclass_fields__[name]
+        wanted = getattr(field.type, "__name__", field.type)
+        raise ConfigError(
+            f"{name}={value!r} has the wrong type: expected {wanted}, e.g. {field.default!r}."
+        ) from error
+
+
+RegViTConfig.__setattr__ = _set_field  # after @strict, which puts its own checks there
 
 __all__ = ["RegViTConfig"]
