@@ -664,6 +664,11 @@ class PretrainingArguments(TrainingArguments):
     )
     mask_probability: float = _field(0.5, "Share of the global crops that get a mask. Official: 0.5.")
 
+    evaluation_size: int | None = _field(
+        None,
+        "Side that the saved image processor resizes and crops to; default: global_crop_size with a margin of 1/7.",
+    )
+
     # Backbone
     preset: str = _field("small", "Backbone size: tiny, small, base, large or giant. Fields below override it.")
     num_register_tokens: int = _field(4, "Register tokens. Source: 'Vision Transformers Need Registers', 4.")
@@ -998,8 +1003,8 @@ def pretrain(
             `sample_id` and `epoch`; default: multi-crop views of `args.data`.
         data_collator: from a list of such items to the arguments of `SelfDistillation.forward`; default: stacks them
             and draws block masks.
-        image_processor: saved beside the backbone; default: resize, centre crop to `args.global_crop_size`, ImageNet
-            statistics.
+        image_processor: saved beside the backbone; default: resize, centre crop to `args.evaluation_size` or
+            `args.global_crop_size`, ImageNet statistics.
         callbacks: observers, such as `hf_regvit.callbacks.OnlineKNN`.
 
     Returns:
@@ -1028,7 +1033,8 @@ def pretrain(
             (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
         )
     if image_processor is None:
-        image_processor = default_image_processor(args.global_crop_size)
+        size = args.evaluation_size
+        image_processor = default_image_processor(size or args.global_crop_size, resize=size)
     output = Path(cast(str, args.output_dir))  # Trainer's own default if it was not given
     trainer = DinoTrainer(
         network,

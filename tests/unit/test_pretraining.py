@@ -639,9 +639,20 @@ def test_pretrain_refuses_less_than_one_batch(tmp_path):
 
 def test_pretrain_builds_its_own_data(tmp_path):
     """The embedded digits, through the real multi-crop and mask code."""
-    args = arguments(tmp_path, data="digits", max_steps=2, global_crop_size=32, patch_size=8, local_crop_size=16)
+    args = arguments(
+        tmp_path,
+        data="digits",
+        max_steps=2,
+        global_crop_size=24,
+        patch_size=8,
+        local_crop_size=16,
+        evaluation_size=32,
+    )
     teacher = pretrain(args)
-    assert teacher.config.image_size == 32
+    assert teacher.config.image_size == 24
+    processor = json.loads((tmp_path / "backbone" / "preprocessor_config.json").read_text())
+    assert processor["size"] == {"shortest_edge": 32}
+    assert processor["crop_size"] == {"height": 32, "width": 32}
 
 
 # ---- Observers ----
