@@ -133,7 +133,7 @@ def test_wrong_type_names_field_value_and_the_right_type(field, value, expected)
 
 def test_wrong_type_is_refused_after_construction_too():
     config = RegViTConfig(**TINY)
-    with pytest.raises(StrictDataclassError, match=r"hidden_size='large' has the wrong type: expected int, e\.g\. 768"):
+    with pytest.raises(StrictDataclassError, match=r"hidden_size='large' has the wrong type.*768"):
         config.hidden_size = "large"
 
 
