@@ -53,11 +53,21 @@ class TokenMaps:
             to every patch. The sum over a map is the share of attention that goes to patches.
         patch_tokens: (rows, columns, D) patch tokens after the final norm.
         norms: (rows, columns) L2 norm of the patch tokens before the final norm, where artifacts show.
+        registers: (R, D) register tokens after the final norm.
     """
 
     attention: Tensor
     patch_tokens: Tensor
     norms: Tensor
+    registers: Tensor
+
+    def register_similarity(self) -> float | None:
+        """Mean cosine between two registers, 1 = they say the same; None with fewer than two."""
+        count = len(self.registers)
+        if count < 2:
+            return None
+        unit = torch.nn.functional.normalize(self.registers, dim=-1)
+        return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
 
 
 def read_token_maps(model: "RegViTModel", pixel_values: Tensor) -> list[TokenMaps]:
@@ -87,6 +97,7 @@ def read_token_maps(model: "RegViTModel", pixel_values: Tensor) -> list[TokenMap
             attention=attention[i].unflatten(-1, (rows, columns)).cpu(),
             patch_tokens=output.patch_tokens[i].float().unflatten(0, (rows, columns)).cpu(),
             norms=norms[i].unflatten(-1, (rows, columns)).cpu(),
+            registers=output.register_tokens[i].float().cpu(),
         )
         for i in range(len(pixel_values))
     ]
@@ -228,7 +239,10 @@ def overview_page(
         file = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:80]
         (out_dir / f"{number:03d}_{file}.png").write_bytes(png)
         rows, columns = maps.norms.shape
-        entries.append((name, f"{resized.width} x {resized.height} px, {columns} x {rows} patches", png))
+        caption = f"{resized.width} x {resized.height} px, {columns} x {rows} patches"
+        if (similarity := maps.register_similarity()) is not None:
+            caption += f", mean cosine between registers {similarity:.2f}"
+        entries.append((name, caption, png))
     page = out_dir / "index.html"
     page.write_text(_page_text(title, model, entries), encoding="utf-8")
     return page
@@ -342,8 +356,9 @@ img {{ max-width: 100%; height: auto; display: block; }}
 <p>A RegViT of {config.num_hidden_layers} blocks, width {config.hidden_size}, patch {config.patch_shape[0]} x
 {config.patch_shape[1]} px, {config.num_register_tokens} registers, on whole pictures. <b>Attention</b>: last block,
 mean over heads, from CLS and from each register to every patch, each map on its own scale; below it the share of
-attention that goes to patches at all. <b>PCA</b>: the three main directions of the picture's patch tokens as red,
-green, blue. <b>Norm</b>: length of the patch tokens before the final norm; isolated bright spots are artifacts.</p>
+attention that goes to patches at all. Registers whose cosine is near 1 have not parted (yet) and look at the same.
+<b>PCA</b>: the three main directions of the picture's patch tokens as red, green, blue. <b>Norm</b>: length of the
+patch tokens before the final norm; isolated bright spots are artifacts.</p>
 {pictures}
 </body></html>
 """

@@ -47,6 +47,7 @@ def random_maps(rows=3, columns=5, registers=4) -> F.TokenMaps:
         attention=torch.rand(1 + registers, rows, columns, generator=generator) / (rows * columns),
         patch_tokens=torch.randn(rows, columns, 8, generator=generator),
         norms=torch.rand(rows, columns, generator=generator) + 1,
+        registers=torch.randn(registers, 8, generator=generator),
     )
 
 
@@ -73,6 +74,7 @@ def test_maps_equal_the_slow_twin(overrides):
                 assert maps[image].norms[row, column].item() == pytest.approx(norm.item(), rel=1e-5)
                 patch = output.patch_tokens[image, row * 5 + column]
                 torch.testing.assert_close(maps[image].patch_tokens[row, column], patch)
+        torch.testing.assert_close(maps[image].registers, output.register_tokens[image])
         assert (maps[image].attention.sum((1, 2)) < 1).all()  # the rest goes to CLS and registers
 
 
@@ -90,6 +92,19 @@ def test_model_keeps_its_mode_and_attention(training):
         F.read_token_maps(model, torch.zeros(1, 3, 17, 16))
     assert model.training is training
     assert model.config._attn_implementation == implementation
+
+
+def test_register_similarity_equals_the_slow_twin():
+    maps = random_maps()
+    cosines = [
+        torch.cosine_similarity(maps.registers[i], maps.registers[j], dim=0)
+        for i in range(4)
+        for j in range(4)
+        if i != j
+    ]
+    assert maps.register_similarity() == pytest.approx((sum(cosines) / len(cosines)).item(), abs=1e-6)
+    assert random_maps(registers=1).register_similarity() is None
+    assert random_maps(registers=0).register_similarity() is None
 
 
 class TestPca:
@@ -227,7 +242,7 @@ def test_overview_page(model, picture, tmp_path):
     assert "Registers &amp; maps" in text
     assert "a &lt;b&gt;" in text
     assert "56 x 32 px, 7 x 4 patches" in text
-    assert "32 x 56 px, 4 x 7 patches" in text
+    assert re.search(r"32 x 56 px, 4 x 7 patches, mean cosine between registers -?[01]\.\d\d<", text)
     # Self-contained: every source is inline, nothing is fetched.
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
     assert "http" not in text
