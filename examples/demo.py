@@ -394,7 +394,7 @@ def step(name: str) -> Iterator[None]:
 
 def slug(text: str) -> str:
     """A name for a folder; paths get a checksum, because the last part alone is rarely unique."""
-    name = "".join(letter if letter.isalnum() else "-" for letter in Path(text).name)[:40].strip("-")
+    name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(text).name)[:40].strip("-")
     return name if name == text else f"{name}-{zlib.crc32(str(Path(text).absolute()).encode()):08x}"
 
 
