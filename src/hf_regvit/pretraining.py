@@ -677,7 +677,7 @@ class PretrainingArguments(TrainingArguments):
     num_hidden_layers: int | None = _field(None, "Blocks; default: the preset's.")
     num_attention_heads: int | None = _field(None, "Attention heads; default: the preset's.")
     layerscale_value: float = _field(
-        1e-5, "Initial LayerScale gain. Official: 1e-5; runs of a few thousand steps need about 0.1."
+        1e-5, "Initial LayerScale gain. Official: 1e-5; a run of a few hundred steps learnt most from 1."
     )
     drop_path_rate: float = _field(0.0, "Share of dropped residual branches. Official: 0.3 (ViT-L short), 0.4 (full).")
     drop_path_mode: str = _field(
