@@ -679,6 +679,9 @@ class PretrainingArguments(TrainingArguments):
     layerscale_value: float = _field(
         1e-5, "Initial LayerScale gain. Official: 1e-5; a run of a few hundred steps learnt most from 1."
     )
+    register_init_std: float = _field(
+        0.02, "Spread of the registers at the start. About 1 keeps them apart in runs of a few hundred steps."
+    )
     drop_path_rate: float = _field(0.0, "Share of dropped residual branches. Official: 0.3 (ViT-L short), 0.4 (full).")
     drop_path_mode: str = _field(
         "batch_subset", "'batch_subset' (official, saves the work) or 'sample' (for tiny batches)."
@@ -801,6 +804,7 @@ class PretrainingArguments(TrainingArguments):
             image_size=self.global_crop_size,
             patch_size=self.patch_size,
             layerscale_value=self.layerscale_value,
+            register_init_std=self.register_init_std,
             drop_path_rate=self.drop_path_rate,
             drop_path_mode=self.drop_path_mode,
             use_mask_token=True,

@@ -1,0 +1,56 @@
+"""10-NN accuracy of checkpoints on the embedded photographs, their tiles read at several sizes.
+
+    python scripts/dev/photos_knn.py runs/demo-photos/backbone --sizes 64 80 96
+
+"inner" uses training tiles alone (bank: the left 70 % of each photograph's, queries: the others), so a size can be
+chosen by it without touching the held-out tiles. Features: CLS and mean patch of the final norm, side by side; cosine.
+"""
+
+import argparse
+
+import torch
+
+from hf_regvit import RegViTModel
+from hf_regvit.data import ImageSource, default_image_processor, load_images
+from hf_regvit.probes import knn_accuracy
+
+
+@torch.inference_mode()
+def features(model: RegViTModel, source: ImageSource, size: int) -> torch.Tensor:
+    """(n, 2 D) features of every tile, read at `size` pixels."""
+    processor = default_image_processor(size, resize=size)
+    pixels = processor([source[i].image for i in range(len(source))], return_tensors="pt").pixel_values
+    outputs = [model(batch) for batch in pixels.split(64)]
+    return torch.cat([torch.cat([o.pooler_output, o.patch_tokens.mean(1)], dim=1) for o in outputs])
+
+
+def inner_queries(source: ImageSource) -> torch.Tensor:
+    """(n,) bool, True at the tiles in the right 30 % of each photograph's training tiles; ids end in `row_column`."""
+    columns = torch.tensor([float(name.rsplit("_", 1)[1]) for name in source.ids])
+    labels = torch.tensor(source.labels)
+    queries = torch.zeros(len(source), dtype=torch.bool)
+    for label in labels.unique():
+        of_photo = labels == label
+        queries[of_photo] = columns[of_photo] > columns[of_photo].quantile(0.7)
+    return queries
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoints", nargs="+", help="folders written by save_pretrained")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 80, 96], help="pixels")
+    args = parser.parse_args()
+    train, held_out = load_images("photos", split="train"), load_images("photos", split="validation")
+    labels, held_out_labels = torch.tensor(train.labels), torch.tensor(held_out.labels)
+    queries = inner_queries(train)
+    for checkpoint in args.checkpoints:
+        model = RegViTModel.from_pretrained(checkpoint).eval()
+        for size in args.sizes:
+            bank, test = features(model, train, size), features(model, held_out, size)
+            inner = knn_accuracy(bank[~queries], labels[~queries], bank[queries], labels[queries], k=(10,))[10]
+            outer = knn_accuracy(bank, labels, test, held_out_labels, k=(10,))[10]
+            print(f"{checkpoint}  {size} px: held-out {outer:.1%}, inner {inner:.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
