@@ -374,11 +374,14 @@ class RegViTLayer(GradientCheckpointingLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them."""
         rows = self._draw_rows(hidden_states)
-        branch, weights = self.attention(self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows))
-        hidden_states = self._add(hidden_states, branch, self.layer_scale1, rows)
+        attended, weights = self.attention(
+            self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows)
+        )
+        hidden_states = self._add(hidden_states, attended, self.layer_scale1, rows)
+        del attended  # the MLP is the peak of a forward pass: one tensor less then
         rows = self._draw_rows(hidden_states)
-        branch = self.mlp(self.norm2(self._take(hidden_states, rows)))
-        return self._add(hidden_states, branch, self.layer_scale2, rows), weights
+        transformed = self.mlp(self.norm2(self._take(hidden_states, rows)))
+        return self._add(hidden_states, transformed, self.layer_scale2, rows), weights
 
     def _draw_rows(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The samples whose branch is computed under "batch_subset": a share 1 - rate of them, at least one."""
@@ -699,7 +702,7 @@ class RegViTModel(RegViTPreTrainedModel):
         hidden_states = self.embeddings(pixel_values, bool_masked_pos, grids)  # (B, T, D)
         attention_mask = None if token_mask is None else create_bidirectional_mask(config, hidden_states, token_mask)
 
-        all_hidden_states, all_attentions = [hidden_states], []
+        all_hidden_states, all_attentions = [hidden_states] if output_hidden_states else [], []
         for layer in self.layers:
             hidden_states, weights = layer(hidden_states, attention_mask)
             if output_hidden_states:
