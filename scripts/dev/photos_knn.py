@@ -9,6 +9,7 @@ chosen by it without touching the held-out tiles. Features: CLS and mean patch o
 import argparse
 
 import torch
+from transformers import AutoImageProcessor
 
 from hf_regvit import RegViTModel
 from hf_regvit.data import ImageSource, default_image_processor, load_images
@@ -16,9 +17,10 @@ from hf_regvit.probes import knn_accuracy
 
 
 @torch.inference_mode()
-def features(model: RegViTModel, source: ImageSource, size: int) -> torch.Tensor:
-    """(n, 2 D) features of every tile, read at `size` pixels."""
-    processor = default_image_processor(size, resize=size)
+def features(model: RegViTModel, checkpoint: str, source: ImageSource, size: int) -> torch.Tensor:
+    """(n, 2 D) features of every tile, read at `size` pixels, normalised as the checkpoint wants it."""
+    processor, own = default_image_processor(size, resize=size), AutoImageProcessor.from_pretrained(checkpoint)
+    processor.image_mean, processor.image_std = own.image_mean, own.image_std
     pixels = processor([source[i].image for i in range(len(source))], return_tensors="pt").pixel_values
     outputs = [model(batch) for batch in pixels.split(64)]
     return torch.cat([torch.cat([o.pooler_output, o.patch_tokens.mean(1)], dim=1) for o in outputs])
@@ -46,7 +48,7 @@ def main() -> None:
     for checkpoint in args.checkpoints:
         model = RegViTModel.from_pretrained(checkpoint).eval()
         for size in args.sizes:
-            bank, test = features(model, train, size), features(model, held_out, size)
+            bank, test = (features(model, checkpoint, part, size) for part in (train, held_out))
             inner = knn_accuracy(bank[~queries], labels[~queries], bank[queries], labels[queries], k=(10,))[10]
             outer = knn_accuracy(bank, labels, test, held_out_labels, k=(10,))[10]
             print(f"{checkpoint}  {size} px: held-out {outer:.1%}, inner {inner:.1%}", flush=True)
