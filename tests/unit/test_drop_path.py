@@ -10,15 +10,6 @@ from hf_regvit import RegViTConfig, RegViTModel
 MODES = ("sample", "batch_subset")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def tiny(**fields) -> RegViTModel:
     """A model whose branches are large enough to see: LayerScale 0.5 and wide weights."""
     torch.manual_seed(0)

@@ -48,15 +48,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(cls: type = RegViTModel, **fields):
     torch.manual_seed(0)
     return cls(RegViTConfig(**{**TINY, **fields}))

@@ -25,15 +25,6 @@ TINY = {
 SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(cls: type, *, seed: int = 0, **fields):
     """A model in eval mode in which no parameter and no statistic is at its start."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()

@@ -31,15 +31,6 @@ TINY = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Two threads only wait for each other on tensors this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
     """A model in eval mode in which no parameter is near 0, so that none can be lost without a trace."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
