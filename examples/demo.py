@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from hf_regvit.data import (
+from hf_regvit.images import (
     EMBEDDED_SOURCES,
     BadImageError,
     ImageSource,

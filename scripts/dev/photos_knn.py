@@ -12,7 +12,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from hf_regvit import RegViTModel
-from hf_regvit.data import ImageSource, default_image_processor, load_images
+from hf_regvit.images import ImageSource, default_image_processor, load_images
 from hf_regvit.probes import knn_accuracy
 
 

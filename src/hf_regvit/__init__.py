@@ -59,7 +59,7 @@ _ON_FIRST_USE = {
     "convert": "conversion",
     "PretrainingArguments": "pretraining",
     "pretrain": "pretraining",
-    "load_images": "data",
+    "load_images": "images",
     "knn_classify": "probes",
 }
 

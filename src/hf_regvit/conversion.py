@@ -128,7 +128,7 @@ def convert_to_folder(
 def _processor_of(source: Path, config: RegViTConfig) -> Any:
     from transformers import AutoImageProcessor
 
-    from .data import default_image_processor
+    from .images import default_image_processor
 
     if (source / "preprocessor_config.json").is_file():
         return AutoImageProcessor.from_pretrained(source)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_regvit.data import load_images
+from hf_regvit.images import load_images
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 TINY = """

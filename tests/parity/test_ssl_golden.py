@@ -7,18 +7,9 @@ import torch
 
 from helpers import load_golden, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.pretraining import (
-    HeadShape,
-    PretrainingArguments,
-    PrototypeHead,
-    Schedules,
-    SelfDistillation,
-    StepValues,
-    cosine_schedule,
-    parameter_groups,
-    parameter_rules,
-    set_rates,
-)
+from hf_regvit.distillation import HeadShape, PrototypeHead, SelfDistillation
+from hf_regvit.optimization import Schedules, StepValues, cosine_schedule, parameter_groups, parameter_rules, set_rates
+from hf_regvit.pretraining import PretrainingArguments
 
 pytestmark = requires_shared
 

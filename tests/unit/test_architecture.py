@@ -14,8 +14,9 @@ REMOTE_CODE = ("configuration_regvit", "modeling_regvit")
 LONGEST_FUNCTION = 100
 
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
-FOUNDATIONS = MODEL | {"features", "data", "losses"}  # layers 0 and 1
-JOBS = FOUNDATIONS | {"probes", "artifacts", "lost", "conversion", "export", "evaluation", "retrofit"}  # layers 0 to 2
+IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
+FOUNDATIONS = IMAGES | {"features", "augmentation", "data", "losses", "optimization"}  # layers 0 and 1
+JOBS = FOUNDATIONS | {"probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
 # What draws or publishes takes finished results; the model only as a type.
 RESULTS = MODEL | {"features", "probes", "artifacts", "lost", "evaluation", "retrofit"}
 ANYTHING = None
@@ -23,20 +24,27 @@ ANYTHING = None
 ALLOWED: dict[str, set[str] | None] = {
     "configuration_regvit": set(),
     "modeling_regvit": {"configuration_regvit"},
-    "features": MODEL,
-    "data": MODEL,
-    "losses": MODEL,
+    "images": set(),
+    "features": IMAGES,
+    "augmentation": {"images"},
+    "data": {"images", "augmentation"},
+    "losses": set(),
+    "optimization": set(),
     "probes": FOUNDATIONS,
     "artifacts": FOUNDATIONS,
     "lost": FOUNDATIONS,
+    "metrics": FOUNDATIONS,
     "conversion": FOUNDATIONS,
     "export": FOUNDATIONS,
-    "evaluation": FOUNDATIONS | {"probes", "artifacts", "lost"},
+    "evaluation": FOUNDATIONS | {"probes", "artifacts", "lost", "metrics"},
     "retrofit": FOUNDATIONS | {"artifacts"},
-    "callbacks": JOBS,
-    "pretraining": JOBS | {"callbacks"},
-    "finetuning": JOBS | {"callbacks"},
+    "distillation": FOUNDATIONS,
+    "checkpoints": set(),
+    "callbacks": JOBS | {"distillation", "checkpoints"},
+    "pretraining": JOBS | {"callbacks", "checkpoints", "distillation"},
+    "finetuning": JOBS | {"callbacks", "checkpoints"},
     "figures": RESULTS,
+    "report": RESULTS | {"figures"},
     "hub": RESULTS,
     "demo": ANYTHING,
     "arguments": ANYTHING,

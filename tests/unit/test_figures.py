@@ -10,7 +10,7 @@ from PIL import Image
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit import figures as F
-from hf_regvit.data import default_image_processor
+from hf_regvit.images import default_image_processor
 
 
 def tiny_model(**overrides) -> RegViTModel:

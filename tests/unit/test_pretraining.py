@@ -14,18 +14,9 @@ from transformers import AutoModel, HfArgumentParser, TrainerCallback
 import oracles
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.callbacks import MetricsFile, OnlineKNN, TrainingProgress, backbone_features
-from hf_regvit.pretraining import (
-    DinoTrainer,
-    HeadShape,
-    PretrainingArguments,
-    PrototypeHead,
-    SelfDistillation,
-    cosine_schedule,
-    parameter_groups,
-    parameter_rules,
-    pretrain,
-    set_rates,
-)
+from hf_regvit.distillation import HeadShape, PrototypeHead, SelfDistillation
+from hf_regvit.optimization import cosine_schedule, parameter_groups, parameter_rules, set_rates
+from hf_regvit.pretraining import DinoTrainer, PretrainingArguments, pretrain
 
 GRID, PATCH, LOCAL = 4, 4, 2  # global crops 16 px, local crops 8 px
 SHAPE = HeadShape(num_prototypes=12, hidden_size=10, bottleneck_size=6, num_layers=3)
@@ -667,7 +658,7 @@ def photographs(count, seed=0):
 
 
 def test_features_are_cls_and_mean_patch():
-    from hf_regvit.data import default_image_processor
+    from hf_regvit.images import default_image_processor
 
     backbone, images = tiny_network().teacher["backbone"], photographs(5)
     processor = default_image_processor(16)
@@ -679,7 +670,7 @@ def test_features_are_cls_and_mean_patch():
 
 
 def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
-    from hf_regvit.data import default_image_processor
+    from hf_regvit.images import default_image_processor
 
     images = photographs(8)
     knn = OnlineKNN(

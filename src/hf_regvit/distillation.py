@@ -1,0 +1,390 @@
+"""Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
+
+Shape letters: B images, G global crops (2), L local crops, N patches of a global crop, M masked patches, D width,
+K prototypes. Flattened crops are crop-major: crop 0 of all images first.
+
+Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
+code, whose divisors and orders of operations are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention everywhere and in no loss.
+"""
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from .modeling_regvit import RegViTModel
+
+# ---- Projection head ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes of one projection head: D -> hidden -> ... -> bottleneck -> prototypes.
+
+    Attributes:
+        num_prototypes: K, the number of output logits.
+        hidden_size: width of the hidden layers.
+        bottleneck_size: width that is L2-normalised and compared with the prototypes.
+        num_layers: linear layers before the prototypes, at least 1.
+    """
+
+    num_prototypes: int = 65536
+    hidden_size: int = 2048
+    bottleneck_size: int = 256
+    num_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} of a projection head is {value}; expected at least 1.")
+
+
+class _Prototypes(nn.Module):
+    """Weight-normalised linear layer without bias: row k is `g_k * v_k / |v_k|`.
+
+    Written out instead of `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
+    """
+
+    def __init__(self, in_features: int, num_prototypes: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        # One bf16 step of a logit near 1, divided by a temperature of 0.04, is 0.1 nat: this layer runs in full
+        # precision whatever the rest of the head runs in.
+        with torch.autocast(x.device.type, enabled=False):
+            weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
+            return F.linear(x.to(weight.dtype), weight)
+
+
+class PrototypeHead(nn.Module):
+    """Projection head of DINO and iBOT: MLP, unit length, then the scaled cosine to each of K prototypes.
+
+    Parameters are named `mlp.0|2|4.weight|bias`, `last_layer.weight_g` and `last_layer.weight_v`, as in released
+    checkpoints; with a single layer `mlp.weight` and `mlp.bias`.
+
+    Args:
+        in_features: D, width of a token.
+        shape: sizes of the head.
+        bias: whether the MLP layers have a bias.
+
+    Source: the released DINOv2 head; initialisation trunc-normal 0.02 and zero bias in the MLP, uniform
+    +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
+    """
+
+    def __init__(self, in_features: int, shape: HeadShape, *, bias: bool = True) -> None:
+        super().__init__()
+        inner = [shape.hidden_size] * (shape.num_layers - 1)
+        widths = [in_features, *inner, shape.bottleneck_size]
+        layers: list[nn.Module] = []
+        for index in range(shape.num_layers):
+            linear = nn.Linear(widths[index], widths[index + 1], bias=bias)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(linear.bias)
+            layers += [linear, nn.GELU()]
+        # No activation after the last layer; a lone layer is not wrapped, so that its name has no index.
+        self.mlp = layers[0] if shape.num_layers == 1 else nn.Sequential(*layers[:-1])
+        self.last_layer = _Prototypes(shape.bottleneck_size, shape.num_prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `(n, K)` in float32 of features `(n, D)`; n may be 0."""
+        x = self.mlp(x)
+        # 1e-12 underflows in fp16.
+        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+
+# ---- Student, teacher, losses ------------------------------------------------------------------------------------
+
+
+class StudentOutput(NamedTuple):
+    """What the losses read of the student. K and K' are the prototypes of the DINO and the iBOT head."""
+
+    cls_features: Tensor  # (G, B, D) CLS of the global crops after the final norm
+    global_logits: Tensor  # (G, B, K)
+    local_logits: Tensor  # (L, B, K)
+    masked_logits: Tensor  # (M, K')
+
+
+class TeacherTargets(NamedTuple):
+    """Target probabilities; each row sums to 1 and carries no gradient."""
+
+    cls: Tensor  # (G, B, K)
+    masked: Tensor  # (M, K')
+
+
+class SelfDistillation(nn.Module):
+    """Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
+
+    Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
+    with softmax centering also `dino_center` and `ibot_center`. The teacher starts as a copy of the student, has no
+    gradients, stays in eval mode and moves only through `update_teacher`.
+
+    Per optimizer step: `begin_step(temperature)` once, forward and backward per micro-batch, `clip_gradients`, the
+    optimizer, `update_teacher(momentum)`.
+
+    Args:
+        backbone: the student's backbone; needs `config.use_mask_token=True`. It is used as it is, not copied.
+        dino_head: sizes of the head on CLS tokens.
+        ibot_head: sizes of the head on masked patches; None ties it to the DINO head.
+        centering: `"softmax"` (running center) or `"sinkhorn"` (Sinkhorn-Knopp over the global batch).
+        center_momentum: share of the old center kept per step; softmax centering only.
+        student_temperature: divides the student logits.
+        dino_loss_weight: weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
+        ibot_loss_weight: weight of the masked-patch term; 0 skips its logits.
+        koleo_loss_weight: weight of the KoLeo term of each global crop; 0 skips it.
+
+    Raises:
+        ValueError: a backbone without mask token, an unknown centering, a negative weight or no loss at all.
+    """
+
+    # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
+    accepts_loss_kwargs = False
+
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict
+    dino_center: SoftmaxCenter | None
+    ibot_center: SoftmaxCenter | None
+
+    def __init__(
+        self,
+        backbone: RegViTModel,
+        *,
+        dino_head: HeadShape,
+        ibot_head: HeadShape | None = None,
+        centering: str = "softmax",
+        center_momentum: float = 0.9,
+        student_temperature: float = 0.1,
+        dino_loss_weight: float = 1.0,
+        ibot_loss_weight: float = 1.0,
+        koleo_loss_weight: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if not backbone.config.use_mask_token:
+            raise ValueError(
+                "the backbone has no mask token, which the student needs; build it with use_mask_token=True."
+            )
+        if centering not in ("softmax", "sinkhorn"):
+            raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
+        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(f"loss weights (DINO, iBOT, KoLeo) are {weights}; expected none below 0 and one above 0.")
+        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight = weights
+        self.student_temperature = student_temperature
+        self.teacher_temperature = 0.07
+        width = backbone.config.hidden_size
+        self.student = nn.ModuleDict({"backbone": backbone, "dino_head": PrototypeHead(width, dino_head)})
+        if ibot_head is not None:
+            self.student["ibot_head"] = PrototypeHead(width, ibot_head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.dino_center = self.ibot_center = None
+        if centering == "softmax":
+            masked_head = dino_head if ibot_head is None else ibot_head
+            self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)
+            self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
+        self.train()
+
+    @property
+    def student_backbone(self) -> RegViTModel:
+        """The backbone that is trained."""
+        return cast(RegViTModel, self.student["backbone"])
+
+    @property
+    def teacher_backbone(self) -> RegViTModel:
+        """The backbone that is kept: the moving average of the student's."""
+        return cast(RegViTModel, self.teacher["backbone"])
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Recomputes the student's blocks in the backward pass; the teacher has none."""
+        self.student_backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def begin_step(self, teacher_temperature: float) -> None:
+        """Once per optimizer step, before its first forward: sets the temperature and folds in the last centers."""
+        self.teacher_temperature = teacher_temperature
+        for center in (self.dino_center, self.ibot_center):
+            if center is not None:
+                center.commit()
+
+    def _logits(self, network: nn.ModuleDict, cls: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Head outputs of CLS rows and masked-patch rows. A loss that is off gets no rows and so costs nothing."""
+        cls = cls if self.dino_loss_weight else cls[:0]
+        masked = masked if self.ibot_loss_weight else masked[:0]
+        if "ibot_head" in network:
+            return network["dino_head"](cls), network["ibot_head"](masked)
+        logits = network["dino_head"](torch.cat([cls, masked]))
+        return logits[: len(cls)], logits[len(cls) :]
+
+    def _probabilities(self, logits: Tensor, center: SoftmaxCenter | None) -> Tensor:
+        if center is None:
+            return sinkhorn_knopp(logits, temperature=self.teacher_temperature)
+        probabilities = center(logits, temperature=self.teacher_temperature)
+        if self.training:
+            center.accumulate(logits)
+        return probabilities
+
+    @torch.no_grad()
+    def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
+        """Targets from the unmasked global crops.
+
+        Args:
+            global_crops: `(G, B, 3, S, S)`.
+            mask_indices: `(M,)` positions of masked patches in the flattened (G, B, N).
+
+        Returns:
+            Probabilities of the CLS tokens, crop by crop, and of the patches under the masks.
+        """
+        outputs = self.teacher_backbone(global_crops.flatten(0, 1))
+        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
+        cls_logits, masked_logits = self._logits(self.teacher, outputs.pooler_output, masked)
+        cls_probabilities = self._probabilities(cls_logits, self.dino_center)
+        return TeacherTargets(
+            cls_probabilities.reshape(global_crops.shape[0], -1, cls_probabilities.shape[-1]),
+            self._probabilities(masked_logits, self.ibot_center),
+        )
+
+    def student_outputs(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
+    ) -> StudentOutput:
+        """Student on masked global crops and unmasked local crops.
+
+        The two resolutions are two forwards: packing them into one sequence saves nothing on a CPU.
+
+        Args:
+            global_crops: `(G, B, 3, S, S)`.
+            local_crops: `(L, B, 3, s, s)`; L may be 0.
+            masks: `(G, B, N)` bool, True where the mask token replaces the patch.
+            mask_indices: `(M,)` positions of the True entries.
+
+        Returns:
+            Features and logits, crop-major.
+        """
+        num_global, batch = global_crops.shape[:2]
+        num_local = local_crops.shape[0] if self.dino_loss_weight else 0
+        backbone = self.student_backbone
+        outputs = backbone(global_crops.flatten(0, 1), bool_masked_pos=masks.flatten(0, 1))
+        cls = outputs.pooler_output
+        rows = [cls]
+        if num_local:
+            rows.append(backbone(local_crops.flatten(0, 1)).pooler_output)
+        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
+        cls_logits, masked_logits = self._logits(self.student, torch.cat(rows), masked)
+        cls_logits = cls_logits.reshape(-1, batch, cls_logits.shape[-1])
+        return StudentOutput(
+            cls.reshape(num_global, batch, -1), cls_logits[:num_global], cls_logits[num_global:], masked_logits
+        )
+
+    def forward(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+    ) -> dict[str, Tensor]:
+        """One training forward.
+
+        Args:
+            global_crops: `(2, B, 3, S, S)` normalised pixels, two global crops of B images.
+            local_crops: `(L, B, 3, s, s)`; L may be 0.
+            masks: `(2, B, N)` bool over the N patches of a global crop.
+            mask_indices: `(M,)` int64 positions of the True entries in the flattened masks, ascending; M may be 0.
+            mask_weights: `(M,)` 1 / (masked patches of that patch's crop).
+
+        Returns:
+            `loss` (the scalar to differentiate), its detached weighted parts `dino_local_loss`, `dino_global_loss`,
+            `ibot_loss` and `koleo_loss`, which add up to it, and `teacher_entropy` and `teacher_marginal_entropy` in
+            nats: of a single DINO target, and of their mean over the batch. All near ln K means uniform collapse, both
+            near 0 means that one prototype takes everything.
+
+        Raises:
+            ValueError: tensors that do not fit together, or a number of global crops other than 2.
+        """
+        self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
+        targets = self.teacher_targets(global_crops, mask_indices)
+        student = self.student_outputs(global_crops, local_crops, masks, mask_indices)
+        num_global, batch = global_crops.shape[:2]
+        # The official divisor: without local crops it counts one term that is not there.
+        divisor = max(num_global * local_crops.shape[0], 1) + num_global
+        temperature = self.student_temperature
+        terms = {}
+        if self.dino_loss_weight:
+            if student.local_logits.shape[0]:
+                local = dino_loss(student.local_logits, targets.cls, student_temperature=temperature)
+                terms["dino_local_loss"] = self.dino_loss_weight * local / divisor
+            # Each crop learns from the other: one comparison of 2B rows with the crops of the teacher swapped.
+            swapped = targets.cls.flip(0).flatten(0, 1)[None]
+            both = student.global_logits.flatten(0, 1)[None]
+            across = dino_loss(both, swapped, student_temperature=temperature)
+            terms["dino_global_loss"] = self.dino_loss_weight * across * num_global / divisor
+        if self.ibot_loss_weight:
+            masked = ibot_loss(
+                student.masked_logits,
+                targets.masked,
+                mask_weights,
+                num_crops=num_global * batch,
+                student_temperature=temperature,
+            )
+            terms["ibot_loss"] = self.ibot_loss_weight * masked
+        if self.koleo_loss_weight:
+            spread = torch.stack([koleo_loss(crop) for crop in student.cls_features])
+            terms["koleo_loss"] = self.koleo_loss_weight * spread.sum()
+        # Logits of a loss that is off have no rows, but they tie its head to the graph: DDP waits for every gradient.
+        idle = student.global_logits[:0].sum() + student.masked_logits[:0].sum()
+        loss = torch.stack(list(terms.values())).sum() + idle
+        outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        if self.dino_loss_weight:
+            probabilities = targets.cls.flatten(0, 1)
+            outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
+            outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
+        return outputs
+
+    def _check_batch(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+    ) -> None:
+        if global_crops.ndim != 5 or global_crops.shape[0] != 2:
+            raise ValueError(
+                f"global_crops have shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
+                "B images, crop-major."
+            )
+        if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
+            raise ValueError(
+                f"local_crops have shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
+                "local crops of the same images, crop-major."
+            )
+        if masks.dtype != torch.bool or masks.shape[:2] != global_crops.shape[:2]:
+            raise ValueError(
+                f"masks have shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
+                f"(2, {global_crops.shape[1]}, N)."
+            )
+        if mask_indices.shape != mask_weights.shape or mask_indices.ndim != 1:
+            raise ValueError(
+                f"mask_indices {tuple(mask_indices.shape)} and mask_weights {tuple(mask_weights.shape)} do not fit; "
+                "expected (M,) each, one entry per masked patch."
+            )
+
+    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
+        """Clips backbone, DINO head and iBOT head separately, as the official code does.
+
+        Args:
+            max_norm: largest gradient norm of each of them.
+
+        Returns:
+            Norms before clipping, by name of the submodule.
+        """
+        return {name: nn.utils.clip_grad_norm_(part.parameters(), max_norm) for name, part in self.student.items()}
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Moves every teacher parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
+        student = dict(self.student.named_parameters())
+        teacher = dict(self.teacher.named_parameters())
+        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)

@@ -1,0 +1,485 @@
+"""The one way to open an image, every source, the evaluation processor."""
+
+import io
+import os
+import pickle
+import zlib
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from helpers import requires_shared, shared_dir
+from hf_regvit import images
+from hf_regvit.images import BadImageError, load_images, open_image
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return images.photographs()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def tiles() -> images.ImageSource:
+    return load_images("photos")
+
+
+def encode(image: Image.Image, format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def make_folder(root, names, size=(20, 16)):
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i * 20 % 256, 40, 90)).save(path)
+    return root
+
+
+# --- One image
+
+
+class TestOpenImage:
+    def test_plain_rgb_is_unchanged(self, photo):
+        image = open_image(encode(photo, "PNG"))
+        assert image.mode == "RGB"
+        assert (np.asarray(image) == np.asarray(photo)).all()
+
+    def test_path_and_bytes_agree(self, photo, tmp_path):
+        (tmp_path / "a.jpg").write_bytes(encode(photo, "JPEG"))
+        assert open_image(tmp_path / "a.jpg") == open_image((tmp_path / "a.jpg").read_bytes())
+
+    def test_f01_jpeg_cut_in_half(self, photo, tmp_path):
+        data = encode(photo, "JPEG")
+        (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
+        with pytest.raises(BadImageError, match="truncated") as caught:
+            open_image(tmp_path / "cut.jpg")
+        assert caught.value.path == str(tmp_path / "cut.jpg")
+        assert "truncated" in caught.value.reason
+
+    def test_f04_png_with_a_broken_chunk(self, photo):
+        data = bytearray(encode(photo, "PNG"))
+        for position in range(60, len(data) - 20, 97):
+            data[position] ^= 0xFF
+        with pytest.raises(BadImageError):
+            open_image(bytes(data), name="bits.png")
+
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (b"", "empty"),
+            (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
+            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+            (b"hello, world", "hello"),
+            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no supported image format"),
+        ],
+    )
+    def test_f05_f19_no_image(self, data, reason):
+        with pytest.raises(BadImageError, match=reason):
+            open_image(data, name="x.jpg")
+
+    def test_f06_cmyk(self, photo):
+        image = open_image(encode(photo.convert("CMYK"), "JPEG", quality=95))
+        assert np.abs(np.asarray(image, dtype=int) - np.asarray(photo)).mean() < 4
+
+    @pytest.mark.parametrize("format", ["PNG", "TIFF"])
+    def test_f07_sixteen_bit_grey_is_scaled_by_its_depth(self, format):
+        ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
+        image = np.asarray(open_image(encode(Image.fromarray(ramp), format)))
+        assert (image == np.rint(ramp / 257)[:, :, None]).all()
+
+    def test_f08_float_has_no_defined_range(self):
+        with pytest.raises(BadImageError, match="mode F"):
+            open_image(encode(Image.fromarray(np.random.default_rng(0).random((8, 8), dtype=np.float32)), "TIFF"))
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
+    def test_f09_transparency_becomes_white(self, mode):
+        hidden = Image.new("RGBA", (16, 16), (200, 10, 10, 0)).convert(mode)
+        assert (np.asarray(open_image(encode(hidden, "PNG"))) == 255).all()
+        half = Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert(mode)
+        assert abs(int(np.asarray(open_image(encode(half, "PNG")))[0, 0, 0]) - 127) <= 1
+
+    def test_f09_training_sees_what_serving_sees(self, photo):
+        """The stock processor composites on white too when it gets our RGB: nothing hidden comes back."""
+        rgba = photo.convert("RGBA")
+        rgba.putalpha(Image.new("L", rgba.size, 0))
+        processor = images.default_image_processor(32)
+        pixels = processor(open_image(encode(rgba, "PNG")), return_tensors="pt")["pixel_values"]
+        white = processor(Image.new("RGB", photo.size, "white"), return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, white)
+
+    def test_f10_palette_with_transparency(self):
+        image = Image.new("P", (16, 16), 0)
+        image.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
+        image.paste(1, (0, 0, 8, 16))
+        pixels = np.asarray(open_image(encode(image, "PNG", transparency=0)))
+        assert pixels[0, 0].tolist() == [0, 255, 0]
+        assert pixels[0, 12].tolist() == [255, 255, 255]
+
+    @pytest.mark.parametrize("mode", ["L", "1", "P"])
+    def test_f11_other_modes(self, photo, mode):
+        image = open_image(encode(photo.convert(mode), "PNG"))
+        assert image.mode == "RGB"
+        assert (np.asarray(image) == np.asarray(photo.convert(mode).convert("RGB"))).all()
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_f12_exif_orientation(self, photo, orientation):
+        upright = np.asarray(photo, dtype=int)
+        # What a camera stores: the inverse of the turn that the tag asks for.
+        stored = {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: upright.transpose(1, 0, 2)[::-1],
+            7: upright.transpose(1, 0, 2)[::-1, ::-1],
+            8: upright.transpose(1, 0, 2)[:, ::-1],
+        }[orientation]
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = encode(Image.fromarray(np.ascontiguousarray(stored).astype(np.uint8)), "PNG", exif=exif)
+        assert (np.asarray(open_image(data)) == upright).all()
+
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before our refusal
+    def test_f16_bomb_is_refused_before_decoding(self):
+        data = bytearray(encode(Image.new("L", (10, 10)), "PNG"))
+        for claimed in (10_000, 20_000):
+            data[16:24] = claimed.to_bytes(4, "big") * 2
+            data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+            with pytest.raises(BadImageError, match=r"pixels|bomb"):
+                open_image(bytes(data), name="bomb.png")
+
+    def test_f18_animation_gives_its_first_frame(self):
+        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+        data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+        assert np.asarray(open_image(data))[0, 0].tolist() == [255, 0, 0]
+
+    def test_missing_file(self, tmp_path):
+        with pytest.raises(BadImageError, match="No such file"):
+            open_image(tmp_path / "gone.jpg")
+
+    def test_error_survives_pickling(self):
+        error = pickle.loads(pickle.dumps(BadImageError("a/b.jpg", "it is empty")))
+        assert str(error) == "Cannot use image 'a/b.jpg': it is empty."
+
+
+# --- Sources
+
+
+class TestPhotos:
+    def test_counts_and_names(self, tiles):
+        held_out = load_images("photos", split="validation")
+        assert (len(tiles), len(held_out)) == (2214, 719)
+        assert len(load_images("photos", split=None)) == 2214 + 719
+        assert tiles.label_names == held_out.label_names == tuple(images.photographs())
+        assert set(tiles.labels) == set(held_out.labels) == set(range(21))
+        assert len(set(tiles.ids) | set(held_out.ids)) == 2214 + 719
+
+    def test_a_tile_is_64_px_of_its_photograph(self, tiles):
+        record = tiles[1000]
+        assert record.image.size == (64, 64)
+        name, _, place = record.id.split("/")
+        assert tiles.label_names[record.label] == name
+        top, left = map(int, place.split("_"))
+        whole = images._photographs_384()[name]
+        assert min(whole.size) == 384
+        assert record.image == whole.crop((left, top, left + 64, top + 64))
+
+    def test_no_pixel_is_in_both_parts(self, tiles):
+        widths = {name: image.width for name, image in images._photographs_384().items()}
+        for source, inside in (
+            (tiles, lambda left, width: left + 64 <= 0.7 * width),
+            (load_images("photos", split="validation"), lambda left, width: left >= 0.7 * width),
+        ):
+            for id in source.ids:
+                name, _, place = id.split("/")
+                assert inside(int(place.split("_")[1]), widths[name])
+
+    def test_photographs_are_whole_and_need_no_network(self, monkeypatch):
+        import socket
+
+        monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network"))
+        photos = images.photographs()
+        assert len(photos) == 21
+        assert photos["astronaut"].size == (512, 512)
+        assert all(image.mode == "RGB" for image in photos.values())
+        # The horse is a silhouette on a transparent ground: composited on white, not revealed.
+        assert np.asarray(photos["horse"]).max() == 255
+
+    def test_source_can_be_sent_to_a_worker(self, tiles):
+        copy = pickle.loads(pickle.dumps(tiles))
+        assert copy[7].image == tiles[7].image
+
+    def test_index_out_of_range(self, tiles):
+        assert tiles[-1].id == tiles.ids[-1]
+        with pytest.raises(IndexError, match="2214"):
+            tiles[2214]
+
+
+class TestDigits:
+    def test_split_is_fixed_and_stratified(self):
+        train, held_out = load_images("digits"), load_images("digits", split="validation")
+        assert len(train) + len(held_out) == len(load_images("digits", split=None)) == 1797
+        assert not set(train.ids) & set(held_out.ids)
+        shares = np.bincount(held_out.labels) / (np.bincount(train.labels) + np.bincount(held_out.labels))
+        assert np.abs(shares - 0.2).max() < 0.01
+        assert held_out.ids == load_images("digits", split="validation").ids
+
+    def test_image(self):
+        record = load_images("digits")[0]
+        assert record.image.size == (32, 32)
+        assert record.image.mode == "RGB"
+        assert np.asarray(record.image).max() > 200
+
+
+def test_stratified_split_has_each_class_in_both_parts():
+    labels = [0] * 10 + [1] * 2 + [2]
+    train, held_out = images.stratified_split(labels, held_out_share=0.2, seed=0)
+    assert sorted(train + held_out) == list(range(13))
+    assert [labels[i] for i in held_out] == [0, 0, 1]  # a class of one is for training
+    assert (train, held_out) == images.stratified_split(labels, held_out_share=0.2, seed=0)
+    assert (train, held_out) != images.stratified_split(labels, held_out_share=0.2, seed=1)
+    assert {labels[i] for i in images.stratified_split(labels, held_out_share=0.99, seed=0)[0]} == {0, 1, 2}
+
+
+class TestFolder:
+    def test_flat_folder_has_no_labels(self, tmp_path):
+        source = load_images(make_folder(tmp_path, ["b.png", "a.jpg", ".hidden.png", "notes.txt.png"]))
+        assert source.ids == ["a.jpg", "b.png", "notes.txt.png"]
+        assert source.labels is None
+        assert source[0].label is None
+        assert source[0].image.size == (20, 16)
+
+    def test_classes_are_the_outermost_folders(self, tmp_path):
+        source = load_images(make_folder(tmp_path, ["dog/2020/jan/x.png", "cat/y.png", "cat/deep/z.png"]))
+        assert source.label_names == ("cat", "dog")
+        assert dict(zip(source.ids, source.labels, strict=True)) == {
+            "cat/deep/z.png": 0,
+            "cat/y.png": 0,
+            "dog/2020/jan/x.png": 1,
+        }
+
+    def test_one_image_outside_of_the_class_folders_means_no_labels(self, tmp_path):
+        assert load_images(make_folder(tmp_path, ["dog/x.png", "y.png"])).labels is None
+
+    def test_f30_equal_names_in_different_folders_keep_their_ids(self, tmp_path):
+        assert len(set(load_images(make_folder(tmp_path, ["a/x.png", "b/x.png"])).ids)) == 2
+
+    @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
+    def test_train_and_validation_folders(self, tmp_path, name):
+        make_folder(tmp_path, ["train/cat/a.png", "train/dog/b.png", f"{name}/dog/c.png"])
+        train, held_out = load_images(tmp_path), load_images(tmp_path, split="validation")
+        assert train.ids == ["train/cat/a.png", "train/dog/b.png"]
+        assert held_out.ids == [f"{name}/dog/c.png"]
+        # A class without held-out images still has its number.
+        assert held_out.label_names == ("cat", "dog")
+        assert held_out.labels == [1]
+        assert len(load_images(tmp_path, split=None)) == 3
+
+    def test_f28_class_only_in_validation(self, tmp_path):
+        make_folder(tmp_path, ["train/cat/a.png", "val/cat/b.png", "val/emu/c.png"])
+        with pytest.raises(ValueError, match="emu"):
+            load_images(tmp_path, split="validation")
+
+    def test_training_images_outside_of_class_folders_leave_the_validation_part_unlabelled_too(self, tmp_path):
+        make_folder(tmp_path, ["train/a.png", "train/cat/b.png", "val/cat/c.png"])
+        assert load_images(tmp_path).labels is None
+        assert load_images(tmp_path, split="validation").labels is None
+
+    def test_no_validation_part(self, tmp_path):
+        make_folder(tmp_path, ["cat/a.png", "dog/b.png"])
+        with pytest.raises(images.MissingSplitError, match=r"no validation part.*'cat', 'dog'"):
+            load_images(tmp_path, split="validation")
+
+    def test_no_training_part(self, tmp_path):
+        make_folder(tmp_path, ["val/cat/a.png"])
+        with pytest.raises(images.MissingSplitError, match="no train part"):
+            load_images(tmp_path)
+        assert load_images(tmp_path, split="validation").label_names == ("cat",)
+
+    def test_f25_empty_folder_lists_what_was_looked_for(self, tmp_path):
+        with pytest.raises(ValueError, match=r"Looked for .*\.jpg.*\.parquet; found nothing"):
+            load_images(tmp_path)
+        (tmp_path / "notes").mkdir()
+        (tmp_path / "notes" / "a.txt").write_text("x")
+        with pytest.raises(ValueError, match=r"found 1 other files \('notes'\)"):
+            load_images(tmp_path)
+
+    def test_f26_missing_path_names_the_nearest_parent(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"nearest existing folder is '{tmp_path}'"):
+            load_images(tmp_path / "no" / "such" / "folder")
+
+    def test_f33_names_and_link_loops(self, tmp_path):
+        make_folder(tmp_path, ["kätzchen und hunde/ein bild (1).png"])
+        (tmp_path / "kätzchen und hunde" / "loop").symlink_to(tmp_path, target_is_directory=True)
+        assert load_images(tmp_path).ids == ["kätzchen und hunde/ein bild (1).png"]
+
+    def test_f32_name_that_is_no_utf8(self, tmp_path):
+        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+        try:
+            (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
+        except OSError:
+            pytest.skip("this file system allows UTF-8 names only")
+        assert load_images(tmp_path)[0].image.size == (8, 8)
+
+    def test_broken_file_is_named(self, tmp_path):
+        (tmp_path / "broken.jpg").write_bytes(b"")
+        source = load_images(tmp_path)
+        with pytest.raises(BadImageError, match=r"broken\.jpg.*empty"):
+            source[0]
+
+    def test_single_file_of_another_type(self, tmp_path):
+        (tmp_path / "images.zip").write_bytes(b"PK")
+        with pytest.raises(ValueError, match=r"'\.zip'"):
+            load_images(tmp_path / "images.zip")
+
+    def test_unknown_split(self):
+        with pytest.raises(ValueError, match="split='test'"):
+            load_images("photos", split="test")
+
+    def test_subset(self, tiles):
+        part = tiles.subset([5, 3])
+        assert [part[0].id, part[1].id] == [tiles.ids[5], tiles.ids[3]]
+        assert part[1].image == tiles[3].image
+        assert part.labels == [tiles.labels[5], tiles.labels[3]]
+
+
+@pytest.fixture(scope="module")
+def arrow_cache(tmp_path_factory):
+    """`datasets` keeps its Arrow copies below a folder of the test run, not in the user's home."""
+    import datasets
+
+    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
+    yield
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+@pytest.mark.usefixtures("arrow_cache")
+class TestTables:
+    @staticmethod
+    def write(path, *, num_rows=4, labels=(0, 1, 0, 1), names=("cat", "dog"), image="image", label="label"):
+        import datasets
+
+        pictures = [encode(Image.new("RGB", (9, 7), (i, 0, 0)), "PNG") for i in range(num_rows)]
+        rows = {image: [{"bytes": picture, "path": None} for picture in pictures]}
+        features = {image: datasets.Image()}
+        if label:
+            rows[label] = list(labels[:num_rows])
+            features[label] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(path))
+
+    def test_one_file(self, tmp_path):
+        self.write(tmp_path / "pets.parquet")
+        source = load_images(tmp_path / "pets.parquet")
+        assert len(source) == 4
+        assert source.label_names == ("cat", "dog")
+        assert source.labels == [0, 1, 0, 1]
+        assert source[3].image.getpixel((0, 0)) == (3, 0, 0)
+        assert source[3].image.size == (9, 7)
+        with pytest.raises(images.MissingSplitError, match="no validation part"):
+            load_images(tmp_path / "pets.parquet", split="validation")
+
+    def test_folder_with_parts(self, tmp_path):
+        self.write(tmp_path / "train-00000-of-00002.parquet")
+        self.write(tmp_path / "train-00001-of-00002.parquet")
+        self.write(tmp_path / "validation.parquet", num_rows=1)
+        assert len(load_images(tmp_path)) == 8
+        assert len(load_images(tmp_path, split="validation")) == 1
+        assert len(load_images(tmp_path, split=None)) == 9
+
+    def test_plain_integers_and_no_labels(self, tmp_path):
+        self.write(tmp_path / "a.parquet", names=None, label="fine", image="img")
+        assert load_images(tmp_path).labels is None
+        source = load_images(tmp_path, label_column="fine")
+        assert source.label_names == ("0", "1")
+
+    def test_rows_marked_as_unlabelled(self, tmp_path):
+        self.write(tmp_path / "a.parquet", labels=(-1, -1, -1, -1), names=None)
+        assert load_images(tmp_path).labels is None
+
+    def test_f37_wrong_columns(self, tmp_path):
+        self.write(tmp_path / "a.parquet")
+        with pytest.raises(ValueError, match=r"'pixels' holds no images.*Columns: image, label; with images: image"):
+            load_images(tmp_path, image_column="pixels")
+        with pytest.raises(ValueError, match="label column 'breed' is None"):
+            load_images(tmp_path, label_column="breed")
+
+    def test_a_text_column_called_label_is_left_alone(self, tmp_path):
+        import datasets
+
+        cell = {"bytes": encode(Image.new("RGB", (5, 4)), "PNG"), "path": None}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        table = datasets.Dataset.from_dict({"image": [cell], "label": ["cat"]}, features=features)
+        table.to_parquet(str(tmp_path / "a.parquet"))
+        assert load_images(tmp_path).labels is None
+        with pytest.raises(ValueError, match=r"'label' is Value\('string'\).*there are none"):
+            load_images(tmp_path, label_column="label")
+
+    def test_f37_empty_cell(self, tmp_path):
+        import datasets
+
+        table = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
+        table.to_parquet(str(tmp_path / "a.parquet"))
+        with pytest.raises(BadImageError, match=r"row 0.*empty"):
+            load_images(tmp_path)[0]
+
+    @requires_shared
+    def test_real_parquet(self):
+        source = load_images(shared_dir() / "data" / "oxford_pets3", split="validation", image_column="image")
+        assert len(source) == 108
+        record = source[0]
+        assert record.image.mode == "RGB"
+        assert source.label_names[record.label]
+
+    def test_hub_id(self, monkeypatch):
+        import datasets
+
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        cell = {"bytes": encode(Image.new("RGB", (5, 4)), "PNG"), "path": None}
+        table = datasets.Dataset.from_dict({"image": [cell, cell], "label": [1, 0]}, features=features)
+        calls = []
+
+        def load_dataset(name, split):
+            calls.append((name, split))
+            return table if split else {"train": table, "validation": table}
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        assert load_images("some-one/pictures").labels == [1, 0]
+        assert len(load_images("some-one/pictures", split=None)) == 4
+        assert calls == [("some-one/pictures", "train"), ("some-one/pictures", None)]
+
+    def test_neither_path_nor_hub(self):
+        with pytest.raises(FileNotFoundError, match=r"Did you mean 'photos'.*Hub"):
+            load_images("photo")
+        with pytest.raises(FileNotFoundError, match=r"nearest existing folder.*Hub"):
+            load_images("nobody/nothing")
+
+
+# --- Evaluation
+
+
+def test_default_image_processor(photo, tmp_path):
+    from transformers import AutoImageProcessor
+
+    processor = images.default_image_processor(56)
+    saved = processor.to_dict()
+    assert saved["image_processor_type"] == "BitImageProcessor"
+    assert saved["size"] == {"shortest_edge": 64}
+    assert saved["crop_size"] == {"height": 56, "width": 56}
+    assert tuple(saved["image_mean"]) == (0.485, 0.456, 0.406)
+    assert images.default_image_processor((42, 84)).size == {"shortest_edge": 96}
+    assert images.default_image_processor(64, resize=64).size == {"shortest_edge": 64}
+    processor.save_pretrained(tmp_path)
+    again = AutoImageProcessor.from_pretrained(tmp_path)
+    pixels = processor(photo, return_tensors="pt")["pixel_values"]
+    assert torch.equal(pixels, again(photo, return_tensors="pt")["pixel_values"])
+    # The same by hand: shortest edge 64, centre 56, normalise. The library resizes tensors, Pillow rounds once more.
+    resized = photo.resize((96, 64), Image.Resampling.BICUBIC).crop((20, 4, 76, 60))
+    expected = TF.normalize(TF.to_tensor(resized), images.IMAGENET_MEAN, images.IMAGENET_STD)
+    assert (pixels[0] - expected).abs().mean() < 0.005
