@@ -1,0 +1,566 @@
+"""One way to read tokens out of any plain vision transformer of transformers or timm.
+
+`read_tokens` returns the residual stream, attention weights, queries, keys, values, MLP activations or patch
+embeddings of chosen blocks. What differs between models is data: one record of the family table says where blocks,
+projections and norms are. Everything is read with hooks during one ordinary forward pass; the model's own code runs
+unchanged and keeps its attention implementation.
+
+Shapes: B images, R registers, N patches in a grid of (rows, columns), T = prefix + N tokens, D width, L blocks.
+Token order is `[CLS | distillation | registers | patches]`, whichever of them a model has.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
+Layers = Sequence[int] | Literal["all"]
+Reduction = Callable[[torch.Tensor, int], torch.Tensor]
+
+_ATTENTION_SITES: tuple[Site, ...] = ("q", "k", "v", "attention")
+
+
+# --- Families ---
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family of models keeps what `read_tokens` reads; paths as in `get_submodule`.
+
+    Args:
+        blocks: From the tower to the list of its blocks.
+        patch_projection: From the tower to the convolution that makes patches.
+        final_norm: From the tower to the norm of the last block's tokens.
+        attention: From a block to its attention.
+        projections: From the attention to one fused or three separate linear layers.
+        mlp_output: From a block to the linear layer that reads the MLP's activations; the first that exists counts.
+        has_cls: Whether a CLS token comes first. None: the tower says so itself (timm).
+        num_distillation_tokens: Tokens between CLS and registers.
+        rotary: Whether queries and keys of patches are rotated before they meet.
+        qk_norms: From the attention to norms of queries and keys, applied per head.
+        resize_switch: Whether other sizes than the native one need `interpolate_pos_encoding=True`.
+    """
+
+    blocks: str
+    patch_projection: str
+    final_norm: str
+    attention: str = "attention"
+    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
+    has_cls: bool | None = True
+    num_distillation_tokens: int = 0
+    rotary: bool = False
+    qk_norms: tuple[str, str] | None = None
+    resize_switch: bool = False
+
+
+_VIT = Family("layers", "embeddings.patch_embeddings.projection", "layernorm", resize_switch=True)
+_DINOV2 = Family("encoder.layer", "embeddings.patch_embeddings.projection", "layernorm")
+
+FAMILIES: dict[str, Family] = {
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", projections=("qkv",)),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary=True),
+    "vit": _VIT,
+    "deit": Family(_VIT.blocks, _VIT.patch_projection, "layernorm", num_distillation_tokens=1, resize_switch=True),
+    "clip_vision_model": Family(
+        "encoder.layers", "embeddings.patch_embedding", "post_layernorm", "self_attn", resize_switch=True
+    ),
+    "siglip_vision_model": Family(
+        "encoder.layers",
+        "embeddings.patch_embedding",
+        "post_layernorm",
+        "self_attn",
+        has_cls=False,
+        resize_switch=True,
+    ),
+    "ijepa": Family(_VIT.blocks, _VIT.patch_projection, "layernorm", has_cls=False, resize_switch=True),
+    "vit_mae": _VIT,
+    "timm": Family(
+        "blocks", "patch_embed.proj", "norm", "attn", ("qkv",), has_cls=None, qk_norms=("q_norm", "k_norm")
+    ),
+}
+
+
+def _family_name(module: nn.Module) -> str | None:
+    """The key of the family table for this very module, leaving aside what is inside it."""
+    if any(c.__name__ == "VisionTransformer" and c.__module__.startswith("timm.") for c in type(module).__mro__):
+        return "timm"
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    return model_type if model_type in FAMILIES else None
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
+    """The vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
+
+    Raises:
+        ValueError: Nothing inside the model belongs to a family of the table.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch module. Load names with load_model.")
+    for module in model.modules():  # outermost first: parts of a tower carry its config too, but not all of its paths
+        name = _family_name(module)
+        if name and _has(module, FAMILIES[name].blocks) and _has(module, FAMILIES[name].patch_projection):
+            return module, name
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    raise ValueError(
+        f"The family table does not know model_type '{kind or type(model).__name__}'. It holds {', '.join(FAMILIES)} "
+        "(VisionTransformer). Use a plain vision transformer of one of them: models with windows, stages or "
+        "convolutions have no global patch tokens to read."
+    )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the family table and the weights say about a model. `patch_size` and `image_size` are (height, width)."""
+
+    name: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    has_cls: bool
+    num_distillation_tokens: int
+    num_register_tokens: int
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches."""
+        return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def describe_model(model: nn.Module) -> ModelDescription:
+    """Sizes and token layout of any model that `read_tokens` reads.
+
+    Raises:
+        ValueError: The model belongs to no family of the table.
+    """
+    tower, name = find_tower(model)
+    return _describe(tower, name)
+
+
+def _describe(tower: Any, name: str) -> ModelDescription:
+    family = FAMILIES[name]
+    blocks = tower.get_submodule(family.blocks)
+    if name != "timm":
+        config = tower.config
+        return ModelDescription(
+            name=config.name_or_path or type(tower).__name__,
+            family=name,
+            num_layers=len(blocks),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            patch_size=_pair(config.patch_size),
+            image_size=_pair(config.image_size),
+            has_cls=bool(family.has_cls),
+            num_distillation_tokens=family.num_distillation_tokens,
+            num_register_tokens=getattr(config, "num_register_tokens", 0),
+        )
+    image_size = _pair(tower.patch_embed.img_size)
+    return ModelDescription(
+        name=(getattr(tower, "pretrained_cfg", None) or {}).get("architecture") or type(tower).__name__,
+        family=name,
+        num_layers=len(blocks),
+        hidden_size=tower.embed_dim,
+        num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
+        # Not `patch_embed.patch_size`, which counts cells of the feature map where a CNN comes first.
+        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
+        image_size=image_size,
+        has_cls=tower.has_class_token,
+        num_distillation_tokens=tower.num_prefix_tokens - tower.num_reg_tokens - int(tower.has_class_token),
+        num_register_tokens=tower.num_reg_tokens,
+    )
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm that the model applies to tokens of its last block; the identity where it only norms a pooled vector.
+
+    CLIP itself applies its norm to CLS alone; it is returned all the same, as is usual for dense features.
+    """
+    tower, name = find_tower(model)
+    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
+        return nn.Identity()
+    return tower.get_submodule(FAMILIES[name].final_norm)
+
+
+# --- Reading ---
+
+
+@dataclass(frozen=True, eq=False)
+class TokenReading:
+    """What one site of some blocks held for a batch.
+
+    Args:
+        site: What was read.
+        layers: Blocks in the order asked for, 1 to L; 0 is the embedding before the first block.
+        values: One tensor a layer: residual and q, k, v (B, T, D), heads side by side; attention (B, heads, T, T),
+            each row a distribution over keys; mlp (B, T, hidden), what the MLP's last linear layer reads;
+            patch_embedding (B, N, D) before positions. Or what `reduce` made of it.
+        grid: (rows, columns) of the patches, row-major.
+        has_cls: Whether the first token is CLS.
+        num_register_tokens: R.
+        num_distillation_tokens: Tokens between CLS and registers (DeiT: 1).
+    """
+
+    site: Site
+    layers: tuple[int, ...]
+    values: tuple[torch.Tensor, ...]
+    grid: tuple[int, int]
+    has_cls: bool
+    num_register_tokens: int
+    num_distillation_tokens: int = 0
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches in `values`: none in patch embeddings."""
+        if self.site == "patch_embedding":
+            return 0
+        return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
+
+    def at(self, layer: int = -1) -> torch.Tensor:
+        """Values of one block, named as in `layers`; -1 is the last entry.
+
+        Raises:
+            KeyError: That block was not read.
+        """
+        if layer == -1:
+            return self.values[-1]
+        if layer not in self.layers:
+            raise KeyError(f"Layer {layer} was not read, only {list(self.layers)}. Ask for it in `layers`.")
+        return self.values[self.layers.index(layer)]
+
+    def __getitem__(self, layer: int) -> torch.Tensor:
+        return self.at(layer)
+
+    def _tokens(self, layer: int, start: int, length: int | None) -> torch.Tensor:
+        """A slice of the token axis; for attention of its queries."""
+        values = self.at(layer)
+        axis = 2 if self.site == "attention" else 1
+        return values.narrow(axis, start, values.shape[axis] - start if length is None else length)
+
+    def cls(self, layer: int = -1) -> torch.Tensor | None:
+        """(B, D), or None without CLS; for attention the row of CLS, (B, heads, T)."""
+        if not self.has_cls or self.site == "patch_embedding":
+            return None
+        return self._tokens(layer, 0, 1).squeeze(2 if self.site == "attention" else 1)
+
+    def registers(self, layer: int = -1) -> torch.Tensor:
+        """(B, R, D), R may be 0; for attention the rows of the registers, (B, heads, R, T)."""
+        length = 0 if self.site == "patch_embedding" else self.num_register_tokens
+        return self._tokens(layer, self.num_prefix_tokens - length, length)
+
+    def patches(self, layer: int = -1) -> torch.Tensor:
+        """(B, N, D); for attention the rows of the patches, (B, heads, N, T)."""
+        return self._tokens(layer, self.num_prefix_tokens, None)
+
+
+def read_tokens(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    *,
+    layers: Layers = (-1,),
+    site: Site = "residual",
+    reduce: Reduction | None = None,
+) -> TokenReading:
+    """Read one site of chosen blocks in one forward pass, without gradients and in eval mode.
+
+    Args:
+        model: A model of a family in `FAMILIES`, or one that contains such a tower. It is left as it was.
+        pixel_values: (B, 3, H, W) normalised pixels; moved to the model's device and type.
+        layers: 1 to L, 0 for the embedding (residual only), negative from the end, or "all". Only these are kept.
+        site: "residual": output of the block, before any final norm. "q", "k", "v": outputs of the projections,
+            before rotation and norms. "attention": softmax weights. "mlp": what the MLP's last layer reads, hence
+            after the nonlinearity. "patch_embedding": output of the patch convolution; `layers` is not used.
+        reduce: Called as `reduce(values, layer)` while the pass runs; its result is kept instead of the values, so
+            that e.g. norms of all blocks need no more memory than one block.
+
+    Raises:
+        ValueError: Unknown family, layer or site, or pixels of a shape the model cannot read.
+
+    Example:
+    ```python
+    >>> reading = read_tokens(model, pixel_values, layers="all")
+    >>> norms = [reading.patches(layer).norm(dim=-1) for layer in reading.layers]
+    ```
+    """
+    return read_many(model, pixel_values, {site: layers}, reduce={} if reduce is None else {site: reduce})[site]
+
+
+def read_many(
+    model: nn.Module,
+    pixel_values: torch.Tensor,
+    sites: Mapping[Site, Layers],
+    *,
+    reduce: Mapping[Site, Reduction] | None = None,
+) -> dict[Site, TokenReading]:
+    """`read_tokens` for several sites in the same forward pass: `{"residual": "all", "attention": (-1,)}`."""
+    tower, name = find_tower(model)
+    family, description = FAMILIES[name], _describe(tower, name)
+    pixel_values = _checked_pixels(tower, description, pixel_values)
+    wanted = {site: _resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
+    collector = _Collector(family, description, wanted, dict(reduce or {}))
+    with torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), collector.attached(tower):
+        tower(pixel_values, **_forward_options(name, description, pixel_values))
+    return collector.readings()
+
+
+def _resolve_layers(layers: Layers, num_layers: int, site: Site) -> tuple[int, ...]:
+    if site not in get_args(Site):
+        raise ValueError(f"site={site!r} is unknown, expected one of {', '.join(get_args(Site))}.")
+    if site == "patch_embedding":
+        return (0,)
+    first = 0 if site == "residual" else 1
+    if isinstance(layers, str):
+        if layers != "all":
+            raise ValueError(f"layers={layers!r} is unknown, expected 'all' or a sequence of numbers.")
+        return tuple(range(first, num_layers + 1))
+    if isinstance(layers, int):
+        raise TypeError(f"layers={layers} is a number, expected a sequence: layers=({layers},).")
+    resolved = tuple(layer + num_layers + 1 if layer < 0 else layer for layer in layers)
+    if not resolved:
+        raise ValueError("layers is empty. Name at least one block, or 'all'.")
+    for asked, layer in zip(layers, resolved):
+        if not first <= layer <= num_layers:
+            raise ValueError(
+                f"layer {asked} does not exist at site '{site}': the model has {num_layers} blocks, 1 to "
+                f"{num_layers}{', and 0 for the embedding' if first == 0 else ''}; -1 is the last."
+            )
+    return resolved
+
+
+def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_values: torch.Tensor) -> torch.Tensor:
+    """The pixels on the model's device and of its type, or an error that says what to do."""
+    if not isinstance(pixel_values, torch.Tensor):
+        raise TypeError(
+            f"pixel_values is a {type(pixel_values).__name__}, expected a tensor (batch, 3, height, width). Make one "
+            "with prepare_images; images of different sizes are resized there."
+        )
+    if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not len(pixel_values):
+        raise ValueError(
+            f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}, expected normalised "
+            "floating-point pixels (batch, 3, height, width). Make them with prepare_images."
+        )
+    size, patch = tuple(pixel_values.shape[-2:]), description.patch_size
+    # At their native size some models drop a border of the image (384 pixels in patches of 14): that is their affair.
+    if size != description.image_size and (size[0] % patch[0] or size[1] % patch[1] or min(size) < max(patch)):
+        nearest = " x ".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch))
+        raise ValueError(
+            f"The images are {size[0]} x {size[1]} pixels, no multiple of the patch of {patch[0]} x {patch[1]}. "
+            f"Resize or crop them to {nearest}."
+        )
+    if description.family == "timm" and size != description.image_size and not getattr(tower, "dynamic_img_size", 0):
+        raise ValueError(
+            f"This timm model takes images of {description.image_size[0]} x {description.image_size[1]} only, not "
+            f"{size[0]} x {size[1]}. Create it with dynamic_img_size=True, or resize the images."
+        )
+    like = next(tower.parameters())
+    return pixel_values.to(like.device, like.dtype)
+
+
+def _forward_options(name: str, description: ModelDescription, pixel_values: torch.Tensor) -> dict[str, Any]:
+    """What the tower's forward needs to see all patches of images of this size, in order."""
+    size = tuple(pixel_values.shape[-2:])
+    options: dict[str, Any] = {}
+    if FAMILIES[name].resize_switch and size != description.image_size:
+        options["interpolate_pos_encoding"] = True
+    if name == "vit_mae":  # it sorts patches by this noise, which by default is random
+        cells = (size[0] // description.patch_size[0]) * (size[1] // description.patch_size[1])
+        noise = torch.arange(cells, device=pixel_values.device, dtype=torch.float32)
+        options["noise"] = noise.expand(len(pixel_values), cells)
+    return options
+
+
+@contextmanager
+def _evaluating(tower: nn.Module) -> Iterator[None]:
+    """Eval mode, with the mode of every module put back one by one: a model may be in training only in parts."""
+    training = [module for module in tower.modules() if module.training]
+    if training:
+        tower.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
+    """MAE drops three quarters of the patches by a number in its config; zero for the time of the reading."""
+    if name != "vit_mae":
+        yield
+        return
+    mask_ratio = tower.config.mask_ratio
+    tower.config.mask_ratio = 0.0
+    try:
+        yield
+    finally:
+        tower.config.mask_ratio = mask_ratio
+
+
+class _Collector:
+    """The hooks of one forward pass and what they have seen."""
+
+    def __init__(
+        self,
+        family: Family,
+        description: ModelDescription,
+        wanted: dict[Site, tuple[int, ...]],
+        reduce: dict[Site, Reduction],
+    ) -> None:
+        self.family, self.description, self.wanted, self.reduce = family, description, wanted, reduce
+        self.kept: dict[tuple[Site, int], torch.Tensor] = {}
+        self.projected: dict[str, torch.Tensor] = {}  # of the block that is running
+        self.grid: tuple[int, int] | None = None
+
+    @contextmanager
+    def attached(self, tower: nn.Module) -> Iterator[None]:
+        """Hooks in place for the time of the `with` block, and gone after it whatever happens inside."""
+        family = self.family
+        with ExitStack() as stack:
+
+            def hook(module: nn.Module, function: Callable, *, before: bool = False) -> None:
+                register = module.register_forward_pre_hook if before else module.register_forward_hook
+                stack.callback(register(function, with_kwargs=True).remove)
+
+            hook(self._part(tower, family.patch_projection), self._see_patches)
+            blocks: Any = tower.get_submodule(family.blocks)
+            if 0 in self.wanted.get("residual", ()):
+                hook(blocks[0], self._see_embedding, before=True)
+            for layer, block in enumerate(blocks, start=1):
+                if layer in self.wanted.get("residual", ()):
+                    hook(block, self._see_block(layer))
+                if layer in self.wanted.get("mlp", ()):
+                    hook(self._part(block, *family.mlp_output), self._see_activations(layer), before=True)
+                sites = [site for site in _ATTENTION_SITES if layer in self.wanted.get(site, ())]
+                if sites:
+                    attention = self._part(block, family.attention)
+                    for names, path in zip(_names_of_projections(family), family.projections):
+                        hook(self._part(attention, path), self._see_projection(names))
+                    hook(attention, self._see_attention(layer, sites))
+            yield
+
+    def _part(self, module: nn.Module, *paths: str) -> nn.Module:
+        for path in paths:
+            if _has(module, path):
+                return module.get_submodule(path)
+        raise ValueError(
+            f"A {type(module).__name__} of this {self.description.family} model has no '{' or '.join(paths)}', so "
+            "this site cannot be read. Read 'residual', or use the family's usual blocks."
+        )
+
+    def _keep(self, site: Site, layer: int, values: torch.Tensor) -> None:
+        self.kept[site, layer] = self.reduce[site](values, layer) if site in self.reduce else values
+
+    def _see_patches(self, module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+        self.grid = (output.shape[-2], output.shape[-1])
+        if "patch_embedding" in self.wanted:
+            self._keep("patch_embedding", 0, output.flatten(2).transpose(1, 2))  # (B, N, D)
+
+    def _see_embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        self._keep("residual", 0, args[0] if args else kwargs["hidden_states"])
+
+    def _see_block(self, layer: int) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            self._keep("residual", layer, output[0] if isinstance(output, tuple) else output)
+
+        return see
+
+    def _see_activations(self, layer: int) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self._keep("mlp", layer, args[0])
+
+        return see
+
+    def _see_projection(self, names: tuple[str, ...]) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
+            self.projected.update(zip(names, output.chunk(len(names), dim=-1)))
+
+        return see
+
+    def _see_attention(self, layer: int, sites: list[Site]) -> Callable:
+        def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+            for site in sites:
+                if site == "attention":
+                    self._keep(site, layer, self._attention_weights(module, kwargs))
+                else:  # a copy, because a part of a fused projection would keep the whole alive
+                    self._keep(site, layer, self.projected[site].contiguous())
+            self.projected.clear()
+
+        return see
+
+    def _attention_weights(self, attention: nn.Module, kwargs: dict) -> torch.Tensor:
+        """(B, heads, T, T), computed from queries and keys as the eager implementations do: softmax in float32.
+
+        The model's own pass can therefore stay on a fused kernel, which gives no weights, and blocks that nobody asked
+        for cost nothing.
+        """
+        heads = self.description.num_heads
+        query, key = (self.projected[site].unflatten(-1, (heads, -1)).transpose(1, 2) for site in ("q", "k"))
+        if self.family.qk_norms:
+            query, key = (
+                self._part(attention, path)(x) for path, x in zip(self.family.qk_norms, (query, key))
+            )  # (B, heads, T, head_dim)
+        if self.family.rotary:
+            cos, sin = kwargs["position_embeddings"]  # (N, head_dim) each
+            query, key = _rotate_patches(query, cos, sin), _rotate_patches(key, cos, sin)
+        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, heads, T, T)
+        return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+
+    def readings(self) -> dict[Site, TokenReading]:
+        """What was seen, in the order asked for."""
+        missing = [
+            (site, layer) for site in self.wanted for layer in self.wanted[site] if (site, layer) not in self.kept
+        ]
+        if missing or self.grid is None:
+            raise ValueError(
+                f"The forward pass of this {self.description.family} model never called the modules of "
+                f"{missing or 'the patch embedding'}, so nothing could be read. Use the family's usual blocks."
+            )
+        d = self.description
+        return {
+            site: TokenReading(
+                site=site,
+                layers=layers,
+                values=tuple(self.kept[site, layer] for layer in layers),
+                grid=self.grid,
+                has_cls=d.has_cls,
+                num_register_tokens=d.num_register_tokens,
+                num_distillation_tokens=d.num_distillation_tokens,
+            )
+            for site, layers in self.wanted.items()
+        }
+
+
+def _names_of_projections(family: Family) -> tuple[tuple[str, ...], ...]:
+    return (("q", "k", "v"),) if len(family.projections) == 1 else (("q",), ("k",), ("v",))
+
+
+def _rotate_patches(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions on the patches of (B, heads, T, head_dim); tokens before them have no position.
+
+    Source: arXiv 2104.09864 in the "half" layout of DINOv3: channel i turns together with channel i + head_dim / 2.
+    """
+    prefix, patches = x.split((x.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
+    first, second = patches.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return torch.cat((prefix, patches * cos + turned * sin), dim=-2)
