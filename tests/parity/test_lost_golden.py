@@ -1,0 +1,43 @@
+"""LOST against the published code, every stage of it."""
+
+import pytest
+import torch
+
+from helpers import golden_files, load_golden, requires_shared
+from hf_regvit.lost import affinity, lost_box
+
+pytestmark = requires_shared
+
+
+@pytest.mark.parametrize("name", golden_files("lost"))
+def test_every_stage(name):
+    golden, config = load_golden(name)
+    features = golden["in.feats"][0]
+    grid, patch_size = tuple(config["dims"]), config["scales"][0]
+    height, width = config["init_image_size"][1:]
+    result = lost_box(features, grid, k=config["k_patches"])
+
+    torch.testing.assert_close(affinity(features), golden["out.similarity"], atol=1e-4, rtol=0)
+    assert torch.equal(result.degrees.flatten(), golden["out.degree"])
+    acceptable = golden.get("out.acceptable_seeds", golden["out.seed"])
+    assert result.seed == min(acceptable.tolist())  # of equals the first; upstream takes any
+    assert result.tied_seeds == len(acceptable)
+    # Which seed, and with it which rows, are free where several tie; the component and the box are not.
+    if len(acceptable) == 1:
+        assert torch.equal(result.expansion, golden["out.similar_patches"])
+        torch.testing.assert_close(result.scores.flatten(), golden["out.M"], atol=1e-4, rtol=0)
+        assert torch.equal(result.foreground, golden["out.positive_map"].bool())
+    assert torch.equal(result.mask, golden["out.component"].bool())
+
+    def upstream(cells):
+        x1, y1, x2, y2 = cells
+        return [y1, x1, y2, x2]
+
+    assert upstream(result.cells) == golden["out.box_grid"].tolist()
+    assert upstream(result.seed_cells) == golden["out.seed_box_grid"].tolist()
+    assert list(result.box(patch_size, (height, width))) == golden["out.box"].tolist()
+    assert not result.degenerate
+
+
+def test_all_seven_cases_are_there():
+    assert len(golden_files("lost")) == 7

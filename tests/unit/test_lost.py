@@ -1,0 +1,307 @@
+"""LOST, the attention box, IoU and CorLoc: slow twins from the definitions, ties, degenerate and wrong input."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from hf_regvit.lost import (
+    LostSettings,
+    affinity,
+    attention_cells,
+    attention_mask,
+    best_iou,
+    box_iou,
+    cells_to_pixels,
+    corloc,
+    lost_box,
+    lost_boxes,
+)
+
+
+def flood(cells, start):
+    """Cells connected with `start` by edges."""
+    reached, queue = {start}, [start]
+    while queue:
+        row, column = queue.pop()
+        for cell in ((row + 1, column), (row - 1, column), (row, column + 1), (row, column - 1)):
+            if cell in cells and cell not in reached:
+                reached.add(cell)
+                queue.append(cell)
+    return reached
+
+
+def around(cells):
+    rows, columns = zip(*cells, strict=True)
+    return min(columns), min(rows), max(columns) + 1, max(rows) + 1
+
+
+def slow_affinity(features, center, l2norm, bias):
+    rows = [[float(x) for x in row] for row in features]
+    if center == "image":
+        mean = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+        rows = [[x - m for x, m in zip(row, mean, strict=True)] for row in rows]
+    if l2norm:
+        rows = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
+    gram = [[sum(x * y for x, y in zip(a, b, strict=True)) for b in rows] for a in rows]
+    if center == "row":
+        gram = [[x - sum(row) / len(row) for x in row] for row in gram]
+    return [[x + bias for x in row] for row in gram]
+
+
+def slow_lost(features, grid, *, k, center, l2norm, bias):
+    """The definition, patch by patch, in Python's own numbers."""
+    gram = slow_affinity(features.tolist(), center, l2norm, bias)
+    count = len(gram)
+    degrees = [sum(gram[i][j] > 0 for j in range(count) if j != i) for i in range(count)]
+    ranked = sorted(range(count), key=lambda i: (degrees[i], i))
+    seed = ranked[0]
+    expansion = [p for p in ranked[:k] if gram[seed][p] > 0]
+    scores = [sum(gram[s][j] for s in expansion) for j in range(count)]
+    foreground = {divmod(j, grid[1]) for j in range(count) if scores[j] > 0}
+    start = divmod(seed, grid[1])
+    part = flood(foreground, start) if start in foreground else {start}
+    return {
+        "degrees": degrees,
+        "seed": seed,
+        "expansion": sorted(expansion),
+        "scores": scores,
+        "mask": part,
+        "cells": around(part),
+        "tied": degrees.count(degrees[seed]),
+        "share": sum(degrees) / (count * (count - 1)),
+    }
+
+
+def scene(seed=0, grid=(6, 8), width=7, object_cells=((1, 2), (1, 3), (2, 2), (2, 3), (3, 3)), tilt=0.0):
+    """Patches of a background and an object, two directions with noise; `tilt` is a direction common to all."""
+    generator = torch.Generator().manual_seed(seed)
+    background, thing, common = torch.randn(3, width, generator=generator)
+    thing = thing - background * (thing @ background + 4.0) / (background @ background)
+    features = background.repeat(grid[0] * grid[1], 1)
+    for row, column in object_cells:
+        features[row * grid[1] + column] = thing
+    return features + 0.3 * torch.randn(features.shape, generator=generator) + tilt * common
+
+
+@pytest.mark.parametrize(("center", "l2norm"), list(itertools.product(("none", "image", "row"), (False, True))))
+@pytest.mark.parametrize(("bias", "k", "tilt"), [(0.0, 100, 0.0), (-0.3, 9, 1.0), (0.2, 3, 0.3), (-0.9, 20, 2.0)])
+def test_equals_the_slow_twin(center, l2norm, bias, k, tilt):
+    compared = 0
+    for seed in range(20):
+        features = scene(seed, tilt=tilt)
+        gram = torch.tensor(slow_affinity(features.tolist(), center, l2norm, bias), dtype=torch.float64)
+        if gram.abs().min() < 2e-5 or compared == 3:
+            continue  # a sign within rounding of float32 says nothing about either
+        compared += 1
+        expected = slow_lost(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
+        result = lost_box(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
+        torch.testing.assert_close(
+            affinity(features, center=center, l2norm=l2norm, bias=bias).double(), gram, atol=2e-5, rtol=1e-5
+        )
+        assert result.degrees.flatten().tolist() == expected["degrees"]
+        assert result.seed == expected["seed"]
+        assert result.expansion.tolist() == expected["expansion"]
+        torch.testing.assert_close(
+            result.scores.flatten().double(), torch.tensor(expected["scores"]).double(), atol=2e-4, rtol=1e-4
+        )
+        assert {tuple(cell) for cell in result.mask.nonzero().tolist()} == expected["mask"]
+        assert result.cells == expected["cells"]
+        assert (result.tied_seeds, result.positive_share) == (expected["tied"], pytest.approx(expected["share"]))
+    assert compared == 3
+
+
+def test_finds_the_object_that_was_put_there():
+    result = lost_box(scene(), (6, 8))
+    assert result.cells == (2, 1, 4, 4)
+    assert result.box(16, (90, 60)) == (32.0, 16.0, 60.0, 64.0)  # clipped at the picture's right edge
+    assert result.box((10, 16), (90, 100)) == (32.0, 10.0, 64.0, 40.0)
+    assert not result.degenerate
+
+
+def test_many_settings_at_once_equal_one_by_one():
+    features = scene(tilt=1.0)
+    settings = [
+        LostSettings(center=center, l2norm=l2norm, bias=bias, k=k)
+        for bias, k, l2norm, center in itertools.product((-0.4, 0.0), (3, 50), (True, False), ("row", "none", "image"))
+    ]
+    for one, result in zip(settings, lost_boxes(features, (6, 8), settings), strict=True):
+        single = lost_box(features, (6, 8), k=one.k, center=one.center, l2norm=one.l2norm, bias=one.bias)
+        assert (result.seed, result.cells) == (single.seed, single.cells)
+        assert torch.equal(result.scores, single.scores)
+
+
+def test_rows_of_the_affinity_are_handled_in_pieces(monkeypatch):
+    features = scene(tilt=0.5)
+    whole = lost_box(features, (6, 8), center="row", bias=-0.1)
+    monkeypatch.setattr("hf_regvit.lost._ROWS_AT_ONCE", 5)
+    pieces = lost_box(features, (6, 8), center="row", bias=-0.1)
+    assert torch.equal(whole.degrees, pieces.degrees)
+    assert whole.cells == pieces.cells
+    torch.testing.assert_close(affinity(features, rows=torch.tensor([3, 1])), affinity(features)[[3, 1]])
+
+
+def test_equal_degrees_are_ranked_by_position():
+    features = torch.ones(12, 3)
+    result = lost_box(features, (3, 4), k=5)
+    assert (result.seed, result.expansion.tolist()) == (0, [0, 1, 2, 3, 4])
+    assert result.tied_seeds == 12
+
+
+def test_almost_all_similar_is_called_degenerate_with_its_number():
+    tilted = lost_box(scene(tilt=20.0), (6, 8))
+    assert tilted.degenerate
+    assert tilted.positive_share == 1.0
+    assert tilted.tied_seeds == 48
+    # What the settings are for: the same features, centred, show the object again.
+    assert lost_box(scene(tilt=20.0), (6, 8), center="image").cells == (2, 1, 4, 4)
+    # A bias so low that nobody is similar to anybody leaves no choice either.
+    assert lost_box(scene(), (6, 8), l2norm=True, bias=-1.5).degenerate
+
+
+@pytest.mark.parametrize(("features", "why"), [
+    (torch.zeros(12, 3), "nothing is similar to anything, not even to itself"),
+    (-torch.eye(12)[:, :5] * 0, "negative zero"),
+])  # fmt: skip
+def test_a_seed_in_the_background_is_the_whole_object(features, why):
+    result = lost_box(features, (3, 4))
+    assert result.cells == (0, 0, 1, 1), why
+    assert result.mask.sum() == 1
+    assert len(result.expansion) == 0
+    assert result.seed_cells == (0, 0, 1, 1)
+
+
+def test_a_seed_whose_own_score_is_negative():
+    # Its friends' rows, centred, are high at each other and low at the seed.
+    for seed in range(200):
+        features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
+        result = lost_box(features, (3, 4), center="row", bias=-0.5)
+        row, column = divmod(result.seed, 4)
+        if len(result.expansion) and not result.foreground[row, column]:
+            assert result.cells == (column, row, column + 1, row + 1)
+            return
+    pytest.fail("no such case among 200 draws; the branch would be untested")
+
+
+def test_one_patch_and_half_precision():
+    assert lost_box(torch.ones(1, 3), (1, 1)).cells == (0, 0, 1, 1)
+    features = scene().bfloat16()
+    assert lost_box(features, (6, 8)).cells == lost_box(features.float(), (6, 8)).cells
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": (5, 8)}, r"\(48, 7\).*5 x 8"),
+        ({"features": torch.zeros(1, 48, 7)}, r"\(patches, width\)"),
+        ({"features": torch.full((48, 7), torch.nan)}, "NaN or infinity"),
+        ({"k": 0}, "k=0"),
+        ({"center": "column"}, "center='column'.*none, image, row"),
+        ({"bias": float("nan")}, "bias=nan"),
+    ],
+)
+def test_wrong_input_is_named(change, message):
+    arguments = {"features": scene(), "grid": (6, 8)} | change
+    with pytest.raises(ValueError, match=message):
+        lost_box(arguments.pop("features"), arguments.pop("grid"), **arguments)
+
+
+def test_settings_name_themselves():
+    assert str(LostSettings()) == "feature=k layer=-1 center=none l2norm=False bias=0 k=100"
+    with pytest.raises(ValueError, match="feature='keys'"):
+        LostSettings(feature="keys")
+
+
+# --- Attention
+
+
+def slow_attention(attention, grid, mass):
+    """Keep what is not in the tail that holds 1 - mass; of the parts the biggest, of equals the first."""
+    total, running, kept = sum(attention), 0.0, set()
+    for position in sorted(range(len(attention)), key=lambda i: attention[i]):
+        running += attention[position] / total
+        if running > 1 - mass:
+            kept.add(divmod(position, grid[1]))
+    parts, left = [], sorted(kept)
+    while left:
+        parts.append(flood(kept, left[0]))
+        left = [cell for cell in left if cell not in parts[-1]]
+    return max(parts, key=len)  # of equals the first
+
+
+@pytest.mark.parametrize("mass", [0.2, 0.6, 0.95, 1.0])
+def test_attention_equals_the_slow_twin(mass):
+    for seed in range(8):
+        attention = torch.randn(35, generator=torch.Generator().manual_seed(seed)).mul(2).softmax(0)
+        expected = slow_attention(attention.tolist(), (5, 7), mass)
+        mask = attention_mask(attention, (5, 7), mass=mass)
+        assert {tuple(cell) for cell in mask.nonzero().tolist()} == expected
+        assert attention_cells(attention, (5, 7), mass=mass) == around(expected)
+
+
+def test_of_equal_parts_the_first_in_reading_order_counts():
+    picture = torch.zeros(4, 6)
+    picture[3, 0] = picture[2, 0] = picture[0, 4] = picture[0, 5] = 1.0
+    assert attention_cells(picture.flatten(), (4, 6), mass=1.0) == (4, 0, 6, 1)
+
+
+@pytest.mark.parametrize(
+    ("attention", "mass", "message"),
+    [
+        (torch.ones(5), 0.6, "2 x 3"),
+        (torch.zeros(6), 0.6, "not all zero"),
+        (torch.full((6,), torch.nan), 0.6, "finite"),
+        (torch.tensor([3.0, -1, 0, 0, 0, 0]), 0.6, "not negative"),
+        (torch.ones(6), 0.0, "mass=0"),
+    ],
+)
+def test_wrong_attention_is_named(attention, mass, message):
+    with pytest.raises(ValueError, match=message):
+        attention_mask(attention, (2, 3), mass=mass)
+
+
+# --- IoU and CorLoc
+
+
+def test_iou_equals_counting_pixels():
+    boxes = torch.tensor([[0, 0, 4, 3], [2, 1, 6, 6], [5, 5, 6, 6], [0, 0, 6, 6], [3, 3, 3, 5]])
+    pixels = [{(x, y) for x in range(x1, x2) for y in range(y1, y2)} for x1, y1, x2, y2 in boxes.tolist()]
+    actual = box_iou(boxes, boxes)
+    for i, j in itertools.product(range(len(boxes)), repeat=2):
+        union = len(pixels[i] | pixels[j])
+        assert actual[i, j].item() == pytest.approx(len(pixels[i] & pixels[j]) / union if union else 0.0, abs=1e-6)
+
+
+def test_exactly_half_counts_and_a_little_less_does_not():
+    truth = [[[0.0, 0.0, 10.0, 10.0]]]
+    assert corloc([[0, 0, 10, 5]], truth) == 1.0
+    assert corloc([[0, 0, 10, 4.999]], truth) == 0.0
+
+
+def test_any_box_of_the_image_will_do():
+    truth = [[[0, 0, 2, 2], [10, 10, 20, 20]], [[0, 0, 2, 2]], [[5, 5, 9, 9]]]
+    predictions = [(10, 10, 20, 18), (0, 0, 2, 2), (0, 0, 4, 4)]
+    assert best_iou(predictions, truth).tolist() == pytest.approx([0.8, 1.0, 0.0], abs=1e-6)
+    assert corloc(predictions, truth) == pytest.approx(2 / 3)
+    assert corloc(predictions, truth, threshold=0.9) == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ([[0, 0, 1, 1]], [[], []], "1 predicted boxes for 2"),
+        ([[0, 0, 1, 1]], [[]], "Image 0 has no ground-truth box"),
+        ([[5, 5, 1, 1]], [[[0, 0, 1, 1]]], "x, y, w, h"),
+        ([[0, 0, 1, 1]], [[[0, 0, math.nan, 1]]], "finite"),
+        ([[0, 0, 1]], [[[0, 0, 1, 1]]], r"\(number, 4\)"),
+        ([], [], "of nothing"),
+    ],
+)
+def test_wrong_boxes_are_named(predictions, references, message):
+    with pytest.raises(ValueError, match=message):
+        corloc(predictions, references)
+
+
+def test_cells_become_pixels():
+    assert cells_to_pixels((1, 2, 3, 4), patch_size=14, image_size=(50, 100)) == (14.0, 28.0, 42.0, 50.0)
