@@ -54,7 +54,7 @@ class MissingSplitError(ValueError):
     """The source is there, but it has no part of that name."""
 
 
-def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.Image:
+def open_image(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
     """Decode one image to 8-bit RGB, upright, the same way for training, evaluation and serving.
 
     EXIF orientation is applied; transparency is composited on white; 16-bit grey is scaled by its depth; CMYK, grey,
@@ -62,26 +62,27 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
     decodes without complaint everywhere and is not detected.
 
     Args:
-        source: A path, or the bytes of an encoded file.
+        source: A path, the bytes of an encoded file, or a Pillow image (which stays as it is).
         name: What an error calls the image; default the path.
 
     Raises:
         BadImageError: Missing, empty, truncated, not an image, more than 89 million pixels (checked before decoding),
             or of a depth without a defined range (float, 32-bit integers).
     """
-    name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
+    data = b""
+    if not isinstance(source, Image.Image):
+        name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
+        try:
+            # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
+            data = source if isinstance(source, bytes) else Path(source).read_bytes()
+        except OSError as error:
+            raise BadImageError(name, f"{error.strerror or error}") from error
+    name = name or "image in memory"
     try:
-        # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
-        data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except OSError as error:
-        raise BadImageError(name, f"{error.strerror or error}") from error
-    try:
+        if isinstance(source, Image.Image):
+            return _upright_rgb(source, name)
         with Image.open(BytesIO(data), formats=_known_formats()) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise BadImageError(name, f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
-            image.load()
-            is_png = image.format == "PNG"  # the upright copy no longer knows
-            return _to_rgb(ImageOps.exif_transpose(image), name, is_png=is_png)
+            return _upright_rgb(image, name)
     except Image.UnidentifiedImageError as error:
         raise BadImageError(name, _describe_unknown(data)) from error
     except BadImageError:
@@ -97,6 +98,14 @@ def open_image(source: str | Path | bytes, *, name: str | None = None) -> Image.
         Image.DecompressionBombError,
     ) as error:
         raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip(".")) from error
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    if image.width * image.height > _MAX_PIXELS:
+        raise BadImageError(name, f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
+    image.load()
+    is_png = image.format == "PNG"  # the upright copy no longer knows
+    return _to_rgb(ImageOps.exif_transpose(image), name, is_png=is_png)
 
 
 @cache
@@ -439,7 +448,7 @@ def _parquet(root: Path, files: list[Path], *, image_column: str | None, label_c
 
     # `datasets` maps an Arrow copy from its cache folder, so that files larger than memory work.
     table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    return _columns(table, str(root), image_column=image_column, label_column=label_column)
+    return table_images(table, str(root), image_column=image_column, label_column=label_column)
 
 
 def _hub(
@@ -454,13 +463,13 @@ def _hub(
             f"{missing} As a data set on the Hub it could not be loaded either: {error}"
         ) from error
     table = concatenate_datasets(list(table.values())) if split is None else table
-    return _columns(table, data, image_column=image_column, label_column=label_column)
+    return table_images(table, data, image_column=image_column, label_column=label_column)
 
 
-def _columns(
+def table_images(
     table: "datasets.Dataset", name: str, *, image_column: str | None, label_column: str | None
 ) -> ImageSource:
-    """A source from a table: encoded images are decoded by `open_image`, as everywhere."""
+    """A source from a `datasets` table: encoded images are decoded by `open_image`, as everywhere."""
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
@@ -500,7 +509,7 @@ def _columns(
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
-    return ImageSource(name, ids, partial(_read_row, table.select_columns([column]), column, name), labels, names)
+    return ImageSource(name, ids, partial(_read_row, table.selecttable_images([column]), column, name), labels, names)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> Image.Image:
