@@ -509,7 +509,7 @@ def table_images(
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
-    return ImageSource(name, ids, partial(_read_row, table.selecttable_images([column]), column, name), labels, names)
+    return ImageSource(name, ids, partial(_read_row, table.select_columns([column]), column, name), labels, names)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> Image.Image:
