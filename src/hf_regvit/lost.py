@@ -104,7 +104,7 @@ class LostResult:
 
     @property
     def degenerate(self) -> bool:
-        """The seed is arbitrary: over 95 % of the affinities are positive, or over half of the patches share its degree."""
+        """The seed is arbitrary: over 95 % of the affinities are positive, or over half of the patches tie for it."""
         return self.positive_share > DEGENERATE_SHARE or 2 * self.tied_seeds > self.degrees.numel()
 
     @property
