@@ -304,6 +304,8 @@ class SelfDistillation(nn.Module):
             `ibot_loss` and `koleo_loss`, which add up to it, and `teacher_entropy` and `teacher_marginal_entropy` in
             nats: of a single DINO target, and of their mean over the batch. All near ln K means uniform collapse, both
             near 0 means that one prototype takes everything.
+            `teacher_student_kl` is KL(teacher || student) of the global crops in nats, `used_prototypes` the number of
+            prototypes that are the largest entry of some target of the batch.
 
         Raises:
             ValueError: tensors that do not fit together, or a number of global crops other than 2.
@@ -345,6 +347,10 @@ class SelfDistillation(nn.Module):
             probabilities = targets.cls.flatten(0, 1)
             outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
             outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
+            # The global cross-entropy is H(t) + KL(t || s); without its constant part it tells how far the student is.
+            outputs["teacher_student_kl"] = across.detach() - outputs["teacher_entropy"]
+            used = probabilities.new_zeros(probabilities.shape[-1])
+            outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
         return outputs
 
     def _check_batch(
