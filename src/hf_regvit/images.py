@@ -149,13 +149,17 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images by index, decoded when asked for. `labels` and `label_names` are None where there are no classes."""
+    """Images by index, decoded when asked for. `labels` and `label_names` are None where there are no classes.
+
+    `table` holds the other columns of a parquet file or Hub data set (boxes, masks), row by row as the images.
+    """
 
     name: str
     ids: Sequence[str]
     read: Callable[[int], Image.Image]
     labels: Sequence[int] | None = None
     label_names: tuple[str, ...] | None = None
+    table: "datasets.Dataset | None" = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -176,6 +180,7 @@ class ImageSource:
             read=partial(_read_at, self.read, indices),
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             label_names=self.label_names,
+            table=None if self.table is None else self.table.select(indices),
         )
 
 
@@ -509,7 +514,9 @@ def table_images(
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
-    return ImageSource(name, ids, partial(_read_row, table.select_columns([column]), column, name), labels, names)
+    read = partial(_read_row, table.select_columns([column]), column, name)
+    others = table.remove_columns([column])
+    return ImageSource(name, ids, read, labels, names, others if others.column_names else None)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> Image.Image:
