@@ -9,18 +9,30 @@ Shapes: B images, R registers, N patches in a grid of (rows, columns), T = prefi
 Token order is `[CLS | distillation | registers | patches]`, whichever of them a model has.
 """
 
+import json
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+
+from .images import BadImageError, ImageSource, default_image_processor, load_images, open_image, table_images
+
+logger = logging.getLogger(__name__)
 
 Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
 Layers = Sequence[int] | Literal["all"]
 Reduction = Callable[[torch.Tensor, int], torch.Tensor]
 
+_MAX_ASPECT = 20  # sides of a picture; beyond, resizing its short side would blow up the long one
 _ATTENTION_SITES: tuple[Site, ...] = ("q", "k", "v", "attention")
 
 
@@ -115,11 +127,14 @@ def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
         name = _family_name(module)
         if name and _has(module, FAMILIES[name].blocks) and _has(module, FAMILIES[name].patch_projection):
             return module, name
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    raise ValueError(
-        f"The family table does not know model_type '{kind or type(model).__name__}'. It holds {', '.join(FAMILIES)} "
-        "(VisionTransformer). Use a plain vision transformer of one of them: models with windows, stages or "
-        "convolutions have no global patch tokens to read."
+    raise _unknown_family(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+
+
+def _unknown_family(kind: str) -> ValueError:
+    return ValueError(
+        f"The family table does not know model_type '{kind}'. It holds {', '.join(FAMILIES)} (VisionTransformer). Use "
+        "a plain vision transformer of one of them: models with windows, stages or convolutions have no global patch "
+        "tokens to read."
     )
 
 
@@ -317,14 +332,15 @@ def read_many(
     tower, name = find_tower(model)
     family, description = FAMILIES[name], _describe(tower, name)
     pixel_values = _checked_pixels(tower, description, pixel_values)
-    wanted = {site: _resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
+    wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
     collector = _Collector(family, description, wanted, dict(reduce or {}))
     with torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), collector.attached(tower):
         tower(pixel_values, **_forward_options(name, description, pixel_values))
     return collector.readings()
 
 
-def _resolve_layers(layers: Layers, num_layers: int, site: Site) -> tuple[int, ...]:
+def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> tuple[int, ...]:
+    """Layers as positive numbers, or an error that names the first that does not exist."""
     if site not in get_args(Site):
         raise ValueError(f"site={site!r} is unknown, expected one of {', '.join(get_args(Site))}.")
     if site == "patch_embedding":
@@ -564,3 +580,374 @@ def _rotate_patches(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> to
     first, second = patches.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return torch.cat((prefix, patches * cos + turned * sin), dim=-2)
+
+
+# --- Images in ---
+
+
+@dataclass(frozen=True)
+class EvaluationTransform:
+    """A picture to the pixels (3, H, W) that a model wants to see, and back to what a person wants to see.
+
+    Args:
+        apply: RGB picture to normalised pixels.
+        mean: Of the normalisation, per channel, for pixels in [0, 1].
+        std: Likewise.
+        description: What is done, in words that change when anything of it does.
+    """
+
+    apply: Callable[[Image.Image], torch.Tensor]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    description: str
+
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """(3, H, W) float32."""
+        return self.apply(image)
+
+    def picture(self, pixel_values: torch.Tensor) -> Image.Image:
+        """The part of the picture that the model saw, from its pixels (3, H, W)."""
+        mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
+        levels = (pixel_values.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return Image.fromarray(levels.permute(1, 2, 0).numpy())
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        processor: Any = None,
+        *,
+        image_size: int | None = None,
+        keep_aspect: bool = False,
+    ) -> "EvaluationTransform":
+        """The model's own preprocessing.
+
+        Without `image_size` and `keep_aspect` it is exactly what the processor, or timm's data config, does: most
+        squash or crop to a fixed square. Else only its statistics are used.
+
+        Args:
+            model: A model of a family in `FAMILIES`.
+            processor: Image processor, or a transform of this class. Default: the one saved where the model came from;
+                failing that shortest edge, centre crop and ImageNet statistics, with a warning.
+            image_size: Side of a square centre crop, pixels; the shortest edge is resized to 256/224 of it first.
+            keep_aspect: The whole picture instead, shorter side about `image_size` (default: the model's own), both
+                sides rounded to whole patches. Pictures then differ in size.
+        """
+        if isinstance(processor, EvaluationTransform):
+            return processor
+        description = describe_model(model)
+        if processor is None:
+            processor = _timm_transform(model) if description.family == "timm" else _saved_processor(model)
+        if isinstance(processor, EvaluationTransform):
+            mean, std = processor.mean, processor.std
+        else:
+            mean, std = tuple(processor.image_mean), tuple(processor.image_std)
+        if keep_aspect:
+            side = image_size or min(description.image_size)
+            apply: Callable = partial(_whole_picture, side=side, patch=description.patch_size, mean=mean, std=std)
+            return cls(apply, mean, std, f"whole picture, shorter side {side}, mean {mean}, std {std}")
+        if image_size is not None:
+            processor = default_image_processor(image_size)
+            processor.image_mean, processor.image_std = list(mean), list(std)
+        if isinstance(processor, EvaluationTransform):
+            return processor
+        return cls(partial(_process, processor), mean, std, processor.to_json_string())
+
+
+def _process(processor: Any, image: Image.Image) -> torch.Tensor:
+    pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
+    if pixel_values.ndim != 4 or len(pixel_values) != 1:
+        raise ValueError(
+            f"{type(processor).__name__} makes pixel_values of shape {tuple(pixel_values.shape)} from one image, "
+            "expected (1, 3, height, width). Pass a processor that makes one picture of each image."
+        )
+    return pixel_values[0]
+
+
+def _whole_picture(
+    image: Image.Image, *, side: int, patch: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+) -> torch.Tensor:
+    scale = side / min(image.size)
+    height, width = (
+        max(1, round(length * scale / step)) * step for length, step in zip((image.height, image.width), patch)
+    )
+    resized = torch.from_numpy(np.array(image.resize((width, height), Image.Resampling.BICUBIC))).float() / 255
+    return ((resized - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1).contiguous()  # (3, H, W)
+
+
+def _timm_transform(model: nn.Module) -> EvaluationTransform:
+    from timm.data import create_transform, resolve_data_config
+
+    tower: Any = find_tower(model)[0]
+    config = resolve_data_config(
+        {"input_size": (3, *describe_model(tower).image_size)},
+        pretrained_cfg=getattr(tower, "pretrained_cfg", None) or {},
+    )
+    return EvaluationTransform(
+        create_transform(**config, is_training=False), config["mean"], config["std"], f"timm {sorted(config.items())}"
+    )
+
+
+def _saved_processor(model: nn.Module) -> Any:
+    """The processor beside the weights of a transformers model; the default one, said aloud, if there is none."""
+    from transformers import AutoImageProcessor
+
+    source = getattr(getattr(model, "config", None), "name_or_path", "")
+    if source:
+        try:
+            return AutoImageProcessor.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            logger.debug("No image processor in '%s': %s", source, error)
+    logger.warning(
+        "No image processor was given and none is saved with %s: using shortest edge, centre crop and ImageNet "
+        "statistics. Pass processor=... if the model was trained with others.",
+        f"'{source}'" if source else "the model",
+    )
+    return default_image_processor(describe_model(model).image_size)
+
+
+@dataclass(frozen=True)
+class SkippedImage:
+    """An image that could not be used, and why."""
+
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Images in their order, each opened when its turn comes. `total` is None for a stream."""
+
+    name: str
+    items: Callable[[], Iterator[tuple[str, Callable[[], Image.Image]]]]
+    total: int | None
+
+
+def _pictures(images: Any) -> _Pictures:
+    """Every kind of input behind one interface."""
+    if isinstance(images, str | Path):
+        images = load_images(images, split=None)
+    library = type(images).__module__.split(".")[0]
+    if library == "datasets" and hasattr(images, "num_rows") and not isinstance(images, dict):
+        images = table_images(images, "the data set", image_column=None, label_column=None)
+    if isinstance(images, ImageSource):
+        source = images
+        return _Pictures(
+            source.name, lambda: ((source.ids[i], partial(source.read, i)) for i in range(len(source))), len(source)
+        )
+    if library == "datasets" and not isinstance(images, dict):
+        return _Pictures("the stream", partial(_stream_items, images), None)
+    if isinstance(images, Sequence):
+        wrong = next((image for image in images if not isinstance(image, str | Path | Image.Image)), None)
+        if wrong is None:
+            names = [f"image/{i}" if isinstance(x, Image.Image) else str(x) for i, x in enumerate(images)]
+            listed = list(zip(names, images))
+            return _Pictures("the list", lambda: ((n, partial(open_image, x, name=n)) for n, x in listed), len(images))
+        images = wrong
+    raise TypeError(
+        f"images holds a {type(images).__name__}, expected a folder, a list of paths or Pillow images, an "
+        "ImageSource, or one split of a `datasets` data set. Pixels that are tensors already go to read_tokens."
+    )
+
+
+def _stream_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    from datasets import Image as ImageFeature
+
+    columns = [name for name, feature in (stream.features or {}).items() if isinstance(feature, ImageFeature)]
+    for column in columns:  # encoded, so that a broken image spoils itself only and not the iteration
+        stream = stream.cast_column(column, ImageFeature(decode=False))
+    column = "image" if "image" in columns or not columns else columns[0]
+    for i, row in enumerate(stream):
+        if column not in row:
+            raise ValueError(
+                f"The stream has no column of images; its columns are {', '.join(row)}. Rename one 'image'."
+            )
+        cell = row[column]
+        if isinstance(cell, dict):
+            cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+        yield f"row/{i}", partial(open_image, b"" if cell is None else cell, name=f"row/{i}")
+
+
+class PreparedImages:
+    """Batches of normalised pixels, one after the other, as (ids, (B, 3, H, W)).
+
+    The order of the images is kept and a batch holds pictures of one size, so a change of size ends a batch. Images
+    that cannot be used are left out and listed in `skipped`. Only one batch is in memory.
+    """
+
+    def __init__(self, pictures: _Pictures, transform: EvaluationTransform, batch_size: int) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+        self._pictures, self.transform, self.batch_size = pictures, transform, batch_size
+        self.name, self.total = pictures.name, pictures.total  # None: a stream
+        self.skipped: list[SkippedImage] = []
+
+    def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor]]:
+        num_used = 0
+        for ids, pixel_values in self.batches():
+            num_used += len(ids)
+            yield ids, pixel_values
+        report_skipped(num_used, self.skipped, self.name)
+
+    def ids(self) -> Iterator[str]:
+        """Names of all images, good or bad; none is opened."""
+        return (name for name, _ in self._pictures.items())
+
+    def parts(self, size: int) -> Iterator["PreparedImages"]:
+        """The images in portions of `size`; none is opened before its portion is iterated."""
+        items = self._pictures.items()
+        while portion := list(islice(items, size)):
+            pictures = _Pictures(self.name, partial(iter, portion), len(portion))
+            yield PreparedImages(pictures, self.transform, self.batch_size)
+
+    def batches(self) -> Iterator[tuple[list[str], torch.Tensor]]:
+        """As the iteration itself, without its verdict at the end."""
+        self.skipped.clear()
+        ids: list[str] = []
+        pixels: list[torch.Tensor] = []
+        for name, read in self._pictures.items():
+            try:
+                pixel_values = self._pixels(name, read)
+            except BadImageError as error:
+                self.skipped.append(SkippedImage(name, error.reason))
+                continue
+            if pixels and (len(pixels) == self.batch_size or pixels[0].shape != pixel_values.shape):
+                yield ids, torch.stack(pixels)
+                ids, pixels = [], []
+            ids.append(name)
+            pixels.append(pixel_values)
+        if pixels:
+            yield ids, torch.stack(pixels)
+
+    def _pixels(self, name: str, read: Callable[[], Image.Image]) -> torch.Tensor:
+        image = read()
+        if max(image.size) > _MAX_ASPECT * min(image.size):
+            raise BadImageError(name, f"{image.width}x{image.height} pixels: sides beyond 1 : {_MAX_ASPECT}")
+        return self.transform(image)
+
+
+def report_skipped(num_used: int, skipped: Sequence[SkippedImage], name: str) -> None:
+    """Raise where no image was of use, warn where some were not.
+
+    Raises:
+        ValueError: `num_used` is 0.
+    """
+    shown = "; ".join(f"'{image.id}': {image.reason}" for image in skipped[:3])
+    if not num_used:
+        raise ValueError(
+            f"None of the {len(skipped)} images of {name} can be used ({shown or 'there are none'}). Check the files."
+        )
+    if skipped:
+        logger.warning("%d of %d images were skipped (%s).", len(skipped), num_used + len(skipped), shown)
+
+
+def prepare_images(
+    images: Any,
+    transform: EvaluationTransform,
+    *,
+    batch_size: int = 32,
+    max_images: int | None = None,
+    seed: int | None = None,
+) -> PreparedImages:
+    """Batches of pixels from a folder, a list of paths or Pillow images, an `ImageSource`, or a `datasets` data set.
+
+    Args:
+        images: One of these; streaming data sets too.
+        transform: `EvaluationTransform.for_model(model)`.
+        batch_size: Images of a batch.
+        max_images: Use no more than this many.
+        seed: Draw those of `max_images` at random, keeping their order; None: the first ones, as for streams.
+
+    Raises:
+        TypeError: `images` is none of these.
+        ValueError: Nothing there, or (at the end of the iteration) no image of use.
+    """
+    pictures = _pictures(images)
+    if max_images is not None:
+        if max_images < 1:
+            raise ValueError(f"max_images={max_images}, expected at least 1, or None for all.")
+        pictures = _some(pictures, max_images, seed)
+    return PreparedImages(pictures, transform, batch_size)
+
+
+def _some(pictures: _Pictures, max_images: int, seed: int | None) -> _Pictures:
+    if pictures.total is None or pictures.total <= max_images or seed is None:
+        total = None if pictures.total is None else min(pictures.total, max_images)
+        return _Pictures(pictures.name, lambda: islice(pictures.items(), max_images), total)
+    drawn = set(np.random.default_rng(seed).permutation(pictures.total)[:max_images].tolist())
+    return _Pictures(
+        pictures.name, lambda: (item for i, item in enumerate(pictures.items()) if i in drawn), max_images
+    )
+
+
+def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
+    """A model in eval mode and float32, and its image processor (timm: its transform), ready for `read_tokens`.
+
+    Args:
+        name_or_path: A folder or Hub id of a model of transformers; a folder of a timm model, or `timm/NAME`.
+        device: Where to put it; default the CPU.
+
+    Raises:
+        FileNotFoundError: No such folder or model.
+        ValueError: A family that is not in the table, or weights with gaps.
+    """
+    source = str(name_or_path)
+    local = Path(source, "config.json")
+    is_folder = Path(source).is_dir()
+    if is_folder and not local.is_file():
+        raise FileNotFoundError(f"'{source}' has no config.json. Give the folder that save_pretrained wrote.")
+    written = json.loads(local.read_text(encoding="utf-8")) if is_folder else {}
+    if source.startswith("timm/") or "architecture" in written:
+        model: nn.Module = _load_timm(source, is_folder=is_folder)
+    else:
+        model = _load_transformers(source)
+    model = model.eval().to(device or "cpu")
+    is_timm = find_tower(model)[1] == "timm"
+    return model, _timm_transform(model) if is_timm else _saved_processor(model)
+
+
+def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(f"'{source}' is a model of timm. Run: pip install timm") from error
+    name = f"local-dir:{source}" if is_folder else f"hf-hub:{source}"
+    # Any image size; at the native one the numbers are the same.
+    model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
+    find_tower(model)
+    return model
+
+
+def _load_transformers(source: str) -> nn.Module:
+    import transformers
+
+    from . import modeling_regvit
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source)
+    except OSError as error:
+        raise FileNotFoundError(f"'{source}' is neither a folder nor a model that the Hub gives: {error}") from error
+    # Of the models with two towers only this one is read.
+    towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+    if config.model_type not in (*FAMILIES, *towers, "timm_wrapper"):
+        raise _unknown_family(config.model_type)
+    # The class that was saved: a backbone class would warn of a missing pooler that nobody reads.
+    name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
+    library: Any = modeling_regvit if config.model_type == "regvit" else transformers
+    model_class = getattr(library, name, transformers.AutoModel)
+    model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    tower, family = find_tower(model)
+    path = next(name for name, module in model.named_modules() if module is tower)
+    needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
+    read = (FAMILIES[family].blocks.split(".")[0], "embeddings", FAMILIES[family].final_norm)
+    gaps = sorted(
+        key
+        for key in needed.intersection(info["missing_keys"])
+        if key.removeprefix(f"{path}.").startswith(read) and not key.endswith("mask_token")
+    )
+    if gaps:
+        raise ValueError(
+            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}: what is "
+            "read would be random. Check that config.json and the weights belong together."
+        )
+    return model

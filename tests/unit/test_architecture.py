@@ -15,10 +15,10 @@ LONGEST_FUNCTION = 100
 
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
 IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
-FOUNDATIONS = IMAGES | {"features", "augmentation", "data", "losses", "optimization"}  # layers 0 and 1
+FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "losses", "optimization"}  # layers 0 and 1
 JOBS = FOUNDATIONS | {"probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
 # What draws or publishes takes finished results; the model only as a type.
-RESULTS = MODEL | {"features", "probes", "artifacts", "lost", "evaluation", "retrofit"}
+RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation", "retrofit"}
 ANYTHING = None
 
 ALLOWED: dict[str, set[str] | None] = {
@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "modeling_regvit": {"configuration_regvit"},
     "images": set(),
     "features": IMAGES,
+    "extraction": IMAGES | {"features"},
     "augmentation": {"images"},
     "data": {"images", "augmentation"},
     "losses": set(),
