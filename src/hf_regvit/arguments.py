@@ -49,6 +49,62 @@ class ConvertArguments:
         return given
 
 
+@dataclass
+class ExtractArguments:
+    """What `regvit extract` reads. Defaults are those of `ExtractionSettings`."""
+
+    model_name_or_path: str = field(
+        metadata={"aliases": ["--model"], "help": "Folder or Hub id of any supported model, or timm/NAME."}
+    )
+    data: str = field(
+        metadata={
+            "aliases": ["--images"],
+            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits.",
+        }
+    )
+    output_dir: str = field(metadata={"help": "Folder for shards and index.json; of an earlier run: it goes on."})
+    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
+    streaming: bool = field(
+        default=False, metadata={"help": "Read parquet files or a Hub data set as they come, without a local copy."}
+    )
+    layer: int = field(
+        default=-1, metadata={"help": "Block whose output is kept: 1 to the depth, 0 the embedding, -1 the last."}
+    )
+    final_norm: bool = field(
+        default=True, metadata={"help": "Apply the model's final norm; without it the raw residual stream is kept."}
+    )
+    patches: bool = field(default=True, metadata={"help": "Keep patch tokens, not CLS and registers alone."})
+    dtype: str = field(default="float32", metadata={"help": "float32, float16 or bfloat16."})
+    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass, per process."})
+    shard_size: int = field(default=256, metadata={"help": "Images of one file, and in memory, per process."})
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the square picture in pixels; default the model's own processor."}
+    )
+    max_images: int | None = field(default=None, metadata={"help": "Only the first so many images."})
+
+    def images(self) -> Any:
+        """What `extract_to_folder` takes: a source, or a stream."""
+        if not self.streaming:
+            from .images import load_images
+
+            return load_images(self.data, split=self.split)  # type: ignore[arg-type]  # checked there
+        from datasets import load_dataset
+
+        path = Path(self.data).expanduser()
+        if not path.exists():
+            return load_dataset(self.data, split=self.split or "train", streaming=True)
+        files = [path] if path.is_file() else sorted(path.rglob(f"{self.split or ''}*.parquet"))
+        if not files or files[0].suffix != ".parquet":
+            raise ValueError(f"streaming reads parquet files or Hub data sets, and '{self.data}' is neither.")
+        return load_dataset("parquet", data_files=[str(file) for file in files], split="train", streaming=True)
+
+    def settings(self) -> Any:
+        """The `ExtractionSettings` among the arguments."""
+        from .extraction import ExtractionSettings
+
+        return ExtractionSettings(**{f.name: getattr(self, f.name) for f in fields(ExtractionSettings)})
+
+
 class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 

@@ -17,6 +17,7 @@ USAGE = """usage: regvit COMMAND [options]
 commands:
   pretrain   train a RegViT on images without labels, the DINOv2 way
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
+  extract    write CLS, register and patch tokens of many images to files, for any supported model
 
 regvit COMMAND --help lists the options of a command.
 Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
@@ -57,9 +58,24 @@ def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
     }
 
 
+def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit extract --model SOURCE --images FOLDER --output_dir features`."""
+    from .arguments import ExtractArguments, RecipeParser
+    from .extraction import extract_to_folder
+
+    (arguments,) = RecipeParser(ExtractArguments, prog="regvit extract").parse(args)
+    settings = arguments.settings()
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    return extract_to_folder(
+        arguments.model_name_or_path, arguments.images(), arguments.output_dir, settings=settings
+    ).to_dict()
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
     "pretrain": pretrain_command,
     "convert": convert_command,
+    "extract": extract_command,
 }
 
 
