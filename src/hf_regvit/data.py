@@ -71,26 +71,50 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields `(epoch, index)` in an order that depends on the seed and the epoch alone.
 
+    The order is that of the whole run; processes take their shares of it. So the images of a step are the same on any
+    number of processes, and a position in the order is all that a stopped run has to remember.
+
     Args:
         num_samples: Images in the data set.
         seed: Of the run.
+        images_per_step: Images of an optimizer step over all processes; an epoch is cut to a multiple of it.
     """
 
-    def __init__(self, num_samples: int, *, seed: int) -> None:
+    def __init__(self, num_samples: int, *, seed: int, images_per_step: int = 1) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: there is nothing to sample from.")
+        if not 1 <= images_per_step <= num_samples:
+            raise ValueError(f"images_per_step={images_per_step}; expected 1 to the {num_samples} images there are.")
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
+        self.images_per_step = images_per_step
+        self.start = (0, 0)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; Trainer and accelerate call it."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, offset: int) -> None:
+        """Leaves out the first `offset` images when `epoch` is iterated; other epochs are whole."""
+        self.start = (epoch, offset)
+
+    def position(self, steps: int) -> tuple[int, int]:
+        """Epoch and offset in it, in images, after `steps` optimizer steps from where `start_at` was told to start."""
+        epoch, offset = self.start
+        left = (self.num_samples - offset) // self.images_per_step
+        if steps < left:
+            return epoch, offset + steps * self.images_per_step
+        per_epoch = self.num_samples // self.images_per_step
+        epochs, rest = divmod(steps - left, per_epoch)
+        return epoch + 1 + epochs, rest * self.images_per_step
+
     def __len__(self) -> int:
-        return self.num_samples
+        return self.num_samples // self.images_per_step * self.images_per_step
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch
-        for index in np.random.default_rng([self.seed, epoch]).permutation(self.num_samples):
+        offset = self.start[1] if epoch == self.start[0] else 0
+        stop = offset + (self.num_samples - offset) // self.images_per_step * self.images_per_step
+        for index in np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset:stop]:
             yield epoch, int(index)
 
 

@@ -1,0 +1,531 @@
+"""Checkpoints that are whole or not there at all, runs that stop at a signal, and resuming from what verifies.
+
+A checkpoint is written into a hidden folder beside its destination; `manifest.json`, with size and sha256 of every
+other file, comes last; then everything is flushed and the folder is renamed. A run killed in between leaves the
+hidden folder, which nobody reads and the next run removes. Resuming takes the newest folder whose files all match.
+
+One process, several processes (DDP) and fully sharded ones (FSDP2 with full state dicts) write the same files, so a
+run may be resumed on another number of processes and with the other kind of parallelism. The run folder has to be on
+a file system that all processes see.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .modeling_regvit import CheckpointCorruptError, CheckpointError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+STAGING = ".saving"  # the folder inside the run folder where a checkpoint is put together
+RESUME_STATE = "resume_state.json"
+WEIGHTS = "model.safetensors"
+OPTIMIZER = "optimizer.pt"
+STATE = "trainer_state.json"
+
+# ERESTART on Linux, "interrupted call should be restarted": the job is not done and did not fail, queue it again.
+REQUEUE_EXIT_CODE = 85
+
+
+class TrainingInterrupted(SystemExit):
+    """A run that was told to stop, saved a checkpoint and can be resumed. Uncaught, the process ends with code 85."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(REQUEUE_EXIT_CODE)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+# ---- Folders -----------------------------------------------------------------------------------------------------
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `manifest.json` with size (bytes) and sha256 of every file below `folder`, and flushes all of them."""
+    files = {}
+    for path in _files(folder):
+        _flush(path)
+        files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path)}
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
+    _flush(manifest)
+    for directory in {folder, *(path.parent for path in _files(folder))}:
+        _flush(directory)
+
+
+def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIMIZER, STATE)) -> None:
+    """Compares every file of a checkpoint with its manifest.
+
+    Args:
+        folder: the checkpoint.
+        required: files it has to have. A folder of the same stem with a number, as sharded state dicts have
+            (`optimizer_0` for `optimizer.pt`), counts too.
+
+    Raises:
+        CheckpointCorruptError: a file is missing, has another size or other bytes, or the manifest cannot be read;
+            the message names the file and the reason.
+    """
+    manifest = folder / MANIFEST
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(
+            f"{manifest} is missing: the checkpoint was not finished, or not written by hf_regvit."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{manifest} cannot be read ({error}).") from error
+    for name in required:
+        sharded = {WEIGHTS: "pytorch_model_fsdp_"}.get(name, f"{Path(name).stem}_")
+        if name not in expected and not any(other.startswith(sharded) and "/" in other for other in expected):
+            raise CheckpointCorruptError(
+                f"{folder} has no {name}. Resuming without it would not continue the run; take another checkpoint."
+            )
+    for name, (size, _) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointCorruptError(f"{path} is missing; the manifest lists it with {size} bytes.")
+        if path.stat().st_size != size:
+            raise CheckpointCorruptError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
+    for name, (_, digest) in expected.items():
+        if _digest(folder / name) != digest:
+            raise CheckpointCorruptError(f"{folder / name} has changed since it was written: its sha256 differs.")
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Folders `checkpoint-N` of a run, by N. Broken ones that were set aside are not among them."""
+    prefix = f"{PREFIX_CHECKPOINT_DIR}-"
+    found = [p for p in run.glob(f"{prefix}*") if p.is_dir() and p.name.removeprefix(prefix).isdecimal()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint of a run that verifies; None where there is none.
+
+    Every newer one that does not verify is renamed to `checkpoint-N.broken`, with a line in the log.
+    """
+    for folder in reversed(list_checkpoints(run)):
+        try:
+            verify_checkpoint(folder)
+        except CheckpointCorruptError as error:
+            aside = folder.with_name(f"{folder.name}.broken")
+            if aside.exists():
+                shutil.rmtree(aside)
+            folder.rename(aside)
+            logger.warning("%s The folder is now %s; the checkpoint before it is tried.", error, aside.name)
+        else:
+            return folder
+    return None
+
+
+def publish_checkpoint(staged: Path, final: Path) -> None:
+    """Gives a finished folder its name in one step; a folder that has the name already is replaced."""
+    write_manifest(staged)
+    old = staged.with_name(f"{final.name}.replaced")
+    if final.exists():
+        final.rename(old)
+    staged.rename(final)
+    _flush(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def rotate_checkpoints(run: Path, limit: int | None, *, keep: Sequence[Path] = ()) -> None:
+    """Deletes the oldest checkpoints until `limit` are left.
+
+    Args:
+        run: the run folder.
+        limit: checkpoints to leave, at least 1; None or 0 leaves all.
+        keep: folders that stay whatever the limit: the one just written, the best one.
+    """
+    if not limit:
+        return
+    folders = list_checkpoints(run)
+    kept = {path.resolve() for path in keep}
+    for folder in folders[: max(len(folders) - limit, 0)]:
+        if folder.resolve() not in kept:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_write_error(error: BaseException) -> bool:
+    """Whether saving failed because of the disk, and not because of the program."""
+    if isinstance(error, OSError | SafetensorError):
+        return True
+    # torch.save and the sharded writer report a full disk as errors of their own.
+    return isinstance(error, CheckpointException) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "file write"))
+    )
+
+
+# ---- Several processes -------------------------------------------------------------------------------------------
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _from_first(value: Any) -> Any:
+    """What process 0 has, on every process."""
+    if _num_processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be sharded over processes; a collective for one that is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+class StopSignals(TrainerCallback):
+    """Turns SIGTERM and SIGUSR1 into a checkpoint and a stop after the running step, on all processes together.
+
+    A scheduler may signal one process or all of them, at different steps. So every process asks at every step whether
+    any has been signalled. The question goes over the CPU: it never waits for an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        self.stopped_by: str | None = None
+        self._group: Any = None
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number).name
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handles the signals inside the block; signals can only be handled in the main thread."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Opens a channel between the CPUs where the processes only have one between accelerators."""
+        self.stopped_by = None
+        if _num_processes() > 1 and self._group is None:
+            self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Asks all processes; if one was signalled, all save and stop here."""
+        flag = torch.tensor([{None: 0, "SIGUSR1": 1, "SIGTERM": 2}[self.received]])
+        if _num_processes() > 1:
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        if flag.item():
+            self.stopped_by = ("SIGUSR1", "SIGTERM")[int(flag) - 1]
+            self.received = None
+            control.should_save = control.should_training_stop = True
+
+
+# ---- Trainer -----------------------------------------------------------------------------------------------------
+
+
+class CheckpointedTrainer(Trainer):
+    """`transformers.Trainer` whose checkpoints are atomic and verified and which stops cleanly at a signal.
+
+    A checkpoint that cannot be written, on a full disk say, is removed and reported; training goes on with those
+    before it. Subclasses say what a resumed run has to agree on: `resume_state` and `check_resume_state`.
+    """
+
+    # Trainer types them for models and moments that do not occur here.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.failed_saves = 0
+        self.signals = StopSignals()
+        self._staging: Path | None = None
+        self._write_error: BaseException | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.signals)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp is set but accelerate does not shard on {self.args.device.type} with "
+                f"{self.accelerator.distributed_type}; expected several accelerators. Leave fsdp out: several CPU "
+                "processes train with DDP."
+            )
+
+    # What a resumed run has to agree on.
+
+    def resume_state(self) -> dict[str, Any]:
+        """What to write beside the weights, as JSON, for `check_resume_state` of a later run."""
+        return {}
+
+    def check_resume_state(self, saved: dict[str, Any]) -> None:
+        """Reads what `resume_state` wrote, before anything else of the checkpoint; raises to refuse it."""
+
+    # Starting and stopping.
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Trains, from a verified checkpoint if asked.
+
+        Args:
+            resume_from_checkpoint: a checkpoint folder; or True or `"last"` for the newest one of `output_dir` that
+                verifies, where `"last"` starts anew if there is none.
+            trial: as in `transformers.Trainer.train`.
+            ignore_keys_for_eval: as in `transformers.Trainer.train`.
+
+        Raises:
+            CheckpointCorruptError: the named folder does not verify.
+            ValueError: True without any checkpoint.
+            TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+        """
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        if folder is not None:
+            logger.info("Resuming from %s.", folder)
+            saved = folder / RESUME_STATE
+            self.check_resume_state(json.loads(saved.read_text()) if saved.is_file() else {})
+        try:
+            with self.signals.listening():
+                path = None if folder is None else str(folder)
+                result = super().train(path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        except RuntimeError as error:
+            if _num_processes() > 1:
+                error.add_note(
+                    f"process {self.args.process_index} of {self.args.world_size} at step {self.state.global_step}; "
+                    "the process that failed first names the cause. Start again with resume_from_checkpoint=last."
+                )
+            raise
+        if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
+            raise TrainingInterrupted(
+                f"{self.signals.stopped_by} after step {self.state.global_step} of {self.state.max_steps}. "
+                "Continue with resume_from_checkpoint=last."
+            )
+        return result
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
+        """Process 0 looks, all get the same answer, or the same error."""
+        answer: Path | CheckpointCorruptError | None = None
+        run = Path(cast(str, self.args.output_dir))
+        if self.is_world_process_zero():
+            shutil.rmtree(run / STAGING, ignore_errors=True)
+            if wanted is True or wanted == "last":
+                answer = newest_checkpoint(run)
+            elif wanted:
+                answer = Path(cast(str, wanted))
+                try:
+                    verify_checkpoint(answer)
+                except CheckpointCorruptError as error:
+                    answer = error
+        answer = _from_first(answer)
+        if isinstance(answer, CheckpointCorruptError):
+            raise answer
+        if answer is None and wanted is True:
+            raise ValueError(f"There is no checkpoint in {run}. Leave resume_from_checkpoint out, or say 'last'.")
+        return answer
+
+    # Saving.
+
+    def _agree(self, good: bool) -> bool:
+        """Whether all processes are well."""
+        if _num_processes() == 1:
+            return good
+        flag = torch.tensor([int(good)], device=self.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    @contextlib.contextmanager
+    def _noting_write_errors(self) -> Iterator[None]:
+        """Keeps the first write error of a checkpoint for later: other processes may be waiting in a collective."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if self._staging is None or not _is_write_error(error):
+                raise
+            self._write_error = self._write_error or error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        run = Path(super()._get_output_dir(trial))
+        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._write_error = None
+        self._staging = run / STAGING
+        try:
+            with self._noting_write_errors():
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                    self._staging.mkdir(parents=True)
+                    self._check_free_space(model)
+            if self._agree(self._write_error is None):
+                with self._noting_write_errors():
+                    super()._save_checkpoint(model, trial)
+            if self._agree(self._write_error is None) and self.args.should_save:
+                with self._noting_write_errors():
+                    self._finish_checkpoint(self._staging / final.name, final)
+            good = self._agree(self._write_error is None)
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+        finally:
+            self._staging = None
+        if not good:
+            self.failed_saves += 1
+            logger.error(
+                "ALARM: the checkpoint of step %d could not be written (%s). Training goes on; the newest checkpoint "
+                "is %s. Free some space in %s.",
+                self.state.global_step,
+                self._write_error or "the reason is in the log of another process",
+                max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime),
+                run,
+            )
+        elif self.args.should_save:
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run, self.args.save_total_limit, keep=[final, *([Path(best)] if best else [])])
+
+    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / STATE))
+        (staged / RESUME_STATE).write_text(json.dumps(self.resume_state(), indent=2) + "\n")
+        publish_checkpoint(staged, final)
+
+    def _check_free_space(self, model: nn.Module) -> None:
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
+        free = shutil.disk_usage(cast(Path, self._staging)).free
+        if free < needed:
+            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, about {needed / 2**20:.0f} MiB are needed")
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self._noting_write_errors():
+            super()._save(output_dir, state_dict)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._noting_write_errors():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._noting_write_errors():
+            super()._save_rng_state(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._shards_with_full_state:
+            with self._noting_write_errors():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)  # by name, on process 0
+        with self._noting_write_errors():
+            if self.args.should_save:
+                torch.save(_by_index(state), Path(output_dir, OPTIMIZER))
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    # Loading.
+
+    @property
+    def _shards_with_full_state(self) -> bool:
+        if not self.is_fsdp_enabled:
+            return False
+        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._shards_with_full_state:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        tensors: dict[str, Any] = {}
+        if self.is_world_process_zero():
+            tensors.update(load_file(Path(resume_from_checkpoint, WEIGHTS)))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model if model is None else model, tensors, options=options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._shards_with_full_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        state = {}
+        if self.is_world_process_zero():
+            loaded = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True)
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            order = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+            state = _by_name(loaded, order)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Trainer only logs tensors that are missing or left over; half a model is no model."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise CheckpointError(
+                f"the checkpoint lacks {load_result.missing_keys} and has in addition {load_result.unexpected_keys}; "
+                "expected the tensors of the model that is trained. Resume with the recipe it was written with."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the number of checkpoints that could not be written, where there are any."""
+        if self.failed_saves:
+            logs["failed_checkpoints"] = self.failed_saves
+        super().log(logs, start_time)
+
+
+def _by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer state by parameter name, in the form that `optimizer.state_dict()` has in one process."""
+    if not state:
+        return state
+    order = [name for group in state["param_groups"] for name in group["params"]]
+    index = {name: position for position, name in enumerate(order)}
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {index[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+
+
+def _by_name(state: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """The inverse of `_by_index`, for the names of the parameters in the order of the optimizer."""
+    groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}
