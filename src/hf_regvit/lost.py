@@ -10,15 +10,27 @@ exclusive, in pixels of the picture as it is stored unless said otherwise.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
+
+from .features import (
+    EvaluationTransform,
+    ModelDescription,
+    Site,
+    TokenReading,
+    describe_model,
+    prepare_images,
+    read_many,
+    resolve_layers,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +132,27 @@ class LostResult:
             image_size: (height, width) in pixels, without the padding.
         """
         return cells_to_pixels(self.cells, patch_size=patch_size, image_size=image_size)
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """The baseline: a box around what CLS attends to.
+
+    Args:
+        head: Number of the head from 0, or `mean` of all.
+        layer: Block, 1 to L, or negative from the end.
+        mass: Share of the attention to keep.
+    """
+
+    head: int | Literal["mean"] = "mean"
+    layer: int = -1
+    mass: float = 0.6
+
+    def __str__(self) -> str:
+        return f"CLS attention head={self.head} layer={self.layer} mass={self.mass:g}"
+
+
+Method = LostSettings | AttentionSettings
 
 
 # --- LOST on features
@@ -342,6 +375,206 @@ def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.
 def attention_cells(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> tuple[int, int, int, int]:
     """The box around `attention_mask`, in patches, (x1, y1, x2, y2)."""
     return _bounds(attention_mask(attention, grid, mass=mass))
+
+
+# --- A model and its images
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """What several methods propose for one image.
+
+    Args:
+        id: Of the image.
+        image_size: (height, width) of the picture, pixels.
+        boxes: One a method, in pixels of the picture.
+        results: One a method: a `LostResult`, or the mask that `attention_mask` kept.
+    """
+
+    id: str
+    image_size: tuple[int, int]
+    boxes: tuple[Box, ...]
+    results: tuple[LostResult | Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DiscoveredObject:
+    """The object found in one image: its box in pixels of the picture, and all stages of LOST for figures."""
+
+    id: str
+    image_size: tuple[int, int]
+    box: Box
+    result: LostResult
+
+
+def discover_objects(
+    model: nn.Module,
+    images: Any,
+    *,
+    feature: Feature = "k",
+    layer: int = -1,
+    center: Center = "none",
+    l2norm: bool = False,
+    bias: float = 0.0,
+    k: int = 100,
+    processor: Any = None,
+    max_side: int = 640,
+) -> list[DiscoveredObject]:
+    """One box for every image; images that cannot be read are left out with a warning.
+
+    Args:
+        model: Any model that `features.read_tokens` reads.
+        images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set.
+        feature: As in `LostSettings`, like the next five.
+        layer: See there.
+        center: See there.
+        l2norm: See there.
+        bias: See there.
+        k: See there.
+        processor: Image processor, of which the statistics are used; default the model's own.
+        max_side: Larger images are read at this length of their longer side, pixels; boxes refer to the original.
+
+    Raises:
+        ValueError: A model or setting that cannot be, or no image of use.
+    """
+    settings = LostSettings(feature=feature, layer=layer, center=center, l2norm=l2norm, bias=bias, k=k)
+    objects = []
+    for proposal in propose(model, images, [settings], processor=processor, max_side=max_side):
+        result = proposal.results[0]
+        assert isinstance(result, LostResult)
+        objects.append(DiscoveredObject(proposal.id, proposal.image_size, proposal.boxes[0], result))
+    warn_if_degenerate([found.result for found in objects], settings)
+    return objects
+
+
+def warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -> None:
+    """Log how many images had no seed to speak of, and what helps."""
+    count = sum(result.degenerate for result in results)
+    if count:
+        share = np.mean([result.positive_share for result in results])
+        ties = np.median([result.tied_seeds for result in results])
+        logger.warning(
+            "%d of %d images have a degenerate affinity with %s: on average %.1f %% of its entries are positive, and "
+            "%.0f patches (median) tie for the seed. Center the features, or use l2norm and a bias below 0.",
+            count, len(results), settings, 100 * share, ties,
+        )  # fmt: skip
+
+
+def propose(
+    model: nn.Module,
+    images: Any,
+    methods: Sequence[Method],
+    *,
+    processor: Any = None,
+    max_side: int = 640,
+) -> Iterator[Proposals]:
+    """Boxes of many methods, image by image; the model runs once for each image, whatever the number of methods.
+
+    Images keep their own size and are padded with zeros, right and below, to whole patches after normalisation, as in
+    the reference implementation; padded patches take part.
+
+    Args:
+        model: As for `discover_objects`.
+        images: See there.
+        methods: What to try.
+        processor: See there.
+        max_side: See there.
+
+    Raises:
+        ValueError: As `discover_objects`; attention of a model without CLS, or of a head that it has not.
+    """
+    description = describe_model(model)
+    methods = [_checked(method, description) for method in methods]
+    sites: dict[Site, list[int]] = {}
+    for method in methods:
+        sites[_site(method)] = sorted({*sites.get(_site(method), []), method.layer})
+    statistics = EvaluationTransform.for_model(model, processor)
+    sizes: list[tuple[int, int, float]] = []  # of the pictures in the order they are read
+
+    def pad(image: Image.Image) -> Tensor:
+        pixels, scale = _padded(image, statistics, description.patch_size, max_side)
+        sizes.append((image.height, image.width, scale))
+        return pixels
+
+    words = f"own size up to {max_side} pixels, zeros right and below, mean {statistics.mean}, std {statistics.std}"
+    transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
+    for i, (ids, pixel_values) in enumerate(prepare_images(images, transform, batch_size=1)):
+        # Only the row of CLS is kept: the weights of a large picture would fill the memory.
+        readings = read_many(model, pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
+        height, width, scale = sizes[i]
+        boxes, results = _propose_for_one(methods, readings)
+        pixels = [
+            _scaled(
+                cells_to_pixels(
+                    cells,
+                    patch_size=description.patch_size,
+                    image_size=(round(height * scale), round(width * scale)),
+                ),
+                (height, width),
+                scale,
+            )
+            for cells in boxes
+        ]
+        yield Proposals(ids[0], (height, width), tuple(pixels), tuple(results))
+
+
+def _site(method: Method) -> Site:
+    if isinstance(method, AttentionSettings):
+        return "attention"
+    return "residual" if method.feature == "out" else method.feature
+
+
+def _checked(method: Method, description: ModelDescription) -> Method:
+    """The method with its layer counted from 1, or an error."""
+    if isinstance(method, AttentionSettings):
+        if not description.has_cls:
+            raise ValueError(f"{description.name} has no CLS token, so there is no attention of CLS to draw a box of.")
+        if method.head != "mean" and not 0 <= method.head < description.num_heads:
+            raise ValueError(f"head={method.head} does not exist; the heads are 0 to {description.num_heads - 1}.")
+    return replace(method, layer=resolve_layers((method.layer,), description.num_layers, _site(method))[0])
+
+
+def _propose_for_one(
+    methods: Sequence[Method], readings: Mapping[Site, TokenReading]
+) -> tuple[list[tuple[int, int, int, int]], list[LostResult | Tensor]]:
+    results: dict[int, LostResult | Tensor] = {}
+    grid = next(iter(readings.values())).grid
+    by_tokens: dict[tuple[Site, int], list[int]] = {}
+    for i, method in enumerate(methods):
+        if isinstance(method, LostSettings):
+            by_tokens.setdefault((_site(method), method.layer), []).append(i)
+        else:
+            reading = readings["attention"]
+            heads = reading[method.layer][0, :, 0, reading.num_prefix_tokens :]  # (heads, N)
+            attention = heads.mean(0) if method.head == "mean" else heads[method.head]
+            results[i] = attention_mask(attention, grid, mass=method.mass)
+    for (site, layer), members in by_tokens.items():
+        settings = [method for method in (methods[i] for i in members) if isinstance(method, LostSettings)]
+        results.update(zip(members, lost_boxes(readings[site].patches(layer)[0], grid, settings)))
+    ordered = [results[i] for i in range(len(methods))]
+    return [result.cells if isinstance(result, LostResult) else _bounds(result) for result in ordered], ordered
+
+
+def _padded(
+    image: Image.Image, statistics: EvaluationTransform, patch_size: tuple[int, int], max_side: int
+) -> tuple[Tensor, float]:
+    """Normalised pixels (3, H, W) padded to whole patches, and the scale at which the picture was read, at most 1."""
+    scale = min(1.0, max_side / max(image.size))
+    if scale < 1:
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    values = np.asarray(image, dtype=np.float32) / 255
+    values = (values - np.array(statistics.mean, np.float32)) / np.array(statistics.std, np.float32)
+    below, right = -image.height % patch_size[0], -image.width % patch_size[1]
+    return torch.from_numpy(np.pad(values, ((0, below), (0, right), (0, 0)))).permute(2, 0, 1), scale
+
+
+def _scaled(box: Box, image_size: tuple[int, int], scale: float) -> Box:
+    """A box on the picture as it was read, on the picture as it is stored."""
+    if scale == 1:
+        return box
+    x1, y1, x2, y2 = (side / scale for side in box)
+    return x1, y1, min(x2, float(image_size[1])), min(y2, float(image_size[0]))
 
 
 # --- CorLoc
