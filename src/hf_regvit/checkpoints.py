@@ -212,11 +212,6 @@ def _from_first(value: Any) -> Any:
     return box[0]
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be sharded over processes; a collective for one that is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
 class StopSignals(TrainerCallback):
     """Turns SIGTERM and SIGUSR1 into a checkpoint and a stop after the running step, on all processes together.
 

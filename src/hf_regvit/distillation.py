@@ -10,12 +10,14 @@ Registers" (2024) for the registers, which take part in attention everywhere and
 
 import copy
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 from .modeling_regvit import RegViTModel
@@ -102,6 +104,11 @@ class PrototypeHead(nn.Module):
         return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
 
 
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 has sharded, by a collective; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 # ---- Student, teacher, losses ------------------------------------------------------------------------------------
 
 
@@ -148,6 +155,8 @@ class SelfDistillation(nn.Module):
 
     # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
     accepts_loss_kwargs = False
+    # What FSDP2 shards as one group, in student and teacher alike; the rest is the root's.
+    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
 
     student: nn.ModuleDict
     teacher: nn.ModuleDict
@@ -236,6 +245,17 @@ class SelfDistillation(nn.Module):
             center.accumulate(logits)
         return probabilities
 
+    def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Teacher head outputs of CLS `(G * B, K)` and of the masked patches `(M, K')`."""
+        outputs = self.teacher_backbone(global_crops.flatten(0, 1))
+        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
+        return self._logits(self.teacher, outputs.pooler_output, masked)
+
+    def _targets(self, cls_logits: Tensor, masked_logits: Tensor, num_global: int) -> TeacherTargets:
+        cls = self._probabilities(cls_logits, self.dino_center)
+        cls = cls.reshape(num_global, -1, cls.shape[-1])
+        return TeacherTargets(cls, self._probabilities(masked_logits, self.ibot_center))
+
     @torch.no_grad()
     def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
         """Targets from the unmasked global crops.
@@ -247,14 +267,31 @@ class SelfDistillation(nn.Module):
         Returns:
             Probabilities of the CLS tokens, crop by crop, and of the patches under the masks.
         """
-        outputs = self.teacher_backbone(global_crops.flatten(0, 1))
-        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
-        cls_logits, masked_logits = self._logits(self.teacher, outputs.pooler_output, masked)
-        cls_probabilities = self._probabilities(cls_logits, self.dino_center)
-        return TeacherTargets(
-            cls_probabilities.reshape(global_crops.shape[0], -1, cls_probabilities.shape[-1]),
-            self._probabilities(masked_logits, self.ibot_center),
-        )
+        return self._targets(*self._teacher_logits(global_crops, mask_indices), num_global=global_crops.shape[0])
+
+    @torch.no_grad()
+    def joint_targets(self, batches: Sequence[Mapping[str, Tensor]]) -> list[TeacherTargets]:
+        """Targets of all micro-batches of one optimizer step, solved together, for the `targets` of `forward`.
+
+        Sinkhorn-Knopp spreads the rows it sees evenly over the prototypes, so two halves of a batch get other targets
+        than the whole. (A center only depends on the steps before: with softmax centering there is nothing to gain.)
+        All logits are held at once: 4 bytes * prototypes * (global crops + masked patches) of the whole step.
+
+        Args:
+            batches: micro-batches with the `global_crops` and `mask_indices` of `forward`.
+        """
+        rows = [self._teacher_logits(batch["global_crops"], batch["mask_indices"]) for batch in batches]
+        cls_rows, masked_rows = ([pair[part] for pair in rows] for part in (0, 1))
+        cls, masked = self._targets(torch.cat(cls_rows), torch.cat(masked_rows), num_global=1)
+        return [
+            TeacherTargets(one.reshape(batch["global_crops"].shape[0], -1, one.shape[-1]), other)
+            for batch, one, other in zip(
+                batches,
+                cls[0].split([len(logits) for logits in cls_rows]),
+                masked.split([len(logits) for logits in masked_rows]),
+                strict=True,
+            )
+        ]
 
     def student_outputs(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
@@ -288,7 +325,13 @@ class SelfDistillation(nn.Module):
         )
 
     def forward(
-        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        masks: Tensor,
+        mask_indices: Tensor,
+        mask_weights: Tensor,
+        targets: TeacherTargets | None = None,
     ) -> dict[str, Tensor]:
         """One training forward.
 
@@ -298,6 +341,7 @@ class SelfDistillation(nn.Module):
             masks: `(2, B, N)` bool over the N patches of a global crop.
             mask_indices: `(M,)` int64 positions of the True entries in the flattened masks, ascending; M may be 0.
             mask_weights: `(M,)` 1 / (masked patches of that patch's crop).
+            targets: of this micro-batch, from `joint_targets`; default: the teacher's for this batch alone.
 
         Returns:
             `loss` (the scalar to differentiate), its detached weighted parts `dino_local_loss`, `dino_global_loss`,
@@ -311,7 +355,7 @@ class SelfDistillation(nn.Module):
             ValueError: tensors that do not fit together, or a number of global crops other than 2.
         """
         self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
-        targets = self.teacher_targets(global_crops, mask_indices)
+        targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
         student = self.student_outputs(global_crops, local_crops, masks, mask_indices)
         num_global, batch = global_crops.shape[:2]
         # The official divisor: without local crops it counts one term that is not there.
@@ -384,9 +428,12 @@ class SelfDistillation(nn.Module):
             max_norm: largest gradient norm of each of them.
 
         Returns:
-            Norms before clipping, by name of the submodule.
+            Norms before clipping, by name of the submodule; over all shards where parameters are sharded.
         """
-        return {name: nn.utils.clip_grad_norm_(part.parameters(), max_norm) for name, part in self.student.items()}
+        return {
+            name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
+            for name, part in self.student.items()
+        }
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
