@@ -28,6 +28,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
+from .alarms import FiniteGuard, out_of_memory, peak_memory_mib, without_ids
 from .callbacks import MetricsFile, Observer, TrainingProgress
 from .configuration_regvit import RegViTConfig
 from .distillation import HeadShape, SelfDistillation
@@ -313,13 +314,17 @@ class DinoTrainer(Trainer):
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
         # Clock and step at the last log line; the clock starts with the first step, not with the set-up.
         self._window = (0.0, -1)
+        self._started = (0.0, 0)
+        self._waited = 0.0  # seconds for data since the last log line
+        self._guard = FiniteGuard(cast(str, args.output_dir))
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
-            callbacks=[self._rules, *callbacks],
+            callbacks=[self._rules, self._guard, *callbacks],
         )
+        self._guard.check_gradients = self.accelerator.scaler is None  # a scaler skips steps that overflow by itself
         # Trainer prints raw dictionaries; the progress bar and the metrics file say the same once.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -353,7 +358,10 @@ class DinoTrainer(Trainer):
         # Once, before the separate clips: a second unscaling under fp16 raises.
         self.accelerator.unscale_gradients()
         norms = self.model.clip_gradients(self.args.max_grad_norm)
+        self._guard.see_gradients(norms)
         self._record({f"grad_norm_{name}": norm for name, norm in norms.items()})
+        clipped = {name: (norm > self.args.max_grad_norm).float() for name, norm in norms.items()}
+        self._record({f"clipped_{name}": share for name, share in clipped.items()})
         return torch.stack(list(norms.values())).norm()
 
     def compute_loss(
@@ -363,25 +371,38 @@ class DinoTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss of one micro-batch; stops the run where it is not finite.
+        """Loss of one micro-batch. Whether it is finite, `FiniteGuard` asks once per step for all processes."""
+        outputs = model(**without_ids(inputs))
+        self._guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), outputs)
+        self._record({name: value for name, value in outputs.items() if name != "loss"})
+        return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """One forward and backward pass; the clock starts with the first."""
+        if self._window[1] < 0:
+            self.log({})  # what observers have measured before the first step
+            self._window = self._started = (time.perf_counter(), self.state.global_step)
+            self._waited = 0.0  # the first wait is the start of the workers
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with an error that helps where the memory does not suffice.
 
         Raises:
-            FloatingPointError: NaN or infinite loss; names the step and the terms. The last checkpoint is intact.
+            NonFiniteError: a loss or gradient that is NaN or infinite.
+            torch.OutOfMemoryError: with the measured peak and what to change.
         """
-        if self._window[1] < 0:
-            self._window = (time.perf_counter(), self.state.global_step)
-        outputs = model(**inputs)
-        loss = outputs["loss"]
-        terms = {name: value for name, value in outputs.items() if name != "loss"}
-        if not torch.isfinite(loss):
-            values = ", ".join(f"{name}={value.item():.4g}" for name, value in terms.items())
-            raise FloatingPointError(
-                f"the loss is {loss.item()} at step {self.state.global_step} ({values}); expected a finite number. "
-                "Nothing of this step was applied. Resume from the last checkpoint with a lower learning_rate, or in "
-                "bf16 or float32 if this was fp16."
-            )
-        self._record(terms)
-        return (loss, outputs) if return_outputs else loss
+        try:
+            return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, self.args, step=self.state.global_step) from error
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, timed: what the step waits for its data."""
+        started = time.perf_counter()
+        samples = super().get_batch_samples(*args, **kwargs)
+        self._waited += time.perf_counter() - started
+        return samples
 
     def _record(self, terms: dict[str, Tensor]) -> None:
         """Sums terms on the device; their means are read once per log line, not once per step."""
@@ -390,20 +411,40 @@ class DinoTrainer(Trainer):
             self._terms[name] = (total + value.detach(), count + 1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the named loss terms, schedules, images per second and what observers have measured."""
-        measured = {}
+        """Adds the named loss terms, schedules, speed, memory and what observers have measured."""
+        measured, measuring = {}, 0.0
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Observer):
                 measured.update(callback.take())
+                measuring += callback.take_seconds()
+        if measured:
+            measured["eval_seconds"] = measuring
         logs.update(measured)
+        if not logs:
+            return
         if "loss" in logs and self._terms:
-            now, steps = time.perf_counter(), self.state.global_step - self._window[1]
             logs.update({name: float(total) / count for name, (total, count) in self._terms.items()})
             logs.update(self._rules.values._asdict())
-            seconds = now - self._window[0] - measured.get("eval_seconds", 0.0)
-            logs["images_per_second"] = self.args.images_per_step * steps / max(seconds, 1e-9)
-            self._terms, self._window = {}, (now, self.state.global_step)
+            logs.update(self._speed(measuring))
+            self._terms, self._waited = {}, 0.0
         super().log(logs, start_time)
+
+    def _speed(self, measuring: float) -> dict[str, float]:
+        """Speed of the steps since the last log line, without what observers took; remaining time with it."""
+        now, step = time.perf_counter(), self.state.global_step
+        steps, seconds = step - self._window[1], max(now - self._window[0] - measuring, 1e-9)
+        per_step = (now - self._started[0]) / max(step - self._started[1], 1)
+        self._window = (now, step)
+        values = {
+            "images_per_second": self.args.images_per_step * steps / seconds,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+            "eta_seconds": per_step * (self.state.max_steps - step),
+        }
+        if (peak := peak_memory_mib()) is not None:
+            values["memory_mib"] = peak
+        if self.args.device.type == "cuda":
+            values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**20
+        return values
 
 
 # ---- The job -----------------------------------------------------------------------------------------------------
@@ -601,16 +642,6 @@ def _environment(args: PretrainingArguments) -> dict[str, Any]:
     }
 
 
-def _peak_memory_mib() -> float | None:
-    """Largest resident memory of this process in MiB; None where the system does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
-
-
 def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) -> dict[str, Any]:
     """Summary of a finished run."""
     history = trainer.state.log_history
@@ -620,7 +651,7 @@ def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) 
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
         "epochs": trainer.state.epoch,
         "seconds": seconds,
-        "peak_memory_mib": _peak_memory_mib(),
+        "peak_memory_mib": peak_memory_mib(),
         "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in network.student.items()},
         "final": losses[-1] if losses else {},
         "knn": [
