@@ -105,6 +105,57 @@ class ExtractArguments:
         return ExtractionSettings(**{f.name: getattr(self, f.name) for f in fields(ExtractionSettings)})
 
 
+@dataclass
+class EvaluateArguments:
+    """What `regvit evaluate` reads. Of several values of the `lost_` options the best combination is chosen."""
+
+    model_name_or_path: list[str] = field(
+        metadata={
+            "aliases": ["--model"],
+            "action": "extend",
+            "help": "Folder, Hub id or timm/NAME of a model; several are evaluated one after the other.",
+        }
+    )
+    data: str = field(metadata={"help": "Parquet file, folder of them, or Hub data set: images to judge on."})
+    train_data: str | None = field(
+        default=None, metadata={"help": "Images to choose settings on; default half of --data, the rest is judged."}
+    )
+    tasks: list[str] = field(default_factory=lambda: ["lost"], metadata={"help": "lost: object discovery."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Folder to write report.json to."})
+    boxes: str | None = field(
+        default=None, metadata={"help": "Column of ground-truth boxes; default objects, bbox or boxes."}
+    )
+    box_format: str = field(default="xywh", metadata={"help": "xywh: corner, width, height (COCO). xyxy: corners."})
+    lost_features: list[str] | None = field(default=None, metadata={"help": "Among q k v out; default all."})
+    lost_layers: list[int] | None = field(default=None, metadata={"help": "Blocks from the end; default -1 to -4."})
+    lost_centers: list[str] | None = field(default=None, metadata={"help": "Among none image row; default all."})
+    lost_l2norm: list[str] | None = field(default=None, metadata={"help": "Among false true; default both."})
+    lost_biases: list[float] | None = field(
+        default=None, metadata={"help": "Added to cosines; with --lost_l2norm false to dot products."}
+    )
+    lost_k: list[int] | None = field(default=None, metadata={"help": "Patches to expand among; default 100."})
+    max_side: int = field(default=640, metadata={"help": "Larger images are read at this longer side, pixels."})
+    max_images: int | None = field(default=None, metadata={"help": "Use at most this many images, drawn by --seed."})
+    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+    seed: int = field(default=0, metadata={"help": "Of the halves, of draws and of the intervals."})
+
+    def grid(self) -> dict[str, Any]:
+        """The options of `LostGrid` that were given."""
+        norms = self.lost_l2norm
+        if norms is not None and set(norms) - {"true", "false"}:
+            raise ValueError(f"lost_l2norm={norms} must be among true and false.")
+        given = {
+            "features": self.lost_features,
+            "layers": self.lost_layers,
+            "centers": self.lost_centers,
+            "l2norms": None if norms is None else [norm == "true" for norm in norms],
+            "biases": self.lost_biases,
+            "raw_biases": self.lost_biases if norms == ["false"] else None,
+            "ks": self.lost_k,
+        }
+        return {name: value for name, value in given.items() if value is not None}
+
+
 class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 

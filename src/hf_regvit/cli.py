@@ -18,6 +18,7 @@ commands:
   pretrain   train a RegViT on images without labels, the DINOv2 way
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
   extract    write CLS, register and patch tokens of many images to files, for any supported model
+  evaluate   measure frozen features: object discovery (LOST), settings chosen on other images
 
 regvit COMMAND --help lists the options of a command.
 Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
@@ -72,10 +73,46 @@ def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
     ).to_dict()
 
 
+def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit evaluate --model A --model B --tasks lost --data images.parquet`."""
+    from .arguments import EvaluateArguments, RecipeParser
+    from .evaluation import LostGrid, evaluate_backbone, write_reports
+    from .features import load_model
+
+    (arguments,) = RecipeParser(EvaluateArguments, prog="regvit evaluate").parse(args)
+    grid = LostGrid(**arguments.grid())
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    reports = []
+    path = f"{arguments.output_dir}/report.json"
+    for name in arguments.model_name_or_path:
+        model, processor = load_model(name, device=arguments.device)
+        report = evaluate_backbone(
+            model,
+            arguments.data,
+            name=name,
+            tasks=arguments.tasks,
+            train=arguments.train_data,
+            processor=processor,
+            boxes=arguments.boxes,
+            box_format=arguments.box_format,
+            lost_grid=grid,
+            max_side=arguments.max_side,
+            max_images=arguments.max_images,
+            seed=arguments.seed,
+        )
+        reports.append(report)
+        write_reports(reports, path)  # after each: a model that fails does not take the others with it
+        if not switches["json"]:
+            print("\n".join(report.lines()), flush=True)
+    return {"report": path} | ({"results": [report.summary() for report in reports]} if switches["json"] else {})
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
     "pretrain": pretrain_command,
     "convert": convert_command,
     "extract": extract_command,
+    "evaluate": evaluate_command,
 }
 
 

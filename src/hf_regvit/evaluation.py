@@ -1,0 +1,539 @@
+"""What a backbone is worth, measured: `evaluate_backbone` runs tasks and returns one report. So far: object discovery.
+
+Whatever has to be chosen (the settings of LOST, the head of an attention map) is chosen on one part of the images and
+judged on the other; the report holds the choice, how many were compared and how well it did where it was chosen.
+"""
+
+import json
+import logging
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from torch import nn
+
+from .configuration_regvit import __version__
+from .features import describe_model
+from .images import ImageSource, load_images
+from .lost import (
+    AttentionSettings,
+    Box,
+    Center,
+    Feature,
+    LostResult,
+    LostSettings,
+    Method,
+    Proposals,
+    best_iou,
+    propose,
+)
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["lost"]
+BoxFormat = Literal["xywh", "xyxy"]
+TASKS: tuple[Task, ...] = ("lost",)
+
+_BOX_COLUMNS = ("objects", "bbox", "boxes")
+_RESAMPLES = 2000
+_THRESHOLD = 0.5  # of CorLoc
+
+
+# --- Ground truth
+
+
+def ground_truth_boxes(
+    source: ImageSource, *, column: str | None = None, box_format: BoxFormat = "xywh"
+) -> list[list[Box]]:
+    """Boxes of every image, (x1, y1, x2, y2) in pixels, from a column beside the images.
+
+    The column holds for every image one box, a list of boxes, or COCO's record of `bbox` and, where there is one,
+    `iscrowd`; crowds are left out, as are boxes without area.
+
+    Args:
+        source: From a parquet file or a data set of the Hub.
+        column: Default: the one of `objects`, `bbox` and `boxes` that is there.
+        box_format: How four numbers are meant: corner, width and height (COCO), or two corners.
+
+    Raises:
+        ValueError: No such column, or no boxes in it.
+    """
+    names = [] if source.table is None else source.table.column_names
+    found = [name for name in (_BOX_COLUMNS if column is None else (column,)) if name in names]
+    if source.table is None or not found:
+        raise ValueError(
+            f"'{source.name}' has no column of boxes: looked for {column or ', '.join(_BOX_COLUMNS)}, found "
+            f"{', '.join(names) or 'no columns (a folder of images has none; use parquet)'}. Set boxes."
+        )
+    if box_format not in ("xywh", "xyxy"):
+        raise ValueError(f"box_format={box_format!r} is unknown. Use 'xywh' (COCO) or 'xyxy'.")
+    return [_boxes(cell, f"{source.name}, {found[0]}, {source.ids[i]}", box_format) for i, cell in
+            enumerate(source.table[found[0]])]  # fmt: skip
+
+
+def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
+    if isinstance(cell, dict):
+        if "bbox" not in cell:
+            raise ValueError(f"{where}: a record of {', '.join(cell)}, expected 'bbox' among them. Set boxes.")
+        crowds = cell.get("iscrowd") or [False] * len(cell["bbox"])
+        cell = [box for box, crowd in zip(cell["bbox"], crowds, strict=True) if not crowd]
+    if not cell:
+        return []
+    try:
+        boxes = (
+            np.asarray(cell, dtype=np.float64).reshape(-1, 4) if np.shape(cell) != (4,) else np.array([cell], float)
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {str(cell)[:80]} is no box of four numbers and no list of such.") from error
+    if box_format == "xywh":
+        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
+    elif (boxes[:, 2:] < boxes[:, :2]).any():
+        raise ValueError(f"{where}: {str(cell)[:80]} is no pair of corners. Set box_format to 'xywh'?")
+    kept = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in kept.tolist()]
+
+
+# --- Results
+
+
+@dataclass(frozen=True)
+class LostGrid:
+    """Settings of LOST to choose from: all combinations.
+
+    Args:
+        features: As in `LostSettings`, like the rest.
+        layers: Negative ones from the end; those that a shallow model has not are left out.
+        centers: See there.
+        l2norms: See there.
+        biases: For cosines, which lie in [-1, 1] for every model.
+        raw_biases: For dot products (`l2norm` False), whose scale differs from model to model.
+        ks: See there.
+    """
+
+    features: Sequence[Feature] = ("k", "q", "v", "out")
+    layers: Sequence[int] = (-1, -2, -3, -4)
+    centers: Sequence[Center] = ("none", "image", "row")
+    l2norms: Sequence[bool] = (False, True)
+    biases: Sequence[float] = (0.0, 0.05, -0.1, -0.2, -0.4, -0.6)
+    raw_biases: Sequence[float] = (0.0,)
+    ks: Sequence[int] = (100,)
+
+    def settings(self, num_layers: int) -> list[LostSettings]:
+        """The combinations for a model of that many blocks; of equally good ones the earlier is chosen."""
+        layers = [layer for layer in self.layers if layer >= -num_layers]
+        combinations = product(self.features, layers, self.centers, self.l2norms, self.ks)
+        settings = [
+            LostSettings(feature, layer, center, l2norm, bias, k)
+            for feature, layer, center, l2norm, k in combinations
+            for bias in (self.biases if l2norm else self.raw_biases)
+        ]
+        if not settings:
+            raise ValueError(f"{self} leaves nothing to try on a model of {num_layers} blocks.")
+        return settings
+
+
+@dataclass(frozen=True)
+class CorLocScore:
+    """CorLoc of one method on the judged images.
+
+    Args:
+        method: In words, with every setting.
+        corloc: Share of images in [0, 1].
+        interval: 95 %, from 2,000 resamples of the images.
+        ahead: By how much the chosen settings are ahead of this method on the same images, and the interval of that.
+        overlaps: For every image the overlap of the box with the ground-truth box that fits best.
+        num_degenerate: Images in which LOST had no seed to speak of; None for other methods.
+    """
+
+    method: str
+    corloc: float
+    interval: tuple[float, float]
+    ahead: tuple[float, tuple[float, float]]
+    overlaps: tuple[float, ...]
+    num_degenerate: int | None = None
+
+
+@dataclass(frozen=True)
+class LostEvaluation:
+    """Object discovery on one data set.
+
+    Args:
+        settings: The chosen settings of LOST.
+        scores: `lost` (the chosen settings), and what to compare it with: `vanilla` LOST, `attention` of CLS,
+            `center_box` (both as good as they were on the images of choice) and `full_image`.
+        choice: How the settings came about: images, number of settings compared, CorLoc there, and the best five.
+            None where there was one to begin with.
+        ids: The judged images, as in `overlaps`.
+        num_without_boxes: Images left out because they have no ground-truth box.
+        num_skipped: Images that could not be read.
+        seconds: Wall time.
+    """
+
+    settings: LostSettings
+    scores: dict[str, CorLocScore]
+    choice: dict[str, Any] | None
+    ids: tuple[str, ...]
+    num_without_boxes: int
+    num_skipped: int
+    seconds: float
+
+    @property
+    def corloc(self) -> float:
+        """Of the chosen settings on the judged images, in [0, 1]."""
+        return self.scores["lost"].corloc
+
+
+@dataclass(frozen=True)
+class EvaluationReport:
+    """Every number of an evaluation with how it was made; a task that was not asked for is None."""
+
+    model: str
+    data: str
+    seed: int
+    versions: dict[str, str]
+    lost: LostEvaluation | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON; folders are made."""
+        write_reports([self], path)
+
+    def summary(self) -> dict[str, Any]:
+        """The numbers with their settings, without the values of every image."""
+        summary: dict[str, Any] = {"model": self.model, "data": self.data, "seed": self.seed}
+        if self.lost:
+            summary["lost"] = {
+                "corloc": self.lost.corloc,
+                "interval": list(self.lost.scores["lost"].interval),
+                "settings": asdict(self.lost.settings),
+                "num_images": len(self.lost.ids),
+                "compared_with": {name: s.corloc for name, s in self.lost.scores.items() if name != "lost"},
+            }
+        return summary
+
+    def lines(self) -> list[str]:
+        """The report for a reader, one line a number."""
+        lines = [f"{self.model} on {self.data}"]
+        if self.lost:
+            lost = self.lost
+            words = "settings as given"
+            if lost.choice is not None:
+                compared, images = lost.choice["num_settings"], lost.choice["num_images"]
+                words = f"settings: best of {compared} on {images} other images (seed {self.seed})"
+            lines.append(
+                f"  object discovery: CorLoc at IoU {_THRESHOLD}, {len(lost.ids)} images, 95 % interval; {words}"
+            )
+            for name, score in lost.scores.items():
+                percent = [f"{100 * value:.1f}" for value in (score.corloc, *score.interval)]
+                weak = f"; no clear seed in {score.num_degenerate} images" if score.num_degenerate else ""
+                lines.append(f"  {name:11} {percent[0]:>5} % [{percent[1]}, {percent[2]}]  {score.method}{weak}")
+        return lines
+
+
+def write_reports(reports: Sequence[EvaluationReport], path: str | Path) -> None:
+    """Write several reports into one JSON file, `{"reports": [...]}`; folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"reports": [report.to_dict() for report in reports]}
+    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+# --- Evaluation
+
+
+def evaluate_backbone(
+    model: nn.Module,
+    data: str | Path | ImageSource,
+    *,
+    name: str | None = None,
+    tasks: Sequence[Task] = TASKS,
+    train: str | Path | ImageSource | None = None,
+    processor: Any = None,
+    boxes: str | None = None,
+    box_format: BoxFormat = "xywh",
+    lost_grid: LostGrid | None = None,
+    max_side: int = 640,
+    max_images: int | None = None,
+    seed: int = 0,
+) -> EvaluationReport:
+    """Run tasks on frozen features.
+
+    Args:
+        model: Any model that `features.read_tokens` reads.
+        data: Images to judge on, with what the tasks need beside them.
+        name: What the report calls the model; default its own name.
+        tasks: `lost`: object discovery; needs boxes.
+        train: Images to choose and fit on. Default: half of `data`, drawn by `seed`; the other half is judged.
+        processor: Image processor; default the model's own.
+        boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
+        box_format: See there.
+        lost_grid: Settings of LOST to choose from. With a single one there is no choice, and all of `data` is judged.
+        max_side: Larger images are read at this length of their longer side, pixels.
+        max_images: Use this many of `data`, and of `train`, drawn by `seed`.
+        seed: Of the halves, of draws and of the resamples behind intervals.
+
+    Raises:
+        ValueError: Unknown task, no boxes, or too few images.
+    """
+    if unknown := set(tasks) - set(TASKS):
+        raise ValueError(f"tasks={sorted(unknown)} are unknown. Choose from {', '.join(TASKS)}.")
+    judged = _source(data, max_images, seed)
+    chosen = None if train is None else _source(train, max_images, seed)
+    lost = None
+    if "lost" in tasks:
+        column = {"column": boxes, "box_format": box_format}
+        lost = evaluate_lost(
+            model,
+            judged,
+            ground_truth_boxes(judged, **column),  # type: ignore[arg-type]
+            train=None if chosen is None else (chosen, ground_truth_boxes(chosen, **column)),  # type: ignore[arg-type]
+            grid=lost_grid or LostGrid(),
+            processor=processor,
+            max_side=max_side,
+            seed=seed,
+        )
+    versions = {
+        "hf_regvit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+    return EvaluationReport(name or describe_model(model).name, judged.name, seed, versions, lost=lost)
+
+
+def _source(data: str | Path | ImageSource, max_images: int | None, seed: int) -> ImageSource:
+    source = data if isinstance(data, ImageSource) else load_images(data, split=None)
+    if max_images is None or len(source) <= max_images:
+        return source
+    return source.subset(sorted(np.random.default_rng(seed).permutation(len(source))[:max_images].tolist()))
+
+
+def halves(count: int, *, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of two halves drawn by `seed`, ascending; the first is for choosing and never the larger."""
+    order = np.random.default_rng(seed).permutation(count).tolist()
+    return sorted(order[: count // 2]), sorted(order[count // 2 :])
+
+
+def evaluate_lost(
+    model: nn.Module,
+    judged: ImageSource,
+    truth: Sequence[Sequence[Box]],
+    *,
+    train: tuple[ImageSource, Sequence[Sequence[Box]]] | None = None,
+    grid: LostGrid | None = None,
+    processor: Any = None,
+    max_side: int = 640,
+    seed: int = 0,
+) -> LostEvaluation:
+    """CorLoc of LOST beside its baselines; arguments as in `evaluate_backbone`.
+
+    Args:
+        model: See there.
+        judged: Images.
+        truth: Boxes of every image.
+        train: Images to choose settings on, and their boxes.
+        grid: See there.
+        processor: See there.
+        max_side: See there.
+        seed: See there.
+
+    Raises:
+        ValueError: Fewer than two images with boxes.
+    """
+    started = time.perf_counter()
+    description = describe_model(model)
+    settings = (grid or LostGrid()).settings(description.num_layers)
+    heads: list[Method] = (
+        [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
+        if description.has_cls
+        else []
+    )
+    options = {"processor": processor, "max_side": max_side}
+    judged, truth, without = _with_boxes(judged, truth)
+    choice: dict[str, Any] | None = None
+    methods: list[Method] = [settings[0], *heads[:1]]
+    center = 0.5**0.5  # half of the image's area
+    if len(settings) > 1:
+        if train is None:
+            first, second = halves(len(judged), seed=seed)
+            train = judged.subset(first), [truth[i] for i in first]
+            judged, truth = judged.subset(second), [truth[i] for i in second]
+        seen = measure_overlaps(model, *_with_boxes(*train)[:2], [*settings, *heads], label="choosing", **options)
+        settings_there, heads_there = seen.corloc()[: len(settings)], seen.corloc()[len(settings) :]
+        methods = [settings[int(settings_there.argmax())]]
+        methods += [heads[int(heads_there.argmax())]] if heads else []
+        center = max(_CENTERS, key=lambda side: float((seen.center_box(side) >= _THRESHOLD).mean()))
+        best = np.argsort(-settings_there, kind="stable")[:5]
+        choice = {
+            "num_images": len(seen.ids),
+            "num_settings": len(settings),
+            "corloc": float(settings_there.max()),
+            "best": [{"settings": str(settings[i]), "corloc": float(settings_there[i])} for i in best],
+        }
+    measured = measure_overlaps(model, judged, truth, [*methods, LostSettings()], label="judging", **options)
+    return LostEvaluation(
+        settings=methods[0],  # type: ignore[arg-type]
+        scores=score_methods(measured, center=center, seed=seed),
+        choice=choice,
+        ids=measured.ids,
+        num_without_boxes=without,
+        num_skipped=len(judged) - len(measured.ids),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class Overlaps:
+    """How well the boxes of several methods fit.
+
+    Args:
+        methods: As given.
+        ids: Of the n images that could be read.
+        iou: (n, methods) overlap with the ground-truth box that fits best.
+        degenerate: (n, methods) bool, True where LOST had no seed to speak of.
+        sizes: (height, width) of every image.
+        truth: Boxes of every image.
+    """
+
+    methods: tuple[Method, ...]
+    ids: tuple[str, ...]
+    iou: NDArray[np.float64]
+    degenerate: NDArray[np.bool_]
+    sizes: tuple[tuple[int, int], ...]
+    truth: tuple[Sequence[Box], ...]
+
+    def corloc(self) -> NDArray[np.float64]:
+        """Of every method, (methods,)."""
+        return (self.iou >= _THRESHOLD).mean(0)
+
+    def subset(self, indices: Sequence[int]) -> "Overlaps":
+        """Some of the images."""
+        rows = list(indices)
+        return Overlaps(
+            self.methods, tuple(self.ids[i] for i in rows), self.iou[rows], self.degenerate[rows],
+            tuple(self.sizes[i] for i in rows), tuple(self.truth[i] for i in rows),
+        )  # fmt: skip
+
+    def center_box(self, side: float) -> NDArray[np.float64]:
+        """Overlaps of a box in the middle of the image, `side` times as high and wide; 1: the whole image."""
+        boxes = [
+            (width * (1 - side) / 2, height * (1 - side) / 2, width * (1 + side) / 2, height * (1 + side) / 2)
+            for height, width in self.sizes
+        ]
+        return best_iou(boxes, self.truth).double().numpy()
+
+
+def measure_overlaps(
+    model: nn.Module,
+    source: ImageSource,
+    truth: Sequence[Sequence[Box]],
+    methods: Sequence[Method],
+    *,
+    processor: Any = None,
+    max_side: int = 640,
+    label: str | None = None,
+) -> Overlaps:
+    """Run methods on images with boxes; the model sees each image once.
+
+    Args:
+        model: As in `evaluate_backbone`.
+        source: Images.
+        truth: Boxes of every image, at least one each.
+        methods: What to try.
+        processor: See there.
+        max_side: See there.
+        label: Of the progress bar.
+    """
+    from tqdm.auto import tqdm
+
+    boxes_of = dict(zip(source.ids, truth))
+    found: list[Proposals] = []
+    rows, degenerate = [], []
+    proposals = propose(model, source, methods, processor=processor, max_side=max_side)
+    for proposal in tqdm(proposals, total=len(source), desc=label, unit="image", disable=None):
+        boxes = boxes_of[proposal.id]
+        rows.append(best_iou(proposal.boxes, [boxes] * len(methods)).double().numpy())
+        degenerate.append([isinstance(result, LostResult) and result.degenerate for result in proposal.results])
+        found.append(Proposals(proposal.id, proposal.image_size, proposal.boxes, ()))
+    beyond = [
+        proposal.id
+        for proposal in found
+        if any(
+            x2 > proposal.image_size[1] + 2 or y2 > proposal.image_size[0] + 2
+            for _, _, x2, y2 in boxes_of[proposal.id]
+        )
+    ]
+    if beyond:
+        logger.warning(
+            "In %d of %d images, such as '%s', a ground-truth box reaches beyond the picture. Is box_format right?",
+            len(beyond), len(found), beyond[0],
+        )  # fmt: skip
+    return Overlaps(
+        methods=tuple(methods),
+        ids=tuple(proposal.id for proposal in found),
+        iou=np.stack(rows),
+        degenerate=np.array(degenerate),
+        sizes=tuple(proposal.image_size for proposal in found),
+        truth=tuple(boxes_of[proposal.id] for proposal in found),
+    )
+
+
+def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, CorLocScore]:
+    """Scores by name; the first method is LOST as chosen, the last vanilla LOST, one between them attention."""
+    overlaps = {"lost": measured.iou[:, 0], "vanilla": measured.iou[:, -1]}
+    words = {"lost": str(measured.methods[0]), "vanilla": str(measured.methods[-1])}
+    if len(measured.methods) > 2:
+        overlaps["attention"], words["attention"] = measured.iou[:, 1], str(measured.methods[1])
+    overlaps["center_box"], words["center_box"] = measured.center_box(center), f"the middle {center:.2g} of each side"
+    overlaps["full_image"], words["full_image"] = measured.center_box(1.0), "the whole image"
+    degenerate = {"lost": int(measured.degenerate[:, 0].sum()), "vanilla": int(measured.degenerate[:, -1].sum())}
+    hits = {name: (values >= _THRESHOLD).astype(np.float64) for name, values in overlaps.items()}
+    scores = {}
+    for name, values in hits.items():
+        gain = hits["lost"] - values
+        scores[name] = CorLocScore(
+            method=words[name],
+            corloc=float(values.mean()),
+            interval=bootstrap_interval(values, seed=seed),
+            ahead=(float(gain.mean()), bootstrap_interval(gain, seed=seed)),
+            overlaps=tuple(round(value, 4) for value in overlaps[name].tolist()),
+            num_degenerate=degenerate.get(name),
+        )
+    return scores
+
+
+def bootstrap_interval(values: NDArray[np.float64], *, seed: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Percentile interval of the mean, from 2,000 resamples of the values with replacement.
+
+    Args:
+        values: (n,), one an image.
+        seed: Of the resamples.
+        confidence: Share of resampled means inside.
+    """
+    rng = np.random.default_rng(seed)
+    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(_RESAMPLES)])
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means, [tail, 1 - tail]).tolist()
+    return low, high
+
+
+def _with_boxes(source: ImageSource, truth: Sequence[Sequence[Box]]) -> tuple[ImageSource, list[Sequence[Box]], int]:
+    """The images that have a box, their boxes, and how many have none."""
+    kept = [i for i, boxes in enumerate(truth) if boxes]
+    if len(kept) < 2:
+        raise ValueError(f"'{source.name}' has {len(kept)} of {len(source)} images with boxes; at least 2 are needed.")
+    return source.subset(kept), [truth[i] for i in kept], len(source) - len(kept)
