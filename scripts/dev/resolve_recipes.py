@@ -1,0 +1,36 @@
+"""Write every recipe of `examples/`, fully resolved, to `tests/golden_recipes/`.
+
+A test compares them, so a changed default shows up in review as a difference there. Run it after a deliberate change.
+"""
+
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def resolved(recipe: Path) -> str:
+    """All options of one recipe as YAML text, in the order of the dataclass."""
+    from hf_regvit.arguments import RecipeParser
+    from hf_regvit.pretraining import PretrainingArguments
+
+    # Without --use_cpu transformers refuses bfloat16 where no GPU is; nothing else of a recipe depends on the machine.
+    flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
+    (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
+    # Options of Trainer come and go with its versions: of those only what the recipe itself names.
+    named = set(yaml.safe_load(recipe.read_text())) | set(PretrainingArguments.__annotations__)
+    values = {name: value for name, value in arguments.resolved().items() if name in named}
+    return yaml.safe_dump(values, sort_keys=False, width=119)
+
+
+def main() -> None:
+    folder = ROOT / "tests" / "golden_recipes"
+    folder.mkdir(exist_ok=True)
+    for recipe in sorted((ROOT / "examples").glob("*.yaml")):
+        (folder / f"{recipe.stem}.txt").write_text(resolved(recipe))
+        print(recipe.name)
+
+
+if __name__ == "__main__":
+    main()
