@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 
 class SaveTeacher(pytorch_lightning.Callback):
-    """Writes the teacher at given steps and notes the processor and wall seconds of training up to there, without the writing."""
+    """Writes the teacher at given steps and notes the processor and wall seconds up to there, writing left out."""
 
     def __init__(self, folder: Path, steps: set[int]) -> None:
         self.folder, self.steps, self.saved = folder, steps, {}

@@ -10,6 +10,8 @@ Registers" (2024) for the registers, which take part in attention everywhere and
 
 import copy
 import dataclasses
+import hashlib
+import itertools
 import json
 import logging
 import math
@@ -20,22 +22,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
 from .alarms import FiniteGuard, out_of_memory, peak_memory_mib, without_ids
 from .callbacks import MetricsFile, Observer, TrainingProgress
+from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
-from .distillation import HeadShape, SelfDistillation
+from .data import EpochSampler
+from .distillation import HeadShape, SelfDistillation, TeacherTargets, full_tensor
 from .modeling_regvit import RegViTModel
 from .optimization import Schedules, StepValues, parameter_groups, parameter_rules, set_rates
 
 logger = logging.getLogger(__name__)
+
+EXPORTED = "teacher.backbone."  # the part of the network that is the result
 
 
 # ---- Arguments ---------------------------------------------------------------------------------------------------
@@ -104,6 +111,7 @@ class PretrainingArguments(TrainingArguments):
     hidden_size: int | None = _field(None, "Width D; default: the preset's.")
     num_hidden_layers: int | None = _field(None, "Blocks; default: the preset's.")
     num_attention_heads: int | None = _field(None, "Attention heads; default: the preset's.")
+    use_swiglu_ffn: bool | None = _field(None, "SwiGLU instead of the MLP; default: the preset's. Official full: yes.")
     layerscale_value: float = _field(
         1e-5, "Initial LayerScale gain. Official: 1e-5; a run of a few hundred steps learnt most from 1."
     )
@@ -169,7 +177,20 @@ class PretrainingArguments(TrainingArguments):
         3.0, "Largest gradient norm, for backbone and each head separately; 0 for none. Official: 3."
     )
 
+    # Stops and starts
+    allow_batch_change: bool = _field(
+        False, "Resume although the images per step differ from the checkpoint's: other steps than the unbroken run's."
+    )
+    allow_data_change: bool = _field(False, "Resume although the list of images differs from the checkpoint's.")
+    dataloader_timeout: int = _field(
+        600, "Seconds to wait for a batch from a worker before it counts as hung and is started again, once."
+    )
+    ddp_timeout: int = _field(600, "Seconds before a process that waits for another one gives up.")
+
     # Defaults of Trainer that pretraining needs otherwise
+    ddp_find_unused_parameters: bool | None = _field(False, "Every student parameter gets a gradient in every step.")
+    ddp_broadcast_buffers: bool | None = _field(False, "The centers are the same on all processes already.")
+    ignore_data_skip: bool = _field(True, "The sampler starts where the checkpoint stopped; nothing is skipped.")
     per_device_train_batch_size: int = _field(64, "Images per process and micro-batch. Official: 64.")
     logging_steps: float = _field(10, "Steps between log lines.")
     logging_nan_inf_filter: bool = _field(False, "Trainer hides NaN losses by default; pretraining stops at them.")
@@ -188,6 +209,13 @@ class PretrainingArguments(TrainingArguments):
             raise ValueError("remove_unused_columns is True; it would drop every crop. Leave it at False.")
         if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
             raise ValueError(f"optim is {self.optim}; expected adamw_torch_fused or adamw_torch, as in the recipe.")
+        loading = cast(Any, self.accelerator_config)
+        if loading.split_batches or loading.dispatch_batches:
+            raise ValueError(
+                f"accelerator_config has split_batches={loading.split_batches} and dispatch_batches="
+                f"{loading.dispatch_batches}; expected neither: the rows of a batch of masks are not its images."
+            )
+        loading.dispatch_batches = False
         if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
             raise ValueError("KoLeo compares images of one batch; with a batch of 1 set koleo_loss_weight=0.")
 
@@ -223,7 +251,7 @@ class PretrainingArguments(TrainingArguments):
         """Configuration of the backbone that the fields above describe."""
         overrides = {
             name: getattr(self, name)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")
+            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
             if getattr(self, name) is not None
         }
         return RegViTConfig.from_preset(
@@ -269,6 +297,13 @@ class _StepRules(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.values = self.schedules.at(state.global_step)
+        # Drop path is the only draw of a step. As a function of (seed, step, process) it differs between processes,
+        # does not depend on what observers draw, and needs no state to be resumed.
+        entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
+        seed = int(entropy.generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)
+        if args.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         set_rates(kwargs["optimizer"], self.values)
         kwargs["model"].begin_step(self.values.teacher_temperature)
 
@@ -276,11 +311,13 @@ class _StepRules(TrainerCallback):
         kwargs["model"].update_teacher(self.values.teacher_momentum)
 
 
-class DinoTrainer(Trainer):
+class DinoTrainer(CheckpointedTrainer):
     """`transformers.Trainer` for `SelfDistillation`: everything of the recipe is elsewhere, this connects it.
 
-    A checkpoint holds the whole module, so student, teacher, heads and centers; with the optimizer, the random state
-    and the position in the data a resumed run repeats the unbroken one bit for bit on a CPU.
+    A checkpoint holds the whole module, so student, teacher, heads and centers; with the optimizer and the position
+    in the data a resumed run repeats the unbroken one bit for bit on a CPU, with any number of workers. The images of
+    a step, though not their split, are the same on any number of processes. A stream (`IterableDataset`) is read
+    again from the start of its epoch up to the position.
 
     Args:
         model: student, teacher and losses.
@@ -311,6 +348,15 @@ class DinoTrainer(Trainer):
                 "Start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self._rules = _StepRules()
+        self._sampler: EpochSampler | None = None
+        if not isinstance(train_dataset, IterableDataset):
+            self._sampler = EpochSampler(
+                len(cast(Sized, train_dataset)), seed=args.seed, images_per_step=args.images_per_step
+            )
+        self._position, self._first_step = (0, 0), 0  # where a resumed run starts: epoch and images, optimizer step
+        self._replaced: tuple[Any, Any] = (None, None)
+        self._targets: list[TeacherTargets] = []
+        self._micro_batches: list[dict[str, Tensor]] = []
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
         # Clock and step at the last log line; the clock starts with the first step, not with the set-up.
         self._window = (0.0, -1)
@@ -331,10 +377,141 @@ class DinoTrainer(Trainer):
         if not args.disable_tqdm:
             self.add_callback(TrainingProgress())
 
-    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
-        from .data import EpochSampler
+    # The data: every process takes its share of one order, from any position in it.
 
-        return EpochSampler(len(cast(Sized, self.train_dataset)), seed=self.args.seed)
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with a time limit for workers."""
+        if self._sampler is None:
+            return super().get_train_dataloader()
+        return self._data_loader(self._sampler)
+
+    def _data_loader(self, sampler: EpochSampler) -> DataLoader:
+        args = self.args
+        loader = DataLoader(
+            cast(Dataset, self.train_dataset),
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Trainer's, timed, and with a second chance for workers that hang or die.
+
+        Raises:
+            RuntimeError: a worker hangs or dies a second time; names the images it may have been reading.
+        """
+        started = time.perf_counter()
+        iterator = self._replaced[1] if self._replaced[0] is epoch_iterator else epoch_iterator
+        batches: list[dict[str, Tensor]] = []
+        while len(batches) < num_batches:
+            try:
+                batches.append(next(iterator))
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                if self._sampler is None or "DataLoader" not in str(error):
+                    raise
+                names = ", ".join(self._undelivered_images(len(batches)))
+                if self._replaced[0] is epoch_iterator:
+                    error.add_note(f"It happened twice. One of these images was being read: {names}.")
+                    raise
+                logger.warning("%s Workers are started again. Being read was one of: %s.", error, names)
+                iterator = iter(self._data_loader(self._sampler_after(len(batches))))
+                self._replaced = (epoch_iterator, iterator)
+        self._waited += time.perf_counter() - started
+        self._micro_batches = batches if len(batches) > 1 and self.args.centering == "sinkhorn" else []
+        return batches, None
+
+    def _sampler_after(self, micro_batches: int) -> EpochSampler:
+        """A sampler of the running epoch from the first image that no step has got, `micro_batches` on."""
+        sampler = copy.copy(cast("EpochSampler", self._sampler))
+        epoch, offset = sampler.position(self.state.global_step - self._first_step)
+        per_micro_batch = self.args.per_device_train_batch_size * self.args.world_size
+        sampler.start_at(epoch, offset + micro_batches * per_micro_batch)
+        sampler.set_epoch(epoch)
+        return sampler
+
+    def _undelivered_images(self, micro_batches: int) -> list[str]:
+        """Names of the images of the next two micro-batches: the loader reads one ahead."""
+        args = self.args
+        ahead = itertools.islice(
+            self._sampler_after(micro_batches), 2 * args.per_device_train_batch_size * args.world_size
+        )
+        ids = getattr(getattr(self.train_dataset, "source", None), "ids", None)
+        return [str(index) if ids is None else str(ids[index]) for _, index in ahead]
+
+    # Resuming: what has to agree, and where to start.
+
+    def resume_state(self) -> dict[str, Any]:
+        """Position in the data, recipe, size of a step, the data's fingerprint and versions."""
+        state = {
+            "images_per_step": self.args.images_per_step,
+            "recipe": self.args.resolved(),
+            "data": _fingerprint(self.train_dataset),
+            "packages": _packages(),
+        }
+        if self._sampler is not None:
+            state["position"] = self._sampler.position(self.state.global_step - self._first_step)
+        return state
+
+    def check_resume_state(self, saved: dict[str, Any]) -> None:
+        """Logs what differs from the run that wrote a checkpoint, and refuses what changes its images.
+
+        Raises:
+            ValueError: other images per step without `allow_batch_change`, other images without `allow_data_change`.
+        """
+        now = self.resume_state()
+        for part, unimportant in (("recipe", {"output_dir", "resume_from_checkpoint"}), ("packages", set())):
+            old, new = saved.get(part, {}), now[part]
+            for name in sorted(({*old, *new}) - unimportant):
+                if old.get(name) != new.get(name):
+                    logger.warning(
+                        "Changed since the checkpoint: %s is %s, was %s.", name, new.get(name), old.get(name)
+                    )
+        for name, allowed in (
+            ("images_per_step", self.args.allow_batch_change),
+            ("data", self.args.allow_data_change),
+        ):
+            if name in saved and saved[name] != now[name] and not allowed:
+                option = {"images_per_step": "allow_batch_change", "data": "allow_data_change"}[name]
+                raise ValueError(
+                    f"{name} is {now[name]}, the checkpoint was written with {saved[name]}. The run would see other "
+                    f"images per step than the unbroken one. Set it back, or accept that with --{option}."
+                )
+        self._position = tuple(saved.get("position", (0, 0)))
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        start = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._sampler is None:
+            return start
+        self._sampler.start_at(*self._position)
+        self._sampler.start_at(*self._sampler.position(0))  # the end of an epoch is the start of the next
+        self._position, self._first_step = (0, 0), self.state.global_step
+        return self._sampler.start[0], 0
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """Trainer's, with as many epochs as a resumed run may need: the number of steps ends it."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)
+        return (epochs + (self._position != (0, 0)) * (self._position[0] + 1), *others)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if self._sampler is not None:  # Trainer counts from where it started
+            epoch, offset = self._sampler.position(self.state.global_step - self._first_step)
+            self.state.epoch = epoch + offset / len(self._sampler)
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    # The step.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one parameter group per pair of multipliers."""
@@ -372,7 +549,15 @@ class DinoTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """Loss of one micro-batch. Whether it is finite, `FiniteGuard` asks once per step for all processes."""
-        outputs = model(**without_ids(inputs))
+        tensors: dict[str, Any] = without_ids(inputs)
+        if self._micro_batches:  # the first of several: all their targets are solved together
+            batches = [self._prepare_inputs(without_ids(batch)) for batch in self._micro_batches]
+            self._micro_batches = []
+            with self.accelerator.autocast():
+                self._targets = self.model.joint_targets(batches)
+        if self._targets:
+            tensors = {**tensors, "targets": self._targets.pop(0)}
+        outputs = model(**tensors)
         self._guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), outputs)
         self._record({name: value for name, value in outputs.items() if name != "loss"})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
@@ -397,18 +582,16 @@ class DinoTrainer(Trainer):
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, self.args, step=self.state.global_step) from error
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, timed: what the step waits for its data."""
-        started = time.perf_counter()
-        samples = super().get_batch_samples(*args, **kwargs)
-        self._waited += time.perf_counter() - started
-        return samples
-
     def _record(self, terms: dict[str, Tensor]) -> None:
         """Sums terms on the device; their means are read once per log line, not once per step."""
         for name, value in terms.items():
             total, count = self._terms.get(name, (0.0, 0))
             self._terms[name] = (total + value.detach(), count + 1)
+
+    def _mean_terms(self) -> dict[str, float]:
+        """Mean of every recorded term over the steps since the last log line and over the processes."""
+        means = torch.stack([torch.as_tensor(total).float() / count for total, count in self._terms.values()])
+        return dict(zip(self._terms, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named loss terms, schedules, speed, memory and what observers have measured."""
@@ -423,7 +606,7 @@ class DinoTrainer(Trainer):
         if not logs:
             return
         if "loss" in logs and self._terms:
-            logs.update({name: float(total) / count for name, (total, count) in self._terms.items()})
+            logs.update(self._mean_terms())
             logs.update(self._rules.values._asdict())
             logs.update(self._speed(measuring))
             self._terms, self._waited = {}, 0.0
@@ -468,7 +651,7 @@ def pretrain(
 
     Args:
         args: the run. `resume_from_checkpoint` takes a checkpoint folder, or `"last"` for the newest one in
-            `output_dir`, if there is any.
+            `output_dir` that verifies, if there is any.
         model: configuration of the backbone, or a backbone to continue from (it is copied, not changed); default:
             what `args` describe.
         train_dataset: indexed by `(epoch, index)`, giving `global_crops` (2, 3, S, S), `local_crops` (L, 3, s, s),
@@ -521,13 +704,16 @@ def pretrain(
         (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
         _write_json(output / "environment.json", _environment(args))
     started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=_checkpoint_to_resume(args))
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     seconds = time.perf_counter() - started
-    backbone = network.teacher_backbone.requires_grad_(True).eval()
+    state = _whole_state(network)
+    backbone = RegViTModel(config)
+    backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
+    backbone.eval()
     if trainer.is_world_process_zero():
         backbone.save_pretrained(output / "backbone")
         image_processor.save_pretrained(output / "backbone")
-        _save_training_state(network, output / "training")
+        _save_training_state(state, output / "training")
         _write_json(output / "report.json", _report(trainer, network, seconds=seconds))
     return backbone
 
@@ -597,18 +783,14 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     return MultiCropDataset(load_images(args.data, split="train"), multi_crop, seed=args.seed)
 
 
-def _checkpoint_to_resume(args: PretrainingArguments) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    if args.resume_from_checkpoint == "last":
-        return get_last_checkpoint(args.output_dir)
-    return args.resume_from_checkpoint
+def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:
+    """Every tensor of the network on the CPU of every process, gathered where FSDP2 has sharded it."""
+    return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
-def _save_training_state(network: SelfDistillation, folder: Path) -> None:
+def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
     """What continued pretraining needs beside the backbone: one file each for student, teacher heads and centers."""
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
     parts = {
         "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
         "teacher_heads": {
@@ -627,13 +809,29 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _environment(args: PretrainingArguments) -> dict[str, Any]:
-    """What one needs to know to compare two runs; no host names, no paths."""
+def _packages() -> dict[str, str]:
     from importlib.metadata import version
 
-    packages = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+    names = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+    return {name: version(name) for name in names}
+
+
+def _fingerprint(dataset: Any) -> dict[str, Any]:
+    """How many images there are, and a hash of their names in order where they have names."""
+    ids = getattr(getattr(dataset, "source", None), "ids", None)
+    count = len(dataset) if isinstance(dataset, Sized) else None
     return {
-        "packages": {name: version(name) for name in packages},
+        "images": count,
+        "names_sha256": None
+        if ids is None
+        else hashlib.sha256("\0".join(map(str, ids)).encode("utf-8", "surrogateescape")).hexdigest(),
+    }
+
+
+def _environment(args: PretrainingArguments) -> dict[str, Any]:
+    """What one needs to know to compare two runs; no host names, no paths."""
+    return {
+        "packages": _packages(),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
