@@ -10,8 +10,9 @@ Registers" (2024) for the registers, which take part in attention everywhere and
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
 from .modeling_regvit import RegViTModel
 
 # ---- Projection head ---------------------------------------------------------------------------------------------
@@ -59,12 +60,15 @@ class _Prototypes(nn.Module):
         self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_features).uniform_(-bound, bound))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
         # One bf16 step of a logit near 1, divided by a temperature of 0.04, is 0.1 nat: this layer runs in full
         # precision whatever the rest of the head runs in.
         with torch.autocast(x.device.type, enabled=False):
-            weight = self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True))
-            return F.linear(x.to(weight.dtype), weight)
+            v, g = (p if p.dtype == torch.float64 else p.float() for p in (self.weight_v, self.weight_g))
+            # One kernel each way for `g * v / |v|`; written out, its passes over K x 256 cost a tenth of a small step.
+            weight = torch._weight_norm(v, g, 0)
+            x = x.to(weight.dtype)
+            return F.linear(x, weight) if objective is None else objective(x, weight)
 
 
 class PrototypeHead(nn.Module):
@@ -97,11 +101,17 @@ class PrototypeHead(nn.Module):
         self.mlp = layers[0] if shape.num_layers == 1 else nn.Sequential(*layers[:-1])
         self.last_layer = _Prototypes(shape.bottleneck_size, shape.num_prototypes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits `(n, K)` in float32 of features `(n, D)`; n may be 0."""
+    def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Logits `(n, K)` in float32 of features `(n, D)`; n may be 0.
+
+        With `objective` its value at the unit-length bottleneck `(n, bottleneck)` and the prototypes
+        `(K, bottleneck)` instead: a loss that needs no logits as a whole. It is called in here because only here the
+        parameters of a sharded head are whole.
+        """
         x = self.mlp(x)
         # 1e-12 underflows in fp16.
-        return self.last_layer(F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return self.last_layer(x, objective)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -113,7 +123,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 class StudentOutput(NamedTuple):
-    """What the losses read of the student. K and K' are the prototypes of the DINO and the iBOT head."""
+    """What the losses compare with the targets. K and K' are the prototypes of the DINO and the iBOT head."""
 
     cls_features: Tensor  # (G, B, D) CLS of the global crops after the final norm
     global_logits: Tensor  # (G, B, K)
@@ -148,9 +158,14 @@ class SelfDistillation(nn.Module):
         dino_loss_weight: weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
         ibot_loss_weight: weight of the masked-patch term; 0 skips its logits.
         koleo_loss_weight: weight of the KoLeo term of each global crop; 0 skips it.
+        koleo_gathered: neighbours of KoLeo come from all processes, not only from this one.
+        koleo_neighbours: nearest neighbours that KoLeo pushes each feature away from.
+        gram_loss_weight: weight of Gram anchoring; above 0 there is also a `gram_teacher`, a frozen copy of the
+            teacher's backbone that moves only through `refresh_gram_teacher`.
 
     Raises:
-        ValueError: a backbone without mask token, an unknown centering, a negative weight or no loss at all.
+        ValueError: a backbone without mask token or with a pooler or norm of another family, an unknown centering, a
+            negative weight or no loss at all.
     """
 
     # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
@@ -162,6 +177,7 @@ class SelfDistillation(nn.Module):
     teacher: nn.ModuleDict
     dino_center: SoftmaxCenter | None
     ibot_center: SoftmaxCenter | None
+    gram_teacher: RegViTModel | None
 
     def __init__(
         self,
@@ -175,18 +191,30 @@ class SelfDistillation(nn.Module):
         dino_loss_weight: float = 1.0,
         ibot_loss_weight: float = 1.0,
         koleo_loss_weight: float = 0.1,
+        koleo_gathered: bool = False,
+        koleo_neighbours: int = 1,
+        gram_loss_weight: float = 0.0,
     ) -> None:
         super().__init__()
         if not backbone.config.use_mask_token:
             raise ValueError(
                 "the backbone has no mask token, which the student needs; build it with use_mask_token=True."
             )
+        if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
+            raise ValueError(
+                f"the backbone has final_norm={backbone.config.final_norm!r} and "
+                f"{'no' if backbone.pooler is None else 'a'} pooler; the losses read tokens after the final norm. "
+                "Build it with final_norm='tokens' and add_pooling_layer=False."
+            )
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
-        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight)
+        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
         if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(f"loss weights (DINO, iBOT, KoLeo) are {weights}; expected none below 0 and one above 0.")
-        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight = weights
+            raise ValueError(
+                f"loss weights (DINO, iBOT, KoLeo, Gram) are {weights}; expected none below 0 and one above 0."
+            )
+        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
+        self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
         self.student_temperature = student_temperature
         self.teacher_temperature = 0.07
         width = backbone.config.hidden_size
@@ -194,6 +222,7 @@ class SelfDistillation(nn.Module):
         if ibot_head is not None:
             self.student["ibot_head"] = PrototypeHead(width, ibot_head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.gram_teacher = copy.deepcopy(self.teacher_backbone) if gram_loss_weight else None
         self.dino_center = self.ibot_center = None
         if centering == "softmax":
             masked_head = dino_head if ibot_head is None else ibot_head
@@ -215,11 +244,23 @@ class SelfDistillation(nn.Module):
         """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
         super().train(mode)
         self.teacher.eval()
+        if self.gram_teacher is not None:
+            self.gram_teacher.eval()
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
         """Recomputes the student's blocks in the backward pass; the teacher has none."""
         self.student_backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compiles the blocks of all backbones in place, one by one: parameter names and checkpoints stay as they are.
+
+        Args:
+            **options: of `torch.compile`.
+        """
+        for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
+            for layer in [] if backbone is None else backbone.layers:
+                layer.compile(**options)
 
     def begin_step(self, teacher_temperature: float) -> None:
         """Once per optimizer step, before its first forward: sets the temperature and folds in the last centers."""
@@ -247,9 +288,8 @@ class SelfDistillation(nn.Module):
 
     def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher head outputs of CLS `(G * B, K)` and of the masked patches `(M, K')`."""
-        outputs = self.teacher_backbone(global_crops.flatten(0, 1))
-        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
-        return self._logits(self.teacher, outputs.pooler_output, masked)
+        tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
+        return self._logits(self.teacher, *tokens)
 
     def _targets(self, cls_logits: Tensor, masked_logits: Tensor, num_global: int) -> TeacherTargets:
         cls = self._probabilities(cls_logits, self.dino_center)
@@ -293,12 +333,51 @@ class SelfDistillation(nn.Module):
             )
         ]
 
+    @staticmethod
+    def _tokens(
+        backbone: RegViTModel, pixels: Tensor, patches: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens that a loss reads, after the final norm.
+
+        The last block is computed for these tokens only; the others are keys and values in it. With half of the crops
+        masked that is most of that block.
+
+        Args:
+            backbone: of student or teacher.
+            pixels: `(crops, 3, S, S)`.
+            patches: `(m,)` positions in the flattened (crops, N).
+            masks: `(crops, N)` bool.
+
+        Returns:
+            CLS `(crops, D)` and the patches `(m, D)`.
+        """
+        hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
+        *blocks, last = backbone.layers
+        for block in blocks:
+            hidden_states, _ = block(hidden_states)
+        num_crops, num_tokens, _ = hidden_states.shape
+        prefix = backbone.config.num_prefix_tokens
+        first = torch.arange(num_crops, device=pixels.device) * num_tokens
+        behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
+        rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]))[0])
+        return rows[:num_crops], rows[num_crops:]
+
+    def _student_tokens(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, patches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """CLS of all crops `(G * B + L * B, D)`, global ones first, and the global crops' patches at `patches`."""
+        backbone = self.student_backbone
+        cls, rows = self._tokens(backbone, global_crops.flatten(0, 1), patches, masks.flatten(0, 1))
+        if self.dino_loss_weight and local_crops.shape[0]:
+            # A forward of its own: packing both resolutions into one sequence costs time on a CPU.
+            local_cls, _ = self._tokens(backbone, local_crops.flatten(0, 1), patches[:0])
+            cls = torch.cat([cls, local_cls])
+        return cls, rows
+
     def student_outputs(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
     ) -> StudentOutput:
-        """Student on masked global crops and unmasked local crops.
-
-        The two resolutions are two forwards: packing them into one sequence saves nothing on a CPU.
+        """Student on masked global crops and unmasked local crops, with all logits, which `forward` never stores.
 
         Args:
             global_crops: `(G, B, 3, S, S)`.
@@ -310,19 +389,75 @@ class SelfDistillation(nn.Module):
             Features and logits, crop-major.
         """
         num_global, batch = global_crops.shape[:2]
-        num_local = local_crops.shape[0] if self.dino_loss_weight else 0
-        backbone = self.student_backbone
-        outputs = backbone(global_crops.flatten(0, 1), bool_masked_pos=masks.flatten(0, 1))
-        cls = outputs.pooler_output
-        rows = [cls]
-        if num_local:
-            rows.append(backbone(local_crops.flatten(0, 1)).pooler_output)
-        masked = outputs.patch_tokens.flatten(0, 1)[mask_indices]
-        cls_logits, masked_logits = self._logits(self.student, torch.cat(rows), masked)
+        cls, masked = self._student_tokens(global_crops, local_crops, masks, mask_indices)
+        cls_logits, masked_logits = self._logits(self.student, cls, masked)
         cls_logits = cls_logits.reshape(-1, batch, cls_logits.shape[-1])
-        return StudentOutput(
-            cls.reshape(num_global, batch, -1), cls_logits[:num_global], cls_logits[num_global:], masked_logits
+        cls = cls[: num_global * batch].reshape(num_global, batch, -1)
+        return StudentOutput(cls, cls_logits[:num_global], cls_logits[num_global:], masked_logits)
+
+    def _prototype_losses(
+        self, cls: Tensor, masked: Tensor, targets: TeacherTargets, mask_weights: Tensor, batch: int
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """DINO and iBOT together: what to differentiate, its weighted parts, and the cross-entropy of each CLS row.
+
+        A loss that is off gets no rows. Its head stays tied to the graph: DDP waits for every gradient.
+        """
+        num_global = targets.cls.shape[0]
+        num_local = cls.shape[0] // batch - num_global
+        # The official divisor: without local crops it counts one term that is not there.
+        divisor = max(num_global * num_local, 1) + num_global
+        # Each global crop learns from the other one. Each local crop learns from all, which is num_global times their
+        # mean, because a cross-entropy is linear in its target.
+        rows = torch.arange(num_global * batch + batch, device=cls.device)
+        rows = torch.cat([rows[: num_global * batch], rows[num_global * batch :].repeat(num_local)])
+        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=torch.float32)
+        weights[num_global * batch :] *= num_global
+        if not self.dino_loss_weight:
+            cls, rows, weights = cls[:0], rows[:0], weights[:0]
+        if not self.ibot_loss_weight:
+            masked, mask_weights = masked[:0], mask_weights[:0]
+        dino = partial(
+            prototype_cross_entropy,
+            targets=torch.cat([targets.cls.flip(0).flatten(0, 1), targets.cls.mean(0)]),
+            target_rows=rows,
+            weights=weights,
+            temperature=self.student_temperature,
         )
+        ibot_weights = mask_weights * (self.ibot_loss_weight / (num_global * batch))
+        ibot = partial(
+            prototype_cross_entropy,
+            targets=targets.masked,
+            weights=ibot_weights,
+            temperature=self.student_temperature,
+        )
+        if "ibot_head" in self.student:
+            dino_loss, of_cls = self.student["dino_head"](cls, dino)
+            ibot_loss, of_masked = self.student["ibot_head"](masked, ibot)
+        else:
+            count = len(cls)
+            (dino_loss, of_cls), (ibot_loss, of_masked) = self.student["dino_head"](
+                torch.cat([cls, masked]), lambda x, w: (dino(x[:count], w), ibot(x[count:], w))
+            )
+        terms = {}
+        if self.dino_loss_weight:
+            across, local = (of_cls * weights).split([num_global * batch, num_local * batch])
+            if num_local:
+                terms["dino_local_loss"] = local.sum()
+            terms["dino_global_loss"] = across.sum()
+        if self.ibot_loss_weight:
+            terms["ibot_loss"] = (of_masked * ibot_weights).sum()
+        return dino_loss + ibot_loss, terms, of_cls
+
+    @torch.no_grad()
+    def _gram_patches(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches `(crops, N, D)` of the Gram teacher, on the student's grid where its crops have another size."""
+        teacher = cast(RegViTModel, self.gram_teacher)
+        patches = teacher(crops).patch_tokens
+        own = teacher.embeddings.patch_embeddings.grid_of(crops)
+        if own == grid:
+            return patches
+        maps = patches.float().mT.unflatten(2, own)  # (crops, D, rows, columns)
+        return F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).flatten(2).mT
 
     def forward(
         self,
@@ -332,6 +467,7 @@ class SelfDistillation(nn.Module):
         mask_indices: Tensor,
         mask_weights: Tensor,
         targets: TeacherTargets | None = None,
+        gram_crops: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """One training forward.
 
@@ -342,12 +478,14 @@ class SelfDistillation(nn.Module):
             mask_indices: `(M,)` int64 positions of the True entries in the flattened masks, ascending; M may be 0.
             mask_weights: `(M,)` 1 / (masked patches of that patch's crop).
             targets: of this micro-batch, from `joint_targets`; default: the teacher's for this batch alone.
+            gram_crops: `(2, B, 3, S', S')` the global crops at another size, for the Gram teacher; default: as they
+                are.
 
         Returns:
             `loss` (the scalar to differentiate), its detached weighted parts `dino_local_loss`, `dino_global_loss`,
-            `ibot_loss` and `koleo_loss`, which add up to it, and `teacher_entropy` and `teacher_marginal_entropy` in
-            nats: of a single DINO target, and of their mean over the batch. All near ln K means uniform collapse, both
-            near 0 means that one prototype takes everything.
+            `ibot_loss`, `koleo_loss` and `gram_loss`, which add up to it, and `teacher_entropy` and
+            `teacher_marginal_entropy` in nats: of a single DINO target, and of their mean over the batch. All near
+            ln K means uniform collapse, both near 0 means that one prototype takes everything.
             `teacher_student_kl` is KL(teacher || student) of the global crops in nats, `used_prototypes` the number of
             prototypes that are the largest entry of some target of the batch.
 
@@ -356,43 +494,30 @@ class SelfDistillation(nn.Module):
         """
         self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
         targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
-        student = self.student_outputs(global_crops, local_crops, masks, mask_indices)
         num_global, batch = global_crops.shape[:2]
-        # The official divisor: without local crops it counts one term that is not there.
-        divisor = max(num_global * local_crops.shape[0], 1) + num_global
-        temperature = self.student_temperature
-        terms = {}
-        if self.dino_loss_weight:
-            if student.local_logits.shape[0]:
-                local = dino_loss(student.local_logits, targets.cls, student_temperature=temperature)
-                terms["dino_local_loss"] = self.dino_loss_weight * local / divisor
-            # Each crop learns from the other: one comparison of 2B rows with the crops of the teacher swapped.
-            swapped = targets.cls.flip(0).flatten(0, 1)[None]
-            both = student.global_logits.flatten(0, 1)[None]
-            across = dino_loss(both, swapped, student_temperature=temperature)
-            terms["dino_global_loss"] = self.dino_loss_weight * across * num_global / divisor
-        if self.ibot_loss_weight:
-            masked = ibot_loss(
-                student.masked_logits,
-                targets.masked,
-                mask_weights,
-                num_crops=num_global * batch,
-                student_temperature=temperature,
-            )
-            terms["ibot_loss"] = self.ibot_loss_weight * masked
+        patches = mask_indices
+        if self.gram_loss_weight:
+            patches = torch.arange(masks.numel(), device=masks.device)
+        cls, rows = self._student_tokens(global_crops, local_crops, masks, patches)
+        masked = rows[mask_indices] if self.gram_loss_weight else rows
+        loss, terms, of_cls = self._prototype_losses(cls, masked, targets, mask_weights, batch)
         if self.koleo_loss_weight:
-            spread = torch.stack([koleo_loss(crop) for crop in student.cls_features])
-            terms["koleo_loss"] = self.koleo_loss_weight * spread.sum()
-        # Logits of a loss that is off have no rows, but they tie its head to the graph: DDP waits for every gradient.
-        idle = student.global_logits[:0].sum() + student.masked_logits[:0].sum()
-        loss = torch.stack(list(terms.values())).sum() + idle
+            spread = partial(koleo_loss, gathered=self.koleo_gathered, neighbours=self.koleo_neighbours)
+            koleo = torch.stack([spread(crop) for crop in cls[: num_global * batch].split(batch)])
+            terms["koleo_loss"] = self.koleo_loss_weight * koleo.sum()
+            loss = loss + terms["koleo_loss"]
+        if self.gram_loss_weight:
+            grid = self.student_backbone.embeddings.patch_embeddings.grid_of(global_crops[0])
+            anchor = self._gram_patches((global_crops if gram_crops is None else gram_crops).flatten(0, 1), grid)
+            terms["gram_loss"] = self.gram_loss_weight * gram_loss(rows.unflatten(0, anchor.shape[:2]), anchor)
+            loss = loss + terms["gram_loss"]
         outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
         if self.dino_loss_weight:
             probabilities = targets.cls.flatten(0, 1)
             outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
             outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
             # The global cross-entropy is H(t) + KL(t || s); without its constant part it tells how far the student is.
-            outputs["teacher_student_kl"] = across.detach() - outputs["teacher_entropy"]
+            outputs["teacher_student_kl"] = of_cls[: num_global * batch].mean() - outputs["teacher_entropy"]
             used = probabilities.new_zeros(probabilities.shape[-1])
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
         return outputs
@@ -441,3 +566,12 @@ class SelfDistillation(nn.Module):
         student = dict(self.student.named_parameters())
         teacher = dict(self.teacher.named_parameters())
         torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+
+    @torch.no_grad()
+    def refresh_gram_teacher(self) -> None:
+        """Makes the present teacher's backbone the one that Gram anchoring holds on to."""
+        if self.gram_teacher is None:
+            raise RuntimeError(
+                "there is no Gram teacher to refresh; build SelfDistillation with gram_loss_weight > 0."
+            )
+        torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher_backbone.parameters()))

@@ -1,4 +1,4 @@
-"""The self-supervised losses of DINOv2: DINO, iBOT and KoLeo, and the two ways to make teacher targets.
+"""The self-supervised losses of DINOv2: DINO, iBOT, KoLeo, the two ways to make teacher targets, Gram anchoring.
 
 Everything is computed in float32 whatever the dtype of the inputs: at a temperature of 0.04 the rounding of a bf16
 logit alone moves a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
@@ -7,18 +7,26 @@ This is the one module that talks to `torch.distributed` directly. Without a pro
 collective is skipped.
 
 Source: Oquab et al., "DINOv2" (2023); Caron et al., "DINO" (2021); Zhou et al., "iBOT" (2021); Sablayrolles et al.,
-"Spreading vectors for similarity search" (2018). Divisors and orders of operations follow the released training code.
+"Spreading vectors for similarity search" (2018); Siméoni et al., "DINOv3" (2025) for Gram anchoring and the gathered
+KoLeo. Divisors and orders of operations follow the released training code.
 """
+
+from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduces `tensor` in place over all processes; returns it untouched where there is only one."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _num_processes() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
 
@@ -123,21 +131,143 @@ def ibot_loss(
     return (per_patch * mask_weights).sum() / num_crops
 
 
-def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """Differential-entropy regulariser: pushes every feature away from its nearest neighbour in the batch.
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """Loss and gradients of `prototype_cross_entropy` in one pass over chunks of rows.
 
-    Rows are L2-normalised; the neighbour is the row with the largest dot product, itself excluded; its index is a
-    constant but the gradient flows through both rows. One global crop is one batch, local to the process.
+    The gradient of a cross-entropy is known as soon as its softmax is, so both matrix products of the backward pass
+    are done while the logits of a chunk are still in the cache. Nothing of the size (n, K) outlives its chunk.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor,
+        targets: Tensor,
+        target_rows: Tensor | None,
+        weights: Tensor,
+        temperature: float,
+        chunk_rows: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        num_rows = features.shape[0]
+        scaled = features / temperature
+        per_row = features.new_empty(num_rows)
+        if with_gradients:
+            feature_gradient, prototype_gradient = torch.empty_like(features), torch.zeros_like(prototypes)
+        buffer = features.new_empty(min(chunk_rows, num_rows), prototypes.shape[0])
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            target = targets[rows] if target_rows is None else targets.index_select(0, target_rows[rows])
+            target = target.to(features.dtype)
+            logits = torch.mm(scaled[rows], prototypes.T, out=buffer[: len(target)])
+            dot = torch.einsum("nk,nk->n", logits, target)
+            top = logits.amax(dim=1, keepdim=True)
+            masses = logits.sub_(top).exp_().sum(dim=1)
+            per_row[rows] = masses.log() + top.squeeze(1) - dot
+            if with_gradients:
+                weight = weights[rows, None]
+                gradient = logits.mul_(weight / masses[:, None]).addcmul_(target, -weight)
+                torch.mm(gradient, prototypes, out=feature_gradient[rows])
+                prototype_gradient.addmm_(gradient.T, scaled[rows])
+        if with_gradients:
+            ctx.save_for_backward(feature_gradient.div_(temperature), prototype_gradient)
+        ctx.mark_non_differentiable(per_row)
+        return (per_row * weights).sum(), per_row
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        feature_gradient, prototype_gradient = ctx.saved_tensors
+        return feature_gradient * gradient, prototype_gradient * gradient, *(None,) * 6
+
+
+# Largest number of logits that `prototype_cross_entropy` holds at a time: on a CPU what a cache can keep, elsewhere
+# enough rows that starting kernels costs nothing.
+_CHUNK_LOGITS = {"cpu": 2**23, "other": 2**26}
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor,
+    temperature: float = 0.1,
+    target_rows: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Weighted sum of cross-entropies whose logits `features @ prototypes.T` are never stored as a whole.
+
+    The same numbers as `dino_loss` and `ibot_loss` on those logits, in float32, without their memory: with 65,536
+    prototypes the logits and their gradients are the largest tensors of a training step.
+
+    Args:
+        features: `(n, d)` rows at the bottleneck of a head, unit length. n may be 0.
+        prototypes: `(K, d)` weight of its last layer.
+        targets: `(m, K)` target probabilities, each row summing to 1; constants.
+        weights: `(n,)` weight of each row in the sum; constants.
+        temperature: student temperature.
+        target_rows: `(n,)` int64, which row of `targets` belongs to each row of `features`; None for the same one.
+        chunk_rows: rows handled at a time; None for what suits the device.
+
+    Returns:
+        The scalar `sum_i w_i H(t_i, s_i)`, and `(n,)` the cross-entropy of each row in nats, without a gradient.
+
+    Raises:
+        ValueError: shapes that do not fit, or a temperature that is not positive.
+    """
+    _check_temperature("temperature", temperature)
+    rows = features.shape[0] if target_rows is None else targets.shape[0]
+    if (
+        features.ndim != 2
+        or features.shape[1:] != prototypes.shape[1:]
+        or targets.shape != (rows, prototypes.shape[0])
+        or weights.shape != features.shape[:1]
+        or (target_rows is not None and target_rows.shape != weights.shape)
+    ):
+        raise ValueError(
+            f"features {tuple(features.shape)}, prototypes {tuple(prototypes.shape)}, targets "
+            f"{tuple(targets.shape)}, weights {tuple(weights.shape)} and target_rows "
+            f"{None if target_rows is None else tuple(target_rows.shape)} do not fit; expected (n, d), (K, d), "
+            "(n, K) and (n,), or with target_rows (n,) any number of targets."
+        )
+    if chunk_rows is None:
+        kind = "cpu" if features.device.type == "cpu" else "other"
+        chunk_rows = max(_CHUNK_LOGITS[kind] // prototypes.shape[0], 1)
+    with torch.autocast(features.device.type, enabled=False):
+        features, prototypes = _float32(features), _float32(prototypes)
+        return _PrototypeCrossEntropy.apply(
+            features,
+            prototypes,
+            targets.detach(),
+            target_rows,
+            weights.detach().to(features.dtype),
+            temperature,
+            chunk_rows,
+            torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad),
+        )
+
+
+def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbours: int = 1) -> Tensor:
+    """Differential-entropy regulariser: pushes every feature away from its nearest neighbours in the batch.
+
+    Rows are L2-normalised; the neighbours are the rows with the largest dot products, itself excluded; their indices
+    are constants but the gradient flows through both rows. One global crop is one batch.
 
     Args:
         features: `(B, D)` un-normalised CLS features (after the final norm, before the head).
         eps: added to every coordinate of the difference and to the distance, and the floor of the norm.
+        gathered: look for neighbours among the rows of all processes, which then need equal B. Otherwise the batch is
+            local to the process, as in DINOv2.
+        neighbours: how many neighbours count, alike; 1 in DINOv2.
 
     Returns:
-        Scalar: `-mean_i log(|x_i - x_nn(i) + eps| + eps)`. Identical rows give about 16, not infinity.
+        Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbours. Identical
+        rows give about 16, not infinity.
 
     Raises:
-        ValueError: fewer than 2 rows, for which there is no neighbour.
+        ValueError: too few rows to have that many neighbours.
     """
     if features.ndim != 2 or features.shape[0] < 2:
         raise ValueError(
@@ -146,12 +276,53 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8) -> Tensor:
         )
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(_float32(features), dim=-1, eps=eps)
+        others, offset = unit, 0
+        if gathered and _num_processes() > 1:
+            others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
+            offset = dist.get_rank() * unit.shape[0]
+        if not 1 <= neighbours < others.shape[0]:
+            raise ValueError(
+                f"neighbours is {neighbours}; expected 1 to {others.shape[0] - 1}, one less than the rows there are."
+            )
         with torch.no_grad():
-            similarity = unit @ unit.T
-            similarity.fill_diagonal_(-1)
-            neighbour = similarity.argmax(dim=1)
-        distance = F.pairwise_distance(unit, unit[neighbour], p=2, eps=eps)
+            similarity = unit @ others.T
+            similarity.diagonal(offset).fill_(-1)
+            nearest = similarity.topk(neighbours, dim=1).indices  # (B, neighbours)
+        distance = F.pairwise_distance(unit[:, None], others[nearest], p=2, eps=eps)
         return -torch.log(distance + eps).mean()
+
+
+def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
+    """Gram anchoring: keeps the similarities between the patches of an image as an earlier teacher had them.
+
+    Patch features may drift as a whole; what may not change is how alike two patches of one image are. Both sides are
+    L2-normalised, so the compared P x P matrices hold cosines.
+
+    Args:
+        student_patches: `(crops, P, D)` patch features after the final norm.
+        teacher_patches: `(crops, P, D')` those of the Gram teacher on the same grid; constants.
+
+    Returns:
+        Scalar: the mean squared difference over all entries of all matrices.
+
+    Raises:
+        ValueError: another number of crops or patches on the two sides.
+
+    Source: Siméoni et al., "DINOv3" (2025), section 4; weight 2 there.
+    """
+    if (
+        student_patches.ndim != 3
+        or teacher_patches.ndim != 3
+        or student_patches.shape[:2] != teacher_patches.shape[:2]
+    ):
+        raise ValueError(
+            f"student patches {tuple(student_patches.shape)} and teacher patches {tuple(teacher_patches.shape)} do "
+            "not fit; expected (crops, P, D) and (crops, P, D') on the same grid. Resample the teacher's first."
+        )
+    with torch.autocast(student_patches.device.type, enabled=False):
+        student = F.normalize(_float32(student_patches), dim=-1)
+        teacher = F.normalize(_float32(teacher_patches.detach()), dim=-1)
+        return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
 
 
 @torch.no_grad()
@@ -183,12 +354,13 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
         raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (n, K): one row per sample.")
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}; expected at least 1, the official recipe uses 3.")
-    scaled = _float32(logits) / temperature
+    # The one tensor of this size that is made; everything below happens in it.
+    kernel = _float32(logits) / temperature
     # An empty process takes part in every collective with the neutral element.
-    floor = scaled.new_full((1, scaled.shape[1]), -torch.inf)
-    scaled = scaled - _all_reduce(torch.cat([scaled, floor]).amax(dim=0), dist.ReduceOp.MAX)
-    shift = scaled.amax(dim=1, keepdim=True)
-    kernel = (scaled - shift).exp_()
+    top = kernel.amax(dim=0) if len(kernel) else kernel.new_full((kernel.shape[1],), -torch.inf)
+    kernel.sub_(_all_reduce(top, dist.ReduceOp.MAX))
+    shift = kernel.amax(dim=1, keepdim=True)
+    kernel.sub_(shift).exp_()
     # Undoes the shift of each sample in the first prototype sums; afterwards the sample scalings absorb it.
     sample_scale = shift.squeeze(1).exp_()
     prototype_scale = kernel.new_ones(kernel.shape[1])
@@ -250,7 +422,7 @@ class SoftmaxCenter(nn.Module):
             ValueError: a temperature that is not positive.
         """
         _check_temperature("temperature", temperature)
-        return torch.softmax((_float32(logits) - self.center) / temperature, dim=-1)
+        return torch.softmax((_float32(logits) - self.center).div_(temperature), dim=-1)
 
     @torch.no_grad()
     def accumulate(self, logits: Tensor) -> None:

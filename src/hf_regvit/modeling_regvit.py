@@ -307,8 +307,12 @@ class RegViTAttention(nn.Module):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.proj_bias)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, D) -> (B, T, D), or (n, D) for the n `tokens` only: positions in the flattened (B, T)."""
         batch_size, num_tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, T, head_dim)
@@ -318,7 +322,10 @@ class RegViTAttention(nn.Module):
         output, weights = attention_interface(
             self, query, key, value, attention_mask, scaling=self.scaling, dropout=0.0
         )
-        return self.o_proj(output.reshape(batch_size, num_tokens, width)), weights
+        output = output.reshape(batch_size, num_tokens, width)
+        if tokens is not None:
+            output = output.flatten(0, 1).index_select(0, tokens)  # (n, D)
+        return self.o_proj(output), weights
 
 
 class RegViTMLP(nn.Module):
@@ -370,9 +377,18 @@ class RegViTLayer(GradientCheckpointingLayer):
         self.layer_scale2 = None if config.layerscale_value is None else RegViTLayerScale(config)
 
     def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them."""
+        """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them.
+
+        With `tokens`, n positions in the flattened (B, T), the output is (n, D): those tokens only. The others are
+        keys and values for them and nothing more is computed of them, which the last block of a pretraining step uses.
+        """
+        if tokens is not None:
+            return self._forward_tokens(hidden_states, attention_mask, tokens)
         rows = self._draw_rows(hidden_states)
         attended, weights = self.attention(
             self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows)
@@ -382,6 +398,26 @@ class RegViTLayer(GradientCheckpointingLayer):
         rows = self._draw_rows(hidden_states)
         transformed = self.mlp(self.norm2(self._take(hidden_states, rows)))
         return self._add(hidden_states, transformed, self.layer_scale2, rows), weights
+
+    def _forward_tokens(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        batch_size, num_tokens, _ = hidden_states.shape
+        image = tokens // num_tokens  # (n,)
+        rows = self._draw_rows(hidden_states)
+        sources = tokens
+        if rows is not None:
+            # Where each image lies among the drawn ones; the others point to the first, and their gain is 0.
+            place = torch.zeros(batch_size, dtype=torch.long, device=tokens.device)
+            place[rows] = torch.arange(len(rows), device=tokens.device)
+            sources = place[image] * num_tokens + tokens % num_tokens
+        attended, weights = self.attention(
+            self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows), sources
+        )
+        output = hidden_states.flatten(0, 1).index_select(0, tokens)  # (n, D)
+        output = self._add_to_tokens(output, attended, self.layer_scale1, self._draw_gains(hidden_states, rows), image)
+        gains = self._draw_gains(hidden_states, self._draw_rows(hidden_states))
+        return self._add_to_tokens(output, self.mlp(self.norm2(output)), self.layer_scale2, gains, image), weights
 
     def _draw_rows(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """The samples whose branch is computed under "batch_subset": a share 1 - rate of them, at least one."""
@@ -400,7 +436,33 @@ class RegViTLayer(GradientCheckpointingLayer):
                 "drop_path_mode='batch_subset' cannot select rows of a flex-attention mask. "
                 "Use drop_path_mode='sample' or attn_implementation='sdpa' for padded batches."
             )
-        return tensor[rows]
+        return tensor.index_select(0, rows)
+
+    def _draw_gains(self, hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """What stochastic depth (arXiv 1603.09382) multiplies the branch of each sample by in training: (B,)."""
+        if not self.training or self.drop_path_rate == 0:
+            return None
+        gains = hidden_states.new_zeros(hidden_states.shape[0])
+        if rows is not None:
+            # Scaled by the share really drawn, not by 1 / (1 - rate): dinov2 `layers/block.py`.
+            return gains.index_fill(0, rows, len(gains) / len(rows))
+        keep = 1 - self.drop_path_rate
+        return gains.bernoulli_(keep) / keep
+
+    @staticmethod
+    def _add_to_tokens(
+        tokens: torch.Tensor,
+        branch: torch.Tensor,
+        layer_scale: RegViTLayerScale | None,
+        gains: torch.Tensor | None,
+        image: torch.Tensor,
+    ) -> torch.Tensor:
+        """The sum tokens + scale * branch, both (n, D), each token with the gain of its image."""
+        if layer_scale is not None:
+            branch = branch * layer_scale.lambda1
+        if gains is not None:
+            branch = branch * gains[image].to(branch.dtype).unsqueeze(1)
+        return tokens + branch
 
     def _add(
         self,
@@ -409,19 +471,18 @@ class RegViTLayer(GradientCheckpointingLayer):
         layer_scale: RegViTLayerScale | None,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """hidden_states + scale * branch, with stochastic depth (arXiv 1603.09382) in training."""
+        """hidden_states + scale * branch, with stochastic depth in training."""
         if not self.training or self.drop_path_rate == 0:
             if layer_scale is None:
                 return hidden_states + branch
             return torch.addcmul(hidden_states, branch, layer_scale.lambda1)  # one pass over memory instead of two
         if layer_scale is not None:
             branch = branch * layer_scale.lambda1
-        batch_size = hidden_states.shape[0]
         if rows is not None:
-            # Scaled by the share really drawn, not by 1 / (1 - rate): dinov2 `layers/block.py`.
-            return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=batch_size / len(rows))
-        keep = 1 - self.drop_path_rate
-        return hidden_states + branch * (branch.new_empty(batch_size, 1, 1).bernoulli_(keep) / keep)
+            scale = hidden_states.shape[0] / len(rows)  # the inverse of the share really drawn, see `_draw_gains`
+            return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=scale)
+        gains = self._draw_gains(hidden_states, rows)
+        return hidden_states + branch * gains.to(branch.dtype)[:, None, None]
 
 
 # --- Models ---
