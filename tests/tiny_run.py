@@ -1,0 +1,115 @@
+"""A pretraining run that takes a tenth of a second: network, data, arguments and trainer."""
+
+import torch
+from torch.utils.data import Dataset
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.data import DinoCollator
+from hf_regvit.distillation import HeadShape, SelfDistillation
+from hf_regvit.pretraining import DinoTrainer, PretrainingArguments
+
+GRID, PATCH, LOCAL = 4, 4, 2  # global crops 16 px, local crops 8 px
+SHAPE = HeadShape(num_prototypes=12, hidden_size=10, bottleneck_size=6, num_layers=3)
+
+
+def tiny_config(**overrides):
+    fields = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": GRID * PATCH,
+        "patch_size": PATCH,
+        "layerscale_value": 0.1,
+        "use_mask_token": True,
+    }
+    return RegViTConfig(**fields | overrides)
+
+
+def tiny_network(*, seed=0, config=None, **options):
+    torch.manual_seed(seed)
+    return SelfDistillation(RegViTModel(config or tiny_config()), **{"dino_head": SHAPE} | options)
+
+
+def tiny_batch(*, seed=0, batch=3, num_local=LOCAL, masked=True):
+    generator = torch.Generator().manual_seed(seed)
+    masks = torch.zeros(2, batch, GRID**2, dtype=torch.bool)
+    if masked:
+        masks[0, 0, [1, 4, 5]] = True
+        masks[1, batch - 1, [0, 15]] = True
+    weights = (1 / masks.sum(-1).clamp(min=1))[..., None].expand_as(masks)[masks]
+    return {
+        "global_crops": torch.randn(2, batch, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+        "local_crops": torch.randn(num_local, batch, 3, 8, 8, generator=generator),
+        "masks": masks,
+        "mask_indices": masks.flatten().nonzero().flatten(),
+        "mask_weights": weights,
+    }
+
+
+class Crops(Dataset):
+    """Random crops that depend on (epoch, index) only, as those of the real data set do."""
+
+    def __init__(self, size=10):
+        self.size = size
+        self.seen = []
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, key):
+        epoch, index = key
+        self.seen.append(key)
+        generator = torch.Generator().manual_seed(1000 * epoch + index)
+        return {
+            "global_crops": torch.randn(2, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+            "local_crops": torch.randn(LOCAL, 3, 8, 8, generator=generator),
+            "sample_id": index,
+            "epoch": epoch,
+        }
+
+
+def arguments(folder, **overrides):
+    fields = {
+        "output_dir": str(folder),
+        "preset": "tiny",
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "layerscale_value": 0.1,
+        "patch_size": PATCH,
+        "global_crop_size": GRID * PATCH,
+        "local_crop_size": 8,
+        "num_local_crops": LOCAL,
+        "head_num_prototypes": 12,
+        "head_hidden_size": 10,
+        "head_bottleneck_size": 6,
+        "learning_rate": 2e-3,
+        "learning_rate_reference_batch": 0,
+        "per_device_train_batch_size": 3,
+        "max_steps": 6,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 7,
+    }
+    return PretrainingArguments(**fields | overrides)
+
+
+def trained(folder, *, callbacks=(), config=None, dataset=None, resume=None, options=None, **overrides):
+    """A trainer after its run, with the network of `tiny_network`."""
+    trainer = DinoTrainer(
+        tiny_network(config=config, **(options or {})),
+        arguments(folder, **overrides),
+        train_dataset=dataset or Crops(),
+        data_collator=DinoCollator((GRID, GRID), mask_probability=1.0, seed=7),
+        callbacks=callbacks,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+def same_state(first, second):
+    """Whether two state dicts are equal bit for bit."""
+    assert first.keys() == second.keys()
+    return [name for name in first if not torch.equal(first[name], second[name])] == []
