@@ -9,7 +9,7 @@ import logging
 import platform
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +45,8 @@ TASKS: tuple[Task, ...] = ("lost",)
 _BOX_COLUMNS = ("objects", "bbox", "boxes")
 _RESAMPLES = 2000
 _THRESHOLD = 0.5  # of CorLoc
+_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the box in the middle, as shares of the image's
+_HALF_THE_AREA = 0.5**0.5
 
 
 # --- Ground truth
@@ -122,7 +124,7 @@ class LostGrid:
     layers: Sequence[int] = (-1, -2, -3, -4)
     centers: Sequence[Center] = ("none", "image", "row")
     l2norms: Sequence[bool] = (False, True)
-    biases: Sequence[float] = (0.0, 0.05, -0.1, -0.2, -0.4, -0.6)
+    biases: Sequence[float] = (0.0, -0.1, -0.2, -0.4, -0.6)
     raw_biases: Sequence[float] = (0.0,)
     ks: Sequence[int] = (100,)
 
@@ -169,8 +171,7 @@ class LostEvaluation:
         settings: The chosen settings of LOST.
         scores: `lost` (the chosen settings), and what to compare it with: `vanilla` LOST, `attention` of CLS,
             `center_box` (both as good as they were on the images of choice) and `full_image`.
-        choice: How the settings came about: images, number of settings compared, CorLoc there, and the best five.
-            None where there was one to begin with.
+        choice: How the settings came about (`Choice.to_dict`); None where there was one to begin with.
         ids: The judged images, as in `overlaps`.
         num_without_boxes: Images left out because they have no ground-truth box.
         num_skipped: Images that could not be read.
@@ -354,46 +355,29 @@ def evaluate_lost(
     started = time.perf_counter()
     description = describe_model(model)
     settings = (grid or LostGrid()).settings(description.num_layers)
-    heads: list[Method] = (
-        [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
-        if description.has_cls
-        else []
-    )
+    heads: list[Method] = []
+    if description.has_cls:
+        heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
     options = {"processor": processor, "max_side": max_side}
-    judged, truth, without = _with_boxes(judged, truth)
-    choice: dict[str, Any] | None = None
-    methods: list[Method] = [settings[0], *heads[:1]]
-    center = 0.5**0.5  # half of the image's area
+    judged, truth, without = images_with_boxes(judged, truth)
+    choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())
     if len(settings) > 1:
         if train is None:
             first, second = halves(len(judged), seed=seed)
             train = judged.subset(first), [truth[i] for i in first]
             judged, truth = judged.subset(second), [truth[i] for i in second]
-        seen = measure_overlaps(model, *_with_boxes(*train)[:2], [*settings, *heads], label="choosing", **options)
-        settings_there, heads_there = seen.corloc()[: len(settings)], seen.corloc()[len(settings) :]
-        methods = [settings[int(settings_there.argmax())]]
-        methods += [heads[int(heads_there.argmax())]] if heads else []
-        center = max(_CENTERS, key=lambda side: float((seen.center_box(side) >= _THRESHOLD).mean()))
-        best = np.argsort(-settings_there, kind="stable")[:5]
-        choice = {
-            "num_images": len(seen.ids),
-            "num_settings": len(settings),
-            "corloc": float(settings_there.max()),
-            "best": [{"settings": str(settings[i]), "corloc": float(settings_there[i])} for i in best],
-        }
-    measured = measure_overlaps(model, judged, truth, [*methods, LostSettings()], label="judging", **options)
+        images, boxes, _ = images_with_boxes(*train)
+        choice = choose(measure_overlaps(model, images, boxes, [*settings, *heads], label="choosing", **options))
+    measured = measure_overlaps(model, judged, truth, choice.methods, label="judging", **options)
     return LostEvaluation(
-        settings=methods[0],  # type: ignore[arg-type]
-        scores=score_methods(measured, center=center, seed=seed),
-        choice=choice,
+        settings=choice.settings,
+        scores=score_methods(measured, center=choice.center, seed=seed),
+        choice=choice.to_dict() if len(settings) > 1 else None,
         ids=measured.ids,
         num_without_boxes=without,
         num_skipped=len(judged) - len(measured.ids),
         seconds=round(time.perf_counter() - started, 1),
     )
-
-
-_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 @dataclass(frozen=True, eq=False)
@@ -423,10 +407,19 @@ class Overlaps:
     def subset(self, indices: Sequence[int]) -> "Overlaps":
         """Some of the images."""
         rows = list(indices)
-        return Overlaps(
-            self.methods, tuple(self.ids[i] for i in rows), self.iou[rows], self.degenerate[rows],
-            tuple(self.sizes[i] for i in rows), tuple(self.truth[i] for i in rows),
-        )  # fmt: skip
+        return replace(
+            self,
+            ids=tuple(self.ids[i] for i in rows),
+            iou=self.iou[rows],
+            degenerate=self.degenerate[rows],
+            sizes=tuple(self.sizes[i] for i in rows),
+            truth=tuple(self.truth[i] for i in rows),
+        )
+
+    def only(self, methods: Sequence[Method]) -> "Overlaps":
+        """Some of the methods."""
+        columns = [self.methods.index(method) for method in methods]
+        return replace(self, methods=tuple(methods), iou=self.iou[:, columns], degenerate=self.degenerate[:, columns])
 
     def center_box(self, side: float) -> NDArray[np.float64]:
         """Overlaps of a box in the middle of the image, `side` times as high and wide; 1: the whole image."""
@@ -492,6 +485,43 @@ def measure_overlaps(
     )
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What did best on some images.
+
+    Args:
+        methods: To be judged: the chosen settings of LOST, attention of the chosen head if there is CLS, vanilla LOST.
+        center: Side of the box in the middle, as a share of the image's.
+        ranking: All settings of LOST with their CorLoc, best first.
+        num_images: It was made on.
+    """
+
+    methods: tuple[Method, ...]
+    center: float
+    ranking: tuple[tuple[LostSettings, float], ...]
+    num_images: int = 0
+
+    @property
+    def settings(self) -> LostSettings:
+        """Of LOST."""
+        assert isinstance(self.methods[0], LostSettings)
+        return self.methods[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: the five best settings."""
+        best = [{"settings": str(settings), "corloc": corloc} for settings, corloc in self.ranking[:5]]
+        return {"num_images": self.num_images, "num_settings": len(self.ranking), "best": best}
+
+
+def choose(seen: Overlaps) -> Choice:
+    """The settings of LOST, the head and the size of the middle box of highest CorLoc; of equals the first."""
+    ranked = sorted(zip(seen.methods, seen.corloc().tolist()), key=lambda pair: -pair[1])  # stable
+    lost = tuple((method, corloc) for method, corloc in ranked if isinstance(method, LostSettings))
+    heads = [method for method, _ in ranked if isinstance(method, AttentionSettings)]
+    center = max(_CENTERS, key=lambda side: float((seen.center_box(side) >= _THRESHOLD).mean()))
+    return Choice((lost[0][0], *heads[:1], LostSettings()), center, lost, len(seen.ids))
+
+
 def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, CorLocScore]:
     """Scores by name; the first method is LOST as chosen, the last vanilla LOST, one between them attention."""
     overlaps = {"lost": measured.iou[:, 0], "vanilla": measured.iou[:, -1]}
@@ -531,7 +561,9 @@ def bootstrap_interval(values: NDArray[np.float64], *, seed: int, confidence: fl
     return low, high
 
 
-def _with_boxes(source: ImageSource, truth: Sequence[Sequence[Box]]) -> tuple[ImageSource, list[Sequence[Box]], int]:
+def images_with_boxes(
+    source: ImageSource, truth: Sequence[Sequence[Box]]
+) -> tuple[ImageSource, list[Sequence[Box]], int]:
     """The images that have a box, their boxes, and how many have none."""
     kept = [i for i, boxes in enumerate(truth) if boxes]
     if len(kept) < 2:

@@ -173,7 +173,8 @@ def affinity(
     Returns:
         (N, N) or (r, N) float32.
     """
-    return _rows(_prepare(features, center=center, l2norm=l2norm), rows, center=center) + bias
+    settings = LostSettings(center=center, l2norm=l2norm, bias=bias)
+    return _rows(_prepare(features, settings), rows, settings) + bias
 
 
 def lost_box(
@@ -230,48 +231,57 @@ def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostS
     if not torch.isfinite(features).all():
         raise ValueError("features hold NaN or infinity; their affinities mean nothing.")
     results: dict[int, LostResult] = {}
-    order = sorted(range(len(settings)), key=lambda i: (settings[i].center, settings[i].l2norm))
-    for (center, l2norm), members in groupby(order, key=lambda i: (settings[i].center, settings[i].l2norm)):
-        prepared = _prepare(features, center=center, l2norm=l2norm)
-        same = list(members)
-        biases = sorted({settings[i].bias for i in same})
-        degrees = dict(zip(biases, _degrees(prepared, biases, center=center)))
-        for i in same:
-            bias = settings[i].bias
-            results[i] = _discover(prepared, grid, degrees[bias], center=center, bias=bias, k=settings[i].k)
+    order = sorted(range(len(settings)), key=lambda i: _product(settings[i]))
+    for _, members in groupby(order, key=lambda i: _product(settings[i])):
+        same = {i: settings[i] for i in members}
+        prepared = _prepare(features, next(iter(same.values())))
+        variants = {_variant(one): one for one in same.values()}
+        degrees = dict(zip(variants, _degrees(prepared, list(variants.values()))))
+        results |= {i: _discover(prepared, grid, degrees[_variant(one)], one) for i, one in same.items()}
     return [results[i] for i in range(len(settings))]
 
 
-def _prepare(features: Tensor, *, center: Center, l2norm: bool) -> Tensor:
+def _product(settings: LostSettings) -> tuple[bool, bool]:
+    """Settings with the same answer need the same products of features."""
+    return settings.center == "image", settings.l2norm
+
+
+def _variant(settings: LostSettings) -> tuple[bool, float]:
+    """Of the same products, settings with the same answer need the same degrees."""
+    return settings.center == "row", settings.bias
+
+
+def _prepare(features: Tensor, settings: LostSettings) -> Tensor:
     features = features.detach().float()
-    if center == "image":
+    if settings.center == "image":
         features = features - features.mean(0)
-    return F.normalize(features, dim=1) if l2norm else features
+    return F.normalize(features, dim=1) if settings.l2norm else features
 
 
-def _rows(prepared: Tensor, index: Tensor | None, *, center: Center) -> Tensor:
+def _rows(prepared: Tensor, index: Tensor | None, settings: LostSettings) -> Tensor:
     """Rows of the affinity without bias, (r, N)."""
     rows = (prepared if index is None else prepared[index]) @ prepared.T
-    return rows - rows.mean(1, keepdim=True) if center == "row" else rows
+    return rows - rows.mean(1, keepdim=True) if settings.center == "row" else rows
 
 
-def _degrees(prepared: Tensor, biases: Sequence[float], *, center: Center) -> Tensor:
-    """For each bias how many others a patch is positive to, (biases, N) int64."""
-    degrees = torch.empty(len(biases), len(prepared), dtype=torch.int64, device=prepared.device)
+def _degrees(prepared: Tensor, variants: Sequence[LostSettings]) -> Tensor:
+    """For each variant how many others a patch is positive to, (variants, N) int64."""
+    degrees = torch.empty(len(variants), len(prepared), dtype=torch.int64, device=prepared.device)
     for index in torch.arange(len(prepared), device=prepared.device).split(_ROWS_AT_ONCE):
-        rows = _rows(prepared, index, center=center)
-        own = rows[torch.arange(len(index)), index]  # a patch does not count itself
-        for i, bias in enumerate(biases):
-            degrees[i, index] = (rows + bias > 0).sum(1) - (own + bias > 0).long()
+        products = prepared[index] @ prepared.T
+        means = products.mean(1, keepdim=True)
+        for i, settings in enumerate(variants):
+            rows = products - means if settings.center == "row" else products
+            positive = rows > -settings.bias  # in floating point the same as rows + bias > 0, and no copy
+            own = positive[torch.arange(len(index)), index]  # a patch does not count itself
+            degrees[i, index] = positive.sum(1) - own.long()
     return degrees
 
 
-def _discover(
-    prepared: Tensor, grid: tuple[int, int], degrees: Tensor, *, center: Center, bias: float, k: int
-) -> LostResult:
+def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings: LostSettings) -> LostResult:
     num_patches = len(prepared)
-    lowest = degrees.argsort(stable=True)[:k]
-    rows = _rows(prepared, lowest, center=center) + bias  # (k, N), the seed's first
+    lowest = degrees.argsort(stable=True)[: settings.k]
+    rows = _rows(prepared, lowest, settings) + settings.bias  # (k, N), the seed's first
     similar = rows[0, lowest] > 0
     scores = rows[similar].sum(0).view(grid).cpu()
     seed = int(lowest[0])
