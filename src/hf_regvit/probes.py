@@ -1,13 +1,25 @@
-"""Small models fitted on frozen tokens, to measure what a backbone has learnt. So far: weighted k nearest neighbours.
+"""Small models fitted on frozen tokens, to measure what a backbone has learnt.
 
-Shape letters: n training images, m test images, D width, C classes, K = max(k) neighbours.
+Weighted k nearest neighbours on image features, and linear probes on single tokens: where a patch was, what its pixels
+were, and which class its image has.
+
+Shape letters: n training images, m test images, D width, C classes, K = max(k) neighbours, S seeds, t tokens, P pixel
+values of a patch.
 """
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from .features import EvaluationTransform, describe_model, final_norm, prepare_images, read_many
+from .images import ImageSource, load_images
 
 
 def knn_classify(
@@ -107,3 +119,443 @@ def _check_knn(train_features: Tensor, train_labels: Tensor, test_features: Tens
     for name, features in (("train", train_features), ("test", test_features)):
         if not torch.isfinite(features).all():
             raise ValueError(f"{name}_features hold NaN or infinity; kNN would rank them at random.")
+
+
+# --- Linear models ---
+
+
+@dataclass(frozen=True, eq=False)
+class LinearModel:
+    """Standardised features times a matrix: `(x - mean) / std @ weight + bias`, (.., D) to (.., outputs)."""
+
+    mean: Tensor
+    std: Tensor
+    weight: Tensor
+    bias: Tensor
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Scores or predictions, float32."""
+        return (features.float() - self.mean) / self.std @ self.weight + self.bias
+
+
+def _standardise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Features with mean 0 and standard deviation 1 per channel, and both; constant channels stay 0."""
+    features = features.float()
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    std = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), std, torch.ones_like(std))
+    return (features - mean) / std, mean, std
+
+
+def softmax_regression(
+    features: Tensor, labels: Tensor, *, num_classes: int, l2: float = 1e-3, max_iterations: int = 100
+) -> LinearModel:
+    """Multinomial logistic regression on standardised features, by L-BFGS from zero: nothing is random.
+
+    Minimises mean cross-entropy + l2 / 2 * ||weight||², the bias free of the penalty; scikit-learn's
+    `LogisticRegression(C=1 / (l2 * n))` has the same minimum.
+
+    Args:
+        features: (n, D).
+        labels: (n,) integers in [0, num_classes).
+        num_classes: C.
+        l2: Penalty, on standardised features.
+        max_iterations: Of L-BFGS with a strong Wolfe line search.
+    """
+    if len(features) == 0 or labels.shape != features.shape[:1]:
+        raise ValueError(f"{tuple(labels.shape)} labels for features {tuple(features.shape)}; expected one each.")
+    x, mean, std = _standardise(features)
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    solver = torch.optim.LBFGS(
+        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-6, history_size=10, line_search_fn="strong_wolfe"
+    )
+
+    def loss() -> Tensor:
+        solver.zero_grad()
+        value = F.cross_entropy(x @ weight + bias, labels) + l2 / 2 * weight.square().sum()
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        solver.step(loss)
+    return LinearModel(mean, std, weight.detach(), bias.detach())
+
+
+def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> LinearModel:
+    """Least squares on standardised features with the penalty l2 * n * ||weight||², in closed form and float64.
+
+    Args:
+        features: (n, D).
+        targets: (n, outputs); their mean is the bias.
+        l2: Penalty.
+    """
+    if len(features) == 0 or len(features) != len(targets):
+        raise ValueError(f"{len(targets)} targets for {len(features)} features; expected one each.")
+    x, mean, std = _standardise(features)
+    bias = targets.float().mean(dim=0)
+    x = x.double()
+    penalty = l2 * len(x) * torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
+    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (targets.double() - bias.double()))
+    return LinearModel(mean, std, weight.float(), bias)
+
+
+# --- Probes on single tokens ---
+
+
+def position_scores(predicted: Tensor, true: Tensor, grid: tuple[int, int]) -> dict[str, float]:
+    """How well cells of a grid were guessed.
+
+    Args:
+        predicted: (t,) cell indices, row-major.
+        true: (t,) likewise.
+        grid: (rows, columns).
+
+    Returns:
+        `top1` in [0, 1]; `distance`, the mean Euclidean distance in patches; `prior_top1`, what always naming this
+        group's most frequent cell would reach: tokens that occur in few cells are easy to place.
+    """
+    columns = grid[1]
+    rows_off = (predicted // columns - true // columns).float()
+    columns_off = (predicted % columns - true % columns).float()
+    return {
+        "top1": (predicted == true).float().mean().item(),
+        "distance": torch.hypot(rows_off, columns_off).mean().item(),
+        "prior_top1": torch.bincount(true).max().item() / len(true),
+    }
+
+
+def pixel_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
+    """How well pixels of patches were reconstructed, both (t, P) in [0, 1].
+
+    Returns:
+        `l2`: mean over patches of the Euclidean length of the error over all P values; `r2`: share of this group's
+        own variance that is explained (0: no better than the group's mean patch, below 0: worse); `spread`: mean
+        Euclidean distance of a patch to the group's mean patch, to compare `l2` with.
+    """
+    error = (predicted - true).float()
+    around = true.float() - true.float().mean(dim=0)
+    return {
+        "l2": error.norm(dim=1).mean().item(),
+        "r2": 1 - error.square().sum().item() / max(around.square().sum().item(), 1e-12),
+        "spread": around.norm(dim=1).mean().item(),
+    }
+
+
+@dataclass(frozen=True)
+class TokenProbeReport:
+    """Linear probes on single tokens: `probe -> group of tokens -> metric -> {"mean", "std"}` over seeds.
+
+    Groups are "normal" and "outlier" patches, and for the class also "cls" and "register". A probe or group that
+    cannot be fitted is absent, with the reason in `notes`.
+    """
+
+    position: dict[str, Any]
+    pixels: dict[str, Any]
+    image_class: dict[str, Any]
+    settings: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return asdict(self)
+
+    def table(self) -> str:
+        """All numbers as Markdown, one line per group of tokens."""
+        lines = ["| probe | tokens | result | test |", "|---|---|---|---|"]
+        for probe, groups in (("position", self.position), ("pixels", self.pixels), ("class", self.image_class)):
+            for name, metrics in groups.items():
+                shown = [
+                    f"{metric} {value['mean']:.3f} ± {value['std']:.3f}"
+                    for metric, value in metrics.items()
+                    if isinstance(value, dict)
+                ]
+                lines.append(f"| {probe} | {name} | {', '.join(shown)} | {metrics['num_test']} |")
+        return "\n".join(lines)
+
+
+@dataclass(eq=False)
+class _Sample:
+    """Tokens of one set of images. The first five are for position and pixels, one row a token."""
+
+    tokens: Tensor  # (t, D)
+    cells: Tensor  # (t,)
+    pixels: Tensor  # (t, P) float16 in [0, 1]
+    outlier: Tensor  # (t,) bool
+    uniform: Tensor  # (t,) bool: drawn at random, not only added for being an outlier
+    single: dict[str, Tensor]  # group: (S, n, D), one token an image
+    present: dict[str, Tensor]  # group: (n,) bool, whether the image has such a token
+    labels: Tensor | None  # (n,)
+    grid: tuple[int, int]
+
+    def part(self, chosen: Tensor, image: Tensor) -> "_Sample":
+        """The images where `chosen` (n,) is true; `image` (t,) says where tokens come from."""
+        rows = chosen[image]
+        return _Sample(
+            tokens=self.tokens[rows],
+            cells=self.cells[rows],
+            pixels=self.pixels[rows],
+            outlier=self.outlier[rows],
+            uniform=self.uniform[rows],
+            single={name: values[:, chosen] for name, values in self.single.items()},
+            present={name: values[chosen] for name, values in self.present.items()},
+            labels=None if self.labels is None else self.labels[chosen],
+            grid=self.grid,
+        )
+
+
+def token_probes(
+    model: nn.Module,
+    images: Any,
+    *,
+    cutoff: float,
+    cutoff_layer: int = -1,
+    test_images: Any = None,
+    layer: int = -1,
+    max_images: int = 1000,
+    num_seeds: int = 3,
+    seed: int = 0,
+    processor: Any = None,
+    batch_size: int = 32,
+    max_tokens: int = 16384,
+) -> TokenProbeReport:
+    """What single tokens know: normal patches against outliers against CLS and registers.
+
+    Position (softmax regression over grid cells) and pixels (ridge regression) train on patches drawn at random from
+    all, and are judged on normal and outlier patches of other images. For the class of the image (softmax
+    regression), one random token of each kind stands for an image; images without such a token are left out of that
+    row. Tokens are those of `layer` after the final norm.
+
+    Args:
+        model: A model of a family in `features.FAMILIES`.
+        images: As for `diagnose`; the class probe needs an `ImageSource` or data set with labels.
+        cutoff: Norm above which a patch is an outlier, on the raw tokens of `cutoff_layer`.
+        cutoff_layer: See above.
+        test_images: Images to judge on; default three in ten of `images`, taken class by class.
+        layer: Where the tokens are read.
+        max_images: Used of each set at most.
+        num_seeds: A seed draws half of the training patches, and which patch stands for an image.
+        seed: The first of them.
+        processor: See `EvaluationTransform.for_model`.
+        batch_size: Images of one forward pass.
+        max_tokens: Patches kept for training position and pixels.
+
+    Source: arXiv 2309.16588, section 2.1 and table 1; tables 4 and 5 of its appendix.
+    """
+    transform = EvaluationTransform.for_model(model, processor)
+
+    def collect(source: Any) -> tuple[_Sample, Tensor]:
+        reader = _SampleReader(model, transform, cutoff, (cutoff_layer, layer), num_seeds, seed)
+        return reader.read(source, max_images=max_images, batch_size=batch_size, max_tokens=max_tokens)
+
+    sample, image = collect(images)
+    if test_images is None:
+        is_test = _three_in_ten(sample.labels, len(sample.present["normal"]))
+        train, test = sample.part(~is_test, image), sample.part(is_test, image)
+    else:
+        train, (test, _) = sample, collect(test_images)
+        if train.grid != test.grid:
+            raise ValueError(f"Training images have {train.grid} patches, test images {test.grid}; expected the same.")
+    notes: list[str] = []
+    if not test.outlier.any():
+        notes.append(f"no patch of the test images is above {cutoff:.4g}, so there is no outlier to probe")
+    position, pixels = _local_probes(train, test, num_seeds, seed)
+    return TokenProbeReport(
+        position=position,
+        pixels=pixels,
+        image_class=_class_probes(train, test, num_seeds, notes),
+        settings={
+            "layer": layer,
+            "final_norm": True,
+            "cutoff": cutoff,
+            "cutoff_layer": cutoff_layer,
+            "seeds": list(range(seed, seed + num_seeds)),
+            "train_images": len(train.present["normal"]),
+            "test_images": len(test.present["normal"]),
+            "position": "softmax regression over grid cells, l2 1e-4, L-BFGS, 60 iterations, standardised tokens",
+            "pixels": "ridge regression, l2 1e-3, standardised tokens; pixels in [0, 1], error over all of a patch",
+            "image_class": "softmax regression, l2 1e-2, L-BFGS, standardised tokens, one token an image",
+            "chance": {"position_top1": 1 / (train.grid[0] * train.grid[1])},
+        },
+        notes=notes,
+    )
+
+
+def _three_in_ten(labels: Tensor | None, count: int) -> Tensor:
+    """(count,) bool: three of every ten images, counted within its class where there are classes."""
+    seen: dict[int, int] = {}
+    chosen = torch.zeros(count, dtype=torch.bool)
+    for i, label in enumerate([0] * count if labels is None else labels.tolist()):
+        chosen[i] = seen.get(label, 0) % 10 in (2, 5, 8)
+        seen[label] = seen.get(label, 0) + 1
+    return chosen
+
+
+class _SampleReader:
+    """Images to a `_Sample`, keeping only what the probes need."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        transform: EvaluationTransform,
+        cutoff: float,
+        layers: tuple[int, int],
+        num_seeds: int,
+        seed: int,
+    ) -> None:
+        self.model, self.transform, self.cutoff, self.num_seeds, self.seed = model, transform, cutoff, num_seeds, seed
+        self.description = describe_model(model)
+        count = self.description.num_layers + 1
+        self.cutoff_layer, self.layer = (layer + count if layer < 0 else layer for layer in layers)
+        self.norm = final_norm(model)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def read(self, source: Any, *, max_images: int, batch_size: int, max_tokens: int) -> tuple[_Sample, Tensor]:
+        """The sample, and for each of its tokens the image it comes from, (t,)."""
+        source = load_images(source, split=None) if isinstance(source, str | Path) else source
+        prepared = prepare_images(source, self.transform, batch_size=batch_size, max_images=max_images, seed=self.seed)
+        per_image = max(8, max_tokens // min(prepared.total or max_images, max_images))
+        ids: list[str] = []
+        parts: list[dict[str, Tensor]] = []
+        grids: set[tuple[int, int]] = set()
+        for names, batch in prepared:
+            parts.append(self._read_batch(batch, len(ids), per_image))
+            grids.add(self._grid(batch))
+            ids += names
+        if len(grids) > 1:
+            raise ValueError(f"The images have grids of {sorted(grids)} patches; probes need one grid.")
+        joined = {
+            name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("single_") else 0)
+            for name in parts[0]
+        }
+        labels = None
+        if isinstance(source, ImageSource) and source.labels is not None:
+            by_id = dict(zip(source.ids, source.labels))
+            labels = torch.tensor([by_id[name] for name in ids])
+        sample = _Sample(
+            tokens=joined["tokens"],
+            cells=joined["cells"],
+            pixels=joined["pixels"],
+            outlier=joined["outlier"],
+            uniform=joined["uniform"],
+            single={n.removeprefix("single_"): values for n, values in joined.items() if n.startswith("single_")},
+            present={n.removeprefix("present_"): values for n, values in joined.items() if n.startswith("present_")},
+            labels=labels,
+            grid=grids.pop(),
+        )
+        return sample, joined["image"]
+
+    def _read_batch(self, batch: Tensor, first: int, per_image: int) -> dict[str, Tensor]:
+        reading = read_many(self.model, batch, {"residual": (self.cutoff_layer, self.layer)})["residual"]
+        outlier = (
+            reading.values[0][:, reading.num_prefix_tokens :].float().norm(dim=-1) > self.cutoff
+        ).cpu()  # (B, N)
+        with torch.no_grad():
+            tokens = self.norm(reading.values[1]).float().cpu()  # (B, T, D)
+        patches = tokens[:, reading.num_prefix_tokens :]  # (B, N, D)
+        draw = torch.rand(outlier.shape, generator=self.generator)
+        rank = draw.argsort(dim=1).argsort(dim=1)
+        uniform = rank < per_image
+        image, cell = (uniform | outlier).nonzero(as_tuple=True)  # (t,) each
+        result = {
+            "tokens": patches[image, cell],
+            "cells": cell,
+            "pixels": self._pixels(batch)[image, cell].half(),
+            "outlier": outlier[image, cell],
+            "uniform": uniform[image, cell],
+            "image": image + first,
+        }
+        groups = {"normal": ~outlier, "outlier": outlier}
+        for name, mask in groups.items():
+            draws = torch.rand(self.num_seeds, *mask.shape, generator=self.generator) * mask  # (S, B, N)
+            chosen = draws.argmax(dim=2)  # (S, B)
+            result[f"single_{name}"] = patches[torch.arange(len(batch)), chosen]  # (S, B, D)
+            result[f"present_{name}"] = mask.any(dim=1)
+        if reading.has_cls:
+            result["single_cls"] = tokens[None, :, 0].expand(self.num_seeds, -1, -1)
+            result["present_cls"] = torch.ones(len(batch), dtype=torch.bool)
+        if reading.num_register_tokens:
+            registers = tokens[:, reading.num_prefix_tokens - reading.num_register_tokens : reading.num_prefix_tokens]
+            which = torch.randint(registers.shape[1], (self.num_seeds, len(batch)), generator=self.generator)
+            result["single_register"] = registers[torch.arange(len(batch)), which]
+            result["present_register"] = torch.ones(len(batch), dtype=torch.bool)
+        return result
+
+    def _grid(self, batch: Tensor) -> tuple[int, int]:
+        height, width = self.description.patch_size
+        return batch.shape[-2] // height, batch.shape[-1] // width
+
+    def _pixels(self, batch: Tensor) -> Tensor:
+        """(B, 3, H, W) normalised to (B, N, P) in [0, 1]; P runs over channel, row, column."""
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.transform.mean, self.transform.std))
+        height, width = self.description.patch_size
+        rows, columns = self._grid(batch)
+        plain = (batch.float() * std + mean)[..., : rows * height, : columns * width]
+        cells = plain.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, h, columns, w)
+        return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(batch), rows * columns, -1)
+
+
+def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and sample standard deviation of each metric; 0 for a single seed."""
+    return {
+        name: {
+            "mean": statistics.fmean(run[name] for run in runs),
+            "std": statistics.stdev(run[name] for run in runs) if len(runs) > 1 else 0.0,
+        }
+        for name in runs[0]
+    }
+
+
+def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Position and pixels, each for the groups of test patches that exist."""
+    groups = {
+        name: rows
+        for name, rows in (("normal", test.uniform & ~test.outlier), ("outlier", test.outlier))
+        if rows.any()
+    }
+    uniform = train.uniform.nonzero()[:, 0]
+    places: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
+    pixels: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
+    for run in range(num_seeds):
+        order = torch.from_numpy(np.random.default_rng(seed + run).permutation(len(uniform)))
+        rows = uniform[order[: (len(uniform) + 1) // 2]]
+        where = softmax_regression(
+            train.tokens[rows],
+            train.cells[rows],
+            num_classes=train.grid[0] * train.grid[1],
+            l2=1e-4,
+            max_iterations=60,
+        )
+        what = ridge_regression(train.tokens[rows], train.pixels[rows])
+        for name, chosen in groups.items():
+            tokens = test.tokens[chosen]
+            places[name].append(position_scores(where(tokens).argmax(dim=1), test.cells[chosen], test.grid))
+            pixels[name].append(pixel_scores(what(tokens), test.pixels[chosen].float()))
+    counts = {name: {"num_test": int(rows.sum())} for name, rows in groups.items()}
+    return (
+        {name: _over_seeds(runs) | counts[name] for name, runs in places.items()},
+        {name: _over_seeds(runs) | counts[name] for name, runs in pixels.items()},
+    )
+
+
+def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str]) -> dict[str, Any]:
+    if train.labels is None or test.labels is None:
+        notes.append("the images have no labels, so the class probe was left out")
+        return {}
+    num_classes = int(max(train.labels.max(), test.labels.max())) + 1
+    result: dict[str, Any] = {}
+    for name in ("cls", "register", "normal", "outlier"):
+        if name not in train.single:
+            continue
+        fit, judge = train.present[name], test.present[name]
+        if int(fit.sum()) < 2 or not judge.any():
+            notes.append(f"class probe: {int(fit.sum())} training and {int(judge.sum())} test images have '{name}'")
+            continue
+        runs = []
+        for run in range(num_seeds):
+            model = softmax_regression(
+                train.single[name][run, fit], train.labels[fit], num_classes=num_classes, l2=1e-2
+            )
+            right = model(test.single[name][run, judge]).argmax(dim=1) == test.labels[judge]
+            runs.append({"top1": right.float().mean().item()})
+        result[name] = _over_seeds(runs) | {"num_train": int(fit.sum()), "num_test": int(judge.sum())}
+    return result

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "losses": set(),
     "optimization": set(),
     "probes": FOUNDATIONS,
-    "artifacts": FOUNDATIONS,
+    "artifacts": FOUNDATIONS | {"probes"},  # a diagnosis holds the tables of the token probes
     "lost": FOUNDATIONS,
     "metrics": FOUNDATIONS | {"artifacts", "lost"},  # their formulas as evaluate.Metric
     "conversion": FOUNDATIONS,
