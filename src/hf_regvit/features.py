@@ -32,7 +32,6 @@ Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
 Layers = Sequence[int] | Literal["all"]
 Reduction = Callable[[torch.Tensor, int], torch.Tensor]
 
-_MAX_ASPECT = 20  # sides of a picture; beyond, resizing its short side would blow up the long one
 _ATTENTION_SITES: tuple[Site, ...] = ("q", "k", "v", "attention")
 
 
@@ -684,7 +683,10 @@ def _timm_transform(model: nn.Module) -> EvaluationTransform:
         pretrained_cfg=getattr(tower, "pretrained_cfg", None) or {},
     )
     return EvaluationTransform(
-        create_transform(**config, is_training=False), config["mean"], config["std"], f"timm {sorted(config.items())}"
+        create_transform(**config, is_training=False),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+        f"timm {sorted(config.items())}",
     )
 
 
@@ -733,7 +735,9 @@ def _pictures(images: Any) -> _Pictures:
     if isinstance(images, ImageSource):
         source = images
         return _Pictures(
-            source.name, lambda: ((source.ids[i], partial(source.read, i)) for i in range(len(source))), len(source)
+            source.name,
+            lambda: ((source.ids[i], partial(_picture_of, source, i)) for i in range(len(source))),
+            len(source),
         )
     if library == "datasets" and not isinstance(images, dict):
         return _Pictures("the stream", partial(_stream_items, images), None)
@@ -748,6 +752,10 @@ def _pictures(images: Any) -> _Pictures:
         f"images holds a {type(images).__name__}, expected a folder, a list of paths or Pillow images, an "
         "ImageSource, or one split of a `datasets` data set. Pixels that are tensors already go to read_tokens."
     )
+
+
+def _picture_of(source: ImageSource, index: int) -> Image.Image:
+    return source[index].image
 
 
 def _stream_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
@@ -807,7 +815,7 @@ class PreparedImages:
         pixels: list[torch.Tensor] = []
         for name, read in self._pictures.items():
             try:
-                pixel_values = self._pixels(name, read)
+                pixel_values = self.transform(read())
             except BadImageError as error:
                 self.skipped.append(SkippedImage(name, error.reason))
                 continue
@@ -818,12 +826,6 @@ class PreparedImages:
             pixels.append(pixel_values)
         if pixels:
             yield ids, torch.stack(pixels)
-
-    def _pixels(self, name: str, read: Callable[[], Image.Image]) -> torch.Tensor:
-        image = read()
-        if max(image.size) > _MAX_ASPECT * min(image.size):
-            raise BadImageError(name, f"{image.width}x{image.height} pixels: sides beyond 1 : {_MAX_ASPECT}")
-        return self.transform(image)
 
 
 def report_skipped(num_used: int, skipped: Sequence[SkippedImage], name: str) -> None:
