@@ -83,6 +83,7 @@ class Schedules:
     warmup_teacher_temperature: float
     teacher_temperature: float
     warmup_teacher_temperature_steps: int
+    freeze_backbone_steps: int = 0
 
     def at(self, step: int) -> StepValues:
         """Values at the 0-based optimizer step; after the last step the final ones."""
@@ -181,32 +182,39 @@ def parameter_rules(
 
 
 def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters of `student`, one per distinct rule.
+    """Optimizer groups of the trainable parameters of `student`, one per distinct rule, backbone and heads apart.
 
     Args:
         student: module whose `named_parameters` are the keys of `rules`.
         rules: from `parameter_rules`.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay` and the fields of `ParameterRule`. The schedules set `lr` and
-        `weight_decay` before every step; until then nothing moves.
+        Groups with `params`, `lr`, `weight_decay`, `is_backbone` and the fields of `ParameterRule`. The schedules set
+        `lr` and `weight_decay` before every step; until then nothing moves.
     """
-    groups: dict[ParameterRule, dict[str, Any]] = {}
+    groups: dict[tuple[ParameterRule, bool], dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
-            rule = rules[name]
-            group = groups.setdefault(rule, {"params": [], "lr": 0.0, "weight_decay": 0.0, **rule._asdict()})
-            group["params"].append(parameter)
+            rule, is_backbone = rules[name], name.startswith("backbone.")
+            new = {"params": [], "lr": 0.0, "weight_decay": 0.0, "is_backbone": is_backbone, **rule._asdict()}
+            groups.setdefault((rule, is_backbone), new)["params"].append(parameter)
     return list(groups.values())
 
 
-def set_rates(optimizer: torch.optim.Optimizer, values: StepValues) -> None:
+def set_rates(optimizer: torch.optim.Optimizer, values: StepValues, *, freeze_backbone: bool = False) -> None:
     """Writes learning rate and weight decay of one step into the groups made by `parameter_groups`.
 
     A frozen last layer has a learning rate of 0 and so no decay either, but its Adam moments keep accumulating, as in
-    the official code.
+    the official code. A frozen backbone is the same: its moments are ready when it thaws.
+
+    Args:
+        optimizer: with the groups of `parameter_groups`.
+        values: of the step.
+        freeze_backbone: whether the backbone stands still, as in the first steps of continued pretraining.
     """
     for group in optimizer.param_groups:
         rate = values.last_layer_learning_rate if group["is_last_layer"] else values.learning_rate
+        if freeze_backbone and group["is_backbone"]:
+            rate = 0.0
         group["lr"] = rate * group["lr_multiplier"]
         group["weight_decay"] = values.weight_decay * group["wd_multiplier"]

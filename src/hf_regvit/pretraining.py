@@ -165,6 +165,9 @@ class PretrainingArguments(TrainingArguments):
     freeze_last_layer_steps: float = _field(
         0.01, "Steps, or share of the run, with the prototypes' learning rate at 0. Official: 0.01."
     )
+    freeze_backbone_steps: float = _field(
+        0.0, "Steps, or share of the run, with the backbone's learning rate at 0, for new heads on an old backbone."
+    )
     weight_decay: float = _field(0.04, "AdamW weight decay at the start. Official: 0.04.")
     weight_decay_end: float = _field(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
     teacher_momentum: float = _field(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
@@ -177,7 +180,37 @@ class PretrainingArguments(TrainingArguments):
         3.0, "Largest gradient norm, for backbone and each head separately; 0 for none. Official: 3."
     )
 
+    # Seeing that it works
+    monitor_steps: float = _field(
+        0.025,
+        "Steps between measurements of collapse, registers and outliers on 64 images; below 1 a share of the run, at "
+        "most 100 steps; 0 for never.",
+    )
+    knn_steps: float = _field(
+        0.25,
+        "Steps between k-NN accuracies on the labelled 'validation' part of the data, if it has one; below 1 a share "
+        "of the run, at most 5000 steps; 0 for never.",
+    )
+    knn_max_images: int = _field(1000, "Images for k-NN, three quarters of them as neighbours.")
+    linear_probe: bool = _field(False, "Also a linear classifier on the features that k-NN reads.")
+    panel_steps: float = _field(
+        0.25,
+        "Steps between pictures of PCA and attention on the same 8 images; below 1 a share of the run, at most 5000 "
+        "steps; 0 for never.",
+    )
+    panel_size: int | None = _field(None, "Side of these images in pixels; default: global_crop_size.")
+    stop_on_collapse: bool = _field(
+        False,
+        "Stop where an alarm of collapse goes off. By default it warns: its thresholds are a judgement, and a false "
+        "one must not cost a night. NaN always stops.",
+    )
+
     # Stops and starts
+    init_from: str | None = _field(
+        None,
+        "Start from a run folder (with its heads and centers), a RegViT, or any ViT that `regvit convert` reads; adds "
+        "registers to a model without.",
+    )
     allow_batch_change: bool = _field(
         False, "Resume although the images per step differ from the checkpoint's: other steps than the unbroken run's."
     )
@@ -245,6 +278,7 @@ class PretrainingArguments(TrainingArguments):
             warmup_teacher_temperature=self.warmup_teacher_temperature,
             teacher_temperature=self.teacher_temperature,
             warmup_teacher_temperature_steps=steps(self.warmup_teacher_temperature_steps),
+            freeze_backbone_steps=steps(self.freeze_backbone_steps),
         )
 
     def backbone_config(self) -> RegViTConfig:
@@ -304,7 +338,8 @@ class _StepRules(TrainerCallback):
         torch.default_generator.manual_seed(seed)
         if args.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-        set_rates(kwargs["optimizer"], self.values)
+        frozen = state.global_step < self.schedules.freeze_backbone_steps
+        set_rates(kwargs["optimizer"], self.values, freeze_backbone=frozen)
         kwargs["model"].begin_step(self.values.teacher_temperature)
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
