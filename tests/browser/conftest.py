@@ -1,0 +1,32 @@
+"""Headless Chromium of the system, driven by playwright. In CI a missing browser is a failure, elsewhere a skip."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[object]:
+    if CHROMIUM is None and not os.environ.get("CI"):
+        pytest.skip("needs Chromium (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture(scope="session")
+def screenshots() -> Path:
+    """Where pictures of pages are kept for people to look at; git ignores it."""
+    folder = Path(__file__).resolve().parents[2] / "runs" / "screenshots"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
