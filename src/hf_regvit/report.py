@@ -354,8 +354,8 @@ def _registers(report: ArtifactReport) -> str:
     text = _table(["registers", ""], rows)
     if report.controls:
         text += (
-            "<h3>Controls: registers replaced between the blocks</h3><p>If a dataset mean or another image's registers "
-            "do as well, their content per image matters little; zeros overstate what registers do.</p>"
+            "<h3>Controls: registers replaced between the blocks</h3><p>If a data set's mean or other "
+            "images' registers do as well, their content per image matters little; zeros overstate what registers do.</p>"
             + _tables(report.controls)
         )
     return text
@@ -419,7 +419,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool =
 def _cell(value: Any) -> str:
     if value is None:
         return "-"
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, bool | str):
         return html.escape(str(value))
     if isinstance(value, float):
         return f"{value:.4g}"
@@ -435,7 +435,7 @@ def _number(value: float | None) -> str:
 
 
 def _by(grid: Sequence[int]) -> str:
-    return f"{grid[0]} × {grid[1]}"
+    return f"{grid[0]} x {grid[1]}"
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Any:

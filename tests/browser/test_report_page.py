@@ -1,4 +1,4 @@
-"""The artifact report in a real browser: it renders, says nothing on the console, fits a phone, and its slider works."""
+"""The artifact report in a real browser: it renders without a message, fits a phone, and its slider works."""
 
 from dataclasses import replace
 from types import SimpleNamespace
