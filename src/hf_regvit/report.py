@@ -355,7 +355,7 @@ def _registers(report: ArtifactReport) -> str:
     if report.controls:
         text += (
             "<h3>Controls: registers replaced between the blocks</h3><p>If a data set's mean or other "
-            "images' registers do as well, their content per image matters little; zeros overstate what registers do.</p>"
+            "images' registers do as well, their content per image matters little; zeros overstate it.</p>"
             + _tables(report.controls)
         )
     return text
