@@ -1,0 +1,502 @@
+"""The package's numbers as `evaluate.Metric`, for Trainer, `evaluate.combine` and several processes. All offline.
+
+    from hf_regvit.metrics import CorLoc
+    CorLoc().compute(predictions=boxes, references=boxes_of_every_image)
+
+What a metric is told (k, classes, cut-off) goes to its constructor, so that `compute` takes data alone and metrics can
+be combined. Inputs are lists, NumPy arrays or tensors of any device; they are checked, and refused with the value in
+question rather than rounded.
+
+`evaluate` would write every number it is given to an Arrow buffer: 16 bytes a pixel for a pair of masks, as Python
+objects on the way. Here every batch is reduced to the few sums that the result needs before it is stored, so a mask or
+a depth map is gone when `add_batch` returns. Merging processes is `evaluate`'s own: give each its `process_id`, and
+all the same `num_process`, `experiment_id` and a `cache_dir` they share; process 0 gets the result, the others None. A
+single process keeps the sums in memory and leaves no file behind.
+
+Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import evaluate
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .artifacts import effective_rank, register_cosine
+from .lost import best_iou
+
+Array = NDArray[Any]
+Rows = Iterable[Sequence[float] | Array]
+
+
+class _SumsMetric(evaluate.Metric):
+    """What the metrics share: check and reduce every batch, let `evaluate` store and gather the rows.
+
+    A subclass names its inputs, turns a batch of them into rows of numbers, and turns all rows into the result.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("predictions", "references")
+    about: ClassVar[str]  # one sentence, then the inputs
+    citation_key: ClassVar[str] = ""
+    stored: ClassVar[str] = "float64"  # exact for counts up to 2^53
+
+    def __init__(self, *, num_process: int = 1, keep_in_memory: bool | None = None, **kwargs: Any) -> None:
+        # Options of `evaluate.Metric`; nobody else's, because it would swallow a misspelt one.
+        unknown = set(kwargs) - {
+            "config_name", "cache_dir", "process_id", "seed", "experiment_id", "max_concurrent_cache_files", "timeout"
+        }  # fmt: skip
+        if unknown:
+            raise TypeError(f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}.")
+        super().__init__(
+            num_process=num_process,
+            keep_in_memory=num_process == 1 if keep_in_memory is None else keep_in_memory,
+            **kwargs,
+        )
+
+    def reduce(self, *batch: Any) -> Rows:
+        """Rows of numbers for the inputs, in the order of `inputs`."""
+        raise NotImplementedError
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """The metric's values from all rows, (rows, numbers)."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        from datasets import Features, List, Value
+
+        # The rows travel in the first column. The others stay empty and are there by name, because `evaluate.combine`
+        # hands every metric the inputs that its columns are called after.
+        return evaluate.MetricInfo(
+            description=self.about,
+            inputs_description=f"\n\n        {self.about}\n",
+            citation=self.citation_key,
+            features=Features({name: List(Value(self.stored)) for name in self.inputs}),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add a batch; it is reduced at once and not kept."""
+        given = {"predictions": predictions, "references": references, **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
+        if set(given) != set(self.inputs):
+            raise ValueError(
+                f"{type(self).__name__} takes {' and '.join(self.inputs)}, got {', '.join(given) or 'nothing'}."
+            )
+        rows = [np.asarray(row, dtype=self.stored) for row in self.reduce(*(given[name] for name in self.inputs))]
+        if rows:
+            first, *others = self.inputs
+            super().add_batch(**{first: rows}, **{name: [[]] * len(rows) for name in others})
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one sample, without the batch axis."""
+        given = {"predictions": prediction, "references": reference, **kwargs}
+        self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+        """The result over everything added, and start anew; None in processes other than the first."""
+        given = {"predictions": predictions, "references": references, **kwargs}
+        mine = {name: given[name] for name in self.inputs if given.get(name) is not None}
+        others = [name for name in given if name not in self.inputs and given[name] is not None]
+        if unknown := [name for name in others if name not in _INPUTS]:
+            raise TypeError(
+                f"{type(self).__name__}.compute() got {', '.join(unknown)}; it takes {' and '.join(self.inputs)}. "
+                "Settings go to the constructor."
+            )
+        if mine:
+            self.add_batch(**mine)
+        if self.writer is None:
+            if others:
+                raise TypeError(f"{type(self).__name__} takes {' and '.join(self.inputs)}, got {', '.join(others)}.")
+            if self.num_process == 1:
+                raise ValueError(
+                    f"{type(self).__name__} has nothing to compute from: no sample was added, or none counts."
+                )
+            # A process without samples still has to meet the others, with an empty file.
+            self.selected_feature_format = self.features
+            self._init_writer()
+        return super().compute()
+
+    def _compute(self, **columns: list[list[float]]) -> dict[str, Any]:
+        rows = columns[self.inputs[0]]
+        if not rows:
+            raise ValueError(
+                f"{type(self).__name__} has nothing to compute from: no process added a sample, or none counts."
+            )
+        return self.result(np.asarray(rows, dtype=np.float64))
+
+
+# --- Checks
+
+
+def _array(name: str, value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # NumPy has no bfloat16
+    if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
+        value = [_array(name, item) for item in value]
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} have rows of different lengths; expected one shape for all.") from error
+    if array.dtype.kind not in "iufb":
+        raise TypeError(f"{name} are of type {array.dtype}, expected numbers.")
+    return array
+
+
+def _integers(name: str, value: Any) -> Array:
+    array = _array(name, value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"{name} are of type {array.dtype} (such as {array.flat[0]}), expected integer class indices. "
+            "They are not rounded here: take argmax of scores, or cast labels that are whole numbers."
+        )
+    return array.astype(np.int64)
+
+
+def _numbers(name: str, value: Any) -> Array:
+    array = _array(name, value)
+    if array.dtype.kind == "b":
+        raise TypeError(f"{name} are booleans, expected numbers.")
+    return array.astype(np.float64)
+
+
+def _finite(name: str, value: Any) -> Array:
+    array = _numbers(name, value)
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise ValueError(f"{name} hold {array[tuple(where)]} at {where}; expected finite numbers.")
+    return array
+
+
+def _maps(name: str, value: Any, *, example: str) -> list[Any]:
+    """A batch of pictures: an array (B, H, W), or a list of (H, W) of different sizes."""
+    maps = list(value)
+    for i, one in enumerate(maps):
+        shape = tuple(np.shape(one) if not isinstance(one, torch.Tensor) else one.shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name}[{i}] has shape {shape}, expected (height, width): {example}.")
+    return maps
+
+
+def _pairs(predictions: list[Any], references: list[Any]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
+    for i, (one, other) in enumerate(zip(predictions, references)):
+        if tuple(one.shape) != tuple(other.shape):
+            raise ValueError(
+                f"predictions[{i}] {tuple(one.shape)} and references[{i}] {tuple(other.shape)} differ in shape. "
+                "Resize the prediction to the reference first."
+            )
+
+
+# --- Labels
+
+
+class TopKAccuracy(_SumsMetric):
+    """Share of samples whose class is among the k of highest score, `top1`, `top5`, ..., in [0, 1].
+
+    Of equal scores the class of lower index ranks first, as in argmax.
+
+    Args:
+        k: One number or several. Above 1 the predictions have to be scores.
+        prefix: Put before the names of the results: `knn_top1`. So kNN and a linear probe can be told apart.
+        options: Of `evaluate.Metric`.
+    """
+
+    about = (
+        "Top-k accuracy. predictions: (n, C) scores, or (n,) integer classes for k = 1. references: (n,) integer "
+        "classes in [0, C)."
+    )
+
+    def __init__(self, *, k: int | Sequence[int] = (1,), prefix: str = "", **options: Any) -> None:
+        self.k = (k,) if isinstance(k, int) else tuple(k)
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k={self.k} must be one or more numbers of at least 1.")
+        self.prefix = prefix
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """For every sample how many classes come before its own."""
+        truth = _integers("references", references)
+        scores = _array("predictions", predictions)
+        if truth.ndim != 1 or len(scores) != len(truth) or scores.ndim not in (1, 2):
+            raise ValueError(
+                f"predictions {scores.shape} must be (n, classes) or (n,), with references (n,), not {truth.shape}."
+            )
+        if not len(truth):
+            return []
+        if truth.min() < 0:
+            raise ValueError(f"references hold {truth.min()}; classes begin at 0. Leave unlabelled samples out.")
+        if scores.ndim == 1:
+            if max(self.k) > 1:
+                raise ValueError(f"k={self.k} needs scores (n, classes); predictions {scores.shape} are classes.")
+            return np.where(_integers("predictions", predictions) == truth, 0.0, np.inf)[:, None]
+        scores = _finite("predictions", scores)
+        if max(self.k) > scores.shape[1] or truth.max() >= scores.shape[1]:
+            raise ValueError(
+                f"Scores are of {scores.shape[1]} classes, but k={self.k} and references go up to {truth.max()}."
+            )
+        own = np.take_along_axis(scores, truth[:, None], axis=1)
+        earlier = np.arange(scores.shape[1]) < truth[:, None]
+        return ((scores > own) | ((scores == own) & earlier)).sum(1, keepdims=True)
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Accuracies by name."""
+        return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
+
+
+# --- Pictures
+
+
+class MeanIoU(_SumsMetric):
+    """Segmentation: overlap of every class over the whole set, then the mean over classes.
+
+    A class that neither predictions nor references hold is NaN and left out of the means; one that is only predicted
+    counts as 0. Names follow the metric `mean_iou` of `evaluate`.
+
+    Args:
+        num_classes: C; classes are 0 to C - 1.
+        ignore_index: Value of reference pixels that do not count, whatever is predicted there; None counts all.
+        options: Of `evaluate.Metric`.
+    """
+
+    about = (
+        "Mean intersection over union. predictions and references: (B, H, W) integer classes, or lists of (H, W) of "
+        "different sizes."
+    )
+
+    def __init__(self, *, num_classes: int, ignore_index: int | None = 255, **options: Any) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts).")
+        if ignore_index is not None and 0 <= ignore_index < num_classes:
+            raise ValueError(f"ignore_index={ignore_index} is one of the {num_classes} classes.")
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """One row: for every class the pixels that agree, are predicted, and are true."""
+        example = "classes, not scores (take argmax) and without channels"
+        predicted = [_integers("predictions", one) for one in _maps("predictions", predictions, example=example)]
+        true = [_integers("references", one) for one in _maps("references", references, example=example)]
+        _pairs(predicted, true)
+        sums = np.zeros((3, self.num_classes))
+        for one, truth in zip(predicted, true):
+            counted = np.ones(truth.shape, dtype=bool) if self.ignore_index is None else truth != self.ignore_index
+            one, truth = one[counted], truth[counted]
+            for name, classes in (("predictions", one), ("references", truth)):
+                if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                    wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
+                    raise ValueError(
+                        f"{name} hold class {wrong}, expected 0 to {self.num_classes - 1} or, in references, "
+                        f"ignore_index={self.ignore_index}."
+                    )
+            for row, classes in zip(sums, (truth[one == truth], one, truth)):
+                row += np.bincount(classes, minlength=self.num_classes)
+        return [sums.ravel()] if predicted else []
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Means and the values of every class."""
+        both, predicted, true = rows.sum(0).reshape(3, self.num_classes)
+        if not true.sum():
+            raise ValueError(f"Every reference pixel is ignore_index={self.ignore_index}; there is nothing to score.")
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that does not occur
+            iou, accuracy = both / (predicted + true - both), both / true
+        return {
+            "mean_iou": float(np.nanmean(iou)),
+            "mean_accuracy": float(np.nanmean(accuracy)),
+            "overall_accuracy": float(both.sum() / true.sum()),
+            "per_category_iou": iou.tolist(),
+            "per_category_accuracy": accuracy.tolist(),
+        }
+
+
+class DepthErrors(_SumsMetric):
+    """Depth: `rmse` (metres, or whatever the maps are in), `abs_rel`, and `delta1` to `delta3`, shares in [0, 1].
+
+    Every measure is taken over the valid pixels of an image, then averaged over images: all images count alike.
+    Delta i is the share of pixels whose ratio of prediction to truth, whichever way is larger, is below 1.25^i.
+
+    Args:
+        min_depth: Reference pixels below are not valid. Predictions are clipped to it.
+        max_depth: The same at the far end; None is without end.
+        options: Of `evaluate.Metric`.
+
+    Source: arXiv 1406.2283 for the measures.
+    """
+
+    about = (
+        "Depth errors. predictions and references: (B, H, W) depths, or lists of (H, W) of different sizes. "
+        "References that are 0, negative or not finite are no measurements and do not count."
+    )
+
+    def __init__(self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Any) -> None:
+        if not 0 < min_depth < (np.inf if max_depth is None else max_depth):
+            raise ValueError(f"min_depth={min_depth} must be above 0 and below max_depth={max_depth}.")
+        self.min_depth, self.max_depth = min_depth, max_depth
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """For every image with valid pixels rmse, abs_rel and the three deltas."""
+        example = "depths without channels"
+        predicted = [_numbers("predictions", one) for one in _maps("predictions", predictions, example=example)]
+        true = [_numbers("references", one) for one in _maps("references", references, example=example)]
+        _pairs(predicted, true)
+        rows = []
+        far = np.inf if self.max_depth is None else self.max_depth
+        for i, (one, truth) in enumerate(zip(predicted, true)):
+            valid = np.isfinite(truth) & (truth >= self.min_depth) & (truth <= far)
+            if not valid.any():
+                continue
+            one, truth = one[valid], truth[valid]
+            if not np.isfinite(one).all():
+                raise ValueError(f"predictions[{i}] holds NaN or infinity at pixels with a measured depth.")
+            one = one.clip(self.min_depth, far)
+            ratio = np.maximum(one / truth, truth / one)
+            rows.append(
+                [
+                    np.sqrt(np.square(one - truth).mean()),
+                    (np.abs(one - truth) / truth).mean(),
+                    *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
+                ]
+            )
+        return rows
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Means over images."""
+        return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))
+
+
+class CorLoc(_SumsMetric):
+    """Object discovery: share of images whose one box overlaps any ground-truth box by at least `threshold`.
+
+    Args:
+        threshold: Smallest intersection over union that counts.
+        options: Of `evaluate.Metric`.
+
+    Source: valeoai/LOST `main_lost.py`; the overlap is `hf_regvit.lost.box_iou`.
+    """
+
+    about = (
+        "CorLoc. predictions: (n, 4), one box (x1, y1, x2, y2) for every image. references: for every image a list of "
+        "boxes, at least one."
+    )
+
+    def __init__(self, *, threshold: float = 0.5, **options: Any) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold={threshold} must be in (0, 1].")
+        self.threshold = threshold
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """For every image the overlap with its best box."""
+        boxes = _finite("predictions", predictions)
+        if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
+            raise ValueError(f"predictions {boxes.shape} must be (images, 4): one box (x1, y1, x2, y2) each.")
+        truth = [_finite(f"references[{i}]", one) for i, one in enumerate(references)]
+        for i, one in enumerate(truth):
+            if one.size and (one.ndim != 2 or one.shape[1] != 4):
+                raise ValueError(f"references[{i}] {one.shape} must be (boxes, 4), a list of boxes for every image.")
+        return best_iou(list(boxes), truth).double().numpy()[:, None]
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """CorLoc and the mean of the overlaps."""
+        return {"corloc": float((rows[:, 0] >= self.threshold).mean()), "mean_best_iou": float(rows[:, 0].mean())}
+
+
+# --- Tokens
+
+
+class OutlierShare(_SumsMetric):
+    """Share of patch tokens whose norm is above a cut-off, in [0, 1].
+
+    Args:
+        cutoff: Norm; `hf_regvit.artifacts.find_cutoff` chooses one.
+        options: Of `evaluate.Metric`.
+    """
+
+    inputs = ("norms",)
+    about = (
+        "Share of artifact tokens. norms: (B, N) or a list of (N,) of different lengths, L2 norms of patch tokens "
+        "before the final norm."
+    )
+
+    def __init__(self, *, cutoff: float, **options: Any) -> None:
+        if not (np.isfinite(cutoff) and cutoff > 0):
+            raise ValueError(f"cutoff={cutoff} must be a norm above 0.")
+        self.cutoff = cutoff
+        super().__init__(**options)
+
+    def reduce(self, norms: Any) -> Rows:
+        """For every image tokens above, and tokens."""
+        rows = []
+        for i, one in enumerate(norms):
+            values = _finite(f"norms[{i}]", one)
+            if values.ndim != 1 or (values < 0).any():
+                raise ValueError(
+                    f"norms[{i}] {values.shape} must be one number of at least 0 for every patch: tokens.norm(dim=-1)."
+                )
+            rows.append([(values > self.cutoff).sum(), values.size])
+        return rows
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """The share over all tokens."""
+        above, total = rows.sum(0)
+        if not total:
+            raise ValueError("norms are all empty; there is no token to count.")
+        return {"outlier_share": float(above / total)}
+
+
+class RegisterDiversity(_SumsMetric):
+    """How different the registers of an image are: mean cosine over pairs, and their effective rank, of at most R.
+
+    Both are means over images; formulas in `hf_regvit.artifacts`. Registers that became copies of each other have
+    cosine 1 and rank 1.
+    """
+
+    inputs = ("registers",)
+    about = "Diversity of registers. registers: (B, R, D), R at least 2."
+
+    def reduce(self, registers: Any) -> Rows:
+        """For every image cosine and rank."""
+        tokens = _finite("registers", registers)
+        if tokens.ndim != 3 or tokens.shape[1] < 2:
+            raise ValueError(f"registers {tokens.shape} must be (images, registers, width) with at least 2 registers.")
+        if (np.abs(tokens).sum(-1) == 0).any():
+            raise ValueError("A register is zero in every channel; it points nowhere and has no cosine.")
+        values = torch.from_numpy(tokens)
+        return torch.stack([register_cosine(values).double(), effective_rank(values)], dim=1).numpy()
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Means over images."""
+        cosine, rank = rows.mean(0).tolist()
+        return {"register_cosine": cosine, "register_effective_rank": rank}
+
+
+class EffectiveRank(_SumsMetric):
+    """Number of directions that the features of a data set really use: a sign of collapse when it falls.
+
+    Features are scaled to unit length and not centred; the formula is `hf_regvit.artifacts.effective_rank`. It cannot
+    exceed the number of samples, so compare equal numbers. Every feature is kept, in float32.
+    """
+
+    inputs = ("features",)
+    about = "Effective rank. features: (n, D), one for every sample."
+    stored = "float32"
+
+    def reduce(self, features: Any) -> Rows:
+        """The features themselves: their Gram matrix would be larger for the batches that occur."""
+        values = _finite("features", features)
+        if values.ndim != 2:
+            raise ValueError(f"features {values.shape} must be (samples, width).")
+        if (np.abs(values).sum(-1) == 0).any():
+            raise ValueError("A feature is zero in every channel; it cannot be scaled to unit length.")
+        return values
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """The rank of all of them."""
+        return {"effective_rank": float(effective_rank(torch.from_numpy(rows)[None]))}
+
+
+_METRICS = (TopKAccuracy, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity, EffectiveRank)
+_INPUTS = frozenset(name for metric in _METRICS for name in metric.inputs)
