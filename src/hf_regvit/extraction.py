@@ -303,9 +303,10 @@ def extract_to_folder(
     """Features of any number of images as safetensors shards with an `index.json`; run again, it goes on.
 
     Shard i holds images i * shard_size to (i + 1) * shard_size - 1 of the source, whoever computes it. A process under
-    `accelerate launch` takes every n-th shard, so that several together write the very files that one would; a shard
-    that is there already is not computed again. The index is written by whoever finds all shards done, so nobody waits
-    for anybody. Memory: one shard and one batch.
+    `accelerate launch` or `torchrun` takes every n-th shard, so that several together write the very files that one
+    would; a shard that is there already is not computed again. The index is written by whoever finds all shards done,
+    so nobody waits for anybody. Memory: one shard and one batch. On CPUs use `torchrun` or `accelerate launch
+    --multi_gpu`: `accelerate launch --cpu` starts a single process.
 
     Args:
         model: A model, or the name of one for `load_model`.
@@ -321,7 +322,8 @@ def extract_to_folder(
     """
     from accelerate import PartialState
 
-    state, settings = PartialState(), settings or ExtractionSettings()
+    # Without `cpu` a group of processes on a machine without accelerator takes itself for one.
+    state, settings = PartialState(cpu=not torch.accelerator.is_available()), settings or ExtractionSettings()
     if isinstance(model, str | Path):
         model, saved = load_model(model)
         processor, device = processor or saved, device or state.device
