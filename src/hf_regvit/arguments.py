@@ -156,6 +156,56 @@ class EvaluateArguments:
         return {name: value for name, value in given.items() if value is not None}
 
 
+@dataclass
+class DiagnoseArguments:
+    """What `regvit diagnose` reads."""
+
+    model_name_or_path: list[str] = field(
+        metadata={
+            "aliases": ["--model"],
+            "action": "extend",
+            "help": "Folder, Hub id or timm/NAME of a model; several are diagnosed and tabulated side by side.",
+        }
+    )
+    data: str = field(
+        metadata={
+            "aliases": ["--images"],
+            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits. 500 images or more.",
+        }
+    )
+    output_dir: str = field(default="diagnosis", metadata={"help": "Folder to write report.json and report.html to."})
+    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks to read, 1 to the depth, 0 the embedding; default all."}
+    )
+    cutoff: str = field(
+        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto finds it."}
+    )
+    max_images: int = field(default=1000, metadata={"help": "Use at most this many images, drawn by --seed."})
+    detail_images: int = field(
+        default=128, metadata={"help": "Images for directions, ranks and register controls; held in memory."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
+    probes: bool = field(
+        default=False, metadata={"help": "Also fit linear probes on single tokens; the class needs labelled images."}
+    )
+    seed: int = field(default=0, metadata={"help": "Of all random draws."})
+    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `diagnose`.
+
+        Raises:
+            ValueError: `cutoff` is neither auto nor a number.
+        """
+        try:
+            cutoff = self.cutoff if self.cutoff == "auto" else float(self.cutoff)
+        except ValueError as error:
+            raise ValueError(f"--cutoff {self.cutoff} is neither 'auto' nor a norm such as 150.") from error
+        names = ("max_images", "detail_images", "batch_size", "probes", "seed")
+        return {name: getattr(self, name) for name in names} | {"layers": self.layers or "all", "cutoff": cutoff}
+
+
 class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 

@@ -1330,6 +1330,22 @@ class ComparisonReport:
         """Rows and settings; the reports are saved on their own."""
         return {"rows": self.rows, "settings": self.settings}
 
+    def folders(self) -> dict[str, ArtifactReport]:
+        """A folder name for each report: number and last part of the checkpoint's name."""
+        return {f"{i}-{Path(name).name}": report for i, (name, report) in enumerate(self.reports.items())}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path."""
+        for name, report in self.folders().items():
+            report.save(Path(folder) / name)
+        path = Path(folder) / "comparison.json"
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    def summary(self) -> str:
+        """The table, and each verdict."""
+        return "\n".join([self.table(), *(f"{name}: {report.verdict}" for name, report in self.reports.items())])
+
     def table(self) -> str:
         """The rows as a Markdown table."""
         names = list(self.rows[0])
@@ -1346,7 +1362,12 @@ def _cell(value: Any) -> str:
 
 
 def compare_checkpoints(
-    names: Sequence[str | Path], images: Any, *, throughput_rounds: int = 5, **settings: Any
+    names: Sequence[str | Path],
+    images: Any,
+    *,
+    throughput_rounds: int = 5,
+    device: str | torch.device | None = None,
+    **settings: Any,
 ) -> ComparisonReport:
     """Diagnose several checkpoints, e.g. of 0, 1, 2, 4, 8 registers, and tabulate them with cost and speed.
 
@@ -1354,11 +1375,12 @@ def compare_checkpoints(
         names: What `load_model` takes. All of them are in memory at once, since speed is measured in turns.
         images: As for `diagnose`.
         throughput_rounds: Passes of 8 images per model, taken in turns after one to warm up; the median counts.
+        device: Where to compute; default the CPU.
         settings: Arguments of `diagnose`.
     """
     if len({str(name) for name in names}) < len(names) or len(names) < 2:
         raise ValueError(f"names={[str(name) for name in names]}: give two or more different checkpoints.")
-    loaded = {str(name): load_model(name) for name in names}
+    loaded = {str(name): load_model(name, device=device) for name in names}
     reports = {
         name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()
     }

@@ -17,6 +17,7 @@ USAGE = """usage: regvit COMMAND [options]
 commands:
   pretrain   train a RegViT on images without labels, the DINOv2 way
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
+  diagnose   find artifact tokens: where, how many, what they are like; several models make a table
   extract    write CLS, register and patch tokens of many images to files, for any supported model
   evaluate   measure frozen features: object discovery (LOST), settings chosen on other images
 
@@ -57,6 +58,35 @@ def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
         "image_size": config.image_size,
         "patch_size": config.patch_size,
     }
+
+
+def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit diagnose --model SOURCE --data FOLDER --output_dir diagnosis`."""
+    from .arguments import DiagnoseArguments, RecipeParser
+    from .artifacts import compare_checkpoints, diagnose
+    from .features import load_model
+    from .images import load_images
+    from .report import write_report
+
+    (arguments,) = RecipeParser(DiagnoseArguments, prog="regvit diagnose").parse(args)
+    settings = arguments.settings()
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    images = load_images(arguments.data, split=arguments.split)
+    if len(arguments.model_name_or_path) == 1:
+        model, processor = load_model(arguments.model_name_or_path[0], device=arguments.device)
+        outcome: Any = diagnose(model, images, processor=processor, **settings)
+        reports = {".": outcome}
+    else:
+        outcome = compare_checkpoints(arguments.model_name_or_path, images, device=arguments.device, **settings)
+        reports = outcome.folders()
+    path = outcome.save(arguments.output_dir)
+    for folder, report in reports.items():
+        write_report(report, f"{arguments.output_dir}/{folder}/report.html")
+    if switches["json"]:
+        return outcome.to_dict()
+    print(outcome.summary())
+    return {"report": str(path)}
 
 
 def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
@@ -111,6 +141,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
     "pretrain": pretrain_command,
     "convert": convert_command,
+    "diagnose": diagnose_command,
     "extract": extract_command,
     "evaluate": evaluate_command,
 }
