@@ -20,14 +20,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
-from .augmentation import MultiCrop
+from .augmentation import MultiCrop, normalize_pixels
 from .images import ImageSource
 
 
 class MultiCropDataset(Dataset[dict[str, Any]]):
     """Crops of the images of a source, indexed by `(epoch, index)` as `EpochSampler` yields them.
 
-    Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) float32, `sample_id` and `epoch` int.
+    Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) uint8, `sample_id` and `epoch` int.
 
     Args:
         source: The images.
@@ -236,8 +236,8 @@ class DinoCollator:
 
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate B items into one batch."""
-        global_crops = torch.stack([sample["global_crops"] for sample in samples], dim=1)  # (2, B, 3, S, S)
-        local_crops = torch.stack([sample["local_crops"] for sample in samples], dim=1)  # (L, B, 3, s, s)
+        global_crops = _stack_crops(samples, "global_crops")  # (2, B, 3, S, S)
+        local_crops = _stack_crops(samples, "local_crops")  # (L, B, 3, s, s)
         num_crops, batch_size = global_crops.shape[:2]
         entropy = [self.seed, samples[0]["epoch"], *(sample["sample_id"] for sample in samples)]
         rng = random.Random(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
@@ -257,3 +257,9 @@ class DinoCollator:
             "mask_indices": mask_indices,
             "mask_weights": mask_weights,
         }
+
+
+def _stack_crops(samples: Sequence[dict[str, Any]], name: str) -> Tensor:
+    """Crop-major, (n, B, 3, H, W) float32; 8-bit crops are normalised here, once for the batch."""
+    crops = torch.stack([sample[name] for sample in samples], dim=1)
+    return normalize_pixels(crops) if crops.dtype == torch.uint8 else crops
