@@ -3,10 +3,17 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.features import read_tokens
+from hf_regvit.images import default_image_processor
 from hf_regvit.lost import (
+    AttentionSettings,
     LostSettings,
     affinity,
     attention_cells,
@@ -15,8 +22,10 @@ from hf_regvit.lost import (
     box_iou,
     cells_to_pixels,
     corloc,
+    discover_objects,
     lost_box,
     lost_boxes,
+    propose,
 )
 
 
@@ -307,3 +316,147 @@ def test_wrong_boxes_are_named(predictions, references, message):
 
 def test_cells_become_pixels():
     assert cells_to_pixels((1, 2, 3, 4), patch_size=14, image_size=(50, 100)) == (14.0, 28.0, 42.0, 50.0)
+
+
+# --- On a model
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = RegViTConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8, num_register_tokens=2
+    )
+    return RegViTModel(config).eval()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    processor = default_image_processor(32)
+    processor.image_mean, processor.image_std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
+    return processor
+
+
+def picture(width, height, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3)).astype(np.uint8)
+    noise[height // 4 : height // 2, width // 3 : 2 * width // 3] += 150
+    return Image.fromarray(noise)
+
+
+def padded(image, width, height):
+    """Normalised, then zeros right and below, pixel by pixel."""
+    pixels = torch.zeros(1, 3, height, width)
+    values = np.asarray(image)
+    for y, x in itertools.product(range(image.height), range(image.width)):
+        for c, (mean, std) in enumerate(zip((0.5, 0.4, 0.3), (0.2, 0.25, 0.3), strict=True)):
+            pixels[0, c, y, x] = (values[y, x, c] / 255 - mean) / std
+    return pixels
+
+
+def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor):
+    image = picture(37, 26)
+    pixels = padded(image, 40, 32)
+    outputs = model(pixels, output_hidden_states=True)
+    for layer in (1, -1):
+        tokens = outputs.hidden_states[layer][0, 3:].detach()  # without CLS and two registers
+        expected = lost_box(tokens, (4, 5), center="image", k=6)
+        (found,) = discover_objects(
+            model, [image], feature="out", layer=layer, center="image", k=6, processor=processor
+        )
+        assert found.box == expected.box(8, (26, 37))
+        torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-3, rtol=1e-3)
+        assert found.image_size == (26, 37)
+
+
+def test_queries_keys_and_values_are_the_projections(model, processor):
+    image = picture(32, 24)
+    pixels = padded(image, 32, 24)
+    for feature in "qkv":
+        tokens = read_tokens(model, pixels, layers=(2,), site=feature).values[0][0, 3:]
+        expected = lost_box(tokens, (3, 4), l2norm=True, bias=-0.1)
+        (found,) = discover_objects(
+            model, [image], feature=feature, layer=2, l2norm=True, bias=-0.1, processor=processor
+        )
+        assert found.result.cells == expected.cells
+        torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-4, rtol=1e-4)
+
+
+def test_attention_boxes_read_the_row_of_cls(model, processor):
+    image = picture(37, 26)
+    model.set_attn_implementation("eager")
+    attention = model(padded(image, 40, 32), output_attentions=True).attentions[-1][0, :, 0, 3:].detach()
+    model.set_attn_implementation("sdpa")
+    methods = [AttentionSettings(), AttentionSettings(head=2), AttentionSettings(head=3, mass=0.3)]
+    (proposal,) = propose(model, [image], methods, processor=processor)
+    rows = (attention.mean(0), attention[2], attention[3])
+    for method, row, box, mask in zip(methods, rows, proposal.boxes, proposal.results, strict=True):
+        cells = attention_cells(row, (4, 5), mass=method.mass)
+        assert box == cells_to_pixels(cells, patch_size=8, image_size=(26, 37))
+        assert torch.equal(mask, attention_mask(row, (4, 5), mass=method.mass))
+
+
+def test_many_methods_in_one_pass_equal_one_by_one(model, processor):
+    images = [picture(37, 26, seed) for seed in range(2)] + [picture(24, 24, 5)]
+    methods = [
+        LostSettings("v", 1),
+        AttentionSettings(1),
+        *(LostSettings(f, layer, center="row", bias=0.1) for f in ("q", "out") for layer in (2, -1)),
+    ]
+    together = list(propose(model, images, methods, processor=processor))
+    assert [proposal.image_size for proposal in together] == [(26, 37), (26, 37), (24, 24)]
+    for i, method in enumerate(methods):
+        alone = list(propose(model, images, [method], processor=processor))
+        assert [proposal.boxes[i] for proposal in together] == [proposal.boxes[0] for proposal in alone]
+
+
+def test_large_images_are_read_smaller_and_boxes_refer_to_the_original(model, processor):
+    image = picture(90, 60)
+    (large,) = discover_objects(model, [image], processor=processor, center="image", max_side=45)
+    small = image.resize((45, 30), Image.Resampling.BICUBIC)
+    (same,) = discover_objects(model, [small], processor=processor, center="image")
+    assert large.image_size == (60, 90)
+    assert large.box == tuple(2 * side for side in same.box)
+    assert torch.equal(large.result.degrees, same.result.degrees)
+
+
+def test_broken_images_are_left_out_and_names_kept(model, processor, tmp_path, caplog):
+    picture(32, 24).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    picture(40, 24).save(tmp_path / "c.png")
+    found = discover_objects(model, tmp_path, processor=processor, center="image")
+    assert [one.id for one in found] == ["a.png", "c.png"]
+    assert [one.image_size for one in found] == [(24, 32), (24, 40)]
+    assert "1 of 3 images were skipped" in caplog.text
+
+
+def test_a_degenerate_affinity_is_said_with_numbers(model, processor, caplog):
+    discover_objects(model, [picture(32, 24)], processor=processor, l2norm=True, bias=2.0)
+    assert "1 of 1 images have a degenerate affinity" in caplog.text
+    assert "100.0 % of its entries are positive, and 12 patches (median) tie" in caplog.text
+    caplog.clear()
+    discover_objects(model, [picture(32, 24)], processor=processor, center="image")
+    assert "degenerate" not in caplog.text
+
+
+def test_the_model_is_left_as_it_was(model, processor):
+    model.train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    list(propose(model, [picture(32, 24)], [LostSettings(), AttentionSettings()], processor=processor))
+    assert model.training
+    model.eval()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_settings_that_a_model_has_not_are_named(model, processor):
+    image = picture(32, 24)
+    with pytest.raises(ValueError, match="layer 4"):
+        discover_objects(model, [image], layer=4, processor=processor)
+    with pytest.raises(ValueError, match="head=4 does not exist; the heads are 0 to 3"):
+        list(propose(model, [image], [AttentionSettings(4)], processor=processor))
+    config = SiglipVisionConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
+    )
+    without_cls = SiglipVisionModel(config).eval()
+    assert len(discover_objects(without_cls, [image], processor=processor)) == 1
+    with pytest.raises(ValueError, match="no CLS token"):
+        list(propose(without_cls, [image], [AttentionSettings()], processor=processor))
