@@ -7,12 +7,21 @@ Every random draw is a pure function of (seed, epoch, sample id, view), so neith
 the middle of an epoch changes a single pixel.
 """
 
+import hashlib
+import json
+import logging
 import math
+import os
 import random
-from collections.abc import Iterator, Sequence
+import tarfile
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any
+from functools import partial
+from itertools import accumulate, count, islice, pairwise
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -21,7 +30,129 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .augmentation import MultiCrop, normalize_pixels
-from .images import ImageSource
+from .images import BadImageError, ImageLimits, ImageSource, ImageStream, StreamRecord, open_image
+
+logger = logging.getLogger(__name__)
+
+# Last numbers of seeds: they keep draws of one kind apart from those of another.
+_REPLACEMENTS, _WEIGHTED_PASS, _SHARD_ORDER, _SHUFFLE, _MIXTURE = 0xBAD, 1, 2, 3, 4
+_REPLACEMENT_TRIES = 100
+_FIRST_IMAGES = 1000
+
+
+class TooManyBadImagesError(ValueError):
+    """More images than `max_bad_share` allows cannot be used; the message is the summary."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader raises the error of a worker again with its whole traceback as the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class BadImages:
+    """Counts and records images that cannot be used, and stops the run when they are too many.
+
+    One line of JSON for each image, however often it turns up: path, kind, reason, epoch. Every process and worker
+    appends whole lines to the same file.
+
+    The rule: distinct bad images may be at most `max_bad_share` of the distinct images seen so far by this process
+    and its workers (in a stream: by each worker). Until 1000 have been seen they are held against 1000, or against the
+    whole data set if it is smaller, so that one bad image at the start is no verdict; one bad image is always allowed,
+    unless the share is 0.
+
+    Args:
+        path: File to append to; None counts without recording.
+        max_bad_share: In [0, 1]. 0 makes the first bad image an error, 1 never stops.
+        num_images: Images of the data set, 0 where nobody knows (a stream).
+
+    Raises:
+        ValueError: A share outside of [0, 1].
+    """
+
+    def __init__(self, path: str | Path | None = None, *, max_bad_share: float = 0.01, num_images: int = 0) -> None:
+        if not 0 <= max_bad_share <= 1:
+            raise ValueError(f"max_bad_share={max_bad_share} must be a share of the images, between 0 and 1.")
+        self.path = None if path is None else Path(path)
+        self.max_bad_share, self.num_images = max_bad_share, num_images
+        # 0 not seen, 1 good, 2 bad; one byte an image, in memory that worker processes share with their parent.
+        self._states = torch.zeros(num_images, dtype=torch.uint8).share_memory_() if num_images else None
+        self._good_in_stream, self._bad_in_stream = 0, set[str]()
+        self._records: dict[str, dict[str, Any]] = {}
+        self._read_up_to = 0
+
+    def good(self, index: int | None = None) -> None:
+        """Image `index` could be used; without an index, the next image of a stream's first pass."""
+        if self._states is None or index is None:
+            self._good_in_stream += 1
+        else:
+            self._states[index] = 1
+
+    def bad(self, error: BadImageError, *, epoch: int, index: int | None = None) -> None:
+        """An image could not be used.
+
+        Raises:
+            TooManyBadImagesError: They are too many now.
+        """
+        if self._states is None or index is None:
+            self._record(error, epoch)
+            self._bad_in_stream.add(error.path)
+            bad = len(self._bad_in_stream)
+            seen, total = self._good_in_stream + bad, _FIRST_IMAGES
+        else:
+            if self._states[index] == 2:
+                return
+            self._states[index] = 2
+            self._record(error, epoch)
+            seen, bad = int((self._states > 0).sum()), int((self._states == 2).sum())
+            total = min(self.num_images, _FIRST_IMAGES)
+        allowed = int(self.max_bad_share * max(seen, total))
+        if bad > (max(allowed, 1) if self.max_bad_share else 0):
+            raise TooManyBadImagesError(self._summary(seen, bad))
+
+    def note(self, problem: BadImageError) -> None:
+        """Record what is no single image: a folder that cannot be listed, a damaged archive. It does not count."""
+        self._record(problem, None)
+
+    def _record(self, error: BadImageError, epoch: int | None) -> None:
+        self._read_others()
+        if error.path in self._records:
+            return
+        record = {"path": error.path, "kind": error.kind, "reason": error.reason, "epoch": epoch}
+        if not self._records:
+            logger.warning("%s It is skipped and recorded%s.", error, f" in {self.path}" if self.path else "")
+        self._records[error.path] = record
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        # One write to a file opened for appending is not torn apart by those of other processes.
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(file, json.dumps(record).encode() + b"\n")
+        finally:
+            os.close(file)
+
+    def _read_others(self) -> None:
+        """What other processes have recorded since the last look."""
+        if self.path is None or not self.path.is_file():
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._read_up_to)
+            new = stream.read()
+        whole = new.rpartition(b"\n")[0]
+        self._read_up_to += len(whole) + 1 if whole else 0
+        for line in whole.splitlines():
+            record = json.loads(line)
+            self._records.setdefault(record["path"], record)
+
+    def _summary(self, seen: int, bad: int) -> str:
+        self._read_others()
+        kinds = Counter(record["kind"] for record in self._records.values()).most_common()
+        examples = "; ".join(f"'{record['path']}': {record['reason']}" for record in list(self._records.values())[:3])
+        listed = f" All are listed in '{self.path}'." if self.path else ""
+        return (
+            f"{bad} of the {seen} images seen so far cannot be used, more than max_bad_share={self.max_bad_share:g} "
+            f"allows ({', '.join(f'{number} {kind}' for kind, number in kinds)}). For example {examples}.{listed} "
+            "Look at the data with `regvit data-check`, repair or remove them, or allow more with --max_bad_share."
+        )
 
 
 class MultiCropDataset(Dataset[dict[str, Any]]):
@@ -34,12 +165,24 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
         multi_crop: The augmentation.
         seed: Of the run.
         cache_bytes: Decoded pictures kept in memory, per process. Small sources fit, large ones decode again.
+        bad_images: Records images that cannot be used; another one takes the place of each, drawn from (seed, epoch,
+            index), with the crops that the place would have had. Default: the first bad image is an error.
     """
 
     def __init__(
-        self, source: ImageSource, multi_crop: MultiCrop, *, seed: int, cache_bytes: int = 256 * 2**20
+        self,
+        source: ImageSource,
+        multi_crop: MultiCrop,
+        *,
+        seed: int,
+        cache_bytes: int = 256 * 2**20,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.source, self.multi_crop, self.seed, self.cache_bytes = source, multi_crop, seed, cache_bytes
+        self.bad_images = bad_images
+        if bad_images is not None:
+            for problem in source.problems:
+                bad_images.note(problem)
         self._cache: dict[int, Image.Image] = {}
         self._cached_bytes = 0
 
@@ -49,13 +192,29 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
             raise TypeError(f"MultiCropDataset[{key!r}]: expected (epoch, index). Use EpochSampler as the sampler.")
-        import cv2
-
-        if torch.utils.data.get_worker_info() is not None and cv2.getNumThreads() > 1:
-            cv2.setNumThreads(1)  # one worker is one core; OpenCV's pool would fight with the other workers
+        _leave_cores_to_other_workers()
         epoch, index = key
-        crops = self.multi_crop(self._image(index), seed=self.seed, epoch=epoch, sample_id=index)
+        crops = self.multi_crop(self._usable_image(epoch, index), seed=self.seed, epoch=epoch, sample_id=index)
         return {**crops, "sample_id": index, "epoch": epoch}
+
+    def _usable_image(self, epoch: int, index: int) -> Image.Image:
+        """Image `index`, or the first good one of a sequence that (seed, epoch, index) determine."""
+        if self.bad_images is None:
+            return self._image(index)
+        others = np.random.default_rng([self.seed, epoch, index, _REPLACEMENTS])
+        for _ in range(_REPLACEMENT_TRIES):
+            try:
+                image = self._image(index)
+            except BadImageError as error:
+                self.bad_images.bad(error, epoch=epoch, index=index)
+                index = int(others.integers(len(self)))
+            else:
+                self.bad_images.good(index)
+                return image
+        raise TooManyBadImagesError(
+            f"{_REPLACEMENT_TRIES} images of '{self.source.name}', drawn one after another, cannot be used. "
+            "Run `regvit data-check` on them."
+        )
 
     def _image(self, index: int) -> Image.Image:
         image = self._cache.get(index)
@@ -68,6 +227,13 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
         return image
 
 
+def _leave_cores_to_other_workers() -> None:
+    import cv2
+
+    if torch.utils.data.get_worker_info() is not None and cv2.getNumThreads() > 1:
+        cv2.setNumThreads(1)  # one worker is one core; OpenCV's pool would fight with the other workers
+
+
 class EpochSampler(Sampler[tuple[int, int]]):
     """Yields `(epoch, index)` in an order that depends on the seed and the epoch alone.
 
@@ -78,9 +244,21 @@ class EpochSampler(Sampler[tuple[int, int]]):
         num_samples: Images in the data set.
         seed: Of the run.
         images_per_step: Images of an optimizer step over all processes; an epoch is cut to a multiple of it.
+        parts: Sizes of the sources that were joined, in order; `ImageSource.parts`.
+        weights: How much of every epoch each source gets, in any unit. Each source then goes through its images in
+            passes of its own, which may end anywhere in an epoch; the first number of a key counts its passes, so no
+            key comes twice. Default: every image once per epoch.
     """
 
-    def __init__(self, num_samples: int, *, seed: int, images_per_step: int = 1) -> None:
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        seed: int,
+        images_per_step: int = 1,
+        parts: Sequence[int] = (),
+        weights: Sequence[float] | None = None,
+    ) -> None:
         if num_samples < 1:
             raise ValueError(f"num_samples={num_samples}: there is nothing to sample from.")
         if not 1 <= images_per_step <= num_samples:
@@ -88,6 +266,14 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
         self.images_per_step = images_per_step
         self.start = (0, 0)
+        self.parts = tuple(parts) or (num_samples,)
+        if sum(self.parts) != num_samples:
+            raise ValueError(f"parts={self.parts} must add up to num_samples={num_samples}.")
+        self.draws = None
+        if weights is not None:
+            shares = checked_weights(weights, len(self.parts))
+            ends = np.rint(np.cumsum(shares) * num_samples).astype(np.int64)
+            self.draws = np.diff(ends, prepend=0)  # images of each source in an epoch; together num_samples
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; Trainer and accelerate call it."""
@@ -114,8 +300,254 @@ class EpochSampler(Sampler[tuple[int, int]]):
         epoch = self.epoch
         offset = self.start[1] if epoch == self.start[0] else 0
         stop = offset + (self.num_samples - offset) // self.images_per_step * self.images_per_step
-        for index in np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset:stop]:
-            yield epoch, int(index)
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset:stop]
+        if self.draws is None:
+            for index in order:
+                yield epoch, int(index)
+        else:
+            passes, indices = self._weighted_draws(epoch)
+            for place in order:
+                yield int(passes[place]), int(indices[place])
+
+    def _weighted_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pass and index of each image of an epoch, (num_samples,) each, source by source."""
+        passes, indices = [], []
+        starts = [0, *accumulate(self.parts)]
+        for part, (size, draws) in enumerate(zip(self.parts, cast(np.ndarray, self.draws))):
+            # The epoch's window of an endless row of passes over this source.
+            pass_of, place = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), size)
+            drawn = np.empty(len(place), dtype=np.int64)
+            for number in np.unique(pass_of):
+                order = np.random.default_rng([self.seed, part, int(number), _WEIGHTED_PASS]).permutation(size)
+                drawn[pass_of == number] = order[place[pass_of == number]]
+            passes.append(pass_of)
+            indices.append(starts[part] + drawn)
+        return np.concatenate(passes), np.concatenate(indices)
+
+
+def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
+    """Weights of sources as shares that add up to one.
+
+    Raises:
+        ValueError: Not one positive number for each source.
+    """
+    values = np.asarray(weights, dtype=np.float64)
+    if values.shape != (num_sources,) or not np.isfinite(values).all() or (values <= 0).any():
+        raise ValueError(
+            f"data_weights={list(weights)}: expected one positive number for each of the {num_sources} sources."
+        )
+    return values / values.sum()
+
+
+# --- Streams
+
+
+class StreamSampler(Sampler[tuple[int, StreamRecord]]):
+    """Yields `(pass, record)` from streams without end; it reads, in the main process, and workers decode.
+
+    So the order does not depend on the number of workers. Every pass puts the shards of a stream in a new order, deals
+    them to the processes (row by row where their number is no multiple of the number of processes, as
+    `datasets.distributed.split_dataset_by_node` does), and shuffles through a buffer, which is emptied at the end of a
+    pass: each image comes exactly once per pass, to one process. A process that is through begins its next pass, so
+    all have as many batches as are asked for.
+
+    A shard that cannot be read to its end is given up there, recorded, and the next one follows. A lost connection is
+    an error: left out images would change the order.
+
+    Exact after a stop: `start_at` reads again from the beginning without decoding, and what follows is what the
+    unbroken run had, with any number of workers. Not exact: on another number of processes, or when shards were added,
+    removed, renamed or changed; then images of the current pass may come twice or not at all.
+
+    Args:
+        streams: Read in turn as one if there are no weights.
+        seed: Of the run.
+        weights: Probability of each stream, in any unit; each then has passes of its own.
+        rank: Number of this process.
+        world_size: Processes.
+        buffer_size: Records held for shuffling, in memory as stored.
+        bad_images: Where to record shards.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[ImageStream],
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        buffer_size: int = 1000,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        if not 0 <= rank < world_size or buffer_size < 1:
+            raise ValueError(
+                f"rank={rank} must lie below world_size={world_size}, and buffer_size={buffer_size} be at least 1."
+            )
+        self.weights = None if weights is None else checked_weights(weights, len(streams))
+        self.streams = [_join_streams(streams)] if weights is None else list(streams)
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.buffer_size, self.bad_images = buffer_size, bad_images
+        self.skip = 0
+
+    def start_at(self, num_images: int) -> None:
+        """Leaves out the first `num_images` that this process would get."""
+        self.skip = num_images
+
+    def __iter__(self) -> Iterator[tuple[int, StreamRecord]]:
+        endless = [self._passes(number, stream) for number, stream in enumerate(self.streams)]
+        rng = np.random.default_rng([self.seed, self.rank, _MIXTURE])
+        for number in count():
+            stream = 0 if self.weights is None else int(rng.choice(len(endless), p=self.weights))
+            key = next(endless[stream])
+            if number >= self.skip:
+                yield key
+
+    def _passes(self, number: int, stream: ImageStream) -> Iterator[tuple[int, StreamRecord]]:
+        for epoch in count():
+            is_empty = True
+            for record in self._shuffled(number, stream, epoch):
+                is_empty = False
+                yield epoch, record
+            if is_empty:
+                raise ValueError(f"Nothing could be read from '{stream.name}' in process {self.rank}.")
+
+    def _shuffled(self, number: int, stream: ImageStream, epoch: int) -> Iterator[StreamRecord]:
+        rng = np.random.default_rng([self.seed, number, epoch, self.rank, _SHUFFLE])
+        buffer: list[StreamRecord] = []
+        for record in self._share(number, stream, epoch):
+            if len(buffer) < self.buffer_size:
+                buffer.append(record)
+            else:
+                place = int(rng.integers(self.buffer_size))
+                yield buffer[place]
+                buffer[place] = record
+        for place in rng.permutation(len(buffer)):
+            yield buffer[place]
+
+    def _share(self, number: int, stream: ImageStream, epoch: int) -> Iterator[StreamRecord]:
+        """What this process gets of one pass, in the order of its shards."""
+        rng = np.random.default_rng([self.seed, number, epoch, _SHARD_ORDER])
+        order = rng.permutation(stream.num_shards)  # the same on all processes
+        if stream.num_shards % self.world_size == 0:
+            for shard in order[self.rank :: self.world_size]:
+                yield from self._rows(stream, int(shard))
+        else:
+            rows = (record for shard in order for record in self._rows(stream, int(shard)))
+            yield from islice(rows, self.rank, None, self.world_size)
+
+    def _rows(self, stream: ImageStream, shard: int) -> Iterator[StreamRecord]:
+        try:
+            yield from stream.open_shard(shard)
+        except ConnectionError:
+            raise
+        except (OSError, ValueError, EOFError, tarfile.TarError) as error:
+            reason = f"the rest of the shard cannot be read: {type(error).__name__}: {error}"
+            problem = BadImageError(f"{stream.name}, shard {shard}", reason, "archive")
+            logger.warning("%s", problem)
+            if self.bad_images is not None:
+                self.bad_images.note(problem)
+
+
+def _join_streams(streams: Sequence[ImageStream]) -> ImageStream:
+    if len(streams) == 1:
+        return streams[0]
+    starts = [0, *accumulate(stream.num_shards for stream in streams)]
+    return ImageStream(
+        name=" + ".join(stream.name for stream in streams),
+        num_shards=starts[-1],
+        open_shard=partial(_open_joined_shard, [stream.open_shard for stream in streams], starts[:-1]),
+    )
+
+
+def _open_joined_shard(
+    opens: Sequence[Callable[[int], Iterator[StreamRecord]]], starts: Sequence[int], shard: int
+) -> Iterator[StreamRecord]:
+    part = bisect_right(starts, shard) - 1
+    return opens[part](shard - starts[part])
+
+
+def stream_sample_id(id: str) -> int:
+    """The number that stands for an image of a stream in every random draw: 63 bits of a hash of its id."""
+    return int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
+
+
+class MultiCropStream(Dataset[dict[str, Any]]):
+    """Crops of the images of streams, indexed by the keys of a `StreamSampler`; items as in `MultiCropDataset`.
+
+    An image that cannot be used is replaced by another one of the same batch, drawn from (seed, pass, id), with the
+    crops that the place would have had, so the size of a batch stays the same.
+
+    Args:
+        streams: The images.
+        multi_crop: The augmentation.
+        seed: Of the run.
+        weights: Probability of each stream; default: all are one.
+        limits: Which images to accept.
+        bad_images: Records the others; default: the first one is an error.
+    """
+
+    def __init__(
+        self,
+        streams: Sequence[ImageStream],
+        multi_crop: MultiCrop,
+        *,
+        seed: int,
+        weights: Sequence[float] | None = None,
+        limits: ImageLimits | None = None,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.streams, self.multi_crop, self.seed, self.weights = list(streams), multi_crop, seed, weights
+        self.limits, self.bad_images = limits or ImageLimits(), bad_images
+
+    def sampler(self, *, rank: int = 0, world_size: int = 1) -> StreamSampler:
+        """What reads the streams for one process."""
+        return StreamSampler(
+            self.streams,
+            seed=self.seed,
+            weights=self.weights,
+            rank=rank,
+            world_size=world_size,
+            bad_images=self.bad_images,
+        )
+
+    def __getitem__(self, key: tuple[int, StreamRecord]) -> dict[str, Any]:
+        if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):
+            raise TypeError(f"MultiCropStream[{key!r}]: a stream has no images by number. Use its sampler().")
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[dict[str, Any]]:
+        """The items of one batch; a `DataLoader` calls it."""
+        _leave_cores_to_other_workers()
+        images = [self._open(*key) for key in keys]
+        good = [image for image in images if image is not None]
+        items = []
+        for (epoch, record), image in zip(keys, images, strict=True):
+            sample_id = stream_sample_id(record.id)
+            if image is None:
+                if not good:
+                    raise TooManyBadImagesError(
+                        f"none of the {len(keys)} images of a batch can be used; the last one is '{record.id}'. "
+                        "Run `regvit data-check` on the data."
+                    )
+                rng = np.random.default_rng([self.seed, epoch, sample_id, _REPLACEMENTS])
+                image = good[int(rng.integers(len(good)))]
+            crops = self.multi_crop(image, seed=self.seed, epoch=epoch, sample_id=sample_id)
+            items.append({**crops, "sample_id": sample_id, "epoch": epoch})
+        return items
+
+    def _open(self, epoch: int, record: StreamRecord) -> Image.Image | None:
+        try:
+            if record.data is None:
+                raise BadImageError(record.id, "the cell is empty", "empty")
+            image = open_image(record.data, name=record.id, limits=self.limits)
+        except BadImageError as error:
+            if self.bad_images is None:
+                raise
+            self.bad_images.bad(error, epoch=epoch)
+            return None
+        if self.bad_images is not None and epoch == 0:
+            self.bad_images.good()
+        return image
 
 
 def block_mask(
@@ -211,8 +643,9 @@ class DinoCollator:
     """Stacks the items of `MultiCropDataset` crop-major and draws the masks of the global crops.
 
     Call it with a list of B items. The batch has `global_crops` (2, B, 3, S, S), `local_crops` (L, B, 3, s, s),
-    `masks` (2, B, N) bool, `mask_indices` (M,) int64 into the flattened masks, `mask_weights` (M,) float32. The masks
-    depend on the seed, the epoch and the ids of the items only.
+    `masks` (2, B, N) bool, `mask_indices` (M,) int64 into the flattened masks, `mask_weights` (M,) float32, and
+    `sample_ids` and `epochs` (B,) int64, which the trainer takes out before the forward pass. The masks depend on the
+    seed, the epoch and the ids of the items only.
 
     Args:
         grid: (rows, columns) of patches of a global crop.
@@ -256,6 +689,9 @@ class DinoCollator:
             "masks": masks,
             "mask_indices": mask_indices,
             "mask_weights": mask_weights,
+            # Not for the network: they name the images when a step goes wrong.
+            "sample_ids": torch.tensor([sample["sample_id"] for sample in samples]),
+            "epochs": torch.tensor([sample["epoch"] for sample in samples]),
         }
 
 

@@ -2,23 +2,30 @@
 
 import difflib
 import importlib.util
+import logging
 import os
 import re
 import struct
+import tarfile
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from io import BytesIO
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 if TYPE_CHECKING:
     import datasets
     from transformers import BitImageProcessor
+
+logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
 
@@ -29,7 +36,8 @@ EMBEDDED_SOURCES = ("photos", "digits")
 # Formats that Pillow decodes by itself: EPS would start Ghostscript, PDF and SVG are no pixel formats.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
-_MAX_PIXELS = 89_478_485  # Pillow's own limit before it warns: a quarter of a GiB of RGB
+# Pictures that a folder may hold and that nothing here decodes; they are left out with a warning, not in silence.
+_OTHER_PICTURES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"})
 _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -39,12 +47,55 @@ _SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
 # --- One image
 
 
-class BadImageError(ValueError):
-    """One image cannot be used: `path` says which, `reason` why."""
+@dataclass(frozen=True)
+class ImageLimits:
+    """What an image must be to be used. All but truncation is judged from the header, before anything is decoded.
 
-    def __init__(self, path: str, reason: str = "unreadable") -> None:
-        super().__init__(path, reason)  # both, so that it survives the pickling between a worker and its parent
-        self.path, self.reason = path, reason
+    Args:
+        min_side: Smallest width and height, pixels.
+        max_aspect: Largest ratio of the longer side to the shorter one: a resize of the shorter side makes a giant of
+            a strip.
+        max_pixels: Largest width x height. The default is the count above which Pillow warns, a quarter of a GiB as
+            RGB; Pillow itself refuses twice as many.
+        on_truncated: `"skip"` refuses a JPEG whose end is missing. `"salvage"` accepts it where at least 95 % of the
+            rows were decoded from the file's own data, and cuts the others off.
+        value_range: Values that become black and white in images of 32-bit floats or integers, which have no defined
+            range; None refuses them.
+
+    Raises:
+        ValueError: A limit that cannot be meant.
+    """
+
+    min_side: int = 16
+    max_aspect: float = 20.0
+    max_pixels: int = 89_478_485
+    on_truncated: Literal["skip", "salvage"] = "skip"
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.min_side < 1:
+            raise ValueError(f"min_side={self.min_side} must be at least 1 pixel.")
+        if self.max_aspect < 1:
+            raise ValueError(f"max_aspect={self.max_aspect} is longer side / shorter side, so at least 1.")
+        pillow = 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels)
+        if not 1 <= self.max_pixels <= pillow:
+            raise ValueError(f"max_pixels={self.max_pixels} must lie between 1 and {pillow}, where Pillow refuses.")
+        if self.on_truncated not in ("skip", "salvage"):
+            raise ValueError(f"on_truncated={self.on_truncated!r} is unknown. Use 'skip' or 'salvage'.")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"value_range={self.value_range} must be (black, white) with black < white.")
+
+
+class BadImageError(ValueError):
+    """One image cannot be used: `path` says which, `reason` why, `kind` the sort of fault, for counting.
+
+    Kinds: missing, permission, empty, not an image, truncated, corrupt, too small, too elongated, too large, value
+    range, archive, blocked.
+    """
+
+    def __init__(self, path: str, reason: str = "unreadable", kind: str = "corrupt") -> None:
+        super().__init__(path, reason, kind)  # all, so that it survives the pickling between a worker and its parent
+        self.path, self.reason, self.kind = path, reason, kind
 
     def __str__(self) -> str:
         return f"Cannot use image '{self.path}': {self.reason}."
@@ -54,58 +105,167 @@ class MissingSplitError(ValueError):
     """The source is there, but it has no part of that name."""
 
 
-def open_image(source: str | Path | bytes | Image.Image, *, name: str | None = None) -> Image.Image:
+# What Pillow's decoders raise on broken files: PNG alone knows SyntaxError, struct.error, zlib.error, ValueError. The
+# property test of `test_faults_data.py` looks for others.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
+    zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+
+
+def open_image(
+    source: str | Path | bytes | Image.Image, *, name: str | None = None, limits: ImageLimits | None = None
+) -> Image.Image:
     """Decode one image to 8-bit RGB, upright, the same way for training, evaluation and serving.
 
-    EXIF orientation is applied; transparency is composited on white; 16-bit grey is scaled by its depth; CMYK, grey,
-    palette and 1-bit images are converted; of an animation the first frame counts. A flipped bit inside JPEG data
-    decodes without complaint everywhere and is not detected.
+    EXIF orientation is applied; transparency is composited on white; 16-bit grey is scaled by its depth (65535 is
+    white); CMYK, grey, palette and 1-bit images are converted; of an animation the first frame counts. ICC profiles
+    are ignored: a wide-gamut photograph looks a little pale. A flipped bit inside JPEG data decodes without complaint
+    everywhere and is not detected; PNG carries checksums, which are verified.
 
     Args:
         source: A path, the bytes of an encoded file, or a Pillow image (which stays as it is).
         name: What an error calls the image; default the path.
+        limits: Sizes and kinds to accept; default `ImageLimits()`.
 
     Raises:
-        BadImageError: Missing, empty, truncated, not an image, more than 89 million pixels (checked before decoding),
-            or of a depth without a defined range (float, 32-bit integers).
+        BadImageError: Missing, empty, truncated, corrupt, not an image, outside of `limits`, or of a depth without a
+            defined range (float, 32-bit integers).
     """
-    data = b""
-    if not isinstance(source, Image.Image):
-        name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
-        try:
-            # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
-            data = source if isinstance(source, bytes) else Path(source).read_bytes()
-        except OSError as error:
-            raise BadImageError(name, f"{error.strerror or error}") from error
-    name = name or "image in memory"
+    limits = limits or ImageLimits()
+    if isinstance(source, Image.Image):
+        return _guarded(source, b"", name or "image in memory", limits)
+    name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
+    # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
+    return _guarded(None, source if isinstance(source, bytes) else _read_bytes(source, name), name, limits)
+
+
+def _read_bytes(path: str | Path, name: str) -> bytes:
     try:
-        if isinstance(source, Image.Image):
-            return _upright_rgb(source, name)
+        return Path(path).read_bytes()
+    except PermissionError as error:
+        raise BadImageError(name, f"{error.strerror}", "permission") from error
+    except (OSError, ValueError) as error:  # a NUL inside a name is a ValueError
+        raise BadImageError(name, f"{getattr(error, 'strerror', None) or error}", "missing") from error
+
+
+def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLimits) -> Image.Image:
+    try:
+        if opened is not None:
+            return _upright_rgb(opened, name, limits)
         with Image.open(BytesIO(data), formats=_known_formats()) as image:
-            return _upright_rgb(image, name)
+            if image.format == "PNG":
+                _check_png(data, name)
+            return _upright_rgb(image, name, limits)
     except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, _describe_unknown(data)) from error
-    except BadImageError:
+        raise BadImageError(name, *_describe_unknown(data)) from error
+    except BadImageError as error:
+        if error.kind != "truncated" or limits.on_truncated != "salvage":
+            raise
+        return _salvage(data, error, limits)
+    except Image.DecompressionBombError as error:
+        raise BadImageError(name, f"{error}".rstrip("."), "too large") from error
+    except _DECODER_ERRORS as error:
+        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
+
+
+def _upright_rgb(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
+    _check_size(image.size, name, limits)
+    try:
+        image.load()
+    except OSError as error:
+        if "truncated" in str(error).lower():
+            raise BadImageError(name, f"{error}".rstrip("."), "truncated") from error
         raise
-    # What Pillow's decoders raise on broken files: PNG alone knows SyntaxError, struct.error, zlib.error, ValueError.
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
-        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip(".")) from error
-
-
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    if image.width * image.height > _MAX_PIXELS:
-        raise BadImageError(name, f"{image.width}x{image.height} pixels are more than {_MAX_PIXELS}")
-    image.load()
     is_png = image.format == "PNG"  # the upright copy no longer knows
-    return _to_rgb(ImageOps.exif_transpose(image), name, is_png=is_png)
+    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image if turn is None else image.transpose(turn), name, limits, is_png=is_png)
+    rgb.info = {}  # with its EXIF block, the next reader would turn it once more
+    return rgb
+
+
+def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise BadImageError(name, f"{width}x{height} pixels are more than {limits.max_pixels}", "too large")
+    if min(size) < limits.min_side:
+        raise BadImageError(name, f"{width}x{height} pixels, the shorter side under {limits.min_side}", "too small")
+    if max(size) > limits.max_aspect * min(size):
+        ratio = max(size) / min(size)
+        raise BadImageError(name, f"{width}x{height} is {ratio:.0f}:1, over {limits.max_aspect:g}:1", "too elongated")
+
+
+# How a stored picture is turned upright, by EXIF orientation. `ImageOps.exif_transpose` does the same and then writes
+# the remaining EXIF block anew, which fails on blocks that cameras really write.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where the block cannot be read, as browsers have it."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _check_png(data: bytes, name: str) -> None:
+    """Verify the checksum of every chunk up to IEND: Pillow skips those of the pixel data.
+
+    Source: W3C PNG specification, section 5.3: length, type, data, CRC-32 of type and data.
+    """
+    start = 8
+    while start + 12 <= len(data):
+        length = int.from_bytes(data[start : start + 4], "big")
+        end = start + 8 + length
+        if end + 4 > len(data):
+            break
+        if zlib.crc32(memoryview(data)[start + 4 : end]) != int.from_bytes(data[end : end + 4], "big"):
+            raise BadImageError(name, f"the checksum of its chunk {data[start + 4 : start + 8]!r} is wrong", "corrupt")
+        if data[start + 4 : start + 8] == b"IEND":
+            return
+        start = end + 4
+    raise BadImageError(name, "the PNG file is truncated", "truncated")
+
+
+_SALVAGED_ROWS = 0.95
+
+
+def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Image:
+    """The rows of a truncated JPEG that its own data decodes to, if they are nearly all.
+
+    The decoder fills what is missing without saying where it began to. So the file is ended twice, once at once and
+    once after some arbitrary data: up to the row of blocks with the first difference, the pixels come from the file.
+
+    Raises:
+        BadImageError: No JPEG, a progressive one (all of its rows lack something), one to be turned, or too few rows.
+    """
+    if not data.startswith(b"\xff\xd8"):
+        raise error
+    with Image.open(BytesIO(data)) as image:
+        if "progressive" in image.info or _orientation(image) != 1:
+            raise error
+        block = 8 * max(
+            vertical for _, _, vertical, _ in cast(Any, image).layer
+        )  # rows of pixels that are decoded together
+    body = data.rstrip(b"\xff")  # half a marker
+    strict = replace(limits, on_truncated="skip")
+    one, other = (_guarded(None, body + filler + b"\xff\xd9", error.path, strict) for filler in (b"", b"\x55" * 64))
+    differs = np.flatnonzero((np.asarray(one) != np.asarray(other)).any(axis=(1, 2)))
+    # The last row before a block is interpolated with the block's colour: it may differ too, or be wrong in both.
+    rows = max((int(differs[0]) + 1) // block * block - 1, 0) if len(differs) else one.height
+    if rows < _SALVAGED_ROWS * one.height:
+        reason = f"{error.reason}; {rows} of {one.height} rows are whole, fewer than {_SALVAGED_ROWS:.0%}"
+        raise BadImageError(error.path, reason, "truncated") from error
+    return one.crop((0, 0, one.width, rows))
 
 
 @cache
@@ -114,25 +274,103 @@ def _known_formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in Image.OPEN)  # not every build of Pillow reads AVIF
 
 
-def _describe_unknown(data: bytes) -> str:
+def _describe_unknown(data: bytes) -> tuple[str, str]:
+    """Reason and kind for data that no allowed decoder recognises."""
     if not data:
-        return "the file is empty"
+        return "the file is empty", "empty"
     head = data[:256].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
-        return "it looks like HTML, XML or SVG (a failed download?), expected a pixel image"
-    return f"no supported image format ({', '.join(_known_formats())}); the first bytes are {data[:8]!r}"
+        return "it looks like HTML, XML or SVG (a failed download?), expected a pixel image", "not an image"
+    convert = "which is not read here; convert it to JPEG or PNG"
+    if data[4:8] == b"ftyp" and data[8:12] != b"avif":
+        return f"it is HEIC or another container of '{data[8:12].decode('latin-1')}', {convert}", "not an image"
+    if data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
+        return f"it is JPEG XL, {convert}", "not an image"
+    if data.startswith((b"%!PS", b"%PDF")):
+        return f"it is a PostScript or PDF page, {convert}", "not an image"
+    known = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
+    if known:
+        return f"its header is damaged; the first bytes {data[:8]!r} are those of an image", "corrupt"
+    formats = ", ".join(_known_formats())
+    return f"no supported image format ({formats}); the first bytes are {data[:8]!r}", "not an image"
 
 
-def _to_rgb(image: Image.Image, name: str, *, is_png: bool) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
+        _say_once("16-bit grey images are scaled by their depth: 65535 becomes white.")
         values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255: a white picture
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise BadImageError(name, f"mode {image.mode} has no defined range of values; save it with 8 or 16 bits")
+        return _scaled_to_range(image, name, limits)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
+
+
+def _scaled_to_range(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
+    if limits.value_range is None:
+        reason = f"mode {image.mode} has no defined range of values; save it with 8 or 16 bits, or set value_range"
+        raise BadImageError(name, reason, "value range")
+    values = np.asarray(image, dtype=np.float64)
+    if not np.isfinite(values).all():
+        bad = int((~np.isfinite(values)).sum())
+        raise BadImageError(name, f"{bad} of {values.size} values are NaN or infinite", "value range")
+    low, high = limits.value_range
+    if values.min() < low or values.max() > high:
+        reason = f"values from {values.min():g} to {values.max():g} leave value_range=({low:g}, {high:g})"
+        raise BadImageError(name, reason, "value range")
+    return Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8)).convert("RGB")
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What the header of an encoded image says, before anything is converted.
+
+    `format` and `mode` in Pillow's words, `bits` per channel, stored `size` (width, height) in pixels, EXIF
+    `orientation` 1 to 8; whether it has several frames, transparency, an ICC profile.
+    """
+
+    format: str
+    mode: str
+    bits: int
+    size: tuple[int, int]
+    orientation: int
+    animated: bool
+    transparent: bool
+    icc_profile: bool
+
+
+def image_facts(data: bytes, *, name: str) -> ImageFacts:
+    """Read the header of one encoded image.
+
+    Raises:
+        BadImageError: No image, or a damaged header.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=_known_formats()) as image:
+            bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
+            if image.format == "PNG":
+                bits = data[24]  # of the header chunk; Pillow shows 16-bit colour as 8-bit
+            return ImageFacts(
+                format=image.format or "",
+                mode=image.mode,
+                bits=bits,
+                size=image.size,
+                orientation=_orientation(image),
+                animated=image.format != "MPO" and getattr(image, "is_animated", False),
+                transparent=image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info,
+                icc_profile="icc_profile" in image.info,
+            )
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(name, *_describe_unknown(data)) from error
+    except _DECODER_ERRORS as error:
+        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
 
 
 # --- Sources
@@ -152,6 +390,9 @@ class ImageSource:
     """Images by index, decoded when asked for. `labels` and `label_names` are None where there are no classes.
 
     `table` holds the other columns of a parquet file or Hub data set (boxes, masks), row by row as the images.
+    `encoded` gives the bytes as they are stored; None where the pictures are drawn. `parts` are the sizes of the
+    sources that were joined into this one, in order. `problems` are what could not be listed: unreadable folders,
+    truncated shards.
     """
 
     name: str
@@ -160,6 +401,9 @@ class ImageSource:
     labels: Sequence[int] | None = None
     label_names: tuple[str, ...] | None = None
     table: "datasets.Dataset | None" = None
+    encoded: Callable[[int], bytes] | None = None
+    parts: tuple[int, ...] = ()
+    problems: tuple[BadImageError, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -174,24 +418,29 @@ class ImageSource:
     def subset(self, indices: Sequence[int]) -> "ImageSource":
         """The images at `indices`, in that order, with the same label names."""
         indices = [int(i) for i in indices]
-        return ImageSource(
-            name=self.name,
+        return replace(
+            self,
             ids=[self.ids[i] for i in indices],
             read=partial(_read_at, self.read, indices),
             labels=None if self.labels is None else [self.labels[i] for i in indices],
-            label_names=self.label_names,
             table=None if self.table is None else self.table.select(indices),
+            encoded=None if self.encoded is None else partial(_read_at, self.encoded, indices),
+            parts=(),
         )
 
 
+Data = str | Path | Sequence[str | Path]
+
+
 def load_images(
-    data: str | Path,
+    data: Data,
     *,
     split: Split | None = "train",
     image_column: str | None = None,
     label_column: str | None = None,
+    limits: ImageLimits | None = None,
 ) -> ImageSource:
-    """Open a source of images.
+    """Open a source of images, or several as one.
 
     - `photos`: tiles of 64 px from the 21 photographs inside scikit-image and scikit-learn; 2,214 training tiles from
       the left 70 % of each, 719 held-out tiles from the rest, no pixel in both. The label is the photograph.
@@ -199,13 +448,20 @@ def load_images(
     - a folder of images, nested at any depth. If every image lies in a sub-folder, the outermost sub-folders are the
       classes. `train/` and `validation/` (also `val`, `valid`, `dev`) are honoured; without them all is training data.
     - a parquet file, or a folder of them, told apart by `train` and `validation` in file or folder names.
+    - a tar file in the manner of WebDataset (`000017.jpg`, `000017.cls`), or a folder of them, told apart likewise. An
+      index of positions is made at the start, so every image can be read at random; nothing is ever unpacked.
+    - a pattern of such files: `shards/train-*.tar`.
     - the id of a data set on the Hub.
 
+    Several sources count one after another: `["a", "b"]` has the images of `a`, then those of `b`, their ids led by
+    the source's name. Labels stay if all have the same classes.
+
     Args:
-        data: One of the above. A path wins over a Hub id.
+        data: One of the above or several. A path wins over a Hub id.
         split: `"train"`, `"validation"`, or None for everything.
         image_column: Column of a parquet file or Hub data set; default: the only image column, or `image`.
         label_column: Integer or ClassLabel column; default `label` where it is one.
+        limits: Which images to accept when they are read; default `ImageLimits()`.
 
     Raises:
         FileNotFoundError: No such path (the nearest existing parent is named), or no such data set.
@@ -214,33 +470,155 @@ def load_images(
     """
     if split not in (None, "train", "validation"):
         raise ValueError(f"split={split!r} is unknown. Use 'train', 'validation' or None (all images).")
+    load = partial(
+        _load_one, split=split, image_column=image_column, label_column=label_column, limits=limits or ImageLimits()
+    )
+    if isinstance(data, str | Path):
+        return load(data)
+    if len(data) != len(set(map(str, data))) or not data:
+        raise ValueError(f"data={list(map(str, data))}: expected one or more sources, each once.")
+    sources, missing = [], []
+    for one in data:
+        try:
+            sources.append(load(one))
+        except MissingSplitError as error:  # held-out images need not exist in every source
+            if split == "train":
+                raise
+            missing.append(error)
+    if not sources:
+        raise MissingSplitError(" ".join(map(str, missing)))
+    return sources[0] if len(data) == 1 else join_sources(sources)
+
+
+def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
+    """Several sources one after another, as one.
+
+    Ids are led by the source's name. Labels stay where every source has the same label names in the same order;
+    otherwise a number would mean two things, and the result has none.
+    """
+    names = sources[0].label_names
+    same = names is not None and all(source.label_names == names for source in sources)
+    if not same and any(source.labels is not None for source in sources):
+        logger.info("The sources have different classes; the joined one has no labels.")
+    starts = [0, *accumulate(len(source) for source in sources)][:-1]
+    encoded = [source.encoded for source in sources if source.encoded is not None]
+    return ImageSource(
+        name=" + ".join(source.name for source in sources),
+        ids=[f"{source.name}/{id}" for source in sources for id in source.ids],
+        read=partial(_read_joined, [source.read for source in sources], starts),
+        labels=[label for source in sources for label in source.labels or ()] if same else None,
+        label_names=names if same else None,
+        encoded=partial(_read_joined, encoded, starts) if len(encoded) == len(sources) else None,
+        parts=tuple(len(source) for source in sources),
+        problems=tuple(problem for source in sources for problem in source.problems),
+    )
+
+
+def _read_joined(reads: Sequence[Callable[[int], Any]], starts: list[int], index: int) -> Any:
+    part = bisect_right(starts, index) - 1
+    return reads[part](index - starts[part])
+
+
+def _load_one(
+    data: str | Path,
+    *,
+    split: Split | None,
+    image_column: str | None,
+    label_column: str | None,
+    limits: ImageLimits,
+) -> ImageSource:
     if data == "photos":
         return _photo_tiles(split)
     if data == "digits":
         return _digits(split)
+    found = _find_files(data, split)
+    if found is None:
+        return _hub(str(data), split, image_column=image_column, label_column=label_column, limits=limits)
+    if found.kind == "parquet":
+        return _parquet(found, image_column=image_column, label_column=label_column, limits=limits)
+    if found.kind == "tar":
+        return _tar(found, limits=limits)
+    return _image_folder(found, split, limits=limits)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a path or pattern stands for: `kind` is "images", "parquet" or "tar"; `files` are those of the split."""
+
+    root: Path
+    kind: str
+    files: list[Path]
+    everything: list[Path]
+    problems: tuple[BadImageError, ...] = ()
+
+
+def _find_files(data: str | Path, split: Split | None) -> _Files | None:
+    """The files behind a path or pattern; None for what can only be the id of a data set on the Hub.
+
+    Raises:
+        FileNotFoundError: Neither a path nor an id.
+        MissingSplitError: No such part.
+        ValueError: No files of a known kind.
+    """
     path = Path(data).expanduser()
     if path.is_dir():
-        files = _walk(path)
-        parquet = [file for file in files if file.suffix.lower() == ".parquet"]
-        if parquet and not any(file.suffix.lower() in _SUFFIXES for file in files):
-            parquet = _select_split(path, parquet, split)
-            return _parquet(path, parquet, image_column=image_column, label_column=label_column)
-        return _image_folder(path, files, split)
+        every, problems = _walk(path)
+        by_kind = {kind: [file for file in every if _kind_of(file) == kind] for kind in ("images", "parquet", "tar")}
+        kind = next((kind for kind in by_kind if by_kind[kind]), "images")
+        left_out = Counter(
+            file.suffix.lower() for file in every if _kind_of(file) not in (kind, "other")
+        )  # a folder of pictures may well hold a text file
+        if left_out:
+            counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+            logger.warning("'%s': read as a folder of %s; left out: %s.", data, kind, counts)
+        if kind == "images":  # chooses the split itself: classes are numbered over both
+            return _Files(path, kind, by_kind[kind], every, problems)
+        return _Files(path, kind, _select_split(path, by_kind[kind], split), every, problems)
     if path.is_file():
-        if path.suffix.lower() != ".parquet":
-            raise ValueError(f"'{data}' is a file of type '{path.suffix}'. Give a parquet file or a folder of images.")
-        if split == "validation":
-            raise MissingSplitError(
-                f"'{data}' is one file and has no validation part. Give the folder, or split=None."
-            )
-        return _parquet(path, [path], image_column=image_column, label_column=label_column)
-    parent = next(p for p in path.absolute().parents if p.is_dir())
-    missing = f"'{data}' does not exist; the nearest existing folder is '{parent}'."
+        return _one_file(data, path, [path], split)
+    if any(sign in str(data) for sign in "*?["):
+        anchor = next(parent for parent in path.parents if not any(sign in str(parent) for sign in "*?["))
+        matches = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+        if not matches:
+            raise FileNotFoundError(f"No file matches the pattern '{data}'.")
+        return _one_file(data, anchor, matches, split)
     if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", str(data)) or (os.sep in str(data) and path.parent.is_dir()):
-        raise FileNotFoundError(missing)
-    if near := difflib.get_close_matches(str(data), EMBEDDED_SOURCES, n=1):
-        missing += f" Did you mean '{near[0]}'?"
-    return _hub(str(data), split, missing=missing, image_column=image_column, label_column=label_column)
+        raise FileNotFoundError(_does_not_exist(data))
+    return None
+
+
+def _does_not_exist(data: str | Path) -> str:
+    parent = next(p for p in Path(data).expanduser().absolute().parents if p.is_dir())
+    message = f"'{data}' does not exist; the nearest existing folder is '{parent}'."
+    near = difflib.get_close_matches(str(data), EMBEDDED_SOURCES, n=1)
+    return f"{message} Did you mean '{near[0]}'?" if near else message
+
+
+def _one_file(data: str | Path, root: Path, files: list[Path], split: Split | None) -> _Files:
+    """Files named one by one or by a pattern; parquet and tar only, all of one kind."""
+    kinds = {_kind_of(file) for file in files}
+    if kinds not in ({"parquet"}, {"tar"}):
+        found = sorted({file.suffix for file in files})
+        raise ValueError(
+            f"'{data}' is a file of type '{found[0]}'. Give a folder of images, or parquet or tar files of one kind."
+        )
+    if split == "validation":
+        raise MissingSplitError(f"'{data}' names files and has no validation part. Give the folder, or split=None.")
+    return _Files(root, kinds.pop(), files, files)
+
+
+def _kind_of(file: Path) -> str:
+    suffix = file.suffix.lower()
+    if suffix in _SUFFIXES:
+        return "images"
+    if suffix in _OTHER_PICTURES:
+        return "picture of another format"
+    # A compressed archive has no positions to read at; it is told so rather than overlooked.
+    return suffix[1:] if suffix in (".parquet", ".tar") else "tar" if _is_compressed_tar(file) else "other"
+
+
+def _is_compressed_tar(file: Path) -> bool:
+    return file.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
 
 
 def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -261,7 +639,7 @@ def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int)
     return [i for i in range(len(values)) if i not in held_out], sorted(held_out)
 
 
-def _read_at(read: Callable[[int], Image.Image], indices: list[int], index: int) -> Image.Image:
+def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
     return read(indices[index])
 
 
@@ -361,11 +739,21 @@ def _read_digit(pixels: np.ndarray, size: int, index: int) -> Image.Image:
     return Image.fromarray(pixels[index]).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")
 
 
-def _walk(root: Path) -> list[Path]:
-    """All files below `root` in a fixed order. Links are followed, each folder once (loops), hidden names left out."""
+def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
+    """All files below `root` in a fixed order, and the folders that could not be listed.
+
+    Links are followed, each folder once (loops), hidden names left out.
+    """
     files: list[Path] = []
+    problems: list[BadImageError] = []
     seen = set()
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+
+    def unreadable(error: OSError) -> None:
+        reason = f"the folder cannot be listed: {error.strerror}"
+        problems.append(BadImageError(str(error.filename), reason, "permission"))
+        logger.warning("%s", problems[-1])
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
         status = os.stat(folder)  # noqa: PTH116 - os.walk deals in strings, and bytes that are no UTF-8 stay intact
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
@@ -373,16 +761,17 @@ def _walk(root: Path) -> list[Path]:
         seen.add((status.st_dev, status.st_ino))
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files.extend(Path(folder, name) for name in names if not name.startswith("."))
-    return sorted(files)
+    return sorted(files), tuple(problems)
 
 
 def _split_of(file: Path, root: Path) -> Split | None:
-    """Which part a file belongs to, by its outermost folder or, for parquet, by how its name begins."""
+    """Which part a file belongs to, by its outermost folder or, for tables and shards, by how its name begins."""
     parts = file.relative_to(root).parts
     for split, folders in _SPLIT_FOLDERS.items():
         if len(parts) > 1 and parts[0].lower() in folders:
             return split
-        if file.suffix.lower() == ".parquet" and re.match(rf"({'|'.join(folders)})(?![a-z])", file.stem.lower()):
+        named = _kind_of(file) in ("parquet", "tar")
+        if named and re.match(rf"({'|'.join(folders)})(?![a-z])", file.name.lower()):
             return split
     return None
 
@@ -412,12 +801,14 @@ def _outermost(root: Path, files: Sequence[Path], limit: int = 8) -> str:
     )
 
 
-def _image_folder(root: Path, files: list[Path], split: Split | None) -> ImageSource:
-    images = [file for file in files if file.suffix.lower() in _SUFFIXES]
+def _image_folder(found: _Files, split: Split | None, *, limits: ImageLimits) -> ImageSource:
+    root, images = found.root, found.files
     if not images:
-        found = f"{len(files)} other files ({_outermost(root, files)})" if files else "nothing"
+        others = found.everything
+        listing = f"{len(others)} other files ({_outermost(root, others)})" if others else "nothing"
         raise ValueError(
-            f"No images in '{root}' or below. Looked for {' '.join(sorted(_SUFFIXES))} and .parquet; found {found}."
+            f"No images in '{root}' or below. Looked for {' '.join(sorted(_SUFFIXES))}, .parquet and .tar; "
+            f"found {listing}."
         )
     selected = _select_split(root, images, split)
     classes = [_class_of(file, root) for file in selected]
@@ -434,7 +825,10 @@ def _image_folder(root: Path, files: list[Path], split: Split | None) -> ImageSo
         position = {name: i for i, name in enumerate(names)}
         labels = [position[name] for name in classes]
     ids = [file.relative_to(root).as_posix() for file in selected]
-    return ImageSource(name=str(root), ids=ids, read=partial(_read_file, root, ids), labels=labels, label_names=names)
+    read_file = partial(_read_file, root, ids)
+    return _stored_images(
+        str(root), ids, read_file, _FileNames(root, ids), limits, labels, names, problems=found.problems
+    )
 
 
 def _class_of(file: Path, root: Path) -> str:
@@ -444,20 +838,71 @@ def _class_of(file: Path, root: Path) -> str:
     return parts[0] if len(parts) > 1 else ""
 
 
-def _read_file(root: Path, ids: list[str], index: int) -> Image.Image:
-    return open_image(root / ids[index])
+def _read_file(root: Path, ids: list[str], index: int) -> bytes:
+    return _read_bytes(root / ids[index], str(root / ids[index]))
 
 
-def _parquet(root: Path, files: list[Path], *, image_column: str | None, label_column: str | None) -> ImageSource:
+@dataclass(frozen=True)
+class _FileNames:
+    """What an error calls image i: its whole path."""
+
+    root: Path
+    ids: list[str]
+
+    def __call__(self, index: int) -> str:
+        return str(self.root / self.ids[index])
+
+
+@dataclass(frozen=True)
+class _RowNames:
+    """What an error calls image i of a table or shard."""
+
+    source: str
+    ids: Sequence[str]
+
+    def __call__(self, index: int) -> str:
+        return f"{self.source}, {self.ids[index].replace('row/', 'row ')}"
+
+
+def _stored_images(
+    name: str,
+    ids: Sequence[str],
+    encoded: Callable[[int], bytes],
+    called: Callable[[int], str],
+    limits: ImageLimits,
+    labels: Sequence[int] | None,
+    label_names: tuple[str, ...] | None,
+    *,
+    problems: tuple[BadImageError, ...] = (),
+) -> ImageSource:
+    """A source whose images are decoded by `open_image` from stored bytes."""
+    read = partial(_decode, encoded, called, limits)
+    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems)
+
+
+def _decode(
+    encoded: Callable[[int], bytes], called: Callable[[int], str], limits: ImageLimits, index: int
+) -> Image.Image:
+    return open_image(encoded(index), name=called(index), limits=limits)
+
+
+def _parquet(found: _Files, *, image_column: str | None, label_column: str | None, limits: ImageLimits) -> ImageSource:
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
-    # `datasets` maps an Arrow copy from its cache folder, so that files larger than memory work.
-    table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    return table_images(table, str(root), image_column=image_column, label_column=label_column)
+    name = str(found.root)
+    try:
+        # `datasets` maps an Arrow copy from its cache folder, so that files larger than memory work.
+        table = load_dataset("parquet", data_files=[str(file) for file in found.files], split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        files = ", ".join(file.name for file in found.files[:8])
+        raise ValueError(f"'{name}' cannot be read as parquet ({files}): {error.__cause__ or error}") from error
+    source = table_images(table, name, image_column=image_column, label_column=label_column, limits=limits)
+    return replace(source, problems=found.problems)
 
 
 def _hub(
-    data: str, split: Split | None, *, missing: str, image_column: str | None, label_column: str | None
+    data: str, split: Split | None, *, image_column: str | None, label_column: str | None, limits: ImageLimits
 ) -> ImageSource:
     from datasets import concatenate_datasets, load_dataset
 
@@ -465,20 +910,25 @@ def _hub(
         table = load_dataset(data, split=split)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is the former, offline the latter
         raise FileNotFoundError(
-            f"{missing} As a data set on the Hub it could not be loaded either: {error}"
+            f"{_does_not_exist(data)} As a data set on the Hub it could not be loaded either: {error}"
         ) from error
+    except RuntimeError as error:  # data sets that bring a program; it is never run
+        raise ValueError(f"The data set '{data}' cannot be used: {error}") from error
     table = concatenate_datasets(list(table.values())) if split is None else table
-    return table_images(table, data, image_column=image_column, label_column=label_column)
+    return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
 
 
-def table_images(
-    table: "datasets.Dataset", name: str, *, image_column: str | None, label_column: str | None
-) -> ImageSource:
-    """A source from a `datasets` table: encoded images are decoded by `open_image`, as everywhere."""
+def _choose_columns(
+    features: Any, name: str, *, image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    """Names of the image column and of the label column, if any.
+
+    Raises:
+        ValueError: No such column, or no way to tell; lists what there is.
+    """
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
 
-    features = table.features
     candidates = [
         column
         for column, feature in features.items()
@@ -490,7 +940,6 @@ def table_images(
             f"'{name}': {'no image column' if column is None else f'column {column!r} holds no images'}. "
             f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}. Set image_column."
         )
-    labels = names = None
     # A column of text called "label" is no reason to refuse a set that may be meant for pretraining.
     integers = [
         column
@@ -502,7 +951,24 @@ def table_images(
             f"'{name}': label column {label_column!r} is {features.get(label_column)}; with integers or ClassLabel: "
             f"{', '.join(integers) or 'there are none'}. Columns: {', '.join(features)}. Set label_column."
         )
-    label_column = label_column or ("label" if "label" in integers else None)
+    return column, label_column or ("label" if "label" in integers else None)
+
+
+def table_images(
+    table: "datasets.Dataset",
+    name: str,
+    *,
+    image_column: str | None,
+    label_column: str | None,
+    limits: ImageLimits | None = None,
+) -> ImageSource:
+    """A source from a `datasets` table: encoded images are decoded by `open_image`, as everywhere."""
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    features = table.features
+    column, label_column = _choose_columns(features, name, image_column=image_column, label_column=label_column)
+    labels = names = None
     if label_column is not None:
         feature = features[label_column]
         labels = [-1 if value is None else value for value in table[label_column]]
@@ -514,19 +980,204 @@ def table_images(
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
-    read = partial(_read_row, table.select_columns([column]), column, name)
+    encoded = partial(_read_row, table.select_columns([column]), column, name)
+    source = _stored_images(name, ids, encoded, _RowNames(name, ids), limits or ImageLimits(), labels, names)
     others = table.remove_columns([column])
-    return ImageSource(name, ids, read, labels, names, others if others.column_names else None)
+    return replace(source, table=others if others.column_names else None)
 
 
-def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> Image.Image:
-    cell: Any = table[index][column]
-    where = f"{name}, row {index}"
+def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> bytes:
+    return _cell_bytes(table[index][column], f"{name}, row {index}")
+
+
+def _cell_bytes(cell: Any, name: str) -> bytes:
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
     if cell is None:
-        raise BadImageError(where, "the cell is empty")
-    return open_image(cell, name=where)
+        raise BadImageError(name, "the cell is empty", "empty")
+    return cell if isinstance(cell, bytes) else _read_bytes(cell, name)
+
+
+# --- Tar files in the manner of WebDataset: members of one sample share the name up to its first dot
+
+
+def _tar(found: _Files, *, limits: ImageLimits) -> ImageSource:
+    ids: list[str] = []
+    places: list[tuple[int, int, int]] = []
+    classes: list[int | None] = []
+    problems = list(found.problems)
+    for shard, file in enumerate(found.files):
+        members, labels, faults = _index_tar(file)
+        called = file.relative_to(found.root).as_posix() if file != found.root else file.name
+        for member, offset, size in members:
+            ids.append(f"{called}#{member}")
+            places.append((shard, offset, size))
+            classes.append(labels.get(_sample_key(member)))
+        problems += faults
+    if not ids:
+        listing = "; ".join(problem.reason for problem in problems[:3]) or "only members of other kinds"
+        raise ValueError(f"No images in the tar files of '{found.root}': {listing}.")
+    for problem in problems:
+        logger.warning("%s", problem)
+    known = [label for label in classes if label is not None]
+    labels_ = known if len(known) == len(classes) else None
+    names = tuple(str(i) for i in range(max(known) + 1)) if labels_ is not None else None
+    positions = np.array(places, dtype=np.int64)  # (images, 3): shard, first byte, bytes
+    encoded = partial(_read_member, found.files, positions)
+    name = str(found.root)
+    return _stored_images(name, ids, encoded, _RowNames(name, ids), limits, labels_, names, problems=tuple(problems))
+
+
+def _sample_key(member: str) -> str:
+    folder, _, name = member.rpartition("/")
+    return f"{folder}/{name.split('.')[0]}"
+
+
+def _index_tar(file: Path) -> tuple[list[tuple[str, int, int]], dict[str, int], list[BadImageError]]:
+    """Images of one tar file as (name, first byte, bytes), class numbers by sample, and what is wrong with the file.
+
+    Nothing is unpacked. Links, devices and names that would lead out of a folder are left out; what comes after a
+    damaged place cannot be found and is left out too.
+    """
+    if _is_compressed_tar(file):
+        raise ValueError(f"'{file}' is compressed, so its images have no positions. Unpack it to .tar, or stream it.")
+    images: list[tuple[str, int, int]] = []
+    labels: dict[str, int] = {}
+    problems: list[BadImageError] = []
+    size = file.stat().st_size
+    try:
+        with tarfile.open(file, "r:") as archive:
+            for member in archive:
+                name = member.name
+                if member.isdir():
+                    continue
+                if not member.isreg() or name.startswith("/") or ".." in name.split("/"):
+                    problems.append(BadImageError(f"{file}#{name}", "a link or a path that leads out", "blocked"))
+                elif member.offset_data + member.size > size:
+                    problems.append(BadImageError(f"{file}#{name}", "the archive ends inside of it", "archive"))
+                elif Path(name).suffix.lower() in _SUFFIXES:
+                    images.append((name, member.offset_data, member.size))
+                elif name.endswith(".cls"):
+                    content = archive.extractfile(member)
+                    text = content.read(32).strip() if content else b""
+                    if text.isdigit():
+                        labels[_sample_key(name)] = int(text)
+            end = archive.offset
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
+        reason = f"the archive is damaged after {len(images)} images: {error}"
+        return images, labels, [*problems, BadImageError(str(file), reason, "archive")]
+    # `tarfile` takes any unreadable header but the first for the end; a real end is a block of zeros.
+    with file.open("rb") as stream:
+        stream.seek(end)
+        block = stream.read(tarfile.BLOCKSIZE)
+    if block.strip(b"\0") or not block:
+        what = "a damaged header" if block else "no end mark (truncated?)"
+        problems.append(BadImageError(str(file), f"{what} after {len(images)} images", "archive"))
+    return images, labels, problems
+
+
+def _read_member(files: list[Path], positions: np.ndarray, index: int) -> bytes:
+    shard, offset, size = (int(value) for value in positions[index])
+    try:
+        with files[shard].open("rb") as stream:
+            stream.seek(offset)
+            data = stream.read(size)
+    except OSError as error:
+        raise BadImageError(str(files[shard]), f"{error.strerror or error}", "missing") from error
+    if len(data) < size:
+        raise BadImageError(str(files[shard]), f"the archive ends inside of image {index}", "archive")
+    return data
+
+
+# --- Streams: images in the order in which they come, for data that is never on this machine as a whole
+
+
+@dataclass(frozen=True)
+class StreamRecord:
+    """One image on its way: an id that is the same in every pass, the bytes as stored (None: an empty cell)."""
+
+    id: str
+    data: bytes | None
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Images in order, shard by shard. `open_shard(i)` reads shard i from its beginning, every time alike."""
+
+    name: str
+    num_shards: int
+    open_shard: Callable[[int], Iterator[StreamRecord]]
+    label_names: tuple[str, ...] | None = None
+
+
+def stream_images(
+    data: str | Path,
+    *,
+    split: Split = "train",
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> ImageStream:
+    """Open parquet files, tar files in the manner of WebDataset, or a data set of the Hub for reading in order.
+
+    Nothing is copied to a cache. A folder of images needs no stream: its files are read one by one anyway.
+
+    Args:
+        data: A file, a folder of files, a pattern, or the id of a data set on the Hub.
+        split: Which part.
+        image_column: Column with the images; default: the only one, or `image`.
+        label_column: Integer or ClassLabel column; default `label` where it is one.
+
+    Raises:
+        FileNotFoundError: No such path or data set.
+        ValueError: A folder of images or an embedded set, or no such column.
+    """
+    from datasets import ClassLabel, load_dataset
+    from datasets import Image as ImageFeature
+
+    found = None if data in EMBEDDED_SOURCES else _find_files(data, split)
+    if data in EMBEDDED_SOURCES or (found is not None and found.kind == "images"):
+        raise ValueError(f"'{data}' is read image by image as it is; leave out --streaming.")
+    try:
+        if found is None:
+            table = load_dataset(str(data), split=split, streaming=True)
+        else:
+            files = [str(file) for file in found.files]
+            kind = "webdataset" if found.kind == "tar" else "parquet"
+            table = load_dataset(kind, data_files=files, split="train", streaming=True)
+    except (FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(
+            f"{_does_not_exist(data)} As a data set on the Hub it could not be streamed either: {error}"
+        ) from error
+    except (RuntimeError, ValueError, tarfile.TarError) as error:
+        raise ValueError(f"'{data}' cannot be streamed: {error}") from error
+    features = table.features or table._resolve_features().features
+    column, label_column = _choose_columns(features, str(data), image_column=image_column, label_column=label_column)
+    if label_column is None and found is not None and found.kind == "tar" and "cls" in features:
+        label_column = "cls"
+    feature = features[label_column] if label_column else None
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
+    if isinstance(features[column], ImageFeature):
+        table = table.cast_column(column, ImageFeature(decode=False))
+    open_shard = partial(_stream_shard, table, str(data), column, label_column)
+    return ImageStream(str(data), table.num_shards, open_shard, names)
+
+
+def _stream_shard(
+    table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, shard: int
+) -> Iterator[StreamRecord]:
+    rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
+    for number, row in enumerate(rows):
+        id = f"{name}#shard{shard}/row{number}"
+        if "__key__" in row:  # a tar file: the member's own name stays the same when shards are added
+            id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
+        label = row[label_column] if label_column else None
+        label = int(label) if isinstance(label, int) and label >= 0 else None
+        try:
+            data = _cell_bytes(row[column], id)
+        except BadImageError:
+            data = None
+        yield StreamRecord(id, data, label)
 
 
 # --- Evaluation: the stock processor of the library, which every checkpoint carries

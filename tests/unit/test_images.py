@@ -1,9 +1,7 @@
 """The one way to open an image, every source, the evaluation processor."""
 
 import io
-import os
 import pickle
-import zlib
 
 import numpy as np
 import pytest
@@ -52,112 +50,6 @@ class TestOpenImage:
     def test_path_and_bytes_agree(self, photo, tmp_path):
         (tmp_path / "a.jpg").write_bytes(encode(photo, "JPEG"))
         assert open_image(tmp_path / "a.jpg") == open_image((tmp_path / "a.jpg").read_bytes())
-
-    def test_f01_jpeg_cut_in_half(self, photo, tmp_path):
-        data = encode(photo, "JPEG")
-        (tmp_path / "cut.jpg").write_bytes(data[: len(data) // 2])
-        with pytest.raises(BadImageError, match="truncated") as caught:
-            open_image(tmp_path / "cut.jpg")
-        assert caught.value.path == str(tmp_path / "cut.jpg")
-        assert "truncated" in caught.value.reason
-
-    def test_f04_png_with_a_broken_chunk(self, photo):
-        data = bytearray(encode(photo, "PNG"))
-        for position in range(60, len(data) - 20, 97):
-            data[position] ^= 0xFF
-        with pytest.raises(BadImageError):
-            open_image(bytes(data), name="bits.png")
-
-    @pytest.mark.parametrize(
-        ("data", "reason"),
-        [
-            (b"", "empty"),
-            (b"<!DOCTYPE html><html><body>404</body></html>", "HTML"),
-            (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
-            (b"hello, world", "hello"),
-            (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "no supported image format"),
-        ],
-    )
-    def test_f05_f19_no_image(self, data, reason):
-        with pytest.raises(BadImageError, match=reason):
-            open_image(data, name="x.jpg")
-
-    def test_f06_cmyk(self, photo):
-        image = open_image(encode(photo.convert("CMYK"), "JPEG", quality=95))
-        assert np.abs(np.asarray(image, dtype=int) - np.asarray(photo)).mean() < 4
-
-    @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-    def test_f07_sixteen_bit_grey_is_scaled_by_its_depth(self, format):
-        ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
-        image = np.asarray(open_image(encode(Image.fromarray(ramp), format)))
-        assert (image == np.rint(ramp / 257)[:, :, None]).all()
-
-    def test_f08_float_has_no_defined_range(self):
-        with pytest.raises(BadImageError, match="mode F"):
-            open_image(encode(Image.fromarray(np.random.default_rng(0).random((8, 8), dtype=np.float32)), "TIFF"))
-
-    @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-    def test_f09_transparency_becomes_white(self, mode):
-        hidden = Image.new("RGBA", (16, 16), (200, 10, 10, 0)).convert(mode)
-        assert (np.asarray(open_image(encode(hidden, "PNG"))) == 255).all()
-        half = Image.new("RGBA", (16, 16), (0, 0, 0, 128)).convert(mode)
-        assert abs(int(np.asarray(open_image(encode(half, "PNG")))[0, 0, 0]) - 127) <= 1
-
-    def test_f09_training_sees_what_serving_sees(self, photo):
-        """The stock processor composites on white too when it gets our RGB: nothing hidden comes back."""
-        rgba = photo.convert("RGBA")
-        rgba.putalpha(Image.new("L", rgba.size, 0))
-        processor = images.default_image_processor(32)
-        pixels = processor(open_image(encode(rgba, "PNG")), return_tensors="pt")["pixel_values"]
-        white = processor(Image.new("RGB", photo.size, "white"), return_tensors="pt")["pixel_values"]
-        assert torch.equal(pixels, white)
-
-    def test_f10_palette_with_transparency(self):
-        image = Image.new("P", (16, 16), 0)
-        image.putpalette([255, 0, 0, 0, 255, 0] + [0] * 762)
-        image.paste(1, (0, 0, 8, 16))
-        pixels = np.asarray(open_image(encode(image, "PNG", transparency=0)))
-        assert pixels[0, 0].tolist() == [0, 255, 0]
-        assert pixels[0, 12].tolist() == [255, 255, 255]
-
-    @pytest.mark.parametrize("mode", ["L", "1", "P"])
-    def test_f11_other_modes(self, photo, mode):
-        image = open_image(encode(photo.convert(mode), "PNG"))
-        assert image.mode == "RGB"
-        assert (np.asarray(image) == np.asarray(photo.convert(mode).convert("RGB"))).all()
-
-    @pytest.mark.parametrize("orientation", range(1, 9))
-    def test_f12_exif_orientation(self, photo, orientation):
-        upright = np.asarray(photo, dtype=int)
-        # What a camera stores: the inverse of the turn that the tag asks for.
-        stored = {
-            1: upright,
-            2: upright[:, ::-1],
-            3: upright[::-1, ::-1],
-            4: upright[::-1],
-            5: upright.transpose(1, 0, 2),
-            6: upright.transpose(1, 0, 2)[::-1],
-            7: upright.transpose(1, 0, 2)[::-1, ::-1],
-            8: upright.transpose(1, 0, 2)[:, ::-1],
-        }[orientation]
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        data = encode(Image.fromarray(np.ascontiguousarray(stored).astype(np.uint8)), "PNG", exif=exif)
-        assert (np.asarray(open_image(data)) == upright).all()
-
-    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before our refusal
-    def test_f16_bomb_is_refused_before_decoding(self):
-        data = bytearray(encode(Image.new("L", (10, 10)), "PNG"))
-        for claimed in (10_000, 20_000):
-            data[16:24] = claimed.to_bytes(4, "big") * 2
-            data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
-            with pytest.raises(BadImageError, match=r"pixels|bomb"):
-                open_image(bytes(data), name="bomb.png")
-
-    def test_f18_animation_gives_its_first_frame(self):
-        frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
-        data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-        assert np.asarray(open_image(data))[0, 0].tolist() == [255, 0, 0]
 
     def test_missing_file(self, tmp_path):
         with pytest.raises(BadImageError, match="No such file"):
@@ -267,9 +159,6 @@ class TestFolder:
     def test_one_image_outside_of_the_class_folders_means_no_labels(self, tmp_path):
         assert load_images(make_folder(tmp_path, ["dog/x.png", "y.png"])).labels is None
 
-    def test_f30_equal_names_in_different_folders_keep_their_ids(self, tmp_path):
-        assert len(set(load_images(make_folder(tmp_path, ["a/x.png", "b/x.png"])).ids)) == 2
-
     @pytest.mark.parametrize("name", ["validation", "val", "valid", "dev"])
     def test_train_and_validation_folders(self, tmp_path, name):
         make_folder(tmp_path, ["train/cat/a.png", "train/dog/b.png", f"{name}/dog/c.png"])
@@ -280,11 +169,6 @@ class TestFolder:
         assert held_out.label_names == ("cat", "dog")
         assert held_out.labels == [1]
         assert len(load_images(tmp_path, split=None)) == 3
-
-    def test_f28_class_only_in_validation(self, tmp_path):
-        make_folder(tmp_path, ["train/cat/a.png", "val/cat/b.png", "val/emu/c.png"])
-        with pytest.raises(ValueError, match="emu"):
-            load_images(tmp_path, split="validation")
 
     def test_training_images_outside_of_class_folders_leave_the_validation_part_unlabelled_too(self, tmp_path):
         make_folder(tmp_path, ["train/a.png", "train/cat/b.png", "val/cat/c.png"])
@@ -301,31 +185,6 @@ class TestFolder:
         with pytest.raises(images.MissingSplitError, match="no train part"):
             load_images(tmp_path)
         assert load_images(tmp_path, split="validation").label_names == ("cat",)
-
-    def test_f25_empty_folder_lists_what_was_looked_for(self, tmp_path):
-        with pytest.raises(ValueError, match=r"Looked for .*\.jpg.*\.parquet; found nothing"):
-            load_images(tmp_path)
-        (tmp_path / "notes").mkdir()
-        (tmp_path / "notes" / "a.txt").write_text("x")
-        with pytest.raises(ValueError, match=r"found 1 other files \('notes'\)"):
-            load_images(tmp_path)
-
-    def test_f26_missing_path_names_the_nearest_parent(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"nearest existing folder is '{tmp_path}'"):
-            load_images(tmp_path / "no" / "such" / "folder")
-
-    def test_f33_names_and_link_loops(self, tmp_path):
-        make_folder(tmp_path, ["kätzchen und hunde/ein bild (1).png"])
-        (tmp_path / "kätzchen und hunde" / "loop").symlink_to(tmp_path, target_is_directory=True)
-        assert load_images(tmp_path).ids == ["kätzchen und hunde/ein bild (1).png"]
-
-    def test_f32_name_that_is_no_utf8(self, tmp_path):
-        Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-        try:
-            (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"\xff.png"))
-        except OSError:
-            pytest.skip("this file system allows UTF-8 names only")
-        assert load_images(tmp_path)[0].image.size == (8, 8)
 
     def test_broken_file_is_named(self, tmp_path):
         (tmp_path / "broken.jpg").write_bytes(b"")
@@ -365,7 +224,7 @@ class TestTables:
     def write(path, *, num_rows=4, labels=(0, 1, 0, 1), names=("cat", "dog"), image="image", label="label"):
         import datasets
 
-        pictures = [encode(Image.new("RGB", (9, 7), (i, 0, 0)), "PNG") for i in range(num_rows)]
+        pictures = [encode(Image.new("RGB", (19, 17), (i, 0, 0)), "PNG") for i in range(num_rows)]
         rows = {image: [{"bytes": picture, "path": None} for picture in pictures]}
         features = {image: datasets.Image()}
         if label:
@@ -381,7 +240,7 @@ class TestTables:
         assert source.label_names == ("cat", "dog")
         assert source.labels == [0, 1, 0, 1]
         assert source[3].image.getpixel((0, 0)) == (3, 0, 0)
-        assert source[3].image.size == (9, 7)
+        assert source[3].image.size == (19, 17)
         with pytest.raises(images.MissingSplitError, match="no validation part"):
             load_images(tmp_path / "pets.parquet", split="validation")
 
@@ -403,13 +262,6 @@ class TestTables:
         self.write(tmp_path / "a.parquet", labels=(-1, -1, -1, -1), names=None)
         assert load_images(tmp_path).labels is None
 
-    def test_f37_wrong_columns(self, tmp_path):
-        self.write(tmp_path / "a.parquet")
-        with pytest.raises(ValueError, match=r"'pixels' holds no images.*Columns: image, label; with images: image"):
-            load_images(tmp_path, image_column="pixels")
-        with pytest.raises(ValueError, match="label column 'breed' is None"):
-            load_images(tmp_path, label_column="breed")
-
     def test_a_text_column_called_label_is_left_alone(self, tmp_path):
         import datasets
 
@@ -420,14 +272,6 @@ class TestTables:
         assert load_images(tmp_path).labels is None
         with pytest.raises(ValueError, match=r"'label' is Value\('string'\).*there are none"):
             load_images(tmp_path, label_column="label")
-
-    def test_f37_empty_cell(self, tmp_path):
-        import datasets
-
-        table = datasets.Dataset.from_dict({"image": [None]}, features=datasets.Features({"image": datasets.Image()}))
-        table.to_parquet(str(tmp_path / "a.parquet"))
-        with pytest.raises(BadImageError, match=r"row 0.*empty"):
-            load_images(tmp_path)[0]
 
     @requires_shared
     def test_real_parquet(self):
