@@ -66,7 +66,7 @@ class TestDataset:
         assert len(dataset._cache) == min(len(dataset), budget // (64 * 64 * 4))
         assert all(torch.equal(crops, dataset[(0, i)]["global_crops"]) for i, crops in enumerate(first))
 
-    @pytest.mark.parametrize("num_workers", [0, 2])
+    @pytest.mark.parametrize("num_workers", [0, 1, 2])
     def test_batches_do_not_depend_on_workers(self, tiles, num_workers):
         dataset = small_set(tiles)
         collator = data.DinoCollator((4, 4), seed=5)
@@ -160,7 +160,9 @@ class TestCollator:
 
     def test_keys_and_shapes(self, tiles):
         samples, batch = self.batch(tiles)
-        assert list(batch) == ["global_crops", "local_crops", "masks", "mask_indices", "mask_weights"]
+        assert list(batch)[:5] == ["global_crops", "local_crops", "masks", "mask_indices", "mask_weights"]
+        assert batch["sample_ids"].tolist() == [0, 1, 2, 3, 4, 5]
+        assert batch["epochs"].tolist() == [2] * 6
         assert batch["global_crops"].shape == (2, 6, 3, 32, 32)
         assert batch["local_crops"].shape == (2, 6, 3, 16, 16)
         assert batch["masks"].shape == (2, 6, 16)
