@@ -1,0 +1,8 @@
+"""Evaluate frozen backbones: `run_evaluation.py --model A --model B --tasks lost --data images.parquet`."""
+
+import sys
+
+from hf_regvit.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))
