@@ -63,7 +63,9 @@ class ExtractArguments:
         }
     )
     output_dir: str = field(metadata={"help": "Folder for shards and index.json; of an earlier run: it goes on."})
-    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
+    split: str | None = field(
+        default=None, metadata={"help": "train or validation; default all images, of a stream train."}
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read parquet files or a Hub data set as they come, without a local copy."}
     )
@@ -84,19 +86,11 @@ class ExtractArguments:
 
     def images(self) -> Any:
         """What `extract_to_folder` takes: a source, or a stream."""
-        if not self.streaming:
-            from .images import load_images
+        from .images import load_images, stream_images
 
-            return load_images(self.data, split=self.split)  # type: ignore[arg-type]  # checked there
-        from datasets import load_dataset
-
-        path = Path(self.data).expanduser()
-        if not path.exists():
-            return load_dataset(self.data, split=self.split or "train", streaming=True)
-        files = [path] if path.is_file() else sorted(path.rglob(f"{self.split or ''}*.parquet"))
-        if not files or files[0].suffix != ".parquet":
-            raise ValueError(f"streaming reads parquet files or Hub data sets, and '{self.data}' is neither.")
-        return load_dataset("parquet", data_files=[str(file) for file in files], split="train", streaming=True)
+        if self.streaming:
+            return stream_images(self.data, split=self.split or "train")  # type: ignore[arg-type]  # checked there
+        return load_images(self.data, split=self.split)  # type: ignore[arg-type]  # checked there
 
     def settings(self) -> Any:
         """The `ExtractionSettings` among the arguments."""

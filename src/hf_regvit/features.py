@@ -24,7 +24,15 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .images import BadImageError, ImageSource, default_image_processor, load_images, open_image, table_images
+from .images import (
+    BadImageError,
+    ImageSource,
+    ImageStream,
+    default_image_processor,
+    load_images,
+    open_image,
+    table_images,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -739,8 +747,10 @@ def _pictures(images: Any) -> _Pictures:
             lambda: ((source.ids[i], partial(_picture_of, source, i)) for i in range(len(source))),
             len(source),
         )
+    if isinstance(images, ImageStream):
+        return _Pictures(images.name, partial(_stream_items, images), None)
     if library == "datasets" and not isinstance(images, dict):
-        return _Pictures("the stream", partial(_stream_items, images), None)
+        return _Pictures("the stream", partial(_row_items, images), None)
     if isinstance(images, Sequence):
         wrong = next((image for image in images if not isinstance(image, str | Path | Image.Image)), None)
         if wrong is None:
@@ -750,7 +760,8 @@ def _pictures(images: Any) -> _Pictures:
         images = wrong
     raise TypeError(
         f"images holds a {type(images).__name__}, expected a folder, a list of paths or Pillow images, an "
-        "ImageSource, or one split of a `datasets` data set. Pixels that are tensors already go to read_tokens."
+        "ImageSource or ImageStream, or one split of a `datasets` data set. Pixels that are tensors already go to "
+        "read_tokens."
     )
 
 
@@ -758,12 +769,20 @@ def _picture_of(source: ImageSource, index: int) -> Image.Image:
     return source[index].image
 
 
-def _stream_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+def _stream_items(stream: ImageStream) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
+    for shard in range(stream.num_shards):
+        for record in stream.open_shard(shard):
+            yield record.id, partial(open_image, record.data or b"", name=record.id)
+
+
+def _row_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
     from datasets import Image as ImageFeature
 
-    columns = [name for name, feature in (stream.features or {}).items() if isinstance(feature, ImageFeature)]
+    features = stream.features or {}
+    columns = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
     for column in columns:  # encoded, so that a broken image spoils itself only and not the iteration
         stream = stream.cast_column(column, ImageFeature(decode=False))
+    columns = columns or [name for name, feature in features.items() if "binary" in str(getattr(feature, "dtype", ""))]
     column = "image" if "image" in columns or not columns else columns[0]
     for i, row in enumerate(stream):
         if column not in row:
@@ -851,7 +870,7 @@ def prepare_images(
     max_images: int | None = None,
     seed: int | None = None,
 ) -> PreparedImages:
-    """Batches of pixels from a folder, a list of paths or Pillow images, an `ImageSource`, or a `datasets` data set.
+    """Batches of pixels from a folder, paths, Pillow images, an `ImageSource` or `ImageStream`, or a `datasets` set.
 
     Args:
         images: One of these; streaming data sets too.
@@ -914,10 +933,26 @@ def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
     except ImportError as error:
         raise ImportError(f"'{source}' is a model of timm. Run: pip install timm") from error
     name = f"local-dir:{source}" if is_folder else f"hf-hub:{source}"
-    # Any image size; at the native one the numbers are the same.
-    model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
+    try:
+        # Any image size; at the native one the numbers are the same.
+        model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
+    except TypeError as error:  # no vision transformer: it has no such argument
+        raise _unknown_family(source) from error
     find_tower(model)
     return model
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """No table of weights that are left out on purpose, such as a text tower; gaps are looked for here."""
+    from transformers.utils import logging as library_logging
+
+    level = library_logging.get_verbosity()
+    library_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(level)
 
 
 def _load_transformers(source: str) -> nn.Module:
@@ -937,7 +972,8 @@ def _load_transformers(source: str) -> nn.Module:
     name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
     library: Any = modeling_regvit if config.model_type == "regvit" else transformers
     model_class = getattr(library, name, transformers.AutoModel)
-    model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    with _quiet_loading():
+        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     tower, family = find_tower(model)
     path = next(name for name, module in model.named_modules() if module is tower)
     needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
