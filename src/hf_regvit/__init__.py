@@ -55,11 +55,16 @@ AutoImageProcessor.register(
 
 # Trainer, datasets and their kind cost seconds to import, so the functions that need them are found on first use.
 _ON_FIRST_USE = {
+    "discover_objects": "lost",
+    "evaluate_backbone": "evaluation",
     "ConversionError": "conversion",
     "convert": "conversion",
     "PretrainingArguments": "pretraining",
     "pretrain": "pretraining",
     "load_images": "images",
+    "read_tokens": "features",
+    "TokenFeatures": "extraction",
+    "extract_features": "extraction",
     "knn_classify": "probes",
 }
 
@@ -84,9 +89,14 @@ __all__ = [
     "RegViTForSemanticSegmentation",
     "RegViTModel",
     "RegViTModelOutput",
+    "TokenFeatures",
     "__version__",
     "convert",
+    "discover_objects",
+    "evaluate_backbone",
+    "extract_features",
     "knn_classify",
     "load_images",
     "pretrain",
+    "read_tokens",
 ]
