@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from .callbacks import MetricsFile
+
 logger = logging.getLogger(__name__)
 
 
@@ -288,3 +290,192 @@ def peak_memory_mib() -> float | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+# ---- Collapse ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One alarm that went off: its name, the optimizer step, and what to do."""
+
+    name: str
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the rules need to know of a run.
+
+    Attributes:
+        num_prototypes: K of the DINO head.
+        images: per process and micro-batch, B.
+        num_local_crops: L.
+        dino_loss_weight: weight of the DINO terms.
+        num_register_tokens: R.
+        width: D of the backbone.
+    """
+
+    num_prototypes: int
+    images: int
+    num_local_crops: int
+    dino_loss_weight: float
+    num_register_tokens: int
+    width: int
+
+    @property
+    def ln_k(self) -> float:
+        """Entropy of a target that says nothing, in nats."""
+        return math.log(self.num_prototypes)
+
+    @property
+    def uniform_loss(self) -> float:
+        """Sum of the DINO terms of a student that gives all prototypes the same probability, in nats."""
+        terms = 2 * self.num_local_crops + 2
+        return self.dino_loss_weight * self.ln_k * terms / (max(2 * self.num_local_crops, 1) + 2)
+
+
+Rule = Callable[[Mapping[str, float], Recipe], str | None]
+
+
+def _uniform_targets(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    share = values["teacher_entropy"] / recipe.ln_k
+    if share < UNIFORM_SHARE:
+        return None
+    return (
+        f"the targets say nothing: their entropy is {values['teacher_entropy']:.3f} nats, {share:.1%} of ln K = "
+        f"{recipe.ln_k:.3f}. Lower --teacher_temperature and --warmup_teacher_temperature (usual: 0.04 to 0.07), or "
+        "take fewer prototypes, --head_num_prototypes."
+    )
+
+
+def _loss_at_ln_k(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    if not recipe.dino_loss_weight:
+        return None
+    loss = values.get("dino_local_loss", 0.0) + values["dino_global_loss"]
+    if abs(loss / recipe.uniform_loss - 1) > LOSS_MARGIN:
+        return None
+    return (
+        f"the DINO loss is {loss:.3f}, what a network gets that knows nothing ({recipe.uniform_loss:.3f}, from ln K). "
+        "Lower the teacher temperatures, raise --learning_rate, lower --teacher_momentum in a short run, or set "
+        "--layerscale_value 1 in one of a few hundred steps."
+    )
+
+
+def _one_prototype(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    marginal = values["teacher_marginal_entropy"]
+    most = min(recipe.ln_k, math.log(2 * recipe.images))
+    if marginal >= FEW_PROTOTYPES * most:
+        return None
+    return (
+        f"few prototypes take all images: the mean target of a batch has an entropy of {marginal:.3f} nats, where "
+        f"{most:.3f} is possible. Lower --center_momentum (usual: 0.9) or set --centering sinkhorn; raise "
+        "--teacher_temperature if it is below 0.04."
+    )
+
+
+def _same_features(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    std, rank = values["feature_std"], values["effective_rank"]
+    if std >= SMALLEST_STD and rank >= SMALLEST_RANK:
+        return None
+    return (
+        f"all images look alike to the teacher: standard deviation of CLS {std:.3f} (1 = everywhere), effective rank "
+        f"{rank:.2f} of {recipe.width} dimensions. Raise --koleo_loss_weight (usual: 0.1), lower --learning_rate, and "
+        "look at the other alarms; in a run of a few hundred steps set --layerscale_value 1."
+    )
+
+
+def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    if values["register_cosine"] <= SAME_REGISTERS:
+        return None
+    return (
+        f"the {recipe.num_register_tokens} registers are one and the same: mean cosine "
+        f"{values['register_cosine']:.5f}. Equal registers get equal gradients and never part: raise "
+        "--register_init_std (0.02; 1 in a run of a few hundred steps), or set --num_register_tokens 1."
+    )
+
+
+UNIFORM_SHARE = 0.98
+LOSS_MARGIN = 0.01
+FEW_PROTOTYPES = 0.4
+SMALLEST_STD = 0.05
+SMALLEST_RANK = 1.2
+SAME_REGISTERS = 0.999
+
+# Name, the values it reads, the rule, and whether it is asked from the first line on: a network that has hardly begun
+# says nothing too, so the others wait for the end of the learning rate's warm-up.
+RULES: tuple[tuple[str, tuple[str, ...], Rule, bool], ...] = (
+    ("uniform_targets", ("teacher_entropy",), _uniform_targets, False),
+    ("loss_at_ln_k", ("dino_global_loss",), _loss_at_ln_k, False),
+    ("one_prototype", ("teacher_marginal_entropy",), _one_prototype, False),
+    ("same_features", ("feature_std", "effective_rank"), _same_features, False),
+    ("same_registers", ("register_cosine",), _same_registers, True),
+)
+
+
+class CollapseAlarms(TrainerCallback):
+    """Compares every log line with `RULES` and says, once per kind, when one holds for several lines on end.
+
+    What goes off is logged as a warning, written to the metrics file, and kept in `raised` for the report.
+
+    Args:
+        recipe: what the rules need to know.
+        first_step: rules but that of the registers wait until this step; default: the end of the warm-up.
+        patience: lines on end for which a rule has to hold.
+        stop: whether an alarm ends the run.
+        metrics: the file that alarms are written to.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        first_step: int | None = None,
+        patience: int = 3,
+        stop: bool = False,
+        metrics: MetricsFile | None = None,
+    ) -> None:
+        self.recipe, self.first_step, self.patience = recipe, first_step, patience
+        self.stop, self.metrics = stop, metrics
+        self.raised: list[Alarm] = []
+        self._in_a_row: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Learns how long the warm-up is."""
+        if self.first_step is None:
+            self.first_step = args.schedules(state.max_steps).warmup_steps
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Checks one line; lines that lack the values of a rule leave it as it was."""
+        for name, keys, rule, at_once in RULES:
+            if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):
+                continue
+            asked = at_once or state.global_step >= (self.first_step or 0)
+            message = rule(logs or {}, self.recipe) if asked else None
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if message else 0
+            if message and self._in_a_row[name] >= self.patience:
+                self.record(Alarm(name, state.global_step, message), state)
+        stop = self.stop and bool(self.raised)
+        if self.stop and args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            stop = broadcast_object_list([stop])[0]  # the measurements of two processes may differ in the last digit
+        if stop:
+            control.should_training_stop = True
+
+    def record(self, alarm: Alarm, state: TrainerState) -> None:
+        """Keeps one alarm for the report, logs it and writes it to the metrics file."""
+        self.raised.append(alarm)
+        if not state.is_world_process_zero:
+            return
+        logger.warning("Alarm at step %d, %s: %s", alarm.step, alarm.name, alarm.message)
+        if self.metrics is not None:
+            self.metrics.append({"step": alarm.step, "alarm": alarm.name, "message": alarm.message})

@@ -26,23 +26,26 @@ class Observer(TrainerCallback):
     Args:
         every_steps: optimizer steps between two measurements; below 1 a share of the run. The first is before step 0,
             the last after the last step.
-        at_most: largest distance that a share may come to, in steps.
+        at_least: smallest distance that a share may come to, in steps.
+        at_most: largest distance that a share may come to.
 
     Attributes:
         seconds: time spent in measuring so far.
+        is_main_process: whether this process writes files.
 
     Raises:
         ValueError: `every_steps` is not positive.
     """
 
-    def __init__(self, every_steps: float = 1, *, at_most: int | None = None) -> None:
+    def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
         if not every_steps > 0:
             raise ValueError(
                 f"every_steps is {every_steps}; expected the steps between two measurements, at least 1, or a share "
                 "of the run above 0."
             )
-        self.every_steps, self.at_most = every_steps, at_most
+        self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
         self.seconds = 0.0
+        self.is_main_process = True
         self._seconds_told = 0.0
         self._measured: dict[str, float] = {}
 
@@ -64,7 +67,7 @@ class Observer(TrainerCallback):
         """Steps between two measurements in a run of `total_steps`."""
         if self.every_steps >= 1:
             return int(self.every_steps)
-        return max(1, min(math.ceil(self.every_steps * total_steps), self.at_most or total_steps))
+        return max(self.at_least, min(math.ceil(self.every_steps * total_steps), self.at_most or total_steps))
 
     def _observe(self, model: Any, step: int) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -75,6 +78,7 @@ class Observer(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measures the untrained network; a resumed run has that already."""
+        self.is_main_process = state.is_world_process_zero
         if state.global_step == 0:
             self._observe(kwargs["model"], 0)
 
@@ -285,7 +289,7 @@ class OnlineKNN(Observer):
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """`eval_knn_K` for every number of neighbours K, and `eval_linear`."""
-        train, heldout = self._features(model.teacher_backbone)
+        train, heldout = self._features(model.whole_teacher_backbone())
         if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
             return {}  # the run is about to be stopped for it, with a better message than a probe's
         accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)

@@ -8,6 +8,7 @@ Figures are matplotlib objects without pyplot, so they need no display and leave
 
 import base64
 import html
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
 _INK = "#222222"
+_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito, told apart by all eyes
 _DOTS_PER_INCH = 120
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -200,6 +202,132 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     return figure
 
 
+def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> "Figure":
+    """The same pictures at one moment of a training run: picture, PCA of the patches, attention of CLS.
+
+    Args:
+        images: n pictures of one size.
+        maps: what `read_token_maps` gave for them; one PCA for all, so equal colours mean equal content.
+        title: Above the first picture, e.g. the step.
+
+    Raises:
+        ValueError: Not one map per picture, or none.
+    """
+    if len(images) != len(maps) or not images:
+        raise ValueError(f"{len(images)} pictures for {len(maps)} token maps; expected one each, and one at least.")
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    height, width = 180, round(180 * images[0].width / images[0].height)  # pixels of one panel
+    colors = pca_colors(torch.cat([each.patch_tokens.flatten(0, 1) for each in maps]))
+    split = colors.split([each.norms.numel() for each in maps])
+    magma = matplotlib.colormaps[_ATTENTION_COLORS]
+    rows: dict[str, list[Image.Image]] = {title: list(images), "PCA of patches": [], "attention of CLS": []}
+    for each, patches in zip(maps, split, strict=True):
+        rows["PCA of patches"].append(_pixels(patches.unflatten(0, each.norms.shape)))
+        attention = each.attention[0]
+        low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995])).tolist()
+        shade = ((attention - low) / max(high - low, 1e-12)).clamp(0, 1)
+        rows["attention of CLS"].append(_pixels(torch.from_numpy(magma(shade.numpy())[..., :3])))
+    # One picture per row: an axis for each of its panels would take a second to draw.
+    gap, head = 6, 26
+    size = (len(images) * (width + gap) + gap, len(rows) * (height + head))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(size[0] / _DOTS_PER_INCH, size[1] / _DOTS_PER_INCH))
+        for number, (name, panels) in enumerate(rows.items()):
+            strip = Image.new("RGB", (size[0], height), "white")
+            for column, panel in enumerate(panels):
+                strip.paste(panel.resize((width, height), Image.Resampling.BICUBIC), (gap + column * (width + gap), 0))
+            bottom = 1 - (number + 1) * (height + head) / size[1]
+            axis = figure.add_axes((0, bottom, 1, height / size[1]))
+            axis.set_axis_off()
+            axis.imshow(strip)
+            axis.set_title(name, loc="left", x=gap / size[0], color=_INK)
+    return figure
+
+
+# Panels of `curves_figure`: title, then what to draw of the metrics file and its name in the legend.
+_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
+    (
+        "loss terms",
+        {
+            "loss": "sum",
+            "dino_local_loss": "DINO local",
+            "dino_global_loss": "DINO global",
+            "ibot_loss": "iBOT",
+            "koleo_loss": "KoLeo",
+        },
+    ),
+    (
+        "entropy of the targets (nats)",
+        {
+            "teacher_entropy": "one target",
+            "teacher_marginal_entropy": "mean of the batch",
+            "teacher_student_kl": "KL(teacher || student)",
+        },
+    ),
+    ("accuracy on held-out images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
+    ("spread of CLS", {"feature_std": "std, 1 = everywhere alike", "effective_rank": "effective rank"}),
+    (
+        "registers and outliers",
+        {
+            "register_cosine": "cosine between registers",
+            "cls_to_register_attention": "attention of CLS to registers",
+            "outlier_share": "outlier share",
+        },
+    ),
+    ("images per second", {"images_per_second": "training"}),
+)
+
+
+def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | None = None) -> "Figure":
+    """Learning curves of a run.
+
+    Args:
+        lines: Of `metrics.jsonl`, as dictionaries with `step`.
+        num_prototypes: K; draws ln K, the entropy of a target that says nothing.
+
+    Raises:
+        ValueError: No line has a value to draw.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = [
+        (title, {key: [(line["step"], line[key]) for line in lines if key in line] for key in names}, names)
+        for title, names in _CURVES
+    ]
+    drawn = [entry for entry in drawn if any(entry[1].values())]
+    if not drawn:
+        raise ValueError(f"None of the {len(lines)} lines has a value that this figure draws, such as 'loss'.")
+    with matplotlib.rc_context(_STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
+        rows = -(-len(drawn) // 3)
+        figure = Figure(figsize=(10.5, 2.6 * rows), layout="constrained")
+        for index, (title, curves, names) in enumerate(drawn):
+            axis = figure.add_subplot(rows, 3, index + 1)
+            axis.set_title(title, color=_INK)
+            for color, (key, points) in zip(_LINE_COLORS, curves.items(), strict=False):
+                target = axis
+                if key == "effective_rank" and curves["feature_std"]:
+                    target = axis.twinx()
+                    target.grid(False)
+                    target.set_ylabel(names[key], color=color)
+                if points:
+                    steps, values = zip(*points, strict=True)
+                    target.plot(steps, values, color=color, lw=1.2, label=names[key], marker="o", ms=2)
+            if "entropy" in title and num_prototypes:
+                axis.axhline(math.log(num_prototypes), color=_INK, lw=0.8, ls="--", label="ln K")
+            if any(points and key != "effective_rank" for key, points in curves.items()):
+                axis.legend(fontsize=6, framealpha=0.6, edgecolor="none")
+            axis.set_xlabel("step")
+    return figure
+
+
+def save_figure(figure: "Figure", path: str | Path) -> None:
+    """Writes a figure as PNG."""
+    Path(path).write_bytes(_png(figure))
+
+
 def overview_page(
     model: "RegViTModel",
     images: Mapping[str, Image.Image],
@@ -314,8 +442,12 @@ def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tenso
 
 def _draw_colors(axis: "Axes", image: Image.Image, colors: Tensor, title: str) -> None:
     # Matplotlib's bicubic overshoots the range of colours; Pillow's is cut off at it.
-    pixels = Image.fromarray((colors * 255).round().byte().numpy())
-    _draw_image(axis, pixels.resize(image.size, Image.Resampling.BICUBIC), title)
+    _draw_image(axis, _pixels(colors).resize(image.size, Image.Resampling.BICUBIC), title)
+
+
+def _pixels(colors: Tensor) -> Image.Image:
+    """(rows, columns, 3) in [0, 1] as a picture of that many pixels."""
+    return Image.fromarray((colors * 255).round().byte().numpy())
 
 
 def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tensor) -> None:

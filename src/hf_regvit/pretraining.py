@@ -31,14 +31,26 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
-from .alarms import FiniteGuard, out_of_memory, peak_memory_mib, without_ids
+from .alarms import (
+    Alarm,
+    CollapseAlarms,
+    CollapseError,
+    FiniteGuard,
+    NonFiniteError,
+    Recipe,
+    out_of_memory,
+    peak_memory_mib,
+    without_ids,
+)
 from .callbacks import MetricsFile, Observer, TrainingProgress
 from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
-from .data import EpochSampler, MultiCropStream, StreamSampler
+from .data import EpochSampler
 from .distillation import HeadShape, SelfDistillation, TeacherTargets, full_tensor
 from .modeling_regvit import RegViTModel
+from .monitors import observers
 from .optimization import Schedules, StepValues, parameter_groups, parameter_rules, set_rates
+from .run_folder import StartingPoint, draw_curves, restore_training, starting_point, write_card
 
 logger = logging.getLogger(__name__)
 
@@ -62,24 +74,8 @@ class PretrainingArguments(TrainingArguments):
     """
 
     # Data and crops
-    data: list[str] = field(
-        default_factory=lambda: ["photos"],
-        metadata={
-            "help": "One or more sources: image folder, parquet or tar files (or a folder or pattern of them), Hub "
-            "data set, or the embedded sets 'photos' and 'digits'."
-        },
-    )
-    data_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Share of each source in an epoch, in any unit; default: every image once per epoch."},
-    )
-    streaming: bool = _field(
-        False, "Read parquet, tar or Hub data in order instead of copying it to a cache first; needs max_steps."
-    )
-    image_column: str | None = _field(None, "Column with the images; default: the only one, or 'image'.")
-    label_column: str | None = _field(None, "Column with the class numbers; default: 'label' where it holds some.")
-    max_bad_share: float = _field(
-        0.01, "Stop when more than this share of the images seen cannot be used; they are in bad_images.jsonl."
+    data: str = _field(
+        "photos", "Image folder, parquet file, Hub data set, or the embedded sets 'photos' and 'digits'."
     )
     global_crop_size: int = _field(
         224, "Side of the two global crops in pixels; a multiple of the patch. Official: 224."
@@ -199,8 +195,8 @@ class PretrainingArguments(TrainingArguments):
     # Seeing that it works
     monitor_steps: float = _field(
         0.025,
-        "Steps between measurements of collapse, registers and outliers on 64 images; below 1 a share of the run, at "
-        "most 100 steps; 0 for never.",
+        "Steps between measurements of collapse, registers and outliers on 64 images; below 1 a share of the run, 20 "
+        "to 100 steps; 0 for never.",
     )
     knn_steps: float = _field(
         0.25,
@@ -250,7 +246,6 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.data = [str(self.data)] if isinstance(self.data, str | Path) else [str(one) for one in self.data]
         for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
@@ -401,17 +396,9 @@ class DinoTrainer(CheckpointedTrainer):
             )
         self._rules = _StepRules()
         self._sampler: EpochSampler | None = None
-        self._stream_sampler: StreamSampler | None = None
-        if isinstance(train_dataset, MultiCropStream):
-            self._stream_sampler = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
-        elif not isinstance(train_dataset, IterableDataset):
-            parts = getattr(getattr(train_dataset, "source", None), "parts", ())
+        if not isinstance(train_dataset, IterableDataset):
             self._sampler = EpochSampler(
-                len(cast(Sized, train_dataset)),
-                seed=args.seed,
-                images_per_step=args.images_per_step,
-                parts=parts,
-                weights=args.data_weights,
+                len(cast(Sized, train_dataset)), seed=args.seed, images_per_step=args.images_per_step
             )
         self._position, self._first_step = (0, 0), 0  # where a resumed run starts: epoch and images, optimizer step
         self._replaced: tuple[Any, Any] = (None, None)
@@ -444,13 +431,11 @@ class DinoTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, with a time limit for workers."""
-        if self._stream_sampler is not None:
-            return self._data_loader(self._stream_sampler)
         if self._sampler is None:
             return super().get_train_dataloader()
         return self._data_loader(self._sampler)
 
-    def _data_loader(self, sampler: EpochSampler | StreamSampler) -> DataLoader:
+    def _data_loader(self, sampler: EpochSampler) -> DataLoader:
         args = self.args
         loader = DataLoader(
             cast(Dataset, self.train_dataset),
@@ -465,10 +450,6 @@ class DinoTrainer(CheckpointedTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
-        if isinstance(sampler, StreamSampler):  # holds the share of this process already
-            from accelerate.data_loader import prepare_data_loader
-
-            return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=True)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -529,12 +510,6 @@ class DinoTrainer(CheckpointedTrainer):
         }
         if self._sampler is not None:
             state["position"] = self._sampler.position(self.state.global_step - self._first_step)
-        elif self._stream_sampler is not None:  # images of all processes since the beginning; no epochs
-            steps = self.state.global_step - self._first_step
-            state["position"] = (
-                0,
-                self._stream_sampler.skip * self.args.world_size + steps * self.args.images_per_step,
-            )
         return state
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
@@ -565,10 +540,6 @@ class DinoTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
-        if self._stream_sampler is not None:
-            self._stream_sampler.start_at(self._position[1] // self.args.world_size)
-            self._position, self._first_step = (0, 0), self.state.global_step
-            return 0, 0
         if self._sampler is None:
             return start
         self._sampler.start_at(*self._position)
@@ -720,10 +691,11 @@ def pretrain(
 ) -> RegViTModel:
     """Pretrains a backbone on images without labels and returns the EMA teacher.
 
-    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor, for
+    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor and a card, for
     `AutoModel.from_pretrained`), `training/` (student, heads and centers as safetensors, for continued pretraining),
-    `metrics.jsonl`, `resolved_recipe.yaml` (every argument, readable as a recipe), `environment.json`, `report.json`
-    and Trainer's checkpoints.
+    `metrics.jsonl`, `panels/`, `curves.png`, `resolved_recipe.yaml` (every argument, readable as a recipe),
+    `environment.json`, `report.json` and Trainer's checkpoints. A run that an alarm has stopped leaves all but
+    `backbone/` and `training/`.
 
     Args:
         args: the run. `resume_from_checkpoint` takes a checkpoint folder, or `"last"` for the newest one in
@@ -743,24 +715,25 @@ def pretrain(
 
     Raises:
         ValueError: arguments that do not fit together, or fewer images than one batch.
-        FloatingPointError: a loss that is NaN or infinite.
+        NonFiniteError: a loss or gradient that is NaN or infinite.
+        CollapseError: an alarm of collapse, with `args.stop_on_collapse`.
     """
     from .data import DinoCollator
     from .images import default_image_processor
 
     set_seed(args.seed)
-    network = _build_network(args, model)
+    start = _starting_point(args, model)
+    network = _build_network(args, start.student if start else model)
+    if start:
+        restore_training(network, start)
     config = network.student_backbone.config
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
-    if isinstance(train_dataset, MultiCropStream):
-        if args.max_steps <= 0:
-            raise ValueError("a stream has no length, so no number of epochs ends the run. Set --max_steps.")
-    elif (num_images := len(cast(Sized, train_dataset))) < args.images_per_step:
+    num_images = len(cast(Sized, train_dataset))
+    if num_images < args.images_per_step:
         raise ValueError(
             f"there are {num_images} images for steps of {args.images_per_step}; expected at least one full "
-            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, "
-            "or give more images (--data takes several sources)."
+            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps."
         )
     if data_collator is None:
         rows, columns = (args.global_crop_size // side for side in config.patch_shape)
@@ -771,20 +744,28 @@ def pretrain(
         size = args.evaluation_size
         image_processor = default_image_processor(size or args.global_crop_size, resize=size)
     output = Path(cast(str, args.output_dir))  # Trainer's own default if it was not given
+    watching = observers(
+        args,
+        train_dataset,
+        image_processor=image_processor,
+        folder=output,
+        image_size=args.global_crop_size,
+        panel_size=args.panel_size or args.global_crop_size,
+    )
+    metrics = MetricsFile(output / "metrics.jsonl")
+    alarms = CollapseAlarms(_recipe_of(args, config), stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
         network,
         args,
         train_dataset=train_dataset,
         data_collator=data_collator,
-        callbacks=[*callbacks, MetricsFile(output / "metrics.jsonl")],
+        callbacks=[*callbacks, *watching, metrics, alarms],
     )
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
         _write_json(output / "environment.json", _environment(args))
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    seconds = time.perf_counter() - started
+    _train(trainer, alarms)
     state = _whole_state(network)
     backbone = RegViTModel(config)
     backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
@@ -793,8 +774,66 @@ def pretrain(
         backbone.save_pretrained(output / "backbone")
         image_processor.save_pretrained(output / "backbone")
         _save_training_state(state, output / "training")
-        _write_json(output / "report.json", _report(trainer, network, seconds=seconds))
+        report = json.loads((output / "report.json").read_text())
+        write_card(output / "backbone", config, data=str(args.data), report=report, recipe=args.resolved())
     return backbone
+
+
+def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> StartingPoint | None:
+    if args.init_from is None:
+        return None
+    if model is not None:
+        raise ValueError(f"both init_from ('{args.init_from}') and a model were given; expected one of them.")
+    start = starting_point(
+        args.init_from,
+        num_register_tokens=args.num_register_tokens,
+        image_size=args.global_crop_size,
+        register_init_std=args.register_init_std,
+        drop_path_rate=args.drop_path_rate,
+        drop_path_mode=args.drop_path_mode,
+        seed=args.seed,
+    )
+    if args.process_index == 0:
+        logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
+    return start
+
+
+def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
+    return Recipe(
+        num_prototypes=args.head_num_prototypes,
+        images=args.per_device_train_batch_size,
+        num_local_crops=args.num_local_crops,
+        dino_loss_weight=args.dino_loss_weight,
+        num_register_tokens=config.num_register_tokens,
+        width=config.hidden_size,
+    )
+
+
+def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
+    """Trains, and writes report and curves however it ends.
+
+    Raises:
+        NonFiniteError: a loss or gradient that is NaN or infinite.
+        CollapseError: an alarm of collapse that was asked to stop the run.
+    """
+    started = time.perf_counter()
+    stopped: Exception | None = None
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if alarms.stop and alarms.raised:
+            last = alarms.raised[-1]
+            stopped = CollapseError(f"stopped at step {last.step}, {last.name}: {last.message}")
+    except NonFiniteError as error:
+        alarms.record(Alarm("not_finite", trainer.state.global_step, str(error)), trainer.state)
+        stopped = error
+    output = Path(cast(str, trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        report = _report(trainer, seconds=time.perf_counter() - started)
+        report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
+        _write_json(output / "report.json", report)
+        draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
+    if stopped is not None:
+        raise stopped
 
 
 def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> SelfDistillation:
@@ -846,8 +885,8 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Multi-crop views of `args.data`."""
     from .augmentation import MultiCrop
-    from .data import BadImages, MultiCropDataset
-    from .images import load_images, stream_images
+    from .data import MultiCropDataset
+    from .images import load_images
 
     same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
     same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
@@ -859,15 +898,7 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
         patch_size=math.lcm(*config.patch_shape),
         **{name: getattr(args, name) for name in same_name},
     )
-    columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
-    record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
-    if args.streaming:
-        streams = [stream_images(one, **columns) for one in args.data]
-        bad_images = BadImages(record, max_bad_share=args.max_bad_share)
-        return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
-    source = load_images(args.data, split="train", **columns)
-    bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
-    return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
+    return MultiCropDataset(load_images(args.data, split="train"), multi_crop, seed=args.seed)
 
 
 def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:
@@ -927,8 +958,9 @@ def _environment(args: PretrainingArguments) -> dict[str, Any]:
     }
 
 
-def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) -> dict[str, Any]:
-    """Summary of a finished run."""
+def _report(trainer: DinoTrainer, *, seconds: float) -> dict[str, Any]:
+    """Summary of a run."""
+    watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
     return {
@@ -936,11 +968,18 @@ def _report(trainer: DinoTrainer, network: SelfDistillation, *, seconds: float) 
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
         "epochs": trainer.state.epoch,
         "seconds": seconds,
+        "monitor_share": watching / max(seconds, 1e-9),
         "peak_memory_mib": peak_memory_mib(),
-        "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in network.student.items()},
+        "parameters": {
+            name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.student.items()
+        },
         "final": losses[-1] if losses else {},
         "knn": [
-            {key: value for key, value in entry.items() if key.startswith("eval_knn") or key == "step"}
+            {
+                key: value
+                for key, value in entry.items()
+                if key.startswith(("eval_knn", "eval_linear")) or key == "step"
+            }
             for entry in history
             if any(key.startswith("eval_knn") for key in entry)
         ],

@@ -1,0 +1,289 @@
+"""The folder of a pretraining run: what it may start from, and what it leaves for people to read.
+
+- `backbone/`: EMA teacher for `AutoModel.from_pretrained`, image processor, card.
+- `training/`: student, teacher heads and centers as safetensors, to go on from here (`--init_from`).
+- `panels/`: the same pictures through the run; `curves.png`: its learning curves.
+- `metrics.jsonl`, `report.json`, `resolved_recipe.yaml`, `environment.json`, and checkpoints.
+"""
+
+import copy
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .configuration_regvit import RegViTConfig
+from .distillation import SelfDistillation
+from .modeling_regvit import RegViTModel
+
+logger = logging.getLogger(__name__)
+
+BACKBONE, TRAINING = "backbone", "training"
+
+
+# ---- Starting from something -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where continued pretraining starts.
+
+    Attributes:
+        student: the student's backbone, ready to train: with mask token, registers and positions of the training grid.
+        teacher: the teacher's; the same object where the source has no student of its own.
+        training: `training/` of the run to go on from, with heads and centers; None where heads start new.
+        changes: what was added or changed, in sentences.
+    """
+
+    student: RegViTModel
+    teacher: RegViTModel
+    training: Path | None
+    changes: tuple[str, ...]
+
+
+def starting_point(
+    source: str | Path,
+    *,
+    num_register_tokens: int,
+    image_size: int,
+    register_init_std: float = 0.02,
+    drop_path_rate: float = 0.0,
+    drop_path_mode: str = "batch_subset",
+    seed: int = 0,
+) -> StartingPoint:
+    """Open what `--init_from` names.
+
+    Args:
+        source: folder of a pretraining run (student, teacher, heads and centers are taken over), folder or Hub id of
+            a RegViT, or anything that `hf_regvit.convert` reads (its classifier and pooler are left out).
+        num_register_tokens: registers to add to a model that has none; one that has keeps its own.
+        image_size: side of the training images in pixels; stored positions are resampled to their grid.
+        register_init_std: spread of registers that are added.
+        drop_path_rate: of the student in training.
+        drop_path_mode: as in `RegViTConfig`.
+        seed: of the registers that are added.
+
+    Raises:
+        ValueError: a side that is no multiple of the patch, or a model whose tokens have no final norm.
+        OSError: nothing can be read there.
+    """
+    folder = Path(source)
+    run = folder if (folder / BACKBONE / "config.json").is_file() else None
+    teacher = _open_backbone(
+        str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode
+    )
+    training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
+    student = teacher
+    if training is not None:
+        student = copy.deepcopy(teacher)
+        _load_part(student, load_file(training / "student.safetensors"), "backbone.", str(training))
+    changes: list[str] = []
+    for backbone in [student] if student is teacher else [student, teacher]:
+        changes = _prepare(
+            backbone,
+            num_register_tokens=num_register_tokens,
+            image_size=image_size,
+            register_init_std=register_init_std,
+            seed=seed,
+        )
+    if training is None:
+        changes.append("The heads are new: --freeze_backbone_steps keeps the backbone still while they learn.")
+    return StartingPoint(student, teacher, training, tuple(changes))
+
+
+def _open_backbone(source: str, **changes: Any) -> RegViTModel:
+    """A RegViT as it is, anything else through `convert`; heads and poolers are left out."""
+    from transformers import PreTrainedConfig
+
+    fields: dict[str, Any] = {}
+    if not Path(source).is_file():
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    if fields.get("model_type") == "regvit":
+        model: Any = RegViTModel.from_pretrained(source, use_mask_token=True, discard_registers=False)
+    else:
+        from .conversion import convert
+
+        model = convert(source)
+        model = getattr(model, "regvit", model)
+    config = copy.deepcopy(model.config)
+    if config.final_norm != "tokens":
+        raise ValueError(
+            f"'{source}' has final_norm='{config.final_norm}': its tokens are not normed one by one, which the "
+            "losses need. Start from a model that pools CLS."
+        )
+    changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    backbone = RegViTModel(config, add_pooling_layer=False)
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
+    missing, unexpected = backbone.load_state_dict(state, strict=False)
+    if set(missing) - {"embeddings.mask_token"} or unexpected:
+        raise ValueError(f"'{source}' lacks {missing} and has in addition {unexpected}; expected a plain backbone.")
+    if missing:
+        nn.init.zeros_(cast(Tensor, backbone.embeddings.mask_token))
+    # A model that was loaded for use is in eval mode; this one is going to be trained.
+    return backbone.train().requires_grad_(True)
+
+
+@torch.no_grad()
+def _prepare(
+    backbone: RegViTModel, *, num_register_tokens: int, image_size: int, register_init_std: float, seed: int
+) -> list[str]:
+    """Adds registers where there are none and brings the positions to the training grid; says what it did."""
+    config, embeddings, changes = backbone.config, backbone.embeddings, []
+    if not config.num_register_tokens and num_register_tokens:
+        config.register_init_std = register_init_std
+        backbone.resize_register_tokens(num_register_tokens, seed=seed)
+        changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
+    elif config.num_register_tokens != num_register_tokens:
+        changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is not used.")
+    rows, columns = config.patch_shape
+    if image_size % rows or image_size % columns:
+        raise ValueError(
+            f"global_crop_size is {image_size}, but the patches of the model to start from are {rows} x {columns} "
+            "pixels; expected a multiple of them."
+        )
+    grid = (image_size // rows, image_size // columns)
+    if grid != config.grid:
+        prefix = embeddings.position_embeddings[:, : embeddings.num_position_prefix]
+        table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
+        changes.append(
+            f"Its positions are resampled from {config.grid[0]} x {config.grid[1]} to {grid[0]} x {grid[1]} patches."
+        )
+        embeddings.position_embeddings = nn.Parameter(table.contiguous())
+        config.image_size = image_size
+        embeddings.train(embeddings.training)  # forgets resampled tables of the old one
+    return changes
+
+
+def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
+    """Puts teacher, heads and centers of a starting point into a network built on its student.
+
+    Raises:
+        ValueError: heads of other sizes than the network's.
+    """
+    network.teacher_backbone.load_state_dict(start.teacher.state_dict())
+    if start.training is None:
+        return
+    student = load_file(start.training / "student.safetensors")
+    teacher = load_file(start.training / "teacher_heads.safetensors")
+    heads = [name for name in network.student if name.endswith("_head")]
+    found = sorted({name.split(".")[0] for name in student if not name.startswith("backbone.")})
+    if found != sorted(heads):
+        raise ValueError(
+            f"'{start.training}' holds {', '.join(found)}, these arguments ask for {', '.join(heads)}. Set "
+            f"separate_ibot_head as there, or start from '{start.training.parent / BACKBONE}' with new heads."
+        )
+    for name in heads:
+        _load_part(network.student[name], student, f"{name}.", str(start.training))
+        _load_part(network.teacher[name], teacher, f"{name}.", str(start.training))
+    centers = start.training / "centers.safetensors"
+    saved = load_file(centers) if centers.is_file() else {}
+    for name in ("dino_center", "ibot_center"):
+        center = getattr(network, name)
+        if center is not None and any(key.startswith(f"{name}.") for key in saved):
+            _load_part(center, saved, f"{name}.", str(centers))
+        elif center is not None:
+            logger.warning("'%s' has no %s: it starts at zero.", start.training, name)
+
+
+def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
+    part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    actual = {name: tuple(value.shape) for name, value in part.items()}
+    if actual != expected:
+        name = next(n for n in {**expected, **actual} if expected.get(n) != actual.get(n))
+        raise ValueError(
+            f"'{prefix}{name}' in '{where}' has shape {actual.get(name)}, expected {expected.get(name)}. Set the "
+            f"sizes of the heads (--head_*) as in resolved_recipe.yaml of that run, or start from its '{BACKBONE}' "
+            "folder with new heads."
+        )
+    module.load_state_dict(part)
+
+
+# ---- Leaving something -------------------------------------------------------------------------------------------
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """Lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Path | None:
+    """`curves.png` of a run, from its `metrics.jsonl`; None if the run was too short to log a loss."""
+    from .figures import curves_figure, save_figure
+
+    lines = read_metrics(Path(folder) / "metrics.jsonl")
+    if not any("loss" in line for line in lines):
+        return None
+    path = Path(folder) / "curves.png"
+    save_figure(curves_figure(lines, num_prototypes=num_prototypes), path)
+    return path
+
+
+def best_and_last(entries: Sequence[Mapping[str, float]], key: str) -> tuple[float, float] | None:
+    """Largest and last value of one key of the log."""
+    values = [entry[key] for entry in entries if key in entry]
+    return (max(values), values[-1]) if values else None
+
+
+def write_card(
+    folder: str | Path, config: RegViTConfig, *, data: str, report: Mapping[str, Any], recipe: Mapping[str, Any]
+) -> None:
+    """A short README beside the backbone: what it learnt from, for how long, how good it is, how to load it.
+
+    Folders of one's own are named by their last part only, because a card may be published.
+    """
+    rows, columns = config.patch_shape
+    name = Path(data).name or data
+    score = report.get("knn", [])
+    accuracies = {key: value for key, value in (score[-1] if score else {}).items() if key != "step"}
+    names = {key: key.removeprefix("eval_").replace("knn_", "k-NN, k = ") for key in accuracies}
+    measured = ", ".join(f"{names[key]}: {value:.1%}" for key, value in accuracies.items())
+    measured = measured or "not measured (no held-out images with labels)"
+    start = f" It was started from `{Path(str(recipe['init_from'])).name}`." if recipe.get("init_from") else ""
+    alarms = report.get("alarms", [])
+    warned = "\n".join(f"- step {alarm['step']}: {alarm['message']}" for alarm in alarms)
+    text = f"""---
+library_name: transformers
+pipeline_tag: image-feature-extraction
+tags:
+- regvit
+- register-tokens
+- self-supervised
+---
+
+# RegViT, {config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_register_tokens} registers
+
+Pretrained without labels (DINOv2 losses) with hf_regvit. This is the moving average of the student.{start}
+
+| | |
+|---|---|
+| data | `{name}`, {report["images_seen"]:,} images seen in {report["steps"]:,} steps ({report["epochs"]:.1f} epochs) |
+| images | crops of {recipe["global_crop_size"]} and {recipe["local_crop_size"]} px, patches of {rows} x {columns} px |
+| recipe | batch {recipe["per_device_train_batch_size"]} per process, learning rate {recipe["learning_rate"]:g}, \
+{recipe["head_num_prototypes"]:,} prototypes, {recipe["centering"]} targets, seed {recipe.get("seed", 42)} |
+| accuracy of the frozen features on held-out images | {measured} |
+
+```python
+import hf_regvit  # or trust_remote_code=True without the package
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+model = AutoModel.from_pretrained("path/to/this/folder")
+processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
+output = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+output.pooler_output, output.patch_tokens, output.register_tokens
+```
+
+Tokens are `[CLS | registers | patches]`; `output.output_mask` is False at the registers, which carry no local content.
+"""
+    if warned:
+        text += f"\nAlarms during the run:\n\n{warned}\n"
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")
