@@ -130,7 +130,7 @@ class Monitor(Observer):
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
         """The names are those of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
-        backbone = model.teacher_backbone
+        backbone = model.whole_teacher_backbone()
         pixels = self.pixel_values.to(next(backbone.parameters()).device)
         return {
             **feature_statistics(backbone, pixels),
@@ -159,7 +159,7 @@ class Panels(Observer):
         """Nothing to log."""
         from .figures import progress_figure, read_token_maps, save_figure
 
-        maps = read_token_maps(model.teacher_backbone, self.pixel_values)
+        maps = read_token_maps(model.whole_teacher_backbone(), self.pixel_values)
         if self.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             save_figure(progress_figure(self.images, maps, title=f"step {step}"), self.folder / f"step_{step:06d}.png")
@@ -246,7 +246,9 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     if not getattr(train, "labels", None):
         return None
     try:
-        heldout = load_images(args.data, split="validation")
+        heldout = load_images(
+            args.data, split="validation", image_column=args.image_column, label_column=args.label_column
+        )
     except MissingSplitError:
         logger.info("'%s' has no validation part: no k-NN accuracy during the run.", args.data)
         return None

@@ -27,6 +27,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
@@ -45,7 +46,7 @@ from .alarms import (
 from .callbacks import MetricsFile, Observer, TrainingProgress
 from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
-from .data import EpochSampler
+from .data import EpochSampler, MultiCropStream, StreamSampler
 from .distillation import HeadShape, SelfDistillation, TeacherTargets, full_tensor
 from .modeling_regvit import RegViTModel
 from .monitors import observers
@@ -74,8 +75,24 @@ class PretrainingArguments(TrainingArguments):
     """
 
     # Data and crops
-    data: str = _field(
-        "photos", "Image folder, parquet file, Hub data set, or the embedded sets 'photos' and 'digits'."
+    data: list[str] = field(
+        default_factory=lambda: ["photos"],
+        metadata={
+            "help": "One or more sources: image folder, parquet or tar files (or a folder or pattern of them), Hub "
+            "data set, or the embedded sets 'photos' and 'digits'."
+        },
+    )
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={"help": "Share of each source in an epoch, in any unit; default: every image once per epoch."},
+    )
+    streaming: bool = _field(
+        False, "Read parquet, tar or Hub data in order instead of copying it to a cache first; needs max_steps."
+    )
+    image_column: str | None = _field(None, "Column with the images; default: the only one, or 'image'.")
+    label_column: str | None = _field(None, "Column with the class numbers; default: 'label' where it holds some.")
+    max_bad_share: float = _field(
+        0.01, "Stop when more than this share of the images seen cannot be used; they are in bad_images.jsonl."
     )
     global_crop_size: int = _field(
         224, "Side of the two global crops in pixels; a multiple of the patch. Official: 224."
@@ -246,6 +263,7 @@ class PretrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.data = [str(self.data)] if isinstance(self.data, str | Path) else [str(one) for one in self.data]
         for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
             value = getattr(self, name)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
@@ -340,6 +358,9 @@ class _StepRules(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.schedules = args.schedules(state.max_steps)
         self.values = self.schedules.at(state.global_step)
+        model = kwargs["model"]
+        if isinstance(model, FSDPModule):  # the method runs beside `forward` and needs the parameters gathered, too
+            register_fsdp_forward_method(cast(nn.Module, model), "joint_targets")
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.values = self.schedules.at(state.global_step)
@@ -396,9 +417,17 @@ class DinoTrainer(CheckpointedTrainer):
             )
         self._rules = _StepRules()
         self._sampler: EpochSampler | None = None
-        if not isinstance(train_dataset, IterableDataset):
+        self._stream_sampler: StreamSampler | None = None
+        if isinstance(train_dataset, MultiCropStream):
+            self._stream_sampler = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
+        elif not isinstance(train_dataset, IterableDataset):
+            parts = getattr(getattr(train_dataset, "source", None), "parts", ())
             self._sampler = EpochSampler(
-                len(cast(Sized, train_dataset)), seed=args.seed, images_per_step=args.images_per_step
+                len(cast(Sized, train_dataset)),
+                seed=args.seed,
+                images_per_step=args.images_per_step,
+                parts=parts,
+                weights=args.data_weights,
             )
         self._position, self._first_step = (0, 0), 0  # where a resumed run starts: epoch and images, optimizer step
         self._replaced: tuple[Any, Any] = (None, None)
@@ -431,11 +460,13 @@ class DinoTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, with a time limit for workers."""
+        if self._stream_sampler is not None:
+            return self._data_loader(self._stream_sampler)
         if self._sampler is None:
             return super().get_train_dataloader()
         return self._data_loader(self._sampler)
 
-    def _data_loader(self, sampler: EpochSampler) -> DataLoader:
+    def _data_loader(self, sampler: EpochSampler | StreamSampler) -> DataLoader:
         args = self.args
         loader = DataLoader(
             cast(Dataset, self.train_dataset),
@@ -450,6 +481,10 @@ class DinoTrainer(CheckpointedTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
+        if isinstance(sampler, StreamSampler):  # holds the share of this process already
+            from accelerate.data_loader import prepare_data_loader
+
+            return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=True)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
@@ -510,6 +545,12 @@ class DinoTrainer(CheckpointedTrainer):
         }
         if self._sampler is not None:
             state["position"] = self._sampler.position(self.state.global_step - self._first_step)
+        elif self._stream_sampler is not None:  # images of all processes since the beginning; no epochs
+            steps = self.state.global_step - self._first_step
+            state["position"] = (
+                0,
+                self._stream_sampler.skip * self.args.world_size + steps * self.args.images_per_step,
+            )
         return state
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
@@ -522,10 +563,9 @@ class DinoTrainer(CheckpointedTrainer):
         for part, unimportant in (("recipe", {"output_dir", "resume_from_checkpoint"}), ("packages", set())):
             old, new = saved.get(part, {}), now[part]
             for name in sorted(({*old, *new}) - unimportant):
-                if old.get(name) != new.get(name):
-                    logger.warning(
-                        "Changed since the checkpoint: %s is %s, was %s.", name, new.get(name), old.get(name)
-                    )
+                is_now, was = (values.get(name, "the default") for values in (new, old))
+                if is_now != was:
+                    logger.warning("Changed since the checkpoint: %s is %s, was %s.", name, is_now, was)
         for name, allowed in (
             ("images_per_step", self.args.allow_batch_change),
             ("data", self.args.allow_data_change),
@@ -540,6 +580,10 @@ class DinoTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._stream_sampler is not None:
+            self._stream_sampler.start_at(self._position[1] // self.args.world_size)
+            self._position, self._first_step = (0, 0), self.state.global_step
+            return 0, 0
         if self._sampler is None:
             return start
         self._sampler.start_at(*self._position)
@@ -729,11 +773,14 @@ def pretrain(
     config = network.student_backbone.config
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
-    num_images = len(cast(Sized, train_dataset))
-    if num_images < args.images_per_step:
+    if isinstance(train_dataset, MultiCropStream):
+        if args.max_steps <= 0:
+            raise ValueError("a stream has no length, so no number of epochs ends the run. Set --max_steps.")
+    elif (num_images := len(cast(Sized, train_dataset))) < args.images_per_step:
         raise ValueError(
             f"there are {num_images} images for steps of {args.images_per_step}; expected at least one full "
-            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps."
+            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, "
+            "or give more images (--data takes several sources)."
         )
     if data_collator is None:
         rows, columns = (args.global_crop_size // side for side in config.patch_shape)
@@ -775,7 +822,7 @@ def pretrain(
         image_processor.save_pretrained(output / "backbone")
         _save_training_state(state, output / "training")
         report = json.loads((output / "report.json").read_text())
-        write_card(output / "backbone", config, data=str(args.data), report=report, recipe=args.resolved())
+        write_card(output / "backbone", config, data=", ".join(args.data), report=report, recipe=args.resolved())
     return backbone
 
 
@@ -885,8 +932,8 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Multi-crop views of `args.data`."""
     from .augmentation import MultiCrop
-    from .data import MultiCropDataset
-    from .images import load_images
+    from .data import BadImages, MultiCropDataset
+    from .images import load_images, stream_images
 
     same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
     same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
@@ -898,7 +945,15 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
         patch_size=math.lcm(*config.patch_shape),
         **{name: getattr(args, name) for name in same_name},
     )
-    return MultiCropDataset(load_images(args.data, split="train"), multi_crop, seed=args.seed)
+    columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
+    record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
+    if args.streaming:
+        streams = [stream_images(one, **columns) for one in args.data]
+        bad_images = BadImages(record, max_bad_share=args.max_bad_share)
+        return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
+    source = load_images(args.data, split="train", **columns)
+    bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
+    return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
 
 
 def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:
