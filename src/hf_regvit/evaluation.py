@@ -172,6 +172,7 @@ class LostEvaluation:
         scores: `lost` (the chosen settings), and what to compare it with: `vanilla` LOST, `attention` of CLS,
             `center_box` (both as good as they were on the images of choice) and `full_image`.
         choice: How the settings came about (`Choice.to_dict`); None where there was one to begin with.
+        protocol: How images were read and boxes compared.
         ids: The judged images, as in `overlaps`.
         num_without_boxes: Images left out because they have no ground-truth box.
         num_skipped: Images that could not be read.
@@ -181,6 +182,7 @@ class LostEvaluation:
     settings: LostSettings
     scores: dict[str, CorLocScore]
     choice: dict[str, Any] | None
+    protocol: dict[str, Any]
     ids: tuple[str, ...]
     num_without_boxes: int
     num_skipped: int
@@ -373,6 +375,7 @@ def evaluate_lost(
         settings=choice.settings,
         scores=score_methods(measured, center=choice.center, seed=seed),
         choice=choice.to_dict() if len(settings) > 1 else None,
+        protocol={"iou_threshold": _THRESHOLD, "max_side": max_side, "padding": "zeros, right and below"},
         ids=measured.ids,
         num_without_boxes=without,
         num_skipped=len(judged) - len(measured.ids),

@@ -227,6 +227,7 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     report.save(tmp_path / "new" / "report.json")
     saved = json.loads((tmp_path / "new" / "report.json").read_text())["reports"][0]
     assert saved["lost"]["settings"] == chosen
+    assert saved["lost"]["protocol"]["max_side"] == 640
     assert saved["lost"]["scores"]["lost"]["corloc"] == lost.corloc
     assert saved["versions"]["torch"] == torch.__version__
     text = "\n".join(report.lines())
