@@ -44,7 +44,7 @@ def ibot_loss(student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor,
     return total / masks.shape[0]
 
 
-def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> float:
+def koleo_loss(features: torch.Tensor, eps: float = 1e-8, neighbours: int = 1) -> float:
     rows = []
     for row in features.tolist():
         norm = max(math.sqrt(sum(value * value for value in row)), eps)
@@ -52,10 +52,38 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8) -> float:
     total = 0.0
     for i, row in enumerate(rows):
         others = [j for j in range(len(rows)) if j != i]
-        nearest = max(others, key=lambda j: sum(a * b for a, b in zip(row, rows[j], strict=True)))
-        distance = math.sqrt(sum((a - b + eps) ** 2 for a, b in zip(row, rows[nearest], strict=True)))
-        total -= math.log(distance + eps)
-    return total / len(rows)
+        others.sort(key=lambda j: -sum(a * b for a, b in zip(row, rows[j], strict=True)))
+        for nearest in others[:neighbours]:
+            distance = math.sqrt(sum((a - b + eps) ** 2 for a, b in zip(row, rows[nearest], strict=True)))
+            total -= math.log(distance + eps)
+    return total / len(rows) / neighbours
+
+
+def gram_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
+    """Cosine of every pair of patches of a crop on both sides, their squared difference, and its mean over all."""
+
+    def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+        dot = sum(x * y for x, y in zip(a, b, strict=True))
+        return dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in b))
+
+    total, count = 0.0, 0
+    for ours, theirs in zip(student.tolist(), teacher.tolist(), strict=True):
+        for i in range(len(ours)):
+            for j in range(len(ours)):
+                total += (cosine(ours[i], ours[j]) - cosine(theirs[i], theirs[j])) ** 2
+                count += 1
+    return total / count
+
+
+def prototype_cross_entropy(
+    features: torch.Tensor, prototypes: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, temperature: float
+) -> float:
+    """The weighted sum over rows of the cross-entropy of their logits, one dot product per prototype."""
+    total = 0.0
+    for row, target, weight in zip(features.tolist(), targets.tolist(), weights.tolist(), strict=True):
+        logits = [sum(a * b for a, b in zip(row, prototype, strict=True)) for prototype in prototypes.tolist()]
+        total += weight * cross_entropy(target, logits, temperature)
+    return total
 
 
 def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int = 3) -> list[list[float]]:

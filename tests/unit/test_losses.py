@@ -7,7 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import oracles
-from hf_regvit.losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from hf_regvit.losses import (
+    SoftmaxCenter,
+    dino_loss,
+    gram_loss,
+    ibot_loss,
+    koleo_loss,
+    prototype_cross_entropy,
+    sinkhorn_knopp,
+)
 
 
 def normal(*shape, seed=0, dtype=torch.float32):
@@ -88,12 +96,130 @@ def test_shapes_that_do_not_fit_are_named():
         ibot_loss(normal(5, 3), probabilities(5, 3), torch.ones(5), num_crops=0)
 
 
+# ---- Cross-entropy without logits ----
+
+
+def prototype_case(rows=7, prototypes=9, *, dtype=torch.float64):
+    return {
+        "features": F.normalize(normal(rows, 4, dtype=dtype), dim=1).requires_grad_(),
+        "prototypes": normal(prototypes, 4, seed=2, dtype=dtype).requires_grad_(),
+        "targets": (normal(rows, prototypes, seed=1, dtype=dtype) / 0.5).softmax(-1),
+        "weights": normal(rows, seed=3, dtype=dtype),
+    }
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 3, 7, 100, None])
+def test_prototype_cross_entropy_equals_its_loop_in_any_chunks(chunk_rows):
+    case = prototype_case()
+    loss, per_row = prototype_cross_entropy(**case, temperature=0.1, chunk_rows=chunk_rows)
+    arguments = {name: tensor.detach() for name, tensor in case.items()}
+    assert loss.item() == pytest.approx(oracles.prototype_cross_entropy(**arguments, temperature=0.1), rel=1e-10)
+    assert not per_row.requires_grad
+    assert (per_row * case["weights"]).sum().item() == pytest.approx(loss.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("chunk_rows", [2, 100])
+def test_prototype_cross_entropy_has_the_gradient_of_the_plain_form(chunk_rows):
+    case = prototype_case()
+    rows = torch.tensor([1, 1, 0, 6, 2, 3, 5])
+    loss, _ = prototype_cross_entropy(**case, target_rows=rows, chunk_rows=chunk_rows)
+    plain = F.cross_entropy(case["features"] @ case["prototypes"].T / 0.1, case["targets"][rows], reduction="none")
+    plain = (plain * case["weights"]).sum()
+    inputs = [case["features"], case["prototypes"]]
+    # An outer factor, as the division by the accumulated micro-batches is, and a second pass through the same graph.
+    ours = torch.autograd.grad(3 * loss, inputs, retain_graph=True)
+    for actual, expected in zip(ours, torch.autograd.grad(3 * plain, inputs), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-8)
+    for actual, again in zip(ours, torch.autograd.grad(3 * loss, inputs), strict=True):
+        assert torch.equal(actual, again)
+
+
+def test_prototype_cross_entropy_survives_large_logits():
+    case = prototype_case(dtype=torch.float32)
+    loss, _ = prototype_cross_entropy(**{**case, "prototypes": 1e3 * case["prototypes"]}, temperature=0.04)
+    (gradient,) = torch.autograd.grad(loss, case["features"])
+    assert torch.isfinite(loss)
+    assert torch.isfinite(gradient).all()
+
+
+def test_prototype_cross_entropy_of_no_rows_keeps_the_head_in_the_graph():
+    case = prototype_case(rows=0)
+    loss, per_row = prototype_cross_entropy(**case)
+    loss.backward()
+    assert loss.item() == 0
+    assert per_row.shape == (0,)
+    assert not case["prototypes"].grad.any()
+
+
+def test_prototype_cross_entropy_takes_half_precision_to_float32():
+    case = {name: tensor.detach() for name, tensor in prototype_case().items()}
+    halves = {**case, "features": case["features"].bfloat16(), "prototypes": case["prototypes"].bfloat16()}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = prototype_cross_entropy(**halves)
+    exact = {**halves, "features": halves["features"].double(), "prototypes": halves["prototypes"].double()}
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracles.prototype_cross_entropy(**exact, temperature=0.1), rel=1e-5)
+
+
+def test_prototype_cross_entropy_names_shapes_that_do_not_fit():
+    case = prototype_case()
+    with pytest.raises(ValueError, match=r"\(7, 4\).*\(9, 4\).*\(6, 9\)"):
+        prototype_cross_entropy(**{**case, "targets": case["targets"][:6]})
+    with pytest.raises(ValueError, match=r"target_rows \(3,\)"):
+        prototype_cross_entropy(**case, target_rows=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="above 0"):
+        prototype_cross_entropy(**case, temperature=0.0)
+
+
+# ---- Gram anchoring ----
+
+
+def test_gram_loss_equals_its_loop():
+    student, teacher = normal(3, 5, 4), normal(3, 5, 6, seed=1)
+    assert gram_loss(student, teacher).item() == pytest.approx(oracles.gram_loss(student, teacher), rel=1e-5)
+
+
+def test_gram_loss_sees_neither_scale_nor_rotation_of_the_features():
+    student = normal(2, 6, 4)
+    rotation, _ = torch.linalg.qr(normal(4, 4, seed=1))
+    assert gram_loss(student, 7 * student @ rotation).item() == pytest.approx(0, abs=1e-10)
+    assert gram_loss(student, normal(2, 6, 4, seed=2)).item() > 0.01
+
+
+def test_gram_targets_are_constants_and_half_precision_is_taken_to_float32():
+    student, teacher = normal(2, 3, 4).requires_grad_(), normal(2, 3, 4, seed=1).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gram_loss(student, teacher)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(oracles.gram_loss(student.detach(), teacher.detach()), rel=1e-5)
+    assert teacher.grad is None
+    assert student.grad.any()
+
+
+def test_gram_loss_names_grids_that_differ():
+    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 6, 4\)"):
+        gram_loss(normal(2, 3, 4), normal(2, 6, 4))
+
+
 # ---- KoLeo ----
 
 
 def test_koleo_equals_its_loop():
     features = normal(9, 5)
     assert koleo_loss(features).item() == pytest.approx(oracles.koleo_loss(features), rel=1e-5)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3, 8])
+def test_koleo_of_several_neighbours_equals_its_loop(neighbours):
+    features = normal(9, 5)
+    expected = oracles.koleo_loss(features, neighbours=neighbours)
+    # Without a process group there is nobody to gather from.
+    for gathered in (False, True):
+        actual = koleo_loss(features, neighbours=neighbours, gathered=gathered)
+        assert actual.item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="neighbours is 9; expected 1 to 8"):
+        koleo_loss(features, neighbours=9)
 
 
 def test_koleo_of_an_orthonormal_batch():

@@ -1,0 +1,287 @@
+"""The training step: the same numbers as a plain forward and plain losses, with less work and memory."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import oracles
+from hf_regvit import RegViTModel
+from hf_regvit.distillation import SelfDistillation
+from hf_regvit.losses import dino_loss, ibot_loss, koleo_loss
+from tiny_run import GRID, PATCH, SHAPE, tiny_batch, tiny_config, tiny_network
+
+MODES = [("batch_subset", 0.4), ("sample", 0.4), ("batch_subset", 0.0)]
+SIZE = GRID * PATCH
+
+
+def gradients(loss, module):
+    module.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
+
+
+# ---- Only the tokens that a loss reads ----
+
+
+@pytest.mark.parametrize(("mode", "rate"), MODES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"layerscale_value": None, "use_swiglu_ffn": True, "num_register_tokens": 0}])
+def test_tokens_read_equal_those_of_the_whole_last_block(mode, rate, training, fields):
+    torch.manual_seed(0)
+    config = tiny_config(drop_path_rate=rate, drop_path_mode=mode, **fields)
+    backbone = RegViTModel(config).double().train(training)
+    pixels = torch.randn(5, 3, SIZE, SIZE, dtype=torch.float64)
+    masks = torch.rand(5, GRID**2) < 0.3
+    patches = torch.tensor([3, 17, 16, 79, 40, 41])  # of the flattened (5, 16), in any order
+
+    def whole():
+        output = backbone(pixels, bool_masked_pos=masks)
+        return output.pooler_output, output.patch_tokens.flatten(0, 1)[patches]
+
+    def read():
+        return SelfDistillation._tokens(backbone, pixels, patches, masks)
+
+    results = []
+    for run in (whole, read):
+        torch.manual_seed(1)
+        cls, rows = run()
+        weights = torch.linspace(-1, 1, cls.numel() + rows.numel(), dtype=torch.float64)
+        loss = (torch.cat([cls, rows]).flatten() * weights).sum()
+        results.append((cls, rows, gradients(loss, backbone)))
+    for expected, actual in zip(*results, strict=True):
+        if isinstance(expected, dict):
+            for name, gradient in expected.items():
+                torch.testing.assert_close(actual[name], gradient, atol=1e-12, rtol=1e-10, msg=name)
+        else:
+            torch.testing.assert_close(actual, expected, atol=1e-12, rtol=1e-10)
+
+
+def test_the_last_block_computes_no_other_token():
+    network, batch = tiny_network(), tiny_batch()
+    rows = []
+    hook = network.student_backbone.layers[-1].mlp.register_forward_hook(lambda *args: rows.append(args[2].shape))
+    network(**batch)
+    hook.remove()
+    # 6 global CLS with 5 masked patches, then 6 local CLS.
+    assert rows == [(6 + 5, 16), (6, 16)]
+
+
+def test_a_backbone_of_one_block():
+    network = tiny_network(config=tiny_config(num_hidden_layers=1))
+    loss = network(**tiny_batch())["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("fields", [{"final_norm": "pooled"}, {"pooler_act": "tanh"}])
+def test_backbones_whose_cls_is_something_else_are_refused(fields):
+    with pytest.raises(ValueError, match="after the final norm"):
+        tiny_network(config=tiny_config(**fields))
+
+
+# ---- Losses without logits ----
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("ibot_head", [None, SHAPE])
+@pytest.mark.parametrize("num_local", [0, 3])
+@pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, 0.3), (0.0, 1.0), (1.0, 0.0)])
+def test_step_equals_the_losses_on_stored_logits(centering, ibot_head, num_local, weights):
+    dino, ibot = weights
+    network = tiny_network(
+        centering=centering, ibot_head=ibot_head, dino_loss_weight=dino, ibot_loss_weight=ibot, koleo_loss_weight=0.2
+    ).double()
+    batch = tiny_batch(num_local=num_local)
+    batch = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    network.begin_step(0.05)
+    targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
+    student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]})
+    divisor = max(2 * num_local, 1) + 2
+    expected = 0.2 * (koleo_loss(student.cls_features[0]) + koleo_loss(student.cls_features[1]))
+    if dino:
+        across = dino_loss(student.global_logits[[0]], targets.cls[[1]])
+        across = across + dino_loss(student.global_logits[[1]], targets.cls[[0]])
+        local = dino_loss(student.local_logits, targets.cls) if num_local else 0
+        expected = expected + dino * (across + local) / divisor
+    if ibot:
+        expected = expected + ibot * ibot_loss(
+            student.masked_logits, targets.masked, batch["mask_weights"], num_crops=6
+        )
+    tied = sum(logits[:0].sum() for logits in (student.global_logits, student.masked_logits))
+    reference = gradients(expected + tied, network.student)
+    loss = network(**batch)["loss"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # targets are float32
+    for name, gradient in gradients(loss, network.student).items():
+        torch.testing.assert_close(gradient, reference[name], atol=1e-8, rtol=1e-5, msg=name)
+
+
+def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
+    network = tiny_network(dino_head=dataclasses.replace(SHAPE, num_prototypes=500))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: kept.append(tuple(tensor.shape)) or tensor, lambda t: t
+    ):
+        network(**tiny_batch())["loss"].backward()
+    assert (500, 6) in kept  # the prototypes
+    assert not [shape for shape in kept if shape[-1:] == (500,) and len(shape) > 1]
+
+
+def test_autocast_leaves_losses_targets_and_last_layer_in_float32():
+    network, batch = tiny_network(), tiny_batch()
+    exact = network(**batch)
+    exact["loss"].backward()
+    plain = {name: parameter.grad.clone() for name, parameter in network.student.named_parameters()}
+    network.zero_grad()
+    seen = []
+    head = network.student["dino_head"]
+    head.last_layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
+        outputs = network(**batch)
+    assert seen == [torch.bfloat16]  # what comes in is rounded, what is done with it is not
+    assert all(tensor.dtype == torch.float32 for tensor in (*targets, *outputs.values()))
+    torch.testing.assert_close(targets.cls.sum(-1), torch.ones(2, 3))
+    for name, value in outputs.items():
+        assert value.item() == pytest.approx(exact[name].item(), rel=0.05, abs=0.05), name
+    outputs["loss"].backward()
+    for name, parameter in network.student.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        if plain[name].norm() > 1e-2:
+            similarity = torch.cosine_similarity(parameter.grad.flatten(), plain[name].flatten(), dim=0)
+            assert similarity > 0.98, name
+
+
+@pytest.mark.parametrize("drop_path", [0.0, 0.4])
+def test_activation_checkpointing_changes_no_bit(drop_path):
+    config = tiny_config(drop_path_rate=drop_path, drop_path_mode="batch_subset")
+    network, batch = tiny_network(config=config), tiny_batch()
+
+    def run():
+        torch.manual_seed(3)
+        return gradients(network(**batch)["loss"], network.student)
+
+    plain = run()
+    network.gradient_checkpointing_enable()
+    for name, gradient in run().items():
+        torch.testing.assert_close(gradient, plain[name], atol=0, rtol=0, msg=name)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_give_the_same_numbers_under_the_same_names():
+    config = tiny_config(drop_path_rate=0.4, drop_path_mode="batch_subset", num_hidden_layers=1)
+    network, batch = tiny_network(config=config, gram_loss_weight=1.0), tiny_batch()
+    names = list(network.state_dict())
+    results = []
+    for compiled in (False, True):
+        if compiled:
+            network.compile_blocks(backend="aot_eager", fullgraph=True)
+        torch.manual_seed(3)
+        loss = network(**batch)["loss"]
+        results.append((loss.item(), gradients(loss, network.student)))
+    assert list(network.state_dict()) == names
+    (plain, expected), (again, actual) = results
+    assert again == pytest.approx(plain, rel=1e-5)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(actual[name], gradient, atol=1e-5, rtol=1e-4, msg=name)
+
+
+# ---- Gram anchoring ----
+
+
+def gram_network(**options):
+    network = tiny_network(gram_loss_weight=2.0, **options)
+    with torch.no_grad():  # student, teacher and Gram teacher apart
+        for parameter in network.student.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return network
+
+
+def test_gram_term_equals_its_loop():
+    network, batch = gram_network(), tiny_batch()
+    student = network.student_backbone(
+        batch["global_crops"].flatten(0, 1), bool_masked_pos=batch["masks"].flatten(0, 1)
+    )
+    anchor = network.gram_teacher(batch["global_crops"].flatten(0, 1))
+    outputs = network(**batch)
+    expected = oracles.gram_loss(student.patch_tokens.detach(), anchor.patch_tokens)
+    assert outputs["gram_loss"].item() == pytest.approx(2 * expected, rel=1e-4)
+    terms = [value.item() for name, value in outputs.items() if name.endswith("_loss")]
+    assert outputs["loss"].item() == pytest.approx(sum(terms), rel=1e-6)
+
+
+def test_gram_leaves_the_other_terms_as_they_are():
+    batch = tiny_batch()
+    without, with_gram = tiny_network()(**batch), tiny_network(gram_loss_weight=1.0)(**batch)
+    for name, value in without.items():
+        if name != "loss":
+            torch.testing.assert_close(with_gram[name], value)
+
+
+def test_gram_teacher_stands_still_until_it_is_refreshed():
+    network, batch = gram_network(), tiny_batch()
+    start = {name: tensor.clone() for name, tensor in network.gram_teacher.state_dict().items()}
+    assert not any(parameter.requires_grad for parameter in network.gram_teacher.parameters())
+    network.train()
+    assert not network.gram_teacher.training
+    network(**batch)["loss"].backward()
+    assert all(parameter.grad is None for parameter in network.gram_teacher.parameters())
+    network.update_teacher(0.5)
+    for name, tensor in network.gram_teacher.state_dict().items():
+        assert torch.equal(tensor, start[name])
+    network.refresh_gram_teacher()
+    teacher = network.teacher_backbone.state_dict()
+    for name, tensor in network.gram_teacher.state_dict().items():
+        assert torch.equal(tensor, teacher[name])
+    assert not torch.equal(teacher["layernorm.bias"], start["layernorm.bias"])
+
+
+def test_larger_gram_crops_are_brought_to_the_grid_of_the_student():
+    network, batch = gram_network(), tiny_batch()
+    large = torch.nn.functional.interpolate(batch["global_crops"].flatten(0, 1), scale_factor=2).unflatten(0, (2, 3))
+    outputs = network(**batch, gram_crops=large)
+    student = network.student_backbone(
+        batch["global_crops"].flatten(0, 1), bool_masked_pos=batch["masks"].flatten(0, 1)
+    )
+    patches = network.gram_teacher(large.flatten(0, 1)).patch_tokens  # (6, 64, 16)
+    maps = patches.transpose(1, 2).reshape(6, 16, 2 * GRID, 2 * GRID)
+    maps = torch.nn.functional.interpolate(maps, size=(GRID, GRID), mode="bicubic", align_corners=False)
+    anchor = torch.stack([maps[:, :, row, column] for row, column in itertools.product(range(GRID), repeat=2)], dim=1)
+    expected = oracles.gram_loss(student.patch_tokens.detach(), anchor)
+    assert outputs["gram_loss"].item() == pytest.approx(2 * expected, rel=1e-4)
+
+
+def test_without_gram_there_is_no_third_network():
+    network = tiny_network()
+    assert network.gram_teacher is None
+    assert not [name for name in network.state_dict() if name.startswith("gram")]
+    with pytest.raises(RuntimeError, match="gram_loss_weight > 0"):
+        network.refresh_gram_teacher()
+
+
+# ---- KoLeo over all processes ----
+
+
+def _run_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = koleo_loss(features[3 * rank : 3 * rank + 3], gathered=True, neighbours=2)
+    loss.backward()
+    torch.save((loss.detach(), features.grad), f"{folder}/rank{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_gathered_koleo_of_two_processes_equals_one(tmp_path):
+    mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=2)
+    losses, grads = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)), strict=True)
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = koleo_loss(features, neighbours=2)
+    loss.backward()
+    # Data parallelism takes the mean over the processes.
+    torch.testing.assert_close(sum(losses) / 2, loss.detach())
+    torch.testing.assert_close(sum(grads) / 2, features.grad)
+    assert loss.item() == pytest.approx(oracles.koleo_loss(features.detach(), neighbours=2), rel=1e-5)
