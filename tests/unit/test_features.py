@@ -21,6 +21,7 @@ from hf_regvit import (
 from hf_regvit.features import (
     FAMILIES,
     EvaluationTransform,
+    TokenReading,
     describe_model,
     final_norm,
     find_tower,
@@ -346,6 +347,13 @@ def test_token_kinds():
     assert attention.cls().shape == (2, 3, 20)
     assert attention.registers().shape == (2, 3, 3, 20)
     assert attention.patches().shape == (2, 3, 16, 20)
+
+
+def test_registers_come_after_a_distillation_token():
+    tokens = torch.arange(2 * 8 * 3).reshape(2, 8, 3).float()
+    reading = TokenReading("residual", (1,), (tokens,), (2, 2), True, 2, num_distillation_tokens=1)
+    assert torch.equal(reading.registers(), tokens[:, 2:4])
+    assert torch.equal(reading.patches(), tokens[:, 4:])
 
 
 def test_regvit_registers_are_the_models_own():
