@@ -383,25 +383,27 @@ def official_features(photographs: list[Image.Image], view: int, draws: int, siz
 def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:
     """Distribution of each feature over the crops."""
     for i, (a, b) in enumerate(zip(ours.T, theirs.T)):
-        assert stats.ks_2samp(a, b, method="asymp").pvalue > SIGNIFICANCE, (
-            f"feature {i}: mean {a.mean():.3f}, official {b.mean():.3f}"
-        )
+        test = stats.ks_2samp(a, b, method="asymp")
+        assert test.pvalue > SIGNIFICANCE, f"feature {i}: mean {a.mean():.3f}, official {b.mean():.3f}"
+
+
+UNPAIRED_SIZE, UNPAIRED_DRAWS = 48, 60
+
+
+@pytest.fixture(scope="module")
+def small() -> list[Image.Image]:
+    return embedded_photographs((160, 120), 2)
+
+
+@pytest.fixture(scope="module")
+def official(small: list[Image.Image]) -> list[np.ndarray]:
+    return [official_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
 
 
 class TestUnpairedPixels:
-    size, draws = 48, 60
-
-    @pytest.fixture(scope="class")
-    def small(self) -> list[Image.Image]:
-        return embedded_photographs((160, 120), 2)
-
-    @pytest.fixture(scope="class")
-    def official(self, small) -> list[np.ndarray]:
-        return [official_features(small, view, self.draws, self.size) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
-
     @pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
     def test_official_features(self, small, official, view):
-        assert_same_features(our_features(small, view, self.draws, self.size), official[view])
+        assert_same_features(our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[view])
 
     @pytest.mark.parametrize(
         ("view", "options"),
@@ -413,11 +415,11 @@ class TestUnpairedPixels:
         ],
     )
     def test_a_wrong_recipe_is_noticed(self, small, official, view, options):
-        ours = our_features(small, view, self.draws, self.size, **options)
+        ours = our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE, **options)
         with pytest.raises(AssertionError, match="feature"):
             assert_same_features(ours, official[view])
 
     def test_a_missing_antialias_is_noticed(self, small, official, monkeypatch):
         monkeypatch.setattr(A, "resize", without_antialias)
         with pytest.raises(AssertionError, match="feature"):
-            assert_same_features(our_features(small, GLOBAL_0, self.draws, self.size), official[GLOBAL_0])
+            assert_same_features(our_features(small, GLOBAL_0, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[GLOBAL_0])
