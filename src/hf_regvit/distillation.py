@@ -240,6 +240,16 @@ class SelfDistillation(nn.Module):
         """The backbone that is kept: the moving average of the student's."""
         return cast(RegViTModel, self.teacher["backbone"])
 
+    def whole_teacher_backbone(self) -> RegViTModel:
+        """The teacher's backbone, to be run by itself: a gathered copy where FSDP2 has sharded it (a collective)."""
+        teacher = self.teacher_backbone
+        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+            return teacher
+        whole = RegViTModel(teacher.config).eval()
+        whole.to(device=next(teacher.parameters()).device)
+        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
+        return whole
+
     def train(self, mode: bool = True) -> "SelfDistillation":
         """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
         super().train(mode)
@@ -562,10 +572,16 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Moves every teacher parameter: `teacher = momentum * teacher + (1 - momentum) * student`."""
+        """Once per optimizer step, after it: `teacher = momentum * teacher + (1 - momentum) * student`.
+
+        Also brings what the centers have seen together, so that between steps all processes hold the same state.
+        """
         student = dict(self.student.named_parameters())
         teacher = dict(self.teacher.named_parameters())
         torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+        for center in (self.dino_center, self.ibot_center):
+            if center is not None:
+                center.reduce()
 
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:

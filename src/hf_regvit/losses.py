@@ -376,8 +376,9 @@ class SoftmaxCenter(nn.Module):
     """Teacher targets by centring: `softmax((logits - center) / temperature)`, with a running mean as center.
 
     The update is lazy, as in the released code: what step k accumulates is folded in at the start of step k + 1, so
-    step k uses the center made of the steps before it. Call `accumulate` once per micro-batch and `commit` once at
-    the start of every optimizer step; with gradient accumulation the center thus still moves once per step.
+    step k uses the center made of the steps before it. Call `accumulate` once per micro-batch, `reduce` once at the
+    end of every optimizer step and `commit` once at the start of the next; with gradient accumulation the center thus
+    still moves once per step. Between steps all processes hold the same state, so one may write the checkpoint of all.
 
     Over several processes the center moves towards the mean of the per-process means (the official rule: processes
     count equally, however many masked patches they have). Processes without any row do not count, so an empty batch
@@ -432,14 +433,20 @@ class SoftmaxCenter(nn.Module):
         self.pending_count += rows.shape[0]
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """Moves the center towards the mean of the accumulated rows; a no-op where no process has any."""
+    def reduce(self) -> None:
+        """Replaces what each process has accumulated by one row, the mean over the processes; needs all of them."""
         has_rows = (self.pending_count > 0).to(self.pending_sum.dtype)
         mean = self.pending_sum / self.pending_count.clamp(min=1)
         reduced = _all_reduce(torch.cat([mean, has_rows[None]]))
-        mean, processes = reduced[:-1] / reduced[-1].clamp(min=1), reduced[-1]
+        self.pending_sum.copy_(reduced[:-1] / reduced[-1].clamp(min=1))
+        self.pending_count.copy_(reduced[-1].clamp(max=1))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Moves the center towards the mean of the accumulated rows; a no-op where there is none."""
+        mean = self.pending_sum / self.pending_count.clamp(min=1)
         # Written without a branch on a tensor, which would make a GPU wait.
-        self.center.lerp_(mean, (1 - self.momentum) * (processes > 0).to(mean.dtype))
+        self.center.lerp_(mean, (1 - self.momentum) * (self.pending_count > 0).to(mean.dtype))
         self.pending_sum.zero_()
         self.pending_count.zero_()
 

@@ -144,6 +144,7 @@ def _run_rank(rank: int, folder: str) -> None:
         results[f"sinkhorn_{kind}"] = sinkhorn_knopp(logits, temperature=config["T"])
         center = SoftmaxCenter(config["K"], momentum=0.9)
         center.accumulate(logits)
+        center.reduce()
         center.commit()
         results[f"center_{kind}"] = center.center
     # A process without a single masked patch takes part in every collective and changes nothing.
@@ -151,6 +152,7 @@ def _run_rank(rank: int, folder: str) -> None:
     results["sinkhorn_alone"] = sinkhorn_knopp(logits if rank else logits[:0], temperature=config["T"])
     center = SoftmaxCenter(config["K"], momentum=0.9)
     center.accumulate(logits if rank else logits[:0])
+    center.reduce()
     center.commit()
     results["center_alone"] = center.center
     torch.save(results, f"{folder}/rank{rank}.pt")
