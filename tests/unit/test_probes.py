@@ -1,11 +1,25 @@
-"""Weighted kNN: slow twin, memory chunks, wrong input."""
+"""Weighted kNN and linear probes on single tokens: slow twins, memory chunks, planted tokens, wrong input."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from hf_regvit.probes import knn_accuracy, knn_classify
+from hf_regvit import RegViTConfig, RegViTModel, probes
+from hf_regvit.features import EvaluationTransform
+from hf_regvit.images import ImageSource, default_image_processor
+from hf_regvit.probes import (
+    knn_accuracy,
+    knn_classify,
+    pixel_scores,
+    position_scores,
+    ridge_regression,
+    softmax_regression,
+    token_probes,
+)
 
 
 def slow_knn(train, labels, test, k, temperature, num_classes):
@@ -93,3 +107,210 @@ def test_labels_must_match_the_test_images():
     train, labels, test = random_problem()
     with pytest.raises(ValueError, match="2 test labels for 11"):
         knn_accuracy(train, labels, test, torch.zeros(2), k=(5,))
+
+
+# --- Linear models ---
+
+
+def test_softmax_regression_equals_scikit_learn():
+    from sklearn.linear_model import LogisticRegression
+
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(120, 5, generator=generator) * torch.tensor([1.0, 10, 0.1, 3, 1]) + 4
+    labels = (features[:, 0] + features[:, 1] / 10 + torch.randn(120, generator=generator)).round().long().clamp(3, 6)
+    labels = labels - 3
+    model = softmax_regression(features, labels, num_classes=4, l2=1e-2)
+    standard = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
+    reference = LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=5000).fit(standard, labels.numpy())
+
+    def objective(weight, bias):
+        scores = torch.from_numpy(standard) @ weight + bias
+        return (torch.nn.functional.cross_entropy(scores, labels) + 1e-2 / 2 * weight.square().sum()).item()
+
+    coefficients = [torch.from_numpy(values).float() for values in (reference.coef_.T, reference.intercept_)]
+    assert objective(model.weight, model.bias) == pytest.approx(objective(*coefficients), abs=2e-6)
+    assert (model(features).argmax(1).numpy() == reference.predict(standard)).all()
+
+
+def test_ridge_regression_solves_its_normal_equations():
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(30, 4, generator=generator) * 7 + 2, torch.randn(30, 3, generator=generator)
+    l2 = 0.05
+    model = ridge_regression(features, targets, l2=l2)
+    standard = ((features - features.mean(0)) / features.std(0, correction=0)).double()
+    rows = torch.cat((standard, math.sqrt(l2 * 30) * torch.eye(4).double()))  # the penalty as four more observations
+    centred = targets.double() - targets.double().mean(0)
+    expected = torch.linalg.lstsq(rows, torch.cat((centred, torch.zeros(4, 3).double()))).solution
+    torch.testing.assert_close(model.weight.double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(features).mean(0), targets.mean(0), atol=1e-5, rtol=0)
+
+
+def test_constant_channels_do_no_harm():
+    features = torch.cat((torch.randn(40, 2, generator=torch.Generator().manual_seed(0)), torch.full((40, 1), 5.0)), 1)
+    labels = (features[:, 0] > 0).long()
+    assert (softmax_regression(features, labels, num_classes=2)(features).argmax(1) == labels).float().mean() > 0.95
+    assert torch.isfinite(ridge_regression(features, features[:, :1], l2=1e-6)(features)).all()
+
+
+@pytest.mark.parametrize("fit", [lambda x, y: softmax_regression(x, y, num_classes=2), ridge_regression])
+def test_linear_models_want_one_target_each(fit):
+    with pytest.raises(ValueError, match="expected one each"):
+        fit(torch.randn(5, 2), torch.zeros(4, dtype=torch.long))
+    with pytest.raises(ValueError, match="expected one each"):
+        fit(torch.randn(0, 2), torch.zeros(0, dtype=torch.long))
+
+
+# --- Probes on single tokens ---
+
+
+def test_position_scores_equal_their_slow_twin():
+    generator = torch.Generator().manual_seed(0)
+    predicted, true = (torch.randint(0, 15, (40,), generator=generator) for _ in range(2))
+    predicted[:10] = true[:10]
+    distances = [
+        math.hypot(p // 5 - t // 5, p % 5 - t % 5) for p, t in zip(predicted.tolist(), true.tolist(), strict=True)
+    ]
+    scores = position_scores(predicted, true, (3, 5))
+    assert scores["top1"] == pytest.approx(sum(d == 0 for d in distances) / 40)
+    assert scores["distance"] == pytest.approx(sum(distances) / 40, rel=1e-6)
+    counts = [true.tolist().count(cell) for cell in range(15)]
+    assert scores["prior_top1"] == max(counts) / 40
+
+
+def test_pixel_scores_equal_their_slow_twin():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.rand(20, 12, generator=generator)
+    predicted = true + 0.1 * torch.randn(20, 12, generator=generator)
+    mean = [sum(row[i] for row in true.tolist()) / 20 for i in range(12)]
+    errors = [math.dist(p, t) for p, t in zip(predicted.tolist(), true.tolist(), strict=True)]
+    spread = [math.dist(t, mean) for t in true.tolist()]
+    scores = pixel_scores(predicted, true)
+    assert scores["l2"] == pytest.approx(sum(errors) / 20, rel=1e-5)
+    assert scores["spread"] == pytest.approx(sum(spread) / 20, rel=1e-5)
+    assert scores["r2"] == pytest.approx(1 - sum(e * e for e in errors) / sum(s * s for s in spread), rel=1e-4)
+    assert pixel_scores(true.mean(0).expand(20, 12), true)["r2"] == pytest.approx(0, abs=1e-6)
+
+
+SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
+
+
+def toy_model(registers=1):
+    """Patches keep their pixels and their place, CLS and registers see the whole image; two cells become outliers."""
+    torch.manual_seed(0)
+    model = RegViTModel(RegViTConfig(num_register_tokens=registers, **SIZES)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layer_scale" in name:
+                parameter.fill_(0.3)
+            elif "position" in name or "projection.weight" in name or parameter.ndim == 2:
+                parameter.mul_(50 if "position" in name else 10)
+
+    def plant(module, args, output):  # what was in these patches is gone: the same vector in every image
+        tokens = output[0].clone()
+        direction = torch.linspace(-1, 1, 48)
+        for cell in (0, 5):
+            # ... but for a trace of the image as a whole
+            tokens[:, 1 + registers + cell] = 300 * direction + 30 * tokens[:, 1 + registers :].mean(dim=1)
+        return (tokens, *output[1:])
+
+    model.layers[1].register_forward_hook(plant)
+    return model
+
+
+@pytest.fixture(scope="module")
+def coloured_images():
+    """Two classes that differ in the mean colour; every patch has a texture of its own."""
+    generator = np.random.default_rng(0)
+    pictures, labels = [], []
+    for i in range(60):
+        noise = generator.integers(0, 120, (8, 8, 3)).repeat(4, axis=0).repeat(4, axis=1)
+        noise[..., i % 2] += 100
+        pictures.append(Image.fromarray(noise.astype(np.uint8)))
+        labels.append(i % 2)
+    return ImageSource("toy", [str(i) for i in range(60)], pictures.__getitem__, labels, ("red", "green"))
+
+
+PROBE = {"cutoff": 150.0, "processor": default_image_processor(32, resize=32)}
+
+
+@pytest.fixture(scope="module")
+def toy_probes(coloured_images):
+    return token_probes(toy_model(), coloured_images, **PROBE)
+
+
+def test_probes_see_what_was_planted(toy_probes):
+    """Normal patches know place and pixels, outliers do not; outliers, CLS and registers know the class."""
+    report = toy_probes
+    assert report.position["normal"]["top1"]["mean"] > 0.9
+    assert report.position["normal"]["num_test"] == 18 * 14
+    assert report.position["outlier"]["num_test"] == 18 * 2
+    assert report.position["outlier"]["top1"]["mean"] < 0.6
+    assert report.position["outlier"]["prior_top1"]["mean"] == 0.5
+    assert report.pixels["normal"]["l2"]["mean"] < 0.8 * report.pixels["outlier"]["l2"]["mean"]
+    assert report.pixels["normal"]["r2"]["mean"] > report.pixels["outlier"]["r2"]["mean"] + 0.2
+    assert set(report.image_class) == {"cls", "register", "normal", "outlier"}
+    assert report.image_class["outlier"]["top1"]["mean"] > 0.9
+    assert report.image_class["cls"]["top1"] == {"mean": report.image_class["cls"]["top1"]["mean"], "std": 0.0}
+    assert (report.image_class["outlier"]["num_train"], report.image_class["outlier"]["num_test"]) == (42, 18)
+    assert report.pixels["normal"]["l2"]["std"] > 0  # seeds draw other training patches
+    assert report.notes == []
+    assert report.settings["chance"]["position_top1"] == 1 / 16
+
+
+def test_probe_tables_are_plain_values(toy_probes):
+    assert json.loads(json.dumps(toy_probes.to_dict())) == toy_probes.to_dict()
+    assert len(toy_probes.table().splitlines()) == 2 + 2 + 2 + 4
+
+
+def test_probes_repeat_themselves_and_follow_the_seed(coloured_images, toy_probes):
+    assert token_probes(toy_model(), coloured_images, **PROBE).to_dict() == toy_probes.to_dict()
+    other = token_probes(toy_model(), coloured_images, seed=5, num_seeds=1, **PROBE)
+    assert other.pixels["normal"]["l2"]["mean"] != toy_probes.pixels["normal"]["l2"]["mean"]
+    assert other.pixels["normal"]["l2"]["std"] == 0
+
+
+def test_images_are_never_on_both_sides(coloured_images):
+    chosen = probes._three_in_ten(torch.tensor(coloured_images.labels), 60)
+    assert int(chosen.sum()) == 18
+    assert coloured_images.labels.count(0) * 0.3 == sum(
+        label == 0 for label, test in zip(coloured_images.labels, chosen.tolist(), strict=True) if test
+    )
+    given = token_probes(
+        toy_model(),
+        coloured_images.subset(range(40)),
+        test_images=coloured_images.subset(range(40, 60)),
+        num_seeds=1,
+        **PROBE,
+    )
+    assert (given.settings["train_images"], given.settings["test_images"]) == (40, 20)
+
+
+def test_pixels_of_a_patch_are_those_the_model_saw(coloured_images):
+    model = toy_model()
+    transform = EvaluationTransform.for_model(model, PROBE["processor"])
+    reader = probes._SampleReader(model, transform, 150.0, (-1, -1), 1, 0)
+    batch = torch.stack([transform(coloured_images[i].image) for i in range(2)])
+    cells = reader._pixels(batch)
+    plain = np.asarray(coloured_images[1].image, dtype=np.float32) / 255
+    expected = torch.from_numpy(plain[8:16, 24:32]).permute(2, 0, 1).reshape(-1)  # row 1, column 3
+    torch.testing.assert_close(cells[1, 7], expected, atol=1e-5, rtol=0)
+
+
+def test_probes_without_outliers_labels_or_registers(coloured_images):
+    pictures = [coloured_images[i].image for i in range(60)]
+    report = token_probes(toy_model(0), pictures, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
+    assert set(report.position) == set(report.pixels) == {"normal"}
+    assert report.image_class == {}
+    assert "no patch of the test images is above 1e+06" in report.notes[0]
+    assert "no labels" in report.notes[1]
+    labelled = token_probes(toy_model(0), coloured_images, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
+    assert set(labelled.image_class) == {"cls", "normal"}
+    assert "have 'outlier'" in labelled.notes[1]
+
+
+def test_probes_want_one_grid(coloured_images):
+    model = toy_model()
+    whole = EvaluationTransform.for_model(model, PROBE["processor"], keep_aspect=True)
+    pictures = [coloured_images[i].image.resize((32 + 8 * (i % 2), 32)) for i in range(8)]
+    with pytest.raises(ValueError, match=r"grids of \[\(4, 4\), \(4, 5\)\]"):
+        token_probes(model, pictures, cutoff=150.0, processor=whole)
