@@ -1,4 +1,4 @@
-"""What a RegViT sees, drawn: attention maps of CLS and registers, PCA of patch tokens, norm maps, and a page of them.
+"""What a model sees, drawn: attention of CLS, registers and patches, PCA of patch tokens, norms, LOST, and a page.
 
 Shape letters: T = 1 + R + N tokens, R registers, N patches in a grid of (rows, columns), D width. All maps keep the
 true grid of the picture; nothing is cropped to a square.
@@ -9,8 +9,7 @@ Figures are matplotlib objects without pyplot, so they need no display and leave
 import base64
 import html
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -18,18 +17,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+
+from .features import final_norm, read_many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from .artifacts import ArtifactReport
+    from .lost import LostResult
     from .modeling_regvit import RegViTModel
 
 # Perceptually uniform, readable in grey and with colour-blind eyes.
 _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
 _INK = "#222222"
+_MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
 _LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito, told apart by all eyes
 _DOTS_PER_INCH = 120
 _STYLE: dict[Any, Any] = {
@@ -51,8 +55,8 @@ class TokenMaps:
     """What one picture gives in one model, on its own grid.
 
     Attributes:
-        attention: (1 + R, rows, columns) attention in the last block, mean over the heads, from CLS and each register
-            to every patch. The sum over a map is the share of attention that goes to patches.
+        attention: (1 + R, rows, columns) attention in the last block, mean over the heads, from CLS (where there is
+            one) and each register to every patch. The sum over a map is the share of attention that goes to patches.
         patch_tokens: (rows, columns, D) patch tokens after the final norm.
         norms: (rows, columns) L2 norm of the patch tokens before the final norm, where artifacts show.
         registers: (R, D) register tokens after the final norm.
@@ -72,49 +76,73 @@ class TokenMaps:
         return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
 
 
-def read_token_maps(model: "RegViTModel", pixel_values: Tensor) -> list[TokenMaps]:
-    """Run a RegViT once and lay its tokens out on the grid.
-
-    Attention weights exist only in the "eager" implementation; afterwards the model has its own again, and its mode.
+def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
+    """Run a model once and lay its tokens out on the grid; the model comes back as it was.
 
     Args:
-        model: A `RegViTModel`.
+        model: Of any family that `hf_regvit.features.read_tokens` knows. Without CLS the attention rows start with
+            the registers.
         pixel_values: (B, 3, H, W) normalised; sides are multiples of the patch, in any proportion.
 
     Returns:
         One entry per picture, on the CPU.
     """
-    device = next(model.parameters()).device
-    with torch.no_grad(), _eager_and_eval(model):
-        output = model(pixel_values.to(device), output_attentions=True, output_hidden_states=True)
-    rows, columns = model.embeddings.patch_embeddings.grid_of(pixel_values)
-    weights = output.attentions[-1].float().mean(1)  # (B, T, T), queries then keys
-    _, _, from_patches = model.split_tokens(weights.transpose(1, 2))  # (B, N, T), keys then queries
-    cls_token, registers, _ = model.split_tokens(from_patches.transpose(1, 2))
-    attention = torch.cat([cls_token, registers], dim=1)  # (B, 1 + R, N)
-    _, _, raw = model.split_tokens(output.hidden_states[-1].float())
-    norms = raw.norm(dim=-1)  # (B, N)
+    readings = read_many(model, pixel_values, {"residual": (-1,), "attention": (-1,)})
+    residual, attention = readings["residual"], readings["attention"]
+    with torch.no_grad():
+        final = final_norm(model)(residual.at())  # (B, T, D)
+    first = residual.num_prefix_tokens
+    rows = [attention.registers()]  # (B, heads, R, T)
+    if (cls_row := attention.cls()) is not None:
+        rows.insert(0, cls_row[:, :, None])
+    maps = torch.cat(rows, dim=2).float().mean(1)[..., first:]  # (B, 1 + R, N)
+    norms = residual.patches().float().norm(dim=-1)  # (B, N)
     return [
         TokenMaps(
-            attention=attention[i].unflatten(-1, (rows, columns)).cpu(),
-            patch_tokens=output.patch_tokens[i].float().unflatten(0, (rows, columns)).cpu(),
-            norms=norms[i].unflatten(-1, (rows, columns)).cpu(),
-            registers=output.register_tokens[i].float().cpu(),
+            attention=maps[i].unflatten(-1, residual.grid).cpu(),
+            patch_tokens=final[i, first:].float().unflatten(0, residual.grid).cpu(),
+            norms=norms[i].unflatten(-1, residual.grid).cpu(),
+            registers=final[i, first - residual.num_register_tokens : first].float().cpu(),
         )
         for i in range(len(pixel_values))
     ]
 
 
-@contextmanager
-def _eager_and_eval(model: "RegViTModel") -> Iterator[None]:
-    implementation, training = model.config._attn_implementation, model.training
-    model.set_attn_implementation("eager")
-    model.eval()
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(implementation)
-        model.train(training)
+def read_attention(
+    model: nn.Module, pixel_values: Tensor, *, query: str | int | tuple[int, int] = "cls", layer: int = -1
+) -> Tensor:
+    """Where one token looks, head by head.
+
+    Args:
+        model: Of any family that `hf_regvit.features.read_tokens` knows.
+        pixel_values: (B, 3, H, W) normalised.
+        query: `"cls"`, the number of a register from 0, or the (row, column) of a patch.
+        layer: Block, 1 to L, or negative from the end.
+
+    Returns:
+        (B, heads, rows, columns) attention from the query to every patch, on the CPU. A map sums to the share of the
+        attention that goes to patches.
+
+    Raises:
+        ValueError: The model has no such token; says which there are.
+    """
+    reading = read_many(model, pixel_values, {"attention": (layer,)})["attention"]
+    rows, columns = reading.grid
+    if query == "cls":
+        row = reading.cls()
+        if row is None:
+            raise ValueError("query='cls', but the model has no CLS token. Give the (row, column) of a patch.")
+    elif isinstance(query, int):
+        if not 0 <= query < reading.num_register_tokens:
+            raise ValueError(f"query={query}: the model has {reading.num_register_tokens} registers, counted from 0.")
+        row = reading.registers()[:, :, query]
+    elif isinstance(query, tuple) and 0 <= query[0] < rows and 0 <= query[1] < columns:
+        row = reading.patches()[:, :, query[0] * columns + query[1]]
+    else:
+        raise ValueError(
+            f"query={query!r}: expected 'cls', a register's number, or a cell of the {rows} x {columns} patches."
+        )
+    return row[..., reading.num_prefix_tokens :].float().unflatten(-1, reading.grid).cpu()  # (B, heads, rows, columns)
 
 
 def pca_colors(tokens: Tensor) -> Tensor:
@@ -202,8 +230,10 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     return figure
 
 
-def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> "Figure":
+def progress_picture(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> Image.Image:
     """The same pictures at one moment of a training run: picture, PCA of the patches, attention of CLS.
+
+    Pasted together without matplotlib, which takes a second for that many panels, in the middle of a run.
 
     Args:
         images: n pictures of one size.
@@ -216,34 +246,33 @@ def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *,
     if len(images) != len(maps) or not images:
         raise ValueError(f"{len(images)} pictures for {len(maps)} token maps; expected one each, and one at least.")
     import matplotlib
-    from matplotlib.figure import Figure
+    from PIL import ImageDraw, ImageFont
 
-    height, width = 180, round(180 * images[0].width / images[0].height)  # pixels of one panel
     colors = pca_colors(torch.cat([each.patch_tokens.flatten(0, 1) for each in maps]))
     split = colors.split([each.norms.numel() for each in maps])
     magma = matplotlib.colormaps[_ATTENTION_COLORS]
-    rows: dict[str, list[Image.Image]] = {title: list(images), "PCA of patches": [], "attention of CLS": []}
+    rows: list[tuple[str, list[Image.Image]]] = [
+        (title, list(images)),
+        ("PCA of patches", []),
+        ("attention of CLS", []),
+    ]
     for each, patches in zip(maps, split, strict=True):
-        rows["PCA of patches"].append(_pixels(patches.unflatten(0, each.norms.shape)))
+        rows[1][1].append(_pixels(patches.unflatten(0, each.norms.shape)))
         attention = each.attention[0]
         low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995])).tolist()
         shade = ((attention - low) / max(high - low, 1e-12)).clamp(0, 1)
-        rows["attention of CLS"].append(_pixels(torch.from_numpy(magma(shade.numpy())[..., :3])))
-    # One picture per row: an axis for each of its panels would take a second to draw.
-    gap, head = 6, 26
-    size = (len(images) * (width + gap) + gap, len(rows) * (height + head))
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(size[0] / _DOTS_PER_INCH, size[1] / _DOTS_PER_INCH))
-        for number, (name, panels) in enumerate(rows.items()):
-            strip = Image.new("RGB", (size[0], height), "white")
-            for column, panel in enumerate(panels):
-                strip.paste(panel.resize((width, height), Image.Resampling.BICUBIC), (gap + column * (width + gap), 0))
-            bottom = 1 - (number + 1) * (height + head) / size[1]
-            axis = figure.add_axes((0, bottom, 1, height / size[1]))
-            axis.set_axis_off()
-            axis.imshow(strip)
-            axis.set_title(name, loc="left", x=gap / size[0], color=_INK)
-    return figure
+        rows[2][1].append(_pixels(torch.from_numpy(magma(shade.numpy())[..., :3])))
+    height, gap, head = 180, 6, 24  # pixels
+    width = round(height * images[0].width / images[0].height)
+    page = Image.new("RGB", (len(images) * (width + gap) + gap, len(rows) * (height + head) + gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
+    for number, (name, panels) in enumerate(rows):
+        top = number * (height + head)
+        pen.text((gap, top + 4), name, fill=_INK, font=font)
+        for column, panel in enumerate(panels):
+            scaled = panel.resize((width, height), Image.Resampling.BICUBIC)
+            page.paste(scaled, (gap + column * (width + gap), top + head))
+    return page
 
 
 # Panels of `curves_figure`: title, then what to draw of the metrics file and its name in the legend.
@@ -302,7 +331,9 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
         raise ValueError(f"None of the {len(lines)} lines has a value that this figure draws, such as 'loss'.")
     with matplotlib.rc_context(_STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
         rows = -(-len(drawn) // 3)
-        figure = Figure(figsize=(10.5, 2.6 * rows), layout="constrained")
+        figure = Figure(figsize=(10.5, 2.6 * rows))
+        # Constrained layout would draw everything several times over.
+        figure.subplots_adjust(0.05, 0.2 / rows, 0.97, 1 - 0.1 / rows, wspace=0.3, hspace=0.36)
         for index, (title, curves, names) in enumerate(drawn):
             axis = figure.add_subplot(rows, 3, index + 1)
             axis.set_title(title, color=_INK)
@@ -311,15 +342,118 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
                 if key == "effective_rank" and curves["feature_std"]:
                     target = axis.twinx()
                     target.grid(False)
-                    target.set_ylabel(names[key], color=color)
+                    axis.plot([], [], color=color, lw=1.2, label=f"{names[key]} (right)")
                 if points:
                     steps, values = zip(*points, strict=True)
                     target.plot(steps, values, color=color, lw=1.2, label=names[key], marker="o", ms=2)
             if "entropy" in title and num_prototypes:
                 axis.axhline(math.log(num_prototypes), color=_INK, lw=0.8, ls="--", label="ln K")
-            if any(points and key != "effective_rank" for key, points in curves.items()):
+            if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6, framealpha=0.6, edgecolor="none")
             axis.set_xlabel("step")
+    return figure
+
+
+def attention_overlay_figure(
+    image: Image.Image, attention: Tensor, *, name: str = "CLS", cell: tuple[int, int] | None = None
+) -> "Figure":
+    """Attention laid over the picture: the mean over the heads, then every head.
+
+    Args:
+        image: The picture, in the proportion of the grid.
+        attention: (heads, rows, columns), one entry of `read_attention`.
+        name: Of the query, for the titles.
+        cell: (row, column) of the query where it is a patch; marked.
+    """
+    heads = len(attention)
+    columns = min(heads + 2, 5)
+    num_rows = -(-(heads + 2) // columns)
+    figure, axes = _panels(image, columns, num_rows=num_rows)
+    _draw_image(axes[0], image, "picture")
+    maps = [attention.mean(0), *attention]
+    titles = [f"{name}, mean of {heads} heads", *(f"head {i + 1}" for i in range(heads))]
+    for axis, title, map_ in zip(axes[1:], titles, maps):
+        # The picture in grey below, so that colour means attention and nothing else.
+        axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+        low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
+        shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
+        _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=max(high, low + 1e-12),
+                  alpha=_smooth(0.25 + 0.6 * shade, image))  # fmt: skip
+    if cell is not None:
+        height, width = image.height / attention.shape[1], image.width / attention.shape[2]
+        for axis in axes[: heads + 2]:
+            _mark(axis, (cell[1] + 0.5) * width, (cell[0] + 0.5) * height)
+    for axis in axes[heads + 2 :]:
+        axis.set_visible(False)
+    return figure
+
+
+def layer_norm_figure(report: "ArtifactReport") -> "Figure":
+    """Histogram of the patch norms of every layer, with the cut-off where a layer has two modes.
+
+    Args:
+        report: From `diagnose`.
+    """
+    import matplotlib
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    edges = np.asarray(report.histogram_edges)
+    counts = np.asarray([record["histogram"] for record in report.layers], dtype=float)  # (layers, bins)
+    shade = np.log1p(counts) / np.log1p(counts.max(axis=1, keepdims=True)).clip(min=1e-9)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.2, 0.9 + 0.17 * len(counts)), layout="constrained")
+        axis = figure.add_subplot()
+        rows = np.asarray([record["layer"] for record in report.layers])
+        # matplotlib wants the edges of the rows, not their middles.
+        axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap="Blues",
+                        vmin=-0.1, vmax=1)  # fmt: skip
+        for record in report.layers:
+            if record["bimodal"]:
+                axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2)
+        axis.set(xscale="log", xlabel="norm of a patch token before the final norm", ylabel="layer")
+        axis.set_title(f"outliers: {report.outlier_share:.2%} at layer {report.layer}" if report.bimodal else
+                       "no distinct outliers", color=_INK)  # fmt: skip
+    return figure
+
+
+def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Sequence[float]] = ()) -> "Figure":
+    """Object discovery step by step: seed and inverse degree, similarity to the seed, expansion, mask, box.
+
+    Args:
+        image: The picture, padded to whole patches as LOST saw it.
+        result: From `hf_regvit.lost.lost_box`.
+        truth: Boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
+    """
+    from matplotlib.patches import Rectangle
+
+    rows, columns = result.degrees.shape
+    height, width = image.height / rows, image.width / columns
+    figure, axes = _panels(image, 6)
+    _draw_image(axes[0], image, "picture")
+    _draw_map(axes[1], image, 1.0 / (1.0 + result.degrees.float()), "inverse degree, seed", cmap=_ATTENTION_COLORS)
+    _draw_map(axes[2], image, result.seed_similarity.float(), "similarity to the seed", cmap=_NORM_COLORS)
+    expanded = torch.zeros(rows * columns)
+    expanded[result.expansion] = 1
+    for axis, map_, title in (
+        (axes[3], expanded.view(rows, columns), "expansion"),
+        (axes[4], result.mask.float(), "mask"),
+    ):
+        _draw_image(axis, image, title)
+        hidden = map_.numpy() == 0
+        axis.imshow(hidden, extent=(0, image.width, image.height, 0), cmap="gray_r", alpha=0.75 * hidden,
+                    interpolation="nearest")  # fmt: skip
+    _draw_image(axes[5], image, "box")
+    seed_row, seed_column = divmod(result.seed, columns)
+    for axis in axes[1:5]:
+        axis.plot(
+            (seed_column + 0.5) * width, (seed_row + 0.5) * height, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5
+        )
+    x1, y1, x2, y2 = result.box((round(height), round(width)), (image.height, image.width))
+    boxes = [((x1, y1, x2, y2), _MARK, "-"), *((tuple(box), "#ffffff", "--") for box in truth)]
+    for (left, top, right, bottom), color, style in boxes:
+        frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=2, ls=style)
+        axes[5].add_patch(frame)
     return figure
 
 
@@ -428,6 +562,18 @@ def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **opti
     extent = (0, image.width, image.height, 0)
     axis.set_title(title, fontsize=8, color=_INK)
     return axis.imshow(map_.numpy(), interpolation="bicubic", extent=extent, **options)
+
+
+def _mark(axis: "Axes", x: float, y: float) -> None:
+    axis.plot(x, y, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5)
+
+
+def _smooth(map_: Tensor, image: Image.Image) -> Any:
+    """A map in [0, 1] at the size of its picture, as `_draw_map` enlarges it."""
+    import numpy as np
+
+    pixels = Image.fromarray((map_ * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
+    return np.asarray(pixels, dtype=np.float32) / 255
 
 
 def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tensor) -> None:

@@ -157,12 +157,13 @@ class Panels(Observer):
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
         """Nothing to log."""
-        from .figures import progress_figure, read_token_maps, save_figure
+        from .figures import progress_picture, read_token_maps
 
-        maps = read_token_maps(model.whole_teacher_backbone(), self.pixel_values)
+        backbone = model.whole_teacher_backbone()  # of all processes, if it is sharded
         if self.is_main_process:
+            maps = read_token_maps(backbone, self.pixel_values)
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_figure(progress_figure(self.images, maps, title=f"step {step}"), self.folder / f"step_{step:06d}.png")
+            progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
         return {}
 
 
@@ -202,7 +203,8 @@ def observers(
 
 def _spread(count: int, wanted: int) -> list[int]:
     """Evenly spread indices: sorted data gives every class its share."""
-    return sorted({round(index * (count - 1) / max(wanted - 1, 1)) for index in range(min(wanted, count))})
+    wanted = min(wanted, count)
+    return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
 def _training_pictures(dataset: Any, wanted: int) -> list[Image.Image]:

@@ -267,3 +267,46 @@ def test_page_uses_the_statistics_of_the_processor_and_no_crop(model, picture, m
 def test_no_images(model, tmp_path):
     with pytest.raises(ValueError, match="at least one picture"):
         F.overview_page(model, {}, image_processor=default_image_processor(32), out_dir=tmp_path)
+
+
+def test_progress_of_a_run_in_one_picture(picture):
+    """One column a picture, three rows, every map where it belongs."""
+    maps = [random_maps(), random_maps()]
+    attention = torch.zeros(5, 3, 5)
+    attention[0, 2, 0] = 1  # lower left
+    maps[1] = F.TokenMaps(attention, maps[1].patch_tokens, maps[1].norms, maps[1].registers)
+    page = F.progress_picture([picture, picture], maps, title="step 7")
+    assert page.size == (2 * (300 + 6) + 6, 3 * (180 + 24) + 6)
+    pixels = np.asarray(page).astype(int)
+    column = pixels[:, 312:612]
+    top = column[24:204]
+    expected = np.asarray(picture.resize((300, 180), Image.Resampling.BICUBIC)).astype(int)
+    assert np.array_equal(top, expected)
+    below = column[2 * 204 + 24 : 2 * 204 + 204].sum(-1)
+    assert below[150:, :30].mean() > 3 * below[:90, 150:].mean()
+    assert pixels[2:20, 6:80].min() < 100  # the title
+    with pytest.raises(ValueError, match="1 pictures for 2"):
+        F.progress_picture([picture], maps)
+
+
+def test_learning_curves_draw_what_was_logged():
+    lines = [{"step": step, "loss": 5.0 - step, "dino_local_loss": 2.0, "teacher_entropy": 1.0} for step in range(4)]
+    lines += [
+        {"step": 0, "eval_knn_10": 0.3},
+        {"step": 3, "eval_knn_10": 0.5, "feature_std": 0.7, "effective_rank": 9.0},
+    ]
+    lines += [{"step": 3, "alarm": "one_prototype", "message": "x"}]
+    figure = F.curves_figure(lines, num_prototypes=100)
+    panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
+    assert list(panels) == [
+        "loss terms", "entropy of the targets (nats)", "accuracy on held-out images", "spread of CLS"
+    ]  # fmt: skip
+    curves = {line.get_label(): line for line in panels["loss terms"].lines}
+    assert list(curves["sum"].get_xdata()) == [0, 1, 2, 3]
+    assert list(curves["sum"].get_ydata()) == [5.0, 4.0, 3.0, 2.0]
+    entropy = {line.get_label(): line for line in panels["entropy of the targets (nats)"].lines}
+    assert entropy["ln K"].get_ydata()[0] == pytest.approx(np.log(100))
+    assert list(panels["accuracy on held-out images"].lines[0].get_ydata()) == [0.3, 0.5]
+    assert drawn(figure).std() > 10
+    with pytest.raises(ValueError, match="None of the 1 lines"):
+        F.curves_figure([{"step": 0, "eval_seconds": 1.0}])
