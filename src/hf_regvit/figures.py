@@ -378,7 +378,7 @@ def attention_overlay_figure(
         low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
         shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
         _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=max(high, low + 1e-12),
-                  alpha=_smooth(0.25 + 0.6 * shade, image))  # fmt: skip
+                  alpha=_smooth(0.9 * shade.sqrt(), image))  # fmt: skip
     if cell is not None:
         height, width = image.height / attention.shape[1], image.width / attention.shape[2]
         for axis in axes[: heads + 2]:
