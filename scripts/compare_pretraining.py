@@ -150,6 +150,7 @@ def our_arguments(settings: dict) -> dict:
     return dict(
         data=settings["data"], seed=settings["seed"], max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"], save_strategy="no", report_to="none", disable_tqdm=True,
+        monitor_steps=0, panel_steps=0,  # measured afterwards, the same way for both
         preset="tiny", hidden_size=settings["width"], num_hidden_layers=settings["depth"],
         num_attention_heads=settings["heads"], patch_size=settings["patch_size"],
         num_register_tokens=settings["registers"], layerscale_value=1.0, register_init_std=1.0,
