@@ -55,6 +55,8 @@ AutoImageProcessor.register(
 
 # Trainer, datasets and their kind cost seconds to import, so the functions that need them are found on first use.
 _ON_FIRST_USE = {
+    "ArtifactReport": "artifacts",
+    "diagnose": "artifacts",
     "discover_objects": "lost",
     "evaluate_backbone": "evaluation",
     "ConversionError": "conversion",
@@ -76,6 +78,7 @@ def __getattr__(name: str) -> object:
 
 
 __all__ = [
+    "ArtifactReport",
     "CheckpointCorruptError",
     "CheckpointError",
     "ConfigError",
@@ -92,6 +95,7 @@ __all__ = [
     "TokenFeatures",
     "__version__",
     "convert",
+    "diagnose",
     "discover_objects",
     "evaluate_backbone",
     "extract_features",

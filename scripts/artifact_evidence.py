@@ -1,0 +1,133 @@
+"""Evidence on real weights: what `diagnose` and the token probes find, told nothing, and whether it repeats.
+
+    python scripts/artifact_evidence.py --model vit_tiny --samples imagenet_samples --labelled caltech101
+
+Diagnoses all samples and two disjoint halves of them, freshly initialised copies of the model, and fits the token
+probes on `train` and judges them on `validation` of the labelled images: after the last block, and for the very same
+tokens one block before the outliers appear, which no difference between places can explain. Prints each sign of the
+paper with the number behind it; writes evidence.json.
+"""
+
+import argparse
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hf_regvit.artifacts import ArtifactReport, diagnose
+from hf_regvit.features import describe_model, load_model
+from hf_regvit.images import load_images
+from hf_regvit.probes import TokenProbeReport, token_probes
+
+SHOWN = ("bimodal", "cutoff", "outlier_share", "norm_ratio", "layer", "emergence_layer", "separation", "num_images")
+
+
+def fresh(model: nn.Module, seed: int) -> nn.Module:
+    """The same architecture with the family's own random weights."""
+    torch.manual_seed(seed)
+    return type(model)(model.config).eval()
+
+
+def brief(report: ArtifactReport) -> dict[str, Any]:
+    record = {name: getattr(report, name) for name in SHOWN}
+    record |= {
+        "bimodal_layers": [entry["layer"] for entry in report.layers if entry["bimodal"]],
+        "auroc": report.neighbours["auroc"],
+        "neighbours": [report.neighbours["median_normal"], report.neighbours["median_outlier"]],
+        "direction": report.outliers["direction"],
+        "top_cells": report.outliers["top_cells"],
+        "seconds": report.seconds,
+    }
+    return record
+
+
+def mean(groups: dict[str, Any], group: str, metric: str) -> float:
+    return groups[group][metric]["mean"]
+
+
+def signs(whole: ArtifactReport, after: TokenProbeReport, before: TokenProbeReport) -> list[tuple[str, bool, str]]:
+    """Each sign of the paper: name, whether it is there, the numbers."""
+    position, pixels, classes = after.position, after.pixels, after.image_class
+    found = [
+        (
+            "more similar to their neighbours at the input",
+            whole.neighbours["auroc"] > 0.5,
+            f"AUROC {whole.neighbours['auroc']:.3f}, medians {whole.neighbours['median_outlier']:.3f} and "
+            f"{whole.neighbours['median_normal']:.3f}",
+        )
+    ]
+    for name, groups, metric, worse in (
+        ("worse at position, top-1", position, "top1", -1),
+        ("worse at position, distance", position, "distance", 1),
+        ("worse at pixels, L2", pixels, "l2", 1),
+        ("worse at pixels, R2", pixels, "r2", -1),
+        ("better at the image class", classes, "top1", 1),
+    ):
+        outlier, normal = mean(groups, "outlier", metric), mean(groups, "normal", metric)
+        stds = [groups[group][metric]["std"] for group in ("outlier", "normal")]
+        found.append(
+            (
+                name,
+                worse * (outlier - normal) > 0,
+                f"outlier {outlier:.3f} ± {stds[0]:.3f}, normal {normal:.3f} ± {stds[1]:.3f}",
+            )
+        )
+    for name, probe, metric, worse in (
+        ("same tokens lose position (top-1)", "position", "top1", -1),
+        ("same tokens lose position (distance)", "position", "distance", 1),
+        ("same tokens lose pixels (R2)", "pixels", "r2", -1),
+        ("same tokens gain the class", "image_class", "top1", 1),
+    ):
+        values = [mean(getattr(report, probe), "outlier", metric) for report in (before, after)]
+        found.append((name, worse * (values[1] - values[0]) > 0, f"before {values[0]:.3f}, after {values[1]:.3f}"))
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="Folder or Hub id of a model with outliers.")
+    parser.add_argument("--samples", required=True, help="Images for the diagnosis, 500 or more.")
+    parser.add_argument("--labelled", required=True, help="Images with classes, in train and validation.")
+    parser.add_argument("--output_dir", default="evidence")
+    parser.add_argument("--max_train", type=int, default=1800, help="Training images of the probes.")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    model, processor = load_model(args.model)
+    samples = load_images(args.samples, split=None)
+
+    whole = diagnose(model, samples, processor=processor)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(whole.summary(), flush=True)
+    result: dict[str, Any] = {"threads": args.threads, "peak_gib": peak, "whole": brief(whole)}
+    for name, start in (("first half", 0), ("second half", 1)):
+        half = samples.subset(range(start, len(samples), 2))
+        result[name] = brief(diagnose(model, half, processor=processor, detail_images=32))
+        print(name, {key: result[name][key] for key in SHOWN}, flush=True)
+    for seed in range(2):
+        report = diagnose(fresh(model, seed), samples, processor=processor, max_images=200, detail_images=32)
+        result[f"fresh weights {seed}"] = brief(report)
+        print(f"fresh weights {seed}: {report.verdict}", flush=True)
+
+    train, test = (load_images(args.labelled, split=split) for split in ("train", "validation"))
+    common = {"cutoff": whole.cutoff, "cutoff_layer": whole.layer, "test_images": test, "processor": processor}
+    last = describe_model(model).num_layers
+    tables = {}
+    for name, layer in (("after the last block", last), ("before the outliers", (whole.emergence_layer or last) - 1)):
+        tables[name] = token_probes(model, train, layer=layer, max_images=args.max_train, **common)
+        result[f"probes {name}"] = tables[name].to_dict()
+        print(f"\n{name} (layer {layer})\n{tables[name].table()}", flush=True)
+    result["signs"] = signs(whole, *tables.values())
+    for name, present, numbers in result["signs"]:
+        print(f"{'yes' if present else 'NO '}  {name}: {numbers}")
+    Path(args.output_dir).mkdir(parents=True, exist_ok=True)
+    (Path(args.output_dir) / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
