@@ -200,6 +200,29 @@ class DiagnoseArguments:
         return {name: getattr(self, name) for name in names} | {"layers": self.layers or "all", "cutoff": cutoff}
 
 
+@dataclass
+class DataCheckArguments:
+    """What `regvit data-check` reads."""
+
+    data: list[str] = field(
+        metadata={"help": "One or more image folders, parquet or tar files, Hub data sets, photos or digits."}
+    )
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column with the images; default: the only one, or 'image'."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column with the class numbers; default: 'label' where it holds some."}
+    )
+    batch_size: int = field(default=64, metadata={"help": "Images of a training step over all processes."})
+    image_size: int = field(default=224, metadata={"help": "Side of the global crops in pixels."})
+    max_bad_share: float = field(default=0.01, metadata={"help": "Share of bad images that training would accept."})
+    near_limit_bits: int = field(
+        default=6,
+        metadata={"help": "Near duplicates differ in at most so many of the 64 bits of their hash; 0 to 16."},
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that read; 0 reads in this one."})
+
+
 class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 

@@ -15,6 +15,7 @@ from typing import Any
 USAGE = """usage: regvit COMMAND [options]
 
 commands:
+  data-check read a data set once: counts, sizes, duplicates, bad images, what a run would use
   pretrain   train a RegViT on images without labels, the DINOv2 way
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
   diagnose   find artifact tokens: where, how many, what they are like; several models make a table
@@ -36,6 +37,21 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
         return _resolved(arguments)
     model = pretrain(arguments)
     return {"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()}
+
+
+def data_check_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit data-check --data FOLDER`."""
+    from .arguments import DataCheckArguments, RecipeParser
+    from .data_check import check_data
+
+    (arguments,) = RecipeParser(DataCheckArguments, prog="regvit data-check").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    report = check_data(**vars(arguments), progress=True)
+    if switches["json"]:
+        return report.to_dict()
+    print(report.summary())
+    return {"verdict": report.verdict}
 
 
 def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
@@ -139,6 +155,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
+    "data-check": data_check_command,
     "pretrain": pretrain_command,
     "convert": convert_command,
     "diagnose": diagnose_command,

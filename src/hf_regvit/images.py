@@ -570,7 +570,7 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
         )  # a folder of pictures may well hold a text file
         if left_out:
             counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-            logger.warning("'%s': read as a folder of %s; left out: %s.", data, kind, counts)
+            _say_once(f"'{data}': read as a folder of {kind}; left out: {counts}.")
         if kind == "images":  # chooses the split itself: classes are numbered over both
             return _Files(path, kind, by_kind[kind], every, problems)
         return _Files(path, kind, _select_split(path, by_kind[kind], split), every, problems)

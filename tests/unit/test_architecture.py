@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "data": {"images", "augmentation"},
     "losses": set(),
     "optimization": set(),
+    "data_check": FOUNDATIONS,
     "probes": FOUNDATIONS,
     "artifacts": FOUNDATIONS | {"probes"},  # a diagnosis holds the tables of the token probes
     "lost": FOUNDATIONS,

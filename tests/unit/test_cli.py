@@ -31,7 +31,7 @@ def test_usage_and_unknown_command(capsys) -> None:
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_help_of_every_command_renders(command, capsys) -> None:
     assert cli.main([command, "--help"]) == 0
-    assert "--output_dir" in capsys.readouterr().out
+    assert "--config RECIPE.yaml" in capsys.readouterr().out
 
 
 def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys) -> None:
