@@ -664,7 +664,7 @@ class ArtifactReport:
 
 
 def _number(value: float | None, digits: int = 1) -> str:
-    return "no" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _summary_lines(report: ArtifactReport) -> list[str]:
