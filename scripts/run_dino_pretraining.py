@@ -4,6 +4,10 @@
     python scripts/run_dino_pretraining.py --config examples/photos_cpu.yaml --output_dir runs/photos
 
 Defaults come from the recipe, options on the command line override it; `--help` lists all of them.
+
+Several processes: `accelerate launch` or `torchrun` before the script. SIGTERM and SIGUSR1 save a checkpoint and end
+the process with status 85, for a scheduler that queues the job again; `--resume_from_checkpoint last` goes on from the
+newest checkpoint that verifies, or starts where there is none. `torchrun --max_restarts` does the same after a crash.
 """
 
 import logging
@@ -22,7 +26,8 @@ def main(argv: Sequence[str]) -> int:
     except RecipeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=args.get_process_log_level(), format="%(asctime)s %(name)s: %(message)s")
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     pretrain(args)
     print(f"The backbone is in {Path(args.output_dir) / 'backbone'}; AutoModel.from_pretrained loads it.")
     return 0

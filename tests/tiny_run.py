@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.data import DinoCollator
+from hf_regvit.data import DinoCollator, masked_positions
 from hf_regvit.distillation import HeadShape, SelfDistillation
 from hf_regvit.pretraining import DinoTrainer, PretrainingArguments
 
@@ -15,6 +15,7 @@ from hf_regvit.pretraining import DinoTrainer, PretrainingArguments
 gc.freeze()
 atexit.register(gc.unfreeze)  # or extensions report leaks at the end
 
+CROPS = ("global_crops", "local_crops")
 GRID, PATCH, LOCAL = 4, 4, 2  # global crops 16 px, local crops 8 px
 SHAPE = HeadShape(num_prototypes=12, hidden_size=10, bottleneck_size=6, num_layers=3)
 
@@ -96,6 +97,9 @@ def arguments(folder, **overrides):
         "max_steps": 6,
         "logging_steps": 2,
         "save_strategy": "no",
+        "monitor_steps": 0,
+        "panel_steps": 0,
+        "knn_steps": 0,
         "disable_tqdm": True,
         "use_cpu": True,
         "seed": 7,
@@ -103,13 +107,13 @@ def arguments(folder, **overrides):
     return PretrainingArguments(**fields | overrides)
 
 
-def trained(folder, *, callbacks=(), config=None, dataset=None, resume=None, options=None, **overrides):
+def trained(folder, *, callbacks=(), config=None, dataset=None, collator=None, resume=None, options=None, **overrides):
     """A trainer after its run, with the network of `tiny_network`."""
     trainer = DinoTrainer(
         tiny_network(config=config, **(options or {})),
         arguments(folder, **overrides),
         train_dataset=dataset or Crops(),
-        data_collator=DinoCollator((GRID, GRID), mask_probability=1.0, seed=7),
+        data_collator=collator or DinoCollator((GRID, GRID), mask_probability=1.0, seed=7),
         callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -120,3 +124,17 @@ def same_state(first, second):
     """Whether two state dicts are equal bit for bit."""
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+class MasksOfTheImage:
+    """A collator whose masks depend on the image alone, so that they stay when a batch is split; 3 and 2 patches."""
+
+    def __call__(self, samples):
+        masks = torch.zeros(2, len(samples), GRID**2, dtype=torch.bool)
+        for row, sample in enumerate(samples):
+            order = torch.randperm(GRID**2, generator=torch.Generator().manual_seed(sample["sample_id"]))
+            masks[0, row, order[:3]] = True
+            masks[1, row, order[-2:]] = True
+        indices, weights = masked_positions(masks)
+        crops = {name: torch.stack([sample[name] for sample in samples], dim=1) for name in CROPS}
+        return {**crops, "masks": masks, "mask_indices": indices, "mask_weights": weights}

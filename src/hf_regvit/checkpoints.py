@@ -333,10 +333,12 @@ class CheckpointedTrainer(Trainer):
                 )
             raise
         if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
-            raise TrainingInterrupted(
+            message = (
                 f"{self.signals.stopped_by} after step {self.state.global_step} of {self.state.max_steps}. "
                 "Continue with resume_from_checkpoint=last."
             )
+            logger.warning("Stopped by %s", message)
+            raise TrainingInterrupted(message)
         return result
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:

@@ -1,0 +1,202 @@
+"""What two processes over gloo on the loopback interface do; `test_two_processes.py` compares what they leave behind.
+
+Starting two interpreters takes ten times as long as everything they do, so they are started once and run one scenario
+after the other. Each scenario writes `NAME.RANK.pt`.
+"""
+
+import os
+import signal
+import socket
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from transformers import TrainerCallback
+
+from hf_regvit.checkpoints import TrainingInterrupted, list_checkpoints
+from hf_regvit.distillation import full_tensor
+from hf_regvit.pretraining import pretrain
+from tiny_run import Crops, MasksOfTheImage, arguments, tiny_config, trained
+
+PER_PROCESS = 3
+# Adam divides a gradient by its own size, so the rounding of a gradient near zero would become a whole step. With this
+# epsilon the step stays proportional to small gradients, and a difference of 1e-6 in them stays one.
+COMMON = {"koleo_loss_weight": 0.0, "adam_epsilon": 1e-3, "warmup_steps": 0, "max_steps": 4, "teacher_momentum": 0.8}
+IMAGES = 20
+
+
+class Recorder(TrainerCallback):
+    """Gradients of the first step after clipping, teacher after every step, seeds of the steps."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        self.norms: list[float] = []
+        self.seeds: list[int] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seeds.append(torch.initial_seed())
+        if not self.gradients:
+            self.gradients = {
+                name: full_tensor(parameter.grad).clone() for name, parameter in model.student.named_parameters()
+            }
+
+
+def whole_state(model) -> dict[str, torch.Tensor]:
+    return {name: full_tensor(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
+
+
+def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks=(), **overrides) -> dict:
+    """One run, as a dictionary of everything that two runs have to agree on."""
+    recorder, data = Recorder(), Crops(IMAGES)
+    options = {"centering": overrides.pop("centering", "softmax"), "koleo_loss_weight": 0.0}
+    config = tiny_config(drop_path_rate=overrides.pop("drop_path_rate", 0.0))
+    backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    fields = {"per_device_train_batch_size": PER_PROCESS, "centering": options["centering"], **COMMON, **backend}
+    trainer = trained(
+        folder, config=config, options=options, dataset=data, collator=collator or MasksOfTheImage(),
+        callbacks=[recorder, *callbacks], resume=resume, **(fields | overrides),
+    )  # fmt: skip
+    return {
+        "state": whole_state(trainer.model),
+        "gradients": recorder.gradients,
+        "seeds": recorder.seeds,
+        "seen": data.seen,
+        "steps": trainer.state.global_step,
+        "logs": [entry for entry in trainer.state.log_history if "loss" in entry],
+        "sharded": type(trainer.model).__name__,
+        "failed_saves": trainer.failed_saves,
+    }
+
+
+@contextmanager
+def sharding():
+    """Makes accelerate shard over CPU processes too, which it only does for accelerators."""
+    from accelerate.state import DistributedType, PartialState
+
+    from hf_regvit.pretraining import DinoTrainer
+
+    create = DinoTrainer.create_accelerator_and_postprocess
+
+    def pretend(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(self)
+
+    DinoTrainer.create_accelerator_and_postprocess = pretend
+    try:
+        yield {"fsdp": True}
+    finally:
+        DinoTrainer.create_accelerator_and_postprocess = create
+
+
+class SignalOne(TrainerCallback):
+    """A scheduler that signals a single process, in the middle of the third step."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+
+class UnequalMasks(MasksOfTheImage):
+    """The second process gets fewer masked patches than the first."""
+
+    def __call__(self, samples):
+        batch = super().__call__(samples)
+        if os.environ["RANK"] == "1":
+            keep = torch.arange(len(batch["mask_indices"])) < 2
+            for name in ("mask_indices", "mask_weights"):
+                batch[name] = batch[name][keep]
+        return batch
+
+
+def scenarios(folder: Path) -> dict:
+    """Name and result of everything that two processes are asked to do."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    results = {}
+    for centering in ("softmax", "sinkhorn"):
+        results[f"ddp_{centering}"] = outcome(folder / f"ddp_{centering}", centering=centering, **saving)
+        with sharding() as fsdp:
+            results[f"fsdp_{centering}"] = outcome(folder / f"fsdp_{centering}", centering=centering, **fsdp, **saving)
+    results["accumulated"] = outcome(
+        folder / "accumulated", centering="sinkhorn", per_device_train_batch_size=1, gradient_accumulation_steps=3
+    )
+    with sharding() as fsdp:
+        results["fsdp_accumulated"] = outcome(
+            folder / "fsdp_accumulated", centering="sinkhorn", per_device_train_batch_size=1,
+            gradient_accumulation_steps=3, **fsdp,
+        )  # fmt: skip
+        results["fsdp_resumed"] = outcome(
+            folder / "fsdp_resumed", resume=str(folder / "fsdp_softmax" / "checkpoint-2"), **fsdp
+        )
+        results["fsdp_from_ddp"] = outcome(
+            folder / "fsdp_from_ddp", resume=str(folder / "ddp_softmax" / "checkpoint-2"), **fsdp
+        )
+        sharded = {**fsdp, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
+        results["sharded_files"] = outcome(folder / "sharded", **sharded, **saving)
+        results["sharded_files_resumed"] = outcome(
+            folder / "sharded_resumed", resume=str(folder / "sharded" / "checkpoint-2"), **sharded
+        )
+    results["ddp_from_fsdp"] = outcome(folder / "ddp_from_fsdp", resume=str(folder / "fsdp_softmax" / "checkpoint-2"))
+    results["from_one_process"] = outcome(folder / "from_one", resume=str(folder / "one" / "checkpoint-2"))
+    results["unequal_masks"] = outcome(folder / "unequal", collator=UnequalMasks())
+    results["drop_path"] = outcome(folder / "drop_path", drop_path_rate=0.5)
+    results["signal"] = interrupted(folder / "signal")
+    results["disk_full"] = disk_full(folder / "disk_full")
+    with sharding() as fsdp:
+        results["disk_full_fsdp"] = disk_full(folder / "disk_full_fsdp", **fsdp)
+        results["export"] = export(folder / "export", **fsdp)
+    return results
+
+
+def interrupted(folder: Path) -> dict:
+    try:
+        outcome(folder, callbacks=[SignalOne()])
+    except TrainingInterrupted as stop:
+        return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
+    return {}
+
+
+def disk_full(folder: Path, **overrides) -> dict:
+    """Only the first process writes the optimizer; the second must not wait for it for ever."""
+    save = torch.save
+
+    def full(value, path, *args, **kwargs):
+        if str(path).endswith("optimizer.pt") and "checkpoint-2" in str(path):
+            raise OSError(28, "No space left on device")
+        return save(value, path, *args, **kwargs)
+
+    torch.save = full
+    try:
+        result = outcome(folder, save_strategy="steps", save_steps=2, **overrides)
+    finally:
+        torch.save = save
+    return {**result, "checkpoints": [path.name for path in list_checkpoints(folder)]}
+
+
+def export(folder: Path, **overrides) -> dict:
+    """The whole job: every process returns the teacher, the first writes it."""
+    args = arguments(
+        folder,
+        per_device_train_batch_size=PER_PROCESS,
+        **{**COMMON, "max_steps": 2, "ddp_backend": "gloo", **overrides},
+    )
+    teacher = pretrain(args, train_dataset=Crops(IMAGES))
+    return {"state": teacher.state_dict()}
+
+
+def _process(rank: int, port: int, folder: str) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
+    )
+    torch.set_num_threads(1)
+    for name, result in scenarios(Path(folder)).items():
+        torch.save(result, Path(folder, f"{name}.{rank}.pt"))
+    torch.distributed.destroy_process_group()
+
+
+def start(folder: Path) -> None:
+    """Runs every scenario on two processes and waits for them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_process, (port, str(folder)), nprocs=2)
