@@ -83,14 +83,14 @@ def test_f54_the_capture_replays_the_step(tmp_path):
     for replayed, batch in zip(outputs, capture["processes"][0]["micro_batches"], strict=True):
         for name, value in batch["terms"].items():
             assert str(replayed[name].item()) == str(value), name
-    finite = [batch["terms"]["loss"] for batch in capture["processes"][0]["micro_batches"]]
-    assert "nan" in finite
-    # Drop path draws from the restored numbers: other ones give another loss of the finite half, or of none.
-    batches = [i for i, loss in enumerate(finite) if loss != "nan"]
-    torch.manual_seed(1)
-    items = [dataset[key] for key in zip(*(capture["processes"][0]["micro_batches"][0][k] for k in ("epochs", "sample_ids")), strict=True)]  # fmt: skip # noqa: E501
-    other = network(**without_ids(collate(items)))["loss"].item()
-    assert 0 not in batches or other != finite[0]
+    # The numbers that drop path drew matter: with others the half without the NaN has another loss.
+    (finite,) = [b for b in capture["processes"][0]["micro_batches"] if b["terms"]["loss"] != "nan"]
+    items = [dataset[key] for key in zip(finite["epochs"], finite["sample_ids"], strict=True)]
+    losses = set()
+    for seed in range(5):
+        torch.manual_seed(seed)
+        losses.add(network(**without_ids(collate(items)))["loss"].item())
+    assert len(losses) > 1
 
 
 def test_f54_a_gradient_that_is_infinite_stops_the_run(tmp_path):
