@@ -1,0 +1,77 @@
+"""The tutorials of `docs/`: every bash and Python block runs in order, in one folder, as a reader would type it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+
+
+def blocks(text: str) -> list[tuple[str, str]]:
+    return re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.S | re.M)
+
+
+@pytest.fixture
+def workplace(tmp_path) -> Path:
+    """A folder with 48 pictures cut from real photographs, and the recipe shrunk to seconds."""
+    from hf_regvit.images import photographs
+
+    folder = tmp_path / "my_photos"
+    folder.mkdir()
+    photos = photographs()
+    photos["chelsea"].save(folder / "cat.png")
+    for number in range(47):
+        name = list(photos)[number % len(photos)]
+        left, top = 11 * number % 90, 7 * number % 60
+        inside = folder / name
+        inside.mkdir(exist_ok=True)
+        photos[name].crop((left, top, left + 100, top + 100)).save(inside / f"{number}.png")
+    (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    recipe = (ROOT / "examples" / "own_images_cpu.yaml").read_text()
+    shrink = {"per_device_train_batch_size": 8, "num_hidden_layers": 2, "head_num_prototypes": 64, "save_steps": 4}
+    for option, value in shrink.items():
+        recipe, count = re.subn(rf"^{option}: .*$", f"{option}: {value}", recipe, flags=re.M)
+        assert count == 1, option
+    # One bad file in 49 is above the one per cent that a real run tolerates.
+    (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\nlogging_steps: 2\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tutorial", TUTORIALS, ids=lambda path: path.stem)
+def test_tutorial_runs(tutorial, workplace):
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    steps = blocks(tutorial.read_text())
+    assert steps
+    for language, code in steps:
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    if tutorial.stem == "train_on_your_own_images":
+        check_run_folder(workplace / "runs" / "first", tutorial.read_text())
+        assert "broken.jpg" in (workplace / "runs" / "first" / "bad_images.jsonl").read_text()
+
+
+def check_run_folder(folder: Path, text: str) -> None:
+    """What the tutorial's table promises is there."""
+    names = re.findall(r"^\| (`.*?`) \|", text, flags=re.M)
+    for name in re.findall(r"`([^`]+)`", " ".join(names)):
+        assert list(folder.glob(name.rstrip("/"))), name
+
+
+def test_shell_is_there():
+    assert shutil.which("bash")
+
+
+def test_pictures_of_the_tutorials_exist():
+    for tutorial in TUTORIALS:
+        for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", tutorial.read_text()):
+            Image.open(tutorial.parent / picture).verify()
