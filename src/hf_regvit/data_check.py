@@ -35,7 +35,7 @@ _STEP = 2  # grey levels between neighbours that are noise
 _FLAT = 8  # grey levels between the darkest and the brightest cell, below which a hash holds nothing but noise
 # A hash alone takes any bright thing on a dark ground for any other: among 27,499 images of 64 px 66 pairs lay within
 # 3 bits, and none of those looked at was one. The colours of the thumbnails tell them apart.
-_SAME_COLOURS = 10
+_SAME_COLOURS = 7
 _MOST_PAIRS = 5_000_000
 
 

@@ -1,6 +1,8 @@
 """The multi-crop data set, its sampler, block masks, the collator."""
 
+import dataclasses
 import io
+import itertools
 import random
 
 import numpy as np
@@ -98,6 +100,212 @@ class TestSampler:
     def test_nothing_to_sample(self):
         with pytest.raises(ValueError, match="num_samples=0"):
             data.EpochSampler(0, seed=1)
+
+
+class TestWeights:
+    """Mixing sources: keys never come twice, shares are met, and weights of None change nothing."""
+
+    def keys(self, epochs, **options):
+        sampler = data.EpochSampler(**options)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            yield list(sampler)
+
+    @pytest.mark.parametrize("weights", [[3, 1], [1, 3], [0.5, 0.5], [1, 0.001]])
+    def test_shares_and_no_key_twice(self, weights):
+        options = {"num_samples": 100, "parts": (80, 20), "weights": weights, "seed": 3}
+        epochs = list(self.keys(9, **options))
+        for keys in epochs:
+            assert len(keys) == 100
+            small = sum(index >= 80 for _, index in keys)
+            assert small == round(100 * weights[1] / sum(weights))
+        whole = [key for keys in epochs for key in keys]
+        assert len(set(whole)) == len(whole)
+        # Each pass over a source that has been finished had every image of it once.
+        for low, high in ((0, 80), (80, 100)):
+            passes = {}
+            for number, index in whole:
+                if low <= index < high:
+                    passes.setdefault(number, []).append(index)
+            for number in sorted(passes)[:-1]:
+                assert sorted(passes[number]) == list(range(low, high))
+
+    def test_starts_anywhere(self):
+        options = {"num_samples": 50, "parts": (40, 10), "weights": [1, 1], "seed": 3, "images_per_step": 10}
+        (whole,) = self.keys(1, **options)
+        sampler = data.EpochSampler(**options)
+        sampler.start_at(0, 20)
+        assert list(sampler) == whole[20:]
+
+    def test_without_weights_sources_are_one_after_another(self):
+        assert list(data.EpochSampler(50, seed=3, parts=(40, 10))) == list(data.EpochSampler(50, seed=3))
+
+    @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, 1, 1]])
+    def test_weights_that_cannot_be_meant(self, weights):
+        with pytest.raises(ValueError, match=r"data_weights=.*one positive number for each of the 2 sources"):
+            data.EpochSampler(50, seed=3, parts=(40, 10), weights=weights)
+        with pytest.raises(ValueError, match="add up to num_samples=50"):
+            data.EpochSampler(50, seed=3, parts=(40, 11))
+
+
+def stream_of(num_shards=4, rows=25, name="s", broken=None):
+    """Numbered 16 x 16 pictures; the red channel is the shard, the green one the row."""
+
+    def open_shard(shard):
+        for row in range(rows):
+            if (shard, row) == broken:
+                raise OSError("Truncated file")
+            picture = encode(Image.new("RGB", (16, 16), (shard, row, 0)), "PNG")
+            yield images.StreamRecord(f"{name}/{shard}#{row}", picture)
+
+    return images.ImageStream(name, num_shards, open_shard)
+
+
+def ids(sampler, count):
+    return [(number, record.id) for number, record in itertools.islice(sampler, count)]
+
+
+class TestStream:
+    def test_every_image_once_per_pass_in_a_new_order(self):
+        sampler = data.StreamSampler([stream_of()], seed=1, buffer_size=30)
+        keys = ids(sampler, 300)
+        assert [number for number, _ in keys] == [0] * 100 + [1] * 100 + [2] * 100
+        orders = [[id for _, id in keys[start : start + 100]] for start in (0, 100, 200)]
+        assert all(len(set(order)) == 100 for order in orders)
+        assert orders[0] != orders[1] != orders[2]
+        # Shuffled well beyond a shard: the first tenth has images of more than one.
+        assert len({id.split("#")[0] for id in orders[0][:10]}) > 1
+        assert keys == ids(data.StreamSampler([stream_of()], seed=1, buffer_size=30), 300)
+        assert keys != ids(data.StreamSampler([stream_of()], seed=2, buffer_size=30), 300)
+
+    @pytest.mark.parametrize("skip", [0, 1, 99, 100, 137])
+    def test_starts_anywhere(self, skip):
+        whole = ids(data.StreamSampler([stream_of()], seed=1, buffer_size=30), 200)
+        sampler = data.StreamSampler([stream_of()], seed=1, buffer_size=30)
+        sampler.start_at(skip)
+        assert ids(sampler, 200 - skip) == whole[skip:]
+
+    @pytest.mark.parametrize(("shards", "world_size"), [(4, 2), (4, 4), (4, 3), (1, 2), (5, 2)])
+    def test_processes_share_a_pass_without_overlap(self, shards, world_size):
+        every = []
+        for rank in range(world_size):
+            sampler = data.StreamSampler([stream_of(shards)], seed=1, rank=rank, world_size=world_size)
+            every += [key for key in ids(sampler, 2 * 25 * shards) if key[0] == 0]
+        assert len(every) == len(set(every)) == 25 * shards
+
+    @pytest.mark.parametrize(("shards", "world_size"), [(4, 2), (3, 2), (1, 2)])
+    def test_shares_are_as_large_as_those_of_split_dataset_by_node(self, shards, world_size, tmp_path):
+        import datasets
+        from datasets.distributed import split_dataset_by_node
+
+        for shard in range(shards):
+            datasets.Dataset.from_dict({"n": list(range(25))}).to_parquet(str(tmp_path / f"{shard}.parquet"))
+        files = [str(path) for path in sorted(tmp_path.iterdir())]
+        table = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+        for rank in range(world_size):
+            theirs = sum(1 for _ in split_dataset_by_node(table, rank, world_size))
+            sampler = data.StreamSampler([stream_of(shards)], seed=1, rank=rank, world_size=world_size)
+            ours = sum(number == 0 for number, _ in ids(sampler, 2 * 25 * shards))
+            assert ours == theirs
+
+    def test_several_streams(self):
+        both = [stream_of(2, 10, "a"), stream_of(3, 10, "b")]
+        keys = ids(data.StreamSampler(both, seed=1), 50)
+        assert len(set(keys)) == 50  # one pass over all
+        weighted = ids(data.StreamSampler(both, seed=1, weights=[3, 1]), 4000)
+        share = sum(id.startswith("a") for _, id in weighted) / 4000
+        assert 0.72 < share < 0.78
+        assert len(set(weighted)) == 4000
+
+    def test_f38_the_rest_of_a_broken_shard_is_left_out_and_recorded(self, tmp_path):
+        bad = data.BadImages(tmp_path / "bad_images.jsonl")
+        sampler = data.StreamSampler([stream_of(broken=(2, 10))], seed=1, bad_images=bad)
+        keys = ids(sampler, 170)
+        assert [number for number, _ in keys] == [0] * 85 + [1] * 85
+        (line,) = (tmp_path / "bad_images.jsonl").read_text().splitlines()
+        assert "shard 2" in line
+        assert "Truncated file" in line
+
+    def test_a_lost_connection_is_no_broken_shard(self):
+        def open_shard(shard):
+            raise ConnectionError("reset by peer")
+
+        with pytest.raises(ConnectionError):
+            next(iter(data.StreamSampler([images.ImageStream("s", 1, open_shard)], seed=1)))
+
+    def test_nothing_to_read(self):
+        with pytest.raises(ValueError, match="Nothing could be read from 's'"):
+            next(iter(data.StreamSampler([stream_of(rows=0)], seed=1)))
+
+    def test_number_of_an_id(self):
+        """Fixed for ever: a resumed run must draw what the first one drew."""
+        assert data.stream_sample_id("shard-000.tar#000017.jpg") == 6888450132931468485
+        numbers = {data.stream_sample_id(f"{i}") for i in range(5000)}
+        assert len(numbers) == 5000
+        assert max(numbers) < 2**63
+
+    def dataset(self, stream, **options):
+        multi_crop = MultiCrop(global_size=16, local_size=8, num_local_crops=1, patch_size=8)
+        return data.MultiCropStream([stream], multi_crop, seed=5, **options)
+
+    def test_items(self):
+        dataset = self.dataset(stream_of())
+        key = next(iter(dataset.sampler()))
+        item = dataset[key]
+        sample_id = data.stream_sample_id(key[1].id)
+        expected = dataset.multi_crop(images.open_image(key[1].data), seed=5, epoch=key[0], sample_id=sample_id)
+        assert torch.equal(item["global_crops"], expected["global_crops"])
+        assert (item["sample_id"], item["epoch"]) == (sample_id, 0)
+        with pytest.raises(TypeError, match="no images by number"):
+            dataset[(0, 17)]
+
+    @pytest.mark.parametrize("with_bad_ones", [False, True])
+    def test_batches_do_not_depend_on_workers(self, with_bad_ones):
+        stream = stream_of(2, 12)
+        if with_bad_ones:
+            whole = stream.open_shard
+
+            def open_shard(shard):
+                for number, record in enumerate(whole(shard)):
+                    yield dataclasses.replace(record, data=None) if number % 5 == 0 else record
+
+            stream = dataclasses.replace(stream, open_shard=open_shard)
+
+        def batches(num_workers):
+            dataset = self.dataset(stream, bad_images=data.BadImages(max_bad_share=1.0))
+            loader = torch.utils.data.DataLoader(
+                dataset, batch_size=4, sampler=dataset.sampler(), num_workers=num_workers,
+                collate_fn=data.DinoCollator((2, 2), seed=5),
+            )  # fmt: skip
+            return list(itertools.islice(loader, 8))
+
+        alone = batches(0)
+        assert all(batch["global_crops"].shape == (2, 4, 3, 16, 16) for batch in alone)
+        for num_workers in (1, 2):
+            for one, other in zip(alone, batches(num_workers), strict=True):
+                assert all(torch.equal(one[name], other[name]) for name in one)
+
+    def test_bad_images_are_replaced_within_their_batch(self, tmp_path):
+        record = images.StreamRecord("a", encode(Image.new("RGB", (16, 16)), "PNG"))
+        bad = data.BadImages(tmp_path / "bad.jsonl")
+        dataset = self.dataset(stream_of(), bad_images=bad)
+        items = dataset.__getitems__([(0, record), (0, images.StreamRecord("b", b"<html>"))])
+        assert [item["sample_id"] for item in items] == [data.stream_sample_id("a"), data.stream_sample_id("b")]
+        assert '"path": "b"' in (tmp_path / "bad.jsonl").read_text()
+        with pytest.raises(data.TooManyBadImagesError, match="none of the 1 images"):
+            dataset.__getitems__([(0, images.StreamRecord("b", b""))])
+        with pytest.raises(images.BadImageError, match="the cell is empty"):
+            self.dataset(stream_of())[(0, images.StreamRecord("c", None))]
+
+    def test_too_many_bad_images_in_a_stream(self):
+        record = images.StreamRecord("good", encode(Image.new("RGB", (16, 16)), "PNG"))
+        dataset = self.dataset(stream_of(), bad_images=data.BadImages(max_bad_share=0.01))
+        keys = [[(0, record), (0, images.StreamRecord(f"bad {i}", b""))] for i in range(11)]
+        for pair in keys[:10]:
+            dataset.__getitems__(pair)
+            dataset.__getitems__(pair)  # again: no other image
+        with pytest.raises(data.TooManyBadImagesError, match=r"11 of the \d+ images"):
+            dataset.__getitems__(keys[10])
 
 
 def slow_positions(masks):
