@@ -137,4 +137,5 @@ class MasksOfTheImage:
             masks[1, row, order[-2:]] = True
         indices, weights = masked_positions(masks)
         crops = {name: torch.stack([sample[name] for sample in samples], dim=1) for name in CROPS}
-        return {**crops, "masks": masks, "mask_indices": indices, "mask_weights": weights}
+        names = {f"{name}s": torch.tensor([sample[name] for sample in samples]) for name in ("sample_id", "epoch")}
+        return {**crops, "masks": masks, "mask_indices": indices, "mask_weights": weights, **names}

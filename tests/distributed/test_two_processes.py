@@ -1,5 +1,6 @@
 """Two processes over gloo against one: the same steps, whatever the kind of parallelism, and clean stops."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -138,6 +139,27 @@ def test_f58_one_process_meets_a_full_disk_and_both_go_on(run, name):
     for result in run(name):
         assert (result["steps"], result["failed_saves"]) == (4, 1)
         assert result["checkpoints"] == ["checkpoint-4"]
+
+
+@pytest.mark.parametrize("name", ["not_finite", "not_finite_fsdp"])
+def test_f55_a_nan_in_one_process_stops_both_and_names_it(run, name):
+    """The average of the gradients is NaN everywhere; the losses tell where it came from."""
+    for result in run(name):
+        assert "the loss is nan at step 2 on rank 1" in result["message"]
+    (process,) = json.loads((run.folder / name / "nan_batch.json").read_text())["processes"]
+    assert process["rank"] == 1
+    # Steps of six images, of which the second process has the last three.
+    expected = run.one["softmax"]["seen"][15:18]
+    (batch,) = process["micro_batches"]
+    assert list(zip(batch["epochs"], batch["sample_ids"], strict=True)) == expected
+
+
+def test_the_monitors_of_a_sharded_run_see_the_whole_teacher(run):
+    lines = [json.loads(line) for line in (run.folder / "export" / "metrics.jsonl").read_text().splitlines()]
+    measured = [line for line in lines if "feature_std" in line]
+    assert [line["step"] for line in measured] == [0, 1, 2]
+    assert measured[0]["teacher_student_distance"] == 0 < measured[2]["teacher_student_distance"]
+    assert len(list((run.folder / "export" / "panels").iterdir())) == 3
 
 
 def test_the_teacher_is_exported_whole(run):

@@ -4,6 +4,7 @@ Starting two interpreters takes ten times as long as everything they do, so they
 after the other. Each scenario writes `NAME.RANK.pt`.
 """
 
+import math
 import os
 import signal
 import socket
@@ -14,6 +15,7 @@ import torch
 import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
+from hf_regvit.alarms import NonFiniteError
 from hf_regvit.checkpoints import TrainingInterrupted, list_checkpoints
 from hf_regvit.distillation import full_tensor
 from hf_regvit.pretraining import pretrain
@@ -142,7 +144,9 @@ def scenarios(folder: Path) -> dict:
     results["drop_path"] = outcome(folder / "drop_path", drop_path_rate=0.5)
     results["signal"] = interrupted(folder / "signal")
     results["disk_full"] = disk_full(folder / "disk_full")
+    results["not_finite"] = not_finite(folder / "not_finite")
     with sharding() as fsdp:
+        results["not_finite_fsdp"] = not_finite(folder / "not_finite_fsdp", max_grad_norm=0.0, **fsdp)
         results["disk_full_fsdp"] = disk_full(folder / "disk_full_fsdp", **fsdp)
         results["export"] = export(folder / "export", **fsdp)
     return results
@@ -173,12 +177,36 @@ def disk_full(folder: Path, **overrides) -> dict:
     return {**result, "checkpoints": [path.name for path in list_checkpoints(folder)]}
 
 
+class NanInOne(TrainerCallback):
+    """The second process multiplies its loss by NaN in the third step."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if args.process_index == 1 and state.global_step == 2:
+            model.forward = self.poisoned(model.forward)
+
+    @staticmethod
+    def poisoned(forward):
+        def call(**batch):
+            outputs = forward(**batch)
+            return {**outputs, "loss": outputs["loss"] * math.nan}
+
+        return call
+
+
+def not_finite(folder: Path, **overrides) -> dict:
+    try:
+        outcome(folder, callbacks=[NanInOne()], **overrides)
+    except NonFiniteError as error:
+        return {"message": str(error)}
+    return {}
+
+
 def export(folder: Path, **overrides) -> dict:
     """The whole job: every process returns the teacher, the first writes it."""
     args = arguments(
         folder,
         per_device_train_batch_size=PER_PROCESS,
-        **{**COMMON, "max_steps": 2, "ddp_backend": "gloo", **overrides},
+        **{**COMMON, "max_steps": 2, "ddp_backend": "gloo", "monitor_steps": 1, "panel_steps": 1, **overrides},
     )
     teacher = pretrain(args, train_dataset=Crops(IMAGES))
     return {"state": teacher.state_dict()}

