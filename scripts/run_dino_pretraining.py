@@ -7,7 +7,8 @@ Defaults come from the recipe, options on the command line override it; `--help`
 
 Several processes: `accelerate launch` or `torchrun` before the script. SIGTERM and SIGUSR1 save a checkpoint and end
 the process with status 85, for a scheduler that queues the job again; `--resume_from_checkpoint last` goes on from the
-newest checkpoint that verifies, or starts where there is none. `torchrun --max_restarts` does the same after a crash.
+newest checkpoint that verifies, or starts where there is none. `torchrun --max_restarts` does the same after a crash
+(over gloo with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes look for the old ones).
 """
 
 import logging

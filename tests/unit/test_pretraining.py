@@ -17,7 +17,18 @@ from hf_regvit.callbacks import MetricsFile, OnlineKNN, TrainingProgress, backbo
 from hf_regvit.distillation import HeadShape, PrototypeHead
 from hf_regvit.optimization import cosine_schedule, parameter_groups, parameter_rules, set_rates
 from hf_regvit.pretraining import PretrainingArguments, pretrain
-from tiny_run import GRID, SHAPE, Crops, arguments, same_state, tiny_batch, tiny_config, tiny_network, trained
+from tiny_run import (
+    GRID,
+    SHAPE,
+    Crops,
+    MasksOfTheImage,
+    arguments,
+    same_state,
+    tiny_batch,
+    tiny_config,
+    tiny_network,
+    trained,
+)
 
 # ---- Head ----
 
@@ -352,6 +363,55 @@ def test_accumulated_micro_batches_equal_the_mean_of_their_gradients(tmp_path):
         (network(**without_ids(collate([dataset[key] for key in half])))["loss"] / 2).backward()
     torch.testing.assert_close(seen["gradient"], network.student["backbone"].layernorm.weight.grad)
     assert seen["pending"] == 12  # two micro-batches of two crops of three images
+
+
+@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centering):
+    """2 micro-batches of 3, or one of 6, for two epochs; without KoLeo and drop path, which see the micro-batch."""
+    states, gradients = [], []
+
+    class Spy(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 0:
+                gradients.append({name: p.grad.clone() for name, p in model.student.named_parameters()})
+
+    for pieces in (1, 2):
+        trainer = trained(
+            tmp_path / str(pieces),
+            dataset=Crops(14),
+            collator=MasksOfTheImage(),
+            callbacks=[Spy()],
+            options={"centering": centering, "koleo_loss_weight": 0.0},
+            centering=centering,
+            per_device_train_batch_size=6 // pieces,
+            gradient_accumulation_steps=pieces,
+            max_steps=4,
+            warmup_steps=0,
+            teacher_momentum=0.8,
+            adam_epsilon=1e-3,
+        )
+        states.append(trainer.model.state_dict())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=0)
+
+
+def test_joint_targets_are_those_of_the_whole_batch():
+    """And not those of its halves: Sinkhorn-Knopp depends on the rows it sees."""
+    network = tiny_network(centering="sinkhorn")
+    halves = [tiny_batch(seed=seed) for seed in (0, 1)]
+    whole = torch.cat([half["global_crops"] for half in halves], dim=1)
+    positions = torch.cat([halves[0]["masks"], halves[1]["masks"]], dim=1).flatten().nonzero().flatten()
+    expected = network.teacher_targets(whole, positions)
+    joint = network.joint_targets(halves)
+    torch.testing.assert_close(torch.cat([targets.cls for targets in joint], dim=1), expected.cls)
+    # Crop-major: the masked patches of the whole are those of crop 0 of both halves, then those of crop 1.
+    first = [half["mask_indices"] < 3 * GRID**2 for half in halves]
+    rows = [targets.masked[keep] for keep_of in (first, [~f for f in first]) for targets, keep in zip(joint, keep_of)]
+    torch.testing.assert_close(torch.cat(rows), expected.masked)
+    alone = network.teacher_targets(halves[0]["global_crops"], halves[0]["mask_indices"])
+    assert (alone.cls - joint[0].cls).abs().max() > 1e-3
 
 
 def test_last_layer_stands_still_while_it_is_frozen(tmp_path):
