@@ -47,7 +47,9 @@ ALLOWED: dict[str, set[str] | None] = {
     "monitors": JOBS | {"callbacks", "distillation", "figures"},
     "alarms": {"callbacks", "distillation"},
     "run_folder": JOBS | {"checkpoints", "distillation", "figures"},
-    "pretraining": JOBS | {"callbacks", "checkpoints", "distillation", "monitors", "alarms", "run_folder"},
+    "pretraining_arguments": {"configuration_regvit", "optimization"},
+    "pretraining": JOBS
+    | {"callbacks", "checkpoints", "distillation", "monitors", "alarms", "run_folder", "pretraining_arguments"},
     "finetuning": JOBS | {"callbacks", "checkpoints"},
     "figures": RESULTS,
     "report": RESULTS | {"figures"},
