@@ -500,7 +500,15 @@ class MultiCropStream(Dataset[dict[str, Any]]):
         self.limits, self.bad_images = limits or ImageLimits(), bad_images
 
     def sampler(self, *, rank: int = 0, world_size: int = 1) -> StreamSampler:
-        """What reads the streams for one process."""
+        """What reads the streams for one process; says what a stopped run can expect."""
+        if rank == 0:
+            logger.info(
+                "Streaming %d shards of %s. A resumed run reads them again from the beginning up to where it stopped, "
+                "without decoding, and then has exactly the images of the unbroken run, with any number of workers. "
+                "That does not hold on another number of processes or if shards have changed.",
+                sum(stream.num_shards for stream in self.streams),
+                ", ".join(stream.name for stream in self.streams),
+            )
         return StreamSampler(
             self.streams,
             seed=self.seed,

@@ -248,6 +248,15 @@ class TestStream:
         multi_crop = MultiCrop(global_size=16, local_size=8, num_local_crops=1, patch_size=8)
         return data.MultiCropStream([stream], multi_crop, seed=5, **options)
 
+    def test_says_what_a_resumed_run_can_expect(self, caplog):
+        with caplog.at_level("INFO", logger="hf_regvit"):
+            self.dataset(stream_of()).sampler(rank=1, world_size=2)
+            assert not caplog.messages
+            self.dataset(stream_of()).sampler()
+        (message,) = caplog.messages
+        assert message.startswith("Streaming 4 shards of s. A resumed run reads them again")
+        assert "does not hold on another number of processes or if shards have changed" in message
+
     def test_items(self):
         dataset = self.dataset(stream_of())
         key = next(iter(dataset.sampler()))
