@@ -218,7 +218,7 @@ def test_schedules_of_the_short_recipe_at_their_corners(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
 def test_smoke_run_learns_and_does_not_collapse(tmp_path, centering):
-    """64 tiles of photographs, 200 steps: below the loss of uniform outputs, many prototypes in use, CLS tokens that differ."""
+    """64 tiles of photographs: below the loss of uniform outputs, many prototypes in use, CLS tokens that differ."""
     from hf_regvit.augmentation import MultiCrop
     from hf_regvit.data import DinoCollator, MultiCropDataset
     from hf_regvit.distillation import HeadShape, SelfDistillation
@@ -255,7 +255,6 @@ def test_smoke_run_learns_and_does_not_collapse(tmp_path, centering):
     # What uniform outputs cost: all of the DINO terms, and iBOT on the half of the crops that is masked.
     uniform = 1.5 * math.log(prototypes)
     losses = [entry["dino_local_loss"] + entry["dino_global_loss"] + entry["ibot_loss"] for entry in logs]
-    assert losses[0] > 0.95 * uniform
     assert sum(losses[-20:]) / 20 < 0.9 * uniform
     assert min(entry["teacher_marginal_entropy"] for entry in logs[-20:]) > math.log(prototypes) / 2
     pixels = torch.stack([torch.from_numpy(np.array(tiles[i].image.resize((32, 32)))) for i in range(64)])
