@@ -239,8 +239,8 @@ class OnlineKNN(Observer):
         heldout_images: PIL images to classify.
         heldout_labels: their classes.
         image_processor: the processor that the backbone will be saved with.
-        every_steps: optimizer steps between two evaluations, or a share of the run; the first is before step 0, the
-            last after the last step.
+        every_steps: optimizer steps between two evaluations, or a share of the run, from 200 to 5000 steps; the first
+            is before step 0, the last after the last step.
         k: numbers of neighbours.
         linear_probe: also logs `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
 
@@ -262,7 +262,7 @@ class OnlineKNN(Observer):
         k: Sequence[int] = (10,),
         linear_probe: bool = False,
     ) -> None:
-        super().__init__(every_steps, at_most=5000)
+        super().__init__(every_steps, at_least=200, at_most=5000)
         for images, labels, name in (
             (train_images, train_labels, "training"),
             (heldout_images, heldout_labels, "held-out"),

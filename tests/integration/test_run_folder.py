@@ -95,7 +95,7 @@ def test_a_run_leaves_everything(first_run):
     assert report["steps"] == 6
     assert not report["stopped"]
     assert 0 < report["monitor_share"] < 1
-    assert [entry["step"] for entry in report["knn"]] == [0, 2, 4, 6]
+    assert [entry["step"] for entry in report["knn"]] == [0, 6]
     assert all(0 <= entry["eval_knn_10"] <= 1 and 0 <= entry["eval_linear"] <= 1 for entry in report["knn"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert "register_cosine" in lines[0]  # before the first step
@@ -118,6 +118,7 @@ def test_the_backbone_loads_and_its_card_can_be_published(first_run):
     exec(code.replace("path/to/this/folder", str(folder)).replace("picture.jpg", str(picture)), {})
 
 
+@pytest.mark.slow
 def test_the_resolved_recipe_repeats_the_run(first_run):
     again = first_run / "again"
     recipe = first_run / "a" / "resolved_recipe.yaml"
