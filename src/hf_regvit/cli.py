@@ -205,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except SystemExit as stop:  # argparse has printed its own message
         return stop.code if isinstance(stop.code, int) else 2
-    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError) as error:
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
         if switches["debug"]:
             raise
         print(f"error: {error}", file=sys.stderr)
