@@ -81,6 +81,7 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     from .arguments import DiagnoseArguments, RecipeParser
     from .artifacts import compare_checkpoints, diagnose
     from .features import load_model
+    from .figures import write_report_figures
     from .images import load_images
     from .report import write_report
 
@@ -99,6 +100,7 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     path = outcome.save(arguments.output_dir)
     for folder, report in reports.items():
         write_report(report, f"{arguments.output_dir}/{folder}/report.html")
+        write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
     if switches["json"]:
         return outcome.to_dict()
     print(outcome.summary())

@@ -187,7 +187,7 @@ def _describe(tower: Any, name: str) -> ModelDescription:
     if name != "timm":
         config = tower.config
         return ModelDescription(
-            name=config.name_or_path or type(tower).__name__,
+            name=_name_of(config.name_or_path) or type(tower).__name__,
             family=name,
             num_layers=len(blocks),
             hidden_size=config.hidden_size,
@@ -212,6 +212,11 @@ def _describe(tower: Any, name: str) -> ModelDescription:
         num_distillation_tokens=tower.num_prefix_tokens - tower.num_reg_tokens - int(tower.has_class_token),
         num_register_tokens=tower.num_reg_tokens,
     )
+
+
+def _name_of(source: str) -> str:
+    """A Hub id as it is, a folder by its last part: names go into reports that are published."""
+    return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
 
 
 def final_norm(model: nn.Module) -> nn.Module:

@@ -224,7 +224,8 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     """One row: picture, attention of CLS and of each register, PCA of the patch tokens, norm map."""
     figure, axes = _panels(image, len(maps.attention) + 3, with_bar=True)
     _draw_image(axes[0], image, "picture")
-    _draw_attention(axes[1:-2], image, maps.attention)
+    has_cls = len(maps.attention) > len(maps.registers)
+    _draw_attention(axes[1:-2], image, maps.attention, first=0 if has_cls else 1)
     _draw_colors(axes[-2], image, pca_colors(maps.patch_tokens), "PCA of patches")
     _draw_norms(figure, axes[-1], image, maps.norms)
     return figure
@@ -417,6 +418,42 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
     return figure
 
 
+def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[Path]:
+    """The pictures of a diagnosis as PNG files: `layer_norms.png`, `positions.png`, and one row per example.
+
+    Args:
+        report: From `diagnose`.
+        folder: Made if needed.
+
+    Returns:
+        The files.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {"layer_norms": layer_norm_figure(report)}
+    share = torch.tensor(report.outliers["position_map"])
+    blank = Image.new("RGB", (share.shape[1] * 16, share.shape[0] * 16))
+    figures["positions"], axes = _panels(blank, 1)
+    _draw_map(
+        axes[0], blank, share, f"share of images with an outlier here, up to {share.max():.0%}", cmap=_NORM_COLORS
+    )
+    for number, example in enumerate(report.examples):
+        image = Image.open(BytesIO(base64.b64decode(example["picture"]))).convert("RGB")
+        rows = [] if example["attention_cls"] is None else [example["attention_cls"]]
+        attention = torch.tensor(rows + example["attention_registers"])
+        figure, axes = _panels(image, len(attention) + 2, with_bar=True)
+        _draw_image(axes[0], image, "picture")
+        if len(attention):
+            _draw_attention(axes[1:-1], image, attention, first=1 - len(rows))
+        _draw_norms(figure, axes[-1], image, torch.tensor(example["norms"]))
+        figures[f"example_{number:02d}"] = figure
+    paths = []
+    for name, figure in figures.items():
+        save_figure(figure, folder / f"{name}.png")
+        paths.append(folder / f"{name}.png")
+    return paths
+
+
 def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Sequence[float]] = ()) -> "Figure":
     """Object discovery step by step: seed and inverse degree, similarity to the seed, expansion, mask, box.
 
@@ -576,8 +613,9 @@ def _smooth(map_: Tensor, image: Image.Image) -> Any:
     return np.asarray(pixels, dtype=np.float32) / 255
 
 
-def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tensor) -> None:
-    names = ["CLS", *(f"register {i + 1}" for i in range(len(attention) - 1))]
+def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tensor, *, first: int = 0) -> None:
+    """Maps of CLS and registers in order; `first=1` where there is no CLS."""
+    names = ["CLS", *(f"register {i + 1}" for i in range(len(attention)))][first : first + len(attention)]
     for axis, name, map_ in zip(axes, names, attention, strict=True):
         # A few patches with most of the attention would leave the rest of the map black.
         low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()

@@ -101,6 +101,20 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
     assert len(axis.collections) == 1  # the histogram, and no cut-off
 
 
+def test_pictures_of_a_report(regvit, tmp_path):
+    images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
+    report = diagnose(regvit, images, progress=False)
+    files = F.write_report_figures(report, tmp_path / "figures")
+    names = [file.name for file in files]
+    assert names == [
+        "layer_norms.png",
+        "positions.png",
+        *(f"example_{i:02d}.png" for i in range(len(report.examples))),
+    ]
+    for file in files:
+        assert Image.open(file).width > 100
+
+
 def test_lost_stages_show_seed_and_box():
     torch.manual_seed(0)
     features = torch.randn(24, 8)
