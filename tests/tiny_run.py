@@ -57,8 +57,9 @@ def tiny_batch(*, seed=0, batch=3, num_local=LOCAL, masked=True):
 class Crops(Dataset):
     """Random crops that depend on (epoch, index) only, as those of the real data set do."""
 
-    def __init__(self, size=10):
+    def __init__(self, size=10, global_size=GRID * PATCH):
         self.size = size
+        self.global_size = global_size
         self.seen = []
 
     def __len__(self):
@@ -69,7 +70,7 @@ class Crops(Dataset):
         self.seen.append(key)
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         return {
-            "global_crops": torch.randn(2, 3, GRID * PATCH, GRID * PATCH, generator=generator),
+            "global_crops": torch.randn(2, 3, self.global_size, self.global_size, generator=generator),
             "local_crops": torch.randn(LOCAL, 3, 8, 8, generator=generator),
             "sample_id": index,
             "epoch": epoch,
@@ -107,7 +108,10 @@ def arguments(folder, **overrides):
     return PretrainingArguments(**fields | overrides)
 
 
-def trained(folder, *, callbacks=(), config=None, dataset=None, collator=None, resume=None, options=None, **overrides):
+def trained(
+    folder, *, callbacks=(), config=None, dataset=None, collator=None, resume=None, options=None, high_resolution=None,
+    **overrides,
+):  # fmt: skip
     """A trainer after its run, with the network of `tiny_network`."""
     trainer = DinoTrainer(
         tiny_network(config=config, **(options or {})),
@@ -115,6 +119,7 @@ def trained(folder, *, callbacks=(), config=None, dataset=None, collator=None, r
         train_dataset=dataset or Crops(),
         data_collator=collator or DinoCollator((GRID, GRID), mask_probability=1.0, seed=7),
         callbacks=callbacks,
+        high_resolution=high_resolution,
     )
     trainer.train(resume_from_checkpoint=resume)
     return trainer

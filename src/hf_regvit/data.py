@@ -265,7 +265,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
             raise ValueError(f"images_per_step={images_per_step}; expected 1 to the {num_samples} images there are.")
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
         self.images_per_step = images_per_step
-        self.start = (0, 0)
+        self.start, self.skip = (0, 0), 0
         self.parts = tuple(parts) or (num_samples,)
         if sum(self.parts) != num_samples:
             raise ValueError(f"parts={self.parts} must add up to num_samples={num_samples}.")
@@ -279,9 +279,12 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Choose the epoch of the next iteration; Trainer and accelerate call it."""
         self.epoch = epoch
 
-    def start_at(self, epoch: int, offset: int) -> None:
-        """Leaves out the first `offset` images when `epoch` is iterated; other epochs are whole."""
-        self.start = (epoch, offset)
+    def start_at(self, epoch: int, offset: int, *, skip: int = 0) -> None:
+        """Leaves out the first `offset` images when `epoch` is iterated; other epochs are whole.
+
+        Whole steps are counted from the offset. `skip` leaves out the beginning of the first of them.
+        """
+        self.start, self.skip = (epoch, offset), skip
 
     def position(self, steps: int) -> tuple[int, int]:
         """Epoch and offset in it, in images, after `steps` optimizer steps from where `start_at` was told to start."""
@@ -300,7 +303,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         epoch = self.epoch
         offset = self.start[1] if epoch == self.start[0] else 0
         stop = offset + (self.num_samples - offset) // self.images_per_step * self.images_per_step
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset:stop]
+        skip = self.skip if epoch == self.start[0] else 0
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset + skip : stop]
         if self.draws is None:
             for index in order:
                 yield epoch, int(index)

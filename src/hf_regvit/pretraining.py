@@ -18,6 +18,7 @@ import math
 import platform
 import time
 from collections.abc import Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,10 +43,11 @@ from .alarms import (
     peak_memory_mib,
     without_ids,
 )
+from .augmentation import MultiCrop
 from .callbacks import MetricsFile, Observer, TrainingProgress
 from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
-from .data import EpochSampler, MultiCropStream, StreamSampler
+from .data import DinoCollator, EpochSampler, MultiCropDataset, MultiCropStream, StreamSampler
 from .distillation import HeadShape, SelfDistillation, TeacherTargets, full_tensor
 from .modeling_regvit import RegViTModel
 from .monitors import observers
@@ -93,6 +95,16 @@ class _StepRules(TrainerCallback):
         kwargs["model"].update_teacher(self.values.teacher_momentum)
 
 
+@dataclass
+class _Iterator:
+    """What an epoch's batches really come from: Trainer's iterator, or the one that took its place."""
+
+    of_epoch: Any
+    batches: Any
+    high_resolution: bool = False
+    failed: bool = False
+
+
 class DinoTrainer(CheckpointedTrainer):
     """`transformers.Trainer` for `SelfDistillation`: everything of the recipe is elsewhere, this connects it.
 
@@ -106,10 +118,12 @@ class DinoTrainer(CheckpointedTrainer):
         args: arguments of the run.
         train_dataset: map-style, indexed by `(epoch, index)` and with a length; see `hf_regvit.data.MultiCropDataset`.
         data_collator: makes the keyword arguments of `SelfDistillation.forward` from a list of items.
+        high_resolution: data set and collator of the last `args.high_resolution_steps`, with the same images. The
+            position table is resampled in every forward pass, the optimizer and all schedules go on.
         callbacks: observers.
 
     Raises:
-        ValueError: several GPUs in one process (`DataParallel`).
+        ValueError: several GPUs in one process (`DataParallel`), or no data for the high-resolution steps.
     """
 
     model: SelfDistillation
@@ -122,8 +136,14 @@ class DinoTrainer(CheckpointedTrainer):
         *,
         train_dataset: Dataset,
         data_collator: Any,
+        high_resolution: tuple[Dataset, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
+        if args.high_resolution_steps and high_resolution is None:
+            raise ValueError(
+                f"high_resolution_steps is {args.high_resolution_steps}, but there is no data of that size; pass "
+                "high_resolution=(data set, collator)."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: Trainer would use DataParallel, which breaks the teacher. "
@@ -144,7 +164,8 @@ class DinoTrainer(CheckpointedTrainer):
                 weights=args.data_weights,
             )
         self._position, self._first_step = (0, 0), 0  # where a resumed run starts: epoch and images, optimizer step
-        self._replaced: tuple[Any, Any] = (None, None)
+        self._high_resolution = high_resolution
+        self._iterator: _Iterator | None = None
         self._targets: list[TeacherTargets] = []
         self._micro_batches: list[dict[str, Tensor]] = []
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
@@ -180,14 +201,17 @@ class DinoTrainer(CheckpointedTrainer):
             return super().get_train_dataloader()
         return self._data_loader(self._sampler)
 
-    def _data_loader(self, sampler: EpochSampler | StreamSampler) -> DataLoader:
+    def _data_loader(self, sampler: EpochSampler | StreamSampler, *, high_resolution: bool = False) -> DataLoader:
         args = self.args
+        dataset, collator = cast(Dataset, self.train_dataset), self.data_collator
+        if high_resolution:
+            dataset, collator = cast(tuple[Dataset, Any], self._high_resolution)
         loader = DataLoader(
-            cast(Dataset, self.train_dataset),
+            dataset,
             batch_size=args.per_device_train_batch_size,
             sampler=sampler,
             drop_last=True,
-            collate_fn=self.data_collator,
+            collate_fn=collator,
             num_workers=args.dataloader_num_workers,
             timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
             pin_memory=args.dataloader_pin_memory,
@@ -208,33 +232,49 @@ class DinoTrainer(CheckpointedTrainer):
             RuntimeError: a worker hangs or dies a second time; names the images it may have been reading.
         """
         started = time.perf_counter()
-        iterator = self._replaced[1] if self._replaced[0] is epoch_iterator else epoch_iterator
+        if self._iterator is None or self._iterator.of_epoch is not epoch_iterator:
+            self._iterator = _Iterator(epoch_iterator, epoch_iterator)
+        if self._is_high_resolution() and not self._iterator.high_resolution:
+            self._iterator.high_resolution = True
+            self._restart_workers(self._iterator, 0)
         batches: list[dict[str, Tensor]] = []
         while len(batches) < num_batches:
             try:
-                batches.append(next(iterator))
+                batches.append(next(self._iterator.batches))
             except StopIteration:
                 break
             except RuntimeError as error:
                 if self._sampler is None or "DataLoader" not in str(error):
                     raise
                 names = ", ".join(self._undelivered_images(len(batches)))
-                if self._replaced[0] is epoch_iterator:
+                if self._iterator.failed:
                     error.add_note(f"It happened twice. One of these images was being read: {names}.")
                     raise
                 logger.warning("%s Workers are started again. Being read was one of: %s.", error, names)
-                iterator = iter(self._data_loader(self._sampler_after(len(batches))))
-                self._replaced = (epoch_iterator, iterator)
+                self._iterator.failed = True
+                self._restart_workers(self._iterator, len(batches))
         self._waited += time.perf_counter() - started
         self._micro_batches = batches if len(batches) > 1 and self.args.centering == "sinkhorn" else []
         return batches, None
+
+    def _restart_workers(self, iterator: "_Iterator", micro_batches: int) -> None:
+        sampler = self._sampler_after(micro_batches)
+        loader = self._data_loader(sampler, high_resolution=iterator.high_resolution)
+        cast(Any, loader).set_epoch(sampler.epoch)  # accelerate's loader counts epochs itself, from 0
+        iterator.batches = iter(loader)
+
+    def _is_high_resolution(self) -> bool:
+        """Whether the running step is one of the last ones, with larger crops."""
+        if not self.args.high_resolution_steps:
+            return False
+        return self.state.global_step >= self.args.first_high_resolution_step(self.state.max_steps)
 
     def _sampler_after(self, micro_batches: int) -> EpochSampler:
         """A sampler of the running epoch from the first image that no step has got, `micro_batches` on."""
         sampler = copy.copy(cast("EpochSampler", self._sampler))
         epoch, offset = sampler.position(self.state.global_step - self._first_step)
         per_micro_batch = self.args.per_device_train_batch_size * self.args.world_size
-        sampler.start_at(epoch, offset + micro_batches * per_micro_batch)
+        sampler.start_at(epoch, offset, skip=micro_batches * per_micro_batch)
         sampler.set_epoch(epoch)
         return sampler
 
@@ -482,7 +522,6 @@ def pretrain(
         NonFiniteError: a loss or gradient that is NaN or infinite.
         CollapseError: an alarm of collapse, with `args.stop_on_collapse`.
     """
-    from .data import DinoCollator
     from .images import default_image_processor
 
     set_seed(args.seed)
@@ -503,13 +542,12 @@ def pretrain(
             "or give more images (--data takes several sources)."
         )
     if data_collator is None:
-        rows, columns = (args.global_crop_size // side for side in config.patch_shape)
-        data_collator = DinoCollator(
-            (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
-        )
+        data_collator = _build_collator(args, config, args.global_crop_size)
+    high_resolution = _enlarged(args, config, train_dataset) if args.high_resolution_steps else None
     if image_processor is None:
         size = args.evaluation_size
-        image_processor = default_image_processor(size or args.global_crop_size, resize=size)
+        last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
+        image_processor = default_image_processor(size or last, resize=size)
     output = Path(cast(str, args.output_dir))  # Trainer's own default if it was not given
     watching = observers(
         args,
@@ -526,6 +564,7 @@ def pretrain(
         args,
         train_dataset=train_dataset,
         data_collator=data_collator,
+        high_resolution=high_resolution,
         callbacks=[*callbacks, *watching, metrics, alarms],
     )
     if trainer.is_world_process_zero():
@@ -651,20 +690,10 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Multi-crop views of `args.data`."""
-    from .augmentation import MultiCrop
-    from .data import BadImages, MultiCropDataset
+    from .data import BadImages
     from .images import load_images, stream_images
 
-    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
-    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
-    multi_crop = MultiCrop(
-        global_size=args.global_crop_size,
-        local_size=args.local_crop_size,
-        global_scale=args.global_crop_scale,
-        local_scale=args.local_crop_scale,
-        patch_size=math.lcm(*config.patch_shape),
-        **{name: getattr(args, name) for name in same_name},
-    )
+    multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
     record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
     if args.streaming:
@@ -674,6 +703,41 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     source = load_images(args.data, split="train", **columns)
     bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
     return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
+
+
+def _build_multi_crop(
+    args: PretrainingArguments, config: RegViTConfig, global_size: int, local_size: int
+) -> MultiCrop:
+    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
+    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
+    return MultiCrop(
+        global_size=global_size,
+        local_size=local_size,
+        global_scale=args.global_crop_scale,
+        local_scale=args.local_crop_scale,
+        patch_size=math.lcm(*config.patch_shape),
+        **{name: getattr(args, name) for name in same_name},
+    )
+
+
+def _build_collator(args: PretrainingArguments, config: RegViTConfig, global_size: int) -> DinoCollator:
+    rows, columns = (global_size // side for side in config.patch_shape)
+    return DinoCollator(
+        (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
+    )
+
+
+def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset) -> tuple[Dataset, DinoCollator]:
+    """The same images with the crops of the high-resolution steps."""
+    if not isinstance(dataset, MultiCropDataset):
+        raise ValueError(
+            f"high_resolution_steps works on a MultiCropDataset, not on {type(dataset).__name__}; use DinoTrainer "
+            "with its high_resolution argument."
+        )
+    size, local_size = args.high_resolution_size, args.high_resolution_local_size or args.local_crop_size
+    larger = copy.copy(dataset)  # shares the cache of decoded images
+    larger.multi_crop = _build_multi_crop(args, config, size, local_size)
+    return larger, _build_collator(args, config, size)
 
 
 def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:

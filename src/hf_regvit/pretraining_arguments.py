@@ -52,6 +52,13 @@ class PretrainingArguments(TrainingArguments):
         96, "Side of the local crops in pixels; a multiple of the patch. Official: 96 (98 for patch 14)."
     )
     num_local_crops: int = _field(8, "Local crops per image. Official: 8.")
+    high_resolution_steps: float = _field(
+        0.0, "Last steps, or share of the run, on larger crops; 0 for none. DINOv2: 10,000 steps of 518 pixels."
+    )
+    high_resolution_size: int = _field(518, "Side of the global crops in these steps, pixels. DINOv2: 518.")
+    high_resolution_local_size: int | None = _field(
+        None, "Side of the local crops in these steps, pixels; default: as before."
+    )
     global_crop_scale: list[float] = field(
         default_factory=lambda: [0.32, 1.0],
         metadata={"help": "Smallest and largest area share of a global crop. Official: 0.32 1.0."},
@@ -138,6 +145,11 @@ class PretrainingArguments(TrainingArguments):
     learning_rate_reference_batch: int = _field(
         1024, "Images per step for which learning_rate holds; 0 takes learning_rate as it is. Official: 1024."
     )
+    schedule: str = _field(
+        "cosine",
+        "'cosine' (DINOv2), or 'constant' after the warm-ups (DINOv3): learning rate, weight_decay and "
+        "teacher_momentum stay, their *_end and min_* count for nothing, and the run may be made longer later.",
+    )
     min_learning_rate: float = _field(1e-6, "Learning rate at the end. Official: 1e-6.")
     warmup_steps: float = _field(
         0.1, "Steps, or share of the run, of the linear learning-rate warm-up. Official: 0.1."
@@ -169,7 +181,7 @@ class PretrainingArguments(TrainingArguments):
     knn_steps: float = _field(
         0.25,
         "Steps between k-NN accuracies on the labelled 'validation' part of the data, if it has one; below 1 a share "
-        "of the run, at most 5000 steps; 0 for never.",
+        "of the run, 200 to 5000 steps; 0 for never.",
     )
     knn_max_images: int = _field(1000, "Images for k-NN, three quarters of them as neighbours.")
     linear_probe: bool = _field(False, "Also a linear classifier on the features that k-NN reads.")
@@ -219,6 +231,13 @@ class PretrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
                 raise ValueError(f"{name} is {value}; expected two shares between 0 and 1, the smaller one first.")
+        if self.schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule is {self.schedule!r}; expected 'cosine' or 'constant'.")
+        if self.high_resolution_steps and self.streaming:
+            raise ValueError(
+                "high_resolution_steps needs data with a length, and streaming has none. Start a second run on larger "
+                "crops with init_from."
+            )
         if self.remove_unused_columns:
             raise ValueError("remove_unused_columns is True; it would drop every crop. Leave it at False.")
         if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
@@ -245,22 +264,30 @@ class PretrainingArguments(TrainingArguments):
             return math.ceil(value * total_steps) if value < 1 else int(value)
 
         reference = self.learning_rate_reference_batch
-        scale = math.sqrt(self.images_per_step / reference) if reference else 1.0
+        learning_rate = self.learning_rate * (math.sqrt(self.images_per_step / reference) if reference else 1.0)
+        ends = (self.min_learning_rate, self.weight_decay_end, self.teacher_momentum_end)
+        if self.schedule == "constant":  # a cosine that ends where it starts
+            ends = (learning_rate, self.weight_decay, self.teacher_momentum)
         return Schedules(
             total_steps=total_steps,
-            learning_rate=self.learning_rate * scale,
-            min_learning_rate=self.min_learning_rate,
+            learning_rate=learning_rate,
+            min_learning_rate=ends[0],
             warmup_steps=steps(self.warmup_steps),
             freeze_last_layer_steps=steps(self.freeze_last_layer_steps),
             weight_decay=self.weight_decay,
-            weight_decay_end=self.weight_decay_end,
+            weight_decay_end=ends[1],
             teacher_momentum=self.teacher_momentum,
-            teacher_momentum_end=self.teacher_momentum_end,
+            teacher_momentum_end=ends[2],
             warmup_teacher_temperature=self.warmup_teacher_temperature,
             teacher_temperature=self.teacher_temperature,
             warmup_teacher_temperature_steps=steps(self.warmup_teacher_temperature_steps),
             freeze_backbone_steps=steps(self.freeze_backbone_steps),
         )
+
+    def first_high_resolution_step(self, total_steps: int) -> int:
+        """0-based step from which the crops are larger; `total_steps` where they never are."""
+        value = self.high_resolution_steps
+        return total_steps - (math.ceil(value * total_steps) if value < 1 else min(int(value), total_steps))
 
     def backbone_config(self) -> RegViTConfig:
         """Configuration of the backbone that the fields above describe."""

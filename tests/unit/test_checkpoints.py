@@ -26,6 +26,7 @@ from hf_regvit.checkpoints import (
     verify_checkpoint,
     write_manifest,
 )
+from hf_regvit.data import EpochSampler
 from hf_regvit.distillation import HeadShape
 from tiny_run import Crops, arguments, same_state, trained
 
@@ -365,7 +366,7 @@ class Failing(Crops):
         self.folder, self.how, self.times = folder, how, times
 
     def __getitem__(self, key):
-        if key[0] == 0 and torch.utils.data.get_worker_info() is not None:
+        if key[0] == 1 and torch.utils.data.get_worker_info() is not None:
             order = torch.utils.data.get_worker_info().id
             marks = len(list(self.folder.iterdir()))
             if order == 1 and marks < self.times:
@@ -412,3 +413,39 @@ def test_arguments_refuse_batches_that_are_split_or_sent_around(tmp_path):
         with pytest.raises(ValueError, match=name):
             arguments(tmp_path, accelerator_config={name: True})
     assert arguments(tmp_path).accelerator_config.dispatch_batches is False
+
+
+@pytest.mark.parametrize("images_per_step", [1, 3, 4])
+@pytest.mark.parametrize("num_images", [4, 10, 12])
+def test_positions_equal_a_loop(num_images, images_per_step):
+    """From any step on, a sampler that starts there yields what is left of the order, epoch after epoch."""
+
+    def order(start, epochs):
+        sampler = EpochSampler(num_images, seed=1, images_per_step=images_per_step)
+        sampler.start_at(*start)
+        keys = []
+        for epoch in range(start[0], epochs):
+            sampler.set_epoch(epoch)
+            keys += list(sampler)
+        return sampler, keys
+
+    sampler, whole = order((0, 0), 4)
+    assert len(whole) == 4 * (num_images // images_per_step) * images_per_step
+    for steps in range(3 * len(sampler) // images_per_step):
+        again, rest = order(sampler.position(steps), 4)
+        assert rest == whole[steps * images_per_step :]
+        rest = order(again.position(1), 4)[1]
+        assert rest == whole[(steps + 1) * images_per_step :]
+
+
+def test_processes_share_every_batch_of_one_process():
+    from accelerate.data_loader import BatchSamplerShard
+    from torch.utils.data import BatchSampler
+
+    one = list(BatchSampler(EpochSampler(23, seed=0, images_per_step=6), 6, drop_last=True))
+    shares = [
+        list(BatchSamplerShard(BatchSampler(EpochSampler(23, seed=0, images_per_step=6), 2, True), 3, rank))
+        for rank in range(3)
+    ]
+    assert [a + b + c for a, b, c in zip(*shares, strict=True)] == one
+    assert len(one) == 3

@@ -14,11 +14,13 @@ import oracles
 from hf_regvit import RegViTModel
 from hf_regvit.alarms import without_ids
 from hf_regvit.callbacks import MetricsFile, OnlineKNN, TrainingProgress, backbone_features
+from hf_regvit.data import DinoCollator
 from hf_regvit.distillation import HeadShape, PrototypeHead
 from hf_regvit.optimization import cosine_schedule, parameter_groups, parameter_rules, set_rates
 from hf_regvit.pretraining import PretrainingArguments, pretrain
 from tiny_run import (
     GRID,
+    PATCH,
     SHAPE,
     Crops,
     MasksOfTheImage,
@@ -107,6 +109,20 @@ def test_learning_rate_grows_with_the_root_of_the_batch(tmp_path):
     args = arguments(tmp_path, learning_rate=4e-3, learning_rate_reference_batch=1024, gradient_accumulation_steps=2)
     assert args.images_per_step == 6
     assert args.schedules(10).learning_rate == pytest.approx(4e-3 * math.sqrt(6 / 1024))
+
+
+def test_constant_schedules_stay_after_their_warm_ups(tmp_path):
+    options = {"learning_rate": 3e-3, "warmup_steps": 5, "weight_decay": 0.04, "teacher_momentum": 0.9}
+    cosine, constant = (arguments(tmp_path, schedule=name, **options).schedules(20) for name in ("cosine", "constant"))
+    for step in range(5):
+        assert constant.at(step).learning_rate == cosine.at(step).learning_rate
+    for step in (5, 12, 19, 20, 1000):
+        values = constant.at(step)
+        assert (values.learning_rate, values.weight_decay, values.teacher_momentum) == (3e-3, 0.04, 0.9)
+        assert values.teacher_temperature == pytest.approx(cosine.at(step).teacher_temperature)
+    assert cosine.at(19).learning_rate < 1e-3
+    with pytest.raises(ValueError, match="schedule is 'linear'"):
+        arguments(tmp_path, schedule="linear")
 
 
 # ---- Parameter rules ----
@@ -414,6 +430,45 @@ def test_joint_targets_are_those_of_the_whole_batch():
     assert (alone.cls - joint[0].cls).abs().max() > 1e-3
 
 
+class Sizes(TrainerCallback):
+    """Sides of the global crops that the student gets in each step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.register_forward_pre_hook(
+            lambda module, positional, named: self.seen.append(named["global_crops"].shape[-1]), with_kwargs=True
+        )
+
+
+def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path):
+    """3 steps per epoch; the phase begins with step 4, inside of the second epoch, and goes on in the third."""
+    small, large, sizes, plain = Crops(), Crops(global_size=6 * PATCH), Sizes(), Crops()
+    run = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "high_resolution_steps": 4}
+    larger = (large, DinoCollator((6, 6), mask_probability=1.0, seed=7))
+    whole = trained(tmp_path / "a", dataset=small, high_resolution=larger, callbacks=[sizes], **run)
+    assert sizes.seen == [16] * 4 + [24] * 4
+    trained(tmp_path / "b", dataset=plain, max_steps=8)
+    assert large.seen[:12] == plain.seen[12:24]
+    name = "embeddings.position_embeddings"
+    assert whole.model.student_backbone.get_parameter(name).shape[1] == 1 + GRID**2  # resampled as it is used
+    for step in (3, 6):
+        resumed = trained(
+            tmp_path / f"c{step}", high_resolution=larger, resume=str(tmp_path / "a" / f"checkpoint-{step}"), **run
+        )
+        assert same_state(whole.model.state_dict(), resumed.model.state_dict())
+
+
+def test_high_resolution_steps_need_data(tmp_path):
+    with pytest.raises(ValueError, match="high_resolution_steps is 2"):
+        trained(tmp_path, high_resolution_steps=2)
+    with pytest.raises(ValueError, match="MultiCropDataset, not on Crops"):
+        pretrain(arguments(tmp_path, high_resolution_steps=2), train_dataset=Crops())
+    with pytest.raises(ValueError, match="streaming has none"):
+        arguments(tmp_path, high_resolution_steps=2, streaming=True)
+
+
 def test_last_layer_stands_still_while_it_is_frozen(tmp_path):
     states = []
 
@@ -597,6 +652,23 @@ def test_pretrain_builds_its_own_data(tmp_path):
     processor = json.loads((tmp_path / "backbone" / "preprocessor_config.json").read_text())
     assert processor["size"] == {"shortest_edge": 32}
     assert processor["crop_size"] == {"height": 32, "width": 32}
+
+
+def test_pretrain_ends_on_larger_crops(tmp_path):
+    sizes = Sizes()
+    args = arguments(
+        tmp_path,
+        data="digits",
+        max_steps=4,
+        global_crop_size=24,
+        patch_size=8,
+        local_crop_size=16,
+        high_resolution_steps=0.5,
+        high_resolution_size=32,
+    )
+    pretrain(args, callbacks=[sizes])
+    assert sizes.seen == [24, 24, 32, 32]
+    assert json.loads((tmp_path / "backbone" / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
 
 
 # ---- Observers ----
