@@ -9,7 +9,7 @@
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -225,12 +225,6 @@ def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Pat
     path = Path(folder) / "curves.png"
     save_figure(curves_figure(lines, num_prototypes=num_prototypes), path)
     return path
-
-
-def best_and_last(entries: Sequence[Mapping[str, float]], key: str) -> tuple[float, float] | None:
-    """Largest and last value of one key of the log."""
-    values = [entry[key] for entry in entries if key in entry]
-    return (max(values), values[-1]) if values else None
 
 
 def write_card(
