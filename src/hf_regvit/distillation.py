@@ -298,8 +298,11 @@ class SelfDistillation(nn.Module):
 
     def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
         """Teacher head outputs of CLS `(G * B, K)` and of the masked patches `(M, K')`."""
-        tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
-        return self._logits(self.teacher, *tokens)
+        # Inference mode starts kernels faster. FSDP2 gathers parameters into buffers that outlive it: not for them.
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.teacher.parameters())
+        with torch.no_grad() if sharded else torch.inference_mode():
+            tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
+            return self._logits(self.teacher, *tokens)
 
     def _targets(self, cls_logits: Tensor, masked_logits: Tensor, num_global: int) -> TeacherTargets:
         cls = self._probabilities(cls_logits, self.dino_center)

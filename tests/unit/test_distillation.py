@@ -82,6 +82,15 @@ def test_backbones_whose_cls_is_something_else_are_refused(fields):
         tiny_network(config=tiny_config(**fields))
 
 
+def test_targets_can_be_used_where_gradients_are_recorded():
+    """The teacher runs in inference mode, whose tensors no backward pass accepts; its targets are ordinary ones."""
+    network, batch = tiny_network(), tiny_batch()
+    one = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
+    (joint,) = network.joint_targets([batch])
+    assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (*one, *joint))
+    assert torch.equal(one.cls, joint.cls)
+
+
 # ---- Losses without logits ----
 
 
