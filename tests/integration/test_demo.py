@@ -154,7 +154,7 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
     (tmp_path / "run" / "checkpoint-3").mkdir()
     (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": ')
     assert demo.main([*arguments, str(tmp_path / "run")]) == 0
-    assert "continuing at step 2" in capsys.readouterr().out
+    assert "Pretraining   continuing" in capsys.readouterr().out
     expected = load_file(tmp_path / "unbroken" / "backbone" / "model.safetensors")
     actual = load_file(tmp_path / "run" / "backbone" / "model.safetensors")
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
