@@ -27,7 +27,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
@@ -187,6 +187,17 @@ class DinoTrainer(CheckpointedTrainer):
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TrainingProgress())
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Accelerate's, with one precision for every kind of parallelism: autocast over float32 parameters.
+
+        For FSDP2 accelerate would also gather parameters, reduce gradients and hand over mask weights and the loss in
+        bf16. The prototypes, which run in float32, would be rounded before they are used. Parameters are gathered in
+        float32 instead, twice the bytes.
+        """
+        super().create_accelerator_and_postprocess()
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
     # The data: every process takes its share of one order, from any position in it.
 
@@ -408,7 +419,8 @@ class DinoTrainer(CheckpointedTrainer):
                 self._targets = self.model.joint_targets(batches)
         if self._targets:
             tensors = {**tensors, "targets": self._targets.pop(0)}
-        outputs = model(**tensors)
+        with self.accelerator.autocast():
+            outputs = model(**tensors)
         self._guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), outputs)
         self._record({name: value for name, value in outputs.items() if name != "loss"})
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]

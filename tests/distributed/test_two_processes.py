@@ -55,6 +55,16 @@ def test_two_processes_equal_one_with_the_doubled_batch(run, kind, centering):
         assert (one["state"][f"{half}.backbone.layernorm.weight"] - 1).abs().max() > 1e-4
 
 
+def test_sharding_does_not_change_the_precision_of_bf16(run):
+    """Autocast over float32 parameters in both: what differs is the order of sums, not what is rounded to bf16."""
+    one = run.one["softmax"]
+    for ddp, fsdp in zip(run("ddp_bf16"), run("fsdp_bf16"), strict=True):
+        assert_close(fsdp["gradients"], ddp["gradients"], atol=1e-5)
+        assert_close(fsdp["state"], ddp["state"], atol=1e-5)
+    rounded = max((ddp["gradients"][name] - one["gradients"][name]).abs().max() for name in one["gradients"])
+    assert rounded > 1e-3
+
+
 @pytest.mark.parametrize("name", ["ddp_softmax", "ddp_sinkhorn", "fsdp_softmax", "fsdp_sinkhorn", "unequal_masks"])
 def test_both_processes_hold_the_same_bits(run, name):
     first, second = run(name)

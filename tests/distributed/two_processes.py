@@ -119,6 +119,9 @@ def scenarios(folder: Path) -> dict:
         results[f"ddp_{centering}"] = outcome(folder / f"ddp_{centering}", centering=centering, **saving)
         with sharding() as fsdp:
             results[f"fsdp_{centering}"] = outcome(folder / f"fsdp_{centering}", centering=centering, **fsdp, **saving)
+    results["ddp_bf16"] = outcome(folder / "ddp_bf16", bf16=True)
+    with sharding() as fsdp:
+        results["fsdp_bf16"] = outcome(folder / "fsdp_bf16", bf16=True, **fsdp)
     results["accumulated"] = outcome(
         folder / "accumulated", centering="sinkhorn", per_device_train_batch_size=1, gradient_accumulation_steps=3
     )
