@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .augmentation import MultiCrop, normalize_pixels
-from .images import BadImageError, ImageLimits, ImageSource, ImageStream, StreamRecord, open_image
+from .images import BadImageError, ImageLimits, ImageSource, ImageStream, StreamRecord, open_image, printable
 
 logger = logging.getLogger(__name__)
 
@@ -146,7 +146,8 @@ class BadImages:
     def _summary(self, seen: int, bad: int) -> str:
         self._read_others()
         kinds = Counter(record["kind"] for record in self._records.values()).most_common()
-        examples = "; ".join(f"'{record['path']}': {record['reason']}" for record in list(self._records.values())[:3])
+        first = list(self._records.values())[:3]
+        examples = "; ".join(f"'{printable(record['path'])}': {record['reason']}" for record in first)
         listed = f" All are listed in '{self.path}'." if self.path else ""
         return (
             f"{bad} of the {seen} images seen so far cannot be used, more than max_bad_share={self.max_bad_share:g} "

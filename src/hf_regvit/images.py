@@ -98,7 +98,12 @@ class BadImageError(ValueError):
         self.path, self.reason, self.kind = path, reason, kind
 
     def __str__(self) -> str:
-        return f"Cannot use image '{self.path}': {self.reason}."
+        return f"Cannot use image '{printable(self.path)}': {self.reason}."
+
+
+def printable(name: str) -> str:
+    """A name for messages: bytes that are no UTF-8 become escapes, which every terminal and log can take."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 class MissingSplitError(ValueError):

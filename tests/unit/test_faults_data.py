@@ -512,7 +512,7 @@ def test_F30_equal_names_in_different_folders_keep_their_ids(tmp_path):
     assert len(set(load_images([tmp_path / "a", tmp_path / "b"]).ids)) == 2
 
 
-def test_F32_name_that_is_no_utf8(tmp_path):
+def test_F32_name_that_is_no_utf8(tmp_path, caplog):
     make_folder(tmp_path / "set", ["a.png"])
     try:
         (tmp_path / "set" / "a.png").rename(tmp_path / "set" / os.fsdecode(b"\xff.png"))
@@ -524,6 +524,7 @@ def test_F32_name_that_is_no_utf8(tmp_path):
     bad = data.BadImages(tmp_path / "bad_images.jsonl", max_bad_share=1.0, num_images=1)
     with pytest.raises(data.TooManyBadImagesError):
         crops_of(source, bad)[(0, 0)]
+    assert r"\xff.png" in caplog.text.encode().decode()  # a terminal can print it
     (record,) = lines_of(tmp_path / "bad_images.jsonl")
     assert os.fsencode(record["path"]).endswith(b"/\xff.png")
 
