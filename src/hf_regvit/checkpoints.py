@@ -355,6 +355,13 @@ class CheckpointedTrainer(Trainer):
                     verify_checkpoint(answer)
                 except CheckpointCorruptError as error:
                     answer = error
+            elif (old := list_checkpoints(run)) and self.state.global_step == 0:
+                logger.warning(
+                    "%s holds %s of an earlier run. This one starts anew; resume_from_checkpoint=last would take the "
+                    "newest of both. Another output_dir keeps them apart.",
+                    run,
+                    old[-1].name,
+                )
         answer = _from_first(answer)
         if isinstance(answer, CheckpointCorruptError):
             raise answer

@@ -251,11 +251,12 @@ def test_an_error_that_is_not_the_disks_is_not_swallowed(tmp_path, monkeypatch):
         trained(tmp_path, **SAVING)
 
 
-def test_what_a_killed_run_left_is_cleared_away(run):
+def test_what_a_killed_run_left_is_cleared_away(run, caplog):
     (run / STAGING / "checkpoint-8").mkdir(parents=True)
     (run / STAGING / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
     trained(run, max_steps=1)
     assert not (run / STAGING).exists()
+    assert "holds checkpoint-6 of an earlier run" in caplog.text
 
 
 # ---- Signals ----

@@ -17,7 +17,7 @@ from hf_regvit.callbacks import MetricsFile, OnlineKNN, TrainingProgress, backbo
 from hf_regvit.data import DinoCollator
 from hf_regvit.distillation import HeadShape, PrototypeHead
 from hf_regvit.optimization import cosine_schedule, parameter_groups, parameter_rules, set_rates
-from hf_regvit.pretraining import PretrainingArguments, pretrain
+from hf_regvit.pretraining import DinoTrainer, PretrainingArguments, pretrain
 from tiny_run import (
     GRID,
     PATCH,
@@ -467,6 +467,13 @@ def test_high_resolution_steps_need_data(tmp_path):
         pretrain(arguments(tmp_path, high_resolution_steps=2), train_dataset=Crops())
     with pytest.raises(ValueError, match="streaming has none"):
         arguments(tmp_path, high_resolution_steps=2, streaming=True)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match=r"2 GPUs in one process.*DataParallel.*accelerate launch"):
+        DinoTrainer(tiny_network(), args, train_dataset=Crops(), data_collator=MasksOfTheImage())
 
 
 def test_last_layer_stands_still_while_it_is_frozen(tmp_path):
