@@ -93,6 +93,9 @@ class _StepRules(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kwargs["model"].update_teacher(self.values.teacher_momentum)
+        # The step that ends here is not counted yet.
+        if args.gram_loss_weight and (state.global_step + 1) % args.gram_refresh_steps == 0:
+            kwargs["model"].refresh_gram_teacher()
 
 
 @dataclass
@@ -691,6 +694,9 @@ def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel
         dino_loss_weight=args.dino_loss_weight,
         ibot_loss_weight=args.ibot_loss_weight,
         koleo_loss_weight=args.koleo_loss_weight,
+        koleo_gathered=args.koleo_gathered,
+        koleo_neighbours=args.koleo_neighbours,
+        gram_loss_weight=args.gram_loss_weight,
     )
 
 
@@ -722,6 +728,7 @@ def _build_multi_crop(
 ) -> MultiCrop:
     same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
     same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
+    same_name += ["flip_probability", "share_jitter", "locals_from_globals"]
     return MultiCrop(
         global_size=global_size,
         local_size=local_size,

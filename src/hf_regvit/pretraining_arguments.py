@@ -80,6 +80,9 @@ class PretrainingArguments(TrainingArguments):
         metadata={"help": "Smallest and largest blur sigma in pixels. Official: 0.1 2.0."},
     )
     solarize_probability: float = _field(0.2, "Share of second global crops that are solarized. Official: 0.2.")
+    flip_probability: float = _field(0.5, "Share of crops that are mirrored. DINOv2: 0.5; DINOv3 7B: 0.")
+    share_jitter: bool = _field(False, "One colour jitter for all crops of an image. DINOv3's option; DINOv2: no.")
+    locals_from_globals: bool = _field(False, "Cut the local crops from the global ones. DINOv3's option; DINOv2: no.")
     mask_ratio: list[float] = field(
         default_factory=lambda: [0.1, 0.5],
         metadata={"help": "Smallest and largest share of masked patches in a masked crop. Official: 0.1 0.5."},
@@ -128,6 +131,16 @@ class PretrainingArguments(TrainingArguments):
     ibot_loss_weight: float = _field(1.0, "Weight of the masked-patch term; 0 switches it off. Official: 1.")
     koleo_loss_weight: float = _field(
         0.1, "Weight of KoLeo per global crop; set 0 below 16 images per process. Official: 0.1."
+    )
+    koleo_gathered: bool = _field(False, "KoLeo looks for neighbours in all processes. DINOv3's option; DINOv2: no.")
+    koleo_neighbours: int = _field(1, "Nearest neighbours that KoLeo pushes each image away from. Official: 1.")
+    gram_loss_weight: float = _field(
+        0.0,
+        "Weight of Gram anchoring: similarities of patches stay near those of an earlier teacher. For the late part "
+        "of a long run, with --init_from. DINOv3: 2; DINOv2: 0.",
+    )
+    gram_refresh_steps: int = _field(
+        10000, "Steps after which the present teacher becomes the one that Gram anchoring holds on to. DINOv3: 10000."
     )
     centering: str = _field("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
     center_momentum: float = _field(0.9, "Share of the old center kept per step. Official: 0.9.")
@@ -249,6 +262,8 @@ class PretrainingArguments(TrainingArguments):
                 f"{loading.dispatch_batches}; expected neither: the rows of a batch of masks are not its images."
             )
         loading.dispatch_batches = False
+        if self.gram_refresh_steps < 1:
+            raise ValueError(f"gram_refresh_steps is {self.gram_refresh_steps}; expected at least 1 step.")
         if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
             raise ValueError("KoLeo compares images of one batch; with a batch of 1 set koleo_loss_weight=0.")
 
