@@ -25,6 +25,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 import yaml
+from accelerate.utils import DynamoBackend
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
@@ -184,6 +185,10 @@ class DinoTrainer(CheckpointedTrainer):
             data_collator=data_collator,
             callbacks=[self._rules, self._guard, *callbacks],
         )
+        if args.torch_compile:
+            # The blocks instead of the whole module, whose number of masked patches changes with every batch.
+            self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+            model.compile_blocks(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._guard.check_gradients = self.accelerator.scaler is None  # a scaler skips steps that overflow by itself
         # Trainer prints raw dictionaries; the progress bar and the metrics file say the same once.
         self.remove_callback(PrinterCallback)
