@@ -156,7 +156,24 @@ class BadImages:
         )
 
 
-class MultiCropDataset(Dataset[dict[str, Any]]):
+class _OneThreadOfOpenCV:
+    """What a data set for loader workers is: one worker is one core, so OpenCV gets no pool of threads.
+
+    It is switched off where the data set is made, before workers are forked from that process. In a forked worker it
+    would be too late: taking down a pool whose threads stayed behind in the parent never returns.
+    """
+
+    def __init__(self) -> None:
+        import cv2
+
+        cv2.setNumThreads(0)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a worker that was spawned, not forked
+        _OneThreadOfOpenCV.__init__(self)
+        self.__dict__.update(state)
+
+
+class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
     """Crops of the images of a source, indexed by `(epoch, index)` as `EpochSampler` yields them.
 
     Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) uint8, `sample_id` and `epoch` int.
@@ -179,6 +196,7 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
         cache_bytes: int = 256 * 2**20,
         bad_images: BadImages | None = None,
     ) -> None:
+        super().__init__()
         self.source, self.multi_crop, self.seed, self.cache_bytes = source, multi_crop, seed, cache_bytes
         self.bad_images = bad_images
         if bad_images is not None:
@@ -193,7 +211,6 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         if not isinstance(key, tuple):
             raise TypeError(f"MultiCropDataset[{key!r}]: expected (epoch, index). Use EpochSampler as the sampler.")
-        _leave_cores_to_other_workers()
         epoch, index = key
         crops = self.multi_crop(self._usable_image(epoch, index), seed=self.seed, epoch=epoch, sample_id=index)
         return {**crops, "sample_id": index, "epoch": epoch}
@@ -226,13 +243,6 @@ class MultiCropDataset(Dataset[dict[str, Any]]):
                 self._cache[index] = image
                 self._cached_bytes += size
         return image
-
-
-def _leave_cores_to_other_workers() -> None:
-    import cv2
-
-    if torch.utils.data.get_worker_info() is not None and cv2.getNumThreads() > 1:
-        cv2.setNumThreads(1)  # one worker is one core; OpenCV's pool would fight with the other workers
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
@@ -476,7 +486,7 @@ def stream_sample_id(id: str) -> int:
     return int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
-class MultiCropStream(Dataset[dict[str, Any]]):
+class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
     """Crops of the images of streams, indexed by the keys of a `StreamSampler`; items as in `MultiCropDataset`.
 
     An image that cannot be used is replaced by another one of the same batch, drawn from (seed, pass, id), with the
@@ -501,6 +511,7 @@ class MultiCropStream(Dataset[dict[str, Any]]):
         limits: ImageLimits | None = None,
         bad_images: BadImages | None = None,
     ) -> None:
+        super().__init__()
         self.streams, self.multi_crop, self.seed, self.weights = list(streams), multi_crop, seed, weights
         self.limits, self.bad_images = limits or ImageLimits(), bad_images
 
@@ -530,7 +541,6 @@ class MultiCropStream(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[dict[str, Any]]:
         """The items of one batch; a `DataLoader` calls it."""
-        _leave_cores_to_other_workers()
         images = [self._open(*key) for key in keys]
         good = [image for image in images if image is not None]
         items = []

@@ -68,6 +68,19 @@ class TestDataset:
         assert len(dataset._cache) == min(len(dataset), budget // (64 * 64 * 4))
         assert all(torch.equal(crops, dataset[(0, i)]["global_crops"]) for i, crops in enumerate(first))
 
+    def test_workers_start_where_opencv_has_threads(self, tiles):
+        """A pool that the parent has used cannot be taken down in a forked worker: that once hung for ever."""
+        import cv2
+
+        cv2.setNumThreads(2)
+        picture = np.zeros((2000, 2000, 3), np.uint8)
+        for _ in range(3):
+            cv2.GaussianBlur(picture, (9, 9), 2.0)  # large enough for OpenCV to start its pool
+        dataset = small_set(tiles)
+        loader = torch.utils.data.DataLoader(dataset, sampler=[(0, 0), (0, 1)], num_workers=1, timeout=60)
+        assert len(list(loader)) == 2
+        assert cv2.getNumThreads() == 1
+
     @pytest.mark.parametrize("num_workers", [0, 1, 2])
     def test_batches_do_not_depend_on_workers(self, tiles, num_workers):
         dataset = small_set(tiles)
