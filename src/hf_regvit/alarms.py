@@ -405,7 +405,7 @@ def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
 
 
 # Measured on the photographs with a ViT of 2 blocks and width 96, K = 256, B = 16, 60 steps; smallest and largest
-# value from step 5 on, by the recipe of tests/integration/test_alarms.py with several seeds:
+# value from step 5 on, by the recipe of tests/integration/test_alarms_in_runs.py with several seeds:
 #
 #                                           entropy/ln K  loss/ln K   marginal/ln 2B  std of CLS  effective rank
 #   healthy, softmax centering, 5 seeds     0.13 - 0.41   0.32 - 0.69   0.55 - 1.03   0.69 - 0.80   3.1 - 3.6
