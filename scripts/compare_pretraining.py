@@ -55,9 +55,11 @@ def main() -> None:
         cores.put(core)
     with ThreadPoolExecutor(len(args.cores)) as pool:
         list(pool.map(lambda job: run_pinned(*job, args.peer_python, cores), jobs))
-    results = [evaluate(side, settings, args) for side, settings in jobs]
     untrained = evaluate_backbone(untrained_backbone(args.seeds[0]), args)
-    (args.output_dir / "results.json").write_text(json.dumps({"untrained": untrained, "runs": results}, indent=2))
+    results: list[dict] = []
+    for side, settings in jobs:  # written after each: reading the features of all runs takes its time
+        results.append(evaluate(side, settings, args))
+        (args.output_dir / "results.json").write_text(json.dumps({"untrained": untrained, "runs": results}, indent=2))
     print_tables(untrained, results, args)
 
 
