@@ -50,10 +50,17 @@ ALLOWED: dict[str, set[str] | None] = {
     "pretraining_arguments": {"configuration_regvit", "optimization"},
     "pretraining": JOBS
     | {"callbacks", "checkpoints", "distillation", "monitors", "alarms", "run_folder", "pretraining_arguments"},
-    "finetuning": JOBS | {"callbacks", "checkpoints"},
+    "finetuning_arguments": set(),
+    "finetuning_data": {"data", "images", "finetuning_arguments"},
+    "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
+    "finetuning_folder": MODEL | {"figures", "finetuning_arguments", "run_folder"},
+    "finetuning": JOBS
+    | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification"}
+    | {"finetuning_arguments", "finetuning_data", "finetuning_folder"},
     "figures": RESULTS,
     "report": RESULTS | {"figures"},
     "hub": RESULTS,
+    "exploration": RESULTS | {"images", "figures"},
     "demo": ANYTHING,
     "arguments": ANYTHING,
     "cli": ANYTHING,
