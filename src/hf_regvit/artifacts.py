@@ -1152,7 +1152,7 @@ def register_controls(
         model: A model with registers; left as it was.
         pixel_values: (n, 3, H, W), at least two images; their order decides who is shuffled with whom.
         labels: (n,) classes; then the accuracy of 5 nearest neighbours on CLS, each half judged by the other, is
-            measured too. Only where at least 20 images have labels.
+            measured too. Only where at least 20 images have a class that both halves hold.
         kinds: Which controls.
         batch_size: Images of one forward pass.
         seed: Of noise and shuffling.
@@ -1230,7 +1230,10 @@ def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
 
 def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20) -> float | None:
     """Accuracy of k nearest neighbours on CLS (first token): even images judged by odd ones and the reverse."""
-    if labels is None or len(labels) < fewest:
+    if labels is None:
+        return None
+    shared = np.intersect1d(labels[0::2].numpy(), labels[1::2].numpy())
+    if np.isin(labels.numpy(), shared).sum() < fewest:  # a class that one half lacks cannot be found by it
         return None
     halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
     accuracies = [

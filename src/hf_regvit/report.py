@@ -202,7 +202,9 @@ def _pictures(report: ArtifactReport) -> str:
             _map_panel(np.asarray(values), "magma", f"attention of register {i + 1}")
             for i, values in enumerate(example["attention_registers"])
         ]
-        rows.append(f'<div class=example title="{html.escape(str(example["id"]))}">{"".join(panels)}</div>')
+        # With registers the panels of one photograph take a whole row, so that none stands alone below.
+        wide = f' wide" style="--panels:{len(panels)}' if len(panels) > 3 else ""
+        rows.append(f'<div class="example{wide}" title="{html.escape(str(example["id"]))}">{"".join(panels)}</div>')
     return f"<div class=examples>{''.join(rows)}</div>" if rows else "<p>No examples were kept.</p>"
 
 
@@ -356,9 +358,20 @@ def _registers(report: ArtifactReport) -> str:
         text += (
             "<h3>Controls: registers replaced between the blocks</h3><p>If a data set's mean or other "
             "images' registers do as well, their content per image matters little; zeros overstate it.</p>"
-            + _tables(report.controls)
+            + _controls(report.controls)
         )
     return text
+
+
+def _controls(controls: Mapping[str, Any]) -> str:
+    kinds = {name: entry for name, entry in controls.items() if isinstance(entry, Mapping)}
+    names = {"cls_cosine": "cosine of CLS with the undisturbed one", "patch_cosine": "of the patches", "knn": "5-NN"}
+    shown = {key: label for key, label in names.items() if any(e.get(key) is not None for e in kinds.values())}
+    rows = [[kind, *(_number(entry.get(key), 4) for key in shown)] for kind, entry in kinds.items()]
+    first, last = controls["blocks"]
+    return _table(["registers", *shown.values()], rows) + (
+        f"<p class=lead>{controls['num_images']} images, replaced at the outputs of blocks {first} to {last}.</p>"
+    )
 
 
 _PROBES_TEXT = (
@@ -390,14 +403,14 @@ def _method(report: ArtifactReport) -> str:
         ["separation (Ashman's D)", f"{report.separation:.2f}"],
         ["cost of one image", f"{model['gmacs']:.2f} G multiply-adds on {_by(report.outliers['grid'])} patches"],
         *([html.escape(str(key)), _cell(value)] for key, value in report.settings.items()),
-        *([f"version of {html.escape(key)}", html.escape(value)] for key, value in report.versions.items()),
-        *([f"seconds, {html.escape(key)}", f"{value:.1f}"] for key, value in report.seconds.items()),
+        ["versions", html.escape(", ".join(f"{key} {value}" for key, value in report.versions.items()))],
+        ["seconds", html.escape(", ".join(f"{key} {value:.1f}" for key, value in report.seconds.items()))],
     ]
     skipped = ""
     if report.skipped:
         rows = [[html.escape(str(v)) for v in entry.values()] for entry in report.skipped[:50]]
         skipped = f"<h3>Left out: {len(report.skipped)} images</h3>" + _table(["image", "reason"], rows, escape=False)
-    return _table(["setting", ""], settings, escape=False) + skipped
+    return f"<div class=settings>{_table(['setting', ''], settings, escape=False)}</div>{skipped}"
 
 
 # --- Parts of a page
@@ -430,8 +443,8 @@ def _cell(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _by(grid: Sequence[int]) -> str:
@@ -501,6 +514,9 @@ section { background: #fff; border-radius: .6rem; padding: 1.3rem 1.4rem; margin
 .examples { display: flex; flex-wrap: wrap; gap: 1.2rem 2rem; }
 .example { display: flex; flex-wrap: wrap; gap: .6rem; }
 .example figure { width: 9.2rem; }
+.example.wide { display: grid; grid-template-columns: repeat(var(--panels), minmax(0, 1fr)); width: 100%; }
+.example.wide figure { width: auto; }
+.settings td:first-child { white-space: nowrap; }
 .row { display: flex; flex-wrap: wrap; gap: 1rem; margin-top: .9rem; }
 .row figure { width: min(19rem, 100%); }
 figure { margin: 0; }
@@ -517,7 +533,8 @@ th { text-align: left; font-weight: 600; border-bottom: 1px solid #bbb; overflow
 th, td { padding: .3rem .7rem .3rem 0; vertical-align: top; }
 td { border-bottom: 1px solid #eee; overflow-wrap: anywhere; }
 @media (max-width: 34rem) { main { padding: 1rem .6rem 3rem; } section { padding: 1rem .8rem; }
-  .example figure { width: calc(33% - .45rem); } h1 { font-size: 1.5rem; } }
+  .example figure { width: calc(33% - .45rem); }
+  .example.wide { grid-template-columns: repeat(3, minmax(0, 1fr)); } h1 { font-size: 1.5rem; } }
 @media print { body { background: #fff; } section { break-inside: avoid; } }
 """
 

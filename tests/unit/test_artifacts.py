@@ -710,6 +710,8 @@ def test_neighbour_accuracy_where_labels_exist():
     assert result["clean"]["knn"] == 1.0
     assert result["mean"]["knn"] == 1.0
     assert register_controls(model, pixels[:10], labels=labels[:10])["clean"]["knn"] is None
+    alone = torch.arange(len(labels))  # every image a class of its own: no neighbour can be right
+    assert register_controls(model, pixels, labels=alone)["clean"]["knn"] is None
 
 
 def test_controls_that_cannot_be_made():
