@@ -19,10 +19,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_regvit.evaluation import (
+from hf_regvit.features import describe_model, load_model
+from hf_regvit.images import load_images
+from hf_regvit.intervals import bootstrap_interval
+from hf_regvit.lost import AttentionSettings
+from hf_regvit.object_discovery import (
     LostGrid,
     Overlaps,
-    bootstrap_interval,
     choose,
     ground_truth_boxes,
     halves,
@@ -30,9 +33,6 @@ from hf_regvit.evaluation import (
     measure_overlaps,
     score_methods,
 )
-from hf_regvit.features import describe_model, load_model
-from hf_regvit.images import load_images
-from hf_regvit.lost import AttentionSettings
 
 
 def percent(value: float, interval: Sequence[float]) -> str:

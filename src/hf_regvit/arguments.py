@@ -107,15 +107,48 @@ class EvaluateArguments:
         metadata={
             "aliases": ["--model"],
             "action": "extend",
-            "help": "Folder, Hub id or timm/NAME of a model; several are evaluated one after the other.",
+            "help": "Folder, Hub id or timm/NAME of a model; several are put side by side, the first as reference.",
         }
     )
-    data: str = field(metadata={"help": "Parquet file, folder of them, or Hub data set: images to judge on."})
-    train_data: str | None = field(
-        default=None, metadata={"help": "Images to choose settings on; default half of --data, the rest is judged."}
+    data: str = field(
+        metadata={
+            "aliases": ["--validation_dir"],
+            "help": "Folder with class folders, parquet, Hub data set, photos or digits: images to judge on; without "
+            "--train_data its train part is fitted on.",
+        }
     )
-    tasks: list[str] = field(default_factory=lambda: ["lost"], metadata={"help": "lost: object discovery."})
-    output_dir: str = field(default="evaluation", metadata={"help": "Folder to write report.json to."})
+    train_data: str | None = field(
+        default=None, metadata={"aliases": ["--train_dir"], "help": "Images to fit and choose on."}
+    )
+    train_val_split: float | None = field(
+        default=None, metadata={"help": "Share to judge on, class by class, where --data has no validation part."}
+    )
+    segmentation_data: str | None = field(default=None, metadata={"help": "Images with masks; default --data."})
+    depth_data: str | None = field(default=None, metadata={"help": "Images with depths; default --data."})
+    lost_data: str | None = field(default=None, metadata={"help": "Images with boxes; default --data."})
+    tasks: list[str] = field(
+        default_factory=lambda: ["knn", "linear"],
+        metadata={
+            "help": "Among knn linear logistic few_shot retrieval robustness (labels), segmentation (masks), depth, "
+            "lost (boxes: object discovery)."
+        },
+    )
+    output_dir: str = field(default="evaluation", metadata={"help": "Folder to write report.json and report.md to."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Folder to keep features in; default features inside --output_dir."}
+    )
+    image_size: int | None = field(
+        default=None, metadata={"help": "Side of the centre crop in pixels; default the model's own."}
+    )
+    image_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes that robustness judges at, pixels."})
+    knn_k: list[int] | None = field(default=None, metadata={"help": "Neighbours; default 10 20 100 200."})
+    linear_steps: int = field(default=2000, metadata={"help": "SGD steps of the linear probe."})
+    select_on: str = field(
+        default="held_out",
+        metadata={"help": "held_out: choose on a tenth of the training images; judged: as the official probe does."},
+    )
+    shots: list[int] | None = field(default=None, metadata={"help": "Few-shot images a class; default 1 5 10."})
+    num_tries: int = field(default=5, metadata={"help": "Draws of the few-shot images."})
     boxes: str | None = field(
         default=None, metadata={"help": "Column of ground-truth boxes; default objects, bbox or boxes."}
     )
@@ -128,10 +161,40 @@ class EvaluateArguments:
         default=None, metadata={"help": "Added to cosines; with --lost_l2norm false to dot products."}
     )
     lost_k: list[int] | None = field(default=None, metadata={"help": "Patches to expand among; default 100."})
-    max_side: int = field(default=640, metadata={"help": "Larger images are read at this longer side, pixels."})
-    max_images: int | None = field(default=None, metadata={"help": "Use at most this many images, drawn by --seed."})
+    max_side: int = field(default=640, metadata={"help": "Larger images are read by lost at this longer side."})
+    max_images: int | None = field(
+        default=None, metadata={"help": "Use at most this many images of each part, drawn by --seed."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
     device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
     seed: int = field(default=0, metadata={"help": "Of the halves, of draws and of the intervals."})
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `evaluate_backbone`."""
+        from .classification_probes import LinearGrid
+        from .evaluation import Protocol
+        from .object_discovery import LostGrid
+
+        same = (
+            "image_size", "image_sizes", "select_on", "shots", "num_tries", "boxes", "box_format", "max_side",
+            "max_images", "train_val_split", "batch_size",
+        )  # fmt: skip
+        task_data = {
+            "segmentation": self.segmentation_data, "depth": self.depth_data, "lost": self.lost_data
+        }  # fmt: skip
+        return {
+            "tasks": self.tasks,
+            "train": self.train_data,
+            "task_data": {task: data for task, data in task_data.items() if data is not None},
+            "protocol": Protocol(
+                knn_ks=self.knn_k,
+                linear=LinearGrid(num_steps=self.linear_steps),
+                lost_grid=LostGrid(**self.grid()),
+                **{name: getattr(self, name) for name in same},
+            ),
+            "cache_dir": self.cache_dir or str(Path(self.output_dir, "features")),
+            "seed": self.seed,
+        }
 
     def grid(self) -> dict[str, Any]:
         """The options of `LostGrid` that were given."""
@@ -221,6 +284,25 @@ class DataCheckArguments:
         metadata={"help": "Near duplicates differ in at most so many of the 64 bits of their hash; 0 to 16."},
     )
     num_workers: int = field(default=0, metadata={"help": "Processes that read; 0 reads in this one."})
+
+
+@dataclass
+class DemoArguments:
+    """What `regvit demo` reads."""
+
+    model_name_or_path: list[str] = field(
+        metadata={
+            "aliases": ["--model"],
+            "action": "extend",
+            "help": "Folder, Hub id or timm/NAME of a model to look into; of several one is chosen on the page.",
+        }
+    )
+    compare: str | None = field(default=None, metadata={"help": "Another model, to be shown beside the first."})
+    port: int = field(
+        default=7860, metadata={"help": "Port of this machine to listen on; 0: first free one from 7860."}
+    )
+    cache_mib: int = field(default=512, metadata={"help": "Memory for pictures that were read, MiB."})
+    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
 
 
 class RecipeError(ValueError):

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 USAGE = """usage: regvit COMMAND [options]
@@ -17,10 +18,12 @@ USAGE = """usage: regvit COMMAND [options]
 commands:
   data-check read a data set once: counts, sizes, duplicates, bad images, what a run would use
   pretrain   train a RegViT on images without labels, the DINOv2 way
+  finetune   train on labelled images: classification; head, low-rank updates or everything
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
   diagnose   find artifact tokens: where, how many, what they are like; several models make a table
   extract    write CLS, register and patch tokens of many images to files, for any supported model
-  evaluate   measure frozen features: object discovery (LOST), settings chosen on other images
+  evaluate   measure frozen features: kNN, linear probes, segmentation, depth, object discovery; models side by side
+  demo       a page on which to look into a model, or two side by side: attention, norms, PCA, objects
 
 regvit COMMAND --help lists the options of a command.
 Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
@@ -37,6 +40,19 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
         return _resolved(arguments)
     model = pretrain(arguments)
     return {"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()}
+
+
+def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit finetune --model runs/a/backbone --data photos --output_dir runs/b`."""
+    from .arguments import RecipeParser
+    from .finetuning import FinetuningArguments, finetune
+
+    (arguments,) = RecipeParser(FinetuningArguments, prog="regvit finetune").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    finetune(arguments)
+    metrics = json.loads(Path(arguments.output_dir, "metrics.json").read_text()) if arguments.should_save else {}
+    return {"output_dir": arguments.output_dir, **metrics.get("eval", {})}
 
 
 def data_check_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
@@ -122,47 +138,51 @@ def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
 
 
 def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit evaluate --model A --model B --tasks lost --data images.parquet`."""
+    """`regvit evaluate --model A --model B --tasks knn linear --data FOLDER`."""
     from .arguments import EvaluateArguments, RecipeParser
-    from .evaluation import LostGrid, evaluate_backbone, write_reports
-    from .features import load_model
+    from .evaluation import EvaluationTable, compare_backbones
 
     (arguments,) = RecipeParser(EvaluateArguments, prog="regvit evaluate").parse(args)
-    grid = LostGrid(**arguments.grid())
+    settings = arguments.settings()
     if switches["dry_run"]:
         return _resolved(arguments)
-    reports = []
-    path = f"{arguments.output_dir}/report.json"
-    for name in arguments.model_name_or_path:
-        model, processor = load_model(name, device=arguments.device)
-        report = evaluate_backbone(
-            model,
-            arguments.data,
-            name=name,
-            tasks=arguments.tasks,
-            train=arguments.train_data,
-            processor=processor,
-            boxes=arguments.boxes,
-            box_format=arguments.box_format,
-            lost_grid=grid,
-            max_side=arguments.max_side,
-            max_images=arguments.max_images,
-            seed=arguments.seed,
-        )
-        reports.append(report)
-        write_reports(reports, path)  # after each: a model that fails does not take the others with it
-        if not switches["json"]:
-            print("\n".join(report.lines()), flush=True)
-    return {"report": path} | ({"results": [report.summary() for report in reports]} if switches["json"] else {})
+
+    def keep(table: EvaluationTable) -> None:  # after each: a model that fails does not take the others with it
+        table.save(arguments.output_dir)
+
+    table = compare_backbones(
+        arguments.model_name_or_path, arguments.data, device=arguments.device, on_report=keep, **settings
+    )
+    result: dict[str, Any] = {"report": f"{arguments.output_dir}/report.json"}
+    if switches["json"]:
+        return result | {"results": [report.summary() for report in table.reports]}
+    print(table.markdown())
+    for report in table.reports:
+        if report.lost:
+            print("\n  ".join([report.model, *report.lost.lines(report.seed)]), end="\n\n")
+    return result
+
+
+def demo_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit demo --model A --compare B`."""
+    from .arguments import DemoArguments, RecipeParser
+    from .demo import serve
+
+    (arguments,) = RecipeParser(DemoArguments, prog="regvit demo").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    return serve(**vars(arguments))
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
     "data-check": data_check_command,
     "pretrain": pretrain_command,
+    "finetune": finetune_command,
     "convert": convert_command,
     "diagnose": diagnose_command,
     "extract": extract_command,
     "evaluate": evaluate_command,
+    "demo": demo_command,
 }
 
 

@@ -1,574 +1,387 @@
-"""What a backbone is worth, measured: `evaluate_backbone` runs tasks and returns one report. So far: object discovery.
+"""What a backbone is worth, measured: `evaluate_backbone` runs tasks on frozen features and returns one report.
 
-Whatever has to be chosen (the settings of LOST, the head of an attention map) is chosen on one part of the images and
-judged on the other; the report holds the choice, how many were compared and how well it did where it was chosen.
+Features are read once for each model and set of images, kept on disk, and shared by the tasks. Whatever has to be
+chosen (a learning rate, a penalty, the settings of LOST) is chosen on images that are not judged, unless the protocol
+says otherwise, and then the report says so. `compare_backbones` puts several models into one table.
 """
 
-import json
+import difflib
 import logging
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import product
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
 from torch import nn
 
 from .configuration_regvit import __version__
-from .features import describe_model
-from .images import ImageSource, load_images
-from .lost import (
-    AttentionSettings,
-    Box,
-    Center,
-    Feature,
-    LostResult,
-    LostSettings,
-    Method,
-    Proposals,
-    best_iou,
-    propose,
+from .evaluation_report import EvaluationReport, EvaluationTable, Score
+from .feature_cache import read_features
+from .feature_tasks import (
+    ON_FEATURES,
+    TASKS,
+    LabelledFeatures,
+    Protocol,
+    Task,
+    hits,
+    knn_votes,
+    neighbours,
+    score_features,
 )
+from .features import EvaluationTransform, describe_model, load_model
+from .images import ImageSource, MissingSplitError, load_images, stratified_split
+from .object_discovery import LostEvaluation, evaluate_lost, ground_truth_boxes
+
+__all__ = [
+    "TASKS", "EvaluationReport", "EvaluationTable", "LabelledFeatures", "Protocol", "Score", "compare_backbones",
+    "evaluate_backbone", "score_features",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 
-Task = Literal["lost"]
-BoxFormat = Literal["xywh", "xyxy"]
-TASKS: tuple[Task, ...] = ("lost",)
+Data = str | Path | ImageSource
 
-_BOX_COLUMNS = ("objects", "bbox", "boxes")
-_RESAMPLES = 2000
-_THRESHOLD = 0.5  # of CorLoc
-_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the box in the middle, as shares of the image's
-_HALF_THE_AREA = 0.5**0.5
-
-
-# --- Ground truth
-
-
-def ground_truth_boxes(
-    source: ImageSource, *, column: str | None = None, box_format: BoxFormat = "xywh"
-) -> list[list[Box]]:
-    """Boxes of every image, (x1, y1, x2, y2) in pixels, from a column beside the images.
-
-    The column holds for every image one box, a list of boxes, or COCO's record of `bbox` and, where there is one,
-    `iscrowd`; crowds are left out, as are boxes without area.
-
-    Args:
-        source: From a parquet file or a data set of the Hub.
-        column: Default: the one of `objects`, `bbox` and `boxes` that is there.
-        box_format: How four numbers are meant: corner, width and height (COCO), or two corners.
-
-    Raises:
-        ValueError: No such column, or no boxes in it.
-    """
-    names = [] if source.table is None else source.table.column_names
-    found = [name for name in (_BOX_COLUMNS if column is None else (column,)) if name in names]
-    if source.table is None or not found:
-        raise ValueError(
-            f"'{source.name}' has no column of boxes: looked for {column or ', '.join(_BOX_COLUMNS)}, found "
-            f"{', '.join(names) or 'no columns (a folder of images has none; use parquet)'}. Set boxes."
-        )
-    if box_format not in ("xywh", "xyxy"):
-        raise ValueError(f"box_format={box_format!r} is unknown. Use 'xywh' (COCO) or 'xyxy'.")
-    return [_boxes(cell, f"{source.name}, {found[0]}, {source.ids[i]}", box_format) for i, cell in
-            enumerate(source.table[found[0]])]  # fmt: skip
-
-
-def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
-    if isinstance(cell, dict):
-        if "bbox" not in cell:
-            raise ValueError(f"{where}: a record of {', '.join(cell)}, expected 'bbox' among them. Set boxes.")
-        crowds = cell.get("iscrowd") or [False] * len(cell["bbox"])
-        cell = [box for box, crowd in zip(cell["bbox"], crowds, strict=True) if not crowd]
-    if not cell:
-        return []
-    try:
-        boxes = (
-            np.asarray(cell, dtype=np.float64).reshape(-1, 4) if np.shape(cell) != (4,) else np.array([cell], float)
-        )
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {str(cell)[:80]} is no box of four numbers and no list of such.") from error
-    if box_format == "xywh":
-        boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
-    elif (boxes[:, 2:] < boxes[:, :2]).any():
-        raise ValueError(f"{where}: {str(cell)[:80]} is no pair of corners. Set box_format to 'xywh'?")
-    kept = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
-    return [(x1, y1, x2, y2) for x1, y1, x2, y2 in kept.tolist()]
-
-
-# --- Results
-
-
-@dataclass(frozen=True)
-class LostGrid:
-    """Settings of LOST to choose from: all combinations.
-
-    Args:
-        features: As in `LostSettings`, like the rest.
-        layers: Negative ones from the end; those that a shallow model has not are left out.
-        centers: See there.
-        l2norms: See there.
-        biases: For cosines, which lie in [-1, 1] for every model.
-        raw_biases: For dot products (`l2norm` False), whose scale differs from model to model.
-        ks: See there.
-    """
-
-    features: Sequence[Feature] = ("k", "q", "v", "out")
-    layers: Sequence[int] = (-1, -2, -3, -4)
-    centers: Sequence[Center] = ("none", "image", "row")
-    l2norms: Sequence[bool] = (False, True)
-    biases: Sequence[float] = (0.0, -0.1, -0.2, -0.4, -0.6)
-    raw_biases: Sequence[float] = (0.0,)
-    ks: Sequence[int] = (100,)
-
-    def settings(self, num_layers: int) -> list[LostSettings]:
-        """The combinations for a model of that many blocks; of equally good ones the earlier is chosen."""
-        layers = [layer for layer in self.layers if layer >= -num_layers]
-        combinations = product(self.features, layers, self.centers, self.l2norms, self.ks)
-        settings = [
-            LostSettings(feature, layer, center, l2norm, bias, k)
-            for feature, layer, center, l2norm, k in combinations
-            for bias in (self.biases if l2norm else self.raw_biases)
-        ]
-        if not settings:
-            raise ValueError(f"{self} leaves nothing to try on a model of {num_layers} blocks.")
-        return settings
-
-
-@dataclass(frozen=True)
-class CorLocScore:
-    """CorLoc of one method on the judged images.
-
-    Args:
-        method: In words, with every setting.
-        corloc: Share of images in [0, 1].
-        interval: 95 %, from 2,000 resamples of the images.
-        ahead: By how much the chosen settings are ahead of this method on the same images, and the interval of that.
-        overlaps: For every image the overlap of the box with the ground-truth box that fits best.
-        num_degenerate: Images in which LOST had no seed to speak of; None for other methods.
-    """
-
-    method: str
-    corloc: float
-    interval: tuple[float, float]
-    ahead: tuple[float, tuple[float, float]]
-    overlaps: tuple[float, ...]
-    num_degenerate: int | None = None
-
-
-@dataclass(frozen=True)
-class LostEvaluation:
-    """Object discovery on one data set.
-
-    Args:
-        settings: The chosen settings of LOST.
-        scores: `lost` (the chosen settings), and what to compare it with: `vanilla` LOST, `attention` of CLS,
-            `center_box` (both as good as they were on the images of choice) and `full_image`.
-        choice: How the settings came about (`Choice.to_dict`); None where there was one to begin with.
-        protocol: How images were read and boxes compared.
-        ids: The judged images, as in `overlaps`.
-        num_without_boxes: Images left out because they have no ground-truth box.
-        num_skipped: Images that could not be read.
-        seconds: Wall time.
-    """
-
-    settings: LostSettings
-    scores: dict[str, CorLocScore]
-    choice: dict[str, Any] | None
-    protocol: dict[str, Any]
-    ids: tuple[str, ...]
-    num_without_boxes: int
-    num_skipped: int
-    seconds: float
-
-    @property
-    def corloc(self) -> float:
-        """Of the chosen settings on the judged images, in [0, 1]."""
-        return self.scores["lost"].corloc
-
-
-@dataclass(frozen=True)
-class EvaluationReport:
-    """Every number of an evaluation with how it was made; a task that was not asked for is None."""
-
-    model: str
-    data: str
-    seed: int
-    versions: dict[str, str]
-    lost: LostEvaluation | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
-    def save(self, path: str | Path) -> None:
-        """Write the report as JSON; folders are made."""
-        write_reports([self], path)
-
-    def summary(self) -> dict[str, Any]:
-        """The numbers with their settings, without the values of every image."""
-        summary: dict[str, Any] = {"model": self.model, "data": self.data, "seed": self.seed}
-        if self.lost:
-            summary["lost"] = {
-                "corloc": self.lost.corloc,
-                "interval": list(self.lost.scores["lost"].interval),
-                "settings": asdict(self.lost.settings),
-                "num_images": len(self.lost.ids),
-                "compared_with": {name: s.corloc for name, s in self.lost.scores.items() if name != "lost"},
-            }
-        return summary
-
-    def lines(self) -> list[str]:
-        """The report for a reader, one line a number."""
-        lines = [f"{self.model} on {self.data}"]
-        if self.lost:
-            lost = self.lost
-            words = "settings as given"
-            if lost.choice is not None:
-                compared, images = lost.choice["num_settings"], lost.choice["num_images"]
-                words = f"settings: best of {compared} on {images} other images (seed {self.seed})"
-            lines.append(
-                f"  object discovery: CorLoc at IoU {_THRESHOLD}, {len(lost.ids)} images, 95 % interval; {words}"
-            )
-            for name, score in lost.scores.items():
-                percent = [f"{100 * value:.1f}" for value in (score.corloc, *score.interval)]
-                weak = f"; no clear seed in {score.num_degenerate} images" if score.num_degenerate else ""
-                lines.append(f"  {name:11} {percent[0]:>5} % [{percent[1]}, {percent[2]}]  {score.method}{weak}")
-        return lines
-
-
-def write_reports(reports: Sequence[EvaluationReport], path: str | Path) -> None:
-    """Write several reports into one JSON file, `{"reports": [...]}`; folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"reports": [report.to_dict() for report in reports]}
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-
-
-# --- Evaluation
+# --- Entries
 
 
 def evaluate_backbone(
     model: nn.Module,
-    data: str | Path | ImageSource,
+    data: Data,
     *,
+    tasks: Sequence[Task] = ("knn", "linear"),
+    train: Data | None = None,
+    task_data: Mapping[str, Data] | None = None,
     name: str | None = None,
-    tasks: Sequence[Task] = TASKS,
-    train: str | Path | ImageSource | None = None,
     processor: Any = None,
-    boxes: str | None = None,
-    box_format: BoxFormat = "xywh",
-    lost_grid: LostGrid | None = None,
-    max_side: int = 640,
-    max_images: int | None = None,
+    protocol: Protocol | None = None,
+    cache_dir: str | Path | None = None,
     seed: int = 0,
 ) -> EvaluationReport:
-    """Run tasks on frozen features.
+    """Run tasks on the frozen features of one model.
 
     Args:
-        model: Any model that `features.read_tokens` reads.
-        data: Images to judge on, with what the tasks need beside them.
+        model: Any model that `features.read_tokens` reads; untouched.
+        data: Images with what the tasks need beside them: labels, masks, depths, boxes. Without `train`, its train
+            part is fitted on and its validation part is judged; LOST chooses on one half of everything and judges
+            the other.
+        tasks: Among `TASKS`.
+        train: Images to fit and choose on; `data` is then judged (its validation part, if it has one).
+        task_data: Data of single tasks that need others: `{"segmentation": "camvid"}`.
         name: What the report calls the model; default its own name.
-        tasks: `lost`: object discovery; needs boxes.
-        train: Images to choose and fit on. Default: half of `data`, drawn by `seed`; the other half is judged.
-        processor: Image processor; default the model's own.
-        boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
-        box_format: See there.
-        lost_grid: Settings of LOST to choose from. With a single one there is no choice, and all of `data` is judged.
-        max_side: Larger images are read at this length of their longer side, pixels.
-        max_images: Use this many of `data`, and of `train`, drawn by `seed`.
-        seed: Of the halves, of draws and of the resamples behind intervals.
+        processor: Image processor; default the model's own. Only its mean and standard deviation are used.
+        protocol: See `Protocol`.
+        cache_dir: Folder where features are kept for the next time; None keeps none.
+        seed: Of draws and of the resamples behind intervals.
 
     Raises:
-        ValueError: Unknown task, no boxes, or too few images.
+        ValueError: Unknown task, no labels or boxes, a class that only one part has, too few images.
     """
-    if unknown := set(tasks) - set(TASKS):
-        raise ValueError(f"tasks={sorted(unknown)} are unknown. Choose from {', '.join(TASKS)}.")
-    judged = _source(data, max_images, seed)
-    chosen = None if train is None else _source(train, max_images, seed)
-    lost = None
-    if "lost" in tasks:
-        column = {"column": boxes, "box_format": box_format}
-        lost = evaluate_lost(
-            model,
-            judged,
-            ground_truth_boxes(judged, **column),  # type: ignore[arg-type]
-            train=None if chosen is None else (chosen, ground_truth_boxes(chosen, **column)),  # type: ignore[arg-type]
-            grid=lost_grid or LostGrid(),
-            processor=processor,
-            max_side=max_side,
-            seed=seed,
+    return _Evaluation(
+        model=model,
+        name=name or describe_model(model).name,
+        data=data,
+        train=train,
+        task_data=task_data or {},
+        processor=processor,
+        protocol=protocol or Protocol(),
+        cache_dir=cache_dir,
+        seed=seed,
+    ).run(_checked(tasks))
+
+
+def compare_backbones(
+    models: Sequence[str | Path],
+    data: Data,
+    *,
+    device: str | torch.device | None = None,
+    on_report: Callable[[EvaluationTable], None] | None = None,
+    **options: Any,
+) -> EvaluationTable:
+    """`evaluate_backbone` for several models by name, on the same images, with paired differences to the first.
+
+    Args:
+        models: Folders, Hub ids or timm/NAME.
+        data: See `evaluate_backbone`.
+        device: Where to compute.
+        on_report: Called with the table so far after every model: one that fails does not take the others with it.
+        options: Of `evaluate_backbone`, the same for all.
+
+    Raises:
+        ValueError: See there; or a model is named twice.
+    """
+    if not models or len(set(map(str, models))) < len(models):
+        raise ValueError(f"models={[str(model) for model in models]}: expected one or more, each once.")
+    _checked(options.get("tasks", ("knn",)))  # before the first model is loaded
+    table = EvaluationTable(())
+    for name in models:
+        model, processor = load_model(name, device=device)
+        report = evaluate_backbone(model, data, **{"name": str(name), "processor": processor} | options)
+        table = EvaluationTable((*table.reports, report))
+        if on_report is not None:
+            on_report(table)
+    return table
+
+
+def _checked(tasks: Sequence[str]) -> tuple[Task, ...]:
+    for task in tasks:
+        if task not in TASKS:
+            nearest = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
+            raise ValueError(f"Unknown task '{task}'. Did you mean '{nearest}'? There are {', '.join(TASKS)}.")
+    if not tasks:
+        raise ValueError(f"tasks is empty. Choose from {', '.join(TASKS)}.")
+    return tuple(task for task in TASKS if task in tasks)
+
+
+@dataclass
+class _Evaluation:
+    """One model and everything it is asked; collects scores and notes."""
+
+    model: nn.Module
+    name: str
+    data: Data
+    train: Data | None
+    task_data: Mapping[str, Data]
+    processor: Any
+    protocol: Protocol
+    cache_dir: str | Path | None
+    seed: int
+    notes: list[str] = field(default_factory=list)
+    reading_seconds: float = 0.0
+    cached_seconds: float = 0.0
+
+    def run(self, tasks: tuple[Task, ...]) -> EvaluationReport:
+        """Every task in the order of `TASKS`."""
+        if unknown := set(self.task_data) - set(tasks):
+            raise ValueError(f"task_data names {sorted(unknown)}, which are not among the tasks {list(tasks)}.")
+        scores: list[Score] = []
+        lost = None
+        # Tasks of the same images share their features.
+        for data in dict.fromkeys(self._data_of(task) for task in tasks if task in (*ON_FEATURES, "robustness")):
+            mine = [task for task in tasks if task in (*ON_FEATURES, "robustness") and self._data_of(task) == data]
+            scores += self._classification(data, mine)
+        for task in tasks:
+            if task in ("segmentation", "depth"):
+                raise ValueError(f"Task '{task}' is not there yet.")
+            if task == "lost":
+                lost = self._lost()
+                scores.append(_lost_score(lost, self._name_of(task), self.seed))
+        versions = {
+            "hf_regvit": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        }
+        return EvaluationReport(
+            self.name,
+            self._name_of(tasks[0]),
+            self.seed,
+            versions,
+            scores=tuple(sorted(scores, key=lambda score: TASKS.index(score.task))),  # type: ignore[arg-type]
+            notes=tuple(self.notes),
+            reading_seconds=round(self.reading_seconds, 2),
+            cached_seconds=round(self.cached_seconds, 2),
+            lost=lost,
         )
-    versions = {
-        "hf_regvit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-    return EvaluationReport(name or describe_model(model).name, judged.name, seed, versions, lost=lost)
+
+    def _data_of(self, task: str) -> Data:
+        return self.task_data.get(task, self.data)
+
+    def _name_of(self, task: str) -> str:
+        data = self._data_of(task)
+        return Path(data.name if isinstance(data, ImageSource) else data).name
+
+    def _classification(self, data: Data, tasks: Sequence[Task]) -> list[Score]:
+        train_images, judged_images = self._parts(data, tasks[0])
+        _check_labels(train_images, judged_images)
+        num_classes = 1 + max(*train_images.labels, *judged_images.labels)  # type: ignore[misc]  # checked
+        side = self.protocol.image_size or min(describe_model(self.model).image_size)
+        train = self._labelled(train_images, side, num_classes, "training images")
+        judged = self._labelled(judged_images, side, num_classes, "judged images")
+        if train.features.kind != "CLS":
+            self.notes.append("the model has no CLS: tasks on whole images read its mean patch")
+        scores = list(
+            score_features(
+                train,
+                judged,
+                tasks=[task for task in tasks if task in ON_FEATURES],
+                protocol=self.protocol,
+                seed=self.seed,
+            )
+        )
+        if "robustness" in tasks:
+            scores += self._robustness(train, judged_images, num_classes, side)
+        return scores
+
+    def _labelled(self, source: ImageSource, side: int, num_classes: int, label: str) -> "LabelledFeatures":
+        features = read_features(
+            self.model,
+            source,
+            transform=EvaluationTransform.for_model(self.model, self.processor, image_size=side),
+            batch_size=self.protocol.batch_size,
+            cache_dir=self.cache_dir,
+            label=f"{label}, {side} px",
+        )
+        if features.from_cache:
+            self.cached_seconds += features.seconds
+        else:
+            self.reading_seconds += features.seconds
+        if features.skipped:
+            self.notes.append(f"{len(features.skipped)} of {len(source)} {label} could not be read")
+        return LabelledFeatures.of(features, source, num_classes)
+
+    def _robustness(
+        self, train: "LabelledFeatures", judged_images: ImageSource, num_classes: int, side: int
+    ) -> list[Score]:
+        patch = max(describe_model(self.model).patch_size)
+        sizes = self.protocol.image_sizes or [
+            max(1, round(side * share / patch)) * patch for share in (0.5, 0.75, 1.25)
+        ]
+        scores = []
+        for size in dict.fromkeys(sizes):
+            started = time.perf_counter()
+            judged = self._labelled(judged_images, size, num_classes, "judged images")
+            k = neighbours(self.protocol, len(train))[0]
+            votes = knn_votes(train, judged, (k,), self.protocol.temperature)[k]
+            scores.append(
+                judged.score(
+                    hits(votes, judged.labels),
+                    task="robustness",
+                    variant=f"{size} px",
+                    metric="top1",
+                    protocol=f"judged images at another size against training images at {side} px; k={k}, else as knn",
+                    settings={"k": k, "image_size": size, "train_image_size": side, "layer": judged.layer},
+                    num_train=len(train),
+                    seed=self.seed,
+                    seconds=time.perf_counter() - started,
+                )
+            )
+        return scores
+
+    def _parts(self, data: Data, task: str) -> tuple[ImageSource, ImageSource]:
+        """Images to fit on, and to judge on."""
+        protocol, seed = self.protocol, self.seed
+        train = self.train if task not in self.task_data else None
+        if train is not None:
+            parts = _part(train, "train"), _part(data, "validation")
+            same = set(parts[0].ids).intersection(parts[1].ids) if parts[0].name == parts[1].name else ()
+            if same:
+                raise ValueError(
+                    f"{len(same)} of the judged images of '{parts[1].name}', such as '{min(same)}', are fitted on as "
+                    "well. Give train images of their own, or none: then the parts of the data are used."
+                )
+        elif protocol.train_val_split is not None:
+            everything = _part(data, None)
+            if everything.labels is None:
+                raise ValueError(f"'{everything.name}' has no labels, so it cannot be split class by class.")
+            chosen = stratified_split(everything.labels, held_out_share=protocol.train_val_split, seed=seed)
+            parts = everything.subset(chosen[0]), everything.subset(chosen[1])
+        else:
+            try:
+                if isinstance(data, ImageSource):
+                    raise MissingSplitError(f"'{data.name}' was given as one set of images.")
+                parts = load_images(data, split="train"), load_images(data, split="validation")
+            except MissingSplitError as error:
+                raise ValueError(
+                    f"{error} Task '{task}' fits on some images and judges others: give train_data, or a "
+                    "train_val_split such as 0.2 to draw the judged images from these."
+                ) from error
+        return _some(parts[0], protocol.max_images, seed), _some(parts[1], protocol.max_images, seed)
+
+    def _lost(self) -> LostEvaluation:
+        protocol = self.protocol
+        column: dict[str, Any] = {"column": protocol.boxes, "box_format": protocol.box_format}
+        judged = _some(_part(self._data_of("lost"), None), protocol.max_images, self.seed, by_class=False)
+        choosing = None
+        if self.train is not None and "lost" not in self.task_data:
+            images = _some(_part(self.train, None), protocol.max_images, self.seed, by_class=False)
+            choosing = images, ground_truth_boxes(images, **column)
+        return evaluate_lost(
+            self.model,
+            judged,
+            ground_truth_boxes(judged, **column),
+            train=choosing,
+            grid=protocol.lost_grid,
+            processor=self.processor,
+            max_side=protocol.max_side,
+            seed=self.seed,
+        )
 
 
-def _source(data: str | Path | ImageSource, max_images: int | None, seed: int) -> ImageSource:
-    source = data if isinstance(data, ImageSource) else load_images(data, split=None)
+def _part(data: Data, split: Literal["train", "validation"] | None) -> ImageSource:
+    """One part of the data, or all of it where it has no such part."""
+    if isinstance(data, ImageSource):
+        return data
+    try:
+        return load_images(data, split=split)
+    except MissingSplitError:
+        return load_images(data, split=None)
+
+
+def _some(source: ImageSource, max_images: int | None, seed: int, *, by_class: bool = True) -> ImageSource:
     if max_images is None or len(source) <= max_images:
         return source
+    if by_class and source.labels is not None:
+        share = max_images / len(source)
+        return source.subset(stratified_split(source.labels, held_out_share=share, seed=seed)[1])
     return source.subset(sorted(np.random.default_rng(seed).permutation(len(source))[:max_images].tolist()))
 
 
-def halves(count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of two halves drawn by `seed`, ascending; the first is for choosing and never the larger."""
-    order = np.random.default_rng(seed).permutation(count).tolist()
-    return sorted(order[: count // 2]), sorted(order[count // 2 :])
+def _check_labels(train: ImageSource, judged: ImageSource) -> None:
+    for source in (train, judged):
+        if source.labels is None:
+            raise ValueError(
+                f"'{source.name}' has no labels, which tasks on whole images need. Use one folder a class, or a "
+                "column of labels."
+            )
+        if min(source.labels) < 0:
+            raise ValueError(f"'{source.name}' holds the label {min(source.labels)}; classes begin at 0.")
+    if train.label_names != judged.label_names:
+        mine, other = train.label_names or (), judged.label_names or ()
+        differing = sorted(set(mine) ^ set(other))[:5] or ["the same names in another order"]
+        raise ValueError(
+            f"'{train.name}' has {len(mine)} classes and '{judged.name}' {len(other)}; they differ in: "
+            f"{', '.join(differing)}. A class has to mean the same in both."
+        )
+    assert train.labels is not None
+    assert judged.labels is not None
+    if len(set(train.labels)) < 2:
+        raise ValueError(
+            f"All {len(train)} training images of '{train.name}' are of one class; at least 2 are needed."
+        )
+    if unseen := set(judged.labels) - set(train.labels):
+        names = [str(label) if train.label_names is None else train.label_names[label] for label in sorted(unseen)[:5]]
+        raise ValueError(
+            f"{len(unseen)} judged classes of '{judged.name}' have no training image: {', '.join(names)}. Add some, "
+            "or leave those classes out."
+        )
 
 
-def evaluate_lost(
-    model: nn.Module,
-    judged: ImageSource,
-    truth: Sequence[Sequence[Box]],
-    *,
-    train: tuple[ImageSource, Sequence[Sequence[Box]]] | None = None,
-    grid: LostGrid | None = None,
-    processor: Any = None,
-    max_side: int = 640,
-    seed: int = 0,
-) -> LostEvaluation:
-    """CorLoc of LOST beside its baselines; arguments as in `evaluate_backbone`.
+# --- Object discovery
 
-    Args:
-        model: See there.
-        judged: Images.
-        truth: Boxes of every image.
-        train: Images to choose settings on, and their boxes.
-        grid: See there.
-        processor: See there.
-        max_side: See there.
-        seed: See there.
 
-    Raises:
-        ValueError: Fewer than two images with boxes.
-    """
-    started = time.perf_counter()
-    description = describe_model(model)
-    settings = (grid or LostGrid()).settings(description.num_layers)
-    heads: list[Method] = []
-    if description.has_cls:
-        heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
-    options = {"processor": processor, "max_side": max_side}
-    judged, truth, without = images_with_boxes(judged, truth)
-    choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())
-    if len(settings) > 1:
-        if train is None:
-            first, second = halves(len(judged), seed=seed)
-            train = judged.subset(first), [truth[i] for i in first]
-            judged, truth = judged.subset(second), [truth[i] for i in second]
-        images, boxes, _ = images_with_boxes(*train)
-        choice = choose(measure_overlaps(model, images, boxes, [*settings, *heads], label="choosing", **options))
-    measured = measure_overlaps(model, judged, truth, choice.methods, label="judging", **options)
-    return LostEvaluation(
-        settings=choice.settings,
-        scores=score_methods(measured, center=choice.center, seed=seed),
-        choice=choice.to_dict() if len(settings) > 1 else None,
-        protocol={"iou_threshold": _THRESHOLD, "max_side": max_side, "padding": "zeros, right and below"},
-        ids=measured.ids,
-        num_without_boxes=without,
-        num_skipped=len(judged) - len(measured.ids),
-        seconds=round(time.perf_counter() - started, 1),
+def _lost_score(lost: LostEvaluation, data: str, seed: int) -> Score:
+    score = lost.scores["lost"]
+    threshold = lost.protocol["iou_threshold"]
+    chosen = "as given" if lost.choice is None else f"{lost.settings} (of {lost.choice['num_settings']})"
+    return Score.measured(
+        np.asarray(score.overlaps) >= threshold,
+        ids=lost.ids,
+        data=data,
+        seed=seed,
+        task="lost",
+        variant="",
+        metric="corloc",
+        protocol=f"LOST, a box an image, CorLoc at IoU {threshold}, longer side up to {lost.protocol['max_side']} px",
+        settings={
+            "layer": lost.settings.layer,
+            "chosen": chosen,
+            "compared_with": {name: other.corloc for name, other in lost.scores.items() if name != "lost"},
+        },
+        num_train=0 if lost.choice is None else lost.choice["num_images"],
+        seconds=lost.seconds,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class Overlaps:
-    """How well the boxes of several methods fit.
-
-    Args:
-        methods: As given.
-        ids: Of the n images that could be read.
-        iou: (n, methods) overlap with the ground-truth box that fits best.
-        degenerate: (n, methods) bool, True where LOST had no seed to speak of.
-        sizes: (height, width) of every image.
-        truth: Boxes of every image.
-    """
-
-    methods: tuple[Method, ...]
-    ids: tuple[str, ...]
-    iou: NDArray[np.float64]
-    degenerate: NDArray[np.bool_]
-    sizes: tuple[tuple[int, int], ...]
-    truth: tuple[Sequence[Box], ...]
-
-    def corloc(self) -> NDArray[np.float64]:
-        """Of every method, (methods,)."""
-        return (self.iou >= _THRESHOLD).mean(0)
-
-    def subset(self, indices: Sequence[int]) -> "Overlaps":
-        """Some of the images."""
-        rows = list(indices)
-        return replace(
-            self,
-            ids=tuple(self.ids[i] for i in rows),
-            iou=self.iou[rows],
-            degenerate=self.degenerate[rows],
-            sizes=tuple(self.sizes[i] for i in rows),
-            truth=tuple(self.truth[i] for i in rows),
-        )
-
-    def only(self, methods: Sequence[Method]) -> "Overlaps":
-        """Some of the methods."""
-        columns = [self.methods.index(method) for method in methods]
-        return replace(self, methods=tuple(methods), iou=self.iou[:, columns], degenerate=self.degenerate[:, columns])
-
-    def center_box(self, side: float) -> NDArray[np.float64]:
-        """Overlaps of a box in the middle of the image, `side` times as high and wide; 1: the whole image."""
-        boxes = [
-            (width * (1 - side) / 2, height * (1 - side) / 2, width * (1 + side) / 2, height * (1 + side) / 2)
-            for height, width in self.sizes
-        ]
-        return best_iou(boxes, self.truth).double().numpy()
-
-
-def measure_overlaps(
-    model: nn.Module,
-    source: ImageSource,
-    truth: Sequence[Sequence[Box]],
-    methods: Sequence[Method],
-    *,
-    processor: Any = None,
-    max_side: int = 640,
-    label: str | None = None,
-) -> Overlaps:
-    """Run methods on images with boxes; the model sees each image once.
-
-    Args:
-        model: As in `evaluate_backbone`.
-        source: Images.
-        truth: Boxes of every image, at least one each.
-        methods: What to try.
-        processor: See there.
-        max_side: See there.
-        label: Of the progress bar.
-    """
-    from tqdm.auto import tqdm
-
-    boxes_of = dict(zip(source.ids, truth))
-    found: list[Proposals] = []
-    rows, degenerate = [], []
-    proposals = propose(model, source, methods, processor=processor, max_side=max_side)
-    for proposal in tqdm(proposals, total=len(source), desc=label, unit="image", disable=None):
-        boxes = boxes_of[proposal.id]
-        rows.append(best_iou(proposal.boxes, [boxes] * len(methods)).double().numpy())
-        degenerate.append([isinstance(result, LostResult) and result.degenerate for result in proposal.results])
-        found.append(Proposals(proposal.id, proposal.image_size, proposal.boxes, ()))
-    beyond = [
-        proposal.id
-        for proposal in found
-        if any(
-            x2 > proposal.image_size[1] + 2 or y2 > proposal.image_size[0] + 2
-            for _, _, x2, y2 in boxes_of[proposal.id]
-        )
-    ]
-    if beyond:
-        logger.warning(
-            "In %d of %d images, such as '%s', a ground-truth box reaches beyond the picture. Is box_format right?",
-            len(beyond), len(found), beyond[0],
-        )  # fmt: skip
-    return Overlaps(
-        methods=tuple(methods),
-        ids=tuple(proposal.id for proposal in found),
-        iou=np.stack(rows),
-        degenerate=np.array(degenerate),
-        sizes=tuple(proposal.image_size for proposal in found),
-        truth=tuple(boxes_of[proposal.id] for proposal in found),
-    )
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What did best on some images.
-
-    Args:
-        methods: To be judged: the chosen settings of LOST, attention of the chosen head if there is CLS, vanilla LOST.
-        center: Side of the box in the middle, as a share of the image's.
-        ranking: All settings of LOST with their CorLoc, best first.
-        num_images: It was made on.
-    """
-
-    methods: tuple[Method, ...]
-    center: float
-    ranking: tuple[tuple[LostSettings, float], ...]
-    num_images: int = 0
-
-    @property
-    def settings(self) -> LostSettings:
-        """Of LOST."""
-        assert isinstance(self.methods[0], LostSettings)
-        return self.methods[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON: the five best settings."""
-        best = [{"settings": str(settings), "corloc": corloc} for settings, corloc in self.ranking[:5]]
-        return {"num_images": self.num_images, "num_settings": len(self.ranking), "best": best}
-
-
-def choose(seen: Overlaps) -> Choice:
-    """The settings of LOST, the head and the size of the middle box of highest CorLoc; of equals the first."""
-    ranked = sorted(zip(seen.methods, seen.corloc().tolist()), key=lambda pair: -pair[1])  # stable
-    lost = tuple((method, corloc) for method, corloc in ranked if isinstance(method, LostSettings))
-    heads = [method for method, _ in ranked if isinstance(method, AttentionSettings)]
-    center = max(_CENTERS, key=lambda side: float((seen.center_box(side) >= _THRESHOLD).mean()))
-    return Choice((lost[0][0], *heads[:1], LostSettings()), center, lost, len(seen.ids))
-
-
-def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, CorLocScore]:
-    """Scores by name; the first method is LOST as chosen, the last vanilla LOST, one between them attention."""
-    overlaps = {"lost": measured.iou[:, 0], "vanilla": measured.iou[:, -1]}
-    words = {"lost": str(measured.methods[0]), "vanilla": str(measured.methods[-1])}
-    if len(measured.methods) > 2:
-        overlaps["attention"], words["attention"] = measured.iou[:, 1], str(measured.methods[1])
-    overlaps["center_box"], words["center_box"] = measured.center_box(center), f"the middle {center:.2g} of each side"
-    overlaps["full_image"], words["full_image"] = measured.center_box(1.0), "the whole image"
-    degenerate = {"lost": int(measured.degenerate[:, 0].sum()), "vanilla": int(measured.degenerate[:, -1].sum())}
-    hits = {name: (values >= _THRESHOLD).astype(np.float64) for name, values in overlaps.items()}
-    scores = {}
-    for name, values in hits.items():
-        gain = hits["lost"] - values
-        scores[name] = CorLocScore(
-            method=words[name],
-            corloc=float(values.mean()),
-            interval=bootstrap_interval(values, seed=seed),
-            ahead=(float(gain.mean()), bootstrap_interval(gain, seed=seed)),
-            overlaps=tuple(round(value, 4) for value in overlaps[name].tolist()),
-            num_degenerate=degenerate.get(name),
-        )
-    return scores
-
-
-def bootstrap_interval(values: NDArray[np.float64], *, seed: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Percentile interval of the mean, from 2,000 resamples of the values with replacement.
-
-    Args:
-        values: (n,), one an image.
-        seed: Of the resamples.
-        confidence: Share of resampled means inside.
-    """
-    rng = np.random.default_rng(seed)
-    means = np.array([values[rng.integers(0, len(values), len(values))].mean() for _ in range(_RESAMPLES)])
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail]).tolist()
-    return low, high
-
-
-def images_with_boxes(
-    source: ImageSource, truth: Sequence[Sequence[Box]]
-) -> tuple[ImageSource, list[Sequence[Box]], int]:
-    """The images that have a box, their boxes, and how many have none."""
-    kept = [i for i, boxes in enumerate(truth) if boxes]
-    if len(kept) < 2:
-        raise ValueError(f"'{source.name}' has {len(kept)} of {len(source)} images with boxes; at least 2 are needed.")
-    return source.subset(kept), [truth[i] for i in kept], len(source) - len(kept)

@@ -387,13 +387,17 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
     return True
 
 
+def weights_fingerprint(model: nn.Module) -> str:
+    """32 hexadecimal digits that change when any weight of the vision tower does, or its type."""
+    digest = hashlib.blake2b(digest_size=16)
+    for key, tensor in sorted(find_tower(model)[0].state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
     """All that the numbers depend on: two runs of one identity write the same files."""
-    tower, family = find_tower(model)
-    weights = hashlib.blake2b(digest_size=16)
-    for key, tensor in sorted(tower.state_dict().items()):
-        weights.update(key.encode())
-        weights.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     names = hashlib.blake2b(digest_size=16)
     for name in images.ids() if images.total is not None else ():
         names.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -401,8 +405,8 @@ def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSett
     return {
         **chosen,
         "layer": resolve_layers((settings.layer,), describe_model(model).num_layers)[0],
-        "family": family,
-        "weights": weights.hexdigest(),
+        "family": find_tower(model)[1],
+        "weights": weights_fingerprint(model),
         "images": None if images.total is None else names.hexdigest(),
         "transform": images.transform.description,
     }

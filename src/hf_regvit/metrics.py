@@ -246,6 +246,36 @@ class TopKAccuracy(_SumsMetric):
         return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
 
 
+class MeanAveragePrecision(_SumsMetric):
+    """Retrieval: `map`, the mean over queries of the average precision of the ranking, in [0, 1].
+
+    The average precision of a query is the mean of the precisions at the ranks of its relevant images. Of equal
+    scores the image of lower index ranks first.
+    """
+
+    about = (
+        "Mean average precision. predictions: (n, gallery) scores, higher is nearer. references: (n, gallery) whether "
+        "the image is relevant, at least one for every query."
+    )
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """For every query its average precision."""
+        scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
+        if scores.ndim != 2 or scores.shape != relevant.shape:
+            raise ValueError(f"predictions {scores.shape} and references {relevant.shape} must be (n, gallery) both.")
+        if not relevant.any(axis=1).all():
+            query = int(np.flatnonzero(~relevant.any(axis=1))[0])
+            raise ValueError(f"Nothing in the gallery is relevant to query {query}. Leave such queries out.")
+        order = np.argsort(-scores, axis=1, kind="stable")
+        hits = np.take_along_axis(relevant, order, axis=1)  # (n, gallery), best first
+        precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
+        return ((precision * hits).sum(axis=1) / hits.sum(axis=1))[:, None]
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Mean over queries."""
+        return {"map": float(rows[:, 0].mean())}
+
+
 # --- Pictures
 
 
@@ -498,5 +528,7 @@ class EffectiveRank(_SumsMetric):
         return {"effective_rank": float(effective_rank(torch.from_numpy(rows)[None]))}
 
 
-_METRICS = (TopKAccuracy, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity, EffectiveRank)
+_METRICS = (
+    TopKAccuracy, MeanAveragePrecision, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity, EffectiveRank,
+)  # fmt: skip
 _INPUTS = frozenset(name for metric in _METRICS for name in metric.inputs)

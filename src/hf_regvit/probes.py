@@ -31,6 +31,7 @@ def knn_classify(
     temperature: float = 0.07,
     num_classes: int | None = None,
     chunk_size: int = 1024,
+    bank_chunk_size: int = 16384,
 ) -> dict[int, Tensor]:
     """Class scores by a vote of the nearest training images, weighted by similarity.
 
@@ -44,7 +45,9 @@ def knn_classify(
         k: Numbers of neighbours.
         temperature: Of the softmax, in units of cosine similarity.
         num_classes: C; default the largest label plus one.
-        chunk_size: Test images handled at once. Memory is chunk_size * n similarities, whatever m is.
+        chunk_size: Test images handled at once.
+        bank_chunk_size: Training images handled at once. Memory beyond the features and the result is chunk_size *
+            bank_chunk_size similarities and one chunk of each, whatever n and m are.
 
     Returns:
         For each k the class scores, (m, C) float32.
@@ -62,17 +65,35 @@ def knn_classify(
             f"train_labels span [{int(labels.min())}, {int(labels.max())}], expected [0, {num_classes}). "
             "Check num_classes."
         )
-    bank = F.normalize(train_features.float(), dim=1)  # (n, D)
     chunks: dict[int, list[Tensor]] = {neighbours: [] for neighbours in k}
     for queries in test_features.split(chunk_size):
-        similarity = F.normalize(queries.float(), dim=1) @ bank.T  # (chunk, n)
-        nearest, index = similarity.topk(max(k), dim=1)  # (chunk, K), best first
+        nearest, index = _nearest(queries, train_features, max(k), bank_chunk_size)  # (chunk, K), best first
         votes = (nearest / temperature).softmax(dim=1)
         voted = labels.to(index.device)[index]
         for neighbours in k:
             scores = votes.new_zeros(len(queries), num_classes)
             chunks[neighbours].append(scores.scatter_add_(1, voted[:, :neighbours], votes[:, :neighbours]))
     return {neighbours: torch.cat(scores) for neighbours, scores in chunks.items()}
+
+
+def _nearest(queries: Tensor, bank: Tensor, count: int, bank_chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Cosines and indices of the nearest of the bank, best first, (queries, count) each.
+
+    The best of every part of the bank compete with the best so far; of equal ones the earlier image stays.
+    """
+    queries = F.normalize(queries.float(), dim=1)
+    best: tuple[Tensor, Tensor] | None = None
+    for start in range(0, len(bank), bank_chunk_size):
+        part = F.normalize(bank[start : start + bank_chunk_size].float(), dim=1)
+        similarity, index = (queries @ part.T).topk(min(count, len(part)), dim=1)
+        if best is None:
+            best = similarity, index
+            continue
+        similarity, index = torch.cat([best[0], similarity], dim=1), torch.cat([best[1], index + start], dim=1)
+        similarity, order = similarity.topk(min(count, similarity.shape[1]), dim=1)
+        best = similarity, index.gather(1, order)
+    assert best is not None  # the bank is not empty: k of at least 1 fits into it
+    return best
 
 
 def knn_accuracy(

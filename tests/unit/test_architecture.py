@@ -18,7 +18,7 @@ IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everythin
 FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "losses", "optimization"}  # layers 0 and 1
 JOBS = FOUNDATIONS | {"probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
 # What draws or publishes takes finished results; the model only as a type.
-RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation", "retrofit"}
+RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation_report", "retrofit"}
 ANYTHING = None
 
 ALLOWED: dict[str, set[str] | None] = {
@@ -38,7 +38,15 @@ ALLOWED: dict[str, set[str] | None] = {
     "metrics": FOUNDATIONS | {"artifacts", "lost"},  # their formulas as evaluate.Metric
     "conversion": FOUNDATIONS,
     "export": FOUNDATIONS,
-    "evaluation": FOUNDATIONS | {"probes", "artifacts", "lost", "metrics"},
+    "intervals": set(),
+    "object_discovery": FOUNDATIONS | {"lost", "intervals"},
+    "classification_probes": set(),
+    "evaluation_report": {"intervals", "object_discovery"},
+    "feature_cache": FOUNDATIONS,
+    "feature_tasks": FOUNDATIONS
+    | {"probes", "metrics", "classification_probes", "evaluation_report", "feature_cache", "object_discovery"},
+    "evaluation": FOUNDATIONS
+    | {"metrics", "evaluation_report", "feature_cache", "feature_tasks", "object_discovery", "dense_probes", "dense"},
     "retrofit": FOUNDATIONS | {"artifacts"},
     "distillation": FOUNDATIONS,
     "checkpoints": MODEL,

@@ -1,0 +1,288 @@
+"""Small models that classify whole images by their frozen features: linear heads, logistic regression, few-shot kNN.
+
+Shape letters: n training images, m test images, B blocks, D width, W inputs of a head, C classes, H learning rates.
+
+Source: facebookresearch/dinov2 `eval/linear.py`, `eval/log_regression.py`, `eval/knn.py` for the protocols.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
+LOGISTIC_CS = tuple((10.0 ** np.linspace(-6, 5, 45)).tolist())
+
+
+# --- Linear heads ---
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """One head: how many of the last blocks it reads, whether also the mean patch, and its learning rate at 256."""
+
+    num_blocks: int
+    mean_patch: bool
+    learning_rate: float
+
+    def __str__(self) -> str:
+        patch = " + mean patch" if self.mean_patch else ""
+        return f"{self.num_blocks} block{'s' * (self.num_blocks > 1)}{patch}, lr {self.learning_rate:g}"
+
+
+@dataclass(frozen=True)
+class LinearGrid:
+    """Heads of the official linear evaluation, all trained at once.
+
+    Args:
+        learning_rates: For a batch of 256; they are scaled by batch / 256.
+        num_blocks: A head reads the vectors of the last so many blocks, side by side. Those that a shallow model has
+            not are left out.
+        mean_patch: Whether it also reads the mean patch of the last block.
+        num_steps: Of SGD. The official evaluation takes 12,500 on ImageNet.
+        batch_size: Images of a step, at most all there are.
+    """
+
+    learning_rates: Sequence[float] = LEARNING_RATES
+    num_blocks: Sequence[int] = (1, 4)
+    mean_patch: Sequence[bool] = (False, True)
+    num_steps: int = 2000
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        if not self.learning_rates or not self.num_blocks or not self.mean_patch:
+            raise ValueError(f"{self} leaves no head to train.")
+        if min(self.learning_rates) <= 0 or min(self.num_blocks) < 1 or min(self.num_steps, self.batch_size) < 1:
+            raise ValueError(f"{self}: learning rates must be above 0, blocks, steps and batch at least 1.")
+
+    def only(self, head: HeadSettings) -> "LinearGrid":
+        """The grid of a single head."""
+        return LinearGrid(
+            (head.learning_rate,), (head.num_blocks,), (head.mean_patch,), self.num_steps, self.batch_size
+        )
+
+
+def head_inputs(vectors: Tensor, mean_patch: Tensor, num_blocks: int, with_mean_patch: bool) -> Tensor:
+    """(n, W): the vectors of the last blocks side by side, then the mean patch; W is B * D or (B + 1) * D."""
+    parts = [vectors[:, -num_blocks:].flatten(1)]
+    return torch.cat([*parts, mean_patch] if with_mean_patch else parts, dim=1)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Heads that read the same inputs: one product of matrices serves all their learning rates."""
+
+    num_blocks: int
+    mean_patch: bool
+    weight: Tensor  # (W, H * C)
+    bias: Tensor  # (H * C,)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearHeads:
+    """Trained heads. `settings` are in the order of the grid: blocks, mean patch, learning rate."""
+
+    settings: tuple[HeadSettings, ...]
+    groups: tuple[_Group, ...]
+    num_classes: int
+
+    @torch.no_grad()
+    def scores(self, vectors: Tensor, mean_patch: Tensor) -> Iterator[tuple[HeadSettings, Tensor]]:
+        """For every head its scores, (m, C)."""
+        heads = iter(self.settings)
+        for group in self.groups:
+            inputs = head_inputs(vectors, mean_patch, group.num_blocks, group.mean_patch)
+            logits = torch.addmm(group.bias, inputs, group.weight).unflatten(1, (-1, self.num_classes))  # (m, H, C)
+            for rate in range(logits.shape[1]):
+                yield next(heads), logits[:, rate]
+
+    def accuracies(self, vectors: Tensor, mean_patch: Tensor, labels: Tensor) -> list[tuple[HeadSettings, float]]:
+        """Top-1 of every head, in [0, 1]."""
+        return [
+            (head, (scores.argmax(1) == labels).double().mean().item())
+            for head, scores in self.scores(vectors, mean_patch)
+        ]
+
+
+def train_linear_heads(
+    vectors: Tensor,
+    mean_patch: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    grid: LinearGrid | None = None,
+    seed: int = 0,
+) -> LinearHeads:
+    """All heads of the grid in one pass over the features, as if each had been trained alone.
+
+    SGD with momentum 0.9 and no weight decay on the sum of the heads' mean cross-entropies, learning rates on a cosine
+    to 0; weights start at N(0, 0.01), biases at 0. Heads of one width start at the same weights and see the same
+    batches, so that a head of a large grid is, to rounding, the head that a grid of its own would train.
+
+    Args:
+        vectors: (n, B, D).
+        mean_patch: (n, D).
+        labels: (n,) integers in [0, C).
+        num_classes: C.
+        grid: See `LinearGrid`.
+        seed: Of the weights and the batches.
+
+    Raises:
+        ValueError: Shapes that do not fit, labels out of range, or more blocks than there are.
+
+    Source: dinov2 `eval/linear.py`; here on stored features, hence without augmentation. Slow twin (one torch SGD a
+    head): tests/unit/test_linear_probes.py.
+    """
+    grid = grid or LinearGrid()
+    _check_labels(labels, len(vectors), num_classes)
+    if mean_patch.shape != vectors[:, 0].shape or max(grid.num_blocks) > vectors.shape[1]:
+        raise ValueError(
+            f"vectors {tuple(vectors.shape)} and mean_patch {tuple(mean_patch.shape)} do not fit heads of "
+            f"{list(grid.num_blocks)} blocks; expected (n, blocks, width) and (n, width)."
+        )
+    count, batch_size = len(vectors), min(grid.batch_size, len(vectors))
+    scale = batch_size / 256
+    rates = torch.tensor(grid.learning_rates, dtype=torch.float32, device=vectors.device) * scale
+    rates = rates.repeat_interleave(num_classes)  # (H * C,)
+    groups, inputs, settings = [], [], []
+    for num_blocks, with_patch in product(grid.num_blocks, grid.mean_patch):
+        inputs.append(head_inputs(vectors, mean_patch, num_blocks, with_patch).float())
+        start = torch.empty(inputs[-1].shape[1], num_classes).normal_(
+            0, 0.01, generator=torch.Generator().manual_seed(seed)
+        )
+        weight = start.to(vectors.device).repeat(1, len(grid.learning_rates))
+        groups.append(_Group(num_blocks, with_patch, weight, torch.zeros_like(weight[0])))
+        settings += [HeadSettings(num_blocks, with_patch, rate) for rate in grid.learning_rates]
+    momenta = [(torch.zeros_like(group.weight), torch.zeros_like(group.bias)) for group in groups]
+    batches = _batches(count, batch_size, grid.num_steps, seed)
+    for step, batch in enumerate(batches):
+        chosen = batch.to(vectors.device)
+        step_rates = rates * 0.5 * (1 + np.cos(np.pi * step / grid.num_steps))
+        for group, features, (weight_momentum, bias_momentum) in zip(groups, inputs, momenta):
+            x = features[chosen]  # (b, W)
+            logits = torch.addmm(group.bias, x, group.weight).unflatten(1, (-1, num_classes))  # (b, H, C)
+            # The gradient of the mean cross-entropy with respect to the scores, without building a graph.
+            slope = logits.softmax(dim=2)
+            slope[torch.arange(batch_size), :, labels[chosen]] -= 1
+            slope = slope.flatten(1) / batch_size  # (b, H * C)
+            weight_momentum.mul_(0.9).addmm_(x.T, slope)
+            bias_momentum.mul_(0.9).add_(slope.sum(dim=0))
+            group.weight.sub_(weight_momentum * step_rates)
+            group.bias.sub_(bias_momentum * step_rates)
+    return LinearHeads(tuple(settings), tuple(groups), num_classes)
+
+
+def _batches(count: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Tensor]:
+    """Index batches from one permutation after another; none is short."""
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.empty(0, dtype=torch.long)
+    for _ in range(num_steps):
+        while len(left) < batch_size:
+            left = torch.cat([left, torch.randperm(count, generator=generator)])
+        batch, left = left[:batch_size], left[batch_size:]
+        yield batch
+
+
+def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
+    if labels.shape != (count,) or not count:
+        raise ValueError(f"{tuple(labels.shape)} labels for {count} images; expected one each, of at least one image.")
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"Labels span [{int(labels.min())}, {int(labels.max())}], expected [0, {num_classes}). Check num_classes."
+        )
+
+
+# --- Logistic regression ---
+
+
+@dataclass(frozen=True, eq=False)
+class LogisticModel:
+    """`features @ weight + bias`, (m, D) to (m, C), with the C of scikit-learn and cuML that it was fitted with."""
+
+    weight: Tensor
+    bias: Tensor
+    c: float
+
+    def __call__(self, features: Tensor) -> Tensor:
+        """Scores, (m, C)."""
+        return torch.addmm(self.bias, features.float(), self.weight)
+
+
+def logistic_path(
+    features: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    cs: Sequence[float] = LOGISTIC_CS,
+    max_iterations: int = 1000,
+    tolerance: float = 1e-12,
+) -> Iterator[LogisticModel]:
+    """Multinomial logistic regression for several C, from the smallest up, each started where the last one ended.
+
+    Minimises C * sum of cross-entropies + ||weight||² / 2, the bias free of the penalty, on features as they are, by
+    L-BFGS: nothing is random. The objective is convex, so the start changes the way and not the end.
+
+    Args:
+        features: (n, D).
+        labels: (n,) integers in [0, num_classes).
+        num_classes: Classes.
+        cs: Ascending.
+        max_iterations: Of L-BFGS, for every C.
+        tolerance: Stop when the largest slope or the change of the mean loss is below.
+
+    Raises:
+        ValueError: Labels out of range, or `cs` not ascending.
+
+    Source: dinov2 `eval/log_regression.py`: C = 10^linspace(-6, 5, 45), 1,000 iterations, tolerance 1e-12.
+    """
+    _check_labels(labels, len(features), num_classes)
+    if list(cs) != sorted(cs) or min(cs) <= 0:
+        raise ValueError(f"cs={list(cs)} must be above 0 and ascend.")
+    x = features.float()
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
+    for c in cs:
+        solver = torch.optim.LBFGS(
+            [weight, bias],
+            max_iter=max_iterations,
+            tolerance_grad=tolerance,
+            tolerance_change=tolerance,
+            history_size=10,
+            line_search_fn="strong_wolfe",
+        )
+
+        def loss(solver: torch.optim.LBFGS = solver, c: float = c) -> Tensor:
+            solver.zero_grad()
+            fit = F.cross_entropy(torch.addmm(bias, x, weight), labels)
+            value = fit + weight.square().sum() / (2 * c * len(x))
+            value.backward()
+            return value
+
+        with torch.enable_grad():
+            solver.step(loss)
+        yield LogisticModel(weight.detach().clone(), bias.detach().clone(), c)
+
+
+# --- Few-shot ---
+
+
+def few_shot_indices(labels: Tensor, per_class: int, *, seed: int) -> Tensor:
+    """(C' * per_class,) indices: so many images of every class that occurs, drawn by `seed`, ascending.
+
+    Raises:
+        ValueError: A class has fewer.
+    """
+    rng = np.random.default_rng(seed)
+    chosen = []
+    for label in labels.unique().tolist():
+        members = (labels == label).nonzero()[:, 0].numpy()
+        if len(members) < per_class:
+            raise ValueError(
+                f"Class {label} has {len(members)} training images, {per_class} a class are asked for. Ask for fewer."
+            )
+        chosen += rng.permutation(members)[:per_class].tolist()
+    return torch.tensor(sorted(chosen))

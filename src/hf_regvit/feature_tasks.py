@@ -1,0 +1,370 @@
+"""Tasks on frozen features of whole images: scores with protocol and interval, for vectors from anywhere.
+
+Shape letters: n training images, m judged images, B blocks, D width, C classes.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .classification_probes import LOGISTIC_CS, LinearGrid, few_shot_indices, logistic_path, train_linear_heads
+from .evaluation_report import Score
+from .feature_cache import FrozenFeatures
+from .images import ImageSource, stratified_split
+from .object_discovery import BoxFormat, LostGrid
+from .probes import knn_classify
+
+Task = Literal[
+    "knn", "linear", "logistic", "few_shot", "retrieval", "robustness", "segmentation", "depth", "lost"
+]  # fmt: skip
+TASKS: tuple[Task, ...] = (
+    "knn", "linear", "logistic", "few_shot", "retrieval", "robustness", "segmentation", "depth", "lost"
+)  # fmt: skip
+ON_FEATURES: tuple[Task, ...] = ("knn", "linear", "logistic", "few_shot", "retrieval")
+_OFFICIAL_KS = (10, 20, 100, 200)
+_OFFICIAL_SHOTS = (1, 5, 10)
+_QUERIES = 256  # of retrieval, ranked at once
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How the tasks are done; every value ends up in the report.
+
+    Args:
+        image_size: Side of the picture in pixels for tasks on whole images: shorter side resized to 256/224 of it,
+            centre crop. Default: the model's own size.
+        image_sizes: Sizes of the judged images in `robustness`; default half, three quarters and five quarters of the
+            model's own, in whole patches.
+        knn_ks: Numbers of neighbours. Default 10, 20, 100, 200, those that are more than the training images cut to
+            their number.
+        temperature: Of the kNN's votes.
+        linear: Heads of the linear probe.
+        logistic_cs: Penalties of the logistic regression, ascending.
+        select_on: Where head and C are chosen: "held_out", a tenth of the training images, class by class, after
+            which the chosen one is fitted again on all of them; "judged", the judged images themselves, as the
+            official linear evaluation does: optimistic.
+        shots: Training images of a class in `few_shot`. Default 1, 5, 10, as far as every class has them.
+        num_tries: Draws of `few_shot`; their mean is reported.
+        boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
+        box_format: See there.
+        lost_grid: Settings of LOST to choose from. With a single one there is no choice, and everything is judged.
+        max_side: Larger images are read by LOST at this length of their longer side, pixels.
+        max_images: Use this many of each set, drawn by the seed, class by class.
+        train_val_split: Share of images to judge on, class by class, where the data have no validation part.
+        batch_size: Images of one forward pass.
+    """
+
+    image_size: int | None = None
+    image_sizes: Sequence[int] | None = None
+    knn_ks: Sequence[int] | None = None
+    temperature: float = 0.07
+    linear: LinearGrid = field(default_factory=LinearGrid)
+    logistic_cs: Sequence[float] = LOGISTIC_CS
+    select_on: Literal["held_out", "judged"] = "held_out"
+    shots: Sequence[int] | None = None
+    num_tries: int = 5
+    boxes: str | None = None
+    box_format: BoxFormat = "xywh"
+    lost_grid: LostGrid = field(default_factory=LostGrid)
+    max_side: int = 640
+    max_images: int | None = None
+    train_val_split: float | None = None
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        if self.select_on not in ("held_out", "judged"):
+            raise ValueError(f"select_on={self.select_on!r} is unknown. Use 'held_out' or 'judged'.")
+        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+            raise ValueError(f"train_val_split={self.train_val_split} must lie between 0 and 1.")
+        if self.num_tries < 1:
+            raise ValueError(f"num_tries={self.num_tries} must be at least 1.")
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledFeatures:
+    """Features of a set of images with their classes.
+
+    Args:
+        features: Of every image.
+        labels: (n,) integers in [0, num_classes).
+        num_classes: C.
+        data: Name of the images.
+    """
+
+    features: FrozenFeatures
+    labels: Tensor
+    num_classes: int
+    data: str
+
+    @classmethod
+    def of(cls, features: FrozenFeatures, source: ImageSource, num_classes: int) -> "LabelledFeatures":
+        """With the labels of the images that could be read."""
+        assert source.labels is not None
+        by_id = dict(zip(source.ids, source.labels))
+        return cls(features, torch.tensor([by_id[name] for name in features.ids]), num_classes, source.name)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def layer(self) -> int:
+        """The last block read."""
+        return self.features.layers[-1]
+
+    def score(self, rows: Tensor, **what: Any) -> Score:
+        """A score from what each of these images contributed."""
+        return Score.measured(rows.double().numpy(), ids=self.features.ids, data=self.data, **what)
+
+
+Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, what every image contributed, settings
+
+
+def score_features(
+    train: LabelledFeatures,
+    judged: LabelledFeatures,
+    *,
+    tasks: Sequence[Task] = ON_FEATURES,
+    protocol: Protocol | None = None,
+    seed: int = 0,
+) -> Iterator[Score]:
+    """Scores of tasks on vectors, wherever these come from: a model, another library, raw pixels.
+
+    Args:
+        train: To fit on.
+        judged: To judge on.
+        tasks: Among knn, linear, logistic, few_shot, retrieval.
+        protocol: See `Protocol`.
+        seed: Of draws and resamples.
+
+    Raises:
+        ValueError: Too few images for k or for the shots.
+    """
+    protocol = protocol or Protocol()
+    kind = train.features.kind
+    functions: dict[str, tuple[Callable[..., Iterator[Measured]], str]] = {
+        "knn": (_knn_scores, f"votes of the k nearest {kind} vectors by cosine, T={protocol.temperature:g}"),
+        "linear": (_linear_scores, _linear_words(protocol, kind)),
+        "logistic": (_logistic_scores, _logistic_words(protocol, kind)),
+        "few_shot": (
+            _few_shot_scores,
+            f"n training images a class, mean of {protocol.num_tries} draws; kNN with k=n on {kind} vectors",
+        ),
+        "retrieval": (
+            _retrieval_scores,
+            f"judged images search the training images by the cosine of {kind} vectors; relevant: the same class",
+        ),
+    }
+    for task in tasks:
+        measure, words = functions[task]
+        started = time.perf_counter()
+        measured = list(measure(train, judged, protocol, seed))
+        seconds = time.perf_counter() - started
+        for variant, metric, rows, settings in measured:
+            yield judged.score(
+                rows,
+                task=task,
+                variant=variant,
+                metric=metric,
+                protocol=words,
+                settings={"layer": train.layer} | settings,
+                num_train=len(train),
+                seed=seed,
+                seconds=seconds,
+            )
+
+
+def hits(scores: Tensor, labels: Tensor) -> Tensor:
+    """(m,) 1 where the class of the highest score is the right one; by the package's own metric."""
+    from .metrics import TopKAccuracy
+
+    ranks = np.asarray(TopKAccuracy().reduce(scores, labels))[:, 0]
+    return torch.from_numpy((ranks < 1).astype(np.float64))
+
+
+def neighbours(protocol: Protocol, num_train: int) -> tuple[int, ...]:
+    """Numbers of neighbours: as given, or the official ones cut to the number of training images."""
+    if protocol.knn_ks is None:
+        return tuple(dict.fromkeys(min(k, num_train) for k in _OFFICIAL_KS))
+    if not protocol.knn_ks or min(protocol.knn_ks) < 1 or max(protocol.knn_ks) > num_train:
+        raise ValueError(
+            f"k={list(protocol.knn_ks)}: every k must be at least 1 and at most {num_train}, the number of training "
+            "images. Give more images or smaller k."
+        )
+    return tuple(protocol.knn_ks)
+
+
+def knn_votes(
+    train: LabelledFeatures, judged: LabelledFeatures, ks: Sequence[int], temperature: float
+) -> dict[int, Tensor]:
+    """For each k the class scores of the judged images, (m, C), from the last block read."""
+    return knn_classify(
+        train.features.last,
+        train.labels,
+        judged.features.last,
+        k=ks,
+        temperature=temperature,
+        num_classes=train.num_classes,
+    )
+
+
+def _knn_scores(
+    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+) -> Iterator[Measured]:
+    for k, votes in knn_votes(train, judged, neighbours(protocol, len(train)), protocol.temperature).items():
+        yield f"k={k}", "top1", hits(votes, judged.labels), {"k": k, "temperature": protocol.temperature}
+
+
+def _held_out(train: LabelledFeatures, seed: int) -> tuple[Tensor, Tensor]:
+    """Indices of nine tenths of the training images, and of the rest, class by class."""
+    fit, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=seed)
+    if not held:
+        raise ValueError(
+            "Every class has a single training image, so none can be held out to choose on. Add images, or choose on "
+            "the judged ones with select_on='judged'."
+        )
+    return torch.tensor(fit), torch.tensor(held)
+
+
+def _choice_words(protocol: Protocol) -> str:
+    if protocol.select_on == "judged":
+        return "chosen on the judged images themselves (official, optimistic)"
+    return "chosen on a held-out tenth of the training images, then fitted on all of them"
+
+
+def _linear_words(protocol: Protocol, kind: str) -> str:
+    grid = protocol.linear
+    return (
+        f"linear heads on {kind}, {grid.num_steps} steps of SGD with {grid.batch_size} images, momentum 0.9, cosine "
+        f"to 0, no augmentation; {_choice_words(protocol)}"
+    )
+
+
+def _logistic_words(protocol: Protocol, kind: str) -> str:
+    return f"L-BFGS on {kind} as it is, best of {len(protocol.logistic_cs)} C; {_choice_words(protocol)}"
+
+
+def _linear_scores(
+    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+) -> Iterator[Measured]:
+    grid, features = protocol.linear, train.features
+    available = features.vectors.shape[1]
+    grid = LinearGrid(
+        grid.learning_rates,
+        tuple(dict.fromkeys(min(count, available) for count in grid.num_blocks)),
+        # Where the vectors are mean patches already, a second one adds nothing.
+        grid.mean_patch if features.kind == "CLS" else (False,),
+        grid.num_steps,
+        grid.batch_size,
+    )
+
+    def fit(rows: Tensor, grid: LinearGrid) -> Any:
+        return train_linear_heads(
+            features.vectors[rows],
+            features.mean_patch[rows],
+            train.labels[rows],
+            num_classes=train.num_classes,
+            grid=grid,
+            seed=seed,
+        )
+
+    everything = torch.arange(len(train))
+    if protocol.select_on == "judged":
+        heads, chooser, rows = fit(everything, grid), judged, torch.arange(len(judged))
+    else:
+        fitted, rows = _held_out(train, seed)
+        heads, chooser = fit(fitted, grid), train
+    seen = heads.accuracies(chooser.features.vectors[rows], chooser.features.mean_patch[rows], chooser.labels[rows])
+    best, accuracy = max(seen, key=lambda pair: pair[1])
+    final = heads if protocol.select_on == "judged" else fit(everything, grid.only(best))
+    scores = dict(final.scores(judged.features.vectors, judged.features.mean_patch))[best]
+    yield (
+        "",
+        "top1",
+        hits(scores, judged.labels),
+        {
+            "chosen": f"{best} (of {len(seen)})",
+            "select_on": protocol.select_on,
+            "accuracy_where_chosen": accuracy,
+            "num_images_to_choose": len(rows),
+            "num_steps": grid.num_steps,
+            "batch_size": min(grid.batch_size, len(train)),
+        },
+    )
+
+
+def _logistic_scores(
+    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+) -> Iterator[Measured]:
+    vectors, labels, cs = train.features.last, train.labels, protocol.logistic_cs
+    everything = torch.arange(len(train))
+    if protocol.select_on == "judged":
+        fitted, chooser, rows = everything, judged, torch.arange(len(judged))
+    else:
+        (fitted, rows), chooser = _held_out(train, seed), train
+    best, best_accuracy = None, -1.0
+    for model in logistic_path(vectors[fitted], labels[fitted], num_classes=train.num_classes, cs=cs):
+        accuracy = hits(model(chooser.features.last[rows]), chooser.labels[rows]).mean().item()
+        if accuracy > best_accuracy:
+            best, best_accuracy = model, accuracy
+    assert best is not None
+    if protocol.select_on == "held_out":
+        best = next(logistic_path(vectors, labels, num_classes=train.num_classes, cs=(best.c,)))
+    yield (
+        "",
+        "top1",
+        hits(best(judged.features.last), judged.labels),
+        {
+            "chosen": f"C {best.c:.3g} (of {len(cs)})",
+            "select_on": protocol.select_on,
+            "accuracy_where_chosen": best_accuracy,
+            "num_images_to_choose": len(rows),
+        },
+    )
+
+
+def _few_shot_scores(
+    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+) -> Iterator[Measured]:
+    fewest = int(torch.bincount(train.labels)[train.labels.unique()].min())
+    shots = protocol.shots or [n for n in _OFFICIAL_SHOTS if n <= fewest]
+    for n in shots:
+        tries = []
+        for attempt in range(protocol.num_tries):
+            rows = few_shot_indices(train.labels, n, seed=seed + attempt)
+            votes = knn_classify(
+                train.features.last[rows],
+                train.labels[rows],
+                judged.features.last,
+                k=(n,),
+                temperature=protocol.temperature,
+                num_classes=train.num_classes,
+            )[n]
+            tries.append(hits(votes, judged.labels))
+        right = torch.stack(tries)  # (tries, m)
+        spread = right.mean(dim=1).std(correction=1).item() if len(tries) > 1 else 0.0
+        yield (
+            f"n={n}",
+            "top1",
+            right.mean(dim=0),
+            {"per_class": n, "k": n, "num_tries": len(tries), "std_over_tries": round(spread, 4)},
+        )
+
+
+def _retrieval_scores(
+    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+) -> Iterator[Measured]:
+    from .metrics import MeanAveragePrecision
+
+    metric = MeanAveragePrecision()
+    gallery = F.normalize(train.features.last, dim=1)
+    rows = []
+    for queries, labels in zip(judged.features.last.split(_QUERIES), judged.labels.split(_QUERIES)):
+        cosines = F.normalize(queries, dim=1) @ gallery.T  # (queries, n)
+        rows.append(np.asarray(metric.reduce(cosines, labels[:, None] == train.labels[None])))
+    yield "", "map", torch.from_numpy(np.concatenate(rows)), {}
