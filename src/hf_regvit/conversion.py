@@ -125,6 +125,11 @@ def convert_to_folder(
     return model
 
 
+def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:
+    """The image processor saved beside a model to convert; DINOv2's for a bare file of weights."""
+    return _processor_of(_local(source), config)
+
+
 def _processor_of(source: Path, config: RegViTConfig) -> Any:
     from transformers import AutoImageProcessor
 

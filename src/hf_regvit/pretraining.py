@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import math
-import platform
 import time
 from collections.abc import Sequence, Sized
 from dataclasses import dataclass
@@ -54,7 +53,16 @@ from .modeling_regvit import RegViTModel
 from .monitors import observers
 from .optimization import Schedules, StepValues, parameter_groups, parameter_rules, set_rates
 from .pretraining_arguments import PretrainingArguments
-from .run_folder import StartingPoint, draw_curves, restore_training, starting_point, write_card
+from .run_folder import (
+    StartingPoint,
+    draw_curves,
+    package_versions,
+    restore_training,
+    run_environment,
+    starting_point,
+    write_card,
+    write_json,
+)
 
 __all__ = ["DinoTrainer", "PretrainingArguments", "pretrain"]
 
@@ -314,7 +322,7 @@ class DinoTrainer(CheckpointedTrainer):
             "images_per_step": self.args.images_per_step,
             "recipe": self.args.resolved(),
             "data": _fingerprint(self.train_dataset),
-            "packages": _packages(),
+            "packages": package_versions(),
         }
         if self._sampler is not None:
             state["position"] = self._sampler.position(self.state.global_step - self._first_step)
@@ -590,7 +598,7 @@ def pretrain(
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
         (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
-        _write_json(output / "environment.json", _environment(args))
+        write_json(output / "environment.json", run_environment(args))
     _train(trainer, alarms)
     state = _whole_state(network)
     backbone = RegViTModel(config)
@@ -656,7 +664,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     if trainer.is_world_process_zero():
         report = _report(trainer, seconds=time.perf_counter() - started)
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
-        _write_json(output / "report.json", report)
+        write_json(output / "report.json", report)
         draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
     if stopped is not None:
         raise stopped
@@ -786,17 +794,6 @@ def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
             save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _packages() -> dict[str, str]:
-    from importlib.metadata import version
-
-    names = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
-    return {name: version(name) for name in names}
-
-
 def _fingerprint(dataset: Any) -> dict[str, Any]:
     """How many images there are, and a hash of their names in order where they have names."""
     ids = getattr(getattr(dataset, "source", None), "ids", None)
@@ -808,18 +805,6 @@ def _fingerprint(dataset: Any) -> dict[str, Any]:
         "names_sha256": None
         if ids is None
         else hashlib.sha256("\0".join(map(str, ids)).encode("utf-8", "surrogateescape")).hexdigest(),
-    }
-
-
-def _environment(args: PretrainingArguments) -> dict[str, Any]:
-    """What one needs to know to compare two runs; no host names, no paths."""
-    return {
-        "packages": _packages(),
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
-        "processes": args.world_size,
-        "cpu_threads": torch.get_num_threads(),
     }
 
 

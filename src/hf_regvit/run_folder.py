@@ -9,6 +9,7 @@
 import copy
 import json
 import logging
+import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import TrainingArguments
 
 from .configuration_regvit import RegViTConfig
 from .distillation import SelfDistillation
@@ -136,30 +138,45 @@ def _prepare(
     backbone: RegViTModel, *, num_register_tokens: int, image_size: int, register_init_std: float, seed: int
 ) -> list[str]:
     """Adds registers where there are none and brings the positions to the training grid; says what it did."""
-    config, embeddings, changes = backbone.config, backbone.embeddings, []
+    config = backbone.config
+    changes: list[str] = []
     if not config.num_register_tokens and num_register_tokens:
         config.register_init_std = register_init_std
         backbone.resize_register_tokens(num_register_tokens, seed=seed)
         changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
     elif config.num_register_tokens != num_register_tokens:
         changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is not used.")
+    return changes + fit_positions(backbone, image_size, option="global_crop_size")
+
+
+@torch.no_grad()
+def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> list[str]:
+    """Resamples the stored positions to the grid of square images of this side, in place; says so if it had to.
+
+    Args:
+        backbone: of any image size.
+        image_size: side in pixels.
+        option: what an error calls it.
+
+    Raises:
+        ValueError: a side that is no multiple of the patch.
+    """
+    config, embeddings = backbone.config, backbone.embeddings
     rows, columns = config.patch_shape
     if image_size % rows or image_size % columns:
         raise ValueError(
-            f"global_crop_size is {image_size}, but the patches of the model to start from are {rows} x {columns} "
-            "pixels; expected a multiple of them."
+            f"{option} is {image_size}, but the patches of the model to start from are {rows} x {columns} pixels; "
+            "expected a multiple of them."
         )
-    grid = (image_size // rows, image_size // columns)
-    if grid != config.grid:
-        prefix = embeddings.position_embeddings[:, : embeddings.num_position_prefix]
-        table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
-        changes.append(
-            f"Its positions are resampled from {config.grid[0]} x {config.grid[1]} to {grid[0]} x {grid[1]} patches."
-        )
-        embeddings.position_embeddings = nn.Parameter(table.contiguous())
-        config.image_size = image_size
-        embeddings.train(embeddings.training)  # forgets resampled tables of the old one
-    return changes
+    grid, before = (image_size // rows, image_size // columns), config.grid
+    if grid == before:
+        return []
+    prefix = embeddings.position_embeddings[:, : embeddings.num_position_prefix]
+    table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
+    embeddings.position_embeddings = nn.Parameter(table.contiguous())
+    config.image_size = image_size
+    embeddings.train(embeddings.training)  # forgets resampled tables of the old one
+    return [f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches."]
 
 
 def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
@@ -208,6 +225,31 @@ def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, wh
 
 
 # ---- Leaving something -------------------------------------------------------------------------------------------
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a dictionary so that a person can read it."""
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    from importlib.metadata import version
+
+    names = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
+    return {name: version(name) for name in names}
+
+
+def run_environment(args: TrainingArguments) -> dict[str, Any]:
+    """What one needs to know to compare two runs; no host names, no paths."""
+    return {
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(args.device) if args.device.type == "cuda" else args.device.type,
+        "processes": args.world_size,
+        "cpu_threads": torch.get_num_threads(),
+    }
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

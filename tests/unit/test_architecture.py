@@ -15,8 +15,8 @@ LONGEST_FUNCTION = 100
 
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
 IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
-FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "losses", "optimization"}  # layers 0 and 1
-JOBS = FOUNDATIONS | {"probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
+FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "dense", "losses", "optimization"}  # layers 0 and 1
+JOBS = FOUNDATIONS | {"probes", "dense_probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
 # What draws or publishes takes finished results; the model only as a type.
 RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation_report", "retrofit"}
 ANYTHING = None
@@ -29,6 +29,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "extraction": IMAGES | {"features"},
     "augmentation": {"images"},
     "data": {"images", "augmentation"},
+    "dense": {"images", "augmentation"},
     "losses": set(),
     "optimization": set(),
     "data_check": FOUNDATIONS,
@@ -47,9 +48,12 @@ ALLOWED: dict[str, set[str] | None] = {
     | {"probes", "metrics", "classification_probes", "evaluation_report", "feature_cache", "object_discovery"},
     "evaluation": FOUNDATIONS
     | {"metrics", "evaluation_report", "feature_cache", "feature_tasks", "object_discovery", "dense_probes", "dense"},
+    "dense_probes": FOUNDATIONS | {"metrics"},
     "retrofit": FOUNDATIONS | {"artifacts"},
     "distillation": FOUNDATIONS,
-    "checkpoints": MODEL,
+    "upload": MODEL,
+    "model_card": MODEL,
+    "checkpoints": MODEL | {"upload", "model_card"},  # Trainer pushes with a card from the first push on
     # Panels of a run are drawn while it runs; figures know the model and no part of the training.
     "callbacks": JOBS | {"distillation", "checkpoints", "figures"},
     "monitors": JOBS | {"callbacks", "distillation", "figures"},
@@ -62,12 +66,14 @@ ALLOWED: dict[str, set[str] | None] = {
     "finetuning_data": {"data", "images", "finetuning_arguments"},
     "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
     "finetuning_folder": MODEL | {"figures", "finetuning_arguments", "run_folder"},
+    "finetuning_dense": JOBS | {"callbacks", "checkpoints", "finetuning", "figures"},
     "finetuning": JOBS
     | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification"}
     | {"finetuning_arguments", "finetuning_data", "finetuning_folder"},
     "figures": RESULTS,
     "report": RESULTS | {"figures"},
-    "hub": RESULTS,
+    "hub": RESULTS | {"upload", "model_card", "checkpoints", "figures", "evaluation_report"},
+    "doctor": MODEL,
     "exploration": RESULTS | {"images", "figures"},
     "demo": ANYTHING,
     "arguments": ANYTHING,

@@ -1,0 +1,523 @@
+"""Image classification as a task of `finetune`: labels and what is wrong with them, augmentation, loss, metrics.
+
+Shape letters: B images, C classes, S side of an image in pixels.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .finetuning_arguments import FinetuningArguments
+from .finetuning_data import (
+    IGNORED,
+    EvaluationImages,
+    MixingCollator,
+    TrainImages,
+    bad_images,
+    hold_out,
+    limited,
+    open_parts,
+    stack,
+)
+from .images import ImageRecord, ImageSource
+from .modeling_regvit import RegViTForImageClassification
+
+logger = logging.getLogger(__name__)
+
+
+class LabelError(ValueError):
+    """Labels that a classifier cannot be trained with; the message names the classes or rows."""
+
+
+# ---- Labels ------------------------------------------------------------------------------------------------------
+
+
+def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
+    """Training and validation images with checked labels that count the same classes.
+
+    Raises:
+        LabelError: no labels, ids without a class, a single class, validation classes that training lacks, weights
+            for another number of classes.
+    """
+    train, validation = open_parts(args)
+    names = _checked_names(train, "training", args)
+    if validation is not None:
+        _checked_names(validation, "validation", args, single_is_fine=True)
+        validation = _in_classes_of(validation, train, names, args)
+    elif args.eval_strategy != "no":
+        train, validation = hold_out(train, args, train.labels)
+    train = limited(train, args.max_train_samples, seed=args.seed)
+    validation = None if validation is None else limited(validation, args.max_eval_samples, seed=args.seed)
+    present = Counter(train.labels or ())
+    if len(present) < 2:
+        only = ", ".join(repr(names[label]) for label in present)
+        raise LabelError(
+            f"'{train.name}': all {len(train)} training images are of one class, {only}; a classifier needs at least "
+            "two. Check that the folders are the classes, or --label_column."
+        )
+    if empty := [name for label, name in enumerate(names) if not present[label]]:
+        logger.warning("%d of %d classes have no training image: %s.", len(empty), len(names), _some(empty))
+    return train, validation
+
+
+def _checked_names(
+    source: ImageSource, part: str, args: FinetuningArguments, *, single_is_fine: bool = False
+) -> tuple[str, ...]:
+    if source.labels is None or source.label_names is None:
+        raise LabelError(_why_no_labels(source, part, args))
+    names = source.label_names
+    wrong = [row for row, label in enumerate(source.labels) if not 0 <= label < len(names)]
+    if wrong:
+        rows = "; ".join(f"{source.ids[row]} has {source.labels[row]}" for row in wrong[:5])
+        raise LabelError(
+            f"'{source.name}': {len(wrong)} {part} images have a class number outside of 0 to {len(names) - 1} "
+            f"({len(names)} classes): {rows}{' and others' if len(wrong) > 5 else ''}. Correct or remove these rows."
+        )
+    if len(names) < 2 and not single_is_fine:
+        raise LabelError(
+            f"'{source.name}' has a single class, '{names[0]}'; a classifier needs at least two. Give a folder with "
+            "one sub-folder per class, or --label_column."
+        )
+    return names
+
+
+def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) -> str:
+    start = f"'{source.name}' has no labels in its {part} part"
+    column = args.label_column or "label"
+    if source.table is not None and column in source.table.column_names:
+        values = source.table[column]
+        missing = [row for row, value in enumerate(values) if value is None or (isinstance(value, int) and value < 0)]
+        if missing:
+            rows = ", ".join(source.ids[row] for row in missing[:5])
+            return (
+                f"{start}: {len(missing)} of {len(values)} rows of column '{column}' are empty or negative, as in "
+                f"{rows}. Remove these rows, or take another part or --label_column."
+            )
+        return (
+            f"{start}: column '{column}' holds {source.table.features[column]}; expected whole numbers or ClassLabel. "
+            "Convert it with datasets' class_encode_column, or name another --label_column."
+        )
+    if source.table is not None or "row/0" in source.ids[:1]:
+        columns = "" if source.table is None else f" Columns: {', '.join(source.table.column_names)}."
+        return f"{start}: no column 'label'.{columns} Name it with --label_column."
+    loose = [name for name in source.ids if "/" not in name]
+    where = f"{len(loose)} images lie in no sub-folder, as '{loose[0]}'" if loose else "no class folders"
+    return f"{start}: {where}; expected one sub-folder per class, with every image inside of one."
+
+
+def _in_classes_of(
+    validation: ImageSource, train: ImageSource, names: tuple[str, ...], args: FinetuningArguments
+) -> ImageSource:
+    """The validation part with the class numbers of the training part."""
+    theirs, labels = validation.label_names or (), list(validation.labels or ())
+    used = {theirs[label] for label in labels}
+    trained = {names[label] for label in train.labels or ()}
+    if extra := sorted(used - trained):
+        if not args.ignore_extra_classes:
+            lacking = sorted(trained - used)
+            also = f" Training has {len(lacking)} classes that validation lacks: {_some(lacking)}." if lacking else ""
+            raise LabelError(
+                f"'{validation.name}' has {len(extra)} classes without training images: {_some(extra)}.{also} Make "
+                "the names of the classes agree, or leave these images out with --ignore_extra_classes."
+            )
+        kept = [row for row, label in enumerate(labels) if theirs[label] in trained]
+        logger.warning(
+            "%d validation images of %d classes without training images are left out: %s.",
+            len(labels) - len(kept), len(extra), _some(extra),
+        )  # fmt: skip
+        validation, labels = validation.subset(kept), [labels[row] for row in kept]
+    if not labels:
+        raise LabelError(f"'{validation.name}' has no validation images of the {len(trained)} classes of training.")
+    if lacking := sorted(trained - used):
+        logger.warning("%d of %d classes have no validation image: %s.", len(lacking), len(trained), _some(lacking))
+    position = {name: label for label, name in enumerate(names)}
+    return replace(validation, labels=[position[theirs[label]] for label in labels], label_names=names)
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(repr(name) for name in names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
+
+
+def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
+    """(C,) weights whose mean over the training images is 1, so that the learning rate keeps its meaning.
+
+    Args:
+        wanted: None, `["balanced"]`, or one number per class.
+        labels: of the training images.
+        names: of the classes.
+
+    Raises:
+        LabelError: no balance, and not one positive number per class.
+    """
+    if not wanted:
+        return None
+    counts = np.bincount(np.asarray(labels), minlength=len(names)).astype(np.float64)
+    if list(wanted) == ["balanced"]:
+        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    else:
+        try:
+            weights = np.array([float(value) for value in wanted])
+        except ValueError as error:
+            raise LabelError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
+        if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise LabelError(
+                f"class_weights are {len(weights)} numbers from {weights.min():g} to {weights.max():g}; expected "
+                f"{len(names)}, none negative, one per class in this order: {_some(names)}."
+            )
+    return torch.tensor(weights * len(labels) / (weights * counts).sum(), dtype=torch.float32)
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------------
+
+
+def training_transform(
+    args: FinetuningArguments, *, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Any:
+    """From a picture to (3, S, S) normalised pixels, with torchvision's transforms; draws from torch's generator.
+
+    Source: the training scripts of DeiT (arXiv 2012.12877) and DeiT-III (arXiv 2204.07118): random resized crop and
+    mirroring first, then RandAugment, or one of grayscale, solarize and blur followed by colour jitter; random erasing
+    last.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    steps: list[Any] = [
+        v2.RandomResizedCrop(image_size, scale=tuple(args.crop_scale), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(args.flip_probability),
+    ]
+    if args.augmentation == "randaugment":
+        fill = [round(255 * value) for value in mean]
+        steps.append(
+            v2.RandAugment(
+                args.randaugment_num_ops,
+                args.randaugment_magnitude,
+                interpolation=InterpolationMode.BILINEAR,
+                fill=fill,
+            )
+        )
+    elif args.augmentation == "three_augment":
+        blur = v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))
+        steps.append(v2.RandomChoice([v2.RandomGrayscale(p=1.0), v2.RandomSolarize(threshold=128, p=1.0), blur]))
+    if args.color_jitter:
+        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    if args.random_erasing:
+        steps.append(v2.RandomErasing(p=args.random_erasing))
+    return v2.Compose(steps)
+
+
+class ClassificationTrainItem:
+    """What `TrainImages` makes of one picture; a class, because workers that are spawned have to pickle it."""
+
+    def __init__(self, args: FinetuningArguments, processor: Any) -> None:
+        self.args, self.processor = args, processor
+        size = output_size(processor)
+        self.transform = None
+        if args.augmentation != "none":
+            self.transform = training_transform(
+                args, image_size=size[0], mean=processor.image_mean, std=processor.image_std
+            )
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """`pixel_values` (3, S, S) and `labels`."""
+        if self.transform is None:
+            return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
+        return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
+
+
+class ClassificationEvalItem:
+    """What `EvaluationImages` makes of one picture: exactly what the saved processor will."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """`pixel_values` (3, S, S) and `labels`."""
+        return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
+
+    def blank(self) -> dict[str, Any]:
+        """In place of a picture that cannot be used."""
+        return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
+
+
+def processed(processor: Any, image: Image.Image) -> Tensor:
+    """(3, H, W) pixels of one picture."""
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def output_size(processor: Any) -> tuple[int, int]:
+    """(height, width) of what a processor makes.
+
+    Raises:
+        ValueError: it depends on the picture.
+    """
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = (size.get(name) if hasattr(size, "get") else getattr(size, name) for name in ("height", "width"))
+    if not height or not width:
+        raise ValueError(
+            f"the image processor makes pictures of different sizes (size {dict(size)}, no centre crop), which do not "
+            "fit into one batch. Set --image_size."
+        )
+    return int(height), int(width)
+
+
+# ---- Loss and metrics --------------------------------------------------------------------------------------------
+
+
+def classification_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    kind: str = "cross_entropy",
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Mean over the images; each weighs as its class does, and the weights are not divided out again.
+
+    So the loss of a batch is the mean of the losses of its parts, on any number of processes and micro-batches.
+
+    Args:
+        logits: (B, C).
+        targets: (B,) classes, or (B, C) probabilities of mixed images.
+        kind: `cross_entropy`, or `bce`: one yes-no question per class, where every class of a mixed image counts as
+            there, and the mean is also one over the classes.
+        smoothing: share of the target that is spread over all classes.
+        weights: (C,) of the classes, with mean 1 over the images.
+
+    Source: arXiv 2204.07118 and the released DeiT-III code for `bce`; Szegedy et al. 2016 for smoothing.
+    """
+    logits = logits.float()
+    num_classes = logits.shape[-1]
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, num_classes)
+    shares = targets.to(logits)  # (B, C)
+    asked = (shares > 0).to(shares) if kind == "bce" else shares
+    asked = asked * (1 - smoothing) + smoothing / num_classes
+    if kind == "bce":
+        losses = F.binary_cross_entropy_with_logits(logits, asked, reduction="none").mean(-1)  # (B,)
+    else:
+        losses = -(asked * logits.log_softmax(-1)).sum(-1)  # (B,)
+    if weights is not None:
+        losses = losses * (shares @ weights.to(shares))
+    return losses.mean()
+
+
+class ClassificationMetrics:
+    """Top-1, top-5, mean accuracy of the classes and macro F1 from one confusion matrix, batch by batch.
+
+    Args:
+        num_classes: C.
+
+    Attributes:
+        confusion: (C, C) counts; rows are true classes, columns what was said.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.in_first_five, self.skipped = 0, 0
+
+    def update(self, logits: Any, labels: Any) -> None:
+        """One batch: (B, C) scores and (B,) classes; those labelled -100 are left out."""
+        scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
+        use = truth != IGNORED
+        self.skipped += int((~use).sum())
+        scores, truth = scores[use], truth[use]
+        said = scores.argmax(-1)
+        self.confusion += torch.bincount(truth * self.num_classes + said, minlength=self.num_classes**2).view(
+            self.num_classes, -1
+        )
+        k = min(5, self.num_classes)
+        self.in_first_five += int((scores.topk(k).indices == truth[:, None]).any(-1).sum())
+
+    def compute(self) -> dict[str, float]:
+        """Shares in [0, 1]; classes without an image are left out of the means over classes."""
+        confusion = self.confusion.double()
+        right, true, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
+        n, present = max(float(true.sum()), 1.0), true > 0
+        metrics = {
+            "accuracy": float(right.sum()) / n,
+            "mean_class_accuracy": float((right / true.clamp(min=1))[present].mean()) if present.any() else 0.0,
+            "f1": float((2 * right / (true + said).clamp(min=1))[present].mean()) if present.any() else 0.0,
+        }
+        if self.num_classes > 5:
+            metrics["top5_accuracy"] = self.in_first_five / n
+        return metrics | ({"skipped_images": float(self.skipped)} if self.skipped else {})
+
+
+# ---- The task ----------------------------------------------------------------------------------------------------
+
+
+class ImageClassification:
+    """Everything that `finetune` has to know about classifying images; see `hf_regvit.finetuning.Task`.
+
+    Args:
+        args: of the run.
+        train: labelled images instead of those that `args` names.
+        validation: likewise.
+
+    Raises:
+        LabelError: labels that cannot be used.
+    """
+
+    name = "image-classification"
+    model_class = RegViTForImageClassification
+    metric, greater_is_better = "accuracy", True
+    shown = ("accuracy", "f1")
+
+    def __init__(
+        self, args: FinetuningArguments, train: ImageSource | None = None, validation: ImageSource | None = None
+    ) -> None:
+        self.args = args
+        if train is None:
+            train, validation = labelled_parts(args)
+        self.train, self.validation = train, validation
+        self.names = train.label_names or ()
+        self.weights = class_weights(args.class_weights, train.labels or (), self.names)
+        self._metrics = ClassificationMetrics(len(self.names))
+
+    def config_fields(self) -> dict[str, Any]:
+        """Names of the classes, and what the head reads if that was asked for."""
+        fields: dict[str, Any] = {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: label for label, name in enumerate(self.names)},
+        }
+        return fields | ({"pooling": self.args.pooling} if self.args.pooling else {})
+
+    def fits_head(self, config: Any) -> bool:
+        """Whether a classifier of this configuration is for the same classes in the same order."""
+        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+
+    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+        """Training and validation images as the model wants them."""
+        args = self.args
+        train = TrainImages(
+            self.train,
+            ClassificationTrainItem(args, processor),
+            seed=args.seed,
+            bad_images=bad_images(args, self.train),
+        )
+        if self.validation is None:
+            return train, None
+        item = ClassificationEvalItem(processor)
+        guard = bad_images(args, self.validation)
+        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+
+    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        """Stacks items, with mixup and CutMix if they are on."""
+        args = self.args
+        if not args.mixup_alpha and not args.cutmix_alpha:
+            return stack
+        return MixingCollator(
+            len(self.names),
+            mixup_alpha=args.mixup_alpha,
+            cutmix_alpha=args.cutmix_alpha,
+            probability=args.mixup_probability,
+            seed=args.seed,
+        )
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Loss and outputs of one batch; without smoothing and weights in evaluation."""
+        labels = batch["labels"]
+        outputs = model(pixel_values=batch["pixel_values"])
+        if training:
+            return classification_loss(
+                outputs.logits,
+                labels,
+                kind=self.args.loss,
+                smoothing=self.args.label_smoothing_factor,
+                weights=self.weights,
+            ), outputs
+        use = labels != IGNORED
+        if not use.any():
+            return outputs.logits.sum() * 0.0, outputs
+        return classification_loss(outputs.logits[use], labels[use], kind=self.args.loss), outputs
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """What is gathered from all processes for the metrics."""
+        return logits.float()
+
+    def start_metrics(self) -> None:
+        """Forgets the last evaluation."""
+        self._metrics = ClassificationMetrics(len(self.names))
+
+    def update_metrics(self, predictions: Any, labels: Any) -> None:
+        """One gathered batch."""
+        self._metrics.update(predictions, labels)
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Of everything since `start_metrics`."""
+        return self._metrics.compute()
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+        """`confusion_matrix.png` of the last evaluation, and the numbers behind it; names of the pictures."""
+        from .figures import save_figure
+
+        matrix = self._metrics.confusion
+        if self.validation is None:
+            return []
+        rows = [",".join(["true\\said", *self.names])]
+        rows += [",".join([name, *map(str, row)]) for name, row in zip(self.names, matrix.tolist(), strict=True)]
+        (folder / "confusion_matrix.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
+        return ["confusion_matrix.png"]
+
+    def describe(self) -> dict[str, str]:
+        """Rows of the card's table."""
+        return {"classes": f"{len(self.names)}: {_some(self.names)}"}
+
+    def usage(self) -> str:
+        """The card's example."""
+        return (
+            "from transformers import pipeline\n\n"
+            'classify = pipeline("image-classification", model="path/to/this/folder")\n'
+            'classify("picture.jpg")'
+        )
+
+
+def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
+    """Shares of each true class as grey levels, and the pairs that are mixed up most, by name.
+
+    Args:
+        matrix: (C, C) counts, rows are true classes.
+        names: C names; written at the axes up to 40.
+    """
+    from matplotlib.figure import Figure
+
+    counts = matrix.double().numpy()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    size = min(max(4.0, 0.22 * len(names) + 2), 11.0)
+    figure = Figure(figsize=(size + 3.6, size), layout="constrained")
+    axis, beside = figure.subplots(1, 2, width_ratios=[size, 3.2])
+    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(picture, ax=axis, shrink=0.6, label="share of the true class")
+    axis.set_xlabel("said")
+    axis.set_ylabel("true")
+    if len(names) <= 40:
+        axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), [name[:18] for name in names], fontsize=7)
+    if len(names) <= 12:
+        for row, column in np.ndindex(*counts.shape):
+            if counts[row, column]:
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axis.text(column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=color, fontsize=7)
+    off = counts - np.diag(np.diag(counts))
+    worst = [divmod(int(place), len(names)) for place in np.argsort(-off, axis=None, kind="stable")[:15]]
+    lines = [f"{off[row, column]:3.0f}  {names[row]} -> {names[column]}" for row, column in worst if off[row, column]]
+    beside.axis("off")
+    beside.set_title("most often mixed up", fontsize=9, loc="left")
+    beside.text(0, 1, "\n".join(lines) or "nothing", va="top", fontsize=8, family="monospace", wrap=True)
+    axis.set_title(f"{int(np.trace(counts))} of {int(counts.sum())} right", fontsize=10)
+    return figure

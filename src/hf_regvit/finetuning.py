@@ -1,0 +1,674 @@
+"""Fine-tuning of a RegViT, or of anything `convert` reads, on labelled images: `finetune(args)` is the whole job.
+
+This module knows no task. It opens the model, chooses what is trained (everything, low-rank updates, the head), runs
+`FinetuningTrainer` and writes the result folder. What differs between tasks is one class per task with the methods of
+`Task` below, found by the name that `--task` gives:
+
+1. Write the class in a module of its own (`classification.ImageClassification` is the pattern): its constructor reads
+   and checks the data before any model is loaded, `datasets(processor)` makes `TrainImages` and `EvaluationImages` of
+   `finetuning_data` from two callables that turn an image into `pixel_values` and `labels`.
+2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, and its main metric to `finetuning_arguments.METRICS`.
+3. New options are fields of `FinetuningArguments`; everything else (resuming, best model, several processes, LoRA,
+   registers, cards, pushing) comes with this module.
+
+The loss of a training batch has to be a mean over its images (or pixels): Trainer divides it by the micro-batches.
+"""
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, set_seed
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
+
+from .alarms import FiniteGuard, NonFiniteError, without_ids
+from .callbacks import MetricsFile, TrainingProgress
+from .checkpoints import CheckpointedTrainer, verify_checkpoint
+from .configuration_regvit import RegViTConfig
+from .distillation import full_tensor
+from .finetuning_arguments import FinetuningArguments
+from .finetuning_data import TrainSampler, fingerprint
+from .finetuning_folder import draw_finetuning_curves, push_folder, write_finetuning_card
+from .images import ImageSource, default_image_processor
+from .modeling_regvit import RegViTModel
+from .optimization import ParameterRule, parameter_rules
+from .run_folder import BACKBONE, fit_positions, package_versions, run_environment, write_json
+
+__all__ = ["FinetuningArguments", "FinetuningTrainer", "Task", "finetune"]
+
+logger = logging.getLogger(__name__)
+
+# Where the class of each task is; imported when it is asked for.
+_TASKS = {
+    "image-classification": ("classification", "ImageClassification"),
+}
+
+_TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
+
+
+class Task(Protocol):
+    """What `finetune` has to know about a task. Batches have `pixel_values` and `labels`, whatever these are.
+
+    Attributes:
+        name: as in `--task`.
+        model_class: with the backbone as `regvit`.
+        shown: metrics whose curves are drawn, without "eval_".
+        train: training images, for the fingerprint of a checkpoint.
+        validation: None where nothing is evaluated.
+    """
+
+    name: str
+    model_class: Any
+    shown: Sequence[str]
+    train: ImageSource
+    validation: ImageSource | None
+
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
+
+    def fits_head(self, config: RegViTConfig) -> bool:
+        """Whether the head of a model with this configuration can be taken over."""
+
+    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+        """Training images, indexed by the keys of `TrainSampler`, and validation images in order."""
+
+    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        """From training items to a batch; `finetuning_data.stack` unless images are mixed."""
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Loss and outputs (with `logits`, or only the prediction in its place) of one batch."""
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The smallest form of the predictions that the metrics need, before they are gathered."""
+
+    def start_metrics(self) -> None:
+        """Called before every evaluation."""
+
+    def update_metrics(self, predictions: Any, labels: Any) -> None:
+        """One batch of all processes, as arrays."""
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Called after the last batch; the names get "eval_" in front."""
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+        """Pictures into the result folder, from the last evaluation; their file names, for the card."""
+
+    def describe(self) -> dict[str, str]:
+        """Rows of the card's table."""
+
+    def usage(self) -> str:
+        """Python lines for the card that use the result."""
+
+
+# ---- Trainer -----------------------------------------------------------------------------------------------------
+
+
+class _RunRules(TrainerCallback):
+    """What makes a run repeatable: the sampler's epoch, and the draws of drop path as a function of the step."""
+
+    def __init__(self, sampler: TrainSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        # Trainer and accelerate do not reach the sampler of a loader that skips the beginning of an epoch.
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
+        seed = int(entropy.generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)
+        if args.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+
+class _Progress(TrainingProgress):
+    """The progress bar, with the metric of the last evaluation behind it."""
+
+    def __init__(self, metric: str) -> None:
+        super().__init__()
+        self.metric = metric
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Keeps the metric until the next evaluation."""
+        value = (logs or {}).get(f"eval_{self.metric}")
+        if value is not None:
+            self._shown[self.metric] = f"{value:.4f}"
+        super().on_log(args, state, control, logs, **kwargs)
+
+
+class FinetuningTrainer(CheckpointedTrainer):
+    """`transformers.Trainer` for a `Task`: atomic checkpoints, exact resuming, loss and metrics of the task.
+
+    Args:
+        model: to train; parameters that stand still have `requires_grad=False`.
+        args: of the run.
+        task: what to learn.
+        processor: the image processor that the result will be saved with.
+        callbacks: observers.
+    """
+
+    args: FinetuningArguments
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: FinetuningArguments,
+        task: Task,
+        *,
+        processor: Any,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one."
+            )
+        self.task = task
+        train, validation = task.datasets(processor)
+        self._sampler = TrainSampler(
+            len(cast(Any, train)),
+            seed=args.seed,
+            images_per_step=args.images_per_step,
+            repeats=args.repeated_augmentation,
+        )
+        self._guard = FiniteGuard(cast(str, args.output_dir))
+        own: list[TrainerCallback] = [_RunRules(self._sampler), self._guard]
+        if args.early_stopping_patience:
+            own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        from .finetuning_data import stack
+
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=validation,
+            data_collator=stack,
+            compute_metrics=cast(Any, self._measure),
+            preprocess_logits_for_metrics=task.reduce,
+            callbacks=[*own, *callbacks],
+        )
+        self._guard.check_gradients = self.accelerator.scaler is None
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(_Progress(str(args.metric_for_best_model)))
+
+    def _measure(self, prediction: EvalPrediction, compute_result: bool = True) -> dict[str, float]:
+        self.task.update_metrics(prediction.predictions, prediction.label_ids)
+        return self.task.compute_metrics() if compute_result else {}
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Trainer's, with the metrics of the task."""
+        self.task.start_metrics()
+        return super().evaluate(*args, **kwargs)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Batches in the order of `TrainSampler`; every process takes its share."""
+        args = self.args
+        loader = DataLoader(
+            cast(Dataset, self.train_dataset),
+            batch_size=args.per_device_train_batch_size,
+            sampler=self._sampler,
+            drop_last=True,
+            collate_fn=self.task.train_collator(),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """One parameter group per pair of multipliers; the scheduler scales the rate of each."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(optimizer_groups(self.model, self.args), **options)
+        return self.optimizer
+
+    def _get_learning_rate(self) -> float:
+        # Trainer logs the first group, which has the smallest rate under layer-wise decay.
+        return max(float(group["lr"]) for group in self.optimizer.param_groups)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The task's loss; whether it is finite, `FiniteGuard` asks once per step for all processes."""
+        batch = without_ids(inputs)
+        loss, outputs = self.task.loss(model, batch, training=self.model.training)
+        if self.model.training:
+            self._guard.see_batch(inputs.get("sample_ids"), inputs.get("epochs"), {"loss": loss})
+        return (loss, outputs) if return_outputs else loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        norm = super()._clip_grad_norm(model)
+        self._guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
+        return norm
+
+    # The best model.
+
+    def _load_best_model(self) -> None:
+        """Reads the best checkpoint as a resumed run would: verified, every tensor, on every process.
+
+        Trainer's own way leaves tensors out with a line in the log, and only process 0 knows where the folder is.
+        """
+        from .checkpoints import _from_first
+
+        folder = Path(_from_first(self.state.best_model_checkpoint))
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"the best checkpoint, of step {self.state.best_global_step}, could not be written to {folder}. The "
+                "last one is in the run folder: resume from it, or free some space and run again."
+            )
+        logger.info("The result is %s, %s %s.", folder.name, self.args.metric_for_best_model, self.state.best_metric)
+        verify_checkpoint(folder)
+        self._load_from_checkpoint(str(folder), self.model)
+
+    # Resuming.
+
+    def resume_state(self) -> dict[str, Any]:
+        """Recipe, size of a step, fingerprints of both parts, versions."""
+        parts = {"train": self.task.train, "validation": self.task.validation}
+        return {
+            "images_per_step": self.args.images_per_step,
+            "data": {name: fingerprint(part) for name, part in parts.items() if part is not None},
+            "recipe": self.args.resolved(),
+            "packages": package_versions(),
+        }
+
+    def check_resume_state(self, saved: dict[str, Any]) -> None:
+        """Logs what differs from the run that wrote a checkpoint, and refuses what changes its images or tensors.
+
+        Raises:
+            ValueError: another task or mode, other images per step or other images, unless allowed.
+        """
+        now = self.resume_state()
+        for part, unimportant in (("recipe", {"output_dir", "resume_from_checkpoint"}), ("packages", set())):
+            old, new = saved.get(part, {}), now[part]
+            for name in sorted(({*old, *new}) - unimportant):
+                if old.get(name) != new.get(name):
+                    logger.warning(
+                        "Changed since the checkpoint: %s is %s, was %s.", name, new.get(name), old.get(name)
+                    )
+        for name in ("task", "mode", "lora_r", "lora_target_modules"):
+            if name in saved.get("recipe", {}) and saved["recipe"][name] != now["recipe"][name]:
+                raise ValueError(
+                    f"{name} is {now['recipe'][name]}, the checkpoint was written with {saved['recipe'][name]}: it "
+                    "holds other tensors. Set it back, or start from the model that the earlier run wrote."
+                )
+        for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
+            if name in saved and saved[name] != now[name] and not getattr(self.args, option):
+                raise ValueError(
+                    f"{name} is {now[name]}, the checkpoint was written with {saved[name]}. The run would see other "
+                    f"images per step than the unbroken one. Set it back, or accept that with --{option}."
+                )
+
+
+def optimizer_groups(model: nn.Module, args: FinetuningArguments) -> list[dict[str, Any]]:
+    """Parameters that are trained, grouped by their rates; matrices decay, everything else does not.
+
+    Source: layer-wise decay as in BEiT (arXiv 2106.08254); which parameters decay as in timm and DeiT.
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    renamed = {name.replace("regvit.", "backbone.", 1): name for name in trained}
+    num_layers = cast(Any, model).config.num_hidden_layers
+    rules = parameter_rules(renamed, num_layers=num_layers, layer_decay=args.layer_decay)
+    groups: dict[ParameterRule, dict[str, Any]] = {}
+    for alias, name in renamed.items():
+        rule = rules[alias]
+        if name.endswith(_TOKENS):
+            rule = rule._replace(wd_multiplier=0.0)
+        if not alias.startswith("backbone."):
+            rule = rule._replace(lr_multiplier=rule.lr_multiplier * args.head_learning_rate_multiplier)
+        new = {
+            "params": [],
+            "lr": cast(float, args.learning_rate) * rule.lr_multiplier,
+            "weight_decay": args.weight_decay * rule.wd_multiplier,
+        }
+        groups.setdefault(rule, new)["params"].append(trained[name])
+    return list(groups.values())
+
+
+# ---- The model ---------------------------------------------------------------------------------------------------
+
+
+def open_for_task(
+    args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None
+) -> tuple[nn.Module, Any, list[str]]:
+    """The model of a run with the head of its task, its image processor, and what was changed, in sentences.
+
+    Args:
+        args: of the run.
+        task: what to learn.
+        model: a RegViT of any class, or a configuration to start from scratch; default: what `args` names.
+
+    Raises:
+        ValueError: nothing to start from, registers on a model that has others, or an image size off the patches.
+        OSError: nothing can be read there.
+    """
+    changes: list[str] = []
+    processor = None
+    source: Any = model
+    if model is None:
+        source, processor = _open_source(args)
+    from_scratch = isinstance(source, RegViTConfig)
+    backbone, head = _backbone_and_head(source, seed=args.seed)
+    config = backbone.config
+    if args.num_register_tokens is not None and args.num_register_tokens != config.num_register_tokens:
+        if config.num_register_tokens:
+            raise ValueError(
+                f"num_register_tokens is {args.num_register_tokens}, but the model has {config.num_register_tokens} "
+                "registers, which it was trained with. Leave the option out, or call resize_register_tokens first."
+            )
+        backbone.resize_register_tokens(args.num_register_tokens, seed=args.seed)
+        changes.append(
+            f"The model had no registers; {args.num_register_tokens} trainable ones are added "
+            "(--num_register_tokens). They start untrained, so accuracy may fall at first."
+        )
+    if args.image_size is not None:
+        changes += fit_positions(backbone, args.image_size, option="image_size")
+    processor = processor or default_image_processor(config.image_shape)
+    if args.image_size is not None:
+        processor = resized_processor(processor, args.image_size)
+    fields = {"use_mask_token": False, "pooler_act": None, "discard_registers": False, "drop_path_mode": "sample"}
+    fields |= {"drop_path_rate": args.drop_path_rate} | task.config_fields()
+    whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
+    set_seed(args.seed)
+    network = task.model_class(whole)
+    state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
+    network.regvit.load_state_dict(state)
+    if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
+        network.load_state_dict(head["state"], strict=False)
+        changes.append("Its head is for the same classes and is kept.")
+    elif not from_scratch:
+        changes.append("The head is new.")
+    return network.train(), processor, changes
+
+
+def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
+    """Model or configuration, and its image processor, as the arguments name them."""
+    source = args.model_name_or_path
+    if source is None:
+        if args.preset is None:
+            raise ValueError(
+                "no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or giant for "
+                "one from scratch."
+            )
+        size = args.image_size or 224
+        registers = 4 if args.num_register_tokens is None else args.num_register_tokens
+        return RegViTConfig.from_preset(
+            args.preset,
+            image_size=size,
+            patch_size=args.patch_size,
+            num_register_tokens=registers,
+            layerscale_value=args.layerscale_value,
+        ), default_image_processor(size)
+    if (Path(source) / BACKBONE / "config.json").is_file():  # the folder of a pretraining run
+        source = str(Path(source) / BACKBONE)
+    from transformers import AutoImageProcessor, PreTrainedConfig
+
+    from . import modeling_regvit
+    from .conversion import convert, image_processor_of
+
+    fields: dict[str, Any] = {}
+    if not Path(source).is_file():
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    if fields.get("model_type") != "regvit":
+        model = convert(source)
+        return model, image_processor_of(source, model.config)
+    # The class that was saved: its head may be for the same task.
+    saved = next(iter(fields.get("architectures") or []), "RegViTModel")
+    model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
+    try:
+        return model, AutoImageProcessor.from_pretrained(source)
+    except OSError:
+        logger.warning("'%s' has no image processor; ImageNet statistics and a centre crop are used.", source)
+        return model, default_image_processor(model.config.image_shape)
+
+
+def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
+    """A copy of the backbone, and state and configuration of the head that stands on it, if any."""
+    if isinstance(source, RegViTConfig):
+        set_seed(seed)
+        return RegViTModel(copy.deepcopy(source), add_pooling_layer=False), {}
+    if isinstance(source, RegViTModel):
+        return copy.deepcopy(source), {}
+    if not isinstance(getattr(source, "regvit", None), RegViTModel):
+        raise TypeError(f"model is a {type(source).__name__}; expected a RegViT of any class or a RegViTConfig.")
+    state = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("regvit.")}
+    return copy.deepcopy(source.regvit), {"state": state, "config": source.config}
+
+
+def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    own = {name: value.shape for name, value in network.state_dict().items() if not name.startswith("regvit.")}
+    return own == {name: value.shape for name, value in state.items()}
+
+
+def resized_processor(processor: Any, image_size: int) -> Any:
+    """The same processor for square images of another side; margins of a centre crop keep their proportion."""
+    fields = processor.to_dict()
+    if fields.get("do_center_crop"):
+        crop = min(fields["crop_size"]["height"], fields["crop_size"]["width"])
+        shortest = fields["size"].get("shortest_edge") or min(fields["size"]["height"], fields["size"]["width"])
+        fields["crop_size"] = {"height": image_size, "width": image_size}
+        fields["size"] = {"shortest_edge": round(shortest * image_size / crop)}
+    else:
+        fields["size"] = {"height": image_size, "width": image_size}
+    return type(processor)(**{name: value for name, value in fields.items() if name != "image_processor_type"})
+
+
+def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> nn.Module:
+    """Freezes what the mode leaves as it is, and puts low-rank updates into the network; returns it.
+
+    Registers that were added are trained in every mode: untrained ones would stay noise.
+
+    Raises:
+        ImportError: mode lora without peft.
+        ValueError: no layer of that name.
+    """
+    if args.mode == "full":
+        return network
+    network.requires_grad_(False)
+    if args.mode == "lora":
+        network = inject_lora(network, args)
+    for name, parameter in network.named_parameters():
+        is_head = not name.startswith("regvit.")
+        if is_head or (new_registers and name.endswith("register_tokens")):
+            parameter.requires_grad_(True)
+    return network
+
+
+def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
+    """Puts low-rank updates beside the linear layers named, in place. The class of the network stays what it is."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("--mode lora needs peft. Run: pip install 'hf_regvit[peft]'") from error
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if name.startswith("regvit.layers.") and isinstance(module, nn.Linear)
+    }
+    if unknown := sorted(set(args.lora_target_modules) - linear):
+        raise ValueError(f"lora_target_modules names {unknown}; the blocks have {sorted(linear)}.")
+    names = "|".join(args.lora_target_modules)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=cast(int, args.lora_alpha),
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"regvit\.layers\..*\.({names})",
+    )
+    return inject_adapter_in_model(config, network)
+
+
+def merge_lora(network: nn.Module) -> nn.Module:
+    """Adds the low-rank updates to their layers and puts plain linear layers in their places, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return network.requires_grad_(True)
+
+
+# ---- The whole job -----------------------------------------------------------------------------------------------
+
+
+def finetune(
+    args: FinetuningArguments,
+    *,
+    model: RegViTConfig | nn.Module | None = None,
+    task: Task | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> nn.Module:
+    """Fine-tune a model and leave a folder that `transformers.pipeline` loads.
+
+    `output_dir` holds the model with its image processor, code files and card, `metrics.json`, `metrics.jsonl`,
+    `curves.png`, pictures of the task, `resolved_recipe.yaml`, `environment.json` and checkpoints.
+
+    Args:
+        args: of the run.
+        model: a RegViT of any class (left as it is), or a configuration to start from scratch; default: what `args`
+            names.
+        task: an instance with data of its own; default: made from `args`.
+        callbacks: observers of the run.
+
+    Returns:
+        The best model of the run (the last one without evaluations), in eval mode, updates merged.
+
+    Raises:
+        ValueError: data or labels that cannot be used (named), or arguments that do not fit together.
+        NonFiniteError: a loss or gradient that is NaN or infinite.
+        TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+    """
+    set_seed(args.seed)
+    if task is None:
+        task = _make_task(args)
+    network, processor, changes = open_for_task(args, task, model)
+    new_registers = any("trainable ones are added" in change for change in changes)
+    network = choose_trained(network, args, new_registers=new_registers)
+    if args.process_index == 0:
+        start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
+        logger.info("Starting from %s. %s", start, " ".join(changes))
+    output = Path(cast(str, args.output_dir))
+    trainer = FinetuningTrainer(
+        network, args, task, processor=processor, callbacks=[*callbacks, MetricsFile(output / "metrics.jsonl")]
+    )
+    if trainer.is_world_process_zero():
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
+        write_json(output / "environment.json", run_environment(args))
+    started = time.perf_counter(), time.process_time()
+    try:
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    except NonFiniteError:
+        if trainer.is_world_process_zero():
+            draw_finetuning_curves(output, shown=task.shown)
+        raise
+    final = trainer.evaluate() if task.validation is not None and args.eval_strategy != "no" else {}
+    report = _report(trainer, final, started)
+    result = _whole_model(trainer.model, task, args)
+    if trainer.is_world_process_zero():
+        _write_folder(output, result, trainer, processor=processor, report=report, changes=changes)
+    trainer.accelerator.wait_for_everyone()
+    return result
+
+
+def _make_task(args: FinetuningArguments) -> Task:
+    if args.task not in _TASKS:
+        raise ValueError(f"task '{args.task}' is not here yet; expected one of {', '.join(_TASKS)}.")
+    module, name = _TASKS[args.task]
+    return getattr(import_module(f".{module}", __package__), name)(args)
+
+
+def _whole_model(trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
+    """A plain model on the CPU with every tensor of the trained one, gathered where FSDP2 has sharded it."""
+    state = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
+    config = copy.deepcopy(cast(Any, trained).config)
+    result = task.model_class(config)
+    if args.mode == "lora":
+        result = inject_lora(result, args)
+    result.load_state_dict(state)
+    if args.mode == "lora":
+        result = merge_lora(result)
+    return result.eval()
+
+
+def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tuple[float, float]) -> dict[str, Any]:
+    """`metrics.json`."""
+    args, task, state = trainer.args, trainer.task, trainer.state
+    parameters = list(trainer.model.parameters())
+    best = args.load_best_model_at_end and state.best_global_step
+    return {
+        "task": task.name,
+        "mode": args.mode,
+        "eval": {key.removeprefix("eval_"): value for key, value in final.items()},
+        "step_of_the_result": best or state.global_step,
+        "steps": state.global_step,
+        "epochs": state.epoch,
+        "images": {
+            "train": len(task.train),
+            "validation": 0 if task.validation is None else len(task.validation),
+            "seen": state.global_step * args.images_per_step,
+        },
+        "parameters": {
+            "all": sum(p.numel() for p in parameters),
+            "trained": sum(p.numel() for p in parameters if p.requires_grad),
+        },
+        "seconds": time.perf_counter() - started[0],
+        "processor_seconds": time.process_time() - started[1],
+        "seed": args.seed,
+    }
+
+
+def _write_folder(
+    output: Path,
+    result: nn.Module,
+    trainer: FinetuningTrainer,
+    *,
+    processor: Any,
+    report: dict[str, Any],
+    changes: Sequence[str],
+) -> None:
+    """Everything that a person finds in the folder of a finished run."""
+    task, args = trainer.task, trainer.args
+    cast(Any, result).save_pretrained(output)
+    processor.save_pretrained(output)
+    write_json(output / "metrics.json", report)
+    pictures = [path.name for path in [draw_finetuning_curves(output, shown=task.shown)] if path]
+    pictures += task.write_panels(output, result, processor)
+    write_finetuning_card(
+        output,
+        cast(Any, result).config,
+        report=report,
+        recipe=args.resolved(),
+        changes=changes,
+        pictures=pictures,
+        rows=task.describe(),
+        usage=task.usage(),
+    )
+    logger.info("%s", json.dumps(report["eval"]))
+    if args.push_to_hub:
+        push_folder(output, args)
