@@ -1,0 +1,1 @@
+"""Images with a map of classes or of depth."""
