@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .exploration import Explorer, Picture, View
+from .features import load_model
 from .figures import attention_overlay_figure, lost_figure, overview_figure, save_figure
 from .images import ImageLimits, open_image, photographs
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = ("chelsea", "astronaut", "rocket", "coffee", "motorcycle", "china", "flower", "camera")
+EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
 MAX_UPLOAD = "20mb"
 _LIMITS = ImageLimits(max_pixels=50_000_000)
 _NOBODY = "none"
@@ -101,8 +102,8 @@ def results_page(views: Mapping[str, View], question: Question) -> str:
         (
             "The whole picture",
             [
-                _kind("Where CLS looks", f"CLS sums the picture up; {heads}.", views, partial(_query, head, "cls")),
-                _kind("Norms of the patches", "Bright: large. Orange frames: artifacts.", views, _norms),
+                _kind("Where CLS looks", f"CLS sums it up; {heads}.", views, partial(_query, head, "cls")),
+                _kind("Norms of the patches", "Bright is large. Orange: artifacts.", views, _norms),
                 _kind("PCA of the patches", "Similar colours: similar tokens.", views, _colors),
                 _kind("Object", "Found without labels, by LOST.", views, _object),
             ],
@@ -372,7 +373,7 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
     """What `app.launch` is told: this machine only, nothing shared, no files of the disk, no fonts from elsewhere.
 
     Args:
-        port: To listen on; default the first free one from 7860.
+        port: To listen on; 0 or None takes the first free one from 7860.
     """
     import gradio as gr
 
@@ -381,11 +382,46 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
     return {
-        "server_name": "127.0.0.1", "server_port": port, "share": False, "strict_cors": True, "allowed_paths": [],
+        "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True, "allowed_paths": [],
         "max_file_size": MAX_UPLOAD, "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False,
         "mcp_server": False, "footer_links": [], "quiet": True, "state_session_capacity": 200, "theme": theme,
         "css": _STYLE, "max_threads": 8,
     }  # fmt: skip
+
+
+def serve(
+    model_name_or_path: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str | None
+) -> dict[str, Any]:
+    """Load models, show the page on this machine and wait until somebody presses Ctrl-C.
+
+    Args:
+        model_name_or_path: As for `features.load_model`.
+        compare: Another one, shown beside the first.
+        port: To listen on; 0 takes the first free one from 7860.
+        cache_mib: Memory for pictures that were read.
+        device: Where to compute.
+
+    Returns:
+        The page's address.
+    """
+    names = list(dict.fromkeys([*model_name_or_path, *([compare] if compare else [])]))
+    shown = {name: _name_of(name, names) for name in names}
+    models = {shown[name]: load_model(name, device=device) for name in names}
+    app = build_app(models, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
+    _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+    logger.info("The demo is at %s (Ctrl-C ends it).", address)
+    try:
+        app.block_thread()
+    finally:
+        app.close()
+    return {"address": address}
+
+
+def _name_of(source: str, others: Sequence[str]) -> str:
+    """A folder's last part, or all of the path where another one ends alike."""
+    last = Path(source).name
+    alike = [other for other in others if Path(other).name == last]
+    return last if Path(source).is_dir() and len(alike) == 1 else source
 
 
 class _Page:
@@ -397,11 +433,11 @@ class _Page:
         self.explorer = explorer
         self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # gone when the program ends
         chosen = photographs()
-        self.examples = [Picture.of(chosen[name], name) for name in EXAMPLES]
+        self.examples = {name: Picture.of(chosen[name], name) for name in EXAMPLES}
         # Gradio's copies of uploads and downloads are deleted after an hour.
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
-            self.picture = gr.State(self.examples[0], time_to_live=3600)
+            self.picture = gr.State(self.examples[EXAMPLES[0]], time_to_live=3600)
             self.place = gr.State((0.5, 0.5))
             gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")
             with gr.Row(elem_id="layout", equal_height=False):
@@ -410,8 +446,8 @@ class _Page:
                 with gr.Column(elem_id="results", min_width=0):
                     self.results = gr.HTML(js_on_load=_SCRIPT, elem_id="maps", min_height=400)
                     with gr.Row():
-                        self.figures = gr.Button("Download figures (PNG)", elem_id="get-figures")
-                        self.features = gr.Button("Download features (safetensors)", elem_id="get-features")
+                        self.figures = gr.Button("Figures (PNG)", size="md", elem_id="get-figures")
+                        self.features = gr.Button("Features (safetensors)", size="md", elem_id="get-features")
                     self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
                     with gr.Accordion("How to read the maps", open=False):
                         gr.Markdown(_HELP.format(reference=num_reference))
@@ -423,13 +459,16 @@ class _Page:
 
         names = list(self.explorer.models)
         description = self.explorer.descriptions[names[0]]
-        self.upload = gr.File(label="Your picture (up to 20 MB)", file_types=["image"], height=110, elem_id="upload")
-        self.gallery = gr.Gallery(
-            [(_thumbnail(picture.image), picture.name) for picture in self.examples],
-            label="or one of these", columns=4, height="auto", allow_preview=False, object_fit="cover",
-            interactive=False, buttons=[], elem_id="examples", format="jpeg",
+        self.upload = gr.File(
+            label="Your picture", show_label=False, file_types=["image"], height=116, elem_id="upload"
         )  # fmt: skip
-        with gr.Group(elem_id="settings"):
+        thumbnails = "".join(
+            f'<button type=button title="{name}" data-name="{name}"><img alt="{name}" '
+            f'src="data:image/jpeg;base64,{_jpeg(_thumbnail(picture.image))}"></button>'
+            for name, picture in self.examples.items()
+        )
+        self.gallery = gr.HTML(f"<div class=thumbs>{thumbnails}</div>", js_on_load=_PICK, elem_id="examples")
+        with gr.Accordion("Model, resolution, block, head", open=True, elem_id="settings"):
             self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
             self.compare = gr.Dropdown(
                 [_NOBODY, *names], value=compare or _NOBODY, label="Compare with", elem_id="compare"
@@ -449,8 +488,8 @@ class _Page:
     def _connect(self) -> None:
         import gradio as gr
 
-        def pick(event: gr.SelectData) -> Picture:
-            return self.examples[event.index]
+        def pick(event: gr.EventData) -> Picture:
+            return self.examples[event.name]
 
         def point(event: gr.EventData) -> tuple[float, float]:
             return float(event.x), float(event.y)
@@ -464,6 +503,7 @@ class _Page:
             "show_progress": "minimal", **common,
         }  # fmt: skip
         self.app.load(**show)
+        self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _told("This file cannot be used", self._open)
         self.upload.upload(read, self.upload, [self.picture, self.upload], **quick).success(**show)
         self.gallery.select(pick, None, self.picture, **quick).success(**show)
@@ -570,6 +610,16 @@ element.addEventListener('mousemove', (event) => {
 element.addEventListener('mouseleave', () => element.querySelector('.looks')?.classList.remove('pointing'));
 """
 
+_PICK = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (button) trigger('select', {name: button.dataset.name});
+});
+"""
+
+# There the settings would push the maps off the screen.
+_ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings button').click(); }"
+
 # The file is ready only now, and a link can be pressed only by a script.
 _PRESS = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 100)"
 
@@ -580,6 +630,11 @@ _STYLE = """
 #head p { max-width: 56rem; margin: 0; color: var(--body-text-color-subdued); line-height: 1.5; }
 #layout { display: grid; grid-template-columns: 19rem minmax(0, 1fr); gap: 1.25rem; align-items: start; }
 #choose { position: sticky; top: .5rem; }
+#upload { border-radius: .6rem; }
+.thumbs { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
+.thumbs button { padding: 0; border: 0; border-radius: .4rem; overflow: hidden; aspect-ratio: 1; cursor: pointer; }
+.thumbs button:hover, .thumbs button:focus-visible { outline: 3px solid #ff7a1a; }
+.thumbs img { width: 100%; height: 100%; object-fit: cover; margin: 0; display: block; }
 .looks { --mark: #ff7a1a; color: var(--body-text-color); }
 .looks h2 { font-size: 1.05rem; margin: 1.4rem 0 .5rem; font-weight: 650; }
 .looks .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .75rem; }
@@ -597,6 +652,7 @@ _STYLE = """
 .looks .kinds { display: grid; gap: 1rem .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(14.5rem, 46%), 1fr)); }
 .looks.models-2 .kinds { grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); }
+.looks article { display: grid; grid-template-rows: subgrid; grid-row: span 3; gap: 0; align-content: start; }
 .looks .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(0, 1fr)); gap: .5rem; }
 .looks.models-2 .pair { grid-template-columns: 1fr 1fr; }
 .looks article h3 { font-size: .9rem; font-weight: 600; margin: 0; }
