@@ -15,8 +15,11 @@ LONGEST_FUNCTION = 100
 
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
 IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
-FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "dense", "losses", "optimization"}  # layers 0 and 1
-JOBS = FOUNDATIONS | {"probes", "dense_probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"}
+# layers 0 and 1
+FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "dense", "losses", "optimization"}
+JOBS = FOUNDATIONS | {
+    "probes", "dense_probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"
+}  # fmt: skip
 # What draws or publishes takes finished results; the model only as a type.
 RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation_report", "retrofit"}
 ANYTHING = None
