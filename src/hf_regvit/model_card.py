@@ -1,0 +1,486 @@
+"""Model cards: what a run saw, in words a stranger can use, and a check that nothing is missing.
+
+A card is text from facts; whoever calls collects the facts (a run while it trains, `hub.bundle` afterwards).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .configuration_regvit import __version__
+
+TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+ANY_FOLDER = "path/to/this/folder"  # a card that does not know its repository names this
+SECTIONS = (
+    "How to load", "Training data", "Training", "Evaluation", "Artifact tokens", "Intended use", "Limits", "Licence",
+    "How this was made",
+)  # fmt: skip
+
+# class of the model: (task of the Hub, Auto class, what it is)
+TASKS = {
+    "RegViTModel": ("image-feature-extraction", "AutoModel", "a backbone for image features"),
+    "RegViTBackbone": ("image-feature-extraction", "AutoModel", "a backbone for image features"),
+    "RegViTForImageClassification": ("image-classification", "AutoModelForImageClassification", "an image classifier"),
+    "RegViTForSemanticSegmentation": (
+        "image-segmentation", "AutoModelForSemanticSegmentation", "a model for semantic segmentation"
+    ),
+    "RegViTForDepthEstimation": ("depth-estimation", "AutoModelForDepthEstimation", "a model for depth estimation"),
+}  # fmt: skip
+
+ORIGINS = {
+    "pretrained": "pretrained without labels (DINOv2 losses); the weights are the moving average of the student",
+    "finetuned": "fine-tuned on labelled images",
+    "converted": "converted from another implementation, with the same outputs",
+    "retrofitted": "an existing model to which registers were added",
+    "unknown": "of a history that this card does not know",
+}
+
+
+@dataclass(frozen=True)
+class CardScore:
+    """One row of the evaluation table, all in words."""
+
+    name: str
+    data: str
+    result: str
+    images: str = "-"
+
+
+@dataclass(frozen=True)
+class CardFigure:
+    """A picture beside the card."""
+
+    path: str
+    title: str
+
+
+@dataclass(frozen=True)
+class CardArtifacts:
+    """What `regvit diagnose` found."""
+
+    verdict: str
+    summary: str
+    num_images: int
+    preprocessing: str
+    figures: tuple[CardFigure, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says.
+
+    Attributes:
+        name: Of the model.
+        config: The fields of `config.json`.
+        parameters: Their number.
+        origin: How the weights came about, a key of `ORIGINS`.
+        repo_id: Repository or folder that the snippet loads.
+        license: Identifier of the Hub for the weights (`apache-2.0`, `other`, ...); None: not stated.
+        license_name: In words; the Hub asks for it with `other`.
+        license_link: Address of the text; likewise.
+        data: The training images in words.
+        data_license: Their terms.
+        datasets: Their identifiers on the Hub.
+        base_model: Identifier of the model this one started from, or its name.
+        base_model_license: Its terms.
+        description: A paragraph of the author.
+        recipe: (setting, value) of training.
+        recipe_file: Whether `recipe.yaml` lies beside the card.
+        curves: Path of the picture of learning curves, relative to the card.
+        alarms: Of the run, with `step` and `message`.
+        scores: Rows of the evaluation.
+        evaluation_notes: Protocols and what else a reader of the numbers has to know.
+        results: The same numbers as `results` of a `model-index`.
+        artifacts: The diagnosis.
+        intended_use: Sentences, on top of those that every model of its kind gets.
+        limits: Sentences, likewise.
+        environment: Versions and hardware in words.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    parameters: int
+    origin: str = "unknown"
+    repo_id: str = ANY_FOLDER
+    license: str | None = None
+    license_name: str | None = None
+    license_link: str | None = None
+    data: str = ""
+    data_license: str | None = None
+    datasets: tuple[str, ...] = ()
+    base_model: str | None = None
+    base_model_license: str | None = None
+    description: str = ""
+    recipe: tuple[tuple[str, str], ...] = ()
+    recipe_file: bool = False
+    curves: str | None = None
+    alarms: tuple[Mapping[str, Any], ...] = ()
+    scores: tuple[CardScore, ...] = ()
+    evaluation_notes: tuple[str, ...] = ()
+    results: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    artifacts: CardArtifacts | None = None
+    intended_use: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    environment: str = ""
+
+    @property
+    def model_class(self) -> str:
+        """Name of the class that the checkpoint was saved from."""
+        return str((self.config.get("architectures") or ["RegViTModel"])[0])
+
+    @property
+    def pipeline_tag(self) -> str:
+        """Task of the Hub."""
+        return TASKS[self.model_class][0]
+
+
+# ---- Facts of a run ----------------------------------------------------------------------------------------------
+
+_PRIVATE = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name")
+_PATH_FIELDS = ("data", "init_from", "model_name_or_path", "train_dir", "validation_dir", "processor")
+
+
+def own_name(source: object) -> str:
+    """The last part of a path, the whole of a Hub id that is no folder here: where things lie is private."""
+    text = str(source)
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not Path(text).exists()
+    return text if is_id else Path(text).name or text
+
+
+def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe without folders of this machine, tokens and names of runs."""
+
+    def public(name: str, value: Any) -> Any:
+        if isinstance(value, list):
+            return [public(name, item) for item in value]
+        looks = isinstance(value, str) and (name in _PATH_FIELDS or Path(value).is_absolute() or value[:1] == "~")
+        return own_name(value) if looks else value
+
+    return {name: public(name, value) for name, value in recipe.items() if name not in _PRIVATE}
+
+
+def _names(recipe: Mapping[str, Any], *fields: str) -> str:
+    found = next((recipe[name] for name in fields if recipe.get(name)), None)
+    sources = found if isinstance(found, list) else [found] if found else []
+    return ", ".join(f"`{own_name(source)}`" for source in sources) or "images of the caller"
+
+
+def environment_words(environment: Mapping[str, Any]) -> str:
+    """`environment.json` of a run as part of a sentence."""
+    if not environment:
+        return ""
+    packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if name != "hf_regvit")
+    where = f"{environment['processes']} process(es) on {environment['device']}"
+    return f"{where}, Python {environment['python']}, {packages}"
+
+
+def pretraining_facts(
+    recipe: Mapping[str, Any], report: Mapping[str, Any] | None = None, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fields of `CardFacts` from the files of a pretraining run; while it trains, there is no report yet."""
+    facts: dict[str, Any] = {
+        "origin": "pretrained",
+        "data": f"{_names(recipe, 'data')}, without labels.",
+        "environment": environment_words(environment or {}),
+    }
+    local, size = recipe["num_local_crops"], recipe["local_crop_size"]
+    rows = [
+        ("crops", f"2 of {recipe['global_crop_size']} and {local} of {size} pixels"),
+        ("batch", f"{recipe['per_device_train_batch_size']} images per process"),
+        ("learning rate", f"{recipe['learning_rate']:g}"),
+        ("prototypes", f"{recipe['head_num_prototypes']:,}"),
+        ("targets", str(recipe["centering"])),
+        ("seed", str(recipe.get("seed", 42))),
+    ]
+    if recipe.get("init_from"):
+        facts["base_model"] = own_name(recipe["init_from"])
+    if report is None:
+        facts["limits"] = ("Its training is not finished.",)
+    else:
+        seen, steps, epochs = report["images_seen"], report["steps"], report.get("epochs") or 0.0
+        facts["data"] = f"{_names(recipe, 'data')}, without labels: {seen:,} images seen, {epochs:.1f} epochs."
+        minutes = report["seconds"] / 60
+        time = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
+        rows.append(("length", f"{steps:,} steps, {time}"))
+        if "loss" in report.get("final", {}):
+            rows.append(("last loss", f"{report['final']['loss']:.3f}"))
+        if seen < 1_000_000:
+            facts["limits"] = (f"Its training was short: {seen:,} images seen in all.",)
+        facts["alarms"] = tuple(report.get("alarms", ()))
+        knn = {key: value for key, value in (report["knn"][-1] if report.get("knn") else {}).items() if key != "step"}
+        facts["scores"] = tuple(
+            CardScore(key.removeprefix("eval_").replace("_", " "), _names(recipe, "data"), f"{100 * value:.1f} %")
+            for key, value in knn.items()
+        )
+        if knn:
+            facts["evaluation_notes"] = (
+                "Scores of the last step that the run measured, on held-out labelled images.",
+            )
+    return {**facts, "recipe": tuple(rows)}
+
+
+def finetuning_facts(
+    recipe: Mapping[str, Any], report: Mapping[str, Any] | None = None, environment: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fields of `CardFacts` from the files of a fine-tuning run; while it trains, there is no report yet."""
+    facts: dict[str, Any] = {"origin": "finetuned", "environment": environment_words(environment or {})}
+    data = _names(recipe, "data", "train_dir")
+    facts["data"] = f"{data}, with labels."
+    if recipe.get("model_name_or_path"):
+        facts["base_model"] = own_name(recipe["model_name_or_path"])
+    named = {
+        "mode": "trained",
+        "per_device_train_batch_size": "batch per process",
+        "learning_rate": "learning rate",
+        "layer_decay": "layer decay",
+        "augmentation": "augmentation",
+        "seed": "seed",
+    }
+    rows = [(words, str(recipe[name])) for name, words in named.items() if recipe.get(name) is not None]
+    if report is None:
+        facts["limits"] = ("Its training is not finished.",)
+    else:
+        images = report["images"]
+        facts["data"] = (
+            f"{data}, with labels: {images['train']:,} training images, {images['validation']:,} for validation; "
+            f"{images['seen']:,} images seen."
+        )
+        rows.append(("length", f"{report['steps']:,} steps, {report['epochs']:.1f} epochs"))
+        speed = ("runtime", "samples_per_second", "steps_per_second", "epoch")
+        measured = {name: value for name, value in report["eval"].items() if name not in speed}
+        facts["scores"] = tuple(
+            CardScore(name.replace("_", " "), f"{data}, validation", f"{value:.4g}", str(images["validation"]))
+            for name, value in measured.items()
+            if isinstance(value, int | float)
+        )
+        chosen = " It was chosen on these images." if recipe.get("load_best_model_at_end") else ""
+        facts["evaluation_notes"] = (f"On the validation images, step {report['step_of_the_result']}.{chosen}",)
+    return {**facts, "recipe": tuple(rows)}
+
+
+# ---- Writing -----------------------------------------------------------------------------------------------------
+
+
+def render_card(facts: CardFacts) -> str:
+    """The card with its YAML header.
+
+    Raises:
+        ValueError: An origin or a class that is unknown.
+    """
+    import jinja2
+
+    if facts.origin not in ORIGINS:
+        raise ValueError(f"origin={facts.origin!r} is unknown; expected one of {', '.join(ORIGINS)}.")
+    if facts.model_class not in TASKS:
+        raise ValueError(f"The card knows no class {facts.model_class}; expected one of {', '.join(TASKS)}.")
+    # Names of data sets and classes are other people's text: a cell must stay a cell.
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    environment.filters.update(cell=_cell, line=_line)
+    text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=facts.name,
+        summary=_summary(facts),
+        description=facts.description.strip(),
+        model=_model_rows(facts),
+        snippet=snippet(facts),
+        data=_line(facts.data) or "Unknown: the files of the run do not say which images were used.",
+        recipe=facts.recipe,
+        untrained="Not trained here: " + ORIGINS[facts.origin] + ".",
+        has_recipe_file=facts.recipe_file,
+        curves=facts.curves,
+        alarms=facts.alarms,
+        scores=facts.scores,
+        evaluation_notes=facts.evaluation_notes,
+        artifacts=facts.artifacts,
+        intended_use=_intended_use(facts),
+        limits=_limits(facts),
+        licences=_licences(facts),
+        version=__version__,
+        environment=facts.environment,
+    )
+    return f"---\n{_header(facts)}\n---\n\n{text}"
+
+
+def _line(value: object) -> str:
+    return " ".join(str(value).split()).replace("<", "&lt;")
+
+
+def _cell(value: object) -> str:
+    return _line(value).replace("|", "\\|") or "-"
+
+
+def _header(facts: CardFacts) -> str:
+    from huggingface_hub import ModelCardData
+
+    # Only the form "owner/name" links to something on the Hub; others are named in the text.
+    base = facts.base_model if facts.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model) else None
+    data = ModelCardData(
+        license=facts.license,
+        license_name=facts.license_name,
+        license_link=facts.license_link,
+        library_name="transformers",  # the Hub's widget and snippet work with this one; hf_regvit is a tag
+        pipeline_tag=facts.pipeline_tag,
+        base_model=base,
+        datasets=list(facts.datasets) or None,
+        tags=["regvit", "hf_regvit", "registers", "vision", "custom_code", facts.origin],
+    )
+    header: str = data.to_yaml()
+    if facts.results:
+        import yaml
+
+        index = {"model-index": [{"name": facts.name, "results": [dict(result) for result in facts.results]}]}
+        header += "\n" + yaml.safe_dump(index, sort_keys=False, allow_unicode=True, width=10_000)
+    return header.strip()
+
+
+def _summary(facts: CardFacts) -> str:
+    registers = int(facts.config.get("num_register_tokens", 0))
+    what = TASKS[facts.model_class][2]
+    count = {0: "no register tokens", 1: "one register token"}.get(registers, f"{registers} register tokens")
+    start = f" It started from `{facts.base_model}`." if facts.base_model else ""
+    return f"A Vision Transformer with {count}: {what}, {ORIGINS[facts.origin]}.{start}"
+
+
+def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
+    config = facts.config
+
+    def pixels(value: Any) -> str:
+        rows, columns = (value, value) if isinstance(value, int) else value
+        return f"{rows} x {columns} pixels"
+
+    rows = [
+        ("class", f"`{facts.model_class}`"),
+        ("parameters", f"{facts.parameters:,}"),
+        ("blocks, width, heads", ", ".join(
+            str(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads"))),
+        ("registers", str(config["num_register_tokens"])),
+        ("patch", pixels(config["patch_size"])),
+        ("stored position grid", f"for {pixels(config['image_size'])}; other sizes are resampled"),
+    ]  # fmt: skip
+    labels = config.get("id2label") or {}
+    if facts.model_class in ("RegViTForImageClassification", "RegViTForSemanticSegmentation"):
+        names = [str(name) for name in labels.values()]
+        shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        rows.append(("classes", f"{len(names)}: {shown}"))
+    if facts.model_class == "RegViTForDepthEstimation":
+        rows.append(("depth", f"{config['min_depth']:g} to {config['max_depth']:g} m"))
+    return rows
+
+
+def snippet(facts: CardFacts) -> str:
+    """Python that loads the model and runs it on `picture.jpg`; a test executes it."""
+    task, auto_class, _ = TASKS[facts.model_class]
+    results = {
+        "image-feature-extraction": "output.pooler_output  # (1, D): the whole picture\n"
+        "output.patch_tokens  # (1, N, D): its patches, row by row, no registers among them\n"
+        "output.register_tokens  # (1, R, D)",
+        "image-classification": "best = output.logits[0].softmax(-1).topk(min(5, model.config.num_labels))\n"
+        "print([(model.config.id2label[int(i)], round(float(p), 3)) for p, i in zip(best.values, best.indices)])",
+        "image-segmentation": "classes = output.logits.argmax(1)  # (1, H, W), pixels of the processed picture",
+        "depth-estimation": "output.predicted_depth  # (1, H, W), metres, of the processed picture",
+    }
+    return f"""import torch
+from PIL import Image
+from transformers import AutoImageProcessor, {auto_class}
+
+name = "{facts.repo_id}"
+processor = AutoImageProcessor.from_pretrained(name)
+model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
+inputs = processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt")
+with torch.inference_mode():
+    output = model(**inputs)
+{results[task]}"""
+
+
+def _intended_use(facts: CardFacts) -> list[str]:
+    general = {
+        "image-feature-extraction": "Frozen features of pictures for nearest neighbours, linear probes, retrieval and "
+        "dense tasks, or a start for fine-tuning.",
+        "image-classification": "Telling the classes above apart in pictures like those it was trained on.",
+        "image-segmentation": "Labelling the pixels of pictures like those it was trained on.",
+        "depth-estimation": "Depth in metres for pictures and cameras like those it was trained on.",
+    }
+    research = "Research on register and artifact tokens: norms, attention and registers can be read with hf_regvit."
+    return [general[facts.pipeline_tag], research, *facts.intended_use]
+
+
+def _limits(facts: CardFacts) -> list[str]:
+    limits = list(facts.limits)
+    if not facts.scores:
+        limits.append("Its quality has not been measured.")
+    if not facts.data:
+        limits.append("Its training images are not known, so neither are their biases.")
+    limits.append("It has not been tested for bias, for robustness or for use on people, and is not meant to decide.")
+    limits.append("What it learnt, it learnt from the images above; on other kinds of pictures it may be worthless.")
+    return limits
+
+
+def _licences(facts: CardFacts) -> list[tuple[str, str]]:
+    weights = facts.license or "not stated"
+    if facts.license_name:
+        weights += f" ({facts.license_name})"
+    if facts.license_link:
+        weights += f", {facts.license_link}"
+    rows = [("these weights", weights), ("code (the two Python files)", "apache-2.0")]
+    if facts.base_model:
+        rows.append((f"weights of {facts.base_model}", facts.base_model_license or "not stated"))
+    rows.append(("training images", facts.data_license or "not stated"))
+    return rows
+
+
+# ---- Checking ----------------------------------------------------------------------------------------------------
+
+
+class CardError(ValueError):
+    """A card that must not be published; the message lists everything that is wrong."""
+
+
+_UNFILLED = re.compile(r"\{\{|\{%|\}\}|%\}|\bTODO\b|\bFIXME\b|\[?[Mm]ore [Ii]nformation [Nn]eeded|\bNone\b|\bnan\b")
+
+
+def card_header(text: str) -> dict[str, Any]:
+    """The YAML header of a card; empty without one."""
+    import yaml
+
+    found = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, flags=re.DOTALL)
+    content = yaml.safe_load(found[1]) if found else {}
+    return content if isinstance(content, dict) else {}
+
+
+def card_snippets(text: str) -> list[str]:
+    """The Python blocks of a card."""
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def check_card(
+    text: str, *, folder: str | Path | None = None, required: Sequence[str] = ("license", "pipeline_tag")
+) -> None:
+    """Whether a card may be published.
+
+    Args:
+        text: The card.
+        folder: Where the pictures it shows have to lie; default: not looked at.
+        required: Fields of the header.
+
+    Raises:
+        CardError: Sections that are missing or empty, unfilled places, fields of the header, pictures.
+    """
+    wrong = []
+    header = card_header(text)
+    wrong += [f"the header has no '{name}'" for name in (*required, "library_name", "tags") if not header.get(name)]
+    if header.get("license") == "other" and not (header.get("license_name") and header.get("license_link")):
+        wrong.append("license is 'other', so the header needs license_name and license_link")
+    body = re.sub(r"^---\r?\n.*?\r?\n---\r?\n", "", text, count=1, flags=re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)
+    parts = re.split(r"^## (.+)$", body, flags=re.MULTILINE)
+    filled = {title.strip() for title, content in zip(parts[1::2], parts[2::2], strict=True) if content.strip()}
+    wrong += [f"the section '{title}' is missing or empty" for title in SECTIONS if title not in filled]
+    wrong += [f"a place was not filled in: '{found}'" for found in sorted(set(_UNFILLED.findall(prose)))]
+    if not card_snippets(body):
+        wrong.append("there is no Python snippet that loads the model")
+    pictures = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", body)
+    if folder is not None:
+        wrong += [f"the picture '{name}' is not there" for name in pictures if not (Path(folder) / name).is_file()]
+    if wrong:
+        raise CardError("The model card (README.md) cannot be published: " + "; ".join(wrong) + ".")
