@@ -810,10 +810,16 @@ def test_command_writes_report_and_page(checkpoints, picture_folder, tmp_path, c
     assert "verdict     No distinct outliers" in printed
     assert json.loads((out / "report.json").read_text())["num_images"] == 9
     assert (out / "report.html").read_text().startswith("<!doctype html>")
+
+
+@pytest.mark.slow
+def test_command_takes_a_cutoff(checkpoints, picture_folder, tmp_path, capsys):
+    args = ["diagnose", "--model", str(checkpoints[1]), "--data", str(picture_folder), "--output_dir", str(tmp_path)]
     assert cli.main([*args, "--json", "--cutoff", "2.5"]) == 0
     assert json.loads(capsys.readouterr().out)["cutoff"] == 2.5
 
 
+@pytest.mark.slow
 def test_command_compares_models(checkpoints, picture_folder, tmp_path, capsys):
     out = tmp_path / "out"
     models = [option for folder in checkpoints for option in ("--model", str(folder))]
