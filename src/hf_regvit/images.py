@@ -38,7 +38,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 # Pictures that a folder may hold and that nothing here decodes; they are left out with a warning, not in silence.
 _OTHER_PICTURES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"})
-_SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
+SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
 }
@@ -143,6 +143,32 @@ def open_image(
     name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
     # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
     return _guarded(None, source if isinstance(source, bytes) else _read_bytes(source, name), name, limits)
+
+
+def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
+    """Decode a picture whose values are measurements or class numbers: neither converted nor turned.
+
+    Args:
+        data: The bytes of an encoded file.
+        name: What an error calls it.
+        limits: As for images; sizes only.
+
+    Raises:
+        BadImageError: Empty, truncated, corrupt, not an image, or outside of `limits`.
+    """
+    try:
+        with Image.open(BytesIO(data), formats=_known_formats()) as picture:
+            if picture.format == "PNG":
+                _check_png(data, name)
+            _check_size(picture.size, name, limits or ImageLimits())
+            picture.load()
+            return picture
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(name, *_describe_unknown(data)) from error
+    except BadImageError:  # a ValueError, as some errors of decoders are
+        raise
+    except _DECODER_ERRORS as error:
+        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
 
 
 def _read_bytes(path: str | Path, name: str) -> bytes:
@@ -769,10 +795,10 @@ def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
     return sorted(files), tuple(problems)
 
 
-def _split_of(file: Path, root: Path) -> Split | None:
+def split_of(file: Path, root: Path) -> Split | None:
     """Which part a file belongs to, by its outermost folder or, for tables and shards, by how its name begins."""
     parts = file.relative_to(root).parts
-    for split, folders in _SPLIT_FOLDERS.items():
+    for split, folders in SPLIT_FOLDERS.items():
         if len(parts) > 1 and parts[0].lower() in folders:
             return split
         named = _kind_of(file) in ("parquet", "tar")
@@ -783,7 +809,7 @@ def _split_of(file: Path, root: Path) -> Split | None:
 
 def _part(root: Path, files: list[Path], split: Split | None) -> list[Path]:
     """The files of one part, perhaps none. Without a training part of its own, training is all that is in no part."""
-    parts = [_split_of(file, root) for file in files]
+    parts = [split_of(file, root) for file in files]
     wanted = None if split == "train" and "train" not in parts else split
     return [file for file, part in zip(files, parts) if split is None or part == wanted]
 
@@ -791,7 +817,7 @@ def _part(root: Path, files: list[Path], split: Split | None) -> list[Path]:
 def _select_split(root: Path, files: list[Path], split: Split | None) -> list[Path]:
     selected = _part(root, files, split)
     if split is not None and not selected:
-        looked = "', '".join(_SPLIT_FOLDERS[split])
+        looked = "', '".join(SPLIT_FOLDERS[split])
         raise MissingSplitError(
             f"'{root}' has no {split} part: looked for '{looked}' among {_outermost(root, files)}. "
             "Add such a sub-folder, or use split=None for all images."
@@ -839,7 +865,7 @@ def _image_folder(found: _Files, split: Split | None, *, limits: ImageLimits) ->
 def _class_of(file: Path, root: Path) -> str:
     """The outermost folder below `root` or its split folder; empty for a file that lies in none."""
     parts = file.relative_to(root).parts
-    parts = parts[1:] if _split_of(file, root) else parts
+    parts = parts[1:] if split_of(file, root) else parts
     return parts[0] if len(parts) > 1 else ""
 
 

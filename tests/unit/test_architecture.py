@@ -16,7 +16,16 @@ LONGEST_FUNCTION = 100
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
 IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
 # layers 0 and 1
-FOUNDATIONS = IMAGES | {"features", "extraction", "augmentation", "data", "dense", "losses", "optimization"}
+FOUNDATIONS = IMAGES | {
+    "features",
+    "extraction",
+    "augmentation",
+    "data",
+    "dense",
+    "dense_transforms",
+    "losses",
+    "optimization",
+}
 JOBS = FOUNDATIONS | {
     "probes", "dense_probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"
 }  # fmt: skip
@@ -32,7 +41,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "extraction": IMAGES | {"features"},
     "augmentation": {"images"},
     "data": {"images", "augmentation"},
-    "dense": {"images", "augmentation"},
+    "dense": {"images"},
+    "dense_transforms": {"dense", "augmentation"},
     "losses": set(),
     "optimization": set(),
     "data_check": FOUNDATIONS,
@@ -48,7 +58,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "evaluation_report": {"intervals", "object_discovery"},
     "feature_cache": FOUNDATIONS,
     "feature_tasks": FOUNDATIONS
-    | {"probes", "metrics", "classification_probes", "evaluation_report", "feature_cache", "object_discovery"},
+    | {"probes", "metrics", "classification_probes", "evaluation_report", "feature_cache", "object_discovery"}
+    | {"dense_probes"},
     "evaluation": FOUNDATIONS
     | {"metrics", "evaluation_report", "feature_cache", "feature_tasks", "object_discovery", "dense_probes", "dense"},
     "dense_probes": FOUNDATIONS | {"metrics"},
@@ -56,7 +67,8 @@ ALLOWED: dict[str, set[str] | None] = {
     "distillation": FOUNDATIONS,
     "upload": MODEL,
     "model_card": MODEL,
-    "checkpoints": MODEL | {"upload", "model_card"},  # Trainer pushes with a card from the first push on
+    "pushing": MODEL | {"upload", "model_card"},  # a push from a running training has its card from the first on
+    "checkpoints": MODEL | {"pushing"},
     # Panels of a run are drawn while it runs; figures know the model and no part of the training.
     "callbacks": JOBS | {"distillation", "checkpoints", "figures"},
     "monitors": JOBS | {"callbacks", "distillation", "figures"},
@@ -64,7 +76,16 @@ ALLOWED: dict[str, set[str] | None] = {
     "run_folder": JOBS | {"checkpoints", "distillation", "figures"},
     "pretraining_arguments": {"configuration_regvit", "optimization"},
     "pretraining": JOBS
-    | {"callbacks", "checkpoints", "distillation", "monitors", "alarms", "run_folder", "pretraining_arguments"},
+    | {
+        "callbacks",
+        "checkpoints",
+        "distillation",
+        "monitors",
+        "alarms",
+        "run_folder",
+        "pretraining_arguments",
+        "model_card",
+    },
     "finetuning_arguments": set(),
     "finetuning_data": {"data", "images", "finetuning_arguments"},
     "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
