@@ -86,42 +86,38 @@ def look(explorer: Explorer, picture: Picture, question: Question) -> dict[str, 
 
 
 def results_page(views: Mapping[str, View], question: Question) -> str:
-    """All maps of one picture as HTML."""
-    registers = max(view.description.num_register_tokens for view in views.values())
+    """All maps of one picture as HTML; two models are A and B."""
+    shown = dict(zip("AB", views.values()))
     head = None if question.head == 0 else question.head - 1
     heads = "mean over the heads" if head is None else f"head {question.head}"
-    sections = [
-        (
-            "The patch you clicked",
-            [
-                _kind("Picture", "What the model gets. Click anywhere.", views, partial(_picture, question)),
-                _kind("Where the patch looks", f"Its attention, {heads}.", views, partial(_patch, question, head)),
-                _kind("Patches like it", "Cosine of the tokens.", views, partial(_similar, question)),
-            ],
-        ),
-        (
-            "The whole picture",
-            [
-                _kind("Where CLS looks", f"CLS sums it up; {heads}.", views, partial(_query, head, "cls")),
-                _kind("Norms of the patches", "Bright is large. Orange: artifacts.", views, _norms),
-                _kind("PCA of the patches", "Similar colours: similar tokens.", views, _colors),
-                _kind("Object", "Found without labels, by LOST.", views, _object),
-            ],
-        ),
+    patch = [
+        _kind("Picture", "What the model gets. Click anywhere.", shown, partial(_picture, question)),
+        _kind("Where the patch looks", f"Its attention, {heads}.", shown, partial(_patch, question, head)),
+        _kind("Patches like it", "Cosine of the tokens.", shown, partial(_similar, question)),
     ]
-    if registers:
-        kinds = [
-            _kind(f"Register {i + 1}", f"Its attention, {heads}.", views, partial(_query, head, i))
-            for i in range(registers)
-        ]
-        sections.append(("Where the registers look", kinds))
+    whole = [
+        _kind("Where CLS looks", f"CLS sums it up; {heads}.", shown, partial(_query, head, "cls")),
+        _kind("Norms of the patches", "Bright is large. Orange: artifacts.", shown, _norms),
+        _kind("PCA of the patches", "Similar colours: similar tokens.", shown, _colors),
+        _kind("Object", "Found without labels, by LOST.", shown, _object),
+    ]
+    body = _section("The patch you clicked", patch) + _section("The whole picture", whole)
+    counts = {letter: view.description.num_register_tokens for letter, view in shown.items()}
+    if most := max(counts.values()):
+        kinds = []
+        for i in range(most):
+            owners = {letter: view for letter, view in shown.items() if i < counts[letter]}
+            kinds.append(_kind(f"Register {i + 1}", f"Its attention, {heads}.", owners, partial(_query, head, i)))
+        body += _section("Where the registers look", kinds, narrow=min(counts.values()) == 0)
     cards = "".join(_card(name, view, letter) for (name, view), letter in zip(views.items(), "AB"))
-    body = "".join(
-        f"<section><h2>{title}</h2><div class=kinds>{''.join(kinds)}</div></section>" for title, kinds in sections
-    )
     first = next(iter(views.values())).image
     style = f"--picture:url(data:image/jpeg;base64,{_jpeg(first)});--ratio:{first.width}/{first.height}"
     return f'<div class="looks models-{len(views)}" style="{style}"><div class=cards>{cards}</div>{body}</div>'
+
+
+def _section(title: str, kinds: Sequence[str], *, narrow: bool = False) -> str:
+    """`narrow` where each kind has one map although two models are shown."""
+    return f'<section><h2>{title}</h2><div class="kinds{" narrow" * narrow}">{"".join(kinds)}</div></section>'
 
 
 def _card(name: str, view: View, letter: str) -> str:
@@ -147,9 +143,9 @@ def _card(name: str, view: View, letter: str) -> str:
     )
 
 
-def _kind(title: str, text: str, views: Mapping[str, View], draw: Any) -> str:
-    """One kind of map for every model."""
-    maps = "".join(draw(view, letter) for view, letter in zip(views.values(), "AB"))
+def _kind(title: str, text: str, shown: Mapping[str, View], draw: Callable[[View, str], str]) -> str:
+    """One kind of map for every model, by letter."""
+    maps = "".join(draw(view, letter) for letter, view in shown.items())
     return f"<article><h3>{title}</h3><p>{text}</p><div class=pair>{maps}</div></article>"
 
 
@@ -182,8 +178,6 @@ def _patch(question: Question, head: int | None, view: View, letter: str) -> str
 def _query(head: int | None, query: Any, view: View, letter: str) -> str:
     if query == "cls" and not view.description.has_cls:
         return _missing(letter, "This model has no CLS token.")
-    if isinstance(query, int) and query >= view.description.num_register_tokens:
-        return _missing(letter, "no such register")
     return _attention(view, letter, "CLS" if query == "cls" else f"register {query + 1}", query, head)
 
 
@@ -196,7 +190,7 @@ def _attention(view: View, letter: str, name: str, query: Any, head: int | None)
     shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
     marks = _frames(view, _at(view, query), kind="query") if isinstance(query, tuple) else ""
     layers = _image(_overlay(shade)) + marks
-    return _figure(view, letter, f"attention of {name}", layers=layers, note=f"{map_.sum():.0%} on patches", grey=True)
+    return _figure(view, letter, f"attention of {name}", layers=layers, note=f"{map_.sum():.1%} on patches", grey=True)
 
 
 def _similar(question: Question, view: View, letter: str) -> str:
@@ -382,10 +376,10 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
     return {
-        "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True, "allowed_paths": [],
-        "max_file_size": MAX_UPLOAD, "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False,
-        "mcp_server": False, "footer_links": [], "quiet": True, "state_session_capacity": 200, "theme": theme,
-        "css": _STYLE, "max_threads": 8,
+        "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True,
+        "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
+        "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
+        "footer_links": [], "quiet": True, "theme": theme, "css": _STYLE,
     }  # fmt: skip
 
 
@@ -418,9 +412,9 @@ def serve(
 
 
 def _name_of(source: str, others: Sequence[str]) -> str:
-    """A folder's last part, or all of the path where another one ends alike."""
-    last = Path(source).name
-    alike = [other for other in others if Path(other).name == last]
+    """A folder's last two parts (the last is often called `backbone`), or all where another one ends alike."""
+    last = "/".join(Path(source).resolve().parts[-2:])
+    alike = [other for other in others if "/".join(Path(other).resolve().parts[-2:]) == last]
     return last if Path(source).is_dir() and len(alike) == 1 else source
 
 
@@ -624,10 +618,12 @@ _ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings b
 _PRESS = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 100)"
 
 _STYLE = """
+:root { --soft: #57534e; }
+.dark { --soft: #c9c4be; }
 .gradio-container { max-width: 84rem !important; margin: 0 auto !important; }
 #head header { padding: .4rem 0 .2rem; }
 #head h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; font-weight: 700; }
-#head p { max-width: 56rem; margin: 0; color: var(--body-text-color-subdued); line-height: 1.5; }
+#head p { max-width: 56rem; margin: 0; color: var(--soft); line-height: 1.5; }
 #layout { display: grid; grid-template-columns: 19rem minmax(0, 1fr); gap: 1.25rem; align-items: start; }
 #choose { position: sticky; top: .5rem; }
 #upload { border-radius: .6rem; }
@@ -644,21 +640,21 @@ _STYLE = """
 .looks .card.clean { border-left-color: #009e73; }
 .looks .card h3 { font-size: .95rem; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
 .looks .card p { margin: .1rem 0; font-size: .92rem; line-height: 1.4; }
-.looks small { color: var(--body-text-color-subdued); font-size: .78rem; }
+.looks small { color: var(--soft); font-size: .78rem; }
 .looks .letter { display: none; font-style: normal; font-weight: 700; font-size: .72rem; line-height: 1.25rem;
   width: 1.25rem; height: 1.25rem; text-align: center; border-radius: 50%; flex: none;
   background: var(--body-text-color); color: var(--body-background-fill); }
 .looks.models-2 .letter { display: inline-block; }
 .looks .kinds { display: grid; gap: 1rem .9rem;
   grid-template-columns: repeat(auto-fill, minmax(min(14.5rem, 46%), 1fr)); }
-.looks.models-2 .kinds { grid-template-columns: repeat(auto-fill, minmax(min(27rem, 100%), 1fr)); }
+.looks.models-2 .kinds:not(.narrow) { grid-template-columns: repeat(auto-fill, minmax(min(23.5rem, 100%), 1fr)); }
 .looks article { display: grid; grid-template-rows: subgrid; grid-row: span 3; gap: 0; align-content: start; }
 .looks .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(0, 1fr)); gap: .5rem; }
-.looks.models-2 .pair { grid-template-columns: 1fr 1fr; }
+.looks.models-2 .kinds:not(.narrow) .pair { grid-template-columns: 1fr 1fr; }
 .looks article h3 { font-size: .9rem; font-weight: 600; margin: 0; }
-.looks article p { font-size: .78rem; line-height: 1.35; margin: 0 0 .3rem; color: var(--body-text-color-subdued); }
+.looks article p { font-size: .78rem; line-height: 1.35; margin: 0 0 .3rem; color: var(--soft); }
 .looks figure { margin: 0; min-width: 0; }
-.looks figcaption { font-size: .75rem; margin-top: .2rem; color: var(--body-text-color-subdued);
+.looks figcaption { font-size: .75rem; margin-top: .2rem; color: var(--soft);
   font-variant-numeric: tabular-nums; }
 .looks .map { position: relative; aspect-ratio: var(--ratio); overflow: hidden; border-radius: .3rem;
   cursor: crosshair; background: var(--block-background-fill); touch-action: manipulation; }
@@ -677,7 +673,7 @@ _STYLE = """
 .looks .map.empty { cursor: default; display: grid; place-items: center;
   border: 1px dashed var(--border-color-primary); }
 .looks .map.empty span { position: static; width: auto; height: auto; padding: .5rem; font-size: .78rem;
-  text-align: center; color: var(--body-text-color-subdued); }
+  text-align: center; color: var(--soft); }
 footer { display: none !important; }
 @media (max-width: 48rem) {
   #layout { grid-template-columns: minmax(0, 1fr); }
