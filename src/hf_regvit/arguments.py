@@ -149,6 +149,23 @@ class EvaluateArguments:
     )
     shots: list[int] | None = field(default=None, metadata={"help": "Few-shot images a class; default 1 5 10."})
     num_tries: int = field(default=5, metadata={"help": "Draws of the few-shot images."})
+    dense_steps: int = field(default=1000, metadata={"help": "Steps of the segmentation and depth heads."})
+    dense_image_size: int | None = field(
+        default=None, metadata={"help": "Shorter side for segmentation and depth, pixels; default the model's own."}
+    )
+    num_dense_blocks: int = field(
+        default=1, metadata={"help": "Blocks that segmentation and depth read: 1, the last, or 4."}
+    )
+    ignore_values: list[int] | None = field(
+        default=None, metadata={"help": "Stored values of masks that do not count; default 255."}
+    )
+    reduce_labels: bool = field(
+        default=False, metadata={"help": "0 in masks is background that does not count, as in ADE20k."}
+    )
+    depth_scale: float | None = field(
+        default=None, metadata={"help": "Metres of a stored unit; default 0.001 for whole numbers, 1 for fractions."}
+    )
+    max_depth: float = field(default=10.0, metadata={"help": "Larger depths, in metres, are no measurements."})
     boxes: str | None = field(
         default=None, metadata={"help": "Column of ground-truth boxes; default objects, bbox or boxes."}
     )
@@ -172,12 +189,14 @@ class EvaluateArguments:
     def settings(self) -> dict[str, Any]:
         """The keyword arguments of `evaluate_backbone`."""
         from .classification_probes import LinearGrid
+        from .dense_probes import DepthSettings, SegmentationSettings
         from .evaluation import Protocol
         from .object_discovery import LostGrid
 
         same = (
             "image_size", "image_sizes", "select_on", "shots", "num_tries", "boxes", "box_format", "max_side",
-            "max_images", "train_val_split", "batch_size",
+            "max_images", "train_val_split", "batch_size", "dense_image_size", "num_dense_blocks", "ignore_values",
+            "reduce_labels", "depth_scale",
         )  # fmt: skip
         task_data = {
             "segmentation": self.segmentation_data, "depth": self.depth_data, "lost": self.lost_data
@@ -190,6 +209,8 @@ class EvaluateArguments:
                 knn_ks=self.knn_k,
                 linear=LinearGrid(num_steps=self.linear_steps),
                 lost_grid=LostGrid(**self.grid()),
+                segmentation=SegmentationSettings(num_steps=self.dense_steps),
+                depth=DepthSettings(num_steps=self.dense_steps, max_depth=self.max_depth),
                 **{name: getattr(self, name) for name in same},
             ),
             "cache_dir": self.cache_dir or str(Path(self.output_dir, "features")),

@@ -20,8 +20,17 @@ import transformers
 from torch import nn
 
 from .configuration_regvit import __version__
+from .dense import DenseSource, check_targets, load_depth, load_masks
+from .dense_probes import (
+    LinearDepthResult,
+    LinearSegmentationResult,
+    four_blocks,
+    linear_depth,
+    linear_segmentation,
+    read_dense_features,
+)
 from .evaluation_report import EvaluationReport, EvaluationTable, Score
-from .feature_cache import read_features
+from .feature_cache import image_digests, read_features
 from .feature_tasks import (
     ON_FEATURES,
     TASKS,
@@ -34,7 +43,7 @@ from .feature_tasks import (
     score_features,
 )
 from .features import EvaluationTransform, describe_model, load_model
-from .images import ImageSource, MissingSplitError, load_images, stratified_split
+from .images import ImageSource, MissingSplitError, Split, load_images, stratified_split
 from .object_discovery import LostEvaluation, evaluate_lost, ground_truth_boxes
 
 __all__ = [
@@ -118,13 +127,20 @@ def compare_backbones(
         raise ValueError(f"models={[str(model) for model in models]}: expected one or more, each once.")
     _checked(options.get("tasks", ("knn",)))  # before the first model is loaded
     table = EvaluationTable(())
-    for name in models:
-        model, processor = load_model(name, device=device)
-        report = evaluate_backbone(model, data, **{"name": str(name), "processor": processor} | options)
+    for path, name in zip(models, short_names(models)):
+        model, processor = load_model(path, device=device)
+        report = evaluate_backbone(model, data, **{"name": name, "processor": processor} | options)
         table = EvaluationTable((*table.reports, report))
         if on_report is not None:
             on_report(table)
     return table
+
+
+def short_names(models: Sequence[str | Path]) -> list[str]:
+    """Hub ids as they are, folders by as many of their last parts as tell them apart: reports are published."""
+    folders = [Path(model).resolve() for model in models if Path(model).is_dir()]
+    kept = next(count for count in range(1, 99) if len({path.parts[-count:] for path in folders}) == len(set(folders)))
+    return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
 
 
 def _checked(tasks: Sequence[str]) -> tuple[Task, ...]:
@@ -161,12 +177,15 @@ class _Evaluation:
         scores: list[Score] = []
         lost = None
         # Tasks of the same images share their features.
-        for data in dict.fromkeys(self._data_of(task) for task in tasks if task in (*ON_FEATURES, "robustness")):
-            mine = [task for task in tasks if task in (*ON_FEATURES, "robustness") and self._data_of(task) == data]
-            scores += self._classification(data, mine)
+        groups: dict[str, list[Task]] = {}
+        for task in tasks:
+            if task in (*ON_FEATURES, "robustness"):
+                groups.setdefault(task if task in self.task_data else "", []).append(task)
+        for group in groups.values():
+            scores += self._classification(group)
         for task in tasks:
             if task in ("segmentation", "depth"):
-                raise ValueError(f"Task '{task}' is not there yet.")
+                scores += self._dense(task)
             if task == "lost":
                 lost = self._lost()
                 scores.append(_lost_score(lost, self._name_of(task), self.seed))
@@ -195,13 +214,15 @@ class _Evaluation:
         data = self._data_of(task)
         return Path(data.name if isinstance(data, ImageSource) else data).name
 
-    def _classification(self, data: Data, tasks: Sequence[Task]) -> list[Score]:
-        train_images, judged_images = self._parts(data, tasks[0])
+    def _classification(self, tasks: Sequence[Task]) -> list[Score]:
+        train_images, judged_images = self._parts(tasks[0])
         _check_labels(train_images, judged_images)
+        digests = image_digests(train_images), image_digests(judged_images)
+        self._check_overlap(*digests, judged_images.name)
         num_classes = 1 + max(*train_images.labels, *judged_images.labels)  # type: ignore[misc]  # checked
         side = self.protocol.image_size or min(describe_model(self.model).image_size)
-        train = self._labelled(train_images, side, num_classes, "training images")
-        judged = self._labelled(judged_images, side, num_classes, "judged images")
+        train = self._labelled(train_images, side, num_classes, "training images", digests[0])
+        judged = self._labelled(judged_images, side, num_classes, "judged images", digests[1])
         if train.features.kind != "CLS":
             self.notes.append("the model has no CLS: tasks on whole images read its mean patch")
         scores = list(
@@ -214,16 +235,19 @@ class _Evaluation:
             )
         )
         if "robustness" in tasks:
-            scores += self._robustness(train, judged_images, num_classes, side)
+            scores += self._robustness(train, judged_images, digests[1], side)
         return scores
 
-    def _labelled(self, source: ImageSource, side: int, num_classes: int, label: str) -> "LabelledFeatures":
+    def _labelled(
+        self, source: ImageSource, side: int, num_classes: int, label: str, digests: Sequence[bytes]
+    ) -> LabelledFeatures:
         features = read_features(
             self.model,
             source,
             transform=EvaluationTransform.for_model(self.model, self.processor, image_size=side),
             batch_size=self.protocol.batch_size,
             cache_dir=self.cache_dir,
+            digests=digests,
             label=f"{label}, {side} px",
         )
         if features.from_cache:
@@ -235,7 +259,7 @@ class _Evaluation:
         return LabelledFeatures.of(features, source, num_classes)
 
     def _robustness(
-        self, train: "LabelledFeatures", judged_images: ImageSource, num_classes: int, side: int
+        self, train: LabelledFeatures, judged_images: ImageSource, digests: Sequence[bytes], side: int
     ) -> list[Score]:
         patch = max(describe_model(self.model).patch_size)
         sizes = self.protocol.image_sizes or [
@@ -244,7 +268,7 @@ class _Evaluation:
         scores = []
         for size in dict.fromkeys(sizes):
             started = time.perf_counter()
-            judged = self._labelled(judged_images, size, num_classes, "judged images")
+            judged = self._labelled(judged_images, size, train.num_classes, "judged images", digests)
             k = neighbours(self.protocol, len(train))[0]
             votes = knn_votes(train, judged, (k,), self.protocol.temperature)[k]
             scores.append(
@@ -262,18 +286,25 @@ class _Evaluation:
             )
         return scores
 
-    def _parts(self, data: Data, task: str) -> tuple[ImageSource, ImageSource]:
+    def _check_overlap(self, train: Sequence[bytes], judged: Sequence[bytes], name: str) -> None:
+        """Judged images that are fitted on make every number too good."""
+        known = set(train)
+        seen = sum(digest in known for digest in judged)
+        if seen > len(judged) / 2:
+            raise ValueError(
+                f"{seen} of the {len(judged)} judged images of '{name}' are fitted on as well, byte for byte. Give "
+                "other training images, or none: then the parts of the data are used."
+            )
+        if seen:
+            self.notes.append(f"{seen} of {len(judged)} judged images are among the training images, byte for byte")
+            logger.warning("%s: %s.", name, self.notes[-1])
+
+    def _parts(self, task: str) -> tuple[ImageSource, ImageSource]:
         """Images to fit on, and to judge on."""
-        protocol, seed = self.protocol, self.seed
+        data, protocol, seed = self._data_of(task), self.protocol, self.seed
         train = self.train if task not in self.task_data else None
         if train is not None:
             parts = _part(train, "train"), _part(data, "validation")
-            same = set(parts[0].ids).intersection(parts[1].ids) if parts[0].name == parts[1].name else ()
-            if same:
-                raise ValueError(
-                    f"{len(same)} of the judged images of '{parts[1].name}', such as '{min(same)}', are fitted on as "
-                    "well. Give train images of their own, or none: then the parts of the data are used."
-                )
         elif protocol.train_val_split is not None:
             everything = _part(data, None)
             if everything.labels is None:
@@ -286,11 +317,95 @@ class _Evaluation:
                     raise MissingSplitError(f"'{data.name}' was given as one set of images.")
                 parts = load_images(data, split="train"), load_images(data, split="validation")
             except MissingSplitError as error:
-                raise ValueError(
-                    f"{error} Task '{task}' fits on some images and judges others: give train_data, or a "
-                    "train_val_split such as 0.2 to draw the judged images from these."
-                ) from error
+                raise _missing_part(error, task) from error
         return _some(parts[0], protocol.max_images, seed), _some(parts[1], protocol.max_images, seed)
+
+    def _dense(self, task: Task) -> list[Score]:
+        protocol = self.protocol
+        depth = describe_model(self.model).num_layers
+        layers = (-1,) if protocol.num_dense_blocks == 1 else four_blocks(depth)
+        train, judged = self._dense_parts(task)
+        features = [
+            read_dense_features(
+                self.model,
+                part,
+                layers=layers,
+                processor=self.processor,
+                image_size=protocol.dense_image_size,
+                batch_size=protocol.batch_size,
+            )
+            for part in (train, judged)
+        ]
+        self.reading_seconds += sum(part.seconds for part in features)
+        result: LinearSegmentationResult | LinearDepthResult
+        if task == "segmentation":
+            names = train.class_names
+            result = linear_segmentation(
+                features[0], train.targets, features[1], judged.targets, class_names=names,
+                settings=protocol.segmentation, seed=self.seed,
+            )  # fmt: skip
+            metrics = {"mean_iou": result.counts.reshape(len(judged), -1)}
+        else:
+            result = linear_depth(
+                features[0], train.targets, features[1], judged.targets, settings=protocol.depth, seed=self.seed
+            )
+            metrics = {name: result.errors[:, [i]] for i, name in enumerate(("rmse", "abs_rel", "delta1"))}
+        return [
+            Score.measured(
+                rows,
+                ids=result.ids,
+                data=judged.name,
+                seed=self.seed,
+                statistic="mean_iou" if metric == "mean_iou" else "mean",
+                task=task,
+                variant="",
+                metric=metric,
+                protocol=result.protocol,
+                settings={"layer": ", ".join(map(str, result.layers)), "num_steps": result.settings.num_steps},
+                num_train=result.num_train,
+                seconds=result.seconds,
+            )
+            for metric, rows in metrics.items()
+        ]
+
+    def _dense_parts(self, task: Task) -> tuple[DenseSource, DenseSource]:
+        """Images with masks or depths to fit on and to judge on; classes mean the same in both."""
+        protocol, data = self.protocol, self._data_of(task)
+        train_data = self.train if self.train is not None and task not in self.task_data else data
+
+        def load(data: Data, split: Split | None, like: DenseSource | None = None) -> DenseSource:
+            if isinstance(data, ImageSource):
+                raise ValueError(f"Task '{task}' needs masks or depths: give the path of '{data.name}'.")
+            if task == "depth":
+                return load_depth(
+                    data, split=split, depth_scale=protocol.depth_scale, max_depth=protocol.depth.max_depth
+                )
+            return load_masks(
+                data,
+                split=split,
+                mask_format=None if like is None else like.format,  # type: ignore[arg-type]  # of masks: a MaskFormat
+                ignore_values=protocol.ignore_values,
+                reduce_labels=protocol.reduce_labels,
+            )
+
+        if train_data is data and protocol.train_val_split is not None:
+            everything = load(data, None)
+            order = np.random.default_rng(self.seed).permutation(len(everything)).tolist()
+            count = min(max(1, round(len(order) * protocol.train_val_split)), len(order) - 1)
+            parts = everything.subset(sorted(order[count:])), everything.subset(sorted(order[:count]))
+        else:
+            try:
+                train = load(train_data, "train")
+                parts = train, load(data, "validation", train)
+            except MissingSplitError as error:
+                if train_data is data:
+                    raise _missing_part(error, task) from error
+                parts = train, load(data, None, train)
+        chosen = [_some(part, protocol.max_images, self.seed, by_class=False) for part in parts]
+        for part in chosen:
+            assert isinstance(part, DenseSource)
+            check_targets(part)
+        return chosen[0], chosen[1]  # type: ignore[return-value]  # asserted
 
     def _lost(self) -> LostEvaluation:
         protocol = self.protocol
@@ -310,6 +425,13 @@ class _Evaluation:
             max_side=protocol.max_side,
             seed=self.seed,
         )
+
+
+def _missing_part(error: MissingSplitError, task: str) -> ValueError:
+    return ValueError(
+        f"{error} Task '{task}' fits on some images and judges others: give train_data, or a train_val_split such as "
+        "0.2 to draw the judged images from these."
+    )
 
 
 def _part(data: Data, split: Literal["train", "validation"] | None) -> ImageSource:

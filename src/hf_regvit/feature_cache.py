@@ -80,20 +80,32 @@ def model_fingerprint(model: nn.Module) -> str:
     return hashlib.blake2b((weights_fingerprint(model) + text).encode(), digest_size=16).hexdigest()
 
 
-def data_fingerprint(source: ImageSource) -> str:
-    """32 hexadecimal digits that change with the name, the content or the order of any image.
+def image_digests(source: ImageSource) -> list[bytes]:
+    """16 bytes for every image that change with its content.
 
     Content is what is stored, byte by byte: times and sizes of files would miss a changed one. Pictures that are drawn
     rather than stored are drawn for this.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for i, name in enumerate(source.ids):
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    digests = []
+    for i in range(len(source)):
         try:
             content = source.read(i).tobytes() if source.encoded is None else source.encoded(i)
         except BadImageError as error:
             content = str(error).encode()
-        digest.update(hashlib.blake2b(content, digest_size=16).digest())
+        digests.append(hashlib.blake2b(content, digest_size=16).digest())
+    return digests
+
+
+def data_fingerprint(source: ImageSource, digests: Sequence[bytes] | None = None) -> str:
+    """32 hexadecimal digits that change with the name, the content or the order of any image.
+
+    Args:
+        source: Images.
+        digests: Theirs, if they are known already.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, content in zip(source.ids, image_digests(source) if digests is None else digests):
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
     return digest.hexdigest()
 
 
@@ -105,6 +117,7 @@ def read_features(
     layers: Sequence[int] = (-4, -3, -2, -1),
     batch_size: int = 32,
     cache_dir: str | Path | None = None,
+    digests: Sequence[bytes] | None = None,
     label: str | None = None,
 ) -> FrozenFeatures:
     """Features of all images in their order, from the cache where they are there.
@@ -116,6 +129,7 @@ def read_features(
         layers: Blocks; those that a shallow model has not are left out.
         batch_size: Images of one forward pass.
         cache_dir: Folder for the files; None keeps none.
+        digests: Of the images, if they are known already; see `image_digests`.
         label: Of the progress bar.
 
     Raises:
@@ -127,7 +141,7 @@ def read_features(
     if cache_dir is not None:
         identity = {
             "model": model_fingerprint(model),
-            "data": data_fingerprint(source),
+            "data": data_fingerprint(source, digests),
             "transform": transform.description,
             "layers": resolved,
             "device": next(model.parameters()).device.type,

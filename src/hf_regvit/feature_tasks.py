@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .classification_probes import LOGISTIC_CS, LinearGrid, few_shot_indices, logistic_path, train_linear_heads
+from .classification_probes import LOGISTIC_CS, LinearGrid, few_shot_indices, logistic_path, merit, train_linear_heads
+from .dense_probes import DepthSettings, SegmentationSettings
 from .evaluation_report import Score
 from .feature_cache import FrozenFeatures
 from .images import ImageSource, stratified_split
@@ -51,6 +52,13 @@ class Protocol:
             official linear evaluation does: optimistic.
         shots: Training images of a class in `few_shot`. Default 1, 5, 10, as far as every class has them.
         num_tries: Draws of `few_shot`; their mean is reported.
+        segmentation: Training of the segmentation head.
+        depth: Training and test of the depth head; `max_depth` also says what is no measurement.
+        dense_image_size: Shorter side in pixels for segmentation and depth; default the model's own size.
+        num_dense_blocks: Blocks that segmentation and depth read: 1, the last, or 4, at the ends of the quarters.
+        ignore_values: Stored values of masks that do not count; default 255.
+        reduce_labels: 0 in masks is background that does not count (ADE20k).
+        depth_scale: Metres of one stored unit; default 0.001 for whole numbers, 1 for fractions.
         boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
         box_format: See there.
         lost_grid: Settings of LOST to choose from. With a single one there is no choice, and everything is judged.
@@ -69,6 +77,13 @@ class Protocol:
     select_on: Literal["held_out", "judged"] = "held_out"
     shots: Sequence[int] | None = None
     num_tries: int = 5
+    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
+    depth: DepthSettings = field(default_factory=DepthSettings)
+    dense_image_size: int | None = None
+    num_dense_blocks: Literal[1, 4] = 1
+    ignore_values: Sequence[int] | None = None
+    reduce_labels: bool = False
+    depth_scale: float | None = None
     boxes: str | None = None
     box_format: BoxFormat = "xywh"
     lost_grid: LostGrid = field(default_factory=LostGrid)
@@ -82,6 +97,8 @@ class Protocol:
             raise ValueError(f"select_on={self.select_on!r} is unknown. Use 'held_out' or 'judged'.")
         if self.train_val_split is not None and not 0 < self.train_val_split < 1:
             raise ValueError(f"train_val_split={self.train_val_split} must lie between 0 and 1.")
+        if self.num_dense_blocks not in (1, 4):
+            raise ValueError(f"num_dense_blocks={self.num_dense_blocks} must be 1 or 4.")
         if self.num_tries < 1:
             raise ValueError(f"num_tries={self.num_tries} must be at least 1.")
 
@@ -279,8 +296,9 @@ def _linear_scores(
     else:
         fitted, rows = _held_out(train, seed)
         heads, chooser = fit(fitted, grid), train
-    seen = heads.accuracies(chooser.features.vectors[rows], chooser.features.mean_patch[rows], chooser.labels[rows])
-    best, accuracy = max(seen, key=lambda pair: pair[1])
+    best, accuracy = heads.best(
+        chooser.features.vectors[rows], chooser.features.mean_patch[rows], chooser.labels[rows]
+    )
     final = heads if protocol.select_on == "judged" else fit(everything, grid.only(best))
     scores = dict(final.scores(judged.features.vectors, judged.features.mean_patch))[best]
     yield (
@@ -288,7 +306,7 @@ def _linear_scores(
         "top1",
         hits(scores, judged.labels),
         {
-            "chosen": f"{best} (of {len(seen)})",
+            "chosen": f"{best} (of {len(heads.settings)})",
             "select_on": protocol.select_on,
             "accuracy_where_chosen": accuracy,
             "num_images_to_choose": len(rows),
@@ -307,11 +325,11 @@ def _logistic_scores(
         fitted, chooser, rows = everything, judged, torch.arange(len(judged))
     else:
         (fitted, rows), chooser = _held_out(train, seed), train
-    best, best_accuracy = None, -1.0
+    best, best_merit = None, (-1.0, 0.0)
     for model in logistic_path(vectors[fitted], labels[fitted], num_classes=train.num_classes, cs=cs):
-        accuracy = hits(model(chooser.features.last[rows]), chooser.labels[rows]).mean().item()
-        if accuracy > best_accuracy:
-            best, best_accuracy = model, accuracy
+        this = merit(model(chooser.features.last[rows]), chooser.labels[rows])
+        if this > best_merit:
+            best, best_merit = model, this
     assert best is not None
     if protocol.select_on == "held_out":
         best = next(logistic_path(vectors, labels, num_classes=train.num_classes, cs=(best.c,)))
@@ -322,7 +340,7 @@ def _logistic_scores(
         {
             "chosen": f"C {best.c:.3g} (of {len(cs)})",
             "select_on": protocol.select_on,
-            "accuracy_where_chosen": best_accuracy,
+            "accuracy_where_chosen": best_merit[0],
             "num_images_to_choose": len(rows),
         },
     )
