@@ -309,8 +309,8 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
         if place is not None:
             pairs[id] = Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix()
     of_part = {id: _part_of(root, key) for id, key in pairs.items()}
+    wanted = None if split == "train" and "train" not in of_part.values() else split
     if split is not None:
-        wanted = None if split == "train" and "train" not in of_part.values() else split
         pairs = {id: key for id, key in pairs.items() if of_part[id] == wanted}
         if not pairs:
             found = sorted({str(part) for part in of_part.values() if part}) or ["none"]
@@ -327,7 +327,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
     source = everything.subset([index[id] for id in pairs])
     files = [maps[pairs[id]] for id in source.ids]
     used = set(pairs.values())
-    left = [key for key in maps if key not in used and (split is None or _part_of(root, key) == split)]
+    left = [key for key in maps if key not in used and (split is None or _part_of(root, key) == wanted)]
     if left:
         raise DenseDataError(
             f"'{root}': {len(left)} {kind} have no image of the same name, first '{maps[left[0]].name}'. Remove them, "
@@ -616,8 +616,8 @@ def _check_unit(source: DenseSource, depth: tuple[float, float, float]) -> None:
     if depth[1] < 0.01:
         scale = getattr(source.format, "scale", None)
         raise DenseDataError(
-            f"'{source.name}': half of the depths are below {depth[1]:.2g} m. Is the unit right? depth_scale is metres "
-            f"of one stored unit, here {scale}; None means 0.001 for whole numbers, 1 for fractions."
+            f"'{source.name}': half of the depths are below {depth[1]:.2g} m. Is the unit right? depth_scale is "
+            f"metres of one stored unit, here {scale}; None means 0.001 for whole numbers, 1 for fractions."
         )
 
 

@@ -189,9 +189,9 @@ class SegmentationSettings:
         flip_probability: Of taking the mirrored features of an image.
     """
 
-    num_steps: int = 1000
+    num_steps: int = 500
     warmup_ratio: float = 0.0375
-    batch_size: int = 16
+    batch_size: int = 8
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
     flip_probability: float = 0.5
@@ -221,10 +221,10 @@ class DepthSettings:
         eigen_crop: Judge rows 45 to 470 and columns 41 to 600 only; for images of 480 x 640 pixels (NYUd).
     """
 
-    num_steps: int = 1000
+    num_steps: int = 300
     warmup_ratio: float = 1 / 3
-    batch_size: int = 16
-    learning_rate: float = 1e-3
+    batch_size: int = 8
+    learning_rate: float = 3e-3
     weight_decay: float = 0.01
     flip_probability: float = 0.5
     mean_only_ratio: float = 100 / 38_400
@@ -255,8 +255,8 @@ def _check_settings(settings: Any) -> None:
         raise ValueError(f"learning_rate={settings.learning_rate} must be above 0.")
 
 
-OFFICIAL_SEGMENTATION = SegmentationSettings(num_steps=40_000)
-OFFICIAL_DEPTH = DepthSettings(num_steps=38_400, learning_rate=1e-4)
+OFFICIAL_SEGMENTATION = SegmentationSettings(num_steps=40_000, batch_size=16)
+OFFICIAL_DEPTH = DepthSettings(num_steps=38_400, batch_size=16, learning_rate=1e-4)
 
 
 # --- Results
@@ -271,8 +271,8 @@ class LinearSegmentationResult:
         mean_accuracy: Mean over classes of the share of their pixels that are found.
         overall_accuracy: Share of pixels.
         per_class_iou: By class name; NaN where a class neither occurs nor is predicted.
-        counts: (n, 3, C): for every test image and class the pixels that agree, are predicted, and are true. Any
-            resample of images is scored with `mean_iou_of`.
+        counts: (n, 3, C): for every test image and class the pixels that agree, are predicted, and are true;
+            `intervals.mean_iou` scores any resample of them.
         ids: n test images.
         num_train: Training images.
         layers: Blocks read.
@@ -365,17 +365,6 @@ def _to_dict(result: Any, *, leave_out: tuple[str, ...]) -> dict[str, Any]:
         "settings": asdict(result.settings),
         "num_test": result.num_test,
     }
-
-
-def mean_iou_of(counts: NDArray[Any]) -> NDArray[np.float64]:
-    """Mean IoU from summed counts (..., 3, C), as `metrics.MeanIoU` has it: classes that do not occur are left out.
-
-    For a bootstrap over images: `mean_iou_of(result.counts[indices].sum(0))`.
-    """
-    both, predicted, true = np.moveaxis(np.asarray(counts, dtype=np.float64), -2, 0)
-    union = predicted + true - both
-    iou = np.divide(both, union, out=np.full(union.shape, np.nan), where=union > 0)
-    return np.nanmean(iou, axis=-1)
 
 
 # --- Segmentation
