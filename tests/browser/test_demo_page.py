@@ -1,0 +1,204 @@
+"""The demo in a real browser: upload, click, switch models, download, on a desk and on a phone, with no network."""
+
+import re
+import zipfile
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+from playwright.sync_api import expect
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.demo import build_app, launch_options
+from hf_regvit.extraction import TokenFeatures
+from hf_regvit.images import default_image_processor
+
+pytestmark = pytest.mark.browser
+
+PATIENCE = 30_000  # ms; the machine may be busy
+
+
+def model(registers, *, artifact=None):
+    """A tiny random model; one patch blown up by hand where asked for."""
+    torch.manual_seed(registers)
+    config = RegViTConfig(
+        image_size=64, patch_size=8, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_register_tokens=registers,
+    )  # fmt: skip
+    made = RegViTModel(config).eval()
+
+    def blow_up(module, args, output):
+        tokens = (output[0] if isinstance(output, tuple) else output).clone()
+        tokens[:, artifact] *= 100
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    if artifact is not None:
+        made.layers[-1].register_forward_hook(blow_up)
+    return made, default_image_processor(64)
+
+
+@pytest.fixture(scope="module")
+def address():
+    models = {"without registers": model(0, artifact=1 + 11), "with registers": model(3)}
+    app = build_app(models, reference=[Image.effect_noise((64, 64), 60 + i).convert("RGB") for i in range(20)])
+    _, url, _ = app.launch(**launch_options(), prevent_thread_lock=True)
+    yield url
+    app.close()
+
+
+class Visit:
+    """One visitor's page and everything that it said or asked for."""
+
+    def __init__(self, browser, address, width, height):
+        self.page = browser.new_page(viewport={"width": width, "height": height}, has_touch=width < 500)
+        self.messages, self.requests = [], []
+        self.page.on("console", lambda message: self.messages.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.messages.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.set_default_timeout(PATIENCE)
+        expect.set_options(timeout=PATIENCE)
+        self.page.goto(address)
+        expect(self.card(0)).to_contain_text("patches")
+
+    def card(self, number):
+        return self.page.locator(".looks .card").nth(number)
+
+    def map(self, title):
+        return self.page.locator("article", has=self.page.get_by_role("heading", name=title, exact=True))
+
+    def choose(self, field, option):
+        self.page.locator(f"#{field} input").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+
+@pytest.fixture
+def visit(browser, address):
+    visits = []
+
+    def start(width=1280, height=900):
+        visits.append(Visit(browser, address, width, height))
+        return visits[-1]
+
+    yield start
+    for each in visits:
+        each.page.close()
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
+def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, width, height):
+    here = visit(width, height)
+    expect(here.card(0)).to_contain_text("1 of 96 patches are artifacts")
+    assert here.page.locator(".looks .map").count() == 7
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
+    broken = here.page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
+    assert broken == 0
+    boxes = [here.page.locator(".looks .map").nth(i).bounding_box() for i in range(7)]
+    assert all(box["width"] >= 140 and box["x"] + box["width"] <= width for box in boxes)
+    here.page.screenshot(path=screenshots / f"demo_{name}.png", full_page=True)
+    if width < 500:
+        here.page.get_by_role("button", name="Model, resolution, block, head").click()
+    here.choose("compare", "with registers")
+    expect(here.card(1)).to_contain_text("with registers")
+    expect(here.page.locator(".looks .map")).to_have_count(2 * 7 + 3)
+    assert here.page.evaluate("document.documentElement.scrollWidth") <= width
+    here.page.screenshot(path=screenshots / f"demo_compare_{name}.png", full_page=True)
+    assert here.messages == []
+    outside = [url for url in here.requests if not url.startswith((address, "data:", "blob:"))]
+    assert outside == [], "the page asks for something outside"
+
+
+def test_a_click_asks_about_that_patch(visit):
+    here = visit()
+    picture, looks = here.map("Picture"), here.map("Where the patch looks")
+    expect(picture).to_contain_text("patch 7, 5")  # the middle of 12 x 8
+    first = looks.locator("img").get_attribute("src")
+    box = picture.locator(".map").bounding_box()
+    picture.locator(".map").click(position={"x": box["width"] * 0.04, "y": box["height"] * 0.95})
+    expect(picture).to_contain_text("patch 1, 8")
+    assert looks.locator("img").get_attribute("src") != first
+    expect(looks.locator("rect.query")).to_have_attribute("y", "7")
+    # Any map is as good as the picture, also one of the whole picture.
+    norms = here.map("Norms of the patches").locator(".map")
+    box = norms.bounding_box()
+    norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
+    expect(picture).to_contain_text("patch 7, 1")
+    assert here.messages == []
+
+
+def test_a_tap_on_a_phone_asks_too(visit):
+    here = visit(390, 844)
+    here.map("PCA of the patches").locator(".map").tap(position={"x": 3, "y": 3})
+    expect(here.map("Picture")).to_contain_text("patch 1, 1")
+
+
+def test_pictures_are_chosen_and_uploaded(visit, tmp_path):
+    here = visit()
+    here.page.get_by_role("button", name="astronaut").click()
+    expect(here.card(0)).to_contain_text("64 x 64 px = 8 x 8 patches")
+    Image.effect_noise((200, 100), 80).convert("RGB").save(tmp_path / "mine.png")
+    here.page.locator("#upload input[type=file]").set_input_files(tmp_path / "mine.png")
+    expect(here.card(0)).to_contain_text("128 x 64 px = 16 x 8 patches")
+    Image.effect_noise((100, 200), 80).convert("RGB").save(tmp_path / "next.jpg")
+    here.page.locator("#upload input[type=file]").set_input_files(tmp_path / "next.jpg")
+    expect(here.card(0)).to_contain_text("64 x 128 px = 8 x 16 patches")
+    assert here.messages == []
+
+
+@pytest.mark.parametrize("content", [b"this is no picture", b""], ids=["text", "empty"])
+def test_a_wrong_file_gives_a_message_and_the_page_goes_on(visit, screenshots, tmp_path, content):
+    here = visit()
+    (tmp_path / "fake.png").write_bytes(content)
+    here.page.locator("#upload input[type=file]").set_input_files(tmp_path / "fake.png")
+    toast = here.page.locator(".toast-body")
+    expect(toast).to_contain_text("This file cannot be used")
+    expect(toast).to_contain_text("fake.png")
+    assert "/" not in toast.inner_text(), "no paths of the server"
+    here.page.screenshot(path=screenshots / f"demo_message_{len(content)}.png")
+    here.page.get_by_role("button", name="astronaut").click()
+    expect(here.card(0)).to_contain_text("8 x 8 patches")
+
+
+def test_model_block_head_and_resolution(visit):
+    here = visit()
+    here.choose("model", "with registers")
+    expect(here.card(0)).to_contain_text("No distinct artifacts")
+    expect(here.page.locator(".looks .map")).to_have_count(7 + 3)
+    cls = here.map("Where CLS looks").locator("img")
+    before = cls.get_attribute("src")
+    here.choose("head-choice", "head 2")
+    expect(here.map("Where CLS looks")).to_contain_text("head 2")
+    assert cls.get_attribute("src") != before
+    block = here.page.locator("#layer input[type=number]")
+    block.fill("1")
+    block.press("Enter")
+    expect(here.card(0)).to_contain_text("block 1 of 3")
+    side = here.page.locator("#side input[type=number]")
+    side.fill("96")
+    side.press("Enter")
+    expect(here.card(0)).to_contain_text("144 x 96 px = 18 x 12 patches")
+    assert here.messages == []
+
+
+def test_downloads(visit, tmp_path):
+    here = visit()
+    with here.page.expect_download() as download:
+        here.page.locator("#get-features").click()
+    assert re.fullmatch(r"china_without_registers_block_3\.safetensors", download.value.suggested_filename)
+    download.value.save_as(tmp_path / "features.safetensors")
+    assert TokenFeatures.load(tmp_path / "features.safetensors").grid == (8, 12)
+    with here.page.expect_download() as download:
+        here.page.locator("#get-figures").click()
+    download.value.save_as(tmp_path / "figures.zip")
+    with zipfile.ZipFile(tmp_path / "figures.zip") as archive:
+        assert len(archive.namelist()) == 3
+        for name in archive.namelist():
+            Image.open(BytesIO(archive.read(name))).verify()
+    assert here.messages == []
+
+
+def test_files_of_the_machine_are_not_served(visit, address):
+    here = visit()
+    for path in ("/etc/hostname", __file__):
+        for route in ("gradio_api/file=", "file="):
+            assert here.page.request.get(f"{address}{route}{path}").status in (403, 404), path
