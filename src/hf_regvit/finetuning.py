@@ -179,7 +179,7 @@ class FinetuningTrainer(CheckpointedTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one."
             )
-        self.task = task
+        self.task, self.evaluations = task, 0
         train, validation = task.datasets(processor)
         self._sampler = TrainSampler(
             len(cast(Any, train)),
@@ -216,6 +216,7 @@ class FinetuningTrainer(CheckpointedTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Trainer's, with the metrics of the task."""
         self.task.start_metrics()
+        self.evaluations += 1
         return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -587,7 +588,7 @@ def finetune(
         if trainer.is_world_process_zero():
             draw_finetuning_curves(output, shown=task.shown)
         raise
-    final = trainer.evaluate() if task.validation is not None and args.eval_strategy != "no" else {}
+    final = _final_evaluation(trainer)
     report = _report(trainer, final, started)
     result = _whole_model(trainer.model, task, args)
     if trainer.is_world_process_zero():
@@ -601,6 +602,18 @@ def _make_task(args: FinetuningArguments) -> Task:
         raise ValueError(f"task '{args.task}' is not here yet; expected one of {', '.join(_TASKS)}.")
     module, name = _TASKS[args.task]
     return getattr(import_module(f".{module}", __package__), name)(args)
+
+
+def _final_evaluation(trainer: FinetuningTrainer) -> dict[str, float]:
+    """Metrics of the result; the last evaluation, if it was of the same weights."""
+    if trainer.task.validation is None or trainer.args.eval_strategy == "no":
+        return {}
+    state = trainer.state
+    last = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+    reloaded = trainer.args.load_best_model_at_end and state.best_global_step != state.global_step
+    if last.get("step") == state.global_step and not reloaded and trainer.evaluations:
+        return {name: value for name, value in last.items() if name.startswith("eval_")}
+    return trainer.evaluate()
 
 
 def _whole_model(trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:

@@ -19,7 +19,7 @@ METRICS = {
 }
 
 # Rates that worked for ViT-Tiny to ViT-B on a few thousand images; a recipe names its own.
-_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-3}
+_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
 
 
 def _field(default: Any, help_text: str, *aliases: str) -> Any:
@@ -133,7 +133,7 @@ class FinetuningArguments(TrainingArguments):
     allow_data_change: bool = _field(False, "Resume although the list of images differs from the checkpoint's.")
 
     # Defaults of Trainer that fine-tuning needs otherwise
-    learning_rate: float | None = _field(None, "Peak of the schedule. Default: full 1e-4, lora and linear 1e-3.")  # type: ignore[assignment]
+    learning_rate: float | None = _field(None, "Peak of the schedule. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
     weight_decay: float = _field(0.05, "Decay of matrices; biases, norms, gains, tokens and positions have none.")
     lr_scheduler_type: str = _field("cosine", "Schedule of the learning rate, as in transformers.")
     warmup_steps: float = _field(0.1, "Steps of linear warm-up; below 1 a share of the run.")

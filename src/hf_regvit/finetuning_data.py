@@ -149,7 +149,8 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
 @contextlib.contextmanager
 def draws(*entropy: int) -> Iterator[None]:
     """Inside the block torch's global CPU generator starts from these numbers; afterwards it is as it was."""
-    seed = int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
+    # With their number behind them, because zeros at the end change nothing.
+    seed = int(np.random.SeedSequence([*entropy, len(entropy)]).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         yield

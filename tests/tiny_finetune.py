@@ -1,0 +1,69 @@
+"""A fine-tuning run that takes a tenth of a second: coloured squares, a model of two blocks, and the whole job."""
+
+import colorsys
+
+import numpy as np
+import torch
+from PIL import Image
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.classification import ImageClassification
+from hf_regvit.finetuning import FinetuningArguments, finetune
+from hf_regvit.images import BadImageError, ImageSource
+
+NAMES = ("blue", "green", "red")
+SIDE = 16
+
+
+def picture(index, label):
+    """A noisy square whose hue is its class."""
+    rng = np.random.default_rng([index, label])
+    color = np.array(colorsys.hsv_to_rgb((2 - label) / 3, 0.7, 0.8)) * 255
+    return Image.fromarray((color + rng.normal(0, 25, (20, 20, 3))).clip(0, 255).astype(np.uint8))
+
+
+class Pictures:
+    """Reads picture i; those in `broken` cannot be used."""
+
+    def __init__(self, labels, start=0, broken=()):
+        self.labels, self.start, self.broken = labels, start, set(broken)
+
+    def __call__(self, index):
+        if index in self.broken:
+            raise BadImageError(f"picture/{self.start + index}", "made to fail", "corrupt")
+        return picture(self.start + index, self.labels[index])
+
+
+def source(count, *, start=0, names=NAMES, broken=(), labels=None):
+    labels = [(start + i) % len(names) for i in range(count)] if labels is None else labels
+    ids = [f"picture/{start + i}" for i in range(count)]
+    return ImageSource("pictures", ids, Pictures(labels, start, broken), labels=labels, label_names=tuple(names))
+
+
+def tiny_config(**overrides):
+    fields = {
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8,
+        "num_register_tokens": 2, "layerscale_value": 1.0,
+    }  # fmt: skip
+    return RegViTConfig(**fields | overrides)
+
+
+def backbone(seed=0, **overrides):
+    torch.manual_seed(seed)
+    return RegViTModel(tiny_config(**overrides)).eval()
+
+
+def arguments(folder, **overrides):
+    fields = {
+        "output_dir": str(folder), "per_device_train_batch_size": 8, "per_device_eval_batch_size": 8,
+        "num_train_epochs": 2, "learning_rate": 3e-3, "warmup_steps": 0, "logging_steps": 1, "disable_tqdm": True,
+        "use_cpu": True, "report_to": "none", "seed": 5,
+    }  # fmt: skip
+    return FinetuningArguments(**fields | overrides)
+
+
+def run(folder, *, train=None, validation=None, model=None, callbacks=(), **overrides):
+    """The whole job on 24 training and 9 validation pictures; returns the result and its arguments."""
+    args = arguments(folder, **overrides)
+    task = ImageClassification(args, train or source(24), validation or source(9, start=100))
+    return finetune(args, model=model or backbone(), task=task, callbacks=callbacks), args
