@@ -66,6 +66,16 @@ class Repo:
         return next((commit for commit in self.commits if commit.oid == revision), None)
 
 
+def connect(monkeypatch: Any, hub: "FakeHub", *, token: str | None = None) -> None:
+    """Points huggingface_hub of this process at `hub`; its constants are read from the environment at import."""
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", token or WRITE_TOKEN)
+
+
 def git_oid(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

@@ -29,11 +29,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .modeling_regvit import CheckpointCorruptError, CheckpointError
+from .pushing import PushingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +261,7 @@ class StopSignals(TrainerCallback):
 # ---- Trainer -----------------------------------------------------------------------------------------------------
 
 
-class CheckpointedTrainer(Trainer):
+class CheckpointedTrainer(PushingTrainer):
     """`transformers.Trainer` whose checkpoints are atomic and verified and which stops cleanly at a signal.
 
     A checkpoint that cannot be written, on a full disk say, is removed and reported; training goes on with those
@@ -285,6 +286,11 @@ class CheckpointedTrainer(Trainer):
                 f"{self.accelerator.distributed_type}; expected several accelerators. Leave fsdp out: several CPU "
                 "processes train with DDP."
             )
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether a signal has told the run to stop: the machine may be gone in half a minute."""
+        return self.signals.stopped_by is not None
 
     # What a resumed run has to agree on.
 
@@ -425,6 +431,7 @@ class CheckpointedTrainer(Trainer):
                 run,
             )
         elif self.args.should_save:
+            self.push_checkpoint(final)
             best = self.state.best_model_checkpoint
             rotate_checkpoints(run, self.args.save_total_limit, keep=[final, *([Path(best)] if best else [])])
 

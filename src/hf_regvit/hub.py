@@ -35,7 +35,7 @@ from .model_card import (
     finetuning_facts,
     pretraining_facts,
     public_recipe,
-    render_card,
+    write_card_file,
 )
 from .modeling_regvit import (
     RegViTBackbone,
@@ -310,9 +310,7 @@ def _write_card(model: Any, output: Path, facts: dict[str, Any], measured: Mappi
     for name in ("limits", "intended_use", "scores", "evaluation_notes"):  # the author adds to what was measured
         if facts.get(name) is not measured.get(name):
             facts[name] = (*measured.get(name, ()), *facts[name])
-    config = json.loads((output / "config.json").read_text(encoding="utf-8"))
-    text = render_card(CardFacts(**{**facts, "config": config, "parameters": model.num_parameters()}))
-    (output / CARD).write_text(text, encoding="utf-8")
+    text = write_card_file(output, **{**facts, "parameters": model.num_parameters()})
     check_card(text, folder=output)
 
 

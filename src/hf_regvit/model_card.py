@@ -3,6 +3,7 @@
 A card is text from facts; whoever calls collects the facts (a run while it trains, `hub.bundle` afterwards).
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -211,7 +212,7 @@ def pretraining_facts(
         facts["alarms"] = tuple(report.get("alarms", ()))
         knn = {key: value for key, value in (report["knn"][-1] if report.get("knn") else {}).items() if key != "step"}
         facts["scores"] = tuple(
-            CardScore(key.removeprefix("eval_").replace("_", " "), _names(recipe, "data"), f"{100 * value:.1f} %")
+            CardScore(key.removeprefix("eval_").replace("knn_", "k-NN, k = "), _names(recipe, "data"), f"{100 * value:.1f} %")
             for key, value in knn.items()
         )
         if knn:
@@ -300,6 +301,18 @@ def render_card(facts: CardFacts) -> str:
         environment=facts.environment,
     )
     return f"---\n{_header(facts)}\n---\n\n{text}"
+
+
+def write_card_file(folder: str | Path, **facts: Any) -> str:
+    """Writes `README.md` beside a saved model, whose configuration it reads; the other fields of `CardFacts` as given.
+
+    Raises:
+        TypeError: A field that a card does not have.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    text = render_card(CardFacts(**{**facts, "config": config}))
+    (Path(folder) / "README.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def _line(value: object) -> str:

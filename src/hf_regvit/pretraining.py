@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,18 +49,19 @@ from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
 from .data import DinoCollator, EpochSampler, MultiCropDataset, MultiCropStream, StreamSampler
 from .distillation import HeadShape, SelfDistillation, TeacherTargets, full_tensor
+from .model_card import pretraining_facts, public_recipe, write_card_file
 from .modeling_regvit import RegViTModel
 from .monitors import observers
 from .optimization import Schedules, StepValues, parameter_groups, parameter_rules, set_rates
 from .pretraining_arguments import PretrainingArguments
 from .run_folder import (
+    BACKBONE,
     StartingPoint,
     draw_curves,
     package_versions,
     restore_training,
     run_environment,
     starting_point,
-    write_card,
     write_json,
 )
 
@@ -133,6 +134,7 @@ class DinoTrainer(CheckpointedTrainer):
         high_resolution: data set and collator of the last `args.high_resolution_steps`, with the same images. The
             position table is resampled in every forward pass, the optimizer and all schedules go on.
         callbacks: observers.
+        image_processor: published with the teacher where checkpoints are pushed.
 
     Raises:
         ValueError: several GPUs in one process (`DataParallel`), or no data for the high-resolution steps.
@@ -150,6 +152,7 @@ class DinoTrainer(CheckpointedTrainer):
         data_collator: Any,
         high_resolution: tuple[Dataset, Any] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        image_processor: Any = None,
     ) -> None:
         if args.high_resolution_steps and high_resolution is None:
             raise ValueError(
@@ -186,6 +189,7 @@ class DinoTrainer(CheckpointedTrainer):
         self._started = (0.0, 0)
         self._waited = 0.0  # seconds for data since the last log line
         self._guard = FiniteGuard(cast(str, args.output_dir))
+        self._image_processor = image_processor
         super().__init__(
             model=model,
             args=args,
@@ -472,6 +476,20 @@ class DinoTrainer(CheckpointedTrainer):
         means = torch.stack([torch.as_tensor(total).float() / count for total, count in self._terms.values()])
         return dict(zip(self._terms, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
+    # What pushes publish: the teacher's backbone, as at the end of the run.
+
+    def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
+        """The teacher's backbone among the tensors of a checkpoint."""
+        return _teacher(self.model.student_backbone.config, state)
+
+    def hub_processor(self) -> Any:
+        """That of the run."""
+        return self._image_processor
+
+    def hub_facts(self) -> dict[str, Any]:
+        """The recipe."""
+        return pretraining_facts(public_recipe(self.args.resolved()))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the named loss terms, schedules, speed, memory and what observers have measured."""
         measured, measuring = {}, 0.0
@@ -594,6 +612,7 @@ def pretrain(
         data_collator=data_collator,
         high_resolution=high_resolution,
         callbacks=[*callbacks, *watching, metrics, alarms],
+        image_processor=image_processor,
     )
     if trainer.is_world_process_zero():
         output.mkdir(parents=True, exist_ok=True)
@@ -601,15 +620,16 @@ def pretrain(
         write_json(output / "environment.json", run_environment(args))
     _train(trainer, alarms)
     state = _whole_state(network)
-    backbone = RegViTModel(config)
-    backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
-    backbone.eval()
+    backbone = _teacher(config, state)
     if trainer.is_world_process_zero():
         backbone.save_pretrained(output / "backbone")
         image_processor.save_pretrained(output / "backbone")
         _save_training_state(state, output / "training")
         report = json.loads((output / "report.json").read_text())
-        write_card(output / "backbone", config, data=", ".join(args.data), report=report, recipe=args.resolved())
+        environment = json.loads((output / "environment.json").read_text())
+        facts = pretraining_facts(public_recipe(args.resolved()), report, environment)
+        write_card_file(output / BACKBONE, parameters=backbone.num_parameters(), **trainer.hub_names(), **facts)
+        trainer.push_result(output / BACKBONE)
     return backbone
 
 
@@ -775,6 +795,13 @@ def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset
 def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:
     """Every tensor of the network on the CPU of every process, gathered where FSDP2 has sharded it."""
     return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in network.state_dict().items()}
+
+
+def _teacher(config: RegViTConfig, state: Mapping[str, Tensor]) -> RegViTModel:
+    """The result of a run, from the tensors of the whole network."""
+    backbone = RegViTModel(copy.deepcopy(config))
+    backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
+    return backbone.eval()
 
 
 def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:

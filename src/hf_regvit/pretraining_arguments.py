@@ -329,7 +329,7 @@ class PretrainingArguments(TrainingArguments):
         own = set(PretrainingArguments.__annotations__)
         recipe = {}
         for item in dataclasses.fields(self):
-            if not item.init:
+            if not item.init or item.name == "hub_token":  # the recipe is written to files
                 continue
             value = getattr(self, item.name)
             default = item.default if item.default is not dataclasses.MISSING else None

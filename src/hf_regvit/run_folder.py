@@ -20,7 +20,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
-from .configuration_regvit import RegViTConfig
 from .distillation import SelfDistillation
 from .modeling_regvit import RegViTModel
 
@@ -267,59 +266,3 @@ def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Pat
     path = Path(folder) / "curves.png"
     save_figure(curves_figure(lines, num_prototypes=num_prototypes), path)
     return path
-
-
-def write_card(
-    folder: str | Path, config: RegViTConfig, *, data: str, report: Mapping[str, Any], recipe: Mapping[str, Any]
-) -> None:
-    """A short README beside the backbone: what it learnt from, for how long, how good it is, how to load it.
-
-    Folders of one's own are named by their last part only, because a card may be published.
-    """
-    rows, columns = config.patch_shape
-    name = Path(data).name or data
-    score = report.get("knn", [])
-    accuracies = {key: value for key, value in (score[-1] if score else {}).items() if key != "step"}
-    names = {key: key.removeprefix("eval_").replace("knn_", "k-NN, k = ") for key in accuracies}
-    measured = ", ".join(f"{names[key]}: {value:.1%}" for key, value in accuracies.items())
-    measured = measured or "not measured (no held-out images with labels)"
-    start = f" It was started from `{Path(str(recipe['init_from'])).name}`." if recipe.get("init_from") else ""
-    alarms = report.get("alarms", [])
-    warned = "\n".join(f"- step {alarm['step']}: {alarm['message']}" for alarm in alarms)
-    text = f"""---
-library_name: transformers
-pipeline_tag: image-feature-extraction
-tags:
-- regvit
-- register-tokens
-- self-supervised
----
-
-# RegViT, {config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_register_tokens} registers
-
-Pretrained without labels (DINOv2 losses) with hf_regvit. This is the moving average of the student.{start}
-
-| | |
-|---|---|
-| data | `{name}`, {report["images_seen"]:,} images seen in {report["steps"]:,} steps ({report["epochs"]:.1f} epochs) |
-| images | crops of {recipe["global_crop_size"]} and {recipe["local_crop_size"]} px, patches of {rows} x {columns} px |
-| recipe | batch {recipe["per_device_train_batch_size"]} per process, learning rate {recipe["learning_rate"]:g}, \
-{recipe["head_num_prototypes"]:,} prototypes, {recipe["centering"]} targets, seed {recipe.get("seed", 42)} |
-| accuracy of the frozen features on held-out images | {measured} |
-
-```python
-import hf_regvit  # or trust_remote_code=True without the package
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-model = AutoModel.from_pretrained("path/to/this/folder")
-processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
-output = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
-output.pooler_output, output.patch_tokens, output.register_tokens
-```
-
-Tokens are `[CLS | registers | patches]`; `output.output_mask` is False at the registers, which carry no local content.
-"""
-    if warned:
-        text += f"\nAlarms during the run:\n\n{warned}\n"
-    (Path(folder) / "README.md").write_text(text, encoding="utf-8")

@@ -53,6 +53,12 @@ def may_be_published(name: str) -> bool:
     return Path(file).suffix in _FOLDERS.get(folder, ())
 
 
+def public_files(folder: str | Path) -> list[str]:
+    """What of a folder may be published, relative to it."""
+    paths = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(name for path in paths if may_be_published(name := path.relative_to(folder).as_posix()))
+
+
 # Tokens as their issuers write them; then assignments to names that say what they are.
 _SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
@@ -132,6 +138,10 @@ class PushError(RuntimeError):
     """A push that did not succeed; the message says what to do."""
 
 
+class RefusedError(PushError):
+    """A push that would not succeed later either, until someone changes something."""
+
+
 @dataclass(frozen=True)
 class RetryPolicy:
     """How long to go on.
@@ -209,6 +219,21 @@ def send_folder(
     return Sent(**sent, tries=tries)
 
 
+def create_repository(
+    repo_id: str, *, private: bool | None, token: str | None = None, retry: RetryPolicy | None = None
+) -> str:
+    """Makes a repository if there is none, and returns its name with the owner.
+
+    Raises:
+        RefusedError: The token may not, or the name is none.
+        PushError: The Hub cannot be reached now.
+    """
+    api = HfApi(token=token, library_name="hf_regvit", library_version=__version__)
+    attempt = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+    url, _ = with_retries(attempt, what=repo_id, retry=retry or RetryPolicy())
+    return str(url.repo_id)
+
+
 def _commit(
     api: HfApi,
     folder: Path,
@@ -225,7 +250,7 @@ def _commit(
         api.create_branch(whole_id, branch=revision, exist_ok=True)
     head = api.model_info(whole_id, revision=revision)
     if not head.private and not accept_public:
-        raise PushError(
+        raise RefusedError(
             f"'{whole_id}' exists and is public. Say --public (private=False) to publish there, or take another name."
         )
     there = {sibling.rfilename for sibling in head.siblings or ()}
@@ -266,7 +291,7 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
             if reason is None:
                 raise
             if not _is_transient(reason):
-                raise PushError(_advice(reason, what)) from error
+                raise RefusedError(_advice(reason, what)) from error
             wait = retry.first_wait * 2 ** (tries - 1) * (1 + jitter.random() / 2)
             wait = max(min(wait, retry.longest_wait), _retry_after(reason))
             if tries == retry.attempts or wait > retry.longest_wait:
@@ -379,14 +404,25 @@ class BackgroundPushes:
 
     def note(self, send: Callable[[], object], *, label: str) -> bool:
         """Runs `send` here and keeps what became of it; whether it succeeded."""
+        if not self.prepare(send, label=label):
+            return False
+        self.sent.append(label)
+        return True
+
+    def prepare(self, work: Callable[[], object], *, label: str) -> bool:
+        """Runs what a push needs before it; whether it succeeded. A failure counts as one of the push."""
         try:
-            send()
+            work()
         except (_HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
             self.failures.append(f"{label}: {error}")
             logger.warning("The push of %s failed; training is not affected. %s", label, error)
             return False
-        self.sent.append(label)
         return True
+
+    @property
+    def count(self) -> int:
+        """Pushes that have ended."""
+        return len(self.sent) + len(self.failures)
 
     def wait(self, seconds: float | None = None) -> None:
         """Until nothing is under way, or for so many seconds; what is under way then counts as failed."""

@@ -109,9 +109,11 @@ def test_the_backbone_loads_and_its_card_can_be_published(first_run):
     assert output.register_tokens.shape == (1, 4, 16)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: transformers\n")
-    assert "`pictures`, 48 images seen in 6 steps" in card
+    assert "`pictures`, without labels: 48 images seen" in card
+    assert re.search(r"\| length \| 6 steps, 0\.\d minutes \|", card)
     assert str(first_run) not in card
-    assert re.search(r"k-NN, k = 10: \d+\.\d%, linear: \d+\.\d%", card)
+    for name in ("k-NN, k = 10", "linear"):
+        assert re.search(rf"\| {name} \| `pictures` \| \d+\.\d % \|", card)
     code = re.search(r"```python\n(.*?)```", card, re.S).group(1)
     picture = first_run / "picture.jpg"
     Image.new("RGB", (40, 40), "red").save(picture)

@@ -1,0 +1,238 @@
+"""Pushes from a running training, for every `hub_strategy` of transformers.
+
+Trainer's own send the run folder as it is: without code files and card before the end of the run, with a pickle that
+holds the token, in one attempt whose error is lost. Here a push is a folder made for it, with everything that loading
+needs from the first one on; it is tried again after faults, and what fails is told at the end and hurts nothing.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from .model_card import write_card_file
+from .upload import BackgroundPushes, PushError, RefusedError, create_repository, public_files, scan, send_folder
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+TRAINING_ARGS = "training_args.bin"  # a pickle, with the token of the Hub in it: it is never pushed
+PUSHING = ".pushing"  # folders inside the run folder of what is being sent
+
+
+class PushingTrainer(Trainer):
+    """`transformers.Trainer` with pushes that a stranger can load.
+
+    Subclasses say what is published: `hub_model`, `hub_processor`, `hub_facts`.
+
+    Attributes:
+        pushes: What was sent and what failed.
+    """
+
+    hub_model_id: Any  # Trainer types it as None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.pushes = BackgroundPushes()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def is_hurried(self) -> bool:
+        """Whether the process has to end soon."""
+        return False
+
+    def hub_model(self, state: Mapping[str, torch.Tensor]) -> Any:
+        """The model to publish, from the tensors of a checkpoint; default: the trained one."""
+        model = cast(Any, self.accelerator.unwrap_model(self.model))
+        published = type(model)(copy.deepcopy(model.config))
+        published.load_state_dict(state)
+        return published
+
+    def hub_processor(self) -> Any:
+        """The image processor to publish beside it; None if there is none."""
+        return self.processing_class
+
+    def hub_facts(self) -> dict[str, Any]:
+        """Fields of `model_card.CardFacts` that are known while the run goes on."""
+        return {"limits": ("Its training is not finished.",)}
+
+    def hub_names(self) -> dict[str, str]:
+        """What the card calls the model, and what it tells people to load."""
+        if not self.hub_model_id:
+            return {"name": Path(cast(str, self.args.output_dir)).absolute().name}
+        return {"name": self.hub_model_id.split("/")[-1], "repo_id": self.hub_model_id}
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Makes the repository, private unless `hub_private_repo` says otherwise.
+
+        Raises:
+            RefusedError: The Hub does not take this token or name; better now than after the training.
+        """
+        if not self.is_world_process_zero():
+            return
+        wanted = self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.push_in_progress = None
+        for left_over in Path(cast(str, self.args.output_dir)).glob(f"{PUSHING}-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        self.hub_model_id = wanted
+        try:
+            self.hub_model_id = create_repository(
+                wanted, private=private is not False, token=token or self.args.hub_token
+            )
+        except RefusedError:
+            raise
+        except PushError as error:
+            logger.warning("Training starts all the same, and pushes will try again. %s", error)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing: the folder has a hidden name now. `push_checkpoint` comes when it is finished."""
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Sends a finished checkpoint in the background, as `hub_strategy` says; raises nothing."""
+        args = self.args
+        if not args.push_to_hub or args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self.pushes.busy and not args.hub_always_push:
+            logger.info("%s is not pushed: the push before it is not finished (hub_always_push).", checkpoint.name)
+            return
+        beside = {
+            HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name
+        }.get(HubStrategy(args.hub_strategy))  # fmt: skip
+        folder = checkpoint.with_name(f"{PUSHING}-{self.state.global_step}")
+
+        def prepare() -> None:
+            names = self._write_hub_folder(folder, load_file(checkpoint / WEIGHTS))
+            if beside:
+                names += _link_checkpoint(checkpoint, folder / beside)
+            message = f"Training in progress, step {self.state.global_step}"
+            self.pushes.start(partial(self._send, folder, names, message), label=f"{checkpoint.name}")
+
+        if not self.pushes.prepare(prepare, label=checkpoint.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor], **card: Any) -> list[str]:
+        """Model, code files, processor and card; returns what of it may be sent."""
+        shutil.rmtree(folder, ignore_errors=True)
+        model = self.hub_model(state)
+        model.save_pretrained(folder)
+        if (processor := self.hub_processor()) is not None:
+            processor.save_pretrained(folder)
+        facts = {**self.hub_names(), **self.hub_facts(), **card}
+        write_card_file(folder, parameters=model.num_parameters(), **facts)
+        names = public_files(folder)
+        scan(folder, names)
+        return names
+
+    def _send(self, folder: Path, names: Sequence[str], message: str) -> Any:
+        args = self.args
+        private = args.hub_private_repo is not False
+        try:
+            return send_folder(
+                folder, str(self.hub_model_id), names=names, message=message, private=private, token=args.hub_token,
+                revision=args.hub_revision,
+            )  # fmt: skip
+        finally:
+            if folder.name.startswith(PUSHING):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _finish_current_push(self) -> None:
+        """Waits for what is being sent: not long if the machine is about to be taken away."""
+        if self.pushes.busy:
+            logger.info("Waiting for the push that is under way.")
+        self.pushes.wait(10.0 if self.is_hurried else 3600.0)
+        if self.pushes.failures:
+            logger.warning("The Hub has %d of %d pushes.", len(self.pushes.sent), self.pushes.count)
+
+    def push_to_hub(  # type: ignore[override]  # what arrived is told in more words than CommitInfo has
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Sends the model as it is now, with code files, processor and card, after the pushes under way.
+
+        Args:
+            commit_message: of the commit.
+            blocking: False: in the background, to be waited for by the next push or the end of `train`.
+            token: overrides `args.hub_token`.
+            revision: overrides `args.hub_revision`.
+            private: overrides `args.hub_private_repo`, for a repository that does not exist yet.
+            card: fields of `model_card.CardFacts`, or `finetuned_from` and `model_name` of Trainer's own method.
+
+        Returns:
+            `upload.Sent`; None in the background and in all processes but the first.
+
+        Raises:
+            PushError: It did not arrive.
+        """
+        names_of_trainer = {"finetuned_from": "base_model", "model_name": "name"}
+        card = {names_of_trainer.get(name, name): value for name, value in card.items()}
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        args = self.args
+        args.hub_token, args.hub_revision = token or args.hub_token, revision or args.hub_revision
+        args.hub_private_repo = args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        self._finish_current_push()
+        folder = Path(cast(str, self.args.output_dir)) / f"{PUSHING}-end"
+        names = self._write_hub_folder(folder, state, **card)
+        send = partial(self._send, folder, names, commit_message or "End of training")
+        if blocking:
+            return send()
+        return self.pushes.start(send, label="the end of training")
+
+    def push_result(self, folder: Path) -> None:
+        """Sends the finished folder of a run if `push_to_hub` is set. A failure is logged, never raised."""
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        self._finish_current_push()
+        names = public_files(folder)
+
+        def send() -> None:
+            scan(folder, names)
+            self._send(folder, names, "End of training")
+
+        if self.pushes.note(send, label="the result"):
+            logger.info("Sent to %s.", self.hub_model_id)
+        for failure in self.pushes.failures:
+            logger.warning("NOT on the Hub: %s", failure)
+        if self.pushes.failures:
+            logger.warning("`regvit publish --model %s --repo_id %s --push` sends it.", folder, self.hub_model_id)
+
+
+def _link_checkpoint(checkpoint: Path, target: Path) -> list[str]:
+    """A checkpoint under another name, without the pickle of arguments; its rotation does not touch these links."""
+    names = []
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        if name == TRAINING_ARGS:
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == MANIFEST:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["files"].pop(TRAINING_ARGS, None)
+            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            try:
+                os.link(path, target / name)
+            except OSError:  # a file system without links
+                shutil.copy2(path, target / name)
+        names.append(name)
+    scan(target, names, paths=False)  # a checkpoint is for the owner of the run, whose paths it holds
+    return [f"{target.name}/{name}" for name in names]

@@ -1,0 +1,207 @@
+"""Pushes from a running training to a Hub on loopback: every strategy, every fault, and what training makes of it."""
+
+import json
+import logging
+
+import pytest
+
+import hf_regvit.upload as upload
+from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub, connect
+from hf_regvit import RegViTModel
+from hf_regvit.checkpoints import CheckpointedTrainer, verify_checkpoint
+from hf_regvit.images import default_image_processor
+from hf_regvit.model_card import CardError, check_card
+from hf_regvit.pretraining import DinoTrainer, pretrain
+from tiny_run import Crops, arguments, trained
+
+MODEL_FILES = {
+    ".gitattributes", "README.md", "config.json", "configuration_regvit.py", "model.safetensors", "modeling_regvit.py",
+    "preprocessor_config.json",
+}  # fmt: skip
+QUICK = upload.RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(upload, "RetryPolicy", lambda: QUICK)
+        yield hub
+
+
+def pushed(folder, **overrides):
+    """Six steps with a checkpoint after every second one."""
+    options = {"push_to_hub": True, "hub_model_id": "someone/tiny", "save_strategy": "steps", "save_steps": 2}
+    return pretrain(
+        arguments(folder, **options | overrides), train_dataset=Crops(), image_processor=default_image_processor(16)
+    )
+
+
+def messages(hub, name="someone/tiny"):
+    return [commit.message for commit in hub.repos[name].commits[1:]]
+
+
+@pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
+def test_every_push_of_every_strategy_can_be_loaded(hub, tmp_path, strategy):
+    backbone = pushed(tmp_path / "run", hub_strategy=strategy, hub_always_push=True)
+    commits = hub.repos["someone/tiny"].commits[1:]
+    steps = [] if strategy == "end" else [f"Training in progress, step {step}" for step in (2, 4, 6)]
+    assert [commit.message for commit in commits] == [*steps, "End of training"]
+    for number, commit in enumerate(commits):
+        folder = tmp_path / f"download{number}"
+        folder.mkdir()
+        beside = {name.split("/")[0] for name in commit.files if "/" in name}
+        assert {name for name in commit.files if "/" not in name} == MODEL_FILES
+        for name in MODEL_FILES:
+            (folder / name).write_bytes(commit.files[name])
+        model = RegViTModel.from_pretrained(folder)  # strict: it raises if a tensor is missing
+        card = commit.files["README.md"].decode()
+        with pytest.raises(CardError, match="no 'license'") as error:
+            check_card(card)
+        assert str(error.value).count(";") == 0  # a licence is all that is missing, and nobody has said it
+        assert ("Its training is not finished." in card) == (commit.message != "End of training")
+        assert 'name = "someone/tiny"' in card
+        expected = {"checkpoint": {"last-checkpoint"}} | {
+            "all_checkpoints": {f"checkpoint-{step}" for step in (2, 4, 6)[: number + 1]}
+        }
+        assert beside == expected.get(strategy, set())
+    last = model.state_dict()
+    assert all((last[name] == tensor).all() for name, tensor in backbone.state_dict().items())
+
+
+def test_a_pushed_checkpoint_resumes_and_holds_no_token(hub, tmp_path):
+    pushed(tmp_path / "run", hub_strategy="checkpoint", hub_always_push=True, hub_token=WRITE_TOKEN, max_steps=4)
+    files = hub.files("someone/tiny")
+    for name, content in files.items():
+        assert WRITE_TOKEN.encode() not in content, name
+        assert not name.endswith("training_args.bin")
+    folder = tmp_path / "other" / "checkpoint-4"
+    for name, content in files.items():
+        if name.startswith("last-checkpoint/"):
+            path = folder / name.removeprefix("last-checkpoint/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+    verify_checkpoint(folder)
+    resumed = trained(tmp_path / "resumed", resume=str(folder), max_steps=6)
+    assert resumed.state.global_step == 6
+    assert WRITE_TOKEN not in (tmp_path / "run" / "resolved_recipe.yaml").read_text()
+
+
+def test_the_repository_is_private_unless_the_run_says_otherwise(hub, tmp_path):
+    pushed(tmp_path / "a", max_steps=2)
+    pushed(tmp_path / "b", max_steps=2, hub_model_id="someone/open", hub_private_repo=False)
+    assert hub.repos["someone/tiny"].private
+    assert not hub.repos["someone/open"].private
+
+
+@pytest.mark.parametrize("kind", [500, 503, 429, 504, 409, "reset", "silence"])
+def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
+    hub.fail("/commit/", kind, times=1, headers={"Retry-After": "0.01"})
+    with caplog.at_level(logging.WARNING, logger="hf_regvit"):
+        pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
+    assert messages(hub) == ["End of training"]
+    assert "NOT on the Hub" not in caplog.text
+    assert "try 2 of 3" in caplog.text
+
+
+def test_f65_a_hub_that_is_down_hurts_nothing_and_is_told_at_the_end(hub, tmp_path, caplog):
+    hub.fail("/commit/", 503, times=10**6)
+    with caplog.at_level(logging.WARNING, logger="hf_regvit"):
+        backbone = pushed(tmp_path / "run", hub_strategy="every_save", hub_always_push=True)
+    quiet = pushed(tmp_path / "quiet", push_to_hub=False, hub_model_id=None)
+    assert all((a == b).all() for a, b in zip(backbone.parameters(), quiet.parameters(), strict=True))
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 6
+    told = [record.message for record in caplog.records if record.message.startswith("NOT on the Hub")]
+    assert [line.split(": ")[1] for line in told] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "the result"]
+    assert "regvit publish --model" in caplog.text
+    assert not list((tmp_path / "run").glob(".pushing*"))
+
+
+def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_path, caplog):
+    hub.fail("/api/repos/create", "reset", times=3)
+    with caplog.at_level(logging.WARNING, logger="hf_regvit"):
+        pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
+    assert "Training starts all the same" in caplog.text
+    assert messages(hub) == ["End of training"]
+
+
+@pytest.mark.parametrize(
+    ("token", "said"), [("hf_" + "x" * 34, "does not know the token"), (READ_TOKEN, "may not write")]
+)
+def test_f65_a_token_that_may_not_write_is_refused_before_training(hub, tmp_path, monkeypatch, token, said):
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(upload.RefusedError, match=said):
+        pushed(tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoint*"))
+
+
+def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(upload.BackgroundPushes, "busy", property(lambda self: self._thread is not None))
+    with caplog.at_level(logging.INFO, logger="hf_regvit"):
+        pushed(tmp_path / "run", hub_strategy="every_save")
+    assert "is not pushed: the push before it is not finished" in caplog.text
+    assert messages(hub) == ["Training in progress, step 2", "End of training"]
+
+
+class Classifier(CheckpointedTrainer):
+    """A trainer of a plain model, as a user may write it."""
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    import torch
+    from transformers import TrainingArguments
+
+    from hf_regvit import RegViTConfig, RegViTForImageClassification
+
+    torch.manual_seed(0)
+    config = RegViTConfig(
+        image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3
+    )
+    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(6)]
+
+    def make(**options):
+        args = TrainingArguments(
+            str(tmp_path / "run"), push_to_hub=True, hub_model_id="tiny", save_steps=1, max_steps=2, use_cpu=True,
+            per_device_train_batch_size=2, report_to=[], disable_tqdm=True, **options,
+        )  # fmt: skip
+        return Classifier(
+            RegViTForImageClassification(config), args, train_dataset=data,
+            processing_class=default_image_processor(16),
+        )  # fmt: skip
+
+    return make
+
+
+def test_any_checkpointed_trainer_pushes_what_can_be_loaded(hub, classifier):
+    trainer = classifier(hub_strategy="every_save", hub_always_push=True)
+    trainer.train()
+    sent = trainer.push_to_hub("done", license="mit", finetuned_from="someone/base")
+    assert messages(hub) == ["Training in progress, step 1", "Training in progress, step 2", "done"]
+    assert sent.repo_id == "someone/tiny"  # from a name without owner
+    assert set(hub.files("someone/tiny")) == MODEL_FILES
+    card = hub.files("someone/tiny")["README.md"].decode()
+    check_card(card)
+    assert "base_model: someone/base" in card
+
+
+def test_an_own_call_of_push_to_hub_raises(hub, classifier):
+    trainer = classifier(hub_strategy="end")
+    hub.fail("/commit/", 403, times=1)
+    with pytest.raises(upload.RefusedError, match="may not write to 'someone/tiny'"):
+        trainer.push_to_hub()
+    with pytest.raises(TypeError, match="tasks"):
+        trainer.push_to_hub(tasks="image-classification")
+    assert trainer.push_to_hub(blocking=False) is None
+    trainer._finish_current_push()
+    assert messages(hub) == ["End of training"]
+
+
+def test_a_checkpoint_with_a_secret_is_not_pushed(hub, tmp_path, caplog, monkeypatch):
+    secret = "hf_" + "s" * 34
+    monkeypatch.setattr(DinoTrainer, "hub_facts", lambda self: {"description": f"token {secret}"})
+    with caplog.at_level(logging.WARNING, logger="hf_regvit"):
+        pushed(tmp_path / "run", hub_strategy="every_save", max_steps=2)
+    assert "checkpoint-2: README.md, line" in caplog.text
+    assert secret not in caplog.text
+    assert messages(hub) == ["End of training"]
