@@ -84,8 +84,8 @@ def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: arg
         results[name] = result.to_dict() | {"interval": interval, "reading_seconds": [p.seconds for p in parts]}
         read = sum(part.seconds for part in parts)
         print(
-            f"  {name:14} mIoU {100 * result.mean_iou:.2f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}], pixels "
-            f"{100 * result.overall_accuracy:.2f} %, {result.seconds:.0f} s after {read:.0f} s of reading"
+            f"  {name:14} mIoU {100 * result.mean_iou:.2f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}], "
+            f"pixels {100 * result.overall_accuracy:.2f} %, {result.seconds:.0f} s after {read:.0f} s of reading"
         )
         print(f"  {result.protocol}")
     difference, interval = paired_difference(*rows.values(), seed=args.seed, statistic=STATISTICS["mean_iou"])
