@@ -499,7 +499,9 @@ class _Page:
         self.app.load(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _told("This file cannot be used", self._open)
-        self.upload.upload(read, self.upload, [self.picture, self.upload], **quick).success(**show)
+        opened = self.upload.upload(read, self.upload, self.picture, **quick)
+        opened.success(**show)
+        opened.then(lambda: None, None, self.upload, **quick)  # the field is free for the next file, good or bad
         self.gallery.select(pick, None, self.picture, **quick).success(**show)
         self.results.select(point, None, self.place, **quick).success(**show)
         self.model.input(
@@ -523,10 +525,9 @@ class _Page:
         views, question = self._views(picture, place, *settings)
         return results_page(views, question)
 
-    def _open(self, path: str) -> tuple[Picture, None]:
-        """The uploaded file as the picture; the field is free for the next one."""
+    def _open(self, path: str) -> Picture:
         name = Path(path).name
-        return Picture.of(open_image(path, name=name, limits=_LIMITS), Path(name).stem), None
+        return Picture.of(open_image(path, name=name, limits=_LIMITS), Path(name).stem)
 
     def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
         """Sliders and heads of another model: about the same resolution, the last block, the mean of the heads."""
@@ -566,11 +567,11 @@ def _told(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args)
         except ValueError as error:  # bad pictures and settings; the text says what to do
-            raise gr.Error(html.escape(str(error)), title=title, duration=20, print_exception=False) from error
+            raise gr.Error(html.escape(f"{title}. {error}"), duration=20, print_exception=False) from error
         except (RuntimeError, OSError, MemoryError) as error:
             logger.exception("%s", title)
-            words = "Something went wrong on the machine that computes; its log says what. Try a lower resolution."
-            raise gr.Error(words, title=title, duration=20, print_exception=False) from error
+            words = f"{title}. The log of the machine that computes says why. A lower resolution may help."
+            raise gr.Error(words, duration=20, print_exception=False) from error
 
     return told
 
