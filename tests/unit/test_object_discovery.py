@@ -1,4 +1,4 @@
-"""Evaluation: ground-truth boxes of every form, choice on one part and judgement on the other, reports, commands."""
+"""Object discovery: ground-truth boxes of every form, choice on one part and judgement on the other, commands."""
 
 import io
 import json
@@ -11,20 +11,20 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as Pillow
 
 from hf_regvit import RegViTConfig, RegViTModel, cli
-from hf_regvit.evaluation import (
+from hf_regvit.evaluation import EvaluationReport, Protocol, evaluate_backbone
+from hf_regvit.images import default_image_processor, load_images
+from hf_regvit.intervals import bootstrap_interval
+from hf_regvit.lost import AttentionSettings, LostSettings, corloc, discover_objects
+from hf_regvit.object_discovery import (
     LostGrid,
     Overlaps,
-    bootstrap_interval,
     choose,
-    evaluate_backbone,
     ground_truth_boxes,
     halves,
     images_with_boxes,
     measure_overlaps,
     score_methods,
 )
-from hf_regvit.images import default_image_processor, load_images
-from hf_regvit.lost import AttentionSettings, LostSettings, corloc, discover_objects
 
 WIDTH, HEIGHT = 48, 32
 
@@ -70,7 +70,7 @@ def model():
 @pytest.fixture(scope="module")
 def options():
     grid = LostGrid(features=("k", "out"), layers=(-1, -2), centers=("none", "image"), biases=(0.0, -0.2))
-    return {"processor": default_image_processor(32), "lost_grid": grid}
+    return {"processor": default_image_processor(32), "protocol": Protocol(lost_grid=grid), "tasks": ["lost"]}
 
 
 # --- Ground truth
@@ -122,7 +122,7 @@ def test_wrong_boxes_are_named(tmp_path, feature, cells, change, message):
 def test_folders_of_images_have_no_boxes(tmp_path, model):
     (tmp_path / "a.png").write_bytes(scene(0)[0])
     with pytest.raises(ValueError, match="a folder of images has none; use parquet"):
-        evaluate_backbone(model, tmp_path)
+        evaluate_backbone(model, tmp_path, tasks=["lost"])
 
 
 def test_boxes_in_the_wrong_format_are_noticed(tmp_path, model, options, caplog):
@@ -218,7 +218,7 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     assert lost.corloc == pytest.approx(corloc([o.box for o in objects], [truth[name] for name in judged]))
     # And they are the best on the images of choice.
     others = source.subset([kept[i] for i in first])
-    settings = options["lost_grid"].settings(2)
+    settings = options["protocol"].lost_grid.settings(2)
     boxes = [truth[name] for name in others.ids]
     seen = measure_overlaps(model, others, boxes, settings, processor=options["processor"])
     assert lost.settings == settings[int(seen.corloc().argmax())]
@@ -230,19 +230,23 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     assert saved["lost"]["protocol"]["max_side"] == 640
     assert saved["lost"]["scores"]["lost"]["corloc"] == lost.corloc
     assert saved["versions"]["torch"] == torch.__version__
-    text = "\n".join(report.lines())
+    text = "\n".join(report.lost.lines(report.seed))
     assert str(lost.settings) in text
     assert f"best of 24 on {len(first)} other images (seed 1)" in text
-    assert report.summary()["lost"]["corloc"] == lost.corloc
+    (score,) = report.scores
+    assert (score.task, score.metric, score.value) == ("lost", "corloc", lost.corloc)
+    assert score.interval == lost.scores["lost"].interval
+    assert score.settings["chosen"] == f"{lost.settings} (of 24)"
+    assert EvaluationReport.load(tmp_path / "new" / "report.json") == report
 
 
 def test_one_setting_is_judged_on_everything(data, model, options):
     grid = LostGrid(("k",), (-1,), ("image",), (False,))
-    report = evaluate_backbone(model, data, processor=options["processor"], lost_grid=grid)
+    report = evaluate_backbone(model, data, **options | {"protocol": Protocol(lost_grid=grid)})
     assert report.lost.choice is None
     assert len(report.lost.ids) == 9
     assert report.lost.settings == LostSettings(center="image")
-    assert "settings as given" in report.lines()[1]
+    assert "settings as given" in report.lost.lines(0)[0]
 
 
 def test_training_images_of_their_own(data, model, options):
@@ -262,7 +266,6 @@ def test_vanilla_is_there_to_compare_with(data, model, options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tasks": ["losst"]}, r"\['losst'\] are unknown. Choose from lost"),
         ({"max_images": 1}, "of 1 images with boxes; at least 2"),
         ({"lost_grid": LostGrid(layers=(-9,))}, "nothing to try on a model of 2 blocks"),
         ({"boxes": "number"}, "no box of four numbers"),
@@ -270,7 +273,7 @@ def test_vanilla_is_there_to_compare_with(data, model, options):
 )
 def test_what_cannot_be_evaluated_is_named(data, model, options, change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_backbone(model, data, **(options | change))
+        evaluate_backbone(model, data, **options | {"protocol": Protocol(**change)})
 
 
 def test_layers_that_a_shallow_model_has_not_are_left_out():
@@ -292,9 +295,10 @@ def test_two_models_on_the_command_line(data, model, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed.count("object discovery: CorLoc at IoU 0.5") == 2
     assert "best of 2 on 5 other images (seed 0)" in printed
+    assert "| ahead of a |" in printed
     assert cli.main([*args, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert [one["model"] for one in result["results"]] == [str(tmp_path / "a"), str(tmp_path / "b")]
+    assert [one["model"] for one in result["results"]] == ["a", "b"]
     reports = json.loads((tmp_path / "out" / "report.json").read_text())["reports"]
     assert reports[0]["lost"]["scores"] == reports[1]["lost"]["scores"]  # the same weights
     assert reports[0]["lost"]["settings"]["center"] == "image"
@@ -303,11 +307,12 @@ def test_two_models_on_the_command_line(data, model, tmp_path, capsys):
 def test_a_bias_without_l2norm_is_one_of_dot_products(data, model, tmp_path, capsys):
     model.save_pretrained(tmp_path / "a")
     default_image_processor(32).save_pretrained(tmp_path / "a")
-    args = ["evaluate", "--model", str(tmp_path / "a"), "--data", str(data), "--lost_features", "v", "--lost_layers",
-            "-1", "--lost_centers", "none", "--lost_l2norm", "false", "--lost_biases", "-3", "--output_dir",
-            str(tmp_path), "--json"]  # fmt: skip
+    args = ["evaluate", "--model", str(tmp_path / "a"), "--tasks", "lost", "--data", str(data)]
+    args += ["--lost_features", "v", "--lost_layers", "-1", "--lost_centers", "none", "--lost_l2norm", "false"]
+    args += ["--lost_biases", "-3", "--output_dir", str(tmp_path), "--json"]
     assert cli.main(args) == 0
-    settings = json.loads(capsys.readouterr().out)["results"][0]["lost"]["settings"]
-    assert (settings["l2norm"], settings["bias"], settings["feature"]) == (False, -3.0, "v")
+    assert json.loads(capsys.readouterr().out)["results"][0]["scores"][0]["task"] == "lost"
+    settings = EvaluationReport.load(tmp_path).lost.settings
+    assert (settings.l2norm, settings.bias, settings.feature) == (False, -3.0, "v")
     assert cli.main([*args, "--lost_l2norm", "maybe"]) == 1
     assert "must be among true and false" in capsys.readouterr().err
