@@ -499,7 +499,10 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     counts = matrix.double().numpy()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     size = min(max(4.0, 0.22 * len(names) + 2), 11.0)
-    figure = Figure(figsize=(size + 3.6, size), layout="constrained")
+    width = size + 3.6
+    figure = Figure(figsize=(width, size))
+    names_at_axes = 1.3 if len(names) <= 40 else 0.6  # inches
+    figure.subplots_adjust(names_at_axes / width, names_at_axes / size, 0.98, 1 - 0.4 / size, wspace=0.05)
     axis, beside = figure.subplots(1, 2, width_ratios=[size, 3.2])
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(picture, ax=axis, shrink=0.6, label="share of the true class")

@@ -36,7 +36,9 @@ def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None
     curves = [(title, drawn) for title, drawn in curves if any(drawn.values())]
     if not curves:
         return None
-    figure = Figure(figsize=(3.6 * len(curves), 3.0), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(curves), 3.0))
+    # Constrained layout would draw everything several times over.
+    figure.subplots_adjust(0.16 / len(curves), 0.16, 1 - 0.06 / len(curves), 0.9, wspace=0.3)
     for axis, (title, drawn) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         for label, points in drawn.items():
             if points:
