@@ -92,13 +92,13 @@ def results_page(views: Mapping[str, View], question: Question) -> str:
     heads = "mean over the heads" if head is None else f"head {question.head}"
     patch = [
         _kind("Picture", "What the model gets. Click anywhere.", shown, partial(_picture, question)),
-        _kind("Where the patch looks", f"Its attention, {heads}.", shown, partial(_patch, question, head)),
+        _kind("Where it looks", f"Its attention, {heads}.", shown, partial(_patch, question, head)),
         _kind("Patches like it", "Cosine of the tokens.", shown, partial(_similar, question)),
     ]
     whole = [
         _kind("Where CLS looks", f"CLS sums it up; {heads}.", shown, partial(_query, head, "cls")),
-        _kind("Norms of the patches", "Bright is large. Orange: artifacts.", shown, _norms),
-        _kind("PCA of the patches", "Similar colours: similar tokens.", shown, _colors),
+        _kind("Norms", "Bright is large. Orange: artifacts.", shown, _norms),
+        _kind("PCA", "Similar colours: similar tokens.", shown, _colors),
         _kind("Object", "Found without labels, by LOST.", shown, _object),
     ]
     body = _section("The patch you clicked", patch) + _section("The whole picture", whole)

@@ -114,7 +114,7 @@ def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, widt
 
 def test_a_click_asks_about_that_patch(visit):
     here = visit()
-    picture, looks = here.map("Picture"), here.map("Where the patch looks")
+    picture, looks = here.map("Picture"), here.map("Where it looks")
     expect(picture).to_contain_text("patch 7, 5")  # the middle of 12 x 8
     first = looks.locator("img").get_attribute("src")
     box = picture.locator(".map").bounding_box()
@@ -123,7 +123,7 @@ def test_a_click_asks_about_that_patch(visit):
     assert looks.locator("img").get_attribute("src") != first
     expect(looks.locator("rect.query")).to_have_attribute("y", "7")
     # Any map is as good as the picture, also one of the whole picture.
-    norms = here.map("Norms of the patches").locator(".map")
+    norms = here.map("Norms").locator(".map")
     box = norms.bounding_box()
     norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
     expect(picture).to_contain_text("patch 7, 1")
@@ -132,7 +132,7 @@ def test_a_click_asks_about_that_patch(visit):
 
 def test_a_tap_on_a_phone_asks_too(visit):
     here = visit(390, 844)
-    here.map("PCA of the patches").locator(".map").tap(position={"x": 3, "y": 3})
+    here.map("PCA").locator(".map").tap(position={"x": 3, "y": 3})
     expect(here.map("Picture")).to_contain_text("patch 1, 1")
 
 
