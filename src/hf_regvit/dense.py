@@ -541,8 +541,13 @@ class TargetReport:
         )
 
 
-def check_targets(source: DenseSource, *, named_rows: int = 5) -> TargetReport:
+def check_targets(source: DenseSource, *, several_classes: bool = True, named_rows: int = 5) -> TargetReport:
     """Read every map and compare it with its image and format.
+
+    Args:
+        source: What to check.
+        several_classes: Refuse masks of a single class, which nothing can be learnt from.
+        named_rows: How many rows of each fault the error names.
 
     Raises:
         DenseDataError: A map that cannot be read, has another size than its image, holds values that are no class, or
@@ -556,7 +561,7 @@ def check_targets(source: DenseSource, *, named_rows: int = 5) -> TargetReport:
     for index in range(len(source)):
         try:
             stored = source.stored(index)
-            size = _image_size(source, index)
+            size = image_size(source, index)
         except BadImageError as error:
             faults.setdefault("cannot be read", []).append(str(error))
             continue
@@ -590,7 +595,7 @@ def check_targets(source: DenseSource, *, named_rows: int = 5) -> TargetReport:
     if faults:
         raise DenseDataError(_describe(faults, source, named_rows))
     names = source.class_names
-    if names and (pixels > 0).sum() < 2:
+    if several_classes and names and (pixels > 0).sum() < 2:
         only = names[int(pixels.argmax())]
         raise DenseDataError(
             f"'{source.name}': every pixel that counts is of one class, '{only}' ({pixels.max()} pixels; "
@@ -621,7 +626,7 @@ def _check_unit(source: DenseSource, depth: tuple[float, float, float]) -> None:
         )
 
 
-def _image_size(source: ImageSource, index: int) -> tuple[int, int]:
+def image_size(source: ImageSource, index: int) -> tuple[int, int]:
     """(width, height) of the upright image, from its header alone where there is one."""
     if source.encoded is None:
         return source.read(index).size

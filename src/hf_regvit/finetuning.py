@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 # Where the class of each task is; imported when it is asked for.
 _TASKS = {
     "image-classification": ("classification", "ImageClassification"),
+    "semantic-segmentation": ("finetuning_dense", "SemanticSegmentation"),
+    "depth-estimation": ("finetuning_dense", "DepthEstimation"),
 }
 
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
@@ -58,6 +60,8 @@ _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
 
 class Task(Protocol):
     """What `finetune` has to know about a task. Batches have `pixel_values` and `labels`, whatever these are.
+
+    A task may also have `image_processor(processor, config)`, which returns another processor to train and save with.
 
     Attributes:
         name: as in `--task`.
@@ -396,6 +400,8 @@ def open_for_task(
     whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
     set_seed(args.seed)
     network = task.model_class(whole)
+    if hasattr(task, "image_processor"):  # dense tasks read whole pictures, without a crop
+        processor = task.image_processor(processor, whole)
     state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
     network.regvit.load_state_dict(state)
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):

@@ -78,7 +78,8 @@ class FinetuningArguments(TrainingArguments):
     data: str | None = _field(
         None,
         "Image folder, parquet file or folder, tar file, Hub data set, 'digits' or 'photos'; a validation part beside "
-        "the training part is used, otherwise one is held out.",
+        "the training part is used, otherwise one is held out. Segmentation, depth: with a column of maps, or images/ "
+        "beside masks/ or depth/.",
         "--dataset_name",
     )
     train_dir: str | None = _field(None, "Training images where the parts lie apart; a source like --data.")
@@ -90,7 +91,32 @@ class FinetuningArguments(TrainingArguments):
         None, "Column with the images; default: the only one, or 'image'.", "--image_column_name"
     )
     label_column: str | None = _field(
-        None, "Column with the class numbers; default: 'label' where it holds some.", "--label_column_name"
+        None,
+        "Column with the class numbers, masks or depth maps; default: 'label' where it holds some, else the only "
+        "other column of pictures, 'mask' or 'depth'.",
+        "--label_column_name",
+    )
+    class_names: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Segmentation: names by stored value, in order from 0, or one JSON file with a list or a mapping. "
+            "Default: classes.json or id2label.json in the folder, else the values themselves."
+        },
+    )
+    ignore_values: list[int] | None = field(
+        default=None,
+        metadata={"help": "Segmentation: stored values of pixels that do not count. Default: 255."},
+    )
+    do_reduce_labels: bool = _field(
+        False, "Segmentation: 0 does not count, and the first class is stored as 1 (ADE20k)."
+    )
+    depth_scale: float | None = _field(
+        None, "Depth: metres of one stored unit. Default: 0.001 for whole numbers, 1 for fractions."
+    )
+    max_depth: float = _field(10.0, "Depth: largest depth in metres; what lies farther is not measured.")
+    head_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Segmentation, depth: blocks that the head reads, from 0 or negative. Default: the last."},
     )
     ignore_extra_classes: bool = _field(False, "Leave out validation images of classes without training images.")
     max_bad_share: float = _field(

@@ -1,0 +1,652 @@
+"""Semantic segmentation and depth estimation as tasks of `finetune`: data, loss, metrics at the size of the truth.
+
+Training pictures are cropped, scaled, mirrored and coloured together with their maps. In evaluation a picture is
+resized whole to one size, which the saved processor does as well, and its prediction is brought to the size of its own
+mask or depth map before it is scored: the numbers are those that `pipeline` would reach.
+
+Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of an image's own map.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .dense import (
+    IGNORE,
+    Array,
+    DenseDataError,
+    DenseSource,
+    MaskFormat,
+    TargetReport,
+    check_targets,
+    image_size,
+    load_depth,
+    load_masks,
+    read_class_names,
+)
+from .dense_transforms import JointTransform, resize_map
+from .finetuning_arguments import FinetuningArguments
+from .finetuning_data import EvaluationImages, TrainImages, bad_images, hold_out, limited, stack
+from .images import ImageRecord, MissingSplitError
+from .modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
+
+logger = logging.getLogger(__name__)
+
+_PANEL_IMAGES = 4
+_FOR_CLASSES_OF_IMAGES = {
+    "mixup_alpha": 0.0, "cutmix_alpha": 0.0, "random_erasing": 0.0, "color_jitter": 0.0, "label_smoothing_factor": 0.0,
+    "loss": "cross_entropy", "pooling": None,
+}  # fmt: skip
+
+
+# ---- Data --------------------------------------------------------------------------------------------------------
+
+
+def open_dense_parts(
+    args: FinetuningArguments, load: Callable[..., DenseSource]
+) -> tuple[DenseSource, DenseSource | None, TargetReport]:
+    """Training and validation part with checked maps, and what the training maps hold.
+
+    Args:
+        args: of the run.
+        load: from a source and a split to images with maps; for the validation part the training part comes third.
+
+    Raises:
+        DenseDataError: maps that cannot be trained on, or classes that only validation has.
+        ValueError: no source is named.
+    """
+    if args.data is None and args.train_dir is None:
+        raise ValueError(
+            "no images to train on. Give --data (parquet files, a Hub data set, or a folder with images/ and masks/ "
+            "or depth/) or --train_dir."
+        )
+    train = load(args.data or args.train_dir, "train" if args.data else None, None)
+    validation = None
+    try:
+        if args.validation_dir is not None:
+            validation = load(args.validation_dir, None, train)
+        elif args.data is not None:
+            validation = load(args.data, "validation", train)
+    except MissingSplitError:
+        pass
+    except ValueError as error:  # `datasets` says so in words of its own for a data set of the Hub
+        if "Unknown split" not in str(error):
+            raise
+    if validation is None and args.eval_strategy != "no":
+        train, validation = cast(tuple[DenseSource, DenseSource], hold_out(train, args))
+    train = cast(DenseSource, limited(train, args.max_train_samples, seed=args.seed))
+    report = check_targets(train)
+    logger.info("Training: %s.", report.summary())
+    if validation is not None:
+        validation = cast(DenseSource, limited(validation, args.max_eval_samples, seed=args.seed))
+        other = check_targets(validation, several_classes=False)
+        logger.info("Validation: %s.", other.summary())
+        _compare_classes(report, other, validation, args)
+    return train, validation, report
+
+
+def _compare_classes(
+    train: TargetReport, validation: TargetReport, source: DenseSource, args: FinetuningArguments
+) -> None:
+    extra = [name for name, count in validation.class_pixels.items() if count and not train.class_pixels[name]]
+    if extra and not args.ignore_extra_classes:
+        raise DenseDataError(
+            f"'{source.name}': the validation masks hold {len(extra)} classes without a training pixel: "
+            f"{', '.join(extra[:8])}. Give more training images, or do not count these pixels with "
+            "--ignore_extra_classes."
+        )
+
+
+def _check_options(args: FinetuningArguments) -> None:
+    wrong = [name for name, default in _FOR_CLASSES_OF_IMAGES.items() if getattr(args, name) != default]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} cannot be used with task {args.task}. Leave it out.")
+    if args.augmentation not in ("none", "crop"):
+        raise ValueError(f"augmentation is '{args.augmentation}'; with task {args.task} expected 'crop' or 'none'.")
+    if args.class_weights and args.task != "semantic-segmentation":
+        raise ValueError("class_weights are for tasks with classes. Leave them out.")
+
+
+def typical_size(source: DenseSource, shorter: int, patch: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) in whole patches with the median proportions of the images."""
+    sizes = [image_size(source, index) for index in range(len(source))]
+    ratio = float(np.median([width / height for width, height in sizes]))
+    height, width = (shorter, shorter * ratio) if ratio >= 1 else (shorter / ratio, shorter)
+    rows, columns = max(1, round(height / patch[0])), max(1, round(width / patch[1]))
+    return rows * patch[0], columns * patch[1]
+
+
+def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
+    """A stock processor that resizes the whole picture to one size and brings predictions back to the picture's.
+
+    Mean and standard deviation are those of `processor`.
+    """
+    from PIL import Image
+    from transformers import DPTImageProcessor
+
+    return DPTImageProcessor(
+        do_resize=True,
+        size={"height": size[0], "width": size[1]},
+        resample=Image.Resampling.BICUBIC,
+        keep_aspect_ratio=False,
+        do_pad=False,
+        do_rescale=True,
+        rescale_factor=1 / 255,
+        do_normalize=True,
+        image_mean=list(processor.image_mean),
+        image_std=list(processor.image_std),
+    )
+
+
+class DenseTrainItem:
+    """What `TrainImages` makes of one picture with its map; a class, because spawned workers have to pickle it."""
+
+    def __init__(self, source: DenseSource, transform: JointTransform | None, processor: Any) -> None:
+        self.source, self.transform, self.processor = source, transform, processor
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """`pixel_values` (3, h, w) and `labels` (h, w)."""
+        target = self.source.target(index)
+        if self.transform is None:
+            pixels = _processed(self.processor, record.image)
+            return {
+                "pixel_values": pixels,
+                "labels": torch.from_numpy(resize_map(target, (pixels.shape[1], pixels.shape[2]))),
+            }
+        # Torch's generator is set for this image, epoch and repeat; one number of it starts NumPy's.
+        rng = np.random.default_rng(int(torch.randint(2**62, ()).item()))
+        picture, target, inside = self.transform(record.image, target, rng)
+        values = torch.from_numpy(picture).permute(2, 0, 1).float() / 255  # (3, h, w)
+        mean, std = (torch.tensor(values_)[:, None, None] for values_ in (_mean(self.processor), _std(self.processor)))
+        values = (values - mean) / std * torch.from_numpy(inside)  # padding is 0 after normalising
+        return {"pixel_values": values, "labels": torch.from_numpy(target)}
+
+
+class DenseEvalItem:
+    """What `EvaluationImages` makes of one picture: pixels by the saved processor, the map at its own size.
+
+    Maps are padded at the right and at the bottom to the largest of the part, so that they stack; `sizes` tells which
+    part of them is real.
+    """
+
+    def __init__(self, source: DenseSource, processor: Any, *, left_out: Sequence[int] = ()) -> None:
+        self.source, self.processor, self.left_out = source, processor, tuple(left_out)
+        sizes = [image_size(source, index) for index in range(len(source))]
+        self.largest = max(height for _, height in sizes), max(width for width, _ in sizes)
+
+    def _padded(self, target: Array) -> Tensor:
+        fill = IGNORE if self.source.kind == "masks" else 0
+        whole = np.full(self.largest, fill, dtype=target.dtype)
+        whole[: target.shape[0], : target.shape[1]] = target
+        return torch.from_numpy(whole)
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """`pixel_values` (3, h, w), `labels` padded, `sizes` (2,)."""
+        target = self.source.target(index)
+        if self.left_out:
+            target = np.where(np.isin(target, self.left_out), IGNORE, target).astype(target.dtype)
+        return {
+            "pixel_values": _processed(self.processor, record.image),
+            "labels": self._padded(target),
+            "sizes": torch.tensor(target.shape),
+        }
+
+    def blank(self) -> dict[str, Any]:
+        """In place of a picture that cannot be used: nothing of its map counts."""
+        masks = self.source.kind == "masks"
+        nothing = np.full((1, 1), IGNORE, dtype=np.uint8) if masks else np.zeros((1, 1), dtype=np.float32)
+        return {
+            "pixel_values": torch.zeros(3, self.processor.size["height"], self.processor.size["width"]),
+            "labels": self._padded(nothing),
+            "sizes": torch.tensor(nothing.shape),
+        }
+
+
+def _processed(processor: Any, image: Any) -> Tensor:
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def _mean(processor: Any) -> list[float]:
+    return list(processor.image_mean)
+
+
+def _std(processor: Any) -> list[float]:
+    return list(processor.image_std)
+
+
+def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+    """(B, C, h, w) -> for every image (C, H, W) and (H, W)."""
+    for one, size in zip(maps, sizes.tolist()):
+        height, width = int(size[0]), int(size[1])
+        yield (
+            F.interpolate(one[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0],
+            (
+                height,
+                width,
+            ),
+        )
+
+
+# ---- What both tasks share ---------------------------------------------------------------------------------------
+
+
+class _DenseTask:
+    """`Task` for one map an image; the subclasses say what a map is."""
+
+    name: str
+    model_class: Any
+    shown: Sequence[str]
+    train: DenseSource
+    validation: DenseSource | None
+
+    def __init__(
+        self, args: FinetuningArguments, train: DenseSource | None = None, validation: DenseSource | None = None
+    ) -> None:
+        self.args = args
+        _check_options(args)
+        if train is None:
+            self.train, self.validation, self.report = open_dense_parts(args, self._load)
+        else:
+            self.train, self.validation, self.report = train, validation, check_targets(train)
+        self._metric = self._new_metric()
+
+    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
+        raise NotImplementedError
+
+    def _new_metric(self) -> Any:
+        raise NotImplementedError
+
+    def _transform(self, size: tuple[int, int]) -> JointTransform:
+        raise NotImplementedError
+
+    def _left_out(self) -> Sequence[int]:
+        return ()
+
+    def image_processor(self, processor: Any, config: Any) -> Any:
+        """One size for all pictures, in the proportions of the training images."""
+        shorter = self.args.image_size or min(config.image_shape)
+        size = typical_size(self.train, shorter, config.patch_shape)
+        logger.info("Pictures are read at %d x %d pixels.", *size)
+        return dense_processor(processor, size)
+
+    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+        """Training and validation images as the model wants them."""
+        args = self.args
+        size = processor.size["height"], processor.size["width"]
+        transform = None if args.augmentation == "none" else self._transform(size)
+        train = TrainImages(
+            self.train,
+            DenseTrainItem(self.train, transform, processor),
+            seed=args.seed,
+            bad_images=bad_images(args, self.train),
+        )
+        if self.validation is None:
+            return train, None
+        item = DenseEvalItem(self.validation, processor, left_out=self._left_out())
+        guard = bad_images(args, self.validation)
+        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+
+    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        """Stacks items."""
+        return stack
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Predictions are small already."""
+        return logits
+
+    def start_metrics(self) -> None:
+        """Forgets the last evaluation."""
+        self._metric = self._new_metric()
+
+    def update_metrics(self, predictions: Any, labels: Any) -> None:
+        """One gathered batch."""
+        self._metric.add_batch(predictions=np.asarray(predictions), references=np.asarray(labels))
+
+    def _panel_rows(self, model: Any, processor: Any) -> list[tuple[Any, Array, Array]]:
+        """Picture, truth and prediction of some validation images, evenly spread."""
+        source = self.validation
+        if source is None:
+            return []
+        rows = []
+        places = np.linspace(0, len(source) - 1, min(_PANEL_IMAGES, len(source))).round().astype(int)
+        for index in places.tolist():
+            truth, picture = source.target(index), source.read(index)
+            with torch.no_grad():
+                batch = {
+                    "pixel_values": _processed(processor, picture)[None],
+                    "labels": torch.from_numpy(truth)[None],
+                    "sizes": torch.tensor([truth.shape]),
+                }
+                predicted = self.loss(model, batch, training=False)[1]["logits"][0]
+            rows.append((picture, truth, predicted.numpy()))
+        return rows
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        raise NotImplementedError
+
+
+# ---- Segmentation ------------------------------------------------------------------------------------------------
+
+
+class SemanticSegmentation(_DenseTask):
+    """Everything that `finetune` has to know about segmentation; see `hf_regvit.finetuning.Task`.
+
+    Args:
+        args: of the run.
+        train: images with masks instead of those that `args` names.
+        validation: likewise.
+
+    Raises:
+        DenseDataError: masks that cannot be used.
+    """
+
+    name = "semantic-segmentation"
+    model_class = RegViTForSemanticSegmentation
+    shown = ("mean_iou", "overall_accuracy")
+
+    def __init__(
+        self, args: FinetuningArguments, train: DenseSource | None = None, validation: DenseSource | None = None
+    ) -> None:
+        super().__init__(args, train, validation)
+        self.names = self.train.class_names
+        self.weights = pixel_weights(args.class_weights, self.report, self.names)
+
+    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
+        args = self.args
+        if train is not None:
+            return load_masks(
+                data,
+                split=split,
+                mask_format=cast(MaskFormat, train.format),
+                image_column=args.image_column,
+                mask_column=args.label_column,
+            )
+        names: Any = args.class_names
+        if names and len(names) == 1 and names[0].endswith(".json"):
+            names = read_class_names(names[0])
+        return load_masks(
+            data,
+            split=split,
+            class_names=names,
+            ignore_values=args.ignore_values,
+            reduce_labels=args.do_reduce_labels,
+            image_column=args.image_column,
+            mask_column=args.label_column,
+        )
+
+    def _new_metric(self) -> Any:
+        from .metrics import MeanIoU
+
+        return MeanIoU(num_classes=len(self.train.class_names), ignore_index=IGNORE)
+
+    def _transform(self, size: tuple[int, int]) -> JointTransform:
+        return JointTransform(size, flip_probability=self.args.flip_probability)
+
+    def _left_out(self) -> Sequence[int]:
+        if not self.args.ignore_extra_classes:
+            return ()
+        return [i for i, name in enumerate(self.names) if not self.report.class_pixels[name]]
+
+    def config_fields(self) -> dict[str, Any]:
+        """Names of the classes, and the blocks that the head reads if that was asked for."""
+        fields: dict[str, Any] = {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: label for label, name in enumerate(self.names)},
+            "semantic_loss_ignore_index": IGNORE,
+        }
+        return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
+
+    def fits_head(self, config: Any) -> bool:
+        """Whether a head of this configuration is for the same classes in the same order."""
+        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Cross-entropy over all pixels, where those that do not count are 0; predictions as class ids.
+
+        Dividing by all pixels (as mmsegmentation does) keeps the loss of a batch the mean of its parts'.
+        """
+        logits = model(pixel_values=batch["pixel_values"]).logits  # (B, C, h, w)
+        labels = batch["labels"]
+        if training:
+            weights = None if self.weights is None else self.weights.to(logits.device)
+            total = F.cross_entropy(
+                logits.float(), labels.long(), weight=weights, ignore_index=IGNORE, reduction="sum"
+            )
+            return total / labels.numel(), {"logits": logits}
+        predicted = torch.zeros_like(labels)
+        losses = []
+        for i, (own, (height, width)) in enumerate(_at_own_size(logits, batch["sizes"])):
+            truth = labels[i, :height, :width].long()
+            predicted[i, :height, :width] = own.argmax(0).to(labels.dtype)
+            losses.append(
+                F.cross_entropy(own[None], truth[None], ignore_index=IGNORE, reduction="sum") / truth.numel()
+            )
+        return torch.stack(losses).mean(), {"logits": predicted}
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Of everything since `start_metrics`; `iou_*` for the classes that occur."""
+        scores = self._metric.compute()
+        named = zip(self.names, scores["per_category_iou"], strict=True)
+        means = {key: scores[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+        return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+        """`masks.png`: picture, truth and prediction of some validation images."""
+        from .figures import save_figure
+
+        rows = self._panel_rows(model, processor)
+        if not rows:
+            return []
+        save_figure(mask_figure(rows, self.names), folder / "masks.png")
+        return ["masks.png"]
+
+    def describe(self) -> dict[str, str]:
+        """Rows of the card's table."""
+        names = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
+        return {"classes": f"{len(self.names)}: {names}", "training masks": self.report.summary()}
+
+    def usage(self) -> str:
+        """The card's example."""
+        return (
+            "from transformers import pipeline\n\n"
+            'segment = pipeline("image-segmentation", model="path/to/this/folder")\n'
+            'segment("picture.jpg", subtask="semantic")'
+        )
+
+
+def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
+    """(C,) weights whose mean over the training pixels that count is 1.
+
+    Args:
+        wanted: None, `["balanced"]` (inverse to the number of pixels), or one number per class.
+        report: of the training masks.
+        names: of the classes.
+
+    Raises:
+        ValueError: no balance, and not one number of at least 0 per class.
+    """
+    if not wanted:
+        return None
+    counts = np.array([report.class_pixels[name] for name in names], dtype=np.float64)
+    if list(wanted) == ["balanced"]:
+        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    else:
+        try:
+            weights = np.array([float(value) for value in wanted])
+        except ValueError as error:
+            raise ValueError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
+        if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise ValueError(
+                f"class_weights are {len(weights)} numbers; expected {len(names)} of at least 0, one per class in "
+                f"this order: {', '.join(names[:8])}."
+            )
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+
+# ---- Depth -------------------------------------------------------------------------------------------------------
+
+
+class DepthEstimation(_DenseTask):
+    """Everything that `finetune` has to know about depth; see `hf_regvit.finetuning.Task`.
+
+    Args:
+        args: of the run.
+        train: images with depth instead of those that `args` names.
+        validation: likewise.
+
+    Raises:
+        DenseDataError: depth maps that cannot be used.
+    """
+
+    name = "depth-estimation"
+    model_class = RegViTForDepthEstimation
+    shown = ("abs_rel", "delta1")
+
+    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
+        args = self.args
+        return load_depth(
+            data,
+            split=split,
+            depth_scale=args.depth_scale,
+            max_depth=args.max_depth,
+            image_column=args.image_column,
+            depth_column=args.label_column,
+        )
+
+    def _new_metric(self) -> Any:
+        from .metrics import DepthErrors
+
+        return DepthErrors(max_depth=self.args.max_depth)
+
+    def _transform(self, size: tuple[int, int]) -> JointTransform:
+        return JointTransform.for_depth(size, flip_probability=self.args.flip_probability)
+
+    def config_fields(self) -> dict[str, Any]:
+        """Range of the bins, and the blocks that the head reads if that was asked for."""
+        fields: dict[str, Any] = {"max_depth": self.args.max_depth}
+        return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
+
+    def fits_head(self, config: Any) -> bool:
+        """Whether a head of this configuration has bins of the same depths."""
+        return config.max_depth == self.args.max_depth
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Scale-invariant log loss of every image, then their mean; predictions in metres."""
+        depth = model(pixel_values=batch["pixel_values"]).predicted_depth  # (B, h, w)
+        labels = batch["labels"]
+        if training:
+            pairs = list(zip(depth.float(), labels))
+            return torch.stack([_depth_loss(one, truth) for one, truth in pairs]).mean(), {"logits": depth}
+        predicted = torch.zeros_like(labels)
+        losses = []
+        for i, (own, (height, width)) in enumerate(_at_own_size(depth[:, None], batch["sizes"])):
+            predicted[i, :height, :width] = own[0]
+            losses.append(_depth_loss(own[0], labels[i, :height, :width]))
+        return torch.stack(losses).mean(), {"logits": predicted}
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Of everything since `start_metrics`."""
+        return self._metric.compute()
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+        """`depth.png`: picture, truth and prediction of some validation images, one scale of metres for all."""
+        from .figures import save_figure
+
+        rows = self._panel_rows(model, processor)
+        if not rows:
+            return []
+        save_figure(depth_figure(rows), folder / "depth.png")
+        return ["depth.png"]
+
+    def describe(self) -> dict[str, str]:
+        """Rows of the card's table."""
+        return {"training depth": self.report.summary(), "largest depth": f"{self.args.max_depth:g} m"}
+
+    def usage(self) -> str:
+        """The card's example."""
+        return (
+            "from transformers import pipeline\n\n"
+            'measure = pipeline("depth-estimation", model="path/to/this/folder")\n'
+            'measure("picture.jpg")["predicted_depth"]  # metres'
+        )
+
+
+def _depth_loss(depth: Tensor, truth: Tensor) -> Tensor:
+    return scale_invariant_log_loss(depth, truth.float(), truth > 0)
+
+
+# ---- Panels ------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, then Tol's "muted" where it differs: told apart with every common kind of colour blindness.
+_COLOURS = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#999933", "#882255",
+    "#88CCEE", "#117733", "#DDCC77", "#AA4499", "#44AA99", "#CC6677",
+)  # fmt: skip
+_NOT_COUNTED = (255, 255, 255)
+
+
+def class_colours(num_classes: int) -> Array:
+    """(C, 3) uint8; from the 17th class on the palette comes again, each time darker."""
+    base = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _COLOURS])
+    rounds = -(-num_classes // len(base))
+    return np.concatenate([base * 0.65**i for i in range(rounds)])[:num_classes].round().astype(np.uint8)
+
+
+def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) -> Any:
+    """Picture, truth and prediction side by side, one image a row; white is not counted, names below.
+
+    Args:
+        rows: picture, (H, W) true and (H, W) predicted class ids.
+        names: of the classes.
+    """
+    from matplotlib.patches import Patch
+
+    table = np.zeros((256, 3), dtype=np.uint8)
+    table[: len(names)] = class_colours(len(names))
+    table[IGNORE] = _NOT_COUNTED
+    figure, axes = _three_columns(rows)
+    for beside, (_, truth, predicted) in zip(axes, rows):
+        beside[1].imshow(table[truth], interpolation="nearest")
+        beside[2].imshow(table[np.where(truth == IGNORE, IGNORE, predicted)], interpolation="nearest")
+    present = sorted({int(value) for _, *maps in rows for one in maps for value in np.unique(one)} - {IGNORE})
+    handles = [Patch(color=table[value] / 255, label=names[value]) for value in present[:32]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8, frameon=False)
+    return figure
+
+
+def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
+    """Picture, truth and prediction side by side, one image a row, all depths on one scale; white is not measured.
+
+    Args:
+        rows: picture, (H, W) true and (H, W) predicted metres; 0 is not measured.
+    """
+    figure, axes = _three_columns(rows)
+    known = np.concatenate([truth[truth > 0] for _, truth, _ in rows])
+    low, high = np.quantile(known, [0.01, 0.99]).tolist() if known.size else (0.0, 1.0)
+    for beside, (_, truth, predicted) in zip(axes, rows):
+        for axis, values in ((beside[1], np.where(truth > 0, truth, np.nan)), (beside[2], predicted)):
+            drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
+    figure.colorbar(drawn, ax=axes, shrink=0.6, label="metres")
+    return figure
+
+
+def _three_columns(rows: Sequence[tuple[Any, Array, Array]]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    height = sum(3.0 * picture.height / picture.width for picture, _, _ in rows)
+    figure = Figure(figsize=(9.6, height + 0.9), layout="constrained")
+    axes = figure.subplots(len(rows), 3, squeeze=False)
+    for axis, title in zip(axes[0], ("photograph", "truth", "prediction")):
+        axis.set_title(title, fontsize=10)
+    for beside, (picture, _, _) in zip(axes, rows):
+        beside[0].imshow(picture)
+        for axis in beside:
+            axis.axis("off")
+    return figure, axes
