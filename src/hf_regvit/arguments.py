@@ -326,6 +326,73 @@ class DemoArguments:
     device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
 
 
+@dataclass
+class PublishArguments:
+    """What `regvit publish` reads."""
+
+    model_name_or_path: str = field(
+        metadata={"aliases": ["--model"], "help": "RegViT checkpoint, or folder of a run, on this machine."}
+    )
+    repo_id: str | None = field(
+        default=None, metadata={"help": "Repository on the Hub, owner/name; also named on the card."}
+    )
+    output_dir: str | None = field(
+        default=None, metadata={"help": "New folder for the bundle; default bundles/ and the name of the repository."}
+    )
+    push: bool = field(default=False, metadata={"help": "Send the bundle; without, nothing leaves this machine."})
+    public: bool = field(
+        default=False, metadata={"help": "Make the repository public, or send to one that is; default private."}
+    )
+    reports: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Reports of `regvit diagnose` and `regvit evaluate`, files or folders, for the card."},
+    )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the weights, in the Hub's words: apache-2.0, cc-by-nc-4.0, other."},
+    )
+    license_name: str | None = field(default=None, metadata={"help": "Its name, where the licence is 'other'."})
+    license_link: str | None = field(default=None, metadata={"help": "Address of its text, likewise."})
+    data: str | None = field(default=None, metadata={"help": "Training images in words; default from the run."})
+    data_license: str | None = field(default=None, metadata={"help": "Terms of the training images."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Their ids on the Hub."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Model that this one started from; default from the run."}
+    )
+    base_model_license: str | None = field(default=None, metadata={"help": "Terms of that model."})
+    origin: str | None = field(
+        default=None,
+        metadata={"help": "pretrained, finetuned, converted or retrofitted; default what the run says, or unknown."},
+    )
+    description: str | None = field(default=None, metadata={"help": "A paragraph for the card."})
+    example_pictures: bool = field(
+        default=False, metadata={"help": "Publish example pictures of the diagnosis; they are images of the data set."}
+    )
+    max_shard_size: str = field(default="5GB", metadata={"help": "Larger weights are split into files of this size."})
+    revision: str | None = field(default=None, metadata={"help": "Branch of the repository; default main."})
+    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
+
+    def folder(self) -> str:
+        """Where the bundle goes."""
+        name = self.repo_id or Path(self.model_name_or_path).resolve().name
+        return self.output_dir or f"bundles/{name.split('/')[-1]}"
+
+    def card(self) -> dict[str, Any]:
+        """Fields of the card that were given."""
+        names = ("license", "license_name", "license_link", "data", "data_license", "base_model", "base_model_license")
+        given = {name: getattr(self, name) for name in (*names, "origin", "description")}
+        given["datasets"] = tuple(self.datasets)
+        return {name: value for name, value in given.items() if value}
+
+
+@dataclass
+class DoctorArguments:
+    """What `regvit doctor` reads."""
+
+    output_dir: str = field(default=".", metadata={"help": "Where runs would be written: its disk is looked at."})
+    self_test: bool = field(default=True, metadata={"help": "Train, save and load a tiny model."})
+
+
 class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 

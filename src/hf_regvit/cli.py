@@ -23,7 +23,9 @@ commands:
   diagnose   find artifact tokens: where, how many, what they are like; several models make a table
   extract    write CLS, register and patch tokens of many images to files, for any supported model
   evaluate   measure frozen features: kNN, linear probes, segmentation, depth, object discovery; models side by side
+  publish    bundle a checkpoint with its card, prove that strangers can load it, send it to the Hub
   demo       a page on which to look into a model, or two side by side: attention, norms, PCA, objects
+  doctor     look at the installation: versions, devices, bad combinations, disk, a self-test
 
 regvit COMMAND --help lists the options of a command.
 Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
@@ -174,6 +176,43 @@ def demo_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, An
     return serve(**vars(arguments))
 
 
+def publish_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit publish --model runs/a --license apache-2.0 --repo_id me/vit --push`; without --push nothing is sent."""
+    from .arguments import PublishArguments, RecipeParser
+    from .hub import publish
+
+    (arguments,) = RecipeParser(PublishArguments, prog="regvit publish").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    done = publish(
+        arguments.model_name_or_path,
+        arguments.repo_id,
+        output_dir=arguments.folder(),
+        reports=arguments.reports,
+        card=arguments.card(),
+        example_pictures=arguments.example_pictures,
+        max_shard_size=arguments.max_shard_size,
+        push=arguments.push,
+        private=not arguments.public,
+        revision=arguments.revision,
+        commit_message=arguments.commit_message,
+    )
+    return done.to_dict() if switches["json"] else done.summary()
+
+
+def doctor_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit doctor`."""
+    from .arguments import DoctorArguments, RecipeParser
+    from .doctor import examine
+
+    (arguments,) = RecipeParser(DoctorArguments, prog="regvit doctor").parse(args)
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    diagnosis = examine(arguments.output_dir, self_test=arguments.self_test)
+    print(json.dumps(diagnosis.to_dict()) if switches["json"] else "\n".join(diagnosis.lines()))
+    raise SystemExit(0 if diagnosis.healthy else 1)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] = {
     "data-check": data_check_command,
     "pretrain": pretrain_command,
@@ -182,7 +221,9 @@ COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] 
     "diagnose": diagnose_command,
     "extract": extract_command,
     "evaluate": evaluate_command,
+    "publish": publish_command,
     "demo": demo_command,
+    "doctor": doctor_command,
 }
 
 
@@ -218,7 +259,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     switches = {switch: f"--{switch}" in rest for switch in ("dry_run", "json", "debug")}
     rest = [argument for argument in rest if argument not in ("--dry_run", "--json", "--debug")]
     logging.basicConfig(level=os.environ.get("REGVIT_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "httpcore", "urllib3", "PIL", "matplotlib"):
+    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "PIL", "matplotlib"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         result = COMMANDS[name](rest, switches)

@@ -597,6 +597,19 @@ class Publication:
             "sent": None if self.sent is None else dataclasses.asdict(self.sent),
         }
 
+    def summary(self) -> dict[str, str]:
+        """For a terminal."""
+        size = sum(entry["size"] for entry in self.bundle.files.values()) / 2**20
+        lines = {
+            "bundle": f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB",
+            "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
+            f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
+        }
+        lines |= {f"not run, {task}": reason for task, reason in self.verification.not_run.items()}
+        if self.sent is None:
+            return {**lines, "sent": "nothing (--push sends it)"}
+        return {**lines, "sent": self.sent.url + ("" if self.sent.changed else " (the Hub had every file already)")}
+
 
 def publish(
     model_folder: str | Path,

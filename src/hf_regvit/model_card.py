@@ -210,10 +210,11 @@ def pretraining_facts(
         if seen < 1_000_000:
             facts["limits"] = (f"Its training was short: {seen:,} images seen in all.",)
         facts["alarms"] = tuple(report.get("alarms", ()))
+        data = _names(recipe, "data")
         knn = {key: value for key, value in (report["knn"][-1] if report.get("knn") else {}).items() if key != "step"}
         facts["scores"] = tuple(
-            CardScore(key.removeprefix("eval_").replace("knn_", "k-NN, k = "), _names(recipe, "data"), f"{100 * value:.1f} %")
-            for key, value in knn.items()
+            CardScore(name.removeprefix("eval_").replace("knn_", "k-NN, k = "), data, f"{100 * value:.1f} %")
+            for name, value in knn.items()
         )
         if knn:
             facts["evaluation_notes"] = (

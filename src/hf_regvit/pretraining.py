@@ -626,8 +626,7 @@ def pretrain(
         image_processor.save_pretrained(output / "backbone")
         _save_training_state(state, output / "training")
         report = json.loads((output / "report.json").read_text())
-        environment = json.loads((output / "environment.json").read_text())
-        facts = pretraining_facts(public_recipe(args.resolved()), report, environment)
+        facts = pretraining_facts(public_recipe(args.resolved()), report, run_environment(args))
         write_card_file(output / BACKBONE, parameters=backbone.num_parameters(), **trainer.hub_names(), **facts)
         trainer.push_result(output / BACKBONE)
     return backbone

@@ -1,0 +1,282 @@
+"""Is this installation fit to work? Versions, devices, known bad combinations, disk, the Hub, a short self-test."""
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any
+
+_OK, _NOTE, _BAD = "ok", "note", "bad"
+_PACKAGES = (
+    "torch", "torchvision", "transformers", "accelerate", "datasets", "huggingface-hub", "evaluate", "safetensors",
+    "numpy", "pillow",
+)  # fmt: skip
+_EXTRAS = ("timm", "gradio", "peft", "trackio")
+_DISK_NOTE, _DISK_BAD = 5 * 2**30, 2**29  # bytes: a ViT-B run with three checkpoints; a small checkpoint
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the examination.
+
+    Attributes:
+        name: What was looked at.
+        state: "ok", "note" (works, but worth knowing) or "bad" (something will fail).
+        text: What was found and, if it is bad, what to do.
+    """
+
+    name: str
+    state: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found; `healthy` if nothing is bad."""
+
+    findings: tuple[Finding, ...]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether nothing is bad."""
+        return all(finding.state != _BAD for finding in self.findings)
+
+    def lines(self) -> list[str]:
+        """For a terminal."""
+        marks = {_OK: "ok  ", _NOTE: "note", _BAD: "BAD "}
+        lines = [f"{marks[finding.state]}  {finding.name:13}  {finding.text}" for finding in self.findings]
+        return [*lines, "ready" if self.healthy else "not ready: see the lines marked BAD"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+
+
+def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
+    """Looks at the installation; nothing is downloaded, nothing is left behind.
+
+    Args:
+        folder: Where runs would be written: its disk is looked at.
+        self_test: Build, train, save and load a tiny model, about a second.
+    """
+    looks: list[tuple[str, Callable[[], Finding]]] = [
+        ("python", _python),
+        ("packages", _packages),
+        ("torch pair", _torch_pair),
+        ("extras", _extras),
+        ("devices", _devices),
+        ("threads", _threads),
+        ("disk", lambda: _disk(Path(folder))),
+        ("hub", _hub),
+    ]
+    if self_test:
+        looks.append(("self-test", _self_test))
+    findings = []
+    for name, look in looks:
+        try:
+            findings.append(look())
+        except (ImportError, OSError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
+            # A broken library fails in its own way; that is a finding, not an end.
+            first = str(error).splitlines()[0] if str(error) else ""
+            findings.append(Finding(name, _BAD, f"{type(error).__name__}: {first}"))
+    return Diagnosis(tuple(findings))
+
+
+def _python() -> Finding:
+    return Finding("python", _OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    """`2.9.1+cpu` as (2, 9, 1)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(int(part) for part in found[0].split(".")) if found else ()
+
+
+def _fits(found: str, specifier: str) -> bool:
+    """Whether a version meets bounds such as `>=5.15,<6`; the words that our own requirements use."""
+    for operator, bound in re.findall(r"(>=|<=|<|>|==)\s*([\w.]+)", specifier):
+        ours, theirs = _numbers(found), _numbers(bound)
+        length = max(len(ours), len(theirs))
+        ours, theirs = (numbers + (0,) * (length - len(numbers)) for numbers in (ours, theirs))
+        holds = {
+            ">=": ours >= theirs, "<=": ours <= theirs, "<": ours < theirs, ">": ours > theirs, "==": ours == theirs
+        }  # fmt: skip
+        if not holds[operator]:
+            return False
+    return True
+
+
+def _required() -> dict[str, str]:
+    """Our own requirements without those of extras: name to bounds."""
+    bounds = {}
+    for line in requires("hf_regvit") or ():
+        if ";" not in line and (found := re.match(r"([\w.-]+)\s*(.*)", line)):
+            bounds[found[1].lower().replace("_", "-")] = found[2]
+    return bounds
+
+
+def _packages() -> Finding:
+    from .configuration_regvit import __version__
+
+    wrong, found = [], {}
+    for name, bounds in {**dict.fromkeys(_PACKAGES, ""), **_required()}.items():
+        try:
+            number = version(name)
+        except PackageNotFoundError:
+            wrong.append(f"{name} is missing")
+            continue
+        if name in _PACKAGES:
+            found[name] = number
+        if not _fits(number, bounds):
+            wrong.append(f"{name} {number} is not {bounds}")
+    if wrong:
+        return Finding("packages", _BAD, f"{'; '.join(wrong)}. Run: pip install -U hf_regvit")
+    numbers = ", ".join(f"{name} {number}" for name, number in found.items())
+    return Finding("packages", _OK, f"hf_regvit {__version__}, {numbers}")
+
+
+def torch_for_torchvision() -> str:
+    """What the installed torchvision asks of torch, such as `==2.15.0`: its binary fits that release alone."""
+    lines = [re.match(r"torch\s*\(?([=<>!~\d.,\s]+)", line) for line in requires("torchvision") or ()]
+    return next((found[1].strip() for found in lines if found), "")
+
+
+def _torch_pair() -> Finding:
+    torch_version, vision = version("torch"), version("torchvision")
+    pair = f"torch {torch_version} with torchvision {vision}"
+    advice = "Install both together: pip install --force-reinstall torch torchvision"
+    if not _fits(torch_version, wanted := torch_for_torchvision()):
+        return Finding("torch pair", _BAD, f"{pair}, which was built for torch {wanted}. {advice}")
+    try:
+        import torchvision.ops  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        why = str(error).splitlines()[0]
+        return Finding("torch pair", _BAD, f"{pair} cannot be imported ({why}). {advice}")
+    if len({text.partition("+")[2] for text in (torch_version, vision)}) > 1:
+        return Finding("torch pair", _NOTE, f"{pair}: builds for different devices")
+    return Finding("torch pair", _OK, pair)
+
+
+def _extras() -> Finding:
+    found, missing = [], []
+    for name in _EXTRAS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            missing.append(name)
+    text = ", ".join(found) or "none"
+    return Finding("extras", _OK, text + (f"; not installed: {', '.join(missing)}" if missing else ""))
+
+
+def _devices() -> Finding:
+    import torch
+
+    if torch.cuda.is_available():
+        names = []
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
+        torch.ones(2, device="cuda").sum().item()  # a driver that is too old fails here
+        return Finding("devices", _OK, f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    if torch.backends.mps.is_available():
+        return Finding("devices", _OK, "Apple GPU (mps)")
+    if shutil.which("nvidia-smi"):
+        text = "there is a driver of NVIDIA, but torch sees no GPU: its build or the driver does not fit"
+        return Finding("devices", _NOTE, f"{text} (CUDA of torch: {torch.version.cuda})")
+    return Finding("devices", _OK, "CPU only")
+
+
+def _threads() -> Finding:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = torch.get_num_threads()
+    text = f"{threads} threads on {cores} cores"
+    if threads > cores:
+        return Finding("threads", _NOTE, f"{text}: slower than one thread a core. Set OMP_NUM_THREADS={cores}")
+    return Finding("threads", _OK, text)
+
+
+def _disk(folder: Path) -> Finding:
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 2**30:.1f} GiB free"
+    if not os.access(folder, os.W_OK):
+        return Finding("disk", _BAD, f"{text}, but the folder cannot be written to. Name another --output_dir")
+    if free < _DISK_BAD:
+        return Finding("disk", _BAD, f"{text}: not enough for a checkpoint. Make room")
+    if free < _DISK_NOTE:
+        return Finding("disk", _NOTE, f"{text}: a run with several checkpoints of a ViT-B needs 5 GiB")
+    return Finding("disk", _OK, text)
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants, get_token
+
+    where = "" if constants.ENDPOINT == "https://huggingface.co" else f" at {constants.ENDPOINT}"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("hub", _NOTE, "offline (HF_HUB_OFFLINE): only what is in the cache can be loaded, nothing sent")
+    token = "logged in" if get_token() else "no token: public models only, nothing can be pushed (`hf auth login`)"
+    return Finding("hub", _OK, f"online mode{where}, not contacted; {token}")
+
+
+_TEST = """
+import tempfile
+import torch
+torch.manual_seed(0)
+from hf_regvit import RegViTConfig, RegViTModel
+config = RegViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+model = RegViTModel(config)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+pixels = torch.randn(4, 3, 32, 32)
+losses = []
+for _ in range(3):
+    output = model(pixels)
+    loss = (output.pooler_output - 1).square().mean() + output.patch_tokens.square().mean()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
+model.eval()
+with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+    model.save_pretrained(folder)
+    again = RegViTModel.from_pretrained(folder).eval()
+    off = (again(pixels).last_hidden_state - model(pixels).last_hidden_state).abs().max().item()
+assert off < 1e-5, f"the loaded model differs by {off}"
+assert output.register_tokens.shape == (4, 4, 32) and output.patch_tokens.shape == (4, 16, 32)
+"""
+
+
+def _self_test(
+    code: str = _TEST, *, command: Sequence[str] = (sys.executable, "-c"), seconds: float = 120.0
+) -> Finding:
+    """In a process of its own: a broken build of torch may end the process that uses it."""
+    started = time.perf_counter()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=seconds,
+                check=False, stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return Finding("self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is far too busy, or stuck")
+    took = time.perf_counter() - started
+    if done.returncode < 0:
+        return Finding(
+            "self-test", _BAD, f"the process was ended by signal {-done.returncode}: a broken build of torch"
+        )
+    if done.returncode:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        return Finding("self-test", _BAD, last)
+    return Finding("self-test", _OK, f"a tiny model trains, is saved and loaded again, {took:.1f} s with the imports")
