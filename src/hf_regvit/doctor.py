@@ -65,7 +65,7 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
 
     Args:
         folder: Where runs would be written: its disk is looked at.
-        self_test: Build, train, save and load a tiny model, about a second.
+        self_test: Build, train, save and load a tiny model in a fresh process, a few seconds.
     """
     looks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
@@ -144,7 +144,7 @@ def _packages() -> Finding:
 
 
 def torch_for_torchvision() -> str:
-    """What the installed torchvision asks of torch, such as `==2.15.0`: its binary fits that release alone."""
+    """What the installed torchvision asks of torch, such as `==2.9.1`; empty if it does not say."""
     lines = [re.match(r"torch\s*\(?([=<>!~\d.,\s]+)", line) for line in requires("torchvision") or ()]
     return next((found[1].strip() for found in lines if found), "")
 
@@ -154,7 +154,7 @@ def _torch_pair() -> Finding:
     pair = f"torch {torch_version} with torchvision {vision}"
     advice = "Install both together: pip install --force-reinstall torch torchvision"
     if not _fits(torch_version, wanted := torch_for_torchvision()):
-        return Finding("torch pair", _BAD, f"{pair}, which was built for torch {wanted}. {advice}")
+        return Finding("torch pair", _BAD, f"{pair}, which needs torch {wanted}. {advice}")
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError) as error:
@@ -257,17 +257,15 @@ assert output.register_tokens.shape == (4, 4, 32) and output.patch_tokens.shape 
 """
 
 
-def _self_test(
-    code: str = _TEST, *, command: Sequence[str] = (sys.executable, "-c"), seconds: float = 120.0
-) -> Finding:
+def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
     """In a process of its own: a broken build of torch may end the process that uses it."""
     started = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     try:
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(
-                [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, timeout=seconds,
-                check=False, stdin=subprocess.DEVNULL,
+                [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True,
+                timeout=seconds, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
         return Finding("self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is far too busy, or stuck")
