@@ -16,6 +16,7 @@ from hf_regvit.metrics import (
     CorLoc,
     DepthErrors,
     EffectiveRank,
+    MeanAveragePrecision,
     MeanIoU,
     OutlierShare,
     RegisterDiversity,
@@ -213,6 +214,28 @@ def test_effective_rank_equals_singular_values(rng):
     assert metric.compute(features=features) == {"effective_rank": expected}
     assert in_batches(metric, 3, features=features) == {"effective_rank": expected}
     assert metric.compute(features=np.eye(4)) == {"effective_rank": pytest.approx(4)}
+
+
+def test_average_precision_is_that_of_scikit_learn():
+    from sklearn.metrics import average_precision_score
+
+    rng = np.random.default_rng(0)
+    scores, relevant = rng.random((7, 30)), rng.random((7, 30)) < 0.2
+    relevant[:, 0] = True
+    metric = MeanAveragePrecision()
+    metric.add_batch(predictions=scores[:3], references=relevant[:3])
+    result = metric.compute(predictions=scores[3:], references=relevant[3:])
+    expected = [average_precision_score(truth, row) for truth, row in zip(relevant, scores, strict=True)]
+    assert result == {"map": pytest.approx(np.mean(expected))}
+    # Of equal scores the first ranks first.
+    result = MeanAveragePrecision().compute(
+        predictions=[[3.0, 2.0, 1.0, 1.0]], references=[[False, True, False, True]]
+    )
+    assert result["map"] == pytest.approx((1 / 2 + 2 / 4) / 2)
+    with pytest.raises(ValueError, match="Nothing in the gallery is relevant to query 1"):
+        MeanAveragePrecision().compute(predictions=[[1.0], [1.0]], references=[[True], [False]])
+    with pytest.raises(ValueError, match=r"predictions \(2, 1\) and references \(1, 2\)"):
+        MeanAveragePrecision().compute(predictions=[[1.0], [1.0]], references=[[True, False]])
 
 
 # --- Together

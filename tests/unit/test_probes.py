@@ -65,6 +65,23 @@ def test_chunks_do_not_change_the_result():
     whole = knn_classify(train, labels, test, k=(5,))
     for chunk_size in (1, 4, 11, 100):
         torch.testing.assert_close(knn_classify(train, labels, test, k=(5,), chunk_size=chunk_size), whole)
+    for bank_chunk_size in (1, 4, 12, 36, 37, 100):  # below, at and above k, and with a short part at the end
+        parts = knn_classify(train, labels, test, k=(5,), chunk_size=4, bank_chunk_size=bank_chunk_size)
+        torch.testing.assert_close(parts, whole)
+
+
+def test_no_more_similarities_are_held_than_a_chunk_has(monkeypatch):
+    train, labels, test = random_problem()
+    held = []
+    top = torch.Tensor.topk
+
+    def watched(self, *args, **kwargs):
+        held.append(self.numel())
+        return top(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "topk", watched)
+    knn_classify(train, labels, test, k=(2,), chunk_size=3, bank_chunk_size=10)
+    assert max(held) == 3 * 10
 
 
 def test_arguments_are_left_alone_and_half_precision_is_accepted():

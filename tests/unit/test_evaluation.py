@@ -1,0 +1,556 @@
+"""Evaluation: scores against the plain functions, cached features, tables of models, reports, cards, errors."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image as Pillow
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from hf_regvit import RegViTConfig, RegViTModel, cli, extract_features
+from hf_regvit.classification_probes import LinearGrid, few_shot_indices, logistic_path
+from hf_regvit.evaluation import (
+    EvaluationReport,
+    EvaluationTable,
+    LabelledFeatures,
+    Protocol,
+    compare_backbones,
+    evaluate_backbone,
+    score_features,
+    short_names,
+)
+from hf_regvit.feature_cache import FrozenFeatures, data_fingerprint, model_fingerprint, read_features
+from hf_regvit.features import EvaluationTransform
+from hf_regvit.images import default_image_processor, join_sources, load_images
+from hf_regvit.intervals import bootstrap_interval, mean_iou, paired_difference
+from hf_regvit.probes import knn_accuracy
+
+CLASSES = ("blue", "green", "red")
+QUICK = Protocol(linear=LinearGrid((0.1, 10.0), num_steps=20), logistic_cs=(0.1, 10.0), num_tries=2, shots=(1, 2))
+
+
+def picture(channel, seed):
+    pixels = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
+    pixels[..., channel] += 60
+    return Pillow.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Noise with a tint: 24 training and 12 validation images of three classes, in class folders."""
+    root = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 8), ("validation", 4)):
+        for channel, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
+    return root
+
+
+def new_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    return RegViTModel(RegViTConfig(**config | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model()
+
+
+PROCESSOR = default_image_processor(32)
+
+
+def evaluate(model, data, **options):
+    return evaluate_backbone(model, data, **{"processor": PROCESSOR, "protocol": QUICK} | options)
+
+
+@pytest.fixture(scope="module")
+def report(model, data):
+    return evaluate(model, data, tasks=["retrieval", "few_shot", "logistic", "linear", "knn", "robustness"], seed=1)
+
+
+def score_of(report, task, variant=""):
+    (score,) = [score for score in report.scores if (score.task, score.variant) == (task, variant)]
+    return score
+
+
+# --- Scores
+
+
+def features_of(model, data, part):
+    source = load_images(data, split=part)
+    return extract_features(model, source, processor=PROCESSOR).cls, torch.tensor(source.labels)
+
+
+def test_knn_is_that_of_the_plain_functions(model, data, report):
+    train, judged = features_of(model, data, "train"), features_of(model, data, "validation")
+    assert [score.variant for score in report.scores if score.task == "knn"] == ["k=10", "k=20", "k=24"]
+    for k, accuracy in knn_accuracy(*train, *judged, k=(10, 20, 24)).items():
+        score = score_of(report, "knn", f"k={k}")
+        assert score.value == pytest.approx(accuracy)
+        assert score.interval[0] <= score.value <= score.interval[1]
+        assert (score.num_train, score.num_images, score.seed) == (24, 12, 1)
+        assert score.settings == {"layer": 2, "k": k, "temperature": 0.07}
+
+
+def test_few_shot_is_the_mean_of_its_draws(model, data, report):
+    train, labels = features_of(model, data, "train")
+    judged = features_of(model, data, "validation")
+    for n in (1, 2):
+        tries = []
+        for seed in (1, 2):
+            rows = few_shot_indices(labels, n, seed=seed)
+            tries.append(knn_accuracy(train[rows], labels[rows], *judged, k=(n,))[n])
+        score = score_of(report, "few_shot", f"n={n}")
+        assert score.value == pytest.approx(np.mean(tries))
+        assert score.settings["std_over_tries"] == pytest.approx(np.std(tries, ddof=1), abs=1e-4)
+
+
+def test_retrieval_is_the_mean_of_average_precisions(model, data, report):
+    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+    cosines = torch.nn.functional.normalize(judged, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+    expected = []
+    for row, label in zip(cosines.tolist(), truth, strict=True):
+        found, precisions = 0, []
+        for rank, i in enumerate(sorted(range(len(row)), key=lambda i: -row[i]), start=1):
+            if labels[i] == label:
+                found += 1
+                precisions.append(found / rank)
+        expected.append(np.mean(precisions))
+    assert score_of(report, "retrieval").value == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_logistic_regression_is_chosen_on_a_tenth_and_fitted_on_everything(model, data, report):
+    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+    score = score_of(report, "logistic")
+    assert score.settings["num_images_to_choose"] == 3
+    c = float(score.settings["chosen"].split()[1])
+    assert c in QUICK.logistic_cs
+    (fitted,) = logistic_path(train, labels, num_classes=3, cs=(c,))
+    assert score.value == pytest.approx((fitted(judged).argmax(1) == truth).float().mean().item())
+
+
+def test_sizes_of_robustness(report):
+    sizes = [score.variant for score in report.scores if score.task == "robustness"]
+    assert sizes == ["16 px", "24 px", "40 px"]
+
+
+def test_at_its_own_size_robustness_is_knn(model, data):
+    protocol = Protocol(image_sizes=(32,), knn_ks=(5,))
+    scores = evaluate(model, data, tasks=["knn", "robustness"], protocol=protocol).scores
+    assert scores[0].value == scores[1].value
+    assert scores[0].columns == scores[1].columns
+
+
+def clusters(count, seed, kind="CLS", num_blocks=2):
+    """Features that tell three classes apart without fail."""
+    labels = torch.arange(count) % 3
+    generator = torch.Generator().manual_seed(seed)
+    vectors = 10 * torch.eye(8)[labels][:, None] + torch.rand(count, num_blocks, 8, generator=generator)
+    features = FrozenFeatures(vectors, vectors[:, -1], (1, 2), kind, tuple(f"{seed}/{i}" for i in range(count)), (), 0)
+    return LabelledFeatures(features, labels, 3, "clusters")
+
+
+@pytest.mark.parametrize("kind", ["CLS", "mean patch"])
+def test_every_task_tells_clusters_apart(kind):
+    scores = list(score_features(clusters(30, 0, kind), clusters(12, 1, kind), protocol=QUICK))
+    assert {score.task for score in scores} == {"knn", "linear", "logistic", "few_shot", "retrieval"}
+    assert all(score.value == 1 and score.interval == (1, 1) for score in scores)
+    assert all(kind in score.protocol for score in scores)
+    linear = next(score for score in scores if score.task == "linear")
+    # Two blocks for the official four, once or twice, and the mean patch only where it is news.
+    assert linear.settings["chosen"].endswith(f"(of {2 * 2 * (2 if kind == 'CLS' else 1)})")
+
+
+def test_scores_go_through_the_metrics_of_the_package():
+    from hf_regvit.metrics import TopKAccuracy
+
+    judged = clusters(12, 1)
+    wrong = LabelledFeatures(judged.features, (judged.labels + (torch.arange(12) < 3)) % 3, 3, "clusters")
+    (score,) = score_features(clusters(30, 0), wrong, tasks=["knn"], protocol=Protocol(knn_ks=(3,)))
+    votes = torch.nn.functional.one_hot(judged.labels, 3).float()
+    assert score.value == TopKAccuracy().compute(predictions=votes, references=wrong.labels)["top1"] == 0.75
+
+
+def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
+    protocol = Protocol(select_on="judged", linear=QUICK.linear, logistic_cs=QUICK.logistic_cs)
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=protocol):
+        assert "on the judged images themselves (official, optimistic)" in score.protocol
+        assert score.settings["num_images_to_choose"] == 12
+        assert score.settings["accuracy_where_chosen"] == score.value
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=QUICK):
+        assert "chosen on a held-out tenth of the training images" in score.protocol
+        assert score.settings["num_images_to_choose"] == 3
+
+
+def test_models_without_cls_read_the_mean_patch(data):
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    siglip = SiglipVisionModel(SiglipVisionConfig(**config, image_size=32, patch_size=8)).eval()
+    report = evaluate(siglip, data, tasks=["knn"])
+    assert "no CLS: tasks on whole images read its mean patch" in report.notes[0]
+    patches = [extract_features(siglip, load_images(data, split=part), processor=PROCESSOR).patches.mean(1)
+               for part in ("train", "validation")]  # fmt: skip
+    labels = [torch.tensor(load_images(data, split=part).labels) for part in ("train", "validation")]
+    expected = knn_accuracy(patches[0], labels[0], patches[1], labels[1], k=(10,))[10]
+    assert score_of(report, "knn", "k=10").value == pytest.approx(expected)
+
+
+# --- Intervals
+
+
+def test_a_method_is_not_ahead_of_itself():
+    rows = np.random.default_rng(0).random((20, 1))
+    assert paired_difference(rows, rows, seed=0) == (0, (0, 0))
+    ahead, (low, high) = paired_difference(rows, rows + 0.1, seed=0)
+    assert ahead == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)  # paired: no spread is left
+    with pytest.raises(ValueError, match="not of the same images"):
+        paired_difference(rows, rows[:5], seed=0)
+
+
+def test_mean_iou_of_rows_is_that_of_the_metric():
+    from hf_regvit.metrics import MeanIoU
+
+    rng = np.random.default_rng(0)
+    predicted, true = rng.integers(0, 3, (2, 6, 5, 5))
+    metric = MeanIoU(num_classes=4)
+    rows = np.concatenate([np.array(metric.reduce(p[None], t[None])) for p, t in zip(predicted, true, strict=True)])
+    assert mean_iou(rows) == pytest.approx(metric.compute(predictions=predicted, references=true)["mean_iou"])
+    low, high = bootstrap_interval(rows, seed=0, statistic=mean_iou)
+    drawn = [mean_iou(rows[rng.integers(0, 6, 6)]) for _ in range(2000)]
+    assert low == pytest.approx(np.quantile(drawn, 0.025), abs=0.02)
+    assert high == pytest.approx(np.quantile(drawn, 0.975), abs=0.02)
+
+
+# --- Cache
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A model, and how many images it has seen."""
+    model, seen = new_model(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+    return model, seen
+
+
+def read(model, source, cache_dir, size=32, **options):
+    transform = EvaluationTransform.for_model(model, PROCESSOR, image_size=size)
+    return read_features(model, source, transform=transform, cache_dir=cache_dir, **options)
+
+
+def test_features_are_read_once(counted, data, tmp_path):
+    model, seen = counted
+    first = evaluate(model, data, tasks=["knn", "linear", "few_shot"], cache_dir=tmp_path)
+    assert sum(seen) == 24 + 12
+    second = evaluate(model, data, tasks=["knn", "linear", "few_shot"], cache_dir=tmp_path)
+    assert sum(seen) == 24 + 12
+    assert [score.columns for score in second.scores] == [score.columns for score in first.scores]
+    assert (first.cached_seconds, second.reading_seconds) == (0, 0)
+    assert second.cached_seconds == pytest.approx(first.reading_seconds, abs=0.01)
+
+
+def test_what_changed_is_read_again(counted, data, tmp_path):
+    model, seen = counted
+    source = load_images(data, split="validation")
+    first = read(model, source, tmp_path)
+
+    def again(expected, model=model, source=source, **options):
+        before = sum(seen)
+        features = read(model, source, tmp_path, **options)
+        assert sum(seen) - before == expected
+        return features
+
+    again(0)
+    again(11, source=source.subset(range(11)))
+    again(12, source=source.subset([*range(1, 12), 0]))  # the same images in another order
+    again(12, size=24)
+    again(12, layers=(-1,))
+    again(0, layers=(1, 2))  # the last four of two
+    with torch.no_grad():
+        model.layers[1].mlp.fc2.bias[3] += 1e-4
+    changed = again(12)
+    assert not torch.equal(changed.vectors, first.vectors)
+    model.config.layer_norm_eps *= 2
+    again(12)
+
+
+def test_a_changed_image_is_read_again(counted, tmp_path):
+    model, seen = counted
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        picture(i, i).save(tmp_path / "a" / f"{i}.png")
+    read(model, load_images(tmp_path / "a"), tmp_path / "cache")
+    before = data_fingerprint(load_images(tmp_path / "a"))
+    picture(2, 7).save(tmp_path / "a" / "1.png")
+    assert data_fingerprint(load_images(tmp_path / "a")) != before
+    read(model, load_images(tmp_path / "a"), tmp_path / "cache")
+    assert seen == [3, 3]
+
+
+def test_a_broken_cache_is_not_used(counted, data, tmp_path, caplog):
+    model, seen = counted
+    source = load_images(data, split="validation")
+    first = read(model, source, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    second = read(model, source, tmp_path)
+    assert "cannot be read" in caplog.text
+    assert seen == [12, 12]
+    assert torch.equal(first.vectors, second.vectors)
+    third = read(model, source, tmp_path)
+    assert third.from_cache
+    assert (third.ids, third.layers, third.kind) == (first.ids, (1, 2), "CLS")
+
+
+def test_the_name_of_a_model_is_no_part_of_it(model):
+    other = new_model()
+    other.config.name_or_path = "somewhere/else"
+    assert model_fingerprint(other) == model_fingerprint(model)
+    assert model_fingerprint(new_model(seed=1)) != model_fingerprint(model)
+
+
+def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(model, data):
+    source = load_images(data, split="validation")
+    features = read(model, source, None, layers=(1, 2))
+    for block in (1, 2):
+        tokens = extract_features(model, source, processor=PROCESSOR, layer=block)
+        torch.testing.assert_close(features.vectors[:, block - 1], tokens.cls)
+    torch.testing.assert_close(features.mean_patch, tokens.patches.mean(1))
+
+
+# --- Reports
+
+
+def test_a_report_comes_back_from_its_file(report, tmp_path):
+    report.save(tmp_path / "out" / "report.json")
+    assert EvaluationReport.load(tmp_path / "out") == report
+    assert EvaluationReport.load(tmp_path / "out" / "report.json", model=report.model) == report
+    # One line for what all images contributed, not one for each.
+    assert len((tmp_path / "out" / "report.json").read_text().splitlines()) < 40 * len(report.scores)
+    with pytest.raises(FileNotFoundError, match="no evaluation at"):
+        EvaluationReport.load(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"reports": [{"model": 1}]}')
+    with pytest.raises(ValueError, match="no report of this version"):
+        EvaluationReport.load(tmp_path / "other.json")
+
+
+def test_model_index_is_what_the_hub_reads(report, data):
+    index = report.model_index("someone/model")
+    assert index[0]["name"] == "someone/model"
+    card = ModelCardData(model_name="model", eval_results=model_index_to_eval_results(index)[1])
+    results = {(one.task_type, one.metric_type, one.metric_name): one for one in card.eval_results}
+    knn = results["image-classification", "accuracy", "Weighted kNN, top1, k=10"]
+    assert knn.metric_value == pytest.approx(score_of(report, "knn", "k=10").value, abs=1e-4)
+    assert knn.dataset_name == data.name  # not the path on this machine
+    assert knn.metric_args["num_train_images"] == 24
+    assert ("image-feature-extraction", "mean_average_precision", "Retrieval, map") in results
+    assert len(results) == len(report.scores)
+    assert str(data.parent) not in json.dumps(index)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        new_model(seed).save_pretrained(tmp_path / name)
+        PROCESSOR.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_models_are_compared_on_the_same_images(folders, data):
+    seen = []
+    models = [folders / "a", folders / "b"]
+    options = {"tasks": ["knn"], "protocol": Protocol(knn_ks=(3,))}
+    table = compare_backbones(models, data, on_report=lambda table: seen.append(len(table.reports)), **options)
+    assert seen == [1, 2]
+    (first, _, none), (second, report, reference) = table.rows()
+    assert none is None
+    assert reference is first
+    assert report.model == "b"
+    hits = [np.array(score.columns[0]) for score in (first, second)]
+    ahead, (low, high) = second.difference(first)
+    assert ahead == pytest.approx(hits[1].mean() - hits[0].mean()) == pytest.approx(second.value - first.value)
+    assert (low, high) == pytest.approx(bootstrap_interval(hits[1] - hits[0], seed=0))
+    markdown = table.markdown()
+    assert "| ahead of a |" in markdown
+    assert second.show(ahead, (low, high), signed=True) in markdown
+    loaded = EvaluationTable.load(table.save(folders / "out"))
+    assert loaded == table
+    with pytest.raises(ValueError, match="holds the models a, b; model=None must name one"):
+        EvaluationReport.load(folders / "out")
+    assert EvaluationReport.load(folders / "out", model="b") == report
+
+
+def test_other_images_are_not_compared(model, data):
+    source = load_images(data, split="validation")
+    train = load_images(data, split="train")
+    one, two = (
+        evaluate(model, source.subset(rows), train=train, tasks=["retrieval"]).scores[0]
+        for rows in (range(11), range(1, 12))
+    )
+    with pytest.raises(ValueError, match="cannot be compared pairwise"):
+        one.difference(two)
+
+
+def test_models_are_called_by_what_tells_them_apart(tmp_path):
+    for name in ("x/backbone", "y/backbone", "z"):
+        (tmp_path / name).mkdir(parents=True)
+    assert short_names([tmp_path / "x/backbone", "org/model"]) == ["backbone", "org/model"]
+    assert short_names([tmp_path / "x/backbone", tmp_path / "y/backbone"]) == ["x/backbone", "y/backbone"]
+
+
+# --- Dense tasks
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Six images with masks, or depths, of their brighter half."""
+    root = tmp_path_factory.mktemp("dense")
+
+    def png(array):
+        data = io.BytesIO()
+        Pillow.fromarray(array).save(data, "PNG")
+        return {"bytes": data.getvalue(), "path": None}
+
+    for kind in ("mask", "depth"):
+        for part, count in (("train", 4), ("validation", 2)):
+            rows = {"image": [], kind: []}
+            for i in range(count):
+                pixels = np.random.default_rng(i + 10 * count).integers(0, 90, (32, 32, 3)).astype(np.uint8)
+                half = np.zeros((32, 32), dtype=np.uint8)
+                half[:, 16:] = 1
+                pixels[half == 1] += 150
+                rows["image"].append(png(pixels))
+                rows[kind].append(
+                    png(half if kind == "mask" else (1000 + 2000 * half.astype(np.int32)).astype(np.uint16))
+                )
+            folder = root / kind
+            folder.mkdir(exist_ok=True)
+            Dataset.from_dict(rows, Features({"image": Image(), kind: Image()})).to_parquet(folder / f"{part}.parquet")
+    return root
+
+
+def test_segmentation_and_depth(model, data, dense):
+    from hf_regvit.dense_probes import DepthSettings, SegmentationSettings
+
+    protocol = Protocol(
+        segmentation=SegmentationSettings(num_steps=40, learning_rate=0.05, batch_size=4),
+        depth=DepthSettings(num_steps=4, batch_size=2),
+    )
+    task_data = {"segmentation": dense / "mask", "depth": dense / "depth"}
+    report = evaluate(model, data, tasks=["depth", "segmentation"], task_data=task_data, protocol=protocol)
+    scores = {score.metric: score for score in report.scores}
+    assert list(scores) == ["mean_iou", "rmse", "abs_rel", "delta1"]
+    assert scores["mean_iou"].value > 0.9
+    assert (scores["mean_iou"].data, scores["rmse"].data) == ("mask", "depth")
+    assert all((score.num_train, score.num_images) == (4, 2) for score in scores.values())
+    assert scores["rmse"].show(0.5, (0.4, 0.6)) == "0.500 m [0.400, 0.600]"
+    assert report.reading_seconds > 0
+
+
+# --- What cannot be evaluated
+
+
+def test_unknown_tasks_are_answered_with_the_nearest(model, data):
+    with pytest.raises(ValueError, match=r"Unknown task 'linaer'. Did you mean 'linear'\? There are knn, linear"):
+        evaluate(model, data, tasks=["linaer"])
+    with pytest.raises(ValueError, match="tasks is empty"):
+        evaluate(model, data, tasks=[])
+    with pytest.raises(ValueError, match=r"task_data names \['depth'\]"):
+        evaluate(model, data, tasks=["knn"], task_data={"depth": data})
+
+
+def test_missing_validation_part(model, data):
+    with pytest.raises(ValueError, match=r"has no validation part.*give train_data, or a train_val_split such as"):
+        evaluate(model, data / "validation")
+    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
+    (score,) = evaluate(model, data / "train", protocol=protocol, tasks=["knn"]).scores
+    assert (score.num_train, score.num_images) == (18, 6)
+
+
+def test_more_neighbours_than_images(model, data):
+    with pytest.raises(ValueError, match=r"k=\[5, 25\]: every k must be .* at most 24"):
+        evaluate(model, data, tasks=["knn"], protocol=Protocol(knn_ks=(5, 25)))
+    with pytest.raises(ValueError, match="has 8 training images, 9 a class are asked for"):
+        evaluate(model, data, tasks=["few_shot"], protocol=Protocol(shots=(9,)))
+
+
+def test_images_without_labels(model, tmp_path):
+    for i in range(4):
+        picture(0, i).save(tmp_path / f"{i}.png")
+    source = load_images(tmp_path)
+    with pytest.raises(ValueError, match="has no labels, which tasks on whole images need"):
+        evaluate(model, source.subset([0, 1]), train=source.subset([2, 3]))
+
+
+def test_one_class_and_unseen_classes(model, data):
+    train, judged = (load_images(data, split=part) for part in ("train", "validation"))
+    of = {label: [i for i, one in enumerate(train.labels) if one == label] for label in range(3)}
+    with pytest.raises(ValueError, match=r"All 8 training images .* are of one class"):
+        evaluate(model, judged, train=train.subset(of[0]))
+    with pytest.raises(ValueError, match=r"1 judged classes of .* have no training image: red"):
+        evaluate(model, judged, train=train.subset(of[0] + of[1]))
+
+
+def test_other_classes_in_the_training_images(model, data, tmp_path):
+    for name in ("blue", "yellow"):
+        (tmp_path / name).mkdir()
+        picture(0, 1).save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"has 2 classes and .* 3; they differ in: green, red, yellow"):
+        evaluate(model, data, train=tmp_path)
+
+
+def test_judged_images_that_are_fitted_on(model, data, caplog):
+    source = load_images(data, split="validation")
+    with pytest.raises(ValueError, match=r"12 of the 12 judged images .* are fitted on as well"):
+        evaluate(model, source, train=source)
+    train = load_images(data / "train", split=None)
+    joined = join_sources([train, load_images(data / "validation", split=None).subset([0, 4])])
+    report = evaluate(model, load_images(data / "validation", split=None), train=joined, tasks=["retrieval"])
+    assert report.notes == ("2 of 12 judged images are among the training images, byte for byte",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"select_on": "test"}, "select_on='test' is unknown"),
+        ({"train_val_split": 1.0}, r"train_val_split=1.0 must lie between"),
+        ({"num_tries": 0}, "num_tries=0"),
+        ({"num_dense_blocks": 2}, "num_dense_blocks=2 must be 1 or 4"),
+    ],
+)
+def test_settings_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol(**change)
+
+
+def test_a_model_is_named_once(data):
+    with pytest.raises(ValueError, match="each once"):
+        compare_backbones(["a", "a"], data)
+
+
+# --- Command line
+
+
+def test_two_models_on_the_command_line(folders, data, capsys):
+    args = ["evaluate", "--model", str(folders / "a"), "--model", str(folders / "b"), "--tasks", "knn", "linear"]
+    args += ["--data", str(data), "--knn_k", "3", "5", "--linear_steps", "5", "--output_dir", str(folders / "out")]
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    assert "| knn | top1 | k=5 | b |" in printed
+    assert "linear heads on CLS, 5 steps" in printed
+    assert printed.replace("\n\nreport", "\nreport").startswith((folders / "out" / "report.md").read_text()[14:90])
+    assert len(list((folders / "out" / "features").glob("*.safetensors"))) == 4
+    assert cli.main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [len(one["scores"]) for one in result["results"]] == [3, 3]
+    assert "columns" not in result["results"][0]["scores"][0]
+    table = EvaluationTable.load(folders / "out")
+    assert table.reports[0].cached_seconds > 0  # of the second run
+    assert cli.main([*args, "--tasks", "knm"]) == 1
+    assert "Did you mean 'knn'?" in capsys.readouterr().err
