@@ -13,13 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def resolved(recipe: Path) -> str:
     """All options of one recipe as YAML text, in the order of the dataclass."""
     from hf_regvit.arguments import RecipeParser
+    from hf_regvit.finetuning import FinetuningArguments
     from hf_regvit.pretraining import PretrainingArguments
 
+    values = yaml.safe_load(recipe.read_text())
+    arguments_class = FinetuningArguments if "mode" in values else PretrainingArguments
     # Without --use_cpu transformers refuses bfloat16 where no GPU is; nothing else of a recipe depends on the machine.
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
-    (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
+    (arguments,) = RecipeParser(arguments_class).parse(flags)
     # Options of Trainer come and go with its versions: of those only what the recipe itself names.
-    named = set(yaml.safe_load(recipe.read_text())) | set(PretrainingArguments.__annotations__)
+    named = set(values) | set(arguments_class.__annotations__)
     values = {name: value for name, value in arguments.resolved().items() if name in named}
     return yaml.safe_dump(values, sort_keys=False, width=119)
 
