@@ -587,7 +587,7 @@ def _depth_loss(depth: Tensor, truth: Tensor) -> Tensor:
 # Okabe and Ito's palette, then Tol's "muted" where it differs: told apart with every common kind of colour blindness.
 _COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#999933", "#882255",
-    "#88CCEE", "#117733", "#DDCC77", "#AA4499", "#44AA99", "#CC6677",
+    "#555555", "#117733", "#DDCC77", "#AA4499", "#88CCEE", "#CC6677",
 )  # fmt: skip
 _NOT_COUNTED = (255, 255, 255)
 

@@ -1,0 +1,340 @@
+"""Fine-tuning for segmentation and depth through the command line, and what stock code makes of the result."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForDepthEstimation,
+    AutoModelForSemanticSegmentation,
+    pipeline,
+)
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.cli import main
+from hf_regvit.dense import DenseDataError, load_depth, load_masks
+from hf_regvit.dense_transforms import resize_map
+from hf_regvit.finetuning import FinetuningArguments
+from hf_regvit.finetuning_dense import (
+    DepthEstimation,
+    SemanticSegmentation,
+    class_colours,
+    dense_processor,
+    pixel_weights,
+    typical_size,
+)
+from hf_regvit.images import default_image_processor
+from hf_regvit.metrics import DepthErrors, MeanIoU
+
+TINY = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_register_tokens": 2, "layerscale_value": 1.0,
+}  # fmt: skip
+SIZES = [(64, 48), (48, 48), (80, 48)]
+
+
+def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
+    """A picture of a size of its own with a bright shape on a dark ground; the mask: 1 and 2, 0 does not count."""
+    width, height = SIZES[seed % len(SIZES)]
+    rng = np.random.default_rng(seed)
+    rows, columns = np.mgrid[0:height, 0:width]
+    centre, radius = (rng.integers(14, height - 14), rng.integers(14, width - 14)), rng.integers(9, 14)
+    shape = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
+    pixels = np.where(shape[..., None], (220, 180, 60), (40, 60, 120)) + rng.integers(-20, 20, (height, width, 3))
+    mask = np.where(shape, 2, 1).astype(np.uint8)
+    mask[0] = 0
+    return Image.fromarray(pixels.astype(np.uint8)), mask
+
+
+def encoded(picture) -> dict:
+    stream = io.BytesIO()
+    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(stream, "PNG")
+    return {"bytes": stream.getvalue(), "path": None}
+
+
+def write_parquet(folder, column: str, target) -> str:
+    folder.mkdir(parents=True)
+    features = Features({"image": ImageFeature(), column: ImageFeature()})
+    for part, seeds in (("train", range(12)), ("validation", range(30, 35))):
+        pairs = [scene(seed) for seed in seeds]
+        rows = {"image": [encoded(i) for i, _ in pairs], column: [encoded(target(m)) for _, m in pairs]}
+        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory) -> str:
+    return write_parquet(tmp_path_factory.mktemp("data") / "masks", "mask", lambda mask: mask)
+
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory) -> str:
+    return write_parquet(
+        tmp_path_factory.mktemp("data") / "depths", "depth",
+        lambda mask: np.choose(mask, [0, 3000, 1200]).astype(np.uint16),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def backbone(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("backbone")
+    RegViTModel(RegViTConfig(**TINY)).save_pretrained(folder)
+    default_image_processor(32).save_pretrained(folder)
+    return str(folder)
+
+
+def options(backbone: str, data: str, output, **others) -> list[str]:
+    fixed = {
+        "model_name_or_path": backbone, "data": data, "output_dir": output, "num_train_epochs": 10,
+        "per_device_train_batch_size": 4, "learning_rate": 3e-3, "disable_tqdm": True, "report_to": "none",
+        "use_cpu": True, "save_strategy": "epoch",
+    }  # fmt: skip
+    words = []
+    for name, value in {**fixed, **others}.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def arguments(output, **others) -> FinetuningArguments:
+    return FinetuningArguments(output_dir=str(output), use_cpu=True, report_to="none", **others)
+
+
+# --- Segmentation
+
+
+@pytest.mark.slow
+def test_segmentation_through_the_command_line(masks, backbone, tmp_path):
+    run = tmp_path / "run"
+    given = options(backbone, masks, run, task="semantic-segmentation", class_names=["ground", "shape"])
+    assert main(["finetune", *given, "--do_reduce_labels"]) == 0
+    report = json.loads((run / "metrics.json").read_text())["eval"]
+    assert report["mean_iou"] > 0.6
+    assert {"iou_ground", "iou_shape", "overall_accuracy"} <= set(report)
+    assert Image.open(run / "masks.png").size[0] > 300
+    model = AutoModelForSemanticSegmentation.from_pretrained(run)
+    assert model.config.id2label == {0: "ground", 1: "shape"}
+    processor = AutoImageProcessor.from_pretrained(run)
+    assert (processor.size["height"], processor.size["width"]) == (32, 40)  # the median is 64 x 48
+    # What the stock pipeline gives scores what the report says.
+    validation = load_masks(masks, split="validation", class_names=["ground", "shape"], reduce_labels=True)
+    segment = pipeline("image-segmentation", model=str(run), device="cpu")
+    metric = MeanIoU(num_classes=2)
+    for index in range(len(validation)):
+        picture = validation[index].image
+        found = segment(picture, subtask="semantic")
+        ids = np.zeros((picture.height, picture.width), dtype=np.int64)
+        for entry in found:
+            assert entry["mask"].size == picture.size
+            ids[np.array(entry["mask"]) == 255] = model.config.label2id[entry["label"]]
+        metric.add(prediction=ids, reference=validation.target(index).astype(np.int64))
+    assert metric.compute()["mean_iou"] == pytest.approx(report["mean_iou"], abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["linear", "lora"])
+def test_segmentation_trains_the_head_alone_or_updates(masks, backbone, tmp_path, mode):
+    given = options(
+        backbone, masks, tmp_path, task="semantic-segmentation", mode=mode, num_train_epochs=2, do_reduce_labels=True,
+        class_weights=["balanced"],
+    )  # fmt: skip
+    assert main(["finetune", *given]) == 0
+    model = AutoModelForSemanticSegmentation.from_pretrained(tmp_path)
+    before = RegViTModel.from_pretrained(backbone).state_dict()
+    after = {name.removeprefix("regvit."): value for name, value in model.state_dict().items()}
+    changed = {name for name, value in before.items() if name in after and not torch.equal(value, after[name])}
+    assert changed == set() if mode == "linear" else changed
+    if mode == "lora":
+        assert {name.rpartition(".")[0].rpartition(".")[2] for name in changed} == {"qkv", "o_proj"}
+    assert model.config.id2label == {0: "1", 1: "2"}
+    assert not any("lora" in name for name in model.state_dict())
+
+
+@pytest.fixture
+def segmentation(masks, tmp_path) -> SemanticSegmentation:
+    return SemanticSegmentation(
+        arguments(
+            tmp_path, task="semantic-segmentation", data=masks, do_reduce_labels=True, ignore_extra_classes=False
+        )
+    )
+
+
+def test_training_loss_is_the_mean_of_its_parts(segmentation):
+    """So steps of 8, 4 + 4 or two processes of 4 take the same gradient, however many pixels do not count."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 2, 8, 8, generator=generator)
+    labels = torch.randint(0, 2, (4, 8, 8), generator=generator).to(torch.uint8)
+    labels[0, :6] = 255
+
+    def loss(part: slice) -> torch.Tensor:
+        def model(pixel_values):
+            return type("Output", (), {"logits": pixel_values})()
+
+        batch = {"pixel_values": logits[part], "labels": labels[part]}
+        return segmentation.loss(model, batch, training=True)[0]
+
+    torch.testing.assert_close(loss(slice(0, 4)), (loss(slice(0, 2)) + loss(slice(2, 4))) / 2)
+    slow = sum(
+        -logits[b].log_softmax(0)[int(labels[b, i, j]), i, j]
+        for b in range(4) for i in range(8) for j in range(8) if labels[b, i, j] != 255
+    ) / (4 * 64)  # fmt: skip
+    torch.testing.assert_close(loss(slice(0, 4)), slow, atol=1e-6, rtol=1e-5)
+
+
+def test_evaluation_scores_at_the_size_of_each_mask(segmentation):
+    processor = dense_processor(default_image_processor(32), (32, 40))
+    _, validation = segmentation.datasets(processor)
+    items = [validation[i] for i in range(len(validation))]
+    batch = {name: torch.stack([item[name] for item in items]) for name in items[0]}
+    assert batch["labels"].shape == (5, 48, 80)
+    assert batch["pixel_values"].shape == (5, 3, 32, 40)
+
+    def model(pixel_values):  # the truth itself, as logits at the model's size
+        maps = [
+            torch.from_numpy(resize_map(segmentation.validation.target(i), (32, 40))).long() for i in range(len(items))
+        ]
+        logits = torch.stack([torch.stack([m == 0, m == 1]).float() for m in maps])
+        return type("Output", (), {"logits": logits})()
+
+    segmentation.start_metrics()
+    _, outputs = segmentation.loss(model, batch, training=False)
+    segmentation.update_metrics(outputs["logits"].numpy(), batch["labels"].numpy())
+    scores = segmentation.compute_metrics()
+    assert 0.85 < scores["mean_iou"] < 1  # the borders of shapes were lost at 32 x 40, and only they
+    counted = sum((segmentation.validation.target(i) != 255).sum() for i in range(5))
+    assert counted == int((batch["labels"] != 255).sum())
+
+
+def test_training_items_depend_on_epoch_and_image_alone(segmentation):
+    processor = dense_processor(default_image_processor(32), (32, 40))
+    train, _ = segmentation.datasets(processor)
+    one, again, other = train[(0, 3, 0)], train[(0, 3, 0)], train[(1, 3, 0)]
+    assert one["pixel_values"].shape == (3, 32, 40)
+    assert one["labels"].shape == (32, 40)
+    torch.testing.assert_close(one["pixel_values"], again["pixel_values"], atol=0, rtol=0)
+    assert torch.equal(one["labels"], again["labels"])
+    assert not torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_size_has_the_median_proportions_in_whole_patches(masks):
+    source = load_masks(masks)
+    assert typical_size(source, 32, (8, 8)) == (32, 40)
+    assert typical_size(source.subset([1, 4]), 56, (14, 14)) == (56, 56)
+    assert typical_size(source.subset([2]), 32, (16, 16)) == (32, 48)
+
+
+def test_balanced_weights_have_mean_one_over_the_pixels(segmentation):
+    weights = pixel_weights(["balanced"], segmentation.report, segmentation.names)
+    counts = torch.tensor([float(segmentation.report.class_pixels[name]) for name in segmentation.names])
+    assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-6)
+    torch.testing.assert_close(weights[0] * counts[0], weights[1] * counts[1])
+    with pytest.raises(ValueError, match="class_weights are 3 numbers; expected 2"):
+        pixel_weights(["1", "2", "3"], segmentation.report, segmentation.names)
+
+
+def test_f28_classes_that_only_validation_has(tmp_path):
+    for part, values in (("train", (1, 2)), ("validation", (1, 2, 3))):
+        for name in ("images", "masks"):
+            (tmp_path / part / name).mkdir(parents=True)
+        for i in range(4):
+            picture, mask = scene(i)
+            mask = np.where(mask == 0, values[-1], mask)
+            picture.save(tmp_path / part / "images" / f"{i}.png")
+            Image.fromarray(mask.astype(np.uint8)).save(tmp_path / part / "masks" / f"{i}.png")
+    given = {"task": "semantic-segmentation", "data": str(tmp_path), "class_names": ["zero", "one", "two", "three"]}
+    with pytest.raises(DenseDataError, match="1 classes without a training pixel: three"):
+        SemanticSegmentation(arguments(tmp_path / "run", **given))
+    task = SemanticSegmentation(arguments(tmp_path / "run", **given, ignore_extra_classes=True))
+    _, validation = task.datasets(dense_processor(default_image_processor(32), (32, 32)))
+    assert set(validation[0]["labels"].unique().tolist()) == {1, 2, 255}
+
+
+def test_f29_bad_masks_stop_the_command_before_step_0(masks, backbone, tmp_path, capsys):
+    given = options(backbone, masks, tmp_path / "run", task="semantic-segmentation", class_names=["only", "two"])
+    assert main(["finetune", *given]) != 0
+    text = capsys.readouterr().err
+    assert "hold values outside of the classes" in text
+    assert "row 0" in text
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_options_of_other_tasks_are_refused(masks, tmp_path):
+    for wrong, message in (
+        ({"mixup_alpha": 0.2}, "mixup_alpha cannot be used"),
+        ({"augmentation": "randaugment"}, "expected 'crop' or 'none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            SemanticSegmentation(arguments(tmp_path, task="semantic-segmentation", data=masks, **wrong))
+    with pytest.raises(ValueError, match="class_weights are for tasks with classes"):
+        DepthEstimation(arguments(tmp_path, task="depth-estimation", data=masks, class_weights=["balanced"]))
+
+
+def test_colours_are_all_unlike():
+    colours = class_colours(40)
+    assert len({tuple(c) for c in colours.tolist()}) == 40
+
+
+# --- Depth
+
+
+@pytest.mark.slow
+def test_depth_through_the_command_line(depths, backbone, tmp_path):
+    run = tmp_path / "run"
+    given = options(backbone, depths, run, task="depth-estimation", max_depth=5, num_train_epochs=12)
+    assert main(["finetune", *given]) == 0
+    report = json.loads((run / "metrics.json").read_text())["eval"]
+    validation = load_depth(depths, split="validation", max_depth=5)
+    constant = DepthErrors(max_depth=5).compute(
+        predictions=[np.full(t.shape, 3.0) for t in validation.targets], references=list(validation.targets)
+    )
+    assert report["abs_rel"] < constant["abs_rel"]
+    assert Image.open(run / "depth.png").size[0] > 300
+    model = AutoModelForDepthEstimation.from_pretrained(run)
+    assert model.config.max_depth == 5
+    measure = pipeline("depth-estimation", model=str(run), device="cpu")
+    metric = DepthErrors(max_depth=5)
+    for index in range(len(validation)):
+        picture = validation[index].image
+        found = measure(picture)
+        assert found["depth"].size == picture.size
+        metric.add(prediction=found["predicted_depth"], reference=validation.target(index))
+    # The pipeline enlarges bicubically, the report bilinearly.
+    assert metric.compute()["abs_rel"] == pytest.approx(report["abs_rel"], rel=0.05)
+
+
+def test_depth_loss_is_the_mean_over_images(depths, tmp_path):
+    task = DepthEstimation(arguments(tmp_path, task="depth-estimation", data=depths, max_depth=5))
+    generator = torch.Generator().manual_seed(0)
+    predicted = torch.rand(3, 8, 8, generator=generator) + 1
+    truth = torch.rand(3, 8, 8, generator=generator) + 1
+    truth[1, :4] = 0
+
+    def loss(part: slice) -> float:
+        def model(pixel_values):
+            return type("Output", (), {"predicted_depth": pixel_values})()
+
+        return float(task.loss(model, {"pixel_values": predicted[part], "labels": truth[part]}, training=True)[0])
+
+    slow = []
+    for one, true in zip(predicted, truth):
+        g = [
+            float(torch.log(p + 1e-3) - torch.log(t + 1e-3))
+            for p, t in zip(one.flatten(), true.flatten()) if t > 0
+        ]  # fmt: skip
+        mean = sum(g) / len(g)
+        variance = sum((value - mean) ** 2 for value in g) / (len(g) - 1)
+        slow.append((variance + 0.15 * mean**2) ** 0.5)
+    assert loss(slice(0, 3)) == pytest.approx(sum(slow) / 3, rel=1e-4)
+    assert loss(slice(0, 3)) == pytest.approx(sum(loss(slice(i, i + 1)) for i in range(3)) / 3, rel=1e-5)
+
+
+def test_depth_faults_stop_before_a_model_is_loaded(depths, backbone, tmp_path, capsys):
+    given = options(backbone, depths, tmp_path / "run", task="depth-estimation", depth_scale=1.0)
+    assert main(["finetune", *given]) != 0
+    assert "depth maps measure nothing up to 10 m" in capsys.readouterr().err
