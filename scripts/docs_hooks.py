@@ -1,0 +1,89 @@
+"""What mkdocs asks while it builds the site: which tutorials there are, and what the commands say of themselves."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def on_config(config: Any) -> Any:
+    """Every file of `docs/tutorials` is in the navigation, the longest-standing one first."""
+    tutorials = sorted(Path(config["docs_dir"], "tutorials").glob("*.md"))
+    tutorials.sort(key=lambda path: path.stem != "train_on_your_own_images")
+    for entry in config["nav"]:
+        if "Tutorials" in entry:
+            entry["Tutorials"] = [{title_of(path): f"tutorials/{path.name}"} for path in tutorials]
+    return config
+
+
+def title_of(path: Path) -> str:
+    found = re.search(r"^# (.+)$", path.read_text(encoding="utf-8"), flags=re.M)
+    if found is None:
+        raise ValueError(f"'{path}' has no heading '# ...'.")
+    return found[1]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lines such as `{{ commands }}` become what they name."""
+    for name, make in (("commands", commands), ("recipes", recipes), ("options", options)):
+        if f"{{{{ {name} }}}}" in markdown:
+            markdown = markdown.replace(f"{{{{ {name} }}}}", make())
+    return markdown
+
+
+def recipes() -> str:
+    """The table of `examples/README.md`."""
+    lines = (ROOT / "examples" / "README.md").read_text(encoding="utf-8").splitlines()
+    return "\n".join(line for line in lines if line.startswith("|"))
+
+
+def options() -> str:
+    """Every option of a pretraining run with its default and what its help says of the published value."""
+    from hf_regvit import PretrainingArguments
+
+    rows = ["| option | default | what, and the published value |", "|---|---|---|"]
+    own = PretrainingArguments.__annotations__
+    for field in dataclasses.fields(PretrainingArguments):
+        if field.name in own:
+            default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+            rows.append(f"| `{field.name}` | {default} | {field.metadata.get('help', '')} |")
+    return "\n".join(rows)
+
+
+def commands() -> str:
+    from hf_regvit import cli
+
+    parts = []
+    for name in cli.COMMANDS:
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            cli.main([name, "--help"])
+        words = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())  # colours of a terminal
+        parts.append(f"## regvit {name}\n\n```text\n{own_options(words)}\n```\n")
+    return "\n".join(parts)
+
+
+def own_options(text: str) -> str:
+    """Without the hundred options that every training of transformers has, and without the summary line of flags."""
+    from transformers import TrainingArguments
+
+    _, _, options = text.partition("options:\n")
+    inherited = set(TrainingArguments.__dataclass_fields__)
+    entries = re.split(r"\n(?=  -)", "\n" + options.strip("\n"))
+    kept = []
+    for entry in entries:
+        flag = re.match(r"\s*(?:-\w, )?--(?:no_)?([a-z0-9_]+)", entry)
+        if entry.strip() and (flag is None or flag[1] not in inherited - OWN_MEANING):
+            kept.append(entry.strip("\n"))
+    return "\n".join(kept)
+
+
+# Options of Trainer to which this package gives a default or a meaning of its own.
+OWN_MEANING = {
+    "output_dir", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
+    "max_steps", "num_train_epochs", "seed", "save_steps", "logging_steps", "resume_from_checkpoint", "bf16",
+}  # fmt: skip

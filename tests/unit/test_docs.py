@@ -1,0 +1,168 @@
+"""The documentation says what there is: every public name, only real options, every source, small figures."""
+
+import ast
+import contextlib
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import hf_regvit
+from hf_regvit import PretrainingArguments, cli
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted(DOCS.rglob("*.md"))
+OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # tutorials are executed by a test of their own
+
+
+def text_of(page):
+    return page.read_text(encoding="utf-8")
+
+
+def documented():
+    return [name for page in PAGES for name in re.findall(r"^::: (\S+)$", text_of(page), flags=re.M)]
+
+
+def test_every_public_name_is_in_the_reference():
+    last_parts = {name.rsplit(".", 1)[1] for name in documented()}
+    missing = set(hf_regvit.__all__) - last_parts - {"__version__"}
+    assert not missing, f"Add '::: hf_regvit.MODULE.NAME' for {missing} to a page of docs/reference."
+    assert "hf_regvit.__version__" in text_of(DOCS / "reference" / "models.md")
+
+
+@pytest.mark.parametrize("name", documented())
+def test_what_is_documented_exists_under_that_path(name):
+    module, _, attribute = name.rpartition(".")
+    found = getattr(import_module(module), attribute)
+    assert found.__module__ == module, f"document it as {found.__module__}.{attribute}"
+    if attribute in hf_regvit.__all__:
+        assert getattr(hf_regvit, attribute) is found
+
+
+def test_every_hyperparameter_has_a_source():
+    _, _, rest = text_of(DOCS / "papers.md").partition("## Which option is whose")
+    table, _, _ = rest.partition("## Evaluation")
+    named = re.findall(r"`(\w+)`", table)
+    assert len(named) == len(set(named)), "an option has one source"
+    own = set(PretrainingArguments.__annotations__)
+    assert not set(named) - own
+    technical = {
+        "data", "data_weights", "streaming", "image_column", "label_column", "max_bad_share", "stop_on_collapse",
+        "init_from", "allow_batch_change", "allow_data_change", "dataloader_timeout", "ddp_timeout",
+        "ddp_find_unused_parameters", "ddp_broadcast_buffers", "ignore_data_skip", "logging_steps",
+        "logging_nan_inf_filter", "remove_unused_columns", "dataloader_drop_last", "dataloader_pin_memory",
+        "lr_scheduler_type",
+    }  # fmt: skip
+    assert own - set(named) - technical == set()
+
+
+def commands_in(page):
+    for block in re.findall(r"^```bash\n(.*?)^```", text_of(page), flags=re.S | re.M):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["regvit"]:
+                yield words[1:]
+
+
+def help_of(command):
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert cli.main([command, "--help"]) == 0
+    return text.getvalue()
+
+
+def test_commands_of_the_pages_exist_with_their_options():
+    used = {}
+    for page in OURS:
+        for command, *words in commands_in(page):
+            flags = {word.partition("=")[0] for word in words if word.startswith("--")}
+            used.setdefault(command, set()).update(flags - {"--help"})
+    assert len(used) >= 6
+    for command, flags in used.items():
+        assert command in cli.COMMANDS
+        known = set(re.findall(r"--\w+", help_of(command)))
+        assert flags <= known, f"regvit {command} has no {flags - known}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_python_of_the_pages_is_python_and_imports_what_there_is(page):
+    for block in re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.S | re.M):
+        for node in ast.walk(ast.parse(block.replace('--8<-- "examples/quickstart.py"', ""))):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("hf_regvit"):
+                module = import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
+
+
+def test_figures_are_small_used_and_ours():
+    figures = sorted((DOCS / "figures").glob("*"))
+    assert len(figures) >= 6
+    written = "\n".join(text_of(page) for page in PAGES)
+    for figure in figures:
+        assert figure.stat().st_size < 200_000, figure.name
+        Image.open(figure).verify()
+        assert f"figures/{figure.name}" in written, f"{figure.name} is on no page"
+        assert figure.name in text_of(ROOT / "scripts" / "docs_figures.py"), "every figure has its script"
+
+
+def test_questions_have_answers_and_threads():
+    page = text_of(DOCS / "faq.md")
+    questions = re.split(r"^### ", page, flags=re.M)[1:]
+    assert len(questions) >= 20
+    for question in questions:
+        title, _, answer = question.partition("\n")
+        assert title.endswith(("?", ".")), title
+        assert len(answer.strip()) > 60, title
+    assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
+
+
+def test_nothing_comes_from_elsewhere():
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert config["theme"]["font"] is False
+    assert not {"extra_css", "extra_javascript"} & set(config)
+    for page in PAGES:
+        assert not re.search(r"!\[[^\]]*\]\(https?:|<(?:script|iframe|img)\b", text_of(page)), page.name
+
+
+class Assets(HTMLParser):
+    """What a browser would load of a page, as opposed to links that a reader may follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "img", "iframe", "source"):
+            self.found.append(attributes.get("src") or "")
+        if tag == "link" and attributes.get("rel") not in ("canonical", "next", "prev", "edit"):
+            self.found.append(attributes.get("href") or "")
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_path):
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        reader = Assets()
+        reader.feed(page.read_text(encoding="utf-8"))
+        assert not [asset for asset in reader.found if re.match(r"(https?:)?//", asset)], page.name
+        assert "{{ " not in page.read_text(encoding="utf-8"), page.name
+    reference = (tmp_path / "site" / "reference" / "command_line.html").read_text(encoding="utf-8")
+    assert all(f"regvit {command}" in reference for command in cli.COMMANDS)
+    assert "--num_register_tokens" in reference
+    models = (tmp_path / "site" / "reference" / "models.html").read_text(encoding="utf-8")
+    assert "num_register_tokens" in models
