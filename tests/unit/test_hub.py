@@ -1,0 +1,475 @@
+"""What may leave the machine, what a bundle holds, how a push goes on after faults."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, PngImagePlugin
+
+from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
+from hf_regvit import CheckpointCorruptError, RegViTConfig, RegViTForImageClassification, RegViTModel
+from hf_regvit.hub import BundleError, bundle, checkpoint_folder, publish, read_bundle
+from hf_regvit.images import default_image_processor
+from hf_regvit.model_card import CardError, card_header
+from hf_regvit.upload import (
+    BackgroundPushes,
+    PrivateContentError,
+    PushError,
+    RefusedError,
+    RetryPolicy,
+    may_be_published,
+    scan,
+    send_folder,
+    with_retries,
+)
+
+QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
+SECRET = "hf_" + "A1b2" * 9
+HOME = "/" + "home/someone/secret"  # in two parts: this file is looked through as well
+CARD = {"license": "mit"}
+
+
+def tiny_config(**overrides):
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return RegViTConfig(**{**sizes, **overrides})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = tiny_config(id2label={0: "cat", 1: "dog"})
+    RegViTForImageClassification(config).save_pretrained(folder)
+    default_image_processor(16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(checkpoint, tmp_path) -> Path:
+    folder = tmp_path / "copy"
+    folder.mkdir()
+    for path in checkpoint.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        yield hub
+
+
+# --- What may be published
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "model.safetensors", "model-00001-of-00003.safetensors", "model.safetensors.index.json",
+     "README.md", "modeling_regvit.py", "figures/curves.png", "reports/artifacts.json", "recipe.yaml"],
+)  # fmt: skip
+def test_files_of_a_model_may_be_published(name):
+    assert may_be_published(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["training_args.bin", "optimizer.pt", "rng_state.pth", "scheduler.pt", "pytorch_model.bin", "other.py", ".env",
+     "trainer_state.json", "figures/notes.txt", "reports/training_args.bin", "figures/a/b.png", "token",
+     "model.safetensors.bak", "checkpoint-2/model.safetensors", "resolved_recipe.yaml"],
+)  # fmt: skip
+def test_everything_else_stays_here(name):
+    assert not may_be_published(name)
+
+
+SECRETS = {
+    "hub": SECRET,
+    "aws": "AKIA" + "A1B2C3D4E5F6G7H8",
+    "github": "ghp_" + "a" * 36,
+    "openai": "sk-" + "proj-" + "b" * 30,
+    "slack": "xoxb-" + "1" * 12,
+    "google": "AIza" + "c" * 35,
+    "pem": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "address": "https://me:pass" + "word@example.org/x",
+    "assigned": "api_" + "key: 0123456789abcdef",
+    "hub_token": '"hub_' + 'token": "abcdefghijklmnop"',
+}
+
+
+@pytest.mark.parametrize("secret", SECRETS.values(), ids=list(SECRETS))
+@pytest.mark.parametrize("name", ["config.json", "README.md", "recipe.yaml", "reports/metrics.jsonl"])
+def test_secrets_are_found_with_file_and_line(tmp_path, secret, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"first\nsecond\na line with {secret} inside\n")
+    with pytest.raises(PrivateContentError, match=f"{name}, line 3") as error:
+        scan(tmp_path, [name])
+    assert secret not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text", [f'"data": "{HOME}/x"', f"see {HOME}/", "C:\\" + "Users\\me", "~/" + "runs", "file:" + "//x/y",
+             f'"data": "{HOME}"'.replace("/", "\\/")],
+)  # fmt: skip
+def test_paths_of_this_machine_are_found(tmp_path, text):
+    (tmp_path / "README.md").write_text(f"a\n{text}\n")
+    with pytest.raises(PrivateContentError, match=r"README.md, line 2"):
+        scan(tmp_path, ["README.md"])
+    scan(tmp_path, ["README.md"], paths=False)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["CLS/registers/patches", "https://huggingface.co/org/model/blob/main/x.py", "[x](figures/a.png)", "</td></tr>",
+     "and / or", "use_mask_token: true", "num_register_tokens: 4", "mask_token = self.mask_token_of_the_model",
+     "images/s", "1/2/3", "hf_regvit", "data:image/png;base64," + "iVBORw0K/AAAA/BBBB+/cc/dd" * 20, "w/o ", "km/h/s",
+     "tokenizer_name: bert-base-uncased-something", "a//b", "i.e./e.g."],
+)  # fmt: skip
+def test_ordinary_text_is_no_secret(tmp_path, text):
+    (tmp_path / "README.md").write_text(text)
+    scan(tmp_path, ["README.md"])
+
+
+def test_pictures_and_weights_are_looked_through_too(tmp_path):
+    from safetensors.torch import save_file
+
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("Comment", f"made at {HOME}/x.py")
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=notes)
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors", metadata={"source": f"{HOME}/y"})
+    for name in ("a.png", "model.safetensors"):
+        with pytest.raises(PrivateContentError, match=name):
+            scan(tmp_path, [name])
+
+
+# --- Bundles
+
+
+def test_a_bundle_holds_what_a_stranger_needs_and_nothing_else(checkpoint, tmp_path):
+    made = bundle(checkpoint, tmp_path / "bundle", card=CARD)
+    assert made.names == [
+        "README.md", "config.json", "configuration_regvit.py", "model.safetensors", "modeling_regvit.py",
+        "preprocessor_config.json", "manifest.json",
+    ]  # fmt: skip
+    assert sorted(path.name for path in (tmp_path / "bundle").iterdir()) == sorted(made.names)
+    assert made.model_class == "RegViTForImageClassification"
+    assert made.parameters == RegViTForImageClassification.from_pretrained(checkpoint).num_parameters()
+    assert read_bundle(tmp_path / "bundle") == made
+    header = card_header((tmp_path / "bundle" / "README.md").read_text())
+    assert (header["license"], header["pipeline_tag"]) == ("mit", "image-classification")
+
+
+def test_large_weights_are_sharded(checkpoint, tmp_path):
+    made = bundle(checkpoint, tmp_path / "bundle", card=CARD, max_shard_size="10KB")
+    shards = [name for name in made.files if name.startswith("model-")]
+    assert len(shards) > 1
+    assert "model.safetensors.index.json" in made.files
+    whole = bundle(checkpoint, tmp_path / "whole", card=CARD)
+    assert made.parameters == whole.parameters
+
+
+def test_what_training_leaves_is_not_bundled(copy, tmp_path):
+    for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt"):
+        (copy / name).write_bytes(b"x")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "use_cache": False, "_name_or_path": HOME}))
+    made = bundle(copy, tmp_path / "bundle", card=CARD)
+    assert not {"training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt"} & set(made.names)
+    published = json.loads((tmp_path / "bundle" / "config.json").read_text())
+    assert not {"use_cache", "_name_or_path"} & set(published)
+
+
+def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
+    config = json.loads((copy / "config.json").read_text())
+    config["id2label"]["1"] = f"{HOME}/dogs"
+    (copy / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PrivateContentError, match=r"(README.md|config.json), line \d+, holds an absolute path"):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+    assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
+    with pytest.raises(CardError, match="the header has no 'license'"):
+        bundle(checkpoint, tmp_path / "bundle")
+    with pytest.raises(CardError, match="license_name and license_link"):
+        bundle(checkpoint, tmp_path / "bundle", card={"license": "other"})
+
+
+def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
+    with pytest.raises(BundleError, match="is no folder"):
+        checkpoint_folder(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"neither a config\.json"):
+        checkpoint_folder(tmp_path)
+    (copy / "preprocessor_config.json").unlink()
+    with pytest.raises(BundleError, match=r"no preprocessor_config\.json"):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+    (copy / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(BundleError, match=r"type 'vit', not a RegViT\. Run `regvit convert"):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    with pytest.raises(FileExistsError, match="not empty"):
+        bundle(checkpoint, tmp_path / "full", card=CARD)
+    with pytest.raises(BundleError, match="no field colour"):
+        bundle(checkpoint, tmp_path / "bundle", card={"colour": "red"})
+    with pytest.raises(BundleError, match="no report at"):
+        bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
+    (tmp_path / "report.json").write_text('{"strange": 1}')
+    with pytest.raises(BundleError, match="neither the report"):
+        bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "extra.md"])
+def test_a_file_that_came_later_is_refused(checkpoint, tmp_path, name):
+    bundle(checkpoint, tmp_path / "bundle", card=CARD)
+    (tmp_path / "bundle" / name).write_bytes(b"x")
+    with pytest.raises(BundleError, match=name):
+        read_bundle(tmp_path / "bundle")
+
+
+def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
+    folder = tmp_path / "bundle"
+    bundle(checkpoint, folder, card=CARD)
+    data = bytearray((folder / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(data)
+    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
+        read_bundle(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
+    with pytest.raises(BundleError, match=r"model\.safetensors"):
+        read_bundle(folder)
+
+
+# --- Pushes
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    path = tmp_path / "files"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    (path / "README.md").write_text("---\nlicense: mit\n---\n")
+    (path / "model.safetensors").write_bytes(bytes(300_000))
+    return path
+
+
+def send(folder, name="tiny", **options):
+    names = sorted(path.name for path in folder.iterdir())
+    return send_folder(folder, name, names=names, message="m", retry=QUICK, **{"private": True, **options})
+
+
+def test_a_push_makes_a_private_repository_and_one_commit(hub, folder):
+    sent = send(folder)
+    assert (sent.repo_id, sent.changed, sent.tries) == (f"{OWNER}/tiny", True, 1)
+    repo = hub.repos[sent.repo_id]
+    assert repo.private
+    assert [commit.message for commit in repo.commits] == ["initial commit", "m"]
+    assert hub.files(sent.repo_id)["model.safetensors"] == bytes(300_000)
+    assert hub.sent("PUT /lfs") == [300_000]
+
+
+def test_f65_a_second_push_sends_nothing(hub, folder):
+    first = send(folder)
+    hub.requests.clear()
+    again = send(folder)
+    assert (again.changed, again.commit) == (False, first.commit)
+    assert not hub.sent("PUT /lfs")
+    assert not hub.sent("/commit/")
+
+
+def test_f65_a_broken_push_goes_on_where_it_was(hub, folder):
+    hub.fail("/commit/", 503, times=3)
+    with pytest.raises(PushError, match=r"after 3 tries: 503 .*what has arrived is not sent twice"):
+        send(folder)
+    assert hub.sent("PUT /lfs") == [300_000]
+    assert send(folder).changed
+    assert hub.sent("PUT /lfs") == [300_000]  # still once
+
+
+@pytest.mark.parametrize(
+    ("kind", "route"),
+    [(503, "/api/repos/create"), ("reset", "/api/repos/create"),
+     *((kind, "/commit/") for kind in (500, 502, 503, 504, 429, 408, 412, "reset", "silence"))],
+)  # fmt: skip
+def test_f65_every_passing_fault_costs_one_try(hub, folder, kind, route):
+    hub.fail(route, kind, times=1, headers={"Retry-After": "0.01"})
+    assert send(folder).tries == 2
+    assert len(hub.repos[f"{OWNER}/tiny"].commits) == 2
+
+
+def test_f65_a_conflict_is_tried_again_and_an_existing_repository_is_none(hub, folder):
+    send(folder)  # the repository exists from here on: creating it answers 409
+    (folder / "config.json").write_text('{"a": 1}')
+    hub.fail("/commit/", 409, times=1)
+    assert send(folder).tries == 2
+    assert hub.files(f"{OWNER}/tiny")["config.json"] == b'{"a": 1}'
+
+
+@pytest.mark.parametrize("kind", [504, "reset"])
+def test_f65_a_commit_whose_answer_was_lost_is_not_made_twice(hub, folder, kind):
+    hub.fail("/commit/", kind, times=1, applied=True)
+    sent = send(folder)
+    repo = hub.repos[f"{OWNER}/tiny"]
+    assert sent.commit == repo.commits[-1].oid
+    assert len(repo.commits) == 2
+
+
+def test_f65_somebody_elses_commit_in_between_is_kept(hub, folder, monkeypatch):
+    send(folder)
+    repo = hub.repos[f"{OWNER}/tiny"]
+    (folder / "config.json").write_text('{"b": 1}')
+    original, answered = fake_hub._Handler._preupload, []
+
+    def answer_and_commit(handler, name, repo_, commit, rest):
+        if not answered:
+            answered.append(True)
+            repo.commits.append(type(commit)("f" * 40, "theirs", {**commit.files, "LICENSE": b"text"}))
+        return original(handler, name, repo_, commit, rest)
+
+    monkeypatch.setattr(fake_hub._Handler, "_preupload", answer_and_commit)
+    assert send(folder).tries == 2  # 412: the parent is not the newest commit
+    assert [commit.message for commit in repo.commits[-2:]] == ["theirs", "m"]
+    assert {"LICENSE", "config.json"} <= set(repo.commits[-1].files)
+
+
+def test_f65_the_server_says_how_long_to_wait(hub, folder, monkeypatch):
+    waits = []
+    monkeypatch.setattr("hf_regvit.upload.time.sleep", waits.append)
+    hub.fail("/commit/", 429, times=1, headers={"Retry-After": "0.7"})
+    send(folder)
+    assert waits == [pytest.approx(0.7)]
+    hub.fail("/commit/", 429, times=1, headers={"Retry-After": "3600"})
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(PushError, match="asks to wait 3600 s"):
+        send(folder)
+
+
+def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
+    waits = []
+    monkeypatch.setattr("hf_regvit.upload.time.sleep", waits.append)
+
+    def attempt():
+        raise ConnectionError("down")
+
+    with pytest.raises(PushError, match="after 6 tries: ConnectionError: down"):
+        with_retries(attempt, what="x", retry=RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0))
+    assert all(low <= wait <= high for wait, low, high in zip(waits, (1, 2, 4, 6, 6), (1.5, 3, 6, 6, 6), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(401, "does not know the token"), (403, "may not write to 'tiny'"), (404, "There is no"), (413, "too large")],
+)  # fmt: skip
+def test_f65_lasting_errors_are_told_at_once(hub, folder, status, said):
+    hub.fail("/commit/", status, times=9)
+    with pytest.raises(RefusedError, match=said):
+        send(folder)
+    assert len(hub.sent("/commit/")) == 1
+
+
+def test_f65_tokens_that_may_not_write(hub, folder):
+    with pytest.raises(RefusedError, match="may not write"):
+        send(folder, token=READ_TOKEN)
+    with pytest.raises(RefusedError, match="does not know the token") as error:
+        send(folder, token="hf_" + "q" * 34)
+    assert "qqq" not in str(error.value)
+
+
+def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
+    with pytest.raises(RefusedError, match="is no name of a repository"):
+        send(folder, name="a/b/c")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RefusedError, match="HF_HUB_OFFLINE is set"):
+        send(folder)
+
+
+def test_a_public_repository_is_only_used_if_that_was_said(hub, folder):
+    send(folder, private=False)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(RefusedError, match="exists and is public"):
+        send(folder, accept_public=False)
+    assert send(folder, accept_public=True).changed
+
+
+def test_weights_of_another_layout_are_removed_and_nothing_else(hub, folder):
+    send(folder)
+    hub.repos[f"{OWNER}/tiny"].commits[-1].files["notes.md"] = b"by hand"
+    (folder / "model.safetensors").unlink()
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ):
+        (folder / name).write_bytes(name.encode())
+    send(folder)
+    assert set(hub.files(f"{OWNER}/tiny")) == {
+        ".gitattributes", "notes.md", "README.md", "config.json", *shards, "model.safetensors.index.json"
+    }  # fmt: skip
+
+
+def test_a_branch_is_made(hub, folder):
+    hub.fail("/branch/", 409, times=1)  # it is there already; the fake Hub has no branches of its own
+    with pytest.raises(PushError):
+        send(folder, revision="v2")
+    assert hub.sent("/branch/v2")
+
+
+def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_regvit.hub.verify", lambda *args, **options: None)
+    done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", card=CARD)
+    assert done.sent is None
+    assert not hub.requests
+    with pytest.raises(BundleError, match="--repo_id"):
+        publish(checkpoint, output_dir=tmp_path / "other", card=CARD, push=True)
+    done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", push=True, retry=QUICK)  # goes on
+    assert done.sent.changed
+    assert set(hub.files("someone/tiny")) == {".gitattributes", *done.bundle.names}
+    assert hub.repos["someone/tiny"].private
+    assert 'name = "someone/tiny"' in hub.files("someone/tiny")["README.md"].decode()
+
+
+# --- In the background
+
+
+def test_background_pushes_run_in_order_and_keep_failures(caplog):
+    pushes, order = BackgroundPushes(), []
+
+    def fail():
+        raise PushError("the Hub is down")
+
+    with caplog.at_level(logging.WARNING):
+        pushes.start(lambda: order.append(1), label="one")
+        pushes.start(fail, label="two")
+        pushes.start(lambda: order.append(3), label="three")
+        pushes.wait(10)
+    assert order == [1, 3]
+    assert (pushes.sent, pushes.failures) == (["one", "three"], ["two: the Hub is down"])
+    assert "training is not affected" in caplog.text
+    assert not pushes.busy
+
+
+def test_a_push_that_does_not_end_is_given_up():
+    import threading
+
+    pushes, release = BackgroundPushes(), threading.Event()
+    pushes.start(release.wait, label="slow")
+    pushes.wait(0.05)
+    release.set()
+    assert pushes.failures == ["push of slow: not finished after 0 s"]
+
+
+def test_the_base_model_has_the_same_rules(tmp_path):
+    RegViTModel(tiny_config()).save_pretrained(tmp_path / "a" / "backbone")
+    default_image_processor(16).save_pretrained(tmp_path / "a" / "backbone")
+    made = bundle(tmp_path / "a", tmp_path / "bundle", card=CARD)  # the folder of a run
+    assert made.model_class == "RegViTModel"
+
+
+def test_the_token_never_shows(hub, folder, caplog):
+    hub.fail("/commit/", 500, times=1)
+    with caplog.at_level(logging.DEBUG, logger="hf_regvit"):
+        send(folder, token=WRITE_TOKEN)
+    assert WRITE_TOKEN not in caplog.text
