@@ -41,7 +41,34 @@ def workplace(tmp_path) -> Path:
         assert count == 1, option
     # One bad file in 49 is above the one per cent that a real run tolerates.
     (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\nlogging_steps: 2\n")
+    make_classes(tmp_path / "my_classes")
+    make_backbone(tmp_path / "backbone")
     return tmp_path
+
+
+def make_classes(root: Path) -> None:
+    """Three classes of twelve small pictures, cut from three photographs."""
+    from hf_regvit.images import photographs
+
+    photos = photographs()
+    for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
+        (root / name).mkdir(parents=True)
+        for number in range(12):
+            left, top = 17 * number, 9 * number
+            photos[photo].crop((left, top, left + 96, top + 96)).save(root / name / f"{number:03d}.png")
+
+
+def make_backbone(folder: Path) -> None:
+    """A backbone without any training, as `regvit pretrain` leaves one."""
+    import torch
+
+    from hf_regvit import RegViTConfig, RegViTModel
+    from hf_regvit.images import default_image_processor
+
+    torch.manual_seed(0)
+    config = RegViTConfig.from_preset("tiny", num_hidden_layers=2, image_size=32, patch_size=8)
+    RegViTModel(config).save_pretrained(folder)
+    default_image_processor(32).save_pretrained(folder)
 
 
 @pytest.mark.slow
@@ -58,6 +85,8 @@ def test_tutorial_runs(tutorial, workplace):
     if tutorial.stem == "train_on_your_own_images":
         check_run_folder(workplace / "runs" / "first", tutorial.read_text())
         assert "broken.jpg" in (workplace / "runs" / "first" / "bad_images.jsonl").read_text()
+    if tutorial.stem == "fine_tune_on_your_own_folder":
+        check_run_folder(workplace / "runs" / "full", tutorial.read_text())
 
 
 def check_run_folder(folder: Path, text: str) -> None:
