@@ -86,7 +86,7 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
             "--output_dir", run, "--max_steps", steps, "--per_device_train_batch_size", "16",
             "--learning_rate", "1e-4", "--layer_decay", "0.75", "--eval_strategy", "no", "--save_strategy", "no",
             "--logging_steps", "10",
-            "--use_cpu", "--disable_tqdm", "--load_best_model_at_end", "False",
+            "--use_cpu", "--disable_tqdm", "True", "--load_best_model_at_end", "False",
         )  # fmt: skip
     diagnosis = once(work / "vit-tiny-registers-diagnosis", "diagnose", "--model", run, "--data",
                      data / "imagenet_samples", "--max_images", "100")  # fmt: skip

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+import fake_hub
 from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
 from hf_regvit import CheckpointCorruptError, RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.hub import BundleError, bundle, checkpoint_folder, publish, read_bundle
@@ -398,11 +399,8 @@ def test_weights_of_another_layout_are_removed_and_nothing_else(hub, folder):
     send(folder)
     hub.repos[f"{OWNER}/tiny"].commits[-1].files["notes.md"] = b"by hand"
     (folder / "model.safetensors").unlink()
-    for name in (
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ):
+    shards = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+    for name in (*shards, "model.safetensors.index.json"):
         (folder / name).write_bytes(name.encode())
     send(folder)
     assert set(hub.files(f"{OWNER}/tiny")) == {

@@ -1,0 +1,199 @@
+"""Publishing end to end against a Hub on loopback: verified in a fresh process, sent, loaded by strangers, offline."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import DPTImageProcessor
+
+import hf_regvit.hub as hub_module
+from fake_hub import FakeHub, connect
+from hf_regvit import (
+    RegViTConfig,
+    RegViTForDepthEstimation,
+    RegViTForImageClassification,
+    RegViTForSemanticSegmentation,
+    RegViTModel,
+    cli,
+)
+from hf_regvit.hub import BundleError, bundle, verify
+from hf_regvit.images import default_image_processor
+from hf_regvit.model_card import card_snippets
+from hf_regvit.upload import RetryPolicy
+
+pytestmark = pytest.mark.slow
+
+REPO = "someone/tiny"
+# As in a fresh installation: importing hf_regvit fails. Then the card's own snippet, and the same by commit.
+STRANGER = """
+    import importlib.abc, sys
+
+    class Hide(importlib.abc.MetaPathFinder):
+        def find_spec(self, name, path=None, target=None):
+            if name.split(".")[0] == "hf_regvit":
+                raise ModuleNotFoundError(name)
+
+    sys.meta_path.insert(0, Hide())
+    import json, torch
+    from safetensors.torch import save_file
+    torch.set_num_threads(1)
+    code, revision = open("snippet.py").read(), sys.argv[1]
+    scope = {}
+    exec(code, scope)
+    tensors = {"newest": scope["output"].last_hidden_state.contiguous()}
+    pinned = code.replace("(name", f"(name, revision='{revision}'")
+    assert pinned.count(revision) == 2
+    exec(pinned, scope)
+    tensors["pinned"] = scope["output"].last_hidden_state.contiguous()
+    assert type(scope["model"]).__module__.startswith("transformers_modules.")
+    save_file(tensors, "tensors.safetensors")
+"""
+
+
+def tiny(model_class=RegViTModel, *, seed=0, **overrides):
+    torch.manual_seed(seed)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return model_class(RegViTConfig(**{**sizes, "num_labels": 4, "num_depth_bins": 8, **overrides})).eval()
+
+
+def saved(model, folder, processor=None):
+    model.save_pretrained(folder)
+    (processor or default_image_processor(32)).save_pretrained(folder)
+    return folder
+
+
+def dense_processor():
+    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    return DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **statistics)
+
+
+CHECKPOINTS = {
+    "RegViTModel": (RegViTModel, None, {"image-feature-extraction"}),
+    "RegViTForImageClassification": (
+        RegViTForImageClassification, None, {"image-feature-extraction", "image-classification"}
+    ),
+    "RegViTForSemanticSegmentation": (
+        RegViTForSemanticSegmentation, dense_processor(), {"image-feature-extraction", "image-segmentation"}
+    ),
+    "RegViTForDepthEstimation": (
+        RegViTForDepthEstimation, dense_processor(), {"image-feature-extraction", "depth-estimation"}
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_every_class_is_verified_by_a_stranger(tmp_path, name):
+    model_class, processor, pipelines = CHECKPOINTS[name]
+    registers = 0 if name == "RegViTModel" else 4
+    folder = saved(tiny(model_class, num_register_tokens=registers), tmp_path / "model", processor)
+    bundle(folder, tmp_path / "bundle", card={"license": "mit"})
+    found = verify(tmp_path / "bundle", original=folder)
+    assert found.largest_difference <= 1e-5
+    assert not found.not_run
+    assert {loaded.split(".")[0] for loaded in found.loaded.values()} == {"transformers_modules"}
+    assert name in {loaded.split(".")[-1] for loaded in found.loaded.values()}
+    compared = {key.split(".", 1)[1] for key in found.compared}
+    assert pipelines | {"pixel_values", "AutoModel.last_hidden_state"} <= compared
+
+
+def test_a_bundle_of_another_model_is_refused(tmp_path):
+    folder = saved(tiny(), tmp_path / "model")
+    bundle(folder, tmp_path / "bundle", card={"license": "mit"})
+    weights = load_file(folder / "model.safetensors")
+    weights["layernorm.weight"] += 1e-3
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BundleError, match=r"from the original, allowed are 1e-05"):
+        verify(tmp_path / "bundle", original=folder)
+
+
+def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
+    folder = saved(tiny(), tmp_path / "model")
+    bundle(folder, tmp_path / "bundle", card={"license": "mit"})
+    path = tmp_path / "bundle" / "modeling_regvit.py"
+    path.write_text("from hf_regvit import RegViTModel\n" + path.read_text())
+    from hf_regvit.checkpoints import write_manifest
+
+    write_manifest(tmp_path / "bundle")
+    with pytest.raises(BundleError, match=r"modeling_regvit\.py' is not the file of this version"):
+        verify(tmp_path / "bundle")
+    monkeypatch.setattr(hub_module, "CODE_FILES", ())
+    with pytest.raises(BundleError, match="cannot be loaded where hf_regvit is not installed"):
+        verify(tmp_path / "bundle")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(
+            "hf_regvit.upload.RetryPolicy", lambda: RetryPolicy(attempts=3, first_wait=0.01, timeout=5)
+        )
+        yield hub
+
+
+def load_as_stranger(hub, home: Path, revision: str, *, offline: bool = False) -> dict[str, torch.Tensor]:
+    """Runs the card's snippet where hf_regvit is hidden, against the fake Hub or what `home` has of it."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= hub.environment(str(home / "hf")) | {"OMP_NUM_THREADS": "1"}
+    if offline:
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(STRANGER), revision],
+        env=environment, cwd=home, capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(home / "tensors.safetensors")
+
+
+def test_publish_then_load_pin_and_go_offline(hub, tmp_path, capsys):
+    first, second = tiny(seed=0), tiny(seed=1)
+    hub.fail("/commit/", 503, times=1)
+    options = ["--license", "mit", "--repo_id", REPO, "--push", "--json"]
+    folder = str(saved(first, tmp_path / "first"))
+    assert cli.main(["publish", "--model", folder, "--output_dir", str(tmp_path / "a"), *options]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sent"]["tries"] == 2
+    assert report["largest_difference"] <= 1e-5
+    folder = str(saved(second, tmp_path / "second"))
+    assert cli.main(["publish", "--model", folder, "--output_dir", str(tmp_path / "b"), *options]) == 0
+    assert hub.repos[REPO].private
+
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / "snippet.py").write_text(card_snippets(hub.files(REPO)["README.md"].decode())[0])
+    picture = Image.effect_mandelbrot((60, 50), (-2, -1.5, 1, 1.5), 50).convert("RGB")
+    picture.save(home / "picture.jpg")
+    online = load_as_stranger(hub, home, report["sent"]["commit"])
+    requests = len(hub.requests)
+    offline = load_as_stranger(hub, home, report["sent"]["commit"], offline=True)
+    assert len(hub.requests) == requests
+    inputs = default_image_processor(32)(Image.open(home / "picture.jpg").convert("RGB"), return_tensors="pt")
+    for name, model in (("newest", second), ("pinned", first)):
+        with torch.inference_mode():
+            expected = model(**inputs).last_hidden_state
+        torch.testing.assert_close(online[name], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(offline[name], expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(online["newest"], online["pinned"], atol=1e-2)
+
+
+def test_f65_publish_fails_with_one_line_and_keeps_the_bundle(hub, tmp_path, capsys):
+    folder = saved(tiny(), tmp_path / "model")
+    arguments = ["publish", "--model", str(folder), "--output_dir", str(tmp_path / "bundle"), "--license", "mit",
+                 "--repo_id", REPO, "--push"]  # fmt: skip
+    hub.fail("/commit/", 503, times=3)
+    assert cli.main(arguments) == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1
+    assert "after 3 tries: 503" in error[0]
+    assert len(hub.repos[REPO].commits) == 1
+    sent = sum(hub.sent("PUT /lfs"))
+    assert cli.main(arguments) == 0  # goes on
+    assert sum(hub.sent("PUT /lfs")) == sent
+    assert len(hub.repos[REPO].commits) == 2

@@ -1,0 +1,264 @@
+"""Cards: every section is there, nothing is left to fill in, numbers come from files, text stays text."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from hf_regvit import RegViTConfig, RegViTForImageClassification, RegViTModel
+from hf_regvit.model_card import (
+    ORIGINS,
+    SECTIONS,
+    TASKS,
+    TEMPLATE,
+    CardArtifacts,
+    CardError,
+    CardFacts,
+    CardFigure,
+    CardScore,
+    card_header,
+    card_snippets,
+    check_card,
+    finetuning_facts,
+    own_name,
+    pretraining_facts,
+    public_recipe,
+    render_card,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = {**RegViTConfig(num_labels=3).to_dict(), "architectures": ["RegViTModel"]}
+RECIPE = {
+    "data": "photos", "output_dir": "runs/x", "hub_token": "t", "learning_rate": 0.001, "global_crop_size": 48,
+    "local_crop_size": 24, "num_local_crops": 2, "per_device_train_batch_size": 32, "head_num_prototypes": 1024,
+    "centering": "softmax", "seed": 0,
+}  # fmt: skip
+RUN = {
+    "images_seen": 12_800, "steps": 400, "epochs": 5.8, "seconds": 258.0, "final": {"loss": 4.05}, "alarms": [],
+    "knn": [{"step": 0, "eval_knn_10": 0.5}, {"step": 400, "eval_knn_10": 0.75, "eval_linear": 0.5}],
+}  # fmt: skip
+
+
+def facts(**fields):
+    return CardFacts(**{"name": "tiny", "config": CONFIG, "parameters": 1234, "license": "mit", **fields})
+
+
+def full_facts(**fields):
+    result = {
+        "task": {"type": "image-classification"}, "dataset": {"name": "photos", "type": "photos"},
+        "metrics": [{"type": "accuracy", "value": 0.75}],
+    }  # fmt: skip
+    given = {
+        "scores": (CardScore("kNN, k=10", "photos", "75.0 % [72.1, 78.0]", "2,214 / 719"),),
+        "evaluation_notes": ("knn: cosine, weights exp(s / 0.07)",),
+        "results": (result,),
+        "artifacts": CardArtifacts("No outliers.", "model  tiny", 100, "resized", (CardFigure("figures/a.png", "A"),)),
+        "data": "`photos`", "data_license": "CC0", "base_model": "someone/base", "base_model_license": "mit",
+        "datasets": ("someone/photos",), "curves": "figures/curves.png", "recipe": (("seed", "0"),),
+        "alarms": ({"step": 3, "message": "flat"},), "description": "More.", "environment": "1 process(es) on cpu",
+    }  # fmt: skip
+    return facts(**{**given, **fields})
+
+
+def test_a_full_card_can_be_published(tmp_path):
+    text = render_card(full_facts())
+    (tmp_path / "figures").mkdir()
+    for name in ("a", "curves"):
+        (tmp_path / "figures" / f"{name}.png").touch()
+    check_card(text, folder=tmp_path)
+    for expected in (
+        "# tiny", "kNN, k=10 | photos | 75.0 % [72.1, 78.0] | 2,214 / 719", "![A](figures/a.png)", "CC0",
+        "step 3: flat", "![Learning curves](figures/curves.png)", "cosine, weights", "someone/base", "1,234",
+    ):  # fmt: skip
+        assert expected in text
+
+
+@pytest.mark.parametrize("model_class", TASKS)
+@pytest.mark.parametrize("origin", ORIGINS)
+def test_every_kind_of_model_has_a_whole_card(model_class, origin):
+    config = {**CONFIG, "architectures": [model_class]}
+    text = render_card(facts(config=config, origin=origin))
+    check_card(text)
+    header = card_header(text)
+    task, auto_class, _ = TASKS[model_class]
+    assert header["pipeline_tag"] == task
+    assert {"regvit", "registers", "custom_code"} <= set(header["tags"])
+    (code,) = card_snippets(text)
+    assert f"{auto_class}.from_pretrained(name, trust_remote_code=True)" in code
+    compile(code, "card", "exec")
+
+
+def test_the_header_is_what_the_hub_reads():
+    card = ModelCard(render_card(full_facts()))
+    data = card.data
+    assert (data.license, data.library_name, data.base_model) == ("mit", "transformers", "someone/base")
+    assert data.datasets == ["someone/photos"]
+    (result,) = data.eval_results
+    assert (result.metric_value, result.dataset_name, result.task_type) == (0.75, "photos", "image-classification")
+    assert card_header(render_card(facts(base_model="vit_tiny"))).get("base_model") is None  # no id of the Hub
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_missing_section_is_named(section):
+    text = render_card(full_facts())
+    with pytest.raises(CardError, match=f"'{section}' is missing or empty"):
+        check_card(text.replace(f"## {section}\n", f"### {section}\n"))
+
+
+@pytest.mark.parametrize("hole", ["{{ name }}", "{% if x %}", "TODO", "[More Information Needed]", "None", "nan"])
+def test_a_place_that_was_not_filled_in_is_named(hole):
+    with pytest.raises(CardError, match="not filled in"):
+        check_card(render_card(full_facts()) + f"\n{hole}\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("license: mit\n", ""), "no 'license'"),
+        (("license: mit", "license: other"), "license_name and license_link"),
+        (("pipeline_tag: image-feature-extraction\n", ""), "no 'pipeline_tag'"),
+        (("```python", "```text"), "no Python snippet"),
+    ],
+)
+def test_what_else_is_missing_is_named(change, said):
+    text = render_card(full_facts())
+    assert change[0] in text
+    with pytest.raises(CardError, match=said):
+        check_card(text.replace(*change))
+
+
+def test_pictures_have_to_be_there(tmp_path):
+    with pytest.raises(CardError, match=r"'figures/curves\.png' is not there; the picture 'figures/a\.png'"):
+        check_card(render_card(full_facts()), folder=tmp_path)
+
+
+def test_names_of_other_people_stay_text():
+    hostile = "a|b\n## Licence\n<script>alert(1)</script>\n---\nlicense: evil"
+    config = {**CONFIG, "architectures": ["RegViTForImageClassification"], "id2label": {0: hostile, 1: "dog"}}
+    text = render_card(
+        facts(config=config, data=hostile, scores=(CardScore(hostile, hostile, "1 %"),), description="{{ 7 * 7 }}")
+    )
+    assert "<script>" not in text
+    assert text.count("\n## Licence\n") == 1
+    assert card_header(text)["license"] == "mit"
+    assert "{{ 7 * 7 }}" in text  # text of a value is never a template
+    row = next(line for line in text.splitlines() if line.startswith("| classes"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+
+
+def test_a_model_without_numbers_says_so():
+    text = render_card(facts())
+    for expected in ("Not evaluated:", "Not diagnosed.", "Its quality has not been measured.", "images are not known"):
+        assert expected in text
+    full = render_card(full_facts())
+    assert "Not evaluated" not in full
+    assert "quality has not been measured" not in full
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(ValueError, match="origin='stolen'"):
+        render_card(facts(origin="stolen"))
+    with pytest.raises(ValueError, match="knows no class ViTModel"):
+        render_card(facts(config={**CONFIG, "architectures": ["ViTModel"]}))
+
+
+def test_facts_of_a_pretraining_run():
+    found = CardFacts(**{**dataclasses.asdict(facts()), **pretraining_facts(RECIPE, RUN)})
+    text = render_card(found)
+    check_card(text)
+    assert "`photos`, without labels: 12,800 images seen, 5.8 epochs." in text
+    assert "| length | 400 steps, 4.3 minutes |" in text
+    assert "| k-NN, k = 10 | `photos` | 75.0 % | - |" in text
+    assert "Its training was short: 12,800 images seen in all." in text
+    unfinished = pretraining_facts(RECIPE)
+    assert unfinished["limits"] == ("Its training is not finished.",)
+    assert pretraining_facts({**RECIPE, "init_from": "/data/runs/old"})["base_model"] == "old"
+    assert "limits" not in pretraining_facts(RECIPE, {**RUN, "images_seen": 10**8})
+
+
+def test_facts_of_a_fine_tuning_run():
+    recipe = {"data": "/data/birds", "model_name_or_path": "/runs/a/backbone", "mode": "lora", "learning_rate": 1e-3}
+    report = {
+        "images": {"train": 80, "validation": 20, "seen": 160}, "steps": 10, "epochs": 2.0, "step_of_the_result": 8,
+        "eval": {"top1": 0.9, "loss": 0.3, "runtime": 1.0},
+    }  # fmt: skip
+    found = finetuning_facts({**recipe, "load_best_model_at_end": True}, report)
+    assert found["data"].startswith("`birds`, with labels: 80 training images, 20 for validation")
+    assert [score.name for score in found["scores"]] == ["top1", "loss"]
+    assert "It was chosen on these images." in found["evaluation_notes"][0]
+    assert found["base_model"] == "backbone"
+    assert "/data" not in render_card(CardFacts(**{**dataclasses.asdict(facts()), **found}))
+
+
+def test_a_recipe_is_published_without_places_and_tokens(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = public_recipe({**RECIPE, "data": ["/data/a", "owner/set"], "init_from": "~/x", "run_name": "me"})
+    assert recipe["data"] == ["a", "owner/set"]
+    assert recipe["init_from"] == "x"
+    assert not {"output_dir", "hub_token", "run_name"} & set(recipe)
+    (tmp_path / "owner" / "set").mkdir(parents=True)
+    assert own_name("owner/set") == "set"  # a folder here, not an id
+
+
+def test_the_template_is_in_the_package():
+    assert TEMPLATE.is_file()
+    assert (ROOT / "src/hf_regvit").resolve() in TEMPLATE.resolve().parents
+
+
+CARDS = sorted((ROOT / "model_cards").glob("*.md"))
+
+
+def test_there_is_a_card_of_every_way_to_get_a_model():
+    origins = {origin for card in CARDS for origin in ORIGINS if origin in card_header(card.read_text())["tags"]}
+    assert {"pretrained", "converted", "retrofitted"} <= origins
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_committed_cards_are_whole(path):
+    from hf_regvit.upload import scan
+
+    text = path.read_text()
+    check_card(text, folder=path.parent)
+    scan(path.parent, [path.name])
+    header = card_header(text)
+    assert header["model-index"][0]["results"]
+    assert "Not evaluated" not in text
+    assert "Not diagnosed" not in text
+    for picture in (path.parent / path.stem).iterdir():
+        assert picture.stat().st_size < 500_000
+    for result in header["model-index"][0]["results"]:
+        for metric in result["metrics"]:
+            assert metric["args"]["protocol"]
+            assert len(metric["args"]["confidence_interval"]) == 2
+
+
+@pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
+def test_the_snippet_of_a_committed_card_runs(path, tmp_path, monkeypatch):
+    """On a small model of the same class; the weights themselves are not in the repository."""
+    from PIL import Image
+
+    from hf_regvit.images import default_image_processor
+
+    text = path.read_text()
+    (code,) = card_snippets(text)
+    classifier = "ForImageClassification" in code
+    config = RegViTConfig(
+        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=7
+    )
+    (RegViTForImageClassification if classifier else RegViTModel)(config).save_pretrained(tmp_path / "model")
+    default_image_processor(32).save_pretrained(tmp_path / "model")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert "path/to/this/folder" in code
+    scope: dict = {}
+    exec(code.replace("path/to/this/folder", "model"), scope)
+    assert scope["output"][0].isfinite().all()
+
+
+def test_cards_are_yaml_that_others_read():
+    text = render_card(full_facts())
+    assert yaml.safe_load(text.split("---\n")[1])["model-index"][0]["name"] == "tiny"
+    assert Path(TEMPLATE).read_text().count("\n## ") == len(SECTIONS)
