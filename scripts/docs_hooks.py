@@ -29,7 +29,7 @@ def title_of(path: Path) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Lines such as `{{ commands }}` become what they name."""
-    for name, make in (("commands", commands), ("recipes", recipes), ("options", options)):
+    for name, make in (("commands", commands), ("recipes", recipes), ("options", options), ("config", config_fields)):
         if f"{{{{ {name} }}}}" in markdown:
             markdown = markdown.replace(f"{{{{ {name} }}}}", make())
     return markdown
@@ -51,6 +51,20 @@ def options() -> str:
         if field.name in own:
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default
             rows.append(f"| `{field.name}` | {default} | {field.metadata.get('help', '')} |")
+    return "\n".join(rows)
+
+
+def config_fields() -> str:
+    """The fields of `RegViTConfig`, whose docstring has the format of transformers and not the one of this site."""
+    from hf_regvit import RegViTConfig
+
+    arguments = (RegViTConfig.__doc__ or "").partition("Args:\n")[2]
+    rows = ["| field | type and default | what |", "|---|---|---|"]
+    for head, text in re.findall(r"^ {8}(\w.*):\n((?: {12}.*\n)+)", arguments, flags=re.M):
+        names = re.sub(r"\(.*?\)", "", head).split(",")
+        kinds = "; ".join(re.findall(r"\((.*?)\)", head)).replace(", *optional*", "")
+        cells = [", ".join(f"`{name.strip()}`" for name in names), kinds, " ".join(text.split())]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 

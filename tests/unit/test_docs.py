@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -64,6 +65,16 @@ def test_every_hyperparameter_has_a_source():
         "lr_scheduler_type",
     }  # fmt: skip
     assert own - set(named) - technical == set()
+
+
+def test_every_field_of_the_configuration_is_in_the_table():
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "docs_hooks.py")
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    named = set(re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in hooks.config_fields().splitlines())))
+    own = {name for name in vars(hf_regvit.RegViTConfig)["__annotations__"] if not name.startswith("_")}
+    assert len(own) >= 30
+    assert own == named, "write them into the docstring of RegViTConfig"
 
 
 def commands_in(page):
