@@ -38,7 +38,7 @@ from .configuration_regvit import RegViTConfig
 from .distillation import full_tensor
 from .finetuning_arguments import FinetuningArguments
 from .finetuning_data import TrainSampler, fingerprint
-from .finetuning_folder import draw_finetuning_curves, push_folder, write_finetuning_card
+from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
 from .images import ImageSource, default_image_processor
 from .modeling_regvit import RegViTModel
 from .optimization import ParameterRule, parameter_rules
@@ -183,7 +183,7 @@ class FinetuningTrainer(CheckpointedTrainer):
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one."
             )
-        self.task, self.evaluations = task, 0
+        self.task, self.processor, self.evaluations = task, processor, 0
         train, validation = task.datasets(processor)
         self._sampler = TrainSampler(
             len(cast(Any, train)),
@@ -269,6 +269,16 @@ class FinetuningTrainer(CheckpointedTrainer):
         norm = super()._clip_grad_norm(model)
         self._guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
         return norm
+
+    # What pushes publish: the merged model, as at the end of the run.
+
+    def hub_model(self, state: Mapping[str, Tensor]) -> nn.Module:
+        """The model of a checkpoint without peft."""
+        return _whole_model(state, self.model, self.task, self.args)
+
+    def hub_processor(self) -> Any:
+        """The image processor of the result."""
+        return self.processor
 
     # The best model.
 
@@ -596,9 +606,10 @@ def finetune(
         raise
     final = _final_evaluation(trainer)
     report = _report(trainer, final, started)
-    result = _whole_model(trainer.model, task, args)
+    result = _whole_model(_whole_state(trainer.model), trainer.model, task, args)
     if trainer.is_world_process_zero():
         _write_folder(output, result, trainer, processor=processor, report=report, changes=changes)
+    trainer.push_result(output)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -622,11 +633,14 @@ def _final_evaluation(trainer: FinetuningTrainer) -> dict[str, float]:
     return trainer.evaluate()
 
 
-def _whole_model(trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
-    """A plain model on the CPU with every tensor of the trained one, gathered where FSDP2 has sharded it."""
-    state = {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
-    config = copy.deepcopy(cast(Any, trained).config)
-    result = task.model_class(config)
+def _whole_state(trained: nn.Module) -> dict[str, Tensor]:
+    """Every tensor on the CPU of every process, gathered where FSDP2 has sharded it."""
+    return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
+
+
+def _whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
+    """A plain model with the tensors of a trained one, low-rank updates merged."""
+    result = task.model_class(copy.deepcopy(cast(Any, trained).config))
     if args.mode == "lora":
         result = inject_lora(result, args)
     result.load_state_dict(state)
@@ -689,5 +703,3 @@ def _write_folder(
         usage=task.usage(),
     )
     logger.info("%s", json.dumps(report["eval"]))
-    if args.push_to_hub:
-        push_folder(output, args)

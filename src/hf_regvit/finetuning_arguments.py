@@ -177,7 +177,7 @@ class FinetuningArguments(TrainingArguments):
     remove_unused_columns: bool = _field(False, "The data sets make exactly what the model takes.")
     dataloader_pin_memory: bool = _field(False, "Pinning needs an accelerator.")
     ddp_find_unused_parameters: bool | None = _field(False, "Every trained parameter gets a gradient in every step.")
-    hub_strategy: str = _field("end", "Only 'end': the folder is uploaded when it is complete.")
+    hub_strategy: str = _field("end", "When to push: end (the finished folder only), every_save, checkpoint, ...")
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -185,7 +185,6 @@ class FinetuningArguments(TrainingArguments):
             ("mode", self.mode, MODES),
             ("augmentation", self.augmentation, AUGMENTATIONS),
             ("loss", self.loss, LOSSES),
-            ("hub_strategy", str(getattr(self.hub_strategy, "value", self.hub_strategy)), ("end",)),
         ):
             if value not in known:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")

@@ -1,23 +1,16 @@
-"""What a fine-tuning run leaves beside the model: learning curves, a card, and the upload of what is public.
+"""What a fine-tuning run leaves beside the model: learning curves and a card.
 
 The folder itself is listed in `hf_regvit.finetuning.finetune`.
 """
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .configuration_regvit import RegViTConfig
 from .figures import save_figure
-from .finetuning_arguments import FinetuningArguments
 from .run_folder import read_metrics
-
-logger = logging.getLogger(__name__)
-
-# The recipe holds paths of this machine and checkpoints its state, so nothing is uploaded that is not listed here.
-PUBLIC = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.py", "preprocessor_config.json", "README.md")
-PUBLIC += ("metrics.json", "*.png", "confusion_matrix.csv")
+from .upload import may_be_published
 
 
 def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None:
@@ -89,7 +82,8 @@ def write_finetuning_card(
         + ")",
     }
     lines = "\n".join(f"| {name} | {text.replace('|', '/')} |" for name, text in table.items())
-    gallery = "\n".join(f"![{Path(name).stem}]({name})\n" for name in pictures)
+    # The card may be published; pictures that show images of the data are not.
+    gallery = "\n".join(f"![{Path(name).stem}]({name})\n" for name in pictures if may_be_published(name))
     rows_, columns = config.patch_shape
     (folder / "README.md").write_text(
         f"""---
@@ -129,20 +123,3 @@ _PIPELINES = {
 
 def _is_speed(name: str) -> bool:
     return name in ("runtime", "samples_per_second", "steps_per_second", "epoch")
-
-
-def push_folder(folder: Path, args: FinetuningArguments) -> str:
-    """Uploads model, processor, code files, card, metrics and pictures; returns the address of the commit.
-
-    Recipe, environment, checkpoints and lists of bad images stay here: they name files of this machine.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or folder.resolve().name
-    repository = api.create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
-    commit = api.upload_folder(
-        repo_id=repository, folder_path=folder, allow_patterns=list(PUBLIC), commit_message="Fine-tuned with hf_regvit"
-    )
-    logger.info("Uploaded to %s.", commit.commit_url)
-    return str(commit.commit_url)

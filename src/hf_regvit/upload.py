@@ -32,6 +32,7 @@ CODE_FILES = ("configuration_regvit.py", "modeling_regvit.py")
 CARD = "README.md"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
+_ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of a fine-tuned model; no picture of its data
 _FOLDERS = {"figures": {".png", ".svg"}, "reports": {".json", ".jsonl", ".html"}}
 
 # The Hub answers so when it is busy, restarting or has just taken another commit.

@@ -89,7 +89,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "finetuning_arguments": set(),
     "finetuning_data": {"data", "images", "finetuning_arguments"},
     "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
-    "finetuning_folder": MODEL | {"figures", "finetuning_arguments", "run_folder"},
+    "finetuning_folder": MODEL | {"figures", "run_folder", "upload"},
     "finetuning_dense": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
     "finetuning": JOBS
     | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification"}

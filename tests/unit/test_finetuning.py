@@ -630,7 +630,6 @@ def test_from_scratch_and_nothing_to_start_from(tmp_path):
         ({"preset": "tiny", "model_name_or_path": "x"}, "a preset is for a model from scratch"),
         ({"data": "a", "train_dir": "b"}, "expected one of them"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
-        ({"hub_strategy": "every_save"}, "expected one of end"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(tmp_path, options, message):
