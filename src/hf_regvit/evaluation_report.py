@@ -271,9 +271,11 @@ class EvaluationTable:
         if several:
             head.insert(5, f"ahead of {self.reports[0].model}")
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        protocols: dict[str, str] = {}
+        protocols: dict[tuple[str, str], list[str]] = {}  # models may differ in what stands for an image
         for score, report, reference in self.rows():
-            protocols[score.task] = score.protocol
+            users = protocols.setdefault((score.task, score.protocol), [])
+            if report.model not in users:
+                users.append(report.model)
             cells = [
                 score.task,
                 score.metric,
@@ -290,7 +292,9 @@ class EvaluationTable:
                 cells.insert(5, "" if reference is None else score.show(*score.difference(reference), signed=True))
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
         lines += ["", "images: fitted on / judged. Intervals: 2,000 resamples of the judged images, paired.", ""]
-        lines += [f"- {task}: {protocol}" for task, protocol in protocols.items()]
+        for (task, protocol), users in protocols.items():
+            shared = len(users) == len(self.reports)
+            lines.append(f"- {task}{'' if shared else f' ({", ".join(users)})'}: {protocol}")
         for report in self.reports:
             lines += [f"- {report.model}: {note}" for note in report.notes]
             cached = f", others from the cache (worth {report.cached_seconds:.1f} s)" if report.cached_seconds else ""
