@@ -454,7 +454,7 @@ class _Page:
         names = list(self.explorer.models)
         description = self.explorer.descriptions[names[0]]
         self.upload = gr.File(
-            label="Your picture", show_label=False, file_types=["image"], height=116, elem_id="upload"
+            label="Your picture", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
         thumbnails = "".join(
             f'<button type=button title="{name}" data-name="{name}"><img alt="{name}" '

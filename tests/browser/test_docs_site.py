@@ -1,0 +1,72 @@
+"""The documentation in a real browser: quiet, whole, readable on a phone, searchable, nothing from other servers."""
+
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import expect
+
+pytestmark = pytest.mark.browser
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    "index",
+    "how_to/look_into_a_model",
+    "concepts/artifacts",
+    "reference/models",
+    "reference/command_line",
+    "faq",
+]
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    site = tmp_path_factory.mktemp("site")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site)))
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
+def test_pages_are_whole_quiet_and_offline(browser, screenshots, address, name, width, height):
+    page = browser.new_page(viewport={"width": width, "height": height})
+    messages, requests = [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.on("request", lambda request: requests.append(request.url))
+    for path in PAGES:
+        page.goto(f"{address}{path}.html", wait_until="networkidle")
+        assert page.locator("h1").count() == 1, path
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{path} scrolls sideways"
+        broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src)")
+        assert broken == [], path
+        page.screenshot(path=screenshots / f"docs_{path.replace('/', '_')}_{name}.png", full_page=path == "index")
+    assert messages == []
+    assert [url for url in requests if not url.startswith((address, "data:", "blob:"))] == []
+    page.close()
+
+
+def test_search_finds_a_class(browser, address):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"{address}index.html")
+    page.get_by_role("textbox", name="Search").fill("PretrainingArguments")
+    expect(page.locator(".md-search-result__list a").first).to_be_visible(timeout=30_000)
+    assert "PretrainingArguments" in page.locator(".md-search-result__list").inner_text()
+    page.close()
