@@ -293,8 +293,8 @@ class EvaluationTable:
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
         lines += ["", "images: fitted on / judged. Intervals: 2,000 resamples of the judged images, paired.", ""]
         for (task, protocol), users in protocols.items():
-            shared = len(users) == len(self.reports)
-            lines.append(f"- {task}{'' if shared else f' ({", ".join(users)})'}: {protocol}")
+            whose = "" if len(users) == len(self.reports) else f" ({', '.join(users)})"
+            lines.append(f"- {task}{whose}: {protocol}")
         for report in self.reports:
             lines += [f"- {report.model}: {note}" for note in report.notes]
             cached = f", others from the cache (worth {report.cached_seconds:.1f} s)" if report.cached_seconds else ""
