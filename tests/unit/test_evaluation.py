@@ -554,3 +554,15 @@ def test_two_models_on_the_command_line(folders, data, capsys):
     assert table.reports[0].cached_seconds > 0  # of the second run
     assert cli.main([*args, "--tasks", "knm"]) == 1
     assert "Did you mean 'knn'?" in capsys.readouterr().err
+
+
+def test_protocols_of_models_that_differ_stand_apart():
+    tables = []
+    for kind in ("CLS", "mean patch"):
+        scores = tuple(score_features(clusters(30, 0, kind), clusters(12, 1, kind), tasks=["knn", "retrieval"]))
+        tables.append(EvaluationReport(f"model with {kind}", "clusters", 0, {}, scores))
+    text = EvaluationTable(tuple(tables)).markdown()
+    assert "- knn (model with CLS): votes of the k nearest CLS vectors" in text
+    assert "- knn (model with mean patch): votes of the k nearest mean patch vectors" in text
+    alone = EvaluationTable((tables[0],)).markdown()
+    assert "- knn: votes of the k nearest CLS vectors" in alone
