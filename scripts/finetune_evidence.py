@@ -11,7 +11,6 @@ step, steps, learning rate and seed; everything else is its own default. Results
 
 import argparse
 import json
-import math
 import os
 import platform
 import resource
@@ -22,19 +21,14 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from hf_regvit.classification import wilson_interval
+
 MODES = {
     "full": ["--learning_rate", "3e-4", "--layer_decay", "0.8", "--head_learning_rate_multiplier", "5"],
     "lora": ["--learning_rate", "1e-3", "--head_learning_rate_multiplier", "3"],
     "linear": ["--learning_rate", "1e-2"],
 }
 PEER = ["--learning_rate", "3e-4", "--ignore_mismatched_sizes", "True", "--remove_unused_columns", "False"]
-
-
-def wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """95 % interval of a share. Source: Wilson 1927."""
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return middle - half, middle + half
 
 
 def timed(command: Sequence[str], log: Path, threads: int) -> dict[str, float]:
@@ -101,7 +95,7 @@ def main() -> None:
     print(f"{platform.machine()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}\n")
     print("| run | top-1 | 95 % | seconds | processor seconds |\n|---|---:|---|---:|---:|")
     for name, result in results.items():
-        low, high = wilson(result["accuracy"], result["images"])
+        low, high = wilson_interval(result["accuracy"], result["images"])
         print(
             f"| {name} | {result['accuracy']:.1%} | {low:.1%} to {high:.1%} | {result['seconds']:.0f} | "
             f"{result['processor_seconds']:.0f} |"

@@ -4,6 +4,7 @@ Shape letters: B images, C classes, S side of an image in pixels.
 """
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -314,6 +315,13 @@ def classification_loss(
     return losses.mean()
 
 
+def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a share of n images. Source: Wilson, "Probable inference", 1927."""
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
 class ClassificationMetrics:
     """Top-1, top-5, mean accuracy of the classes and macro F1 from one confusion matrix, batch by batch.
 
@@ -343,7 +351,7 @@ class ClassificationMetrics:
         self.in_first_five += int((scores.topk(k).indices == truth[:, None]).any(-1).sum())
 
     def compute(self) -> dict[str, float]:
-        """Shares in [0, 1]; classes without an image are left out of the means over classes."""
+        """Shares in [0, 1], the accuracy with its 95 % interval; means over classes leave out those without images."""
         confusion = self.confusion.double()
         right, true, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
         n, present = max(float(true.sum()), 1.0), true > 0
@@ -352,6 +360,7 @@ class ClassificationMetrics:
             "mean_class_accuracy": float((right / true.clamp(min=1))[present].mean()) if present.any() else 0.0,
             "f1": float((2 * right / (true + said).clamp(min=1))[present].mean()) if present.any() else 0.0,
         }
+        metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(metrics["accuracy"], n)
         if self.num_classes > 5:
             metrics["top5_accuracy"] = self.in_first_five / n
         return metrics | ({"skipped_images": float(self.skipped)} if self.skipped else {})

@@ -151,6 +151,7 @@ class SignalAt(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.slow
 def test_f60_a_signal_saves_and_the_run_goes_on_exactly(tmp_path):
     options = {"eval_strategy": "no", "drop_path_rate": 0.2}
     unbroken, _ = run(tmp_path / "a", **options)
@@ -161,7 +162,7 @@ def test_f60_a_signal_saves_and_the_run_goes_on_exactly(tmp_path):
     assert same_state(unbroken.state_dict(), resumed.state_dict())
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
 def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypatch, mode):
     with FakeHub() as hub:
         connect(monkeypatch, hub)

@@ -202,6 +202,7 @@ def test_smoothed_cross_entropy_is_that_of_torch():
 
 
 def test_metrics_equal_those_of_scikit_learn():
+    from scipy.stats import binomtest
     from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, top_k_accuracy_score
 
     rng = np.random.default_rng(0)
@@ -216,6 +217,8 @@ def test_metrics_equal_those_of_scikit_learn():
     assert result["f1"] == pytest.approx(f1_score(truth, said, average="macro"))
     assert result["top5_accuracy"] == pytest.approx(top_k_accuracy_score(truth, scores, k=5))
     assert result["skipped_images"] == 2
+    interval = binomtest(int((said == truth).sum()), 60).proportion_ci(method="wilson")
+    assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((interval.low, interval.high), abs=1e-6)
 
 
 # ---- Order and draws ---------------------------------------------------------------------------------------------
@@ -479,7 +482,9 @@ HARD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("mode", "stop"), [("full", 2), ("full", 6), ("lora", 4)])  # 6 ends an epoch, 2 and 4 do not
+@pytest.mark.parametrize(
+    ("mode", "stop"), [("full", 2), pytest.param("full", 6, marks=pytest.mark.slow), ("lora", 4)]
+)  # 6 ends an epoch, 2 and 4 do not
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, mode, stop):
     options = {**HARD, "mode": mode, "lora_dropout": 0.2, "save_total_limit": None}
     unbroken, _ = run(tmp_path / "a", **options)
@@ -511,7 +516,7 @@ def backbone_head(tmp_path):
     return opened(tmp_path)[0].classifier.weight
 
 
-@pytest.mark.parametrize("mode", ["full", "lora"])
+@pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_result_is_the_best_checkpoint_in_every_tensor(tmp_path, mode):
     """Learning that is made to fall apart: a rate that explodes after the first epoch."""
 
@@ -545,6 +550,7 @@ def test_the_result_is_the_best_checkpoint_in_every_tensor(tmp_path, mode):
     assert [folder.name for folder in list_checkpoints(tmp_path)].count(f"checkpoint-{best}") == 1
 
 
+@pytest.mark.slow
 def test_early_stopping_counts_over_a_resumed_run(tmp_path):
     options = {"early_stopping_patience": 2, "num_train_epochs": 8, "learning_rate": 1e-12, "save_total_limit": None}
     run(tmp_path / "a", **options)
@@ -604,7 +610,8 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
     assert rows[1] == "blue,3,0,0"
     card = (tmp_path / "README.md").read_text()
     assert str(tmp_path) not in card
-    assert "accuracy 1" in card
+    assert "accuracy 1," in card
+    assert metrics["eval"]["accuracy_low"] == pytest.approx(0.7009, abs=1e-4)  # 9 of 9
     recipe = yaml.safe_load((tmp_path / "resolved_recipe.yaml").read_text())
     assert (recipe["mode"], recipe["learning_rate"]) == ("full", 1e-2)
     for name in ("curves.png", "confusion_matrix.png"):
