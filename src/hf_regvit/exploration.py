@@ -5,6 +5,7 @@ in a picture is (x, y), each in [0, 1) from the top left, so that it means the s
 """
 
 import hashlib
+import logging
 import math
 import threading
 from collections import OrderedDict
@@ -30,6 +31,8 @@ from .features import (
 from .figures import TokenMaps, pca_colors
 from .images import photographs
 from .lost import LostResult, LostSettings, lost_box
+
+logger = logging.getLogger(__name__)
 
 # Of 288 settings on a ViT-Tiny with artifacts these were first or second on both data sets (scripts/lost_evidence.py).
 LOST_SETTINGS = LostSettings(feature="k", center="row", l2norm=True)
@@ -299,6 +302,7 @@ class Explorer:
     def _find_cutoffs(self, name: str, pictures: Sequence[Image.Image]) -> dict[int, float]:
         """Of every block with a distinct group of high norms: where it begins. One picture has too few patches."""
         model, description = self.models[name][0], self.descriptions[name]
+        logger.info("Reading %d pictures in %s, to learn which norms are usual in it.", len(pictures), name)
         layers = tuple(range(1, description.num_layers + 1))
         transform = self._transform(name, self.default_side(name), keep_aspect=False)
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}

@@ -227,6 +227,7 @@ def test_features_are_those_of_extraction(explorer, picture, tmp_path):
         assert len(archive.namelist()) == 2
 
 
+@pytest.mark.slow
 def test_figures_are_pictures(explorer, picture, tmp_path):
     question = Question(("plain",), side=32, layer=3)
     path = write_figures(look(explorer, picture, question), picture, question, tmp_path)
@@ -357,6 +358,7 @@ def test_header_of_the_space():
     assert "REGVIT_MODEL" in text
 
 
+@pytest.mark.slow
 def test_the_space_builds(tmp_path, monkeypatch):
     torch.manual_seed(0)
     sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
