@@ -434,9 +434,7 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
     share = torch.tensor(report.outliers["position_map"])
     blank = Image.new("RGB", (share.shape[1] * 16, share.shape[0] * 16))
     figures["positions"], axes = _panels(blank, 1)
-    _draw_map(
-        axes[0], blank, share, f"share of images with an outlier here, up to {share.max():.0%}", cmap=_NORM_COLORS
-    )
+    _draw_map(axes[0], blank, share, f"outliers: in up to {share.max():.0%} of images", cmap=_NORM_COLORS)
     for number, example in enumerate(report.examples):
         image = Image.open(BytesIO(base64.b64decode(example["picture"]))).convert("RGB")
         rows = [] if example["attention_cls"] is None else [example["attention_cls"]]

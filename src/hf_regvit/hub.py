@@ -187,7 +187,7 @@ def _save_model(model: Any, output: Path, *, max_shard_size: str) -> None:
     model.save_pretrained(output, max_shard_size=max_shard_size)
     path = output / "config.json"
     config = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in _FORBIDDEN_FIELDS}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_processor(checkpoint: Path, output: Path) -> None:
@@ -248,6 +248,7 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pict
     if "bimodal" in content:
         report = ArtifactReport.load(path)
         facts["artifacts"] = _add_diagnosis(report, output, example_pictures=example_pictures)
+        facts.setdefault("environment", ", ".join(f"{name} {number}" for name, number in report.versions.items()))
     elif "reports" in content and "models" not in content:
         table = EvaluationTable.load(path)
         _write_report(output, "evaluation.json", [report.summary() for report in table.reports])
@@ -282,9 +283,26 @@ def _add_diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bo
         verdict=report.verdict,
         summary=report.summary(),
         num_images=report.num_images,
-        preprocessing=str(report.settings.get("preprocessing", "pictures prepared by the model's own processor")),
+        preprocessing=_preprocessing_words(str(report.settings.get("preprocessing", ""))),
         figures=tuple(figures),
     )
+
+
+def _preprocessing_words(text: str) -> str:
+    """What `diagnose` keeps as JSON of the processor, as part of a sentence."""
+    try:
+        processor = json.loads(text)
+    except json.JSONDecodeError:
+        return text or "pictures prepared by the model's own processor"
+
+    def size(value: Any) -> str:
+        return " x ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+    steps = [f"resized to {size(processor['size'])}"] if processor.get("do_resize") else []
+    if processor.get("do_center_crop"):
+        steps.append(f"cropped to {size(processor['crop_size'])}")
+    steps.append(f"mean {processor.get('image_mean')}, standard deviation {processor.get('image_std')}")
+    return ", ".join(steps)
 
 
 def evaluation_facts(table: EvaluationTable) -> dict[str, tuple[Any, ...]]:

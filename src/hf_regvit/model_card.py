@@ -173,7 +173,8 @@ def environment_words(environment: Mapping[str, Any]) -> str:
     if not environment:
         return ""
     packages = ", ".join(f"{name} {number}" for name, number in environment["packages"].items() if name != "hf_regvit")
-    where = f"{environment['processes']} process(es) on {environment['device']}"
+    count = environment["processes"]
+    where = f"{count} process{'' if count == 1 else 'es'} on {environment['device']}"
     return f"{where}, Python {environment['python']}, {packages}"
 
 
@@ -374,7 +375,7 @@ def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
     ]  # fmt: skip
     labels = config.get("id2label") or {}
     if facts.model_class in ("RegViTForImageClassification", "RegViTForSemanticSegmentation"):
-        names = [str(name) for name in labels.values()]
+        names = [str(labels[key]) for key in sorted(labels, key=int)]
         shown = ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         rows.append(("classes", f"{len(names)}: {shown}"))
     if facts.model_class == "RegViTForDepthEstimation":

@@ -75,7 +75,6 @@ def dense_processor():
 
 
 CHECKPOINTS = {
-    "RegViTModel": (RegViTModel, None, {"image-feature-extraction"}),
     "RegViTForImageClassification": (
         RegViTForImageClassification, None, {"image-feature-extraction", "image-classification"}
     ),
@@ -91,7 +90,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_every_class_is_verified_by_a_stranger(tmp_path, name):
     model_class, processor, pipelines = CHECKPOINTS[name]
-    registers = 0 if name == "RegViTModel" else 4
+    registers = 0 if name == "RegViTForImageClassification" else 4
     folder = saved(tiny(model_class, num_register_tokens=registers), tmp_path / "model", processor)
     bundle(folder, tmp_path / "bundle", card={"license": "mit"})
     found = verify(tmp_path / "bundle", original=folder)

@@ -244,6 +244,16 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
         read_bundle(folder)
 
 
+def test_preprocessing_in_words():
+    from hf_regvit.hub import _preprocessing_words
+
+    processor = {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "image_mean": [0.5],
+                 "crop_size": {"height": 224, "width": 200}, "image_std": [0.2]}  # fmt: skip
+    words = _preprocessing_words(json.dumps(processor))
+    assert words == "resized to 256, cropped to 224 x 200, mean [0.5], standard deviation [0.2]"
+    assert _preprocessing_words("center crop 224") == "center crop 224"
+
+
 # --- Pushes
 
 

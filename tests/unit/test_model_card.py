@@ -149,6 +149,12 @@ def test_names_of_other_people_stay_text():
     assert len(re.findall(r"(?<!\\)\|", row)) == 3
 
 
+def test_classes_come_in_their_order():
+    config = {**CONFIG, "architectures": ["RegViTForImageClassification"]}
+    config["id2label"] = {str(number): f"kind {number}" for number in (0, 10, 11, 1, 2)}
+    assert "| classes | 5: kind 0, kind 1, kind 2, kind 10, kind 11 |" in render_card(facts(config=config))
+
+
 def test_a_model_without_numbers_says_so():
     text = render_card(facts())
     for expected in ("Not evaluated:", "Not diagnosed.", "Its quality has not been measured.", "images are not known"):
