@@ -73,7 +73,7 @@ class JointTransform:
             raise DenseDataError(f"The map is {target.shape[::-1]}, its image {image.size}; expected one size.")
         factor = rng.uniform(*self.scale) * (self.shorter_side or min(self.size)) / min(image.size)
         width, height = (max(1, round(side * factor)) for side in image.size)
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))  # a copy that may be written to
         target = resize_map(target, (height, width))
         inside = np.ones((height, width), dtype=bool)
         if self.rotation and rng.random() < 0.5:
@@ -94,7 +94,7 @@ class JointTransform:
         places = np.arange(1, target.size + 1, dtype=np.int32).reshape(target.shape)
         picked = np.asarray(Image.fromarray(places).rotate(degrees, Image.Resampling.NEAREST))
         values = np.concatenate([np.array([self.fill], dtype=target.dtype), target.ravel()])[picked]
-        return np.asarray(turned), values, picked > 0
+        return np.array(turned), values, picked > 0
 
     def _crop_place(self, target: Array, rng: np.random.Generator) -> tuple[int, int]:
         free = [max(0, have - want) for have, want in zip(target.shape, self.size)]
