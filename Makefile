@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -44,8 +44,11 @@ format: $(VENV)/installed-dev ## rewrite the code in the house style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(VENV)/installed-dev ## the documentation as a site in site/, warnings are errors
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
 bench: $(VENV)/installed-dev ## time RegViT beside transformers and timm (long; ARGS="--models small" for less)
 	$(BIN)/python scripts/bench_inference.py $(ARGS)
 
 clean: ## remove the environment, caches and runs
-	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache runs build dist
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache runs site build dist
