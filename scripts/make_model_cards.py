@@ -51,8 +51,9 @@ def photos(work: Path, cards: Path) -> None:
         work, cards, "regvit-photos-demo", run, diagnosis, scores, "--license", "apache-2.0",
         "--data_license", "the photographs inside scikit-image and scikit-learn: public domain, CC0 and CC BY, as "
         "listed there",
-        "--description", "Made by `make demo`, which takes five minutes on two idle cores. It shows how the pieces fit "
-        "together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 photographs that it saw.",
+        "--description", "Made by `make demo`, which takes five minutes on two idle cores. It shows how the pieces "
+        "fit together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 photographs "
+        "that it saw.",
     )  # fmt: skip
 
 
