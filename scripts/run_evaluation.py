@@ -1,4 +1,4 @@
-"""Evaluate frozen backbones: `run_evaluation.py --model A --model B --tasks lost --data images.parquet`."""
+"""Evaluate frozen backbones: `run_evaluation.py --model A --model B --tasks knn linear --data FOLDER`."""
 
 import sys
 
