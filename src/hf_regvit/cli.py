@@ -18,7 +18,7 @@ USAGE = """usage: regvit COMMAND [options]
 commands:
   data-check read a data set once: counts, sizes, duplicates, bad images, what a run would use
   pretrain   train a RegViT on images without labels, the DINOv2 way
-  finetune   train on labelled images: classification; head, low-rank updates or everything
+  finetune   train on labelled images: classes, masks or depth; head, low-rank updates or everything
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
   diagnose   find artifact tokens: where, how many, what they are like; several models make a table
   extract    write CLS, register and patch tokens of many images to files, for any supported model
