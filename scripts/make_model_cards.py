@@ -52,8 +52,8 @@ def photos(work: Path, cards: Path) -> None:
         "--data_license", "the photographs inside scikit-image and scikit-learn: public domain, CC0 and CC BY, as "
         "listed there",
         "--description", "Made by `make demo`, which takes five minutes on two idle cores. It shows how the pieces "
-        "fit together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 photographs "
-        "that it saw.",
+        "fit together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 "
+        "photographs that it saw.",
     )  # fmt: skip
 
 

@@ -126,7 +126,9 @@ def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("token", "said"), [("hf_" + "x" * 34, "does not know the token"), (READ_TOKEN, "may not write")]
+    ("token", "said"),
+    [("hf_" + "x" * 34, "does not know the token"), (READ_TOKEN, "may not write")],
+    ids=["unknown", "read only"],
 )
 def test_f65_a_token_that_may_not_write_is_refused_before_training(hub, tmp_path, monkeypatch, token, said):
     monkeypatch.setenv("HF_TOKEN", token)
