@@ -100,8 +100,8 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data_license", "caltech101: CC BY 4.0; before that ImageNet: non-commercial research",
         "--description", f"Four registers were added to a trained ViT-Tiny, which was then fine-tuned for {steps} "
-        "steps of 16 images. So short a training shows how it is done. Whether the artifact tokens are gone, the "
-        "diagnosis below says; it is the same as on the card of the model without registers.",
+        "steps of 16 images. So short a training shows how it is done, not how artifacts are removed: compare the "
+        "diagnosis below with the one of the model without registers. The kNN is fitted on images of the fine-tuning.",
     )  # fmt: skip
 
 

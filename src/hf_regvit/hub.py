@@ -285,6 +285,7 @@ def _add_diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bo
         num_images=report.num_images,
         preprocessing=_preprocessing_words(str(report.settings.get("preprocessing", ""))),
         figures=tuple(figures),
+        has_outliers=report.bimodal,
     )
 
 

@@ -66,6 +66,7 @@ class CardArtifacts:
     num_images: int
     preprocessing: str
     figures: tuple[CardFigure, ...] = ()
+    has_outliers: bool = False
 
 
 @dataclass(frozen=True)
@@ -424,6 +425,8 @@ def _limits(facts: CardFacts) -> list[str]:
     limits = list(facts.limits)
     if not facts.scores:
         limits.append("Its quality has not been measured.")
+    if facts.artifacts and facts.artifacts.has_outliers:
+        limits.append("A few patch tokens are artifacts, see above: dense features and attention maps show them.")
     if not facts.data:
         limits.append("Its training images are not known, so neither are their biases.")
     limits.append("It has not been tested for bias, for robustness or for use on people, and is not meant to decide.")

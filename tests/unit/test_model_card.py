@@ -161,6 +161,10 @@ def test_a_model_without_numbers_says_so():
         assert expected in text
     full = render_card(full_facts())
     assert "Not evaluated" not in full
+    assert "are artifacts, see above" not in full
+    assert "are artifacts, see above" in render_card(
+        full_facts(artifacts=CardArtifacts("Some.", "model", 100, "resized", has_outliers=True))
+    )
     assert "quality has not been measured" not in full
 
 
