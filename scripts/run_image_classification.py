@@ -1,4 +1,4 @@
-"""Fine-tune a vision transformer on labelled images.
+r"""Fine-tune a vision transformer on labelled images.
 
     python scripts/run_image_classification.py --model_name_or_path runs/mine/backbone --train_dir photos/train \\
         --validation_dir photos/validation --output_dir runs/classifier
