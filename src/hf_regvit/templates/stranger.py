@@ -8,10 +8,11 @@ import importlib.abc
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 class _Hide(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         if name.split(".")[0] == "hf_regvit":
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
@@ -30,7 +31,7 @@ from PIL import Image  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 
 
-def in_fresh_memory(model):
+def in_fresh_memory(model: torch.nn.Module) -> torch.nn.Module:
     """Weights where torch would allocate them: kernels round differently for the mapped file's addresses."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -41,7 +42,8 @@ bundle, folder = sys.argv[1], Path(sys.argv[2])
 torch.set_num_threads(int(sys.argv[3]))
 transformers.utils.logging.disable_progress_bar()
 questions = json.loads((folder / "questions.json").read_text())
-tensors, facts = {}, {"classes": {}, "pipelines": {}}
+tensors: dict[str, torch.Tensor] = {}
+facts: dict[str, Any] = {"classes": {}, "pipelines": {}}
 processor = transformers.AutoImageProcessor.from_pretrained(bundle)
 facts["processor"] = type(processor).__name__
 images = [Image.open(folder / name).convert("RGB") for name in questions["images"]]
