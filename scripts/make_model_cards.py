@@ -17,7 +17,7 @@ from pathlib import Path
 from hf_regvit.cli import main as regvit
 
 ROOT = Path(__file__).resolve().parents[1]
-VIT_TERMS = "no licence file at the source; presumably Apache-2.0 (augreg, Steiner et al. 2021)"
+VIT_TERMS = "no licence file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"
 IMAGENET = "ImageNet-1k (and, presumably, ImageNet-21k before)"
 
 
@@ -49,8 +49,8 @@ def photos(work: Path, cards: Path) -> None:
                   "--tasks", "knn", "linear", "few_shot")  # fmt: skip
     keep(
         work, cards, "regvit-photos-demo", run, diagnosis, scores, "--license", "apache-2.0",
-        "--data_license", "the photographs inside scikit-image and scikit-learn: public domain, CC0 and CC BY, as "
-        "listed there",
+        "--data_license", "the photographs inside scikit-image and scikit-learn; their documentation names the "
+        "terms of each",
         "--description", "Made by `make demo`, which takes five minutes on two idle cores. It shows how the pieces "
         "fit together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 "
         "photographs that it saw.",
@@ -68,8 +68,8 @@ def converted(work: Path, data: Path, cards: Path, few: str) -> None:
                   "--tasks", "knn", "--max_images", few)  # fmt: skip
     keep(
         work, cards, "regvit-vit-tiny-converted", model, diagnosis, scores, "--origin", "converted",
-        "--license", "other", "--license_name", "unknown",
-        "--license_link", "https://github.com/codr-shiv/VisionTransformer",
+        "--license", "other", "--license_name", "unknown-see-base-model",
+        "--license_link", "https://arxiv.org/abs/2106.10270",
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data", f"{IMAGENET}, with labels, by the authors of the base model.",
         "--data_license", "ImageNet: non-commercial research",
@@ -95,8 +95,8 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
                   "--tasks", "knn", "--max_images", few)  # fmt: skip
     keep(
         work, cards, "regvit-vit-tiny-registers", run, diagnosis, scores, "--origin", "retrofitted",
-        "--license", "other", "--license_name", "unknown",
-        "--license_link", "https://github.com/codr-shiv/VisionTransformer",
+        "--license", "other", "--license_name", "unknown-see-base-model",
+        "--license_link", "https://arxiv.org/abs/2106.10270",
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data_license", "caltech101: CC BY 4.0; before that ImageNet: non-commercial research",
         "--description", f"Four registers were added to a trained ViT-Tiny, which was then fine-tuned for {steps} "

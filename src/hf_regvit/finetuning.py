@@ -19,6 +19,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -367,10 +368,25 @@ def optimizer_groups(model: nn.Module, args: FinetuningArguments) -> list[dict[s
 # ---- The model ---------------------------------------------------------------------------------------------------
 
 
-def open_for_task(
-    args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None
-) -> tuple[nn.Module, Any, list[str]]:
-    """The model of a run with the head of its task, its image processor, and what was changed, in sentences.
+@dataclass(frozen=True)
+class OpenedModel:
+    """What a run starts from.
+
+    Attributes:
+        network: with the head of the task, in training mode.
+        processor: its image processor.
+        changes: what differs from the model that was named, in sentences.
+        new_registers: whether registers were added.
+    """
+
+    network: nn.Module
+    processor: Any
+    changes: list[str]
+    new_registers: bool
+
+
+def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None) -> OpenedModel:
+    """The model of a run with the head of its task, and what was changed.
 
     Args:
         args: of the run.
@@ -382,6 +398,7 @@ def open_for_task(
         OSError: nothing can be read there.
     """
     changes: list[str] = []
+    new_registers = False
     processor = None
     source: Any = model
     if model is None:
@@ -396,6 +413,7 @@ def open_for_task(
                 "registers, which it was trained with. Leave the option out, or call resize_register_tokens first."
             )
         backbone.resize_register_tokens(args.num_register_tokens, seed=args.seed)
+        new_registers = True
         changes.append(
             f"The model had no registers; {args.num_register_tokens} trainable ones are added "
             "(--num_register_tokens). They start untrained, so accuracy may fall at first."
@@ -419,7 +437,7 @@ def open_for_task(
         changes.append("Its head is for the same classes and is kept.")
     elif not from_scratch:
         changes.append("The head is new.")
-    return network.train(), processor, changes
+    return OpenedModel(network.train(), processor, changes, new_registers)
 
 
 def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
@@ -583,9 +601,9 @@ def finetune(
     set_seed(args.seed)
     if task is None:
         task = _make_task(args)
-    network, processor, changes = open_for_task(args, task, model)
-    new_registers = any("trainable ones are added" in change for change in changes)
-    network = choose_trained(network, args, new_registers=new_registers)
+    opened = open_for_task(args, task, model)
+    processor, changes = opened.processor, opened.changes
+    network = choose_trained(opened.network, args, new_registers=opened.new_registers)
     if args.process_index == 0:
         start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
         logger.info("Starting from %s. %s", start, " ".join(changes))

@@ -255,7 +255,7 @@ AUGMENTED = {"augmentation": "three_augment", "color_jitter": 0.3, "random_erasi
 @pytest.mark.parametrize("options", [AUGMENTED, {"augmentation": "randaugment"}, {"augmentation": "crop"}])
 def test_augmentation_is_a_function_of_seed_epoch_image_and_repeat(tmp_path, options):
     args = arguments(tmp_path, **options)
-    _, processor, _ = open_for_task(args, task := ImageClassification(args, source(6), source(3)), backbone())
+    processor = open_for_task(args, task := ImageClassification(args, source(6), source(3)), backbone()).processor
     data, _ = task.datasets(processor)
     torch.manual_seed(1)
     first = data[3, 4, 1]
@@ -272,7 +272,7 @@ def test_augmentation_is_a_function_of_seed_epoch_image_and_repeat(tmp_path, opt
 def test_no_augmentation_is_the_processor_itself(tmp_path):
     args = arguments(tmp_path, augmentation="none")
     task = ImageClassification(args, source(6), source(6))
-    _, processor, _ = open_for_task(args, task, backbone())
+    processor = open_for_task(args, task, backbone()).processor
     train, validation = task.datasets(processor)
     for index in range(6):
         wanted = processor(images=picture(index, index % 3), return_tensors="pt")["pixel_values"][0]
@@ -320,7 +320,7 @@ def test_a_bad_training_image_is_recorded_and_replaced_with_the_label_of_its_rep
     args = arguments(tmp_path, augmentation="none", max_bad_share=0.5)
     train = source(6, broken=[2])
     task = ImageClassification(args, train, source(3))
-    _, processor, _ = open_for_task(args, task, backbone())
+    processor = open_for_task(args, task, backbone()).processor
     data, _ = task.datasets(processor)
     item = data[0, 2, 0]
     used = item["sample_ids"]
@@ -335,7 +335,7 @@ def test_a_bad_training_image_is_recorded_and_replaced_with_the_label_of_its_rep
 def test_bad_validation_images_are_left_out_of_the_metrics(tmp_path):
     args = arguments(tmp_path, max_bad_share=0.5)
     task = ImageClassification(args, source(6), source(6, broken=[1]))
-    _, processor, _ = open_for_task(args, task, backbone())
+    processor = open_for_task(args, task, backbone()).processor
     _, data = task.datasets(processor)
     assert data[1]["labels"] == IGNORED
     assert data[0]["labels"] == 0
@@ -345,7 +345,7 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
     args = arguments(tmp_path, max_bad_share=0.0)
     guard = bad_images(args, train := source(6, broken=[0]))
     task = ImageClassification(args, train, source(3))
-    _, processor, _ = open_for_task(args, task, backbone())
+    processor = open_for_task(args, task, backbone()).processor
     data, _ = task.datasets(processor)
     assert guard.max_bad_share == 0.0
     with pytest.raises(TooManyBadImagesError, match=r"max_bad_share=0 allows"):
@@ -358,8 +358,8 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
 def opened(tmp_path, *, model=None, **options):
     args = arguments(tmp_path, **options)
     task = ImageClassification(args, source(6), source(3))
-    network, _, changes = open_for_task(args, task, model or backbone())
-    return network, args, changes
+    start = open_for_task(args, task, model or backbone())
+    return start.network, args, start.changes
 
 
 def test_layer_decay_and_weight_decay_of_every_parameter(tmp_path):
@@ -438,7 +438,8 @@ def test_a_head_for_the_same_classes_is_kept_and_another_is_not(tmp_path):
     assert "kept" in " ".join(changes)
     args = arguments(tmp_path)
     task = ImageClassification(args, source(6, names=("red", "green", "blue")), None)
-    network, _, changes = open_for_task(args, task, first)
+    start = open_for_task(args, task, first)
+    network, changes = start.network, start.changes
     assert not torch.equal(network.classifier.weight, first.classifier.weight)
     assert "The head is new." in changes
 
@@ -449,7 +450,7 @@ def test_another_image_size_changes_positions_and_processor(tmp_path):
     assert network.regvit.embeddings.position_embeddings.shape[1] == 1 + 16
     assert any("resampled from 2 x 2 to 4 x 4" in change for change in changes)
     task = ImageClassification(args, source(6), source(3))
-    _, processor, _ = open_for_task(args, task, backbone())
+    processor = open_for_task(args, task, backbone()).processor
     assert processor(images=picture(0, 0), return_tensors="pt")["pixel_values"].shape[-2:] == (32, 32)
 
 
