@@ -2,7 +2,6 @@
 
 import os
 import platform
-import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 _OK, _NOTE, _BAD = "ok", "note", "bad"
 _PACKAGES = (
@@ -94,33 +98,15 @@ def _python() -> Finding:
     return Finding("python", _OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
-def _numbers(text: str) -> tuple[int, ...]:
-    """`2.9.1+cpu` as (2, 9, 1)."""
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(int(part) for part in found[0].split(".")) if found else ()
-
-
-def _fits(found: str, specifier: str) -> bool:
-    """Whether a version meets bounds such as `>=5.15,<6`; the words that our own requirements use."""
-    for operator, bound in re.findall(r"(>=|<=|<|>|==)\s*([\w.]+)", specifier):
-        ours, theirs = _numbers(found), _numbers(bound)
-        length = max(len(ours), len(theirs))
-        ours, theirs = (numbers + (0,) * (length - len(numbers)) for numbers in (ours, theirs))
-        holds = {
-            ">=": ours >= theirs, "<=": ours <= theirs, "<": ours < theirs, ">": ours > theirs, "==": ours == theirs
-        }  # fmt: skip
-        if not holds[operator]:
-            return False
-    return True
+def _fits(found: str, bounds: str) -> bool:
+    """Whether a version meets bounds such as `>=5.15,<6`; a development build counts as its release."""
+    return SpecifierSet(bounds).contains(Version(found).base_version, prereleases=True)
 
 
 def _required() -> dict[str, str]:
     """Our own requirements without those of extras: name to bounds."""
-    bounds = {}
-    for line in requires("hf_regvit") or ():
-        if ";" not in line and (found := re.match(r"([\w.-]+)\s*(.*)", line)):
-            bounds[found[1].lower().replace("_", "-")] = found[2]
-    return bounds
+    wanted = [Requirement(line) for line in requires("hf_regvit") or ()]
+    return {canonicalize_name(one.name): str(one.specifier) for one in wanted if one.marker is None}
 
 
 def _packages() -> Finding:
@@ -145,8 +131,8 @@ def _packages() -> Finding:
 
 def torch_for_torchvision() -> str:
     """What the installed torchvision asks of torch, such as `==2.9.1`; empty if it does not say."""
-    lines = [re.match(r"torch\s*\(?([=<>!~\d.,\s]+)", line) for line in requires("torchvision") or ()]
-    return next((found[1].strip() for found in lines if found), "")
+    wanted = [Requirement(line) for line in requires("torchvision") or ()]
+    return next((str(one.specifier) for one in wanted if one.name == "torch"), "")
 
 
 def _torch_pair() -> Finding:
@@ -231,9 +217,11 @@ def _hub() -> Finding:
 
 _TEST = """
 import tempfile
+import time
 import torch
-torch.manual_seed(0)
 from hf_regvit import RegViTConfig, RegViTModel
+started = time.perf_counter()
+torch.manual_seed(0)
 config = RegViTConfig(image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
 model = RegViTModel(config)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -254,6 +242,7 @@ with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     off = (again(pixels).last_hidden_state - model(pixels).last_hidden_state).abs().max().item()
 assert off < 1e-5, f"the loaded model differs by {off}"
 assert output.register_tokens.shape == (4, 4, 32) and output.patch_tokens.shape == (4, 16, 32)
+print(f"{time.perf_counter() - started:.1f}")
 """
 
 
@@ -277,4 +266,5 @@ def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("self-test", _BAD, last)
-    return Finding("self-test", _OK, f"a tiny model trains, is saved and loaded again, {took:.1f} s with the imports")
+    text = "a tiny model trains, is saved and loaded again"
+    return Finding("self-test", _OK, f"{text}: {done.stdout.strip()} s, {took:.1f} s with the imports")
