@@ -504,7 +504,9 @@ class RegViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _input_embed_layer = "patch_embeddings"
+    # The whole embedding, not the patches alone: FSDP2 shards what is named here after `_no_split_modules`, and fails
+    # where one of them lies inside the other.
+    _input_embed_layer = "embeddings"
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"(^|\.)pooler\."]
 
     def __init__(self, config: RegViTConfig, *args, **kwargs):

@@ -19,6 +19,7 @@ def run(tmp_path_factory):
     one = {
         "full": outcome(folder / "one"),
         "lora": outcome(folder / "one_lora", mode="lora"),
+        "linear": outcome(folder / "one_linear", mode="linear"),
         "registers": outcome(
             folder / "one_registers", mode="linear", model=backbone(num_register_tokens=0), num_register_tokens=2
         ),
@@ -69,3 +70,15 @@ def test_f60_a_signal_to_one_process_stops_both_and_the_run_goes_on_exactly(run)
     for result, unbroken in zip(run("signal"), run("full"), strict=True):
         assert result["message"].startswith("SIGTERM after step 2 of 6")
         assert same_state(result["resumed"]["state"], unbroken["state"])
+
+
+@pytest.mark.parametrize("mode", ["full", "lora", "linear"])
+def test_sharded_processes_equal_one(run, mode):
+    for result in run("fsdp"):
+        for key, value in result[mode]["state"].items():
+            torch.testing.assert_close(value, run.one[mode]["state"][key], atol=1e-5, rtol=0, msg=key)
+
+
+def test_a_sharded_run_goes_on_exactly(run):
+    for result in run("fsdp"):
+        assert same_state(result["resumed"]["state"], result["full"]["state"])

@@ -2,6 +2,7 @@
 
 import os
 import socket
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
 from hf_regvit.checkpoints import TrainingInterrupted
+from hf_regvit.finetuning import FinetuningTrainer
 from tiny_finetune import backbone, run, source
 
 # Adam divides a gradient by its own size, so the rounding of one near zero would become a whole step.
@@ -68,6 +70,33 @@ def interrupted(folder: Path, **overrides) -> dict:
     return {}
 
 
+@contextmanager
+def sharding():
+    """Makes accelerate shard over CPU processes too, which it only does for accelerators."""
+    from accelerate.state import DistributedType, PartialState
+
+    create = FinetuningTrainer.create_accelerator_and_postprocess
+
+    def pretend(self):
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        create(self)
+
+    FinetuningTrainer.create_accelerator_and_postprocess = pretend
+    try:
+        yield {"fsdp": True}
+    finally:
+        FinetuningTrainer.create_accelerator_and_postprocess = create
+
+
+def sharded(folder: Path, **overrides) -> dict:
+    """Every mode with FSDP2, and a run that ends after its first epoch and goes on."""
+    with sharding() as fsdp:
+        results = {mode: outcome(folder / mode, mode=mode, **fsdp, **overrides) for mode in ("full", "lora", "linear")}
+        overrides["resume_from_checkpoint"] = str(folder / "full" / "checkpoint-3")
+        results["resumed"] = outcome(folder / "resumed", **fsdp, **overrides)
+    return results
+
+
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     half = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
@@ -78,6 +107,7 @@ def scenarios(folder: Path) -> dict:
         "registers": outcome(folder / "registers", mode="linear", model=registers, num_register_tokens=2, **half),
         "best": outcome(folder / "best", callbacks=[Wreck()], max_grad_norm=1e9, **half),
         "signal": interrupted(folder / "signal", **half),
+        "fsdp": sharded(folder / "fsdp", **half),
     }
 
 

@@ -24,7 +24,7 @@ from hf_regvit import (
     RegViTModel,
     modeling_regvit,
 )
-from hf_regvit.modeling_regvit import RegViTPatchEmbeddings, RegViTPreTrainedModel
+from hf_regvit.modeling_regvit import RegViTEmbeddings, RegViTPreTrainedModel
 
 hf_suite.stop_without_suite()
 
@@ -108,19 +108,19 @@ class RegViTModelTest(suite.ModelTesterMixin, suite.PipelineTesterMixin, unittes
         pass
 
     def test_model_get_set_embeddings(self):
-        # Overridden: the input embedding is a convolution over pixels; upstream's test expects nn.Embedding.
+        # Overridden: the input embedding makes tokens of pixels; upstream's test expects nn.Embedding.
         config = self.model_tester.get_config()
         for model_class in self.all_model_classes:
             model = model_class(copy.deepcopy(config))
             base = getattr(model, model.base_model_prefix, model)
-            assert model.get_input_embeddings() is base.embeddings.patch_embeddings
+            assert model.get_input_embeddings() is base.embeddings
             assert model.get_output_embeddings() is None
 
     def test_enable_input_require_grads_with_gradient_checkpointing(self):
         # Wrapped: upstream reads `weight` of the input embedding, passes over models whose embedding has none, and
-        # skips if that leaves no model. Ours is in the convolution one level below.
-        weight = property(lambda embeddings: embeddings.projection.weight)
-        with mock.patch.object(RegViTPatchEmbeddings, "weight", weight, create=True):
+        # skips if that leaves no model. Ours is in the convolution two levels below.
+        weight = property(lambda embeddings: embeddings.patch_embeddings.projection.weight)
+        with mock.patch.object(RegViTEmbeddings, "weight", weight, create=True):
             super().test_enable_input_require_grads_with_gradient_checkpointing()
 
     def test_model_outputs_equivalence(self):
