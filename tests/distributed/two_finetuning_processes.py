@@ -2,12 +2,12 @@
 
 import os
 import socket
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
 from transformers import TrainerCallback
+from two_processes import sharding
 
 from hf_regvit.checkpoints import TrainingInterrupted
 from hf_regvit.finetuning import FinetuningTrainer
@@ -70,27 +70,9 @@ def interrupted(folder: Path, **overrides) -> dict:
     return {}
 
 
-@contextmanager
-def sharding():
-    """Makes accelerate shard over CPU processes too, which it only does for accelerators."""
-    from accelerate.state import DistributedType, PartialState
-
-    create = FinetuningTrainer.create_accelerator_and_postprocess
-
-    def pretend(self):
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        create(self)
-
-    FinetuningTrainer.create_accelerator_and_postprocess = pretend
-    try:
-        yield {"fsdp": True}
-    finally:
-        FinetuningTrainer.create_accelerator_and_postprocess = create
-
-
 def sharded(folder: Path, **overrides) -> dict:
     """Every mode with FSDP2, and a run that ends after its first epoch and goes on."""
-    with sharding() as fsdp:
+    with sharding(FinetuningTrainer) as fsdp:
         results = {mode: outcome(folder / mode, mode=mode, **fsdp, **overrides) for mode in ("full", "lora", "linear")}
         overrides["resume_from_checkpoint"] = str(folder / "full" / "checkpoint-3")
         results["resumed"] = outcome(folder / "resumed", **fsdp, **overrides)

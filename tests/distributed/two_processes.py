@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 from hf_regvit.alarms import NonFiniteError
 from hf_regvit.checkpoints import TrainingInterrupted, list_checkpoints
 from hf_regvit.distillation import full_tensor
-from hf_regvit.pretraining import pretrain
+from hf_regvit.pretraining import DinoTrainer, pretrain
 from tiny_run import Crops, MasksOfTheImage, arguments, tiny_config, trained
 
 PER_PROCESS = 3
@@ -72,23 +72,21 @@ def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks
 
 
 @contextmanager
-def sharding():
+def sharding(trainer: type = DinoTrainer):
     """Makes accelerate shard over CPU processes too, which it only does for accelerators."""
     from accelerate.state import DistributedType, PartialState
 
-    from hf_regvit.pretraining import DinoTrainer
-
-    create = DinoTrainer.create_accelerator_and_postprocess
+    create = trainer.create_accelerator_and_postprocess
 
     def pretend(self):
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
         create(self)
 
-    DinoTrainer.create_accelerator_and_postprocess = pretend
+    trainer.create_accelerator_and_postprocess = pretend
     try:
         yield {"fsdp": True}
     finally:
-        DinoTrainer.create_accelerator_and_postprocess = create
+        trainer.create_accelerator_and_postprocess = create
 
 
 class SignalOne(TrainerCallback):
