@@ -22,6 +22,7 @@ from .finetuning_arguments import FinetuningArguments
 from .finetuning_data import (
     IGNORED,
     EvaluationImages,
+    LabelError,
     MixingCollator,
     TrainImages,
     bad_images,
@@ -29,15 +30,12 @@ from .finetuning_data import (
     limited,
     open_parts,
     stack,
+    weights_of_classes,
 )
 from .images import ImageRecord, ImageSource
 from .modeling_regvit import RegViTForImageClassification
 
 logger = logging.getLogger(__name__)
-
-
-class LabelError(ValueError):
-    """Labels that a classifier cannot be trained with; the message names the classes or rows."""
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------------
@@ -152,32 +150,8 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
 
 
 def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
-    """(C,) weights whose mean over the training images is 1, so that the learning rate keeps its meaning.
-
-    Args:
-        wanted: None, `["balanced"]`, or one number per class.
-        labels: of the training images.
-        names: of the classes.
-
-    Raises:
-        LabelError: no balance, and not one positive number per class.
-    """
-    if not wanted:
-        return None
-    counts = np.bincount(np.asarray(labels), minlength=len(names)).astype(np.float64)
-    if list(wanted) == ["balanced"]:
-        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
-    else:
-        try:
-            weights = np.array([float(value) for value in wanted])
-        except ValueError as error:
-            raise LabelError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
-        if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            raise LabelError(
-                f"class_weights are {len(weights)} numbers from {weights.min():g} to {weights.max():g}; expected "
-                f"{len(names)}, none negative, one per class in this order: {_some(names)}."
-            )
-    return torch.tensor(weights * len(labels) / (weights * counts).sum(), dtype=torch.float32)
+    """(C,) weights whose mean over the training images is 1; `balanced` is inverse to the number of images."""
+    return weights_of_classes(wanted, np.bincount(np.asarray(labels, dtype=int), minlength=len(names)), names)
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------------

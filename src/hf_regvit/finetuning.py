@@ -38,7 +38,7 @@ from .checkpoints import CheckpointedTrainer, verify_checkpoint
 from .configuration_regvit import RegViTConfig
 from .distillation import full_tensor
 from .finetuning_arguments import FinetuningArguments
-from .finetuning_data import TrainSampler, fingerprint
+from .finetuning_data import TrainSampler, fingerprint, stack
 from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
 from .images import ImageSource, default_image_processor
 from .modeling_regvit import RegViTModel
@@ -196,8 +196,6 @@ class FinetuningTrainer(CheckpointedTrainer):
         own: list[TrainerCallback] = [_RunRules(self._sampler), self._guard]
         if args.early_stopping_patience:
             own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
-        from .finetuning_data import stack
-
         super().__init__(
             model=model,
             args=args,

@@ -29,6 +29,40 @@ _SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds: t
 _REPLACEMENT_TRIES = 100
 
 
+class LabelError(ValueError):
+    """Labels that a classifier cannot be trained with; the message names the classes or rows."""
+
+
+def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
+    """(C,) weights whose mean over what is counted is 1, so that the learning rate keeps its meaning.
+
+    Args:
+        wanted: None, `["balanced"]` (inverse to the counts), or one number per class.
+        counts: (C,) training images or pixels of every class.
+        names: of the C classes.
+
+    Raises:
+        LabelError: no balance, and not one number of at least 0 per class.
+    """
+    if not wanted:
+        return None
+    counts = counts.astype(np.float64)
+    if list(wanted) == ["balanced"]:
+        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
+    else:
+        try:
+            weights = np.array([float(value) for value in wanted])
+        except ValueError as error:
+            raise LabelError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
+        if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+            raise LabelError(
+                f"class_weights are {len(weights)} numbers; expected {len(names)} that are finite, none negative and "
+                f"not all 0, one per class in this order: {shown}."
+            )
+    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+
+
 # ---- Parts -------------------------------------------------------------------------------------------------------
 
 

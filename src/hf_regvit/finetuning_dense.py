@@ -33,7 +33,7 @@ from .dense import (
 )
 from .dense_transforms import JointTransform, resize_map
 from .finetuning_arguments import FinetuningArguments
-from .finetuning_data import EvaluationImages, TrainImages, bad_images, hold_out, limited, stack
+from .finetuning_data import EvaluationImages, TrainImages, bad_images, hold_out, limited, stack, weights_of_classes
 from .images import ImageRecord, MissingSplitError
 from .modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
 
@@ -462,32 +462,8 @@ class SemanticSegmentation(_DenseTask):
 
 
 def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
-    """(C,) weights whose mean over the training pixels that count is 1.
-
-    Args:
-        wanted: None, `["balanced"]` (inverse to the number of pixels), or one number per class.
-        report: of the training masks.
-        names: of the classes.
-
-    Raises:
-        ValueError: no balance, and not one number of at least 0 per class.
-    """
-    if not wanted:
-        return None
-    counts = np.array([report.class_pixels[name] for name in names], dtype=np.float64)
-    if list(wanted) == ["balanced"]:
-        weights = np.divide(1.0, counts, out=np.zeros_like(counts), where=counts > 0)
-    else:
-        try:
-            weights = np.array([float(value) for value in wanted])
-        except ValueError as error:
-            raise ValueError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
-        if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            raise ValueError(
-                f"class_weights are {len(weights)} numbers; expected {len(names)} of at least 0, one per class in "
-                f"this order: {', '.join(names[:8])}."
-            )
-    return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
+    """(C,) weights whose mean over the training pixels that count is 1; `balanced` is inverse to their number."""
+    return weights_of_classes(wanted, np.array([report.class_pixels[name] for name in names]), names)
 
 
 # ---- Depth -------------------------------------------------------------------------------------------------------
