@@ -12,11 +12,9 @@ Layer 0 is the embedding, layer i the output of block i.
 import base64
 import json
 import logging
-import math
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
@@ -38,398 +36,39 @@ from .features import (
     PreparedImages,
     Site,
     SkippedImage,
-    TokenReading,
     describe_model,
     final_norm,
     find_tower,
-    load_model,
     prepare_images,
     read_many,
 )
 from .images import ImageSource, load_images
-from .probes import knn_accuracy, token_probes
+from .outliers import (
+    MAX_SHARE,
+    MAX_VALLEY,
+    MIN_RATIO,
+    MIN_SEPARATION,
+    MIN_SHARE,
+    Cutoff,
+    attention_statistics,
+    channel_outliers,
+    compare_values,
+    direction_spread,
+    effective_rank,
+    find_cutoff,
+    neighbour_similarity,
+    register_cosine,
+)
+from .probes import token_probes
+from .register_controls import register_controls
 
 logger = logging.getLogger(__name__)
-
-# The gate of a "distinct outlier population".
-MIN_SEPARATION = 2.0  # Ashman's D
-MIN_SHARE, MAX_SHARE = 0.001, 0.15  # of the tokens in the upper mode
-MIN_RATIO = 3.0  # of the two modes' centres
-MAX_VALLEY = 0.5  # tokens around the cut-off, relative to the same window around the upper mode
-MIN_OUTLIERS = 10  # fewer tokens are no population
 
 MIN_IMAGES = 8  # below this nothing is said
 ENOUGH_IMAGES = 500  # below this the report carries a warning: cut-offs of two samples may differ by more than 10 %
 
-_BINS = 500  # of log norms; the mixture is fitted to their counts
-_STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # shares of the tokens that start as the upper mode
-_ITERATIONS = 300
-_MIN_STD = 0.01  # of a mode in log norm, so that equal tokens (flat images) do not make a mode of no width
-_LOWEST = 1e-4  # norms below this times the median count as that, because zero has no logarithm
 _RANK_IMAGES = 64  # enough for a mean; the eigenvalues of large grids take long
 _PLATEAU = 0.95  # a layer whose modes are this close to the widest ratio counts as equal; the first is reported
-
-
-# --- Two modes and a cut-off ---
-
-
-@dataclass(frozen=True)
-class TwoModes:
-    """Two Gaussians on the log norm. `low_mean`, `high_mean` and the standard deviations are in nats of log norm."""
-
-    low_mean: float
-    low_std: float
-    high_mean: float
-    high_std: float
-    high_share: float
-
-    @property
-    def separation(self) -> float:
-        """Ashman's D = sqrt(2) |difference of the means| / sqrt(sum of the variances)."""
-        return math.sqrt(2 / (self.low_std**2 + self.high_std**2)) * (self.high_mean - self.low_mean)
-
-    @property
-    def ratio(self) -> float:
-        """Upper over lower centre, as norms."""
-        return math.exp(self.high_mean - self.low_mean)
-
-    @property
-    def boundary(self) -> float:
-        """Norm at which both modes are equally likely, if both had the pooled variance (linear discriminant).
-
-        With variances of their own the densities cross right above the lower mode whenever that is the narrower one,
-        far from any gap; the pooled variance puts the boundary near the geometric middle of the two centres.
-        """
-        pooled = (1 - self.high_share) * self.low_std**2 + self.high_share * self.high_std**2
-        odds = math.log((1 - self.high_share) / self.high_share)
-        middle = (self.low_mean + self.high_mean) / 2
-        shift = pooled * odds / max(self.high_mean - self.low_mean, 1e-12)
-        return math.exp(middle + shift)
-
-
-@dataclass(frozen=True)
-class Cutoff:
-    """Where norms become outliers in one layer, and whether they are a population of their own.
-
-    Attributes:
-        cutoff: Tokens with a larger norm are outliers.
-        bimodal: Whether the norms pass the gate of two distinct modes.
-        method: "mixture" (two modes), "fallback" (no distinct population) or "fixed" (given by the caller).
-        share: Of the tokens above `cutoff`, in [0, 1].
-        ratio: Median norm above over median norm below; None where one side is empty.
-        separation: Ashman's D of the two fitted modes; 0 where nothing could be fitted.
-        reason: Why the norms count as bimodal or not, in words.
-        modes: The fit; None where all norms are equal.
-    """
-
-    cutoff: float
-    bimodal: bool
-    method: str
-    share: float
-    ratio: float | None
-    separation: float
-    reason: str
-    modes: TwoModes | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON."""
-        return asdict(self)
-
-
-def log_norms(norms: NDArray[Any]) -> NDArray[np.float64]:
-    """Natural logarithm of norms (any shape, flattened); what lies below 1e-4 of the median counts as that."""
-    flat = np.asarray(norms, dtype=np.float64).ravel()
-    return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
-
-
-def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
-    """Mixtures of two Gaussians by expectation-maximisation, one for each starting share of the upper mode.
-
-    Works on counts in 500 bins, so the cost hardly depends on the number of values; nothing is random.
-
-    Args:
-        values: Log norms, 1-D.
-        share: Start from this share of the largest values only; default five shares from 0.3 down to 0.001.
-        tolerance: Stop when the mean log likelihood gains less, nats.
-
-    Returns:
-        The fits, most likely first; empty if all values are equal.
-
-    Source: Dempster et al. 1977; slow twin in tests/unit/test_artifacts.py.
-    """
-    if values.max() - values.min() < _MIN_STD:
-        return []
-    counts, edges = np.histogram(values, bins=_BINS)
-    centres, weight = ((edges[:-1] + edges[1:]) / 2)[counts > 0], counts[counts > 0] / counts.sum()
-    tail = 1 - np.cumsum(weight) + weight  # share of the values in this bin or above
-    upper = np.stack([tail <= max(start, weight[-1]) for start in (_STARTS if share is None else (share,))])
-    posterior = np.stack((~upper, upper), axis=1).astype(float)  # (starts, 2, bins)
-    previous = np.full(len(posterior), -np.inf)
-    for _ in range(_ITERATIONS):
-        mass = (posterior * weight).sum(axis=2) + 1e-12  # (starts, 2)
-        mean = (posterior * weight * centres).sum(axis=2) / mass
-        spread = (posterior * weight * (centres - mean[..., None]) ** 2).sum(axis=2) / mass
-        std = np.sqrt(np.maximum(spread, _MIN_STD**2))
-        density = -0.5 * ((centres - mean[..., None]) / std[..., None]) ** 2 + np.log(mass / std)[..., None]
-        top = density.max(axis=1, keepdims=True)
-        both = top + np.log(np.exp(density - top).sum(axis=1, keepdims=True))  # (starts, 1, bins)
-        posterior = np.exp(density - both)
-        likelihood = (both[:, 0] * weight).sum(axis=1)
-        if (likelihood - previous < tolerance).all():
-            break
-        previous = likelihood
-    fits = []
-    for start in np.argsort(-likelihood, kind="stable"):
-        low, high = np.argsort(mean[start], kind="stable")
-        m, s, w = mean[start].tolist(), std[start].tolist(), mass[start].tolist()
-        fits.append(TwoModes(m[low], s[low], m[high], s[high], min(max(w[high], 1e-12), 1 - 1e-12)))
-    return fits
-
-
-def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
-    """The cut-off of one layer, and whether the tokens above it are a distinct population.
-
-    Two Gaussians are fitted to the log norms. They count as two modes if the upper one holds 0.1 % to 15 % of the
-    tokens (and at least 10), lies at 3 times the norm of the lower or more, is separated by Ashman's D > 2, and if
-    fewer tokens lie around the boundary than around the upper mode. Among several fits of the mixture the likeliest
-    that passes is taken. The cut-off is then the boundary between the modes; otherwise it is
-    median * exp(6 * 1.4826 * MAD of the log norms).
-
-    Args:
-        norms: Norms of patch tokens, any shape.
-        cutoff: "auto", or a norm to use instead. Whether the norms are bimodal is measured either way.
-
-    Raises:
-        ValueError: No norms, NaN or infinity among them, or a cut-off that is no positive number.
-    """
-    norms = np.asarray(norms)
-    if not norms.size or not np.isfinite(norms).all():
-        raise ValueError(f"{norms.size} norms, of which {int((~np.isfinite(norms)).sum())} are not finite.")
-    if cutoff != "auto" and (isinstance(cutoff, str) or not 0 < cutoff < math.inf):
-        raise ValueError(f"cutoff={cutoff!r} is neither 'auto' nor a positive norm.")
-    if np.median(norms) <= 0:
-        modes, reason = None, "at least half of the tokens are zero"
-        automatic, distinct = float(norms.max()), False
-    else:
-        values = log_norms(norms)
-        fits = fit_two_modes(values)
-        passing = [fit for fit in fits if not _objections(fit, values)]
-        modes = next(iter(passing or fits), None)
-        distinct = bool(passing)
-        if modes is None:
-            reason = "all tokens have the same norm"
-        elif distinct:
-            reason = f"two modes: separation D={modes.separation:.1f}, centres {modes.ratio:.1f} times apart"
-        else:
-            reason = "; ".join(_objections(modes, values))
-        automatic = modes.boundary if modes is not None and distinct else _fallback(values)
-    used = automatic if cutoff == "auto" else float(cutoff)
-    above, below = norms[norms > used], norms[norms <= used]
-    middle = float(np.median(below)) if below.size else 0.0
-    return Cutoff(
-        cutoff=used,
-        bimodal=distinct,
-        method="fixed" if cutoff != "auto" else "mixture" if distinct else "fallback",
-        share=above.size / norms.size,
-        ratio=float(np.median(above)) / middle if above.size and middle > 0 else None,
-        separation=0.0 if modes is None else modes.separation,
-        reason=reason,
-        modes=modes,
-    )
-
-
-def _objections(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
-    """Why two fitted modes are no distinct outlier population; empty if they are one."""
-    found = []
-    if modes.separation <= MIN_SEPARATION:
-        found.append(f"separation D={modes.separation:.1f}, needs > {MIN_SEPARATION:g}")
-    if not MIN_SHARE <= modes.high_share <= MAX_SHARE:
-        found.append(f"upper mode holds {modes.high_share:.2%}, needs {MIN_SHARE:.1%} to {MAX_SHARE:.0%}")
-    if modes.ratio < MIN_RATIO:
-        found.append(f"modes {modes.ratio:.1f} times apart, need {MIN_RATIO:g}")
-    if found:
-        return found
-    boundary, window = math.log(modes.boundary), modes.high_std / 2
-    if (outliers := int((values > boundary).sum())) < MIN_OUTLIERS:
-        return [f"{outliers} tokens above the boundary, needs {MIN_OUTLIERS}"]
-    valley = int((np.abs(values - boundary) < window).sum())
-    mode = int((np.abs(values - modes.high_mean) < window).sum())
-    if valley > MAX_VALLEY * mode:
-        return [f"no gap between the modes ({valley} tokens around the boundary, {mode} around the upper mode)"]
-    return []
-
-
-def _fallback(values: NDArray[np.float64]) -> float:
-    """Median times exp(6 robust standard deviations); plain ones where more than half of the values are equal."""
-    middle = float(np.median(values))
-    spread = 1.4826 * float(np.median(np.abs(values - middle))) or float(values.std())
-    return math.exp(middle + 6 * max(spread, _MIN_STD))
-
-
-# --- What outliers are like ---
-
-
-def neighbour_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean cosine of every patch with the patches above, below, left and right of it; at borders with those it has.
-
-    Args:
-        embeddings: (B, N, D) patch embeddings, row-major on `grid`. A zero vector has cosine 0 with everything.
-        grid: (rows, columns); a grid of one cell has no neighbours.
-
-    Returns:
-        (B, N) float32 in [-1, 1].
-
-    Source: arXiv 2309.16588, section 2.1 and figure 5a.
-    """
-    rows, columns = grid
-    if rows * columns != embeddings.shape[1] or rows * columns < 2:
-        raise ValueError(f"{embeddings.shape[1]} patches on a grid of {rows} x {columns}; at least 2 are needed.")
-    unit = F.normalize(embeddings.float(), dim=-1).unflatten(1, grid)  # (B, rows, columns, D)
-    total = unit.new_zeros(unit.shape[:3])
-    count = unit.new_zeros(grid)
-    for axis, size in ((1, rows), (2, columns)):
-        first, second = unit.narrow(axis, 0, size - 1), unit.narrow(axis, 1, size - 1)
-        cosine = (first * second).sum(dim=-1)
-        for start in (0, 1):
-            total.narrow(axis, start, size - 1).add_(cosine)
-            count.narrow(axis - 1, start, size - 1).add_(1)
-    return (total / count).flatten(1)
-
-
-def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
-    """Two groups of one number: medians, Kolmogorov-Smirnov distance, and AUROC of telling outliers by larger values.
-
-    AUROC is the chance that an outlier's value exceeds a normal one's, ties counting half; 0.5 means no difference.
-    The entries are None where one group is empty.
-    """
-    values, is_outlier = np.asarray(values, dtype=np.float64).ravel(), np.asarray(is_outlier).ravel()
-    normal, outlier = np.sort(values[~is_outlier]), np.sort(values[is_outlier])
-    result: dict[str, Any] = {"num_normal": len(normal), "num_outlier": len(outlier)}
-    result |= {"median_normal": float(np.median(normal)) if len(normal) else None}
-    result |= {"median_outlier": float(np.median(outlier)) if len(outlier) else None}
-    if not len(normal) or not len(outlier):
-        return result | {"ks": None, "auroc": None}
-    both = np.concatenate([normal, outlier])
-    below = [np.searchsorted(group, both, side="right") / len(group) for group in (normal, outlier)]
-    wins = np.searchsorted(normal, outlier, side="left") + np.searchsorted(normal, outlier, side="right")
-    return result | {
-        "ks": float(np.abs(below[0] - below[1]).max()),
-        "auroc": float(wins.mean() / 2 / len(normal)),
-    }
-
-
-def effective_rank(tokens: Tensor) -> Tensor:
-    """Number of directions that the tokens of an image really use: exp(entropy of the Gram matrix's eigenvalues).
-
-    Tokens are scaled to unit length and not centred. 1: all alike; min(N, D): spread evenly.
-
-    Args:
-        tokens: (B, N, D), N and D at least 1.
-
-    Returns:
-        (B,) float64.
-
-    Source: Roy and Vetterli 2007 for the effective rank; arXiv 2604.14433 for patches.
-    """
-    unit = F.normalize(tokens.double(), dim=-1)
-    small = unit if unit.shape[1] <= unit.shape[2] else unit.mT  # the smaller Gram matrix has the same eigenvalues
-    eigenvalues = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0)  # (B, min(N, D))
-    weight = eigenvalues / eigenvalues.sum(dim=1, keepdim=True).clamp(min=1e-300)
-    return torch.special.entr(weight).sum(dim=1).exp()
-
-
-def register_cosine(registers: Tensor) -> Tensor:
-    """Mean cosine over the pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
-    unit = F.normalize(registers.float(), dim=-1)
-    count = unit.shape[1]
-    if count < 2:
-        raise ValueError(f"{count} registers make no pair; at least 2 are needed.")
-    return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
-
-
-def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, seed: int = 0) -> float | None:
-    """Mean |cosine| over pairs of tokens from different images: 1 if they share one direction whatever the image.
-
-    Args:
-        tokens: (m, D).
-        image: (m,) index of the image a token comes from.
-        max_tokens: A random sample of that size stands for more.
-        seed: Of the sample.
-
-    Returns:
-        In [0, 1]; None where no two images are represented.
-
-    Source: arXiv 2407.16826 (SINDER), section 3, where such tokens lie within about 5.5 degrees.
-    """
-    if len(tokens) > max_tokens:
-        chosen = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:max_tokens]
-        tokens, image = tokens[chosen], image[chosen]
-    unit = F.normalize(tokens.float(), dim=1)
-    different = image[:, None] != image[None, :]
-    if not different.any():
-        return None
-    return (unit @ unit.T).abs()[different].mean().item()
-
-
-def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
-    """Channels that are large for all tokens, a phenomenon apart from outlier tokens, and massive activations.
-
-    Args:
-        tokens: (m, D) raw tokens.
-        top: Channels to name.
-
-    Returns:
-        `channels` and `magnitudes`: those with the largest mean |activation|, relative to the median channel;
-        `massive_share`: share of activations above 100 and above 1,000 times the median |activation|.
-
-    Source: DINOv3 report, appendix A, for channels; arXiv 2402.17762 for massive activations.
-    """
-    magnitude = tokens.float().abs()
-    per_channel = magnitude.mean(dim=0)
-    values, channels = (per_channel / per_channel.median().clamp(min=1e-12)).topk(min(top, tokens.shape[1]))
-    massive = (magnitude > 100) & (magnitude > 1000 * magnitude.median())
-    return {
-        "channels": channels.tolist(),
-        "magnitudes": [round(value, 3) for value in values.tolist()],
-        "massive_share": massive.float().mean().item(),
-    }
-
-
-def attention_statistics(
-    attention: Tensor, *, num_prefix_tokens: int, num_register_tokens: int, outliers: Tensor | None = None
-) -> dict[str, Tensor]:
-    """Where one query's attention goes, per image, on the mean over heads.
-
-    Args:
-        attention: (B, heads, T) weights of the query, normally CLS, over all tokens.
-        num_prefix_tokens: Tokens before the patches, registers included as the last of them.
-        num_register_tokens: R.
-        outliers: (B, N) bool, which patches are outliers.
-
-    Returns:
-        Each (B,): `mass_on_patches`, `mass_on_registers`, `mass_on_outliers` (with `outliers`); on the attention to
-        patches scaled to sum 1: `entropy` in nats, `entropy_share` relative to uniform attention, `top_mass`, the
-        share of the 2 % most attended patches, and `head_entropy`, the mean entropy of single heads.
-    """
-    mean = attention.float().mean(dim=1)  # (B, T)
-    patches = mean[:, num_prefix_tokens:]  # (B, N)
-    mass = patches.sum(dim=1)
-    scaled = patches / mass.clamp(min=1e-30)[:, None]
-    heads = attention.float()[..., num_prefix_tokens:]
-    heads = heads / heads.sum(dim=-1, keepdim=True).clamp(min=1e-30)
-    entropy = torch.special.entr(scaled).sum(dim=1)
-    count = patches.shape[1]
-    result = {
-        "mass_on_patches": mass,
-        "mass_on_registers": mean[:, num_prefix_tokens - num_register_tokens : num_prefix_tokens].sum(dim=1),
-        "entropy": entropy,
-        "entropy_share": entropy / max(math.log(count), 1e-12),
-        "head_entropy": torch.special.entr(heads).sum(dim=-1).mean(dim=1),
-        "top_mass": scaled.topk(math.ceil(0.02 * count), dim=1).values.sum(dim=1),
-    }
-    if outliers is not None:
-        result["mass_on_outliers"] = (patches * outliers).sum(dim=1)
-    return result
 
 
 # --- Reading the images once ---
@@ -1049,6 +688,21 @@ def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
     }
 
 
+def count_macs(model: nn.Module, num_patches: int) -> int:
+    """Multiply-adds of one image: linear layers of the blocks, the two products of attention, patch embedding.
+
+    For an MLP of ratio 4 this is L (12 D² T + 2 D T²) + N D 3 p².
+    """
+    tower, name = find_tower(model)
+    description = describe_model(tower)
+    tokens = description.num_prefix_tokens + num_patches
+    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
+    weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
+    attention = 2 * description.num_layers * description.hidden_size * tokens**2
+    pixels = 3 * description.patch_size[0] * description.patch_size[1]
+    return weights * tokens + attention + num_patches * description.hidden_size * pixels
+
+
 def _settings(transform: EvaluationTransform, cutoff: float | str, layers: list[int]) -> dict[str, Any]:
     return {
         "cutoff": cutoff,
@@ -1103,143 +757,6 @@ def _labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
         return None
     by_id = dict(zip(source.ids, source.labels))
     return torch.tensor([by_id[name] for name in ids])
-
-
-# --- Registers under control ---
-
-
-REGISTER_CONTROLS = ("mean", "shuffle", "noise", "zero")
-
-
-@contextmanager
-def _registers_replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Overwrite the registers in the outputs of blocks for the time of the `with` block; layer: (B, R, D)."""
-    tower, name = find_tower(model)
-    description = describe_model(tower)
-    start, count = description.num_prefix_tokens - description.num_register_tokens, description.num_register_tokens
-
-    def replace(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
-            tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, start + count :]), dim=1)
-            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-        return hook
-
-    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
-    with ExitStack() as stack:
-        for layer in values:
-            stack.callback(blocks[layer - 1].register_forward_hook(replace(layer)).remove)
-        yield
-
-
-def register_controls(
-    model: nn.Module,
-    pixel_values: Tensor,
-    *,
-    labels: Tensor | None = None,
-    kinds: Sequence[str] = REGISTER_CONTROLS,
-    batch_size: int = 32,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """What a model loses when its registers are replaced between blocks (outputs of blocks 1 to L - 1).
-
-    "mean": by their average over these images; "shuffle": by those of another image; "noise": by Gaussian noise of
-    the same mean and variance per channel; "zero". Zero alone overstates the role of registers, because it takes the
-    model to inputs it never saw; mean and shuffle tell whether their image-specific content matters.
-
-    Args:
-        model: A model with registers; left as it was.
-        pixel_values: (n, 3, H, W), at least two images; their order decides who is shuffled with whom.
-        labels: (n,) classes; then the accuracy of 5 nearest neighbours on CLS, each half judged by the other, is
-            measured too. Only where at least 20 images have a class that both halves hold.
-        kinds: Which controls.
-        batch_size: Images of one forward pass.
-        seed: Of noise and shuffling.
-
-    Returns:
-        `num_images`; for `clean` and each kind `knn` (None without labels), and for each kind `cls_cosine` and
-        `patch_cosine`, the mean cosine with the undisturbed tokens after the final norm.
-
-    Source: arXiv 2604.14433.
-    """
-    description = describe_model(model)
-    if not description.num_register_tokens:
-        raise ValueError(f"'{description.name}' has no registers to replace.")
-    if len(pixel_values) < 2:
-        raise ValueError(f"Register controls need two images or more, got {len(pixel_values)}.")
-    if unknown := sorted(set(kinds) - set(REGISTER_CONTROLS)):
-        raise ValueError(f"kinds={unknown} are unknown, expected some of {REGISTER_CONTROLS}.")
-    inner = range(1, description.num_layers)
-    clean: dict[int, list[Tensor]] = {layer: [] for layer in inner}
-    clean_tokens: list[Tensor] = []
-    for batch in pixel_values.split(batch_size):
-        reading = read_many(model, batch, {"residual": [*inner, description.num_layers]})["residual"]
-        for layer in inner:
-            clean[layer].append(reading.registers(layer).cpu())
-        clean_tokens.append(_final_tokens(model, reading))
-    recorded = {layer: torch.cat(values) for layer, values in clean.items()}  # (n, R, D)
-    undisturbed = torch.cat(clean_tokens)  # (n, T - R, D)
-    result: dict[str, Any] = {
-        "num_images": len(pixel_values),
-        "blocks": [1, description.num_layers - 1],
-        "clean": {"knn": _knn(undisturbed, labels) if description.has_cls else None},
-    }
-    prefix = description.num_prefix_tokens - description.num_register_tokens
-    for kind in kinds:
-        replacement = {layer: _replacement(kind, values, layer, seed) for layer, values in recorded.items()}
-        parts = []
-        for start in range(0, len(pixel_values), batch_size):
-            part = slice(start, start + batch_size)
-            with _registers_replaced(model, {layer: values[part] for layer, values in replacement.items()}):
-                reading = read_many(model, pixel_values[part], {"residual": (-1,)})["residual"]
-            parts.append(_final_tokens(model, reading))
-        cosine = F.cosine_similarity(torch.cat(parts), undisturbed, dim=-1)  # (n, T - R)
-        result[kind] = {
-            "cls_cosine": cosine[:, 0].mean().item() if description.has_cls else None,
-            "patch_cosine": cosine[:, prefix:].mean().item(),
-            "knn": _knn(torch.cat(parts), labels) if description.has_cls else None,
-        }
-    return result
-
-
-def _final_tokens(model: nn.Module, reading: TokenReading) -> Tensor:
-    """Tokens after the last block and the final norm without the registers, (B, T - R, D)."""
-    with torch.no_grad():
-        tokens = final_norm(model)(reading.at(-1)).float().cpu()
-    first = reading.num_prefix_tokens - reading.num_register_tokens
-    return torch.cat((tokens[:, :first], tokens[:, reading.num_prefix_tokens :]), dim=1)
-
-
-def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
-    """What to put in place of the registers (n, R, D) that one layer had."""
-    if kind == "zero":
-        return torch.zeros_like(registers)
-    mean = registers.float().mean(dim=0, keepdim=True)
-    if kind == "mean":
-        return mean.to(registers.dtype).expand_as(registers)
-    if kind == "shuffle":  # the same partner in every layer, never oneself
-        order = torch.randperm(len(registers), generator=torch.Generator().manual_seed(seed))
-        partner = torch.empty_like(order)
-        partner[order] = order.roll(1)
-        return registers[partner]
-    generator = torch.Generator().manual_seed(seed * 1000 + layer)
-    noise = torch.randn(registers.shape, generator=generator)
-    return (mean + noise * registers.float().std(dim=0, keepdim=True, correction=0)).to(registers.dtype)
-
-
-def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20) -> float | None:
-    """Accuracy of k nearest neighbours on CLS (first token): even images judged by odd ones and the reverse."""
-    if labels is None:
-        return None
-    shared = np.intersect1d(labels[0::2].numpy(), labels[1::2].numpy())
-    if np.isin(labels.numpy(), shared).sum() < fewest:  # a class that one half lacks cannot be found by it
-        return None
-    halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
-    accuracies = [
-        knn_accuracy(*halves[bank], *halves[1 - bank], k=(k,))[k] * len(halves[1 - bank][1]) for bank in (0, 1)
-    ]
-    return sum(accuracies) / len(labels)
 
 
 # --- During training ---
@@ -1302,121 +819,3 @@ def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float
         if count:
             values["attention_registers"] = statistics["mass_on_registers"].mean().item()
     return values
-
-
-# --- Several checkpoints ---
-
-
-def count_macs(model: nn.Module, num_patches: int) -> int:
-    """Multiply-adds of one image: linear layers of the blocks, the two products of attention, patch embedding.
-
-    For an MLP of ratio 4 this is L (12 D² T + 2 D T²) + N D 3 p².
-    """
-    tower, name = find_tower(model)
-    description = describe_model(tower)
-    tokens = description.num_prefix_tokens + num_patches
-    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
-    weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
-    attention = 2 * description.num_layers * description.hidden_size * tokens**2
-    pixels = 3 * description.patch_size[0] * description.patch_size[1]
-    return weights * tokens + attention + num_patches * description.hidden_size * pixels
-
-
-@dataclass(frozen=True)
-class ComparisonReport:
-    """Several checkpoints on the same images: one row each, and their full reports."""
-
-    rows: list[dict[str, Any]]
-    reports: dict[str, ArtifactReport]
-    settings: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Rows and settings; the reports are saved on their own."""
-        return {"rows": self.rows, "settings": self.settings}
-
-    def folders(self) -> dict[str, ArtifactReport]:
-        """A folder name for each report: number and last part of the checkpoint's name."""
-        return {f"{i}-{Path(name).name}": report for i, (name, report) in enumerate(self.reports.items())}
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path."""
-        for name, report in self.folders().items():
-            report.save(Path(folder) / name)
-        path = Path(folder) / "comparison.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
-
-    def summary(self) -> str:
-        """The table, and each verdict."""
-        return "\n".join([self.table(), *(f"{name}: {report.verdict}" for name, report in self.reports.items())])
-
-    def table(self) -> str:
-        """The rows as a Markdown table."""
-        names = list(self.rows[0])
-        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-        for row in self.rows:
-            lines.append(f"| {' | '.join(_cell(row[name]) for name in names)} |")
-        return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
-
-
-def compare_checkpoints(
-    names: Sequence[str | Path],
-    images: Any,
-    *,
-    throughput_rounds: int = 5,
-    device: str | torch.device | None = None,
-    **settings: Any,
-) -> ComparisonReport:
-    """Diagnose several checkpoints, e.g. of 0, 1, 2, 4, 8 registers, and tabulate them with cost and speed.
-
-    Args:
-        names: What `load_model` takes. All of them are in memory at once, since speed is measured in turns.
-        images: As for `diagnose`.
-        throughput_rounds: Passes of 8 images per model, taken in turns after one to warm up; the median counts.
-        device: Where to compute; default the CPU.
-        settings: Arguments of `diagnose`.
-    """
-    if len({str(name) for name in names}) < len(names) or len(names) < 2:
-        raise ValueError(f"names={[str(name) for name in names]}: give two or more different checkpoints.")
-    loaded = {str(name): load_model(name, device=device) for name in names}
-    reports = {
-        name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in loaded}
-    for _ in range(throughput_rounds + 1):
-        for name, (model, _) in loaded.items():
-            height, width = describe_model(model).image_size
-            start = time.perf_counter()
-            read_many(model, torch.zeros(8, 3, height, width), {"patch_embedding": (0,)})
-            speeds[name].append(8 / (time.perf_counter() - start))
-    baseline = reports[str(names[0])].model["gmacs"]
-    rows = []
-    for name, report in reports.items():
-        attention = report.attention["statistics"] if report.attention else {}
-        rows.append(
-            {
-                "model": name,
-                "registers": report.model["num_register_tokens"],
-                "bimodal": report.bimodal,
-                "layer": report.layer,
-                "outlier_share": report.outlier_share,
-                "norm_ratio": report.norm_ratio,
-                "separation": report.separation,
-                "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
-                "attention_entropy": attention.get("entropy_share", {}).get("mean"),
-                "register_cosine": report.registers["cosine"] if report.registers else None,
-                "effective_rank": report.patches["effective_rank"]["mean"],
-                "parameters": report.model["parameters"],
-                "gmacs": report.model["gmacs"],
-                "gmacs_delta": report.model["gmacs"] / baseline - 1,
-                "images_per_second": float(np.median(speeds[name][1:])),
-            }
-        )
-    threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
-    return ComparisonReport(rows=rows, reports=reports, settings=next(iter(reports.values())).settings | threads)

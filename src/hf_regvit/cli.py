@@ -97,7 +97,8 @@ def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
 def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
     """`regvit diagnose --model SOURCE --data FOLDER --output_dir diagnosis`."""
     from .arguments import DiagnoseArguments, RecipeParser
-    from .artifacts import compare_checkpoints, diagnose
+    from .artifacts import diagnose
+    from .checkpoint_comparison import compare_checkpoints
     from .features import load_model
     from .figures import write_report_figures
     from .images import load_images

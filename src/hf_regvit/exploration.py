@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .artifacts import Cutoff, find_cutoff
 from .extraction import TokenFeatures
 from .features import (
     EvaluationTransform,
@@ -31,6 +30,7 @@ from .features import (
 from .figures import TokenMaps, pca_colors
 from .images import photographs
 from .lost import LostResult, LostSettings, lost_box
+from .outliers import Cutoff, find_cutoff
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .artifacts import effective_rank, register_cosine
 from .lost import best_iou
+from .outliers import effective_rank, register_cosine
 
 Array = NDArray[Any]
 Rows = Iterable[Sequence[float] | Array]
@@ -246,6 +246,62 @@ class TopKAccuracy(_SumsMetric):
         return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
 
 
+class ClassScores(_SumsMetric):
+    """`mean_class_accuracy` and macro `f1` of a classifier, in [0, 1], and the `confusion_matrix` they come from.
+
+    Both are means over the classes that the references hold; others have nothing to be right about. `per_class` has
+    the share of each class that was found, NaN for a class without samples. Of equal scores the class of lower index
+    is said, as in `TopKAccuracy`.
+
+    Args:
+        num_classes: C; classes are 0 to C - 1.
+        options: Of `evaluate.Metric`.
+    """
+
+    about = (
+        "Scores of the classes. predictions: (n, C) scores or (n,) integer classes. references: (n,) integer classes "
+        "in [0, C)."
+    )
+
+    def __init__(self, *, num_classes: int, **options: Any) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2.")
+        self.num_classes = num_classes
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """For every sample its class and what was said."""
+        truth, said = _integers("references", references), _array("predictions", predictions)
+        if said.ndim == 2 and said.shape[1] == self.num_classes:
+            said = _finite("predictions", said).argmax(axis=1)
+        if truth.ndim != 1 or said.shape != truth.shape:
+            raise ValueError(
+                f"predictions {said.shape} must be (n, {self.num_classes}) or (n,), with references (n,), not "
+                f"{truth.shape}."
+            )
+        said = _integers("predictions", said)
+        for name, classes in (("predictions", said), ("references", truth)):
+            if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
+                raise ValueError(f"{name} hold class {wrong}, expected 0 to {self.num_classes - 1}.")
+        return np.stack([truth, said], axis=1)
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Means over classes, the share found of each, and (C, C) counts, rows of true classes."""
+        places = rows.astype(np.int64) @ np.array([self.num_classes, 1])
+        confusion = np.bincount(places, minlength=self.num_classes**2).reshape(self.num_classes, -1)
+        right, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        present = true > 0
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class without samples
+            found = right / true
+        return {
+            "mean_class_accuracy": float(found[present].mean()),
+            "f1": float((2 * right[present] / (true + said)[present]).mean()),
+            "per_class": found.tolist(),
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
 class MeanAveragePrecision(_SumsMetric):
     """Retrieval: `map`, the mean over queries of the average precision of the ranking, in [0, 1].
 
@@ -441,7 +497,7 @@ class OutlierShare(_SumsMetric):
     """Share of patch tokens whose norm is above a cut-off, in [0, 1].
 
     Args:
-        cutoff: Norm; `hf_regvit.artifacts.find_cutoff` chooses one.
+        cutoff: Norm; `hf_regvit.outliers.find_cutoff` chooses one.
         options: Of `evaluate.Metric`.
     """
 
@@ -506,7 +562,7 @@ class RegisterDiversity(_SumsMetric):
 class EffectiveRank(_SumsMetric):
     """Number of directions that the features of a data set really use: a sign of collapse when it falls.
 
-    Features are scaled to unit length and not centred; the formula is `hf_regvit.artifacts.effective_rank`. It cannot
+    Features are scaled to unit length and not centred; the formula is `hf_regvit.outliers.effective_rank`. It cannot
     exceed the number of samples, so compare equal numbers. Every feature is kept, in float32.
     """
 
@@ -529,6 +585,7 @@ class EffectiveRank(_SumsMetric):
 
 
 _METRICS = (
-    TopKAccuracy, MeanAveragePrecision, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity, EffectiveRank,
+    TopKAccuracy, ClassScores, MeanAveragePrecision, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity,
+    EffectiveRank,
 )  # fmt: skip
 _INPUTS = frozenset(name for metric in _METRICS for name in metric.inputs)

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from .artifacts import artifact_snapshot, effective_rank
+from .artifacts import artifact_snapshot
 from .callbacks import Observer, OnlineKNN
 from .distillation import SelfDistillation, full_tensor
 from .images import (
@@ -32,6 +32,7 @@ from .images import (
     load_images,
 )
 from .modeling_regvit import RegViTModel
+from .outliers import effective_rank
 
 logger = logging.getLogger(__name__)
 

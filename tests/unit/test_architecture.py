@@ -27,10 +27,19 @@ FOUNDATIONS = IMAGES | {
     "optimization",
 }
 JOBS = FOUNDATIONS | {
-    "probes", "dense_probes", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"
+    "probes", "dense_probes", "outliers", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"
 }  # fmt: skip
 # What draws or publishes takes finished results; the model only as a type.
-RESULTS = MODEL | {"features", "extraction", "probes", "artifacts", "lost", "evaluation_report", "retrofit"}
+RESULTS = MODEL | {
+    "features",
+    "extraction",
+    "probes",
+    "outliers",
+    "artifacts",
+    "lost",
+    "evaluation_report",
+    "retrofit",
+}
 ANYTHING = None
 
 ALLOWED: dict[str, set[str] | None] = {
@@ -47,9 +56,13 @@ ALLOWED: dict[str, set[str] | None] = {
     "optimization": set(),
     "data_check": FOUNDATIONS,
     "probes": FOUNDATIONS,
-    "artifacts": FOUNDATIONS | {"probes"},  # a diagnosis holds the tables of the token probes
+    "outliers": set(),
+    "register_controls": FOUNDATIONS | {"probes"},
+    # A diagnosis holds the tables of the token probes and of the register controls.
+    "artifacts": FOUNDATIONS | {"probes", "outliers", "register_controls"},
+    "checkpoint_comparison": FOUNDATIONS | {"artifacts"},
     "lost": FOUNDATIONS,
-    "metrics": FOUNDATIONS | {"artifacts", "lost"},  # their formulas as evaluate.Metric
+    "metrics": FOUNDATIONS | {"outliers", "lost"},  # their formulas as evaluate.Metric
     "conversion": FOUNDATIONS,
     "export": FOUNDATIONS,
     "intervals": set(),
@@ -63,7 +76,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "evaluation": FOUNDATIONS
     | {"metrics", "evaluation_report", "feature_cache", "feature_tasks", "object_discovery", "dense_probes", "dense"},
     "dense_probes": FOUNDATIONS | {"metrics"},
-    "retrofit": FOUNDATIONS | {"artifacts"},
+    "retrofit": FOUNDATIONS | {"artifacts", "outliers"},
     "distillation": FOUNDATIONS,
     "upload": MODEL,
     "model_card": MODEL,

@@ -12,30 +12,32 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
-from hf_regvit import RegViTConfig, RegViTModel, artifacts, cli
+from hf_regvit import RegViTConfig, RegViTModel, cli
 from hf_regvit.artifacts import (
     ArtifactReport,
-    Cutoff,
-    TwoModes,
     artifact_snapshot,
-    attention_statistics,
-    channel_outliers,
-    compare_checkpoints,
-    compare_values,
     count_macs,
     diagnose,
+    emergence_layer,
+    reported_layer,
+)
+from hf_regvit.checkpoint_comparison import compare_checkpoints
+from hf_regvit.features import EvaluationTransform, read_many
+from hf_regvit.images import default_image_processor
+from hf_regvit.outliers import (
+    Cutoff,
+    TwoModes,
+    attention_statistics,
+    channel_outliers,
+    compare_values,
     direction_spread,
     effective_rank,
-    emergence_layer,
     find_cutoff,
     fit_two_modes,
     neighbour_similarity,
-    register_controls,
     register_cosine,
-    reported_layer,
 )
-from hf_regvit.features import EvaluationTransform, read_many
-from hf_regvit.images import default_image_processor
+from hf_regvit.register_controls import _registers_replaced, _replacement, register_controls
 
 # --- Two modes and a cut-off ---
 
@@ -694,11 +696,11 @@ def test_controls_without_effect_and_their_order():
 
 def test_noise_has_the_moments_of_the_registers():
     registers = torch.randn(4000, 2, 3, generator=torch.Generator().manual_seed(0)) * 3 + 5
-    noise = artifacts._replacement("noise", registers, 1, 0)
+    noise = _replacement("noise", registers, 1, 0)
     torch.testing.assert_close(noise.mean(0), registers.mean(0), atol=0.2, rtol=0)
     torch.testing.assert_close(noise.std(0), registers.std(0), atol=0.2, rtol=0)
-    assert not torch.equal(noise, artifacts._replacement("noise", registers, 2, 0))
-    assert torch.equal(noise, artifacts._replacement("noise", registers, 1, 0))
+    assert not torch.equal(noise, _replacement("noise", registers, 2, 0))
+    assert torch.equal(noise, _replacement("noise", registers, 1, 0))
 
 
 def test_neighbour_accuracy_where_labels_exist():
@@ -725,7 +727,7 @@ def test_controls_that_cannot_be_made():
 
 def test_hooks_are_gone_after_an_error(monkeypatch):
     model = tiny_model()
-    with pytest.raises(RuntimeError), artifacts._registers_replaced(model, {1: torch.zeros(3, 5, 7)}):
+    with pytest.raises(RuntimeError), _registers_replaced(model, {1: torch.zeros(3, 5, 7)}):
         model(random_pixels())
     assert not any(module._forward_hooks for module in model.modules())
 

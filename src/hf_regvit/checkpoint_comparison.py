@@ -1,0 +1,114 @@
+"""Several checkpoints diagnosed on the same images, e.g. of 0, 1, 2, 4, 8 registers: one table with cost and speed."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .artifacts import ArtifactReport, diagnose
+from .features import describe_model, load_model, read_many
+
+
+@dataclass(frozen=True)
+class ComparisonReport:
+    """Several checkpoints on the same images: one row each, and their full reports."""
+
+    rows: list[dict[str, Any]]
+    reports: dict[str, ArtifactReport]
+    settings: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Rows and settings; the reports are saved on their own."""
+        return {"rows": self.rows, "settings": self.settings}
+
+    def folders(self) -> dict[str, ArtifactReport]:
+        """A folder name for each report: number and last part of the checkpoint's name."""
+        return {f"{i}-{Path(name).name}": report for i, (name, report) in enumerate(self.reports.items())}
+
+    def save(self, folder: str | Path) -> Path:
+        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path."""
+        for name, report in self.folders().items():
+            report.save(Path(folder) / name)
+        path = Path(folder) / "comparison.json"
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+    def summary(self) -> str:
+        """The table, and each verdict."""
+        return "\n".join([self.table(), *(f"{name}: {report.verdict}" for name, report in self.reports.items())])
+
+    def table(self) -> str:
+        """The rows as a Markdown table."""
+        names = list(self.rows[0])
+        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
+        for row in self.rows:
+            lines.append(f"| {' | '.join(_cell(row[name]) for name in names)} |")
+        return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return "-" if value is None else str(value)
+
+
+def compare_checkpoints(
+    names: Sequence[str | Path],
+    images: Any,
+    *,
+    throughput_rounds: int = 5,
+    device: str | torch.device | None = None,
+    **settings: Any,
+) -> ComparisonReport:
+    """Diagnose several checkpoints, e.g. of 0, 1, 2, 4, 8 registers, and tabulate them with cost and speed.
+
+    Args:
+        names: What `load_model` takes. All of them are in memory at once, since speed is measured in turns.
+        images: As for `diagnose`.
+        throughput_rounds: Passes of 8 images per model, taken in turns after one to warm up; the median counts.
+        device: Where to compute; default the CPU.
+        settings: Arguments of `diagnose`.
+    """
+    if len({str(name) for name in names}) < len(names) or len(names) < 2:
+        raise ValueError(f"names={[str(name) for name in names]}: give two or more different checkpoints.")
+    loaded = {str(name): load_model(name, device=device) for name in names}
+    reports = {
+        name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()
+    }
+    speeds: dict[str, list[float]] = {name: [] for name in loaded}
+    for _ in range(throughput_rounds + 1):
+        for name, (model, _) in loaded.items():
+            height, width = describe_model(model).image_size
+            start = time.perf_counter()
+            read_many(model, torch.zeros(8, 3, height, width), {"patch_embedding": (0,)})
+            speeds[name].append(8 / (time.perf_counter() - start))
+    baseline = reports[str(names[0])].model["gmacs"]
+    rows = []
+    for name, report in reports.items():
+        attention = report.attention["statistics"] if report.attention else {}
+        rows.append(
+            {
+                "model": name,
+                "registers": report.model["num_register_tokens"],
+                "bimodal": report.bimodal,
+                "layer": report.layer,
+                "outlier_share": report.outlier_share,
+                "norm_ratio": report.norm_ratio,
+                "separation": report.separation,
+                "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
+                "attention_entropy": attention.get("entropy_share", {}).get("mean"),
+                "register_cosine": report.registers["cosine"] if report.registers else None,
+                "effective_rank": report.patches["effective_rank"]["mean"],
+                "parameters": report.model["parameters"],
+                "gmacs": report.model["gmacs"],
+                "gmacs_delta": report.model["gmacs"] / baseline - 1,
+                "images_per_second": float(np.median(speeds[name][1:])),
+            }
+        )
+    threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
+    return ComparisonReport(rows=rows, reports=reports, settings=next(iter(reports.values())).settings | threads)
