@@ -18,6 +18,7 @@ import yaml
 from PIL import Image
 
 import hf_regvit
+from helpers import requires_shared, shared_dir
 from hf_regvit import PretrainingArguments, cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,72 @@ def test_questions_have_answers_and_threads():
         assert title.endswith(("?", ".")), title
         assert len(answer.strip()) > 60, title
     assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
+
+
+# What users asked in the issues of other projects, as two lists of the specification number it, and where it is
+# answered. None: nobody who uses this package can meet it.
+ANSWERS_TO_PAPER_USERS = {
+    1: "how-do-i-draw-the-attention-maps-of-the-paper", 2: "i-cannot-find-the-high-norm-tokens",
+    3: "my-lost-numbers-differ-from-the-registers-paper", 4: "how-do-i-pretrain-with-registers",
+    5: "are-there-heads-for-segmentation-and-depth-that-fit", 6: "can-i-export-to-onnx",
+    7: "keys-or-shapes-of-a-checkpoint-do-not-match", 8: "which-tokens-of-the-output-are-registers",
+    9: "registers-were-averaged-into-my-features", 10: "is-regvit-part-of-transformers",
+    11: "how-do-i-add-registers-to-a-pretrained-model-or-change-their-number",
+    12: "why-do-registers-start-at-random-and-not-at-zero",
+    13: "do-small-models-need-registers-do-artifacts-come-from-fine-tuning-or-from-training-too-long",
+    14: "where-are-clip-and-deit-iii-with-registers", 15: "the-colours-of-pca-differ-between-pictures",
+    16: "why-four-why-not-one", 17: "can-i-continue-from-dinov2-on-my-own-domain",
+    18: "may-i-drop-the-registers-after-training", 19: "do-registers-help-or-hurt-depth",
+    20: "should-intermediate-features-be-normalised",
+}  # fmt: skip
+ANSWERS_TO_LIBRARY_USERS = {
+    1: "registers-were-averaged-into-my-features", 2: "do-registers-have-a-position",
+    3: "my-picture-is-not-square-or-no-multiple-of-the-patch",
+    4: "is-a-feature-map-rows-by-columns-or-columns-by-rows",
+    5: "my-picture-is-not-square-or-no-multiple-of-the-patch", 6: "why-is-outputattentions-empty",
+    7: "can-i-use-flash-attention", 8: "which-token-is-the-feature-of-a-picture",
+    9: "autobackbone-does-not-know-my-folder", 10: "are-there-heads-for-segmentation-and-depth-that-fit",
+    11: "ddp-reports-unused-parameters",
+    12: "is-drop-path-really-applied-are-weights-initialised-as-in-the-original",
+    13: "lora-targets-or-hooks-broke-after-an-upgrade",
+    14: "the-image-processor-of-a-checkpoint-is-not-recognised-or-resizes-differently",
+    15: "the-image-processor-of-a-checkpoint-is-not-recognised-or-resizes-differently",
+    16: "trust_remote_code-fails-offline-or-after-save_pretrained",
+    17: "after-moving-to-transformers-5-loading-fails-on-the-meta-device",
+    18: "trust_remote_code-fails-offline-or-after-save_pretrained",
+    19: "can-i-continue-from-dinov2-on-my-own-domain", 20: "i-cannot-find-the-high-norm-tokens",
+}  # fmt: skip
+
+
+def test_every_question_of_users_has_its_answer():
+    from markdown.extensions.toc import slugify
+
+    titles = re.findall(r"^### (.+)$", text_of(DOCS / "faq.md"), flags=re.M)
+    anchors = [slugify(title.replace("`", ""), "-") for title in titles]
+    assert len(anchors) == len(set(anchors))
+    for answers in (ANSWERS_TO_PAPER_USERS, ANSWERS_TO_LIBRARY_USERS):
+        assert list(answers) == list(range(1, 21))
+        assert not set(answers.values()) - set(anchors)
+
+
+@requires_shared
+def test_the_lists_of_questions_have_as_many_rows_as_were_answered():
+    spec = shared_dir() / "spec"
+    _, _, asked = text_of(spec / "registers_paper.md").partition("## 7. What users ask for")
+    rows = re.findall(r"^(\d+)\. ", asked.partition("\n## ")[0], flags=re.M)
+    assert list(map(int, rows)) == list(ANSWERS_TO_PAPER_USERS)
+    _, _, asked = text_of(spec / "hf_conventions.md").partition("## 8. What users complain about")
+    rows = re.findall(r"^\| (\d+) \|", asked.partition("\n## ")[0], flags=re.M)
+    assert list(map(int, rows)) == list(ANSWERS_TO_LIBRARY_USERS)
+
+
+@pytest.mark.slow
+def test_the_answers_in_python_run_and_are_true(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for block in re.findall(r"^```python\n(.*?)^```", text_of(DOCS / "faq.md"), flags=re.S | re.M):
+        exec(compile(block, "faq.md", "exec"), names)
+    assert Image.open("overview.png").width > 500
 
 
 def test_nothing_comes_from_elsewhere():
