@@ -25,9 +25,9 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from hf_regvit.image_guard import BadImageError
 from hf_regvit.images import (
     EMBEDDED_SOURCES,
-    BadImageError,
     ImageSource,
     MissingSplitError,
     load_images,

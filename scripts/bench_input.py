@@ -37,7 +37,8 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from hf_regvit.augmentation import MultiCrop, normalize_pixels
-from hf_regvit.images import IMAGENET_MEAN, IMAGENET_STD, load_images, open_image, photographs
+from hf_regvit.image_guard import open_image
+from hf_regvit.images import IMAGENET_MEAN, IMAGENET_STD, load_images, photographs
 
 Pipeline = Callable[[bytes, int], Any]
 SCALES = {"global": (0.32, 1.0), "local": (0.05, 0.32)}

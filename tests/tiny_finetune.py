@@ -9,7 +9,8 @@ from PIL import Image
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.classification import ImageClassification
 from hf_regvit.finetuning import FinetuningArguments, finetune
-from hf_regvit.images import BadImageError, ImageSource
+from hf_regvit.image_guard import BadImageError
+from hf_regvit.images import ImageSource
 
 NAMES = ("blue", "green", "red")
 SIDE = 16

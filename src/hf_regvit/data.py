@@ -30,7 +30,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from .augmentation import MultiCrop, normalize_pixels
-from .images import BadImageError, ImageLimits, ImageSource, ImageStream, StreamRecord, open_image, printable
+from .image_guard import BadImageError, ImageLimits, open_image, printable
+from .images import ImageSource, ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
 

@@ -15,17 +15,8 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
-from .images import (
-    BadImageError,
-    Data,
-    ImageFacts,
-    ImageLimits,
-    ImageSource,
-    MissingSplitError,
-    Split,
-    image_facts,
-    load_images,
-)
+from .image_guard import BadImageError, ImageFacts, ImageLimits, image_facts
+from .images import Data, ImageSource, MissingSplitError, Split, load_images
 
 logger = logging.getLogger(__name__)
 

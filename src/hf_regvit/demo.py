@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from .exploration import Explorer, Picture, View
 from .features import load_model
 from .figures import attention_overlay_figure, lost_figure, overview_figure, save_figure
-from .images import ImageLimits, open_image, photographs
+from .image_guard import ImageLimits, open_image
+from .images import photographs
 
 if TYPE_CHECKING:
     import gradio as gr

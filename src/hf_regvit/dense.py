@@ -22,17 +22,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .images import (
-    BadImageError,
-    ImageLimits,
-    ImageSource,
-    MissingSplitError,
-    Split,
-    image_facts,
-    load_images,
-    open_map,
-    split_of,
-)
+from .image_guard import BadImageError, ImageLimits, image_facts, open_map
+from .images import ImageSource, MissingSplitError, Split, load_images, split_of
 
 logger = logging.getLogger(__name__)
 

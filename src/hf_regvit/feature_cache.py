@@ -35,7 +35,8 @@ from .features import (
     report_skipped,
     resolve_layers,
 )
-from .images import BadImageError, ImageSource
+from .image_guard import BadImageError
+from .images import ImageSource
 
 logger = logging.getLogger(__name__)
 

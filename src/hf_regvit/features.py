@@ -24,15 +24,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from .images import (
-    BadImageError,
-    ImageSource,
-    ImageStream,
-    default_image_processor,
-    load_images,
-    open_image,
-    table_images,
-)
+from .image_guard import BadImageError, open_image
+from .images import ImageSource, ImageStream, default_image_processor, load_images, table_images
 
 logger = logging.getLogger(__name__)
 

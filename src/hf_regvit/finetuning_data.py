@@ -19,7 +19,8 @@ from torch.utils.data import Dataset, Sampler
 
 from .data import BadImages, TooManyBadImagesError
 from .finetuning_arguments import FinetuningArguments
-from .images import BadImageError, ImageRecord, ImageSource, MissingSplitError, load_images, stratified_split
+from .image_guard import BadImageError
+from .images import ImageRecord, ImageSource, MissingSplitError, load_images, stratified_split
 
 logger = logging.getLogger(__name__)
 

@@ -22,15 +22,8 @@ from torch import Tensor
 from .artifacts import artifact_snapshot
 from .callbacks import Observer, OnlineKNN
 from .distillation import SelfDistillation, full_tensor
-from .images import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    BadImageError,
-    ImageRecord,
-    MissingSplitError,
-    default_image_processor,
-    load_images,
-)
+from .image_guard import BadImageError
+from .images import IMAGENET_MEAN, IMAGENET_STD, ImageRecord, MissingSplitError, default_image_processor, load_images
 from .modeling_regvit import RegViTModel
 from .outliers import effective_rank
 

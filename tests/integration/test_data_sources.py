@@ -11,7 +11,7 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import requires_shared, shared_dir
-from hf_regvit import data, images
+from hf_regvit import data, image_guard, images
 from hf_regvit.cli import main
 from hf_regvit.images import load_images, stream_images
 from hf_regvit.pretraining import PretrainingArguments, pretrain
@@ -131,7 +131,7 @@ class TestSources:
         assert len(set(source.ids)) == 20
         for i in (0, 9, 10, 15, 16, 19):
             order = [*range(0, 10, 2), *range(1, 10, 2), *range(10, 20)]  # class folders come one after another
-            assert (np.asarray(source[i].image) == np.asarray(images.open_image(pictures[order[i]]))).all()
+            assert (np.asarray(source[i].image) == np.asarray(image_guard.open_image(pictures[order[i]]))).all()
         assert source.labels is None  # the tar file numbers its classes, the others name them
         both = load_images([tmp_path / "folder", tmp_path / "table.parquet"])
         assert both.label_names == ("a", "b")

@@ -14,7 +14,7 @@ REMOTE_CODE = ("configuration_regvit", "modeling_regvit")
 LONGEST_FUNCTION = 100
 
 MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
-IMAGES = MODEL | {"images"}  # a picture is opened in one place, below everything that reads pictures
+IMAGES = MODEL | {"images", "image_guard"}  # a picture is opened in one place, below everything that reads pictures
 # layers 0 and 1
 FOUNDATIONS = IMAGES | {
     "features",
@@ -27,7 +27,8 @@ FOUNDATIONS = IMAGES | {
     "optimization",
 }
 JOBS = FOUNDATIONS | {
-    "probes", "dense_probes", "outliers", "artifacts", "lost", "metrics", "conversion", "export", "evaluation", "retrofit"
+    "probes", "dense_probes", "outliers", "artifacts", "lost", "metrics", "conversion", "export", "evaluation",
+    "retrofit",
 }  # fmt: skip
 # What draws or publishes takes finished results; the model only as a type.
 RESULTS = MODEL | {
@@ -45,12 +46,13 @@ ANYTHING = None
 ALLOWED: dict[str, set[str] | None] = {
     "configuration_regvit": set(),
     "modeling_regvit": {"configuration_regvit"},
-    "images": set(),
+    "image_guard": set(),
+    "images": {"image_guard"},
     "features": IMAGES,
     "extraction": IMAGES | {"features"},
     "augmentation": {"images"},
-    "data": {"images", "augmentation"},
-    "dense": {"images"},
+    "data": {"images", "image_guard", "augmentation"},
+    "dense": {"images", "image_guard"},
     "dense_transforms": {"dense", "augmentation"},
     "losses": set(),
     "optimization": set(),
@@ -100,12 +102,12 @@ ALLOWED: dict[str, set[str] | None] = {
         "model_card",
     },
     "finetuning_arguments": set(),
-    "finetuning_data": {"data", "images", "finetuning_arguments"},
+    "finetuning_data": {"data", "images", "image_guard", "finetuning_arguments"},
     "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
-    "finetuning_folder": MODEL | {"figures", "run_folder", "upload"},
-    "finetuning_dense": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
+    "finetuning_folder": MODEL | {"figures", "run_folder", "upload", "model_card"},
+    "finetuning_dense": JOBS | {"figures", "finetuning_arguments", "finetuning_data", "intervals"},
     "finetuning": JOBS
-    | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification"}
+    | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification", "model_card"}
     | {"finetuning_arguments", "finetuning_data", "finetuning_folder"},
     "figures": RESULTS,
     "report": RESULTS | {"figures"},

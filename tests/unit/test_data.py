@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_regvit import data, images
+from hf_regvit import data, image_guard, images
 from hf_regvit.augmentation import MultiCrop, normalize_pixels
 from hf_regvit.images import load_images
 
@@ -275,7 +275,7 @@ class TestStream:
         key = next(iter(dataset.sampler()))
         item = dataset[key]
         sample_id = data.stream_sample_id(key[1].id)
-        expected = dataset.multi_crop(images.open_image(key[1].data), seed=5, epoch=key[0], sample_id=sample_id)
+        expected = dataset.multi_crop(image_guard.open_image(key[1].data), seed=5, epoch=key[0], sample_id=sample_id)
         assert torch.equal(item["global_crops"], expected["global_crops"])
         assert (item["sample_id"], item["epoch"]) == (sample_id, 0)
         with pytest.raises(TypeError, match="no images by number"):
@@ -316,7 +316,7 @@ class TestStream:
         assert '"path": "b"' in (tmp_path / "bad.jsonl").read_text()
         with pytest.raises(data.TooManyBadImagesError, match="none of the 1 images"):
             dataset.__getitems__([(0, images.StreamRecord("b", b""))])
-        with pytest.raises(images.BadImageError, match="the cell is empty"):
+        with pytest.raises(image_guard.BadImageError, match="the cell is empty"):
             self.dataset(stream_of())[(0, images.StreamRecord("c", None))]
 
     def test_too_many_bad_images_in_a_stream(self):

@@ -19,7 +19,8 @@ from hf_regvit.dense import (
     load_masks,
 )
 from hf_regvit.dense_transforms import JointTransform, resize_map
-from hf_regvit.images import BadImageError, MissingSplitError
+from hf_regvit.image_guard import BadImageError
+from hf_regvit.images import MissingSplitError
 
 SIZE = (24, 20)  # (width, height)
 

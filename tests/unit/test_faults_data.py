@@ -20,9 +20,10 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from hf_regvit import data, images
+from hf_regvit import data, image_guard, images
 from hf_regvit.augmentation import MultiCrop
-from hf_regvit.images import BadImageError, ImageLimits, load_images, open_image
+from hf_regvit.image_guard import BadImageError, ImageLimits, open_image
+from hf_regvit.images import load_images
 
 SOURCE_CODE = Path(images.__file__).parent
 
@@ -230,7 +231,7 @@ def test_F06_cmyk_photograph(photo):
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
 def test_F07_sixteen_bit_grey_is_scaled_by_its_depth(format, caplog):
-    images._say_once.cache_clear()
+    image_guard.say_once.cache_clear()
     ramp = np.linspace(0, 65535, 32 * 32).astype(np.uint16).reshape(32, 32)
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         for _ in range(3):
@@ -409,7 +410,7 @@ def test_F18_animation_gives_its_first_frame(format):
     pixels = np.asarray(open_image(content))
     assert pixels.shape == (18, 18, 3)
     assert pixels[0, 0].tolist() == [255, 0, 0]
-    assert images.image_facts(content, name="x").animated
+    assert image_guard.image_facts(content, name="x").animated
 
 
 @pytest.mark.parametrize(
@@ -428,7 +429,7 @@ def test_F19_formats_outside_of_the_list(content, reason):
 
 
 def test_F19_avif_where_pillow_reads_it(photo):
-    if "AVIF" not in images._known_formats():
+    if "AVIF" not in image_guard._known_formats():
         pytest.skip("this build of Pillow has no AVIF")
     assert open_image(encode(photo, "AVIF", quality=95)).size == photo.size
 
@@ -447,7 +448,7 @@ def test_F20_icc_profile_is_ignored_and_said_so(photo):
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     assert same_pixels(open_image(encode(photo, "PNG", icc_profile=profile)), photo)
-    assert images.image_facts(encode(photo, "PNG", icc_profile=profile), name="x").icc_profile
+    assert image_guard.image_facts(encode(photo, "PNG", icc_profile=profile), name="x").icc_profile
     assert "ICC profiles are ignored" in " ".join(open_image.__doc__.split())
 
 

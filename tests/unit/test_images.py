@@ -11,7 +11,8 @@ from PIL import Image
 
 from helpers import requires_shared, shared_dir
 from hf_regvit import images
-from hf_regvit.images import BadImageError, load_images, open_image
+from hf_regvit.image_guard import BadImageError, open_image
+from hf_regvit.images import load_images
 
 
 @pytest.fixture(scope="module")
