@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -297,46 +297,45 @@ def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[flo
 
 
 class ClassificationMetrics:
-    """Top-1, top-5, mean accuracy of the classes and macro F1 from one confusion matrix, batch by batch.
+    """Top-1, top-5, mean accuracy of the classes and macro F1, batch by batch, by the `evaluate` metrics of `metrics`.
 
     Args:
         num_classes: C.
 
     Attributes:
-        confusion: (C, C) counts; rows are true classes, columns what was said.
+        confusion: (C, C) counts of the last `compute`; rows are true classes, columns what was said.
     """
 
     def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
+        from .metrics import ClassScores, TopKAccuracy
+
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
-        self.in_first_five, self.skipped = 0, 0
+        self.skipped = self.counted = 0
+        self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else 1)
+        self._classes = ClassScores(num_classes=num_classes)
 
     def update(self, logits: Any, labels: Any) -> None:
         """One batch: (B, C) scores and (B,) classes; those labelled -100 are left out."""
         scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
         use = truth != IGNORED
         self.skipped += int((~use).sum())
-        scores, truth = scores[use], truth[use]
-        said = scores.argmax(-1)
-        self.confusion += torch.bincount(truth * self.num_classes + said, minlength=self.num_classes**2).view(
-            self.num_classes, -1
-        )
-        k = min(5, self.num_classes)
-        self.in_first_five += int((scores.topk(k).indices == truth[:, None]).any(-1).sum())
+        self.counted += int(use.sum())
+        for metric in (self._top, self._classes):
+            metric.add_batch(predictions=scores[use], references=truth[use])
 
     def compute(self) -> dict[str, float]:
-        """Shares in [0, 1], the accuracy with its 95 % interval; means over classes leave out those without images."""
-        confusion = self.confusion.double()
-        right, true, said = confusion.diag(), confusion.sum(1), confusion.sum(0)
-        n, present = max(float(true.sum()), 1.0), true > 0
-        metrics = {
-            "accuracy": float(right.sum()) / n,
-            "mean_class_accuracy": float((right / true.clamp(min=1))[present].mean()) if present.any() else 0.0,
-            "f1": float((2 * right / (true + said).clamp(min=1))[present].mean()) if present.any() else 0.0,
-        }
-        metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(metrics["accuracy"], n)
-        if self.num_classes > 5:
-            metrics["top5_accuracy"] = self.in_first_five / n
+        """Shares in [0, 1], the accuracy with its 95 % interval; means over classes leave out those without images.
+
+        Raises:
+            ValueError: no image had a label.
+        """
+        top, classes = cast(dict[str, Any], self._top.compute()), cast(dict[str, Any], self._classes.compute())
+        self.confusion = torch.tensor(classes["confusion_matrix"])
+        metrics: dict[str, float] = {"accuracy": top["top1"]}
+        metrics |= {name: classes[name] for name in ("mean_class_accuracy", "f1")}
+        metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(top["top1"], self.counted)
+        if "top5" in top:
+            metrics["top5_accuracy"] = top["top5"]
         return metrics | ({"skipped_images": float(self.skipped)} if self.skipped else {})
 
 
@@ -370,6 +369,7 @@ class ImageClassification:
         self.names = train.label_names or ()
         self.weights = class_weights(args.class_weights, train.labels or (), self.names)
         self._metrics = ClassificationMetrics(len(self.names))
+        self._last: dict[str, float] = {}
 
     def config_fields(self) -> dict[str, Any]:
         """Names of the classes, and what the head reads if that was asked for."""
@@ -442,32 +442,33 @@ class ImageClassification:
 
     def compute_metrics(self) -> dict[str, float]:
         """Of everything since `start_metrics`."""
-        return self._metrics.compute()
+        self._last = self._metrics.compute()
+        return self._last
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
-        """`confusion_matrix.png` of the last evaluation, and the numbers behind it; names of the pictures."""
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of the accuracy, after Wilson."""
+        return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+        """`confusion_matrix.png` of the last evaluation, and the numbers behind it; titles of the pictures."""
         from .figures import save_figure
 
         matrix = self._metrics.confusion
-        if self.validation is None:
-            return []
+        if not self._last:
+            return {}
         rows = [",".join(["true\\said", *self.names])]
         rows += [",".join([name, *map(str, row)]) for name, row in zip(self.names, matrix.tolist(), strict=True)]
         (folder / "confusion_matrix.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
         save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
-        return ["confusion_matrix.png"]
+        return {"confusion_matrix.png": "Confusion matrix"}
 
     def describe(self) -> dict[str, str]:
-        """Rows of the card's table."""
-        return {"classes": f"{len(self.names)}: {_some(self.names)}"}
+        """Nothing that the card does not know from the configuration: the classes are there."""
+        return {}
 
-    def usage(self) -> str:
-        """The card's example."""
-        return (
-            "from transformers import pipeline\n\n"
-            'classify = pipeline("image-classification", model="path/to/this/folder")\n'
-            'classify("picture.jpg")'
-        )
+    def protocol(self) -> tuple[str, str]:
+        """How a validation image is judged, and what the interval is."""
+        return "One view of every picture, as the image processor beside the model makes it", "after Wilson"
 
 
 def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:

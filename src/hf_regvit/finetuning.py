@@ -41,6 +41,7 @@ from .finetuning_arguments import FinetuningArguments
 from .finetuning_data import TrainSampler, fingerprint, stack
 from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
 from .images import ImageSource, default_image_processor
+from .model_card import finetuning_facts, public_recipe
 from .modeling_regvit import RegViTModel
 from .optimization import ParameterRule, parameter_rules
 from .run_folder import BACKBONE, fit_positions, package_versions, run_environment, write_json
@@ -105,14 +106,17 @@ class Task(Protocol):
     def compute_metrics(self) -> dict[str, float]:
         """Called after the last batch; the names get "eval_" in front."""
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
-        """Pictures into the result folder, from the last evaluation; their file names, for the card."""
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals over the validation images of some metrics of the last evaluation."""
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+        """Pictures into the result folder, from the last evaluation; their titles by file name, for the card."""
 
     def describe(self) -> dict[str, str]:
-        """Rows of the card's table."""
+        """What the data hold, in words, for the card."""
 
-    def usage(self) -> str:
-        """Python lines for the card that use the result."""
+    def protocol(self) -> tuple[str, str]:
+        """How a validation image is judged, and what the intervals are, in words."""
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------------
@@ -278,6 +282,10 @@ class FinetuningTrainer(CheckpointedTrainer):
     def hub_processor(self) -> Any:
         """The image processor of the result."""
         return self.processor
+
+    def hub_facts(self) -> dict[str, Any]:
+        """The recipe."""
+        return finetuning_facts(public_recipe(self.args.resolved()))
 
     # The best model.
 
@@ -621,10 +629,11 @@ def finetune(
             draw_finetuning_curves(output, shown=task.shown)
         raise
     final = _final_evaluation(trainer)
-    report = _report(trainer, final, started)
     result = _whole_model(_whole_state(trainer.model), trainer.model, task, args)
+    report = _report(trainer, final, started) | {"changes": changes}
+    report["parameters"]["result"] = cast(Any, result).num_parameters()
     if trainer.is_world_process_zero():
-        _write_folder(output, result, trainer, processor=processor, report=report, changes=changes)
+        _write_folder(output, result, trainer, processor=processor, report=report)
     trainer.push_result(output)
     trainer.accelerator.wait_for_everyone()
     return result
@@ -670,10 +679,15 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     args, task, state = trainer.args, trainer.task, trainer.state
     parameters = list(trainer.model.parameters())
     best = args.load_best_model_at_end and state.best_global_step
+    protocol, interval_of = task.protocol()
     return {
         "task": task.name,
         "mode": args.mode,
         "eval": {key.removeprefix("eval_"): value for key, value in final.items()},
+        "intervals": task.intervals() if final else {},
+        "interval_of": interval_of,
+        "protocol": protocol,
+        "described": task.describe(),
         "step_of_the_result": best or state.global_step,
         "steps": state.global_step,
         "epochs": state.epoch,
@@ -693,29 +707,21 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
 
 
 def _write_folder(
-    output: Path,
-    result: nn.Module,
-    trainer: FinetuningTrainer,
-    *,
-    processor: Any,
-    report: dict[str, Any],
-    changes: Sequence[str],
+    output: Path, result: nn.Module, trainer: FinetuningTrainer, *, processor: Any, report: dict[str, Any]
 ) -> None:
     """Everything that a person finds in the folder of a finished run."""
     task, args = trainer.task, trainer.args
     cast(Any, result).save_pretrained(output)
     processor.save_pretrained(output)
     write_json(output / "metrics.json", report)
-    pictures = [path.name for path in [draw_finetuning_curves(output, shown=task.shown)] if path]
-    pictures += task.write_panels(output, result, processor)
+    curves = draw_finetuning_curves(output, shown=task.shown)
+    pictures = ({curves.name: "Learning curves"} if curves else {}) | task.write_panels(output, result, processor)
     write_finetuning_card(
         output,
-        cast(Any, result).config,
-        report=report,
         recipe=args.resolved(),
-        changes=changes,
+        report=report,
+        environment=run_environment(args),
         pictures=pictures,
-        rows=task.describe(),
-        usage=task.usage(),
+        **trainer.hub_names(),
     )
     logger.info("%s", json.dumps(report["eval"]))

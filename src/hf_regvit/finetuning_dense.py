@@ -35,6 +35,7 @@ from .dense_transforms import JointTransform, resize_map
 from .finetuning_arguments import FinetuningArguments
 from .finetuning_data import EvaluationImages, TrainImages, bad_images, hold_out, limited, stack, weights_of_classes
 from .images import ImageRecord, MissingSplitError
+from .intervals import bootstrap_interval
 from .modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
 
 logger = logging.getLogger(__name__)
@@ -243,6 +244,7 @@ class _DenseTask:
     name: str
     model_class: Any
     shown: Sequence[str]
+    measures: Sequence[str]  # numbers that get an interval
     train: DenseSource
     validation: DenseSource | None
 
@@ -255,7 +257,8 @@ class _DenseTask:
             self.train, self.validation, self.report = open_dense_parts(args, self._load)
         else:
             self.train, self.validation, self.report = train, validation, check_targets(train)
-        self._metric = self._new_metric()
+        self.start_metrics()
+        self._read_at = (0, 0)
 
     def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
         raise NotImplementedError
@@ -272,7 +275,7 @@ class _DenseTask:
     def image_processor(self, processor: Any, config: Any) -> Any:
         """One size for all pictures, in the proportions of the training images."""
         shorter = self.args.image_size or min(config.image_shape)
-        size = typical_size(self.train, shorter, config.patch_shape)
+        size = self._read_at = typical_size(self.train, shorter, config.patch_shape)
         logger.info("Pictures are read at %d x %d pixels.", *size)
         return dense_processor(processor, size)
 
@@ -304,10 +307,32 @@ class _DenseTask:
     def start_metrics(self) -> None:
         """Forgets the last evaluation."""
         self._metric = self._new_metric()
+        self._rows: list[Array] = []  # what the metric makes of every image, for the intervals
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """One gathered batch."""
-        self._metric.add_batch(predictions=np.asarray(predictions), references=np.asarray(labels))
+        """One gathered batch, image by image."""
+        for one, truth in zip(np.asarray(predictions), np.asarray(labels), strict=True):
+            self._metric.add(prediction=one, reference=truth)
+            self._rows += [row for row in self._metric.reduce([one], [truth]) if np.any(row)]
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of every number of the metric, from resampled images."""
+        rows = np.asarray(self._rows, dtype=np.float64)
+
+        def interval(name: str) -> tuple[float, float]:
+            return bootstrap_interval(
+                rows, seed=self.args.seed, statistic=lambda some: self._metric.result(some)[name]
+            )
+
+        return {name: interval(name) for name in self.measures} if len(rows) > 1 else {}
+
+    def protocol(self) -> tuple[str, str]:
+        """How a validation image is judged, and what the intervals are."""
+        height, width = self._read_at
+        return (
+            f"Whole pictures, resized to {height} x {width} pixels; the prediction is brought to the size of the "
+            f"picture's own {'mask' if self.train.kind == 'masks' else 'depth map'} and judged there"
+        ), "2,000 resamples"
 
     def _panel_rows(self, model: Any, processor: Any) -> list[tuple[Any, Array, Array]]:
         """Picture, truth and prediction of some validation images, evenly spread."""
@@ -350,6 +375,7 @@ class SemanticSegmentation(_DenseTask):
     name = "semantic-segmentation"
     model_class = RegViTForSemanticSegmentation
     shown = ("mean_iou", "overall_accuracy")
+    measures = ("mean_iou", "mean_accuracy", "overall_accuracy")
 
     def __init__(
         self, args: FinetuningArguments, train: DenseSource | None = None, validation: DenseSource | None = None
@@ -437,28 +463,19 @@ class SemanticSegmentation(_DenseTask):
         means = {key: scores[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")}
         return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
         """`masks.png`: picture, truth and prediction of some validation images."""
         from .figures import save_figure
 
         rows = self._panel_rows(model, processor)
         if not rows:
-            return []
+            return {}
         save_figure(mask_figure(rows, self.names), folder / "masks.png")
-        return ["masks.png"]
+        return {"masks.png": "Photograph, truth and prediction"}
 
     def describe(self) -> dict[str, str]:
-        """Rows of the card's table."""
-        names = ", ".join(self.names[:8]) + (f" and {len(self.names) - 8} more" if len(self.names) > 8 else "")
-        return {"classes": f"{len(self.names)}: {names}", "training masks": self.report.summary()}
-
-    def usage(self) -> str:
-        """The card's example."""
-        return (
-            "from transformers import pipeline\n\n"
-            'segment = pipeline("image-segmentation", model="path/to/this/folder")\n'
-            'segment("picture.jpg", subtask="semantic")'
-        )
+        """What the masks hold."""
+        return {"training masks": self.report.summary()}
 
 
 def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
@@ -484,6 +501,7 @@ class DepthEstimation(_DenseTask):
     name = "depth-estimation"
     model_class = RegViTForDepthEstimation
     shown = ("abs_rel", "delta1")
+    measures = ("rmse", "abs_rel", "delta1", "delta2", "delta3")
 
     def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
         args = self.args
@@ -531,27 +549,19 @@ class DepthEstimation(_DenseTask):
         """Of everything since `start_metrics`."""
         return self._metric.compute()
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> list[str]:
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
         """`depth.png`: picture, truth and prediction of some validation images, one scale of metres for all."""
         from .figures import save_figure
 
         rows = self._panel_rows(model, processor)
         if not rows:
-            return []
+            return {}
         save_figure(depth_figure(rows), folder / "depth.png")
-        return ["depth.png"]
+        return {"depth.png": "Photograph, truth and prediction"}
 
     def describe(self) -> dict[str, str]:
-        """Rows of the card's table."""
-        return {"training depth": self.report.summary(), "largest depth": f"{self.args.max_depth:g} m"}
-
-    def usage(self) -> str:
-        """The card's example."""
-        return (
-            "from transformers import pipeline\n\n"
-            'measure = pipeline("depth-estimation", model="path/to/this/folder")\n'
-            'measure("picture.jpg")["predicted_depth"]  # metres'
-        )
+        """What the maps hold."""
+        return {"training depth": self.report.summary()}
 
 
 def _depth_loss(depth: Tensor, truth: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .configuration_regvit import RegViTConfig
 from .figures import save_figure
+from .model_card import CardFigure, finetuning_facts, public_recipe, write_card_file
 from .run_folder import read_metrics
 from .upload import may_be_published
+
+CURVES = "curves.png"
 
 
 def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None:
@@ -41,85 +43,33 @@ def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None
         axis.grid(color="#dddddd", lw=0.5)
         axis.tick_params(labelsize=7)
         axis.legend(fontsize=7)
-    target = folder / "curves.png"
+    target = folder / CURVES
     save_figure(figure, target)
     return target
 
 
 def write_finetuning_card(
     folder: Path,
-    config: RegViTConfig,
     *,
-    report: Mapping[str, Any],
     recipe: Mapping[str, Any],
-    changes: Sequence[str],
-    pictures: Sequence[str],
-    rows: Mapping[str, str],
-    usage: str,
+    report: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    pictures: Mapping[str, str],
+    **names: Any,
 ) -> None:
-    """`README.md`: what it was made from, on what, how good it is with which protocol, how to use it.
+    """`README.md`: the card that `regvit publish` would write from the same files.
 
-    Folders of one's own are named by their last part only, because a card may be published.
+    Args:
+        folder: of the run, with the saved model.
+        recipe: `resolved_recipe.yaml`; folders of one's own are named by their last part only.
+        report: `metrics.json`.
+        environment: `environment.json`.
+        pictures: title of each by its file name; those that show images of the data are left out.
+        names: `name` and `repo_id` of the card.
     """
-    data = recipe.get("data") or recipe.get("train_dir") or "images of the caller"
-    named = Path(str(data)).name or str(data)
-    base = recipe.get("model_name_or_path")
-    start = f"`{Path(str(base)).name}`" if base else "random weights"
-    images = report["images"]
-    measured = {name: value for name, value in report["eval"].items() if not _is_speed(name)}
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items()) or "not measured"
-    table = {
-        "started from": f"{start}. {' '.join(changes)}".strip(),
-        "data": f"`{named}`, {images['train']:,} training images, {images['validation']:,} for validation",
-        **rows,
-        "trained": f"{recipe['mode']}: {report['parameters']['trained']:,} of {report['parameters']['all']:,} "
-        f"parameters, {report['steps']:,} steps ({report['epochs']:.1f} epochs), {images['seen']:,} images seen",
-        "recipe": f"batch {recipe['per_device_train_batch_size']} per process, learning rate "
-        f"{recipe['learning_rate']:g}, layer decay {recipe['layer_decay']:g}, augmentation {recipe['augmentation']}, "
-        f"seed {report['seed']}",
-        "on the validation images": f"{shown} (step {report['step_of_the_result']}"
-        + (", chosen on these images" if recipe["load_best_model_at_end"] else "")
-        + ")",
-    }
-    lines = "\n".join(f"| {name} | {text.replace('|', '/')} |" for name, text in table.items())
-    # The card may be published; pictures that show images of the data are not.
-    gallery = "\n".join(f"![{Path(name).stem}]({name})\n" for name in pictures if may_be_published(name))
-    rows_, columns = config.patch_shape
-    (folder / "README.md").write_text(
-        f"""---
-library_name: transformers
-pipeline_tag: {_PIPELINES[report["task"]]}
-tags:
-- regvit
-- register-tokens
-- {report["task"]}
----
-
-# RegViT for {report["task"].replace("-", " ")}
-
-{config.num_hidden_layers} blocks of width {config.hidden_size}, {config.num_register_tokens} registers, patches of \
-{rows_} x {columns} pixels; fine-tuned with hf_regvit.
-
-| | |
-|---|---|
-{lines}
-
-```python
-import hf_regvit  # or trust_remote_code=True without the package
-{usage}
-```
-
-{gallery}""",
-        encoding="utf-8",
-    )
-
-
-_PIPELINES = {
-    "image-classification": "image-classification",
-    "semantic-segmentation": "image-segmentation",
-    "depth-estimation": "depth-estimation",
-}
-
-
-def _is_speed(name: str) -> bool:
-    return name in ("runtime", "samples_per_second", "steps_per_second", "epoch")
+    facts = finetuning_facts(public_recipe(recipe), report, environment)
+    shown = {name: title for name, title in pictures.items() if may_be_published(name)}
+    if shown.pop(CURVES, None):
+        facts["curves"] = CURVES
+    facts["pictures"] = tuple(CardFigure(name, title) for name, title in shown.items())
+    write_card_file(folder, parameters=report["parameters"]["result"], **facts, **names)

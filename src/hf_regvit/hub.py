@@ -222,10 +222,14 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
         _write_report(output, "training.json", report)
     if (run / "metrics.jsonl").is_file():
         shutil.copyfile(run / "metrics.jsonl", output / "reports" / "metrics.jsonl")
+    for name in ("curves.png", "confusion_matrix.png"):
+        if (run / name).is_file():
+            (output / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(run / name, output / "figures" / name)
     if (run / "curves.png").is_file():
-        (output / "figures").mkdir(exist_ok=True)
-        shutil.copyfile(run / "curves.png", output / "figures" / "curves.png")
         facts["curves"] = "figures/curves.png"
+    if (run / "confusion_matrix.png").is_file():
+        facts["pictures"] = (CardFigure("figures/confusion_matrix.png", "Confusion matrix"),)
     return {**facts, "recipe_file": True}
 
 

@@ -91,6 +91,7 @@ class CardFacts:
         recipe: (setting, value) of training.
         recipe_file: Whether `recipe.yaml` lies beside the card.
         curves: Path of the picture of learning curves, relative to the card.
+        pictures: Of the evaluation, such as a confusion matrix.
         alarms: Of the run, with `step` and `message`.
         scores: Rows of the evaluation.
         evaluation_notes: Protocols and what else a reader of the numbers has to know.
@@ -118,6 +119,7 @@ class CardFacts:
     recipe: tuple[tuple[str, str], ...] = ()
     recipe_file: bool = False
     curves: str | None = None
+    pictures: tuple[CardFigure, ...] = ()
     alarms: tuple[Mapping[str, Any], ...] = ()
     scores: tuple[CardScore, ...] = ()
     evaluation_notes: tuple[str, ...] = ()
@@ -166,7 +168,7 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _names(recipe: Mapping[str, Any], *fields: str) -> str:
     found = next((recipe[name] for name in fields if recipe.get(name)), None)
     sources = found if isinstance(found, list) else [found] if found else []
-    return ", ".join(f"`{own_name(source)}`" for source in sources) or "images of the caller"
+    return ", ".join(f"`{own_name(source)}`" for source in sources) or "Images of the caller"
 
 
 def environment_words(environment: Mapping[str, Any]) -> str:
@@ -225,43 +227,162 @@ def pretraining_facts(
     return {**facts, "recipe": tuple(rows)}
 
 
+# metric of a fine-tuning run: (in words, type of the Hub, unit). Others, such as the IoU of every class, go to a note.
+_SCORES = {
+    "accuracy": ("Top-1 accuracy", "accuracy", "%"),
+    "top5_accuracy": ("Top-5 accuracy", "top_5_accuracy", "%"),
+    "mean_class_accuracy": ("Mean accuracy of the classes", "balanced_accuracy", "%"),
+    "f1": ("Macro F1", "f1", "%"),
+    "mean_iou": ("Mean IoU", "mean_iou", "%"),
+    "overall_accuracy": ("Pixel accuracy", "overall_accuracy", "%"),
+    "mean_accuracy": ("Mean pixel accuracy of the classes", "mean_accuracy", "%"),
+    "rmse": ("RMSE", "rmse", "m"),
+    "abs_rel": ("Absolute relative error", "abs_rel", ""),
+    "delta1": ("Pixels within a factor of 1.25", "delta1", "%"),
+    "delta2": ("Pixels within a factor of 1.25²", "delta2", "%"),
+    "delta3": ("Pixels within a factor of 1.25³", "delta3", "%"),
+    "loss": ("Loss", "loss", ""),
+}
+# option of a fine-tuning run: (in words, what it is where nothing is to be said).
+_SETTINGS = {
+    "mode": ("trained", None),
+    "lora_r": ("rank of the updates", None),
+    "num_register_tokens": ("registers asked for", None),
+    "image_size": ("pixels", None),
+    "per_device_train_batch_size": ("batch per process", None),
+    "gradient_accumulation_steps": ("micro-batches per step", 1),
+    "learning_rate": ("learning rate", None),
+    "lr_scheduler_type": ("schedule", None),
+    "layer_decay": ("layer decay", 1.0),
+    "head_learning_rate_multiplier": ("learning rate of the head, times", 1.0),
+    "weight_decay": ("weight decay", 0.0),
+    "drop_path_rate": ("drop path", 0.0),
+    "augmentation": ("augmentation", None),
+    "repeated_augmentation": ("repeats of an image", 1),
+    "mixup_alpha": ("mixup", 0.0),
+    "cutmix_alpha": ("CutMix", 0.0),
+    "random_erasing": ("random erasing", 0.0),
+    "label_smoothing_factor": ("label smoothing", 0.0),
+    "loss": ("loss", "cross_entropy"),
+    "class_weights": ("class weights", None),
+    "early_stopping_patience": ("early stopping, evaluations", 0),
+    "bf16": ("bfloat16", False),
+    "seed": ("seed", None),
+}
+_FEW_IMAGES = 100
+
+
 def finetuning_facts(
     recipe: Mapping[str, Any], report: Mapping[str, Any] | None = None, environment: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Fields of `CardFacts` from the files of a fine-tuning run; while it trains, there is no report yet."""
+    """Fields of `CardFacts` from the files of a fine-tuning run; while it trains, there is no report yet.
+
+    Args:
+        recipe: `resolved_recipe.yaml`.
+        report: `metrics.json`.
+        environment: `environment.json`.
+    """
     facts: dict[str, Any] = {"origin": "finetuned", "environment": environment_words(environment or {})}
     data = _names(recipe, "data", "train_dir")
     facts["data"] = f"{data}, with labels."
     if recipe.get("model_name_or_path"):
         facts["base_model"] = own_name(recipe["model_name_or_path"])
-    named = {
-        "mode": "trained",
-        "per_device_train_batch_size": "batch per process",
-        "learning_rate": "learning rate",
-        "layer_decay": "layer decay",
-        "augmentation": "augmentation",
-        "seed": "seed",
-    }
-    rows = [(words, str(recipe[name])) for name, words in named.items() if recipe.get(name) is not None]
+    rows = []
+    for name, (words, silent) in _SETTINGS.items():
+        value = recipe.get(name)
+        if value is None or value == silent or (name == "lora_r" and recipe.get("mode") != "lora"):
+            continue
+        rows.append((words, ", ".join(map(str, value)) if isinstance(value, list) else f"{value}"))
     if report is None:
         facts["limits"] = ("Its training is not finished.",)
-    else:
-        images = report["images"]
-        facts["data"] = (
-            f"{data}, with labels: {images['train']:,} training images, {images['validation']:,} for validation; "
-            f"{images['seen']:,} images seen."
+        return {**facts, "recipe": tuple(rows)}
+    images, described = report["images"], report.get("described", {})
+    about = "".join(f" {key[:1].upper()}{key[1:]}: {words.rstrip('.')}." for key, words in described.items())
+    facts["data"] = (
+        f"{data}, with labels: {images['train']:,} training images, {images['validation']:,} for validation; "
+        f"{images['seen']:,} images seen.{about}"
+    )
+    if report.get("changes"):
+        rows.insert(0, ("start", " ".join(report["changes"])))
+    length = f"{report['steps']:,} steps, {report['epochs']:.1f} epochs"
+    if "seconds" in report:
+        seconds = report["seconds"]
+        length += f", {f'{seconds:.0f} s' if seconds < 120 else f'{seconds / 60:.1f} minutes'} with evaluations"
+    rows.append(("length", length))
+    if "parameters" in report:
+        counts = report["parameters"]
+        rows.append(("parameters trained", f"{counts['trained']:,} of {counts['all']:,}"))
+    validation = next((own_name(recipe[name]) for name in ("validation_dir", "data") if recipe.get(name)), "images")
+    return {**facts, "recipe": tuple(rows), **_finetuning_scores(recipe, report, str(validation))}
+
+
+def _finetuning_scores(recipe: Mapping[str, Any], report: Mapping[str, Any], data: str) -> dict[str, Any]:
+    """Scores, notes, `model-index` and limits from `metrics.json`."""
+    measured, intervals = report["eval"], report.get("intervals", {})
+    count, chosen = report["images"]["validation"], bool(recipe.get("load_best_model_at_end"))
+    # Those of a task of somebody's own stand behind those that have a name here.
+    others = [name for name, value in measured.items() if _is_other_score(name) and isinstance(value, int | float)]
+    shown = [*(name for name in _SCORES if name in measured), *others]
+    if not shown:
+        return {}
+    scores, metrics = [], []
+    for name in shown:
+        words, kind, unit = _SCORES.get(name, (name.replace("_", " "), name, ""))
+        value, interval = measured[name], intervals.get(name)
+        both = f"{report['images']['train']:,} / {count:,}"
+        scores.append(CardScore(words, f"{data}, validation", _with_interval(value, interval, unit), both))
+        if name == "loss":  # of the kind that the run was trained with: nothing to compare models by
+            continue
+        protocol = {"num_images": count, "seed": report.get("seed"), "step": report["step_of_the_result"]}
+        protocol |= {"chosen_on_these_images": chosen}
+        if interval:
+            protocol["confidence_interval"] = [round(bound, 4) for bound in interval]
+        metrics.append({"type": kind, "name": words, "value": round(value, 4), "args": protocol})
+    notes = [f"Of step {report['step_of_the_result']:,}." + " It was chosen on these images." * chosen]
+    if report.get("protocol"):
+        notes.append(f"{report['protocol']}.")
+    if of_classes := {name: value for name, value in measured.items() if name.startswith("iou_")}:
+        each = ", ".join(f"{name.removeprefix('iou_')} {100 * value:.1f} %" for name, value in of_classes.items())
+        notes.append(f"IoU of each class: {each}.")
+    if measured.get("skipped_images"):
+        notes.append(f"{measured['skipped_images']:.0f} validation images could not be read and do not count.")
+    if intervals:
+        notes.append(f"Brackets: 95 % interval over the validation images ({report['interval_of']}).")
+    limits = []
+    if chosen:
+        limits.append(
+            "The step of the result was chosen on the validation images, so its numbers are a little too good; there "
+            "is no third part that no run has seen."
         )
-        rows.append(("length", f"{report['steps']:,} steps, {report['epochs']:.1f} epochs"))
-        speed = ("runtime", "samples_per_second", "steps_per_second", "epoch")
-        measured = {name: value for name, value in report["eval"].items() if name not in speed}
-        facts["scores"] = tuple(
-            CardScore(name.replace("_", " "), f"{data}, validation", f"{value:.4g}", str(images["validation"]))
-            for name, value in measured.items()
-            if isinstance(value, int | float)
-        )
-        chosen = " It was chosen on these images." if recipe.get("load_best_model_at_end") else ""
-        facts["evaluation_notes"] = (f"On the validation images, step {report['step_of_the_result']}.{chosen}",)
-    return {**facts, "recipe": tuple(rows)}
+    if count < _FEW_IMAGES:
+        limits.append(f"It was judged on {count} images only.")
+    task = {"image-classification": "image-classification", "semantic-segmentation": "image-segmentation"}.get(
+        str(report.get("task", "image-classification")), str(report.get("task"))
+    )
+    result = {
+        "task": {"type": task, "name": task.replace("-", " ").capitalize()},
+        "dataset": {"name": data, "type": re.sub(r"[^\w./-]+", "-", data), "split": "validation"},
+        "metrics": metrics,
+    }
+    return {
+        "scores": tuple(scores),
+        "evaluation_notes": tuple(notes),
+        "results": (result,),
+        "limits": tuple(limits),
+    }
+
+
+def _is_other_score(name: str) -> bool:
+    """Whether a number is no speed, part of another one, or one of `_SCORES`."""
+    known = ("runtime", "samples_per_second", "steps_per_second", "epoch", "skipped_images", *_SCORES)
+    return name not in known and not name.startswith("iou_") and not name.endswith(("_low", "_high"))
+
+
+def _with_interval(value: float, interval: Sequence[float] | None, unit: str) -> str:
+    """`45.0 % [44.2, 45.6]`, `0.377 m [0.343, 0.415]`."""
+    scale, digits = (100, 1) if unit == "%" else (1, 3)
+    bounds = f" [{', '.join(f'{scale * bound:.{digits}f}' for bound in interval)}]" if interval else ""
+    return f"{scale * value:.{digits}f}{f' {unit}' if unit else ''}{bounds}"
 
 
 # ---- Writing -----------------------------------------------------------------------------------------------------
@@ -296,6 +417,7 @@ def render_card(facts: CardFacts) -> str:
         alarms=facts.alarms,
         scores=facts.scores,
         evaluation_notes=facts.evaluation_notes,
+        pictures=facts.pictures,
         artifacts=facts.artifacts,
         intended_use=_intended_use(facts),
         limits=_limits(facts),
@@ -387,6 +509,11 @@ def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
 def snippet(facts: CardFacts) -> str:
     """Python that loads the model and runs it on `picture.jpg`; a test executes it."""
     task, auto_class, _ = TASKS[facts.model_class]
+    calls = {
+        "image-classification": 'pipe("picture.jpg")  # names and scores',
+        "image-segmentation": 'pipe("picture.jpg", subtask="semantic")  # for each class a mask of the picture',
+        "depth-estimation": 'pipe("picture.jpg")["predicted_depth"]  # (H, W), metres, of the size of the picture',
+    }
     results = {
         "image-feature-extraction": "output.pooler_output  # (1, D): the whole picture\n"
         "output.patch_tokens  # (1, N, D): its patches, row by row, no registers among them\n"
@@ -396,9 +523,18 @@ def snippet(facts: CardFacts) -> str:
         "image-segmentation": "classes = output.logits.argmax(1)  # (1, H, W), pixels of the processed picture",
         "depth-estimation": "output.predicted_depth  # (1, H, W), metres, of the processed picture",
     }
+    stock = (
+        f"""
+
+pipe = pipeline("{task}", model=name, trust_remote_code=True)  # the same, from the file on
+{calls[task]}"""
+        if task in calls
+        else ""
+    )
+    imported = f"AutoImageProcessor, {auto_class}" + ", pipeline" * (task in calls)
     return f"""import torch
 from PIL import Image
-from transformers import AutoImageProcessor, {auto_class}
+from transformers import {imported}
 
 name = "{facts.repo_id}"
 processor = AutoImageProcessor.from_pretrained(name)
@@ -406,7 +542,7 @@ model = {auto_class}.from_pretrained(name, trust_remote_code=True).eval()
 inputs = processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt")
 with torch.inference_mode():
     output = model(**inputs)
-{results[task]}"""
+{results[task]}{stock}"""
 
 
 def _intended_use(facts: CardFacts) -> list[str]:

@@ -38,7 +38,7 @@ FLAGS = [
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: [])
+    monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ from hf_regvit.classification import (
 from hf_regvit.data import TooManyBadImagesError
 from hf_regvit.finetuning import choose_trained, finetune, merge_lora, open_for_task, optimizer_groups
 from hf_regvit.finetuning_data import IGNORED, MixingCollator, TrainSampler, bad_images, draws
+from hf_regvit.metrics import ClassScores, TopKAccuracy
+from hf_regvit.model_card import card_header, check_card
 from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
 from tiny_run import same_state
 
@@ -35,7 +37,7 @@ def without_pictures(monkeypatch, request):
     """Drawing takes ten times as long as a run of two blocks; one test looks at the pictures."""
     if "pictures" not in request.node.name:
         monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
-        monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: [])
+        monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------------
@@ -219,6 +221,24 @@ def test_metrics_equal_those_of_scikit_learn():
     assert result["skipped_images"] == 2
     interval = binomtest(int((said == truth).sum()), 60).proportion_ci(method="wilson")
     assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+def test_the_numbers_of_a_run_are_those_of_the_metrics_of_the_package():
+    """What `metrics.json` and the card say of a model is what anybody gets from `hf_regvit.metrics` and its logits."""
+    rng = np.random.default_rng(1)
+    scores, truth = rng.integers(0, 4, (50, 7)) / 2.0, rng.integers(0, 6, 50)  # many equal scores, a class without any
+    metrics = ClassificationMetrics(7)
+    for start in range(0, 50, 8):
+        metrics.update(scores[start : start + 8], truth[start : start + 8])
+    result = metrics.compute()
+    top = TopKAccuracy(k=(1, 5)).compute(predictions=scores, references=truth)
+    classes = ClassScores(num_classes=7).compute(predictions=scores, references=truth)
+    assert (result["accuracy"], result["top5_accuracy"]) == (top["top1"], top["top5"])
+    assert (result["f1"], result["mean_class_accuracy"]) == (classes["f1"], classes["mean_class_accuracy"])
+    assert metrics.confusion.tolist() == classes["confusion_matrix"]
+    assert metrics.confusion.diag().sum() == round(50 * result["accuracy"])
+    with pytest.raises(ValueError, match="nothing to compute"):
+        ClassificationMetrics(7).compute()
 
 
 # ---- Order and draws ---------------------------------------------------------------------------------------------
@@ -611,7 +631,15 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
     assert rows[1] == "blue,3,0,0"
     card = (tmp_path / "README.md").read_text()
     assert str(tmp_path) not in card
-    assert "accuracy 1," in card
+    check_card(card, folder=tmp_path, required=("pipeline_tag",))  # the licence is the author's to give
+    assert "| Top-1 accuracy | images, validation | 100.0 % [70.1, 100.0] | 24 / 9 |" in card
+    (indexed,) = card_header(card)["model-index"][0]["results"]
+    assert {m["type"]: m["value"] for m in indexed["metrics"]} == {
+        name: round(metrics["eval"][key], 4)
+        for name, key in (("accuracy", "accuracy"), ("balanced_accuracy", "mean_class_accuracy"), ("f1", "f1"))
+    }
+    for shown in ("![Learning curves](curves.png)", "![Confusion matrix](confusion_matrix.png)", "pipeline("):
+        assert shown in card
     assert metrics["eval"]["accuracy_low"] == pytest.approx(0.7009, abs=1e-4)  # 9 of 9
     recipe = yaml.safe_load((tmp_path / "resolved_recipe.yaml").read_text())
     assert (recipe["mode"], recipe["learning_rate"]) == ("full", 1e-2)

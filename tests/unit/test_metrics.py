@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from hf_regvit.metrics import (
+    ClassScores,
     CorLoc,
     DepthErrors,
     EffectiveRank,
@@ -67,6 +68,29 @@ def test_top_k_equals_sorting(rng):
 def test_prefix_tells_two_classifiers_apart():
     data = {"predictions": [[0.1, 0.9]], "references": [1]}
     assert TopKAccuracy(prefix="knn").compute(**data) == {"knn_top1": 1.0}
+
+
+def test_class_scores_equal_counting(rng):
+    truth, said = rng.integers(0, 4, 40), rng.integers(0, 5, 40)  # nobody is of class 4, but it is said
+    found, f1 = [], []
+    for one in range(4):
+        right = sum(t == s == one for t, s in zip(truth, said))
+        found.append(right / sum(truth == one))
+        precision, recall = right / max(1, sum(said == one)), found[-1]
+        f1.append(2 * precision * recall / (precision + recall) if right else 0.0)
+    metric = ClassScores(num_classes=5)
+    for predictions in (said, torch.nn.functional.one_hot(torch.from_numpy(said), 5).float()):
+        result = in_batches(metric, 7, predictions=predictions, references=truth)
+        assert result["mean_class_accuracy"] == pytest.approx(sum(found) / 4)
+        assert result["f1"] == pytest.approx(sum(f1) / 4)
+        assert result["per_class"] == pytest.approx([*found, math.nan], nan_ok=True)
+        matrix = np.array(result["confusion_matrix"])
+        for t, s in np.ndindex(5, 5):
+            assert matrix[t, s] == sum((truth == t) & (said == s))
+    with pytest.raises(ValueError, match="references hold class 5, expected 0 to 4"):
+        metric.add_batch(predictions=[0], references=[5])
+    with pytest.raises(ValueError, match=r"predictions \(1, 3\) must be \(n, 5\) or \(n,\)"):
+        metric.add_batch(predictions=[[0.1, 0.2, 0.3]], references=[1])
 
 
 @pytest.mark.parametrize("ignore_index", [255, None])

@@ -193,11 +193,32 @@ def test_facts_of_a_fine_tuning_run():
     recipe = {"data": "/data/birds", "model_name_or_path": "/runs/a/backbone", "mode": "lora", "learning_rate": 1e-3}
     report = {
         "images": {"train": 80, "validation": 20, "seen": 160}, "steps": 10, "epochs": 2.0, "step_of_the_result": 8,
-        "eval": {"top1": 0.9, "loss": 0.3, "runtime": 1.0},
+        "eval": {"loss": 0.3, "accuracy": 0.9, "accuracy_low": 0.7, "brier_score": 0.1, "iou_sky": 0.5, "epoch": 2},
+        "intervals": {"accuracy": (0.7, 0.95)}, "interval_of": "after Wilson", "protocol": "One view", "seconds": 30.0,
+        "described": {"training masks": "80 images."}, "changes": ["The head is new."],
+        "task": "semantic-segmentation",
+        "seed": 3, "parameters": {"all": 20, "trained": 10},
     }  # fmt: skip
-    found = finetuning_facts({**recipe, "load_best_model_at_end": True}, report)
-    assert found["data"].startswith("`birds`, with labels: 80 training images, 20 for validation")
-    assert [score.name for score in found["scores"]] == ["top1", "loss"]
+    found = finetuning_facts({**recipe, "load_best_model_at_end": True, "class_weights": ["balanced"]}, report)
+    assert found["data"] == (
+        "`birds`, with labels: 80 training images, 20 for validation; 160 images seen. Training masks: 80 images."
+    )
+    assert [(score.name, score.result, score.images) for score in found["scores"]] == [
+        ("Top-1 accuracy", "90.0 % [70.0, 95.0]", "80 / 20"), ("Loss", "0.300", "80 / 20"),
+        ("brier score", "0.100", "80 / 20"),
+    ]  # fmt: skip
+    (result,) = found["results"]
+    assert result["task"]["type"] == "image-segmentation"
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", 0.9), ("brier_score", 0.1)]
+    assert result["metrics"][0]["args"] == {
+        "num_images": 20, "seed": 3, "step": 8, "chosen_on_these_images": True, "confidence_interval": [0.7, 0.95],
+    }  # fmt: skip
+    assert {"IoU of each class: sky 50.0 %.", "One view."} < set(found["evaluation_notes"])
+    assert dict(found["recipe"]) == {
+        "start": "The head is new.", "trained": "lora", "learning rate": "0.001", "class weights": "balanced",
+        "length": "10 steps, 2.0 epochs, 30 s with evaluations", "parameters trained": "10 of 20",
+    }  # fmt: skip
+    assert any("20 images only" in limit for limit in found["limits"])
     assert "It was chosen on these images." in found["evaluation_notes"][0]
     assert found["base_model"] == "backbone"
     assert "/data" not in render_card(CardFacts(**{**dataclasses.asdict(facts()), **found}))
