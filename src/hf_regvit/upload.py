@@ -60,27 +60,35 @@ def public_files(folder: str | Path) -> list[str]:
     return sorted(name for path in paths if may_be_published(name := path.relative_to(folder).as_posix()))
 
 
-# Tokens as their issuers write them; then assignments to names that say what they are.
+# Tokens as their issuers write them; then assignments to names that say what they are. Sums (sha1 of commits, sha256
+# of files) are hexadecimal like the keys of wandb, so those count only beside that name.
 _SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
     "a Hugging Face token of an organisation": r"\bapi_org_[A-Za-z0-9]{20,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
+    "a GitLab token": r"\bglpat-[A-Za-z0-9_.-]{20,}",
+    "an API key": r"\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}",
+    "a Slack token": r"\bxox[abeprs]-[A-Za-z0-9-]{10,}",
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
-    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "a password in an address": r"https?://[^/\s:@\"']+:[^/\s:@\"']+@",
-    "a value called password, secret or key": r"(?i)\b[a-z_]*(?:api_?key|secret|passwd|password|auth_?token|hub_token)"
-    r"[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_\-+/]{12,}",
+    "a token of a package registry": r"\b(?:pypi-AgE[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{36})",
+    "a key of Weights & Biases": r"(?i)\bwandb(?:_v\d_\w{30,}|"
+    r"[\w \t\"'.:=-]{0,24}?(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f]))",
+    "a signed token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    "a signed address": r"(?i)[?&](?:sig|x-amz-signature|x-goog-signature)=[A-Za-z0-9%+/=]{20,}",
+    "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
+    "a password in an address": r"(?i)\b[a-z][a-z0-9+.-]*://[^/\s:@\"']*:[^/\s:@\"']+@",
+    "a value called password, secret or key": r"(?i)\b[a-z_]*(?:(?:api|access|account|private|secret)_?key|secret|"
+    r"passwd|password|(?:access|api|auth|bearer|hub|refresh)_?token)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_\-+/]{12,}",
 }
 # Two parts at least, so that "/" between words and closing tags of HTML are none.
 _PATHS = {
-    "an absolute path": r"(?<![\w.:/~<*+\-\])}%&;])/(?:[\w.@+\-]+/)+[\w.@+\-]*",
-    "a path of Windows": r"\b[A-Za-z]:\\{1,2}\w+",
-    "a path in a home directory": r"(?<!\w)~/\w+|file://",
+    "an absolute path": r"(?<![\w./~<*+\-\])}%&;])/(?:[\w.@+\-]+/)+[\w.@+\-]*",
+    "a path of Windows": r"\b[A-Za-z]:\\{1,2}\w+|(?<!\\)(?:\\\\[\w.-]+\\(?!\\)|\\{4}[\w.-]+\\{2})[\w$.-]+",
+    "a path in a home directory": r"(?<!\w)~/\w+|file:/",
 }
-_DATA_ADDRESS = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+")
+# Pictures as text, in pages and in reports: those of JPEG begin like a path.
+_PICTURES = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+|(?<=\")[A-Za-z0-9+/]{400,}={0,2}(?=\")")
 _TEXT = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".html", ".svg", ""}
 
 
@@ -118,7 +126,7 @@ def _text_of(path: Path) -> list[str]:
     if path.suffix in _TEXT:
         text = path.read_text(encoding="utf-8", errors="replace")
         # A path in JSON may be written with escaped slashes.
-        return _DATA_ADDRESS.sub("", text.replace("\\/", "/")).splitlines()
+        return _PICTURES.sub("", text.replace("\\/", "/")).splitlines()
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

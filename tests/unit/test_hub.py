@@ -85,17 +85,39 @@ def test_everything_else_stays_here(name):
     assert not may_be_published(name)
 
 
+HEX = "0123456789abcdef"
 SECRETS = {
     "hub": SECRET,
+    "organisation": "api_" + "org_" + "AbCd" * 9,
     "aws": "AKIA" + "A1B2C3D4E5F6G7H8",
+    "aws of a role": "ASIA" + "A1B2C3D4E5F6G7H8",
+    "aws secret": "AWS_SECRET_ACCESS_" + "KEY=wJalrXUtnFEMI/K7MDENG+bPxRfiCYEX",
     "github": "ghp_" + "a" * 36,
-    "openai": "sk-" + "proj-" + "b" * 30,
+    "github of an app": "ghs_" + "a" * 36,
+    "github, fine-grained": "github_" + "pat_11ABCDEFG0" + "x1Y2" * 10,
+    "gitlab": "glpat-" + "a1B2" * 5,
+    "openai": "sk-" + "proj-" + "b1" * 15,
+    "anthropic": "sk-" + "ant-api03-" + "c" * 40,
     "slack": "xoxb-" + "1" * 12,
     "google": "AIza" + "c" * 35,
+    "pypi": "pypi-" + "AgEIcHlwaS5vcmc" + "C" * 20,
+    "jwt": "eyJhbGciOiJIUzI1NiJ9" + ".eyJzdWIiOiIxMjM0In0" + ".SflKxwRJSMeKKF2QT4",
     "pem": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "pem without a kind": "-----BEGIN " + "PRIVATE KEY-----",
+    "ssh": "-----BEGIN OPENSSH " + "PRIVATE KEY-----",
+    "pgp": "-----BEGIN PGP " + "PRIVATE KEY BLOCK-----",
     "address": "https://me:pass" + "word@example.org/x",
+    "address of a database": "postgresql+psycopg://me:pass" + "word@db.example.org:5432/x",
+    "address without a user": "redis://:pass" + "word@example.org",
+    "signed address": "https://a.example.org/x?sv=1&sig=" + "aB3%2B" * 6,
     "assigned": "api_" + "key: 0123456789abcdef",
     "hub_token": '"hub_' + 'token": "abcdefghijklmnop"',
+    "access token": "'access" + "_token' = 'abcdefghijklmnop'",
+    "wandb in the environment": "WANDB_API_" + "KEY=" + (HEX * 3)[:40],
+    "wandb in a recipe": '"wandb_' + 'key": "' + (HEX * 3)[:40] + '"',
+    "wandb on the command line": "wandb " + "login " + (HEX * 3)[:40],
+    "wandb, new": "wandb_" + "v1_" + "aB3_" * 12,
+    "azure": "DefaultEndpointsProtocol=https;Account" + "Key=" + "aB3+" * 10 + "==",
 }
 
 
@@ -111,8 +133,11 @@ def test_secrets_are_found_with_file_and_line(tmp_path, secret, name):
 
 
 @pytest.mark.parametrize(
-    "text", [f'"data": "{HOME}/x"', f"see {HOME}/", "C:\\" + "Users\\me", "~/" + "runs", "file:" + "//x/y",
-             f'"data": "{HOME}"'.replace("/", "\\/")],
+    "text",
+    [f'"data": "{HOME}/x"', f"see {HOME}/", "~/" + "runs", "file:" + "//x/y", f'"data": "{HOME}"'.replace("/", "\\/"),
+     f"--data={HOME}", f"data:{HOME}", f"({HOME})", f"[{HOME}, x]", f"`{HOME}`", f">{HOME}</td>",
+     "/" + "mnt/disk 1/My Pictures/x.png", "C:\\" + "Users\\me", '"D:\\' + '\\data\\\\x"', "C:/" + "Users/me/x",
+     "\\\\" + "server\\share\\x", json.dumps("\\\\" + "server\\share\\x")],
 )  # fmt: skip
 def test_paths_of_this_machine_are_found(tmp_path, text):
     (tmp_path / "README.md").write_text(f"a\n{text}\n")
@@ -125,8 +150,14 @@ def test_paths_of_this_machine_are_found(tmp_path, text):
     "text",
     ["CLS/registers/patches", "https://huggingface.co/org/model/blob/main/x.py", "[x](figures/a.png)", "</td></tr>",
      "and / or", "use_mask_token: true", "num_register_tokens: 4", "mask_token = self.mask_token_of_the_model",
-     "images/s", "1/2/3", "hf_regvit", "data:image/png;base64," + "iVBORw0K/AAAA/BBBB+/cc/dd" * 20, "w/o ", "km/h/s",
-     "tokenizer_name: bert-base-uncased-something", "a//b", "i.e./e.g."],
+     "images/s", "1/2/3", "hf_regvit", "data:image/png;base64," + "iVBORw0K/AAAA/BBBB+/cc/dd" * 20, "w/o ",
+     '"picture": "' + "/9j/4AAQ" * 60 + '=="', "km/h/s",
+     "tokenizer_name: bert-base-uncased-something", "a//b", "i.e./e.g.", "mask-ratio-of-the-patches-in-0-to-1",
+     "cls_token: 0123456789abcdef", '"sha256": "' + HEX * 4 + '"', '"commit": "' + (HEX * 3)[:40] + '"',
+     "wandb 0.21, file of sha256 " + HEX * 4, "report_to: wandb", "sk-learn-is-a-name-without-digits-in-it",
+     "https://example.org:8080/a/b", "git@github.com:owner/name.git", "mail me@example.org: or write",
+     "doi:10.1000/182", "18:25/19:38", "\\\\alpha\\\\beta", "10 km/h: 3 m/s", "password: null", "hub_token: null",
+     "https://huggingface.co/papers/2309.16588?x=1&signal=2"],
 )  # fmt: skip
 def test_ordinary_text_is_no_secret(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
