@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,11 @@ _PACKAGES = (
     "numpy", "pillow",
 )  # fmt: skip
 _EXTRAS = ("timm", "gradio", "peft", "trackio")
+_OPENCV = (
+    "opencv-python", "opencv-python-headless", "opencv-contrib-python", "opencv-contrib-python-headless"
+)  # fmt: skip
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+_SHARED_NOTE = 2**29  # bytes; a few batches of crops
 _DISK_NOTE, _DISK_BAD = 5 * 2**30, 2**29  # bytes: a ViT-B run with three checkpoints; a small checkpoint
 
 
@@ -75,11 +81,16 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
         ("python", _python),
         ("packages", _packages),
         ("torch pair", _torch_pair),
+        ("together", _together),
+        ("opencv", _opencv),
         ("extras", _extras),
         ("devices", _devices),
         ("threads", _threads),
+        ("memory", _shared_memory),
         ("disk", lambda: _disk(Path(folder))),
+        ("cache", _cache),
         ("hub", _hub),
+        ("network", _network),
     ]
     if self_test:
         looks.append(("self-test", _self_test))
@@ -151,6 +162,53 @@ def _torch_pair() -> Finding:
     return Finding("torch pair", _OK, pair)
 
 
+def _together() -> Finding:
+    """Whether what the large packages ask of each other is there, as `pip check` would say for all packages."""
+    wrong: dict[str, str] = {}  # the package that asks, and what it does not get
+    looked = 0
+    for name in (*_PACKAGES, *_EXTRAS):
+        try:
+            wanted = [Requirement(line) for line in requires(name) or ()]
+        except PackageNotFoundError:
+            continue
+        looked += 1
+        for one in wanted:
+            if one.marker is not None and not one.marker.evaluate({"extra": ""}):
+                continue
+            if (name, one.name) == ("torchvision", "torch"):
+                continue  # told with its own advice
+            try:
+                number = version(one.name)
+            except PackageNotFoundError:
+                wrong[name] = f"needs {one.name}{one.specifier}, which is missing"
+                continue
+            if not _fits(number, str(one.specifier)):
+                wrong[name] = f"{version(name)} needs {one.name}{one.specifier}, found {number}"
+    if wrong:
+        said = "; ".join(f"{name} {text}" for name, text in wrong.items())
+        return Finding("together", _BAD, f"{said}. Run: pip install -U hf_regvit {' '.join(wrong)}")
+    return Finding("together", _OK, f"what {looked} packages need of others is there")
+
+
+def _opencv() -> Finding:
+    """Four distributions install the same module `cv2`: the last one wins, and removing any of them breaks it."""
+    found = []
+    for name in _OPENCV:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    advice = f"Keep one: pip uninstall -y {' '.join(_OPENCV)}; pip install opencv-python-headless"
+    try:
+        import cv2
+    except ImportError as error:
+        why = str(error).splitlines()[0]
+        return Finding("opencv", _BAD, f"cv2 cannot be imported ({why}). {advice}")
+    if len(found) > 1:
+        return Finding("opencv", _NOTE, f"{' and '.join(found)} hold the same module, cv2 {cv2.__version__}. {advice}")
+    return Finding("opencv", _OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
+
+
 def _extras() -> Finding:
     found, missing = [], []
     for name in _EXTRAS:
@@ -175,8 +233,14 @@ def _devices() -> Finding:
     if torch.backends.mps.is_available():
         return Finding("devices", _OK, "Apple GPU (mps)")
     if shutil.which("nvidia-smi"):
-        text = "there is a driver of NVIDIA, but torch sees no GPU: its build or the driver does not fit"
-        return Finding("devices", _NOTE, f"{text} (CUDA of torch: {torch.version.cuda})")
+        text = "there is a driver of NVIDIA, but torch sees no GPU"
+        if torch.version.cuda is None:
+            why = "this build of torch is for CPUs. Install one for CUDA (pytorch.org/get-started)"
+        elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and not visible.strip(" -1"):
+            why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all of them"
+        else:
+            why = f"the driver may be too old for CUDA {torch.version.cuda}, which torch was built with"
+        return Finding("devices", _NOTE, f"{text}: {why}")
     return Finding("devices", _OK, "CPU only")
 
 
@@ -191,7 +255,20 @@ def _threads() -> Finding:
     return Finding("threads", _OK, text)
 
 
+def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
+    """Where loader workers hand over their batches; containers often get 64 MiB of it."""
+    if not folder.is_dir():
+        return Finding("memory", _OK, f"no {folder} on this system")
+    free = shutil.disk_usage(folder).free
+    text = f"{free / 2**30:.1f} GiB of shared memory free"
+    if free < _SHARED_NOTE:
+        advice = "loader workers may end with 'bus error'. Start the container with --shm-size 8g, or set "
+        return Finding("memory", _NOTE, f"{text}: {advice}--dataloader_num_workers 0")
+    return Finding("memory", _OK, text)
+
+
 def _disk(folder: Path) -> Finding:
+    folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
@@ -205,14 +282,49 @@ def _disk(folder: Path) -> Finding:
     return Finding("disk", _OK, text)
 
 
+def _cache() -> Finding:
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).absolute()
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK | os.X_OK):
+        advice = "nothing can be downloaded. Set HF_HOME to a folder that can be written to"
+        return Finding("cache", _BAD, f"{folder} cannot be written to: {advice}")
+    free = shutil.disk_usage(there).free
+    text = f"{folder}, {free / 2**30:.1f} GiB free"
+    if free < _DISK_BAD:
+        return Finding("cache", _NOTE, f"{text}: too little to download a model. Make room, or set HF_HOME")
+    return Finding("cache", _OK, text)
+
+
 def _hub() -> Finding:
     from huggingface_hub import constants, get_token
 
     where = "" if constants.ENDPOINT == "https://huggingface.co" else f" at {constants.ENDPOINT}"
     if constants.HF_HUB_OFFLINE:
-        return Finding("hub", _NOTE, "offline (HF_HUB_OFFLINE): only what is in the cache can be loaded, nothing sent")
+        names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)]
+        by = " and ".join(names) or "HF_HUB_OFFLINE"
+        return Finding("hub", _NOTE, f"offline ({by}): only what is in the cache can be loaded, nothing sent")
     token = "logged in" if get_token() else "no token: public models only, nothing can be pushed (`hf auth login`)"
     return Finding("hub", _OK, f"online mode{where}, not contacted; {token}")
+
+
+def _network() -> Finding:
+    """Proxies, which every download and push goes through. Their addresses may hold a password, which is not shown."""
+    settings = {name: os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES}
+    used = {name: re.sub(r"[^/@\s]*@", "...@", value) for name, value in settings.items() if value}
+    if not used:
+        return Finding("network", _OK, "no proxy set")
+    for name, value in used.items():
+        if not re.match(r"(https?|socks[45]h?)://[^/]", value):
+            return Finding("network", _BAD, f"{name} is '{value}', which is no address. Expected http://host:port")
+    text = f"downloads and pushes go through {', '.join(f'{name} {value}' for name, value in used.items())}"
+    exempt = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
+    if not {"*", "127.0.0.1", "localhost"} & {name.strip() for name in exempt}:
+        text += ". NO_PROXY does not hold 127.0.0.1, so the page of `regvit demo` may not start: add it"
+    return Finding("network", _NOTE, text)
 
 
 _TEST = """

@@ -12,7 +12,8 @@ def test_this_installation_is_fit():
     diagnosis = doctor.examine(self_test=False)
     assert diagnosis.healthy, diagnosis.lines()
     assert [finding.name for finding in diagnosis.findings] == [
-        "python", "packages", "torch pair", "extras", "devices", "threads", "disk", "hub"
+        "python", "packages", "torch pair", "together", "opencv", "extras", "devices", "threads", "memory", "disk",
+        "cache", "hub", "network",
     ]  # fmt: skip
     assert diagnosis.lines()[-1] == "ready"
 
@@ -93,6 +94,104 @@ def test_a_torchvision_that_cannot_be_imported_is_named(monkeypatch):
     assert (finding.state, "nms does not exist" in finding.text) == ("bad", True)
 
 
+def test_a_package_that_others_need_in_another_version_is_named(monkeypatch):
+    versions(monkeypatch, **{"huggingface-hub": "0.30.0", "tokenizers": None})
+    real = doctor.requires
+
+    def requires(name):
+        wanted = ["huggingface-hub<3,>=1.5", 'notthere>1; extra == "dev"', "tokenizers>=0.22"]
+        return wanted if name == "transformers" else ["huggingface-hub>=0.20"] if name == "timm" else real("numpy")
+
+    monkeypatch.setattr(doctor, "requires", requires)
+    finding = doctor._together()
+    assert finding.state == "bad"
+    assert finding.text.endswith(
+        "needs tokenizers>=0.22, which is missing. Run: pip install -U hf_regvit transformers"
+    )
+    monkeypatch.setattr(doctor, "requires", lambda name: ["huggingface-hub<3,>=1.5"] if name == "transformers" else [])
+    assert "needs huggingface-hub<3,>=1.5, found 0.30.0" in doctor._together().text
+    monkeypatch.setattr(doctor, "requires", lambda name: ['notthere>1; extra == "dev"', 'x; python_version < "3"'])
+    assert doctor._together().state == "ok"
+
+
+@pytest.mark.parametrize("also", ["opencv-python", "opencv-contrib-python"])
+def test_two_distributions_of_one_opencv_are_noted(monkeypatch, also):
+    real = doctor.version
+    monkeypatch.setattr(doctor, "version", lambda name: "4.11.0" if name == also else real(name))
+    finding = doctor._opencv()
+    assert finding.state == "note"
+    assert f"{also} 4.11.0" in finding.text
+    assert "pip install opencv-python-headless" in finding.text
+
+
+def test_an_opencv_that_cannot_be_imported_is_named(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    assert doctor._opencv().state == "bad"
+
+
+@pytest.mark.parametrize(
+    ("cuda", "visible", "said"),
+    [(None, None, "this build of torch is for CPUs"), ("12.8", "", "which hides all of them"),
+     ("12.8", "-1", "which hides all of them"), ("12.8", None, "too old for CUDA 12.8"),
+     ("12.8", "0", "too old for CUDA 12.8")],
+)  # fmt: skip
+def test_a_gpu_that_torch_does_not_see_is_noted(monkeypatch, cuda, visible, said):
+    import torch
+
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "nvidia-smi")
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    finding = doctor._devices()
+    assert (finding.state, said in finding.text) == ("note", True), finding.text
+
+
+@pytest.mark.parametrize(("free", "state"), [(2**34, "ok"), (64 * 2**20, "note")])
+def test_shared_memory(monkeypatch, tmp_path, free, state):
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")(2**40, 0, free)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: usage)
+    assert doctor._shared_memory(tmp_path).state == state
+    assert doctor._shared_memory(tmp_path / "nowhere").state == "ok"
+
+
+def test_a_cache_that_cannot_be_written_to_is_bad(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    assert doctor._cache().state == "ok"
+    real = doctor.os.access
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != tmp_path and real(path, mode))
+    finding = doctor._cache()  # root may write everywhere, so this is told by os.access alone
+    assert (finding.state, "Set HF_HOME" in finding.text) == ("bad", True)
+
+
+@pytest.mark.parametrize(
+    ("value", "state", "shown"),
+    [("http://proxy.example.org:3128", "note", "http://proxy.example.org:3128"),
+     ("http://me:pass" + "word@proxy:3128", "note", "http://...@proxy:3128"),
+     ("socks5h://127.0.0.1:9", "note", "socks5h"),
+     ("proxy:3128", "bad", "Expected http://host:port"), ("me:pass" + "word@proxy:3128", "bad", "...@proxy:3128"),
+     ("", "ok", "no proxy")],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["HTTPS_PROXY", "https_proxy", "ALL_PROXY"])
+def test_proxies(monkeypatch, value, state, shown, name):
+    for known in ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(known, raising=False)
+        monkeypatch.delenv(known.lower(), raising=False)
+    monkeypatch.setenv(name, value)
+    finding = doctor._network()
+    assert (finding.state, shown in finding.text) == (state, True), finding.text
+    assert "password" not in finding.text
+    if state == "note":
+        assert "NO_PROXY does not hold 127.0.0.1" in finding.text
+        monkeypatch.setenv("no_proxy", "example.org, localhost")
+        assert "NO_PROXY" not in doctor._network().text
+
+
 @pytest.mark.parametrize(("free", "state"), [(2**40, "ok"), (2**30, "note"), (2**20, "bad")])
 def test_disk(monkeypatch, tmp_path, free, state):
     from collections import namedtuple
@@ -108,6 +207,9 @@ def test_offline_is_noted(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     finding = doctor._hub()
     assert (finding.state, "HF_HUB_OFFLINE" in finding.text) == ("note", True)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("TRANSFORMERS_OFFLINE", "1")
+    assert "offline (TRANSFORMERS_OFFLINE)" in doctor._hub().text
 
 
 def test_too_many_threads_are_noted(monkeypatch):
