@@ -1,12 +1,18 @@
 r"""Fine-tune the same weights in every mode, and with the example script of transformers, on the same budget.
 
-    python scripts/finetune_evidence.py --model FOLDER --data FOLDER --output_dir runs/finetuning \\
+    python scripts/finetune_evidence.py --model FOLDER --data FOLDER --output_dir runs/finetuning --seeds 0 1 2 \\
         --peer path/to/run_image_classification.py
+    python scripts/finetune_evidence.py --model FOLDER --data ../shared/data/camvid --output_dir runs/camvid \\
+        --task semantic-segmentation --modes full linear --steps 250 --batch_size 8 --ignore_values 11
+    python scripts/finetune_evidence.py --model FOLDER --data ../shared/data/depth_7scenes_kitchen \\
+        --output_dir runs/kitchen --task depth-estimation --modes full linear --steps 200 --batch_size 8
 
-Each run is a process of its own. Prints one table: top-1 on the validation part with its 95 % interval (Wilson), wall
-seconds and processor seconds of the whole process, imports and evaluation included. The peer gets the same images per
-step, steps, learning rate and seed; everything else is its own default. Results are written run by run to
-`results.json`; a run that is there already is not repeated.
+Each run is a process of its own; its folder is that of any fine-tuning, with card, curves and panels. Prints a line
+for every run: the main metric on the validation part with its 95 % interval, wall seconds and processor seconds of the
+whole process, imports and evaluations included; and with several seeds the mean and the range. The peer, for
+classification only, gets the same images per step, steps, learning rate and seed; everything else is its own default.
+Results are written run by run to `results.json`; a run that is there already is not repeated. The last step is judged,
+not the best one.
 """
 
 import argparse
@@ -20,9 +26,16 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from hf_regvit.classification import wilson_interval
 
+SCRIPTS = {
+    "image-classification": "run_image_classification.py",
+    "semantic-segmentation": "run_semantic_segmentation.py",
+    "depth-estimation": "run_depth_estimation.py",
+}
+MAIN_METRIC = {"image-classification": "accuracy", "semantic-segmentation": "mean_iou", "depth-estimation": "rmse"}
 MODES = {
     "full": ["--learning_rate", "3e-4", "--layer_decay", "0.8", "--head_learning_rate_multiplier", "5"],
     "lora": ["--learning_rate", "1e-3", "--head_learning_rate_multiplier", "3"],
@@ -42,29 +55,40 @@ def timed(command: Sequence[str], log: Path, threads: int) -> dict[str, float]:
     return {"seconds": time.perf_counter() - started, "processor_seconds": processor}
 
 
-def command_of(name: str, args: argparse.Namespace, folder: Path) -> list[str]:
+def command_of(name: str, seed: int, args: argparse.Namespace, folder: Path) -> list[str]:
     """The command line of one run."""
     common = [
-        "--output_dir", str(folder), "--max_steps", str(args.steps), "--seed", str(args.seed), "--use_cpu", "True",
+        "--output_dir", str(folder), "--max_steps", str(args.steps), "--seed", str(seed), "--use_cpu", "True",
         "--per_device_train_batch_size", str(args.batch_size), "--per_device_eval_batch_size", "50",
-        "--eval_strategy", "no", "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
+        "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
         "--model_name_or_path", args.model, "--dataset_name", args.data,
     ]  # fmt: skip
     if name == "peer":
-        return [sys.executable, args.peer, *common, *PEER, "--do_train", "--do_eval"]
-    ours = str(Path(__file__).with_name("run_image_classification.py"))
-    # Evaluated once, at the end, as the peer.
-    at_the_end = ["--eval_strategy", "steps", "--eval_steps", str(args.steps), "--load_best_model_at_end", "False"]
-    return [sys.executable, ours, *common, *at_the_end, "--mode", name, *MODES[name]]
+        return [sys.executable, args.peer, *common, *PEER, "--eval_strategy", "no", "--do_train", "--do_eval"]
+    every = str(args.eval_steps or args.steps)  # by default once, at the end, as the peer
+    own = ["--eval_strategy", "steps", "--eval_steps", every, "--load_best_model_at_end", "False", "--mode", name]
+    if args.ignore_values:
+        own += ["--ignore_values", *map(str, args.ignore_values)]
+    script = str(Path(__file__).with_name(SCRIPTS[args.task]))
+    return [sys.executable, script, *common, *own, *MODES[name]]
 
 
-def accuracy_of(name: str, folder: Path) -> tuple[float, int]:
-    """Top-1 and the number of validation images."""
+def scores_of(name: str, folder: Path, task: str) -> dict[str, Any]:
+    """Main metric, its interval, the number of validation images, and every other number."""
     if name == "peer":
         metrics = json.loads((folder / "eval_results.json").read_text())
-        return metrics["eval_accuracy"], round(metrics["eval_runtime"] * metrics["eval_samples_per_second"])
-    metrics = json.loads((folder / "metrics.json").read_text())
-    return metrics["eval"]["accuracy"], metrics["images"]["validation"]
+        value = metrics["eval_accuracy"]
+        images = round(metrics["eval_runtime"] * metrics["eval_samples_per_second"])
+        return {"value": value, "images": images, "interval": wilson_interval(value, images)}
+    report = json.loads((folder / "metrics.json").read_text())
+    main = MAIN_METRIC[task]
+    scores = {"value": report["eval"][main], "images": report["images"]["validation"], "eval": report["eval"]}
+    return scores | {"interval": report["intervals"][main]}
+
+
+def words(value: float, task: str) -> str:
+    """A share in per cent, a depth error in metres."""
+    return f"{value:.3f} m" if task == "depth-estimation" else f"{value:.1%}"
 
 
 def main() -> None:
@@ -72,34 +96,40 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of weights that transformers and `convert` both read")
     parser.add_argument("--data", required=True, help="folder with train and validation parquet, or a Hub data set")
     parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--task", default="image-classification", choices=list(SCRIPTS))
     parser.add_argument("--peer", help="run_image_classification.py of the transformers examples")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--steps", type=int, default=80)
+    parser.add_argument("--eval_steps", type=int, help="steps between evaluations; default: only the last")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ignore_values", nargs="*", type=int, help="stored values of masks that do not count")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     output = Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     record = output / "results.json"
     results = json.loads(record.read_text()) if record.is_file() else {}
-    for name in [*args.modes, *(["peer"] if args.peer else [])]:
-        if name not in results:
-            folder = output / name
-            times = timed(command_of(name, args, folder), output / f"{name}.log", args.threads)
-            accuracy, n = accuracy_of(name, folder)
-            results[name] = {"accuracy": accuracy, "images": n, **times}
-            record.write_text(json.dumps(results, indent=2) + "\n")
+    names = [*args.modes, *(["peer"] if args.peer else [])]
+    for seed in args.seeds:
+        for name in names:
+            run = f"{name}-seed{seed}"
+            if run not in results:
+                times = timed(command_of(name, seed, args, output / run), output / f"{run}.log", args.threads)
+                results[run] = {**scores_of(name, output / run, args.task), **times}
+                record.write_text(json.dumps(results, indent=2) + "\n")
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "transformers", "peft"))
-    print(f"{args.steps} steps of {args.batch_size} images, seed {args.seed}, {args.threads} thread(s), {packages}")
+    print(f"{args.steps} steps of {args.batch_size} images, {args.threads} thread(s), {packages}")
     print(f"{platform.machine()}, Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}\n")
-    print("| run | top-1 | 95 % | seconds | processor seconds |\n|---|---:|---|---:|---:|")
-    for name, result in results.items():
-        low, high = wilson_interval(result["accuracy"], result["images"])
-        print(
-            f"| {name} | {result['accuracy']:.1%} | {low:.1%} to {high:.1%} | {result['seconds']:.0f} | "
-            f"{result['processor_seconds']:.0f} |"
-        )
+    print(f"| run | {MAIN_METRIC[args.task]} | 95 % | seconds | processor seconds |\n|---|---:|---|---:|---:|")
+    for run, result in results.items():
+        value, low, high = (words(number, args.task) for number in (result["value"], *result["interval"]))
+        times = f"{result['seconds']:.0f} | {result['processor_seconds']:.0f}"
+        print(f"| {run} | {value} | {low} to {high} | {times} |")
+    for name in names if len(args.seeds) > 1 else []:
+        values = [results[f"{name}-seed{seed}"]["value"] for seed in args.seeds]
+        mean, low, high = (words(n, args.task) for n in (sum(values) / len(values), min(values), max(values)))
+        print(f"{name}, {len(values)} seeds: mean {mean}, {low} to {high}")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,17 @@ def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> tor
         "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     )
     recomputes = args.gradient_checkpointing or getattr(args, checkpointing)
-    smallest = 4 if args.koleo_loss_weight else 2  # KoLeo compares the images of a batch
+    pretrains = hasattr(args, "global_crop_size")  # otherwise it is a fine-tuning
+    smallest = 4 if pretrains and args.koleo_loss_weight else 2  # KoLeo compares the images of a batch
+    own = [
+        (args.num_local_crops > 2, f"--num_local_crops {args.num_local_crops // 2}"),
+        (args.head_num_prototypes > 4096, f"--head_num_prototypes {args.head_num_prototypes // 4}"),
+        (True, "a smaller --preset"),
+        (True, f"a smaller --global_crop_size (now {args.global_crop_size})"),
+    ] if pretrains else [
+        (args.mode != "linear", "--mode linear (only the head)"),
+        (True, "a smaller --image_size or model"),
+    ]  # fmt: skip
     options = [
         (
             batch >= smallest,
@@ -267,10 +277,7 @@ def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> tor
         ),
         (not recomputes, f"--{checkpointing} True (a third more time)"),
         (not (args.bf16 or args.fp16), "--bf16 True (half of the activations)"),
-        (args.num_local_crops > 2, f"--num_local_crops {args.num_local_crops // 2}"),
-        (args.head_num_prototypes > 4096, f"--head_num_prototypes {args.head_num_prototypes // 4}"),
-        (True, "a smaller --preset"),
-        (True, f"a smaller --global_crop_size (now {args.global_crop_size})"),
+        *own,
         (True, "a device with more memory"),
     ]
     advice = "; ".join(text for helps, text in options if helps)

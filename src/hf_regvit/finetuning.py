@@ -15,14 +15,15 @@ The loss of a training batch has to be a mean over its images (or pixels): Train
 """
 
 import copy
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -32,19 +33,18 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
-from .alarms import FiniteGuard, NonFiniteError, without_ids
+from .alarms import FiniteGuard, NonFiniteError, out_of_memory, without_ids
 from .callbacks import MetricsFile, TrainingProgress
 from .checkpoints import CheckpointedTrainer, verify_checkpoint
 from .configuration_regvit import RegViTConfig
 from .distillation import full_tensor
 from .finetuning_arguments import FinetuningArguments
-from .finetuning_data import TrainSampler, fingerprint, stack
+from .finetuning_data import Task, TrainSampler, fingerprint, stack
 from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
-from .images import ImageSource, default_image_processor
+from .finetuning_model import choose_trained, inject_lora, merge_lora, open_for_task
 from .model_card import finetuning_facts, public_recipe
-from .modeling_regvit import RegViTModel
 from .optimization import ParameterRule, parameter_rules
-from .run_folder import BACKBONE, fit_positions, package_versions, run_environment, write_json
+from .run_folder import package_versions, run_environment, write_json
 
 __all__ = ["FinetuningArguments", "FinetuningTrainer", "Task", "finetune"]
 
@@ -58,65 +58,6 @@ _TASKS = {
 }
 
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
-
-
-class Task(Protocol):
-    """What `finetune` has to know about a task. Batches have `pixel_values` and `labels`, whatever these are.
-
-    A task may also have `image_processor(processor, config)`, which returns another processor to train and save with.
-
-    Attributes:
-        name: as in `--task`.
-        model_class: with the backbone as `regvit`.
-        shown: metrics whose curves are drawn, without "eval_".
-        train: training images, for the fingerprint of a checkpoint.
-        validation: None where nothing is evaluated.
-    """
-
-    name: str
-    model_class: Any
-    shown: Sequence[str]
-    train: ImageSource
-    validation: ImageSource | None
-
-    def config_fields(self) -> dict[str, Any]:
-        """Fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
-
-    def fits_head(self, config: RegViTConfig) -> bool:
-        """Whether the head of a model with this configuration can be taken over."""
-
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Training images, indexed by the keys of `TrainSampler`, and validation images in order."""
-
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """From training items to a batch; `finetuning_data.stack` unless images are mixed."""
-
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Loss and outputs (with `logits`, or only the prediction in its place) of one batch."""
-
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The smallest form of the predictions that the metrics need, before they are gathered."""
-
-    def start_metrics(self) -> None:
-        """Called before every evaluation."""
-
-    def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """One batch of all processes, as arrays."""
-
-    def compute_metrics(self) -> dict[str, float]:
-        """Called after the last batch; the names get "eval_" in front."""
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals over the validation images of some metrics of the last evaluation."""
-
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """Pictures into the result folder, from the last evaluation; their titles by file name, for the card."""
-
-    def describe(self) -> dict[str, str]:
-        """What the data hold, in words, for the card."""
-
-    def protocol(self) -> tuple[str, str]:
-        """How a validation image is judged, and what the intervals are, in words."""
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------------
@@ -162,6 +103,15 @@ class _Progress(TrainingProgress):
         super().on_log(args, state, control, logs, **kwargs)
 
 
+@dataclass
+class _Batches:
+    """Where the batches of an epoch come from: Trainer's iterator, or the one that took its place."""
+
+    of_epoch: Any
+    source: Iterator[dict[str, Tensor]]
+    failed: bool = False
+
+
 class FinetuningTrainer(CheckpointedTrainer):
     """`transformers.Trainer` for a `Task`: atomic checkpoints, exact resuming, loss and metrics of the task.
 
@@ -189,6 +139,7 @@ class FinetuningTrainer(CheckpointedTrainer):
                 f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one."
             )
         self.task, self.processor, self.evaluations = task, processor, 0
+        self._batches: _Batches | None = None
         train, validation = task.datasets(processor)
         self._sampler = TrainSampler(
             len(cast(Any, train)),
@@ -228,20 +179,54 @@ class FinetuningTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Batches in the order of `TrainSampler`; every process takes its share."""
+        return self._data_loader(self._sampler)
+
+    def _data_loader(self, sampler: TrainSampler) -> DataLoader:
         args = self.args
         loader = DataLoader(
             cast(Dataset, self.train_dataset),
             batch_size=args.per_device_train_batch_size,
-            sampler=self._sampler,
+            sampler=sampler,
             drop_last=True,
             collate_fn=self.task.train_collator(),
             num_workers=args.dataloader_num_workers,
+            timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
         return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Trainer's, with a second chance for workers that hang or die.
+
+        Raises:
+            RuntimeError: a worker hangs or dies a second time; names the images it may have been reading.
+        """
+        if self._batches is None or self._batches.of_epoch is not epoch_iterator:
+            self._batches = _Batches(epoch_iterator, epoch_iterator)
+        batches: list[dict[str, Tensor]] = []
+        while len(batches) < num_batches:
+            try:
+                batches.append(next(self._batches.source))
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                if "DataLoader" not in str(error):
+                    raise
+                size = self.args.per_device_train_batch_size * self.args.world_size
+                rest = self._sampler.after(self.state.global_step, len(batches) * size)
+                # The loader reads one batch ahead.
+                names = ", ".join(str(self.task.train.ids[index]) for _, index, _ in itertools.islice(rest, 2 * size))
+                if self._batches.failed:
+                    error.add_note(f"It happened twice. One of these images was being read: {names}.")
+                    raise
+                logger.warning("%s Workers are started again. Being read was one of: %s.", error, names)
+                loader = self._data_loader(rest)
+                cast(Any, loader).set_epoch(rest.epoch)  # accelerate's loader counts epochs itself, from 0
+                self._batches = _Batches(epoch_iterator, iter(loader), failed=True)
+        return batches, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One parameter group per pair of multipliers; the scheduler scales the rate of each."""
@@ -272,6 +257,18 @@ class FinetuningTrainer(CheckpointedTrainer):
         norm = super()._clip_grad_norm(model)
         self._guard.see_gradients({"model": torch.as_tensor(full_tensor(norm))})
         return norm
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, with an error that helps where the memory does not suffice.
+
+        Raises:
+            NonFiniteError: a loss or gradient that is NaN or infinite.
+            torch.OutOfMemoryError: with the measured peak and what to change.
+        """
+        try:
+            return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, self.args, step=self.state.global_step) from error
 
     # What pushes publish: the merged model, as at the end of the run.
 
@@ -371,209 +368,6 @@ def optimizer_groups(model: nn.Module, args: FinetuningArguments) -> list[dict[s
     return list(groups.values())
 
 
-# ---- The model ---------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OpenedModel:
-    """What a run starts from.
-
-    Attributes:
-        network: with the head of the task, in training mode.
-        processor: its image processor.
-        changes: what differs from the model that was named, in sentences.
-        new_registers: whether registers were added.
-    """
-
-    network: nn.Module
-    processor: Any
-    changes: list[str]
-    new_registers: bool
-
-
-def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None) -> OpenedModel:
-    """The model of a run with the head of its task, and what was changed.
-
-    Args:
-        args: of the run.
-        task: what to learn.
-        model: a RegViT of any class, or a configuration to start from scratch; default: what `args` names.
-
-    Raises:
-        ValueError: nothing to start from, registers on a model that has others, or an image size off the patches.
-        OSError: nothing can be read there.
-    """
-    changes: list[str] = []
-    new_registers = False
-    processor = None
-    source: Any = model
-    if model is None:
-        source, processor = _open_source(args)
-    from_scratch = isinstance(source, RegViTConfig)
-    backbone, head = _backbone_and_head(source, seed=args.seed)
-    config = backbone.config
-    if args.num_register_tokens is not None and args.num_register_tokens != config.num_register_tokens:
-        if config.num_register_tokens:
-            raise ValueError(
-                f"num_register_tokens is {args.num_register_tokens}, but the model has {config.num_register_tokens} "
-                "registers, which it was trained with. Leave the option out, or call resize_register_tokens first."
-            )
-        backbone.resize_register_tokens(args.num_register_tokens, seed=args.seed)
-        new_registers = True
-        changes.append(
-            f"The model had no registers; {args.num_register_tokens} trainable ones are added "
-            "(--num_register_tokens). They start untrained, so accuracy may fall at first."
-        )
-    if args.image_size is not None:
-        changes += fit_positions(backbone, args.image_size, option="image_size")
-    processor = processor or default_image_processor(config.image_shape)
-    if args.image_size is not None:
-        processor = resized_processor(processor, args.image_size)
-    fields = {"use_mask_token": False, "pooler_act": None, "discard_registers": False, "drop_path_mode": "sample"}
-    fields |= {"drop_path_rate": args.drop_path_rate} | task.config_fields()
-    whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
-    set_seed(args.seed)
-    network = task.model_class(whole)
-    if hasattr(task, "image_processor"):  # dense tasks read whole pictures, without a crop
-        processor = task.image_processor(processor, whole)
-    state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
-    network.regvit.load_state_dict(state)
-    if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
-        network.load_state_dict(head["state"], strict=False)
-        changes.append("Its head is for the same classes and is kept.")
-    elif not from_scratch:
-        changes.append("The head is new.")
-    return OpenedModel(network.train(), processor, changes, new_registers)
-
-
-def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
-    """Model or configuration, and its image processor, as the arguments name them."""
-    source = args.model_name_or_path
-    if source is None:
-        if args.preset is None:
-            raise ValueError(
-                "no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or giant for "
-                "one from scratch."
-            )
-        size = args.image_size or 224
-        registers = 4 if args.num_register_tokens is None else args.num_register_tokens
-        return RegViTConfig.from_preset(
-            args.preset,
-            image_size=size,
-            patch_size=args.patch_size,
-            num_register_tokens=registers,
-            layerscale_value=args.layerscale_value,
-        ), default_image_processor(size)
-    if (Path(source) / BACKBONE / "config.json").is_file():  # the folder of a pretraining run
-        source = str(Path(source) / BACKBONE)
-    from transformers import AutoImageProcessor, PreTrainedConfig
-
-    from . import modeling_regvit
-    from .conversion import convert, image_processor_of
-
-    fields: dict[str, Any] = {}
-    if not Path(source).is_file():
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") != "regvit":
-        model = convert(source)
-        return model, image_processor_of(source, model.config)
-    # The class that was saved: its head may be for the same task.
-    saved = next(iter(fields.get("architectures") or []), "RegViTModel")
-    model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
-    try:
-        return model, AutoImageProcessor.from_pretrained(source)
-    except OSError:
-        logger.warning("'%s' has no image processor; ImageNet statistics and a centre crop are used.", source)
-        return model, default_image_processor(model.config.image_shape)
-
-
-def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
-    """A copy of the backbone, and state and configuration of the head that stands on it, if any."""
-    if isinstance(source, RegViTConfig):
-        set_seed(seed)
-        return RegViTModel(copy.deepcopy(source), add_pooling_layer=False), {}
-    if isinstance(source, RegViTModel):
-        return copy.deepcopy(source), {}
-    if not isinstance(getattr(source, "regvit", None), RegViTModel):
-        raise TypeError(f"model is a {type(source).__name__}; expected a RegViT of any class or a RegViTConfig.")
-    state = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("regvit.")}
-    return copy.deepcopy(source.regvit), {"state": state, "config": source.config}
-
-
-def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    own = {name: value.shape for name, value in network.state_dict().items() if not name.startswith("regvit.")}
-    return own == {name: value.shape for name, value in state.items()}
-
-
-def resized_processor(processor: Any, image_size: int) -> Any:
-    """The same processor for square images of another side; margins of a centre crop keep their proportion."""
-    fields = processor.to_dict()
-    if fields.get("do_center_crop"):
-        crop = min(fields["crop_size"]["height"], fields["crop_size"]["width"])
-        shortest = fields["size"].get("shortest_edge") or min(fields["size"]["height"], fields["size"]["width"])
-        fields["crop_size"] = {"height": image_size, "width": image_size}
-        fields["size"] = {"shortest_edge": round(shortest * image_size / crop)}
-    else:
-        fields["size"] = {"height": image_size, "width": image_size}
-    return type(processor)(**{name: value for name, value in fields.items() if name != "image_processor_type"})
-
-
-def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> nn.Module:
-    """Freezes what the mode leaves as it is, and puts low-rank updates into the network; returns it.
-
-    Registers that were added are trained in every mode: untrained ones would stay noise.
-
-    Raises:
-        ImportError: mode lora without peft.
-        ValueError: no layer of that name.
-    """
-    if args.mode == "full":
-        return network
-    network.requires_grad_(False)
-    if args.mode == "lora":
-        network = inject_lora(network, args)
-    for name, parameter in network.named_parameters():
-        is_head = not name.startswith("regvit.")
-        if is_head or (new_registers and name.endswith("register_tokens")):
-            parameter.requires_grad_(True)
-    return network
-
-
-def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
-    """Puts low-rank updates beside the linear layers named, in place. The class of the network stays what it is."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("--mode lora needs peft. Run: pip install 'hf_regvit[peft]'") from error
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in network.named_modules()
-        if name.startswith("regvit.layers.") and isinstance(module, nn.Linear)
-    }
-    if unknown := sorted(set(args.lora_target_modules) - linear):
-        raise ValueError(f"lora_target_modules names {unknown}; the blocks have {sorted(linear)}.")
-    names = "|".join(args.lora_target_modules)
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=cast(int, args.lora_alpha),
-        lora_dropout=args.lora_dropout,
-        target_modules=rf"regvit\.layers\..*\.({names})",
-    )
-    return inject_adapter_in_model(config, network)
-
-
-def merge_lora(network: nn.Module) -> nn.Module:
-    """Adds the low-rank updates to their layers and puts plain linear layers in their places, in place."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
-    return network.requires_grad_(True)
-
-
 # ---- The whole job -----------------------------------------------------------------------------------------------
 
 
@@ -610,6 +404,8 @@ def finetune(
     opened = open_for_task(args, task, model)
     processor, changes = opened.processor, opened.changes
     network = choose_trained(opened.network, args, new_registers=opened.new_registers)
+    if args.world_size > 1 and hasattr(task, "for_several_processes"):
+        network = task.for_several_processes(network)
     if args.process_index == 0:
         start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
         logger.info("Starting from %s. %s", start, " ".join(changes))

@@ -176,6 +176,9 @@ class FinetuningArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _field(False, "Trainer hides NaN losses by default; a run stops at them.")
     remove_unused_columns: bool = _field(False, "The data sets make exactly what the model takes.")
     dataloader_pin_memory: bool = _field(False, "Pinning needs an accelerator.")
+    dataloader_timeout: int = _field(
+        600, "Seconds to wait for a batch from a worker before it counts as hung and is started again, once."
+    )
     ddp_find_unused_parameters: bool | None = _field(False, "Every trained parameter gets a gradient in every step.")
     hub_strategy: str = _field("end", "When to push: end (the finished folder only), every_save, checkpoint, ...")
 

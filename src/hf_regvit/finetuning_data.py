@@ -6,17 +6,19 @@ generator; `draws` sets it for the time of one image and puts it back.
 """
 
 import contextlib
+import copy
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from .configuration_regvit import RegViTConfig
 from .data import BadImages, TooManyBadImagesError
 from .finetuning_arguments import FinetuningArguments
 from .image_guard import BadImageError
@@ -28,6 +30,66 @@ IGNORED = -100  # the label of an image that takes no part in the metrics, as in
 
 _SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds: they keep kinds of draws apart
 _REPLACEMENT_TRIES = 100
+
+
+class Task(Protocol):
+    """What `finetune` has to know about a task. Batches have `pixel_values` and `labels`, whatever these are.
+
+    A task may also have `image_processor(processor, config)`, which returns another processor to train and save with,
+    and `for_several_processes(network)`, which returns the network as several processes have to train it.
+
+    Attributes:
+        name: as in `--task`.
+        model_class: with the backbone as `regvit`.
+        shown: metrics whose curves are drawn, without "eval_".
+        train: training images, for the fingerprint of a checkpoint.
+        validation: None where nothing is evaluated.
+    """
+
+    name: str
+    model_class: Any
+    shown: Sequence[str]
+    train: ImageSource
+    validation: ImageSource | None
+
+    def config_fields(self) -> dict[str, Any]:
+        """Fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
+
+    def fits_head(self, config: RegViTConfig) -> bool:
+        """Whether the head of a model with this configuration can be taken over."""
+
+    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+        """Training images, indexed by the keys of `TrainSampler`, and validation images in order."""
+
+    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        """From training items to a batch; `finetuning_data.stack` unless images are mixed."""
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Loss and outputs (with `logits`, or only the prediction in its place) of one batch."""
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The smallest form of the predictions that the metrics need, before they are gathered."""
+
+    def start_metrics(self) -> None:
+        """Called before every evaluation."""
+
+    def update_metrics(self, predictions: Any, labels: Any) -> None:
+        """One batch of all processes, as arrays."""
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Called after the last batch; the names get "eval_" in front."""
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % intervals over the validation images of some metrics of the last evaluation."""
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+        """Pictures into the result folder, from the last evaluation; their titles by file name, for the card."""
+
+    def describe(self) -> dict[str, str]:
+        """What the data hold, in words, for the card."""
+
+    def protocol(self) -> tuple[str, str]:
+        """How a validation image is judged, and what the intervals are, in words."""
 
 
 class LabelError(ValueError):
@@ -165,19 +227,26 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
                 "processes, or give more images."
             )
         self.num_samples, self.seed, self.images_per_step, self.repeats = num_samples, seed, images_per_step, repeats
-        self.epoch = 0
+        self.epoch = self.first = 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration; the trainer and accelerate call it."""
         self.epoch = epoch
 
+    def after(self, step: int, images: int) -> "TrainSampler":
+        """The rest of an epoch in the same order, after so many optimizer steps and images of the next one."""
+        rest = copy.copy(self)
+        steps_per_epoch = self.num_samples // self.images_per_step
+        rest.epoch, rest.first = step // steps_per_epoch, step % steps_per_epoch * self.images_per_step + images
+        return rest
+
     def __len__(self) -> int:
-        return self.num_samples // self.images_per_step * self.images_per_step
+        return self.num_samples // self.images_per_step * self.images_per_step - self.first
 
     def __iter__(self) -> Iterator[tuple[int, int, int]]:
         epoch = self.epoch
         order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        for place in range(len(self)):
+        for place in range(self.first, self.first + len(self)):
             yield epoch, int(order[place // self.repeats]), place % self.repeats
 
 

@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .dense import (
@@ -357,6 +358,45 @@ class _DenseTask:
         raise NotImplementedError
 
 
+# ---- Several processes -------------------------------------------------------------------------------------------
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; so every process gets the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return cast(Tensor, _SumOverProcesses.apply(gradient))
+
+
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Batch norm whose statistics are those of the whole step: of all processes, as one process would see them.
+
+    torch's `SyncBatchNorm` is that for GPUs only. The tensors and their names are those of `BatchNorm1d`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, F) to the same shape; n may differ between processes."""
+        if not self.training:
+            return super().forward(input)
+        values = input.float()
+        count = _SumOverProcesses.apply(values.new_tensor([float(len(values))]))
+        mean = _SumOverProcesses.apply(values.sum(0)) / count
+        variance = _SumOverProcesses.apply((values - mean).square().sum(0)) / count
+        with torch.no_grad():
+            running_mean, running_variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+            running_mean.lerp_(mean, cast(float, self.momentum))
+            running_variance.lerp_(variance * count / (count - 1), cast(float, self.momentum))
+            cast(Tensor, self.num_batches_tracked).add_(1)
+        return ((values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(input)
+
+
 # ---- Segmentation ------------------------------------------------------------------------------------------------
 
 
@@ -383,6 +423,24 @@ class SemanticSegmentation(_DenseTask):
         super().__init__(args, train, validation)
         self.names = self.train.class_names
         self.weights = pixel_weights(args.class_weights, self.report, self.names)
+        if args.gradient_accumulation_steps > 1:
+            logger.warning(
+                "The batch norm of the head sees one micro-batch at a time: %d micro-batches of %d images are not the "
+                "same as one of %d. More processes are.",
+                args.gradient_accumulation_steps,
+                args.per_device_train_batch_size * args.world_size,
+                args.images_per_step,
+            )
+
+    def for_several_processes(self, network: Any) -> Any:
+        """The batch norm of the head counts the images of all processes."""
+        own = network.head_norm
+        shared = SharedBatchNorm(own.num_features, eps=own.eps, momentum=own.momentum).to(own.weight)
+        shared.load_state_dict(own.state_dict())
+        for name, parameter in own.named_parameters():
+            shared.get_parameter(name).requires_grad_(parameter.requires_grad)
+        network.head_norm = shared.train(own.training)
+        return network
 
     def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
         args = self.args

@@ -78,7 +78,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "evaluation": FOUNDATIONS
     | {"metrics", "evaluation_report", "feature_cache", "feature_tasks", "object_discovery", "dense_probes", "dense"},
     "dense_probes": FOUNDATIONS | {"metrics"},
-    "retrofit": FOUNDATIONS | {"artifacts", "outliers"},
+    "retrofit": FOUNDATIONS | {"artifacts", "outliers", "conversion"},
     "distillation": FOUNDATIONS,
     "upload": MODEL,
     "model_card": MODEL,
@@ -102,13 +102,14 @@ ALLOWED: dict[str, set[str] | None] = {
         "model_card",
     },
     "finetuning_arguments": set(),
-    "finetuning_data": {"data", "images", "image_guard", "finetuning_arguments"},
+    "finetuning_data": MODEL | {"data", "images", "image_guard", "finetuning_arguments"},
     "classification": JOBS | {"figures", "finetuning_arguments", "finetuning_data"},
     "finetuning_folder": MODEL | {"figures", "run_folder", "upload", "model_card"},
     "finetuning_dense": JOBS | {"figures", "finetuning_arguments", "finetuning_data", "intervals"},
+    "finetuning_model": JOBS | {"finetuning_arguments", "finetuning_data", "run_folder"},
     "finetuning": JOBS
     | {"alarms", "callbacks", "checkpoints", "distillation", "run_folder", "classification", "model_card"}
-    | {"finetuning_arguments", "finetuning_data", "finetuning_folder"},
+    | {"finetuning_arguments", "finetuning_data", "finetuning_folder", "finetuning_model"},
     "figures": RESULTS,
     "report": RESULTS | {"figures"},
     "hub": RESULTS | {"upload", "model_card", "checkpoints", "figures", "evaluation_report"},

@@ -24,8 +24,9 @@ from hf_regvit.classification import (
     labelled_parts,
 )
 from hf_regvit.data import TooManyBadImagesError
-from hf_regvit.finetuning import choose_trained, finetune, merge_lora, open_for_task, optimizer_groups
+from hf_regvit.finetuning import finetune, optimizer_groups
 from hf_regvit.finetuning_data import IGNORED, MixingCollator, TrainSampler, bad_images, draws
+from hf_regvit.finetuning_model import choose_trained, merge_lora, open_for_task
 from hf_regvit.metrics import ClassScores, TopKAccuracy
 from hf_regvit.model_card import card_header, check_card
 from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
@@ -434,7 +435,7 @@ def test_unknown_layers_for_updates_are_named(tmp_path):
 
 @pytest.mark.parametrize("mode", ["linear", "lora"])
 def test_registers_that_are_added_are_trained_and_said(tmp_path, caplog, mode):
-    with caplog.at_level("INFO", logger="hf_regvit.finetuning"):
+    with caplog.at_level("INFO", logger="hf_regvit"):
         result, _ = run(
             tmp_path, model=backbone(num_register_tokens=0), mode=mode, num_register_tokens=3, eval_strategy="no",
             save_strategy="no", num_train_epochs=1,
