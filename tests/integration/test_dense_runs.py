@@ -1,18 +1,16 @@
 """Fine-tuning for segmentation and depth through the command line, and what stock code makes of the result."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features
-from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import (
     AutoImageProcessor,
     AutoModelForDepthEstimation,
     AutoModelForSemanticSegmentation,
+    TrainerCallback,
     pipeline,
 )
 
@@ -31,54 +29,18 @@ from hf_regvit.finetuning_dense import (
 )
 from hf_regvit.images import default_image_processor
 from hf_regvit.metrics import DepthErrors, MeanIoU
-
-TINY = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_register_tokens": 2, "layerscale_value": 1.0,
-}  # fmt: skip
-SIZES = [(64, 48), (48, 48), (80, 48)]
-
-
-def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
-    """A picture of a size of its own with a bright shape on a dark ground; the mask: 1 and 2, 0 does not count."""
-    width, height = SIZES[seed % len(SIZES)]
-    rng = np.random.default_rng(seed)
-    rows, columns = np.mgrid[0:height, 0:width]
-    centre, radius = (rng.integers(14, height - 14), rng.integers(14, width - 14)), rng.integers(9, 14)
-    shape = (rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < radius**2
-    pixels = np.where(shape[..., None], (220, 180, 60), (40, 60, 120)) + rng.integers(-20, 20, (height, width, 3))
-    mask = np.where(shape, 2, 1).astype(np.uint8)
-    mask[0] = 0
-    return Image.fromarray(pixels.astype(np.uint8)), mask
-
-
-def encoded(picture) -> dict:
-    stream = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
-
-
-def write_parquet(folder, column: str, target) -> str:
-    folder.mkdir(parents=True)
-    features = Features({"image": ImageFeature(), column: ImageFeature()})
-    for part, seeds in (("train", range(12)), ("validation", range(30, 35))):
-        pairs = [scene(seed) for seed in seeds]
-        rows = {"image": [encoded(i) for i, _ in pairs], column: [encoded(target(m)) for _, m in pairs]}
-        Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}.parquet")
-    return str(folder)
+from tiny_dense import TINY, dense_run, scene, write_depths, write_masks
+from tiny_run import same_state
 
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory) -> str:
-    return write_parquet(tmp_path_factory.mktemp("data") / "masks", "mask", lambda mask: mask)
+    return write_masks(tmp_path_factory.mktemp("data") / "masks")
 
 
 @pytest.fixture(scope="module")
 def depths(tmp_path_factory) -> str:
-    return write_parquet(
-        tmp_path_factory.mktemp("data") / "depths", "depth",
-        lambda mask: np.choose(mask, [0, 3000, 1200]).astype(np.uint16),
-    )  # fmt: skip
+    return write_depths(tmp_path_factory.mktemp("data") / "depths")
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +240,44 @@ def test_options_of_other_tasks_are_refused(masks, tmp_path):
 def test_colours_are_all_unlike():
     colours = class_colours(40)
     assert len({tuple(c) for c in colours.tolist()}) == 40
+
+
+class StopAt(TrainerCallback):
+    """Ends a run after a step, as a crash after a checkpoint would."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+@pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
+def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
+    """Batch norm statistics, the draws of the augmentation and of drop path included; step 2 is no end of an epoch."""
+    monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
+    monkeypatch.setattr("hf_regvit.finetuning_dense._DenseTask._panel_rows", lambda self, model, processor: [])
+    data = masks if task == "semantic-segmentation" else depths
+    options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "drop_path_rate": 0.3}
+    options |= {"load_best_model_at_end": False}
+    unbroken = dense_run(tmp_path / "a", data, task, **options)
+    dense_run(tmp_path / "b", data, task, callbacks=[StopAt(2)], **options)
+    resumed = dense_run(tmp_path / "b", data, task, resume_from_checkpoint="last", **options)
+    assert same_state(unbroken.state_dict(), resumed.state_dict())
+    reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in "ab"]
+    for key in ("eval", "intervals"):
+        one, two = ({k: v for k, v in r[key].items() if "second" not in k and k != "runtime"} for r in reports)
+        assert one == two
+    low, high = reports[0]["intervals"]["mean_iou" if task == "semantic-segmentation" else "rmse"]
+    assert low < reports[0]["eval"]["mean_iou" if task == "semantic-segmentation" else "rmse"] < high
+
+
+def test_accumulation_says_what_it_does_to_the_batch_norm(masks, tmp_path, caplog):
+    given = {"task": "semantic-segmentation", "data": masks, "do_reduce_labels": True}
+    SemanticSegmentation(arguments(tmp_path, **given))
+    assert not caplog.records
+    SemanticSegmentation(arguments(tmp_path, **given, gradient_accumulation_steps=4, per_device_train_batch_size=2))
+    assert "4 micro-batches of 2 images are not the same as one of 8" in caplog.text
 
 
 # --- Depth
