@@ -12,6 +12,7 @@ import socket
 import struct
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -93,6 +94,7 @@ class FakeHub:
         self.objects: dict[str, bytes] = {}  # LFS store
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, int]] = []  # "METHOD path", bytes of the body
+        self.asked: dict[str, list[str]] = defaultdict(list)  # token to its requests
         self.tokens = {WRITE_TOKEN: "write", READ_TOKEN: "read"}
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -149,6 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{self.command} {self.path}"
         with self.hub.lock:
             self.hub.requests.append((name, len(self.body)))
+            self.hub.asked[self._token()].append(name)
             fault = next((f for f in self.hub.faults if f.route in name and f.times > 0), None)
             if fault is not None:
                 fault.times -= 1
@@ -189,8 +192,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Who asks, and for what.
 
+    def _token(self) -> str:
+        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+
     def _role(self) -> str | None:
-        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        token = self._token()
         return self.hub.tokens.get(token, "unknown" if token else None)
 
     def _route(self) -> tuple[Any, ...]:

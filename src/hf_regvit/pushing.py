@@ -73,27 +73,38 @@ class PushingTrainer(Trainer):
         return {"name": self.hub_model_id.split("/")[-1], "repo_id": self.hub_model_id}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository, private unless `hub_private_repo` says otherwise.
+        """Makes the repository, private unless `hub_private_repo` says otherwise; called on every process.
 
         Raises:
-            RefusedError: The Hub does not take this token or name; better now than after the training.
+            RefusedError: On every process: the Hub does not take this token or name. Better now than after training.
         """
-        if not self.is_world_process_zero():
-            return
+        from accelerate.utils import broadcast_object_list
+
+        answer: list[Any] = [None, None]  # name of the repository, reason of a refusal
+        if self.is_world_process_zero():
+            try:
+                answer[0] = self._make_repository(token, private)
+            except RefusedError as error:
+                answer[1] = str(error)
+        if self.args.world_size > 1:  # or the others would wait for the first one until a timeout
+            broadcast_object_list(answer)
+        self.hub_model_id, refusal = answer
+        if refusal is not None:
+            raise RefusedError(refusal)
+
+    def _make_repository(self, token: str | None, private: bool | None) -> str:
         wanted = self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
         private = self.args.hub_private_repo if private is None else private
         self.push_in_progress = None
         for left_over in Path(cast(str, self.args.output_dir)).glob(f"{PUSHING}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
-        self.hub_model_id = wanted
         try:
-            self.hub_model_id = create_repository(
-                wanted, private=private is not False, token=token or self.args.hub_token
-            )
+            return create_repository(wanted, private=private is not False, token=token or self.args.hub_token)
         except RefusedError:
             raise
         except PushError as error:
             logger.warning("Training starts all the same, and pushes will try again. %s", error)
+            return wanted
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Nothing: the folder has a hidden name now. `push_checkpoint` comes when it is finished."""
@@ -112,6 +123,11 @@ class PushingTrainer(Trainer):
         folder = checkpoint.with_name(f"{PUSHING}-{self.state.global_step}")
 
         def prepare() -> None:
+            if not (checkpoint / WEIGHTS).is_file():
+                raise ValueError(
+                    f"it has no {WEIGHTS}, its weights are in pieces of the processes. Set the state_dict_type of "
+                    "fsdp_config to FULL_STATE_DICT, or push at the end only (--hub_strategy end)."
+                )
             names = self._write_hub_folder(folder, load_file(checkpoint / WEIGHTS))
             if beside:
                 names += _link_checkpoint(checkpoint, folder / beside)
@@ -181,14 +197,14 @@ class PushingTrainer(Trainer):
         """
         names_of_trainer = {"finetuned_from": "base_model", "model_name": "name"}
         card = {names_of_trainer.get(name, name): value for name, value in card.items()}
-        state = self.accelerator.get_state_dict(self.model)
-        if not self.is_world_process_zero():
-            return None
         args = self.args
         args.hub_token, args.hub_revision = token or args.hub_token, revision or args.hub_revision
         args.hub_private_repo = args.hub_private_repo if private is None else private
         if self.hub_model_id is None:
             self.init_hf_repo()
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
         self._finish_current_push()
         folder = Path(cast(str, self.args.output_dir)) / f"{PUSHING}-end"
         names = self._write_hub_folder(folder, state, **card)
