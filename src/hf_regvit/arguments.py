@@ -276,12 +276,56 @@ class DiagnoseArguments:
         Raises:
             ValueError: `cutoff` is neither auto nor a number.
         """
-        try:
-            cutoff = self.cutoff if self.cutoff == "auto" else float(self.cutoff)
-        except ValueError as error:
-            raise ValueError(f"--cutoff {self.cutoff} is neither 'auto' nor a norm such as 150.") from error
+        cutoff = _cutoff(self.cutoff)
         names = ("max_images", "detail_images", "batch_size", "probes", "seed")
         return {name: getattr(self, name) for name in names} | {"layers": self.layers or "all", "cutoff": cutoff}
+
+
+@dataclass
+class RetrofitArguments:
+    """What `regvit retrofit` reads."""
+
+    model_name_or_path: str = field(
+        metadata={
+            "aliases": ["--model"],
+            "help": "RegViT without registers, or anything that `regvit convert` takes: folder, Hub id, weights.",
+        }
+    )
+    data: str = field(
+        metadata={
+            "aliases": ["--images"],
+            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits; no labels needed.",
+        }
+    )
+    output_dir: str = field(metadata={"help": "New folder for the checkpoint, its report and its pictures."})
+    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
+    num_register_tokens: int | None = field(
+        default=None, metadata={"help": "Registers to add; default chosen among 1, 2, 4 and 8."}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "Neurons to move; default chosen among 1 to 50."})
+    highest_block: int | None = field(
+        default=None,
+        metadata={"help": "Last block to take neurons from, from 0; default the one that makes the first outliers."},
+    )
+    cutoff: str = field(
+        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto finds it."}
+    )
+    max_images: int = field(default=500, metadata={"help": "Use at most this many images, drawn by --seed."})
+    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
+    seed: int = field(default=0, metadata={"help": "Of all random draws."})
+    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of `retrofit`."""
+        names = ("num_register_tokens", "top_k", "highest_block", "max_images", "batch_size", "seed", "device")
+        return {name: getattr(self, name) for name in names} | {"cutoff": _cutoff(self.cutoff)}
+
+
+def _cutoff(text: str) -> float | str:
+    try:
+        return text if text == "auto" else float(text)
+    except ValueError as error:
+        raise ValueError(f"--cutoff {text} is neither 'auto' nor a norm such as 150.") from error
 
 
 @dataclass

@@ -21,6 +21,7 @@ commands:
   finetune   train on labelled images: classes, masks or depth; head, low-rank updates or everything
   convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
   diagnose   find artifact tokens: where, how many, what they are like; several models make a table
+  retrofit   move the artifacts of a trained model into registers, without training, in minutes
   extract    write CLS, register and patch tokens of many images to files, for any supported model
   evaluate   measure frozen features: kNN, linear probes, segmentation, depth, object discovery; models side by side
   publish    bundle a checkpoint with its card, prove that strangers can load it, send it to the Hub
@@ -126,6 +127,29 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     return {"report": str(path)}
 
 
+def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
+    """`regvit retrofit --model SOURCE --data FOLDER --output_dir FOLDER`."""
+    from .arguments import RecipeParser, RetrofitArguments
+    from .figures import before_after_figure, read_token_maps, save_figure
+    from .images import load_images
+    from .retrofit import retrofit_to_folder
+
+    (arguments,) = RecipeParser(RetrofitArguments, prog="regvit retrofit").parse(args)
+    settings = arguments.settings()
+    if switches["dry_run"]:
+        return _resolved(arguments)
+    images = load_images(arguments.data, split=arguments.split)
+    result = retrofit_to_folder(arguments.model_name_or_path, images, arguments.output_dir, **settings)
+    pictures = [result.transform.picture(pixels) for pixels in result.examples]
+    before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
+    path = f"{arguments.output_dir}/before_after.png"
+    save_figure(before_after_figure(pictures, before, after), path)
+    if switches["json"]:
+        return result.report.to_dict()
+    print(result.report.summary())
+    return {"checkpoint": arguments.output_dir, "picture": path}
+
+
 def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
     """`regvit extract --model SOURCE --images FOLDER --output_dir features`."""
     from .arguments import ExtractArguments, RecipeParser
@@ -220,6 +244,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] 
     "finetune": finetune_command,
     "convert": convert_command,
     "diagnose": diagnose_command,
+    "retrofit": retrofit_command,
     "extract": extract_command,
     "evaluate": evaluate_command,
     "publish": publish_command,

@@ -130,6 +130,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             Activation of an extra dense layer on CLS (`"tanh"` in the first ViT); `None` for no such layer.
         discard_registers (`bool`, *optional*, defaults to `False`):
             Leave the registers out of `last_hidden_state`, as the paper does.
+        register_neurons (`list[list[int]]`, *optional*):
+            Test-time registers (arXiv 2506.08010): `[block, neuron]` pairs, both from 0, of MLP neurons that write
+            artifacts into patches; they write into the registers instead. `hf_regvit.retrofit` finds them.
         pooling (`str`, *optional*, defaults to `"cls_mean_patch"`):
             What the image classifier reads: `"cls"`, `"cls_mean_patch"` (CLS and the mean patch, side by side) or
             `"mean_patch"`. Never a register.
@@ -186,6 +189,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     final_norm: str = "tokens"
     pooler_act: str | None = None
     discard_registers: bool = False
+    register_neurons: list[list[int]] | None = None
     pooling: str = "cls_mean_patch"
     head_layers: list[int] | tuple[int, ...] = (-1,)
     semantic_loss_ignore_index: int = 255
@@ -239,6 +243,10 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Tokens in front of the patches: CLS and the registers."""
         return 1 + self.num_register_tokens
 
+    def register_neurons_of(self, block: int) -> list[int]:
+        """Neurons of a block (from 0) that write into the registers at test time; of most models none."""
+        return [neuron for where, neuron in self.register_neurons or () if where == block]
+
     @property
     def ffn_hidden_size(self) -> int:
         """Hidden width of the MLP, or of one half of the SwiGLU (DINOv2's rounding to a multiple of 8)."""
@@ -273,6 +281,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         self._validate_sizes()
+        self._validate_register_neurons()
         if self.final_norm == "pooled" and self.pooler_act is not None:
             raise ConfigError(
                 f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' pools the mean patch. Use "
@@ -321,6 +330,25 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}. "
                     f"Use {f'{low} or ' if low else ''}{low + patch}."
                 )
+
+    def _validate_register_neurons(self) -> None:
+        """Pairs that exist, each once, and a register for them to write into."""
+        if not self.register_neurons:
+            return
+        last, width = self.num_hidden_layers - 1, self.ffn_hidden_size
+        for pair in self.register_neurons:
+            if len(pair) != 2 or not (0 <= pair[0] <= last and 0 <= pair[1] < width):
+                raise ConfigError(
+                    f"register_neurons holds {pair}, expected [block, neuron] with a block in [0, {last}] and a "
+                    f"neuron in [0, {width - 1}], e.g. [0, 0]."
+                )
+            if self.register_neurons.count(pair) > 1:
+                raise ConfigError(f"register_neurons holds {pair} more than once. Name every neuron once.")
+        if not self.num_register_tokens:
+            raise ConfigError(
+                "register_neurons need a register to write into, but num_register_tokens=0. Use 1, or "
+                "register_neurons=None."
+            )
 
     def num_parameters(self) -> int:
         """Parameters of the backbone, counted without building it."""

@@ -231,6 +231,39 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     return figure
 
 
+def before_after_figure(
+    images: Sequence[Image.Image], before: Sequence[TokenMaps], after: Sequence[TokenMaps]
+) -> "Figure":
+    """One row a picture: norms, attention of CLS and PCA of the patches of a model, and of what was made of it.
+
+    Norms have a scale of their own on each side: on that of the artifacts everything else would be one colour.
+
+    Args:
+        images: n pictures in the proportion of their grids.
+        before: What `read_token_maps` gave for them in the model.
+        after: Likewise, in the other one.
+
+    Raises:
+        ValueError: Not two maps a picture, or none.
+    """
+    if not len(images) == len(before) == len(after) or not images:
+        raise ValueError(
+            f"{len(images)} pictures, {len(before)} and {len(after)} maps; expected one of each at least."
+        )
+    figure, axes = _panels(images[0], 7, num_rows=len(images))
+    for row, (image, *sides) in enumerate(zip(images, before, after)):
+        panels = axes[7 * row : 7 * row + 7]
+        _draw_image(panels[0], image, "picture")
+        for column, (name, maps) in enumerate(zip(("before", "after"), sides)):
+            low, high = maps.norms.min().item(), maps.norms.max().item()
+            title = f"norm {name}: {low:.0f} to {high:.0f}"
+            _draw_map(panels[1 + column], image, maps.norms, title, cmap=_NORM_COLORS)
+            _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
+            panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=_INK)
+            _draw_colors(panels[5 + column], image, pca_colors(maps.patch_tokens), f"PCA {name}")
+    return figure
+
+
 def progress_picture(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> Image.Image:
     """The same pictures at one moment of a training run: picture, PCA of the patches, attention of CLS.
 

@@ -328,30 +328,58 @@ class RegViTAttention(nn.Module):
         return self.o_proj(output), weights
 
 
+def move_to_registers(
+    activations: torch.Tensor, neurons: list[int], num_register_tokens: int, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Test-time registers: what a few neurons would write into patches goes into the registers (arXiv 2506.08010).
+
+    In `activations` (B, T, H), behind the non-linearity, each of the S `neurons` gets its value of largest magnitude
+    over the tokens of the image at every register, 0 at every patch, and keeps its own at CLS. Padding, where
+    `token_mask` (B, T) is False, is not among those tokens. Without neurons nothing happens.
+    """
+    if not neurons:
+        return activations
+    index = torch.tensor(neurons, device=activations.device)
+    chosen = activations.index_select(2, index)  # (B, T, S)
+    seen = chosen if token_mask is None else chosen.masked_fill(~token_mask.unsqueeze(-1), 0)
+    largest = seen.gather(1, seen.abs().argmax(dim=1, keepdim=True))  # (B, 1, S), with its sign
+    patches = torch.zeros_like(chosen[:, 1 + num_register_tokens :])
+    moved = torch.cat([chosen[:, :1], largest.expand(-1, num_register_tokens, -1), patches], dim=1)  # (B, T, S)
+    return activations.index_copy(2, index, moved)
+
+
 class RegViTMLP(nn.Module):
     """Two linear layers with the activation between them."""
 
-    def __init__(self, config: RegViTConfig):
+    def __init__(self, config: RegViTConfig, register_neurons: list[int]):
         super().__init__()
+        self.config = config
+        self.register_neurons = register_neurons
         self.fc1 = nn.Linear(config.hidden_size, config.ffn_hidden_size, bias=config.mlp_bias)
         self.activation = ACT2FN[config.hidden_act]
         self.fc2 = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
+        activations = self.activation(self.fc1(hidden_states))  # (B, T, H)
+        registers = self.config.num_register_tokens
+        return self.fc2(move_to_registers(activations, self.register_neurons, registers, token_mask))
 
 
 class RegViTSwiGLU(nn.Module):
     """Gated MLP; the first half of `gate_up_proj` is the gate (row order of DINOv2's `w12`)."""
 
-    def __init__(self, config: RegViTConfig):
+    def __init__(self, config: RegViTConfig, register_neurons: list[int]):
         super().__init__()
+        self.config = config
+        self.register_neurons = register_neurons
         self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.ffn_hidden_size, bias=config.mlp_bias)
         self.down_proj = nn.Linear(config.ffn_hidden_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, token_mask: torch.Tensor | None = None) -> torch.Tensor:
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(nn.functional.silu(gate) * up)
+        activations = nn.functional.silu(gate) * up  # (B, T, H)
+        registers = self.config.num_register_tokens
+        return self.down_proj(move_to_registers(activations, self.register_neurons, registers, token_mask))
 
 
 class RegViTLayerScale(nn.Module):
@@ -365,7 +393,7 @@ class RegViTLayerScale(nn.Module):
 class RegViTLayer(GradientCheckpointingLayer):
     """A pre-norm block: attention and MLP, each a branch added to the residual stream."""
 
-    def __init__(self, config: RegViTConfig, drop_path_rate: float):
+    def __init__(self, config: RegViTConfig, drop_path_rate: float, block: int):
         super().__init__()
         self.drop_path_rate = drop_path_rate
         self.drop_path_mode = config.drop_path_mode
@@ -373,7 +401,8 @@ class RegViTLayer(GradientCheckpointingLayer):
         self.attention = RegViTAttention(config)
         self.layer_scale1 = None if config.layerscale_value is None else RegViTLayerScale(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = RegViTSwiGLU(config) if config.use_swiglu_ffn else RegViTMLP(config)
+        mlp_class = RegViTSwiGLU if config.use_swiglu_ffn else RegViTMLP
+        self.mlp = mlp_class(config, config.register_neurons_of(block))
         self.layer_scale2 = None if config.layerscale_value is None else RegViTLayerScale(config)
 
     def forward(
@@ -381,13 +410,17 @@ class RegViTLayer(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
+        token_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them.
 
         With `tokens`, n positions in the flattened (B, T), the output is (n, D): those tokens only. The others are
         keys and values for them and nothing more is computed of them, which the last block of a pretraining step uses.
+        `token_mask` (B, T) is False at padding; only register neurons need it beside the `attention_mask`.
         """
         if tokens is not None:
+            if self.mlp.register_neurons:
+                raise NotImplementedError("A block with register neurons needs all tokens. Pretrain without them.")
             return self._forward_tokens(hidden_states, attention_mask, tokens)
         rows = self._draw_rows(hidden_states)
         attended, weights = self.attention(
@@ -396,7 +429,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         hidden_states = self._add(hidden_states, attended, self.layer_scale1, rows)
         del attended  # the MLP is the peak of a forward pass: one tensor less then
         rows = self._draw_rows(hidden_states)
-        transformed = self.mlp(self.norm2(self._take(hidden_states, rows)))
+        transformed = self.mlp(self.norm2(self._take(hidden_states, rows)), self._take(token_mask, rows))
         return self._add(hidden_states, transformed, self.layer_scale2, rows), weights
 
     def _forward_tokens(
@@ -689,7 +722,7 @@ class RegViTModel(RegViTPreTrainedModel):
         rate, depth = config.drop_path_rate, config.num_hidden_layers
         rates = [rate if config.drop_path_uniform else rate * i / max(depth - 1, 1) for i in range(depth)]
         self.embeddings = RegViTEmbeddings(config)
-        self.layers = nn.ModuleList([RegViTLayer(config, rates[i]) for i in range(depth)])
+        self.layers = nn.ModuleList([RegViTLayer(config, rates[i], i) for i in range(depth)])
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = RegViTPooler(config) if add_pooling_layer and config.pooler_act is not None else None
         self.post_init()
@@ -767,7 +800,7 @@ class RegViTModel(RegViTPreTrainedModel):
 
         all_hidden_states, all_attentions = [hidden_states] if output_hidden_states else [], []
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, attention_mask)
+            hidden_states, weights = layer(hidden_states, attention_mask, token_mask=token_mask)
             if output_hidden_states:
                 all_hidden_states.append(hidden_states)
             if output_attentions and weights is not None:
