@@ -23,7 +23,15 @@ from .artifacts import artifact_snapshot
 from .callbacks import Observer, OnlineKNN
 from .distillation import SelfDistillation, full_tensor
 from .image_guard import BadImageError
-from .images import IMAGENET_MEAN, IMAGENET_STD, ImageRecord, MissingSplitError, default_image_processor, load_images
+from .images import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ImageRecord,
+    MissingSplitError,
+    default_image_processor,
+    load_images,
+    stratified_split,
+)
 from .modeling_regvit import RegViTModel
 from .outliers import effective_rank
 
@@ -166,8 +174,8 @@ def observers(
 ) -> list[Observer]:
     """What a run observes by its arguments: monitor, panels, k-NN accuracy.
 
-    Monitor and panels read 64 and 8 images spread evenly over the training data; k-NN the labelled validation part.
-    Images are resized and cropped once; those that cannot be read are left out.
+    Monitor and panels read 64 and 8 images spread evenly over the training data; k-NN the labelled validation part or
+    a quarter of the labelled training part. Images are resized and cropped once; unreadable ones are left out.
 
     Args:
         args: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and `data` of the run.
@@ -237,7 +245,7 @@ def _prepared(pictures: Sequence[Image.Image], processor: Any) -> tuple[list[Ima
 
 
 def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
-    """k-NN on the validation part of the data, where both parts have labels."""
+    """k-NN on the labelled validation part of the data or, where there is none, on a quarter of the training part."""
     train: Any = getattr(dataset, "source", None)
     if not getattr(train, "labels", None):
         return None
@@ -246,8 +254,16 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
             args.data, split="validation", image_column=args.image_column, label_column=args.label_column
         )
     except MissingSplitError:
-        logger.info("'%s' has no validation part: no k-NN accuracy during the run.", args.data)
-        return None
+        neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
+        if not judged:
+            logger.info("No class has two images: no k-NN accuracy during the run.")
+            return None
+        # Enough to follow a run. As a result it would flatter: the network has seen these pictures.
+        logger.info(
+            "The data has no validation part: k-NN is judged on a quarter of the training images, which the run "
+            "sees without their labels."
+        )
+        train, heldout = train.subset(neighbours), train.subset(judged)
     if not heldout.labels or heldout.label_names != train.label_names:
         logger.info("The classes of the validation part are not those of the training part: no k-NN accuracy.")
         return None

@@ -193,8 +193,8 @@ class PretrainingArguments(TrainingArguments):
     )
     knn_steps: float = _field(
         0.25,
-        "Steps between k-NN accuracies on the labelled 'validation' part of the data, if it has one; below 1 a share "
-        "of the run, 200 to 5000 steps; 0 for never.",
+        "Steps between k-NN accuracies on the labelled 'validation' part of the data or, where there is none, on a "
+        "quarter of the labelled training images; below 1 a share of the run, 200 to 5000 steps; 0 for never.",
     )
     knn_max_images: int = _field(1000, "Images for k-NN, three quarters of them as neighbours.")
     linear_probe: bool = _field(False, "Also a linear classifier on the features that k-NN reads.")

@@ -334,8 +334,22 @@ def test_limits_and_switches(tmp_path):
     assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_steps=0) == []
 
 
-def test_without_a_validation_part_there_is_no_knn(tmp_path):
+def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_images(tmp_path, caplog):
     data = images_folder(tmp_path / "data", with_validation=False)
+    with caplog.at_level("INFO", logger="hf_regvit"):
+        *_, knn = found(tmp_path, data)
+    assert "which the run sees without their labels" in caplog.text
+    assert (len(knn.train_images), len(knn.heldout_images)) == (18, 6)
+    assert sorted(knn.heldout_labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    seen = {image.tobytes() for image in knn.train_images}
+    assert not any(image.tobytes() in seen for image in knn.heldout_images)
+
+
+def test_without_labels_or_with_single_images_there_is_no_knn(tmp_path):
+    data = images_folder(tmp_path / "data", with_validation=False)
+    for folder in (tmp_path / "data" / "train").iterdir():
+        for image in sorted(folder.iterdir())[1:]:
+            image.unlink()
     assert [type(item) for item in found(tmp_path, data)] == [Monitor, Panels]
 
 
