@@ -4,6 +4,7 @@ import pytest
 import torch
 import two_finetuning_processes
 
+from tiny_dense import write_depths, write_masks
 from tiny_finetune import backbone
 from tiny_run import same_state
 
@@ -25,6 +26,11 @@ def run(tmp_path_factory):
         ),
         "best": outcome(folder / "one_best", callbacks=[two_finetuning_processes.Wreck()], max_grad_norm=1e9),
     }
+    write_masks(folder / "semantic-segmentation")
+    write_depths(folder / "depth-estimation")
+    dense = two_finetuning_processes.dense
+    one["masks"] = dense(folder / "one_masks", "semantic-segmentation")
+    one["depth"] = dense(folder / "one_depth", "depth-estimation")
     two_finetuning_processes.start(folder)
 
     def results(name: str) -> list[dict]:
@@ -82,3 +88,20 @@ def test_sharded_processes_equal_one(run, mode):
 def test_a_sharded_run_goes_on_exactly(run):
     for result in run("fsdp"):
         assert same_state(result["resumed"]["state"], result["full"]["state"])
+
+
+@pytest.mark.parametrize("name", ["masks", "depth"])
+def test_two_dense_processes_equal_one(run, name):
+    """With the statistics of the batch norm, which counts the pictures of both processes, and with the metrics."""
+    one = run.one[name]
+    for result in run(name):
+        assert result["state"].keys() == one["state"].keys()
+        for key, value in result["state"].items():
+            torch.testing.assert_close(value, one["state"][key], atol=1e-5, rtol=0, msg=key)
+        assert [list(m.values()) for m in result["metrics"]] == [
+            pytest.approx(list(m.values()), abs=1e-4) for m in one["metrics"]
+        ]
+    assert same_state(*(result["state"] for result in run(name)))
+    if name == "masks":
+        assert one["state"]["head_norm.num_batches_tracked"] == 6
+        assert one["state"]["head_norm.running_mean"].abs().max() > 0.01

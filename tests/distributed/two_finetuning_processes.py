@@ -11,6 +11,7 @@ from two_processes import sharding
 
 from hf_regvit.checkpoints import TrainingInterrupted
 from hf_regvit.finetuning import FinetuningTrainer
+from tiny_dense import dense_run
 from tiny_finetune import backbone, run, source
 
 # Adam divides a gradient by its own size, so the rounding of one near zero would become a whole step.
@@ -24,12 +25,11 @@ TRAIN = {"labels": [0] * 12 + [1] * 8 + [2] * 4}
 class Seen(TrainerCallback):
     """Metrics of every evaluation, in order."""
 
-    def __init__(self):
-        self.metrics = []
+    def __init__(self, *names):
+        self.names, self.metrics = names or ("loss", "accuracy", "f1", "mean_class_accuracy"), []
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        keys = ("eval_loss", "eval_accuracy", "eval_f1", "eval_mean_class_accuracy")
-        self.metrics.append({key: metrics[key] for key in keys})
+        self.metrics.append({f"eval_{name}": metrics[f"eval_{name}"] for name in self.names})
 
 
 class Wreck(TrainerCallback):
@@ -79,9 +79,20 @@ def sharded(folder: Path, **overrides) -> dict:
     return results
 
 
+def dense(folder: Path, task: str, **overrides) -> dict:
+    """Masks or depth; the data lie beside the folder, under the name of the task."""
+    seen = Seen("mean_iou" if task == "semantic-segmentation" else "rmse")
+    backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
+    data = str(folder.parent / task)
+    fixed = {"adam_epsilon": 1e-3, "save_strategy": "no", "load_best_model_at_end": False, "save_total_limit": None}
+    result = dense_run(folder, data, task, callbacks=[seen], **{**fixed, **backend, **overrides})
+    return {"state": dict(result.state_dict()), "metrics": seen.metrics}
+
+
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     half = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    two = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     registers = backbone(num_register_tokens=0)
     return {
         "full": outcome(folder / "full", **half),
@@ -90,6 +101,8 @@ def scenarios(folder: Path) -> dict:
         "best": outcome(folder / "best", callbacks=[Wreck()], max_grad_norm=1e9, **half),
         "signal": interrupted(folder / "signal", **half),
         "fsdp": sharded(folder / "fsdp", **half),
+        "masks": dense(folder / "masks", "semantic-segmentation", **two),
+        "depth": dense(folder / "depth", "depth-estimation", **two),
     }
 
 
