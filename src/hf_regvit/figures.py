@@ -260,6 +260,7 @@ def before_after_figure(
             _draw_map(panels[1 + column], image, maps.norms, title, cmap=_NORM_COLORS)
             _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
             panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=_INK)
+            panels[3 + column].set_xlabel("")  # its place is the next row's title
             _draw_colors(panels[5 + column], image, pca_colors(maps.patch_tokens), f"PCA {name}")
     return figure
 

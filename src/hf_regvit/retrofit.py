@@ -340,6 +340,7 @@ class RetrofitReport:
         """Ten lines for a terminal."""
         shown = ", ".join(f"{b}.{n} ({s:.1f})" for (b, n), s in zip(self.neurons[:5], self.scores))
         more = f" and {len(self.neurons) - 5} more" if len(self.neurons) > 5 else ""
+        judged_on = f"judged on {self.images['judged']} images"
         lines = [
             f"model      {self.model['name']}: {self.model['num_layers']} blocks, {self.model['num_neurons']:,} "
             "neurons",
@@ -347,14 +348,14 @@ class RetrofitReport:
             f"{self.images['search']} images, {self.images['choice']} others to choose on",
             f"neurons    {len(self.neurons)}, block.neuron (mean activation at outliers): {shown}{more}",
             f"registers  {self.num_register_tokens}",
-            f"judged on {self.images['judged']} images     outliers   largest norm   cosine of CLS, patches   "
-            "attention of CLS on former outliers, registers",
+            f"{judged_on:32}  outliers   largest norm   cosine of CLS, patches   attention of CLS on former outliers, "
+            "registers",
         ]
         for name, row in self.judged.items():
             lines.append(
-                f"  {name:28}{row['outlier_share']:7.2%}{row['max_norm']:13.1f}"
-                f"{row['cls_cosine']:15.3f}{row['patch_cosine']:10.3f}"
-                f"{row['attention_on_outliers']:17.1%}{row['attention_on_registers']:12.1%}"
+                f"  {name:30}{row['outlier_share']:8.2%}{row['max_norm']:15.1f}"
+                f"{row['cls_cosine']:16.3f}{row['patch_cosine']:9.3f}"
+                f"{row['attention_on_outliers']:38.1%}{row['attention_on_registers']:11.1%}"
             )
         return "\n".join([*lines, f"verdict    {self.verdict} {self.seconds['total']:.0f} s."])
 

@@ -160,7 +160,8 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
     torch.manual_seed(0)
     models = {}
     for name, (model_class, _) in AUTO_CLASSES.items():
-        models[name] = model_class(tiny_config()).eval()
+        neurons = [[0, 3], [1, 7]] if name == "segmenter" else None  # test-time registers
+        models[name] = model_class(tiny_config(register_neurons=neurons)).eval()
         with torch.no_grad():  # spread the registers and gains, so that a token left at random would show
             for parameter in models[name].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
