@@ -17,10 +17,19 @@ from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
 from hf_regvit.artifacts import diagnose
+from hf_regvit.conversion import convert
 from hf_regvit.exploration import Explorer, Picture
-from hf_regvit.features import load_model
-from hf_regvit.figures import layer_norm_figure, lost_figure, overview_figure, save_figure
+from hf_regvit.features import EvaluationTransform, load_model
+from hf_regvit.figures import (
+    before_after_figure,
+    layer_norm_figure,
+    lost_figure,
+    overview_figure,
+    read_token_maps,
+    save_figure,
+)
 from hf_regvit.images import photographs
+from hf_regvit.retrofit import add_test_time_registers, find_register_neurons
 
 LARGEST = 200_000  # bytes
 WIDEST = 1400  # pixels
@@ -60,6 +69,19 @@ def overviews(explorer: Explorer, name: str, names: list[str], out: Path, *, sid
         parts.append(out.with_name(f"part_{photo}.png"))
         save_figure(overview_figure(view.image, view.maps()), parts[-1])
     stack(parts, out)
+    keep(out)
+
+
+def before_after(folder: str, names: list[str], out: Path) -> None:
+    """The model with test-time registers beside itself; two neurons and four registers are what `retrofit` chooses."""
+    source = convert(folder)
+    _, processor = load_model(folder)
+    neurons = find_register_neurons(source, list(photographs().values()), processor=processor)
+    made = add_test_time_registers(source, neurons.best(2), num_register_tokens=4)
+    transform = EvaluationTransform.for_model(source, processor, image_size=224)
+    pixels = torch.stack([transform(photographs()[name]) for name in names])
+    maps = [read_token_maps(model, pixels) for model in (source, made)]
+    save_figure(before_after_figure([transform.picture(each) for each in pixels], *maps), out)
     keep(out)
 
 
@@ -120,6 +142,8 @@ def main() -> None:
 
     overviews(explorer, plain, ["china", "chelsea", "flower"], arguments.out_dir / "artifacts.png", side=224)
     overviews(explorer, "registers", ["china", "flower"], arguments.out_dir / "registers.png", side=192)
+
+    before_after(arguments.model, ["china", "chelsea", "flower"], arguments.out_dir / "test_time_registers.png")
 
     view = explorer.view(Picture.of(photographs()["china"], "china"), plain, side=224)
     save_figure(lost_figure(view.image, view.object), arguments.out_dir / "lost.png")
