@@ -59,10 +59,11 @@ class FiniteGuard(TrainerCallback):
     Args:
         folder: of the run.
         check_gradients: False where a gradient scaler deals with overflowing gradients itself (fp16).
+        names: of the images, by sample id; they are written down as well, and the first are in the message.
     """
 
-    def __init__(self, folder: str | Path, *, check_gradients: bool = True) -> None:
-        self.folder, self.check_gradients = Path(folder), check_gradients
+    def __init__(self, folder: str | Path, *, check_gradients: bool = True, names: Sequence[object] = ()) -> None:
+        self.folder, self.check_gradients, self.names = Path(folder), check_gradients, names
         self._batches: list[_MicroBatch] = []
         self._norms: dict[str, Tensor] = {}
         self._random_state: dict[str, Tensor] = {}
@@ -136,6 +137,7 @@ class FiniteGuard(TrainerCallback):
                 {
                     "sample_ids": None if batch.sample_ids is None else batch.sample_ids.tolist(),
                     "epochs": None if batch.epochs is None else batch.epochs.tolist(),
+                    "images": self._names_of(batch),
                     "terms": {name: _number(value) for name, value in batch.outputs.items()},
                 }
                 for batch in self._batches
@@ -145,6 +147,11 @@ class FiniteGuard(TrainerCallback):
                 name: base64.b64encode(bytes(value.numpy())).decode() for name, value in self._random_state.items()
             },
         }
+
+    def _names_of(self, batch: _MicroBatch) -> list[str]:
+        if not self.names or batch.sample_ids is None:
+            return []
+        return [str(self.names[index]) for index in batch.sample_ids.tolist()]
 
     def _write(self, state: TrainerState, records: list[dict[str, Any]], *, in_loss: bool, model: nn.Module) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -189,8 +196,9 @@ class FiniteGuard(TrainerCallback):
         lower = f"--learning_rate {args.learning_rate / 2:.3g} (now {args.learning_rate:.3g})"
         precision = " or --bf16 True instead of --fp16" if args.fp16 else " or in float32" if args.bf16 else ""
         clip = " or --max_grad_norm 3" if not args.max_grad_norm else ""
+        some = f" ({', '.join(batch['images'][:3])}, ...)" if batch["images"] else ""
         return (
-            f"{what}; expected a finite number. Nothing of this step was applied. The images are in "
+            f"{what}; expected a finite number. Nothing of this step was applied. The images{some} are in "
             f"{self.folder / 'nan_batch.json'}. {resume} with {lower}{precision}{clip}."
         )
 

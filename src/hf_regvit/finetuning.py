@@ -14,10 +14,13 @@ This module knows no task. It opens the model, chooses what is trained (everythi
 The loss of a training batch has to be a mean over its images (or pixels): Trainer divides it by the micro-batches.
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import logging
+import signal
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +106,48 @@ class _Progress(TrainingProgress):
         super().on_log(args, state, control, logs, **kwargs)
 
 
+class _WorkerDeaths:
+    """Keeps the news that a worker died until the next batch is waited for.
+
+    torch learns it by a signal and raises wherever the main thread happens to be, also in the middle of a step, where
+    nothing could be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._inner: Any = None
+        self._waiting, self._error = False, cast(RuntimeError | None, None)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        try:
+            self._inner(number, frame)
+        except RuntimeError as error:
+            if self._waiting:
+                raise
+            self._error = error
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside the block a dead worker raises at once; at its beginning one that died before."""
+        current = signal.getsignal(signal.SIGCHLD)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and callable(current) and current != self._handle:  # torch's, since it has started workers
+            self._inner = current
+            signal.signal(signal.SIGCHLD, self._handle)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def stop(self) -> None:
+        """Gives the signal back to torch."""
+        if self._inner is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
+            signal.signal(signal.SIGCHLD, self._inner)
+
+
 @dataclass
 class _Batches:
     """Where the batches of an epoch come from: Trainer's iterator, or the one that took its place."""
@@ -140,6 +185,7 @@ class FinetuningTrainer(CheckpointedTrainer):
             )
         self.task, self.processor, self.evaluations = task, processor, 0
         self._batches: _Batches | None = None
+        self._worker_deaths = _WorkerDeaths()
         train, validation = task.datasets(processor)
         self._sampler = TrainSampler(
             len(cast(Any, train)),
@@ -147,7 +193,7 @@ class FinetuningTrainer(CheckpointedTrainer):
             images_per_step=args.images_per_step,
             repeats=args.repeated_augmentation,
         )
-        self._guard = FiniteGuard(cast(str, args.output_dir))
+        self._guard = FiniteGuard(cast(str, args.output_dir), names=task.train.ids)
         own: list[TrainerCallback] = [_RunRules(self._sampler), self._guard]
         if args.early_stopping_patience:
             own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
@@ -209,7 +255,8 @@ class FinetuningTrainer(CheckpointedTrainer):
         batches: list[dict[str, Tensor]] = []
         while len(batches) < num_batches:
             try:
-                batches.append(next(self._batches.source))
+                with self._worker_deaths.waiting():
+                    batches.append(next(self._batches.source))
             except StopIteration:
                 break
             except RuntimeError as error:
@@ -269,6 +316,8 @@ class FinetuningTrainer(CheckpointedTrainer):
             return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, self.args, step=self.state.global_step) from error
+        finally:
+            self._worker_deaths.stop()
 
     # What pushes publish: the merged model, as at the end of the run.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
@@ -143,6 +144,37 @@ def test_dry_run_prints_the_difference_and_trains_nothing(classes, saved_backbon
     assert main(["finetune", *flags, *FLAGS, "--dry_run", "--layer_decay", "0.7"]) == 0
     assert "layer_decay: 0.7" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
+    """The recipe file itself, with everything it switches on; only sizes, rate, precision and workers are others."""
+    recipe = Path(__file__).parents[2] / "examples" / "deit3_vits16_from_scratch.yaml"
+    output = tmp_path / "out"
+    result = finetuned(
+        capsys, "--config", recipe, "--data", classes, "--output_dir", output, "--preset", "tiny", "--image_size", "16",
+        "--patch_size", "8", "--max_steps", "6", "--bf16", "False", "--dataloader_num_workers", "0",
+        "--max_bad_share", "0.2", "--logging_steps", "1",
+    )  # fmt: skip
+    used = yaml.safe_load((output / "resolved_recipe.yaml").read_text())
+    assert (used["loss"], used["augmentation"], used["repeated_augmentation"]) == ("bce", "three_augment", 3)
+    assert (used["mixup_alpha"], used["cutmix_alpha"], used["drop_path_rate"]) == (0.8, 1.0, 0.05)
+    model = RegViTForImageClassification.from_pretrained(output)
+    assert (model.config.num_register_tokens, model.config.drop_path_rate) == (4, 0.05)
+    assert any(name.endswith("layer_scale1.lambda1") for name in model.state_dict())
+    assert 0 <= result["accuracy"] <= 1
+    losses = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in losses if "loss" in line]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    card = (output / "README.md").read_text()
+    for row in (
+        "| loss | bce |",
+        "| repeats of an image | 3 |",
+        "| augmentation | three_augment |",
+        "| CutMix | 1.0 |",
+    ):
+        assert row in card
 
 
 class SignalAt(TrainerCallback):

@@ -1,0 +1,215 @@
+"""Faults of a fine-tuning run: disks, signals that cannot be caught, workers, memory, numbers that are not finite."""
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from hf_regvit.alarms import NonFiniteError
+from hf_regvit.checkpoints import STAGING, list_checkpoints, verify_checkpoint
+from hf_regvit.classification import ImageClassification
+from hf_regvit.finetuning_data import TrainSampler
+from hf_regvit.images import ImageSource
+from hf_regvit.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
+from tiny_finetune import NAMES, Pictures, run
+from tiny_run import same_state
+
+EVERY_TWO = {
+    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
+    monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
+
+
+def names(folder: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(folder)]
+
+
+class At(TrainerCallback):
+    """Does something at the beginning of a step."""
+
+    def __init__(self, **actions):
+        self.actions = {int(name[1:]): action for name, action in actions.items()}
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if action := self.actions.get(state.global_step):
+            action(model)
+
+
+def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_pictures(tmp_path):
+    def poison(model):
+        model.classifier.weight.data[0, 0] = math.nan
+
+    with pytest.raises(NonFiniteError, match=r"step 5.*picture/\d+, picture/\d+.*Resume from checkpoint-4") as stopped:
+        run(tmp_path, callbacks=[At(s5=poison)], **EVERY_TWO)
+    (batch,) = json.loads((tmp_path / "nan_batch.json").read_text())["processes"][0]["micro_batches"]
+    assert batch["images"] == [f"picture/{index}" for index in batch["sample_ids"]]
+    assert len(batch["images"]) == 8
+    assert "--learning_rate 0.0015 (now 0.003)" in str(stopped.value)
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    verify_checkpoint(tmp_path / "checkpoint-4")
+    result, _ = run(tmp_path, resume_from_checkpoint="last", **EVERY_TWO)
+    assert all(bool(value.isfinite().all()) for value in result.state_dict().values())
+    assert json.loads((tmp_path / "metrics.json").read_text())["steps"] == 6
+
+
+def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill(model):
+        monkeypatch.setattr("torch.save", full)
+
+    def free(model):
+        monkeypatch.setattr("torch.save", torch_save)
+
+    torch_save = torch.save
+    run(tmp_path, callbacks=[At(s3=fill, s4=free)], **EVERY_TWO | {"load_best_model_at_end": False})
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+    assert not (tmp_path / STAGING).exists()
+    assert "ALARM: the checkpoint of step 4" in caplog.text
+    assert RegViTForImageClassification.from_pretrained(tmp_path).config.num_labels == 3
+
+
+def test_f58_a_best_checkpoint_that_was_never_written_is_told(tmp_path, monkeypatch):
+    """The disk is full from the beginning: nothing can be reloaded, and the last weights are not passed off as it."""
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("torch.save", full)
+    with pytest.raises(FileNotFoundError, match=r"the best checkpoint, of step \d, could not be written"):
+        run(tmp_path, **EVERY_TWO)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_f43_a_best_checkpoint_that_changed_on_the_disk_is_not_the_result(tmp_path):
+    def damage(model):
+        file = tmp_path / "checkpoint-2" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-3] ^= 1
+        file.write_bytes(content)
+
+    with pytest.raises(CheckpointCorruptError, match="checkpoint-2"):
+        run(tmp_path, callbacks=[At(s5=damage)], **EVERY_TWO, metric_for_best_model="loss", greater_is_better=True)
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = {paths!r}
+    import torch; torch.set_num_threads(1)
+    import hf_regvit.checkpoints as checkpoints
+    from hf_regvit.classification import ImageClassification
+    from tiny_finetune import run
+    write = checkpoints.write_manifest
+    def die(folder):  # everything is written, the list that makes it a checkpoint is not
+        if str(folder).endswith("checkpoint-4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(folder)
+    checkpoints.write_manifest = die
+    run({folder!r}, eval_strategy="no", save_strategy="steps", save_steps=2, drop_path_rate=0.3)
+"""
+
+
+@pytest.mark.slow
+def test_f57_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_path, caplog):
+    tests = str(Path(__file__).parents[1])
+    code = textwrap.dedent(KILLED.format(paths=[tests], folder=str(tmp_path / "b")))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    assert (tmp_path / "b" / STAGING / "checkpoint-4" / "model.safetensors").is_file()
+    assert names(tmp_path / "b") == ["checkpoint-2"]
+    options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2, "drop_path_rate": 0.3}
+    resumed, _ = run(tmp_path / "b", resume_from_checkpoint="last", **options)
+    unbroken, _ = run(tmp_path / "a", **options)
+    assert same_state(resumed.state_dict(), unbroken.state_dict())
+    assert not (tmp_path / "b" / STAGING).exists()
+
+
+class Failing(Pictures):
+    """Reads pictures; a worker dies or hangs at the fifth, the first so many times."""
+
+    def __init__(self, labels, folder, how, times):
+        super().__init__(labels)
+        self.folder, self.how, self.times = Path(folder), how, times
+
+    def __call__(self, index):
+        if index == 5 and torch.utils.data.get_worker_info() is not None:
+            marks = len(list(self.folder.iterdir()))
+            if marks < self.times:
+                (self.folder / str(marks)).touch()
+                if self.how == "dies":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)
+        return super().__call__(index)
+
+
+def failing(folder, how, times) -> ImageSource:
+    folder.mkdir()
+    labels = [i % 3 for i in range(24)]
+    ids = [f"picture/{i}" for i in range(24)]
+    return ImageSource("pictures", ids, Failing(labels, folder, how, times), labels=labels, label_names=NAMES)
+
+
+OFTEN = {"eval_strategy": "no", "save_strategy": "no", "gradient_accumulation_steps": 2, "mixup_alpha": 0.5}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["dies", "hangs"])
+def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog, how):
+    options = OFTEN | {"per_device_train_batch_size": 4}
+    unbroken, _ = run(tmp_path / "a", **options)
+    train = failing(tmp_path / "marks", how, 1)
+    result, _ = run(tmp_path / "b", train=train, dataloader_num_workers=1, dataloader_timeout=3, **options)
+    assert "Workers are started again. Being read was one of: picture/" in caplog.text
+    assert same_state(unbroken.state_dict(), result.state_dict())
+
+
+@pytest.mark.slow
+def test_f64_workers_that_fail_twice_end_the_run_and_the_pictures_are_named(tmp_path):
+    with pytest.raises(RuntimeError, match="DataLoader") as failure:
+        run(tmp_path / "a", train=failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=1, **OFTEN)
+    assert "It happened twice. One of these images was being read: " in "".join(failure.value.__notes__)
+    assert "picture/5" in "".join(failure.value.__notes__)
+
+
+def test_the_rest_of_an_epoch_is_what_was_left_of_it():
+    whole = TrainSampler(22, seed=3, images_per_step=8, repeats=2)
+    epochs = []
+    for epoch in range(3):
+        whole.set_epoch(epoch)
+        epochs.append(list(whole))
+    for step in range(6):
+        for images in (0, 4):
+            rest = whole.after(step, images)
+            assert list(rest) == epochs[step // 2][step % 2 * 8 + images :]
+            assert len(rest) == len(list(rest))
+
+
+def test_f66_no_memory_says_what_to_change(tmp_path, monkeypatch):
+    def forward(self, **batch):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    monkeypatch.setattr(RegViTForImageClassification, "forward", forward)
+    with pytest.raises(torch.OutOfMemoryError) as stopped:
+        run(tmp_path, eval_strategy="no", save_strategy="no", bf16=True)
+    message = str(stopped.value)
+    assert message.startswith("Out of memory at step 0: this process took ")
+    for advice in (
+        "--per_device_train_batch_size 4 --gradient_accumulation_steps 2", "checkpointing True", "--mode linear",
+    ):  # fmt: skip
+        assert advice in message
