@@ -1,7 +1,7 @@
 """The cards in model_cards/: train, convert and fine-tune for real, measure, bundle, verify, keep the cards.
 
     python scripts/make_model_cards.py                      the backbone of `make demo`, from the embedded photographs
-    python scripts/make_model_cards.py --shared ../shared   also a conversion and a retrofit of a ViT-Tiny
+    python scripts/make_model_cards.py --shared ../shared   also a conversion and two retrofits of a ViT-Tiny
 
 Every step is a command of `regvit`, printed before it runs; what an earlier call has finished is not done again.
 """
@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.shared:
         data = options.shared / "data"
         converted(work, data, options.output_dir, few)
+        test_time_registers(work, data, options.output_dir, few)
         retrofitted(work, data, options.output_dir, few, options.steps)
     return 0
 
@@ -75,6 +76,27 @@ def converted(work: Path, data: Path, cards: Path, few: str) -> None:
         "--data_license", "ImageNet: non-commercial research",
         "--description", "The ViT-Tiny of the base model as a RegViT without registers: the same numbers in another "
         "layout of tensors. The diagnosis below is the reason to add registers.",
+    )  # fmt: skip
+
+
+def test_time_registers(work: Path, data: Path, cards: Path, few: str) -> None:
+    """The same model without its artifacts; nothing is trained. Searched on images that the diagnosis does not see."""
+    model = work / "vit-tiny-test-time-registers"
+    if not (model / "config.json").exists():
+        run_regvit("retrofit", "--model", work / "vit-tiny", "--data", data / "caltech101", "--split", "train",
+                   "--output_dir", model)  # fmt: skip
+    diagnosis = once(work / "vit-tiny-test-time-registers-diagnosis", "diagnose", "--model", model, "--data",
+                     data / "imagenet_samples", "--max_images", "100")  # fmt: skip
+    scores = once(work / "vit-tiny-test-time-registers-evaluation", "evaluate", "--model", model, "--data",
+                  data / "caltech101", "--tasks", "knn", "--max_images", few)  # fmt: skip
+    keep(
+        work, cards, "regvit-vit-tiny-test-time-registers", model, diagnosis, scores,
+        "--license", "other", "--license_name", "unknown-see-base-model",
+        "--license_link", "https://arxiv.org/abs/2106.10270",
+        "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
+        "--data", f"{IMAGENET}, with labels, by the authors of the base model. The neurons were searched on 500 "
+        "training images of caltech101.",
+        "--data_license", "ImageNet: non-commercial research; caltech101: CC BY 4.0",
     )  # fmt: skip
 
 

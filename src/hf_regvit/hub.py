@@ -44,6 +44,7 @@ from .modeling_regvit import (
     RegViTForSemanticSegmentation,
     RegViTModel,
 )
+from .retrofit import RetrofitReport
 from .upload import CARD, CODE_FILES, RetryPolicy, Sent, may_be_published, scan, send_folder
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
     candidates = (folder, checkpoint.parent if checkpoint.name == "backbone" else checkpoint)
     run = next((place for place in candidates if (place / "resolved_recipe.yaml").is_file()), None)
     if run is None:
-        return {}
+        return _retrofit_facts(checkpoint, output)
     import yaml
 
     recipe = public_recipe(yaml.safe_load((run / "resolved_recipe.yaml").read_text(encoding="utf-8")))
@@ -231,6 +232,16 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
     if (run / "confusion_matrix.png").is_file():
         facts["pictures"] = (CardFigure("figures/confusion_matrix.png", "Confusion matrix"),)
     return {**facts, "recipe_file": True}
+
+
+def _retrofit_facts(checkpoint: Path, output: Path) -> dict[str, Any]:
+    """What `regvit retrofit` wrote beside the checkpoint."""
+    content = _json_of(checkpoint / "retrofit_report.json")
+    if content is None:
+        return {}
+    _write_report(output, "retrofit.json", content)
+    report = RetrofitReport(**content)
+    return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
 
 
 def _json_of(path: Path) -> dict[str, Any] | None:

@@ -336,6 +336,20 @@ class RetrofitReport:
             f"largest norm from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
         )
 
+    @property
+    def card_text(self) -> str:
+        """A paragraph for a model card."""
+        names = ", ".join(f"{block}.{neuron}" for block, neuron in self.neurons[:10])
+        more = f" and {len(self.neurons) - 10} more" if len(self.neurons) > 10 else ""
+        after = self.judged["after"]
+        return (
+            f"Test-time registers (arXiv 2506.08010); nothing was trained. {len(self.neurons)} of the "
+            f"{self.model['num_neurons']:,} neurons of the MLPs ({names}{more}, as block.neuron from 0) write into "
+            f"{self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of into patches. "
+            f"On {self.images['judged']} images that had no part in the search: {self.verdict} CLS keeps a cosine of "
+            f"{after['cls_cosine']:.3f} with that of the base model, the other patches {after['patch_cosine']:.3f}."
+        )
+
     def summary(self) -> str:
         """Ten lines for a terminal."""
         shown = ", ".join(f"{b}.{n} ({s:.1f})" for (b, n), s in zip(self.neurons[:5], self.scores))

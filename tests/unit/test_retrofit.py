@@ -19,6 +19,7 @@ from hf_regvit import (
     cli,
 )
 from hf_regvit.features import EvaluationTransform, prepare_images, read_tokens
+from hf_regvit.hub import bundle
 from hf_regvit.images import default_image_processor
 from hf_regvit.modeling_regvit import move_to_registers
 from hf_regvit.retrofit import (
@@ -445,3 +446,17 @@ def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     assert "holds a checkpoint already" in capsys.readouterr().err
     assert cli.main(["retrofit", "--model", str(folders / "out"), *args[3:-1], str(folders / "again")]) == 1
     assert "registers already" in capsys.readouterr().err
+
+
+def test_a_published_retrofit_says_what_was_done(planted, pictures, processor, tmp_path):
+    result = retrofit(planted, pictures, processor=processor, progress=False, top_k=1, num_register_tokens=2)
+    result.model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    result.report.save(tmp_path / "model")
+    made = bundle(tmp_path / "model", tmp_path / "bundle", card={"license": "apache-2.0"})
+    card = (made.folder / "README.md").read_text()
+    assert "- retrofitted" in card
+    assert "1 of the 768 neurons of the MLPs (1.9, as block.neuron from 0) write into 2 zero registers" in card
+    assert result.report.verdict in card
+    copied = json.loads((made.folder / "reports" / "retrofit.json").read_text())
+    assert RetrofitReport(**copied) == result.report
