@@ -31,8 +31,18 @@ EVERY_TWO = {
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
+    """Drawing takes ten times as long as a run of two blocks."""
     monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
     monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the process that is killed: sums of another number of threads are rounded in another way."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def names(folder: Path) -> list[str]:
