@@ -445,13 +445,7 @@ def retrofit(
         processor = image_processor_of(source, model.config)
     transform = EvaluationTransform.for_model(model, processor)
     prepared = prepare_images(images, transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    norms = _read_norms(model, prepared, progress=progress)
-    parts = _divide(len(norms[0]), seed)
-    search = parts["search"]
-    found, layer, emergence = _find_outliers({i: values[search] for i, values in norms.items()}, cutoff)
-    is_outlier = norms[layer] > found.cutoff  # (n, N)
-    scores = score_neurons(model, prepared, is_outlier & search[:, None])
-    neurons = RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, int(search.sum()))
+    neurons, parts = _search_in_part(model, prepared, cutoff, seed, progress=progress)
     searched = time.perf_counter()
 
     settings = {
@@ -480,14 +474,14 @@ def retrofit(
             "name": description.name if isinstance(source, nn.Module) else Path(source).name,
             "num_layers": description.num_layers,
             "hidden_size": description.hidden_size,
-            "num_neurons": scores.numel(),
+            "num_neurons": neurons.scores.numel(),
         },
         neurons=pairs,
-        scores=[float(scores[block, neuron]) for block, neuron in pairs],
+        scores=[float(neurons.scores[block, neuron]) for block, neuron in pairs],
         num_register_tokens=registers,
-        layer=layer,
-        cutoff=found.cutoff,
-        emergence=emergence,
+        layer=neurons.layer,
+        cutoff=neurons.cutoff,
+        emergence=neurons.emergence,
         images={name: int(rows.sum()) for name, rows in parts.items()},
         tried=tried,
         judged=judged,
@@ -505,6 +499,18 @@ def _open(source: str | Path | nn.Module) -> Any:
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "regvit":
         return load_model(source)[0]
     return convert(source)
+
+
+def _search_in_part(
+    model: nn.Module, images: PreparedImages, cutoff: float | str, seed: int, *, progress: bool
+) -> tuple[RegisterNeurons, dict[str, NDArray[np.bool_]]]:
+    """`find_register_neurons` on a part of the images, and the parts."""
+    norms = _read_norms(model, images, progress=progress)
+    parts = _divide(len(norms[0]), seed)
+    search = parts["search"]
+    found, layer, emergence = _find_outliers({i: values[search] for i, values in norms.items()}, cutoff)
+    scores = score_neurons(model, images, (norms[layer] > found.cutoff) & search[:, None])
+    return RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, int(search.sum())), parts
 
 
 def _divide(num_images: int, seed: int) -> dict[str, NDArray[np.bool_]]:
