@@ -37,16 +37,16 @@ logger = logging.getLogger(__name__)
 EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
 MAX_UPLOAD = "20mb"
 _LIMITS = ImageLimits(max_pixels=50_000_000)
+_TEMPLATES = Path(__file__).parent / "templates"
 _NOBODY = "none"
 _MEAN = "mean of all"
 _SMOOTH = 4  # times finer than the patches; the browser does the rest
 
 _TITLE = "What does a vision transformer look at?"
 _LEAD = (
-    "A vision transformer cuts a picture into patches and lets them ask each other for information: attention. "
-    "Large models without <b>registers</b> reuse a few background patches as notepads. Those become <b>artifacts</b>: "
-    "patches with a huge norm that no longer show what is there, and that attention keeps coming back to. Registers "
-    "are extra tokens that take the notes instead."
+    "It cuts a picture into patches that ask each other for information: attention. Large models reuse a few "
+    "background patches as notepads. Those become <b>artifacts</b>, with a huge norm and no longer showing what is "
+    "there. <b>Registers</b> are extra tokens that take the notes instead."
 )
 _HELP = """
 - **Click any map**: the square moves there, and the first maps answer for that patch. The dot under the mouse shows
@@ -54,7 +54,8 @@ _HELP = """
 - **Orange frames** mark artifacts. The cut-off is not chosen by hand: it lies between two distinct groups of norms,
   over {reference} photographs and for every block. A model without such groups has no frames.
 - **Attention** maps are bright where a token looks, each on its own scale; below is the share that goes to patches at
-  all. The rest goes to CLS, to the registers, or to the token itself.
+  all (the rest goes to CLS and to the registers), and the peak: how many times the mean patch the brightest one gets.
+  A peak near 1 is a flat map, however colourful.
 - **PCA** paints tokens that say similar things in similar colours. Artifacts break the areas of one colour.
 - **Object** is LOST, which needs no labels: it grows from a patch that few others resemble.
 - **Block** walks through the depth of the model, **head** through the parts of its attention.
@@ -92,33 +93,51 @@ def results_page(views: Mapping[str, View], question: Question) -> str:
     head = None if question.head == 0 else question.head - 1
     heads = "mean over the heads" if head is None else f"head {question.head}"
     patch = [
-        _kind("Picture", "What the model gets. Click anywhere.", shown, partial(_picture, question)),
-        _kind("Where it looks", f"Its attention, {heads}.", shown, partial(_patch, question, head)),
-        _kind("Patches like it", "Cosine of the tokens.", shown, partial(_similar, question)),
+        _kind("Picture", "What the model gets. Orange frames are artifacts.", shown, partial(_picture, question)),
+        _kind("Where it looks", f"Bright is where this patch asks; {heads}.", shown, partial(_patch, question, head)),
+        _kind("Patches like it", "Bright patches say nearly the same.", shown, partial(_similar, question)),
     ]
     whole = [
-        _kind("Where CLS looks", f"CLS sums it up; {heads}.", shown, partial(_query, head, "cls")),
-        _kind("Norms", "Bright is large. Orange: artifacts.", shown, _norms),
+        _kind("Where CLS looks", f"CLS sums the picture up; {heads}.", shown, partial(_query, head, "cls")),
+        _kind("Norms", "Length of the tokens. Orange: out of proportion.", shown, _norms),
         _kind("PCA", "Similar colours: similar tokens.", shown, _colors),
-        _kind("Object", "Found without labels, by LOST.", shown, _object),
+        _kind("Object", "Found without any labels, by LOST.", shown, _object),
     ]
-    body = _section("The patch you clicked", patch) + _section("The whole picture", whole)
+    body = _section(
+        "One patch", "The white square. Click on any map to move it, or use the arrow keys on the picture.", patch
+    )
+    body += _section("The whole picture", "What the chosen block makes of it.", whole)
     counts = {letter: view.description.num_register_tokens for letter, view in shown.items()}
     if most := max(counts.values()):
         kinds = []
         for i in range(most):
             owners = {letter: view for letter, view in shown.items() if i < counts[letter]}
-            kinds.append(_kind(f"Register {i + 1}", f"Its attention, {heads}.", owners, partial(_query, head, i)))
-        body += _section("Where the registers look", kinds, narrow=min(counts.values()) == 0)
+            kinds.append(_kind(f"Register {i + 1}", f"What it gathers; {heads}.", owners, partial(_query, head, i)))
+        body += _section("The registers", "Tokens with no place in the picture. Bright is where they look.", kinds)
     cards = "".join(_card(name, view, letter) for (name, view), letter in zip(views.items(), "AB"))
-    first = next(iter(views.values())).image
-    style = f"--picture:url(data:image/jpeg;base64,{_jpeg(first)});--ratio:{first.width}/{first.height}"
-    return f'<div class="looks models-{len(views)}" style="{style}"><div class=cards>{cards}</div>{body}</div>'
+    if len(shown) == 2:
+        cards = f"<p class=verdict>{_verdict(*views.values())}</p>{cards}"
+    first = next(iter(views.values()))
+    image, (row, column) = first.image, first.cell(question.place)
+    style = f"--picture:url(data:image/jpeg;base64,{_jpeg(image)});--ratio:{image.width}/{image.height}"
+    # For the arrow keys, which walk over the patches of the first model.
+    grid = f"data-rows={first.grid[0]} data-columns={first.grid[1]} data-row={row} data-column={column}"
+    return f'<div class="looks models-{len(views)}" style="{style}" {grid}><div class=cards>{cards}</div>{body}</div>'
 
 
-def _section(title: str, kinds: Sequence[str], *, narrow: bool = False) -> str:
-    """`narrow` where each kind has one map although two models are shown."""
-    return f'<section><h2>{title}</h2><div class="kinds{" narrow" * narrow}">{"".join(kinds)}</div></section>'
+def _section(title: str, text: str, kinds: Sequence[str]) -> str:
+    columns = "three" if len(kinds) == 3 else "four"
+    return f'<section><h2>{title}</h2><p>{text}</p><div class="kinds {columns}">{"".join(kinds)}</div></section>'
+
+
+def _verdict(a: View, b: View) -> str:
+    """Both models in one sentence."""
+    in_a, in_b = int(a.outliers.sum()), int(b.outliers.sum())
+    if in_a and in_b:
+        return f"Both have artifacts in this picture: A {in_a}, B {in_b}."
+    if not in_a and not in_b:
+        return "Neither has artifacts in this picture."
+    return f"{'A' if in_a else 'B'} has {max(in_a, in_b)} artifacts in this picture, {'B' if in_a else 'A'} has none."
 
 
 def _card(name: str, view: View, letter: str) -> str:
@@ -127,15 +146,16 @@ def _card(name: str, view: View, letter: str) -> str:
     count, total = int(outliers.sum()), outliers.numel()
     if count:
         big, usual = view.norms[outliers].median().item(), view.norms[~outliers].median().item()
-        words = f"<b>{count} of {total} patches are artifacts</b>: norm {big:.0f}, the others {usual:.0f}."
-        if d.has_cls:
-            share = view.attention_from("cls")[outliers].sum().item()
-            words += f" They draw {share:.0%} of the attention of CLS."
+        are = "is an artifact" if count == 1 else "are artifacts"
         kind = "found"
+        words = f"<b>{count} of {total} patches {are}</b>: {big / usual:.0f} times the norm of the others."
     elif view.cutoff is None:
         kind, words = "clean", "<b>No distinct artifacts</b> in this model at this block."
     else:
         kind, words = "clean", "<b>No artifacts in this picture</b>, though the model makes them in others."
+    if d.has_cls:
+        share = f"{view.attention_from('cls')[outliers].sum().item():.0%}"
+        words += f"<span class=share style=--share:{share}>Artifacts take {share} of CLS's attention.<i></i></span>"
     registers = f"{d.num_register_tokens} registers" if d.num_register_tokens else "no registers"
     size = f"{view.image.width} x {view.image.height} px = {view.grid[1]} x {view.grid[0]} patches"
     return (
@@ -150,11 +170,14 @@ def _kind(title: str, text: str, shown: Mapping[str, View], draw: Callable[[View
     return f"<article><h3>{title}</h3><p>{text}</p><div class=pair>{maps}</div></article>"
 
 
-def _figure(view: View, letter: str, label: str, *, layers: str = "", note: str = "", grey: bool = False) -> str:
-    """The photograph, what lies over it, and a note below. `layers` are images and drawings."""
+def _figure(
+    view: View, letter: str, label: str, *, layers: str = "", note: str = "", grey: bool = False, keys: bool = False
+) -> str:
+    """The photograph, what lies over it, and a note below. `layers` are images and drawings; `keys`: takes arrows."""
     base = "base grey" if grey else "base"
+    role = "role=application tabindex=0" if keys else "role=img"
     return (
-        f'<figure><div class=map role=img aria-label="{html.escape(label)}"><div class="{base}"></div>{layers}'
+        f'<figure><div class=map {role} aria-label="{html.escape(label)}"><div class="{base}"></div>{layers}'
         f"<i class=dot></i></div><figcaption><i class=letter>{letter}</i> {note}</figcaption></figure>"
     )
 
@@ -166,9 +189,12 @@ def _missing(letter: str, reason: str) -> str:
 
 def _picture(question: Question, view: View, letter: str) -> str:
     row, column = view.cell(question.place)
-    note = f"patch {column + 1}, {row + 1}"
+    note = f"patch {column + 1}, {row + 1}"  # as (x, y)
+    label = f"the picture; the patch in column {column + 1}, row {row + 1} is asked about"
     marks = _frames(view, view.outliers) + _frames(view, _at(view, (row, column)), kind="query")
-    return _figure(view, letter, f"the picture, {note} marked", layers=marks, note=note)
+    if letter == "A":
+        label += ", the arrow keys choose another one"
+    return _figure(view, letter, label, layers=marks, note=note, keys=letter == "A")
 
 
 def _patch(question: Question, head: int | None, view: View, letter: str) -> str:
@@ -191,7 +217,9 @@ def _attention(view: View, letter: str, name: str, query: Any, head: int | None)
     shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
     marks = _frames(view, _at(view, query), kind="query") if isinstance(query, tuple) else ""
     layers = _image(_overlay(shade)) + marks
-    return _figure(view, letter, f"attention of {name}", layers=layers, note=f"{map_.sum():.1%} on patches", grey=True)
+    # Maps have scales of their own; this tells a map with a peak from one that is flat.
+    note = f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g} x"
+    return _figure(view, letter, f"attention of {name}", layers=layers, note=note, grey=True)
 
 
 def _similar(question: Question, view: View, letter: str) -> str:
@@ -380,7 +408,8 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
         "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True,
         "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
         "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
-        "footer_links": [], "quiet": True, "theme": theme, "css": _STYLE,
+        "footer_links": [], "quiet": True, "theme": theme,
+        "css": (_TEMPLATES / "demo.css").read_text(encoding="utf-8"),
     }  # fmt: skip
 
 
@@ -439,10 +468,11 @@ class _Page:
                 with gr.Column(elem_id="choose", min_width=0):
                     self._choose(compare)
                 with gr.Column(elem_id="results", min_width=0):
-                    self.results = gr.HTML(js_on_load=_SCRIPT, elem_id="maps", min_height=400)
+                    script = (_TEMPLATES / "demo_maps.js").read_text(encoding="utf-8")
+                    self.results = gr.HTML(js_on_load=script, elem_id="maps", min_height=400)
                     with gr.Row():
-                        self.figures = gr.Button("Figures (PNG)", size="md", elem_id="get-figures")
-                        self.features = gr.Button("Features (safetensors)", size="md", elem_id="get-features")
+                        self.figures = gr.Button("Download figures (PNG)", size="md", elem_id="get-figures")
+                        self.features = gr.Button("Download features (safetensors)", size="md", elem_id="get-features")
                     self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
                     with gr.Accordion("How to read the maps", open=False):
                         gr.Markdown(_HELP.format(reference=num_reference))
@@ -458,7 +488,8 @@ class _Page:
             label="Your picture", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
         thumbnails = "".join(
-            f'<button type=button title="{name}" data-name="{name}"><img alt="{name}" '
+            f'<button type=button title="{name}" data-name="{name}" aria-pressed={str(name == EXAMPLES[0]).lower()}>'
+            f'<img alt="{name}" '
             f'src="data:image/jpeg;base64,{_jpeg(_thumbnail(picture.image))}"></button>'
             for name, picture in self.examples.items()
         )
@@ -502,7 +533,9 @@ class _Page:
         read = _told("This file cannot be used", self._open)
         opened = self.upload.upload(read, self.upload, self.picture, **quick)
         opened.success(**show)
-        opened.then(lambda: None, None, self.upload, **quick)  # the field is free for the next file, good or bad
+        opened.success(None, js=_NONE_PICKED, api_visibility="private")
+        for ended in (opened.success, opened.failure):  # the field is free for the next file, good or bad
+            ended(lambda: None, None, self.upload, **quick)
         self.gallery.select(pick, None, self.picture, **quick).success(**show)
         self.results.select(point, None, self.place, **quick).success(**show)
         self.model.input(
@@ -587,101 +620,21 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side)).resize((112, 112), Image.Resampling.LANCZOS)
 
 
-# A click anywhere on a map asks about that place; the mouse shows the same place in all maps.
-_SCRIPT = """
-const place = (event) => {
-  const map = event.target.closest('.map:not(.empty)');
-  if (!map) return null;
-  const box = map.getBoundingClientRect();
-  const inside = (v) => Math.min(Math.max(v, 0), 0.9999);
-  return {x: inside((event.clientX - box.left) / box.width), y: inside((event.clientY - box.top) / box.height)};
-};
-element.addEventListener('click', (event) => { const at = place(event); if (at) trigger('select', at); });
-element.addEventListener('mousemove', (event) => {
-  const looks = element.querySelector('.looks'), at = place(event);
-  if (!looks) return;
-  looks.classList.toggle('pointing', !!at);
-  if (at) { looks.style.setProperty('--x', at.x * 100 + '%'); looks.style.setProperty('--y', at.y * 100 + '%'); }
-});
-element.addEventListener('mouseleave', () => element.querySelector('.looks')?.classList.remove('pointing'));
-"""
-
 _PICK = """
 element.addEventListener('click', (event) => {
   const button = event.target.closest('button');
-  if (button) trigger('select', {name: button.dataset.name});
+  if (!button) return;
+  for (const each of element.querySelectorAll('button')) each.setAttribute('aria-pressed', each === button);
+  trigger('select', {name: button.dataset.name});
 });
 """
+
+_NONE_PICKED = (
+    "() => document.querySelectorAll('.thumbs button').forEach((b) => b.setAttribute('aria-pressed', false))"
+)
 
 # There the settings would push the maps off the screen.
 _ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings button').click(); }"
 
 # The file is ready only now, and a link can be pressed only by a script.
 _PRESS = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 100)"
-
-_STYLE = """
-:root { --soft: #57534e; }
-.dark { --soft: #c9c4be; }
-.gradio-container { max-width: 84rem !important; margin: 0 auto !important; }
-#head header { padding: .4rem 0 .2rem; }
-#head h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .4rem; font-weight: 700; }
-#head p { max-width: 56rem; margin: 0; color: var(--soft); line-height: 1.5; }
-#layout { display: grid; grid-template-columns: 19rem minmax(0, 1fr); gap: 1.25rem; align-items: start; }
-#choose { position: sticky; top: .5rem; }
-#upload { border-radius: .6rem; }
-.thumbs { display: grid; grid-template-columns: repeat(4, 1fr); gap: .4rem; }
-.thumbs button { padding: 0; border: 0; border-radius: .4rem; overflow: hidden; aspect-ratio: 1; cursor: pointer; }
-.thumbs button:hover, .thumbs button:focus-visible { outline: 3px solid #ff7a1a; }
-.thumbs img { width: 100%; height: 100%; object-fit: cover; margin: 0; display: block; }
-.looks { --mark: #ff7a1a; color: var(--body-text-color); }
-.looks h2 { font-size: 1.05rem; margin: 1.4rem 0 .5rem; font-weight: 650; }
-.looks .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); gap: .75rem; }
-.looks .card { display: flex; gap: .7rem; background: var(--block-background-fill); border-radius: .6rem;
-  padding: .7rem .9rem; border: 1px solid var(--border-color-primary); border-left: .35rem solid; }
-.looks .card.found { border-left-color: #d55e00; }
-.looks .card.clean { border-left-color: #009e73; }
-.looks .card h3 { font-size: .95rem; margin: 0; font-weight: 650; overflow-wrap: anywhere; }
-.looks .card p { margin: .1rem 0; font-size: .92rem; line-height: 1.4; }
-.looks small { color: var(--soft); font-size: .78rem; }
-.looks .letter { display: none; font-style: normal; font-weight: 700; font-size: .72rem; line-height: 1.25rem;
-  width: 1.25rem; height: 1.25rem; text-align: center; border-radius: 50%; flex: none;
-  background: var(--body-text-color); color: var(--body-background-fill); }
-.looks.models-2 .letter { display: inline-block; }
-.looks .kinds { display: grid; gap: 1rem .9rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(14.5rem, 46%), 1fr)); }
-.looks.models-2 .kinds:not(.narrow) { grid-template-columns: repeat(auto-fill, minmax(min(23.5rem, 100%), 1fr)); }
-.looks article { display: grid; grid-template-rows: subgrid; grid-row: span 3; gap: 0; align-content: start; }
-.looks .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(0, 1fr)); gap: .5rem; }
-.looks.models-2 .kinds:not(.narrow) .pair { grid-template-columns: 1fr 1fr; }
-.looks article h3 { font-size: .9rem; font-weight: 600; margin: 0; }
-.looks article p { font-size: .78rem; line-height: 1.35; margin: 0 0 .3rem; color: var(--soft); }
-.looks figure { margin: 0; min-width: 0; }
-.looks figcaption { font-size: .75rem; margin-top: .2rem; color: var(--soft);
-  font-variant-numeric: tabular-nums; }
-.looks .map { position: relative; aspect-ratio: var(--ratio); overflow: hidden; border-radius: .3rem;
-  cursor: crosshair; background: var(--block-background-fill); touch-action: manipulation; }
-.looks .map > * { position: absolute; inset: 0; width: 100%; height: 100%; pointer-events: none; }
-.looks .map img { object-fit: fill; max-width: none; border-radius: 0; }
-.looks .base { background: var(--picture) center / 100% 100%; }
-.looks .base.grey { filter: grayscale(1); }
-.looks img.pixels { image-rendering: pixelated; }
-.looks svg { fill: none; stroke: var(--mark); stroke-width: 2px; }
-.looks svg rect { vector-effect: non-scaling-stroke; }
-.looks svg .query { stroke: #fff; stroke-width: 2px; paint-order: stroke; filter: drop-shadow(0 0 .04px #000); }
-.looks svg .box { stroke-width: 3px; }
-.looks .map > .dot { display: none; left: var(--x); top: var(--y); width: 9px; height: 9px; inset-inline-end: auto;
-  margin: -4.5px 0 0 -4.5px; border-radius: 50%; background: #fff; border: 1.5px solid #000; }
-.looks.pointing .dot { display: block; }
-.looks .map.empty { cursor: default; display: grid; place-items: center;
-  border: 1px dashed var(--border-color-primary); }
-.looks .map.empty span { position: static; width: auto; height: auto; padding: .5rem; font-size: .78rem;
-  text-align: center; color: var(--soft); }
-footer { display: none !important; }
-@media (max-width: 48rem) {
-  #layout { grid-template-columns: minmax(0, 1fr); }
-  #choose { position: static; }
-  #head h1 { font-size: 1.35rem; }
-  .gradio-container { padding: .5rem !important; }
-  .looks .kinds { gap: .9rem .6rem; }
-}
-"""

@@ -92,7 +92,7 @@ def visit(browser, address):
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])
 def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, width, height):
     here = visit(width, height)
-    expect(here.card(0)).to_contain_text("1 of 96 patches are artifacts")
+    expect(here.card(0)).to_contain_text("1 of 96 patches is an artifact")
     assert here.page.locator(".looks .map").count() == 7
     assert here.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     broken = here.page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
@@ -159,6 +159,9 @@ def test_a_wrong_file_gives_a_message_and_the_page_goes_on(visit, screenshots, t
     expect(toast).to_contain_text("fake.png")
     assert "/" not in toast.inner_text(), "no paths of the server"
     here.page.screenshot(path=screenshots / f"demo_message_{len(content)}.png")
+    Image.effect_noise((200, 100), 80).convert("RGB").save(tmp_path / "good.png")
+    here.page.locator("#upload input[type=file]").set_input_files(tmp_path / "good.png")  # the field is free again
+    expect(here.card(0)).to_contain_text("16 x 8 patches")
     here.page.get_by_role("button", name="astronaut").click()
     expect(here.card(0)).to_contain_text("8 x 8 patches")
 
@@ -206,3 +209,45 @@ def test_files_of_the_machine_are_not_served(visit, address):
     for path in ("/etc/hostname", __file__):
         for route in ("gradio_api/file=", "file="):
             assert here.page.request.get(f"{address}{route}{path}").status in (403, 404), path
+
+
+def test_the_arrow_keys_choose_a_patch(visit):
+    here = visit()
+    picture = here.map("Picture").locator(".map[tabindex]")
+    for _ in range(60):  # from the top of the page, by Tab alone
+        here.page.keyboard.press("Tab")
+        if here.page.evaluate("document.activeElement.matches('.map[tabindex]')"):
+            break
+    expect(picture).to_be_focused()
+    looks = here.map("Where it looks").locator("img")
+    first = looks.get_attribute("src")
+    for key in ("ArrowLeft", "ArrowLeft", "ArrowUp"):
+        here.page.keyboard.press(key)
+    expect(here.map("Picture")).to_contain_text("patch 5, 4")
+    expect(picture).to_be_focused()  # although all maps are new
+    expect(picture).to_have_accessible_name(re.compile("column 5, row 4"))
+    expect(looks).not_to_have_attribute("src", first)
+    for _ in range(20):
+        here.page.keyboard.press("ArrowLeft")
+    expect(here.map("Picture")).to_contain_text("patch 1, 4")
+    expect(here.page.locator(".spoken")).to_contain_text("1 of 96 patches")
+    here.page.mouse.click(5, 5)
+    here.page.get_by_role("button", name="astronaut").click()
+    expect(here.card(0)).to_contain_text("8 x 8 patches")
+    expect(picture).not_to_be_focused()  # the maps do not take it back from who went elsewhere
+    assert here.messages == []
+
+
+def test_everything_that_can_be_used_has_a_name(visit):
+    here = visit()
+    for role in ("button", "textbox", "slider", "spinbutton", "listbox", "combobox", "application"):
+        for control in here.page.get_by_role(role).all():
+            if control.is_visible():
+                expect(control).to_have_accessible_name(re.compile(r"\S"))
+    for number in range(6):  # the maps that are no controls; Gradio's own icons have no names
+        expect(here.page.locator(".looks").get_by_role("img").nth(number)).to_have_accessible_name(re.compile(r"\S"))
+    chosen = here.page.locator(".thumbs button[aria-pressed=true]")
+    expect(chosen).to_have_count(1)
+    expect(chosen).to_have_accessible_name("china")
+    here.page.get_by_role("button", name="astronaut").click()
+    expect(chosen).to_have_accessible_name("astronaut")

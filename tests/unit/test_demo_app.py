@@ -124,7 +124,7 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, picture):
     assert not explorer.view(picture, "registers", side=32).outliers.any()
     question = Question(("plain",), side=32, layer=3)
     page = results_page({"plain": view}, question)
-    assert "1 of 96 patches are artifacts" in page
+    assert "1 of 96 patches is an artifact" in page
     assert page.count("class=outlier") == 2  # in the picture and in the norms
 
 

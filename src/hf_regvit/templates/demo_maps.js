@@ -1,0 +1,52 @@
+// What the maps of the demo do; Gradio runs it once, with the `element` that holds them and `trigger` for its events.
+// A click anywhere on a map asks about that place; the mouse shows the same place in all maps. The first picture takes
+// arrow keys: the dot follows at once, the question is asked when the keys rest, and the focus outlives new results.
+
+const place = (event) => {
+  const map = event.target.closest('.map:not(.empty)');
+  if (!map) return null;
+  const box = map.getBoundingClientRect();
+  const inside = (v) => Math.min(Math.max(v, 0), 0.9999);
+  return {x: inside((event.clientX - box.left) / box.width), y: inside((event.clientY - box.top) / box.height)};
+};
+const point = (at) => {
+  const looks = element.querySelector('.looks');
+  if (!looks) return;
+  looks.classList.toggle('pointing', !!at);
+  if (at) { looks.style.setProperty('--x', at.x * 100 + '%'); looks.style.setProperty('--y', at.y * 100 + '%'); }
+};
+element.addEventListener('click', (event) => { const at = place(event); if (at) trigger('select', at); });
+element.addEventListener('mousemove', (event) => point(place(event)));
+element.addEventListener('mouseleave', () => point(null));
+
+const steps = {ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0]};
+let cell = null, waiting = null, typing = false;
+element.addEventListener('keydown', (event) => {
+  const step = steps[event.key];
+  if (!step || !event.target.matches('.map[tabindex]') || event.ctrlKey || event.altKey || event.metaKey) return;
+  event.preventDefault();
+  const {rows, columns, row, column} = element.querySelector('.looks').dataset;
+  const inside = (v, count) => Math.min(Math.max(v, 0), count - 1);
+  const [r, c] = cell ?? [Number(row), Number(column)];
+  cell = [inside(r + step[0], rows), inside(c + step[1], columns)];
+  typing = true;
+  const at = {x: (cell[1] + 0.5) / columns, y: (cell[0] + 0.5) / rows};
+  point(at);
+  clearTimeout(waiting);
+  waiting = setTimeout(() => { waiting = null; trigger('select', at); }, 200);
+});
+document.addEventListener('focusin', (event) => { if (!element.contains(event.target)) typing = false; });
+element.addEventListener('pointerdown', () => { typing = false; });
+
+const spoken = document.createElement('div');
+spoken.className = 'spoken';
+spoken.setAttribute('role', 'status');
+element.parentElement.append(spoken);
+new MutationObserver(() => {
+  const map = element.querySelector('.map[tabindex]');
+  if (!map) return;
+  if (waiting === null) cell = null;
+  if (typing && document.activeElement !== map) map.focus({preventScroll: true});
+  const said = [...element.querySelectorAll('.card')].map((card) => card.innerText).join('. ');
+  if (said !== spoken.textContent) spoken.textContent = said;
+}).observe(element, {childList: true, subtree: true});
