@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -69,31 +71,43 @@ def config_fields() -> str:
 
 
 def commands() -> str:
+    """Each command with its sentence and a table of its options."""
     from hf_regvit import cli
 
+    sentences = dict(re.findall(r"^  ([a-z-]+) +(\w.+)$", cli.USAGE, flags=re.M))
     parts = []
     for name in cli.COMMANDS:
         text = io.StringIO()
-        with contextlib.redirect_stdout(text):
+        with contextlib.redirect_stdout(text), mock.patch.dict(os.environ, COLUMNS="1000"):  # sentences in one piece
             cli.main([name, "--help"])
         words = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())  # colours of a terminal
-        parts.append(f"## regvit {name}\n\n```text\n{own_options(words)}\n```\n")
+        sentence = sentences[name][0].upper() + sentences[name][1:]
+        parts.append(f"## regvit {name}\n\n{sentence}.\n\n{own_options(words)}\n")
     return "\n".join(parts)
 
 
 def own_options(text: str) -> str:
-    """Without the hundred options that every training of transformers has, and without the summary line of flags."""
+    """Without the hundred options that every training of transformers has, and each under one name."""
     from transformers import TrainingArguments
 
     _, _, options = text.partition("options:\n")
     inherited = set(TrainingArguments.__dataclass_fields__)
-    entries = re.split(r"\n(?=  -)", "\n" + options.strip("\n"))
-    kept = []
-    for entry in entries:
-        flag = re.match(r"\s*(?:-\w, )?--(?:no_)?([a-z0-9_]+)", entry)
-        if entry.strip() and (flag is None or flag[1] not in inherited - OWN_MEANING):
-            kept.append(entry.strip("\n"))
-    return "\n".join(kept)
+    rows = ["| option | default | what |", "|---|---|---|"]
+    for entry in re.split(r"\n(?=  -)", "\n" + options.strip("\n")):
+        flags, _, what = re.sub(r"\n\s*|\s{2,}", "\t", entry.strip()).partition("\t")
+        found = re.match(r"--([a-z0-9_]+)([^,]*)", flags)
+        if found is None or found[1].startswith("no_") or found[1] == "config":
+            continue
+        if found[1] in inherited - OWN_MEANING:
+            continue
+        what, _, default = what.replace("\t", " ").rstrip(")").rpartition(" (default: ")
+        name = "model" if "--model " in flags else found[1]
+        value = re.sub(r" [A-Z0-9_]+", " ...", found[2].partition(" [")[0])  # behind "[" stands what may be left out
+        default = "" if default in ("None", "False", "[]") else f"`{default}`"
+        what = what.replace("|", "\\|")
+        option = f"`--{name}`, `--no_{name}`" if default == "`True`" else f"`--{name}{value}`"
+        rows.append(f"| {option} | {default} | {what} |")
+    return "\n".join(rows)
 
 
 # Options of Trainer to which this package gives a default or a meaning of its own.

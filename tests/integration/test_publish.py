@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DPTImageProcessor
 
 import hf_regvit.hub as hub_module
-from fake_hub import FakeHub, connect
+from fake_hub import FakeHub, connect, sha256
 from hf_regvit import (
     RegViTConfig,
     RegViTForDepthEstimation,
@@ -26,7 +27,7 @@ from hf_regvit import (
 from hf_regvit.hub import BundleError, bundle, verify
 from hf_regvit.images import default_image_processor
 from hf_regvit.model_card import card_snippets
-from hf_regvit.upload import RetryPolicy
+from hf_regvit.upload import RetryPolicy, send_folder
 
 pytestmark = pytest.mark.slow
 
@@ -196,3 +197,69 @@ def test_f65_publish_fails_with_one_line_and_keeps_the_bundle(hub, tmp_path, cap
     assert cli.main(arguments) == 0  # goes on
     assert sum(hub.sent("PUT /lfs")) == sent
     assert len(hub.repos[REPO].commits) == 2
+
+
+SENDER = """
+    import sys
+    from hf_regvit.upload import public_files, send_folder
+
+    folder = sys.argv[1]
+    send_folder(folder, "someone/tiny", names=[*public_files(folder)], message="first", private=True)
+"""
+
+
+@pytest.fixture
+def shards(hub, tmp_path, monkeypatch):
+    """A bundle of several files of weights, and `start()`: a process that sends it until it is killed."""
+    folder = saved(tiny(), tmp_path / "model")
+    made = bundle(folder, tmp_path / "bundle", card={"license": "mit"}, max_shard_size="20KB")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= hub.environment(str(tmp_path / "home"))
+
+    def kill_when(done):
+        sender = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(SENDER), str(made.folder)],
+            env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        deadline = time.monotonic() + 120
+        while not done():
+            assert sender.poll() is None, sender.stderr.read()
+            assert time.monotonic() < deadline, "the sender does not get there"
+            time.sleep(0.02)
+        sender.kill()
+        sender.communicate()
+        return made
+
+    return kill_when
+
+
+def send_again(made, hub):
+    hub.faults.clear()
+    hub.requests.clear()
+    return send_folder(made.folder, REPO, names=made.names, message="second", private=True)
+
+
+def test_f65_after_a_kill_in_the_middle_of_an_upload_only_the_rest_is_sent(hub, shards, tmp_path):
+    index = json.loads((tmp_path / "bundle" / "model.safetensors.index.json").read_text())
+    names = sorted(set(index["weight_map"].values()))
+    assert len(names) >= 4
+    missing = (tmp_path / "bundle" / names[1]).read_bytes()
+    hub.fail(f"PUT /lfs/{sha256(missing)}", "silence", times=9, seconds=60.0)
+    made = shards(lambda: len(hub.objects) == len(names) - 1 and hub.faults[0].times < 9)
+    assert len(hub.repos[REPO].commits) == 1  # nothing of a half push is visible
+    sent = send_again(made, hub)
+    assert sent.changed
+    assert hub.sent("PUT /lfs") == [len(missing)]
+    assert [commit.message for commit in hub.repos[REPO].commits] == ["initial commit", "second"]
+    assert set(hub.files(REPO)) == {".gitattributes", *made.names}
+    for name in made.names:
+        assert hub.files(REPO)[name] == (made.folder / name).read_bytes(), name
+
+
+def test_f65_after_a_kill_while_the_commit_is_made_nothing_is_sent_twice(hub, shards):
+    hub.fail("/commit/", "silence", times=1, seconds=60.0, applied=True)
+    made = shards(lambda: REPO in hub.repos and len(hub.repos[REPO].commits) == 2)
+    sent = send_again(made, hub)
+    assert (sent.changed, sent.commit) == (False, hub.repos[REPO].commits[-1].oid)
+    assert not hub.sent("PUT /lfs")
+    assert [commit.message for commit in hub.repos[REPO].commits] == ["initial commit", "first"]

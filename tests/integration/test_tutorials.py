@@ -89,6 +89,27 @@ def test_tutorial_runs(tutorial, workplace):
         check_run_folder(workplace / "runs" / "full", tutorial.read_text())
 
 
+@pytest.mark.slow
+def test_the_quickstart_runs(workplace):
+    """All but installation, the page that waits for visitors, and ids of the Hub, for which a folder stands in."""
+    bin_folder = Path(sys.executable).parent
+    environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    ran = []
+    for language, code in blocks((ROOT / "docs" / "quickstart.md").read_text()):
+        lines = code.replace("\\\n", " ").splitlines()
+        code = "\n".join(line for line in lines if not line.startswith(("pip install", "regvit demo")))
+        code = re.sub(r"facebook/dinov2[\w-]*", "backbone", code)
+        command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=workplace, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        ran += re.findall(r"^regvit (\w+)", code, flags=re.M)
+        for shape in re.findall(r"# (\(\d+, .*?\))", code):
+            assert f"torch.Size([{shape[1:-1]}])" in done.stdout
+    assert ran == ["doctor", "diagnose", "convert", "pretrain"]
+    assert (workplace / "diagnosis" / "report.html").is_file()
+    assert (workplace / "runs" / "first" / "backbone" / "model.safetensors").is_file()
+
+
 def check_run_folder(folder: Path, text: str) -> None:
     """What the tutorial's table promises is there."""
     names = re.findall(r"^\| (`.*?`) \|", text, flags=re.M)
