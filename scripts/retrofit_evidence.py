@@ -5,7 +5,8 @@
 
 Converts the model, retrofits it on the training images of `--search`, and measures on all `--samples`: top-1 against
 the labels before, after and for controls (95 % interval from 2,000 resamples, differences paired), outliers before and
-after by a diagnosis that is told nothing, and the time of a forward pass. The two checkpoints stay in `--output_dir`,
+after by a diagnosis that is told nothing, the time of a forward pass, and what the published code's way of setting
+activations would change. The two checkpoints stay in `--output_dir`,
 `source` and `retrofitted`, for `regvit evaluate` and `scripts/lost_evidence.py`.
 """
 
@@ -21,12 +22,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_regvit import modeling_regvit
 from hf_regvit.artifacts import ArtifactReport, diagnose
 from hf_regvit.conversion import convert_to_folder
 from hf_regvit.features import EvaluationTransform, load_model, prepare_images
 from hf_regvit.images import ImageSource, load_images
 from hf_regvit.intervals import bootstrap_interval, paired_difference
-from hf_regvit.retrofit import add_test_time_registers, retrofit_to_folder, silence_neurons
+from hf_regvit.retrofit import (
+    add_test_time_registers,
+    find_register_neurons,
+    retrofit_to_folder,
+    silence_neurons,
+)
 
 
 def right(model: Any, images: ImageSource, processor: Any) -> np.ndarray:
@@ -80,6 +87,59 @@ def variants(source: Any, made: Any, seed: int) -> dict[str, Any]:
     return models
 
 
+def one_value_for_all(
+    activations: torch.Tensor, neurons: list[int], num_register_tokens: int, token_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """The published code's reading: the largest entry of all selected neurons of a block goes to every one of them."""
+    if not neurons:
+        return activations
+    chosen = activations[..., neurons]  # (B, T, S)
+    flat = chosen.flatten(1)
+    largest = flat.gather(1, flat.abs().argmax(dim=1, keepdim=True))[..., None]  # (B, 1, 1)
+    registers = largest.expand(-1, num_register_tokens, len(neurons))
+    patches = torch.zeros_like(chosen[:, 1 + num_register_tokens :])
+    moved = torch.cat([chosen[:, :1], registers, patches], dim=1)
+    return activations.index_copy(2, torch.tensor(neurons), moved)
+
+
+def compare_values(source: Any, samples: ImageSource, processor: Any, registers: int) -> dict[str, Any]:
+    """Cosine of CLS and of all patches but the outliers with those before, one value a neuron against one for all."""
+    found = find_register_neurons(source, samples.subset(range(0, len(samples), 5)), processor=processor)
+    transform = EvaluationTransform.for_model(source, processor)
+    batches = [pixels for _, pixels in prepare_images(samples.subset(range(1, len(samples), 5)), transform)]
+    ours = modeling_regvit.move_to_registers
+
+    def tokens(model: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            outputs = [model.regvit(pixels, output_hidden_states=True) for pixels in batches]
+        prefix = model.config.num_prefix_tokens
+        norms = [output.hidden_states[found.layer][:, prefix:].norm(dim=-1) for output in outputs]
+        return (
+            torch.cat([output.pooler_output for output in outputs]),
+            torch.cat([output.patch_tokens for output in outputs]),
+            torch.cat(norms),
+        )
+
+    before = tokens(source)
+    normal = before[2] <= found.cutoff
+    table = {}
+    for count in (2, 5, 10, 20):
+        model = add_test_time_registers(source, found.best(count), num_register_tokens=registers)
+        for name, rule in (("per neuron", ours), ("one for all", one_value_for_all)):
+            modeling_regvit.move_to_registers = rule
+            after = tokens(model)
+            cosines = [torch.cosine_similarity(x, y, dim=-1) for x, y in zip(after[:2], before[:2])]
+            left = float((after[2] > found.cutoff).float().mean())
+            table[f"{count} neurons, {name}"] = row = [
+                float(cosines[0].mean()), float(cosines[1][normal].mean()), left
+            ]  # fmt: skip
+            print(
+                f"{count:3} neurons, {name:12} cosine of CLS {row[0]:.3f}, patches {row[1]:.3f}, outliers {left:.2%}"
+            )
+    modeling_regvit.move_to_registers = ours
+    return table
+
+
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="classifier, anything that regvit convert takes")
@@ -103,6 +163,7 @@ def main(argv: Sequence[str]) -> int:
     evidence: dict[str, Any] = {"threads": torch.get_num_threads(), "seed": args.seed}
     evidence["neurons"], evidence["registers"] = made.config.register_neurons, made.config.num_register_tokens
 
+    evidence["values"] = compare_values(source, samples, processor, made.config.num_register_tokens)
     rows: dict[str, np.ndarray] = {}
     for name, model in variants(source, made, args.seed).items():
         rows[name] = right(model, samples, processor)
