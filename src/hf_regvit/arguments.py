@@ -1,7 +1,7 @@
 """The command line's arguments: dataclasses, and YAML recipes as their defaults."""
 
 import difflib
-from argparse import ArgumentTypeError
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -441,6 +441,26 @@ class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 
 
+# Inherited options that every run may want: they stand among the own ones in the help.
+_COMMON = (
+    "output_dir", "max_steps", "gradient_accumulation_steps", "label_smoothing_factor", "bf16", "seed", "use_cpu",
+    "eval_steps", "save_steps", "dataloader_num_workers", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
+)  # fmt: skip
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """One spelling of every option, and no default where there is none."""
+
+    def _get_help_string(self, action: Any) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action: Any) -> str:
+        spellings = [name for name in action.option_strings if "-" not in name.lstrip("-")]
+        if not spellings or action.nargs == 0:
+            return super()._format_action_invocation(action)
+        return f"{', '.join(spellings)} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+
+
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` with `--config recipe.yaml`: default < recipe < flag.
 
@@ -449,10 +469,31 @@ class RecipeParser(HfArgumentParser):
     """
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
-        super().__init__(dataclass_types, allow_abbrev=False, **kwargs)
+        super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.add_argument(
             "--config", metavar="RECIPE.yaml", help="Flat YAML file of these options; flags override it."
         )
+
+    def format_help(self) -> str:
+        """The command's own options first; what it inherits from transformers, some 120 options, behind them."""
+        of_base = {
+            name for one in self.dataclass_types for name in getattr(one.__mro__[1], "__dataclass_fields__", {})
+        }
+        redefined = {name for one in self.dataclass_types for name in one.__annotations__}
+
+        def section(action: Any) -> int:
+            if action.dest not in of_base:
+                return 0
+            return 1 if action.dest in redefined or action.dest in _COMMON else 2
+
+        formatter = self._get_formatter()
+        formatter.add_usage("%(prog)s [--config RECIPE.yaml] [--option value ...]", [], [])
+        formatter.add_text(self.description)
+        for number, title in enumerate(("options", "training", "left of transformers.TrainingArguments")):
+            formatter.start_section(title)
+            formatter.add_arguments([action for action in self._actions if section(action) == number])
+            formatter.end_section()
+        return formatter.format_help()
 
     def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
         """The dataclasses of `args` (without the program's name).

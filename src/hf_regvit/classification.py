@@ -5,6 +5,7 @@ Shape letters: B images, C classes, S side of an image in pixels.
 
 import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -459,7 +460,17 @@ class ImageClassification:
         rows = [",".join(["true\\said", *self.names])]
         rows += [",".join([name, *map(str, row)]) for name, row in zip(self.names, matrix.tolist(), strict=True)]
         (folder / "confusion_matrix.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
-        save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
+        for warning in said:
+            if "missing from font" not in str(warning.message):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if any("missing from font" in str(warning.message) for warning in said):
+            logger.warning(
+                "matplotlib's font lacks letters of the class names in confusion_matrix.png; confusion_matrix.csv has "
+                "them."
+            )
         return {"confusion_matrix.png": "Confusion matrix"}
 
     def describe(self) -> dict[str, str]:

@@ -17,7 +17,6 @@ The loss of a training batch has to be a mean over its images (or pixels): Train
 import contextlib
 import copy
 import itertools
-import json
 import logging
 import signal
 import threading
@@ -60,6 +59,7 @@ _TASKS = {
     "depth-estimation": ("finetuning_dense", "DepthEstimation"),
 }
 
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # of the evaluation, not of the model
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
 
 
@@ -525,10 +525,11 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     parameters = list(trainer.model.parameters())
     best = args.load_best_model_at_end and state.best_global_step
     protocol, interval_of = task.protocol()
+    named = {key.removeprefix("eval_"): value for key, value in final.items()}
     return {
         "task": task.name,
         "mode": args.mode,
-        "eval": {key.removeprefix("eval_"): value for key, value in final.items()},
+        "eval": {name: value for name, value in named.items() if name not in _SPEED},
         "intervals": task.intervals() if final else {},
         "interval_of": interval_of,
         "protocol": protocol,
@@ -569,4 +570,8 @@ def _write_folder(
         pictures=pictures,
         **trainer.hub_names(),
     )
-    logger.info("%s", json.dumps(report["eval"]))
+    minutes, unusable = report["seconds"] / 60, output / "bad_images.jsonl"
+    logger.info("Done in %.1f minutes. Model, card, curves and numbers are in %s.", minutes, output)
+    if unusable.is_file():
+        count = len(unusable.read_text(encoding="utf-8").splitlines())
+        logger.warning("%d images could not be used; %s names them.", count, unusable)

@@ -117,3 +117,14 @@ def test_bad_recipes_name_file_and_line(tmp_path, text, message) -> None:
         RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match="does not exist"):
         RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_help_begins_with_what_is_the_commands_own(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune", "--help"])
+    text = capsys.readouterr().out
+    places = [text.index(f"\n  {option} ") for option in ("--task", "--learning_rate", "--adam_beta1")]
+    assert places == sorted(places)
+    assert text.index("\ntraining:") < places[1] < text.index("\nleft of transformers.TrainingArguments:") < places[2]
+    assert "(default: None)" not in text
+    assert "--learning-rate" not in text.replace("--head-learning-rate", "")  # one spelling; both are taken
