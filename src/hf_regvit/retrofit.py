@@ -246,16 +246,22 @@ def add_test_time_registers(
     if not isinstance(model, RegViTPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, expected a RegViT. Turn it into one with convert().")
     _refuse_registers(model)
-    config = copy.deepcopy(model.config)
-    config.num_register_tokens = num_register_tokens
-    config.register_neurons = [list(pair) for pair in neurons] or None
-    with torch.device("meta"):
-        made = type(model)(config)
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    cls_name = next(name for name in state if name.endswith("embeddings.cls_token"))
-    zeros = state[cls_name].new_zeros(1, num_register_tokens, config.hidden_size)
-    made.load_state_dict(state | {cls_name.replace("cls_token", "register_tokens"): zeros}, assign=True)
-    return made.eval()
+    return copy.deepcopy(_on_the_same_weights(model, neurons, num_register_tokens))
+
+
+def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
+    """A model in which these neurons say nothing at all: the control that shows why they need a register.
+
+    All other weights are those of `model`, not copies.
+    """
+    made = _on_the_same_weights(model, [], 0)
+    with torch.no_grad():
+        for block, neuron in neurons:
+            mlp = getattr(made, "regvit", made).layers[block].mlp
+            linear = mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2
+            linear.weight = nn.Parameter(linear.weight.clone())
+            linear.weight[:, neuron] = 0
+    return made
 
 
 def _refuse_registers(model: Any) -> None:
@@ -266,14 +272,20 @@ def _refuse_registers(model: Any) -> None:
         )
 
 
-def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
-    """A copy in which these neurons say nothing at all: the control that shows why they need a register."""
-    made = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for block, neuron in neurons:
-            mlp = getattr(made, "regvit", made).layers[block].mlp
-            (mlp.down_proj if hasattr(mlp, "down_proj") else mlp.fc2).weight[:, neuron] = 0
-    return made
+def _on_the_same_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
+    """`add_test_time_registers` without the copy, for candidates and controls that live for a few batches."""
+    config = copy.deepcopy(model.config)
+    config.num_register_tokens = num_register_tokens
+    config.register_neurons = [list(pair) for pair in neurons] or None
+    with torch.device("meta"):
+        made = type(model)(config)
+    state = model.state_dict()
+    if num_register_tokens:
+        cls_name = next(name for name in state if name.endswith("embeddings.cls_token"))
+        zeros = state[cls_name].new_zeros(1, num_register_tokens, config.hidden_size)
+        state = state | {cls_name.replace("cls_token", "register_tokens"): zeros}
+    made.load_state_dict(state, assign=True)
+    return made.eval()
 
 
 # --- Both, and what came of it ---
@@ -621,7 +633,7 @@ def _try_candidates(
 
     def attempt(top_k: int, registers: int) -> None:
         pairs = neurons.best(top_k, highest_block=settings["highest_block"])
-        candidate = add_test_time_registers(model, pairs, num_register_tokens=registers)
+        candidate = _on_the_same_weights(model, pairs, registers)
         tally = _Tally(neurons.layer, neurons.cutoff, registers)
         for batch, seen in zip(pixels, before, strict=True):
             tally.add(seen, _see(candidate, batch))
@@ -665,8 +677,8 @@ def _judge(
     variants = {
         "before": model,
         "after": made,
-        "registers alone": add_test_time_registers(model, [], num_register_tokens=registers),
-        "random neurons": add_test_time_registers(model, random, num_register_tokens=registers),
+        "registers alone": _on_the_same_weights(model, [], registers),
+        "random neurons": _on_the_same_weights(model, random, registers),
         "neurons silenced, no register": silence_neurons(model, pairs),
     }
     tallies = {

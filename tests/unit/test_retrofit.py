@@ -394,7 +394,7 @@ def test_nothing_to_move(planted, pictures, processor):
 
 
 def test_outliers_of_the_positions_cannot_be_moved(planted, pictures, processor):
-    born = silence_neurons(planted, [PLANTED])
+    born = silence_neurons(copy.deepcopy(planted), [PLANTED])
     with torch.no_grad():
         born.embeddings.position_embeddings[0, [1, 64]] *= 20
     with pytest.raises(RetrofitError, match="before the first block"):
