@@ -333,9 +333,9 @@ def move_to_registers(
 ) -> torch.Tensor:
     """Test-time registers: what a few neurons would write into patches goes into the registers (arXiv 2506.08010).
 
-    In `activations` (B, T, H), behind the non-linearity, each of the S `neurons` gets its value of largest magnitude
-    over the tokens of the image at every register, 0 at every patch, and keeps its own at CLS. Padding, where
-    `token_mask` (B, T) is False, is not among those tokens. Without neurons nothing happens.
+    In `activations` (B, T, H), what the last linear layer of an MLP reads, each of the S `neurons` gets its value of
+    largest magnitude over the tokens of the image at every register, 0 at every patch, and keeps its own at CLS.
+    Padding, where `token_mask` (B, T) is False, is not among those tokens. Without neurons nothing happens.
     """
     if not neurons:
         return activations

@@ -19,6 +19,7 @@ from hf_regvit import (
     cli,
 )
 from hf_regvit.features import EvaluationTransform, prepare_images, read_tokens
+from hf_regvit.figures import TokenMaps, before_after_figure
 from hf_regvit.hub import bundle
 from hf_regvit.images import default_image_processor
 from hf_regvit.modeling_regvit import move_to_registers
@@ -409,6 +410,13 @@ def test_neurons_that_do_not_carry_the_outliers(planted, pictures, processor):
 def test_too_few_images(planted, pictures, processor):
     with pytest.raises(RetrofitError, match="31 images can be used"):
         retrofit(planted, pictures[:31], processor=processor, progress=False)
+
+
+def test_a_figure_needs_both_sides_of_every_picture(pictures):
+    maps = TokenMaps(torch.rand(1, 8, 8), torch.randn(8, 8, 5), torch.rand(8, 8), torch.zeros(0, 5))
+    assert len(before_after_figure(pictures[:2], [maps] * 2, [maps] * 2).axes) == 14
+    with pytest.raises(ValueError, match="2 pictures, 2 and 1 maps"):
+        before_after_figure(pictures[:2], [maps] * 2, [maps])
 
 
 # --- The command ---
