@@ -408,6 +408,7 @@ def render_card(facts: CardFacts) -> str:
         summary=_summary(facts),
         description=facts.description.strip(),
         model=_model_rows(facts),
+        tokens=_tokens(facts),
         snippet=snippet(facts),
         data=_line(facts.data) or "Unknown: the files of the run do not say which images were used.",
         recipe=facts.recipe,
@@ -478,6 +479,23 @@ def _summary(facts: CardFacts) -> str:
     count = {0: "no register tokens", 1: "one register token"}.get(registers, f"{registers} register tokens")
     start = f" It started from `{facts.base_model}`." if facts.base_model else ""
     return f"A Vision Transformer with {count}: {what}, {ORIGINS[facts.origin]}.{start}"
+
+
+def _tokens(facts: CardFacts) -> str:
+    """What stands in `last_hidden_state`, and what registers are."""
+    paper = '"Vision Transformers Need Registers", arXiv 2309.16588'
+    if not facts.config.get("num_register_tokens", 0):
+        return f"Tokens are `[CLS | patches]`. This model has no registers ({paper}); `hf_regvit` can add some."
+    what = (
+        f"Registers ({paper}) give the\nnetwork room of its own for global information; they carry no place in the "
+        "picture and reach no head."
+    )
+    if facts.config.get("discard_registers"):
+        return (
+            f"The network works on `[CLS | registers | patches]` and gives away `[CLS | patches]`. {what}\n"
+            "They are in `output.register_tokens` alone."
+        )
+    return f"Tokens are `[CLS | registers | patches]`. {what}\n`output.output_mask` is False at them."
 
 
 def _model_rows(facts: CardFacts) -> list[tuple[str, str]]:
@@ -565,7 +583,9 @@ def _limits(facts: CardFacts) -> list[str]:
         limits.append("A few patch tokens are artifacts, see above: dense features and attention maps show them.")
     if not facts.data:
         limits.append("Its training images are not known, so neither are their biases.")
-    limits.append("It has not been tested for bias, for robustness or for use on people, and is not meant to decide.")
+    limits.append(
+        "It has not been tested for bias, for robustness or for use on people, and must not decide about them."
+    )
     limits.append("What it learnt, it learnt from the images above; on other kinds of pictures it may be worthless.")
     return limits
 

@@ -512,3 +512,39 @@ def test_the_token_never_shows(hub, folder, caplog):
     with caplog.at_level(logging.DEBUG, logger="hf_regvit"):
         send(folder, token=WRITE_TOKEN)
     assert WRITE_TOKEN not in caplog.text
+
+
+# --- What the card says of the tokens
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"num_register_tokens": 0}, "Tokens are `[CLS | patches]`. This model has no registers"),
+     ({"num_register_tokens": 2}, "`output.output_mask` is False at them"),
+     ({"num_register_tokens": 2, "discard_registers": True}, "gives away `[CLS | patches]`")],
+)  # fmt: skip
+def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
+    RegViTModel(tiny_config(**fields)).save_pretrained(tmp_path / "model")
+    default_image_processor(16).save_pretrained(tmp_path / "model")
+    bundle(tmp_path / "model", tmp_path / "bundle", card=CARD)
+    text = (tmp_path / "bundle" / "README.md").read_text()
+    assert said in text
+    assert text.count("output_mask") == ("False at them" in said)
+
+
+def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, tmp_path):
+    from hf_regvit import diagnose
+    from hf_regvit.images import photographs
+
+    model = RegViTForImageClassification.from_pretrained(checkpoint).eval()
+    pictures = [picture.resize((24, 24)) for picture in list(photographs().values())[:8]]
+    report = diagnose(model, pictures, processor=default_image_processor(16), progress=False)
+    report.save(tmp_path / "diagnosis")
+    for wanted in (False, True):
+        made = bundle(
+            checkpoint, tmp_path / f"bundle{wanted}", card=CARD, reports=[tmp_path / "diagnosis"],
+            example_pictures=wanted,
+        )  # fmt: skip
+        assert ("figures/example_00.png" in made.names) == wanted
+        text = (made.folder / "README.md").read_text()
+        assert text.count("hf_regvit 0") == 1  # its version, once
