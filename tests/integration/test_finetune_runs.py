@@ -27,6 +27,7 @@ from hf_regvit.checkpoints import TrainingInterrupted
 from hf_regvit.classification import ImageClassification
 from hf_regvit.cli import main
 from hf_regvit.images import default_image_processor
+from hf_regvit.model_card import check_card
 from tiny_finetune import SIDE, backbone, picture, run
 from tiny_run import same_state
 
@@ -210,6 +211,12 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
         "modeling_regvit.py", "preprocessor_config.json",
     }  # fmt: skip
     assert str(tmp_path).encode() not in b"".join(files.values())
+    check_card(files["README.md"].decode(), required=("pipeline_tag", "model-index"))
+    assert 'name = "someone/tiny"' in files["README.md"].decode()
+    unfinished = first["README.md"].decode()  # of a checkpoint: the same card with what is known by then
+    check_card(unfinished, required=("pipeline_tag",))
+    assert "Its training is not finished." in unfinished
+    assert f"| trained | {mode} |" in unfinished
     for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well
         folder = tmp_path / f"download{number}"
         folder.mkdir()
