@@ -154,8 +154,8 @@ def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
     output = tmp_path / "out"
     result = finetuned(
         capsys, "--config", recipe, "--data", classes, "--output_dir", output, "--preset", "tiny",
-        "--image_size", "16", "--patch_size", "8", "--max_steps", "6", "--bf16", "False", "--dataloader_num_workers", "0",
-        "--max_bad_share", "0.2", "--logging_steps", "1",
+        "--image_size", "16", "--patch_size", "8", "--max_steps", "6", "--bf16", "False",
+        "--dataloader_num_workers", "0", "--max_bad_share", "0.2", "--logging_steps", "1",
     )  # fmt: skip
     used = yaml.safe_load((output / "resolved_recipe.yaml").read_text())
     assert (used["loss"], used["augmentation"], used["repeated_augmentation"]) == ("bce", "three_augment", 3)
