@@ -504,8 +504,9 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     axis.set_xlabel("said")
     axis.set_ylabel("true")
     if len(names) <= 40:
-        axis.set_xticks(range(len(names)), [name[:18] for name in names], rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), [name[:18] for name in names], fontsize=7)
+        short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
+        axis.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
+        axis.set_yticks(range(len(names)), short, fontsize=7)
     if len(names) <= 12:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
