@@ -135,7 +135,7 @@ def run_commands(args: argparse.Namespace) -> list[Command]:
     options += ["--data", args.data, "--tasks", "knn", "linear"]
     options += ["--device", args.device, "--output_dir", str(args.output_dir / "evaluation")]
     if args.rehearsal:
-        options += ["--max_images", "64"]
+        options += ["--max_images", "600"]
     return [*found, Command("evaluate", ["-m", "hf_regvit", "evaluate", *options])]
 
 
