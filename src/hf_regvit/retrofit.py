@@ -374,16 +374,15 @@ class RetrofitReport:
             f"{self.images['search']} images, {self.images['choice']} others to choose on",
             f"neurons    {len(self.neurons)}, block.neuron (mean activation at outliers): {shown}{more}",
             f"registers  {self.num_register_tokens}",
-            f"{judged_on:32}  outliers   largest norm   cosine of CLS, patches   attention of CLS on former outliers, "
-            "registers",
+            f"{judged_on:31}{'outliers':>9}{'largest norm':>14}{'cosine CLS':>12}{'patches':>9}"
+            f"{'CLS on outliers':>17}{'registers':>11}",
         ]
         for name, row in self.judged.items():
             lines.append(
-                f"  {name:30}{row['outlier_share']:8.2%}{row['max_norm']:15.1f}"
-                f"{row['cls_cosine']:16.3f}{row['patch_cosine']:9.3f}"
-                f"{row['attention_on_outliers']:38.1%}{row['attention_on_registers']:11.1%}"
+                f"  {name:29}{row['outlier_share']:9.2%}{row['max_norm']:14.1f}{row['cls_cosine']:12.3f}"
+                f"{row['patch_cosine']:9.3f}{row['attention_on_outliers']:17.1%}{row['attention_on_registers']:11.1%}"
             )
-        return "\n".join([*lines, f"verdict    {self.verdict} {self.seconds['total']:.0f} s."])
+        return "\n".join([*lines, f"verdict    {self.verdict}", f"took       {self.seconds['total']:.0f} s"])
 
 
 @dataclass(frozen=True, eq=False)
