@@ -16,6 +16,7 @@ pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     "index",
+    "quickstart",
     "how_to/look_into_a_model",
     "concepts/artifacts",
     "reference/models",
