@@ -26,8 +26,9 @@ from hf_regvit import RegViTForImageClassification
 from hf_regvit.checkpoints import TrainingInterrupted
 from hf_regvit.classification import ImageClassification
 from hf_regvit.cli import main
+from hf_regvit.hub import bundle
 from hf_regvit.images import default_image_processor
-from hf_regvit.model_card import check_card
+from hf_regvit.model_card import card_header, check_card
 from tiny_finetune import SIDE, backbone, picture, run
 from tiny_run import same_state
 
@@ -224,6 +225,18 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
             (folder / name).write_bytes(content)
         loaded = RegViTForImageClassification.from_pretrained(folder)
     assert same_state(loaded.state_dict(), result.state_dict())
+
+
+def test_the_card_of_a_run_is_the_one_that_is_published(tmp_path):
+    run(tmp_path / "run", num_train_epochs=1, mode="lora")
+    bundle(tmp_path / "run", tmp_path / "bundle", card={"license": "mit"})
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("run", "bundle")]
+    index = [card_header(card)["model-index"][0]["results"] for card in cards]
+    assert index[0] == index[1]
+    start, end = "## Training data", "## Intended use"
+    ours, theirs = (card[card.index(start) : card.index(end)] for card in cards)
+    assert theirs.replace("\nEvery setting is in `recipe.yaml`.\n", "") == ours
+    assert "Top-1 accuracy" in ours
 
 
 def upload_policy(policy=upload.RetryPolicy):
