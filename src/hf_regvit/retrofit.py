@@ -450,6 +450,7 @@ def retrofit(
     started = time.perf_counter()
     model = _open(source)
     _refuse_registers(model)
+    _check_ranges(model, num_register_tokens, top_k, highest_block)
     if device is not None:
         model = model.to(device)
     if processor is None and not isinstance(source, nn.Module):
@@ -510,6 +511,19 @@ def _open(source: str | Path | nn.Module) -> Any:
     if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "regvit":
         return load_model(source)[0]
     return convert(source)
+
+
+def _check_ranges(
+    model: nn.Module, num_register_tokens: int | None, top_k: int | None, highest_block: int | None
+) -> None:
+    last = describe_model(model).num_layers - 1
+    for name, value, low, high in (
+        ("num_register_tokens", num_register_tokens, 1, 1024),
+        ("top_k", top_k, 1, 10**6),
+        ("highest_block", highest_block, 0, last),
+    ):
+        if value is not None and not low <= value <= high:
+            raise RetrofitError(f"{name}={value} is out of range: it must lie in [{low}, {high}].")
 
 
 def _search_in_part(

@@ -407,6 +407,20 @@ def test_neurons_that_do_not_carry_the_outliers(planted, pictures, processor):
         retrofit(planted, pictures, processor=processor, progress=False, highest_block=0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "range_"),
+    [
+        ({"num_register_tokens": 0}, r"\[1, 1024\]"),
+        ({"top_k": 0}, r"\[1, "),
+        ({"highest_block": 4}, r"\[0, 3\]"),
+        ({"highest_block": -1}, r"\[0, 3\]"),
+    ],
+)
+def test_settings_out_of_range(planted, pictures, processor, setting, range_):
+    with pytest.raises(RetrofitError, match=f"{next(iter(setting))}=.*out of range.*{range_}"):
+        retrofit(planted, pictures, processor=processor, progress=False, **setting)
+
+
 def test_too_few_images(planted, pictures, processor):
     with pytest.raises(RetrofitError, match="31 images can be used"):
         retrofit(planted, pictures[:31], processor=processor, progress=False)
