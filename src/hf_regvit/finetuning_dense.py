@@ -677,7 +677,7 @@ def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
     for beside, (_, truth, predicted) in zip(axes, rows):
         for axis, values in ((beside[1], np.where(truth > 0, truth, np.nan)), (beside[2], predicted)):
             drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
-    figure.colorbar(drawn, ax=axes, shrink=0.6, label="metres")
+    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02, label="metres")
     return figure
 
 
