@@ -108,13 +108,13 @@ def token_figure() -> Figure:
     return figure
 
 
-def demo_picture(explorer_models: dict, out: Path) -> None:
-    """The demo page as a visitor sees it."""
+def demo_picture(explorer_models: dict, out: Path, *, compare: str | None = None) -> None:
+    """The demo page as a visitor sees it; of two models the maps without what stands beside them."""
     from playwright.sync_api import sync_playwright
 
     from hf_regvit.demo import build_app, launch_options
 
-    app = build_app(explorer_models)
+    app = build_app(explorer_models, compare=compare)
     _, address, _ = app.launch(**launch_options(), prevent_thread_lock=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -122,7 +122,11 @@ def demo_picture(explorer_models: dict, out: Path) -> None:
         page.goto(address)
         page.locator(".looks .card").first.wait_for(timeout=120_000)
         page.wait_for_timeout(1000)
-        page.screenshot(path=out)
+        if compare is None:
+            page.screenshot(path=out)
+        else:
+            page.locator(".looks section").last.evaluate("section => section.remove()")  # the registers
+            page.locator(".looks").screenshot(path=out)
         browser.close()
     app.close()
     keep(out)
@@ -133,6 +137,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="a ViT without registers, with artifacts")
     parser.add_argument("--registers", default="runs/demo-photos/backbone", help="a RegViT, e.g. from `make demo`")
     parser.add_argument("--out_dir", type=Path, default=Path("docs/figures"))
+    parser.add_argument("--retrofitted", help="the first model after `regvit retrofit`")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
@@ -158,6 +163,9 @@ def main() -> None:
     keep(arguments.out_dir / "tokens.png")
     if shutil.which("chromium"):
         demo_picture({plain: models[plain]}, arguments.out_dir / "demo.png")
+        if arguments.retrofitted:
+            both = {plain: models[plain], "with_registers": load_model(arguments.retrofitted)}
+            demo_picture(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
 
 
 if __name__ == "__main__":
