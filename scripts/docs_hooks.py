@@ -100,10 +100,12 @@ def own_options(text: str) -> str:
             continue
         if found[1] in inherited - OWN_MEANING:
             continue
-        what, _, default = what.replace("\t", " ").rstrip(")").rpartition(" (default: ")
+        what = what.replace("\t", " ")
+        given = re.search(r" ?\(default: (.*)\)$", what)
+        what, default = (what[: given.start()], given[1]) if given else (what, "")
         name = "model" if "--model " in flags else found[1]
         value = re.sub(r" [A-Z0-9_]+", " ...", found[2].partition(" [")[0])  # behind "[" stands what may be left out
-        default = "" if default in ("None", "False", "[]") else f"`{default}`"
+        default = "" if default in ("", "None", "False", "[]") else f"`{default}`"
         what = what.replace("|", "\\|")
         option = f"`--{name}`, `--no_{name}`" if default == "`True`" else f"`--{name}{value}`"
         rows.append(f"| {option} | {default} | {what} |")
