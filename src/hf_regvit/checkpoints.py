@@ -258,6 +258,48 @@ class StopSignals(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
+class WorkerDeaths:
+    """Keeps the news that a worker died until the next batch is waited for.
+
+    torch learns it by a signal and raises wherever the main thread happens to be, also in the middle of a step, where
+    nothing could be repeated.
+    """
+
+    def __init__(self) -> None:
+        self._inner: Any = None
+        self._waiting, self._error = False, cast(RuntimeError | None, None)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        try:
+            self._inner(number, frame)
+        except RuntimeError as error:
+            if self._waiting:
+                raise
+            self._error = error
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Inside the block a dead worker raises at once; at its beginning one that died before."""
+        current = signal.getsignal(signal.SIGCHLD)
+        in_main = threading.current_thread() is threading.main_thread()
+        if in_main and callable(current) and current != self._handle:  # torch's, since it has started workers
+            self._inner = current
+            signal.signal(signal.SIGCHLD, self._handle)
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def stop(self) -> None:
+        """Gives the signal back to torch."""
+        if self._inner is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
+            signal.signal(signal.SIGCHLD, self._inner)
+
+
 # ---- Trainer -----------------------------------------------------------------------------------------------------
 
 
@@ -276,6 +318,7 @@ class CheckpointedTrainer(PushingTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.failed_saves = 0
         self.signals = StopSignals()
+        self.worker_deaths = WorkerDeaths()
         self._staging: Path | None = None
         self._write_error: BaseException | None = None
         super().__init__(*args, **kwargs)
@@ -338,6 +381,8 @@ class CheckpointedTrainer(PushingTrainer):
                     "the process that failed first names the cause. Start again with resume_from_checkpoint=last."
                 )
             raise
+        finally:
+            self.worker_deaths.stop()
         if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
             message = (
                 f"{self.signals.stopped_by} after step {self.state.global_step} of {self.state.max_steps}. "

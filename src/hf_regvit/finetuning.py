@@ -14,12 +14,9 @@ This module knows no task. It opens the model, chooses what is trained (everythi
 The loss of a training batch has to be a mean over its images (or pixels): Trainer divides it by the micro-batches.
 """
 
-import contextlib
 import copy
 import itertools
 import logging
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -106,48 +103,6 @@ class _Progress(TrainingProgress):
         super().on_log(args, state, control, logs, **kwargs)
 
 
-class _WorkerDeaths:
-    """Keeps the news that a worker died until the next batch is waited for.
-
-    torch learns it by a signal and raises wherever the main thread happens to be, also in the middle of a step, where
-    nothing could be repeated.
-    """
-
-    def __init__(self) -> None:
-        self._inner: Any = None
-        self._waiting, self._error = False, cast(RuntimeError | None, None)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        try:
-            self._inner(number, frame)
-        except RuntimeError as error:
-            if self._waiting:
-                raise
-            self._error = error
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Inside the block a dead worker raises at once; at its beginning one that died before."""
-        current = signal.getsignal(signal.SIGCHLD)
-        in_main = threading.current_thread() is threading.main_thread()
-        if in_main and callable(current) and current != self._handle:  # torch's, since it has started workers
-            self._inner = current
-            signal.signal(signal.SIGCHLD, self._handle)
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        self._waiting = True
-        try:
-            yield
-        finally:
-            self._waiting = False
-
-    def stop(self) -> None:
-        """Gives the signal back to torch."""
-        if self._inner is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
-            signal.signal(signal.SIGCHLD, self._inner)
-
-
 @dataclass
 class _Batches:
     """Where the batches of an epoch come from: Trainer's iterator, or the one that took its place."""
@@ -185,7 +140,6 @@ class FinetuningTrainer(CheckpointedTrainer):
             )
         self.task, self.processor, self.evaluations = task, processor, 0
         self._batches: _Batches | None = None
-        self._worker_deaths = _WorkerDeaths()
         train, validation = task.datasets(processor)
         self._sampler = TrainSampler(
             len(cast(Any, train)),
@@ -255,7 +209,7 @@ class FinetuningTrainer(CheckpointedTrainer):
         batches: list[dict[str, Tensor]] = []
         while len(batches) < num_batches:
             try:
-                with self._worker_deaths.waiting():
+                with self.worker_deaths.waiting():
                     batches.append(next(self._batches.source))
             except StopIteration:
                 break
@@ -316,8 +270,6 @@ class FinetuningTrainer(CheckpointedTrainer):
             return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, self.args, step=self.state.global_step) from error
-        finally:
-            self._worker_deaths.stop()
 
     # What pushes publish: the merged model, as at the end of the run.
 
@@ -479,8 +431,8 @@ def finetune(
     report["parameters"]["result"] = cast(Any, result).num_parameters()
     if trainer.is_world_process_zero():
         _write_folder(output, result, trainer, processor=processor, report=report)
-    trainer.push_result(output)
     trainer.accelerator.wait_for_everyone()
+    trainer.push_result(output)  # by one process; the others need not wait for the Hub
     return result
 
 

@@ -271,7 +271,8 @@ class DinoTrainer(CheckpointedTrainer):
         batches: list[dict[str, Tensor]] = []
         while len(batches) < num_batches:
             try:
-                batches.append(next(self._iterator.batches))
+                with self.worker_deaths.waiting():
+                    batches.append(next(self._iterator.batches))
             except StopIteration:
                 break
             except RuntimeError as error:
