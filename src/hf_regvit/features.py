@@ -48,7 +48,8 @@ class Family:
         patch_projection: From the tower to the convolution that makes patches.
         final_norm: From the tower to the norm of the last block's tokens.
         attention: From a block to its attention.
-        projections: From the attention to one fused or three separate linear layers.
+        projections: From the attention to one fused or three separate linear layers; of the names of each, which
+            changed between releases of transformers, the first that exists counts.
         mlp_output: From a block to the linear layer that reads the MLP's activations; the first that exists counts.
         has_cls: Whether a CLS token comes first. None: the tower says so itself (timm).
         num_distillation_tokens: Tokens between CLS and registers.
@@ -61,7 +62,7 @@ class Family:
     patch_projection: str
     final_norm: str
     attention: str = "attention"
-    projections: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+    projections: tuple[tuple[str, ...], ...] = (("q_proj",), ("k_proj",), ("v_proj",))
     mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
     has_cls: bool | None = True
     num_distillation_tokens: int = 0
@@ -71,10 +72,16 @@ class Family:
 
 
 _VIT = Family("layers", "embeddings.patch_embeddings.projection", "layernorm", resize_switch=True)
-_DINOV2 = Family("encoder.layer", "embeddings.patch_embeddings.projection", "layernorm")
+_DINOV2 = Family(
+    "encoder.layer",
+    "embeddings.patch_embeddings.projection",
+    "layernorm",
+    projections=(("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")),
+    mlp_output=("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
+)
 
 FAMILIES: dict[str, Family] = {
-    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", projections=("qkv",)),
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", projections=(("qkv",),)),
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary=True),
@@ -94,7 +101,7 @@ FAMILIES: dict[str, Family] = {
     "ijepa": Family(_VIT.blocks, _VIT.patch_projection, "layernorm", has_cls=False, resize_switch=True),
     "vit_mae": _VIT,
     "timm": Family(
-        "blocks", "patch_embed.proj", "norm", "attn", ("qkv",), has_cls=None, qk_norms=("q_norm", "k_norm")
+        "blocks", "patch_embed.proj", "norm", "attn", (("qkv",),), has_cls=None, qk_norms=("q_norm", "k_norm")
     ),
 }
 
@@ -475,8 +482,8 @@ class _Collector:
                 sites = [site for site in _ATTENTION_SITES if layer in self.wanted.get(site, ())]
                 if sites:
                     attention = self._part(block, family.attention)
-                    for names, path in zip(_names_of_projections(family), family.projections):
-                        hook(self._part(attention, path), self._see_projection(names))
+                    for names, paths in zip(_names_of_projections(family), family.projections):
+                        hook(self._part(attention, *paths), self._see_projection(names))
                     hook(attention, self._see_attention(layer, sites))
             yield
 
