@@ -298,7 +298,7 @@ def depth_scenes(seeds):
     return images, depths
 
 
-FAST = DepthSettings(num_steps=60, batch_size=4, learning_rate=1e-2, num_bins=32)
+FAST = DepthSettings(num_steps=120, batch_size=4, learning_rate=1e-2, num_bins=32)
 
 
 @pytest.fixture(scope="module")
