@@ -126,8 +126,8 @@ def test_the_quickstart_runs(workplace):
 
 
 def check_run_folder(folder: Path, text: str) -> None:
-    """What the tutorial's table promises is there."""
-    names = re.findall(r"^\| (`.*?`) \|", text, flags=re.M)
+    """What the tutorial's table promises is there; what it promises for some runs only is not looked for."""
+    names = re.findall(r"^\| (`.*?`) \|(?!.*if there were any)", text, flags=re.M)
     for name in re.findall(r"`([^`]+)`", " ".join(names)):
         assert list(folder.glob(name.rstrip("/"))), name
 
