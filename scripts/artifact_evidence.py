@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from hf_regvit.artifacts import ArtifactReport, diagnose
-from hf_regvit.features import describe_model, load_model
+from hf_regvit.families import describe_model
+from hf_regvit.features import load_model
 from hf_regvit.images import load_images
 from hf_regvit.probes import TokenProbeReport, token_probes
 

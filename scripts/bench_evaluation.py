@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.classification_probes import HeadSettings, LinearGrid, head_inputs, logistic_path, train_linear_heads
+from hf_regvit.families import describe_model
 from hf_regvit.feature_cache import VectorReader
-from hf_regvit.features import describe_model
 from hf_regvit.probes import knn_classify
 
 IMAGES, CLASSES, WIDTH, BLOCKS = 1800, 100, 192, 4

@@ -30,7 +30,8 @@ from hf_regvit.dense_probes import (
     linear_segmentation,
     read_dense_features,
 )
-from hf_regvit.features import describe_model, load_model
+from hf_regvit.families import describe_model
+from hf_regvit.features import load_model
 from hf_regvit.intervals import STATISTICS, bootstrap_interval, paired_difference
 from hf_regvit.metrics import DepthErrors, MeanIoU
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_regvit.features import describe_model, load_model
+from hf_regvit.families import describe_model
+from hf_regvit.features import load_model
 from hf_regvit.images import load_images
 from hf_regvit.intervals import bootstrap_interval
 from hf_regvit.lost import AttentionSettings

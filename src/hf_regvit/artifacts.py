@@ -28,20 +28,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .configuration_regvit import __version__
-from .features import (
-    FAMILIES,
-    EvaluationTransform,
-    Layers,
-    ModelDescription,
-    PreparedImages,
-    Site,
-    SkippedImage,
-    describe_model,
-    final_norm,
-    find_tower,
-    prepare_images,
-    read_many,
-)
+from .families import FAMILIES, ModelDescription, describe_model, final_norm, find_tower
+from .features import EvaluationTransform, Layers, PreparedImages, Site, SkippedImage, prepare_images, read_many
 from .images import ImageSource, load_images
 from .outliers import (
     MAX_SHARE,
@@ -377,7 +365,7 @@ def diagnose(
     `detail_images` of them, reads tokens of two layers. Images of one colour are left out and listed as skipped.
 
     Args:
-        model: A model of a family in `features.FAMILIES`; left as it was. Without CLS, `attention` is None.
+        model: A model of a family in `families.FAMILIES`; left as it was. Without CLS, `attention` is None.
         images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set.
         layers: Which to read, 0 to L; "all" is 0 to L.
         cutoff: "auto", or a norm that every layer is cut at.

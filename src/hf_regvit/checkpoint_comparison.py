@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from .artifacts import ArtifactReport, diagnose
-from .features import describe_model, load_model, read_many
+from .families import describe_model
+from .features import load_model, read_many
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from .features import EvaluationTransform, describe_model, prepare_images, read_tokens, resolve_layers
-from .features import final_norm as norm_of
+from .families import describe_model
+from .families import final_norm as norm_of
+from .features import EvaluationTransform, prepare_images, read_tokens, resolve_layers
 from .modeling_regvit import scale_invariant_log_loss
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def read_dense_features(
     """Read the patch tokens of every image once, whole pictures at their own proportions.
 
     Args:
-        model: A model of a family in `features.FAMILIES`; untouched.
+        model: A model of a family in `families.FAMILIES`; untouched.
         images: What `prepare_images` takes: a folder, an `ImageSource`, paths, Pillow images, a `datasets` data set.
         layers: Blocks, 1 to the depth, negative from the end. `four_blocks` names those of "lin-4".
         processor: Only its mean and standard deviation are used. Default: the one saved with the model.

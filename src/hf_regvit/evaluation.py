@@ -30,6 +30,7 @@ from .dense_probes import (
     read_dense_features,
 )
 from .evaluation_report import EvaluationReport, EvaluationTable, Score
+from .families import describe_model
 from .feature_cache import image_digests, read_features
 from .feature_tasks import (
     ON_FEATURES,
@@ -42,7 +43,7 @@ from .feature_tasks import (
     neighbours,
     score_features,
 )
-from .features import EvaluationTransform, describe_model, load_model
+from .features import EvaluationTransform, load_model
 from .images import ImageSource, MissingSplitError, Split, load_images, stratified_split
 from .object_discovery import LostEvaluation, evaluate_lost, ground_truth_boxes
 

@@ -19,14 +19,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .extraction import TokenFeatures
-from .features import (
-    EvaluationTransform,
-    ModelDescription,
-    describe_model,
-    final_norm,
-    prepare_images,
-    read_many,
-)
+from .families import ModelDescription, describe_model, final_norm
+from .features import EvaluationTransform, prepare_images, read_many
 from .figures import TokenMaps, pca_colors
 from .images import photographs
 from .lost import LostResult, LostSettings, lost_box

@@ -22,13 +22,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .families import describe_model, final_norm, find_tower
 from .features import (
     EvaluationTransform,
     PreparedImages,
     SkippedImage,
-    describe_model,
-    final_norm,
-    find_tower,
     load_model,
     prepare_images,
     read_tokens,
@@ -231,7 +229,7 @@ def extract_features(
     """CLS, registers and patches of all images after one block, in memory; `extract_to_folder` is for larger sets.
 
     Args:
-        model: A model of a family in `features.FAMILIES`; untouched.
+        model: A model of a family in `families.FAMILIES`; untouched.
         images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set. Sizes may differ: the
             processor brings them to one.
         processor: See `EvaluationTransform.for_model`.

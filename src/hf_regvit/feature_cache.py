@@ -24,17 +24,8 @@ from torch import Tensor, nn
 
 from .configuration_regvit import __version__
 from .extraction import weights_fingerprint
-from .features import (
-    EvaluationTransform,
-    SkippedImage,
-    describe_model,
-    final_norm,
-    find_tower,
-    prepare_images,
-    read_tokens,
-    report_skipped,
-    resolve_layers,
-)
+from .families import describe_model, final_norm, find_tower
+from .features import EvaluationTransform, SkippedImage, prepare_images, read_tokens, report_skipped, resolve_layers
 from .image_guard import BadImageError
 from .images import ImageSource
 
@@ -124,7 +115,7 @@ def read_features(
     """Features of all images in their order, from the cache where they are there.
 
     Args:
-        model: A model of a family in `features.FAMILIES`; untouched.
+        model: A model of a family in `families.FAMILIES`; untouched.
         source: Images.
         transform: What the model sees of them.
         layers: Blocks; those that a shallow model has not are left out.

@@ -24,6 +24,16 @@ import torch
 from PIL import Image
 from torch import nn
 
+from .families import (
+    FAMILIES,
+    Family,
+    ModelDescription,
+    describe_model,
+    describe_tower,
+    find_tower,
+    has_part,
+    unknown_family,
+)
 from .image_guard import BadImageError, open_image
 from .images import ImageSource, ImageStream, default_image_processor, load_images, table_images
 
@@ -34,200 +44,6 @@ Layers = Sequence[int] | Literal["all"]
 Reduction = Callable[[torch.Tensor, int], torch.Tensor]
 
 _ATTENTION_SITES: tuple[Site, ...] = ("q", "k", "v", "attention")
-
-
-# --- Families ---
-
-
-@dataclass(frozen=True)
-class Family:
-    """Where one family of models keeps what `read_tokens` reads; paths as in `get_submodule`.
-
-    Args:
-        blocks: From the tower to the list of its blocks.
-        patch_projection: From the tower to the convolution that makes patches.
-        final_norm: From the tower to the norm of the last block's tokens.
-        attention: From a block to its attention.
-        projections: From the attention to one fused or three separate linear layers; of the names of each, which
-            changed between releases of transformers, the first that exists counts.
-        mlp_output: From a block to the linear layer that reads the MLP's activations; the first that exists counts.
-        has_cls: Whether a CLS token comes first. None: the tower says so itself (timm).
-        num_distillation_tokens: Tokens between CLS and registers.
-        rotary: Whether queries and keys of patches are rotated before they meet.
-        qk_norms: From the attention to norms of queries and keys, applied per head.
-        resize_switch: Whether other sizes than the native one need `interpolate_pos_encoding=True`.
-    """
-
-    blocks: str
-    patch_projection: str
-    final_norm: str
-    attention: str = "attention"
-    projections: tuple[tuple[str, ...], ...] = (("q_proj",), ("k_proj",), ("v_proj",))
-    mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
-    has_cls: bool | None = True
-    num_distillation_tokens: int = 0
-    rotary: bool = False
-    qk_norms: tuple[str, str] | None = None
-    resize_switch: bool = False
-
-
-_VIT = Family("layers", "embeddings.patch_embeddings.projection", "layernorm", resize_switch=True)
-_DINOV2 = Family(
-    "encoder.layer",
-    "embeddings.patch_embeddings.projection",
-    "layernorm",
-    projections=(("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")),
-    mlp_output=("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
-)
-
-FAMILIES: dict[str, Family] = {
-    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", projections=(("qkv",),)),
-    "dinov2": _DINOV2,
-    "dinov2_with_registers": _DINOV2,
-    "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary=True),
-    "vit": _VIT,
-    "deit": Family(_VIT.blocks, _VIT.patch_projection, "layernorm", num_distillation_tokens=1, resize_switch=True),
-    "clip_vision_model": Family(
-        "encoder.layers", "embeddings.patch_embedding", "post_layernorm", "self_attn", resize_switch=True
-    ),
-    "siglip_vision_model": Family(
-        "encoder.layers",
-        "embeddings.patch_embedding",
-        "post_layernorm",
-        "self_attn",
-        has_cls=False,
-        resize_switch=True,
-    ),
-    "ijepa": Family(_VIT.blocks, _VIT.patch_projection, "layernorm", has_cls=False, resize_switch=True),
-    "vit_mae": _VIT,
-    "timm": Family(
-        "blocks", "patch_embed.proj", "norm", "attn", (("qkv",),), has_cls=None, qk_norms=("q_norm", "k_norm")
-    ),
-}
-
-
-def _family_name(module: nn.Module) -> str | None:
-    """The key of the family table for this very module, leaving aside what is inside it."""
-    if any(c.__name__ == "VisionTransformer" and c.__module__.startswith("timm.") for c in type(module).__mro__):
-        return "timm"
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
-    return model_type if model_type in FAMILIES else None
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        module.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
-def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
-    """The vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
-
-    Raises:
-        ValueError: Nothing inside the model belongs to a family of the table.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch module. Load names with load_model.")
-    for module in model.modules():  # outermost first: parts of a tower carry its config too, but not all of its paths
-        name = _family_name(module)
-        if name and _has(module, FAMILIES[name].blocks) and _has(module, FAMILIES[name].patch_projection):
-            return module, name
-    raise _unknown_family(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
-
-
-def _unknown_family(kind: str) -> ValueError:
-    return ValueError(
-        f"The family table does not know model_type '{kind}'. It holds {', '.join(FAMILIES)} (VisionTransformer). Use "
-        "a plain vision transformer of one of them: models with windows, stages or convolutions have no global patch "
-        "tokens to read."
-    )
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What the family table and the weights say about a model. `patch_size` and `image_size` are (height, width)."""
-
-    name: str
-    family: str
-    num_layers: int
-    hidden_size: int
-    num_heads: int
-    patch_size: tuple[int, int]
-    image_size: tuple[int, int]
-    has_cls: bool
-    num_distillation_tokens: int
-    num_register_tokens: int
-
-    @property
-    def num_prefix_tokens(self) -> int:
-        """Tokens before the patches."""
-        return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    height, width = (value, value) if isinstance(value, int) else value
-    return int(height), int(width)
-
-
-def describe_model(model: nn.Module) -> ModelDescription:
-    """Sizes and token layout of any model that `read_tokens` reads.
-
-    Raises:
-        ValueError: The model belongs to no family of the table.
-    """
-    tower, name = find_tower(model)
-    return _describe(tower, name)
-
-
-def _describe(tower: Any, name: str) -> ModelDescription:
-    family = FAMILIES[name]
-    blocks = tower.get_submodule(family.blocks)
-    if name != "timm":
-        config = tower.config
-        return ModelDescription(
-            name=_name_of(config.name_or_path) or type(tower).__name__,
-            family=name,
-            num_layers=len(blocks),
-            hidden_size=config.hidden_size,
-            num_heads=config.num_attention_heads,
-            patch_size=_pair(config.patch_size),
-            image_size=_pair(config.image_size),
-            has_cls=bool(family.has_cls),
-            num_distillation_tokens=family.num_distillation_tokens,
-            num_register_tokens=getattr(config, "num_register_tokens", 0),
-        )
-    image_size = _pair(tower.patch_embed.img_size)
-    return ModelDescription(
-        name=(getattr(tower, "pretrained_cfg", None) or {}).get("architecture") or type(tower).__name__,
-        family=name,
-        num_layers=len(blocks),
-        hidden_size=tower.embed_dim,
-        num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
-        # Not `patch_embed.patch_size`, which counts cells of the feature map where a CNN comes first.
-        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
-        image_size=image_size,
-        has_cls=tower.has_class_token,
-        num_distillation_tokens=tower.num_prefix_tokens - tower.num_reg_tokens - int(tower.has_class_token),
-        num_register_tokens=tower.num_reg_tokens,
-    )
-
-
-def _name_of(source: str) -> str:
-    """A Hub id as it is, a folder by its last part: names go into reports that are published."""
-    return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
-
-
-def final_norm(model: nn.Module) -> nn.Module:
-    """The norm that the model applies to tokens of its last block; the identity where it only norms a pooled vector.
-
-    CLIP itself applies its norm to CLS alone; it is returned all the same, as is usual for dense features.
-    """
-    tower, name = find_tower(model)
-    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
-        return nn.Identity()
-    return tower.get_submodule(FAMILIES[name].final_norm)
 
 
 # --- Reading ---
@@ -342,7 +158,7 @@ def read_many(
 ) -> dict[Site, TokenReading]:
     """`read_tokens` for several sites in the same forward pass: `{"residual": "all", "attention": (-1,)}`."""
     tower, name = find_tower(model)
-    family, description = FAMILIES[name], _describe(tower, name)
+    family, description = FAMILIES[name], describe_tower(tower, name)
     pixel_values = _checked_pixels(tower, description, pixel_values)
     wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
     collector = _Collector(family, description, wanted, dict(reduce or {}))
@@ -396,7 +212,7 @@ def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_value
             f"The images are {size[0]} x {size[1]} pixels, no multiple of the patch of {patch[0]} x {patch[1]}. "
             f"Resize or crop them to {nearest}."
         )
-    if description.family == "timm" and size != description.image_size and not getattr(tower, "dynamic_img_size", 0):
+    if description.is_timm and size != description.image_size and not getattr(tower, "dynamic_img_size", 0):
         raise ValueError(
             f"This timm model takes images of {description.image_size[0]} x {description.image_size[1]} only, not "
             f"{size[0]} x {size[1]}. Create it with dynamic_img_size=True, or resize the images."
@@ -482,14 +298,19 @@ class _Collector:
                 sites = [site for site in _ATTENTION_SITES if layer in self.wanted.get(site, ())]
                 if sites:
                     attention = self._part(block, family.attention)
-                    for names, paths in zip(_names_of_projections(family), family.projections):
-                        hook(self._part(attention, *paths), self._see_projection(names))
+                    if not has_part(attention, "qkv"):
+                        for site, paths in zip("qkv", family.projections):
+                            hook(self._part(attention, *paths), self._see_projection(site))
+                    elif getattr(attention, "q_bias", None) is None:
+                        hook(attention.get_submodule("qkv"), self._see_projection("qkv"))
+                    else:
+                        hook(attention, self._see_input, before=True)
                     hook(attention, self._see_attention(layer, sites))
             yield
 
     def _part(self, module: nn.Module, *paths: str) -> nn.Module:
         for path in paths:
-            if _has(module, path):
+            if has_part(module, path):
                 return module.get_submodule(path)
         raise ValueError(
             f"A {type(module).__name__} of this {self.description.family} model has no '{' or '.join(paths)}', so "
@@ -519,11 +340,19 @@ class _Collector:
 
         return see
 
-    def _see_projection(self, names: tuple[str, ...]) -> Callable:
+    def _see_projection(self, sites: str) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict, output: torch.Tensor) -> None:
-            self.projected.update(zip(names, output.chunk(len(names), dim=-1)))
+            self.projected.update(zip(sites, output.chunk(len(sites), dim=-1)))
 
         return see
+
+    def _see_input(self, attention: Any, args: tuple, kwargs: dict) -> None:
+        """Projections of the attentions (timm's EVA) that use the weight of `qkv` with biases kept elsewhere.
+
+        They do not call the layer, or add the biases after it, so that a hook on it would see nothing or too little.
+        """
+        bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
+        self.projected.update(zip("qkv", nn.functional.linear(args[0], attention.qkv.weight, bias).chunk(3, dim=-1)))
 
     def _see_attention(self, layer: int, sites: list[Site]) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -542,15 +371,17 @@ class _Collector:
         The model's own pass can therefore stay on a fused kernel, which gives no weights, and blocks that nobody asked
         for cost nothing.
         """
-        heads = self.description.num_heads
-        query, key = (self.projected[site].unflatten(-1, (heads, -1)).transpose(1, 2) for site in ("q", "k"))
+        head_dim = self.projected["q"].shape[-1] // self.description.num_heads
+        query, key = (self.projected[site].unflatten(-1, (-1, head_dim)).transpose(1, 2) for site in ("q", "k"))
         if self.family.qk_norms:
             query, key = (
                 self._part(attention, path)(x) for path, x in zip(self.family.qk_norms, (query, key))
             )  # (B, heads, T, head_dim)
-        if self.family.rotary:
-            cos, sin = kwargs["position_embeddings"]  # (N, head_dim) each
-            query, key = _rotate_patches(query, cos, sin), _rotate_patches(key, cos, sin)
+        angles = kwargs.get(self.family.rotary) if self.family.rotary else None
+        if angles is not None:
+            query, key = (_rotate_patches(x, angles, halves=_rotates_halves(attention)) for x in (query, key))
+        # Fewer heads of keys than of queries: each serves a group of consecutive queries.
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, heads, T, T)
         return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
@@ -579,19 +410,32 @@ class _Collector:
         }
 
 
-def _names_of_projections(family: Family) -> tuple[tuple[str, ...], ...]:
-    return (("q", "k", "v"),) if len(family.projections) == 1 else (("q",), ("k",), ("v",))
+def _rotates_halves(attention: nn.Module) -> bool:
+    """Which of the two layouts of rotary channels an attention uses: timm's say so, DINOv3's is by halves."""
+    return bool(getattr(attention, "rotate_half", True))
 
 
-def _rotate_patches(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _rotate_patches(
+    x: torch.Tensor, angles: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *, halves: bool
+) -> torch.Tensor:
     """Rotary positions on the patches of (B, heads, T, head_dim); tokens before them have no position.
 
-    Source: arXiv 2104.09864 in the "half" layout of DINOv3: channel i turns together with channel i + head_dim / 2.
+    Args:
+        x: Queries or keys.
+        angles: (cos, sin) of (N, head_dim) each as transformers passes them, or timm's one tensor
+            (..., N, 2 head_dim) with the sines first.
+        halves: Channel i turns together with channel i + head_dim / 2 (DINOv3); else with its neighbour (EVA-02).
+
+    Source: arXiv 2104.09864.
     """
+    cos, sin = reversed(angles.chunk(2, dim=-1)) if isinstance(angles, torch.Tensor) else angles
     prefix, patches = x.split((x.shape[-2] - sin.shape[-2], sin.shape[-2]), dim=-2)
-    first, second = patches.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return torch.cat((prefix, patches * cos + turned * sin), dim=-2)
+    if halves:
+        first, second = patches.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    else:
+        turned = torch.stack((-patches[..., 1::2], patches[..., ::2]), dim=-1).flatten(-2)
+    return torch.cat((prefix, (patches * cos + turned * sin).to(x.dtype)), dim=-2)
 
 
 # --- Images in ---
@@ -649,7 +493,7 @@ class EvaluationTransform:
             return processor
         description = describe_model(model)
         if processor is None:
-            processor = _timm_transform(model) if description.family == "timm" else _saved_processor(model)
+            processor = _timm_transform(model) if description.is_timm else _saved_processor(model)
         if isinstance(processor, EvaluationTransform):
             mean, std = processor.mean, processor.std
         else:
@@ -928,8 +772,7 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     else:
         model = _load_transformers(source)
     model = model.eval().to(device or "cpu")
-    is_timm = find_tower(model)[1] == "timm"
-    return model, _timm_transform(model) if is_timm else _saved_processor(model)
+    return model, _timm_transform(model) if describe_model(model).is_timm else _saved_processor(model)
 
 
 def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
@@ -942,7 +785,7 @@ def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
         # Any image size; at the native one the numbers are the same.
         model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
     except TypeError as error:  # no vision transformer: it has no such argument
-        raise _unknown_family(source) from error
+        raise unknown_family(source) from error
     find_tower(model)
     return model
 
@@ -970,9 +813,9 @@ def _load_transformers(source: str) -> nn.Module:
     except OSError as error:
         raise FileNotFoundError(f"'{source}' is neither a folder nor a model that the Hub gives: {error}") from error
     # Of the models with two towers only this one is read.
-    towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+    towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel"}
     if config.model_type not in (*FAMILIES, *towers, "timm_wrapper"):
-        raise _unknown_family(config.model_type)
+        raise unknown_family(config.model_type)
     # The class that was saved: a backbone class would warn of a missing pooler that nobody reads.
     name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
     library: Any = modeling_regvit if config.model_type == "regvit" else transformers

@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .features import final_norm, read_many
+from .families import final_norm
+from .features import read_many
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -21,16 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from .features import (
-    EvaluationTransform,
-    ModelDescription,
-    Site,
-    TokenReading,
-    describe_model,
-    prepare_images,
-    read_many,
-    resolve_layers,
-)
+from .families import ModelDescription, describe_model
+from .features import EvaluationTransform, Site, TokenReading, prepare_images, read_many, resolve_layers
 
 logger = logging.getLogger(__name__)
 

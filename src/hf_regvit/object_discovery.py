@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from .features import describe_model
+from .families import describe_model
 from .images import ImageSource
 from .intervals import bootstrap_interval
 from .lost import (

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import EvaluationTransform, describe_model, final_norm, prepare_images, read_many
+from .families import describe_model, final_norm
+from .features import EvaluationTransform, prepare_images, read_many
 from .images import ImageSource, load_images
 
 
@@ -347,7 +348,7 @@ def token_probes(
     row. Tokens are those of `layer` after the final norm.
 
     Args:
-        model: A model of a family in `features.FAMILIES`.
+        model: A model of a family in `families.FAMILIES`.
         images: As for `diagnose`; the class probe needs an `ImageSource` or data set with labels.
         cutoff: Norm above which a patch is an outlier, on the raw tokens of `cutoff_layer`.
         cutoff_layer: See above.

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .features import FAMILIES, TokenReading, describe_model, final_norm, find_tower, read_many
+from .families import FAMILIES, describe_model, final_norm, find_tower
+from .features import TokenReading, read_many
 from .probes import knn_accuracy
 
 REGISTER_CONTROLS = ("mean", "shuffle", "noise", "zero")

@@ -29,16 +29,8 @@ from tqdm.auto import tqdm
 
 from .artifacts import emergence_layer, reported_layer
 from .conversion import convert, image_processor_of
-from .features import (
-    EvaluationTransform,
-    PreparedImages,
-    describe_model,
-    final_norm,
-    load_model,
-    prepare_images,
-    read_many,
-    read_tokens,
-)
+from .families import describe_model, final_norm
+from .features import EvaluationTransform, PreparedImages, load_model, prepare_images, read_many, read_tokens
 from .modeling_regvit import RegViTPreTrainedModel
 from .outliers import Cutoff, find_cutoff
 
@@ -109,7 +101,7 @@ def find_register_neurons(
     """Search a model for the neurons that write its artifacts; two passes over the images.
 
     Args:
-        model: A model of a family in `features.FAMILIES`; left as it was.
+        model: A model of a family in `families.FAMILIES`; left as it was.
         images: As for `diagnose`; published searches used 100 to 500.
         cutoff: "auto": layer and cut-off of the diagnosis. A norm: that one, at the layer where the diagnosis sees
             most, or at the last.
@@ -144,7 +136,7 @@ def score_neurons(
     """Mean |activation| of every neuron at the outliers of an image, averaged over the images that have any.
 
     Args:
-        model: A model of a family in `features.FAMILIES`.
+        model: A model of a family in `families.FAMILIES`.
         images: The n images.
         is_outlier: (n, N); images without outliers are not run.
         quiet_share: A neuron counts in an image if its (signed) activation stays below `quiet_below` at this share of

@@ -17,6 +17,7 @@ MODEL = {"configuration_regvit", "modeling_regvit"}  # layer 0
 IMAGES = MODEL | {"images", "image_guard"}  # a picture is opened in one place, below everything that reads pictures
 # layers 0 and 1
 FOUNDATIONS = IMAGES | {
+    "families",
     "features",
     "extraction",
     "augmentation",
@@ -32,6 +33,7 @@ JOBS = FOUNDATIONS | {
 }  # fmt: skip
 # What draws or publishes takes finished results; the model only as a type.
 RESULTS = MODEL | {
+    "families",
     "features",
     "extraction",
     "probes",
@@ -48,8 +50,9 @@ ALLOWED: dict[str, set[str] | None] = {
     "modeling_regvit": {"configuration_regvit"},
     "image_guard": set(),
     "images": {"image_guard"},
-    "features": IMAGES,
-    "extraction": IMAGES | {"features"},
+    "families": set(),
+    "features": IMAGES | {"families"},
+    "extraction": IMAGES | {"families", "features"},
     "augmentation": {"images"},
     "data": {"images", "image_guard", "augmentation"},
     "dense": {"images", "image_guard"},

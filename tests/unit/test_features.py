@@ -18,18 +18,8 @@ from hf_regvit import (
     RegViTForSemanticSegmentation,
     RegViTModel,
 )
-from hf_regvit.features import (
-    FAMILIES,
-    EvaluationTransform,
-    TokenReading,
-    describe_model,
-    final_norm,
-    find_tower,
-    load_model,
-    prepare_images,
-    read_many,
-    read_tokens,
-)
+from hf_regvit.families import FAMILIES, describe_model, final_norm, find_tower
+from hf_regvit.features import EvaluationTransform, TokenReading, load_model, prepare_images, read_many, read_tokens
 from hf_regvit.images import default_image_processor, load_images, stream_images
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
@@ -68,6 +58,8 @@ def build(name):
         "siglip_vision_model": lambda: t.SiglipVisionModel(t.SiglipVisionConfig(**WIDE)),
         "ijepa": lambda: t.IJepaModel(t.IJepaConfig(**WIDE)),
         "vit_mae": lambda: t.ViTMAEModel(t.ViTMAEConfig(**WIDE)),
+        "vit_msn": lambda: t.ViTMSNModel(t.ViTMSNConfig(**WIDE)),
+        "metaclip_2_vision_model": lambda: t.MetaClip2VisionModel(t.MetaClip2VisionConfig(**WIDE)),
         # Towers inside something else
         "regvit_classifier": lambda: RegViTForImageClassification(RegViTConfig(**SIZES, num_register_tokens=2)),
         "regvit_segmenter": lambda: RegViTForSemanticSegmentation(RegViTConfig(**SIZES)),
@@ -77,6 +69,7 @@ def build(name):
         "deit_teacher": lambda: t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**WIDE)),
         "dinov3_backbone": lambda: t.DINOv3ViTBackbone(t.DINOv3ViTConfig(**WIDE)),
         "clip": lambda: with_text("CLIP", WIDE),
+        "metaclip_2": lambda: with_text("MetaClip2", WIDE),
         "siglip": lambda: with_text("Siglip", WIDE),
         "clip_projection": lambda: t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**WIDE)),
         "mae_pretraining": lambda: t.ViTMAEForPreTraining(
@@ -97,21 +90,25 @@ def build(name):
 
 TOWERS = [
     "regvit", "regvit_swiglu", "regvit_plain", "dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov3_vit",
-    "dinov3_gated", "vit", "deit", "clip_vision_model", "siglip_vision_model", "ijepa", "vit_mae",
+    "dinov3_gated", "vit", "deit", "clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "ijepa",
+    "vit_mae", "vit_msn",
 ]  # fmt: skip
 INSIDE = {
     "regvit_classifier": "regvit", "regvit_segmenter": "regvit", "regvit_depth": "regvit", "regvit_backbone": "regvit",
     "vit_classifier": "vit", "deit_teacher": "deit", "dinov3_backbone": "dinov3_vit", "clip": "clip_vision_model",
     "siglip": "siglip_vision_model", "clip_projection": "clip_vision_model", "mae_pretraining": "vit_mae",
+    "metaclip_2": "metaclip_2_vision_model",
 }  # fmt: skip
 
 
-def build_timm(**changes):
+def build_timm(kind="VisionTransformer", **changes):
+    from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(0)
     arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-    model = VisionTransformer(**arguments | {"dynamic_img_size": True} | changes).eval()
+    kinds = {"VisionTransformer": VisionTransformer, "Eva": Eva}
+    model = kinds[kind](**arguments | {"dynamic_img_size": True} | changes).eval()
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn(parameter.shape)
     return model
@@ -155,7 +152,7 @@ def test_residual_and_attention_are_the_models_own(name, size):
         torch.testing.assert_close(attention.at(layer), expected.attentions[layer - 1], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(attention.at(layer).sum(-1), torch.ones_like(attention.at(layer)[..., 0]))
     last = residual.at(2)
-    if name != "clip_vision_model":  # whose last hidden state is not normalised
+    if "clip" not in name:  # whose last hidden state is not normalised
         last = final_norm(model)(last)
     torch.testing.assert_close(last, expected.last_hidden_state, atol=2e-5, rtol=1e-5)
 
@@ -208,7 +205,7 @@ def test_projections_are_those_of_the_normalised_input(name):
     read = read_many(model, pixel_values, {"residual": (0,), "q": (1,), "k": (1,), "v": (1,)})
     x = norm(read["residual"].at(0))
     for i, site in enumerate("qkv"):
-        if len(FAMILIES[kind].projections) == 1:
+        if hasattr(attention, "qkv"):
             rows = slice(24 * i, 24 * (i + 1))
             expected = x @ attention.qkv.weight[rows].T + attention.qkv.bias[rows]
         else:
@@ -257,6 +254,59 @@ def test_timm(name, fused):
     torch.testing.assert_close(rebuilt, last, atol=5e-5, rtol=1e-5)
     torch.testing.assert_close(final_norm(model)(last), model.forward_features(pixel_values), atol=2e-5, rtol=1e-5)
     assert all(block.attn.fused_attn is fused for block in model.blocks)
+
+
+EVA = {
+    "eva_with_biases_beside_the_weight": {},
+    "eva02": {"qkv_fused": False, "use_rot_pos_emb": True, "swiglu_mlp": True, "scale_mlp": True},
+    "dinov3": {
+        "attn_type": "rope", "rope_type": "dinov3", "rope_rotate_half": True, "use_rot_pos_emb": True,
+        "use_abs_pos_emb": False, "num_reg_tokens": 4, "init_values": 0.5, "use_fc_norm": False,
+    },
+    "angles_of_each_block": {
+        "attn_type": "rope", "rope_type": "mixed", "use_rot_pos_emb": True, "class_token": False, "num_reg_tokens": 1,
+    },
+    "fewer_heads_of_keys": {
+        "attn_type": "rope", "use_rot_pos_emb": True, "qkv_fused": False, "num_heads": 6, "num_kv_heads": 2,
+    },
+    "norms_of_queries_and_keys": {"attn_type": "rope", "use_rot_pos_emb": True, "qk_norm": True},
+    "norm_after_each_branch": {"use_post_norm": True, "scale_attn_inner": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EVA)
+@torch.no_grad()
+def test_timm_eva(name):
+    """DINOv3, EVA-02 and their kin of timm against what they compute themselves, unfused."""
+    changes = {"global_pool": "avg"} | EVA[name]
+    model, pixel_values = build_timm("Eva", **changes), pixels(RECTANGLE)
+    expected = model.forward_intermediates(pixel_values, return_prefix_tokens=True, intermediates_only=True)
+    weights, outputs = [], []
+    unfused = copy.deepcopy(model)
+    for block in unfused.blocks:
+        block.attn.fused_attn = False
+        block.attn.attn_drop.register_forward_hook(lambda module, args, output: weights.append(output))
+        block.attn.register_forward_hook(lambda module, args, output: outputs.append(output))
+    unfused(pixel_values)
+    read = read_many(model, pixel_values, {"residual": "all", "attention": "all", "v": "all", "mlp": (2,)})
+    registers = changes.get("num_reg_tokens", 0)
+    assert read["residual"].num_register_tokens == registers
+    assert read["residual"].num_prefix_tokens == registers + int(changes.get("class_token", True))
+    assert read["residual"].grid == (2, 6)
+    for layer in (1, 2):
+        patches = read["residual"].patches(layer).transpose(1, 2).unflatten(2, (2, 6))
+        torch.testing.assert_close(patches, expected[layer - 1][0], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(read["attention"].at(layer), weights[layer - 1], atol=2e-5, rtol=1e-5)
+        attention = model.blocks[layer - 1].attn
+        heads = changes.get("num_heads", 3)
+        value = read["v"].at(layer).unflatten(-1, (-1, 24 // heads)).transpose(1, 2)
+        serving = [head * value.shape[1] // heads for head in range(heads)]  # which value each query's head reads
+        mixed = read["attention"].at(layer) @ value[:, serving]
+        rebuilt = attention.proj(attention.norm(mixed.transpose(1, 2).flatten(2)))
+        torch.testing.assert_close(rebuilt, outputs[layer - 1], atol=5e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        final_norm(model)(read["residual"].at(2)), model.forward_features(pixel_values), atol=2e-5, rtol=1e-5
+    )
 
 
 def test_timm_distilled_and_wrapped_by_transformers():

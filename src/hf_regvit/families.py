@@ -1,0 +1,212 @@
+"""The families of vision transformers that can be read: where each keeps its blocks, projections and norms.
+
+What differs between models is data here, one record a family; `features` does the reading.
+
+Token order is `[CLS | distillation | registers | patches]`, whichever of them a model has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one family of models keeps what `read_tokens` reads; paths as in `get_submodule`.
+
+    Args:
+        blocks: From the tower to the list of its blocks.
+        patch_projection: From the tower to the convolution that makes patches.
+        final_norm: From the tower to the norm of the last block's tokens.
+        attention: From a block to its attention.
+        projections: From the attention to the linear layers of query, key and value; of the names of each, which
+            changed between releases of transformers, the first that exists counts. An attention that has one fused
+            layer instead calls it `qkv`.
+        mlp_output: From a block to the linear layer that reads the MLP's activations; the first that exists counts.
+        has_cls: Whether a CLS token comes first. None: the tower says so itself (timm).
+        num_distillation_tokens: Tokens between CLS and registers.
+        rotary: The argument in which an attention gets the angles that rotate queries and keys of patches before
+            they meet; None where nothing rotates. An attention that was given none rotates nothing.
+        qk_norms: From the attention to norms of queries and keys, applied per head.
+        resize_switch: Whether other sizes than the native one need `interpolate_pos_encoding=True`.
+    """
+
+    blocks: str
+    patch_projection: str
+    final_norm: str
+    attention: str = "attention"
+    projections: tuple[tuple[str, ...], ...] = (("q_proj",), ("k_proj",), ("v_proj",))
+    mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
+    has_cls: bool | None = True
+    num_distillation_tokens: int = 0
+    rotary: Literal["position_embeddings", "rope"] | None = None
+    qk_norms: tuple[str, str] | None = None
+    resize_switch: bool = False
+
+
+_VIT = Family("layers", "embeddings.patch_embeddings.projection", "layernorm", resize_switch=True)
+_DINOV2 = Family(
+    "encoder.layer",
+    "embeddings.patch_embeddings.projection",
+    "layernorm",
+    projections=(("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")),
+    mlp_output=("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
+)
+_CLIP = Family("encoder.layers", "embeddings.patch_embedding", "post_layernorm", "self_attn", resize_switch=True)
+_TIMM = Family("blocks", "patch_embed.proj", "norm", "attn", has_cls=None, qk_norms=("q_norm", "k_norm"))
+
+FAMILIES: dict[str, Family] = {
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm"),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary="position_embeddings"),
+    "vit": _VIT,
+    "vit_mae": _VIT,
+    "vit_msn": _VIT,
+    "deit": replace(_VIT, num_distillation_tokens=1),
+    "ijepa": replace(_VIT, has_cls=False),
+    "clip_vision_model": _CLIP,
+    "metaclip_2_vision_model": _CLIP,
+    "siglip_vision_model": replace(_CLIP, has_cls=False),
+    "timm": _TIMM,
+    "timm_eva": replace(_TIMM, rotary="rope"),
+}
+_TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+
+
+def _family_name(module: nn.Module) -> str | None:
+    """The key of the family table for this very module, leaving aside what is inside it."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
+            return _TIMM_CLASSES[cls.__name__]
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    return model_type if model_type in FAMILIES else None
+
+
+def has_part(module: nn.Module, path: str) -> bool:
+    """Whether `get_submodule(path)` finds a module."""
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
+    """The vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
+
+    Raises:
+        ValueError: Nothing inside the model belongs to a family of the table.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}, expected a torch module. Load names with load_model.")
+    for module in model.modules():  # outermost first: parts of a tower carry its config too, but not all of its paths
+        name = _family_name(module)
+        if name and has_part(module, FAMILIES[name].blocks) and has_part(module, FAMILIES[name].patch_projection):
+            return module, name
+    raise unknown_family(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+
+
+def unknown_family(kind: str) -> ValueError:
+    """The error for a model of a kind that is not in the table."""
+    return ValueError(
+        f"The family table does not know model_type '{kind}'. It holds {', '.join(FAMILIES)}. Use "
+        "a plain vision transformer of one of them: models with windows, stages or convolutions have no global patch "
+        "tokens to read."
+    )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What the family table and the weights say about a model. `patch_size` and `image_size` are (height, width)."""
+
+    name: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    has_cls: bool
+    num_distillation_tokens: int
+    num_register_tokens: int
+
+    @property
+    def is_timm(self) -> bool:
+        """Whether the model is timm's, with its transforms and its ways to resize."""
+        return self.family in _TIMM_CLASSES.values()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches."""
+        return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def describe_model(model: nn.Module) -> ModelDescription:
+    """Sizes and token layout of any model that `read_tokens` reads.
+
+    Raises:
+        ValueError: The model belongs to no family of the table.
+    """
+    tower, name = find_tower(model)
+    return describe_tower(tower, name)
+
+
+def describe_tower(tower: Any, name: str) -> ModelDescription:
+    """`describe_model` for what `find_tower` returned."""
+    family = FAMILIES[name]
+    blocks = tower.get_submodule(family.blocks)
+    if name not in _TIMM_CLASSES.values():
+        config = tower.config
+        return ModelDescription(
+            name=_name_of(config.name_or_path) or type(tower).__name__,
+            family=name,
+            num_layers=len(blocks),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            patch_size=_pair(config.patch_size),
+            image_size=_pair(config.image_size),
+            has_cls=bool(family.has_cls),
+            num_distillation_tokens=family.num_distillation_tokens,
+            num_register_tokens=getattr(config, "num_register_tokens", 0),
+        )
+    image_size = _pair(tower.patch_embed.img_size)
+    registers = 0 if tower.reg_token is None else tower.reg_token.shape[1]
+    has_cls = tower.cls_token is not None
+    return ModelDescription(
+        name=(getattr(tower, "pretrained_cfg", None) or {}).get("architecture") or type(tower).__name__,
+        family=name,
+        num_layers=len(blocks),
+        hidden_size=tower.embed_dim,
+        num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
+        # Not `patch_embed.patch_size`, which counts cells of the feature map where a CNN comes first.
+        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
+        image_size=image_size,
+        has_cls=has_cls,
+        num_distillation_tokens=tower.num_prefix_tokens - registers - int(has_cls),
+        num_register_tokens=registers,
+    )
+
+
+def _name_of(source: str) -> str:
+    """A Hub id as it is, a folder by its last part: names go into reports that are published."""
+    return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """The norm that the model applies to tokens of its last block; the identity where it only norms a pooled vector.
+
+    CLIP itself applies its norm to CLS alone; it is returned all the same, as is usual for dense features.
+    """
+    tower, name = find_tower(model)
+    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
+        return nn.Identity()
+    return tower.get_submodule(FAMILIES[name].final_norm)
