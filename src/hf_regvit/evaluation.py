@@ -10,7 +10,7 @@ import logging
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -217,6 +217,7 @@ class _Evaluation:
 
     def _classification(self, tasks: Sequence[Task]) -> list[Score]:
         train_images, judged_images = self._parts(tasks[0])
+        judged_images = _in_classes_of(train_images, judged_images)
         _check_labels(train_images, judged_images)
         digests = image_digests(train_images), image_digests(judged_images)
         self._check_overlap(*digests, judged_images.name)
@@ -319,7 +320,10 @@ class _Evaluation:
                 parts = load_images(data, split="train"), load_images(data, split="validation")
             except MissingSplitError as error:
                 raise _missing_part(error, task) from error
-        return _some(parts[0], protocol.max_images, seed), _some(parts[1], protocol.max_images, seed)
+        count = protocol.max_images
+        # Without an image to fit on a class would be lost, whatever is asked for.
+        least = None if count is None else max(count, len(set(parts[0].labels or ())))
+        return _some(parts[0], least, seed), _some(parts[1], count, seed)
 
     def _dense(self, task: Task) -> list[Score]:
         protocol = self.protocol
@@ -449,9 +453,35 @@ def _some(source: ImageSource, max_images: int | None, seed: int, *, by_class: b
     if max_images is None or len(source) <= max_images:
         return source
     if by_class and source.labels is not None:
-        share = max_images / len(source)
-        return source.subset(stratified_split(source.labels, held_out_share=share, seed=seed)[1])
+        return source.subset(_of_every_class(source.labels, max_images, seed))
     return source.subset(sorted(np.random.default_rng(seed).permutation(len(source))[:max_images].tolist()))
+
+
+def _of_every_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
+    """`count` indices, ascending: first one of every class, then of each class in proportion to its size."""
+    rng, values = np.random.default_rng(seed), np.asarray(labels)
+    turn = np.empty(len(values))
+    for label in np.unique(values):
+        members = rng.permutation(np.flatnonzero(values == label))
+        turn[members] = (np.arange(len(members)) + 0.5) / len(members)
+        turn[members[0]] = 0
+    order = np.lexsort((rng.permutation(len(values)), turn))  # equal turns: by lot
+    return sorted(order[:count].tolist())
+
+
+def _in_classes_of(train: ImageSource, judged: ImageSource) -> ImageSource:
+    """The judged images with the class numbers of the training images, where its names hold all that occur.
+
+    Parts that lie apart number their classes each for themselves: a folder lacks a class, a column of plain numbers
+    ends earlier.
+    """
+    names, theirs = train.label_names, judged.label_names
+    if names == theirs or names is None or theirs is None or judged.labels is None:
+        return judged
+    if not all(0 <= label < len(theirs) and theirs[label] in names for label in set(judged.labels)):
+        return judged  # refused by `_check_labels`, which lists the difference
+    position = {name: label for label, name in enumerate(names)}
+    return replace(judged, labels=[position[theirs[label]] for label in judged.labels], label_names=names)
 
 
 def _check_labels(train: ImageSource, judged: ImageSource) -> None:

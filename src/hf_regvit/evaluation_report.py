@@ -121,6 +121,19 @@ class Score:
         rows = (np.array(score.columns).T for score in (other, self))
         return paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
 
+    def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
+        """How much better this score is than another of the same images, and the paired 95 % interval of that.
+
+        The difference, for errors (rmse, abs_rel) with the opposite sign: above 0 is better for every metric.
+
+        Raises:
+            ValueError: Another task, or other images.
+        """
+        gain, (low, high) = self.difference(other)
+        if self.metric in _LOWER_IS_BETTER:
+            return 0.0 - gain, (0.0 - high, 0.0 - low)  # no "-0.000"
+        return gain, (low, high)
+
     def show(self, value: float, interval: tuple[float, float], *, signed: bool = False) -> str:
         """A number of this kind with its interval: `89.8 % [87.2, 92.4]`."""
         sign = "+" if signed else ""
@@ -289,9 +302,12 @@ class EvaluationTable:
                 f"{score.seconds:.1f}",
             ]
             if several:
-                cells.insert(5, "" if reference is None else score.show(*score.difference(reference), signed=True))
+                cells.insert(5, "" if reference is None else score.show(*score.ahead_of(reference), signed=True))
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-        lines += ["", "images: fitted on / judged. Intervals: 2,000 resamples of the judged images, paired.", ""]
+        lines += ["", "images: fitted on / judged. Intervals: 2,000 resamples of the judged images, paired."]
+        if several and any(score.metric in _LOWER_IS_BETTER for score, _, _ in self.rows()):
+            lines += ["ahead of: above 0 is better, also for errors (rmse, abs_rel), where the smaller one is."]
+        lines += [""]
         for (task, protocol), users in protocols.items():
             whose = "" if len(users) == len(self.reports) else f" ({', '.join(users)})"
             lines.append(f"- {task}{whose}: {protocol}")

@@ -63,7 +63,8 @@ class Protocol:
         box_format: See there.
         lost_grid: Settings of LOST to choose from. With a single one there is no choice, and everything is judged.
         max_side: Larger images are read by LOST at this length of their longer side, pixels.
-        max_images: Use this many of each set, drawn by the seed, class by class.
+        max_images: Use at most this many of each set, drawn by the seed, class by class; of the training images at
+            least one of every class.
         train_val_split: Share of images to judge on, class by class, where the data have no validation part.
         batch_size: Images of one forward pass.
     """

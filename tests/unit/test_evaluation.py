@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,8 @@ from hf_regvit.evaluation import (
     EvaluationTable,
     LabelledFeatures,
     Protocol,
+    Score,
+    _of_every_class,
     compare_backbones,
     evaluate_backbone,
     score_features,
@@ -397,6 +400,24 @@ def test_other_images_are_not_compared(model, data):
         one.difference(two)
 
 
+@pytest.mark.parametrize(("metric", "shown"), [("rmse", "+0.100 m [+0.100, +0.100]"), ("delta1", "-10.0 % [")])
+def test_the_model_of_smaller_error_is_the_one_ahead(metric, shown):
+    what = {"task": "depth", "variant": "", "metric": metric, "protocol": "p", "settings": {}, "num_train": 3}
+    errors = np.linspace(0.2, 0.6, 5)
+    reports = []
+    for name, rows in (("a", errors), ("b", errors - 0.1)):
+        score = Score.measured(rows, ids="vwxyz", data="d", seed=0, seconds=1.0, **what)
+        reports.append(EvaluationReport(name, "d", 0, {}, (score,)))
+    second, first = reports[1].scores[0], reports[0].scores[0]
+    assert second.difference(first)[0] == pytest.approx(-0.1)
+    assert second.ahead_of(first)[0] == pytest.approx(0.1 if metric == "rmse" else -0.1)
+    assert first.ahead_of(first) == (0.0, (0.0, 0.0))
+    markdown = EvaluationTable(tuple(reports)).markdown()
+    (line,) = [line for line in markdown.splitlines() if "| b |" in line]
+    assert f"| {shown}" in line
+    assert ("above 0 is better" in markdown) == (metric == "rmse")
+
+
 def test_models_are_called_by_what_tells_them_apart(tmp_path):
     for name in ("x/backbone", "y/backbone", "z"):
         (tmp_path / name).mkdir(parents=True)
@@ -503,6 +524,38 @@ def test_other_classes_in_the_training_images(model, data, tmp_path):
         picture(0, 1).save(tmp_path / name / "1.png")
     with pytest.raises(ValueError, match=r"has 2 classes and .* 3; they differ in: green, red, yellow"):
         evaluate(model, data, train=tmp_path)
+
+
+def test_judged_folders_that_lack_a_class_are_numbered_by_name(model, data):
+    train = load_images(data / "train", split=None)
+    whole = load_images(data / "validation", split=None)
+    part = replace(whole.subset(range(4, 12)), labels=[0] * 4 + [1] * 4, label_names=("green", "red"))
+    (score,) = evaluate(model, part, train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))).scores
+    (same,) = evaluate(
+        model, whole.subset(range(4, 12)), train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))
+    ).scores
+    assert score.columns == same.columns
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 29, 30])
+def test_a_draw_has_so_many_images_and_every_class_that_fits(count):
+    labels = [0] * 16 + [1] * 10 + [2] * 3 + [3]  # the last class has a single image
+    drawn = _of_every_class(labels, count, seed=4)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == count
+    found = np.bincount([labels[i] for i in drawn], minlength=4)
+    assert (found > 0).sum() == min(4, count)
+    share = np.array([16, 10, 3, 1]) * count / 30
+    assert (np.abs(found - np.maximum(share, count >= 4)) <= 1.5).all()
+    assert _of_every_class(labels, count, seed=4) == drawn
+
+
+def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
+    train, judged = (load_images(data, split=part) for part in ("train", "validation"))
+    single = judged.subset([0, 4, 8])
+    protocol = Protocol(knn_ks=(3,), max_images=2)
+    (score,) = evaluate(model, single, train=train, tasks=["knn"], protocol=protocol).scores
+    assert (score.num_train, score.num_images) == (3, 2)  # one of every class to fit on
 
 
 def test_judged_images_that_are_fitted_on(model, data, caplog):
