@@ -31,6 +31,7 @@ Array = NDArray[Any]
 Kind = Literal["masks", "depth"]
 
 IGNORE = 255  # the class id of pixels that do not count, in everything that this module gives
+_LARGEST = 65535  # stored value of a class
 _IMAGE_FOLDERS = ("images", "image", "imgs")
 _MAP_FOLDERS: dict[Kind, tuple[str, ...]] = {
     "masks": ("masks", "mask", "annotations", "labels"),
@@ -70,6 +71,8 @@ class MaskFormat:
             raise ValueError(f"{len(self.names)} names and values {self.values}; expected one value each, all unlike.")
         if len(self.names) > IGNORE:
             raise ValueError(f"There are {len(self.names)} classes; at most {IGNORE} are possible.")
+        if wrong := [value for value in self.values if value not in range(_LARGEST + 1)]:
+            raise ValueError(f"The stored values {wrong[:5]} are no class numbers; expected 0 to {_LARGEST}.")
         if both := sorted(set(self.values) & set(self.ignore_values)):
             raise ValueError(f"The stored values {both} are classes and are to be ignored; decide on one.")
 
@@ -79,12 +82,20 @@ class MaskFormat:
 
     def ids(self, stored: Array) -> Array:
         """(H, W) uint8 class ids from stored values; 255 for those to ignore and for unknown ones."""
-        if not stored.size or stored.min() < 0 or stored.max() > 65535:
-            found = sorted(set(self.unknown(stored)))[:5]
-            raise DenseDataError(f"The mask holds {found}; expected class numbers from 0 to 65535.")
-        table = np.full(max(65536 if stored.dtype.itemsize > 1 else 256, max(self.values) + 1), IGNORE, dtype=np.uint8)
+        stored = _whole_numbers(stored)
+        outside = (stored < 0) | (stored > _LARGEST)  # beyond the table; -1 is a common mark of what does not count
+        if not stored.size or stored.dtype.kind == "f" or self.unknown(stored[outside]):
+            found = self.unknown(stored)[:5]
+            raise DenseDataError(f"The mask holds {found}; expected class numbers from 0 to {_LARGEST}.")
+        table = np.full(_LARGEST + 1, IGNORE, dtype=np.uint8)
         table[list(self.values)] = np.arange(len(self.values))
-        return table[stored]
+        return np.where(outside, np.uint8(IGNORE), table[np.where(outside, 0, stored)])
+
+
+def _whole_numbers(stored: Array) -> Array:
+    """Class numbers that were stored as fractions (1.0) as integers; other values as they are."""
+    whole = stored.dtype.kind == "f" and np.isfinite(stored).all() and (stored == np.rint(stored)).all()
+    return stored.astype(np.int64) if whole else stored
 
 
 @dataclass(frozen=True)
@@ -465,7 +476,7 @@ def _mask_format(
         ignored = set(ignore_values if ignore_values is not None else (IGNORE,)) | ({0} if reduce_labels else set())
         found: set[int] = set()
         for index in range(len(source)):
-            found.update(np.unique(source.stored(index)).tolist())
+            found.update(np.unique(_whole_numbers(source.stored(index))).tolist())
             if len(found) > IGNORE + 1:
                 raise DenseDataError(
                     f"'{source.name}': the masks hold more than {IGNORE} values up to '{source.map_name(index)}'. "

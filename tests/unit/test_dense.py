@@ -143,6 +143,28 @@ def test_values_become_ids_in_order_and_ignored_ones_255():
     assert meaning.ids(stored).tolist() == slow
 
 
+@pytest.mark.parametrize("dtype", [np.int16, np.int64, np.float32, np.float64])
+def test_arrays_with_minus_one_or_fractions_that_are_whole(tmp_path, dtype):
+    values = mask(0, (0, 1)).astype(dtype)
+    values[0] = -1
+    for part in ("images", "masks"):
+        (tmp_path / part).mkdir()
+    photo(0).save(tmp_path / "images" / "a.png")
+    np.save(tmp_path / "masks" / "a.npy", values)
+    source = load_masks(tmp_path, ignore_values=[-1])
+    assert (source.class_names, source.format.values) == (("0", "1"), (0, 1))
+    check_targets(source)
+    np.testing.assert_array_equal(source.target(0), np.where(values < 0, 255, values))
+    with pytest.raises(DenseDataError, match=r"outside of the classes.* holds -1"):
+        check_targets(load_masks(tmp_path, class_names=["a", "b"]))
+    with pytest.raises(DenseDataError, match=r"The mask holds \[-1\]; expected class numbers"):
+        load_masks(tmp_path, class_names=["a", "b"]).target(0)
+    if np.dtype(dtype).kind == "f":
+        np.save(tmp_path / "masks" / "a.npy", values / 2)
+        with pytest.raises(ValueError, match=r"\[-0.5, 0.5\] are no class numbers"):
+            load_masks(tmp_path, ignore_values=[-1])
+
+
 def test_names_by_list_mapping_file_and_with_reduced_labels(tmp_path):
     path = parquet_of(tmp_path / "a.parquet", [mask(i, (0, 1, 2)) for i in range(2)])
     named = load_masks(path, class_names=["sky", "road", "void"], ignore_values=[2])
@@ -171,6 +193,7 @@ def test_255_is_a_class_when_it_has_a_name(tmp_path):
         (("a",), (0, 1), (255,), "1 names and values"),
         (("a", "b"), (1, 1), (255,), "all unlike"),
         (("a", "b"), (0, 1), (1,), r"\[1\] are classes and are to be ignored"),
+        (("a", "b"), (-1, 1), (255,), r"\[-1\] are no class numbers"),
     ],
 )
 def test_a_format_that_cannot_be_meant(names, values, ignored, message):
