@@ -3,6 +3,7 @@
 Shape letters: B images, C classes, S side of an image in pixels.
 """
 
+import csv
 import logging
 import math
 import warnings
@@ -111,7 +112,11 @@ def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) ->
         columns = "" if source.table is None else f" Columns: {', '.join(source.table.column_names)}."
         return f"{start}: no column 'label'.{columns} Name it with --label_column."
     loose = [name for name in source.ids if "/" not in name]
-    where = f"{len(loose)} images lie in no sub-folder, as '{loose[0]}'" if loose else "no class folders"
+    if loose:
+        where = f"{len(loose)} images lie in no sub-folder, as '{loose[0]}'"
+    else:
+        folder = source.ids[0].split("/")[0]
+        where = f"no class folders inside of '{folder}', which is taken for a part of the data and not for a class"
     return f"{start}: {where}; expected one sub-folder per class, with every image inside of one."
 
 
@@ -457,9 +462,10 @@ class ImageClassification:
         matrix = self._metrics.confusion
         if not self._last:
             return {}
-        rows = [",".join(["true\\said", *self.names])]
-        rows += [",".join([name, *map(str, row)]) for name, row in zip(self.names, matrix.tolist(), strict=True)]
-        (folder / "confusion_matrix.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+        with (folder / "confusion_matrix.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")  # names of classes may hold commas
+            table.writerow(["true\\said", *self.names])
+            table.writerows([name, *row] for name, row in zip(self.names, matrix.tolist(), strict=True))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
@@ -505,8 +511,8 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     axis.set_ylabel("true")
     if len(names) <= 40:
         short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
-        axis.set_xticks(range(len(names)), short, rotation=90, fontsize=7)
-        axis.set_yticks(range(len(names)), short, fontsize=7)
+        axis.set_xticks(range(len(names)), short, rotation=90, fontsize=7, parse_math=False)
+        axis.set_yticks(range(len(names)), short, fontsize=7, parse_math=False)
     if len(names) <= 12:
         for row, column in np.ndindex(*counts.shape):
             if counts[row, column]:
@@ -517,6 +523,8 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     lines = [f"{off[row, column]:3.0f}  {names[row]} -> {names[column]}" for row, column in worst if off[row, column]]
     beside.axis("off")
     beside.set_title("most often mixed up", fontsize=9, loc="left")
-    beside.text(0, 1, "\n".join(lines) or "nothing", va="top", fontsize=8, family="monospace", wrap=True)
+    # Names are no formulas, whatever dollars they hold; where matplotlib wraps, it does not look at `parse_math`.
+    text = "\n".join(lines).replace("$", r"\$") or "nothing"
+    beside.text(0, 1, text, va="top", fontsize=8, family="monospace", wrap=True)
     axis.set_title(f"{int(np.trace(counts))} of {int(counts.sum())} right", fontsize=10)
     return figure

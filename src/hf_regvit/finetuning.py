@@ -7,7 +7,8 @@ This module knows no task. It opens the model, chooses what is trained (everythi
 1. Write the class in a module of its own (`classification.ImageClassification` is the pattern): its constructor reads
    and checks the data before any model is loaded, `datasets(processor)` makes `TrainImages` and `EvaluationImages` of
    `finetuning_data` from two callables that turn an image into `pixel_values` and `labels`.
-2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, and its main metric to `finetuning_arguments.METRICS`.
+2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, its main metric to `finetuning_arguments.METRICS` and the
+   others to `OTHER_METRICS` there.
 3. New options are fields of `FinetuningArguments`; everything else (resuming, best model, several processes, LoRA,
    registers, cards, pushing) comes with this module.
 
@@ -37,8 +38,8 @@ from .callbacks import MetricsFile, TrainingProgress
 from .checkpoints import CheckpointedTrainer, verify_checkpoint
 from .configuration_regvit import RegViTConfig
 from .distillation import full_tensor
-from .finetuning_arguments import FinetuningArguments
-from .finetuning_data import Task, TrainSampler, fingerprint, stack
+from .finetuning_arguments import METRICS, OTHER_METRICS, FinetuningArguments
+from .finetuning_data import BAD_IMAGES, Task, TrainSampler, fingerprint, stack
 from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
 from .finetuning_model import choose_trained, inject_lora, merge_lora, open_for_task
 from .model_card import finetuning_facts, public_recipe
@@ -400,6 +401,9 @@ def finetune(
         TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
     """
     set_seed(args.seed)
+    output = Path(cast(str, args.output_dir))
+    if args.process_index == 0 and not args.resume_from_checkpoint:
+        (output / BAD_IMAGES).unlink(missing_ok=True)  # of an earlier run; its images may have been repaired
     if task is None:
         task = _make_task(args)
     opened = open_for_task(args, task, model)
@@ -410,7 +414,6 @@ def finetune(
     if args.process_index == 0:
         start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
         logger.info("Starting from %s. %s", start, " ".join(changes))
-    output = Path(cast(str, args.output_dir))
     trainer = FinetuningTrainer(
         network, args, task, processor=processor, callbacks=[*callbacks, MetricsFile(output / "metrics.jsonl")]
     )
@@ -439,6 +442,10 @@ def finetune(
 def _make_task(args: FinetuningArguments) -> Task:
     if args.task not in _TASKS:
         raise ValueError(f"task '{args.task}' is not here yet; expected one of {', '.join(_TASKS)}.")
+    known, metric = (METRICS[args.task][0], *OTHER_METRICS[args.task]), str(args.metric_for_best_model)
+    plain = metric.removeprefix("eval_")
+    if plain not in known and not plain.startswith("iou_"):  # Trainer would find out after an epoch
+        raise ValueError(f"metric_for_best_model is '{metric}'; task {args.task} has {', '.join(known)}.")
     module, name = _TASKS[args.task]
     return getattr(import_module(f".{module}", __package__), name)(args)
 
@@ -522,7 +529,7 @@ def _write_folder(
         pictures=pictures,
         **trainer.hub_names(),
     )
-    minutes, unusable = report["seconds"] / 60, output / "bad_images.jsonl"
+    minutes, unusable = report["seconds"] / 60, output / BAD_IMAGES
     logger.info("Done in %.1f minutes. Model, card, curves and numbers are in %s.", minutes, output)
     if unusable.is_file():
         count = len(unusable.read_text(encoding="utf-8").splitlines())

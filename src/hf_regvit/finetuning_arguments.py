@@ -17,6 +17,14 @@ METRICS = {
     "semantic-segmentation": ("mean_iou", True),
     "depth-estimation": ("abs_rel", False),
 }
+# What else it may be best at. `iou_` and the name of a class count too.
+OTHER_METRICS = {
+    "image-classification": ("mean_class_accuracy", "f1", "top5_accuracy", "accuracy_low", "accuracy_high", "loss"),
+    "semantic-segmentation": ("mean_accuracy", "overall_accuracy", "loss"),
+    "depth-estimation": ("rmse", "delta1", "delta2", "delta3", "loss"),
+}
+# Of any task; transformers takes everything that does not end in "loss" for better the higher it is.
+_LOWER_IS_BETTER = ("loss", "rmse", "abs_rel")
 
 # Rates that worked for ViT-Tiny to ViT-B on a few thousand images; a recipe names its own.
 _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
@@ -199,6 +207,8 @@ class FinetuningArguments(TrainingArguments):
             self.load_best_model_at_end = False  # without evaluations nothing is best
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = METRICS[self.task]
+        elif self.greater_is_better is None:
+            self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in _LOWER_IS_BETTER
         super().__post_init__()
         self._check_ranges()
         self.label_names = ["labels"]

@@ -26,6 +26,7 @@ from .images import ImageRecord, ImageSource, MissingSplitError, load_images, st
 
 logger = logging.getLogger(__name__)
 
+BAD_IMAGES = "bad_images.jsonl"  # in the folder of a run
 IGNORED = -100  # the label of an image that takes no part in the metrics, as in torch's cross entropy
 
 _SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds: they keep kinds of draws apart
@@ -148,7 +149,9 @@ def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | No
         train = load_images(args.data, split="train", **columns)
         if args.validation_dir is None:
             try:
-                return train, load_images(args.data, split="validation", **columns)
+                return train, load_images(
+                    args.data, split="validation", ignore_extra_classes=args.ignore_extra_classes, **columns
+                )
             except MissingSplitError:
                 return train, None
             except ValueError as error:  # `datasets` says so in words of its own for a data set of the Hub
@@ -335,8 +338,8 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 
 def bad_images(args: FinetuningArguments, source: ImageSource) -> BadImages:
-    """The guard of one part; both parts write into `bad_images.jsonl` of the run."""
-    record = Path(str(args.output_dir)) / "bad_images.jsonl"
+    """The guard of one part; both parts write into one file of the run."""
+    record = Path(str(args.output_dir)) / BAD_IMAGES
     return BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
 
 

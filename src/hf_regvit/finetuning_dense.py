@@ -661,7 +661,10 @@ def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) 
         beside[2].imshow(table[np.where(truth == IGNORE, IGNORE, predicted)], interpolation="nearest")
     present = sorted({int(value) for _, *maps in rows for one in maps for value in np.unique(one)} - {IGNORE})
     handles = [Patch(color=table[value] / 255, label=names[value]) for value in present[:32]]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(6, len(handles)), fontsize=8, frameon=False)
+    ncols = min(6, len(handles))
+    below = figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
+    for name in below.get_texts():
+        name.set_parse_math(False)  # names are no formulas, whatever dollars they hold
     return figure
 
 

@@ -109,6 +109,7 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     limits: ImageLimits | None = None,
+    ignore_extra_classes: bool = False,
 ) -> ImageSource:
     """Open a source of images, or several as one.
 
@@ -132,6 +133,8 @@ def load_images(
         image_column: Column of a parquet file or Hub data set; default: the only image column, or `image`.
         label_column: Integer or ClassLabel column; default `label` where it is one.
         limits: Which images to accept when they are read; default `ImageLimits()`.
+        ignore_extra_classes: Leave out, with a warning, the held-out images of a folder whose class has no training
+            images there, instead of refusing.
 
     Raises:
         FileNotFoundError: No such path (the nearest existing parent is named), or no such data set.
@@ -141,7 +144,12 @@ def load_images(
     if split not in (None, "train", "validation"):
         raise ValueError(f"split={split!r} is unknown. Use 'train', 'validation' or None (all images).")
     load = partial(
-        _load_one, split=split, image_column=image_column, label_column=label_column, limits=limits or ImageLimits()
+        _load_one,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        limits=limits or ImageLimits(),
+        ignore_extra_classes=ignore_extra_classes,
     )
     if isinstance(data, str | Path):
         return load(data)
@@ -196,6 +204,7 @@ def _load_one(
     image_column: str | None,
     label_column: str | None,
     limits: ImageLimits,
+    ignore_extra_classes: bool,
 ) -> ImageSource:
     if data == "photos":
         return _photo_tiles(split)
@@ -208,7 +217,7 @@ def _load_one(
         return _parquet(found, image_column=image_column, label_column=label_column, limits=limits)
     if found.kind == "tar":
         return _tar(found, limits=limits)
-    return _image_folder(found, split, limits=limits)
+    return _image_folder(found, split, limits=limits, ignore_extra_classes=ignore_extra_classes)
 
 
 @dataclass(frozen=True)
@@ -471,7 +480,9 @@ def _outermost(root: Path, files: Sequence[Path], limit: int = 8) -> str:
     )
 
 
-def _image_folder(found: _Files, split: Split | None, *, limits: ImageLimits) -> ImageSource:
+def _image_folder(
+    found: _Files, split: Split | None, *, limits: ImageLimits, ignore_extra_classes: bool
+) -> ImageSource:
     root, images = found.root, found.files
     if not images:
         others = found.everything
@@ -488,9 +499,17 @@ def _image_folder(found: _Files, split: Split | None, *, limits: ImageLimits) ->
     names, labels = None, None
     if "" not in known and "" not in classes:
         if extra := sorted(set(classes) - known):
-            raise ValueError(
-                f"'{root}' has classes only in its {split} part: {extra[:8]}. Move them, or add training images."
-            )
+            if not ignore_extra_classes or not known & set(classes):
+                raise ValueError(
+                    f"'{root}' has classes only in its {split} part: {extra[:8]}. Move them, or add training images; "
+                    "for fine-tuning --ignore_extra_classes leaves them out."
+                )
+            kept = [(file, name) for file, name in zip(selected, classes) if name in known]
+            logger.warning(
+                "'%s': %d %s images are of classes without training images and are left out: %s.",
+                root, len(selected) - len(kept), split, ", ".join(map(repr, extra[:8])),
+            )  # fmt: skip
+            selected, classes = [file for file, _ in kept], [name for _, name in kept]
         names = tuple(sorted(known))
         position = {name: i for i, name in enumerate(names)}
         labels = [position[name] for name in classes]

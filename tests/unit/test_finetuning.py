@@ -1,5 +1,6 @@
 """Fine-tuning: labels and what is wrong with them, loss and metrics against loops, and runs of a tenth of a second."""
 
+import csv
 import json
 import math
 from pathlib import Path
@@ -24,8 +25,10 @@ from hf_regvit.classification import (
     labelled_parts,
 )
 from hf_regvit.data import TooManyBadImagesError
+from hf_regvit.figures import save_figure
 from hf_regvit.finetuning import finetune, optimizer_groups
 from hf_regvit.finetuning_data import IGNORED, MixingCollator, TrainSampler, bad_images, draws
+from hf_regvit.finetuning_dense import mask_figure
 from hf_regvit.finetuning_model import choose_trained, merge_lora, open_for_task
 from hf_regvit.metrics import ClassScores, TopKAccuracy
 from hf_regvit.model_card import card_header, check_card
@@ -93,6 +96,21 @@ def test_f28_classes_of_validation_that_training_lacks_are_listed(tmp_path):
     assert (kept.labels, kept.label_names) == ([0, 0], ("cat", "dog"))
 
 
+def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path, caplog):
+    folder_of(tmp_path / "train", cat=3, dog=3)
+    folder_of(tmp_path / "validation", ant=1, dog=2)
+    args = arguments(tmp_path / "run", data=str(tmp_path))
+    with pytest.raises(ValueError, match=r"only in its validation part: \['ant'\].*--ignore_extra_classes"):
+        labelled_parts(args)
+    args.ignore_extra_classes = True
+    _, kept = labelled_parts(args)
+    assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
+    assert "1 validation images are of classes without training images and are left out: 'ant'" in caplog.text
+    (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
+    with pytest.raises(ValueError, match="only in its validation part"):
+        labelled_parts(args)
+
+
 def test_f28_class_numbers_follow_the_names_of_training(tmp_path):
     train, validation = folder_of(tmp_path / "a", ant=2, bee=2, cow=2), folder_of(tmp_path / "b", bee=1, cow=2)
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))
@@ -127,6 +145,12 @@ def test_images_outside_of_class_folders_are_named(tmp_path):
     root = folder_of(tmp_path / "data", cat=2, dog=2)
     picture(0, 0).save(root / "loose.png")
     with pytest.raises(LabelError, match=r"1 images lie in no sub-folder, as 'loose.png'"):
+        labelled_parts(arguments(tmp_path / "run", data=str(root)))
+
+
+def test_a_class_that_is_called_as_a_part_is_told_so(tmp_path):
+    root = folder_of(tmp_path / "vehicles", bus=2, train=2)
+    with pytest.raises(LabelError, match=r"no class folders inside of 'train', which is taken for a part"):
         labelled_parts(arguments(tmp_path / "run", data=str(root)))
 
 
@@ -371,6 +395,15 @@ def test_too_many_bad_images_stop_the_run(tmp_path):
     assert guard.max_bad_share == 0.0
     with pytest.raises(TooManyBadImagesError, match=r"max_bad_share=0 allows"):
         data[0, 0, 0]
+
+
+def test_bad_images_of_an_earlier_run_are_not_those_of_this_one(tmp_path, caplog):
+    run(tmp_path, train=source(24, broken=[3]), max_bad_share=0.5, num_train_epochs=1)
+    assert "1 images could not be used" in caplog.text
+    caplog.clear()
+    run(tmp_path, num_train_epochs=1)
+    assert "could not be used" not in caplog.text
+    assert not (tmp_path / "bad_images.jsonl").exists()
 
 
 # ---- What is trained ---------------------------------------------------------------------------------------------
@@ -648,6 +681,26 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
         Image.open(tmp_path / name).verify()
 
 
+def test_names_with_commas_and_dollars_in_tables_and_pictures(tmp_path):
+    names = ("tench, Tinca tinca", "$_US", "$^$")
+    task = ImageClassification(arguments(tmp_path), source(6, names=names), source(6, names=names))
+    task.start_metrics()
+    said = [1, 2, 0, 1, 1, 0]
+    task.update_metrics(F.one_hot(torch.tensor(said), 3).float(), torch.tensor([0, 1, 2, 0, 1, 2]))
+    task.compute_metrics()
+    task.write_panels(tmp_path, None, None)
+    with (tmp_path / "confusion_matrix.csv").open(encoding="utf-8", newline="") as file:
+        assert list(csv.reader(file)) == [
+            ["true\\said", *names],
+            ["tench, Tinca tinca", "0", "2", "0"],
+            ["$_US", "0", "1", "1"],
+            ["$^$", "2", "0", "0"],
+        ]
+    Image.open(tmp_path / "confusion_matrix.png").verify()
+    truth = np.array([[0, 1], [2, 2]])
+    save_figure(mask_figure([(Image.new("RGB", (2, 2)), truth, truth)], names), tmp_path / "masks.png")
+
+
 def test_from_scratch_and_nothing_to_start_from(tmp_path):
     args = arguments(tmp_path, eval_strategy="no", save_strategy="no", num_train_epochs=1)
     task = ImageClassification(args, source(24), source(9))
@@ -672,6 +725,28 @@ def test_from_scratch_and_nothing_to_start_from(tmp_path):
 def test_arguments_that_do_not_fit_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, **options)
+
+
+@pytest.mark.parametrize(
+    ("task", "metric", "greater"),
+    [
+        ("depth-estimation", None, False),
+        ("depth-estimation", "abs_rel", False),
+        ("depth-estimation", "eval_rmse", False),
+        ("depth-estimation", "delta1", True),
+        ("semantic-segmentation", "overall_accuracy", True),
+        ("image-classification", "loss", False),
+        ("image-classification", "f1", True),
+    ],
+)
+def test_errors_are_better_the_lower_they_are(tmp_path, task, metric, greater):
+    assert arguments(tmp_path, task=task, metric_for_best_model=metric).greater_is_better is greater
+
+
+def test_an_unknown_metric_for_the_best_model_is_refused_before_anything_is_read(tmp_path):
+    args = arguments(tmp_path / "run", data=str(tmp_path / "nothing"), metric_for_best_model="top1")
+    with pytest.raises(ValueError, match=r"metric_for_best_model is 'top1'; task image-classification has accuracy"):
+        finetune(args, model=backbone())
 
 
 def test_options_have_the_names_of_the_example_scripts(tmp_path):
