@@ -191,14 +191,17 @@ class RegViTEmbeddings(nn.Module):
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad) or self.training:
             return self.resample_positions(grid)
         if not self._cache_is_valid(table):
-            self._cached_positions.clear()
+            # A new dict, not an emptied one: copies that nn.DataParallel makes for other devices share the old one.
+            self._cached_positions = {}
             self._cached_table = table.detach().clone() if table.device.type == "cpu" else table.detach()
             self._cached_stamp = None if table.is_inference() else (table.data_ptr(), table._version)
-        if grid not in self._cached_positions:
-            if len(self._cached_positions) >= self.MAX_CACHED_GRIDS:
-                self._cached_positions.pop(next(iter(self._cached_positions)))
-            self._cached_positions[grid] = self.resample_positions(grid)
-        return self._cached_positions[grid]
+        cached = self._cached_positions
+        positions = cached.get(grid)
+        if positions is None:
+            if len(cached) >= self.MAX_CACHED_GRIDS:
+                cached.pop(next(iter(cached)), None)
+            positions = cached[grid] = self.resample_positions(grid)
+        return positions
 
     def _cache_is_valid(self, table: torch.Tensor) -> bool:
         cached = self._cached_table
@@ -389,6 +392,12 @@ class RegViTLayerScale(nn.Module):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.empty(config.hidden_size))
 
+    def forward(self, branch: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """The branch times its gain, added to `residual` if there is one: one pass over memory instead of two."""
+        if residual is None:
+            return branch * self.lambda1
+        return torch.addcmul(residual, branch, self.lambda1)
+
 
 class RegViTLayer(GradientCheckpointingLayer):
     """A pre-norm block: attention and MLP, each a branch added to the residual stream."""
@@ -492,7 +501,7 @@ class RegViTLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """The sum tokens + scale * branch, both (n, D), each token with the gain of its image."""
         if layer_scale is not None:
-            branch = branch * layer_scale.lambda1
+            branch = layer_scale(branch)
         if gains is not None:
             branch = branch * gains[image].to(branch.dtype).unsqueeze(1)
         return tokens + branch
@@ -508,9 +517,9 @@ class RegViTLayer(GradientCheckpointingLayer):
         if not self.training or self.drop_path_rate == 0:
             if layer_scale is None:
                 return hidden_states + branch
-            return torch.addcmul(hidden_states, branch, layer_scale.lambda1)  # one pass over memory instead of two
+            return layer_scale(branch, hidden_states)
         if layer_scale is not None:
-            branch = branch * layer_scale.lambda1
+            branch = layer_scale(branch)
         if rows is not None:
             scale = hidden_states.shape[0] / len(rows)  # the inverse of the share really drawn, see `_draw_gains`
             return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=scale)

@@ -726,6 +726,19 @@ def test_a_copy_has_a_cache_of_its_own():
     assert not [name for name in model.state_dict() if "cache" in name]
 
 
+@torch.no_grad()
+def test_copies_for_other_devices_share_no_cache():
+    """`nn.DataParallel` copies attributes as they are, and each copy then meets a table on another device."""
+    model, pixel_values = build(), images(1, 24, 32)
+    model(pixel_values)
+    kept = dict(model.embeddings._cached_positions)
+    replica = model.embeddings._replicate_for_data_parallel()
+    replica.position_embeddings = (-model.embeddings.position_embeddings).detach()
+    positions = replica.patch_positions((3, 4))
+    assert torch.equal(positions, -kept[3, 4])
+    assert torch.equal(model.embeddings._cached_positions[3, 4], kept[3, 4])
+
+
 def test_positions_filled_in_inference_mode_serve_a_later_backward():
     model, pixel_values = build(), images(1, 24, 32)
     model.embeddings.position_embeddings.requires_grad_(False)
@@ -892,6 +905,21 @@ def test_a_checkpoint_without_mask_token_serves_a_model_with_one_and_back(tmp_pa
     build(use_mask_token=True).save_pretrained(tmp_path / "with")
     model = RegViTModel.from_pretrained(tmp_path / "with", use_mask_token=False)
     assert model.embeddings.mask_token is None
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+@torch.no_grad()
+def test_weights_may_be_offloaded_to_the_disk(cls, tmp_path):
+    """Every module with parameters of its own is called: the hooks of accelerate bring them only then."""
+    model = build(cls, layerscale_value=0.1)
+    expected = model(images(2, 24, 32)).to_tuple()
+    model.save_pretrained(tmp_path / "model")
+    loaded = cls.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
+    for ours, theirs in zip(loaded.eval()(images(2, 24, 32)).to_tuple(), expected, strict=True):
+        assert torch.equal(
+            ours[0] if isinstance(ours, tuple) else ours, theirs[0] if isinstance(theirs, tuple) else theirs
+        )
 
 
 def test_a_state_dict_in_hand_may_be_partial():
