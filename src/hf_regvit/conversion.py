@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 from .configuration_regvit import RegViTConfig
@@ -37,6 +38,9 @@ NOT_IN_SHAPES = {
     "interpolate_offset": "0.0 for DINOv2 with registers and timm, 0.1 for DINOv2 without registers and DINO",
     "layer_norm_eps": "1e-6 for DINOv2, DINO and timm",
 }
+
+
+_WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
 class ConversionError(ValueError):
@@ -162,7 +166,8 @@ def _local(source: str | Path) -> Path:
     path = Path(source)
     if path.exists():
         return path
-    if path.suffix or path.is_absolute() or str(source).count("/") != 1:
+    # Names on the Hub hold dots too (`timm/vit_tiny_patch16_224.augreg_in21k`): only those of files tell a file.
+    if path.suffix in _WEIGHT_SUFFIXES or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is None:
         raise FileNotFoundError(
             f"'{source}' is neither a file nor a folder, nor a Hub id of the form 'owner/name'. Check the path."
         )
@@ -238,7 +243,12 @@ def _from_folder(folder: Path) -> _Source:
         raise ConversionError(f"'{config_file}' holds a {type(config).__name__}, not an object of fields.")
     if "model_type" not in config and "architecture" in config:
         return _from_module(_timm_module(folder, config))
-    if config.get("model_type") == "regvit":
+    if not isinstance(config.get("model_type"), str):
+        raise ConversionError(
+            f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Take the folder "
+            "that save_pretrained wrote, or pass the weights file itself together with the config overrides."
+        )
+    if config["model_type"] == "regvit":
         raise ConversionError(f"'{folder}' is a RegViT already. Load it with AutoModel.from_pretrained.")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
@@ -308,11 +318,6 @@ def _transformers_parts(
             "dinov2_with_registers). DINOv3's rotary positions, SigLIP's missing CLS and hierarchical models are not."
         )
     tensors = {re.sub(rf"^{model_type}\.", "", key): value for key, value in tensors.items()}
-    if "embeddings.distillation_token" in tensors:
-        raise ConversionError(
-            "The DeiT has a distillation_token, a second output token that RegViT does not have. Undistilled DeiT "
-            "checkpoints (model_type 'vit') convert."
-        )
     names = (
         "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
         "layer_norm_eps", "initializer_range", "image_size", "patch_size", "num_channels", "qkv_bias",
@@ -322,7 +327,10 @@ def _transformers_parts(
     from transformers import CONFIG_MAPPING
 
     # Fields that the file leaves out have their family's default, not ours.
-    full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    try:
+        full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
+    except StrictDataclassError as error:
+        raise ConversionError(f"The configuration is none of a '{model_type}': {error}") from error
     fields = {name: full[name] for name in names if full.get(name) is not None}
     with_registers = model_type == "dinov2_with_registers"
     fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
@@ -457,6 +465,11 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
             f"'{origin.name}' has no {' and no '.join(missing)} (RegViT names), so it is no ViT with CLS and learned "
             f"positions. Its first names are {sorted(origin.tensors)[:5]}."
         )
+    if distilled := sorted({"embeddings.distillation_token", "dist_token"} & tensors.keys()):
+        raise ConversionError(
+            f"'{origin.name}' is distilled: it has {distilled[0]}, a second output token that RegViT does not have. "
+            "Undistilled DeiT checkpoints (model_type 'vit') convert."
+        )
     fields = dict(origin.fields)
     projection = tensors["embeddings.patch_embeddings.projection.weight"]  # (D, C, rows, columns)
     if projection.ndim != 4:
@@ -473,9 +486,8 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
         fields = {"interpolate_antialias": True, "interpolate_offset": 0.0, "layer_norm_eps": 1e-6, **fields}
     if unknown := [name for name in NOT_IN_SHAPES if name not in fields]:
         raise ConversionError(
-            f"'{origin.name}' does not tell {', '.join(unknown)}. Pass them to convert(): "
-            + "; ".join(f"{name}: {NOT_IN_SHAPES[name]}" for name in unknown)
-            + "."
+            f"'{origin.name}' does not tell {', '.join(unknown)}. Pass them to convert(), or as options "
+            f"(--{unknown[0]} ...): " + "; ".join(f"{name}: {NOT_IN_SHAPES[name]}" for name in unknown) + "."
         )
     swiglu = "layers.0.mlp.gate_up_proj.weight" in tensors
     ffn = tensors.get("layers.0.mlp.down_proj.weight" if swiglu else "layers.0.mlp.fc2.weight")

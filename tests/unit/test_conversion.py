@@ -136,6 +136,15 @@ def test_timm_models_it_cannot_express_are_refused_by_name(kwargs, named) -> Non
         convert(source)
 
 
+def test_distilled_models_are_refused_by_name() -> None:
+    deit = pytest.importorskip("timm.models.deit")
+    source = deit.VisionTransformerDistilled(img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=4)
+    with pytest.raises(ConversionError, match=r"distilled: it has dist_token"):
+        convert(source)
+    with pytest.raises(ConversionError, match=r"distilled: it has dist_token"):
+        convert(official_state() | {"dist_token": torch.zeros(1, 1, 32)}, **RAW)
+
+
 def test_other_timm_blocks_are_refused_by_name() -> None:
     timm_vit = pytest.importorskip("timm.models.vision_transformer")
     source = timm_vit.VisionTransformer(
@@ -279,15 +288,27 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConversionError, match=r"config\.json"):
         convert(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 8}))
+    with pytest.raises(ConversionError, match=r"config\.json' names neither a model_type .* nor an architecture"):
+        convert(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "swin"}))
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises((ConversionError, CheckpointCorruptError)):
         convert(tmp_path)
     with pytest.raises(ConversionError, match="no tensors"):
         convert({"epoch": 3})
+    randomise(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
+    with pytest.raises(ConversionError, match=r"none of a 'vit': .*hidden_size"):
+        convert(tmp_path)
+    for path in ("./owner/name", "../name", "~/name", "owner/name/more", "owner/name.pth"):
+        with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
+            convert(path)
 
 
-def test_hub_id_is_downloaded_without_code_or_pickles(tmp_path, monkeypatch) -> None:
+@pytest.mark.parametrize("name", ["owner/name", "timm/vit_small_patch14_reg4_dinov2.lvd142m", "owner/vit.v1.2"])
+def test_hub_id_is_downloaded_without_code_or_pickles(name, tmp_path, monkeypatch) -> None:
     randomise(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
     asked = {}
 
@@ -296,8 +317,8 @@ def test_hub_id_is_downloaded_without_code_or_pickles(tmp_path, monkeypatch) -> 
         return str(tmp_path)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert isinstance(convert("owner/name"), RegViTModel)
-    assert asked == {"repo_id": "owner/name", "allow_patterns": ["*.json", "*.safetensors"]}
+    assert isinstance(convert(name), RegViTModel)
+    assert asked == {"repo_id": name, "allow_patterns": ["*.json", "*.safetensors"]}
 
 
 def test_regvit_folder_is_not_converted_again(tmp_path) -> None:
