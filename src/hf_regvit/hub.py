@@ -5,6 +5,7 @@ the result where hf_regvit cannot be imported and compares it with the original;
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ from .model_card import (
     write_card_file,
 )
 from .modeling_regvit import (
+    CheckpointCorruptError,
     RegViTBackbone,
     RegViTForDepthEstimation,
     RegViTForImageClassification,
@@ -59,6 +61,7 @@ MODEL_CLASSES: dict[str, Any] = {
 }  # fmt: skip
 STRANGER = Path(__file__).parent / "templates" / "stranger.py"
 TOLERANCE = 1e-5  # absolute, and relative to the value
+SHARD_SIZE = "5GB"
 
 # What a processor has to say itself, because the defaults of its class are another model's.
 _STATISTICS = (
@@ -110,7 +113,7 @@ def bundle(
     reports: Sequence[str | Path] = (),
     card: Mapping[str, Any] | None = None,
     example_pictures: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD_SIZE,
 ) -> Bundle:
     """Collects what may be published of a checkpoint into a new folder.
 
@@ -148,6 +151,9 @@ def bundle(
             _add_report(Path(report), staged, facts, example_pictures=example_pictures)
         _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
         write_manifest(staged)
+        options = _sums_of_options(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
+        manifest = {**(_json_of(staged / "manifest.json") or {}), "options": options}
+        (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         read_bundle(staged)
         staged.replace(output)
     finally:
@@ -166,7 +172,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
         raise BundleError(f"'{folder}' is no folder. Name a checkpoint, or the folder of a run.")
     for candidate in (folder, folder / "backbone"):
         if (candidate / "config.json").is_file():
-            kind = json.loads((candidate / "config.json").read_text(encoding="utf-8")).get("model_type")
+            kind = _config_of(candidate).get("model_type")
             if kind != "regvit":
                 raise BundleError(
                     f"'{candidate}' holds a model of type '{kind}', not a RegViT. Run `regvit convert --model "
@@ -176,13 +182,49 @@ def checkpoint_folder(folder: str | Path) -> Path:
     raise BundleError(f"'{folder}' holds neither a config.json nor a backbone/ with one. Name a finished checkpoint.")
 
 
+def _config_of(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, no JSON
+        raise BundleError(f"'{folder}/config.json' is not JSON text ({error}). Save the model again.") from error
+    if not isinstance(config, dict):
+        raise BundleError(f"'{folder}/config.json' holds a {type(config).__name__}, not an object of fields.")
+    return config
+
+
 def load_checkpoint(folder: Path) -> Any:
-    """The model of a folder, as the class that it was saved from."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    """The model of a folder, as the class that it was saved from.
+
+    Raises:
+        BundleError: A class that is none of ours.
+        CheckpointCorruptError: Weights that a manifest beside them knows otherwise (a checkpoint of a run, a bundle).
+    """
+    config = _config_of(folder)
     name = (config.get("architectures") or ["RegViTModel"])[0]
     if name not in MODEL_CLASSES:
         raise BundleError(f"'{folder}' was saved from {name}; expected one of {', '.join(MODEL_CLASSES)}.")
+    _compare_with_manifest(folder)
     return MODEL_CLASSES[name].from_pretrained(folder).eval()
+
+
+def _compare_with_manifest(folder: Path) -> None:
+    """A flipped bit in a tensor loads without complaint everywhere; where sums were kept, they tell."""
+    try:
+        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        sums = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # none, or a file of that name that is not ours
+    for name, expected in sums.items():
+        path = folder / name
+        if not path.is_file():
+            continue  # what is missing is told by loading
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != expected:
+            raise CheckpointCorruptError(
+                f"'{path}' has changed since '{folder}/manifest.json' was written: its sha256 differs. Take another "
+                "copy; if you changed the weights yourself, remove the manifest."
+            )
 
 
 def _save_model(model: Any, output: Path, *, max_shard_size: str) -> None:
@@ -255,11 +297,30 @@ def _write_report(output: Path, name: str, content: Any) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pictures: bool) -> None:
-    """One report of a diagnosis or an evaluation, copied without what is private, and as facts for the card."""
+def _report_file(path: Path) -> Path:
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
         raise BundleError(f"There is no report at '{path}'. Name what `regvit diagnose` or `regvit evaluate` wrote.")
+    return path
+
+
+def _sums_of_options(
+    card: Mapping[str, Any] | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
+) -> dict[str, str]:
+    """What a bundle was asked to be, as a short sum of each option that is no default, to compare wishes."""
+    wishes: dict[str, Any] = {
+        **(card or {}),
+        "reports": [_report_file(Path(report)).read_text(encoding="utf-8") for report in reports],
+        "example_pictures": example_pictures,
+        "max_shard_size": max_shard_size,
+    }
+    said = {name: value for name, value in wishes.items() if value and value not in (ANY_FOLDER, SHARD_SIZE)}
+    return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in sorted(said.items())}
+
+
+def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pictures: bool) -> None:
+    """One report of a diagnosis or an evaluation, copied without what is private, and as facts for the card."""
+    path = _report_file(path)
     content = json.loads(path.read_text(encoding="utf-8"))
     if "bimodal" in content:
         report = ArtifactReport.load(path)
@@ -661,6 +722,19 @@ class Publication:
         return {**lines, "sent": self.sent.url + ("" if self.sent.changed else " (the Hub had every file already)")}
 
 
+def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
+    """What is not said again, as in a second command that only adds `--push`, is no other wish."""
+    made_with = (_json_of(output / "manifest.json") or {}).get("options")
+    if made_with is None:  # it was made before options were kept
+        return
+    other = [name for name, value in wanted.items() if made_with.get(name) != value and name != "name"]
+    if other:  # a name follows the repository
+        raise BundleError(
+            f"'{output}' holds a bundle that was made with another {', '.join(other)}. Remove that folder, or name "
+            "another --output_dir, to bundle anew with these options."
+        )
+
+
 def publish(
     model_folder: str | Path,
     repo_id: str | None = None,
@@ -669,7 +743,7 @@ def publish(
     reports: Sequence[str | Path] = (),
     card: Mapping[str, Any] | None = None,
     example_pictures: bool = False,
-    max_shard_size: str = "5GB",
+    max_shard_size: str = SHARD_SIZE,
     push: bool = False,
     private: bool = True,
     revision: str | None = None,
@@ -698,25 +772,24 @@ def publish(
         retry: How long to go on after faults.
 
     Raises:
-        BundleError: As `bundle` and `verify`; or a push without `repo_id`.
+        BundleError: As `bundle` and `verify`; a push without `repo_id`; or `output_dir` holds a bundle that was made
+            with another licence, report or the like than is said now.
         upload.PushError: It was not sent; the bundle is there all the same.
     """
     if push and not repo_id:
         raise BundleError("push needs a repository. Add --repo_id owner/name.")
     output = Path(output_dir)
+    words = {"repo_id": repo_id or ANY_FOLDER, **({"name": repo_id.split("/")[-1]} if repo_id else {})}
+    asked: dict[str, Any] = {
+        "reports": reports, "card": {**words, **(card or {})}, "example_pictures": example_pictures,
+        "max_shard_size": max_shard_size,
+    }  # fmt: skip
     if (output / "manifest.json").is_file():
         made = read_bundle(output)
+        _check_same_options(output, _sums_of_options(**asked))
         logger.info("'%s' holds a bundle already; it is verified and used as it is.", output)
     else:
-        words = {"repo_id": repo_id or ANY_FOLDER, **({"name": repo_id.split("/")[-1]} if repo_id else {})}
-        made = bundle(
-            model_folder,
-            output,
-            reports=reports,
-            card={**words, **(card or {})},
-            example_pictures=example_pictures,
-            max_shard_size=max_shard_size,
-        )
+        made = bundle(model_folder, output, **asked)
     verification = verify(output, original=model_folder)
     sent = None
     if push and repo_id:

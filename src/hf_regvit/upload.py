@@ -81,9 +81,9 @@ _SECRETS = {
     "a value called password, secret or key": r"(?i)\b[a-z_]*(?:(?:api|access|account|private|secret)_?key|secret|"
     r"passwd|password|(?:access|api|auth|bearer|hub|refresh)_?token)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_\-+/]{12,}",
 }
-# Two parts at least, so that "/" between words and closing tags of HTML are none.
+# Two parts at least, so that "/" between words and closing tags of HTML are none. `/m/0jbk` is a class of Open Images.
 _PATHS = {
-    "an absolute path": r"(?<![\w./~<*+\-\])}%&;])/(?:[\w.@+\-]+/)+[\w.@+\-]*",
+    "an absolute path": r"(?<![\w./~<*+\-\])}%&;])/(?![mgt]/[0-9a-z_]+(?![\w./@+\-]))(?:[\w.@+\-]+/)+[\w.@+\-]*",
     "a path of Windows": r"\b[A-Za-z]:\\{1,2}\w+|(?<!\\)(?:\\\\[\w.-]+\\(?!\\)|\\{4}[\w.-]+\\{2})[\w$.-]+",
     "a path in a home directory": r"(?<!\w)~/\w+|file:/",
 }

@@ -136,7 +136,8 @@ def test_secrets_are_found_with_file_and_line(tmp_path, secret, name):
     "text",
     [f'"data": "{HOME}/x"', f"see {HOME}/", "~/" + "runs", "file:" + "//x/y", f'"data": "{HOME}"'.replace("/", "\\/"),
      f"--data={HOME}", f"data:{HOME}", f"({HOME})", f"[{HOME}, x]", f"`{HOME}`", f">{HOME}</td>",
-     "/" + "mnt/disk 1/My Pictures/x.png", "C:\\" + "Users\\me", '"D:\\' + '\\data\\\\x"', "C:/" + "Users/me/x",
+     "/" + "mnt/disk 1/My Pictures/x.png", "/" + "m/data/x", "/" + "m/Data",
+     "C:\\" + "Users\\me", '"D:\\' + '\\data\\\\x"', "C:/" + "Users/me/x",
      "\\\\" + "server\\share\\x", json.dumps("\\\\" + "server\\share\\x")],
 )  # fmt: skip
 def test_paths_of_this_machine_are_found(tmp_path, text):
@@ -157,7 +158,7 @@ def test_paths_of_this_machine_are_found(tmp_path, text):
      "wandb 0.21, file of sha256 " + HEX * 4, "report_to: wandb", "sk-learn-is-a-name-without-digits-in-it",
      "https://example.org:8080/a/b", "git@github.com:owner/name.git", "mail me@example.org: or write",
      "doi:10.1000/182", "18:25/19:38", "\\\\alpha\\\\beta", "10 km/h: 3 m/s", "password: null", "hub_token: null",
-     "https://huggingface.co/papers/2309.16588?x=1&signal=2"],
+     "https://huggingface.co/papers/2309.16588?x=1&signal=2", '"0": "/m/0jbk", "1": "/g/11b7_4k"'],
 )  # fmt: skip
 def test_ordinary_text_is_no_secret(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
@@ -220,6 +221,27 @@ def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
     with pytest.raises(PrivateContentError, match=r"(README.md|config.json), line \d+, holds an absolute path"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
+
+
+def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy, tmp_path):
+    bundle(copy, tmp_path / "bundle", card=CARD)
+    source = tmp_path / "bundle"
+    weights = bytearray((source / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (source / "model.safetensors").write_bytes(weights)
+    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors' has changed since .*remove the manifest"):
+        bundle(source, tmp_path / "again", card=CARD)
+    (source / "manifest.json").write_text('["of something else"]')
+    bundle(source, tmp_path / "again", card=CARD)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"), [("{", "not JSON text"), ("[]", "holds a list"), ("\ud83d", "not JSON")]
+)
+def test_f52_a_broken_configuration_is_named(copy, content, named):
+    (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogatepass")
+    with pytest.raises(BundleError, match=rf"config\.json' .*{named}|config\.json' is {named}"):
+        checkpoint_folder(copy)
 
 
 def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
@@ -468,6 +490,22 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     assert set(hub.files("someone/tiny")) == {".gitattributes", *done.bundle.names}
     assert hub.repos["someone/tiny"].private
     assert 'name = "someone/tiny"' in hub.files("someone/tiny")["README.md"].decode()
+
+
+def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_regvit.hub.verify", lambda *args, **options: None)
+    place = {"output_dir": tmp_path / "bundle"}
+    publish(checkpoint, card=CARD, **place)
+    publish(checkpoint, **place)  # nothing new is said
+    for said in ({"card": {"license": "apache-2.0"}}, {"card": {**CARD, "description": "New."}}):
+        with pytest.raises(BundleError, match=f"made with another {list(said['card'])[-1]}.*--output_dir"):
+            publish(checkpoint, **said, **place)
+    with pytest.raises(BundleError, match="another repo_id"):  # or its card tells people to load a folder
+        publish(checkpoint, "someone/tiny", card=CARD, **place)
+    with pytest.raises(BundleError, match="another max_shard_size"):
+        publish(checkpoint, card=CARD, max_shard_size="10KB", **place)
+    content = (tmp_path / "bundle" / "manifest.json").read_text()
+    assert "mit" not in json.loads(content)["options"].values()
 
 
 # --- In the background
