@@ -432,7 +432,15 @@ def serve(
     shown = {name: _name_of(name, names) for name in names}
     models = {shown[name]: load_model(name, device=device) for name in names}
     app = build_app(models, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
-    _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+    try:
+        _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise OSError(
+            f"Port {port} of this machine is taken, perhaps by another demo. Choose one with --port, or --port 0 for "
+            "the first free one."
+        ) from error
     logger.info("The demo is at %s (Ctrl-C ends it).", address)
     try:
         app.block_thread()
@@ -461,7 +469,8 @@ class _Page:
         # Gradio's copies of uploads and downloads are deleted after an hour.
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
-            self.picture = gr.State(self.examples[EXAMPLES[0]], time_to_live=3600)
+            # Nothing until the page is loaded: a forgotten picture must not turn into an example at the next click.
+            self.picture = gr.State(None, time_to_live=3600)
             self.place = gr.State((0.5, 0.5))
             gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")
             with gr.Row(elem_id="layout", equal_height=False):
@@ -500,13 +509,12 @@ class _Page:
                 [_NOBODY, *names], value=compare or _NOBODY, label="Compare with", elem_id="compare"
             )
             step = max(description.patch_size)
+            low, high = self._sides(names[0])
             self.side = gr.Slider(
-                4 * step, 48 * step, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
+                low, high, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
                 label="Resolution: shorter side, pixels",
             )  # fmt: skip
-            self.layer = gr.Slider(
-                1, description.num_layers, value=description.num_layers, step=1, label="Block", elem_id="layer"
-            )
+            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **_blocks(description.num_layers))
             self.head = gr.Dropdown(
                 _heads(description.num_heads), value=0, label="Head of the attention", elem_id="head-choice"
             )
@@ -528,7 +536,7 @@ class _Page:
             "fn": _told("This could not be shown", self._show), "inputs": asked, "outputs": self.results,
             "show_progress": "minimal", **common,
         }  # fmt: skip
-        self.app.load(**show)
+        self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.picture, **quick).success(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _told("This file cannot be used", self._open)
         opened = self.upload.upload(read, self.upload, self.picture, **quick)
@@ -549,7 +557,9 @@ class _Page:
             )
             done.success(None, js=_PRESS, api_visibility="private")
 
-    def _views(self, picture: Picture, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
+    def _views(self, picture: Picture | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
+        if picture is None:
+            raise ValueError("The picture is not kept any more (an hour at most). Choose or upload it again.")
         model, compare, side, layer, head = settings
         names = (model,) if compare in (_NOBODY, model) else (model, compare)
         question = Question(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
@@ -568,13 +578,18 @@ class _Page:
         import gradio as gr
 
         description = self.explorer.descriptions[model]
-        step = max(description.patch_size)
-        value = min(max(round(side / step), 4), 48) * step
+        step, (low, high) = max(description.patch_size), self._sides(model)
+        value = min(max(round(side / step) * step, low), high)
         return (
-            gr.update(minimum=4 * step, maximum=48 * step, step=step, value=value),
-            gr.update(maximum=description.num_layers, value=description.num_layers),
+            gr.update(minimum=low, maximum=high, step=step, value=value),
+            gr.update(**_blocks(description.num_layers)),
             gr.update(choices=_heads(description.num_heads), value=0),
         )
+
+    def _sides(self, model: str) -> tuple[int, int]:
+        """Range of the resolution: 4 to 48 patches, and where a model was made for fewer or more, those too."""
+        step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
+        return min(4 * step, usual), max(48 * step, usual)
 
     def _figures(self, picture: Picture, place: Any, *settings: Any) -> str:
         views, question = self._views(picture, place, *settings)
@@ -608,6 +623,11 @@ def _told(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(words, duration=20, print_exception=False) from error
 
     return told
+
+
+def _blocks(count: int) -> dict[str, Any]:
+    """The slider of the blocks, at the last one. A slider has to have a range, also over a single block."""
+    return {"minimum": 1, "maximum": max(count, 2), "value": count, "interactive": count > 1}
 
 
 def _heads(count: int) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import socket
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -325,6 +326,59 @@ def test_sliders_follow_the_model(app):
     assert (side["minimum"], side["step"], side["value"]) == (16, 4, 32)
     assert layer["maximum"] == layer["value"] == 3
     assert [value for _, value in head["choices"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides"),
+    [
+        ({}, (16, 192)),
+        ({"image_size": 8}, (8, 192)),
+        ({"image_size": 224}, (16, 224)),
+        ({"patch_size": 32}, (32, 1536)),
+    ],
+)
+def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
+    """The server refuses what lies beside the slider, so the page would show nothing at all."""
+    app = build_app({"a": (regvit(**changes), default_image_processor(32))}, reference=[noise()])
+    side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
+    assert (side.minimum, side.maximum) == sides
+    assert side.minimum <= side.value <= side.maximum
+    assert side.preprocess(side.value) == side.value
+    update, _, _ = handler(app, "_adapt")("a", 4000)
+    assert update["minimum"] <= update["value"] <= update["maximum"]
+
+
+def test_a_model_of_one_block_has_a_page():
+    models = {
+        "one": (regvit(num_hidden_layers=1), default_image_processor(32)),
+        "three": (regvit(), default_image_processor(32)),
+    }
+    app = build_app(models, reference=[noise()])
+    layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
+    assert (layer.value, layer.interactive) == (1, False)
+    _, layer, _ = handler(app, "_adapt")("three", 32)
+    assert (layer["maximum"], layer["value"], layer["interactive"]) == (3, 3, True)
+
+
+def test_a_forgotten_picture_is_said_to_be(app):
+    """Gradio puts back the value that a state had at first, so that must not be a picture."""
+    from gradio import Error, State
+
+    pictures = [block for block in app.blocks.values() if isinstance(block, State) and block.time_to_live == 3600]
+    assert [block.value for block in pictures] == [None]
+    with pytest.raises(Error, match="not kept any more"):
+        handler(app, "_show")(None, (0.5, 0.5), "a", "none", 32, 3, 0)
+
+
+def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
+    regvit().save_pretrained(tmp_path)
+    default_image_processor(32).save_pretrained(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert cli.main(["demo", "--model", str(tmp_path), "--port", str(port)]) == 1
+    assert f"error: Port {port} of this machine is taken" in capsys.readouterr().err
 
 
 def test_compare_must_be_one_of_the_models():
