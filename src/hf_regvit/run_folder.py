@@ -181,10 +181,14 @@ def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> lis
 def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
     """Puts teacher, heads and centers of a starting point into a network built on its student.
 
+    What Gram anchoring holds on to is the teacher, not the student that the network was built on.
+
     Raises:
         ValueError: heads of other sizes than the network's.
     """
     network.teacher_backbone.load_state_dict(start.teacher.state_dict())
+    if network.gram_teacher is not None:
+        network.refresh_gram_teacher()
     if start.training is None:
         return
     student = load_file(start.training / "student.safetensors")

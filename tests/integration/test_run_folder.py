@@ -170,6 +170,15 @@ def test_a_run_starts_from_another_one_bit_for_bit(tmp_path):
     assert before["dino_center.center"].any()
 
 
+def test_gram_anchoring_holds_on_to_the_teacher_that_a_run_starts_from(tmp_path):
+    start = starting_point(trained_run(tmp_path / "a"), num_register_tokens=4, image_size=16)
+    network = tiny_network(gram_loss_weight=2.0)
+    network.student_backbone.load_state_dict(start.student.state_dict())
+    restore_training(network, start)
+    assert same_state(network.gram_teacher.state_dict(), start.teacher.state_dict())
+    assert not same_state(start.student.state_dict(), start.teacher.state_dict())  # or this would say little
+
+
 def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=1)
     with pytest.raises(ValueError, match=r"weight_g' in .* has shape \(12, 1\), expected \(24, 1\).*'backbone'"):
