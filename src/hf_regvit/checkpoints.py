@@ -18,6 +18,8 @@ import os
 import shutil
 import signal
 import threading
+import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -273,26 +275,49 @@ class WorkerDeaths:
         try:
             self._inner(number, frame)
         except RuntimeError as error:
+            self._error = error
             if self._waiting:
                 raise
-            self._error = error
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside the block a dead worker raises at once; at its beginning one that died before."""
+        """Inside the block a dead worker raises at once; at its beginning one that died before.
+
+        Raises:
+            RuntimeError: names `DataLoader`, as torch's own, also where the worker died while it handed a tensor over.
+        """
         current = signal.getsignal(signal.SIGCHLD)
         in_main = threading.current_thread() is threading.main_thread()
         if in_main and callable(current) and current != self._handle:  # torch's, since it has started workers
             self._inner = current
             signal.signal(signal.SIGCHLD, self._handle)
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise error
-        self._waiting = True
         try:
+            self._waiting = True
+            if self._error is not None:
+                raise self._error
             yield
+        except RuntimeError:
+            self._error = None  # it has arrived
+            raise
+        except (OSError, EOFError) as error:
+            # The connection breaks before torch sees the worker dead. What a data set raises comes from elsewhere.
+            files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__))
+            if not any("multiprocessing" in file.parts for file in files):
+                raise
+            raise self._reported() or RuntimeError(
+                f"A DataLoader worker died handing over a batch: {error!r}."
+            ) from error
         finally:
             self._waiting = False
+
+    def _reported(self) -> RuntimeError | None:
+        """Torch's error for a worker that has just died. Left to come later, it would count as another death."""
+        self._waiting = False
+        end = time.monotonic() + 5
+        while self._inner is not None and self._error is None and time.monotonic() < end:
+            time.sleep(0.01)
+        error, self._error = self._error, None
+        return error
 
     def stop(self) -> None:
         """Gives the signal back to torch."""

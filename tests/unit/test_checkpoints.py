@@ -3,10 +3,12 @@
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from hf_regvit.checkpoints import (
     REQUEUE_EXIT_CODE,
     STAGING,
     TrainingInterrupted,
+    WorkerDeaths,
     list_checkpoints,
     newest_checkpoint,
     rotate_checkpoints,
@@ -394,6 +397,53 @@ def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_pa
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         trained(tmp_path / "run", dataset=Failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=2)
     assert "One of these images was being read" in "".join(failure.value.__notes__)
+
+
+@pytest.fixture
+def deaths():
+    """`WorkerDeaths` around a handler that tells of every death once, as torch's does."""
+    news = [RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")]
+
+    def torchs_handler(number, frame):
+        if news:
+            raise news.pop()
+
+    before = signal.signal(signal.SIGCHLD, torchs_handler)
+    deaths = WorkerDeaths()
+    yield deaths
+    deaths.stop()
+    signal.signal(signal.SIGCHLD, before)
+
+
+def broken_connection():
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    return ours
+
+
+def a_worker_dies(after=0.0):
+    threading.Timer(after, os.kill, (os.getpid(), signal.SIGCHLD)).start()
+
+
+def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
+    a_worker_dies(after=0.2)
+    with pytest.raises(RuntimeError, match="pid 1") as failure, deaths.waiting():
+        broken_connection().recv()
+    assert isinstance(failure.value.__cause__, EOFError)
+    with deaths.waiting():  # the connection and the signal told of one death
+        pass
+    with pytest.raises(FileNotFoundError), deaths.waiting():  # of a picture: the data set's own error
+        Path("no such picture").stat()
+
+
+def test_f64_a_death_during_a_step_is_told_when_the_next_batch_is_waited_for(deaths):
+    with deaths.waiting():
+        pass
+    os.kill(os.getpid(), signal.SIGCHLD)
+    with pytest.raises(RuntimeError, match="pid 1"), deaths.waiting():
+        raise AssertionError("a dead worker gives no batch")
+    with deaths.waiting():
+        pass
 
 
 def test_manifest_covers_folders_inside(tmp_path):
