@@ -5,7 +5,8 @@ from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -534,16 +535,32 @@ class RecipeParser(HfArgumentParser):
                 nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
                 raise RecipeError(f"Unknown key '{key}' in {path}:{line}. Did you mean '{nearest}'?")
             try:
-                default = self._typed(known[key][0], value)
+                default = self._typed(known[key][0], value, self._kinds(key))
             except (TypeError, ValueError, ArgumentTypeError) as error:
                 raise RecipeError(f"{key}: {value!r} in {path}:{line} cannot be used: {error}") from error
             for action in known[key]:
                 action.default, action.required = default, False
 
+    def _kinds(self, key: str) -> set[Any]:
+        """What an option may hold by its annotation: `int | None` gives int and NoneType, `list[str]` list."""
+        hint = next(hints[key] for one in self.dataclass_types if key in (hints := get_type_hints(one)))
+        kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        return {get_origin(kind) or kind for kind in kinds}
+
     @staticmethod
-    def _typed(action: Any, value: Any) -> Any:
-        if value is None or isinstance(value, dict):
+    def _typed(action: Any, value: Any, kinds: set[Any]) -> Any:
+        if value is None:
+            if type(None) not in kinds:
+                raise ValueError("there is no value; leave the line out for the default")
+            return None
+        if isinstance(value, dict | list) and not kinds & {type(value), Any}:
+            raise ValueError("expected a single value" + (" or a list" if list in kinds else ""))
+        if isinstance(value, dict):
             return value
+        if value is False and "no" in (action.choices or ()):
+            value = "no"  # YAML reads `save_strategy: no` as false
+        if list in kinds and action.nargs in ("+", "*") and not isinstance(value, list):
+            value = [value]
         convert = action.type or str
         if isinstance(value, bool) and action.type is None:
             return value

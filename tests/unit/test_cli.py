@@ -8,6 +8,7 @@ from transformers import ViTConfig, ViTModel
 
 from hf_regvit import RegViTModel, cli
 from hf_regvit.arguments import ConvertArguments, RecipeError, RecipeParser
+from hf_regvit.pretraining_arguments import PretrainingArguments
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -109,6 +110,9 @@ def test_recipe_values_are_defaults_and_flags_win(tmp_path) -> None:
         ("layer_norm_eps: small\n", r"layer_norm_eps: 'small' in .*r\.yaml:1"),
         ("- a\n- b\n", "holds a list"),
         ("a: [\n", "is not YAML"),
+        ("verify:\n", r"verify: None in .*r\.yaml:1 cannot be used: there is no value"),
+        ("num_attention_heads: [3, 6]\n", r"num_attention_heads: \[3, 6\] in .* expected a single value"),
+        ("output_dir:\n  name: a\n", r"output_dir: \{'name': 'a'\} in .* expected a single value"),
     ],
 )
 def test_bad_recipes_name_file_and_line(tmp_path, text, message) -> None:
@@ -117,6 +121,20 @@ def test_bad_recipes_name_file_and_line(tmp_path, text, message) -> None:
         RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match="does not exist"):
         RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "none.yaml")])
+
+
+def test_recipe_values_that_yaml_reads_as_something_else(tmp_path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(
+        "save_strategy: no\nsave_total_limit:\ndata: photos\nreport_to: [none]\nglobal_crop_scale: 0.4\n"
+    )
+    parser = RecipeParser(PretrainingArguments)
+    parser._use_recipe(recipe)
+    read = {name: parser.get_default(name) for name in ("save_strategy", "save_total_limit", "data", "report_to")}
+    assert read == {"save_strategy": "no", "save_total_limit": None, "data": ["photos"], "report_to": ["none"]}
+    # One number where two are expected is the option's own complaint, not a TypeError.
+    with pytest.raises(ValueError, match=r"global_crop_scale is \[0\.4\]; expected two shares"):
+        RecipeParser(PretrainingArguments).parse(["--config", str(recipe), "--output_dir", str(tmp_path)])
 
 
 def test_help_begins_with_what_is_the_commands_own(capsys):
