@@ -535,6 +535,24 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
             bad_images=self.bad_images,
         )
 
+    def first_images(self, wanted: int, *, shards: int = 8) -> list[Image.Image]:
+        """Pictures to look at during a run: the first good ones of shards that are spread evenly, always the same.
+
+        Args:
+            wanted: Pictures at most; fewer where many of the first records cannot be used.
+            shards: Shards to open at most.
+        """
+        reader = StreamSampler(self.streams, seed=self.seed)
+        joined = reader.streams[0]
+        opened = min(shards, joined.num_shards, wanted)
+        found: list[Image.Image] = []
+        for number in range(opened):
+            share = -(-(wanted - len(found)) // (opened - number))
+            rows = islice(reader._rows(joined, number * joined.num_shards // opened), 4 * share)
+            images = (self._image(record) for record in rows)
+            found += islice((image for image in images if isinstance(image, Image.Image)), share)
+        return found
+
     def __getitem__(self, key: tuple[int, StreamRecord]) -> dict[str, Any]:
         if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):
             raise TypeError(f"MultiCropStream[{key!r}]: a stream has no images by number. Use its sampler().")
@@ -560,18 +578,23 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         return items
 
     def _open(self, epoch: int, record: StreamRecord) -> Image.Image | None:
-        try:
-            if record.data is None:
-                raise BadImageError(record.id, "the cell is empty", "empty")
-            image = open_image(record.data, name=record.id, limits=self.limits)
-        except BadImageError as error:
+        image = self._image(record)
+        if isinstance(image, BadImageError):
             if self.bad_images is None:
-                raise
-            self.bad_images.bad(error, epoch=epoch)
+                raise image
+            self.bad_images.bad(image, epoch=epoch)
             return None
         if self.bad_images is not None and epoch == 0:
             self.bad_images.good()
         return image
+
+    def _image(self, record: StreamRecord) -> Image.Image | BadImageError:
+        if record.data is None:
+            return BadImageError(record.id, "the cell is empty", "empty")
+        try:
+            return open_image(record.data, name=record.id, limits=self.limits)
+        except BadImageError as error:
+            return error
 
 
 def block_mask(

@@ -174,13 +174,13 @@ def observers(
 ) -> list[Observer]:
     """What a run observes by its arguments: monitor, panels, k-NN accuracy.
 
-    Monitor and panels read 64 and 8 images spread evenly over the training data; k-NN the labelled validation part or
+    Monitor and panels read 64 and 8 images spread over the training data; k-NN the labelled validation part or
     a quarter of the labelled training part. Images are resized and cropped once; unreadable ones are left out.
 
     Args:
         args: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and `data` of the run.
-        dataset: of training crops. Without a `source` of whole images, crops of the first epoch stand for them; a
-            stream, which has neither, is not monitored.
+        dataset: of training crops. Without a `source` of whole images, crops of the first epoch stand for them; of
+            streams the first images of some shards are read, and there is no k-NN.
         image_processor: what the backbone is saved with; k-NN uses it.
         folder: of the run.
         image_size: side of the monitor's images in pixels.
@@ -189,7 +189,7 @@ def observers(
     found: list[Observer] = []
     pictures = _training_pictures(dataset, 64)
     if len(pictures) < 2:
-        logger.info("The training data cannot be looked at out of order: no monitor and no panels.")
+        logger.info("Monitor and panels need two training images to look at: there are none in this run.")
     else:
         if args.monitor_steps:
             _, pixels = _prepared(pictures, default_image_processor(image_size))
@@ -216,7 +216,7 @@ def _training_pictures(dataset: Any, wanted: int) -> list[Image.Image]:
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         crops = [dataset[(0, index)]["global_crops"][0] for index in _spread(len(dataset), wanted)]
         return [_picture(crop) for crop in crops]
-    return []
+    return dataset.first_images(wanted) if hasattr(dataset, "first_images") else []
 
 
 def _readable(source: Any, indices: Sequence[int]) -> list[ImageRecord]:
@@ -271,6 +271,11 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
         _readable(source, _spread(len(source), wanted))
         for source, wanted in ((train, args.knn_max_images * 3 // 4), (heldout, args.knn_max_images // 4))
     ]
+    if not all(parts):
+        logger.info(
+            "Too few labelled images can be used (--knn_max_images %d): no k-NN accuracy.", args.knn_max_images
+        )
+        return None
     # Once resized and cropped they take little memory, and no evaluation decodes them again.
     images = [_prepared([record.image for record in part], image_processor)[0] for part in parts]
     labels = [[cast(int, record.label) for record in part] for part in parts]

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from io import BytesIO
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
 
-from hf_regvit import monitors
+from hf_regvit import images, monitors
 from hf_regvit.artifacts import artifact_snapshot
+from hf_regvit.augmentation import MultiCrop
 from hf_regvit.callbacks import MetricsFile, Observer, OnlineKNN, ridge_accuracy
+from hf_regvit.data import MultiCropStream
 from hf_regvit.images import default_image_processor, load_images
 from hf_regvit.monitors import Monitor, Panels, feature_statistics, network_statistics, observers
 from tiny_run import Crops, arguments, same_state, tiny_batch, tiny_network, trained
@@ -332,6 +335,7 @@ def test_limits_and_switches(tmp_path):
     assert (len(knn.train_images), len(knn.heldout_images)) == (12, 4)
     assert sorted(set(knn.train_labels.tolist())) == [0, 1]  # evenly spread, so both classes are there
     assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_steps=0) == []
+    assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=3) == []  # nobody to judge
 
 
 def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_images(tmp_path, caplog):
@@ -353,7 +357,7 @@ def test_without_labels_or_with_single_images_there_is_no_knn(tmp_path):
     assert [type(item) for item in found(tmp_path, data)] == [Monitor, Panels]
 
 
-def test_crops_stand_in_for_images_and_a_stream_is_left_alone(tmp_path):
+def test_crops_stand_in_for_images_and_what_has_neither_is_left_alone(tmp_path):
     class Stream(IterableDataset):
         def __iter__(self):
             yield Crops()[(0, 0)]
@@ -364,3 +368,31 @@ def test_crops_stand_in_for_images_and_a_stream_is_left_alone(tmp_path):
     assert monitor.pixel_values.shape == (10, 3, 16, 16)
     assert len(panels.images) == 8
     assert observers(args, Stream(), **options) == []
+
+
+def test_f56_a_stream_is_monitored_on_the_first_images_of_its_shards(tmp_path):
+    stream = images.ImageStream("s", 20, shard_of_squares)
+    dataset = MultiCropStream([stream], MultiCrop(global_size=16, local_size=8, patch_size=4), seed=0)
+    args = arguments(tmp_path, monitor_steps=5, panel_steps=5)
+    options = {"image_processor": default_image_processor(16), "folder": tmp_path, "image_size": 16, "panel_size": 16}
+    monitor, panels = observers(args, dataset, **options)
+    assert monitor.pixel_values.shape == (64, 3, 16, 16)
+    assert len(panels.images) == 8
+    # Eight of the twenty shards, eight images of each; the empty cell, the broken one and the broken shard are no
+    # reason to stop.
+    shown = {picture.getpixel((0, 0))[:2] for picture in dataset.first_images(64)}
+    assert {shard for shard, _ in shown} == {0, 2, 5, 7, 10, 12, 15, 17}
+    assert {row for shard, row in shown if shard == 0} == {0, *range(3, 10)}
+    assert {row for shard, row in shown if shard == 7} == {0}
+    again = [picture.tobytes() for picture in dataset.first_images(64)]
+    assert again == [picture.tobytes() for picture in dataset.first_images(64)]
+
+
+def shard_of_squares(shard):
+    for row in range(30):
+        if shard == 7 and row == 1:
+            raise EOFError("truncated")
+        buffer = BytesIO()
+        Image.new("RGB", (20, 20), (shard, row, 0)).save(buffer, "PNG")
+        data = {1: None, 2: b"broken"}.get(row, buffer.getvalue())
+        yield images.StreamRecord(f"{shard}/{row}", data)
