@@ -244,8 +244,24 @@ class PretrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
                 raise ValueError(f"{name} is {value}; expected two shares between 0 and 1, the smaller one first.")
+        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
+            raise ValueError(f"blur_sigma is {self.blur_sigma}; expected two numbers above 0, the smaller one first.")
+        for name in ("teacher_momentum", "teacher_momentum_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1, usually 0.99 and more.")
+        for name in ("student_temperature", "warmup_teacher_temperature", "teacher_temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; a temperature must be above 0.")
+        for name in ("monitor_steps", "knn_steps", "panel_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected steps, a share of the run, or 0: never.")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"schedule is {self.schedule!r}; expected 'cosine' or 'constant'.")
+        if (scheduler := getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant":
+            raise ValueError(
+                f"lr_scheduler_type is {scheduler}, which pretraining would not use: its schedules are its own. "
+                "Choose one with --schedule (cosine or constant)."
+            )
         if self.high_resolution_steps and self.streaming:
             raise ValueError(
                 "high_resolution_steps needs data with a length, and streaming has none. Start a second run on larger "

@@ -554,6 +554,11 @@ def test_arguments_are_checked(tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"optim": "sgd"}, "optim is"),
         ({"per_device_train_batch_size": 1}, "koleo_loss_weight=0"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type is linear, .* --schedule"),
+        ({"blur_sigma": [0.1]}, r"blur_sigma is \[0.1\]"),
+        ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5"),
+        ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
+        ({"monitor_steps": -1}, "monitor_steps is -1"),
     ):
         with pytest.raises(ValueError, match=message):
             arguments(tmp_path, **overrides)
