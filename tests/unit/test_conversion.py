@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from hf_regvit import CheckpointCorruptError, RegViTForImageClassification, RegViTModel
-from hf_regvit.conversion import ConversionError, convert
+from hf_regvit.conversion import ConversionError, convert, convert_to_folder
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -125,6 +125,7 @@ def test_timm_modules(kwargs) -> None:
         ({"qk_norm": True}, "qk_norm"),
         ({"pre_norm": True}, "pre_norm"),
         ({"global_pool": "map"}, "'map'"),
+        ({"global_pool": ""}, "a classifier on every token"),
         ({"fc_norm": True}, "fc_norm"),
         ({"pos_embed": "none"}, "no position table"),
     ],
@@ -232,6 +233,35 @@ def test_linear_classifier_of_the_official_hub_models() -> None:
         convert(state, **RAW)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_verification_of_half_precision_is_as_sharp_as_any(dtype, tmp_path) -> None:
+    source = randomise(ViTForImageClassification(ViTConfig(**SMALL, num_labels=3))).to(dtype)
+    model = convert(source)
+    assert model.dtype == source.dtype == dtype
+    assert not source.training
+    source.save_pretrained(tmp_path)
+    assert convert(tmp_path).dtype == dtype
+    source.vit.layernorm.register_forward_hook(lambda module, args, output: output * 1.01)
+    with pytest.raises(ConversionError, match="differ"):
+        convert(source)
+
+
+@pytest.mark.parametrize("cls", [ViTForImageClassification, Dinov2ForImageClassification])
+def test_a_classifier_without_labels_is_a_backbone(cls, tmp_path) -> None:
+    source = randomise(cls(cls.config_class(**SMALL, num_labels=0)))
+    assert type(convert(source)) is RegViTModel
+    source.save_pretrained(tmp_path)
+    assert type(convert(tmp_path)) is RegViTModel
+
+
+def test_sizes_that_cannot_be_meant() -> None:
+    with pytest.raises(ConversionError, match=r"image_size=\[32, 32, 32\] must be one number or a"):
+        convert(official_state(), **RAW, image_size=[32, 32, 32])
+    with pytest.raises(ConversionError, match=r"patch_size=16 does not fit .* which say 8"):
+        convert(official_state(), **RAW, patch_size=16)
+    assert convert(official_state(), **RAW, patch_size=[8, 8]).config.patch_size == 8
+
+
 def test_files(tmp_path) -> None:
     from safetensors.torch import save_file
 
@@ -302,6 +332,19 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
     with pytest.raises(ConversionError, match=r"none of a 'vit': .*hidden_size"):
         convert(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{", "{}", '{"weight_map": 3}'):
+        index.write_text(text)
+        with pytest.raises(ConversionError, match=r"index\.json' is no index of shards"):
+            convert(tmp_path)
+    index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match=r"index\.json' names model-00001-of-00002\.safetensors, not there"):
+        convert(tmp_path)
+    (tmp_path / "page.pth").write_text("hello, this is the page of a failed download")
+    with pytest.raises(CheckpointCorruptError, match=r"page\.pth' is not a plain file of tensors"):
+        convert(tmp_path / "page.pth")
+    with pytest.raises(NotADirectoryError, match=r"page\.pth' is a file"):
+        convert_to_folder(tmp_path, tmp_path / "page.pth")
     for path in ("./owner/name", "../name", "~/name", "owner/name/more", "owner/name.pth"):
         with pytest.raises(FileNotFoundError, match="neither a file nor a folder"):
             convert(path)
@@ -319,6 +362,17 @@ def test_hub_id_is_downloaded_without_code_or_pickles(name, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert isinstance(convert(name), RegViTModel)
     assert asked == {"repo_id": name, "allow_patterns": ["*.json", "*.safetensors"]}
+
+
+def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def refuse(repo_id, *, allow_patterns):
+        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore words.")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(FileNotFoundError, match=r"'runs/nope' is neither a folder here .*: Cannot find[^\n]*$"):
+        convert("runs/nope")
 
 
 def test_regvit_folder_is_not_converted_again(tmp_path) -> None:
