@@ -137,6 +137,8 @@ def bundle(
     """
     checkpoint = checkpoint_folder(model_folder)
     output = Path(output_dir)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"'{output}' is a file. A bundle gets a new folder.")
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is not empty. A bundle gets a new folder.")
     model = load_checkpoint(checkpoint)
@@ -183,10 +185,7 @@ def checkpoint_folder(folder: str | Path) -> Path:
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8, no JSON
-        raise BundleError(f"'{folder}/config.json' is not JSON text ({error}). Save the model again.") from error
+    config = _json_of(folder / "config.json")
     if not isinstance(config, dict):
         raise BundleError(f"'{folder}/config.json' holds a {type(config).__name__}, not an object of fields.")
     return config
@@ -254,14 +253,20 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
         return _retrofit_facts(checkpoint, output)
     import yaml
 
-    recipe = public_recipe(yaml.safe_load((run / "resolved_recipe.yaml").read_text(encoding="utf-8")))
+    recipe = public_recipe(_recipe_of(run / "resolved_recipe.yaml"))
     (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
     environment = _json_of(run / "environment.json") or {}
     if environment:
         _write_report(output, "environment.json", environment)
     fine_tuned = _json_of(run / "metrics.json")
     report = fine_tuned or _json_of(run / "report.json")
-    facts = (finetuning_facts if fine_tuned else pretraining_facts)(recipe, report, environment)
+    try:
+        facts = (finetuning_facts if fine_tuned else pretraining_facts)(recipe, report, environment)
+    except KeyError as error:
+        raise BundleError(
+            f"Recipe, report and environment in '{run}' are not those of a whole run: {error} is missing. Publish a "
+            "folder of the checkpoint alone, and say what is known with --data, --origin and --description."
+        ) from error
     if report:
         _write_report(output, "training.json", report)
     if (run / "metrics.jsonl").is_file():
@@ -283,12 +288,35 @@ def _retrofit_facts(checkpoint: Path, output: Path) -> dict[str, Any]:
     if content is None:
         return {}
     _write_report(output, "retrofit.json", content)
-    report = RetrofitReport(**content)
+    try:
+        report = RetrofitReport(**content)
+    except TypeError as error:
+        raise BundleError(
+            f"'{checkpoint}/retrofit_report.json' is not what `regvit retrofit` writes: {error}."
+        ) from error
     return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
 
 
-def _json_of(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def _json_of(path: Path) -> Any:
+    """The content of a JSON file; None where there is none."""
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"'{path}' is not JSON text ({error}).") from error
+
+
+def _recipe_of(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BundleError(f"'{path}' is not YAML text: {error}") from error
+    if not isinstance(recipe, dict):
+        raise BundleError(f"'{path}' holds a {type(recipe).__name__}, expected one 'option: value' a line.")
+    return recipe
 
 
 def _write_report(output: Path, name: str, content: Any) -> None:
@@ -321,9 +349,14 @@ def _sums_of_options(
 def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pictures: bool) -> None:
     """One report of a diagnosis or an evaluation, copied without what is private, and as facts for the card."""
     path = _report_file(path)
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = _json_of(path)
+    if not isinstance(content, dict):
+        raise BundleError(f"'{path}' holds a {type(content).__name__}, not a report.")
     if "bimodal" in content:
-        report = ArtifactReport.load(path)
+        try:
+            report = ArtifactReport.load(path)
+        except (TypeError, ValueError, KeyError) as error:
+            raise BundleError(f"'{path}' is not what this version of `regvit diagnose` writes: {error}.") from error
         facts["artifacts"] = _add_diagnosis(report, output, example_pictures=example_pictures)
         versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}  # said before
         facts.setdefault("environment", ", ".join(f"{name} {number}" for name, number in versions.items()))
@@ -335,7 +368,7 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pict
     else:
         raise BundleError(
             f"'{path}' is neither the report of one model's diagnosis (`regvit diagnose`) nor of an evaluation "
-            f"(`regvit evaluate`): it has {', '.join(sorted(content)[:6])}."
+            f"(`regvit evaluate`): it has {', '.join(sorted(content)[:6]) or 'no fields'}."
         )
 
 

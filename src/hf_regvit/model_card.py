@@ -643,7 +643,12 @@ def check_card(
     wrong = []
     header = card_header(text)
     wrong += [f"the header has no '{name}'" for name in (*required, "library_name", "tags") if not header.get(name)]
-    if header.get("license") == "other" and not (header.get("license_name") and header.get("license_link")):
+    if (licence := header.get("license")) and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(licence)):
+        wrong.append(
+            f"license '{licence}' is no identifier of the Hub: those are in lower case, such as apache-2.0; for any "
+            "other licence say 'other' with license_name and license_link"
+        )
+    if licence == "other" and not (header.get("license_name") and header.get("license_link")):
         wrong.append("license is 'other', so the header needs license_name and license_link")
     body = re.sub(r"^---\r?\n.*?\r?\n---\r?\n", "", text, count=1, flags=re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)

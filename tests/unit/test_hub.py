@@ -244,6 +244,46 @@ def test_f52_a_broken_configuration_is_named(copy, content, named):
         checkpoint_folder(copy)
 
 
+BROKEN = {
+    "retrofit_report.json": ("{}", r"retrofit_report\.json' is not what"),
+    "resolved_recipe.yaml": ("a: [b", r"resolved_recipe\.yaml' is not YAML text"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
+    content, words = BROKEN[name]
+    (copy / name).write_text(content)
+    with pytest.raises(BundleError, match=words):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_recipe_of_something_else_is_named(copy, tmp_path):
+    (copy / "resolved_recipe.yaml").write_text("- a list")
+    with pytest.raises(BundleError, match="holds a list"):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+    (copy / "resolved_recipe.yaml").write_text("data: x")
+    with pytest.raises(BundleError, match=r"not those of a whole run: 'num_local_crops' is missing"):
+        bundle(copy, tmp_path / "bundle", card=CARD)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [("{", "is not JSON text"), ("[]", "holds a list"), ("{}", "it has no fields"), ('{"bimodal": true}', "not what")],
+)
+def test_reports_that_are_none_are_named(checkpoint, tmp_path, content, words):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(BundleError, match=rf"report\.json' .*{words}"):
+        bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
+
+
+def test_a_file_in_place_of_the_bundle_is_told_at_once(checkpoint, tmp_path):
+    (tmp_path / "bundle").write_text("x")
+    with pytest.raises(NotADirectoryError, match="is a file"):
+        bundle(checkpoint, tmp_path / "bundle", card=CARD)
+
+
 def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
     with pytest.raises(CardError, match="the header has no 'license'"):
         bundle(checkpoint, tmp_path / "bundle")

@@ -119,6 +119,8 @@ def test_a_place_that_was_not_filled_in_is_named(hole):
     [
         (("license: mit\n", ""), "no 'license'"),
         (("license: mit", "license: other"), "license_name and license_link"),
+        (("license: mit", "license: Apache-2.0"), "'Apache-2.0' is no identifier of the Hub: .* apache-2.0"),
+        (("license: mit", "license: my own"), "'my own' is no identifier"),
         (("pipeline_tag: image-feature-extraction\n", ""), "no 'pipeline_tag'"),
         (("```python", "```text"), "no Python snippet"),
     ],
