@@ -142,6 +142,19 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
+def _check_is_checkpoint(folder: Path) -> None:
+    """Tells apart what is not there, and a whole run, from a checkpoint that is broken."""
+    if not folder.is_dir():
+        raise CheckpointCorruptError(
+            f"There is no folder '{folder}'. Expected a checkpoint folder, or 'last' for the newest one of output_dir."
+        )
+    if not (folder / MANIFEST).exists() and (inside := list_checkpoints(folder)):
+        raise CheckpointCorruptError(
+            f"'{folder}' is a run, not a checkpoint. It holds {', '.join(path.name for path in inside[-3:])}: give "
+            "one of them, or that folder as output_dir and 'last' as resume_from_checkpoint."
+        )
+
+
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that verifies; None where there is none.
 
@@ -428,6 +441,7 @@ class CheckpointedTrainer(PushingTrainer):
             elif wanted:
                 answer = Path(cast(str, wanted))
                 try:
+                    _check_is_checkpoint(answer)
                     verify_checkpoint(answer)
                 except CheckpointCorruptError as error:
                     answer = error
@@ -555,7 +569,16 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._shards_with_full_state:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except RuntimeError as error:
+                if "size mismatch" not in str(error):
+                    raise
+                first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} holds another model: {first} Resume with the recipe it was written "
+                    "with; what has changed is in the log."
+                ) from error
             return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 

@@ -161,6 +161,21 @@ def test_weights_of_another_model_are_not_loaded_by_halves(run):
         trained(run, resume=str(run / "checkpoint-6"), options={"ibot_head": HeadShape(12, 10, 6)})
 
 
+def test_weights_of_other_sizes_are_refused_in_one_line(run):
+    with pytest.raises(
+        CheckpointError, match=r"another model: size mismatch for \S+: .* Resume with the recipe"
+    ) as error:
+        trained(run, resume=str(run / "checkpoint-6"), options={"dino_head": HeadShape(24, 10, 6)})
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_checkpoint_is_not_called_a_broken_one(run, tmp_path):
+    with pytest.raises(CheckpointCorruptError, match=r"There is no folder '.*nowhere'.* 'last'"):
+        trained(tmp_path, resume=str(tmp_path / "nowhere"))
+    with pytest.raises(CheckpointCorruptError, match=r"is a run, not a checkpoint\. .* checkpoint-6: give one"):
+        trained(tmp_path, resume=str(run))
+
+
 # ---- Rotation ----
 
 
