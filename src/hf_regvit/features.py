@@ -483,14 +483,13 @@ class EvaluationTransform:
 
         Args:
             model: A model of a family in `FAMILIES`.
-            processor: Image processor, or a transform of this class. Default: the one saved where the model came from;
-                failing that shortest edge, centre crop and ImageNet statistics, with a warning.
+            processor: Image processor, or a transform of this class, as `load_model` gives for timm. Default: the one
+                saved where the model came from; failing that shortest edge, centre crop and ImageNet statistics, with
+                a warning.
             image_size: Side of a square centre crop, pixels; the shortest edge is resized to 256/224 of it first.
             keep_aspect: The whole picture instead, shorter side about `image_size` (default: the model's own), both
                 sides rounded to whole patches. Pictures then differ in size.
         """
-        if isinstance(processor, EvaluationTransform):
-            return processor
         description = describe_model(model)
         if processor is None:
             processor = _timm_transform(model) if description.is_timm else _saved_processor(model)

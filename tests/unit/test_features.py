@@ -18,6 +18,7 @@ from hf_regvit import (
     RegViTForSemanticSegmentation,
     RegViTModel,
 )
+from hf_regvit.dense_probes import read_dense_features
 from hf_regvit.families import FAMILIES, describe_model, final_norm, find_tower
 from hf_regvit.features import EvaluationTransform, TokenReading, load_model, prepare_images, read_many, read_tokens
 from hf_regvit.images import default_image_processor, load_images, stream_images
@@ -785,6 +786,24 @@ def test_timm_statistics_come_from_its_own_configuration():
     transform = EvaluationTransform.for_model(model)
     torch.testing.assert_close(transform(Image.new("RGB", (50, 60), "white")), torch.ones(3, 32, 32))
     assert describe_model(model).name == "vit"
+
+
+def test_a_transform_gives_its_statistics_where_another_size_is_asked_for():
+    """What `load_model` returns for timm: sizes and whole pictures were silently those of its own crop."""
+    model = build_timm()
+    model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "vit"}
+    transform = EvaluationTransform.for_model(model)
+    image = Image.new("RGB", (90, 60), "white")
+    for options, shape in (
+        ({}, (3, 32, 32)),
+        ({"image_size": 48}, (3, 48, 48)),
+        ({"keep_aspect": True}, (3, 32, 48)),
+        ({"image_size": 64, "keep_aspect": True}, (3, 64, 96)),
+    ):
+        given = EvaluationTransform.for_model(model, transform, **options)
+        torch.testing.assert_close(given(image), torch.full(shape, 2.0))
+        assert (given is transform) == (not options)
+    assert read_dense_features(model, [image], processor=transform).maps[0].shape == (4, 6, 24)
 
 
 def test_processors_that_make_no_single_picture(caplog):
