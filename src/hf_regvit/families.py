@@ -71,6 +71,9 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _CLIP,
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, has_cls=False),
+    "aimv2_vision_model": Family(
+        "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
+    ),
     "timm": _TIMM,
     "timm_eva": replace(_TIMM, rotary="rope"),
 }

@@ -212,13 +212,20 @@ def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_value
             f"The images are {size[0]} x {size[1]} pixels, no multiple of the patch of {patch[0]} x {patch[1]}. "
             f"Resize or crop them to {nearest}."
         )
-    if description.is_timm and size != description.image_size and not getattr(tower, "dynamic_img_size", 0):
+    if size != description.image_size and not _takes_other_sizes(tower, description):
         raise ValueError(
-            f"This timm model takes images of {description.image_size[0]} x {description.image_size[1]} only, not "
-            f"{size[0]} x {size[1]}. Create it with dynamic_img_size=True, or resize the images."
+            f"This {description.family} model takes images of {description.image_size[0]} x "
+            f"{description.image_size[1]} only, not {size[0]} x {size[1]}. "
+            f"{'Create it with dynamic_img_size=True, or resize' if description.is_timm else 'Resize'} the images."
         )
     like = next(tower.parameters())
     return pixel_values.to(like.device, like.dtype)
+
+
+def _takes_other_sizes(tower: Any, description: ModelDescription) -> bool:
+    if description.is_timm:
+        return bool(getattr(tower, "dynamic_img_size", False))
+    return getattr(tower.config, "is_native", True)  # AIMv2 has tables of positions for one size, or none
 
 
 def _forward_options(name: str, description: ModelDescription, pixel_values: torch.Tensor) -> dict[str, Any]:
@@ -812,7 +819,12 @@ def _load_transformers(source: str) -> nn.Module:
     except OSError as error:
         raise FileNotFoundError(f"'{source}' is neither a folder nor a model that the Hub gives: {error}") from error
     # Of the models with two towers only this one is read.
-    towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel"}
+    towers = {
+        "clip": "CLIPVisionModel",
+        "siglip": "SiglipVisionModel",
+        "metaclip_2": "MetaClip2VisionModel",
+        "aimv2": "Aimv2VisionModel",
+    }
     if config.model_type not in (*FAMILIES, *towers, "timm_wrapper"):
         raise unknown_family(config.model_type)
     # The class that was saved: a backbone class would warn of a missing pooler that nobody reads.

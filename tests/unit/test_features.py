@@ -19,7 +19,7 @@ from hf_regvit import (
     RegViTModel,
 )
 from hf_regvit.dense_probes import read_dense_features
-from hf_regvit.families import FAMILIES, describe_model, final_norm, find_tower
+from hf_regvit.families import FAMILIES, describe_model, final_norm, find_tower, has_part
 from hf_regvit.features import EvaluationTransform, TokenReading, load_model, prepare_images, read_many, read_tokens
 from hf_regvit.images import default_image_processor, load_images, stream_images
 
@@ -61,6 +61,7 @@ def build(name):
         "vit_mae": lambda: t.ViTMAEModel(t.ViTMAEConfig(**WIDE)),
         "vit_msn": lambda: t.ViTMSNModel(t.ViTMSNConfig(**WIDE)),
         "metaclip_2_vision_model": lambda: t.MetaClip2VisionModel(t.MetaClip2VisionConfig(**WIDE)),
+        "aimv2_vision_model": lambda: t.Aimv2VisionModel(t.Aimv2VisionConfig(**WIDE, is_native=True, use_head=False)),
         # Towers inside something else
         "regvit_classifier": lambda: RegViTForImageClassification(RegViTConfig(**SIZES, num_register_tokens=2)),
         "regvit_segmenter": lambda: RegViTForSemanticSegmentation(RegViTConfig(**SIZES)),
@@ -92,7 +93,7 @@ def build(name):
 TOWERS = [
     "regvit", "regvit_swiglu", "regvit_plain", "dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov3_vit",
     "dinov3_gated", "vit", "deit", "clip_vision_model", "metaclip_2_vision_model", "siglip_vision_model", "ijepa",
-    "vit_mae", "vit_msn",
+    "vit_mae", "vit_msn", "aimv2_vision_model",
 ]  # fmt: skip
 INSIDE = {
     "regvit_classifier": "regvit", "regvit_segmenter": "regvit", "regvit_depth": "regvit", "regvit_backbone": "regvit",
@@ -176,7 +177,7 @@ def rebuilt_block(model, pixel_values, layer):
             mixed[image, :, channels] = read["attention"].at(layer)[image, head] @ value[image, :, channels]
     outputs = {name: module for name, module in attention.named_modules() if isinstance(module, nn.Linear)}
     output = next(outputs[n] for n in ("o_proj", "out_proj", "proj", "output.dense") if n in outputs)
-    last_of_mlp = next(block.get_submodule(path) for path in family.mlp_output if hasattr(block.mlp, path[4:]))
+    last_of_mlp = next(block.get_submodule(path) for path in family.mlp_output if has_part(block, path))
     branches = [output(mixed), last_of_mlp(read["mlp"].at(layer))]
     scales = [("layer_scale1", "ls1"), ("layer_scale2", "ls2")]
     total = read["residual"].at(layer - 1)
@@ -201,7 +202,9 @@ def test_projections_are_those_of_the_normalised_input(name):
     model, pixel_values = build(name), pixels()
     tower, kind = find_tower(model)
     block = tower.get_submodule(FAMILIES[kind].blocks)[0]
-    norm = next(getattr(block, n) for n in ("norm1", "layernorm_before", "layer_norm1") if hasattr(block, n))
+    norm = next(
+        getattr(block, n) for n in ("norm1", "layernorm_before", "layer_norm1", "rms_norm1") if hasattr(block, n)
+    )
     attention = block.get_submodule(FAMILIES[kind].attention)
     read = read_many(model, pixel_values, {"residual": (0,), "q": (1,), "k": (1,), "v": (1,)})
     x = norm(read["residual"].at(0))
@@ -468,6 +471,15 @@ def test_unusual_native_sizes_are_left_to_the_model():
         read_tokens(model, pixels((36, 30)))
 
 
+def test_a_table_of_positions_for_one_size_is_said():
+    from transformers import Aimv2VisionConfig, Aimv2VisionModel
+
+    model = Aimv2VisionModel(Aimv2VisionConfig(**WIDE, use_head=False)).eval()
+    assert read_tokens(model, pixels()).grid == (4, 4)
+    with pytest.raises(ValueError, match=r"takes images of 32 x 32 only, not 16 x 48\. Resize the images"):
+        read_tokens(model, pixels(RECTANGLE))
+
+
 # --- Reductions and memory ---
 
 
@@ -523,7 +535,7 @@ SITES = {"residual": "all", "attention": "all", "q": "all", "mlp": "all", "patch
 def test_models_are_left_as_they_were(name):
     model = build(name)
     model.train()
-    part = next(m for m in model.modules() if isinstance(m, nn.LayerNorm))
+    part = next(module for name, module in model.named_modules() if "norm" in name)
     part.eval()  # a model may be in training only in parts
     modes = {key: module.training for key, module in model.named_modules()}
     before, config = fingerprint(model), model.config.to_dict()
