@@ -23,7 +23,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from accelerate.utils import DynamoBackend
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -56,6 +55,7 @@ from .optimization import Schedules, StepValues, parameter_groups, parameter_rul
 from .pretraining_arguments import PretrainingArguments
 from .run_folder import (
     BACKBONE,
+    RunRecord,
     StartingPoint,
     draw_curves,
     package_versions,
@@ -188,6 +188,8 @@ class DinoTrainer(CheckpointedTrainer):
         self._window = (0.0, -1)
         self._started = (0.0, 0)
         self._waited = 0.0  # seconds for data since the last log line
+        # When training began, and the seconds that went into the checkpoint it goes on from.
+        self._began, self._seconds_before = time.perf_counter(), 0.0
         self._guard = FiniteGuard(cast(str, args.output_dir))
         self._image_processor = image_processor
         super().__init__(
@@ -319,11 +321,17 @@ class DinoTrainer(CheckpointedTrainer):
         ids = getattr(getattr(self.train_dataset, "source", None), "ids", None)
         return [str(index) if ids is None else str(ids[index]) for _, index in ahead]
 
+    @property
+    def seconds(self) -> float:
+        """Time of the training so far, that of the run it goes on from included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
     # Resuming: what has to agree, and where to start.
 
     def resume_state(self) -> dict[str, Any]:
-        """Position in the data, recipe, size of a step, the data's fingerprint and versions."""
+        """Position in the data, recipe, size of a step, the data's fingerprint, versions and time so far."""
         state = {
+            "seconds": self.seconds,
             "images_per_step": self.args.images_per_step,
             "recipe": self.args.resolved(),
             "data": _fingerprint(self.train_dataset),
@@ -369,9 +377,12 @@ class DinoTrainer(CheckpointedTrainer):
                 "all.", saved["processes"], self.args.world_size,
             )  # fmt: skip
         self._position = tuple(saved.get("position", (0, 0)))
+        self._seconds_before = float(saved.get("seconds", 0.0))
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
+        if self.is_world_process_zero():
+            self._announce(max_steps)
         if self._stream_sampler is not None:
             self._stream_sampler.start_at(self._position[1] // self.args.world_size)
             self._position, self._first_step = (0, 0), self.state.global_step
@@ -382,6 +393,22 @@ class DinoTrainer(CheckpointedTrainer):
         self._sampler.start_at(*self._sampler.position(0))  # the end of an epoch is the start of the next
         self._position, self._first_step = (0, 0), self.state.global_step
         return self._sampler.start[0], 0
+
+    def _announce(self, total_steps: int) -> None:
+        """How long the run is in every unit, what the learning rate comes to, and what does not fit its length."""
+        schedules, per_step = self.args.schedules(total_steps), self.args.images_per_step
+        epochs = "" if self._sampler is None else f", {total_steps * per_step / len(self._sampler):.4g} epochs"
+        logger.info(
+            "%d steps of %d images%s. The learning rate rises to %.4g within %d steps.",
+            total_steps, per_step, epochs, schedules.learning_rate, schedules.warmup_steps,
+        )  # fmt: skip
+        names = "warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps", "warmup_teacher_temperature_steps"
+        for name in names:
+            if getattr(schedules, name) >= total_steps:
+                logger.warning(
+                    "%s is %d, longer than the run of %d steps. A number below 1 is a share of the run.",
+                    name, getattr(schedules, name), total_steps,
+                )  # fmt: skip
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         """Trainer's, with as many epochs as a resumed run may need: the number of steps ends it."""
@@ -461,6 +488,7 @@ class DinoTrainer(CheckpointedTrainer):
             NonFiniteError: a loss or gradient that is NaN or infinite.
             torch.OutOfMemoryError: with the measured peak and what to change.
         """
+        self._began = time.perf_counter()
         try:
             return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
@@ -612,13 +640,9 @@ def pretrain(
         train_dataset=train_dataset,
         data_collator=data_collator,
         high_resolution=high_resolution,
-        callbacks=[*callbacks, *watching, metrics, alarms],
+        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms],
         image_processor=image_processor,
     )
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
-        write_json(output / "environment.json", run_environment(args))
     _train(trainer, alarms)
     state = _whole_state(network)
     backbone = _teacher(config, state)
@@ -649,7 +673,21 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
+        if ignored := _ignored_fields(args, start.student.config):
+            logger.warning("The backbone is that of '%s'. Not used: %s.", args.init_from, ", ".join(ignored))
     return start
+
+
+def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[str]:
+    """Options of the backbone that were given and that a backbone to start from has otherwise."""
+    names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
+    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    given = {name: getattr(args, name) for name in (*names, "layerscale_value")}
+    return [
+        f"{name} {value} (it has {getattr(config, name)})"
+        for name, value in given.items()
+        if value != defaults[name] and value != getattr(config, name)
+    ]
 
 
 def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
@@ -682,7 +720,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
         stopped = error
     output = Path(cast(str, trainer.args.output_dir))
     if trainer.is_world_process_zero():
-        report = _report(trainer, seconds=time.perf_counter() - started)
+        report = _report(trainer, since_start=time.perf_counter() - started)
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
         write_json(output / "report.json", report)
         draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
@@ -835,7 +873,7 @@ def _fingerprint(dataset: Any) -> dict[str, Any]:
     }
 
 
-def _report(trainer: DinoTrainer, *, seconds: float) -> dict[str, Any]:
+def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     """Summary of a run."""
     watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
     history = trainer.state.log_history
@@ -844,8 +882,8 @@ def _report(trainer: DinoTrainer, *, seconds: float) -> dict[str, Any]:
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
         "epochs": trainer.state.epoch,
-        "seconds": seconds,
-        "monitor_share": watching / max(seconds, 1e-9),
+        "seconds": trainer.seconds,
+        "monitor_share": watching / max(since_start, 1e-9),
         "peak_memory_mib": peak_memory_mib(),
         "parameters": {
             name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.student.items()

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_callback import TrainerControl, TrainerState
 
 from .distillation import SelfDistillation
 from .modeling_regvit import RegViTModel
@@ -228,6 +230,27 @@ def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, wh
 
 
 # ---- Leaving something -------------------------------------------------------------------------------------------
+
+
+class RunRecord(TrainerCallback):
+    """Writes `resolved_recipe.yaml` and `environment.json` when a run begins.
+
+    Not before: resuming may be refused, and the folder has to keep the record of the run that is in it.
+
+    Args:
+        folder: of the run.
+        recipe: all its options.
+    """
+
+    def __init__(self, folder: str | Path, recipe: Mapping[str, Any]) -> None:
+        self.folder, self.recipe = Path(folder), dict(recipe)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Writes both files."""
+        if state.is_world_process_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+            write_json(self.folder / "environment.json", run_environment(args))
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import oracles
 from hf_regvit import RegViTModel
 from hf_regvit.alarms import without_ids
 from hf_regvit.callbacks import MetricsFile, OnlineKNN, TrainingProgress, backbone_features
+from hf_regvit.checkpoints import write_manifest
 from hf_regvit.data import DinoCollator
 from hf_regvit.distillation import HeadShape, PrototypeHead
 from hf_regvit.optimization import cosine_schedule, parameter_groups, parameter_rules, set_rates
@@ -641,6 +642,40 @@ def test_pretrain_resumes_from_the_last_checkpoint_and_keeps_one_line_per_step(t
     assert same_state(whole.state_dict(), resumed.state_dict())
     lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_refused_resume_leaves_the_record_of_the_run(tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    pretrain(arguments(tmp_path, **save), train_dataset=Crops())
+    recipe = (tmp_path / "resolved_recipe.yaml").read_text()
+    with pytest.raises(ValueError, match="another model: size mismatch"):
+        pretrain(
+            arguments(tmp_path, head_num_prototypes=20, resume_from_checkpoint="last", **save), train_dataset=Crops()
+        )
+    assert (tmp_path / "resolved_recipe.yaml").read_text() == recipe
+
+
+def test_the_report_counts_the_time_before_a_resume(tmp_path):
+    save = {"save_strategy": "steps", "save_steps": 2}
+    pretrain(arguments(tmp_path, max_steps=2, **save), train_dataset=Crops())
+    first = json.loads((tmp_path / "checkpoint-2" / "resume_state.json").read_text())["seconds"]
+    assert 0 < first <= json.loads((tmp_path / "report.json").read_text())["seconds"]
+    state = tmp_path / "checkpoint-2" / "resume_state.json"
+    state.write_text(state.read_text().replace(f'"seconds": {first}', '"seconds": 5000.0'))
+    write_manifest(tmp_path / "checkpoint-2")
+    pretrain(arguments(tmp_path, max_steps=4, resume_from_checkpoint="last", **save), train_dataset=Crops())
+    assert 5000 < json.loads((tmp_path / "report.json").read_text())["seconds"] < 5100
+
+
+def test_a_run_says_how_long_it_is_and_what_does_not_fit_its_length(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="hf_regvit"):
+        options = {"learning_rate": 0.5, "learning_rate_reference_batch": 1024}
+        pretrain(arguments(tmp_path, max_steps=4, warmup_steps=50, **options), train_dataset=Crops())
+    rate = 0.5 * (3 / 1024) ** 0.5
+    expected = f"4 steps of 3 images, 1.333 epochs. The learning rate rises to {rate:.4g} within 50 steps."
+    assert expected in caplog.messages
+    assert "warmup_steps is 50, longer than the run of 4 steps. A number below 1 is a share of the run." in caplog.text
+    assert "freeze_last_layer_steps is" not in caplog.text
 
 
 def test_pretrain_refuses_less_than_one_batch(tmp_path):
