@@ -299,7 +299,8 @@ def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[flo
     """95 % interval of a share of n images. Source: Wilson, "Probable inference", 1927."""
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+    # At 0 and 1 rounding would lead out of them.
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 class ClassificationMetrics:

@@ -146,7 +146,10 @@ def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | No
             "no images to train on. Give --data (a folder, parquet files, a Hub data set) or --train_dir."
         )
     if args.data is not None:
-        train = load_images(args.data, split="train", **columns)
+        try:
+            train = load_images(args.data, split="train", **columns)
+        except MissingSplitError as error:
+            raise MissingSplitError(f"{error} With --train_dir in place of --data all of it is trained on.") from error
         if args.validation_dir is None:
             try:
                 return train, load_images(

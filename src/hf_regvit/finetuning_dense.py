@@ -69,7 +69,10 @@ def open_dense_parts(
             "no images to train on. Give --data (parquet files, a Hub data set, or a folder with images/ and masks/ "
             "or depth/) or --train_dir."
         )
-    train = load(args.data or args.train_dir, "train" if args.data else None, None)
+    try:
+        train = load(args.data or args.train_dir, "train" if args.data else None, None)
+    except MissingSplitError as error:
+        raise MissingSplitError(f"{error} With --train_dir in place of --data all of it is trained on.") from error
     validation = None
     try:
         if args.validation_dir is not None:

@@ -23,6 +23,7 @@ from hf_regvit.classification import (
     class_weights,
     classification_loss,
     labelled_parts,
+    wilson_interval,
 )
 from hf_regvit.data import TooManyBadImagesError
 from hf_regvit.figures import save_figure
@@ -165,6 +166,14 @@ def test_a_share_of_every_class_is_held_out_and_the_seed_decides(tmp_path):
     assert labelled_parts(args)[1].ids != validation.ids
 
 
+def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
+    path = table_of(tmp_path / "validation.parquet", [0, 1, 0, 1])
+    with pytest.raises(ValueError, match=r"has no train part: .*With --train_dir in place of --data all of it"):
+        labelled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
+    train, validation = labelled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
+    assert (len(train), len(validation)) == (2, 2)
+
+
 def test_nothing_to_train_on_says_which_options(tmp_path):
     with pytest.raises(ValueError, match=r"--data .* or --train_dir"):
         labelled_parts(arguments(tmp_path))
@@ -246,6 +255,13 @@ def test_metrics_equal_those_of_scikit_learn():
     assert result["skipped_images"] == 2
     interval = binomtest(int((said == truth).sum()), 60).proportion_ci(method="wilson")
     assert (result["accuracy_low"], result["accuracy_high"]) == pytest.approx((interval.low, interval.high), abs=1e-6)
+
+
+def test_intervals_of_shares_stay_between_0_and_1():
+    for n in range(1, 60):
+        (low, some), (more, high) = wilson_interval(0.0, n), wilson_interval(1.0, n)
+        assert 0 <= low < some < 1
+        assert 0 < more < high <= 1
 
 
 def test_the_numbers_of_a_run_are_those_of_the_metrics_of_the_package():
