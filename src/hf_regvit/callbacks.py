@@ -243,6 +243,7 @@ class OnlineKNN(Observer):
             is before step 0, the last after the last step.
         k: numbers of neighbours.
         linear_probe: also logs `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
+        is_held_out: False where the run trains on the images to classify, without their labels; reports say so.
 
     Raises:
         ValueError: different numbers of images and labels, or `every_steps` not positive.
@@ -261,6 +262,7 @@ class OnlineKNN(Observer):
         every_steps: float,
         k: Sequence[int] = (10,),
         linear_probe: bool = False,
+        is_held_out: bool = True,
     ) -> None:
         super().__init__(every_steps, at_least=200, at_most=5000)
         for images, labels, name in (
@@ -274,6 +276,7 @@ class OnlineKNN(Observer):
         self.train_images, self.heldout_images = train_images, heldout_images
         self.train_labels, self.heldout_labels = torch.as_tensor(train_labels), torch.as_tensor(heldout_labels)
         self.image_processor, self.k, self.linear_probe = image_processor, tuple(k), linear_probe
+        self.is_held_out = is_held_out
 
     def accuracy(self, backbone: nn.Module) -> dict[int, float]:
         """Share of right answers in [0, 1] per number of neighbours, of a backbone in eval mode."""

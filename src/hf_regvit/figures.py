@@ -331,7 +331,7 @@ _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
             "teacher_student_kl": "KL(teacher || student)",
         },
     ),
-    ("accuracy on held-out images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
+    ("accuracy on labelled images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
     ("spread of CLS", {"feature_std": "std, 1 = everywhere alike", "effective_rank": "effective rank"}),
     (
         "registers and outliers",

@@ -181,6 +181,15 @@ def environment_words(environment: Mapping[str, Any]) -> str:
     return f"{where}, Python {environment['python']}, {packages}"
 
 
+# by what the report says of the images to classify: whether the run has held them out, or nothing (older reports).
+_KNN_NOTES = {
+    True: "Scores of the last step that the run measured, on held-out labelled images.",
+    False: "Scores of the last step that the run measured, on images that it was trained on, without their labels: "
+    "they follow a run and flatter its result.",
+    None: "Scores of the last step that the run measured, on labelled images.",
+}
+
+
 def pretraining_facts(
     recipe: Mapping[str, Any], report: Mapping[str, Any] | None = None, environment: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
@@ -216,14 +225,14 @@ def pretraining_facts(
         facts["alarms"] = tuple(report.get("alarms", ()))
         data = _names(recipe, "data")
         knn = {key: value for key, value in (report["knn"][-1] if report.get("knn") else {}).items() if key != "step"}
+        judged = (report.get("knn_images") or [{}])[0]
+        counts = f"{judged['fitted_on']:,} / {judged['judged']:,}" if judged else "-"
         facts["scores"] = tuple(
-            CardScore(name.removeprefix("eval_").replace("knn_", "k-NN, k = "), data, f"{100 * value:.1f} %")
+            CardScore(name.removeprefix("eval_").replace("knn_", "k-NN, k = "), data, f"{100 * value:.1f} %", counts)
             for name, value in knn.items()
         )
         if knn:
-            facts["evaluation_notes"] = (
-                "Scores of the last step that the run measured, on held-out labelled images.",
-            )
+            facts["evaluation_notes"] = (_KNN_NOTES[judged.get("held_out")],)
     return {**facts, "recipe": tuple(rows)}
 
 

@@ -247,6 +247,7 @@ def _prepared(pictures: Sequence[Image.Image], processor: Any) -> tuple[list[Ima
 def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     """k-NN on the labelled validation part of the data or, where there is none, on a quarter of the training part."""
     train: Any = getattr(dataset, "source", None)
+    is_held_out = True
     if not getattr(train, "labels", None):
         return None
     try:
@@ -263,7 +264,7 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
             "The data has no validation part: k-NN is judged on a quarter of the training images, which the run "
             "sees without their labels."
         )
-        train, heldout = train.subset(neighbours), train.subset(judged)
+        train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
     if not heldout.labels or heldout.label_names != train.label_names:
         logger.info("The classes of the validation part are not those of the training part: no k-NN accuracy.")
         return None
@@ -290,4 +291,5 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
         every_steps=args.knn_steps,
         k=(min(10, len(images[0])),),
         linear_probe=args.linear_probe,
+        is_held_out=is_held_out,
     )

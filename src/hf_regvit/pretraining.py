@@ -43,7 +43,7 @@ from .alarms import (
     without_ids,
 )
 from .augmentation import MultiCrop
-from .callbacks import MetricsFile, Observer, TrainingProgress
+from .callbacks import MetricsFile, Observer, OnlineKNN, TrainingProgress
 from .checkpoints import CheckpointedTrainer
 from .configuration_regvit import RegViTConfig
 from .data import DinoCollator, EpochSampler, MultiCropDataset, MultiCropStream, StreamSampler
@@ -878,6 +878,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
+    judges = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
@@ -897,5 +898,13 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
             }
             for entry in history
             if any(key.startswith("eval_knn") for key in entry)
+        ],
+        "knn_images": [
+            {
+                "fitted_on": len(judge.train_images),
+                "judged": len(judge.heldout_images),
+                "held_out": judge.is_held_out,
+            }
+            for judge in judges
         ],
     }

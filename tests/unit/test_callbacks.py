@@ -321,6 +321,7 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     assert len(knn.train_images) == len(knn.train_labels) == 23
     assert len(knn.heldout_images) == 8
     assert knn.linear_probe
+    assert knn.is_held_out
     # Pictures that were cropped before give the pixels of the processor itself.
     record = load_images(data, split="validation")[0]
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
@@ -344,6 +345,7 @@ def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_im
         *_, knn = found(tmp_path, data)
     assert "which the run sees without their labels" in caplog.text
     assert (len(knn.train_images), len(knn.heldout_images)) == (18, 6)
+    assert not knn.is_held_out
     assert sorted(knn.heldout_labels.tolist()) == [0, 0, 0, 1, 1, 1]
     seen = {image.tobytes() for image in knn.train_images}
     assert not any(image.tobytes() in seen for image in knn.heldout_images)

@@ -299,14 +299,14 @@ def test_learning_curves_draw_what_was_logged():
     figure = F.curves_figure(lines, num_prototypes=100)
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == [
-        "loss terms", "entropy of the targets (nats)", "accuracy on held-out images", "spread of CLS"
+        "loss terms", "entropy of the targets (nats)", "accuracy on labelled images", "spread of CLS"
     ]  # fmt: skip
     curves = {line.get_label(): line for line in panels["loss terms"].lines}
     assert list(curves["sum"].get_xdata()) == [0, 1, 2, 3]
     assert list(curves["sum"].get_ydata()) == [5.0, 4.0, 3.0, 2.0]
     entropy = {line.get_label(): line for line in panels["entropy of the targets (nats)"].lines}
     assert entropy["ln K"].get_ydata()[0] == pytest.approx(np.log(100))
-    assert list(panels["accuracy on held-out images"].lines[0].get_ydata()) == [0.3, 0.5]
+    assert list(panels["accuracy on labelled images"].lines[0].get_ydata()) == [0.3, 0.5]
     assert drawn(figure).std() > 10
     with pytest.raises(ValueError, match="None of the 1 lines"):
         F.curves_figure([{"step": 0, "eval_seconds": 1.0}])

@@ -185,6 +185,13 @@ def test_facts_of_a_pretraining_run():
     assert "| length | 400 steps, 4.3 minutes |" in text
     assert "| k-NN, k = 10 | `photos` | 75.0 % | - |" in text
     assert "Its training was short: 12,800 images seen in all." in text
+    assert "held-out" not in text  # a report that does not say so
+    judged = {"fitted_on": 1500, "judged": 500, "held_out": False}
+    for held_out, words in ((True, "on held-out labelled images"), (False, "on images that it was trained on")):
+        report = {**RUN, "knn_images": [{**judged, "held_out": held_out}]}
+        text = render_card(CardFacts(**{**dataclasses.asdict(facts()), **pretraining_facts(RECIPE, report)}))
+        assert words in text
+        assert "| k-NN, k = 10 | `photos` | 75.0 % | 1,500 / 500 |" in text
     unfinished = pretraining_facts(RECIPE)
     assert unfinished["limits"] == ("Its training is not finished.",)
     assert pretraining_facts({**RECIPE, "init_from": "/data/runs/old"})["base_model"] == "old"
