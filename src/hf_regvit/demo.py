@@ -269,7 +269,9 @@ def _at(view: View, cell: tuple[int, int]) -> Tensor:
 
 def _frames(view: View, mask: Tensor, *, kind: str = "outlier") -> str:
     cells = mask.nonzero().tolist()
-    return _drawing(view, "".join(f'<rect x="{c}" y="{r}" width="1" height="1" class={kind} />' for r, c in cells))
+    kinds = ("under", kind) if kind == "query" else (kind,)  # white on dark, to be seen on a white wall too
+    shapes = (f'<rect x="{c}" y="{r}" width="1" height="1" class={name} />' for r, c in cells for name in kinds)
+    return _drawing(view, "".join(shapes))
 
 
 def _drawing(view: View, shapes: str) -> str:
@@ -529,13 +531,15 @@ class _Page:
             return float(event.x), float(event.y)
 
         asked = [self.picture, self.place, self.model, self.compare, self.side, self.layer, self.head]
-        # One reading at a time; of a slider that is being moved only the last position counts.
+        # One reading at a time. Of what is asked meanwhile (a slider that is being moved, clicks in a row) the last
+        # counts; Gradio's default would drop all of it. A click's place has to be stored each time, and in order.
         common: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "api_visibility": "private"}
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         show: dict[str, Any] = {
             "fn": _told("This could not be shown", self._show), "inputs": asked, "outputs": self.results,
-            "show_progress": "minimal", **common,
+            "show_progress": "minimal", "trigger_mode": "always_last", **common,
         }  # fmt: skip
+        stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
         self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.picture, **quick).success(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _told("This file cannot be used", self._open)
@@ -544,13 +548,14 @@ class _Page:
         opened.success(None, js=_NONE_PICKED, api_visibility="private")
         for ended in (opened.success, opened.failure):  # the field is free for the next file, good or bad
             ended(lambda: None, None, self.upload, **quick)
-        self.gallery.select(pick, None, self.picture, **quick).success(**show)
-        self.results.select(point, None, self.place, **quick).success(**show)
+        self.gallery.select(pick, None, self.picture, **stored).success(**show)
+        self.results.select(point, None, self.place, **stored).success(**show)
         self.model.input(
-            self._adapt, [self.model, self.side], [self.side, self.layer, self.head], **quick
+            self._adapt, [self.model, self.side], [self.side, self.layer, self.head], trigger_mode="always_last",
+            **quick,
         ).success(**show)  # fmt: skip
         for setting in (self.compare, self.side, self.layer, self.head):
-            setting.input(**show, trigger_mode="always_last")
+            setting.input(**show)
         for button, write in ((self.figures, self._figures), (self.features, self._features)):
             done = button.click(
                 _told("The file could not be made", write), asked, self.file, show_progress_on=[button], **common

@@ -1,6 +1,7 @@
 """The demo in a real browser: upload, click, switch models, download, on a desk and on a phone, with no network."""
 
 import re
+import time
 import zipfile
 from io import BytesIO
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 from playwright.sync_api import expect
 
-from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit import RegViTConfig, RegViTModel, demo
 from hf_regvit.demo import build_app, launch_options
 from hf_regvit.extraction import TokenFeatures
 from hf_regvit.images import default_image_processor
@@ -128,6 +129,28 @@ def test_a_click_asks_about_that_patch(visit):
     norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
     expect(picture).to_contain_text("patch 7, 1")
     assert here.messages == []
+
+
+def test_of_clicks_in_a_row_the_last_counts(visit, monkeypatch):
+    draw = demo.results_page
+
+    def slowly(*args):
+        time.sleep(0.8)  # as a larger model does
+        return draw(*args)
+
+    here = visit()
+    monkeypatch.setattr(demo, "results_page", slowly)
+    shown = here.page.locator(".looks .map").first
+    for x, y in ((0.1, 0.9), (0.5, 0.5), (0.9, 0.05)):
+        box = shown.bounding_box()
+        shown.click(position={"x": box["width"] * x, "y": box["height"] * y})
+        here.page.wait_for_timeout(100)
+    expect(shown.locator("rect.query")).to_have_attribute("y", "0")
+    expect(shown.locator("rect.query")).to_have_attribute("x", "10")
+    for name in ("motorcycle", "flower", "camera"):  # only the last one is square
+        here.page.locator(f".thumbs button[title={name}]").click()
+        here.page.wait_for_timeout(100)
+    expect(here.card(0)).to_contain_text("64 x 64 px")
 
 
 def test_a_tap_on_a_phone_asks_too(visit):
