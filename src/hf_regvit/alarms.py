@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from .callbacks import MetricsFile
+from .callbacks import MetricsFile, read_metrics
 from .distillation import full_tensor
 
 logger = logging.getLogger(__name__)
@@ -486,7 +486,7 @@ class CollapseAlarms(TrainerCallback):
         if self.first_step is None:
             self.first_step = args.schedules(state.max_steps).warmup_steps
         if state.global_step and self.metrics is not None and self.metrics.path.exists():
-            lines = [json.loads(line) for line in self.metrics.path.read_text().splitlines()]
+            lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
 
     def on_log(

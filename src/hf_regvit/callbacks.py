@@ -1,6 +1,8 @@
 """Observers of a training run: progress bar, metrics file, k-NN and linear accuracy. None of them changes it."""
 
+import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -15,6 +17,8 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerControl, TrainerState
 
 from .probes import knn_accuracy
+
+logger = logging.getLogger(__name__)
 
 
 class Observer(TrainerCallback):
@@ -133,19 +137,21 @@ class MetricsFile(TrainerCallback):
 
     Args:
         path: the file. A resumed run drops the lines after the step it starts from, so that no step occurs twice.
+            Where it cannot be written any more, on a full disk say, lines are lost and training goes on.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
+        self._is_torn = False  # the last line may lack its end
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Empties the file, up to the step of a resumed run."""
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.path.read_text().splitlines() if self.path.exists() and state.global_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept))
+        lines = read_metrics(self.path) if self.path.exists() and state.global_step else []
+        kept = [line for line in lines if line["step"] <= state.global_step]
+        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
     def on_log(
         self,
@@ -161,8 +167,24 @@ class MetricsFile(TrainerCallback):
 
     def append(self, line: dict[str, Any]) -> None:
         """Writes one line of the caller's."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write("\n" * self._is_torn + json.dumps(line) + "\n")
+        except OSError as error:
+            if not self._is_torn:
+                logger.error("ALARM: '%s' cannot be written (%s). Training goes on without it.", self.path, error)
+            self._is_torn = True
+        else:
+            self._is_torn = False
+
+
+def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Lines of a `metrics.jsonl`, without those that a crash or a full disk has cut off."""
+    lines = []
+    for line in Path(path).read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict) and "step" in line]
 
 
 @torch.no_grad()

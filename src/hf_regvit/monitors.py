@@ -164,8 +164,11 @@ class Panels(Observer):
         backbone = model.whole_teacher_backbone()  # of all processes, if it is sharded
         if self.is_main_process:
             maps = read_token_maps(backbone, self.pixel_values)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
+            except OSError as error:  # a full disk is no reason to lose a run
+                logger.error("ALARM: the panel of step %d cannot be written (%s). Training goes on.", step, error)
         return {}
 
 

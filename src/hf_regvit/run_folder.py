@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from .callbacks import read_metrics
 from .distillation import SelfDistillation
 from .modeling_regvit import RegViTModel
 
@@ -276,11 +277,6 @@ def run_environment(args: TrainingArguments) -> dict[str, Any]:
         "processes": args.world_size,
         "cpu_threads": torch.get_num_threads(),
     }
-
-
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """Lines of `metrics.jsonl`."""
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Path | None:

@@ -91,7 +91,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "callbacks": JOBS | {"distillation", "checkpoints", "figures"},
     "monitors": JOBS | {"callbacks", "distillation", "figures"},
     "alarms": {"callbacks", "distillation"},
-    "run_folder": JOBS | {"checkpoints", "distillation", "figures"},
+    "run_folder": JOBS | {"callbacks", "checkpoints", "distillation", "figures"},
     "pretraining_arguments": {"configuration_regvit", "optimization"},
     "pretraining": JOBS
     | {

@@ -4,17 +4,19 @@ import json
 import math
 import time
 from io import BytesIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import IterableDataset
+from transformers.trainer_callback import TrainerState
 
 from hf_regvit import images, monitors
 from hf_regvit.artifacts import artifact_snapshot
 from hf_regvit.augmentation import MultiCrop
-from hf_regvit.callbacks import MetricsFile, Observer, OnlineKNN, ridge_accuracy
+from hf_regvit.callbacks import MetricsFile, Observer, OnlineKNN, read_metrics, ridge_accuracy
 from hf_regvit.data import MultiCropStream
 from hf_regvit.images import default_image_processor, load_images
 from hf_regvit.monitors import Monitor, Panels, feature_statistics, network_statistics, observers
@@ -223,6 +225,30 @@ def test_panels_are_written_through_the_run(tmp_path):
     first, last = (Image.open(path) for path in (files[0], files[-1]))
     assert first.size == last.size == (3 * 186 + 6, 3 * 204 + 6)
     assert first.tobytes() != last.tobytes()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_f58_a_full_disk_costs_metrics_and_panels_but_not_the_run(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    (tmp_path / "panels").write_text("no folder can be made here")
+    shown = [Image.new("RGB", (16, 16))] * 2
+    panels = Panels(shown, pixels_of(2), folder=tmp_path / "panels", every_steps=4)
+    trainer = trained(tmp_path, callbacks=[MetricsFile(tmp_path / "metrics.jsonl"), panels])
+    assert trainer.state.global_step == 6
+    assert caplog.text.count("metrics.jsonl' cannot be written ([Errno 28] No space left on device)") == 1
+    assert "the panel of step 4 cannot be written" in caplog.text
+
+
+def test_f58_lines_that_were_cut_off_are_left_out(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    metrics.append({"step": 1, "loss": 1.0})
+    with metrics.path.open("a") as file:
+        file.write('{"step": 2, "lo')  # the disk was full here
+    metrics._is_torn = True
+    metrics.append({"step": 3, "loss": 3.0})
+    assert read_metrics(metrics.path) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
+    metrics.on_train_begin(None, TrainerState(global_step=2), None)
+    assert read_metrics(metrics.path) == [{"step": 1, "loss": 1.0}]
 
 
 # ---- Linear probe ----
