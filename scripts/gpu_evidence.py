@@ -77,6 +77,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--rehearsal", action="store_true", help="smallest sizes, to see that every command runs")
     args = parser.parse_args()
+    args.output_dir = args.output_dir.resolve()  # the commands run in the root of the repository
+    if args.data and Path(args.data).exists():
+        args.data = str(Path(args.data).resolve())
     if "runs" in args.stages and not args.data:
         parser.error("the stage 'runs' needs --data")
     return args
@@ -97,18 +100,8 @@ def commands(stage: str, args: argparse.Namespace) -> list[Command]:
         script = str(ROOT / "scripts" / "bench_pretraining.py")
         sizes = ["--presets", "tiny", "--images", "2", "--prototypes", "512", "--rounds", "1", "--no_memory"]
         if not tiny:
-            sizes = [
-                "--presets",
-                "small",
-                "base",
-                "large",
-                "--patch_size",
-                "14",
-                "--local_size",
-                "98",
-                "--images",
-                "64",
-            ]
+            sizes = ["--presets", "small", "base", "large", "--patch_size", "14", "--local_size", "98"]
+            sizes += ["--images", "64"]
         base = [script, "--device", args.device, "--dtype", "float32" if args.device == "cpu" else "bfloat16", *sizes]
         return [Command("step", base), Command("step_compiled", [*base, "--compile", "--systems", "regvit"])]
     return run_commands(args)
@@ -135,7 +128,7 @@ def run_commands(args: argparse.Namespace) -> list[Command]:
     options += ["--data", args.data, "--tasks", "knn", "linear"]
     options += ["--device", args.device, "--output_dir", str(args.output_dir / "evaluation")]
     if args.rehearsal:
-        options += ["--max_images", "600"]
+        options += ["--max_images", "600", "--linear_steps", "20"]
     return [*found, Command("evaluate", ["-m", "hf_regvit", "evaluate", *options])]
 
 
