@@ -213,8 +213,9 @@ def pretraining_facts(
     if report is None:
         facts["limits"] = ("Its training is not finished.",)
     else:
-        seen, steps, epochs = report["images_seen"], report["steps"], report.get("epochs") or 0.0
-        facts["data"] = f"{_names(recipe, 'data')}, without labels: {seen:,} images seen, {epochs:.1f} epochs."
+        seen, steps, epochs = report["images_seen"], report["steps"], report.get("epochs")
+        passes = "" if epochs is None else f", {epochs:.1f} epochs"  # a stream has none
+        facts["data"] = f"{_names(recipe, 'data')}, without labels: {seen:,} images seen{passes}."
         minutes = report["seconds"] / 60
         time = f"{minutes:.1f} minutes" if minutes < 120 else f"{minutes / 60:.1f} hours"
         rows.append(("length", f"{steps:,} steps, {time}"))

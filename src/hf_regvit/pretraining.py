@@ -404,7 +404,7 @@ class DinoTrainer(CheckpointedTrainer):
         )  # fmt: skip
         names = "warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps", "warmup_teacher_temperature_steps"
         for name in names:
-            if getattr(schedules, name) >= total_steps:
+            if getattr(schedules, name) > total_steps:
                 logger.warning(
                     "%s is %d, longer than the run of %d steps. A number below 1 is a share of the run.",
                     name, getattr(schedules, name), total_steps,
@@ -785,6 +785,8 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
     record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
+    if args.process_index == 0 and not args.resume_from_checkpoint:
+        record.unlink(missing_ok=True)  # of an earlier run, whose images may have been repaired
     if args.streaming:
         streams = [stream_images(one, **columns) for one in args.data]
         bad_images = BadImages(record, max_bad_share=args.max_bad_share)
@@ -882,7 +884,10 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
-        "epochs": trainer.state.epoch,
+        # A stream has no length; Trainer counts the share of the run instead.
+        "epochs": None
+        if isinstance(trainer.train_dataset, IterableDataset | MultiCropStream)
+        else trainer.state.epoch,
         "seconds": trainer.seconds,
         "monitor_share": watching / max(since_start, 1e-9),
         "peak_memory_mib": peak_memory_mib(),

@@ -278,6 +278,8 @@ class PretrainingArguments(TrainingArguments):
                 f"{loading.dispatch_batches}; expected neither: the rows of a batch of masks are not its images."
             )
         loading.dispatch_batches = False
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs gives.")
         if self.gram_refresh_steps < 1:
             raise ValueError(f"gram_refresh_steps is {self.gram_refresh_steps}; expected at least 1 step.")
         if self.koleo_loss_weight and self.per_device_train_batch_size < 2:

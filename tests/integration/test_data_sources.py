@@ -200,6 +200,10 @@ class TestRuns:
         assert record["path"] == str(tmp_path / "set" / "a" / "004.png")
         assert record["kind"] == "not an image"
         assert record["epoch"] in (0, 1)
+        # The next run into that folder does not repeat what is repaired by then.
+        (tmp_path / "set" / "a" / "004.png").write_bytes(pictures[4])
+        pretrain(arguments(tmp_path, "run", str(tmp_path / "set"), max_steps=1))
+        assert not (tmp_path / "run" / "bad_images.jsonl").exists()
 
     def test_F36_a_run_that_stops(self, tmp_path, pictures, capsys):
         write_folder(tmp_path / "set", pictures)
@@ -246,7 +250,12 @@ class TestRuns:
         if next(shards.iterdir()).suffix == ".tar":
             write_tar(shards / "train-3.tar", [b"<html>"], first=36)
         options = {"streaming": True, "max_bad_share": 0.1}
-        pretrain(arguments(tmp_path, "whole", str(shards), max_steps=12, save_steps=5, **options))
+        watching = {"monitor_steps": 6, "panel_steps": 6}  # which changes nothing
+        pretrain(arguments(tmp_path, "whole", str(shards), max_steps=12, save_steps=5, **options, **watching))
         options |= {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-5"), "dataloader_num_workers": 2}
         pretrain(arguments(tmp_path, "resumed", str(shards), max_steps=12, save_steps=5, **options))
         assert_equal_runs(tmp_path, "whole", "resumed")
+        report = json.loads((tmp_path / "whole" / "report.json").read_text())
+        assert report["epochs"] is None  # a stream has no length
+        assert report["images_seen"] == 48
+        assert len(list((tmp_path / "whole" / "panels").iterdir())) == 3

@@ -192,6 +192,7 @@ def test_facts_of_a_pretraining_run():
         text = render_card(CardFacts(**{**dataclasses.asdict(facts()), **pretraining_facts(RECIPE, report)}))
         assert words in text
         assert "| k-NN, k = 10 | `photos` | 75.0 % | 1,500 / 500 |" in text
+    assert pretraining_facts(RECIPE, {**RUN, "epochs": None})["data"].endswith("labels: 12,800 images seen.")
     unfinished = pretraining_facts(RECIPE)
     assert unfinished["limits"] == ("Its training is not finished.",)
     assert pretraining_facts({**RECIPE, "init_from": "/data/runs/old"})["base_model"] == "old"
