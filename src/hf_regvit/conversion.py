@@ -270,7 +270,7 @@ def _from_folder(folder: Path) -> _Source:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights of a transformers folder: one file, or the shards that its index names."""
+    """The weights of a folder of transformers or timm: one file, or the shards that its index names."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.is_file():
@@ -294,7 +294,7 @@ def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
         raise ImportError(f"'{folder}' is a timm model: run `pip install timm` to convert it.") from error
     model: Any = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
     model.reset_classifier(config.get("num_classes", 0))
-    model.load_state_dict(_read_weights(folder / "model.safetensors"))
+    model.load_state_dict({name: t for file in _weight_files(folder) for name, t in _read_weights(file).items()})
     return model.eval()
 
 

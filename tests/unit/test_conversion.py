@@ -118,6 +118,18 @@ def test_timm_modules(kwargs) -> None:
         torch.testing.assert_close(model(pixels).logits, source(pixels), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("safe", [True, False])
+def test_timm_folders_of_either_kind_of_file(tmp_path, safe) -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    source = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval())
+    timm.models.save_for_hf(source, str(tmp_path), model_args=sizes, safe_serialization=safe)
+    assert (tmp_path / "model.safetensors").is_file() == safe
+    pixels = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(convert(tmp_path)(pixels).logits, source(pixels), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
