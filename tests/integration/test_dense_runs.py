@@ -252,6 +252,7 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
 def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
     """Batch norm statistics, the draws of the augmentation and of drop path included; step 2 is no end of an epoch."""

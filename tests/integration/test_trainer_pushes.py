@@ -104,6 +104,7 @@ def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
     assert "try 2 of 3" in caplog.text
 
 
+@pytest.mark.slow
 def test_f65_a_hub_that_is_down_hurts_nothing_and_is_told_at_the_end(hub, tmp_path, caplog):
     hub.fail("/commit/", 503, times=10**6)
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):

@@ -651,6 +651,7 @@ class TestWhileTraining:
         with pytest.raises(data.TooManyBadImagesError, match=r"^3 of the \d+ images"):
             list(loader)
 
+    @pytest.mark.slow
     def test_F36_replacements_do_not_depend_on_workers_or_position(self, folder, tmp_path):
         for name in ("001.png", "002.png"):
             (folder / name).write_bytes(b"")
