@@ -258,9 +258,13 @@ class SelfDistillation(nn.Module):
             self.gram_teacher.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes the student's blocks in the backward pass; the teacher has none."""
-        self.student_backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs)
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Recomputes the student's blocks in the backward pass; the teacher has none. Arguments as in transformers."""
+        self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The same, as newer releases of transformers call it."""
+        self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
 
     def compile_blocks(self, **options: Any) -> None:
         """Compiles the blocks of all backbones in place, one by one: parameter names and checkpoints stay as they are.

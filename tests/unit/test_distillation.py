@@ -11,7 +11,7 @@ import oracles
 from hf_regvit import RegViTModel
 from hf_regvit.distillation import SelfDistillation
 from hf_regvit.losses import dino_loss, ibot_loss, koleo_loss
-from tiny_run import GRID, PATCH, SHAPE, tiny_batch, tiny_config, tiny_network, trained
+from tiny_run import GRID, PATCH, SHAPE, same_state, tiny_batch, tiny_config, tiny_network, trained
 
 MODES = [("batch_subset", 0.4), ("sample", 0.4), ("batch_subset", 0.0)]
 SIZE = GRID * PATCH
@@ -175,6 +175,15 @@ def test_activation_checkpointing_changes_no_bit(drop_path):
     network.gradient_checkpointing_enable()
     for name, gradient in run().items():
         torch.testing.assert_close(gradient, plain[name], atol=0, rtol=0, msg=name)
+
+
+def test_the_option_for_activation_checkpointing_works_in_a_run(tmp_path):
+    plain = trained(tmp_path / "a", max_steps=2)
+    name = "activation_checkpointing" if hasattr(plain.args, "activation_checkpointing") else "gradient_checkpointing"
+    recomputed = trained(tmp_path / "b", max_steps=2, **{name: True})
+    layers = (*recomputed.model.student_backbone.layers, *recomputed.model.teacher_backbone.layers)
+    assert [layer.gradient_checkpointing for layer in layers] == [True, True, False, False]
+    assert same_state(plain.model.state_dict(), recomputed.model.state_dict())
 
 
 @pytest.mark.slow
