@@ -17,6 +17,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -429,6 +430,17 @@ class CheckpointedTrainer(PushingTrainer):
             logger.warning("Stopped by %s", message)
             raise TrainingInterrupted(message)
         return result
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Trainer's, but a run that was through before makes no further step: a scheduler may queue it once more."""
+        start = super()._init_training_state(max_steps, *args, **kwargs)
+        if not self._is_through(max_steps):
+            return start
+        logger.info("%d of %d steps are done: nothing is left to train.", self.state.global_step, max_steps)
+        return sys.maxsize, 0  # the loop over epochs does not begin
+
+    def _is_through(self, max_steps: int) -> bool:
+        return 0 < max_steps <= self.state.global_step
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """Process 0 looks, all get the same answer, or the same error."""

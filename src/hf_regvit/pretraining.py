@@ -383,6 +383,9 @@ class DinoTrainer(CheckpointedTrainer):
         start = super()._init_training_state(max_steps, *args, **kwargs)
         if self.is_world_process_zero():
             self._announce(max_steps)
+        if self._is_through(max_steps):
+            self._first_step = self.state.global_step
+            return start
         if self._stream_sampler is not None:
             self._stream_sampler.start_at(self._position[1] // self.args.world_size)
             self._position, self._first_step = (0, 0), self.state.global_step

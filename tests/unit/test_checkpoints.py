@@ -306,6 +306,15 @@ def test_f60_a_signal_in_the_last_step_changes_nothing(tmp_path):
     assert trained(tmp_path, callbacks=[Scheduler()]).state.global_step == 6
 
 
+def test_f60_a_run_that_is_through_and_is_queued_again_makes_no_further_step(run, saved, caplog):
+    with caplog.at_level("INFO", logger="hf_regvit"):
+        trainer = trained(run, resume="last", **SAVING)
+    assert "6 of 6 steps are done: nothing is left to train." in caplog.text
+    assert trainer.state.global_step == 6
+    assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert same_state(trainer.model.state_dict(), load_file(saved / "checkpoint-6" / "model.safetensors"))
+
+
 # ---- Other batches, recipes and data ----
 
 
