@@ -386,7 +386,7 @@ class PublishArguments:
     )
     push: bool = field(default=False, metadata={"help": "Send the bundle; without, nothing leaves this machine."})
     public: bool = field(
-        default=False, metadata={"help": "Make the repository public, or send to one that is; default private."}
+        default=False, metadata={"help": "Make a new repository public, or send to one that is; default private."}
     )
     reports: list[str] = field(
         default_factory=list,

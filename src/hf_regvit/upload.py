@@ -209,7 +209,8 @@ def send_folder(
         repo_id: `owner/name`, or a name alone for the owner of the token.
         names: Files to send, relative to the folder; large ones of them may be there already.
         message: Of the commit.
-        private: Visibility of a repository that is created; None: as the owner's account has it.
+        private: Visibility of a repository that is created; None: as the owner's account has it. One that exists stays
+            as it is.
         accept_public: Whether to send to a repository that exists and is public.
         token: With write access; default the one that `hf auth login` stored, or `HF_TOKEN`.
         revision: Branch, created if there is none; default main.
@@ -262,6 +263,8 @@ def _commit(
         raise RefusedError(
             f"'{whole_id}' exists and is public. Say --public (private=False) to publish there, or take another name."
         )
+    if head.private and private is False:
+        logger.warning("'%s' exists and is private, and stays so. Its settings on the Hub make it public.", whole_id)
     there = {sibling.rfilename for sibling in head.siblings or ()}
     stale = sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in names)
     if not any(_WEIGHTS.fullmatch(name) for name in names):

@@ -329,7 +329,7 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
     data = bytearray((folder / "model.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "model.safetensors").write_bytes(data)
-    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors.*bundle again.*--description"):
         read_bundle(folder)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
@@ -488,6 +488,16 @@ def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RefusedError, match="HF_HUB_OFFLINE is set"):
         send(folder)
+
+
+def test_a_private_repository_that_stays_private_is_told(hub, folder, caplog):
+    send(folder, private=False)
+    assert "stays so" not in caplog.text
+    hub.repos[f"{OWNER}/tiny"].private = True
+    with caplog.at_level(logging.WARNING, logger="hf_regvit.upload"):
+        send(folder, private=False)
+    assert f"'{OWNER}/tiny' exists and is private, and stays so" in caplog.text
+    assert hub.repos[f"{OWNER}/tiny"].private
 
 
 def test_a_public_repository_is_only_used_if_that_was_said(hub, folder):
