@@ -437,7 +437,7 @@ class CheckpointedTrainer(PushingTrainer):
         if not self._is_through(max_steps):
             return start
         logger.info("%d of %d steps are done: nothing is left to train.", self.state.global_step, max_steps)
-        return sys.maxsize, 0  # the loop over epochs does not begin
+        return 2 * sys.maxsize, 0  # the loop over epochs, of a stream sys.maxsize and one, does not begin
 
     def _is_through(self, max_steps: int) -> bool:
         return 0 < max_steps <= self.state.global_step

@@ -255,6 +255,10 @@ class TestRuns:
         options |= {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-5"), "dataloader_num_workers": 2}
         pretrain(arguments(tmp_path, "resumed", str(shards), max_steps=12, save_steps=5, **options))
         assert_equal_runs(tmp_path, "whole", "resumed")
+        saved = sorted((tmp_path / "whole").glob("checkpoint-*"))
+        again = {**options, "max_steps": 12, "save_steps": 5, "resume_from_checkpoint": "last"}
+        pretrain(arguments(tmp_path, "whole", str(shards), **again))  # queued once more after its end
+        assert sorted((tmp_path / "whole").glob("checkpoint-*")) == saved
         report = json.loads((tmp_path / "whole" / "report.json").read_text())
         assert report["epochs"] is None  # a stream has no length
         assert report["images_seen"] == 48
