@@ -337,6 +337,8 @@ class FinetuningTrainer(CheckpointedTrainer):
                     f"{name} is {now['recipe'][name]}, the checkpoint was written with {saved['recipe'][name]}: it "
                     "holds other tensors. Set it back, or start from the model that the earlier run wrote."
                 )
+        for part, facts in saved.get("data", {}).items():  # a checkpoint of an earlier release knows fewer of them
+            now["data"][part] = {key: now["data"].get(part, {}).get(key) for key in facts}
         for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
             if name in saved and saved[name] != now[name] and not getattr(self.args, option):
                 raise ValueError(

@@ -198,9 +198,17 @@ def limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource
 
 
 def fingerprint(source: ImageSource) -> dict[str, Any]:
-    """How many images there are, and a hash of their names in order."""
+    """How many images there are, and hashes of their names in order and of what they are labelled with.
+
+    Rows of a table are called by their numbers, so that names alone would not tell one table from another.
+    """
     names = "\0".join(map(str, source.ids)).encode("utf-8", "surrogateescape")
-    return {"images": len(source), "names_sha256": hashlib.sha256(names).hexdigest()}
+    meaning = getattr(source, "format", None) or (source.label_names, list(source.labels or ()))
+    return {
+        "images": len(source),
+        "names_sha256": hashlib.sha256(names).hexdigest(),
+        "labels_sha256": hashlib.sha256(repr(meaning).encode("utf-8", "surrogateescape")).hexdigest(),
+    }
 
 
 # ---- Order and draws ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hf_regvit.alarms import NonFiniteError
-from hf_regvit.checkpoints import list_checkpoints
+from hf_regvit.checkpoints import list_checkpoints, write_manifest
 from hf_regvit.classification import (
     ClassificationMetrics,
     ImageClassification,
@@ -664,6 +664,24 @@ def test_f63_resuming_with_other_images_is_refused(tmp_path):
     run(tmp_path, callbacks=[StopAt(2)], **options)
     with pytest.raises(ValueError, match=r"data is .*--allow_data_change"):
         run(tmp_path, train=source(24, start=1), resume_from_checkpoint="last", **options)
+
+
+def test_f63_resuming_with_other_labels_of_the_same_images_is_refused(tmp_path):
+    options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
+    run(tmp_path, callbacks=[StopAt(2)], **options)
+    other = source(24, labels=[2 - i % 3 for i in range(24)])
+    with pytest.raises(ValueError, match=r"data is .*labels_sha256.*--allow_data_change"):
+        run(tmp_path, train=other, resume_from_checkpoint="last", **options)
+    with pytest.raises(ValueError, match=r"data is .*--allow_data_change"):
+        run(tmp_path, train=source(24, names=("a", "b", "c")), resume_from_checkpoint="last", **options)
+    # Checkpoints that an earlier release wrote do not know the labels.
+    state = tmp_path / "checkpoint-2" / "resume_state.json"
+    saved = json.loads(state.read_text())
+    for part in saved["data"].values():
+        del part["labels_sha256"]
+    state.write_text(json.dumps(saved))
+    write_manifest(state.parent)
+    run(tmp_path, train=other, resume_from_checkpoint="last", **options)
 
 
 def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
