@@ -278,6 +278,10 @@ class PretrainingArguments(TrainingArguments):
                 f"{loading.dispatch_batches}; expected neither: the rows of a batch of masks are not its images."
             )
         loading.dispatch_batches = False
+        if getattr(self.save_strategy, "value", self.save_strategy) == "best":
+            raise ValueError(
+                "save_strategy is best, which pretraining, without an evaluation, would never save. Say steps."
+            )
         if self.max_steps == 0:
             raise ValueError("max_steps is 0; expected at least 1, or -1 for as many as num_train_epochs gives.")
         if self.gram_refresh_steps < 1:
