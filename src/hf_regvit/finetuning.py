@@ -27,7 +27,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback, set_seed
@@ -44,7 +43,7 @@ from .finetuning_folder import draw_finetuning_curves, write_finetuning_card
 from .finetuning_model import choose_trained, inject_lora, merge_lora, open_for_task
 from .model_card import finetuning_facts, public_recipe
 from .optimization import ParameterRule, parameter_rules
-from .run_folder import package_versions, run_environment, write_json
+from .run_folder import RunRecord, package_versions, run_environment, write_json
 
 __all__ = ["FinetuningArguments", "FinetuningTrainer", "Task", "finetune"]
 
@@ -416,13 +415,8 @@ def finetune(
     if args.process_index == 0:
         start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
         logger.info("Starting from %s. %s", start, " ".join(changes))
-    trainer = FinetuningTrainer(
-        network, args, task, processor=processor, callbacks=[*callbacks, MetricsFile(output / "metrics.jsonl")]
-    )
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        (output / "resolved_recipe.yaml").write_text(yaml.safe_dump(args.resolved(), sort_keys=False))
-        write_json(output / "environment.json", run_environment(args))
+    observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
+    trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
     started = time.perf_counter(), time.process_time()
     try:
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)

@@ -655,8 +655,10 @@ def test_f54_a_loss_that_is_not_finite_stops_before_its_step(tmp_path):
 def test_f63_resuming_with_other_images_or_tensors_is_refused(tmp_path, change, message):
     options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2}
     run(tmp_path, callbacks=[StopAt(2)], **options)
+    recipe = (tmp_path / "resolved_recipe.yaml").read_text()
     with pytest.raises(ValueError, match=message):
         run(tmp_path, resume_from_checkpoint="last", **options | change)
+    assert (tmp_path / "resolved_recipe.yaml").read_text() == recipe  # still that of the run in the folder
 
 
 def test_f63_resuming_with_other_images_is_refused(tmp_path):
