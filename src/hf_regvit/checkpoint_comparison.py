@@ -12,7 +12,7 @@ import torch
 
 from .artifacts import ArtifactReport, diagnose
 from .families import describe_model
-from .features import load_model, read_many
+from .features import load_model, read_many, short_names
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,10 @@ def compare_checkpoints(
         device: Where to compute; default the CPU.
         settings: Arguments of `diagnose`.
     """
-    if len({str(name) for name in names}) < len(names) or len(names) < 2:
+    called = short_names(names)
+    if len(set(called)) < len(names) or len(names) < 2:
         raise ValueError(f"names={[str(name) for name in names]}: give two or more different checkpoints.")
-    loaded = {str(name): load_model(name, device=device) for name in names}
+    loaded = {short: load_model(name, device=device) for short, name in zip(called, names)}
     reports = {
         name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()
     }
@@ -88,7 +89,7 @@ def compare_checkpoints(
             start = time.perf_counter()
             read_many(model, torch.zeros(8, 3, height, width), {"patch_embedding": (0,)})
             speeds[name].append(8 / (time.perf_counter() - start))
-    baseline = reports[str(names[0])].model["gmacs"]
+    baseline = reports[called[0]].model["gmacs"]
     rows = []
     for name, report in reports.items():
         attention = report.attention["statistics"] if report.attention else {}

@@ -43,7 +43,7 @@ from .feature_tasks import (
     neighbours,
     score_features,
 )
-from .features import EvaluationTransform, load_model
+from .features import EvaluationTransform, load_model, short_names
 from .images import ImageSource, MissingSplitError, Split, load_images, stratified_split
 from .object_discovery import LostEvaluation, evaluate_lost, ground_truth_boxes
 
@@ -135,13 +135,6 @@ def compare_backbones(
         if on_report is not None:
             on_report(table)
     return table
-
-
-def short_names(models: Sequence[str | Path]) -> list[str]:
-    """Hub ids as they are, folders by as many of their last parts as tell them apart: reports are published."""
-    folders = [Path(model).resolve() for model in models if Path(model).is_dir()]
-    kept = next(count for count in range(1, 99) if len({path.parts[-count:] for path in folders}) == len(set(folders)))
-    return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
 
 
 def _checked(tasks: Sequence[str]) -> tuple[Task, ...]:

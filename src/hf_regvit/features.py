@@ -781,6 +781,13 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     return model, _timm_transform(model) if describe_model(model).is_timm else _saved_processor(model)
 
 
+def short_names(models: Sequence[str | Path]) -> list[str]:
+    """Hub ids as they are, folders by as many of their last parts as tell them apart: reports are published."""
+    folders = [Path(model).resolve() for model in models if Path(model).is_dir()]
+    kept = next(count for count in range(1, 99) if len({path.parts[-count:] for path in folders}) == len(set(folders)))
+    return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
+
+
 def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
     try:
         import timm

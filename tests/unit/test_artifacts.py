@@ -788,6 +788,9 @@ def test_several_checkpoints_make_a_table(checkpoints, photos):
     assert 0 < registers["gmacs_delta"] < 0.1
     assert registers["parameters"] - plain["parameters"] == 2 * 32
     assert plain["images_per_second"] > 0
+    assert [row["model"] for row in comparison.rows] == ["reg0", "reg2"] == list(comparison.reports)
+    written = comparison.save(checkpoints[0].parent / "out").read_text()
+    assert str(checkpoints[0].parent) not in written  # reports are published
     table = comparison.table().splitlines()
     assert len(table) == 4
     assert len({line.count("|") for line in table}) == 1

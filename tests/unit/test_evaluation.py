@@ -25,10 +25,9 @@ from hf_regvit.evaluation import (
     compare_backbones,
     evaluate_backbone,
     score_features,
-    short_names,
 )
 from hf_regvit.feature_cache import FrozenFeatures, data_fingerprint, model_fingerprint, read_features
-from hf_regvit.features import EvaluationTransform
+from hf_regvit.features import EvaluationTransform, short_names
 from hf_regvit.images import default_image_processor, join_sources, load_images
 from hf_regvit.intervals import bootstrap_interval, mean_iou, paired_difference
 from hf_regvit.probes import knn_accuracy
