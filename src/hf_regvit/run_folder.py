@@ -74,10 +74,16 @@ def starting_point(
         seed: of the registers that are added.
 
     Raises:
-        ValueError: a side that is no multiple of the patch, or a model whose tokens have no final norm.
+        ValueError: a side that is no multiple of the patch, a model whose tokens have no final norm, or a checkpoint
+            of an unfinished run.
         OSError: nothing can be read there.
     """
     folder = Path(source)
+    if (folder / "trainer_state.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"'{source}' is a checkpoint of a run that has to be finished first. Resume it "
+            f"(resume_from_checkpoint={source}, perhaps with max_steps at its step), then start from the run's folder."
+        )
     run = folder if (folder / BACKBONE / "config.json").is_file() else None
     teacher = _open_backbone(
         str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode

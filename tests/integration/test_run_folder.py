@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -188,6 +189,21 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     args = arguments(tmp_path / "c", init_from=str(run / "backbone"), head_num_prototypes=24, max_steps=1)
     teacher = pretrain(args, train_dataset=Crops())
     assert teacher.config.num_register_tokens == 4
+
+
+def test_a_checkpoint_is_finished_before_another_run_starts_from_it(tmp_path):
+    run = trained_run(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
+    shutil.rmtree(run / "backbone")
+    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of a run .* perhaps with max_steps"):
+        starting_point(run / "checkpoint-2", num_register_tokens=4, image_size=16)
+    resume = {"resume_from_checkpoint": str(run / "checkpoint-2"), "max_steps": 2}
+    teacher = pretrain(arguments(run, **resume), train_dataset=Crops())  # no step is left, the result is written
+    stored = load_file(run / "checkpoint-2" / "model.safetensors")
+    assert all(
+        torch.equal(stored[f"teacher.backbone.{name}"], tensor) for name, tensor in teacher.state_dict().items()
+    )
+    start = starting_point(run, num_register_tokens=4, image_size=16)
+    assert same_state(start.teacher.state_dict(), teacher.state_dict())
 
 
 def test_other_centering_starts_with_centers_of_zero(tmp_path, caplog):
