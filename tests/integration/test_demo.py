@@ -109,6 +109,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert changed <= {str(backbone / "README.md")}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_picture")
 def test_folder_without_labels(demo, recipe, tmp_path, capsys):
     """Fewer images than a batch, no classes: trains all the same and says why there is no comparison."""

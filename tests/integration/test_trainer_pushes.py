@@ -41,6 +41,7 @@ def messages(hub, name="someone/tiny"):
     return [commit.message for commit in hub.repos[name].commits[1:]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["end", "every_save", "checkpoint", "all_checkpoints"])
 def test_every_push_of_every_strategy_can_be_loaded(hub, tmp_path, strategy):
     backbone = pushed(tmp_path / "run", hub_strategy=strategy, hub_always_push=True)
@@ -69,6 +70,7 @@ def test_every_push_of_every_strategy_can_be_loaded(hub, tmp_path, strategy):
     assert all((last[name] == tensor).all() for name, tensor in backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_a_pushed_checkpoint_resumes_and_holds_no_token(hub, tmp_path):
     pushed(tmp_path / "run", hub_strategy="checkpoint", hub_always_push=True, hub_token=WRITE_TOKEN, max_steps=4)
     files = hub.files("someone/tiny")
@@ -87,6 +89,7 @@ def test_a_pushed_checkpoint_resumes_and_holds_no_token(hub, tmp_path):
     assert WRITE_TOKEN not in (tmp_path / "run" / "resolved_recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 def test_the_repository_is_private_unless_the_run_says_otherwise(hub, tmp_path):
     pushed(tmp_path / "a", max_steps=2)
     pushed(tmp_path / "b", max_steps=2, hub_model_id="someone/open", hub_private_repo=False)
@@ -94,6 +97,7 @@ def test_the_repository_is_private_unless_the_run_says_otherwise(hub, tmp_path):
     assert not hub.repos["someone/open"].private
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [500, 503, 429, 504, 409, "reset", "silence"])
 def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
     hub.fail("/commit/", kind, times=1, headers={"Retry-After": "0.01"})

@@ -284,6 +284,7 @@ def test_layers_that_a_shallow_model_has_not_are_left_out():
 # --- Command line
 
 
+@pytest.mark.slow
 def test_two_models_on_the_command_line(data, model, tmp_path, capsys):
     for name in ("a", "b"):
         model.save_pretrained(tmp_path / name)

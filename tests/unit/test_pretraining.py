@@ -443,6 +443,7 @@ class Sizes(TrainerCallback):
         )
 
 
+@pytest.mark.slow
 def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path):
     """3 steps per epoch; the phase begins with step 4, inside of the second epoch, and goes on in the third."""
     small, large, sizes, plain = Crops(), Crops(global_size=6 * PATCH), Sizes(), Crops()
