@@ -52,6 +52,10 @@ STATE = "trainer_state.json"
 REQUEUE_EXIT_CODE = 85
 
 
+class CheckpointIncompleteError(CheckpointCorruptError):
+    """A checkpoint that is as it was written, and was written without something that a resumed run needs."""
+
+
 class TrainingInterrupted(SystemExit):
     """A run that was told to stop, saved a checkpoint and can be resumed. Uncaught, the process ends with code 85."""
 
@@ -108,6 +112,7 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
     Raises:
         CheckpointCorruptError: a file is missing, has another size or other bytes, or the manifest cannot be read;
             the message names the file and the reason.
+        CheckpointIncompleteError: whole, but written without a required file.
     """
     manifest = folder / MANIFEST
     try:
@@ -119,12 +124,6 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointCorruptError(f"{manifest} cannot be read ({error}).") from error
-    for name in required:
-        sharded = {WEIGHTS: "pytorch_model_fsdp_"}.get(name, f"{Path(name).stem}_")
-        if name not in expected and not any(other.startswith(sharded) and "/" in other for other in expected):
-            raise CheckpointCorruptError(
-                f"{folder} has no {name}. Resuming without it would not continue the run; take another checkpoint."
-            )
     for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():
@@ -134,6 +133,13 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
     for name, (_, digest) in expected.items():
         if _digest(folder / name) != digest:
             raise CheckpointCorruptError(f"{folder / name} has changed since it was written: its sha256 differs.")
+    for name in required:
+        sharded = {WEIGHTS: "pytorch_model_fsdp_"}.get(name, f"{Path(name).stem}_")
+        if name not in expected and not any(other.startswith(sharded) and "/" in other for other in expected):
+            raise CheckpointIncompleteError(
+                f"{folder} has no {name}: it was saved without (save_only_model?). Resuming without it would not "
+                "continue the run; take another checkpoint, or start a new run from its weights."
+            )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -159,11 +165,19 @@ def _check_is_checkpoint(folder: Path) -> None:
 def newest_checkpoint(run: Path) -> Path | None:
     """The newest checkpoint of a run that verifies; None where there is none.
 
-    Every newer one that does not verify is renamed to `checkpoint-N.broken`, with a line in the log.
+    Every newer one that does not verify is renamed to `checkpoint-N.broken`, with a line in the log. One that was
+    saved without its optimizer is whole and stays.
+
+    Raises:
+        CheckpointIncompleteError: there are checkpoints, all of them saved without what resuming needs.
     """
+    incomplete: CheckpointIncompleteError | None = None
     for folder in reversed(list_checkpoints(run)):
         try:
             verify_checkpoint(folder)
+        except CheckpointIncompleteError as error:
+            incomplete = incomplete or error
+            logger.warning("%s The checkpoint before it is tried.", error)
         except CheckpointCorruptError as error:
             aside = folder.with_name(f"{folder.name}.broken")
             if aside.exists():
@@ -172,6 +186,8 @@ def newest_checkpoint(run: Path) -> Path | None:
             logger.warning("%s The folder is now %s; the checkpoint before it is tried.", error, aside.name)
         else:
             return folder
+    if incomplete is not None:
+        raise incomplete
     return None
 
 
@@ -401,6 +417,7 @@ class CheckpointedTrainer(PushingTrainer):
 
         Raises:
             CheckpointCorruptError: the named folder does not verify.
+            CheckpointIncompleteError: only checkpoints without optimizer (`save_only_model`) are there.
             ValueError: True without any checkpoint.
             TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
         """
@@ -448,13 +465,14 @@ class CheckpointedTrainer(PushingTrainer):
         run = Path(cast(str, self.args.output_dir))
         if self.is_world_process_zero():
             shutil.rmtree(run / STAGING, ignore_errors=True)
-            if wanted is True or wanted == "last":
-                answer = newest_checkpoint(run)
-            elif wanted:
-                answer = Path(cast(str, wanted))
+            if wanted:
                 try:
-                    _check_is_checkpoint(answer)
-                    verify_checkpoint(answer)
+                    if wanted is True or wanted == "last":
+                        answer = newest_checkpoint(run)
+                    else:
+                        answer = Path(wanted)
+                        _check_is_checkpoint(answer)
+                        verify_checkpoint(answer)
                 except CheckpointCorruptError as error:
                     answer = error
             elif (old := list_checkpoints(run)) and self.state.global_step == 0:

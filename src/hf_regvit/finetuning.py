@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from .alarms import FiniteGuard, NonFiniteError, out_of_memory, without_ids
 from .callbacks import MetricsFile, TrainingProgress
-from .checkpoints import CheckpointedTrainer, verify_checkpoint
+from .checkpoints import STATE, WEIGHTS, CheckpointedTrainer, verify_checkpoint
 from .configuration_regvit import RegViTConfig
 from .distillation import full_tensor
 from .finetuning_arguments import METRICS, OTHER_METRICS, FinetuningArguments
@@ -301,7 +301,7 @@ class FinetuningTrainer(CheckpointedTrainer):
                 "last one is in the run folder: resume from it, or free some space and run again."
             )
         logger.info("The result is %s, %s %s.", folder.name, self.args.metric_for_best_model, self.state.best_metric)
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, required=(WEIGHTS, STATE))  # with save_only_model there is no optimizer
         self._load_from_checkpoint(str(folder), self.model)
 
     # Resuming.

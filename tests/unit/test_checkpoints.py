@@ -21,6 +21,7 @@ from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.checkpoints import (
     REQUEUE_EXIT_CODE,
     STAGING,
+    CheckpointIncompleteError,
     TrainingInterrupted,
     WorkerDeaths,
     list_checkpoints,
@@ -124,12 +125,15 @@ def test_f57_a_folder_without_manifest_was_not_finished(run):
     assert {path.name for path in run.glob("*.broken")} == {"checkpoint-4.broken", "checkpoint-6.broken"}
 
 
-def test_f59_a_checkpoint_saved_without_optimizer_is_not_resumed(tmp_path):
-    trained(tmp_path, max_steps=1, save_strategy="steps", save_steps=1, save_only_model=True)
-    with pytest.raises(CheckpointCorruptError, match=r"has no optimizer\.pt"):
-        trained(tmp_path, resume=str(tmp_path / "checkpoint-1"))
-    with pytest.raises(ValueError, match="There is no checkpoint in"):
-        trained(tmp_path, resume=True)
+def test_f59_a_checkpoint_saved_without_optimizer_is_not_resumed_and_not_called_broken(run):
+    without = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    trained(run.parent / "new", **without)
+    for resume in (str(run.parent / "new" / "checkpoint-1"), True, "last"):
+        with pytest.raises(CheckpointIncompleteError, match=r"has no optimizer\.pt.*save_only_model"):
+            trained(run.parent / "new", resume=resume)
+    shutil.copytree(run.parent / "new" / "checkpoint-1", run / "checkpoint-7")
+    assert newest_checkpoint(run) == run / "checkpoint-6"  # an older one that has everything
+    assert names(run)[-1] == "checkpoint-7"
 
 
 def test_no_checkpoint_at_all(tmp_path):
