@@ -38,9 +38,10 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     from .arguments import RecipeParser
     from .pretraining import PretrainingArguments, pretrain
 
-    (arguments,) = RecipeParser(PretrainingArguments, prog="regvit pretrain").parse(args)
+    parser = RecipeParser(PretrainingArguments, prog="regvit pretrain")
     if switches["dry_run"]:
-        return _resolved(arguments)
+        return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
+    (arguments,) = parser.parse(args)
     model = pretrain(arguments)
     return {"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()}
 
@@ -50,9 +51,10 @@ def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     from .arguments import RecipeParser
     from .finetuning import FinetuningArguments, finetune
 
-    (arguments,) = RecipeParser(FinetuningArguments, prog="regvit finetune").parse(args)
+    parser = RecipeParser(FinetuningArguments, prog="regvit finetune")
     if switches["dry_run"]:
-        return _resolved(arguments)
+        return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
+    (arguments,) = parser.parse(args)
     finetune(arguments)
     metrics = json.loads(Path(arguments.output_dir, "metrics.json").read_text()) if arguments.should_save else {}
     return {"output_dir": arguments.output_dir, **metrics.get("eval", {})}
@@ -251,6 +253,13 @@ COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] 
     "demo": demo_command,
     "doctor": doctor_command,
 }
+
+
+def _as_if_at_hand() -> list[str]:
+    """What a dry run adds where no accelerator is: transformers refuses bfloat16 there, and nothing is computed."""
+    import torch
+
+    return [] if torch.accelerator.is_available() else ["--use_cpu", "True"]
 
 
 def _resolved(arguments: Any) -> dict[str, Any]:

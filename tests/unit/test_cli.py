@@ -1,6 +1,7 @@
 """The command line: one line per error, exit codes, recipes as defaults, no option without a help text."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hf_regvit import RegViTModel, cli
 from hf_regvit.arguments import ConvertArguments, RecipeError, RecipeParser
 from hf_regvit.pretraining_arguments import PretrainingArguments
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
 
@@ -74,6 +76,14 @@ def test_failures_are_one_line_unless_debugged(tmp_path, capsys) -> None:
 def test_misuse_is_2(capsys) -> None:
     assert cli.main(["convert", "--model", "x"]) == 2  # no output_dir
     assert cli.main(["convert", "--model", "x", "--output_dir", "y", "--num_head", "3"]) == 2
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_path, capsys) -> None:
+    command = "finetune" if "mode:" in recipe.read_text() else "pretrain"
+    assert cli.main([command, "--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
+    assert "output_dir" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_converts_nothing(vit_folder, tmp_path, capsys) -> None:
