@@ -214,6 +214,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+        if sorted(self.id2label) != list(range(max(len(self.id2label), 1))):
+            raise ConfigError(
+                f"id2label has the keys {sorted(self.id2label)[:10]}; expected one name for each output of the head, "
+                "numbered from 0, e.g. {0: 'cat', 1: 'dog'}."
+            )
         self.auto_map = dict(AUTO_MAP)  # always our own files: save_pretrained copies them beside the weights
 
     @classmethod

@@ -352,7 +352,7 @@ def _transformers_parts(
         full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
     except StrictDataclassError as error:
         raise ConversionError(f"The configuration is none of a '{model_type}': {error}") from error
-    fields = {name: full[name] for name in names if full.get(name) is not None}
+    fields = {name: full[name] for name in names if full.get(name) not in (None, {})}  # no labels: our default
     with_registers = model_type == "dinov2_with_registers"
     fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
     fields["interpolate_antialias"], fields["interpolate_offset"] = with_registers, 0.0
