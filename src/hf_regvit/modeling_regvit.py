@@ -190,6 +190,8 @@ class RegViTEmbeddings(nn.Module):
             return table[:, self.num_position_prefix :]
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad) or self.training:
             return self.resample_positions(grid)
+        if type(table) is not nn.Parameter:  # torch.func's stand-ins have no values to compare
+            return self.resample_positions(grid)
         if not self._cache_is_valid(table):
             # A new dict, not an emptied one: copies that nn.DataParallel makes for other devices share the old one.
             self._cached_positions = {}
@@ -875,7 +877,13 @@ class RegViTModel(RegViTPreTrainedModel):
 def mean_of_patches(patch_tokens: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
     """Mean over real patches: (B, N, D) tokens and the (B, T) `patch_mask` of the same output -> (B, D)."""
     weights = patch_mask[:, -patch_tokens.shape[1] :, None].to(patch_tokens.dtype)
-    return (patch_tokens * weights).sum(1) / weights.sum(1)
+    wide = at_least_float32(patch_tokens)  # in float16 the sum over a thousand patches overflows
+    return ((patch_tokens * weights).sum(1, dtype=wide) / weights.sum(1, dtype=wide)).to(patch_tokens.dtype)
+
+
+def at_least_float32(tensor: torch.Tensor) -> torch.dtype:
+    """The type in which many values of a tensor can be summed."""
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class RegViTForImageClassification(RegViTPreTrainedModel):
@@ -1052,6 +1060,8 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
 
     def _bins_to_metres(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """(B, bins, rows, columns) -> (B, 1, H, W): weights by "linear norm", then the mean of the bins' centres."""
+        dtype = bins.dtype
+        bins = bins.to(at_least_float32(bins))  # in float16 the sum over the bins overflows
         grid = tuple(self.UPSAMPLE * side for side in bins.shape[-2:])
         bins = nn.functional.interpolate(bins, size=grid, mode="bilinear", align_corners=False)
         weights = nn.functional.relu(bins) + 0.1
@@ -1063,7 +1073,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
             dtype=bins.dtype,
         )
         depth = (weights * centers[:, None, None]).sum(1, keepdim=True) / weights.sum(1, keepdim=True)
-        return nn.functional.interpolate(depth, size=size, mode="bilinear", align_corners=False)
+        return nn.functional.interpolate(depth, size=size, mode="bilinear", align_corners=False).to(dtype)
 
 
 def scale_invariant_log_loss(depth: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:

@@ -102,6 +102,27 @@ def test_classifier_in_a_padded_batch(pooling, attn_implementation):
         torch.testing.assert_close(logits[i], alone, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"pooling": "mean_patch"},
+        {"pooling": "cls_mean_patch"},
+        {"pooling": "mean_patch", "final_norm": "pooled", "layerscale_value": None},
+    ],
+)
+@torch.no_grad()
+def test_the_mean_of_many_patches_fits_into_half_precision(fields, dtype):
+    """Patches of about 20 in one channel, as trained models have: 4096 of them add up to more than float16 holds."""
+    model = build(RegViTForImageClassification, num_hidden_layers=1, **fields)
+    model.regvit.layernorm.bias[3] = 20.0
+    model.regvit.embeddings.patch_embeddings.projection.bias[3] = 20.0
+    pixel_values = images(1, 512, 512)
+    expected = model(pixel_values).logits
+    found = model.to(dtype)(pixel_values).logits
+    assert (found.float() - expected).norm() / expected.norm() < 0.02
+
+
 def test_classifier_losses():
     model = build(RegViTForImageClassification)
     output = model(images(), labels=torch.tensor([1, 4]))
@@ -255,6 +276,18 @@ def test_depth_equals_its_twin_of_maps(head_layers):
         torch.testing.assert_close(depth, depth_twin(model, pixel_values), atol=1e-4, rtol=1e-5)
         assert depth.min() >= 0.5
         assert depth.max() <= 80
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_depth_in_half_precision(dtype):
+    """256 bins up to 80 m with weights of 30 add up to more than float16 holds."""
+    model = build(RegViTForDepthEstimation, num_depth_bins=256, max_depth=80.0)
+    model.classifier.bias.add_(30.0)
+    expected = model(images()).predicted_depth
+    found = model.to(dtype)(images()).predicted_depth
+    assert found.dtype == dtype
+    assert ((found.float() - expected).abs() / expected).max() < 0.02
 
 
 @torch.no_grad()

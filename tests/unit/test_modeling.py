@@ -739,6 +739,20 @@ def test_copies_for_other_devices_share_no_cache():
     assert torch.equal(model.embeddings._cached_positions[3, 4], kept[3, 4])
 
 
+@torch.no_grad()
+def test_an_ensemble_of_torch_func_at_another_size():
+    """Under `vmap` the table of positions has no values that could be compared with remembered ones."""
+    models, pixel_values = [build(seed=seed) for seed in range(2)], images(1, 24, 32)
+    parameters, buffers = torch.func.stack_module_state(models)
+
+    def pooled(parameters, buffers):
+        return torch.func.functional_call(models[0], (parameters, buffers), (pixel_values,)).pooler_output
+
+    found = torch.func.vmap(pooled)(parameters, buffers)
+    expected = torch.stack([model(pixel_values).pooler_output for model in models])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_positions_filled_in_inference_mode_serve_a_later_backward():
     model, pixel_values = build(), images(1, 24, 32)
     model.embeddings.position_embeddings.requires_grad_(False)
