@@ -30,6 +30,7 @@ from .dense_probes import (
     read_dense_features,
 )
 from .evaluation_report import EvaluationReport, EvaluationTable, Score
+from .extraction import weights_fingerprint
 from .families import describe_model
 from .feature_cache import image_digests, read_features
 from .feature_tasks import (
@@ -199,6 +200,7 @@ class _Evaluation:
             reading_seconds=round(self.reading_seconds, 2),
             cached_seconds=round(self.cached_seconds, 2),
             lost=lost,
+            weights=weights_fingerprint(self.model),
         )
 
     def _data_of(self, task: str) -> Data:

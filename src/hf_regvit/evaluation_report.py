@@ -165,6 +165,7 @@ class EvaluationReport:
         reading_seconds: Wall time of reading features; `cached_seconds` is what reading them again would have cost.
         cached_seconds: See above.
         lost: Object discovery in full; None where it was not asked for.
+        weights: Fingerprint of the model's weights, so that nobody publishes the numbers of another one; "" unknown.
     """
 
     model: str
@@ -176,6 +177,7 @@ class EvaluationReport:
     reading_seconds: float = 0.0
     cached_seconds: float = 0.0
     lost: LostEvaluation | None = None
+    weights: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""

@@ -25,7 +25,8 @@ from torch import Tensor
 
 from .artifacts import ArtifactReport
 from .checkpoints import verify_checkpoint, write_manifest
-from .evaluation_report import EvaluationTable
+from .evaluation_report import EvaluationReport, EvaluationTable
+from .extraction import weights_fingerprint
 from .model_card import (
     ANY_FOLDER,
     TASKS,
@@ -150,7 +151,7 @@ def bundle(
         _save_processor(checkpoint, staged)
         facts = _run_facts(Path(model_folder), checkpoint, staged)
         for report in reports:
-            _add_report(Path(report), staged, facts, example_pictures=example_pictures)
+            _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
         _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
         write_manifest(staged)
         options = _sums_of_options(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
@@ -326,6 +327,9 @@ def _write_report(output: Path, name: str, content: Any) -> None:
 
 
 def _report_file(path: Path) -> Path:
+    if (path / "comparison.json").is_file() and not (path / "report.json").is_file():
+        single = ", ".join(f"'{report.parent}'" for report in sorted(path.glob("*/report.json")))
+        raise BundleError(f"'{path}' compares several models. Name the report of the one to publish: {single}.")
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
         raise BundleError(f"There is no report at '{path}'. Name what `regvit diagnose` or `regvit evaluate` wrote.")
@@ -346,7 +350,7 @@ def _sums_of_options(
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in sorted(said.items())}
 
 
-def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pictures: bool) -> None:
+def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, example_pictures: bool) -> None:
     """One report of a diagnosis or an evaluation, copied without what is private, and as facts for the card."""
     path = _report_file(path)
     content = _json_of(path)
@@ -363,7 +367,14 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, example_pict
     elif "reports" in content and "models" not in content:
         table = EvaluationTable.load(path)
         _write_report(output, "evaluation.json", [report.summary() for report in table.reports])
-        for key, value in evaluation_facts(table).items():
+        own = _report_of(model, table)
+        if own is None:
+            names = ", ".join(report.model for report in table.reports)
+            logger.warning(
+                "'%s' is about other weights than these (%s): its numbers are on the card under those names, and not "
+                "in its model-index. Evaluate the checkpoint itself.", path, names
+            )  # fmt: skip
+        for key, value in evaluation_facts(table, own).items():
             facts[key] = (*facts.get(key, ()), *value)
     else:
         raise BundleError(
@@ -417,19 +428,35 @@ def _preprocessing_words(text: str) -> str:
     return ", ".join(steps)
 
 
-def evaluation_facts(table: EvaluationTable) -> dict[str, tuple[Any, ...]]:
-    """Rows, notes and `model-index` results of an evaluation; of several models the first one's are indexed."""
+def _report_of(model: Any, table: EvaluationTable) -> EvaluationReport | None:
+    """The report of these very weights; None if all are of others.
+
+    An older report, which does not say, is believed where it is about one model only.
+    """
+    if len(table.reports) == 1 and not table.reports[0].weights:
+        return table.reports[0]
+    weights = weights_fingerprint(model)
+    return next((report for report in table.reports if report.weights == weights), None)
+
+
+def evaluation_facts(table: EvaluationTable, own: EvaluationReport | None) -> dict[str, tuple[Any, ...]]:
+    """Rows, notes and `model-index` results of an evaluation.
+
+    Args:
+        table: Of one or several models.
+        own: The report of the model that the card is about: the only one that is indexed, and whose rows need no name.
+    """
     scores: list[CardScore] = []
     notes: dict[str, None] = {}  # in order, each once
     for score, report, _ in table.rows():
-        name = score.name if len(table.reports) == 1 else f"{report.model}: {score.name}"
+        name = score.name if report is own else f"{report.model}: {score.name}"
         images = f"{score.num_train:,} / {score.num_images:,}"
         scores.append(CardScore(name, score.data, score.show(score.value, score.interval), images))
         notes[f"{score.task}: {score.protocol}"] = None
     for report in table.reports:
         notes.update(dict.fromkeys(report.notes))
     notes["Brackets: 95 % interval from 2,000 resamples of the judged images."] = None
-    results = table.reports[0].model_index("model")[0]["results"]
+    results = [] if own is None else own.model_index("model")[0]["results"]
     return {"scores": tuple(scores), "evaluation_notes": tuple(notes), "results": tuple(results)}
 
 

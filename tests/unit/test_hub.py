@@ -636,3 +636,46 @@ def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, 
         assert ("figures/example_00.png" in made.names) == wanted
         text = (made.folder / "README.md").read_text()
         assert text.count("hf_regvit 0") == 1  # its version, once
+
+
+def evaluated(models, folder):
+    from hf_regvit.evaluation import Protocol, compare_backbones
+    from hf_regvit.images import load_images
+
+    train, judged = (load_images("digits", split=part).subset(range(60)) for part in ("train", "validation"))
+    table = compare_backbones(models, judged, train=train, tasks=("knn",), protocol=Protocol(knn_ks=(5,)))
+    table.save(folder)
+    return table
+
+
+def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_stands(checkpoint, tmp_path, caplog):
+    """Of a base model and its fine-tuned copy, in this order, the base's numbers were published as the copy's."""
+    torch.manual_seed(1)
+    RegViTForImageClassification(tiny_config(hidden_size=8)).save_pretrained(tmp_path / "base")
+    default_image_processor(16).save_pretrained(tmp_path / "base")
+    table = evaluated([str(tmp_path / "base"), str(checkpoint)], tmp_path / "evaluation")
+    values = [report.scores[0].value for report in table.reports]
+    assert values[0] != values[1]
+    bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path / "evaluation"])
+    card = (tmp_path / "bundle" / "README.md").read_text()
+    (result,) = card_header(card)["model-index"][0]["results"]
+    assert [metric["value"] for metric in result["metrics"]] == [round(values[1], 4)]
+    assert "| base: Weighted kNN" in card
+    assert "| Weighted kNN" in card  # this model's rows need no name
+
+    evaluated([str(tmp_path / "base")], tmp_path / "of another")
+    caplog.clear()
+    bundle(checkpoint, tmp_path / "without", card=CARD, reports=[tmp_path / "of another"])
+    assert "other weights than these (base)" in caplog.text
+    card = (tmp_path / "without" / "README.md").read_text()
+    assert "model-index" not in card_header(card)
+    assert "| base: Weighted kNN" in card
+
+
+def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path):
+    for name in ("0-a", "1-b"):
+        (tmp_path / "diagnosis" / name).mkdir(parents=True)
+        (tmp_path / "diagnosis" / name / "report.json").write_text("{}")
+    (tmp_path / "diagnosis" / "comparison.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"compares several models.*Name the report .*0-a', '.*1-b'\."):
+        bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path / "diagnosis"])
