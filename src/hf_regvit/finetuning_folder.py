@@ -24,10 +24,7 @@ def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None
     panels: list[tuple[str, dict[str, str]]] = [("loss", {"loss": "training", "eval_loss": "validation"})]
     panels += [(name, {f"eval_{name}": "validation"}) for name in shown]
     panels += [("learning rate", {"learning_rate": "largest of the groups"})]
-    curves = [
-        (title, {label: [(line["step"], line[key]) for line in lines if key in line] for key, label in keys.items()})
-        for title, keys in panels
-    ]
+    curves = [(title, {label: _points(lines, key) for key, label in keys.items()}) for title, keys in panels]
     curves = [(title, drawn) for title, drawn in curves if any(drawn.values())]
     if not curves:
         return None
@@ -46,6 +43,15 @@ def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None
     target = folder / CURVES
     save_figure(figure, target)
     return target
+
+
+def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """(step, value) of a metric, one a step: a second one is the best checkpoint's, judged after the last step."""
+    values: dict[int, float] = {}
+    for line in lines:
+        if key in line:
+            values.setdefault(line["step"], line[key])
+    return list(values.items())
 
 
 def write_finetuning_card(

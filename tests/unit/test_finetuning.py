@@ -30,6 +30,7 @@ from hf_regvit.figures import save_figure
 from hf_regvit.finetuning import finetune, optimizer_groups
 from hf_regvit.finetuning_data import IGNORED, MixingCollator, TrainSampler, bad_images, draws
 from hf_regvit.finetuning_dense import mask_figure
+from hf_regvit.finetuning_folder import draw_finetuning_curves
 from hf_regvit.finetuning_model import choose_trained, merge_lora, open_for_task
 from hf_regvit.metrics import ClassScores, TopKAccuracy
 from hf_regvit.model_card import card_header, check_card
@@ -721,6 +722,17 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
     assert (recipe["mode"], recipe["learning_rate"]) == ("full", 1e-2)
     for name in ("curves.png", "confusion_matrix.png"):
         Image.open(tmp_path / name).verify()
+
+
+def test_curves_do_not_draw_the_best_checkpoint_at_the_last_step(tmp_path, monkeypatch):
+    """Its last judgement is logged there: the validation curves ended in a vertical line."""
+    lines = [{"step": 3, "eval_loss": 0.2}, {"step": 6, "eval_loss": 0.9}, {"step": 6, "eval_loss": 0.2}]
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    drawn = []
+    monkeypatch.setattr("hf_regvit.finetuning_folder.save_figure", lambda figure, path: drawn.append(figure))
+    draw_finetuning_curves(tmp_path, shown=("accuracy",))
+    (axis,) = drawn[0].axes
+    assert axis.lines[0].get_xydata().tolist() == [[3, 0.2], [6, 0.9]]
 
 
 def test_names_with_commas_and_dollars_in_tables_and_pictures(tmp_path):
