@@ -122,7 +122,7 @@ class JointTransform:
         contrast_first = rng.random() < 0.5
         chosen = rng.random(4) < 0.5
         shift, contrast, saturation = rng.uniform(-32, 32), rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5)
-        hue = rng.integers(-18, 19) / 360
+        hue = rng.integers(-18, 18) / 180  # of a circle: the original counts its hues in 8 bits, two degrees each
         values = pixels.astype(np.float32)
         values = values + shift if chosen[0] else values
         if chosen[1] and contrast_first:

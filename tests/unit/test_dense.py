@@ -10,6 +10,7 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from helpers import requires_shared, shared_dir
+from hf_regvit.augmentation import adjust_hue, adjust_saturation
 from hf_regvit.dense import (
     DenseDataError,
     DepthFormat,
@@ -444,6 +445,53 @@ def test_colours_change_the_picture_and_never_the_map():
         for _, moved, inside in results:
             np.testing.assert_array_equal(moved, target)
             assert inside.all()
+
+
+def test_the_hue_turns_as_far_as_published(monkeypatch):
+    # mmsegmentation adds -18 to 17 to hues that OpenCV counts from 0 to 179: a tenth of the circle either way.
+    turns = []
+    monkeypatch.setattr("hf_regvit.dense_transforms.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
+    transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
+    for seed in range(400):
+        transform._coloured(pixels, np.random.default_rng(seed))
+    assert 150 < len(turns) < 250
+    assert (min(turns), max(turns)) == (-18 / 180, 17 / 180)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_colours_equal_their_loop(seed):
+    pixels = np.random.default_rng(100 + seed).integers(0, 256, (3, 4, 3)).astype(np.uint8)
+
+    def clipped(value):
+        return min(max(round(value), 0), 255)
+
+    rng = np.random.default_rng(seed)
+    expected = pixels.copy()
+    if rng.random() >= 0.5:
+        gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
+        balance = rng.uniform(0.9, 1.1, size=3)
+        for place in np.ndindex(pixels.shape):
+            expected[place] = clipped(255 * (pixels[place] / 255) ** gamma * brightness * balance[place[-1]])
+    depth = JointTransform.for_depth((3, 4))
+    np.testing.assert_array_equal(depth._coloured(pixels, np.random.default_rng(seed)), expected)
+
+    rng = np.random.default_rng(seed)
+    contrast_first, chosen = rng.random() < 0.5, rng.random(4) < 0.5
+    shift, contrast, saturation = rng.uniform(-32, 32), rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5)
+    turn = rng.integers(-18, 18) / 180
+    expected = pixels.copy()
+    for place in np.ndindex(pixels.shape):
+        value = np.float32(pixels[place]) + (np.float32(shift) if chosen[0] else 0)
+        expected[place] = clipped(value * np.float32(contrast) if chosen[1] and contrast_first else value)
+    if chosen[2]:
+        expected = adjust_saturation(expected, saturation)
+    if chosen[3]:
+        expected = adjust_hue(expected, turn)
+    if chosen[1] and not contrast_first:
+        for place in np.ndindex(pixels.shape):
+            expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
+    coloured = JointTransform((3, 4))._coloured(pixels, np.random.default_rng(seed))
+    np.testing.assert_allclose(coloured.astype(int), expected.astype(int), atol=1)  # float32 rounds elsewhere at .5
 
 
 def test_sizes_that_differ_are_refused_by_the_transform():
