@@ -440,7 +440,7 @@ def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, 
             corloc=float(values.mean()),
             interval=bootstrap_interval(values, seed=seed),
             ahead=(float(gain.mean()), bootstrap_interval(gain, seed=seed)),
-            overlaps=tuple(round(value, 4) for value in overlaps[name].tolist()),
+            overlaps=tuple(overlaps[name].tolist()),  # not rounded: 0.49996 is no hit, wherever it is counted again
             num_degenerate=degenerate.get(name),
         )
     return scores

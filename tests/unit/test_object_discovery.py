@@ -181,6 +181,13 @@ def test_scores_compare_on_the_same_images():
     assert scores["full_image"].overlaps == (1.0,) * 4
 
 
+def test_overlaps_just_below_the_threshold_are_no_hits_wherever_they_are_counted():
+    scores = score_methods(table([[0.99994, 0, 1.0], [1.2, 0, 0.99998]]), center=1.0, seed=0)
+    assert (scores["lost"].corloc, scores["vanilla"].corloc) == (0.5, 0.5)
+    for score in scores.values():
+        assert np.mean(np.asarray(score.overlaps) >= 0.5) == score.corloc
+
+
 def test_halves_are_disjoint_complete_and_repeatable():
     first, second = halves(9, seed=3)
     assert sorted(first + second) == list(range(9))
