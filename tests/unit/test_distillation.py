@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 import oracles
 from hf_regvit import RegViTModel
-from hf_regvit.distillation import SelfDistillation
+from hf_regvit.distillation import PrototypeHead, SelfDistillation
 from hf_regvit.losses import dino_loss, ibot_loss, koleo_loss
 from tiny_run import GRID, PATCH, SHAPE, same_state, tiny_batch, tiny_config, tiny_network, trained
 
@@ -89,6 +89,30 @@ def test_targets_can_be_used_where_gradients_are_recorded():
     (joint,) = network.joint_targets([batch])
     assert not any(tensor.is_inference() or tensor.requires_grad for tensor in (*one, *joint))
     assert torch.equal(one.cls, joint.cls)
+
+
+@pytest.mark.parametrize("gram_loss_weight", [0.0, 1.0])
+def test_only_the_student_is_ever_in_training_mode(gram_loss_weight):
+    network = tiny_network(config=tiny_config(drop_path_rate=0.5), gram_loss_weight=gram_loss_weight)
+    network.train()  # as Trainer does before every step
+    frozen = [network.teacher, *([] if network.gram_teacher is None else [network.gram_teacher])]
+    assert all(module.training for module in network.student.modules())
+    assert not any(module.training for part in frozen for module in part.modules())
+
+
+def test_centers_do_not_move_by_what_is_only_evaluated():
+    network = tiny_network(centering="softmax").eval()
+    network(**tiny_batch())
+    assert not any(center.pending_count for center in (network.dino_center, network.ibot_center))
+    network.train()
+    network(**tiny_batch())
+    assert all(center.pending_count for center in (network.dino_center, network.ibot_center))
+
+
+def test_a_head_in_half_precision_survives_a_zero_bottleneck():
+    head = PrototypeHead(16, SHAPE).half()
+    logits = head(torch.zeros(2, 16, dtype=torch.float16))  # zero biases: the bottleneck is zero
+    assert torch.equal(logits, torch.zeros(2, SHAPE.num_prototypes))
 
 
 # ---- Losses without logits ----

@@ -70,6 +70,12 @@ def test_ibot_loss_without_masked_patches_is_zero_and_differentiable():
     assert student.grad.shape == (0, 6)
 
 
+def test_ibot_targets_are_constants():
+    teacher = probabilities(3, 5).requires_grad_()
+    ibot_loss(normal(3, 5).requires_grad_(), teacher, torch.ones(3), num_crops=2).backward()
+    assert teacher.grad is None
+
+
 def test_half_precision_logits_are_taken_to_float32():
     student, teacher = normal(2, 3, 9).bfloat16(), probabilities(1, 3, 9)
     loss = dino_loss(student, teacher)
@@ -132,6 +138,21 @@ def test_prototype_cross_entropy_has_the_gradient_of_the_plain_form(chunk_rows):
         torch.testing.assert_close(actual, expected, atol=1e-10, rtol=1e-8)
     for actual, again in zip(ours, torch.autograd.grad(3 * loss, inputs), strict=True):
         assert torch.equal(actual, again)
+
+
+def test_prototypes_learn_from_features_that_are_constants():
+    whole, frozen = prototype_case(), prototype_case()
+    prototype_cross_entropy(**whole)[0].backward()
+    prototype_cross_entropy(**{**frozen, "features": frozen["features"].detach()})[0].backward()
+    torch.testing.assert_close(frozen["prototypes"].grad, whole["prototypes"].grad)
+    assert whole["prototypes"].grad.any()
+
+
+def test_more_prototypes_than_a_chunk_of_logits_holds(monkeypatch):
+    case = prototype_case()
+    expected, _ = prototype_cross_entropy(**case)
+    monkeypatch.setattr("hf_regvit.losses._CHUNK_LOGITS", {"cpu": 4, "other": 4})  # of 9 prototypes
+    assert prototype_cross_entropy(**case)[0].item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 def test_prototype_cross_entropy_survives_large_logits():
@@ -232,6 +253,21 @@ def test_koleo_of_identical_rows_is_finite_under_autocast(dtype):
     with torch.autocast("cpu", dtype):
         loss = koleo_loss(features)
     assert loss.item() == pytest.approx(-math.log(1e-8 * math.sqrt(8) + 1e-8), rel=1e-3)
+
+
+def test_koleo_sees_no_length_down_to_its_epsilon():
+    features = normal(9, 5)
+    assert koleo_loss(features * 1e-7).item() == pytest.approx(koleo_loss(features).item(), rel=1e-4)
+    shrunk = F.normalize(features, dim=1) * 1e-9  # below 1e-8 the norm is taken for 1e-8: a tenth of the length
+    assert koleo_loss(shrunk).item() == pytest.approx(koleo_loss(features).item() + math.log(10), rel=1e-3)
+
+
+def test_koleo_finds_its_neighbours_in_full_precision():
+    angles = torch.tensor([0.0, 0.030, -0.028, 3.0, 3.020, 2.985])  # cosines that bfloat16 cannot tell apart
+    features = torch.stack([angles.cos(), angles.sin()], dim=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = koleo_loss(features)
+    assert loss.item() == pytest.approx(oracles.koleo_loss(features), rel=1e-4)
 
 
 def test_koleo_gradient_pushes_neighbours_apart():

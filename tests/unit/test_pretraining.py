@@ -537,6 +537,20 @@ def test_the_optimizer_moves_the_student_and_only_the_average_the_teacher(tmp_pa
     assert 0 < followed < moved
 
 
+def test_a_frozen_backbone_shares_no_group_with_the_heads(tmp_path):
+    network = tiny_network()
+    network.student_backbone.embeddings.cls_token.requires_grad_(False)
+    names = dict(network.student.named_parameters())
+    groups = parameter_groups(network.student, parameter_rules(names, num_layers=2))  # one rate for everything
+    assert sum(len(group["params"]) for group in groups) == len(names) - 1  # what takes no gradient is in no group
+    optimizer = torch.optim.AdamW(groups)
+    set_rates(optimizer, arguments(tmp_path, warmup_steps=0).schedules(10).at(2), freeze_backbone=True)
+    rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in names.items():
+        if parameter.requires_grad:
+            assert (rates[id(parameter)] == 0) == name.startswith("backbone."), name
+
+
 def test_set_rates_freezes_only_the_last_layer(tmp_path):
     network = tiny_network()
     names = [name for name, _ in network.student.named_parameters()]
