@@ -108,10 +108,29 @@ def test_a_missing_section_is_named(section):
         check_card(text.replace(f"## {section}\n", f"### {section}\n"))
 
 
-@pytest.mark.parametrize("hole", ["{{ name }}", "{% if x %}", "TODO", "[More Information Needed]", "None", "nan"])
+@pytest.mark.parametrize(
+    "hole",
+    [
+        "{{ name }}", "{% if x %}", "TODO", "[More Information Needed]", "None", "nan", "| seed | None |",
+        "nan % [1, 2]", "it saw None, then nothing", "[nan, 1.0]", "Terms: None.",
+    ],
+)  # fmt: skip
 def test_a_place_that_was_not_filled_in_is_named(hole):
     with pytest.raises(CardError, match="not filled in"):
         check_card(render_card(full_facts()) + f"\n{hole}\n")
+
+
+def test_words_that_look_like_a_place_that_was_not_filled_in():
+    """Cracks in concrete have a class "None", bread has one "nan", and authors write English."""
+    names = {"0": "None", "1": "nan", "2": "{{ x }}"}
+    config = {**CONFIG, "architectures": ["RegViTForSemanticSegmentation"], "id2label": names}
+    words = {
+        "description": "None of these pictures shows a person. It knows nan bread.",
+        "evaluation_notes": ("IoU of each class: None 45.0 %, nan 12.0 %, TODO 1.0 %.",),
+    }
+    text = render_card(full_facts(config=config, **words))
+    assert "| classes | 3: None, nan, {{ x }} |" in text
+    check_card(text)
 
 
 @pytest.mark.parametrize(
