@@ -69,6 +69,15 @@ def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
+def _foreign_entries(auto_map: dict | None) -> dict:
+    """Entries of an `auto_map` that name other classes than ours, also behind the name of a repository."""
+    return {
+        auto_class: name
+        for auto_class, name in (auto_map or {}).items()
+        if not (isinstance(name, str) and name.split("--")[-1] == AUTO_MAP.get(auto_class))
+    }
+
+
 @strict
 class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
@@ -213,13 +222,16 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
+        given_map = kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         if sorted(self.id2label) != list(range(max(len(self.id2label), 1))):
             raise ConfigError(
                 f"id2label has the keys {sorted(self.id2label)[:10]}; expected one name for each output of the head, "
                 "numbered from 0, e.g. {0: 'cat', 1: 'dog'}."
             )
-        self.auto_map = dict(AUTO_MAP)  # always our own files: save_pretrained copies them beside the weights
+        # Always our own files, not those of the repository that was loaded: save_pretrained copies them beside the
+        # weights. Classes of somebody's own, derived from ours, keep their entry.
+        self.auto_map = {**AUTO_MAP, **_foreign_entries(given_map)}
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "RegViTConfig":
@@ -287,6 +299,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         self._validate_sizes()
         self._validate_register_neurons()
+        if missing := [name for name in self._out_features or () if name not in self.stage_names]:
+            raise ConfigError(
+                f"out_features={self._out_features} names {', '.join(missing)}, but num_hidden_layers="
+                f"{self.num_hidden_layers} has the stages {self.stage_names[0]} to {self.stage_names[-1]}."
+            )
         if self.final_norm == "pooled" and self.pooler_act is not None:
             raise ConfigError(
                 f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' pools the mean patch. Use "
@@ -422,7 +439,11 @@ _set_checked_by_type = RegViTConfig.__setattr__
 
 
 def _set_field(self: RegViTConfig, name: str, value: object) -> None:
-    """Report a wrong type as any other wrong value: with the field, the value and one that would do."""
+    """Report a wrong type as any other wrong value: with the field, the value and one that would do.
+
+    Feature maps of the last block alone, the default, stay those of the last block when the depth changes.
+    """
+    follows = name == "num_hidden_layers" and self._out_features == [f"stage{self.num_hidden_layers}"]
     try:
         _set_checked_by_type(self, name, value)
     except StrictDataclassFieldValidationError as error:
@@ -431,6 +452,9 @@ def _set_field(self: RegViTConfig, name: str, value: object) -> None:
         raise ConfigError(
             f"{name}={value!r} has the wrong type: expected {wanted}, e.g. {field.default!r}."
         ) from error
+    if follows:
+        _set_checked_by_type(self, "_out_features", [f"stage{value}"])
+        _set_checked_by_type(self, "_out_indices", [value])
 
 
 RegViTConfig.__setattr__ = _set_field  # after @strict, which puts its own checks there

@@ -232,6 +232,41 @@ def test_overrides_at_load(tmp_path):
     assert config.stage_names == ["stem", "stage1", "stage2", "stage3", "stage4", "stage5"]
 
 
+def test_feature_maps_follow_the_depth(tmp_path):
+    """The usual ways to a shorter model; its checkpoint named a block that it does not have, and never loaded."""
+    RegViTConfig(**TINY).save_pretrained(tmp_path / "whole")
+    at_load = RegViTConfig.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
+    later = RegViTConfig(**TINY)
+    later.num_hidden_layers = 1
+    for i, config in enumerate((at_load, later)):
+        assert (config.out_features, config.out_indices) == (["stage1"], [1])
+        config.save_pretrained(tmp_path / f"{i}")
+        assert RegViTConfig.from_pretrained(tmp_path / f"{i}").out_features == ["stage1"]
+    deeper = RegViTConfig.from_pretrained(tmp_path / "whole", num_hidden_layers=7)
+    assert (deeper.out_features, deeper.out_indices) == (["stage7"], [7])
+
+
+def test_chosen_feature_maps_stay_or_are_named(tmp_path):
+    config = RegViTConfig(**{**TINY, "num_hidden_layers": 3}, out_indices=[1, 3])
+    config.num_hidden_layers = 4
+    assert (config.out_features, config.out_indices) == (["stage1", "stage3"], [1, 3])
+    config.num_hidden_layers = 2
+    with pytest.raises(StrictDataclassError, match="stage3, but num_hidden_layers=2 has the stages stem to stage2"):
+        config.save_pretrained(tmp_path)
+
+
+def test_classes_of_somebodys_own_stay_in_the_auto_map(tmp_path):
+    config = RegViTConfig(**TINY)
+    config.auto_map["AutoModel"] = "my_vit.MyViT"  # as save_pretrained of a registered class writes it
+    config.save_pretrained(tmp_path)
+    loaded = RegViTConfig.from_pretrained(tmp_path)
+    assert loaded.auto_map == {**AUTO_MAP, "AutoModel": "my_vit.MyViT"}
+    of_the_hub = {name: f"owner/repo--{value}" for name, value in loaded.auto_map.items()}
+    from_there = RegViTConfig(**TINY, auto_map=of_the_hub)
+    assert from_there.auto_map == {**AUTO_MAP, "AutoModel": "owner/repo--my_vit.MyViT"}
+    assert RegViTConfig(**TINY, auto_map=None).auto_map == AUTO_MAP
+
+
 # --- Sizes -----------------------------------------------------------------------------------------------------------
 
 MANIFESTS = {"small": "vits14_reg4", "base": "vitb14_reg4", "large": "vitl14_reg4", "giant": "vitg14_reg4"}
