@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.multiprocessing as mp
 
 import oracles
 from hf_regvit import RegViTModel
-from hf_regvit.distillation import PrototypeHead, SelfDistillation
+from hf_regvit.distillation import HeadShape, PrototypeHead, SelfDistillation, TeacherTargets
 from hf_regvit.losses import dino_loss, ibot_loss, koleo_loss
 from tiny_run import GRID, PATCH, SHAPE, same_state, tiny_batch, tiny_config, tiny_network, trained
 
@@ -109,6 +110,17 @@ def test_centers_do_not_move_by_what_is_only_evaluated():
     assert all(center.pending_count for center in (network.dino_center, network.ibot_center))
 
 
+def test_heads_start_as_in_the_released_code():
+    torch.manual_seed(0)
+    head = PrototypeHead(64, HeadShape(num_prototypes=300, hidden_size=96, bottleneck_size=36, num_layers=3))
+    for layer in head.mlp[::2]:
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.05)
+        assert not layer.bias.any()
+    assert torch.equal(head.last_layer.weight_g, torch.ones(300, 1))
+    assert head.last_layer.weight_v.abs().max().item() == pytest.approx(1 / 6, rel=1e-3)
+    assert head.last_layer.weight_v.std().item() == pytest.approx(1 / 6 / math.sqrt(3), rel=0.03)
+
+
 def test_a_head_in_half_precision_survives_a_zero_bottleneck():
     head = PrototypeHead(16, SHAPE).half()
     logits = head(torch.zeros(2, 16, dtype=torch.float16))  # zero biases: the bottleneck is zero
@@ -148,6 +160,82 @@ def test_step_equals_the_losses_on_stored_logits(centering, ibot_head, num_local
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # targets are float32
     for name, gradient in gradients(loss, network.student).items():
         torch.testing.assert_close(gradient, reference[name], atol=1e-8, rtol=1e-5, msg=name)
+
+
+def test_every_setting_of_the_losses_reaches_them():
+    other = dataclasses.replace(SHAPE, num_prototypes=7)
+    network = tiny_network(
+        ibot_head=other,
+        center_momentum=0.3,
+        student_temperature=0.2,
+        dino_loss_weight=0.9,
+        ibot_loss_weight=0.6,
+        koleo_loss_weight=0.2,
+        koleo_neighbours=2,
+    )
+    batch = tiny_batch(num_local=3)
+    targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
+    student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]})
+    terms = network(**batch)
+    t = 0.2
+    across = oracles.dino_loss(student.global_logits[[0]], targets.cls[[1]], t)
+    across += oracles.dino_loss(student.global_logits[[1]], targets.cls[[0]], t)
+    koleo = sum(oracles.koleo_loss(crop, neighbours=2) for crop in student.cls_features)
+    masked = ibot_loss(
+        student.masked_logits, targets.masked, batch["mask_weights"], num_crops=6, student_temperature=t
+    )
+    expected = {
+        "dino_global_loss": 0.9 * across / 8,
+        "dino_local_loss": 0.9 * oracles.dino_loss(student.local_logits, targets.cls, t) / 8,
+        "ibot_loss": 0.6 * masked.item(),
+        "koleo_loss": 0.2 * koleo,
+    }
+    for name, value in expected.items():
+        assert terms[name].item() == pytest.approx(value, rel=1e-5), name
+    assert terms["loss"].item() == pytest.approx(sum(expected.values()), rel=1e-5)
+    for center, count in ((network.dino_center, 12), (network.ibot_center, 7)):
+        assert (center.momentum, center.center.shape) == (0.3, (count,))
+
+
+def test_a_network_without_any_loss_is_refused():
+    off = {f"{name}_loss_weight": 0.0 for name in ("dino", "ibot", "koleo")}
+    with pytest.raises(ValueError, match=r"\(0.0, 0.0, 0.0, 0.0\); expected none below 0 and one above 0"):
+        tiny_network(**off)
+    with pytest.raises(ValueError, match="none below 0"):
+        tiny_network(ibot_loss_weight=-1.0)
+
+
+def test_koleo_is_told_to_look_at_other_processes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "hf_regvit.distillation.koleo_loss", lambda crop, **how: asked.append(how["gathered"]) or crop.sum() * 0
+    )
+    for gathered in (True, False):
+        tiny_network(koleo_gathered=gathered)(**tiny_batch())
+    assert asked == [True, True, False, False]  # once a global crop
+
+
+def test_what_is_told_of_the_targets_equals_its_loop():
+    network, batch = tiny_network(), tiny_batch(num_local=3)
+    generator = torch.Generator().manual_seed(0)
+    probabilities = (4 * torch.randn(2, 3, 12, generator=generator)).softmax(-1)  # sharp, and unlike each other
+    student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]}).global_logits
+    told = network(**batch, targets=TeacherTargets(probabilities, torch.full((5, 12), 1 / 12)))
+
+    def entropy(row):
+        return -sum(p * math.log(p) for p in row if p > 0)
+
+    rows = probabilities.flatten(0, 1).tolist()
+    single = sum(map(entropy, rows)) / len(rows)
+    crossed = probabilities.flip(0).flatten(0, 1).tolist()
+    pairs = zip(crossed, student.flatten(0, 1).tolist(), strict=True)
+    divergence = sum(oracles.cross_entropy(row, logits, 0.1) for row, logits in pairs) / len(rows) - single
+    marginal = entropy([sum(column) / len(rows) for column in zip(*rows, strict=True)])
+    assert marginal > single + 0.05
+    assert told["teacher_entropy"].item() == pytest.approx(single, rel=1e-4)
+    assert told["teacher_marginal_entropy"].item() == pytest.approx(marginal, rel=1e-4)
+    assert told["teacher_student_kl"].item() == pytest.approx(divergence, rel=1e-4)
+    assert told["used_prototypes"].item() == len({row.index(max(row)) for row in rows})
 
 
 def test_nothing_as_large_as_the_logits_is_kept_for_the_backward_pass():
