@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 _QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 _SIDES = (32, 64, 96, 128, 224, 256, 384, 512, 1024, 2048)  # edges of the histogram of the shorter side, pixels
 _STEP = 2  # grey levels between neighbours that are noise
+_NEARLY_BLACK = 16  # of 255; 12-bit values in a 16-bit file end there
+_BLACK = f"nearly black (nothing above {_NEARLY_BLACK} of 255; 12-bit values in 16-bit files? multiply them by 16)"
 _FLAT = 8  # grey levels between the darkest and the brightest cell, below which a hash holds nothing but noise
 # A hash alone takes any bright thing on a dark ground for any other: among 27,499 images of 64 px 66 pairs lay within
 # 3 bits, and none of those looked at was one. The colours of the thumbnails tell them apart.
@@ -124,6 +126,7 @@ class _Finding:
     digest: bytes | None = None
     thumbnail: bytes = b""  # 8 x 9 RGB
     hash: int | None = None
+    brightest: int = 255  # value of any channel, 0 to 255
     error: BadImageError | None = None
 
 
@@ -158,7 +161,9 @@ class _Inspection:
         if digest is None:
             digest = hashlib.sha256(repr(image.size).encode() + image.tobytes()).digest()
         thumbnail = image.resize((9, 8), Image.Resampling.BOX)
-        return _Finding(id, split, image.size, facts, digest, thumbnail.tobytes(), difference_hash(thumbnail))
+        brightest = int(np.asarray(image).max())
+        bits = difference_hash(thumbnail)
+        return _Finding(id, split, image.size, facts, digest, thumbnail.tobytes(), bits, brightest)
 
 
 def _inspect(sources: dict[str, ImageSource], *, num_workers: int, progress: bool) -> list[_Finding]:
@@ -380,6 +385,7 @@ def _picture_facts(findings: Sequence[_Finding]) -> dict[str, Any]:
         "with transparency (composited on white)": sum(fact.transparent for fact in facts),
         "turned upright by EXIF": sum(fact.orientation != 1 for fact in facts),
         "with an ICC profile (ignored)": sum(fact.icc_profile for fact in facts),
+        _BLACK: sum(finding.brightest <= _NEARLY_BLACK for finding in findings if finding.error is None),
     }
     return {
         "formats": _most_first(fact.format for fact in facts),

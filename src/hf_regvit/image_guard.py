@@ -299,6 +299,11 @@ def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool)
     if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
         say_once("16-bit grey images are scaled by their depth: 65535 becomes white.")
         values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255: a white picture
+        if 0 < values.max() < 4096:  # 12 bits, as X-ray and other scientific cameras have, in a file of 16
+            say_once(
+                "A 16-bit grey image has no value above 4095, so it is nearly black here. If 4095 stands for white, "
+                "multiply the values in the files by 16; `regvit data-check` counts such images."
+            )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         return _scaled_to_range(image, name, limits)

@@ -171,6 +171,7 @@ class TestReport:
             "animated (first frame counts)": 1,
             "with transparency (composited on white)": 1,
             "turned upright by EXIF": 1,
+            "nearly black (nothing above 16 of 255; 12-bit values in 16-bit files? multiply them by 16)": 1,
         }
         assert report.bits["16"] == 1
         assert report.height["max"] == 150  # of the upright picture

@@ -240,6 +240,17 @@ def test_F07_sixteen_bit_grey_is_scaled_by_its_depth(format, caplog):
     assert sum("16-bit" in message for message in caplog.messages) == 1
 
 
+@pytest.mark.parametrize(("white", "told"), [(4095, 1), (4096, 0), (65535, 0)])
+def test_F07_twelve_bits_in_sixteen_are_told_once(white, told, caplog):
+    """X-ray and other cameras write them; scaled by the depth of the file they are a black picture."""
+    image_guard.say_once.cache_clear()
+    ramp = np.linspace(0, white, 32 * 32).astype(np.uint16).reshape(32, 32)
+    with caplog.at_level(logging.WARNING, logger="hf_regvit"):
+        for _ in range(3):
+            open_image(encode(Image.fromarray(ramp), "PNG"))
+    assert sum("no value above 4095" in message for message in caplog.messages) == told
+
+
 class TestFloatImages:
     @pytest.fixture
     def values(self):
