@@ -109,6 +109,7 @@ def test_four_blocks_are_the_published_ones():
     # 0-based in the protocol: 2 5 8 11, 4 11 17 23, 9 19 29 39
     assert [four_blocks(n) for n in (12, 24, 40)] == [(3, 6, 9, 12), (5, 12, 18, 24), (10, 20, 30, 40)]
     assert four_blocks(4) == (1, 2, 3, 4)
+    assert four_blocks(6) == (2, 3, 5, 6)  # ends of quarters, rounded up
     with pytest.raises(ValueError, match="has 3 blocks"):
         four_blocks(3)
 

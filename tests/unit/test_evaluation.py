@@ -207,6 +207,32 @@ def test_models_without_cls_read_the_mean_patch(data):
 # --- Intervals
 
 
+@pytest.mark.parametrize("confidence", [0.95, 0.5])
+def test_interval_of_a_mean_equals_its_loop(confidence):
+    values = np.random.default_rng(3).normal(2.0, 1.0, (30, 1))
+    rng, means = np.random.default_rng(5), []
+    for _ in range(2000):
+        means.append(sum(values[i, 0] for i in rng.integers(0, 30, 30).tolist()) / 30)
+    means.sort()
+
+    def quantile(share):
+        place = share * (len(means) - 1)
+        below = int(place)
+        return means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below])
+
+    tail = (1 - confidence) / 2
+    low, high = bootstrap_interval(values, seed=5, confidence=confidence)
+    assert (low, high) == pytest.approx((quantile(tail), quantile(1 - tail)))
+    assert confidence == pytest.approx(np.mean([low <= mean <= high for mean in means]), abs=1e-3)
+
+
+def test_the_default_interval_is_one_of_95_percent_of_as_many_images():
+    values = np.random.default_rng(3).normal(2.0, 1.0, 400)
+    low, high = bootstrap_interval(values, seed=0)
+    error = values.std() / 20  # of a mean of 400
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
+
+
 def test_a_method_is_not_ahead_of_itself():
     rows = np.random.default_rng(0).random((20, 1))
     assert paired_difference(rows, rows, seed=0) == (0, (0, 0))
@@ -224,6 +250,8 @@ def test_mean_iou_of_rows_is_that_of_the_metric():
     metric = MeanIoU(num_classes=4)
     rows = np.concatenate([np.array(metric.reduce(p[None], t[None])) for p, t in zip(predicted, true, strict=True)])
     assert mean_iou(rows) == pytest.approx(metric.compute(predictions=predicted, references=true)["mean_iou"])
+    rows[:, 4:8] += [0, 0, 0, 3]  # a class that is only predicted counts as missed, as in the metric
+    assert mean_iou(rows) == pytest.approx(metric.result(rows)["mean_iou"])
     low, high = bootstrap_interval(rows, seed=0, statistic=mean_iou)
     drawn = [mean_iou(rows[rng.integers(0, 6, 6)]) for _ in range(2000)]
     assert low == pytest.approx(np.quantile(drawn, 0.025), abs=0.02)

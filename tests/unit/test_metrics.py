@@ -133,6 +133,13 @@ def test_mean_iou_pools_pixels_over_batches(rng):
     assert metric.compute() == whole
 
 
+def test_a_prediction_of_what_does_not_count_is_no_way_out():
+    with pytest.raises(ValueError, match="predictions hold class 255"):
+        MeanIoU(num_classes=3).compute(predictions=[[[0, 255]]], references=[[[0, 1]]])
+    allowed = MeanIoU(num_classes=3).compute(predictions=[[[0, 255]]], references=[[[0, 255]]])
+    assert allowed["overall_accuracy"] == 1.0
+
+
 def test_a_class_only_predicted_counts_as_missed():
     result = MeanIoU(num_classes=3).compute(predictions=[[[0, 2]]], references=[[[0, 0]]])
     assert result["per_category_iou"] == pytest.approx([0.5, math.nan, 0.0], nan_ok=True)
@@ -175,6 +182,17 @@ def test_depth_equals_the_definitions(rng):
     assert list(result.values()) == pytest.approx(means)
 
 
+def test_depths_at_the_ends_of_the_range_count_and_a_ratio_at_the_bound_is_beyond_it():
+    # Numbers that floating point holds: ratios of 1, 1.25 and its square and cube.
+    errors = DepthErrors(min_depth=1.0, max_depth=8.0)
+    (ends,) = errors.reduce([[[1.0, 8.0, 3.0]]], [[[1.0, 8.0, 16.0]]])
+    assert ends == pytest.approx([0, 0, 1, 1, 1])
+    assert errors.reduce([[[3.0]]], [[[0.5]]]) == []
+    assert errors.reduce([[[3.0]]], [[[8.5]]]) == []
+    (bounds,) = errors.reduce([[[1.25, 1.5625, 1.953125, 1.0]]], [[[1.0, 1.0, 1.0, 1.25]]])
+    assert bounds[2:] == [0.0, 0.5, 0.75]
+
+
 def test_images_without_a_measured_pixel_do_not_count():
     metric = DepthErrors()
     result = metric.compute(predictions=[[[2.0]], [[np.nan]]], references=[[[1.0]], [[0.0]]])
@@ -199,6 +217,10 @@ def test_outlier_share_counts_tokens(rng):
     above = sum(value > 6 for one in norms for value in one.tolist())
     assert OutlierShare(cutoff=6).compute(norms=norms) == {"outlier_share": pytest.approx(above / 22)}
     assert OutlierShare(cutoff=6).compute(norms=torch.full((2, 4), 7).bfloat16()) == {"outlier_share": 1.0}
+
+
+def test_a_norm_at_the_cutoff_is_no_outlier():
+    assert OutlierShare(cutoff=6).compute(norms=[[5.0, 6.0, 6.5, 7.0]]) == {"outlier_share": 0.5}
 
 
 def slow_rank(rows):
