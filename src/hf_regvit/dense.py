@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .image_guard import BadImageError, ImageLimits, image_facts, open_map
-from .images import ImageSource, MissingSplitError, Split, load_images, split_of
+from .images import ImageSource, MissingSplitError, Split, load_images, part_meant, parts_of
 
 logger = logging.getLogger(__name__)
 
@@ -310,14 +310,14 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
         place = next((i for i, part in enumerate(parts[:-1]) if part in _IMAGE_FOLDERS), None)
         if place is not None:
             pairs[id] = Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix()
-    of_part = {id: _part_of(root, key) for id, key in pairs.items()}
-    wanted = None if split == "train" and "train" not in of_part.values() else split
-    if split is not None:
-        pairs = {id: key for id, key in pairs.items() if of_part[id] == wanted}
-        if not pairs:
-            found = sorted({str(part) for part in of_part.values() if part}) or ["none"]
-            raise MissingSplitError(f"'{root}' has no {split} part; parts found: {', '.join(found)}.")
     maps = dict(_maps_by_key(root, kind))
+    part_of = _parts_by_key(root, [*pairs.values(), *maps])
+    wanted = part_meant({part_of[key] for key in pairs.values()}, split, str(root)) if split else None
+    if split is not None:
+        pairs = {id: key for id, key in pairs.items() if part_of[key] == wanted}
+        if not pairs:
+            found = sorted({str(part) for part in part_of.values() if part}) or ["none"]
+            raise MissingSplitError(f"'{root}' has no {split} part; parts found: {', '.join(found)}.")
     lonely = [id for id, key in pairs.items() if key not in maps]
     if lonely:
         raise DenseDataError(
@@ -329,7 +329,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
     source = everything.subset([index[id] for id in pairs])
     files = [maps[pairs[id]] for id in source.ids]
     used = set(pairs.values())
-    left = [key for key in maps if key not in used and (split is None or _part_of(root, key) == wanted)]
+    left = [key for key in maps if key not in used and (split is None or part_of[key] == wanted)]
     if left:
         raise DenseDataError(
             f"'{root}': {len(left)} {kind} have no image of the same name, first '{maps[left[0]].name}'. Remove them, "
@@ -339,10 +339,10 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
     return _dense(source, kind, stored=partial(_read_file_map, files), map_name=partial(_name_of_file, files))
 
 
-def _part_of(root: Path, key: str) -> Split | None:
-    """The part that a file belongs to by a folder above or below `images/`."""
-    parts = [part for part in Path(key).parts if part != "*"]
-    return split_of(root.joinpath(*parts), root)
+def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
+    """The parts that files belong to by a folder above or below `images/`."""
+    files = [root.joinpath(*(part for part in Path(key).parts if part != "*")) for key in keys]
+    return dict(zip(keys, parts_of(files, root), strict=True))
 
 
 def _maps_by_key(root: Path, kind: Kind) -> Iterator[tuple[str, Path]]:

@@ -157,10 +157,6 @@ def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | No
                 )
             except MissingSplitError:
                 return train, None
-            except ValueError as error:  # `datasets` says so in words of its own for a data set of the Hub
-                if "Unknown split" not in str(error):
-                    raise
-                return train, None
     else:
         train = load_images(str(args.train_dir), split=None, **columns)
     if args.validation_dir is None:

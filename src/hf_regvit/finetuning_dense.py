@@ -81,9 +81,6 @@ def open_dense_parts(
             validation = load(args.data, "validation", train)
     except MissingSplitError:
         pass
-    except ValueError as error:  # `datasets` says so in words of its own for a data set of the Hub
-        if "Unknown split" not in str(error):
-            raise
     if validation is None and args.eval_strategy != "no":
         train, validation = cast(tuple[DenseSource, DenseSource], hold_out(train, args))
     train = cast(DenseSource, limited(train, args.max_train_samples, seed=args.seed))

@@ -9,7 +9,7 @@ import tarfile
 import zlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import accumulate
@@ -36,9 +36,10 @@ EMBEDDED_SOURCES = ("photos", "digits")
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 # Pictures that a folder may hold and that nothing here decodes; they are left out with a warning, not in silence.
 _OTHER_PICTURES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"})
-SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
+_PART_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
+    "test": ("test",),
 }
 
 
@@ -118,11 +119,12 @@ def load_images(
     - `digits`: scikit-learn's 1,797 handwritten digits at 32 px, split 80 : 20 within each class, always the same way.
     - a folder of images, nested at any depth. If every image lies in a sub-folder, the outermost sub-folders are the
       classes. `train/` and `validation/` (also `val`, `valid`, `dev`) are honoured; without them all is training data.
-    - a parquet file, or a folder of them, told apart by `train` and `validation` in file or folder names.
+      Beside `train/`, a folder `test/` is the held-out part if there is no other, and is left alone if there is.
+    - a parquet file, or a folder of them, told apart by the same words in file or folder names.
     - a tar file in the manner of WebDataset (`000017.jpg`, `000017.cls`), or a folder of them, told apart likewise. An
       index of positions is made at the start, so every image can be read at random; nothing is ever unpacked.
     - a pattern of such files: `shards/train-*.tar`.
-    - the id of a data set on the Hub.
+    - the id of a data set on the Hub, whose splits have the same names.
 
     Several sources count one after another: `["a", "b"]` has the images of `a`, then those of `b`, their ids led by
     the source's name. Labels stay if all have the same classes.
@@ -443,29 +445,56 @@ def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
     return sorted(files), tuple(problems)
 
 
-def split_of(file: Path, root: Path) -> Split | None:
-    """Which part a file belongs to, by its outermost folder or, for tables and shards, by how its name begins."""
+def parts_of(files: Sequence[Path], root: Path) -> list[str | None]:
+    """`train`, `validation`, `test` or None: the part that each file belongs to.
+
+    Told by its outermost folder below `root` or, for tables and shards, by how its name begins. `test` is a part only
+    beside `train`: without, it is a name like any other.
+    """
+    return _without_lonely_test([_part_named(file, root) for file in files])
+
+
+def _part_named(file: Path, root: Path) -> str | None:
     parts = file.relative_to(root).parts
-    for split, folders in SPLIT_FOLDERS.items():
-        if len(parts) > 1 and parts[0].lower() in folders:
-            return split
+    for part, names in _PART_NAMES.items():
+        if len(parts) > 1 and parts[0].lower() in names:
+            return part
         named = _kind_of(file) in ("parquet", "tar")
-        if named and re.match(rf"({'|'.join(folders)})(?![a-z])", file.name.lower()):
-            return split
+        if named and re.match(rf"({'|'.join(names)})(?![a-z])", file.name.lower()):
+            return part
     return None
 
 
+def _without_lonely_test(parts: list[str | None]) -> list[str | None]:
+    return parts if "train" in parts else [None if part == "test" else part for part in parts]
+
+
+def part_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
+    """Which of `parts_of` a split of the data called `name` is.
+
+    Without a training part of its own, training is all that is in no part. Without a validation part, `test` is it.
+    """
+    if split == "train":
+        return "train" if "train" in parts else None
+    if "validation" not in parts and "test" in parts:
+        say_once(f"'{name}' has no validation part: its test part is what is held out.")
+        return "test"
+    return "validation"
+
+
 def _part(root: Path, files: list[Path], split: Split | None) -> list[Path]:
-    """The files of one part, perhaps none. Without a training part of its own, training is all that is in no part."""
-    parts = [split_of(file, root) for file in files]
-    wanted = None if split == "train" and "train" not in parts else split
-    return [file for file, part in zip(files, parts) if split is None or part == wanted]
+    """The files of one part, perhaps none."""
+    if split is None:
+        return files
+    parts = parts_of(files, root)
+    wanted = part_meant(parts, split, str(root))
+    return [file for file, part in zip(files, parts) if part == wanted]
 
 
 def _select_split(root: Path, files: list[Path], split: Split | None) -> list[Path]:
     selected = _part(root, files, split)
     if split is not None and not selected:
-        looked = "', '".join(SPLIT_FOLDERS[split])
+        looked = "', '".join(_PART_NAMES[split])
         raise MissingSplitError(
             f"'{root}' has no {split} part: looked for '{looked}' among {_outermost(root, files)}. "
             "Add such a sub-folder, or use split=None for all images."
@@ -492,9 +521,13 @@ def _image_folder(
             f"found {listing}."
         )
     selected = _select_split(root, images, split)
-    classes = [_class_of(file, root) for file in selected]
+    class_of = {
+        file: _class_of(file, root, below_part=part is not None)
+        for file, part in zip(images, parts_of(images, root), strict=True)
+    }
+    classes = [class_of[file] for file in selected]
     # Both parts must number the classes alike, so the training part gives the list wherever there is one.
-    known = {_class_of(file, root) for file in _part(root, images, "train")} if split else set(classes)
+    known = {class_of[file] for file in _part(root, images, "train")} if split else set(classes)
     known = known or set(classes)
     names, labels = None, None
     if "" not in known and "" not in classes:
@@ -520,10 +553,9 @@ def _image_folder(
     )
 
 
-def _class_of(file: Path, root: Path) -> str:
+def _class_of(file: Path, root: Path, *, below_part: bool) -> str:
     """The outermost folder below `root` or its split folder; empty for a file that lies in none."""
-    parts = file.relative_to(root).parts
-    parts = parts[1:] if split_of(file, root) else parts
+    parts = file.relative_to(root).parts[int(below_part) :]
     return parts[0] if len(parts) > 1 else ""
 
 
@@ -593,18 +625,38 @@ def _parquet(found: _Files, *, image_column: str | None, label_column: str | Non
 def _hub(
     data: str, split: Split | None, *, image_column: str | None, label_column: str | None, limits: ImageLimits
 ) -> ImageSource:
-    from datasets import concatenate_datasets, load_dataset
+    from datasets import load_dataset
 
     try:
-        table = load_dataset(data, split=split)
+        tables = load_dataset(data)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is the former, offline the latter
         raise FileNotFoundError(
             f"{_does_not_exist(data)} As a data set on the Hub it could not be loaded either: {error}"
         ) from error
     except RuntimeError as error:  # data sets that bring a program; it is never run
         raise ValueError(f"The data set '{data}' cannot be used: {error}") from error
-    table = concatenate_datasets(list(table.values())) if split is None else table
+    table = _hub_part(tables, data, split)
     return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
+
+
+def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+    """One part of a data set of the Hub by the names of its splits, as with folders; all of it for None.
+
+    Raises:
+        MissingSplitError: No such part; the names are listed.
+    """
+    from datasets import concatenate_datasets
+
+    named = [next((p for p, names in _PART_NAMES.items() if name.lower() in names), None) for name in tables]
+    parts = _without_lonely_test(named)
+    wanted = part_meant(parts, split, data) if split else None
+    chosen = [table for table, part in zip(tables.values(), parts, strict=True) if split is None or part == wanted]
+    if not chosen:
+        raise MissingSplitError(
+            f"the data set '{data}' has no {split} part; its splits are {', '.join(map(repr, tables))}. Use "
+            "split=None for all images."
+        )
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def _choose_columns(
@@ -819,6 +871,7 @@ def stream_images(
 
     Raises:
         FileNotFoundError: No such path or data set.
+        MissingSplitError: No such part.
         ValueError: A folder of images or an embedded set, or no such column.
     """
     from datasets import ClassLabel, load_dataset
@@ -829,7 +882,7 @@ def stream_images(
         raise ValueError(f"'{data}' is read image by image as it is; leave out --streaming.")
     try:
         if found is None:
-            table = load_dataset(str(data), split=split, streaming=True)
+            table = _hub_part(load_dataset(str(data), streaming=True), str(data), split)
         else:
             files = [str(file) for file in found.files]
             kind = "webdataset" if found.kind == "tar" else "parquet"
@@ -838,6 +891,8 @@ def stream_images(
         raise FileNotFoundError(
             f"{_does_not_exist(data)} As a data set on the Hub it could not be streamed either: {error}"
         ) from error
+    except MissingSplitError:
+        raise
     except (RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"'{data}' cannot be streamed: {error}") from error
     features = table.features or table._resolve_features().features

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -282,22 +283,73 @@ class TestTables:
         assert record.image.mode == "RGB"
         assert source.label_names[record.label]
 
-    def test_hub_id(self, monkeypatch):
+    @pytest.mark.parametrize(
+        ("splits", "train", "validation"),
+        [
+            ("train validation test", [0], [1]),
+            ("train test", [0], [1]),
+            ("train val", [0], [1]),
+            ("train", [0], None),
+            ("test", [0], None),
+            ("full", [0], None),
+            ("part1 part2 validation", [0, 1], [2]),
+            ("validation", None, [0]),
+        ],
+    )
+    def test_hub_splits_by_their_names(self, splits, train, validation, monkeypatch):
+        """Labels are the number of the split. A data set of the Hub often has `train` and `test` and no more."""
         import datasets
 
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+        names = splits.split()
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])})
         cell = {"bytes": encode(Image.new("RGB", (5, 4)), "PNG"), "path": None}
-        table = datasets.Dataset.from_dict({"image": [cell, cell], "label": [1, 0]}, features=features)
-        calls = []
+        tables = {
+            name: datasets.Dataset.from_dict({"image": [cell], "label": [i]}, features=features)
+            for i, name in enumerate(names)
+        }
 
-        def load_dataset(name, split):
-            calls.append((name, split))
-            return table if split else {"train": table, "validation": table}
+        def load_dataset(name, streaming=False):
+            assert name == "some-one/pictures"
+            return {name: table.to_iterable_dataset() if streaming else table for name, table in tables.items()}
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-        assert load_images("some-one/pictures").labels == [1, 0]
-        assert len(load_images("some-one/pictures", split=None)) == 4
-        assert calls == [("some-one/pictures", "train"), ("some-one/pictures", None)]
+        assert load_images("some-one/pictures", split=None).labels == list(range(len(names)))
+        for split, expected in (("train", train), ("validation", validation)):
+            if expected is None:
+                for opened in (load_images, images.stream_images):
+                    with pytest.raises(images.MissingSplitError, match=f"no {split} part; its splits are '{names[0]}"):
+                        opened("some-one/pictures", split=split)
+            else:
+                assert load_images("some-one/pictures", split=split).labels == expected
+                stream = images.stream_images("some-one/pictures", split=split)
+                rows = [row for shard in range(stream.num_shards) for row in stream.open_shard(shard)]
+                assert [row.label for row in rows] == expected
+
+    @pytest.mark.parametrize(
+        ("folders", "train", "validation"),
+        [
+            ("train/a train/b test/a", {"train/a", "train/b"}, {"test/a"}),
+            ("train/a val/a test/a", {"train/a"}, {"val/a"}),
+            ("test a b", {"test", "a", "b"}, None),  # a class called "test"
+            ("test val/test", {"test"}, {"val/test"}),
+        ],
+    )
+    def test_a_test_folder_is_held_out_where_there_is_no_other(self, folders, train, validation, photo, tmp_path):
+        for folder in folders.split():
+            (tmp_path / folder).mkdir(parents=True)
+            photo.save(tmp_path / folder / "x.png")
+        found = load_images(tmp_path, split="train", ignore_extra_classes=True)
+        assert {str(Path(id).parent) for id in found.ids} == train
+        if validation is None:
+            with pytest.raises(images.MissingSplitError, match="no validation part"):
+                load_images(tmp_path, split="validation")
+        else:
+            held_out = load_images(tmp_path, split="validation", ignore_extra_classes=True)
+            assert {str(Path(id).parent) for id in held_out.ids} == validation
+        everything = load_images(tmp_path, split=None)
+        assert len(everything) == len(folders.split())
+        if "test/a" in folders and "train" in folders:
+            assert "test" not in everything.label_names
 
     def test_neither_path_nor_hub(self):
         with pytest.raises(FileNotFoundError, match=r"Did you mean 'photos'.*Hub"):
