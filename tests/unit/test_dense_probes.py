@@ -16,6 +16,8 @@ from hf_regvit.dense_probes import (
     DenseFeatures,
     DepthSettings,
     SegmentationSettings,
+    _depth_at_input,
+    _mask_at_input,
     bins_to_metres,
     cosine_with_warmup,
     four_blocks,
@@ -222,6 +224,7 @@ def test_one_step_of_segmentation_equals_its_twin(segmented):
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
+    assert result.train_loss == pytest.approx((total / count).item(), rel=1e-4)  # AdamW alone sees no scale
     torch.testing.assert_close(result.head["classifier.weight"], linear.weight[:, :, 0, 0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(result.head["head_norm.running_mean"], norm.running_mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(result.head["head_norm.running_var"], norm.running_var, atol=1e-5, rtol=1e-4)
@@ -255,6 +258,21 @@ def test_images_of_different_sizes_and_masks_of_their_own_size(model):
     result = linear_segmentation(features, masks, features, masks, class_names=NAMES, settings=settings)
     assert result.counts[:, 2].sum(1).tolist() == [float((m != 255).sum()) for m in masks]
     assert result.mean_iou > 0.75
+    head = torch.nn.Sequential(torch.nn.BatchNorm2d(16), torch.nn.Conv2d(16, 2, 1)).eval()
+    state = {name: value for name, value in result.head.items() if name.startswith("head_norm")}
+    head[0].load_state_dict({name.removeprefix("head_norm."): value for name, value in state.items()})
+    head[1].load_state_dict({"weight": result.head["classifier.weight"][:, :, None, None],
+                             "bias": result.head["classifier.bias"]})  # fmt: skip
+    for i, (maps, mask) in enumerate(zip(features.maps, masks, strict=True)):
+        with torch.no_grad():
+            logits = head(maps.permute(2, 0, 1)[None])
+        for size in (features.input_size(i), mask.shape):  # first to the size at which the image was read
+            logits = functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        said, counted = logits[0].argmax(0).numpy(), mask != 255
+        expected = [
+            [((said == c) & (mask == c)).sum(), ((said == c) & counted).sum(), (mask == c).sum()] for c in (0, 1)
+        ]
+        assert result.counts[i].T.tolist() == expected
 
 
 def test_masks_that_do_not_fit_are_named(segmented):
@@ -314,6 +332,18 @@ def measured(model):
     )
 
 
+def test_training_depths_are_picked_and_never_mixed(measured):
+    _, (features, _), _ = measured
+    depth = np.random.default_rng(0).uniform(1, 9, (96, 96)).astype(np.float32)
+    depth[::2, ::3], depth[1::5] = 0.0, np.nan
+    depth[2, 2], depth[0, 0] = 11.0, 5e-4  # beyond either end of the range
+    picked = _depth_at_input(features, [depth], 0, FAST)
+    expected = np.where((depth >= FAST.min_depth) & (depth <= FAST.max_depth), depth, 0)[1::3, 1::3]
+    np.testing.assert_array_equal(picked.numpy(), expected)  # 96 to 32: the middle one of every three
+    mask = np.random.default_rng(1).integers(0, 2, (96, 96)).astype(np.uint8)
+    np.testing.assert_array_equal(_mask_at_input(features, [mask], 0, 2).numpy(), mask[1::3, 1::3])
+
+
 def test_depth_is_learnt_and_scored_over_measured_pixels(measured):
     result, _, (_, test_depths) = measured
     constant = DepthErrors(max_depth=10).compute(predictions=[np.full((32, 32), 2.5)] * 5, references=test_depths)
@@ -324,6 +354,21 @@ def test_depth_is_learnt_and_scored_over_measured_pixels(measured):
         [result.rmse, result.abs_rel, result.delta1, result.delta2, result.delta3]
     )
     assert "32 bins, CLS concatenated, x4, mean with mirror image" in result.protocol
+
+
+def test_the_gradient_of_depth_is_scaled_down_to_its_norm(measured):
+    _, parts, (train_depths, test_depths) = measured
+    options = {"num_steps": 3, "warmup_ratio": 0.0, "weight_decay": 0.0, "num_bins": 8}
+
+    def weight(**more):
+        settings = DepthSettings(**options | more)
+        result = linear_depth(parts[0], train_depths, parts[1], test_depths, settings=settings)
+        return result.head["classifier.weight"]
+
+    start = weight(learning_rate=1e-12)
+    # Adam forgets the scale of a gradient, but for those far below its epsilon of 1e-8.
+    torch.testing.assert_close(weight(max_grad_norm=1e-13), start, atol=1e-6, rtol=0)
+    assert (weight() - start).abs().max() > 1e-3
 
 
 def test_the_depth_head_predicts_the_same_inside_the_model(measured, model):
