@@ -150,11 +150,33 @@ def _processor_of(source: Path, config: RegViTConfig) -> Any:
 
     if (source / "preprocessor_config.json").is_file():
         return AutoImageProcessor.from_pretrained(source)
-    processor = default_image_processor(config.image_shape)
-    if (source / "config.json").is_file():
-        statistics = json.loads((source / "config.json").read_text(encoding="utf-8")).get("pretrained_cfg", {})
-        processor.image_mean = list(statistics.get("mean", processor.image_mean))
-        processor.image_std = list(statistics.get("std", processor.image_std))
+    written = source / "config.json"
+    settings = json.loads(written.read_text(encoding="utf-8")).get("pretrained_cfg") if written.is_file() else None
+    return _timm_processor(config, settings) if settings else default_image_processor(config.image_shape)
+
+
+def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
+    """The processor that prepares pictures as timm does with a model's `pretrained_cfg`.
+
+    Source: timm `data/transforms_factory.py`, `transforms_imagenet_eval`: the crop is `crop_pct` of the resized side.
+    """
+    from PIL.Image import Resampling
+
+    from .images import default_image_processor
+
+    share = settings.get("crop_pct") or 0.875
+    height, width = (math.floor(side / share) for side in config.image_shape)
+    processor = default_image_processor(config.image_shape, resize=max(height, width))
+    mode = settings.get("crop_mode") or "center"
+    if mode == "squash":
+        processor.size = {"height": height, "width": width}
+    elif mode != "center":
+        logger.warning("crop_mode '%s' of timm has no counterpart in the image processor: pictures are cropped.", mode)
+    name = str(settings.get("interpolation") or "bicubic").upper()
+    if name in Resampling.__members__:
+        processor.resample = Resampling[name]
+    processor.image_mean = list(settings.get("mean", processor.image_mean))
+    processor.image_std = list(settings.get("std", processor.image_std))
     return processor
 
 

@@ -7,8 +7,10 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 from transformers import (
+    AutoImageProcessor,
     Dinov2Config,
     Dinov2ForImageClassification,
     Dinov2WithRegistersConfig,
@@ -116,6 +118,37 @@ def test_timm_modules(kwargs) -> None:
     pixels = torch.randn(2, 3, 40, 24)
     with torch.no_grad():
         torch.testing.assert_close(model(pixels).logits, source(pixels), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"crop_pct": 0.9, "interpolation": "bicubic"},
+        {"crop_pct": 1.0, "interpolation": "bilinear", "crop_mode": "center", "mean": (0.5,) * 3, "std": (0.5,) * 3},
+        {"crop_pct": 1.0, "crop_mode": "squash", "interpolation": "bicubic"},
+        {"crop_pct": 0.96, "crop_mode": "squash", "interpolation": "bicubic"},
+        {},
+    ],
+)
+def test_pictures_for_a_model_of_timm_are_prepared_as_by_timm(settings, tmp_path) -> None:
+    """What is kept of a picture depends on `crop_pct` (1 for most models at 384 pixels), as the accuracy does."""
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 96, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 4}
+    source = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval()
+    source.pretrained_cfg = {
+        "architecture": "vit_tiny_patch16_224", "num_classes": 3, "input_size": (3, 96, 96), "mean": (0.4, 0.5, 0.6),
+        "std": (0.2,) * 3, **settings,
+    }  # fmt: skip
+    timm.models.save_for_hf(source, str(tmp_path / "timm"), model_args=sizes)
+    convert_to_folder(tmp_path / "timm", tmp_path / "regvit", verify=False)
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "regvit", backend="pil")
+    settings = timm.data.resolve_data_config({"input_size": (3, 96, 96)}, pretrained_cfg=source.pretrained_cfg)
+    expected = timm.data.create_transform(**settings)
+    levels = torch.randint(0, 256, (12, 20, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    for size in ((200, 120), (90, 150), (96, 96)):  # an odd border would be cut one pixel apart by the two libraries
+        picture = Image.fromarray(levels.numpy()).resize(size)
+        found = processor(picture, return_tensors="pt")["pixel_values"][0]
+        torch.testing.assert_close(found, expected(picture), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("safe", [True, False])
