@@ -31,7 +31,7 @@ from torch.utils.data import Dataset, Sampler
 
 from .augmentation import MultiCrop, normalize_pixels
 from .image_guard import BadImageError, ImageLimits, open_image, printable
-from .images import ImageSource, ImageStream, StreamRecord
+from .images import ImageRecord, ImageSource, ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
 
@@ -535,7 +535,7 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
             bad_images=self.bad_images,
         )
 
-    def first_images(self, wanted: int, *, shards: int = 8) -> list[Image.Image]:
+    def first_records(self, wanted: int, *, shards: int = 8) -> Iterator[ImageRecord]:
         """Pictures to look at during a run: the first good ones of shards that are spread evenly, always the same.
 
         Args:
@@ -545,13 +545,15 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         reader = StreamSampler(self.streams, seed=self.seed)
         joined = reader.streams[0]
         opened = min(shards, joined.num_shards, wanted)
-        found: list[Image.Image] = []
+        found = 0
         for number in range(opened):
-            share = -(-(wanted - len(found)) // (opened - number))
+            share = -(-(wanted - found) // (opened - number))
             rows = islice(reader._rows(joined, number * joined.num_shards // opened), 4 * share)
-            images = (self._image(record) for record in rows)
-            found += islice((image for image in images if isinstance(image, Image.Image)), share)
-        return found
+            read = ((self._image(row), row) for row in rows)
+            good = (ImageRecord(image, row.label, row.id) for image, row in read if isinstance(image, Image.Image))
+            for record in islice(good, share):
+                found += 1
+                yield record
 
     def __getitem__(self, key: tuple[int, StreamRecord]) -> dict[str, Any]:
         if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):

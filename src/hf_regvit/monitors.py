@@ -7,12 +7,13 @@ with themselves.
 Shape letters: n images, D width.
 """
 
+import contextlib
 import copy
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from .artifacts import artifact_snapshot
 from .callbacks import Observer, OnlineKNN
+from .data import MultiCropStream
 from .distillation import SelfDistillation, full_tensor
 from .image_guard import BadImageError
 from .images import (
@@ -31,6 +33,7 @@ from .images import (
     default_image_processor,
     load_images,
     stratified_split,
+    stream_images,
 )
 from .modeling_regvit import RegViTModel
 from .outliers import effective_rank
@@ -183,24 +186,25 @@ def observers(
     Args:
         args: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and `data` of the run.
         dataset: of training crops. Without a `source` of whole images, crops of the first epoch stand for them; of
-            streams the first images of some shards are read, and there is no k-NN.
+            streams the first images of some shards are read.
         image_processor: what the backbone is saved with; k-NN uses it.
         folder: of the run.
         image_size: side of the monitor's images in pixels.
         panel_size: side of the panels' images in pixels.
     """
     found: list[Observer] = []
-    pictures = _training_pictures(dataset, 64)
-    if len(pictures) < 2:
+    small, large = default_image_processor(image_size), default_image_processor(panel_size)
+    # One picture is decoded at a time: 64 photographs of 12 megapixels would fill two gigabytes.
+    looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_pictures(dataset, 64)]
+    if len(looks) < 2:
         logger.info("Monitor and panels need two training images to look at: there are none in this run.")
     else:
         if args.monitor_steps:
-            _, pixels = _prepared(pictures, default_image_processor(image_size))
-            found.append(Monitor(pixels, every_steps=args.monitor_steps))
+            found.append(Monitor(_normalised([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
-            chosen = [pictures[index] for index in _spread(len(pictures), 8)]
-            shown, pixels = _prepared(chosen, default_image_processor(panel_size))
-            found.append(Panels(shown, pixels, folder=Path(folder) / "panels", every_steps=args.panel_steps))
+            shown = [looks[index][1] for index in _spread(len(looks), 8)]
+            panels = Path(folder) / "panels"
+            found.append(Panels(shown, _normalised(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
     return found
@@ -212,24 +216,22 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
-def _training_pictures(dataset: Any, wanted: int) -> list[Image.Image]:
+def _training_pictures(dataset: Any, wanted: int) -> Iterator[Image.Image]:
     source: Any = getattr(dataset, "source", None)
     if hasattr(source, "__getitem__"):
-        return [record.image for record in _readable(source, _spread(len(source), wanted))]
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        crops = [dataset[(0, index)]["global_crops"][0] for index in _spread(len(dataset), wanted)]
-        return [_picture(crop) for crop in crops]
-    return dataset.first_images(wanted) if hasattr(dataset, "first_images") else []
+        yield from (record.image for record in _readable(source, wanted))
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        yield from (_picture(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
+    elif isinstance(dataset, MultiCropStream):
+        yield from (record.image for record in dataset.first_records(wanted))
 
 
-def _readable(source: Any, indices: Sequence[int]) -> list[ImageRecord]:
-    records = []
-    for index in indices:
+def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
+    for index in _spread(len(source), wanted):
         try:
-            records.append(source[index])
+            yield source[index]
         except BadImageError as error:
             logger.info("Left out of the monitors: %s", error)
-    return records
 
 
 def _picture(crop: Tensor) -> Image.Image:
@@ -240,15 +242,61 @@ def _picture(crop: Tensor) -> Image.Image:
     return Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
 
 
-def _prepared(pictures: Sequence[Image.Image], processor: Any) -> tuple[list[Image.Image], Tensor]:
-    """Pictures resized and cropped by a processor, and the same as its normalised `(n, 3, H, W)`."""
-    plain = processor(images=list(pictures), do_rescale=False, do_normalize=False, return_tensors="pt")
-    shown = [_picture(pixels.byte()) for pixels in plain["pixel_values"]]
-    return shown, processor(images=list(pictures), return_tensors="pt")["pixel_values"]
+def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
+    """What a processor resizes and crops a picture to."""
+    return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
+
+
+def _normalised(shown: Sequence[Image.Image], processor: Any) -> Tensor:
+    """`(n, 3, H, W)` of cropped pictures: what the processor makes of the whole ones."""
+    return processor(images=list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+
+
+_Labelled = tuple[Image.Image, int]
+_Crop = Callable[[Iterable[ImageRecord]], list[_Labelled]]
+
+
+class _Parts(NamedTuple):
+    neighbours: list[_Labelled]
+    judged: list[_Labelled]
+    is_held_out: bool
 
 
 def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     """k-NN on the labelled validation part of the data or, where there is none, on a quarter of the training part."""
+
+    def cropped(records: Iterable[ImageRecord]) -> list[_Labelled]:
+        # They take little memory, and no evaluation decodes them again.
+        return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
+
+    is_stream = isinstance(dataset, MultiCropStream)
+    parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
+    if parts is None:
+        return None
+    if not (parts.neighbours and parts.judged):
+        logger.info(
+            "Too few labelled images can be used (--knn_max_images %d): no k-NN accuracy.", args.knn_max_images
+        )
+        return None
+    if not parts.is_held_out:  # enough to follow a run; as a result it would flatter, the network has seen them
+        logger.info(
+            "The data has no validation part: k-NN is judged on a quarter of the training images, which the run "
+            "sees without their labels."
+        )
+    processor = copy.deepcopy(image_processor)
+    processor.do_resize = processor.do_center_crop = False
+    return OnlineKNN(
+        *zip(*parts.neighbours, strict=True),
+        *zip(*parts.judged, strict=True),
+        image_processor=processor,
+        every_steps=args.knn_steps,
+        k=(min(10, len(parts.neighbours)),),
+        linear_probe=args.linear_probe,
+        is_held_out=parts.is_held_out,
+    )
+
+
+def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
     train: Any = getattr(dataset, "source", None)
     is_held_out = True
     if not getattr(train, "labels", None):
@@ -259,40 +307,35 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
         )
     except MissingSplitError:
         neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
-        if not judged:
-            logger.info("No class has two images: no k-NN accuracy during the run.")
-            return None
-        # Enough to follow a run. As a result it would flatter: the network has seen these pictures.
-        logger.info(
-            "The data has no validation part: k-NN is judged on a quarter of the training images, which the run "
-            "sees without their labels."
-        )
         train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
     if not heldout.labels or heldout.label_names != train.label_names:
         logger.info("The classes of the validation part are not those of the training part: no k-NN accuracy.")
         return None
-    parts = [
-        _readable(source, _spread(len(source), wanted))
-        for source, wanted in ((train, args.knn_max_images * 3 // 4), (heldout, args.knn_max_images // 4))
-    ]
-    if not all(parts):
-        logger.info(
-            "Too few labelled images can be used (--knn_max_images %d): no k-NN accuracy.", args.knn_max_images
-        )
+    wanted = args.knn_max_images
+    return _Parts(cropped(_readable(train, wanted * 3 // 4)), cropped(_readable(heldout, wanted // 4)), is_held_out)
+
+
+def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
+    """From the beginnings of shards, spread evenly: a stream can be read from there only."""
+    if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    # Once resized and cropped they take little memory, and no evaluation decodes them again.
-    images = [_prepared([record.image for record in part], image_processor)[0] for part in parts]
-    labels = [[cast(int, record.label) for record in part] for part in parts]
-    processor = copy.deepcopy(image_processor)
-    processor.do_resize = processor.do_center_crop = False
-    return OnlineKNN(
-        images[0],
-        labels[0],
-        images[1],
-        labels[1],
-        image_processor=processor,
-        every_steps=args.knn_steps,
-        k=(min(10, len(images[0])),),
-        linear_probe=args.linear_probe,
-        is_held_out=is_held_out,
-    )
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    heldout = []
+    for one in args.data:
+        with contextlib.suppress(MissingSplitError):
+            heldout.append(stream_images(one, split="validation", **columns))
+    names = {stream.label_names for stream in (*dataset.streams, *heldout)}
+    if len(names) > 1 or (None in names and len(dataset.streams) > 1):
+        logger.info("The streams do not name the same classes, so a label may mean two things: no k-NN accuracy.")
+        return None
+    wanted, shards = args.knn_max_images, 32
+    if heldout:
+        judged = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
+        return _Parts(
+            cropped(dataset.first_records(wanted * 3 // 4, shards=shards)),
+            cropped(judged.first_records(wanted // 4, shards=shards)),
+            is_held_out=True,
+        )
+    train = cropped(dataset.first_records(wanted, shards=shards))
+    first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
+    return _Parts([train[index] for index in first], [train[index] for index in second], is_held_out=False)

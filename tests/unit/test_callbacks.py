@@ -3,10 +3,12 @@
 import json
 import math
 import time
+import weakref
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from PIL import Image
@@ -408,12 +410,95 @@ def test_f56_a_stream_is_monitored_on_the_first_images_of_its_shards(tmp_path):
     assert len(panels.images) == 8
     # Eight of the twenty shards, eight images of each; the empty cell, the broken one and the broken shard are no
     # reason to stop.
-    shown = {picture.getpixel((0, 0))[:2] for picture in dataset.first_images(64)}
+    shown = {record.image.getpixel((0, 0))[:2] for record in dataset.first_records(64)}
     assert {shard for shard, _ in shown} == {0, 2, 5, 7, 10, 12, 15, 17}
     assert {row for shard, row in shown if shard == 0} == {0, *range(3, 10)}
     assert {row for shard, row in shown if shard == 7} == {0}
-    again = [picture.tobytes() for picture in dataset.first_images(64)]
-    assert again == [picture.tobytes() for picture in dataset.first_images(64)]
+    again = [record.id for record in dataset.first_records(64)]
+    assert again == [record.id for record in dataset.first_records(64)]
+
+
+def labelled_tables(folder, parts, names=("dark", "light")):
+    """Parquet files `train-0.parquet` and so on, sorted by class as such files often are."""
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
+    for part in parts:
+        for label, name in enumerate(names):
+            squares = [Image.new("RGB", (20, 20), (label * 200, row, 0)) for row in range(20)]
+            table = datasets.Dataset.from_dict({"image": squares, "label": [label] * 20}, features=features)
+            table.to_parquet(folder / f"{part}-{name}.parquet")
+    return str(folder)
+
+
+def knn_of_stream(tmp_path, *folders, **options):
+    args = arguments(
+        tmp_path / "run", data=list(folders), streaming=True, monitor_steps=0, panel_steps=0, knn_steps=3, **options
+    )
+    streams = [images.stream_images(folder) for folder in folders]
+    dataset = MultiCropStream(streams, MultiCrop(global_size=16, local_size=8, patch_size=4), seed=0)
+    processor = default_image_processor(16)
+    return observers(args, dataset, image_processor=processor, folder=tmp_path, image_size=16, panel_size=16)
+
+
+@pytest.fixture
+def table_folder(tmp_path):
+    (tmp_path / "tables").mkdir()
+    return tmp_path / "tables"
+
+
+def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folder):
+    data = labelled_tables(table_folder, ("train", "validation"))
+    (knn,) = knn_of_stream(tmp_path, data, knn_max_images=32)
+    assert sorted(knn.train_labels.tolist()) == [0] * 12 + [1] * 12  # every shard gives its share
+    assert sorted(knn.heldout_labels.tolist()) == [0] * 4 + [1] * 4
+    assert knn.is_held_out
+    for image, label in zip(knn.train_images, knn.train_labels.tolist(), strict=True):
+        assert image.getpixel((0, 0))[0] == label * 200
+    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0
+
+
+def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, table_folder, caplog):
+    with caplog.at_level("INFO", logger="hf_regvit"):
+        (knn,) = knn_of_stream(tmp_path, labelled_tables(table_folder, ("train",)), knn_max_images=32)
+    assert "which the run sees without their labels" in caplog.text
+    assert not knn.is_held_out
+    assert sorted(knn.heldout_labels.tolist()) == [0] * 4 + [1] * 4
+    seen = {image.tobytes() for image in knn.train_images}
+    assert len(seen) == len(knn.train_images) == 24
+    assert not any(image.tobytes() in seen for image in knn.heldout_images)
+
+
+def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, table_folder, caplog):
+    data = labelled_tables(table_folder, ("train",))
+    other = tmp_path / "other"
+    other.mkdir()
+    labelled_tables(other, ("train",), names=("cat", "dog"))
+    with caplog.at_level("INFO", logger="hf_regvit"):
+        assert knn_of_stream(tmp_path, data, str(other)) == []
+    assert "a label may mean two things" in caplog.text
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    datasets.load_dataset("parquet", data_files=f"{data}/train-dark.parquet", split="train").remove_columns(
+        "label"
+    ).to_parquet(bare / "train.parquet")
+    assert knn_of_stream(tmp_path, str(bare)) == []
+
+
+def test_one_picture_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
+    """1,000 photographs of 12 megapixels are 36 GB."""
+    data = images_folder(tmp_path / "data")
+    read, alive = [], []
+    inner = images.ImageSource.__getitem__
+
+    def noted(self, index):
+        record = inner(self, index)
+        read.append(weakref.ref(record.image))
+        alive.append(sum(image() is not None for image in read))
+        return record
+
+    monkeypatch.setattr(images.ImageSource, "__getitem__", noted)
+    assert [type(item) for item in found(tmp_path, data)] == [Monitor, Panels, OnlineKNN]
+    assert len(read) == 24 + 24 + 8
+    assert max(alive) <= 3
 
 
 def shard_of_squares(shard):
