@@ -802,6 +802,21 @@ def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
         )
 
 
+def _check_repo_id(repo_id: str) -> None:
+    """Before anything is made: the name goes into the card and its code, and names the folder of the bundle."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise BundleError(f"repo_id '{repo_id}' is none of the Hub, expected owner/name: {error}") from error
+    if "/" not in repo_id:
+        raise BundleError(
+            f"repo_id '{repo_id}' has no owner, so nobody could load what the card names: owner/{repo_id}."
+        )
+
+
 def publish(
     model_folder: str | Path,
     repo_id: str | None = None,
@@ -845,6 +860,8 @@ def publish(
     """
     if push and not repo_id:
         raise BundleError("push needs a repository. Add --repo_id owner/name.")
+    if repo_id:
+        _check_repo_id(repo_id)
     output = Path(output_dir)
     words = {"repo_id": repo_id or ANY_FOLDER, **({"name": repo_id.split("/")[-1]} if repo_id else {})}
     asked: dict[str, Any] = {

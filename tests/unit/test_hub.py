@@ -679,3 +679,11 @@ def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path
     (tmp_path / "diagnosis" / "comparison.json").write_text("{}")
     with pytest.raises(BundleError, match=r"compares several models.*Name the report .*0-a', '.*1-b'\."):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path / "diagnosis"])
+
+
+@pytest.mark.parametrize("repo_id", ["../x", "owner/name/x", "owner/a name", "owner/..", 'owner/x"+y', "-a/b", "name"])
+def test_a_repository_that_cannot_be_is_refused_before_anything_is_made(repo_id, tmp_path):
+    """It would be in the card, in the code that strangers are told to run."""
+    with pytest.raises(BundleError, match=r"repo_id '.*owner/"):
+        publish(tmp_path / "nothing", repo_id, output_dir=tmp_path / "bundle", card={"license": "mit"})
+    assert not list(tmp_path.iterdir())
