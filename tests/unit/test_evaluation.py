@@ -14,7 +14,7 @@ from PIL import Image as Pillow
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from hf_regvit import RegViTConfig, RegViTModel, cli, extract_features
-from hf_regvit.classification_probes import LinearGrid, few_shot_indices, logistic_path
+from hf_regvit.classification_probes import LinearGrid, few_shot_indices, logistic_path, train_linear_heads
 from hf_regvit.evaluation import (
     EvaluationReport,
     EvaluationTable,
@@ -28,7 +28,7 @@ from hf_regvit.evaluation import (
 )
 from hf_regvit.feature_cache import FrozenFeatures, data_fingerprint, model_fingerprint, read_features
 from hf_regvit.features import EvaluationTransform, short_names
-from hf_regvit.images import default_image_processor, join_sources, load_images
+from hf_regvit.images import default_image_processor, join_sources, load_images, stratified_split
 from hf_regvit.intervals import bootstrap_interval, mean_iou, paired_difference
 from hf_regvit.probes import knn_accuracy
 
@@ -189,6 +189,70 @@ def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
     for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=QUICK):
         assert "chosen on a held-out tenth of the training images" in score.protocol
         assert score.settings["num_images_to_choose"] == 3
+
+
+def blurred(count, seed):
+    """Three classes that overlap, so that every detail of a classifier shows."""
+    labels = torch.arange(count) % 3
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.eye(8)[labels][:, None] + 0.8 * torch.randn(count, 2, 8, generator=generator)
+    ids = tuple(f"{seed}/{i}" for i in range(count))
+    features = FrozenFeatures(vectors, vectors.mean(1), (1, 2), "CLS", ids, (), 0)
+    return LabelledFeatures(features, labels, 3, "blurred")
+
+
+def test_shots_are_the_official_ones_as_far_as_every_class_has_them():
+    for count, shots in ((14, ["n=1"]), (15, ["n=1", "n=5"]), (30, ["n=1", "n=5", "n=10"])):  # of three classes
+        scores = score_features(blurred(count, 0), blurred(6, 1), tasks=["few_shot"], protocol=Protocol(num_tries=1))
+        assert [score.variant for score in scores] == shots
+
+
+def test_few_shot_votes_at_the_temperature_that_is_said():
+    train, judged = blurred(30, 0), blurred(150, 1)
+    found = {}
+    for temperature in (0.02, 5.0):
+        protocol = Protocol(shots=(4,), num_tries=1, temperature=temperature)
+        (score,) = score_features(train, judged, tasks=["few_shot"], protocol=protocol, seed=3)
+        rows = few_shot_indices(train.labels, 4, seed=3)
+        expected = knn_accuracy(
+            train.features.last[rows], train.labels[rows], judged.features.last, judged.labels, k=(4,),
+            temperature=temperature,
+        )[4]  # fmt: skip
+        assert score.value == pytest.approx(expected)
+        found[temperature] = score.columns
+    assert found[0.02] != found[5.0]
+
+
+def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
+    train, judged = blurred(40, 0), blurred(300, 1)
+    protocol = Protocol(linear=LinearGrid((0.05, 1.0), (1, 2), (False, True), 60, 16), logistic_cs=(0.1, 1.0, 10.0))
+    fitted, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=2)
+    features, everything = train.features, list(range(40))
+
+    def heads(rows, grid):
+        parts = features.vectors[rows], features.mean_patch[rows], train.labels[rows]
+        return train_linear_heads(*parts, num_classes=3, grid=grid, seed=2)
+
+    def best_c():
+        for model in logistic_path(features.last[fitted], train.labels[fitted], num_classes=3, cs=(0.1, 1.0, 10.0)):
+            scores = model(features.last[held])
+            right = (scores.argmax(1) == train.labels[held]).float().mean().item()
+            yield (right, -torch.nn.functional.cross_entropy(scores, train.labels[held]).item()), model.c
+
+    head, _ = heads(fitted, protocol.linear).best(
+        features.vectors[held], features.mean_patch[held], train.labels[held]
+    )
+    (_, linear), (_, partial) = (
+        next(heads(rows, protocol.linear.only(head)).scores(judged.features.vectors, judged.features.mean_patch))
+        for rows in (everything, fitted)
+    )
+    c = max(best_c())[1]
+    (logistic,) = logistic_path(features.last, train.labels, num_classes=3, cs=(c,))
+    scores = list(score_features(train, judged, tasks=["linear", "logistic"], protocol=protocol, seed=2))
+    for score, votes in zip(scores, (linear, logistic(judged.features.last)), strict=True):
+        assert score.columns == (tuple((votes.argmax(1) == judged.labels).double().tolist()),)
+    assert scores[0].settings["chosen"].startswith(str(head))
+    assert not torch.equal(linear.argmax(1), partial.argmax(1))  # a tenth more images is told from none
 
 
 def test_models_without_cls_read_the_mean_patch(data):
