@@ -18,6 +18,7 @@ from transformers import (
     BitImageProcessorPil,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
 from .configuration_regvit import ConfigError, RegViTConfig, __version__
 from .modeling_regvit import (
@@ -46,6 +47,8 @@ for auto_class, model_class in (
     auto_class.register(RegViTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)  # makes save_pretrained copy the two code files
 RegViTConfig.register_for_auto_class()
+# The segmentation pipeline knows this table only, and calls every other class unsupported, beside a list of its own.
+MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["regvit"] = RegViTForSemanticSegmentation.__name__
 # Every checkpoint names this processor itself; the registration serves configurations saved without one.
 AutoImageProcessor.register(
     RegViTConfig,
