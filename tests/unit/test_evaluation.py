@@ -548,7 +548,8 @@ def dense(tmp_path_factory):
 
 
 def test_segmentation_and_depth(model, data, dense):
-    from hf_regvit.dense_probes import DepthSettings, SegmentationSettings
+    from hf_regvit.dense import load_depth
+    from hf_regvit.dense_probes import DepthSettings, SegmentationSettings, linear_depth, read_dense_features
 
     protocol = Protocol(
         segmentation=SegmentationSettings(num_steps=40, learning_rate=0.05, batch_size=4),
@@ -563,6 +564,11 @@ def test_segmentation_and_depth(model, data, dense):
     assert all((score.num_train, score.num_images) == (4, 2) for score in scores.values())
     assert scores["rmse"].show(0.5, (0.4, 0.6)) == "0.500 m [0.400, 0.600]"
     assert report.reading_seconds > 0
+    parts = [load_depth(dense / "depth", split=split) for split in ("train", "validation")]
+    features = [read_dense_features(model, part, processor=PROCESSOR) for part in parts]
+    plain = linear_depth(features[0], parts[0].targets, features[1], parts[1].targets, settings=protocol.depth)
+    for metric in ("rmse", "abs_rel", "delta1"):
+        assert scores[metric].value == pytest.approx(getattr(plain, metric), rel=1e-4), metric
 
 
 # --- What cannot be evaluated
