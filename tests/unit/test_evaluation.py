@@ -21,6 +21,7 @@ from hf_regvit.evaluation import (
     LabelledFeatures,
     Protocol,
     Score,
+    _lost_score,
     _of_every_class,
     compare_backbones,
     evaluate_backbone,
@@ -30,6 +31,8 @@ from hf_regvit.feature_cache import FrozenFeatures, data_fingerprint, model_fing
 from hf_regvit.features import EvaluationTransform, short_names
 from hf_regvit.images import default_image_processor, join_sources, load_images, stratified_split
 from hf_regvit.intervals import bootstrap_interval, mean_iou, paired_difference
+from hf_regvit.lost import LostSettings
+from hf_regvit.object_discovery import CorLocScore, LostEvaluation
 from hf_regvit.probes import knn_accuracy
 
 CLASSES = ("blue", "green", "red")
@@ -320,6 +323,31 @@ def test_mean_iou_of_rows_is_that_of_the_metric():
     drawn = [mean_iou(rows[rng.integers(0, 6, 6)]) for _ in range(2000)]
     assert low == pytest.approx(np.quantile(drawn, 0.025), abs=0.02)
     assert high == pytest.approx(np.quantile(drawn, 0.975), abs=0.02)
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("rmse", -1), ("abs_rel", -1), ("delta1", 1)])
+def test_ahead_of_turns_errors_round_and_keeps_its_interval_in_order(metric, sign):
+    what = {"task": "depth", "variant": "", "metric": metric, "protocol": "p", "settings": {}, "num_train": 3}
+    rng = np.random.default_rng(0)
+    first = rng.random((20, 1))
+    second = first + 0.3 + rng.normal(0, 0.1, (20, 1))
+    ids = [str(i) for i in range(20)]
+    one, two = (Score.measured(rows, ids=ids, data="d", seed=0, seconds=0.0, **what) for rows in (first, second))
+    gain, (low, high) = paired_difference(first, second, seed=0)
+    assert two.difference(one) == (gain, (low, high))
+    assert low < gain < high
+    expected = (gain, (low, high)) if sign > 0 else (-gain, (-high, -low))
+    assert two.ahead_of(one)[0] == pytest.approx(expected[0])
+    assert two.ahead_of(one)[1] == pytest.approx(expected[1])
+    assert two.ahead_of(one)[1][0] < two.ahead_of(one)[1][1]
+
+
+def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
+    overlaps = (0.5, 0.4999, 0.8)
+    score = CorLocScore("LOST", 2 / 3, (0.0, 1.0), (0.0, (0.0, 0.0)), overlaps)
+    protocol = {"iou_threshold": 0.5, "max_side": 640, "padding": "zeros"}
+    lost = LostEvaluation(LostSettings(), {"lost": score}, None, protocol, ("a", "b", "c"), 0, 0, 1.0)
+    assert _lost_score(lost, "d", 0).value == pytest.approx(2 / 3)
 
 
 # --- Cache
