@@ -27,6 +27,7 @@ from hf_regvit.evaluation import (
     evaluate_backbone,
     score_features,
 )
+from hf_regvit.evaluation_report import fingerprint_of_names
 from hf_regvit.feature_cache import FrozenFeatures, data_fingerprint, model_fingerprint, read_features
 from hf_regvit.features import EvaluationTransform, short_names
 from hf_regvit.images import default_image_processor, join_sources, load_images, stratified_split
@@ -340,6 +341,41 @@ def test_ahead_of_turns_errors_round_and_keeps_its_interval_in_order(metric, sig
     assert two.ahead_of(one)[0] == pytest.approx(expected[0])
     assert two.ahead_of(one)[1] == pytest.approx(expected[1])
     assert two.ahead_of(one)[1][0] < two.ahead_of(one)[1][1]
+
+
+def test_two_segmentations_differ_by_their_mean_iou():
+    rng = np.random.default_rng(0)
+    rows = []
+    for wrong in (0.1, 0.4):
+        true = rng.integers(20, 60, (12, 3)).astype(float)
+        both = np.round(true * (1 - wrong))
+        rows.append(np.concatenate([both, both + rng.integers(0, 9, (12, 3)), true], axis=1))
+    what = {"task": "segmentation", "variant": "", "metric": "mean_iou", "protocol": "p", "settings": {}}
+    better, worse = (
+        Score.measured(one, ids=list("abcdefghijkl"), data="d", seed=0, statistic="mean_iou", num_train=3, seconds=0.0,
+                       **what) for one in rows
+    )  # fmt: skip
+    gain, (low, high) = better.difference(worse)
+    assert gain == pytest.approx(mean_iou(rows[0]) - mean_iou(rows[1]))
+    assert gain == pytest.approx(better.value - worse.value)
+    assert low < gain < high
+
+
+def test_the_model_index_keeps_data_sets_apart():
+    what = {"task": "knn", "metric": "top1", "protocol": "p", "settings": {}, "num_train": 3, "seconds": 0.0}
+    scores = tuple(
+        Score.measured(np.full((4, 1), value), ids=list("abcd"), data=data, seed=0, variant=variant, **what)
+        for value, data, variant in ((0.5, "birds", "k=10"), (0.25, "birds", "k=20"), (1.0, "cars", "k=10"))
+    )
+    (entry,) = EvaluationReport("m", "birds", 0, {}, scores).model_index("m")
+    found = {
+        result["dataset"]["name"]: [metric["value"] for metric in result["metrics"]] for result in entry["results"]
+    }
+    assert found == {"birds": [0.5, 0.25], "cars": [1.0]}
+
+
+def test_names_run_together_are_other_names():
+    assert len({fingerprint_of_names(names) for names in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
 
 
 def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
