@@ -102,6 +102,10 @@ def test_two_dense_processes_equal_one(run, name):
             pytest.approx(list(m.values()), abs=1e-4) for m in one["metrics"]
         ]
     assert same_state(*(result["state"] for result in run(name)))
+    for result in run("fsdp_dense"):
+        assert result[name]["state"].keys() == one["state"].keys()
+        for key, value in result[name]["state"].items():
+            torch.testing.assert_close(value, one["state"][key], atol=1e-5, rtol=0, msg=key)
     if name == "masks":
         assert one["state"]["head_norm.num_batches_tracked"] == 6
         assert one["state"]["head_norm.running_mean"].abs().max() > 0.01

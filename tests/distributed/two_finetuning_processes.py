@@ -89,6 +89,15 @@ def dense(folder: Path, task: str, **overrides) -> dict:
     return {"state": dict(result.state_dict()), "metrics": seen.metrics}
 
 
+def sharded_dense(folder: Path, **overrides) -> dict:
+    """The head's batch norm and its linear layer are sharded as well."""
+    with sharding(FinetuningTrainer) as fsdp:
+        return {
+            "masks": dense(folder / "sharded_masks", "semantic-segmentation", **fsdp, **overrides),
+            "depth": dense(folder / "sharded_depth", "depth-estimation", **fsdp, **overrides),
+        }
+
+
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     half = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
@@ -103,6 +112,7 @@ def scenarios(folder: Path) -> dict:
         "fsdp": sharded(folder / "fsdp", **half),
         "masks": dense(folder / "masks", "semantic-segmentation", **two),
         "depth": dense(folder / "depth", "depth-estimation", **two),
+        "fsdp_dense": sharded_dense(folder, **two),
     }
 
 
