@@ -427,6 +427,7 @@ def test_what_changed_is_read_again(counted, data, tmp_path):
     again(0)
     again(11, source=source.subset(range(11)))
     again(12, source=source.subset([*range(1, 12), 0]))  # the same images in another order
+    again(12, source=replace(source, ids=[f"new/{name}" for name in source.ids]))  # features carry the names
     again(12, size=24)
     again(12, layers=(-1,))
     again(0, layers=(1, 2))  # the last four of two
