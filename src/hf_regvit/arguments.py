@@ -19,7 +19,7 @@ class ConvertArguments:
     model_name_or_path: str = field(
         metadata={
             "aliases": ["--model"],
-            "help": "Folder, weights file (.safetensors, .pth) or Hub id of the model to convert.",
+            "help": "Folder, weights file (.safetensors, .pth), Hub id or timm/NAME of the model to convert.",
         }
     )
     output_dir: str = field(metadata={"help": "Folder to write the RegViT to; it must not hold one already."})
@@ -39,6 +39,9 @@ class ConvertArguments:
     )
     pooling: str | None = field(
         default=None, metadata={"help": "What a classifier reads: cls, cls_mean_patch or mean_patch."}
+    )
+    pooler_act: str | None = field(
+        default=None, metadata={"help": "Activation of a pooler (ViT's is tanh), for raw state dicts that have one."}
     )
 
     def overrides(self) -> dict[str, Any]:

@@ -645,7 +645,9 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
     ]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ConversionError(f"'{name}' cannot be expressed as RegViT: {'; '.join(problems[:8])}{more}.")
+        has_pooler = any(key.startswith("pooler.") for key in placed.keys() - wanted.keys())
+        hint = " A pooler needs its activation as well: pooler_act, 'tanh' in ViT." if has_pooler else ""
+        raise ConversionError(f"'{name}' cannot be expressed as RegViT: {'; '.join(problems[:8])}{more}.{hint}")
     # Copies: the result must not share memory with the model it came from.
     model.load_state_dict({key: value.clone().contiguous() for key, value in placed.items()}, assign=True)
     for parameter in model.parameters():

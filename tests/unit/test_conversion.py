@@ -214,6 +214,18 @@ def test_verification_leaves_the_source_as_it_was() -> None:
     assert source.training
 
 
+def test_a_raw_state_dict_with_a_pooler_needs_its_activation(tmp_path) -> None:
+    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    torch.save(source.state_dict(), tmp_path / "vit.pth")
+    with pytest.raises(ConversionError, match="pooler_act, 'tanh' in ViT"):
+        convert(tmp_path / "vit.pth", **RAW)
+    pixels = torch.randn(1, 3, 32, 32)
+    raw = {**RAW, "layer_norm_eps": 1e-12, "interpolate_antialias": False, "interpolate_offset": 0.0}
+    model = convert(tmp_path / "vit.pth", **raw, pooler_act="tanh").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(pixels).pooler_output, source(pixels).pooler_output, atol=2e-5, rtol=0)
+
+
 def test_raw_state_dict_says_that_outputs_were_not_compared(caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_regvit.conversion"):
         model = convert(official_state(), **RAW)
