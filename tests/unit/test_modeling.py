@@ -390,6 +390,13 @@ def test_initialisation_has_the_statistics_of_dinov2():
         assert torch.equal(state[f"layers.0.{name}.lambda1"], torch.full((256,), 1e-5))
 
 
+def test_layerscale_value_is_a_field():
+    for value in (0.3, 1e-5):
+        gains = [p for name, p in fresh(layerscale_value=value).named_parameters() if name.endswith("lambda1")]
+        assert len(gains) == 4
+        assert all(torch.equal(gain, torch.full_like(gain, value)) for gain in gains)
+
+
 def test_register_init_std_is_a_field():
     assert fresh(num_register_tokens=64, register_init_std=1e-6).embeddings.register_tokens.std() < 2e-6
     assert fresh(num_register_tokens=64, register_init_std=1.0).embeddings.register_tokens.std() > 0.9
@@ -714,6 +721,27 @@ def test_the_cache_notices_every_change_of_the_table(change, context):
         expected = clean(pixel_values).last_hidden_state
     assert torch.equal(after, expected)
     assert not torch.equal(after, before)
+
+
+@torch.no_grad()
+def test_positions_cached_in_half_precision_do_not_serve_the_same_numbers_in_single():
+    model, pixel_values = build().to(torch.bfloat16), images(1, 24, 32)
+    model(pixel_values)  # remembers positions that were rounded to bfloat16
+    model.to(torch.float32)
+    clean = build()
+    clean.load_state_dict(model.state_dict())
+    positions, expected = (one.embeddings.patch_positions((3, 4)) for one in (model, clean))
+    assert positions.dtype == torch.float32
+    assert torch.equal(positions, expected)
+    assert not torch.equal(expected, expected.bfloat16().float())
+
+
+def test_every_parameter_gets_a_gradient_where_nothing_is_masked():
+    # Otherwise data parallelism would wait for the mask token's, or search for unused parameters in every step.
+    model = build(use_mask_token=True, num_register_tokens=2).train()
+    model(images()).last_hidden_state.sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert not model.embeddings.mask_token.grad.any()
 
 
 @torch.no_grad()
