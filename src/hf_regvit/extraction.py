@@ -203,8 +203,13 @@ class _Reader:
 
     def _keep(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
         tokens = self.norm(tokens)
+        if not tokens.isfinite().all():
+            raise ValueError(
+                f"The model gives NaN or infinity at layer {layer}. Check its weights; in float16 large activations "
+                "overflow: use bfloat16 or float32."
+            )
         kept = tokens.to(self.dtype)
-        if not torch.equal(kept.isfinite(), tokens.isfinite()):
+        if not kept.isfinite().all():
             raise ValueError(
                 f"Features up to {tokens.abs().max():.3g} do not fit {self.settings.dtype}. Use bfloat16 or float32."
             )

@@ -502,6 +502,8 @@ class EvaluationTransform:
             processor = _timm_transform(model) if description.is_timm else _saved_processor(model)
         if isinstance(processor, EvaluationTransform):
             mean, std = processor.mean, processor.std
+        elif not getattr(processor, "do_normalize", True):  # its statistics are then not used, or None
+            mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         else:
             mean, std = tuple(processor.image_mean), tuple(processor.image_std)
         if keep_aspect:
@@ -562,6 +564,11 @@ def _saved_processor(model: nn.Module) -> Any:
         try:
             return AutoImageProcessor.from_pretrained(source)
         except (OSError, ValueError) as error:
+            if (file := Path(source, "preprocessor_config.json")).is_file():
+                raise ValueError(
+                    f"'{file}' makes no image processor ({error}). Correct it, or remove it to prepare pictures the "
+                    "usual way: shortest edge, centre crop, ImageNet statistics."
+                ) from error
             logger.debug("No image processor in '%s': %s", source, error)
     logger.warning(
         "No image processor was given and none is saved with %s: using shortest edge, centre crop and ImageNet "
@@ -772,13 +779,23 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
     is_folder = Path(source).is_dir()
     if is_folder and not local.is_file():
         raise FileNotFoundError(f"'{source}' has no config.json. Give the folder that save_pretrained wrote.")
-    written = json.loads(local.read_text(encoding="utf-8")) if is_folder else {}
+    written = _read_config(local) if is_folder else {}
     if source.startswith("timm/") or "architecture" in written:
         model: nn.Module = _load_timm(source, is_folder=is_folder)
     else:
         model = _load_transformers(source)
     model = model.eval().to(device or "cpu")
     return model, _timm_transform(model) if describe_model(model).is_timm else _saved_processor(model)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"'{path}' is not JSON text ({error}). Correct it, or save the model again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"'{path}' holds a {type(config).__name__}, not an object of fields. Save the model again.")
+    return config
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -837,7 +854,9 @@ def _load_transformers(source: str) -> nn.Module:
     # The class that was saved: a backbone class would warn of a missing pooler that nobody reads.
     name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
     library: Any = modeling_regvit if config.model_type == "regvit" else transformers
-    model_class = getattr(library, name, transformers.AutoModel)
+    model_class: Any = getattr(library, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = transformers.AutoModel
     with _quiet_loading():
         model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     tower, family = find_tower(model)

@@ -175,6 +175,19 @@ def test_types_and_token_kinds(model, pictures, tmp_path, dtype):
     torch.testing.assert_close(features.registers.float(), exact.registers, atol=0.05, rtol=0.01)
 
 
+def test_a_damaged_model_writes_no_features(model, pictures, tmp_path):
+    import copy
+
+    damaged = copy.deepcopy(model)
+    damaged.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"gives NaN or infinity at layer 1\. Check its weights"):
+        extract_to_folder(
+            damaged, pictures, tmp_path, settings=ExtractionSettings(layer=1), processor=default_image_processor(32),
+            progress=False,
+        )  # fmt: skip
+    assert not list(tmp_path.glob("features-*"))
+
+
 def test_numbers_that_do_not_fit_are_an_error(model, pictures, tmp_path):
     import copy
 

@@ -895,3 +895,45 @@ def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
         _, processor = load_model(tmp_path)
     assert "No image processor was given" in caplog.text
     assert processor.crop_size["height"] == 32
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("config.json", b"{", r"config\.json' is not JSON text \(.*line 1"),
+        ("config.json", b"[1]", r"config\.json' holds a list, not an object of fields"),
+        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not JSON text \(.*utf-8"),
+        # Never the default instead: other statistics are other numbers.
+        ("preprocessor_config.json", b"{", r"preprocessor_config\.json' makes no image processor \(.*or remove it"),
+        ("preprocessor_config.json", b'{"image_processor_type": "Foo"}', r"preprocessor_config\.json' makes no"),
+    ],
+)
+def test_broken_files_of_a_model_are_named(file, content, said, tmp_path):
+    build("regvit").save_pretrained(tmp_path)
+    default_image_processor(32).save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=said):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["copy", "Trainer", "SomebodysViT"])
+def test_a_class_that_is_no_model_is_read_as_its_backbone(name, tmp_path):
+    import json
+
+    build("regvit").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
+    assert type(load_model(tmp_path)[0]) is RegViTModel
+
+
+def test_a_processor_without_normalisation():
+    from transformers import ViTImageProcessor
+
+    processor = ViTImageProcessor(
+        size={"height": 32, "width": 32}, do_normalize=False, image_mean=None, image_std=None
+    )
+    model, flat = build("vit"), Image.new("RGB", (40, 40), (255, 0, 51))
+    for options in ({}, {"image_size": 48}, {"keep_aspect": True}):
+        transform = EvaluationTransform.for_model(model, processor, **options)
+        torch.testing.assert_close(transform(flat)[:, 5, 5], torch.tensor([1.0, 0.0, 0.2]))
+        assert transform.picture(transform(flat)).getpixel((3, 3)) == (255, 0, 51)
