@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -506,6 +507,66 @@ def test_the_numbers_are_those_of_the_raw_stream(photos):
         if i != j
     ]
     assert report.registers["cosine_across_images"] == pytest.approx(np.mean(across), abs=1e-4)
+
+
+def test_details_are_those_of_the_images_they_name(photos):
+    """On rectangles, with an outlier at another place in every image, and details of every fourth image."""
+    model, wide = tiny_model(), [photo.resize((96, 64)) for photo in photos]
+
+    def hook(module, args, output):
+        tokens = output[0].clone()
+        cells = tokens[:, 3:, 0].argmax(dim=1)
+        tokens[torch.arange(len(tokens)), 3 + cells] *= 40
+        return (tokens, *output[1:])
+
+    model.layers[1].register_forward_hook(hook)
+    whole = EvaluationTransform.for_model(model, PROCESSOR, keep_aspect=True)
+    report = diagnose(model, wide, processor=whole, detail_images=4, batch_size=5, progress=False)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        pixels = torch.stack([whole(photo) for photo in wide])
+        output = model(pixels, output_hidden_states=True, output_attentions=True)
+    states, weights = output.hidden_states[report.layer], output.attentions[-1].mean(dim=1)  # (n, T, D), (n, T, T)
+    norms = states.norm(dim=-1)
+    is_outlier, kept = norms[:, 3:] > report.cutoff, [0, 4, 8, 12]
+    assert report.bimodal
+    assert is_outlier.sum(dim=1).tolist() == [1] * 16
+    places = Counter(is_outlier.nonzero()[:, 1].tolist())
+    assert len(places) > 4
+    for cell in report.outliers["top_cells"]:
+        assert cell["share"] == places[cell["row"] * 12 + cell["column"]] / 16
+    assert report.outliers["most_in_one_image"] == report.outliers["images_with"] == 1
+    on_border = sum(count for cell, count in places.items() if cell // 12 in (0, 7) or cell % 12 in (0, 11))
+    assert report.outliers["border_share"] == on_border / 16
+    assert report.outliers["border_cells"] == 36 / 96
+
+    outliers = torch.stack([states[i, 3:][is_outlier[i]][0] for i in kept])
+    cosines = [torch.cosine_similarity(a, b, dim=0).abs() for a, b in itertools.combinations(outliers, 2)]
+    direction, channels = report.outliers["direction"], report.outliers["channels"]
+    assert direction["outlier"] == pytest.approx(torch.stack(cosines).mean().item(), rel=1e-4)
+    assert channels["outlier"]["channels"] == channel_outliers(outliers)["channels"]
+    normal = torch.cat([states[i, 3:][~is_outlier[i]] for i in kept])
+    image = torch.arange(4).repeat_interleave(95)
+    assert direction["normal"] == pytest.approx(direction_spread(normal, image, max_tokens=380), rel=1e-4)
+
+    masses = (weights[:, 0, 3:] * is_outlier).sum(dim=1)
+    measured = report.attention["statistics"]["mass_on_outliers"]
+    assert measured["mean"] == pytest.approx(masses.mean().item(), rel=1e-4)
+    assert measured["std"] == pytest.approx(masses.std(correction=0).item(), rel=1e-4)
+    expected = np.median(norms[:, 1:3]) / np.median(norms[:, 3:])
+    assert report.registers["norm_ratio"] == pytest.approx(expected, rel=1e-5)
+    rank = effective_rank(output.last_hidden_state[kept, 3:])
+    measured = report.patches["effective_rank"]
+    assert (measured["mean"], measured["std"], measured["num_images"]) == (
+        pytest.approx(rank.mean().item(), rel=1e-4), pytest.approx(rank.std(correction=0).item(), rel=1e-3), 4
+    )  # fmt: skip
+    assert [example["id"] for example in report.examples] == [f"image/{i}" for i in kept]
+    for i, example in zip(kept, report.examples, strict=True):
+        assert np.array(example["norms"]) == pytest.approx(norms[i, 3:].view(8, 12).numpy(), rel=1e-3)
+        assert np.array(example["attention_cls"]) == pytest.approx(weights[i, 0, 3:].view(8, 12).numpy(), rel=1e-3)
+        assert np.array(example["attention_registers"]) == pytest.approx(
+            weights[i, 1:3, 3:].view(2, 8, 12).numpy(), rel=1e-3
+        )
 
 
 def test_batches_and_repetition_do_not_change_the_report(photos, planted_report):
