@@ -124,7 +124,8 @@ def load_images(
     - a tar file in the manner of WebDataset (`000017.jpg`, `000017.cls`), or a folder of them, told apart likewise. An
       index of positions is made at the start, so every image can be read at random; nothing is ever unpacked.
     - a pattern of such files: `shards/train-*.tar`.
-    - the id of a data set on the Hub, whose splits have the same names.
+    - the id of a data set on the Hub, whose splits have the same names; `owner/name:config` where it comes in several
+      configurations.
 
     Several sources count one after another: `["a", "b"]` has the images of `a`, then those of `b`, their ids led by
     the source's name. Labels stay if all have the same classes.
@@ -263,7 +264,9 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
         if not matches:
             raise FileNotFoundError(f"No file matches the pattern '{data}'.")
         return _one_file(data, anchor, matches, split)
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", str(data)) or (os.sep in str(data) and path.parent.is_dir()):
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", str(data)) or (
+        os.sep in str(data) and path.parent.is_dir()
+    ):
         raise FileNotFoundError(_does_not_exist(data))
     return None
 
@@ -625,10 +628,8 @@ def _parquet(found: _Files, *, image_column: str | None, label_column: str | Non
 def _hub(
     data: str, split: Split | None, *, image_column: str | None, label_column: str | None, limits: ImageLimits
 ) -> ImageSource:
-    from datasets import load_dataset
-
     try:
-        tables = load_dataset(data)
+        tables = _hub_tables(data)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is the former, offline the latter
         raise FileNotFoundError(
             f"{_does_not_exist(data)} As a data set on the Hub it could not be loaded either: {error}"
@@ -637,6 +638,25 @@ def _hub(
         raise ValueError(f"The data set '{data}' cannot be used: {error}") from error
     table = _hub_part(tables, data, split)
     return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
+
+
+def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
+    """All splits of `name` or `name:config`.
+
+    Raises:
+        ValueError: There are several configurations and none is chosen, or not that one; they are listed.
+    """
+    from datasets import get_dataset_config_names, load_dataset
+
+    name, _, config = data.partition(":")
+    try:
+        return load_dataset(name, config or None, **options)
+    except ValueError as error:
+        if not str(error).startswith(("Config name is missing", "BuilderConfig")):
+            raise
+        known = ", ".join(f"'{name}:{one}'" for one in get_dataset_config_names(name))
+        problem = f"has no configuration '{config}'" if config else "comes in several configurations"
+        raise ValueError(f"the data set '{name}' {problem}; say which: {known}.") from error
 
 
 def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
@@ -882,7 +902,7 @@ def stream_images(
         raise ValueError(f"'{data}' is read image by image as it is; leave out --streaming.")
     try:
         if found is None:
-            table = _hub_part(load_dataset(str(data), streaming=True), str(data), split)
+            table = _hub_part(_hub_tables(str(data), streaming=True), str(data), split)
         else:
             files = [str(file) for file in found.files]
             kind = "webdataset" if found.kind == "tar" else "parquet"

@@ -149,7 +149,7 @@ _PATH_FIELDS = ("data", "init_from", "model_name_or_path", "train_dir", "validat
 def own_name(source: object) -> str:
     """The last part of a path, the whole of a Hub id that is no folder here: where things lie is private."""
     text = str(source)
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text) is not None and not Path(text).exists()
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", text) is not None and not Path(text).exists()
     return text if is_id else Path(text).name or text
 
 

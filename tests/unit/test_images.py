@@ -308,8 +308,8 @@ class TestTables:
             for i, name in enumerate(names)
         }
 
-        def load_dataset(name, streaming=False):
-            assert name == "some-one/pictures"
+        def load_dataset(name, config, streaming=False):
+            assert (name, config) == ("some-one/pictures", None)
             return {name: table.to_iterable_dataset() if streaming else table for name, table in tables.items()}
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
@@ -350,6 +350,35 @@ class TestTables:
         assert len(everything) == len(folders.split())
         if "test/a" in folders and "train" in folders:
             assert "test" not in everything.label_names
+
+    def test_hub_configurations_are_chosen_by_name(self, monkeypatch, tmp_path):
+        """A folder with the card of a data set is to `datasets` what a repository is."""
+        import datasets
+
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        cell = {"bytes": encode(Image.new("RGB", (5, 4)), "PNG"), "path": None}
+        lines = []
+        for label, config in enumerate(("full", "mini")):
+            (tmp_path / config).mkdir()
+            table = datasets.Dataset.from_dict({"image": [cell], "label": [label]}, features=features)
+            table.to_parquet(tmp_path / config / "train.parquet")
+            lines.append(
+                f"- config_name: {config}\n  data_files:\n  - split: train\n    path: {config}/train.parquet\n"
+            )
+        (tmp_path / "README.md").write_text("---\nconfigs:\n" + "".join(lines) + "---\n")
+        for name in ("load_dataset", "get_dataset_config_names"):
+            inner = getattr(datasets, name)
+            monkeypatch.setattr(
+                datasets, name, lambda id, *args, inner=inner, **kwargs: inner(str(tmp_path), *args, **kwargs)
+            )
+        assert load_images("some-one/pictures:mini").labels == [1]
+        (row,) = images.stream_images("some-one/pictures:full").open_shard(0)
+        assert row.label == 0
+        for opened in (load_images, images.stream_images):
+            with pytest.raises(ValueError, match="several configurations; say which: 'some-one/pictures:full', '"):
+                opened("some-one/pictures")
+            with pytest.raises(ValueError, match="no configuration 'small'; say which: 'some-one/pictures:full'"):
+                opened("some-one/pictures:small")
 
     def test_neither_path_nor_hub(self):
         with pytest.raises(FileNotFoundError, match=r"Did you mean 'photos'.*Hub"):
