@@ -11,6 +11,7 @@ Token order is `[CLS | distillation | registers | patches]`, whichever of them a
 
 import json
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -285,13 +286,20 @@ class _Collector:
 
     @contextmanager
     def attached(self, tower: nn.Module) -> Iterator[None]:
-        """Hooks in place for the time of the `with` block, and gone after it whatever happens inside."""
-        family = self.family
+        """Hooks in place for the time of the `with` block, and gone after it whatever happens inside.
+
+        They see this thread only: a server may have another one in the same model at the same time.
+        """
+        family, thread = self.family, threading.get_ident()
         with ExitStack() as stack:
 
             def hook(module: nn.Module, function: Callable, *, before: bool = False) -> None:
+                def see(*args: Any) -> None:
+                    if threading.get_ident() == thread:
+                        function(*args)
+
                 register = module.register_forward_pre_hook if before else module.register_forward_hook
-                stack.callback(register(function, with_kwargs=True).remove)
+                stack.callback(register(see, with_kwargs=True).remove)
 
             hook(self._part(tower, family.patch_projection), self._see_patches)
             blocks: Any = tower.get_submodule(family.blocks)

@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -830,6 +831,27 @@ def test_processors_that_make_no_single_picture(caplog):
 
     with pytest.raises(ValueError, match=r"Tiles makes pixel_values of shape \(1, 4, 3, 32, 32\)"):
         EvaluationTransform.for_model(build("vit"), Tiles())(photo(0))
+
+
+def test_two_threads_in_one_model_read_their_own_pictures():
+    """As in a server: while one reading is under way, another one of other pictures runs from beginning to end."""
+    model, mine, others = build("regvit"), pixels(), pixels() + 1
+    sites = {"residual": (0, 1, 2), "attention": (1, 2), "mlp": (1,), "patch_embedding": (0,)}
+    expected = [read_many(model, values, sites) for values in (mine, others)]
+    found = []
+
+    def read_others(module, args):
+        handle.remove()
+        thread = threading.Thread(target=lambda: found.append(read_many(model, others, sites)))
+        thread.start()
+        thread.join()
+
+    handle = model.layers[1].register_forward_pre_hook(read_others)
+    found.append(read_many(model, mine, sites))
+    for readings, wanted in zip(reversed(found), expected, strict=True):
+        for site in sites:
+            for value, right in zip(readings[site].values, wanted[site].values, strict=True):
+                torch.testing.assert_close(value, right, atol=0, rtol=0)
 
 
 # --- Loading by name ---
