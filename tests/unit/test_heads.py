@@ -355,6 +355,15 @@ def test_depth_loss_without_valid_pixels_is_zero_not_nan():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_depth_loss_of_a_single_pixel_is_zero_not_nan():
+    depth, valid = torch.rand(1, 4, 4).requires_grad_(), torch.zeros(1, 4, 4, dtype=torch.bool)
+    valid[0, 1, 2] = True  # no variance
+    loss = scale_invariant_log_loss(depth, torch.ones(1, 4, 4), valid)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.isfinite(depth.grad).all()
+
+
 def test_depth_loss_does_not_mind_the_scale_as_much_as_the_shape():
     target = torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(4)) + 1
     everywhere = torch.ones(1, 8, 8, dtype=torch.bool)
