@@ -521,13 +521,22 @@ class RecipeParser(HfArgumentParser):
     def _use_recipe(self, path: Path) -> None:
         if not path.is_file():
             raise RecipeError(f"The recipe '{path}' does not exist.")
-        text = path.read_text(encoding="utf-8")
         try:
-            values = yaml.safe_load(text) or {}
+            text = path.read_text(encoding="utf-8-sig")
+            values, node = yaml.safe_load(text) or {}, yaml.compose(text)
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"'{path}' is not YAML: {error}") from error
         if not isinstance(values, dict):
             raise RecipeError(f"'{path}' holds a {type(values).__name__}, expected one 'option: value' a line.")
+        first: dict[str, int] = {}
+        for key, _ in (
+            node.value if isinstance(node, yaml.MappingNode) else ()
+        ):  # YAML itself takes the last one without a word
+            line = key.start_mark.line + 1
+            if first.setdefault(key.value, line) != line:
+                raise RecipeError(f"'{key.value}' stands twice in {path}, lines {first[key.value]} and {line}.")
         known: dict[str, list[Any]] = {}  # a switch has a second action of the same name, --no_switch
         for action in self._actions:
             if action.dest not in ("help", "config"):

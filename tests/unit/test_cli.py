@@ -123,10 +123,12 @@ def test_recipe_values_are_defaults_and_flags_win(tmp_path) -> None:
         ("verify:\n", r"verify: None in .*r\.yaml:1 cannot be used: there is no value"),
         ("num_attention_heads: [3, 6]\n", r"num_attention_heads: \[3, 6\] in .* expected a single value"),
         ("output_dir:\n  name: a\n", r"output_dir: \{'name': 'a'\} in .* expected a single value"),
+        ("output_dir: a\nverify: no\noutput_dir: b\n", r"'output_dir' stands twice in .*r\.yaml, lines 1 and 3"),
+        ("# gr\u00fc\u00df\noutput_dir: a\n", r"r\.yaml' is not UTF-8 text"),
     ],
 )
 def test_bad_recipes_name_file_and_line(tmp_path, text, message) -> None:
-    (tmp_path / "r.yaml").write_text(text)
+    (tmp_path / "r.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(RecipeError, match=message):
         RecipeParser(ConvertArguments).parse(["--config", str(tmp_path / "r.yaml")])
     with pytest.raises(RecipeError, match="does not exist"):
