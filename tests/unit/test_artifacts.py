@@ -28,6 +28,7 @@ from hf_regvit.images import default_image_processor
 from hf_regvit.outliers import (
     Cutoff,
     TwoModes,
+    _objections,
     attention_statistics,
     channel_outliers,
     compare_values,
@@ -35,6 +36,7 @@ from hf_regvit.outliers import (
     effective_rank,
     find_cutoff,
     fit_two_modes,
+    log_norms,
     neighbour_similarity,
     register_cosine,
 )
@@ -169,6 +171,69 @@ def test_clean_norms_have_no_distinct_outliers(name):
     assert found.reason
     assert found.share == (norms > found.cutoff).mean()
     assert json.dumps(found.to_dict())
+
+
+def test_norms_near_zero_count_as_a_ten_thousandth_of_the_median():
+    norms = np.array([0.0, 1e-9, 2e-3, 20.0, 20.0, 20.0, 50.0])
+    assert log_norms(norms) == pytest.approx(np.log([2e-3, 2e-3, 2e-3, 20, 20, 20, 50]))
+
+
+def test_a_mode_of_equal_tokens_has_a_width():
+    for fit in fit_two_modes(np.log(np.concatenate([np.full(2000, 10.0), np.full(100, 80.0)]))):
+        assert min(fit.low_std, fit.high_std) == pytest.approx(0.01)
+
+
+def two_groups(modes, *, low=2000, high=40, valley=0):
+    """Log norms: so many at either centre, and so many at the boundary."""
+    return np.concatenate(
+        [
+            np.full(low, modes.low_mean),
+            np.full(high, modes.high_mean),
+            np.full(valley, math.log(modes.boundary) + 1e-9),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("modes", "groups", "reason"),
+    [
+        ({}, {}, None),
+        ({"high_std": 1.70}, {}, "separation D=2.0, needs > 2"),  # sqrt(2 / (0.1² + 1.70²)) * 2.4 = 1.993
+        ({"high_std": 1.69}, {}, None),  # 2.005
+        ({"high_mean": math.log(2.99)}, {}, "modes 3.0 times apart, need 3"),
+        ({"high_mean": math.log(3.01)}, {}, None),
+        ({"high_share": 0.0009}, {}, "upper mode holds 0.09%, needs 0.1% to 15%"),
+        ({"high_share": 0.0011}, {}, None),
+        ({"high_share": 0.151}, {}, "upper mode holds 15.10%"),
+        ({"high_share": 0.149}, {}, None),
+        ({}, {"high": 9}, "9 tokens above the boundary, needs 10"),
+        ({}, {"high": 10}, None),
+        ({}, {"valley": 21}, "no gap between the modes (21 tokens around the boundary, 40 around the upper mode)"),
+        ({}, {"valley": 20}, None),
+    ],
+)
+def test_every_part_of_the_gate_by_itself(modes, groups, reason):
+    fit = TwoModes(**{"low_mean": 0.0, "low_std": 0.1, "high_mean": 2.4, "high_std": 0.1, "high_share": 0.02} | modes)
+    found = _objections(fit, two_groups(fit, **groups))
+    if reason is None:
+        assert found == []
+    else:
+        (text,) = found
+        assert text.startswith(reason)
+
+
+def test_the_window_of_the_valley_is_half_a_deviation_to_either_side():
+    fit = TwoModes(low_mean=0.0, low_std=0.1, high_mean=2.4, high_std=0.4, high_share=0.02)
+    for distance, counted in ((0.19, True), (0.21, False)):
+        near = np.full(30, math.log(fit.boundary) - distance)
+        values = np.concatenate([two_groups(fit, high=40), near])
+        assert bool(_objections(fit, values)) == counted
+
+
+def test_a_norm_at_the_cutoff_is_no_outlier_of_a_layer():
+    norms = np.array([1.0, 2.0, 3.0, 4.0, 6.0])
+    found = find_cutoff(norms, cutoff=4.0)
+    assert (found.share, found.ratio) == (0.2, 6.0 / 2.5)
 
 
 def test_fallback_is_six_robust_deviations_above_the_median():
