@@ -209,6 +209,8 @@ def _load_one(
     limits: ImageLimits,
     ignore_extra_classes: bool,
 ) -> ImageSource:
+    if data in EMBEDDED_SOURCES and Path(data).exists():
+        say_once(f"'{data}' is the embedded data set, not the folder of that name here; for that say './{data}'.")
     if data == "photos":
         return _photo_tiles(split)
     if data == "digits":

@@ -11,7 +11,7 @@ import torchvision.transforms.functional as TF
 from PIL import Image
 
 from helpers import requires_shared, shared_dir
-from hf_regvit import images
+from hf_regvit import image_guard, images
 from hf_regvit.image_guard import BadImageError, open_image
 from hf_regvit.images import load_images
 
@@ -409,3 +409,14 @@ def test_default_image_processor(photo, tmp_path):
     resized = photo.resize((96, 64), Image.Resampling.BICUBIC).crop((20, 4, 76, 60))
     expected = TF.normalize(TF.to_tensor(resized), images.IMAGENET_MEAN, images.IMAGENET_STD)
     assert (pixels[0] - expected).abs().mean() < 0.005
+
+
+def test_a_folder_called_like_an_embedded_data_set_is_not_overlooked_in_silence(tmp_path, monkeypatch, caplog):
+    make_folder(tmp_path, ["digits/mine.png"])
+    monkeypatch.chdir(tmp_path)
+    image_guard.say_once.cache_clear()
+    assert len(load_images("digits", split=None)) == 1797
+    assert (
+        "'digits' is the embedded data set, not the folder of that name here; for that say './digits'" in caplog.text
+    )
+    assert load_images("./digits", split=None).ids == ["mine.png"]
