@@ -105,6 +105,33 @@ def test_fits_come_in_the_order_of_their_likelihood():
     assert all(a >= b - 1e-3 for a, b in itertools.pairwise(scores))  # on bins and on values they differ a little
 
 
+def test_of_unlike_fits_the_likeliest_comes_first_and_low_is_below_high():
+    generator = np.random.default_rng(0)
+
+    def groups(*parts):
+        return np.concatenate([generator.normal(mean, std, count) for mean, std, count in parts])
+
+    three = groups((0, 0.1, 15000), (-1.5, 0.1, 4500), (2.5, 0.2, 400))
+    broad = groups((0, 0.1, 19000), (-0.2, 1.0, 1000))  # the mode that starts as the upper one ends as the lower
+    scores = []
+    for values in (three, broad):
+        fits = fit_two_modes(values)
+        assert all(fit.low_mean < fit.high_mean for fit in fits)
+        for fit in fits:
+            densities = [
+                weight / std * np.exp(-(((values - mean) / std) ** 2) / 2)
+                for weight, mean, std in (
+                    (1 - fit.high_share, fit.low_mean, fit.low_std),
+                    (fit.high_share, fit.high_mean, fit.high_std),
+                )
+            ]
+            scores.append(np.log(sum(densities)).mean())
+    assert scores[0] > scores[1] + 0.5  # two optima: the main mode against the rest, and the few above
+    assert fit_two_modes(three)[1].high_share == pytest.approx(0.02, rel=0.05)
+    (fit, *_) = fit_two_modes(broad)
+    assert (fit.low_std > 0.5, fit.high_std < 0.2, fit.high_share > 0.9) == (True, True, True)
+
+
 def test_separation_and_boundary_of_known_modes():
     modes = TwoModes(low_mean=1.0, low_std=0.3, high_mean=3.0, high_std=0.4, high_share=0.5)
     assert modes.separation == pytest.approx(math.sqrt(2) * 2 / 0.5)
