@@ -40,7 +40,7 @@ from hf_regvit.outliers import (
     neighbour_similarity,
     register_cosine,
 )
-from hf_regvit.register_controls import _registers_replaced, _replacement, register_controls
+from hf_regvit.register_controls import _knn, _registers_replaced, _replacement, register_controls
 
 # --- Two modes and a cut-off ---
 
@@ -198,6 +198,13 @@ def test_clean_norms_have_no_distinct_outliers(name):
     assert found.reason
     assert found.share == (norms > found.cutoff).mean()
     assert json.dumps(found.to_dict())
+
+
+def test_fallback_where_most_norms_are_equal_is_six_plain_deviations():
+    norms = np.concatenate([np.full(600, 5.0), np.random.default_rng(0).uniform(4, 6, 400)])  # no robust deviation
+    found = find_cutoff(norms)
+    assert found.method == "fallback"
+    assert found.cutoff == pytest.approx(5 * math.exp(6 * np.log(norms).std()))
 
 
 def test_norms_near_zero_count_as_a_ten_thousandth_of_the_median():
@@ -854,6 +861,10 @@ def test_noise_has_the_moments_of_the_registers():
     torch.testing.assert_close(noise.std(0), registers.std(0), atol=0.2, rtol=0)
     assert not torch.equal(noise, _replacement("noise", registers, 2, 0))
     assert torch.equal(noise, _replacement("noise", registers, 1, 0))
+    two = registers[:2]  # the variance of these images, not of what they were drawn from
+    drawn = torch.randn(two.shape, generator=torch.Generator().manual_seed(3001))
+    expected = two.mean(0) + drawn * (two[0] - two[1]).abs() / 2
+    torch.testing.assert_close(_replacement("noise", two, 1, 3), expected)
 
 
 def test_neighbour_accuracy_where_labels_exist():
@@ -867,6 +878,23 @@ def test_neighbour_accuracy_where_labels_exist():
     assert register_controls(model, pixels[:10], labels=labels[:10])["clean"]["knn"] is None
     alone = torch.arange(len(labels))  # every image a class of its own: no neighbour can be right
     assert register_controls(model, pixels, labels=alone)["clean"]["knn"] is None
+
+
+def test_neighbour_accuracy_equals_its_loop():
+    generator = torch.Generator().manual_seed(0)
+    tokens, labels = torch.randn(41, 3, 4, generator=generator), torch.randint(3, (41,), generator=generator)
+    right = 0
+    for i in range(41):
+        others = [j for j in range(41) if j % 2 != i % 2]  # the other half judges
+        cosines = {j: torch.cosine_similarity(tokens[i, 0], tokens[j, 0], dim=0).item() for j in others}
+        votes = dict.fromkeys(range(3), 0.0)
+        for j in sorted(others, key=lambda j: -cosines[j])[:5]:
+            votes[labels[j].item()] += math.exp(cosines[j] / 0.07)
+        right += max(votes, key=lambda label: votes[label]) == labels[i]
+    assert _knn(tokens, labels) == pytest.approx(right / 41)
+    same = torch.zeros(20, dtype=torch.long)
+    assert _knn(tokens[:20], same) == 1.0
+    assert _knn(tokens[:19], same[:19]) is None
 
 
 def test_controls_that_cannot_be_made():
@@ -910,6 +938,10 @@ def test_snapshot_agrees_with_the_diagnosis(photos, planted_report):
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-4), name
     assert set(values) == {*expected, "register_norm"}
+    reading = read_many(model, torch.stack([transform(photo) for photo in photos]), {"residual": (2,)})["residual"]
+    norms = reading.registers(2).norm(dim=-1)
+    assert values["register_norm"] == pytest.approx(np.median(norms), rel=1e-5)
+    assert np.median(norms) != pytest.approx(norms.mean().item(), rel=1e-3)
 
 
 def test_snapshot_of_models_with_fewer_parts():
