@@ -242,6 +242,15 @@ class RegViTEmbeddings(nn.Module):
         if self.num_position_prefix:
             cls_token = cls_token + self.position_embeddings[:, :1]
         tokens = [cls_token.expand(batch_size, -1, -1), patches]
+        registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
+        if (
+            registers != self.config.num_register_tokens
+        ):  # patches would be taken for registers, or the other way round
+            raise ValueError(
+                f"The model has {registers} registers, but its config says num_register_tokens="
+                f"{self.config.num_register_tokens}. Was another model resized that shares this config object? Give "
+                "each its own (copy.deepcopy(config)), and change the number with resize_register_tokens only."
+            )
         if self.register_tokens is not None:
             tokens.insert(1, self.register_tokens.expand(batch_size, -1, -1))
         return torch.cat(tokens, dim=1)  # (B, T, D)

@@ -335,6 +335,21 @@ def test_resize_downwards_from_nothing_and_to_nothing(tmp_path):
 
 
 @torch.no_grad()
+def test_two_models_of_one_config_object():
+    """A teacher built from `student.config`: resizing the student moved the border of the teacher's patches."""
+    student = build()
+    teacher = RegViTModel(student.config).eval()
+    student.resize_register_tokens(student.config.num_register_tokens + 2)
+    student(images())
+    with pytest.raises(ValueError, match=r"has 4 registers, but its config says num_register_tokens=6.*deepcopy"):
+        teacher(images())
+    plain = build(num_register_tokens=0)
+    plain.config.num_register_tokens = 1
+    with pytest.raises(ValueError, match="has 0 registers, but its config says num_register_tokens=1"):
+        plain(images())
+
+
+@torch.no_grad()
 def test_resize_inside_a_classifier():
     model = build(RegViTForImageClassification)
     model.regvit.resize_register_tokens(6)
