@@ -415,6 +415,10 @@ def test_large_channels_and_massive_activations():
     assert found["massive_share"] == 0  # 20 is below 100
     tokens[0, 5] = 500.0
     assert channel_outliers(tokens)["massive_share"] == pytest.approx(1 / 80)
+    for ground, peak in ((0.01, 99.0), (0.2, 150.0)):  # large for its model and not by itself, and the reverse
+        tokens = torch.full((10, 8), ground)
+        tokens[0, 5] = peak
+        assert channel_outliers(tokens)["massive_share"] == 0
 
 
 def test_attention_statistics_equal_their_slow_twin():

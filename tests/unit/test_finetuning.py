@@ -23,6 +23,7 @@ from hf_regvit.classification import (
     class_weights,
     classification_loss,
     labelled_parts,
+    training_transform,
     wilson_interval,
 )
 from hf_regvit.data import TooManyBadImagesError
@@ -340,6 +341,42 @@ def test_no_augmentation_is_the_processor_itself(tmp_path):
         wanted = processor(images=picture(index, index % 3), return_tensors="pt")["pixel_values"][0]
         assert torch.equal(train[0, index, 0]["pixel_values"], wanted)
         assert torch.equal(validation[index]["pixel_values"], wanted)
+
+
+def test_every_option_of_the_augmentation_reaches_it(tmp_path):
+    mean, std = (0.5, 0.25, 0.125), (0.3, 0.2, 0.1)
+
+    def steps(**options):
+        args = arguments(tmp_path, crop_scale=[0.2, 0.9], flip_probability=0.3, **options)
+        made = training_transform(args, image_size=24, mean=mean, std=std).transforms
+        return {type(step).__name__: step for step in made}
+
+    found = steps(augmentation="randaugment", randaugment_num_ops=3, randaugment_magnitude=7, random_erasing=0.4)
+    assert list(found) == [
+        "RandomResizedCrop", "RandomHorizontalFlip", "RandAugment", "ToImage", "ToDtype", "Normalize", "RandomErasing"
+    ]  # fmt: skip
+    crop, mixed = found["RandomResizedCrop"], found["RandAugment"]
+    assert (tuple(crop.size), crop.scale, crop.interpolation.value) == ((24, 24), (0.2, 0.9), "bicubic")
+    assert (found["RandomHorizontalFlip"].p, found["RandomErasing"].p) == (0.3, 0.4)
+    assert (mixed.num_ops, mixed.magnitude, mixed.interpolation.value) == (3, 7, "bilinear")
+    assert mixed.fill == [128, 64, 32]
+    assert (found["Normalize"].mean, found["Normalize"].std) == (list(mean), list(std))
+    assert found["ToDtype"].scale
+    found = steps(augmentation="three_augment", color_jitter=0.3)
+    assert "RandAugment" not in found
+    grayscale, solarize, blur = found["RandomChoice"].transforms
+    assert (grayscale.p, solarize.p, solarize.threshold) == (1.0, 1.0, 128)
+    assert (list(blur.kernel_size), list(blur.sigma)) == ([9, 9], [0.1, 2.0])
+    jitter = found["ColorJitter"]
+    for change in (jitter.brightness, jitter.contrast, jitter.saturation):
+        assert tuple(change) == pytest.approx((0.7, 1.3))
+    assert jitter.hue is None
+    assert list(found).index("RandomChoice") < list(found).index("ColorJitter")
+
+
+def test_mixing_has_the_alphas_that_were_asked_for():
+    mix = MixingCollator(3, mixup_alpha=0.8, cutmix_alpha=0.3, probability=1.0, seed=0)
+    assert [(type(mixer).__name__, mixer.alpha) for mixer in mix.mixers] == [("MixUp", 0.8), ("CutMix", 0.3)]
 
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
