@@ -1048,14 +1048,14 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
-        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; 0 and below are ignored."""
+        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; ignored: 0 and below, inf, NaN."""
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
         depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_metres)[:, 0]  # (B, H, W)
         loss = None
         if labels is not None:
-            valid = labels > 0
+            valid = (labels > 0) & labels.isfinite()
             loss = scale_invariant_log_loss(
                 depth.float(), labels.float(), valid & pixel_mask.bool() if pixel_mask is not None else valid
             )

@@ -355,6 +355,20 @@ def test_depth_loss_without_valid_pixels_is_zero_not_nan():
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("mark", [float("inf"), float("nan"), -1.0])
+def test_depth_that_is_no_number_does_not_count(mark):
+    """Rendered pictures have an infinite sky."""
+    model = build(RegViTForDepthEstimation)
+    labels = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
+    labels[:, :4] = 0
+    expected = model(images(), labels=labels).loss
+    labels[:, :4] = mark
+    loss = model(images(), labels=labels).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=0, rtol=0)
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
 def test_depth_loss_of_a_single_pixel_is_zero_not_nan():
     depth, valid = torch.rand(1, 4, 4).requires_grad_(), torch.zeros(1, 4, 4, dtype=torch.bool)
     valid[0, 1, 2] = True  # no variance
