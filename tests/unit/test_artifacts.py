@@ -748,6 +748,13 @@ def test_single_colour_images_are_left_out_and_named(photos, tmp_path):
     assert "2 images were left out" in report.warnings[1]
 
 
+def test_an_image_that_varies_in_one_channel_only_is_used(photos):
+    black = Image.new("L", (64, 64))
+    reds = [Image.merge("RGB", (photo.getchannel("R"), black, black)) for photo in photos[:8]]
+    report = diagnose(tiny_model(), reds, **QUIET)
+    assert (report.num_images, report.skipped) == (8, [])
+
+
 def test_nothing_but_single_colours():
     flat = [Image.new("RGB", (64, 64), (i, i, i)) for i in range(20)]
     with pytest.raises(ValueError, match=r"0 images can be used \(20 were skipped, e.g. 'image/0': single colour\)"):
