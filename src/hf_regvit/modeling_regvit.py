@@ -1048,7 +1048,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
-        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; <= 0, inf, NaN are ignored."""
+        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; ignored: <= 0, inf, NaN."""
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
