@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.features import read_tokens
+from hf_regvit.features import EvaluationTransform, read_tokens
 from hf_regvit.images import default_image_processor
 from hf_regvit.lost import (
     AttentionSettings,
     LostSettings,
+    _padded,
     affinity,
     attention_cells,
     attention_mask,
@@ -218,6 +220,39 @@ def test_wrong_input_is_named(change, message):
         lost_box(arguments.pop("features"), arguments.pop("grid"), **arguments)
 
 
+def test_exactly_at_its_bounds_an_affinity_is_not_degenerate_yet():
+    result = lost_box(torch.randn(16, 8, generator=torch.Generator().manual_seed(0)), (4, 4))
+    for change, expected in (
+        ({"positive_share": 0.95, "tied_seeds": 8}, False),
+        ({"positive_share": 0.951, "tied_seeds": 1}, True),
+        ({"positive_share": 0.5, "tied_seeds": 9}, True),
+    ):
+        assert replace(result, **change).degenerate == expected
+
+
+def test_shares_and_similarities_of_exactly_zero_are_not_positive():
+    # Three patches along one axis, two along another, one at zero: all products are 0 or positive.
+    features = torch.tensor([[1.0, 0], [1, 0], [1, 0], [0, 1], [0, 1], [0, 0]])
+    result = lost_box(features, (2, 3))
+    assert result.degrees.flatten().tolist() == [2, 2, 2, 1, 1, 0]
+    assert result.positive_share == (3 * 2 + 2) / 30
+    assert (result.seed, result.expansion.tolist(), result.cells) == (5, [], (2, 1, 3, 2))
+    few = lost_box(features[:5].repeat(1, 1)[[0, 1, 2, 3, 4, 4]], (2, 3), k=2)
+    assert few.degrees.flatten().tolist() == [2] * 6
+    assert few.expansion.tolist() == [0, 1]
+    assert few.foreground.flatten().tolist() == [True] * 3 + [False] * 3
+
+
+def test_padding_goes_by_the_height_and_the_width_of_a_patch(model, processor):
+    transform = EvaluationTransform.for_model(model, processor)
+    pixels, scale = _padded(picture(37, 26), transform, (8, 16), 640)
+    assert (tuple(pixels.shape), scale) == ((3, 32, 48), 1.0)
+    assert not pixels[:, 26:].any()
+    assert not pixels[:, :, 37:].any()
+    pixels, scale = _padded(picture(37, 26), transform, (8, 16), 20)
+    assert (tuple(pixels.shape), scale) == ((3, 16, 32), 20 / 37)  # read at 20 x 14
+
+
 def test_settings_name_themselves():
     assert str(LostSettings()) == "feature=k layer=-1 center=none l2norm=False bias=0 k=100"
     with pytest.raises(ValueError, match="feature='keys'"):
@@ -249,6 +284,11 @@ def test_attention_equals_the_slow_twin(mass):
         mask = attention_mask(attention, (5, 7), mass=mass)
         assert {tuple(cell) for cell in mask.nonzero().tolist()} == expected
         assert attention_cells(attention, (5, 7), mass=mass) == around(expected)
+
+
+def test_the_others_may_hold_all_that_is_not_asked_for():
+    # Of four equal patches two hold exactly the half that may be left out; of equals the later ones stay.
+    assert attention_mask(torch.ones(4), (2, 2), mass=0.5).tolist() == [[False, False], [True, True]]
 
 
 def test_of_equal_parts_the_first_in_reading_order_counts():
@@ -316,6 +356,7 @@ def test_wrong_boxes_are_named(predictions, references, message):
 
 def test_cells_become_pixels():
     assert cells_to_pixels((1, 2, 3, 4), patch_size=14, image_size=(50, 100)) == (14.0, 28.0, 42.0, 50.0)
+    assert cells_to_pixels((1, 2, 5, 4), patch_size=(10, 14), image_size=(35, 60)) == (14.0, 20.0, 60.0, 35.0)
 
 
 # --- On a model
