@@ -323,7 +323,7 @@ def _jpeg(image: Image.Image) -> str:
 
 def write_figures(views: Mapping[str, View], picture: Picture, question: Question, folder: Path) -> Path:
     """The same maps for a paper: a ZIP of PNG files, drawn by `hf_regvit.figures`."""
-    path = folder / f"{_file_name(picture.name)}_figures.zip"
+    path, names = folder / f"{_file_name(picture.name)}_figures.zip", _file_names(views)
     with zipfile.ZipFile(path, "w") as archive:
         for name, view in views.items():
             row, column = cell = view.cell(question.place)
@@ -339,16 +339,16 @@ def write_figures(views: Mapping[str, View], picture: Picture, question: Questio
             for label, figure in figures.items():
                 file = folder / "figure.png"
                 save_figure(figure, file)
-                archive.write(file, f"{_file_name(name)}/block_{view.layer}_{label}.png")
+                archive.write(file, f"{names[name]}/block_{view.layer}_{label}.png")
                 file.unlink()
     return path
 
 
 def write_features(views: Mapping[str, View], picture: Picture, folder: Path) -> Path:
     """CLS, registers and patches as safetensors, one file; of two models a ZIP of two."""
-    paths = []
+    paths, names = [], _file_names(views)
     for name, view in views.items():
-        path = folder / f"{_file_name(picture.name)}_{_file_name(name)}_block_{view.layer}.safetensors"
+        path = folder / f"{_file_name(picture.name)}_{names[name]}_block_{view.layer}.safetensors"
         view.features(picture.name).save(path)
         paths.append(path)
     if len(paths) == 1:
@@ -361,7 +361,17 @@ def write_features(views: Mapping[str, View], picture: Picture, folder: Path) ->
 
 
 def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:80]
+    """Of at most 80 bytes: with two of them in it a name stays below the 255 bytes of most file systems."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return plain.encode()[:80].decode(errors="ignore")
+
+
+def _file_names(views: Mapping[str, View]) -> dict[str, str]:
+    """Names of the models for files; those that would fall together get the letters that the page gives them."""
+    names = {name: _file_name(name) for name in views}
+    if len(set(names.values())) == len(names):
+        return names
+    return {name: f"{letter}_{file}" for letter, (name, file) in zip("AB", names.items())}
 
 
 # --- The page ---

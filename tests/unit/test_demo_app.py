@@ -228,6 +228,19 @@ def test_features_are_those_of_extraction(explorer, picture, tmp_path):
         assert len(archive.namelist()) == 2
 
 
+@pytest.mark.parametrize("names", [("owner/vit", "owner_vit"), (f"{'long/' * 20}a", f"{'long/' * 20}b")])
+def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
+    """Of two folders that differ at the end of a long path, the download held the second one twice."""
+    processor = default_image_processor(32)
+    explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
+    picture = Picture.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    path = write_features(look(explorer, picture, Question(names, side=32, layer=3)), picture, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "out")
+    stored = [TokenFeatures.load(file) for file in sorted((tmp_path / "out").iterdir())]
+    assert [features.registers.shape[1] for features in stored] == [0, 1]
+
+
 @pytest.mark.slow
 def test_figures_are_pictures(explorer, picture, tmp_path):
     question = Question(("plain",), side=32, layer=3)
