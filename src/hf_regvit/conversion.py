@@ -18,6 +18,9 @@ import math
 import pickle
 import re
 import struct
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,9 +136,26 @@ def convert_to_folder(
     source = _local(source)
     model = convert(source, verify=verify, **config_overrides)
     processor = _processor_of(source, model.config)
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
+    with whole_checkpoint(output) as staged:
+        model.save_pretrained(staged)
+        processor.save_pretrained(staged)
     return model
+
+
+@contextmanager
+def whole_checkpoint(output: Path) -> Iterator[Path]:
+    """A folder to save into, whose files move to `output` once all are written: the checkpoint is whole or not there.
+
+    Otherwise a run that is stopped while it writes would leave a configuration without weights, which blocks the next
+    one, or a model without its image processor, which is read with the wrong statistics.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
+        yield Path(staged)
+        for path in sorted(
+            Path(staged).iterdir(), key=lambda path: path.name == "config.json"
+        ):  # that one makes it one
+            path.replace(output / path.name)
 
 
 def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:

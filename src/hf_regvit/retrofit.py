@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .artifacts import emergence_layer, reported_layer
-from .conversion import convert, image_processor_of
+from .conversion import convert, image_processor_of, whole_checkpoint
 from .families import describe_model, final_norm
 from .features import EvaluationTransform, PreparedImages, load_model, prepare_images, read_many, read_tokens
 from .modeling_regvit import RegViTPreTrainedModel
@@ -724,7 +724,8 @@ def retrofit_to_folder(source: str | Path, images: Any, output_dir: str | Path, 
     if (output / "config.json").exists():
         raise FileExistsError(f"'{output}' holds a checkpoint already. Choose another output_dir or remove it.")
     result = retrofit(source, images, **settings)
-    result.model.save_pretrained(output)
-    image_processor_of(source, result.model.config).save_pretrained(output)
-    result.report.save(output)
+    with whole_checkpoint(output) as staged:
+        result.model.save_pretrained(staged)
+        image_processor_of(source, result.model.config).save_pretrained(staged)
+        result.report.save(staged)
     return result
