@@ -505,6 +505,7 @@ class RecipeParser(HfArgumentParser):
         Raises:
             RecipeError: The recipe is missing, not flat YAML, or has an unknown key or a value of the wrong type.
         """
+        args = [_at_home(argument) for argument in args]
         recipe = _take_config(args)
         if recipe is not None:
             self._use_recipe(Path(recipe))
@@ -577,8 +578,14 @@ class RecipeParser(HfArgumentParser):
         if isinstance(value, bool) and action.type is None:
             return value
         if isinstance(value, list):
-            return [convert(item) if isinstance(item, str) else convert(str(item)) for item in value]
-        return convert(value if isinstance(value, str) else str(value))
+            return [convert(_at_home(item) if isinstance(item, str) else str(item)) for item in value]
+        return convert(_at_home(value) if isinstance(value, str) else str(value))
+
+
+def _at_home(argument: str) -> str:
+    """`~/x` in a recipe, and `--option=~/x`, which shells leave as it is: a folder called `~` is never meant."""
+    name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+    return name + equals + (str(Path(value).expanduser()) if value.startswith("~/") else value)
 
 
 def _take_config(args: Sequence[str]) -> str | None:

@@ -33,6 +33,20 @@ Every command takes --dry_run (print what would be done), --json (result for mac
 """
 
 
+def _check_output(folder: str | Path | None) -> None:
+    """Whether a result can be written there; found out after the work, it would cost all of it.
+
+    Raises:
+        OSError: It cannot; says why. Nothing is created.
+    """
+    path = Path(folder or ".")
+    place = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not place.is_dir():
+        raise NotADirectoryError(f"'{place}' is a file, so nothing can be written to '{path}'. Choose another folder.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise PermissionError(f"'{place}' may not be written to. Choose another folder, or change its permissions.")
+
+
 def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
     """`regvit pretrain --config examples/photos_cpu.yaml --output_dir runs/a`."""
     from .arguments import RecipeParser
@@ -42,6 +56,7 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     if switches["dry_run"]:
         return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
     (arguments,) = parser.parse(args)
+    _check_output(arguments.output_dir)
     model = pretrain(arguments)
     return {"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()}
 
@@ -55,6 +70,7 @@ def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     if switches["dry_run"]:
         return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
     (arguments,) = parser.parse(args)
+    _check_output(arguments.output_dir)
     finetune(arguments)
     metrics = json.loads(Path(arguments.output_dir, "metrics.json").read_text()) if arguments.should_save else {}
     return {"output_dir": arguments.output_dir, **metrics.get("eval", {})}
@@ -83,6 +99,7 @@ def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
     (arguments,) = RecipeParser(ConvertArguments, prog="regvit convert").parse(args)
     if switches["dry_run"]:
         return _resolved(arguments)
+    _check_output(arguments.output_dir)
     model = convert_to_folder(
         arguments.model_name_or_path, arguments.output_dir, verify=arguments.verify, **arguments.overrides()
     )
@@ -111,6 +128,7 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     settings = arguments.settings()
     if switches["dry_run"]:
         return _resolved(arguments)
+    _check_output(arguments.output_dir)
     images = load_images(arguments.data, split=arguments.split)
     if len(arguments.model_name_or_path) == 1:
         model, processor = load_model(arguments.model_name_or_path[0], device=arguments.device)
@@ -140,6 +158,7 @@ def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     settings = arguments.settings()
     if switches["dry_run"]:
         return _resolved(arguments)
+    _check_output(arguments.output_dir)
     images = load_images(arguments.data, split=arguments.split)
     result = retrofit_to_folder(arguments.model_name_or_path, images, arguments.output_dir, **settings)
     pictures = [result.transform.picture(pixels) for pixels in result.examples]
@@ -161,6 +180,7 @@ def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
     settings = arguments.settings()
     if switches["dry_run"]:
         return _resolved(arguments)
+    _check_output(arguments.output_dir)
     return extract_to_folder(
         arguments.model_name_or_path, arguments.images(), arguments.output_dir, settings=settings
     ).to_dict()
@@ -179,6 +199,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     def keep(table: EvaluationTable) -> None:  # after each: a model that fails does not take the others with it
         table.save(arguments.output_dir)
 
+    _check_output(arguments.output_dir)
     table = compare_backbones(
         arguments.model_name_or_path, arguments.data, device=arguments.device, on_report=keep, **settings
     )
@@ -294,7 +315,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     switches = {switch: f"--{switch}" in rest for switch in ("dry_run", "json", "debug")}
     rest = [argument for argument in rest if argument not in ("--dry_run", "--json", "--debug")]
     logging.basicConfig(level=os.environ.get("REGVIT_LOG", "INFO"), format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "PIL", "matplotlib"):
+    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "PIL", "matplotlib", "timm"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     try:
         result = COMMANDS[name](rest, switches)

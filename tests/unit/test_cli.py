@@ -157,3 +157,48 @@ def test_help_begins_with_what_is_the_commands_own(capsys):
     assert text.index("\ntraining:") < places[1] < text.index("\nleft of transformers.TrainingArguments:") < places[2]
     assert "(default: None)" not in text
     assert "--learning-rate" not in text.replace("--head-learning-rate", "")  # one spelling; both are taken
+
+
+COMMANDS_THAT_WRITE = {
+    "convert": [], "diagnose": ["--data", "digits"], "retrofit": ["--data", "digits"], "extract": ["--data", "digits"],
+    "evaluate": ["--data", "digits"], "finetune": ["--data", "digits"], "pretrain": ["--data", "digits"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS_THAT_WRITE)
+def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path, capsys, monkeypatch) -> None:
+    """A diagnosis read all images first, a retrofit searched for minutes, and both ended without a result."""
+    (tmp_path / "file").touch()
+    args = [command, *(["--model", str(tmp_path / "no model")] if command != "pretrain" else [])]
+    args += COMMANDS_THAT_WRITE[command]
+    assert cli.main([*args, "--output_dir", str(tmp_path / "file" / "out")]) == 1
+    assert f"'{tmp_path}/file' is a file, so nothing can be written to" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda place, mode: False)  # as root, tests may write anywhere
+    assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
+    assert f"'{tmp_path}' may not be written to" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_folder, tmp_path, capsys, monkeypatch):
+    """It left config.json without a processor: read with the wrong statistics, and in the way of the next try."""
+    from transformers import BaseImageProcessor
+
+    def stopped(self, folder):
+        raise KeyboardInterrupt
+
+    args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patched:
+        patched.setattr(BaseImageProcessor, "save_pretrained", stopped)
+        assert cli.main(args) == 1
+    assert "interrupted" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+    assert cli.main(args) == 0
+
+
+def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("model_name_or_path: ~/vit\nimage_size: [32]\n")
+    (parsed,) = RecipeParser(ConvertArguments).parse(["--config=~/recipe.yaml", "--output_dir=~/out"])
+    assert (parsed.model_name_or_path, parsed.output_dir) == (f"{tmp_path}/vit", f"{tmp_path}/out")
+    (parsed,) = RecipeParser(ConvertArguments).parse(["--model", "owner/~name", "--output_dir", "a=~/b"])
+    assert (parsed.model_name_or_path, parsed.output_dir) == ("owner/~name", "a=~/b")
