@@ -642,7 +642,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
 
     def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
         wanted = self.config.num_register_tokens
-        resize = "Load it without that override, then call resize_register_tokens(n) on the RegViTModel"
+        resize = "Load it without that override, then call its resize_register_tokens(n)"
         problems = []
         for key in _backbone_keys(info["missing_keys"]):
             if key.endswith("register_tokens"):
@@ -686,6 +686,11 @@ class RegViTPreTrainedModel(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
+
+    def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTPreTrainedModel":
+        """Change the number of registers of the backbone below a head; see `RegViTModel.resize_register_tokens`."""
+        self.base_model.resize_register_tokens(num_register_tokens, seed=seed)
+        return self
 
     def _finish(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()

@@ -357,6 +357,19 @@ def test_resize_inside_a_classifier():
     assert model(images()).logits.shape == (2, 5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("cls", CLASSES)
+def test_every_class_resizes_its_registers(cls):
+    """`convert` of a classifier is one too; only the backbone had the method that README and errors name."""
+    model = build(cls, num_register_tokens=2)
+    before = model(images(), return_dict=False)
+    assert model.resize_register_tokens(5, seed=3) is model
+    assert model.config.num_register_tokens == 5
+    expected = build(RegViTModel, num_register_tokens=2).resize_register_tokens(5, seed=3).embeddings.register_tokens
+    assert torch.equal(model.base_model.embeddings.register_tokens[:, 2:], expected[:, 2:])
+    torch.testing.assert_close(model.resize_register_tokens(2)(images(), return_dict=False), before, rtol=0, atol=0)
+
+
 # --- Initialisation --------------------------------------------------------------------------------------------------
 
 
