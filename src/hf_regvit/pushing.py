@@ -140,7 +140,8 @@ class PushingTrainer(Trainer):
     def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor], **card: Any) -> list[str]:
         """Model, code files, processor and card; returns what of it may be sent."""
         shutil.rmtree(folder, ignore_errors=True)
-        model = self.hub_model(state)
+        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and the run's own draws must stay
+            model = self.hub_model(state)
         model.save_pretrained(folder)
         if (processor := self.hub_processor()) is not None:
             processor.save_pretrained(folder)

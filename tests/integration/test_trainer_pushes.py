@@ -192,6 +192,16 @@ def test_any_checkpointed_trainer_pushes_what_can_be_loaded(hub, classifier):
     assert "base_model: someone/base" in card
 
 
+def test_a_push_takes_no_random_number_from_the_run(hub, classifier):
+    """Those for the first weights of the model that is sent made a run with pushes resume to another end."""
+    import torch
+
+    trainer = classifier(hub_strategy="end")
+    before = torch.get_rng_state()
+    trainer.push_to_hub()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_an_own_call_of_push_to_hub_raises(hub, classifier):
     trainer = classifier(hub_strategy="end")
     hub.fail("/commit/", 403, times=1)
