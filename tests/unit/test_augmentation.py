@@ -421,3 +421,33 @@ class TestNormalizePixels:
     def test_normalising_twice_is_refused(self):
         with pytest.raises(TypeError, match=r"torch\.float32.*uint8"):
             A.normalize_pixels(torch.zeros(3, 8, 8))
+
+
+def test_draws_reach_both_ends_of_their_ranges():
+    transform = MultiCrop(num_local_crops=4, jitter_probability=1.0)
+    hues, sigmas, factors = [], [], []
+    for sample in range(150):
+        _, views = transform.parameters((300, 200), seed=1, epoch=0, sample_id=sample)
+        for view in views:
+            amounts = dict(view.jitter)
+            hues.append(amounts["hue"])
+            factors.append(amounts["brightness"])
+            sigmas += [] if view.sigma is None else [view.sigma]
+    for values, low, high in ((hues, -0.1, 0.1), (sigmas, 0.1, 2.0), (factors, 0.6, 1.4)):
+        assert low <= min(values) < low + 0.02 * (high - low)
+        assert high - 0.02 * (high - low) < max(values) <= high
+        assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.05 * (high - low))
+
+
+@pytest.mark.parametrize(
+    ("size", "numbers", "box"),
+    [
+        # Half of 10 x 20 as a square is as wide as the image: all eleven places are equally likely.
+        ((10, 20), (0.5, 0.5, 0.0, 0.0), (0, 0, 10, 10)),
+        ((10, 20), (0.5, 0.5, 0.999, 0.999), (0, 10, 10, 20)),
+        ((20, 10), (0.5, 0.5, 0.999, 0.999), (10, 0, 20, 10)),
+        ((40, 5), (0.5, 0.5, 0.9, 0.9), (17, 0, 22, 5)),  # no square of half the area fits: the largest, central
+    ],
+)
+def test_a_crop_may_be_as_large_as_the_image_and_lie_at_its_edge(size, numbers, box):
+    assert A.random_crop_box(size, numbers * 10, scale=(0.5, 0.5), aspect_ratio=(1.0, 1.0)) == box

@@ -50,11 +50,12 @@ def random_problem(seed=0):
     return train, labels, torch.randn(11, 6, generator=generator) * 0.3
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_equals_the_slow_twin(seed):
+@pytest.mark.parametrize(("seed", "temperature"), [(0, 0.07), (1, 0.07), (2, 0.5)])
+def test_equals_the_slow_twin(seed, temperature):
     train, labels, test = random_problem(seed)
-    expected = slow_knn(train, labels, test, (1, 5, 12), 0.07, 4)
-    actual = knn_classify(train, labels, test, k=(1, 5, 12), num_classes=4)
+    expected = slow_knn(train, labels, test, (1, 5, 12), temperature, 4)
+    options = {} if temperature == 0.07 else {"temperature": temperature}
+    actual = knn_classify(train, labels, test, k=(1, 5, 12), num_classes=4, **options)
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert torch.allclose(actual[12].sum(1), torch.ones(11))
     assert (actual[5].sum(1) < 1).all()  # the softmax runs over the largest k
@@ -68,6 +69,23 @@ def test_chunks_do_not_change_the_result():
     for bank_chunk_size in (1, 4, 12, 36, 37, 100):  # below, at and above k, and with a short part at the end
         parts = knn_classify(train, labels, test, k=(5,), chunk_size=4, bank_chunk_size=bank_chunk_size)
         torch.testing.assert_close(parts, whole)
+
+
+def test_every_image_may_be_a_neighbour():
+    train, labels, test = random_problem()
+    torch.testing.assert_close(
+        knn_classify(train, labels, test, k=(37,), num_classes=4)[37],
+        slow_knn(train, labels, test, (37,), 0.07, 4)[37], atol=1e-5, rtol=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"k=\(38,\) must lie in \[1, 37\]"):
+        knn_classify(train, labels, test, k=(38,))
+
+
+@pytest.mark.parametrize("bank_chunk_size", [1, 2, 3])
+def test_of_equal_images_in_different_parts_the_earlier_one_stays(bank_chunk_size):
+    train, labels = torch.ones(6, 3), torch.tensor([2, 1, 0, 1, 0, 0])
+    found = knn_classify(train, labels, torch.ones(1, 3), k=(1,), bank_chunk_size=bank_chunk_size)[1]
+    assert found.argmax().item() == 2
 
 
 def test_no_more_similarities_are_held_than_a_chunk_has(monkeypatch):
