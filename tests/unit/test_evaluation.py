@@ -648,6 +648,24 @@ def test_unknown_tasks_are_answered_with_the_nearest(model, data):
         evaluate(model, data, tasks=["knn"], task_data={"depth": data})
 
 
+def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
+    """With the seed and share of the run, as the tutorial says; otherwise on images that the run was trained on."""
+    from hf_regvit import FinetuningArguments, load_images
+    from hf_regvit.evaluation_report import fingerprint_of_names
+    from hf_regvit.finetuning_data import hold_out
+
+    folder = data / "train"
+    args = FinetuningArguments(output_dir="unused", data=str(folder), use_cpu=True, seed=42, train_val_split=0.25)
+    images = load_images(str(folder))
+    _, held = hold_out(images, args, labels=images.labels)
+    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
+    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=42).scores
+    assert score.num_images == len(held)
+    assert score.images == fingerprint_of_names(held.ids)
+    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=0).scores
+    assert score.images != fingerprint_of_names(held.ids)
+
+
 def test_missing_validation_part(model, data):
     with pytest.raises(ValueError, match=r"has no validation part.*give train_data, or a train_val_split such as"):
         evaluate(model, data / "validation")
