@@ -331,6 +331,41 @@ def test_pixels_of_a_patch_are_those_the_model_saw(coloured_images):
     torch.testing.assert_close(cells[1, 7], expected, atol=1e-5, rtol=0)
 
 
+def test_a_few_patches_stand_for_an_image_and_outliers_are_added(coloured_images):
+    model = toy_model()
+    transform = EvaluationTransform.for_model(model, PROBE["processor"])
+    reader = probes._SampleReader(model, transform, 150.0, (-1, -1), 1, 0)
+    batch = torch.stack([transform(coloured_images[i].image) for i in range(20)])
+    read = reader._read_batch(batch, 100, 10)
+    assert torch.equal(torch.bincount(read["image"][read["uniform"]])[100:], torch.full((20,), 10))
+    assert torch.equal(torch.bincount(read["image"][read["outlier"]])[100:], torch.full((20,), 2))
+    assert (read["uniform"] | read["outlier"]).all()
+    drawn = torch.bincount(read["cells"][read["uniform"]], minlength=16)
+    assert 4 < drawn.min() <= drawn.max() < 20  # of 20 images; 12.5 expected at every cell
+    report = token_probes(model, coloured_images, max_tokens=600, num_seeds=1, **PROBE)  # 10 of 16 patches each
+    added = sum((read["outlier"] & ~read["uniform"]).tolist())
+    assert added > 0
+    assert report.position["outlier"]["num_test"] == 18 * 2
+    assert 18 * 8 <= report.position["normal"]["num_test"] <= 18 * 10  # drawn ones alone, less the outliers
+    assert report.position["normal"]["num_test"] < 18 * 14
+
+
+def test_every_seed_has_its_own_token_of_an_image():
+    labels = torch.arange(40) % 2
+    generator = torch.Generator().manual_seed(0)
+    clear = torch.eye(4)[labels] + 0.01 * torch.randn(40, 4, generator=generator)
+    single = torch.stack([clear, torch.randn(40, 4, generator=generator)])  # the second draw says nothing
+
+    def sample(rows):
+        none = torch.zeros(0)
+        present = {"cls": torch.ones(20, dtype=torch.bool)}
+        return probes._Sample(none, none, none, none, none, {"cls": single[:, rows]}, present, labels[rows], (1, 1))
+
+    found = probes._class_probes(sample(slice(0, 20)), sample(slice(20, 40)), 2, [])["cls"]["top1"]
+    assert 0.55 < found["mean"] < 0.95
+    assert found["std"] == pytest.approx((1 - (2 * found["mean"] - 1)) / math.sqrt(2))  # of two: n - 1 is 1
+
+
 def test_probes_without_outliers_labels_or_registers(coloured_images):
     pictures = [coloured_images[i].image for i in range(60)]
     report = token_probes(toy_model(0), pictures, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
