@@ -421,6 +421,38 @@ def test_a_crop_of_nearly_one_class_is_drawn_anew():
     assert shares[1.0] > 0.7 > shares[0.75] + 0.15
 
 
+def test_the_shorter_side_is_that_of_the_picture_before_the_crop():
+    image, target = twin_pair((96, 64))
+    options = {"scale": (1.0, 1.0), "flip_probability": 0.0, "max_class_share": 1.0, "photometric": "none"}
+    transform = JointTransform((32, 48), shorter_side=32, **options)
+    pixels, moved, inside = transform(image, target, np.random.default_rng(0))
+    assert inside.all()
+    np.testing.assert_array_equal(pixels, np.asarray(image.resize((48, 32), Image.Resampling.BICUBIC)))
+    np.testing.assert_array_equal(moved, resize_map(target, (32, 48)))
+
+
+def test_what_is_no_measurement_has_no_metres_and_what_is_no_class_no_id():
+    stored = np.array([[np.inf, -np.inf, np.nan, -1.0, 0.0, 2.5]])
+    assert DepthFormat().metres(stored).tolist() == [[0, 0, 0, 0, 0, 2.5]]
+    marked = MaskFormat(("a", "b"), (0, 7), ignore_values=(255, -1, 70_000))  # beyond 16 bits
+    assert marked.ids(np.array([[0, 7, 255, -1, 70_000]])).tolist() == [[0, 1, 255, 255, 255]]
+    with pytest.raises(DenseDataError, match=r"holds \[70001\]"):
+        marked.ids(np.array([[0, 70_001]]))
+
+
+def test_crops_lie_at_every_place_and_void_is_no_class():
+    transform = JointTransform((4, 4), max_class_share=0.75)
+    target = np.full((5, 6), 255, dtype=np.uint8)
+    target[2:4, 2:4] = [[0, 1], [1, 0]]  # in every crop, and half and half of what counts
+    places = set()
+    for seed in range(60):
+        first = np.random.default_rng(seed)
+        place = int(first.integers(2)), int(first.integers(3))
+        assert transform._crop_place(target, np.random.default_rng(seed)) == place  # nothing is drawn anew
+        places.add(place)
+    assert places == {(top, left) for top in range(2) for left in range(3)}
+
+
 def test_depth_keeps_its_metres_and_its_holes():
     image = photo(1, (64, 48))
     depth = np.random.default_rng(0).uniform(1, 3, (48, 64)).astype(np.float32)
