@@ -327,6 +327,30 @@ def test_scores_equal_a_loop(planted, pictures, processor):
                 assert scores[block, neuron].item() == pytest.approx(total / counted, abs=1e-6)
 
 
+def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(pictures):
+    model = build(image_size=24, use_swiglu_ffn=True)  # ten tokens, and activations far below zero
+    transform = EvaluationTransform.for_model(model, default_image_processor(24, resize=24))
+    pixels = torch.stack([transform(picture) for picture in pictures[:4]])
+    is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3
+    is_outlier[:, 0] = True
+    scores = score_neurons(model, prepare_images(pictures[:4], transform, batch_size=4), is_outlier)
+    exactly_half = loud_below = 0
+    for block, activations in enumerate(read_tokens(model, pixels, layers="all", site="mlp").values):
+        for neuron in range(activations.shape[2]):
+            total = 0.0
+            for image in range(4):
+                values = activations[image, :, neuron].tolist()
+                quiet = sum(value < 0.5 for value in values)
+                exactly_half += quiet == 5
+                loud_below += quiet >= 5 > sum(abs(value) < 0.5 for value in values)
+                if quiet >= 5:
+                    here = [abs(values[1 + place]) for place in np.flatnonzero(is_outlier[image])]
+                    total += sum(here) / len(here)
+            assert scores[block, neuron].item() == pytest.approx(total / 4, rel=1e-4)
+    assert exactly_half > 0
+    assert loud_below > 0
+
+
 def test_the_planted_neuron_is_found(planted, pictures, processor):
     found = find_register_neurons(planted, pictures, processor=processor)
     assert (found.layer, found.emergence, found.num_images) == (2, 2, 64)
