@@ -123,13 +123,10 @@ class BadImages:
         self._records[error.path] = record
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending is not torn apart by those of other processes.
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(file, json.dumps(record).encode() + b"\n")
-        finally:
-            os.close(file)
+            _append_line(self.path, json.dumps(record).encode())
+        except OSError as write_error:  # a full disk
+            logger.warning("%s cannot be written (%s); '%s' is not in it.", self.path, write_error, error.path)
 
     def _read_others(self) -> None:
         """What other processes have recorded since the last look."""
@@ -141,8 +138,11 @@ class BadImages:
         whole = new.rpartition(b"\n")[0]
         self._read_up_to += len(whole) + 1 if whole else 0
         for line in whole.splitlines():
-            record = json.loads(line)
-            self._records.setdefault(record["path"], record)
+            try:
+                record = json.loads(line)
+                self._records.setdefault(record["path"], record)
+            except (ValueError, KeyError, TypeError):  # cut off, when the machine or its disk gave out
+                logger.debug("%s holds a line that is none: %r", self.path, line[:80])
 
     def _summary(self, seen: int, bad: int) -> str:
         self._read_others()
@@ -155,6 +155,21 @@ class BadImages:
             f"allows ({', '.join(f'{number} {kind}' for kind, number in kinds)}). For example {examples}.{listed} "
             "Look at the data with `regvit data-check`, repair or remove them, or allow more with --max_bad_share."
         )
+
+
+def _append_line(path: Path, line: bytes) -> None:
+    """One write to a file opened for appending, which those of other processes do not tear apart."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        # The last line may be cut off, of a run that was stopped in it.
+        is_cut_off = False
+        if os.lseek(file, 0, os.SEEK_END):
+            os.lseek(file, -1, os.SEEK_END)
+            is_cut_off = os.read(file, 1) != b"\n"
+        os.write(file, b"\n" * is_cut_off + line + b"\n")
+    finally:
+        os.close(file)
 
 
 class _OneThreadOfOpenCV:

@@ -5,6 +5,7 @@ Rows about a running training use `MultiCropDataset` and `BadImages` directly; t
 """
 
 import ast
+import errno
 import io
 import json
 import logging
@@ -870,3 +871,24 @@ def test_F41_remote_code_is_never_requested(tmp_path, monkeypatch):
     (tmp_path / "pets" / "pets.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert len(load_images(tmp_path / "pets")) == 1
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_record_of_bad_images_that_was_cut_off_does_not_end_the_next_run(tmp_path):
+    """A machine that lost its power in the middle of a line; the next run adds to the same file."""
+    path = tmp_path / "bad_images.jsonl"
+    path.write_bytes(b'{"path": "a.jpg", "kind": "corrupt", "reason": "x", "epoch": 0}\n{"path": "b.j')
+    bad = data.BadImages(path, num_images=1000)
+    for name in ("c.jpg", "d.jpg"):
+        bad.bad(BadImageError(name, "truncated", "truncated"), epoch=0, index=ord(name[0]))
+    known = [json.loads(line)["path"] for line in path.read_bytes().splitlines() if line.endswith(b"}")]
+    assert known == ["a.jpg", "c.jpg", "d.jpg"]
+
+
+def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    bad = data.BadImages(tmp_path / "bad_images.jsonl", num_images=1000)
+    monkeypatch.setattr("hf_regvit.data.os.write", full)
+    bad.bad(BadImageError("c.jpg", "truncated", "truncated"), epoch=0, index=3)
+    assert "No space left on device" in caplog.text
