@@ -27,6 +27,7 @@ from hf_regvit.retrofit import (
     RegisterNeurons,
     RetrofitError,
     RetrofitReport,
+    _least_change,
     add_test_time_registers,
     find_register_neurons,
     retrofit,
@@ -360,6 +361,21 @@ def test_the_planted_neuron_is_found(planted, pictures, processor):
     assert any(block > 1 for block, _ in found.best(300, highest_block=3))
     fixed = find_register_neurons(planted, pictures, processor=processor, cutoff=found.cutoff)
     assert torch.equal(fixed.scores, found.scores)
+
+
+def test_the_smallest_that_removes_the_outliers_and_changes_little_is_chosen():
+    def record(name, share, cls_cosine, patch_cosine):
+        return {"name": name, "outlier_share": share, "cls_cosine": cls_cosine, "patch_cosine": patch_cosine}
+
+    left = record("leaves too many", 0.006, 1.0, 1.0)
+    few = record("few neurons", 0.005, 0.88, 0.92)
+    more = record("more neurons", 0.0, 0.93, 0.8718)  # 0.0009 better on average, which is nothing
+    better = record("better", 0.0, 0.93, 0.8724)  # 0.0012 better
+    assert _least_change([left, few, more], 0.1)["name"] == "few neurons"
+    assert _least_change([left, few, more, better], 0.1)["name"] == "more neurons"
+    assert _least_change([left, few, better], 0.1)["name"] == "better"
+    none = [record("a", 0.02, 1.0, 1.0), record("b", 0.01, 0.5, 0.5), record("c", 0.03, 1.0, 1.0)]
+    assert _least_change(none, 0.1)["name"] == "b"  # none removes them: the one that removes most
 
 
 def test_best_leaves_out_neurons_without_a_score():
