@@ -28,6 +28,8 @@ from hf_regvit.retrofit import (
     RetrofitError,
     RetrofitReport,
     _least_change,
+    _Seen,
+    _Tally,
     add_test_time_registers,
     find_register_neurons,
     retrofit,
@@ -376,6 +378,45 @@ def test_the_smallest_that_removes_the_outliers_and_changes_little_is_chosen():
     assert _least_change([left, few, better], 0.1)["name"] == "better"
     none = [record("a", 0.02, 1.0, 1.0), record("b", 0.01, 0.5, 0.5), record("c", 0.03, 1.0, 1.0)]
     assert _least_change(none, 0.1)["name"] == "b"  # none removes them: the one that removes most
+
+
+def test_what_is_told_of_a_variant_equals_its_loop():
+    generator = torch.Generator().manual_seed(0)
+
+    def seen(registers):
+        def random(*shape):
+            return torch.rand(*shape, generator=generator)
+
+        attention = random(3, 1 + registers + 6).softmax(dim=-1)
+        return _Seen(random(3, 3, 6), random(3, 4) - 0.5, random(3, 6, 4) - 0.5, attention)
+
+    before, after = seen(0), seen(2)
+    tally = _Tally(1, 0.6, 2)
+    tally.add(before, after)
+    told = tally.row()
+    on_outliers, on_registers, cosines, normal = [], [], [], []
+    for image in range(3):
+        former = [place for place in range(6) if before.norms[1, image, place] > 0.6]
+        on_outliers.append(sum(after.attention[image, 3 + place].item() for place in former))
+        on_registers.append(after.attention[image, 1].item() + after.attention[image, 2].item())
+        cosines.append(torch.cosine_similarity(after.cls[image], before.cls[image], dim=0).item())
+        for place in set(range(6)) - set(former):
+            pair = after.patches[image, place], before.patches[image, place]
+            normal.append(torch.cosine_similarity(*pair, dim=0).item())
+    assert 0 < len(normal) < 18
+    here = after.norms[1].flatten().tolist()
+    expected = {
+        "outlier_share": sum(norm > 0.6 for norm in here) / 18,
+        "max_norm": max(here),
+        "median_norm": np.median(here),
+        "last_max_norm": after.norms[2].max().item(),
+        "cls_cosine": np.mean(cosines),
+        "patch_cosine": np.mean(normal),
+        "attention_on_outliers": np.mean(on_outliers),
+        "attention_on_registers": np.mean(on_registers),
+    }
+    for name, value in expected.items():
+        assert told[name] == pytest.approx(value, abs=1e-6), name
 
 
 def test_best_leaves_out_neurons_without_a_score():
