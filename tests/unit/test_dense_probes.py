@@ -199,7 +199,7 @@ def test_one_step_of_segmentation_equals_its_twin(segmented):
     """Batch norm, linear layer, bilinear logits, cross-entropy over labelled pixels, AdamW, written out."""
     _, (features, test), (masks, test_masks), _ = segmented
     few = DenseFeatures(**{**vars_of(features), "maps": features.maps[:3], "flipped": None, "ids": features.ids[:3]})
-    settings = SegmentationSettings(num_steps=2, warmup_ratio=0.0, batch_size=3, learning_rate=0.1)
+    settings = SegmentationSettings(num_steps=2, warmup_ratio=0.0, batch_size=3, learning_rate=0.1, weight_decay=0.5)
     result = linear_segmentation(few, masks[:3], test, test_masks, class_names=NAMES, settings=settings, seed=5)
     start = linear_segmentation(
         few, masks[:3], test, test_masks, class_names=NAMES, seed=5,
@@ -209,7 +209,7 @@ def test_one_step_of_segmentation_equals_its_twin(segmented):
     with torch.no_grad():
         linear.weight.copy_(start["classifier.weight"][:, :, None, None])
         linear.bias.copy_(start["classifier.bias"])
-    optimizer = torch.optim.AdamW([*norm.parameters(), *linear.parameters()], lr=0.1, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW([*norm.parameters(), *linear.parameters()], lr=0.1, weight_decay=0.5)
     maps = torch.stack(few.maps).permute(0, 3, 1, 2)
     truth = torch.tensor(np.stack(masks[:3])).long()
     for step in range(2):

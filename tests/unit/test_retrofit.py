@@ -27,7 +27,9 @@ from hf_regvit.retrofit import (
     RegisterNeurons,
     RetrofitError,
     RetrofitReport,
+    _find_outliers,
     _least_change,
+    _search_in_part,
     _Seen,
     _Tally,
     add_test_time_registers,
@@ -417,6 +419,28 @@ def test_what_is_told_of_a_variant_equals_its_loop():
     }
     for name, value in expected.items():
         assert told[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, pictures, processor):
+    transform = EvaluationTransform.for_model(planted, processor)
+    images = prepare_images(pictures, transform, batch_size=16)
+    found, parts = _search_in_part(planted, images, "auto", 3, progress=False)
+    assert sum(mask.astype(int) for mask in parts.values()).tolist() == [1] * 64
+    mine = [picture for picture, here in zip(pictures, parts["search"], strict=True) if here]
+    alone = find_register_neurons(planted, mine, processor=processor)
+    assert found.num_images == len(mine) == 32
+    torch.testing.assert_close(found.scores, alone.scores, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(found.scores, find_register_neurons(planted, pictures, processor=processor).scores)
+
+
+def test_outliers_of_a_given_cutoff_emerge_where_they_stay():
+    rng = np.random.default_rng(0)
+    norms = {layer: rng.uniform(1, 2, (4, 20)) for layer in range(5)}
+    for layer in (1, 3, 4):  # gone again after the second block
+        norms[layer][:, 7] = 4.0
+    found, layer, emergence = _find_outliers(norms, 3.0)
+    assert not found.bimodal
+    assert (layer, emergence) == (4, 3)
 
 
 def test_best_leaves_out_neurons_without_a_score():
