@@ -212,16 +212,27 @@ def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> _Source:
     return _Source(str(path), _find_backbone(_read_weights(path))) if path.is_file() else _from_folder(path)
 
 
+def check_source(source: str | Path) -> None:
+    """Refuse what is neither here nor can be on the Hub, before the Hub's rules for names are told instead.
+
+    Raises:
+        FileNotFoundError: It is no file, no folder and no Hub id.
+    """
+    path = Path(source)
+    # Names on the Hub hold dots too (`timm/vit_tiny_patch16_224.augreg_in21k`): only those of files tell a file.
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix not in _WEIGHT_SUFFIXES
+    if not path.exists() and not is_hub_id:
+        raise FileNotFoundError(
+            f"'{source}' is neither a file nor a folder, nor a Hub id of the form 'owner/name'. Check the path."
+        )
+
+
 def _local(source: str | Path) -> Path:
     """The file or folder, downloaded if `source` is a Hub id: configurations and safetensors only, no code."""
     path = Path(source)
     if path.exists():
         return path
-    # Names on the Hub hold dots too (`timm/vit_tiny_patch16_224.augreg_in21k`): only those of files tell a file.
-    if path.suffix in _WEIGHT_SUFFIXES or re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) is None:
-        raise FileNotFoundError(
-            f"'{source}' is neither a file nor a folder, nor a Hub id of the form 'owner/name'. Check the path."
-        )
+    check_source(source)
     from huggingface_hub import snapshot_download
 
     try:

@@ -11,6 +11,7 @@ Token order is `[CLS | distillation | registers | patches]`, whichever of them a
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -846,6 +847,8 @@ def _load_transformers(source: str) -> nn.Module:
 
     from . import modeling_regvit
 
+    if not Path(source).exists() and re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source) is None:
+        raise FileNotFoundError(f"'{source}' does not exist. Expected a folder, a Hub id 'owner/name' or timm/NAME.")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:

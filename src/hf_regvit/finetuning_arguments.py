@@ -205,6 +205,12 @@ class FinetuningArguments(TrainingArguments):
             if self.early_stopping_patience:
                 raise ValueError("early_stopping_patience needs evaluations; set --eval_strategy epoch or steps.")
             self.load_best_model_at_end = False  # without evaluations nothing is best
+        evaluated, saved = (str(getattr(s, "value", s)) for s in (self.eval_strategy, self.save_strategy))
+        if self.load_best_model_at_end and saved not in (evaluated, "best"):
+            raise ValueError(
+                f"eval_strategy is '{evaluated}' and save_strategy '{saved}': what is judged has to be saved. Give "
+                f"--save_strategy {evaluated} as well, or --load_best_model_at_end false for the last model."
+            )
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = METRICS[self.task]
         elif self.greater_is_better is None:

@@ -116,8 +116,9 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, PreTrainedConfig
 
     from . import modeling_regvit
-    from .conversion import convert, image_processor_of
+    from .conversion import check_source, convert, image_processor_of
 
+    check_source(source)
     fields: dict[str, Any] = {}
     if not Path(source).is_file():
         fields, _ = PreTrainedConfig.get_config_dict(source)

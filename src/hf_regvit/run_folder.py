@@ -111,14 +111,15 @@ def _open_backbone(source: str, **changes: Any) -> RegViTModel:
     """A RegViT as it is, anything else through `convert`; heads and poolers are left out."""
     from transformers import PreTrainedConfig
 
+    from .conversion import check_source, convert
+
+    check_source(source)
     fields: dict[str, Any] = {}
     if not Path(source).is_file():
         fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") == "regvit":
         model: Any = RegViTModel.from_pretrained(source, use_mask_token=True, discard_registers=False)
     else:
-        from .conversion import convert
-
         model = convert(source)
         model = getattr(model, "regvit", model)
     config = copy.deepcopy(model.config)

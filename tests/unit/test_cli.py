@@ -202,3 +202,21 @@ def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch
     assert (parsed.model_name_or_path, parsed.output_dir) == (f"{tmp_path}/vit", f"{tmp_path}/out")
     (parsed,) = RecipeParser(ConvertArguments).parse(["--model", "owner/~name", "--output_dir", "a=~/b"])
     assert (parsed.model_name_or_path, parsed.output_dir) == ("owner/~name", "a=~/b")
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["diagnose", "--model", "./nope", "--data", "digits"], "'./nope' does not exist. Expected a folder"),
+        (["diagnose", "--model", "a/b/c", "--data", "digits"], "'a/b/c' does not exist. Expected a folder"),
+        (["finetune", "--model", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
+        (["pretrain", "--init_from", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
+        (["finetune", "--model", "x", "--data", "digits", "--use_cpu", "--eval_strategy", "steps"],
+         "eval_strategy is 'steps' and save_strategy 'epoch': what is judged has to be saved. Give --save_strategy "
+         "steps as well"),
+    ],
+)  # fmt: skip
+def test_what_is_not_there_or_does_not_fit_is_told_in_our_words(args, words, tmp_path, capsys) -> None:
+    """It was the Hub's rule for names of repositories, or an option that nobody had given."""
+    assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
+    assert words in capsys.readouterr().err
