@@ -139,6 +139,8 @@ def test_stratified_split_has_each_class_in_both_parts():
     assert (train, held_out) == images.stratified_split(labels, held_out_share=0.2, seed=0)
     assert (train, held_out) != images.stratified_split(labels, held_out_share=0.2, seed=1)
     assert {labels[i] for i in images.stratified_split(labels, held_out_share=0.99, seed=0)[0]} == {0, 1, 2}
+    for count, share, expected in ((9, 0.2, 2), (7, 0.2, 1), (10, 0.18, 2), (3, 0.1, 1), (2, 0.9, 1), (1, 0.5, 0)):
+        assert len(images.stratified_split([0] * count, held_out_share=share, seed=0)[1]) == expected  # rounded
 
 
 class TestFolder:
