@@ -334,14 +334,16 @@ def measured(model):
 
 def test_training_depths_are_picked_and_never_mixed(measured):
     _, (features, _), _ = measured
-    depth = np.random.default_rng(0).uniform(1, 9, (96, 96)).astype(np.float32)
+    depth = np.random.default_rng(0).uniform(1, 9, (80, 112)).astype(np.float32)
     depth[::2, ::3], depth[1::5] = 0.0, np.nan
     depth[2, 2], depth[0, 0] = 11.0, 5e-4  # beyond either end of the range
+    # To 32 x 32: the pixel that holds the middle of every new one.
+    rows, columns = (((np.arange(32) + 0.5) * side / 32).astype(int) for side in depth.shape)
+    valid = np.where((depth >= FAST.min_depth) & (depth <= FAST.max_depth), depth, 0)
     picked = _depth_at_input(features, [depth], 0, FAST)
-    expected = np.where((depth >= FAST.min_depth) & (depth <= FAST.max_depth), depth, 0)[1::3, 1::3]
-    np.testing.assert_array_equal(picked.numpy(), expected)  # 96 to 32: the middle one of every three
-    mask = np.random.default_rng(1).integers(0, 2, (96, 96)).astype(np.uint8)
-    np.testing.assert_array_equal(_mask_at_input(features, [mask], 0, 2).numpy(), mask[1::3, 1::3])
+    np.testing.assert_array_equal(picked.numpy(), valid[rows[:, None], columns])
+    mask = np.random.default_rng(1).integers(0, 2, (80, 112)).astype(np.uint8)
+    np.testing.assert_array_equal(_mask_at_input(features, [mask], 0, 2).numpy(), mask[rows[:, None], columns])
 
 
 def test_depth_is_learnt_and_scored_over_measured_pixels(measured):
