@@ -364,6 +364,9 @@ def test_every_seed_has_its_own_token_of_an_image():
     found = probes._class_probes(sample(slice(0, 20)), sample(slice(20, 40)), 2, [])["cls"]["top1"]
     assert 0.55 < found["mean"] < 0.95
     assert found["std"] == pytest.approx((1 - (2 * found["mean"] - 1)) / math.sqrt(2))  # of two: n - 1 is 1
+    single[1] = clear.roll(1, dims=1)  # as clear as the first, in other channels: judged by what was fitted on it
+    found = probes._class_probes(sample(slice(0, 20)), sample(slice(20, 40)), 2, [])["cls"]["top1"]
+    assert found == {"mean": 1.0, "std": 0.0}
 
 
 def test_probes_without_outliers_labels_or_registers(coloured_images):
