@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .configuration_regvit import __version__
+from .extraction import weights_fingerprint
 from .families import FAMILIES, ModelDescription, describe_model, final_norm, find_tower
 from .features import EvaluationTransform, Layers, PreparedImages, Site, SkippedImage, prepare_images, read_many
 from .images import ImageSource, load_images
@@ -673,6 +674,7 @@ def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
     return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(description).items()} | {
         "parameters": sum(parameter.numel() for parameter in find_tower(model)[0].parameters()),
         "gmacs": count_macs(model, grid[0] * grid[1]) / 1e9,
+        "weights": weights_fingerprint(model),
     }
 
 

@@ -32,7 +32,12 @@ class ComparisonReport:
         return {f"{i}-{Path(name).name}": report for i, (name, report) in enumerate(self.reports.items())}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path."""
+        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path.
+
+        The report of a single model that an earlier diagnosis left in the folder is removed: it would pass for this.
+        """
+        for name in ("report.json", "report.html"):
+            Path(folder, name).unlink(missing_ok=True)
         for name, report in self.folders().items():
             report.save(Path(folder) / name)
         path = Path(folder) / "comparison.json"

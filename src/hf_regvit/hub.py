@@ -361,6 +361,11 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, 
             report = ArtifactReport.load(path)
         except (TypeError, ValueError, KeyError) as error:
             raise BundleError(f"'{path}' is not what this version of `regvit diagnose` writes: {error}.") from error
+        if report.model.get("weights") not in (None, weights_fingerprint(model)):  # older reports do not say
+            logger.warning(
+                "'%s' is about other weights than these (%s). The card says nothing of that: diagnose the checkpoint "
+                "itself, unless both are the same model in two forms.", path, report.model["name"]
+            )  # fmt: skip
         facts["artifacts"] = _add_diagnosis(report, output, example_pictures=example_pictures)
         versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}  # said before
         facts.setdefault("environment", ", ".join(f"{name} {number}" for name, number in versions.items()))

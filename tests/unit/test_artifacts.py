@@ -1023,6 +1023,8 @@ def test_command_takes_a_cutoff(checkpoints, picture_folder, tmp_path, capsys):
 @pytest.mark.slow
 def test_command_compares_models(checkpoints, picture_folder, tmp_path, capsys):
     out = tmp_path / "out"
+    out.mkdir()
+    (out / "report.json").write_text("of an earlier diagnosis, of one model")
     models = [option for folder in checkpoints for option in ("--model", str(folder))]
     args = ["diagnose", *models, "--data", str(picture_folder), "--output_dir", str(out), "--layers", "4"]
     assert cli.main(args) == 0
@@ -1030,6 +1032,7 @@ def test_command_compares_models(checkpoints, picture_folder, tmp_path, capsys):
     assert len(json.loads((out / "comparison.json").read_text())["rows"]) == 2
     assert (out / "1-reg2" / "report.json").is_file()
     assert (out / "0-reg0" / "report.html").is_file()
+    assert not (out / "report.json").exists()
 
 
 def test_command_with_wrong_values(checkpoints, picture_folder, capsys):

@@ -672,6 +672,23 @@ def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_st
     assert "| base: Weighted kNN" in card
 
 
+def test_a_diagnosis_of_other_weights_is_noticed(checkpoint, tmp_path, caplog):
+    from hf_regvit.artifacts import ArtifactReport, diagnose
+    from hf_regvit.features import load_model
+
+    model, processor = load_model(checkpoint)
+    images = [Image.effect_noise((16, 16), 60 + i).convert("RGB") for i in range(16)]
+    path = diagnose(model, images, processor=processor).save(tmp_path / "own")
+    bundle(checkpoint, tmp_path / "one", card=CARD, reports=[path])
+    assert "other weights" not in caplog.text
+    content = json.loads(path.read_text())
+    content["model"]["weights"] = "0" * 32
+    path.write_text(json.dumps(content))
+    assert ArtifactReport.load(path).model["weights"] == "0" * 32
+    bundle(checkpoint, tmp_path / "two", card=CARD, reports=[path])
+    assert f"'{path}' is about other weights than these" in caplog.text
+
+
 def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path):
     for name in ("0-a", "1-b"):
         (tmp_path / "diagnosis" / name).mkdir(parents=True)
