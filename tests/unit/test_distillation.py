@@ -47,7 +47,7 @@ def test_tokens_read_equal_those_of_the_whole_last_block(mode, rate, training, f
 
     results = []
     for run in (whole, read):
-        torch.manual_seed(1)
+        torch.manual_seed(3)  # attention and MLP of the last block then keep unlike samples
         cls, rows = run()
         weights = torch.linspace(-1, 1, cls.numel() + rows.numel(), dtype=torch.float64)
         loss = (torch.cat([cls, rows]).flatten() * weights).sum()
