@@ -332,5 +332,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if switches["json"]:
         print(json.dumps(result))
     else:
-        print("\n".join(f"{key}: {value}" for key, value in result.items()))
+        shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in result.items()}
+        print("\n".join(f"{key}: {value}" for key, value in shown.items()))
     return 0

@@ -300,7 +300,7 @@ class FinetuningTrainer(CheckpointedTrainer):
                 f"the best checkpoint, of step {self.state.best_global_step}, could not be written to {folder}. The "
                 "last one is in the run folder: resume from it, or free some space and run again."
             )
-        logger.info("The result is %s, %s %s.", folder.name, self.args.metric_for_best_model, self.state.best_metric)
+        logger.info("The result is %s, %s %.4g.", folder.name, self.args.metric_for_best_model, self.state.best_metric)
         verify_checkpoint(folder, required=(WEIGHTS, STATE))  # with save_only_model there is no optimizer
         self._load_from_checkpoint(str(folder), self.model)
 
