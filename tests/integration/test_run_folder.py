@@ -191,6 +191,7 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     assert teacher.config.num_register_tokens == 4
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_finished_before_another_run_starts_from_it(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
     shutil.rmtree(run / "backbone")

@@ -101,6 +101,7 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
     assert len(axis.collections) == 1  # the histogram, and no cut-off
 
 
+@pytest.mark.slow
 def test_pictures_of_a_report(regvit, tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
     report = diagnose(regvit, images, progress=False)

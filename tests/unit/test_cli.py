@@ -78,6 +78,7 @@ def test_misuse_is_2(capsys) -> None:
     assert cli.main(["convert", "--model", "x", "--output_dir", "y", "--num_head", "3"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_path, capsys) -> None:
     command = "finetune" if "mode:" in recipe.read_text() else "pretrain"

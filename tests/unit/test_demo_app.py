@@ -383,6 +383,7 @@ def test_a_forgotten_picture_is_said_to_be(app):
         handler(app, "_show")(None, (0.5, 0.5), "a", "none", 32, 3, 0)
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
     regvit().save_pretrained(tmp_path)
     default_image_processor(32).save_pretrained(tmp_path)

@@ -770,6 +770,7 @@ def test_a_model_is_named_once(data):
 # --- Command line
 
 
+@pytest.mark.slow
 def test_two_models_on_the_command_line(folders, data, capsys):
     args = ["evaluate", "--model", str(folders / "a"), "--model", str(folders / "b"), "--tasks", "knn", "linear"]
     args += ["--data", str(data), "--knn_k", "3", "5", "--linear_steps", "5", "--output_dir", str(folders / "out")]

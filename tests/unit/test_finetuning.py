@@ -592,7 +592,8 @@ HARD = {
 
 
 @pytest.mark.parametrize(
-    ("mode", "stop"), [("full", 2), pytest.param("full", 6, marks=pytest.mark.slow), ("lora", 4)]
+    ("mode", "stop"),
+    [("full", 2), pytest.param("full", 6, marks=pytest.mark.slow), pytest.param("lora", 4, marks=pytest.mark.slow)],
 )  # 6 ends an epoch, 2 and 4 do not
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, mode, stop):
     options = {**HARD, "mode": mode, "lora_dropout": 0.2, "save_total_limit": None}

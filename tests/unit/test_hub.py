@@ -620,6 +620,7 @@ def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
     assert text.count("output_mask") == ("False at them" in said)
 
 
+@pytest.mark.slow
 def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, tmp_path):
     from hf_regvit import diagnose
     from hf_regvit.images import photographs

@@ -325,7 +325,10 @@ def test_bad_networks_and_batches_are_refused():
 # ---- Trainer ----
 
 
-@pytest.mark.parametrize(("resume_at", "centering"), [(2, "softmax"), (3, "softmax"), (5, "sinkhorn")])
+@pytest.mark.parametrize(
+    ("resume_at", "centering"),
+    [pytest.param(2, "softmax", marks=pytest.mark.slow), (3, "softmax"), (5, "sinkhorn")],
+)
 def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path, resume_at, centering):
     """3 steps per epoch: step 2 is inside the first epoch, 3 at its end, 5 inside the second; with drop path."""
     config = tiny_config(drop_path_rate=0.3, drop_path_mode="batch_subset")

@@ -551,6 +551,7 @@ def folders(planted, pictures, processor, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     args = ["retrofit", "--model", str(folders / "model"), "--data", str(folders / "images")]
     args += ["--output_dir", str(folders / "out")]
