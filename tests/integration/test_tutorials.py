@@ -35,12 +35,15 @@ def workplace(tmp_path) -> Path:
         photos[name].crop((left, top, left + 100, top + 100)).save(inside / f"{number}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 not a picture")
     recipe = (ROOT / "examples" / "own_images_cpu.yaml").read_text()
-    shrink = {"per_device_train_batch_size": 8, "num_hidden_layers": 2, "head_num_prototypes": 64, "save_steps": 4}
+    shrink = {
+        "per_device_train_batch_size": 8, "num_hidden_layers": 2, "head_num_prototypes": 64, "save_steps": 4,
+        "logging_steps": 2,
+    }  # fmt: skip
     for option, value in shrink.items():
         recipe, count = re.subn(rf"^{option}: .*$", f"{option}: {value}", recipe, flags=re.M)
         assert count == 1, option
     # One bad file in 49 is above the one per cent that a real run tolerates.
-    (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\nlogging_steps: 2\n")
+    (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\n")
     make_classes(tmp_path / "my_classes")
     make_backbone(tmp_path / "backbone")
     return tmp_path
