@@ -180,6 +180,7 @@ def test_gram_anchoring_holds_on_to_the_teacher_that_a_run_starts_from(tmp_path)
     assert not same_state(start.student.state_dict(), start.teacher.state_dict())  # or this would say little
 
 
+@pytest.mark.slow
 def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=1)
     with pytest.raises(ValueError, match=r"weight_g' in .* has shape \(12, 1\), expected \(24, 1\).*'backbone'"):

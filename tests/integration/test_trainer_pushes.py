@@ -142,6 +142,7 @@ def test_f65_a_token_that_may_not_write_is_refused_before_training(hub, tmp_path
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
 
+@pytest.mark.slow
 def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(upload.BackgroundPushes, "busy", property(lambda self: self._thread is not None))
     with caplog.at_level(logging.INFO, logger="hf_regvit"):
@@ -214,6 +215,7 @@ def test_an_own_call_of_push_to_hub_raises(hub, classifier):
     assert messages(hub) == ["End of training"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_a_secret_is_not_pushed(hub, tmp_path, caplog, monkeypatch):
     secret = "hf_" + "s" * 34
     monkeypatch.setattr(DinoTrainer, "hub_facts", lambda self: {"description": f"token {secret}"})

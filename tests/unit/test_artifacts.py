@@ -1003,6 +1003,7 @@ def picture_folder(photos, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_command_writes_report_and_page(checkpoints, picture_folder, tmp_path, capsys):
     out = tmp_path / "out"
     args = ["diagnose", "--model", str(checkpoints[1]), "--data", str(picture_folder), "--output_dir", str(out)]

@@ -645,6 +645,7 @@ class TestWhileTraining:
         with pytest.raises(ValueError, match=r"max_bad_share=1\.5"):
             data.BadImages(max_bad_share=1.5)
 
+    @pytest.mark.slow  # torch waits five seconds for each worker of a loader that was given up
     def test_F36_worker_processes_report_too(self, folder, tmp_path):
         for name in ("001.png", "002.png"):
             (folder / name).write_bytes(b"")

@@ -731,6 +731,7 @@ def test_f63_resuming_with_other_labels_of_the_same_images_is_refused(tmp_path):
     run(tmp_path, train=other, resume_from_checkpoint="last", **options)
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
     run(tmp_path, learning_rate=1e-2, num_train_epochs=4)
     names = {path.name for path in tmp_path.iterdir()}

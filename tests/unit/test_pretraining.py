@@ -675,6 +675,7 @@ def test_a_refused_resume_leaves_the_record_of_the_run(tmp_path):
     assert (tmp_path / "resolved_recipe.yaml").read_text() == recipe
 
 
+@pytest.mark.slow
 def test_the_report_counts_the_time_before_a_resume(tmp_path):
     save = {"save_strategy": "steps", "save_steps": 2}
     pretrain(arguments(tmp_path, max_steps=2, **save), train_dataset=Crops())
