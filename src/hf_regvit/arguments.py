@@ -532,9 +532,8 @@ class RecipeParser(HfArgumentParser):
         if not isinstance(values, dict):
             raise RecipeError(f"'{path}' holds a {type(values).__name__}, expected one 'option: value' a line.")
         first: dict[str, int] = {}
-        for key, _ in (
-            node.value if isinstance(node, yaml.MappingNode) else ()
-        ):  # YAML itself takes the last one without a word
+        # YAML itself takes the last one without a word.
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             line = key.start_mark.line + 1
             if first.setdefault(key.value, line) != line:
                 raise RecipeError(f"'{key.value}' stands twice in {path}, lines {first[key.value]} and {line}.")

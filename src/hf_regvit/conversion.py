@@ -152,9 +152,8 @@ def whole_checkpoint(output: Path) -> Iterator[Path]:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
         yield Path(staged)
-        for path in sorted(
-            Path(staged).iterdir(), key=lambda path: path.name == "config.json"
-        ):  # that one makes it one
+        # The configuration comes last: it is what makes the folder a checkpoint.
+        for path in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(output / path.name)
 
 

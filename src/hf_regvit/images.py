@@ -266,9 +266,8 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
         if not matches:
             raise FileNotFoundError(f"No file matches the pattern '{data}'.")
         return _one_file(data, anchor, matches, split)
-    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?(:[\w.-]+)?", str(data)) or (
-        os.sep in str(data) and path.parent.is_dir()
-    ):
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", str(data)) is not None
+    if not is_id or (os.sep in str(data) and path.parent.is_dir()):
         raise FileNotFoundError(_does_not_exist(data))
     return None
 

@@ -243,9 +243,8 @@ class RegViTEmbeddings(nn.Module):
             cls_token = cls_token + self.position_embeddings[:, :1]
         tokens = [cls_token.expand(batch_size, -1, -1), patches]
         registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        if (
-            registers != self.config.num_register_tokens
-        ):  # patches would be taken for registers, or the other way round
+        # Patches would be taken for registers, or the other way round.
+        if registers != self.config.num_register_tokens:
             raise ValueError(
                 f"The model has {registers} registers, but its config says num_register_tokens="
                 f"{self.config.num_register_tokens}. Was another model resized that shares this config object? Give "
