@@ -257,7 +257,8 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
             say_once(f"'{data}': read as a folder of {kind}; left out: {counts}.")
         if kind == "images":  # chooses the split itself: classes are numbered over both
             return _Files(path, kind, by_kind[kind], every, problems)
-        return _Files(path, kind, _select_split(path, by_kind[kind], split), every, problems)
+        files = by_kind[kind]
+        return _Files(path, kind, _select_split(path, files, parts_of(files, path), split), every, problems)
     if path.is_file():
         return _one_file(data, path, [path], split)
     if any(sign in str(data) for sign in "*?["):
@@ -486,17 +487,16 @@ def part_meant(parts: Collection[str | None], split: Split, name: str) -> str | 
     return "validation"
 
 
-def _part(root: Path, files: list[Path], split: Split | None) -> list[Path]:
-    """The files of one part, perhaps none."""
+def _part(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
+    """The files of one part, perhaps none; `parts` are theirs, from `parts_of`."""
     if split is None:
         return files
-    parts = parts_of(files, root)
     wanted = part_meant(parts, split, str(root))
-    return [file for file, part in zip(files, parts) if part == wanted]
+    return [file for file, part in zip(files, parts, strict=True) if part == wanted]
 
 
-def _select_split(root: Path, files: list[Path], split: Split | None) -> list[Path]:
-    selected = _part(root, files, split)
+def _select_split(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
+    selected = _part(root, files, parts, split)
     if split is not None and not selected:
         looked = "', '".join(_PART_NAMES[split])
         raise MissingSplitError(
@@ -524,14 +524,14 @@ def _image_folder(
             f"No images in '{root}' or below. Looked for {' '.join(sorted(_SUFFIXES))}, .parquet and .tar; "
             f"found {listing}."
         )
-    selected = _select_split(root, images, split)
+    parts = parts_of(images, root)
+    selected = _select_split(root, images, parts, split)
     class_of = {
-        file: _class_of(file, root, below_part=part is not None)
-        for file, part in zip(images, parts_of(images, root), strict=True)
+        file: _class_of(file, root, below_part=part is not None) for file, part in zip(images, parts, strict=True)
     }
     classes = [class_of[file] for file in selected]
     # Both parts must number the classes alike, so the training part gives the list wherever there is one.
-    known = {class_of[file] for file in _part(root, images, "train")} if split else set(classes)
+    known = {class_of[file] for file in _part(root, images, parts, "train")} if split else set(classes)
     known = known or set(classes)
     names, labels = None, None
     if "" not in known and "" not in classes:
