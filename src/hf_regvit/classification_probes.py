@@ -1,4 +1,4 @@
-"""Small models that classify whole images by their frozen features: linear heads, logistic regression, few-shot kNN.
+"""Probes that classify whole images from frozen features: linear heads, logistic regression, few-shot sampling.
 
 Shape letters: n training images, m test images, B blocks, D width, W inputs of a head, C classes, H learning rates.
 
@@ -23,7 +23,13 @@ LOGISTIC_CS = tuple((10.0 ** np.linspace(-6, 5, 45)).tolist())
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """One head: how many of the last blocks it reads, whether also the mean patch, and its learning rate at 256."""
+    """Settings of one head.
+
+    Args:
+        num_blocks: Number of last blocks whose vectors the head reads.
+        mean_patch: Whether the head also reads the mean patch of the last block.
+        learning_rate: Learning rate for a batch of 256 images.
+    """
 
     num_blocks: int
     mean_patch: bool
@@ -36,15 +42,15 @@ class HeadSettings:
 
 @dataclass(frozen=True)
 class LinearGrid:
-    """Heads of the official linear evaluation, all trained at once.
+    """Grid of heads of the official linear evaluation, all trained at once.
 
     Args:
-        learning_rates: For a batch of 256; they are scaled by batch / 256.
-        num_blocks: A head reads the vectors of the last so many blocks, side by side. Those that a shallow model has
-            not are left out.
-        mean_patch: Whether it also reads the mean patch of the last block.
-        num_steps: Of SGD. The official evaluation takes 12,500 on ImageNet.
-        batch_size: Images of a step, at most all there are.
+        learning_rates: Learning rates for a batch of 256 images; they are scaled by batch / 256.
+        num_blocks: Numbers of last blocks whose concatenated vectors a head reads. The evaluation limits them to the
+            depth of the model.
+        mean_patch: Whether a head also reads the mean patch of the last block.
+        num_steps: Number of SGD steps. The official evaluation takes 12,500 on ImageNet.
+        batch_size: Number of images per step, limited to the number of training images.
     """
 
     learning_rates: Sequence[float] = LEARNING_RATES
@@ -55,26 +61,31 @@ class LinearGrid:
 
     def __post_init__(self) -> None:
         if not self.learning_rates or not self.num_blocks or not self.mean_patch:
-            raise ValueError(f"{self} leaves no head to train.")
+            raise ValueError(
+                f"{self} defines no head to train. Give at least one value each for learning_rates, num_blocks and "
+                "mean_patch."
+            )
         if min(self.learning_rates) <= 0 or min(self.num_blocks) < 1 or min(self.num_steps, self.batch_size) < 1:
-            raise ValueError(f"{self}: learning rates must be above 0, blocks, steps and batch at least 1.")
+            raise ValueError(
+                f"{self}: learning_rates must be above 0, and num_blocks, num_steps and batch_size at least 1."
+            )
 
     def only(self, head: HeadSettings) -> "LinearGrid":
-        """The grid of a single head."""
+        """Return the grid that holds a single head."""
         return LinearGrid(
             (head.learning_rate,), (head.num_blocks,), (head.mean_patch,), self.num_steps, self.batch_size
         )
 
 
 def head_inputs(vectors: Tensor, mean_patch: Tensor, num_blocks: int, with_mean_patch: bool) -> Tensor:
-    """(n, W): the vectors of the last blocks side by side, then the mean patch; W is B * D or (B + 1) * D."""
+    """Return (n, W): the concatenated vectors of the last blocks, then the mean patch; W is B * D or (B + 1) * D."""
     parts = [vectors[:, -num_blocks:].flatten(1)]
     return torch.cat([*parts, mean_patch] if with_mean_patch else parts, dim=1)
 
 
 @dataclass(eq=False)
 class _Group:
-    """Heads that read the same inputs: one product of matrices serves all their learning rates."""
+    """Heads with the same inputs, stacked along the learning rates so that one matrix product serves them all."""
 
     num_blocks: int
     mean_patch: bool
@@ -84,7 +95,7 @@ class _Group:
 
 @dataclass(frozen=True, eq=False)
 class LinearHeads:
-    """Trained heads. `settings` are in the order of the grid: blocks, mean patch, learning rate."""
+    """Trained heads, with `settings` in the order of the grid: blocks, mean patch, learning rate."""
 
     settings: tuple[HeadSettings, ...]
     groups: tuple[_Group, ...]
@@ -92,7 +103,7 @@ class LinearHeads:
 
     @torch.no_grad()
     def scores(self, vectors: Tensor, mean_patch: Tensor) -> Iterator[tuple[HeadSettings, Tensor]]:
-        """For every head its scores, (m, C)."""
+        """Yield every head with its scores, (m, C)."""
         heads = iter(self.settings)
         for group in self.groups:
             inputs = head_inputs(vectors, mean_patch, group.num_blocks, group.mean_patch)
@@ -101,17 +112,17 @@ class LinearHeads:
                 yield next(heads), logits[:, rate]
 
     def best(self, vectors: Tensor, mean_patch: Tensor, labels: Tensor) -> tuple[HeadSettings, float]:
-        """The head of highest top-1 and that; of equals the one of lowest cross-entropy."""
+        """Return the head with the highest top-1 accuracy, and that accuracy; cross-entropy breaks ties."""
         merits = {head: merit(scores, labels) for head, scores in self.scores(vectors, mean_patch)}
         head = max(merits, key=lambda one: merits[one])
         return head, merits[head][0]
 
 
 def merit(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """What candidates are compared by: top-1 in [0, 1], then minus the mean cross-entropy.
+    """Return the key that ranks candidates: top-1 accuracy in [0, 1], then minus the mean cross-entropy.
 
-    A tenth of a small training set holds few images, so that many candidates are right on equally many; the first of
-    them, with the smallest learning rate, would be the worst.
+    A tenth of a small training set holds few images, so many candidates have the same accuracy. The first of them,
+    with the smallest learning rate, would be the worst choice.
     """
     accuracy = (scores.argmax(dim=1) == labels).double().mean().item()
     return accuracy, -F.cross_entropy(scores, labels).item()
@@ -126,32 +137,32 @@ def train_linear_heads(
     grid: LinearGrid | None = None,
     seed: int = 0,
 ) -> LinearHeads:
-    """All heads of the grid in one pass over the features, as if each had been trained alone.
+    """Train all heads of the grid in one pass over the features, as if each were trained alone.
 
-    SGD with momentum 0.9 and no weight decay on the sum of the heads' mean cross-entropies, learning rates on a cosine
-    to 0; weights start at N(0, 0.01), biases at 0. Heads of one width start at the same weights and see the same
-    batches, so that a head of a large grid is, to rounding, the head that a grid of its own would train.
+    The loss is the sum of the heads' mean cross-entropies, minimized by SGD with momentum 0.9, no weight decay and a
+    cosine schedule to 0. Weights start at N(0, 0.01), biases at 0. Heads of the same width start from the same weights
+    and see the same batches, so a head of a large grid equals, up to rounding, the head of a grid of its own.
 
     Args:
-        vectors: (n, B, D).
-        mean_patch: (n, D).
-        labels: (n,) integers in [0, C).
-        num_classes: C.
-        grid: See `LinearGrid`.
-        seed: Of the weights and the batches.
+        vectors: (n, B, D) vectors of the blocks.
+        mean_patch: (n, D) mean patches of the last block.
+        labels: (n,) class ids in [0, C).
+        num_classes: Number of classes, C.
+        grid: Heads to train; see `LinearGrid`.
+        seed: Random seed for the weights and the batches.
 
     Raises:
-        ValueError: Shapes that do not fit, labels out of range, or more blocks than there are.
+        ValueError: Shapes do not match, a label is out of range, or the grid needs more blocks than there are.
 
-    Source: dinov2 `eval/linear.py`; here on stored features, hence without augmentation. Slow twin (one torch SGD a
+    Source: dinov2 `eval/linear.py`; here on stored features, hence without augmentation. Slow twin (one torch SGD per
     head): tests/unit/test_linear_probes.py.
     """
     grid = grid or LinearGrid()
     _check_labels(labels, len(vectors), num_classes)
     if mean_patch.shape != vectors[:, 0].shape or max(grid.num_blocks) > vectors.shape[1]:
         raise ValueError(
-            f"vectors {tuple(vectors.shape)} and mean_patch {tuple(mean_patch.shape)} do not fit heads of "
-            f"{list(grid.num_blocks)} blocks; expected (n, blocks, width) and (n, width)."
+            f"vectors {tuple(vectors.shape)} and mean_patch {tuple(mean_patch.shape)} do not match heads of "
+            f"{list(grid.num_blocks)} blocks. Pass (n, blocks, width) and (n, width) with at least as many blocks."
         )
     count, batch_size = len(vectors), min(grid.batch_size, len(vectors))
     scale = batch_size / 256
@@ -174,7 +185,7 @@ def train_linear_heads(
         for group, features, (weight_momentum, bias_momentum) in zip(groups, inputs, momenta):
             x = features[chosen]  # (b, W)
             logits = torch.addmm(group.bias, x, group.weight).unflatten(1, (-1, num_classes))  # (b, H, C)
-            # The gradient of the mean cross-entropy with respect to the scores, without building a graph.
+            # Gradient of the mean cross-entropy with respect to the logits, computed without autograd.
             slope = logits.softmax(dim=2)
             slope[torch.arange(batch_size), :, labels[chosen]] -= 1
             slope = slope.flatten(1) / batch_size  # (b, H * C)
@@ -186,7 +197,7 @@ def train_linear_heads(
 
 
 def _batches(count: int, batch_size: int, num_steps: int, seed: int) -> Iterator[Tensor]:
-    """Index batches from one permutation after another; none is short."""
+    """Yield index batches of full size from consecutive permutations."""
     generator = torch.Generator().manual_seed(seed)
     left = torch.empty(0, dtype=torch.long)
     for _ in range(num_steps):
@@ -198,10 +209,14 @@ def _batches(count: int, batch_size: int, num_steps: int, seed: int) -> Iterator
 
 def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
     if labels.shape != (count,) or not count:
-        raise ValueError(f"{tuple(labels.shape)} labels for {count} images; expected one each, of at least one image.")
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {count} images. Pass one label per image and at least one "
+            "image."
+        )
     if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
         raise ValueError(
-            f"Labels span [{int(labels.min())}, {int(labels.max())}], expected [0, {num_classes}). Check num_classes."
+            f"Labels span [{int(labels.min())}, {int(labels.max())}], but must lie in [0, {num_classes}). Check "
+            "num_classes."
         )
 
 
@@ -210,14 +225,14 @@ def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
 
 @dataclass(frozen=True, eq=False)
 class LogisticModel:
-    """`features @ weight + bias`, (m, D) to (m, C), with the C of scikit-learn and cuML that it was fitted with."""
+    """Fitted model `features @ weight + bias`, (m, D) to (m, C), with its `c` as in scikit-learn and cuML."""
 
     weight: Tensor
     bias: Tensor
     c: float
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores, (m, C)."""
+        """Return the class scores, (m, C)."""
         return torch.addmm(self.bias, features.float(), self.weight)
 
 
@@ -230,29 +245,29 @@ def logistic_path(
     max_iterations: int = 1000,
     tolerance: float = 1e-12,
 ) -> Iterator[LogisticModel]:
-    """Multinomial logistic regression for several C, from the smallest up, each started where the last one ended.
+    """Fit multinomial logistic regression for ascending values of C, each started from the previous solution.
 
-    Minimises C * sum of cross-entropies + ||weight||² / 2, the bias free of the penalty, on features as they are, by
-    L-BFGS in double precision: nothing is random. The objective is convex, so the start changes the way and not the
-    end.
+    Minimizes C * sum of cross-entropies + ||weight||² / 2, without a penalty on the bias, on unscaled features, by
+    L-BFGS in double precision. The result is deterministic. The objective is convex, so the start affects the speed
+    and not the solution.
 
     Args:
-        features: (n, D).
-        labels: (n,) integers in [0, num_classes).
-        num_classes: Classes.
-        cs: Ascending.
-        max_iterations: Of L-BFGS, for every C.
-        tolerance: Stop when the largest slope or the change of the mean loss is below.
+        features: (n, D) feature vectors.
+        labels: (n,) class ids in [0, num_classes).
+        num_classes: Number of classes.
+        cs: Values of C, ascending.
+        max_iterations: Maximum number of L-BFGS iterations for each C.
+        tolerance: Threshold on the largest gradient entry and on the change of the mean loss, below which to stop.
 
     Raises:
-        ValueError: Labels out of range, or `cs` not ascending.
+        ValueError: A label is out of range, or `cs` is not ascending.
 
     Source: dinov2 `eval/log_regression.py`: C = 10^linspace(-6, 5, 45), 1,000 iterations, tolerance 1e-12.
     """
     _check_labels(labels, len(features), num_classes)
     if list(cs) != sorted(cs) or min(cs) <= 0:
-        raise ValueError(f"cs={list(cs)} must be above 0 and ascend.")
-    # In single precision the line search sees no more progress at slopes of 1e-4 and stops far from the minimum.
+        raise ValueError(f"cs={list(cs)} must be above 0 and in ascending order.")
+    # In single precision the line search stalls at gradients of about 1e-4, far from the minimum.
     x = features.double()
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
@@ -282,10 +297,10 @@ def logistic_path(
 
 
 def few_shot_indices(labels: Tensor, per_class: int, *, seed: int) -> Tensor:
-    """(C' * per_class,) indices: so many images of every class that occurs, drawn by `seed`, ascending.
+    """Sample `per_class` images of each of the C' classes present; returns (C' * per_class,) ascending indices.
 
     Raises:
-        ValueError: A class has fewer.
+        ValueError: A class has fewer images.
     """
     rng = np.random.default_rng(seed)
     chosen = []
@@ -293,7 +308,8 @@ def few_shot_indices(labels: Tensor, per_class: int, *, seed: int) -> Tensor:
         members = (labels == label).nonzero()[:, 0].numpy()
         if len(members) < per_class:
             raise ValueError(
-                f"Class {label} has {len(members)} training images, {per_class} a class are asked for. Ask for fewer."
+                f"Class {label} has {len(members)} training images, but {per_class} per class were requested. Request "
+                "fewer images per class."
             )
         chosen += rng.permutation(members)[:per_class].tolist()
     return torch.tensor(sorted(chosen))

@@ -1,8 +1,8 @@
-"""What a backbone is worth, measured: `evaluate_backbone` runs tasks on frozen features and returns one report.
+"""Evaluation of frozen backbones: `evaluate_backbone` runs tasks on frozen features and returns one report.
 
-Features are read once for each model and set of images, kept on disk, and shared by the tasks. Whatever has to be
-chosen (a learning rate, a penalty, the settings of LOST) is chosen on images that are not judged, unless the protocol
-says otherwise, and then the report says so. `compare_backbones` puts several models into one table.
+Features are extracted once per model and set of images, can be cached on disk, and are shared by the tasks.
+Hyperparameters (a learning rate, a penalty, the settings of LOST) are selected on images that are not test images. If
+the protocol says otherwise, the report states it. `compare_backbones` puts several models into one table.
 """
 
 import difflib
@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 
 Data = str | Path | ImageSource
 
-# --- Entries
+# --- Entry points
 
 
 def evaluate_backbone(
@@ -76,21 +76,23 @@ def evaluate_backbone(
     """Run tasks on the frozen features of one model.
 
     Args:
-        model: Any model that `features.read_tokens` reads; untouched.
-        data: Images with what the tasks need beside them: labels, masks, depths, boxes. Without `train`, its train
-            part is fitted on and its validation part is judged; LOST chooses on one half of everything and judges
-            the other.
-        tasks: Among `TASKS`.
-        train: Images to fit and choose on; `data` is then judged (its validation part, if it has one).
-        task_data: Data of single tasks that need others: `{"segmentation": "camvid"}`.
-        name: What the report calls the model; default its own name.
-        processor: Image processor; default the model's own. Only its mean and standard deviation are used.
-        protocol: See `Protocol`.
-        cache_dir: Folder where features are kept for the next time; None keeps none.
-        seed: Of draws and of the resamples behind intervals.
+        model: Model that `features.read_tokens` supports; it is not modified.
+        data: Images with the targets that the tasks need: labels, masks, depth maps, boxes. Without `train`, its
+            training split is used for fitting and its validation split for testing; LOST selects its settings on one
+            half of all images and is tested on the other.
+        tasks: Tasks to run, from `TASKS`.
+        train: Images for fitting and selection; `data` (its validation split, if it has one) is then used for testing
+            only.
+        task_data: Data for single tasks that need other images: `{"segmentation": "camvid"}`.
+        name: Name of the model in the report. Default: the name in its configuration.
+        processor: Image processor; only its mean and standard deviation are used. Default: the model's own.
+        protocol: Settings of the tasks; see `Protocol`.
+        cache_dir: Folder for cached features; None disables the cache.
+        seed: Random seed for sampling, splits and confidence intervals.
 
     Raises:
-        ValueError: Unknown task, no labels or boxes, a class that only one part has, too few images.
+        ValueError: A task is unknown, labels or boxes are missing, the classes of the splits differ, or there are too
+            few images.
     """
     return _Evaluation(
         model=model,
@@ -113,20 +115,21 @@ def compare_backbones(
     on_report: Callable[[EvaluationTable], None] | None = None,
     **options: Any,
 ) -> EvaluationTable:
-    """`evaluate_backbone` for several models by name, on the same images, with paired differences to the first.
+    """Compare several models on the same images, with paired differences to the first model.
 
     Args:
         models: Folders, Hub ids or timm/NAME.
-        data: See `evaluate_backbone`.
-        device: Where to compute.
-        on_report: Called with the table so far after every model: one that fails does not take the others with it.
-        options: Of `evaluate_backbone`, the same for all.
+        data: Images with targets; see `evaluate_backbone`.
+        device: Device to compute on.
+        on_report: Callback that receives the table so far after every model, so that a later failure does not lose
+            earlier results.
+        options: Options of `evaluate_backbone`, the same for all models.
 
     Raises:
-        ValueError: See there; or a model is named twice.
+        ValueError: `models` is empty or names a model twice, or an option is invalid; see `evaluate_backbone`.
     """
     if not models or len(set(map(str, models))) < len(models):
-        raise ValueError(f"models={[str(model) for model in models]}: expected one or more, each once.")
+        raise ValueError(f"models={[str(model) for model in models]}: expected at least one model. Name each once.")
     _checked(options.get("tasks", ("knn",)))  # before the first model is loaded
     table = EvaluationTable(())
     for path, name in zip(models, short_names(models)):
@@ -142,7 +145,7 @@ def _checked(tasks: Sequence[str]) -> tuple[Task, ...]:
     for task in tasks:
         if task not in TASKS:
             nearest = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.0)[0]
-            raise ValueError(f"Unknown task '{task}'. Did you mean '{nearest}'? There are {', '.join(TASKS)}.")
+            raise ValueError(f"Unknown task '{task}'. Did you mean '{nearest}'? Choose from {', '.join(TASKS)}.")
     if not tasks:
         raise ValueError(f"tasks is empty. Choose from {', '.join(TASKS)}.")
     return tuple(task for task in TASKS if task in tasks)
@@ -150,7 +153,7 @@ def _checked(tasks: Sequence[str]) -> tuple[Task, ...]:
 
 @dataclass
 class _Evaluation:
-    """One model and everything it is asked; collects scores and notes."""
+    """State of the evaluation of one model; collects scores and notes."""
 
     model: nn.Module
     name: str
@@ -166,12 +169,15 @@ class _Evaluation:
     cached_seconds: float = 0.0
 
     def run(self, tasks: tuple[Task, ...]) -> EvaluationReport:
-        """Every task in the order of `TASKS`."""
+        """Run the tasks in the order of `TASKS` and return the report."""
         if unknown := set(self.task_data) - set(tasks):
-            raise ValueError(f"task_data names {sorted(unknown)}, which are not among the tasks {list(tasks)}.")
+            raise ValueError(
+                f"task_data names {sorted(unknown)}, which are not among the tasks {list(tasks)}. Add these tasks or "
+                "remove their data."
+            )
         scores: list[Score] = []
         lost = None
-        # Tasks of the same images share their features.
+        # Tasks on the same images share their features.
         groups: dict[str, list[Task]] = {}
         for task in tasks:
             if task in (*ON_FEATURES, "robustness"):
@@ -219,9 +225,9 @@ class _Evaluation:
         num_classes = 1 + max(*train_images.labels, *judged_images.labels)  # type: ignore[misc]  # checked
         side = self.protocol.image_size or min(describe_model(self.model).image_size)
         train = self._labelled(train_images, side, num_classes, "training images", digests[0])
-        judged = self._labelled(judged_images, side, num_classes, "judged images", digests[1])
+        judged = self._labelled(judged_images, side, num_classes, "test images", digests[1])
         if train.features.kind != "CLS":
-            self.notes.append("the model has no CLS: tasks on whole images read its mean patch")
+            self.notes.append("The model has no CLS token, so tasks on whole images use the mean of its patch tokens.")
         scores = list(
             score_features(
                 train,
@@ -252,7 +258,7 @@ class _Evaluation:
         else:
             self.reading_seconds += features.seconds
         if features.skipped:
-            self.notes.append(f"{len(features.skipped)} of {len(source)} {label} could not be read")
+            self.notes.append(f"{len(features.skipped)} of {len(source)} {label} could not be read and were skipped.")
         return LabelledFeatures.of(features, source, num_classes)
 
     def _robustness(
@@ -265,7 +271,7 @@ class _Evaluation:
         scores = []
         for size in dict.fromkeys(sizes):
             started = time.perf_counter()
-            judged = self._labelled(judged_images, size, train.num_classes, "judged images", digests)
+            judged = self._labelled(judged_images, size, train.num_classes, "test images", digests)
             k = neighbours(self.protocol, len(train))[0]
             votes = knn_votes(train, judged, (k,), self.protocol.temperature)[k]
             scores.append(
@@ -274,7 +280,8 @@ class _Evaluation:
                     task="robustness",
                     variant=f"{size} px",
                     metric="top1",
-                    protocol=f"judged images at another size against training images at {side} px; k={k}, else as knn",
+                    protocol=f"test images at another size against training images at {side} px; kNN with k={k}, "
+                    "otherwise as in knn",
                     settings={"k": k, "image_size": size, "train_image_size": side, "layer": judged.layer},
                     num_train=len(train),
                     seed=self.seed,
@@ -284,20 +291,20 @@ class _Evaluation:
         return scores
 
     def _check_overlap(self, train: Sequence[bytes], judged: Sequence[bytes], name: str) -> None:
-        """Judged images that are fitted on make every number too good."""
+        """Reject or report test images that are also training images, which would inflate every score."""
         known = set(train)
         seen = sum(digest in known for digest in judged)
         if seen > len(judged) / 2:
             raise ValueError(
-                f"{seen} of the {len(judged)} judged images of '{name}' are fitted on as well, byte for byte. Give "
-                "other training images, or none: then the parts of the data are used."
+                f"{seen} of the {len(judged)} test images of '{name}' are identical to training images, byte for "
+                "byte. Give other training images, or none to use the splits of the data."
             )
         if seen:
-            self.notes.append(f"{seen} of {len(judged)} judged images are among the training images, byte for byte")
-            logger.warning("%s: %s.", name, self.notes[-1])
+            self.notes.append(f"{seen} of {len(judged)} test images are identical to training images, byte for byte.")
+            logger.warning("%s: %s", name, self.notes[-1])
 
     def _parts(self, task: str) -> tuple[ImageSource, ImageSource]:
-        """Images to fit on, and to judge on."""
+        """Return the training images and the test images of a task."""
         data, protocol, seed = self._data_of(task), self.protocol, self.seed
         train = self.train if task not in self.task_data else None
         if train is not None:
@@ -305,18 +312,21 @@ class _Evaluation:
         elif protocol.train_val_split is not None:
             everything = _part(data, None)
             if everything.labels is None:
-                raise ValueError(f"'{everything.name}' has no labels, so it cannot be split class by class.")
+                raise ValueError(
+                    f"'{everything.name}' has no labels, so train_val_split cannot split it by class. Give labeled "
+                    "images, or separate training images."
+                )
             chosen = stratified_split(everything.labels, held_out_share=protocol.train_val_split, seed=seed)
             parts = everything.subset(chosen[0]), everything.subset(chosen[1])
         else:
             try:
                 if isinstance(data, ImageSource):
-                    raise MissingSplitError(f"'{data.name}' was given as one set of images.")
+                    raise MissingSplitError(f"'{data.name}' is a single set of images without splits.")
                 parts = load_images(data, split="train"), load_images(data, split="validation")
             except MissingSplitError as error:
                 raise _missing_part(error, task) from error
         count = protocol.max_images
-        # Without an image to fit on a class would be lost, whatever is asked for.
+        # Keep at least one training image per class, even if max_images is smaller.
         least = None if count is None else max(count, len(set(parts[0].labels or ())))
         return _some(parts[0], least, seed), _some(parts[1], count, seed)
 
@@ -369,13 +379,16 @@ class _Evaluation:
         ]
 
     def _dense_parts(self, task: Task) -> tuple[DenseSource, DenseSource]:
-        """Images with masks or depths to fit on and to judge on; classes mean the same in both."""
+        """Return training and test images with masks or depth maps, with the same class ids in both."""
         protocol, data = self.protocol, self._data_of(task)
         train_data = self.train if self.train is not None and task not in self.task_data else data
 
         def load(data: Data, split: Split | None, like: DenseSource | None = None) -> DenseSource:
             if isinstance(data, ImageSource):
-                raise ValueError(f"Task '{task}' needs masks or depths: give the path of '{data.name}'.")
+                raise ValueError(
+                    f"Task '{task}' needs masks or depth maps, but '{data.name}' was given as an ImageSource. Give "
+                    "its path instead."
+                )
             if task == "depth":
                 return load_depth(
                     data, split=split, depth_scale=protocol.depth_scale, max_depth=protocol.depth.max_depth
@@ -429,13 +442,13 @@ class _Evaluation:
 
 def _missing_part(error: MissingSplitError, task: str) -> ValueError:
     return ValueError(
-        f"{error} Task '{task}' fits on some images and judges others: give train_data, or a train_val_split such as "
-        "0.2 to draw the judged images from these."
+        f"{error} Task '{task}' needs separate training and test images: give train_data, or a train_val_split such "
+        "as 0.2 to hold out test images from this data."
     )
 
 
 def _part(data: Data, split: Literal["train", "validation"] | None) -> ImageSource:
-    """One part of the data, or all of it where it has no such part."""
+    """Load one split of the data, or all of it if that split does not exist."""
     if isinstance(data, ImageSource):
         return data
     try:
@@ -453,28 +466,28 @@ def _some(source: ImageSource, max_images: int | None, seed: int, *, by_class: b
 
 
 def _of_every_class(labels: Sequence[int], count: int, seed: int) -> list[int]:
-    """`count` indices, ascending: first one of every class, then of each class in proportion to its size."""
+    """Return `count` ascending indices: one per class first, then in proportion to the class sizes."""
     rng, values = np.random.default_rng(seed), np.asarray(labels)
     turn = np.empty(len(values))
     for label in np.unique(values):
         members = rng.permutation(np.flatnonzero(values == label))
         turn[members] = (np.arange(len(members)) + 0.5) / len(members)
         turn[members[0]] = 0
-    order = np.lexsort((rng.permutation(len(values)), turn))  # equal turns: by lot
+    order = np.lexsort((rng.permutation(len(values)), turn))  # ties are broken at random
     return sorted(order[:count].tolist())
 
 
 def _in_classes_of(train: ImageSource, judged: ImageSource) -> ImageSource:
-    """The judged images with the class numbers of the training images, where its names hold all that occur.
+    """Map the labels of the test images to the class ids of the training images, if all their class names exist there.
 
-    Parts that lie apart number their classes each for themselves: a folder lacks a class, a column of plain numbers
-    ends earlier.
+    Separately stored splits number their classes independently: a folder may lack a class, and a column of plain
+    numbers may end earlier.
     """
     names, theirs = train.label_names, judged.label_names
     if names == theirs or names is None or theirs is None or judged.labels is None:
         return judged
     if not all(0 <= label < len(theirs) and theirs[label] in names for label in set(judged.labels)):
-        return judged  # refused by `_check_labels`, which lists the difference
+        return judged  # `_check_labels` raises an error that lists the difference
     position = {name: label for label, name in enumerate(names)}
     return replace(judged, labels=[position[theirs[label]] for label in judged.labels], label_names=names)
 
@@ -483,29 +496,32 @@ def _check_labels(train: ImageSource, judged: ImageSource) -> None:
     for source in (train, judged):
         if source.labels is None:
             raise ValueError(
-                f"'{source.name}' has no labels, which tasks on whole images need. Use one folder a class, or a "
-                "column of labels."
+                f"'{source.name}' has no labels, which tasks on whole images need. Use one folder per class, or a "
+                "label column."
             )
         if min(source.labels) < 0:
-            raise ValueError(f"'{source.name}' holds the label {min(source.labels)}; classes begin at 0.")
+            raise ValueError(
+                f"'{source.name}' contains the label {min(source.labels)}, but class ids start at 0. Remove these "
+                "images or correct their labels."
+            )
     if train.label_names != judged.label_names:
         mine, other = train.label_names or (), judged.label_names or ()
         differing = sorted(set(mine) ^ set(other))[:5] or ["the same names in another order"]
         raise ValueError(
-            f"'{train.name}' has {len(mine)} classes and '{judged.name}' {len(other)}; they differ in: "
-            f"{', '.join(differing)}. A class has to mean the same in both."
+            f"'{train.name}' has {len(mine)} classes and '{judged.name}' has {len(other)}; they differ in: "
+            f"{', '.join(differing)}. Use the same class names in the same order in both."
         )
     assert train.labels is not None
     assert judged.labels is not None
     if len(set(train.labels)) < 2:
         raise ValueError(
-            f"All {len(train)} training images of '{train.name}' are of one class; at least 2 are needed."
+            f"All {len(train)} training images of '{train.name}' are of one class. Give images of at least 2 classes."
         )
     if unseen := set(judged.labels) - set(train.labels):
         names = [str(label) if train.label_names is None else train.label_names[label] for label in sorted(unseen)[:5]]
         raise ValueError(
-            f"{len(unseen)} judged classes of '{judged.name}' have no training image: {', '.join(names)}. Add some, "
-            "or leave those classes out."
+            f"{len(unseen)} classes of the test images of '{judged.name}' have no training images: "
+            f"{', '.join(names)}. Add training images or remove those classes."
         )
 
 
@@ -524,7 +540,8 @@ def _lost_score(lost: LostEvaluation, data: str, seed: int) -> Score:
         task="lost",
         variant="",
         metric="corloc",
-        protocol=f"LOST, a box an image, CorLoc at IoU {threshold}, longer side up to {lost.protocol['max_side']} px",
+        protocol=f"LOST, one box per image, CorLoc at IoU {threshold}, longer side up to "
+        f"{lost.protocol['max_side']} px",
         settings={
             "layer": lost.settings.layer,
             "chosen": chosen,

@@ -1,6 +1,6 @@
-"""What an evaluation found: scores with protocol and interval, reports of one model, tables of several.
+"""Results of an evaluation: scores with protocol and interval, reports for one model, tables for several.
 
-A score keeps what every judged image contributed, so that two models can be compared image by image, also long after.
+A score keeps the contribution of every test image, so two models can be compared image by image at any later time.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ import numpy as np
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
 from .object_discovery import LostEvaluation
 
-# task: (in words, task of the Hub, what a model-index calls the metric)
+# task: (name for readers, task type on the Hub)
 _TASKS = {
     "knn": ("Weighted kNN", "image-classification"),
     "linear": ("Linear probe", "image-classification"),
@@ -36,24 +36,24 @@ _LOWER_IS_BETTER = (*_IN_METRES, *_RATIOS)
 
 @dataclass(frozen=True)
 class Score:
-    """One number of one model, how it was made, and how sure it is.
+    """Result of one metric for one model, with its protocol and confidence interval.
 
     Args:
-        task: As in `evaluation.TASKS`.
-        variant: What tells scores of one task apart, the same for every model: `k=10`, `5 a class`.
-        metric: top1, top5, map, mean_iou, rmse, abs_rel, delta1 or corloc: shares in [0, 1], rmse in metres.
-        value: The number.
-        interval: 95 %, from 2,000 resamples of the judged images.
-        protocol: In words; one sentence for the whole task.
-        settings: With numbers: k, layer, what was chosen and where.
-        data: Name of the judged images.
-        num_train: Images fitted on.
-        num_images: Images judged.
-        images: Fingerprint of their ids; only scores of the same images can be compared pairwise.
-        seed: Of draws and resamples.
-        seconds: Wall time of this task, without reading features.
-        columns: What every image contributed: (numbers, images), one number for most metrics.
-        statistic: How they make the value; a name in `intervals.STATISTICS`.
+        task: Task name, one of `evaluation.TASKS`.
+        variant: Label that distinguishes the scores of one task, the same for every model: `k=10`, `n=5`.
+        metric: top1, top5, map, mean_iou, rmse, abs_rel, delta1 or corloc: shares in [0, 1], rmse in meters.
+        value: Value of the metric on all test images.
+        interval: 95 % confidence interval from 2,000 resamples of the test images.
+        protocol: Description of the protocol, one sentence for the whole task.
+        settings: Settings as values: k, layer, the selected candidate and where it was selected.
+        data: Name of the test data.
+        num_train: Number of training images.
+        num_images: Number of test images.
+        images: Fingerprint of the ids of the test images; only scores on the same images can be compared pairwise.
+        seed: Random seed for sampling and resampling.
+        seconds: Wall time of this task, without feature extraction.
+        columns: Contributions of the test images, (numbers, images); most metrics have one number per image.
+        statistic: Function that turns the contributions into the value; a name in `intervals.STATISTICS`.
     """
 
     task: str
@@ -76,19 +76,19 @@ class Score:
     def measured(
         cls, rows: Rows, *, ids: Sequence[str], data: str, seed: int, statistic: str = "mean", **what: Any
     ) -> "Score":
-        """From the rows of every judged image, (n, numbers).
+        """Build a score from one row of numbers per test image, (n, numbers).
 
         Raises:
-            ValueError: Not one row an image.
+            ValueError: The number of rows differs from the number of images.
         """
         rows = np.asarray(rows, dtype=np.float64).reshape(len(rows), -1)
         if len(rows) != len(ids):
-            raise ValueError(f"{len(rows)} rows for {len(ids)} images; expected one each.")
+            raise ValueError(f"Got {len(rows)} rows for {len(ids)} images. Pass exactly one row per image.")
         of = STATISTICS[statistic]
         return cls(
             value=of(rows),
             interval=bootstrap_interval(rows, seed=seed, statistic=of),
-            data=Path(data).name,  # reports are published; where the data lie here is nobody's business
+            data=Path(data).name,  # reports are published, so local paths must not appear in them
             num_images=len(ids),
             images=fingerprint_of_names(ids),
             seed=seed,
@@ -99,43 +99,43 @@ class Score:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the scores of several models have in common."""
+        """Return the key that identifies the same score of different models."""
         return self.task, self.variant, self.metric
 
     @property
     def name(self) -> str:
-        """For a reader: `Weighted kNN, top1, k=10`."""
+        """Return the name shown to readers, such as `Weighted kNN, top1, k=10`."""
         return ", ".join(part for part in (_TASKS[self.task][0], self.metric, self.variant) if part)
 
     def difference(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """How far this score is above another of the same images, and the paired 95 % interval of that.
+        """Return this score minus another on the same images, with the paired 95 % confidence interval.
 
         Raises:
-            ValueError: Another task, or other images.
+            ValueError: The other score is of another task or of other images.
         """
         if self.key != other.key or self.images != other.images or self.data != other.data:
             raise ValueError(
                 f"'{self.name}' on {self.num_images} images of {self.data} and '{other.name}' on {other.num_images} "
-                f"of {other.data} cannot be compared pairwise. Evaluate both models on the same images."
+                f"images of {other.data} cannot be compared pairwise. Evaluate both models on the same images."
             )
         rows = (np.array(score.columns).T for score in (other, self))
         return paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
 
     def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """How much better this score is than another of the same images, and the paired 95 % interval of that.
+        """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
 
-        The difference, for errors (rmse, abs_rel) with the opposite sign: above 0 is better for every metric.
+        This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
 
         Raises:
-            ValueError: Another task, or other images.
+            ValueError: The other score is of another task or of other images.
         """
         gain, (low, high) = self.difference(other)
         if self.metric in _LOWER_IS_BETTER:
-            return 0.0 - gain, (0.0 - high, 0.0 - low)  # no "-0.000"
+            return 0.0 - gain, (0.0 - high, 0.0 - low)  # avoids "-0.000"
         return gain, (low, high)
 
     def show(self, value: float, interval: tuple[float, float], *, signed: bool = False) -> str:
-        """A number of this kind with its interval: `89.8 % [87.2, 92.4]`."""
+        """Format a value of this metric with its interval: `89.8 % [87.2, 92.4]`."""
         sign = "+" if signed else ""
         if self.metric in _LOWER_IS_BETTER:
             unit = " m" if self.metric in _IN_METRES else ""
@@ -144,7 +144,7 @@ class Score:
 
 
 def fingerprint_of_names(names: Sequence[str]) -> str:
-    """16 hexadecimal digits that change when a name or the order does."""
+    """Return 16 hexadecimal digits that change when a name or the order of the names changes."""
     digest = hashlib.blake2b(digest_size=8)
     for name in names:
         digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -153,19 +153,20 @@ def fingerprint_of_names(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Every number of one model, with how it was made.
+    """All scores of one model, with the information needed to reproduce them.
 
     Args:
-        model: As it was named.
-        data: Name of the images judged on, where a task has none of its own.
-        seed: Of all draws.
-        versions: Of this package and what it stands on.
-        scores: In the order of the tasks.
-        notes: What a reader has to know: images left out, a model without CLS.
-        reading_seconds: Wall time of reading features; `cached_seconds` is what reading them again would have cost.
-        cached_seconds: See above.
-        lost: Object discovery in full; None where it was not asked for.
-        weights: Fingerprint of the model's weights, so that nobody publishes the numbers of another one; "" unknown.
+        model: Name of the model, as given.
+        data: Name of the test data of the first task.
+        seed: Random seed for sampling, splits and confidence intervals.
+        versions: Versions of this package, its main dependencies and Python.
+        scores: Scores in the order of the tasks.
+        notes: Remarks for the reader, such as skipped images or a model without CLS.
+        reading_seconds: Wall time of feature extraction.
+        cached_seconds: Wall time that was saved by features from the cache.
+        lost: Full results of object discovery; None if the task was not requested.
+        weights: Fingerprint of the model's weights, which prevents publishing the scores of another model; "" if
+            unknown.
     """
 
     model: str
@@ -180,12 +181,12 @@ class EvaluationReport:
     weights: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the report as a JSON-serializable dict."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "EvaluationReport":
-        """The report again."""
+        """Build a report from the output of `to_dict`."""
         scores = tuple(
             Score(**score | {"interval": tuple(score["interval"]), "columns": tuple(map(tuple, score["columns"]))})
             for score in content["scores"]
@@ -194,31 +195,31 @@ class EvaluationReport:
         return cls(**content | {"scores": scores, "notes": tuple(content["notes"]), "lost": lost})
 
     def save(self, path: str | Path) -> Path:
-        """Write the report as JSON; folders are made."""
+        """Write the report as JSON and create missing folders."""
         return EvaluationTable((self,)).save_json(path)
 
     @classmethod
     def load(cls, path: str | Path, *, model: str | None = None) -> "EvaluationReport":
-        """A report from the file, or the folder with `report.json`, of an evaluation.
+        """Load one report from the JSON file of an evaluation.
 
         Args:
-            path: Of the file or the folder.
-            model: Which one, where several models were evaluated.
+            path: Path of the file, or of the folder with `report.json`.
+            model: Name of the model; required if the file holds several.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: No evaluation, or several models and none named.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not an evaluation report, or `model` is not one of its models.
         """
         reports = EvaluationTable.load(path).reports
         names = [report.model for report in reports]
         if model is None and len(reports) == 1:
             return reports[0]
         if model not in names:
-            raise ValueError(f"'{path}' holds the models {', '.join(names)}; model={model!r} must name one of them.")
+            raise ValueError(f"'{path}' holds the models {', '.join(names)}; model={model!r} must be one of them.")
         return reports[names.index(model)]
 
     def summary(self) -> dict[str, Any]:
-        """The numbers with their settings, without what every image contributed."""
+        """Return the scores with their settings, without the contributions of single images."""
         return {
             "model": self.model,
             "data": self.data,
@@ -228,10 +229,10 @@ class EvaluationReport:
         }
 
     def model_index(self, name: str) -> list[dict[str, Any]]:
-        """The `model-index` of a model card: one result for every task and data set, with metrics inside.
+        """Return the `model-index` of a model card: one result per task type and data set, with its metrics.
 
         Args:
-            name: Of the model, as its card calls it.
+            name: Name of the model on its card.
         """
         results: dict[tuple[str, str], dict[str, Any]] = {}
         for score in self.scores:
@@ -270,7 +271,7 @@ class EvaluationTable:
     reports: tuple[EvaluationReport, ...]
 
     def rows(self) -> Iterator[tuple[Score, EvaluationReport, Score | None]]:
-        """Every score with its report and the same score of the first model, models under one another."""
+        """Yield every score with its report and the same score of the first model, grouped by score."""
         first = {score.key: score for score in self.reports[0].scores}
         keys = list(dict.fromkeys(score.key for report in self.reports for score in report.scores))
         for key in keys:
@@ -280,13 +281,24 @@ class EvaluationTable:
                         yield score, report, first.get(key) if report is not self.reports[0] else None
 
     def markdown(self) -> str:
-        """One table, the protocols below it."""
+        """Return a Markdown table of all scores, followed by the protocols and the notes."""
         several = len(self.reports) > 1
-        head = ["task", "metric", "variant", "model", "result, 95 %", "layer", "chosen", "images", "seed", "seconds"]
+        head = [
+            "task",
+            "metric",
+            "variant",
+            "model",
+            "result [95 % CI]",
+            "block",
+            "selected",
+            "images",
+            "seed",
+            "seconds",
+        ]
         if several:
             head.insert(5, f"ahead of {self.reports[0].model}")
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        protocols: dict[tuple[str, str], list[str]] = {}  # models may differ in what stands for an image
+        protocols: dict[tuple[str, str], list[str]] = {}  # models may differ in the vector that represents an image
         for score, report, reference in self.rows():
             users = protocols.setdefault((score.task, score.protocol), [])
             if report.model not in users:
@@ -306,49 +318,58 @@ class EvaluationTable:
             if several:
                 cells.insert(5, "" if reference is None else score.show(*score.ahead_of(reference), signed=True))
             lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
-        lines += ["", "images: fitted on / judged. Intervals: 2,000 resamples of the judged images, paired."]
+        lines += [
+            "",
+            "images: training images / test images. Intervals: 95 % bootstrap intervals from 2,000 resamples of the "
+            "test images; differences are paired by image.",
+        ]
         if several and any(score.metric in _LOWER_IS_BETTER for score, _, _ in self.rows()):
-            lines += ["ahead of: above 0 is better, also for errors (rmse, abs_rel), where the smaller one is."]
+            lines += ["ahead of: a value above 0 is better for every metric, including errors (rmse, abs_rel)."]
         lines += [""]
         for (task, protocol), users in protocols.items():
             whose = "" if len(users) == len(self.reports) else f" ({', '.join(users)})"
             lines.append(f"- {task}{whose}: {protocol}")
         for report in self.reports:
             lines += [f"- {report.model}: {note}" for note in report.notes]
-            cached = f", others from the cache (worth {report.cached_seconds:.1f} s)" if report.cached_seconds else ""
-            lines.append(f"- {report.model}: features read in {report.reading_seconds:.1f} s{cached}")
+            cached = f"; the cache saved another {report.cached_seconds:.1f} s" if report.cached_seconds else ""
+            lines.append(f"- {report.model}: feature extraction took {report.reading_seconds:.1f} s{cached}")
         return "\n".join(lines) + "\n"
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json` and `report.md`; returns the folder."""
+        """Write `report.json` and `report.md`, and return the folder."""
         folder = Path(folder)
         self.save_json(folder / "report.json")
         (folder / "report.md").write_text("# Evaluation\n\n" + self.markdown(), encoding="utf-8")
         return folder
 
     def save_json(self, path: str | Path) -> Path:
-        """Write one JSON file, `{"reports": [...]}`; folders are made."""
+        """Write one JSON file, `{"reports": [...]}`, and create missing folders."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps({"reports": [report.to_dict() for report in self.reports]}, indent=1, allow_nan=False)
-        # A number of every image on a line of its own would bury the rest: arrays without nesting go on one line.
+        # One line per image would make the file unreadable, so arrays without nesting are written on one line.
         text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda part: "[" + re.sub(r"\n\s*", " ", part[1]) + "]", text)
         path.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod
     def load(cls, path: str | Path) -> "EvaluationTable":
-        """From the file that `save` wrote, or its folder.
+        """Load the table from the file that `save` wrote, or from its folder.
 
         Raises:
-            FileNotFoundError: No such file.
-            ValueError: It is no evaluation.
+            FileNotFoundError: The file does not exist.
+            ValueError: The file is not an evaluation report.
         """
         path = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"There is no evaluation at '{path}'. Run `regvit evaluate` with this output_dir.")
+            raise FileNotFoundError(
+                f"There is no evaluation report at '{path}'. Run `regvit evaluate` with this output_dir first."
+            )
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls(tuple(EvaluationReport.from_dict(report) for report in content["reports"]))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"'{path}' is no report of this version of regvit evaluate: {error!r}.") from error
+            raise ValueError(
+                f"'{path}' is not an evaluation report that this version can read: {error!r}. Run `regvit evaluate` "
+                "again to write a new one."
+            ) from error

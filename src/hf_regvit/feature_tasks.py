@@ -1,6 +1,6 @@
-"""Tasks on frozen features of whole images: scores with protocol and interval, for vectors from anywhere.
+"""Evaluation tasks on feature vectors of whole images, each score with its protocol and confidence interval.
 
-Shape letters: n training images, m judged images, B blocks, D width, C classes.
+Shape letters: n training images, m test images, B blocks, D width, C classes.
 """
 
 import time
@@ -30,43 +30,45 @@ TASKS: tuple[Task, ...] = (
 ON_FEATURES: tuple[Task, ...] = ("knn", "linear", "logistic", "few_shot", "retrieval")
 _OFFICIAL_KS = (10, 20, 100, 200)
 _OFFICIAL_SHOTS = (1, 5, 10)
-_QUERIES = 256  # of retrieval, ranked at once
+_QUERIES = 256  # number of retrieval queries ranked at once
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """How the tasks are done; every value ends up in the report.
+    """Settings of the evaluation tasks; the report describes them.
 
     Args:
-        image_size: Side of the picture in pixels for tasks on whole images: shorter side resized to 256/224 of it,
-            centre crop. Default: the model's own size.
-        image_sizes: Sizes of the judged images in `robustness`; default half, three quarters and five quarters of the
-            model's own, in whole patches.
-        knn_ks: Numbers of neighbours. Default 10, 20, 100, 200, those that are more than the training images cut to
-            their number.
-        temperature: Of the kNN's votes.
+        image_size: Side of the model input in pixels for tasks on whole images. The shorter side of an image is
+            resized to 256/224 of it, followed by a center crop. Default: the model's own size.
+        image_sizes: Sizes of the test images in `robustness`, in pixels. Default: 0.5, 0.75 and 1.25 times the
+            model's own size, rounded to whole patches.
+        knn_ks: Numbers of neighbors. Default: 10, 20, 100 and 200, each limited to the number of training images.
+        temperature: Temperature of the kNN votes.
         linear: Heads of the linear probe.
-        logistic_cs: Penalties of the logistic regression, ascending.
-        select_on: Where head and C are chosen: "held_out", a tenth of the training images, class by class, after
-            which the chosen one is fitted again on all of them; "judged", the judged images themselves, as the
-            official linear evaluation does: optimistic.
-        shots: Training images of a class in `few_shot`. Default 1, 5, 10, as far as every class has them.
-        num_tries: Draws of `few_shot`; their mean is reported.
-        segmentation: Training of the segmentation head.
-        depth: Training and test of the depth head; `max_depth` also says what is no measurement.
-        dense_image_size: Shorter side in pixels for segmentation and depth; default the model's own size.
-        num_dense_blocks: Blocks that segmentation and depth read: 1, the last, or 4, at the ends of the quarters.
-        ignore_values: Stored values of masks that do not count; default 255.
-        reduce_labels: 0 in masks is background that does not count (ADE20k).
-        depth_scale: Metres of one stored unit; default 0.001 for whole numbers, 1 for fractions.
+        logistic_cs: Values of C for the logistic regression, ascending.
+        select_on: Images on which the head and C are selected: "held_out", a stratified tenth of the training images,
+            after which the selected model is refitted on all of them; or "judged", the test images themselves, which
+            is optimistic but what the official linear evaluation does.
+        shots: Numbers of training images per class in `few_shot`. Default: those of 1, 5 and 10 that every class has.
+        num_tries: Number of random draws in `few_shot`; the mean over them is reported.
+        segmentation: Settings of the segmentation head.
+        depth: Settings of the depth head; pixels beyond its `max_depth` count as not measured.
+        dense_image_size: Shorter side in pixels for segmentation and depth. Default: the model's own size.
+        num_dense_blocks: Number of blocks whose tokens segmentation and depth read: 1, the last block, or 4, at the
+            ends of the quarters.
+        ignore_values: Stored mask values to ignore. Default: 255.
+        reduce_labels: Whether 0 in masks is an ignored background and classes start at 1 (ADE20k).
+        depth_scale: Meters per stored unit. Default: 0.001 for integers, 1 for floating-point values.
         boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
-        box_format: See there.
-        lost_grid: Settings of LOST to choose from. With a single one there is no choice, and everything is judged.
-        max_side: Larger images are read by LOST at this length of their longer side, pixels.
-        max_images: Use at most this many of each set, drawn by the seed, class by class; of the training images at
-            least one of every class.
-        train_val_split: Share of images to judge on, class by class, where the data have no validation part.
-        batch_size: Images of one forward pass.
+        box_format: Format of the boxes; see `ground_truth_boxes`.
+        lost_grid: Candidate settings of LOST. With a single candidate nothing is selected and all images are test
+            images.
+        max_side: Longer side in pixels to which LOST shrinks larger images.
+        max_images: Maximum number of images of each set, sampled with the seed and stratified by class; the training
+            images keep at least one per class.
+        train_val_split: Share of images to hold out as test images, stratified by class, if the data has no
+            validation split.
+        batch_size: Number of images per forward pass.
     """
 
     image_size: int | None = None
@@ -106,13 +108,13 @@ class Protocol:
 
 @dataclass(frozen=True, eq=False)
 class LabelledFeatures:
-    """Features of a set of images with their classes.
+    """Features of a set of images with their labels.
 
     Args:
-        features: Of every image.
-        labels: (n,) integers in [0, num_classes).
-        num_classes: C.
-        data: Name of the images.
+        features: Features of all images.
+        labels: (n,) class ids in [0, num_classes).
+        num_classes: Number of classes, C.
+        data: Name of the data.
     """
 
     features: FrozenFeatures
@@ -122,7 +124,7 @@ class LabelledFeatures:
 
     @classmethod
     def of(cls, features: FrozenFeatures, source: ImageSource, num_classes: int) -> "LabelledFeatures":
-        """With the labels of the images that could be read."""
+        """Combine features with the labels of the images that could be read."""
         assert source.labels is not None
         by_id = dict(zip(source.ids, source.labels))
         return cls(features, torch.tensor([by_id[name] for name in features.ids]), num_classes, source.name)
@@ -132,15 +134,15 @@ class LabelledFeatures:
 
     @property
     def layer(self) -> int:
-        """The last block read."""
+        """Return the number of the last block read."""
         return self.features.layers[-1]
 
     def score(self, rows: Tensor, **what: Any) -> Score:
-        """A score from what each of these images contributed."""
+        """Build a score from the contributions of these images."""
         return Score.measured(rows.double().numpy(), ids=self.features.ids, data=self.data, **what)
 
 
-Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, what every image contributed, settings
+Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, contribution of every image, settings
 
 
 def score_features(
@@ -151,31 +153,35 @@ def score_features(
     protocol: Protocol | None = None,
     seed: int = 0,
 ) -> Iterator[Score]:
-    """Scores of tasks on vectors, wherever these come from: a model, another library, raw pixels.
+    """Score tasks on feature vectors from any source: a model, another library, raw pixels.
 
     Args:
-        train: To fit on.
-        judged: To judge on.
-        tasks: Among knn, linear, logistic, few_shot, retrieval.
-        protocol: See `Protocol`.
-        seed: Of draws and resamples.
+        train: Training features.
+        judged: Test features.
+        tasks: Tasks to run: knn, linear, logistic, few_shot, retrieval.
+        protocol: Settings of the tasks; see `Protocol`.
+        seed: Random seed for sampling, splits and confidence intervals.
 
     Raises:
-        ValueError: Too few images for k or for the shots.
+        ValueError: There are too few images for k or for the shots.
     """
     protocol = protocol or Protocol()
     kind = train.features.kind
     functions: dict[str, tuple[Callable[..., Iterator[Measured]], str]] = {
-        "knn": (_knn_scores, f"votes of the k nearest {kind} vectors by cosine, T={protocol.temperature:g}"),
+        "knn": (
+            _knn_scores,
+            f"weighted votes of the k nearest {kind} vectors by cosine similarity, T={protocol.temperature:g}",
+        ),
         "linear": (_linear_scores, _linear_words(protocol, kind)),
         "logistic": (_logistic_scores, _logistic_words(protocol, kind)),
         "few_shot": (
             _few_shot_scores,
-            f"n training images a class, mean of {protocol.num_tries} draws; kNN with k=n on {kind} vectors",
+            f"n training images per class, mean of {protocol.num_tries} draws; kNN with k=n on {kind} vectors",
         ),
         "retrieval": (
             _retrieval_scores,
-            f"judged images search the training images by the cosine of {kind} vectors; relevant: the same class",
+            f"training images ranked for every test image by cosine similarity of {kind} vectors; images of the same "
+            "class are relevant",
         ),
     }
     for task in tasks:
@@ -198,7 +204,7 @@ def score_features(
 
 
 def hits(scores: Tensor, labels: Tensor) -> Tensor:
-    """(m,) 1 where the class of the highest score is the right one; by the package's own metric."""
+    """Return (m,) 1 where the class of the highest score is correct and 0 elsewhere; uses `metrics.TopKAccuracy`."""
     from .metrics import TopKAccuracy
 
     ranks = np.asarray(TopKAccuracy().reduce(scores, labels))[:, 0]
@@ -206,13 +212,13 @@ def hits(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def neighbours(protocol: Protocol, num_train: int) -> tuple[int, ...]:
-    """Numbers of neighbours: as given, or the official ones cut to the number of training images."""
+    """Return the numbers of neighbors: as given, or the official ones limited to the number of training images."""
     if protocol.knn_ks is None:
         return tuple(dict.fromkeys(min(k, num_train) for k in _OFFICIAL_KS))
     if not protocol.knn_ks or min(protocol.knn_ks) < 1 or max(protocol.knn_ks) > num_train:
         raise ValueError(
             f"k={list(protocol.knn_ks)}: every k must be at least 1 and at most {num_train}, the number of training "
-            "images. Give more images or smaller k."
+            "images. Give more training images or a smaller k."
         )
     return tuple(protocol.knn_ks)
 
@@ -220,7 +226,7 @@ def neighbours(protocol: Protocol, num_train: int) -> tuple[int, ...]:
 def knn_votes(
     train: LabelledFeatures, judged: LabelledFeatures, ks: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
-    """For each k the class scores of the judged images, (m, C), from the last block read."""
+    """Return the class scores of the test images for each k, (m, C), from the last block read."""
     return knn_classify(
         train.features.last,
         train.labels,
@@ -239,32 +245,35 @@ def _knn_scores(
 
 
 def _held_out(train: LabelledFeatures, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of nine tenths of the training images, and of the rest, class by class."""
+    """Return the indices of nine tenths of the training images and of the other tenth, stratified by class."""
     fit, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=seed)
     if not held:
         raise ValueError(
-            "Every class has a single training image, so none can be held out to choose on. Add images, or choose on "
-            "the judged ones with select_on='judged'."
+            "Every class has a single training image, so none can be held out for selection. Add images, or select on "
+            "the test images with select_on='judged'."
         )
     return torch.tensor(fit), torch.tensor(held)
 
 
 def _choice_words(protocol: Protocol) -> str:
     if protocol.select_on == "judged":
-        return "chosen on the judged images themselves (official, optimistic)"
-    return "chosen on a held-out tenth of the training images, then fitted on all of them"
+        return "selected on the test images themselves (official protocol, optimistic)"
+    return "selected on a held-out tenth of the training images, then refitted on all of them"
 
 
 def _linear_words(protocol: Protocol, kind: str) -> str:
     grid = protocol.linear
     return (
-        f"linear heads on {kind}, {grid.num_steps} steps of SGD with {grid.batch_size} images, momentum 0.9, cosine "
-        f"to 0, no augmentation; {_choice_words(protocol)}"
+        f"linear heads on {kind}, {grid.num_steps} SGD steps of {grid.batch_size} images, momentum 0.9, cosine "
+        f"schedule to 0, no augmentation; {_choice_words(protocol)}"
     )
 
 
 def _logistic_words(protocol: Protocol, kind: str) -> str:
-    return f"L-BFGS on {kind} as it is, best of {len(protocol.logistic_cs)} C; {_choice_words(protocol)}"
+    return (
+        f"L-BFGS on unscaled {kind} vectors, best of {len(protocol.logistic_cs)} values of C; "
+        f"{_choice_words(protocol)}"
+    )
 
 
 def _linear_scores(
@@ -275,7 +284,7 @@ def _linear_scores(
     grid = LinearGrid(
         grid.learning_rates,
         tuple(dict.fromkeys(min(count, available) for count in grid.num_blocks)),
-        # Where the vectors are mean patches already, a second one adds nothing.
+        # If the vectors are mean patches already, adding the mean patch again has no effect.
         grid.mean_patch if features.kind == "CLS" else (False,),
         grid.num_steps,
         grid.batch_size,

@@ -1,7 +1,7 @@
-"""Confidence intervals of numbers measured on images, and of the difference between two of them.
+"""Bootstrap confidence intervals of metrics, and of the difference between two models.
 
-Images are resampled with replacement (the percentile bootstrap). Two models judged on the same images are resampled
-together, so what makes an image hard for both cancels out of their difference.
+Images are resampled with replacement (percentile bootstrap). Two models tested on the same images are resampled
+together, so the difficulty of an image that affects both cancels out of their difference.
 
 Source: Efron, Annals of Statistics 7 (1979), for the bootstrap.
 """
@@ -17,26 +17,26 @@ Statistic = Callable[[Rows], float]
 
 
 def mean_iou(rows: Rows) -> float:
-    """Mean intersection over union of the rows that `metrics.MeanIoU` makes: (n, 3 * C) agreeing, predicted, true."""
+    """Return the mean intersection over union of `metrics.MeanIoU` rows: (n, 3 * C) agreeing, predicted, true."""
     both, predicted, true = rows.sum(axis=0).reshape(3, -1)
     union = predicted + true - both
     return float((both[union > 0] / union[union > 0]).mean())
 
 
-# Of the rows of all images to one number. The root mean square error of an image is a number of that image already.
+# Functions from the rows of all images to one number. The rmse needs no entry: it is computed per image and averaged.
 STATISTICS: dict[str, Statistic] = {"mean": lambda rows: float(rows.mean()), "mean_iou": mean_iou}
 
 
 def bootstrap_interval(
     values: Rows, *, seed: int, confidence: float = 0.95, statistic: Statistic | None = None
 ) -> tuple[float, float]:
-    """Percentile interval of a statistic, from 2,000 resamples of the images with replacement.
+    """Return the percentile interval of a statistic from 2,000 resamples of the images with replacement.
 
     Args:
-        values: (n,) or (n, numbers), one row an image.
-        seed: Of the resamples; the same for two methods resamples the same images.
-        confidence: Share of resampled statistics inside.
-        statistic: Of resampled rows; default their mean.
+        values: (n,) or (n, numbers), one row per image.
+        seed: Random seed of the resamples; the same seed resamples the same images.
+        confidence: Share of the resampled statistics inside the interval.
+        statistic: Statistic of the resampled rows. Default: their mean.
     """
     rng = np.random.default_rng(seed)
     statistic = statistic or STATISTICS["mean"]
@@ -49,16 +49,19 @@ def bootstrap_interval(
 def paired_difference(
     first: Rows, second: Rows, *, seed: int, statistic: Statistic | None = None
 ) -> tuple[float, tuple[float, float]]:
-    """How far the second is ahead of the first on the same images, and the 95 % interval of that.
+    """Return the second statistic minus the first on the same images, with its 95 % confidence interval.
 
     Args:
-        first: (n, numbers), one row an image.
-        second: Likewise, of the same images in the same order.
-        seed: Of the resamples.
-        statistic: Of the rows of one; default their mean.
+        first: (n, numbers), one row per image.
+        second: (n, numbers), one row for each of the same images in the same order.
+        seed: Random seed of the resamples.
+        statistic: Statistic of the rows of one model. Default: their mean.
     """
     if first.shape != second.shape:
-        raise ValueError(f"Rows {first.shape} and {second.shape} are not of the same images; nothing to pair.")
+        raise ValueError(
+            f"Rows of shape {first.shape} and {second.shape} are not of the same images and cannot be paired. Pass "
+            "one row per image for both, in the same order."
+        )
     of = statistic or STATISTICS["mean"]
     both = np.stack([first, second], axis=1)  # (n, 2, numbers)
 

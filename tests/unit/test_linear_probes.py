@@ -149,17 +149,17 @@ def test_few_shot_draws_so_many_of_every_class():
     draws = {tuple(few_shot_indices(labels, 2, seed=seed).tolist()) for seed in range(20)}
     assert len(draws) > 10
     assert tuple(few_shot_indices(labels, 2, seed=0).tolist()) == tuple(chosen.tolist())
-    with pytest.raises(ValueError, match="Class 0 has 3 training images, 4 a class are asked for"):
+    with pytest.raises(ValueError, match="Class 0 has 3 training images, but 4 per class were requested"):
         few_shot_indices(labels, 4, seed=0)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"labels": torch.zeros(3, dtype=torch.long)}, r"\(3,\) labels for 40 images"),
-        ({"num_classes": 3}, r"Labels span \[0, 3\], expected \[0, 3\)"),
-        ({"mean_patch": torch.zeros(40, 5)}, r"mean_patch \(40, 5\) do not fit"),
-        ({"grid": LinearGrid(num_blocks=(4,))}, "do not fit heads of"),
+        ({"labels": torch.zeros(3, dtype=torch.long)}, r"labels have shape \(3,\) for 40 images"),
+        ({"num_classes": 3}, r"Labels span \[0, 3\], but must lie in \[0, 3\)"),
+        ({"mean_patch": torch.zeros(40, 5)}, r"mean_patch \(40, 5\) do not match"),
+        ({"grid": LinearGrid(num_blocks=(4,))}, "do not match heads of"),
     ],
 )
 def test_what_cannot_be_trained_is_named(features, change, message):
@@ -179,6 +179,6 @@ def test_empty_grids_are_refused(change):
 
 def test_cs_ascend(features):
     vectors, _, labels = features
-    with pytest.raises(ValueError, match="must be above 0 and ascend"):
+    with pytest.raises(ValueError, match="must be above 0 and in ascending order"):
         next(logistic_path(vectors[:, 0], labels, num_classes=CLASSES, cs=(1.0, 0.1)))
     assert math.isclose(np.log10(LOGISTIC_CS[1] / LOGISTIC_CS[0]), 11 / 44)
