@@ -1,4 +1,4 @@
-"""Every option of a fine-tuning run, with the names of the example scripts of transformers."""
+"""Arguments of a fine-tuning run, named as in the example scripts of transformers."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -11,22 +11,22 @@ MODES = ("full", "lora", "linear")
 AUGMENTATIONS = ("none", "crop", "randaugment", "three_augment")
 LOSSES = ("cross_entropy", "bce")
 
-# What the best checkpoint is best at, and whether more is better; tasks report it without the "eval_".
+# Default metric that selects the best checkpoint, without "eval_", and whether higher is better.
 METRICS = {
     "image-classification": ("accuracy", True),
     "semantic-segmentation": ("mean_iou", True),
     "depth-estimation": ("abs_rel", False),
 }
-# What else it may be best at. `iou_` and the name of a class count too.
+# Other metrics that may select the best checkpoint, besides `iou_` followed by a class name.
 OTHER_METRICS = {
     "image-classification": ("mean_class_accuracy", "f1", "top5_accuracy", "accuracy_low", "accuracy_high", "loss"),
     "semantic-segmentation": ("mean_accuracy", "overall_accuracy", "loss"),
     "depth-estimation": ("rmse", "delta1", "delta2", "delta3", "loss"),
 }
-# Of any task; transformers takes everything that does not end in "loss" for better the higher it is.
+# Metrics of any task. transformers would assume that higher is better for every name that does not end in "loss".
 _LOWER_IS_BETTER = ("loss", "rmse", "abs_rel")
 
-# Rates that worked for ViT-Tiny to ViT-B on a few thousand images; a recipe names its own.
+# Learning rates that worked for ViT-Tiny to ViT-B on a few thousand images; recipes set their own.
 _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
 
 
@@ -39,156 +39,191 @@ def _field(default: Any, help_text: str, *aliases: str) -> Any:
 
 @dataclass
 class FinetuningArguments(TrainingArguments):
-    """Arguments of a fine-tuning run, on top of those of `transformers.TrainingArguments`.
+    """Arguments of a fine-tuning run, in addition to those of `transformers.TrainingArguments`.
 
-    Shares lie in [0, 1]. `learning_rate` left out depends on the mode; `metric_for_best_model` on the task.
+    Shares and probabilities lie in [0, 1]. The default of `learning_rate` depends on the mode, that of
+    `metric_for_best_model` on the task.
     """
 
     # Task, model
-    task: str = _field("image-classification", f"What to learn: {', '.join(TASKS)}.")
+    task: str = _field("image-classification", f"Task to train for: {', '.join(TASKS)}.")
     model_name_or_path: str | None = _field(
         None,
-        "RegViT, run folder of `regvit pretrain` or its backbone/, or any ViT that `regvit convert` reads: folder, "
-        "weights file or Hub id. Without it a model of size --preset starts from scratch.",
+        "Model to start from: a RegViT, a run folder of `regvit pretrain` or its backbone/, or any ViT that "
+        "`regvit convert` reads, as a folder, weights file or Hub id. Without it, a model of size --preset is trained "
+        "from scratch.",
         "--model",
     )
     preset: str | None = _field(
-        None, "Size of a model from scratch: tiny, small, base, large or giant. Not together with a model."
+        None, "Size of a model trained from scratch: tiny, small, base, large or giant. Excludes --model_name_or_path."
     )
-    patch_size: int = _field(16, "Side of a patch in pixels, from scratch only.")
-    layerscale_value: float = _field(1e-4, "Initial LayerScale gain, from scratch only. DeiT-III: 1e-4.")
+    patch_size: int = _field(16, "Side of a patch in pixels, only for a model from scratch.")
+    layerscale_value: float = _field(1e-4, "Initial LayerScale gain, only for a model from scratch. DeiT-III: 1e-4.")
     num_register_tokens: int | None = _field(
         None,
-        "Registers to add to a model that has none; they are trained in every mode. Default: those of the model, from "
-        "scratch 4.",
+        "Number of registers to add to a model without registers; they are trained in every mode. Default: the number "
+        "of the model, or 4 from scratch.",
     )
     image_size: int | None = _field(
-        None, "Side of the square images in pixels, a multiple of the patch. Default: as the model's processor does."
+        None,
+        "Side of the square images in pixels, a multiple of the patch size. Default: that of the image processor.",
     )
     pooling: str | None = _field(
-        None, "What the classifier reads: cls, mean_patch or cls_mean_patch. Default: the model's configuration."
+        None, "Input of the classifier: cls, mean_patch or cls_mean_patch. Default: the model's configuration."
     )
 
-    # What is trained
-    mode: str = _field("full", "What is trained: everything (full), low-rank updates (lora) or the head (linear).")
+    # Trained parameters
+    mode: str = _field(
+        "full",
+        "Parameters to train: all (full), low-rank updates and the head (lora), or the head only (linear).",
+    )
     lora_r: int = _field(8, "Rank of the low-rank updates.")
-    lora_alpha: float = _field(16.0, "Scale of the updates times the rank.")
-    lora_dropout: float = _field(0.0, "Share of the inputs of an update that is dropped.")
+    lora_alpha: float = _field(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
+    lora_dropout: float = _field(0.0, "Dropout probability of the inputs of the low-rank updates.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["qkv", "o_proj"],
-        metadata={"help": "Linear layers that get updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj."},
+        metadata={
+            "help": "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj."
+        },
     )
-    layer_decay: float = _field(1.0, "Factor on the learning rate for every block further from the head. BEiT: 0.65.")
-    head_learning_rate_multiplier: float = _field(1.0, "Factor on the learning rate of the head.")
-    drop_path_rate: float = _field(0.0, "Share of dropped residual branches, per image, rising linearly with depth.")
+    layer_decay: float = _field(1.0, "Learning rate factor for each block further from the head. BEiT: 0.65.")
+    head_learning_rate_multiplier: float = _field(1.0, "Learning rate factor of the head.")
+    drop_path_rate: float = _field(0.0, "Drop path rate of the last block, per image; it rises linearly with depth.")
 
     # Data
     data: str | None = _field(
         None,
-        "Image folder, parquet file or folder, tar file, Hub data set, 'digits' or 'photos'; a validation part beside "
-        "the training part is used, otherwise one is held out. Segmentation, depth: with a column of maps, or images/ "
-        "beside masks/ or depth/.",
+        "Labeled images: image folder, parquet file or folder, tar file, Hub data set, 'digits' or 'photos'. An "
+        "existing validation split is used; otherwise one is held out. Segmentation and depth need a column of maps, "
+        "or images/ beside masks/ or depth/.",
         "--dataset_name",
     )
-    train_dir: str | None = _field(None, "Training images where the parts lie apart; a source like --data.")
-    validation_dir: str | None = _field(None, "Validation images; a source like --data, all of it is used.")
-    train_val_split: float = _field(0.15, "Share of every class held out where there is no validation part.")
-    max_train_samples: int | None = _field(None, "Only so many training images, drawn with the seed.")
-    max_eval_samples: int | None = _field(None, "Only so many validation images, drawn with the seed.")
+    train_dir: str | None = _field(None, "Training images stored separately; same formats as --data, in place of it.")
+    validation_dir: str | None = _field(None, "Validation images; same formats as --data. All images are used.")
+    train_val_split: float = _field(0.15, "Share of every class to hold out if there is no validation split.")
+    max_train_samples: int | None = _field(None, "Maximum number of training images, sampled with the seed.")
+    max_eval_samples: int | None = _field(None, "Maximum number of validation images, sampled with the seed.")
     image_column: str | None = _field(
-        None, "Column with the images; default: the only one, or 'image'.", "--image_column_name"
+        None, "Column with the images. Default: the only image column, or 'image'.", "--image_column_name"
     )
     label_column: str | None = _field(
         None,
-        "Column with the class numbers, masks or depth maps; default: 'label' where it holds some, else the only "
-        "other column of pictures, 'mask' or 'depth'.",
+        "Column with the labels, masks or depth maps. Default: 'label' if it holds them; otherwise, for maps, the "
+        "only other image column, 'mask' or 'depth'.",
         "--label_column_name",
     )
     class_names: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Segmentation: names by stored value, in order from 0, or one JSON file with a list or a mapping. "
-            "Default: classes.json or id2label.json in the folder, else the values themselves."
+            "help": "Segmentation: class names in the order of the stored values from 0, or one JSON file with a list "
+            "or a mapping. Default: classes.json or id2label.json in the folder, otherwise the values themselves."
         },
     )
     ignore_values: list[int] | None = field(
         default=None,
-        metadata={"help": "Segmentation: stored values of pixels that do not count. Default: 255."},
+        metadata={"help": "Segmentation: stored mask values to ignore. Default: 255."},
     )
     do_reduce_labels: bool = _field(
-        False, "Segmentation: 0 does not count, and the first class is stored as 1 (ADE20k)."
+        False, "Segmentation: whether 0 is ignored and the first class is stored as 1 (ADE20k)."
     )
     depth_scale: float | None = _field(
-        None, "Depth: metres of one stored unit. Default: 0.001 for whole numbers, 1 for fractions."
+        None, "Depth: meters per stored unit. Default: 0.001 for integers, 1 for floating-point values."
     )
-    max_depth: float = _field(10.0, "Depth: largest depth in metres; what lies farther is not measured.")
+    max_depth: float = _field(10.0, "Depth: maximum depth in meters; pixels beyond it are ignored.")
     head_layers: list[int] | None = field(
         default=None,
-        metadata={"help": "Segmentation, depth: blocks that the head reads, from 0 or negative. Default: the last."},
+        metadata={
+            "help": "Segmentation, depth: blocks that the head reads, counted from 0, or negative. Default: the last."
+        },
     )
-    ignore_extra_classes: bool = _field(False, "Leave out validation images of classes without training images.")
+    ignore_extra_classes: bool = _field(
+        False, "Whether to ignore validation images (or pixels) of classes that have no training images (or pixels)."
+    )
     max_bad_share: float = _field(
-        0.01, "Stop when more than this share of the images seen cannot be used; they are in bad_images.jsonl."
+        0.01, "Maximum share of unusable images before the run stops; they are listed in bad_images.jsonl."
     )
 
     # Augmentation and loss
     augmentation: str = _field(
         "crop",
-        "Of training images: none (as in evaluation), crop (random resized crop, mirrored), randaugment, or "
-        "three_augment (DeiT-III: grayscale, solarize or blur).",
+        "Augmentation of training images: none (as in evaluation), crop (random resized crop and horizontal flip), "
+        "randaugment, or three_augment (DeiT-III: grayscale, solarize or blur).",
     )
     crop_scale: list[float] = field(
         default_factory=lambda: [0.35, 1.0],
-        metadata={"help": "Smallest and largest area share of a training crop. ImageNet recipes: 0.08 1.0."},
+        metadata={"help": "Minimum and maximum area of a training crop as a share. ImageNet recipes: 0.08 1.0."},
     )
-    flip_probability: float = _field(0.5, "Share of training images that are mirrored; 0 where left and right matter.")
-    color_jitter: float = _field(0.0, "Largest relative change of brightness, contrast and saturation. DeiT-III: 0.3.")
-    randaugment_num_ops: int = _field(2, "Operations per image of RandAugment.")
+    flip_probability: float = _field(0.5, "Probability of a horizontal flip; use 0 if left and right carry meaning.")
+    color_jitter: float = _field(0.0, "Maximum relative change of brightness, contrast and saturation. DeiT-III: 0.3.")
+    randaugment_num_ops: int = _field(2, "Number of RandAugment operations per image.")
     randaugment_magnitude: int = _field(9, "Strength of RandAugment, 0 to 30.")
-    random_erasing: float = _field(0.0, "Share of images from which a rectangle is erased. DeiT: 0.25.")
-    mixup_alpha: float = _field(0.0, "Mixup between images of a micro-batch; 0 for none. DeiT: 0.8.")
-    cutmix_alpha: float = _field(0.0, "CutMix between images of a micro-batch; 0 for none. DeiT: 1.0.")
-    mixup_probability: float = _field(1.0, "Share of micro-batches that mixup or CutMix, drawn evenly, changes.")
-    repeated_augmentation: int = _field(
-        1, "Times each image comes in a row, differently augmented; an epoch then has that much fewer images. DeiT: 3."
+    random_erasing: float = _field(0.0, "Probability of erasing a random rectangle of an image. DeiT: 0.25.")
+    mixup_alpha: float = _field(0.0, "Alpha of mixup within a micro-batch; 0 disables it. DeiT: 0.8.")
+    cutmix_alpha: float = _field(0.0, "Alpha of CutMix within a micro-batch; 0 disables it. DeiT: 1.0.")
+    mixup_probability: float = _field(
+        1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely if both are enabled."
     )
-    loss: str = _field("cross_entropy", "Of a classifier: cross_entropy, or bce, one yes-no question per class.")
+    repeated_augmentation: int = _field(
+        1,
+        "Number of consecutive, differently augmented copies of each image; an epoch then covers that many times "
+        "fewer images. DeiT: 3.",
+    )
+    loss: str = _field(
+        "cross_entropy", "Loss of a classifier: cross_entropy, or bce (binary cross-entropy per class)."
+    )
     class_weights: list[str] | None = field(
         default=None,
-        metadata={"help": "'balanced' (inverse to the number of images), or one weight per class, in their order."},
+        metadata={
+            "help": "Class weights: 'balanced' (inverse to the number of images or pixels), or one number per class, "
+            "in class order."
+        },
     )
 
     # Stopping, resuming
-    early_stopping_patience: int = _field(0, "Evaluations without a better metric before the run stops; 0 for never.")
-    early_stopping_threshold: float = _field(0.0, "What counts as better, in units of the metric.")
+    early_stopping_patience: int = _field(0, "Evaluations without improvement before the run stops; 0 disables it.")
+    early_stopping_threshold: float = _field(0.0, "Minimum improvement that counts, in units of the metric.")
     allow_batch_change: bool = _field(
-        False, "Resume although the images per step differ from the checkpoint's: other steps than the unbroken run's."
+        False,
+        "Whether to resume with a different number of images per step than the checkpoint. The steps then differ from "
+        "those of an uninterrupted run.",
     )
-    allow_data_change: bool = _field(False, "Resume although the list of images differs from the checkpoint's.")
+    allow_data_change: bool = _field(False, "Whether to resume with a different list of images than the checkpoint.")
 
-    # Defaults of Trainer that fine-tuning needs otherwise
-    learning_rate: float | None = _field(None, "Peak of the schedule. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
-    weight_decay: float = _field(0.05, "Decay of matrices; biases, norms, gains, tokens and positions have none.")
-    lr_scheduler_type: str = _field("cosine", "Schedule of the learning rate, as in transformers.")
-    warmup_steps: float = _field(0.1, "Steps of linear warm-up; below 1 a share of the run.")
-    max_grad_norm: float = _field(1.0, "Gradients are clipped to this norm.")
-    per_device_train_batch_size: int = _field(32, "Images per process and micro-batch.")
-    per_device_eval_batch_size: int = _field(64, "Images per process in evaluation.")
-    num_train_epochs: float = _field(5.0, "Passes over the training images.")
-    eval_strategy: str = _field("epoch", "When to evaluate: epoch, steps or no.")
-    save_strategy: str = _field("epoch", "When to write checkpoints: epoch, steps, best or no.")
-    save_total_limit: int | None = _field(2, "Checkpoints to keep, besides the best one.")
-    load_best_model_at_end: bool = _field(True, "The result is the best checkpoint, not the last.")
-    restore_callback_states_from_checkpoint: bool = _field(True, "A resumed run knows how long it has waited already.")
-    logging_steps: float = _field(10, "Steps between log lines.")
-    logging_nan_inf_filter: bool = _field(False, "Trainer hides NaN losses by default; a run stops at them.")
-    remove_unused_columns: bool = _field(False, "The data sets make exactly what the model takes.")
-    dataloader_pin_memory: bool = _field(False, "Pinning needs an accelerator.")
-    dataloader_timeout: int = _field(
-        600, "Seconds to wait for a batch from a worker before it counts as hung and is started again, once."
+    # Arguments of Trainer with other defaults for fine-tuning
+    learning_rate: float | None = _field(None, "Peak learning rate. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
+    weight_decay: float = _field(
+        0.05, "Weight decay of matrices; biases, norms, gains, tokens and positions have none."
     )
-    ddp_find_unused_parameters: bool | None = _field(False, "Every trained parameter gets a gradient in every step.")
-    hub_strategy: str = _field("end", "When to push: end (the finished folder only), every_save, checkpoint, ...")
+    lr_scheduler_type: str = _field("cosine", "Learning rate schedule, as in transformers.")
+    warmup_steps: float = _field(0.1, "Number of linear warm-up steps; a value below 1 is a share of the run.")
+    max_grad_norm: float = _field(1.0, "Maximum gradient norm for clipping.")
+    per_device_train_batch_size: int = _field(32, "Number of training images per process and micro-batch.")
+    per_device_eval_batch_size: int = _field(64, "Number of evaluation images per process and batch.")
+    num_train_epochs: float = _field(5.0, "Number of passes over the training images.")
+    eval_strategy: str = _field("epoch", "When to evaluate: epoch, steps or no.")
+    save_strategy: str = _field("epoch", "When to save checkpoints: epoch, steps, best or no.")
+    save_total_limit: int | None = _field(2, "Maximum number of checkpoints to keep; the best one is always kept.")
+    load_best_model_at_end: bool = _field(True, "Whether the result is the best checkpoint instead of the last.")
+    restore_callback_states_from_checkpoint: bool = _field(
+        True, "Whether a resumed run restores the counters of early stopping."
+    )
+    logging_steps: float = _field(10, "Number of steps between log lines.")
+    logging_nan_inf_filter: bool = _field(
+        False, "Whether to hide NaN losses from the log. Off here, because a run stops at them."
+    )
+    remove_unused_columns: bool = _field(
+        False, "Whether to drop columns that the model does not take. Off here, because the data sets have none."
+    )
+    dataloader_pin_memory: bool = _field(
+        False, "Whether to pin memory in data loaders; useful with an accelerator only."
+    )
+    dataloader_timeout: int = _field(
+        600, "Seconds to wait for a batch before the data loader workers count as hung and are restarted, once."
+    )
+    ddp_find_unused_parameters: bool | None = _field(
+        False, "Whether DDP searches for unused parameters. Off here, because every trained parameter gets a gradient."
+    )
+    hub_strategy: str = _field("end", "When to push: end (only the finished folder), every_save, checkpoint, ...")
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -198,18 +233,19 @@ class FinetuningArguments(TrainingArguments):
             ("loss", self.loss, LOSSES),
         ):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(known)}.")
+                raise ValueError(f"{name} is {value!r}. Choose from {', '.join(known)}.")
         if self.learning_rate is None:
             self.learning_rate = _LEARNING_RATES[self.mode]
         if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
             if self.early_stopping_patience:
-                raise ValueError("early_stopping_patience needs evaluations; set --eval_strategy epoch or steps.")
-            self.load_best_model_at_end = False  # without evaluations nothing is best
+                raise ValueError("early_stopping_patience requires evaluations. Set --eval_strategy epoch or steps.")
+            self.load_best_model_at_end = False  # without evaluations there is no best checkpoint
         evaluated, saved = (str(getattr(s, "value", s)) for s in (self.eval_strategy, self.save_strategy))
         if self.load_best_model_at_end and saved not in (evaluated, "best"):
             raise ValueError(
-                f"eval_strategy is '{evaluated}' and save_strategy '{saved}': what is judged has to be saved. Give "
-                f"--save_strategy {evaluated} as well, or --load_best_model_at_end false for the last model."
+                f"eval_strategy is '{evaluated}' and save_strategy is '{saved}', but the best checkpoint can only be "
+                f"loaded if every evaluated model is saved. Set --save_strategy {evaluated}, or "
+                "--load_best_model_at_end false to keep the last model."
             )
         if self.metric_for_best_model is None:
             self.metric_for_best_model, self.greater_is_better = METRICS[self.task]
@@ -223,33 +259,34 @@ class FinetuningArguments(TrainingArguments):
     def _check_ranges(self) -> None:
         low, high = (*self.crop_scale, 0.0, 0.0)[:2]
         if len(self.crop_scale) != 2 or not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {self.crop_scale}; expected two shares in (0, 1], the smaller one first.")
+            raise ValueError(f"crop_scale is {self.crop_scale}. Give two shares in (0, 1], the smaller one first.")
         for name in ("flip_probability", "random_erasing", "mixup_probability", "label_smoothing_factor"):
             if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a share between 0 and 1.")
+                raise ValueError(f"{name} is {getattr(self, name)}. Give a value between 0 and 1.")
         if not 0 < self.train_val_split < 1:
-            raise ValueError(f"train_val_split is {self.train_val_split}; expected a share between 0 and 1, as 0.15.")
+            raise ValueError(f"train_val_split is {self.train_val_split}. Give a share between 0 and 1, such as 0.15.")
         if self.repeated_augmentation < 1 or self.lora_r < 1:
             raise ValueError(
-                f"repeated_augmentation is {self.repeated_augmentation} and lora_r {self.lora_r}; expected at least 1."
+                f"repeated_augmentation is {self.repeated_augmentation} and lora_r is {self.lora_r}. Both must be at "
+                "least 1."
             )
         if self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}; expected a number above 0, 1e9 for no clipping.")
+            raise ValueError(f"max_grad_norm is {self.max_grad_norm}. Give a number above 0; 1e9 disables clipping.")
         if self.model_name_or_path is not None and self.preset is not None:
             raise ValueError(
-                f"model_name_or_path is '{self.model_name_or_path}' and preset '{self.preset}'; a preset is for a "
-                "model from scratch. Leave one of them out."
+                f"model_name_or_path is '{self.model_name_or_path}' and preset is '{self.preset}', but a preset is "
+                "only for a model from scratch. Leave one of them out."
             )
         if self.data is not None and self.train_dir is not None:
-            raise ValueError(f"data is '{self.data}' and train_dir '{self.train_dir}'; expected one of them.")
+            raise ValueError(f"data is '{self.data}' and train_dir is '{self.train_dir}'. Give only one of them.")
 
     @property
     def images_per_step(self) -> int:
-        """Images per optimizer step over all processes."""
+        """Return the number of images per optimizer step over all processes."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def resolved(self) -> dict[str, Any]:
-        """Every fine-tuning argument, and those of Trainer that differ from its defaults, as plain values for YAML."""
+        """Return all fine-tuning arguments and the non-default arguments of Trainer as plain values for YAML."""
         own = set(FinetuningArguments.__annotations__)
         recipe = {}
         for item in dataclasses.fields(self):

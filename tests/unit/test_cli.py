@@ -213,8 +213,8 @@ def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch
         (["finetune", "--model", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["pretrain", "--init_from", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["finetune", "--model", "x", "--data", "digits", "--use_cpu", "--eval_strategy", "steps"],
-         "eval_strategy is 'steps' and save_strategy 'epoch': what is judged has to be saved. Give --save_strategy "
-         "steps as well"),
+         "eval_strategy is 'steps' and save_strategy is 'epoch', but the best checkpoint can only be loaded if every "
+         "evaluated model is saved. Set --save_strategy steps, or"),
     ],
 )  # fmt: skip
 def test_what_is_not_there_or_does_not_fit_is_told_in_our_words(args, words, tmp_path, capsys) -> None:

@@ -264,7 +264,7 @@ def test_models_without_cls_read_the_mean_patch(data):
     config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     siglip = SiglipVisionModel(SiglipVisionConfig(**config, image_size=32, patch_size=8)).eval()
     report = evaluate(siglip, data, tasks=["knn"])
-    assert "no CLS: tasks on whole images read its mean patch" in report.notes[0]
+    assert "no CLS token, so tasks on whole images use the mean of its patch tokens" in report.notes[0]
     patches = [extract_features(siglip, load_images(data, split=part), processor=PROCESSOR).patches.mean(1)
                for part in ("train", "validation")]  # fmt: skip
     labels = [torch.tensor(load_images(data, split=part).labels) for part in ("train", "validation")]

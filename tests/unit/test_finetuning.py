@@ -806,12 +806,12 @@ def test_from_scratch_and_nothing_to_start_from(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "all"}, "mode is 'all'; expected one of full, lora, linear"),
+        ({"mode": "all"}, r"mode is 'all'\. Choose from full, lora, linear"),
         ({"task": "detection"}, "task is 'detection'"),
         ({"crop_scale": [0.5]}, "crop_scale"),
-        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "needs evaluations"),
-        ({"preset": "tiny", "model_name_or_path": "x"}, "a preset is for a model from scratch"),
-        ({"data": "a", "train_dir": "b"}, "expected one of them"),
+        ({"early_stopping_patience": 2, "eval_strategy": "no"}, "early_stopping_patience requires evaluations"),
+        ({"preset": "tiny", "model_name_or_path": "x"}, "a preset is only for a model from scratch"),
+        ({"data": "a", "train_dir": "b"}, "Give only one of them"),
         ({"max_grad_norm": 0.0}, "max_grad_norm"),
     ],
 )
