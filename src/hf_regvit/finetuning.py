@@ -1,18 +1,19 @@
-"""Fine-tuning of a RegViT, or of anything `convert` reads, on labelled images: `finetune(args)` is the whole job.
+"""Fine-tuning of a RegViT, or of any ViT that `convert` reads, on labeled images; the entry point is `finetune(args)`.
 
-This module knows no task. It opens the model, chooses what is trained (everything, low-rank updates, the head), runs
-`FinetuningTrainer` and writes the result folder. What differs between tasks is one class per task with the methods of
-`Task` below, found by the name that `--task` gives:
+This module is independent of the task. It opens the model, selects the parameters to train (all, low-rank updates, the
+head), runs `FinetuningTrainer` and writes the result folder. Each task is one class that implements the `Task`
+protocol, selected by `--task`. To add a task:
 
-1. Write the class in a module of its own (`classification.ImageClassification` is the pattern): its constructor reads
-   and checks the data before any model is loaded, `datasets(processor)` makes `TrainImages` and `EvaluationImages` of
+1. Write the class in a module of its own (see `classification.ImageClassification`). Its constructor reads and checks
+   the data before any model is loaded. Its method `datasets(processor)` builds `TrainImages` and `EvaluationImages` of
    `finetuning_data` from two callables that turn an image into `pixel_values` and `labels`.
-2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, its main metric to `finetuning_arguments.METRICS` and the
+2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, the main metric to `finetuning_arguments.METRICS` and the
    others to `OTHER_METRICS` there.
-3. New options are fields of `FinetuningArguments`; everything else (resuming, best model, several processes, LoRA,
-   registers, cards, pushing) comes with this module.
+3. Add new options as fields of `FinetuningArguments`. Everything else (resuming, best model, several processes, LoRA,
+   registers, cards, pushing) is provided by this module.
 
-The loss of a training batch has to be a mean over its images (or pixels): Trainer divides it by the micro-batches.
+The loss of a training batch must be a mean over its images (or pixels), because Trainer divides it by the number of
+micro-batches.
 """
 
 import copy
@@ -49,14 +50,14 @@ __all__ = ["FinetuningArguments", "FinetuningTrainer", "Task", "finetune"]
 
 logger = logging.getLogger(__name__)
 
-# Where the class of each task is; imported when it is asked for.
+# Module and class of each task, imported on demand.
 _TASKS = {
     "image-classification": ("classification", "ImageClassification"),
     "semantic-segmentation": ("finetuning_dense", "SemanticSegmentation"),
     "depth-estimation": ("finetuning_dense", "DepthEstimation"),
 }
 
-_SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # of the evaluation, not of the model
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # these describe the evaluation, not the model
 _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
 
 
@@ -64,13 +65,13 @@ _TOKENS = ("position_embeddings", "cls_token", "register_tokens", "mask_token")
 
 
 class _RunRules(TrainerCallback):
-    """What makes a run repeatable: the sampler's epoch, and the draws of drop path as a function of the step."""
+    """Callback for reproducible runs: sets the sampler's epoch and seeds the random draws of drop path per step."""
 
     def __init__(self, sampler: TrainSampler) -> None:
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        # Trainer and accelerate do not reach the sampler of a loader that skips the beginning of an epoch.
+        # Trainer and accelerate do not set the epoch of the sampler if the loader skips the beginning of an epoch.
         self.sampler.set_epoch(int(state.epoch or 0))
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -82,7 +83,7 @@ class _RunRules(TrainerCallback):
 
 
 class _Progress(TrainingProgress):
-    """The progress bar, with the metric of the last evaluation behind it."""
+    """Progress bar that also shows the metric of the last evaluation."""
 
     def __init__(self, metric: str) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ class _Progress(TrainingProgress):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Keeps the metric until the next evaluation."""
+        """Store the metric of an evaluation until the next one."""
         value = (logs or {}).get(f"eval_{self.metric}")
         if value is not None:
             self._shown[self.metric] = f"{value:.4f}"
@@ -105,7 +106,7 @@ class _Progress(TrainingProgress):
 
 @dataclass
 class _Batches:
-    """Where the batches of an epoch come from: Trainer's iterator, or the one that took its place."""
+    """Source of the batches of an epoch: Trainer's iterator, or its replacement after a worker failure."""
 
     of_epoch: Any
     source: Iterator[dict[str, Tensor]]
@@ -113,14 +114,14 @@ class _Batches:
 
 
 class FinetuningTrainer(CheckpointedTrainer):
-    """`transformers.Trainer` for a `Task`: atomic checkpoints, exact resuming, loss and metrics of the task.
+    """`transformers.Trainer` for a `Task`, with atomic checkpoints, exact resuming, and the task's loss and metrics.
 
     Args:
-        model: to train; parameters that stand still have `requires_grad=False`.
-        args: of the run.
-        task: what to learn.
-        processor: the image processor that the result will be saved with.
-        callbacks: observers.
+        model: Model to train; frozen parameters have `requires_grad=False`.
+        args: Arguments of the run.
+        task: Task with its data, loss and metrics.
+        processor: Image processor that is saved with the result.
+        callbacks: Additional trainer callbacks.
     """
 
     args: FinetuningArguments
@@ -136,7 +137,8 @@ class FinetuningTrainer(CheckpointedTrainer):
     ) -> None:
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process: start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one."
+                f"This process sees {args.n_gpu} GPUs, but one GPU per process is required. Start with `accelerate "
+                "launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self.task, self.processor, self.evaluations = task, processor, 0
         self._batches: _Batches | None = None
@@ -172,13 +174,13 @@ class FinetuningTrainer(CheckpointedTrainer):
         return self.task.compute_metrics() if compute_result else {}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        """Trainer's, with the metrics of the task."""
+        """Evaluate as Trainer does, with the metrics of the task."""
         self.task.start_metrics()
         self.evaluations += 1
         return super().evaluate(*args, **kwargs)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Batches in the order of `TrainSampler`; every process takes its share."""
+        """Return a loader of batches in the order of `TrainSampler`, distributed over the processes."""
         return self._data_loader(self._sampler)
 
     def _data_loader(self, sampler: TrainSampler) -> DataLoader:
@@ -199,10 +201,10 @@ class FinetuningTrainer(CheckpointedTrainer):
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Trainer's, with a second chance for workers that hang or die.
+        """Return the batches of one step, and restart data loader workers once if they hang or die.
 
         Raises:
-            RuntimeError: a worker hangs or dies a second time; names the images it may have been reading.
+            RuntimeError: A worker hangs or dies a second time; the error names the images it may have been reading.
         """
         if self._batches is None or self._batches.of_epoch is not epoch_iterator:
             self._batches = _Batches(epoch_iterator, epoch_iterator)
@@ -221,23 +223,25 @@ class FinetuningTrainer(CheckpointedTrainer):
                 # The loader reads one batch ahead.
                 names = ", ".join(str(self.task.train.ids[index]) for _, index, _ in itertools.islice(rest, 2 * size))
                 if self._batches.failed:
-                    error.add_note(f"It happened twice. One of these images was being read: {names}.")
+                    error.add_note(f"This happened twice. A worker was reading one of these images: {names}.")
                     raise
-                logger.warning("%s Workers are started again. Being read was one of: %s.", error, names)
+                logger.warning(
+                    "%s The workers are restarted. A worker was reading one of these images: %s.", error, names
+                )
                 loader = self._data_loader(rest)
                 cast(Any, loader).set_epoch(rest.epoch)  # accelerate's loader counts epochs itself, from 0
                 self._batches = _Batches(epoch_iterator, iter(loader), failed=True)
         return batches, None
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """One parameter group per pair of multipliers; the scheduler scales the rate of each."""
+        """Create the optimizer with one parameter group per pair of multipliers; the schedule scales each rate."""
         if self.optimizer is None:
             optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
             self.optimizer = optimizer_class(optimizer_groups(self.model, self.args), **options)
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
-        # Trainer logs the first group, which has the smallest rate under layer-wise decay.
+        # Trainer would log the first group, which has the smallest rate under layer-wise decay.
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def compute_loss(
@@ -247,7 +251,7 @@ class FinetuningTrainer(CheckpointedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The task's loss; whether it is finite, `FiniteGuard` asks once per step for all processes."""
+        """Return the task's loss; `FiniteGuard` checks once per step over all processes that it is finite."""
         batch = without_ids(inputs)
         loss, outputs = self.task.loss(model, batch, training=self.model.training)
         if self.model.training:
@@ -260,54 +264,56 @@ class FinetuningTrainer(CheckpointedTrainer):
         return norm
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with an error that helps where the memory does not suffice.
+        """Train as Trainer does, with a detailed error when memory runs out.
 
         Raises:
-            NonFiniteError: a loss or gradient that is NaN or infinite.
-            torch.OutOfMemoryError: with the measured peak and what to change.
+            NonFiniteError: A loss or gradient is NaN or infinite.
+            torch.OutOfMemoryError: Memory ran out; the error states the measured peak and options that reduce it.
         """
         try:
             return super().train(*args, **kwargs)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, self.args, step=self.state.global_step) from error
 
-    # What pushes publish: the merged model, as at the end of the run.
+    # Pushes publish the merged model, as at the end of the run.
 
     def hub_model(self, state: Mapping[str, Tensor]) -> nn.Module:
-        """The model of a checkpoint without peft."""
+        """Return the model of a checkpoint with low-rank updates merged, so that it loads without peft."""
         return _whole_model(state, self.model, self.task, self.args)
 
     def hub_processor(self) -> Any:
-        """The image processor of the result."""
+        """Return the image processor of the result."""
         return self.processor
 
     def hub_facts(self) -> dict[str, Any]:
-        """The recipe."""
+        """Return the recipe for the model card."""
         return finetuning_facts(public_recipe(self.args.resolved()))
 
-    # The best model.
+    # Best model
 
     def _load_best_model(self) -> None:
-        """Reads the best checkpoint as a resumed run would: verified, every tensor, on every process.
+        """Load the best checkpoint as a resumed run would: verified, with every tensor, on every process.
 
-        Trainer's own way leaves tensors out with a line in the log, and only process 0 knows where the folder is.
+        Trainer's own implementation only logs missing tensors, and only process 0 knows the folder.
         """
         from .checkpoints import _from_first
 
         folder = Path(_from_first(self.state.best_model_checkpoint))
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"the best checkpoint, of step {self.state.best_global_step}, could not be written to {folder}. The "
-                "last one is in the run folder: resume from it, or free some space and run again."
+                f"The best checkpoint, of step {self.state.best_global_step}, could not be written to {folder}. "
+                "Resume from the last checkpoint in the run folder, or free disk space and run again."
             )
-        logger.info("The result is %s, %s %.4g.", folder.name, self.args.metric_for_best_model, self.state.best_metric)
-        verify_checkpoint(folder, required=(WEIGHTS, STATE))  # with save_only_model there is no optimizer
+        logger.info(
+            "The result is %s with %s %.4g.", folder.name, self.args.metric_for_best_model, self.state.best_metric
+        )
+        verify_checkpoint(folder, required=(WEIGHTS, STATE))  # save_only_model leaves no optimizer state
         self._load_from_checkpoint(str(folder), self.model)
 
-    # Resuming.
+    # Resuming
 
     def resume_state(self) -> dict[str, Any]:
-        """Recipe, size of a step, fingerprints of both parts, versions."""
+        """Return the recipe, the images per step, the fingerprints of both splits, and package versions."""
         parts = {"train": self.task.train, "validation": self.task.validation}
         return {
             "images_per_step": self.args.images_per_step,
@@ -317,10 +323,11 @@ class FinetuningTrainer(CheckpointedTrainer):
         }
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
-        """Logs what differs from the run that wrote a checkpoint, and refuses what changes its images or tensors.
+        """Log differences from the run that wrote a checkpoint, and reject those that change its images or tensors.
 
         Raises:
-            ValueError: another task or mode, other images per step or other images, unless allowed.
+            ValueError: The task, the mode or the LoRA options differ, or the images or images per step differ without
+                the option that allows it.
         """
         now = self.resume_state()
         for part, unimportant in (("recipe", {"output_dir", "resume_from_checkpoint"}), ("packages", set())):
@@ -328,28 +335,29 @@ class FinetuningTrainer(CheckpointedTrainer):
             for name in sorted(({*old, *new}) - unimportant):
                 if old.get(name) != new.get(name):
                     logger.warning(
-                        "Changed since the checkpoint: %s is %s, was %s.", name, new.get(name), old.get(name)
+                        "Changed since the checkpoint: %s is now %s (was %s).", name, new.get(name), old.get(name)
                     )
         for name in ("task", "mode", "lora_r", "lora_target_modules"):
             if name in saved.get("recipe", {}) and saved["recipe"][name] != now["recipe"][name]:
                 raise ValueError(
-                    f"{name} is {now['recipe'][name]}, the checkpoint was written with {saved['recipe'][name]}: it "
-                    "holds other tensors. Set it back, or start from the model that the earlier run wrote."
+                    f"{name} is {now['recipe'][name]}, but the checkpoint was written with {saved['recipe'][name]} "
+                    "and holds other tensors. Restore the old value, or start from the model of the earlier run."
                 )
-        for part, facts in saved.get("data", {}).items():  # a checkpoint of an earlier release knows fewer of them
+        for part, facts in saved.get("data", {}).items():  # earlier releases saved fewer facts
             now["data"][part] = {key: now["data"].get(part, {}).get(key) for key in facts}
         for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
             if name in saved and saved[name] != now[name] and not getattr(self.args, option):
                 raise ValueError(
-                    f"{name} is {now[name]}, the checkpoint was written with {saved[name]}. The run would see other "
-                    f"images per step than the unbroken one. Set it back, or accept that with --{option}."
+                    f"{name} is {now[name]}, but the checkpoint was written with {saved[name]}. The resumed run would "
+                    "not see the same images per step as an uninterrupted one. Restore the old value, or allow this "
+                    f"with --{option}."
                 )
 
 
 def optimizer_groups(model: nn.Module, args: FinetuningArguments) -> list[dict[str, Any]]:
-    """Parameters that are trained, grouped by their rates; matrices decay, everything else does not.
+    """Group the trained parameters by learning rate and weight decay; only matrices decay.
 
-    Source: layer-wise decay as in BEiT (arXiv 2106.08254); which parameters decay as in timm and DeiT.
+    Source: layer-wise decay as in BEiT (arXiv 2106.08254); choice of decayed parameters as in timm and DeiT.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     renamed = {name.replace("regvit.", "backbone.", 1): name for name in trained}
@@ -381,30 +389,30 @@ def finetune(
     task: Task | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> nn.Module:
-    """Fine-tune a model and leave a folder that `transformers.pipeline` loads.
+    """Fine-tune a model and write a folder that `transformers.pipeline` can load.
 
-    `output_dir` holds the model with its image processor, code files and card, `metrics.json`, `metrics.jsonl`,
-    `curves.png`, pictures of the task, `resolved_recipe.yaml`, `environment.json` and checkpoints.
+    `output_dir` receives the model with its image processor, code files and card, `metrics.json`, `metrics.jsonl`,
+    `curves.png`, figures of the task, `resolved_recipe.yaml`, `environment.json` and checkpoints.
 
     Args:
-        args: of the run.
-        model: a RegViT of any class (left as it is), or a configuration to start from scratch; default: what `args`
-            names.
-        task: an instance with data of its own; default: made from `args`.
-        callbacks: observers of the run.
+        args: Arguments of the run.
+        model: RegViT of any class (not modified), or a configuration to start from scratch. Default: the model that
+            `args` names.
+        task: Task instance with its own data. Default: created from `args`.
+        callbacks: Additional trainer callbacks.
 
     Returns:
-        The best model of the run (the last one without evaluations), in eval mode, updates merged.
+        The best model of the run (the last one without evaluations), in eval mode, with low-rank updates merged.
 
     Raises:
-        ValueError: data or labels that cannot be used (named), or arguments that do not fit together.
-        NonFiniteError: a loss or gradient that is NaN or infinite.
-        TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+        ValueError: Data or labels cannot be used (the error names them), or arguments contradict each other.
+        NonFiniteError: A loss or gradient is NaN or infinite.
+        TrainingInterrupted: SIGTERM or SIGUSR1 was received; a checkpoint has been saved.
     """
     set_seed(args.seed)
     output = Path(cast(str, args.output_dir))
     if args.process_index == 0 and not args.resume_from_checkpoint:
-        (output / BAD_IMAGES).unlink(missing_ok=True)  # of an earlier run; its images may have been repaired
+        (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
     if task is None:
         task = _make_task(args)
     opened = open_for_task(args, task, model)
@@ -413,7 +421,7 @@ def finetune(
     if args.world_size > 1 and hasattr(task, "for_several_processes"):
         network = task.for_several_processes(network)
     if args.process_index == 0:
-        start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the model given")
+        start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
         logger.info("Starting from %s. %s", start, " ".join(changes))
     observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
     trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
@@ -431,23 +439,26 @@ def finetune(
     if trainer.is_world_process_zero():
         _write_folder(output, result, trainer, processor=processor, report=report)
     trainer.accelerator.wait_for_everyone()
-    trainer.push_result(output)  # by one process; the others need not wait for the Hub
+    trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
     return result
 
 
 def _make_task(args: FinetuningArguments) -> Task:
     if args.task not in _TASKS:
-        raise ValueError(f"task '{args.task}' is not here yet; expected one of {', '.join(_TASKS)}.")
+        raise ValueError(f"Unknown task '{args.task}'. Choose from {', '.join(_TASKS)}.")
     known, metric = (METRICS[args.task][0], *OTHER_METRICS[args.task]), str(args.metric_for_best_model)
     plain = metric.removeprefix("eval_")
-    if plain not in known and not plain.startswith("iou_"):  # Trainer would find out after an epoch
-        raise ValueError(f"metric_for_best_model is '{metric}'; task {args.task} has {', '.join(known)}.")
+    if plain not in known and not plain.startswith("iou_"):  # Trainer would fail only after an epoch
+        raise ValueError(
+            f"metric_for_best_model is '{metric}', which task {args.task} does not report. Choose from "
+            f"{', '.join(known)}."
+        )
     module, name = _TASKS[args.task]
     return getattr(import_module(f".{module}", __package__), name)(args)
 
 
 def _final_evaluation(trainer: FinetuningTrainer) -> dict[str, float]:
-    """Metrics of the result; the last evaluation, if it was of the same weights."""
+    """Return the metrics of the result; the last evaluation is reused if its weights were the same."""
     if trainer.task.validation is None or trainer.args.eval_strategy == "no":
         return {}
     state = trainer.state
@@ -459,12 +470,12 @@ def _final_evaluation(trainer: FinetuningTrainer) -> dict[str, float]:
 
 
 def _whole_state(trained: nn.Module) -> dict[str, Tensor]:
-    """Every tensor on the CPU of every process, gathered where FSDP2 has sharded it."""
+    """Return every tensor on the CPU of every process, gathered if FSDP2 has sharded it."""
     return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
 
 
 def _whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
-    """A plain model with the tensors of a trained one, low-rank updates merged."""
+    """Return a plain model with the tensors of a trained one, low-rank updates merged."""
     result = task.model_class(copy.deepcopy(cast(Any, trained).config))
     if args.mode == "lora":
         result = inject_lora(result, args)
@@ -475,7 +486,7 @@ def _whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, ar
 
 
 def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tuple[float, float]) -> dict[str, Any]:
-    """`metrics.json`."""
+    """Return the content of `metrics.json`."""
     args, task, state = trainer.args, trainer.task, trainer.state
     parameters = list(trainer.model.parameters())
     best = args.load_best_model_at_end and state.best_global_step
@@ -510,7 +521,7 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
 def _write_folder(
     output: Path, result: nn.Module, trainer: FinetuningTrainer, *, processor: Any, report: dict[str, Any]
 ) -> None:
-    """Everything that a person finds in the folder of a finished run."""
+    """Write model, processor, metrics, figures and card of a finished run."""
     task, args = trainer.task, trainer.args
     cast(Any, result).save_pretrained(output)
     processor.save_pretrained(output)
@@ -526,7 +537,7 @@ def _write_folder(
         **trainer.hub_names(),
     )
     minutes, unusable = report["seconds"] / 60, output / BAD_IMAGES
-    logger.info("Done in %.1f minutes. Model, card, curves and numbers are in %s.", minutes, output)
+    logger.info("Done in %.1f minutes. Model, card, curves and metrics are in %s.", minutes, output)
     if unusable.is_file():
         count = len(unusable.read_text(encoding="utf-8").splitlines())
-        logger.warning("%d images could not be used; %s names them.", count, unusable)
+        logger.warning("%d images could not be used; they are listed in %s.", count, unusable)

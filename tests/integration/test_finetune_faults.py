@@ -102,7 +102,7 @@ def test_f58_a_best_checkpoint_that_was_never_written_is_told(tmp_path, monkeypa
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("torch.save", full)
-    with pytest.raises(FileNotFoundError, match=r"the best checkpoint, of step \d, could not be written"):
+    with pytest.raises(FileNotFoundError, match=r"The best checkpoint, of step \d, could not be written"):
         run(tmp_path, **EVERY_TWO)
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -185,7 +185,7 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
     unbroken, _ = run(tmp_path / "a", **options)
     train = failing(tmp_path / "marks", how, 1)
     result, _ = run(tmp_path / "b", train=train, dataloader_num_workers=1, dataloader_timeout=3, **options)
-    assert "Workers are started again. Being read was one of: picture/" in caplog.text
+    assert "The workers are restarted. A worker was reading one of these images: picture/" in caplog.text
     assert same_state(unbroken.state_dict(), result.state_dict())
 
 
@@ -193,7 +193,7 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
 def test_f64_workers_that_fail_twice_end_the_run_and_the_pictures_are_named(tmp_path):
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         run(tmp_path / "a", train=failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=1, **OFTEN)
-    assert "It happened twice. One of these images was being read: " in "".join(failure.value.__notes__)
+    assert "This happened twice. A worker was reading one of these images: " in "".join(failure.value.__notes__)
     assert "picture/5" in "".join(failure.value.__notes__)
 
 

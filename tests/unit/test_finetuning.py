@@ -694,7 +694,7 @@ def test_f54_a_loss_that_is_not_finite_stops_before_its_step(tmp_path):
     ("change", "message"),
     [
         ({"per_device_train_batch_size": 4}, "images_per_step is 4.*--allow_batch_change"),
-        ({"mode": "linear"}, "mode is linear, the checkpoint was written with full"),
+        ({"mode": "linear"}, "mode is linear, but the checkpoint was written with full"),
     ],
 )
 def test_f63_resuming_with_other_images_or_tensors_is_refused(tmp_path, change, message):
@@ -838,7 +838,7 @@ def test_errors_are_better_the_lower_they_are(tmp_path, task, metric, greater):
 
 def test_an_unknown_metric_for_the_best_model_is_refused_before_anything_is_read(tmp_path):
     args = arguments(tmp_path / "run", data=str(tmp_path / "nothing"), metric_for_best_model="top1")
-    with pytest.raises(ValueError, match=r"metric_for_best_model is 'top1'; task image-classification has accuracy"):
+    with pytest.raises(ValueError, match=r"metric_for_best_model is 'top1', which task image-classification .* Choose from accuracy"):
         finetune(args, model=backbone())
 
 
