@@ -1,8 +1,8 @@
-"""Labelled images for fine-tuning: training and validation part, the order of a run, seeded draws, bad images.
+"""Labeled images for fine-tuning: training and validation splits, sampling order, seeded augmentation, bad images.
 
-Every draw of the augmentation is a function of (seed, epoch, image, repeat) alone, so neither the number of workers
-or processes nor a stop in the middle of an epoch changes a pixel. torchvision's transforms draw from torch's global
-generator; `draws` sets it for the time of one image and puts it back.
+The random numbers of the augmentation depend only on (seed, epoch, image, repeat), so neither the number of workers or
+processes nor an interruption within an epoch changes a pixel. torchvision's transforms use torch's global generator;
+`draws` seeds it for one image and restores it afterwards.
 """
 
 import contextlib
@@ -26,25 +26,26 @@ from .images import ImageRecord, ImageSource, MissingSplitError, load_images, st
 
 logger = logging.getLogger(__name__)
 
-BAD_IMAGES = "bad_images.jsonl"  # in the folder of a run
-IGNORED = -100  # the label of an image that takes no part in the metrics, as in torch's cross entropy
+BAD_IMAGES = "bad_images.jsonl"  # in the run folder
+IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross-entropy
 
-_SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds: they keep kinds of draws apart
+_SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds; they separate the random streams
 _REPLACEMENT_TRIES = 100
 
 
 class Task(Protocol):
-    """What `finetune` has to know about a task. Batches have `pixel_values` and `labels`, whatever these are.
+    """Interface of a task for `finetune`. Batches hold `pixel_values` and `labels`; the task defines the labels.
 
-    A task may also have `image_processor(processor, config)`, which returns another processor to train and save with,
-    and `for_several_processes(network)`, which returns the network as several processes have to train it.
+    A task may also define `image_processor(processor, config)`, which returns a different processor to train with and
+    to save, and `for_several_processes(network)`, which returns the network adapted to training with several
+    processes.
 
     Attributes:
-        name: as in `--task`.
-        model_class: with the backbone as `regvit`.
-        shown: metrics whose curves are drawn, without "eval_".
-        train: training images, for the fingerprint of a checkpoint.
-        validation: None where nothing is evaluated.
+        name: Task name, as in `--task`.
+        model_class: Model class with the backbone as attribute `regvit`.
+        shown: Metrics whose curves are plotted, without "eval_".
+        train: Training images; their fingerprint is saved in checkpoints.
+        validation: Validation images; None disables evaluation.
     """
 
     name: str
@@ -54,59 +55,59 @@ class Task(Protocol):
     validation: ImageSource | None
 
     def config_fields(self) -> dict[str, Any]:
-        """Fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
+        """Return fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
 
     def fits_head(self, config: RegViTConfig) -> bool:
-        """Whether the head of a model with this configuration can be taken over."""
+        """Return True if the head of a model with this configuration can be reused."""
 
     def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Training images, indexed by the keys of `TrainSampler`, and validation images in order."""
+        """Return training images, indexed by the keys of `TrainSampler`, and validation images in order."""
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """From training items to a batch; `finetuning_data.stack` unless images are mixed."""
+        """Return the function that collates training items; `finetuning_data.stack` unless images are mixed."""
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Loss and outputs (with `logits`, or only the prediction in its place) of one batch."""
+        """Return the loss and the outputs of one batch; in evaluation `logits` may hold the prediction instead."""
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The smallest form of the predictions that the metrics need, before they are gathered."""
+        """Reduce predictions to the smallest form that the metrics need, before they are gathered."""
 
     def start_metrics(self) -> None:
-        """Called before every evaluation."""
+        """Reset the metrics; called before every evaluation."""
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """One batch of all processes, as arrays."""
+        """Add one batch, gathered from all processes, as arrays."""
 
     def compute_metrics(self) -> dict[str, float]:
-        """Called after the last batch; the names get "eval_" in front."""
+        """Return the metrics after the last batch; Trainer prepends "eval_" to their names."""
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % intervals over the validation images of some metrics of the last evaluation."""
+        """Return 95 % confidence intervals over the validation images for metrics of the last evaluation."""
 
     def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """Pictures into the result folder, from the last evaluation; their titles by file name, for the card."""
+        """Write figures of the last evaluation to the result folder; return their titles by file name."""
 
     def describe(self) -> dict[str, str]:
-        """What the data hold, in words, for the card."""
+        """Return descriptions of the data for the card."""
 
     def protocol(self) -> tuple[str, str]:
-        """How a validation image is judged, and what the intervals are, in words."""
+        """Return descriptions of the evaluation protocol and of the intervals."""
 
 
 class LabelError(ValueError):
-    """Labels that a classifier cannot be trained with; the message names the classes or rows."""
+    """Labels that cannot be used to train a classifier; the message names the classes or rows."""
 
 
 def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
-    """(C,) weights whose mean over what is counted is 1, so that the learning rate keeps its meaning.
+    """Return (C,) class weights whose mean over the counts is 1, so that the learning rate keeps its meaning.
 
     Args:
         wanted: None, `["balanced"]` (inverse to the counts), or one number per class.
-        counts: (C,) training images or pixels of every class.
-        names: of the C classes.
+        counts: (C,) numbers of training images or pixels per class.
+        names: Names of the C classes.
 
     Raises:
-        LabelError: no balance, and not one number of at least 0 per class.
+        LabelError: `wanted` is neither "balanced" nor one finite, non-negative number per class.
     """
     if not wanted:
         return None
@@ -117,39 +118,41 @@ def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: 
         try:
             weights = np.array([float(value) for value in wanted])
         except ValueError as error:
-            raise LabelError(f"class_weights is {list(wanted)}; expected 'balanced' or numbers ({error}).") from error
+            raise LabelError(
+                f"class_weights is {list(wanted)}. Give 'balanced' or one number per class ({error})."
+            ) from error
         if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
             shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise LabelError(
-                f"class_weights are {len(weights)} numbers; expected {len(names)} that are finite, none negative and "
-                f"not all 0, one per class in this order: {shown}."
+                f"class_weights holds {len(weights)} numbers, but {len(names)} are needed, one per class in this "
+                f"order: {shown}. The numbers must be finite and not negative, and at least one must be above 0."
             )
     return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
 
 
-# ---- Parts -------------------------------------------------------------------------------------------------------
+# ---- Splits ------------------------------------------------------------------------------------------------------
 
 
 def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images as the arguments name them, before anything is held out.
+    """Load the training and validation images that the arguments name, before anything is held out.
 
     Returns:
-        The validation part is None where the sources have none.
+        The training images and the validation images; the latter are None if the sources have no validation split.
 
     Raises:
-        ValueError: no source is named.
-        FileNotFoundError: no such path or data set.
+        ValueError: No source is given.
+        FileNotFoundError: The path or data set does not exist.
     """
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
     if args.data is None and args.train_dir is None:
         raise ValueError(
-            "no images to train on. Give --data (a folder, parquet files, a Hub data set) or --train_dir."
+            "There are no images to train on. Give --data (a folder, parquet files, a Hub data set) or --train_dir."
         )
     if args.data is not None:
         try:
             train = load_images(args.data, split="train", **columns)
         except MissingSplitError as error:
-            raise MissingSplitError(f"{error} With --train_dir in place of --data all of it is trained on.") from error
+            raise MissingSplitError(f"{error} Use --train_dir instead of --data to train on all images.") from error
         if args.validation_dir is None:
             try:
                 return train, load_images(
@@ -167,36 +170,36 @@ def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | No
 def hold_out(
     train: ImageSource, args: FinetuningArguments, labels: Sequence[int] | None = None
 ) -> tuple[ImageSource, ImageSource]:
-    """Splits off `train_val_split` of the images, of every class alike where there are `labels`; drawn with the seed.
+    """Hold out `train_val_split` of the images, sampled with the seed and stratified by `labels` if given.
 
     Raises:
-        ValueError: nothing would be left to validate on.
+        ValueError: There are too few images to hold out any.
     """
     classes = labels if labels is not None else [0] * len(train)
     kept, held = stratified_split(classes, held_out_share=args.train_val_split, seed=args.seed)
     if not held or not kept:
         raise ValueError(
             f"'{train.name}' has {len(train)} images, too few to hold out {args.train_val_split:.0%} of every class. "
-            "Give --validation_dir, more images, or --eval_strategy no."
+            "Give more images, --validation_dir, or --eval_strategy no."
         )
     logger.info(
-        "No validation part: %d of %d images are held out (--train_val_split %g, seed %d).",
+        "There is no validation split; %d of %d images are held out (--train_val_split %g, seed %d).",
         len(held), len(train), args.train_val_split, args.seed,
     )  # fmt: skip
     return train.subset(kept), train.subset(held)
 
 
 def limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
-    """At most `count` images, drawn with the seed."""
+    """Return at most `count` images, sampled with the seed."""
     if count is None or count >= len(source):
         return source
     return source.subset(np.random.default_rng([seed, _SUBSET]).permutation(len(source))[:count].tolist())
 
 
 def fingerprint(source: ImageSource) -> dict[str, Any]:
-    """How many images there are, and hashes of their names in order and of what they are labelled with.
+    """Return the number of images, and hashes of their names in order and of their labels.
 
-    Rows of a table are called by their numbers, so that names alone would not tell one table from another.
+    Rows of a table are named by their numbers, so names alone would not distinguish two tables.
     """
     names = "\0".join(map(str, source.ids)).encode("utf-8", "surrogateescape")
     meaning = getattr(source, "format", None) or (source.label_names, list(source.labels or ()))
@@ -207,24 +210,24 @@ def fingerprint(source: ImageSource) -> dict[str, Any]:
     }
 
 
-# ---- Order and draws ---------------------------------------------------------------------------------------------
+# ---- Order and seeding -------------------------------------------------------------------------------------------
 
 
 class TrainSampler(Sampler[tuple[int, int, int]]):
-    """Yields `(epoch, index, repeat)` in an order that depends on the seed and the epoch alone.
+    """Yield `(epoch, index, repeat)` in an order that depends only on the seed and the epoch.
 
-    The order is that of the whole run; processes take their shares of it, so the images of a step are the same on any
-    number of processes. With repeated augmentation an image comes several times in a row, each time augmented anew,
-    and an epoch, whose length stays, has that much fewer images.
+    The order is global and distributed over the processes, so the images of a step are the same on any number of
+    processes. With repeated augmentation an image appears several times in a row with different augmentations, and an
+    epoch, whose length stays the same, covers correspondingly fewer images.
 
     Args:
-        num_samples: images of the training part.
-        seed: of the run.
-        images_per_step: images of an optimizer step over all processes; an epoch is cut to a multiple of it.
-        repeats: times each image comes.
+        num_samples: Number of training images.
+        seed: Random seed of the run.
+        images_per_step: Number of images per optimizer step over all processes; an epoch is truncated to a multiple.
+        repeats: Number of consecutive repetitions of each image.
 
     Raises:
-        ValueError: fewer images than one step takes.
+        ValueError: There are fewer images than one step needs.
 
     Source: Hoffer et al., "Augment your batch" (arXiv 1901.09335); Berman et al., "MultiGrain" (arXiv 1902.05509).
     """
@@ -232,19 +235,19 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
     def __init__(self, num_samples: int, *, seed: int, images_per_step: int, repeats: int = 1) -> None:
         if num_samples < images_per_step:
             raise ValueError(
-                f"there are {num_samples} training images for steps of {images_per_step}; expected at least one full "
-                "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer "
-                "processes, or give more images."
+                f"There are {num_samples} training images for steps of {images_per_step} images, but an epoch needs "
+                "at least one full step. Lower per_device_train_batch_size or gradient_accumulation_steps, start "
+                "fewer processes, or give more images."
             )
         self.num_samples, self.seed, self.images_per_step, self.repeats = num_samples, seed, images_per_step, repeats
         self.epoch = self.first = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; the trainer and accelerate call it."""
+        """Set the epoch of the next iteration; called by the trainer and by accelerate."""
         self.epoch = epoch
 
     def after(self, step: int, images: int) -> "TrainSampler":
-        """The rest of an epoch in the same order, after so many optimizer steps and images of the next one."""
+        """Return the rest of an epoch in the same order, after `step` optimizer steps and `images` of the next."""
         rest = copy.copy(self)
         steps_per_epoch = self.num_samples // self.images_per_step
         rest.epoch, rest.first = step // steps_per_epoch, step % steps_per_epoch * self.images_per_step + images
@@ -262,8 +265,8 @@ class TrainSampler(Sampler[tuple[int, int, int]]):
 
 @contextlib.contextmanager
 def draws(*entropy: int) -> Iterator[None]:
-    """Inside the block torch's global CPU generator starts from these numbers; afterwards it is as it was."""
-    # With their number behind them, because zeros at the end change nothing.
+    """Seed torch's global CPU generator from these numbers within the context, and restore it afterwards."""
+    # Their count is appended because SeedSequence ignores trailing zeros.
     seed = int(np.random.SeedSequence([*entropy, len(entropy)]).generate_state(1, np.uint64)[0])
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -279,11 +282,11 @@ class TrainImages(Dataset[dict[str, Any]]):
     """Augmented images with their targets, indexed by the keys of `TrainSampler`.
 
     Args:
-        source: the images.
-        make: from an image and its index in `source` to tensors `pixel_values` and `labels`; it may draw from torch's
-            global generator.
-        seed: of the run.
-        bad_images: records images that cannot be used; another one, with its own label, takes the place of each.
+        source: Images to read.
+        make: Function from an image and its index in `source` to tensors `pixel_values` and `labels`; it may use
+            torch's global generator.
+        seed: Random seed of the run.
+        bad_images: Recorder of unusable images; each is replaced by another image with its own label.
     """
 
     def __init__(self, source: ImageSource, make: Make, *, seed: int, bad_images: BadImages) -> None:
@@ -310,20 +313,20 @@ class TrainImages(Dataset[dict[str, Any]]):
                 self.bad_images.good(used)
                 return {**made, "sample_ids": used, "epochs": epoch}
         raise TooManyBadImagesError(
-            f"{_REPLACEMENT_TRIES} images of '{self.source.name}', drawn one after another, cannot be used. "
-            "Run `regvit data-check` on them."
+            f"{_REPLACEMENT_TRIES} randomly chosen images of '{self.source.name}' in a row cannot be used. "
+            "Run `regvit data-check` on this data."
         )
 
 
 class EvaluationImages(Dataset[dict[str, Any]]):
-    """Validation images as the saved processor makes them, in order.
+    """Validation images, preprocessed by the saved processor, in order.
 
     Args:
-        source: the images.
-        make: as for `TrainImages`, without draws.
-        blank: what stands in for an image that cannot be used: pixels of the right shape, and a target that the
-            metrics leave out.
-        bad_images: records such images.
+        source: Images to read.
+        make: Function as for `TrainImages`, but deterministic.
+        blank: Function that returns a placeholder for an unusable image: pixels of the right shape, and a target that
+            the metrics ignore.
+        bad_images: Recorder of unusable images.
     """
 
     def __init__(
@@ -345,13 +348,13 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 
 def bad_images(args: FinetuningArguments, source: ImageSource) -> BadImages:
-    """The guard of one part; both parts write into one file of the run."""
+    """Return the recorder of unusable images of one split; both splits write to one file of the run."""
     record = Path(str(args.output_dir)) / BAD_IMAGES
     return BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
 
 
 def stack(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """A batch of items: tensors stacked, numbers as int64."""
+    """Collate items to a batch: tensors are stacked, numbers become int64 tensors."""
     batch = {}
     for name, first in items[0].items():
         values = [item[name] for item in items]
@@ -360,17 +363,18 @@ def stack(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 class MixingCollator:
-    """Stacks items and mixes them with mixup or CutMix; the targets become class probabilities.
+    """Collator that stacks items and mixes them with mixup or CutMix; the targets become class probabilities.
 
-    Pairs are made inside a micro-batch, as in DeiT, so a run on another number of processes mixes other pairs. The
-    draws depend on the seed, the epoch and the images of the micro-batch.
+    Images are paired within a micro-batch, as in DeiT, so a run with a different number of processes mixes other
+    pairs. The random numbers depend on the seed, the epoch and the images of the micro-batch.
 
     Args:
-        num_classes: C; `labels` (B,) become (B, C).
-        mixup_alpha: of the Beta distribution, 0 for no mixup.
-        cutmix_alpha: likewise for CutMix; where both are on, each batch draws one of them.
-        probability: share of the micro-batches that are mixed at all.
-        seed: of the run.
+        num_classes: Number of classes, C; `labels` (B,) become (B, C).
+        mixup_alpha: Parameter of the Beta distribution of mixup; 0 disables it.
+        cutmix_alpha: Parameter of the Beta distribution of CutMix; 0 disables it. If both are enabled, one is chosen
+            at random for each batch.
+        probability: Probability of mixing a micro-batch.
+        seed: Random seed of the run.
 
     Source: Zhang et al. 2018 (arXiv 1710.09412), Yun et al. 2019 (arXiv 1905.04899), as in torchvision's `v2`.
     """
@@ -388,7 +392,7 @@ class MixingCollator:
             self.mixers.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-        """One micro-batch, `labels` as (B, C) float32."""
+        """Return one micro-batch with `labels` as (B, C) float32."""
         batch = stack(items)
         with draws(self.seed, int(batch["epochs"][0]), *batch["sample_ids"].tolist(), _MIXING):
             if torch.rand(()).item() < self.probability:

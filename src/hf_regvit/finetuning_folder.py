@@ -1,6 +1,6 @@
-"""What a fine-tuning run leaves beside the model: learning curves and a card.
+"""Learning curves and model card in the folder of a fine-tuning run.
 
-The folder itself is listed in `hf_regvit.finetuning.finetune`.
+`hf_regvit.finetuning.finetune` lists all files of the folder.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,20 +16,20 @@ CURVES = "curves.png"
 
 
 def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None:
-    """`curves.png` from `metrics.jsonl`: losses, the metrics `shown`, learning rate; None if nothing was logged."""
+    """Plot the losses, the metrics `shown` and the learning rate of `metrics.jsonl`; None if nothing was logged."""
     from matplotlib.figure import Figure
 
     path = folder / "metrics.jsonl"
     lines = read_metrics(path) if path.is_file() else []
     panels: list[tuple[str, dict[str, str]]] = [("loss", {"loss": "training", "eval_loss": "validation"})]
     panels += [(name, {f"eval_{name}": "validation"}) for name in shown]
-    panels += [("learning rate", {"learning_rate": "largest of the groups"})]
+    panels += [("learning rate", {"learning_rate": "maximum over groups"})]
     curves = [(title, {label: _points(lines, key) for key, label in keys.items()}) for title, keys in panels]
     curves = [(title, drawn) for title, drawn in curves if any(drawn.values())]
     if not curves:
         return None
     figure = Figure(figsize=(3.6 * len(curves), 3.0))
-    # Constrained layout would draw everything several times over.
+    # Constrained layout would draw everything several times, which is slow.
     figure.subplots_adjust(0.16 / len(curves), 0.16, 1 - 0.06 / len(curves), 0.9, wspace=0.3)
     for axis, (title, drawn) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
         for label, points in drawn.items():
@@ -46,7 +46,10 @@ def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric, one a step: a second one is the best checkpoint's, judged after the last step."""
+    """Return (step, value) pairs of a metric, the first value of each step.
+
+    A second value at the last step belongs to the best checkpoint, which is evaluated after the training.
+    """
     values: dict[int, float] = {}
     for line in lines:
         if key in line:
@@ -63,15 +66,15 @@ def write_finetuning_card(
     pictures: Mapping[str, str],
     **names: Any,
 ) -> None:
-    """`README.md`: the card that `regvit publish` would write from the same files.
+    """Write `README.md`, the same card that `regvit publish` would write from the same files.
 
     Args:
-        folder: of the run, with the saved model.
-        recipe: `resolved_recipe.yaml`; folders of one's own are named by their last part only.
-        report: `metrics.json`.
-        environment: `environment.json`.
-        pictures: title of each by its file name; those that show images of the data are left out.
-        names: `name` and `repo_id` of the card.
+        folder: Run folder with the saved model.
+        recipe: Content of `resolved_recipe.yaml`; local folders appear on the card by their last path component only.
+        report: Content of `metrics.json`.
+        environment: Content of `environment.json`.
+        pictures: Titles of the figures by file name; figures that show images of the data are left out.
+        names: Keyword arguments `name` and `repo_id` of the card.
     """
     facts = finetuning_facts(public_recipe(recipe), report, environment)
     shown = {name: title for name, title in pictures.items() if may_be_published(name)}

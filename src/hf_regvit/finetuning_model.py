@@ -1,4 +1,4 @@
-"""What a fine-tuning run starts from and what of it is trained: weights, head, registers, low-rank updates."""
+"""Initial model and trained parameters of a fine-tuning run: weights, head, registers, low-rank updates."""
 
 import copy
 import logging
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """What a run starts from.
+    """Initial model of a run.
 
     Attributes:
-        network: with the head of the task, in training mode.
-        processor: its image processor.
-        changes: what differs from the model that was named, in sentences.
-        new_registers: whether registers were added.
+        network: Model with the head of the task, in training mode.
+        processor: Image processor of the model.
+        changes: Differences from the model that was named, as sentences.
+        new_registers: Whether registers were added.
     """
 
     network: nn.Module
@@ -39,16 +39,17 @@ class OpenedModel:
 
 
 def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None) -> OpenedModel:
-    """The model of a run with the head of its task, and what was changed.
+    """Load or create the model of a run, with the head of its task.
 
     Args:
-        args: of the run.
-        task: what to learn.
-        model: a RegViT of any class, or a configuration to start from scratch; default: what `args` names.
+        args: Arguments of the run.
+        task: Task to train for.
+        model: RegViT of any class, or a configuration to start from scratch. Default: the model that `args` names.
 
     Raises:
-        ValueError: nothing to start from, registers on a model that has others, or an image size off the patches.
-        OSError: nothing can be read there.
+        ValueError: No model is given, the model already has a different number of registers, or the image size is not
+            a multiple of the patch size.
+        OSError: The model cannot be read.
     """
     changes: list[str] = []
     new_registers = False
@@ -62,14 +63,14 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     if args.num_register_tokens is not None and args.num_register_tokens != config.num_register_tokens:
         if config.num_register_tokens:
             raise ValueError(
-                f"num_register_tokens is {args.num_register_tokens}, but the model has {config.num_register_tokens} "
-                "registers, which it was trained with. Leave the option out, or call resize_register_tokens first."
+                f"num_register_tokens is {args.num_register_tokens}, but the model was trained with "
+                f"{config.num_register_tokens} registers. Leave the option out, or call resize_register_tokens first."
             )
         backbone.resize_register_tokens(args.num_register_tokens, seed=args.seed)
         new_registers = True
         changes.append(
-            f"The model had no registers; {args.num_register_tokens} trainable ones are added "
-            "(--num_register_tokens). They start untrained, so accuracy may fall at first."
+            f"The model had no registers; {args.num_register_tokens} trainable registers were added "
+            "(--num_register_tokens). They start untrained, so accuracy may drop at first."
         )
     if args.image_size is not None:
         changes += fit_positions(backbone, args.image_size, option="image_size")
@@ -81,26 +82,26 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
     set_seed(args.seed)
     network = task.model_class(whole)
-    if hasattr(task, "image_processor"):  # dense tasks read whole pictures, without a crop
+    if hasattr(task, "image_processor"):  # dense tasks read whole images, without a crop
         processor = task.image_processor(processor, whole)
     state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
     network.regvit.load_state_dict(state)
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
         network.load_state_dict(head["state"], strict=False)
-        changes.append("Its head is for the same classes and is kept.")
+        changes.append("Its head matches the task and is kept.")
     elif not from_scratch:
-        changes.append("The head is new.")
+        changes.append("The head is newly initialized.")
     return OpenedModel(network.train(), processor, changes, new_registers)
 
 
 def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
-    """Model or configuration, and its image processor, as the arguments name them."""
+    """Return the model or configuration that the arguments name, and its image processor."""
     source = args.model_name_or_path
     if source is None:
         if args.preset is None:
             raise ValueError(
-                "no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or giant for "
-                "one from scratch."
+                "There is no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or "
+                "giant to train from scratch."
             )
         size = args.image_size or 224
         registers = 4 if args.num_register_tokens is None else args.num_register_tokens
@@ -125,25 +126,29 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
     if fields.get("model_type") != "regvit":
         model = convert(source)
         return model, image_processor_of(source, model.config)
-    # The class that was saved: its head may be for the same task.
+    # Load the saved class, because its head may be for the same task.
     saved = next(iter(fields.get("architectures") or []), "RegViTModel")
     model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
     try:
         return model, AutoImageProcessor.from_pretrained(source)
     except OSError:
-        logger.warning("'%s' has no image processor; ImageNet statistics and a centre crop are used.", source)
+        logger.warning(
+            "'%s' has no image processor; ImageNet mean and standard deviation and a center crop are used. Save an "
+            "image processor beside the model to change this.",
+            source,
+        )
         return model, default_image_processor(model.config.image_shape)
 
 
 def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
-    """A copy of the backbone, and state and configuration of the head that stands on it, if any."""
+    """Return a copy of the backbone, and the state and configuration of its head, if any."""
     if isinstance(source, RegViTConfig):
         set_seed(seed)
         return RegViTModel(copy.deepcopy(source), add_pooling_layer=False), {}
     if isinstance(source, RegViTModel):
         return copy.deepcopy(source), {}
     if not isinstance(getattr(source, "regvit", None), RegViTModel):
-        raise TypeError(f"model is a {type(source).__name__}; expected a RegViT of any class or a RegViTConfig.")
+        raise TypeError(f"model is a {type(source).__name__}. Pass a RegViT of any class or a RegViTConfig.")
     state = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("regvit.")}
     return copy.deepcopy(source.regvit), {"state": state, "config": source.config}
 
@@ -154,7 +159,7 @@ def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
 
 
 def resized_processor(processor: Any, image_size: int) -> Any:
-    """The same processor for square images of another side; margins of a centre crop keep their proportion."""
+    """Return the processor for square images of another size; the margins of a center crop scale along."""
     fields = processor.to_dict()
     if fields.get("do_center_crop"):
         crop = min(fields["crop_size"]["height"], fields["crop_size"]["width"])
@@ -167,13 +172,13 @@ def resized_processor(processor: Any, image_size: int) -> Any:
 
 
 def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> nn.Module:
-    """Freezes what the mode leaves as it is, and puts low-rank updates into the network; returns it.
+    """Freeze the parameters that the mode does not train, insert low-rank updates, and return the network.
 
-    Registers that were added are trained in every mode: untrained ones would stay noise.
+    Added registers are trained in every mode, because untrained registers would remain noise.
 
     Raises:
-        ImportError: mode lora without peft.
-        ValueError: no layer of that name.
+        ImportError: The mode is lora and peft is not installed.
+        ValueError: `lora_target_modules` names an unknown linear layer.
     """
     if args.mode == "full":
         return network
@@ -188,7 +193,7 @@ def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registe
 
 
 def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
-    """Puts low-rank updates beside the linear layers named, in place. The class of the network stays what it is."""
+    """Insert low-rank updates into the selected linear layers, in place; the class of the network does not change."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
@@ -199,7 +204,9 @@ def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
         if name.startswith("regvit.layers.") and isinstance(module, nn.Linear)
     }
     if unknown := sorted(set(args.lora_target_modules) - linear):
-        raise ValueError(f"lora_target_modules names {unknown}; the blocks have {sorted(linear)}.")
+        raise ValueError(
+            f"lora_target_modules names {unknown}, which the blocks do not have. Choose from {sorted(linear)}."
+        )
     names = "|".join(args.lora_target_modules)
     config = LoraConfig(
         r=args.lora_r,
@@ -211,7 +218,7 @@ def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
-    """Adds the low-rank updates to their layers and puts plain linear layers in their places, in place."""
+    """Merge the low-rank updates into their linear layers and remove the adapters, in place."""
     from peft.tuners.lora import LoraLayer
 
     for name, module in list(network.named_modules()):

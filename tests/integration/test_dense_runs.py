@@ -196,7 +196,7 @@ def test_balanced_weights_have_mean_one_over_the_pixels(segmentation):
     counts = torch.tensor([float(segmentation.report.class_pixels[name]) for name in segmentation.names])
     assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-6)
     torch.testing.assert_close(weights[0] * counts[0], weights[1] * counts[1])
-    with pytest.raises(ValueError, match="class_weights are 3 numbers; expected 2"):
+    with pytest.raises(ValueError, match="class_weights holds 3 numbers, but 2 are needed"):
         pixel_weights(["1", "2", "3"], segmentation.report, segmentation.names)
 
 
