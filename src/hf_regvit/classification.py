@@ -1,4 +1,4 @@
-"""Image classification as a task of `finetune`: labels and what is wrong with them, augmentation, loss, metrics.
+"""Image classification as a task of `finetune`: label checks, augmentation, loss and metrics.
 
 Shape letters: B images, C classes, S side of an image in pixels.
 """
@@ -44,11 +44,11 @@ logger = logging.getLogger(__name__)
 
 
 def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
-    """Training and validation images with checked labels that count the same classes.
+    """Load training and validation images with checked labels and the same class ids.
 
     Raises:
-        LabelError: no labels, ids without a class, a single class, validation classes that training lacks, weights
-            for another number of classes.
+        LabelError: Labels are missing, a class id is out of range, there is a single class, or validation has classes
+            without training images.
     """
     train, validation = open_parts(args)
     names = _checked_names(train, "training", args)
@@ -64,10 +64,10 @@ def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource 
         only = ", ".join(repr(names[label]) for label in present)
         raise LabelError(
             f"'{train.name}': all {len(train)} training images are of one class, {only}; a classifier needs at least "
-            "two. Check that the folders are the classes, or --label_column."
+            "two. Check that there is one folder per class, or check --label_column."
         )
     if empty := [name for label, name in enumerate(names) if not present[label]]:
-        logger.warning("%d of %d classes have no training image: %s.", len(empty), len(names), _some(empty))
+        logger.warning("%d of %d classes have no training images: %s.", len(empty), len(names), _some(empty))
     return train, validation
 
 
@@ -81,19 +81,19 @@ def _checked_names(
     if wrong:
         rows = "; ".join(f"{source.ids[row]} has {source.labels[row]}" for row in wrong[:5])
         raise LabelError(
-            f"'{source.name}': {len(wrong)} {part} images have a class number outside of 0 to {len(names) - 1} "
+            f"'{source.name}': {len(wrong)} {part} images have a class id outside of 0 to {len(names) - 1} "
             f"({len(names)} classes): {rows}{' and others' if len(wrong) > 5 else ''}. Correct or remove these rows."
         )
     if len(names) < 2 and not single_is_fine:
         raise LabelError(
             f"'{source.name}' has a single class, '{names[0]}'; a classifier needs at least two. Give a folder with "
-            "one sub-folder per class, or --label_column."
+            "one subfolder per class, or name the label column with --label_column."
         )
     return names
 
 
 def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) -> str:
-    start = f"'{source.name}' has no labels in its {part} part"
+    start = f"'{source.name}' has no labels in its {part} split"
     column = args.label_column or "label"
     if source.table is not None and column in source.table.column_names:
         values = source.table[column]
@@ -101,50 +101,55 @@ def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) ->
         if missing:
             rows = ", ".join(source.ids[row] for row in missing[:5])
             return (
-                f"{start}: {len(missing)} of {len(values)} rows of column '{column}' are empty or negative, as in "
-                f"{rows}. Remove these rows, or take another part or --label_column."
+                f"{start}: {len(missing)} of {len(values)} rows of column '{column}' are empty or negative, for "
+                f"example {rows}. Remove these rows, or use another split or --label_column."
             )
         return (
-            f"{start}: column '{column}' holds {source.table.features[column]}; expected whole numbers or ClassLabel. "
+            f"{start}: column '{column}' holds {source.table.features[column]}; expected integers or ClassLabel. "
             "Convert it with datasets' class_encode_column, or name another --label_column."
         )
     if source.table is not None or "row/0" in source.ids[:1]:
         columns = "" if source.table is None else f" Columns: {', '.join(source.table.column_names)}."
-        return f"{start}: no column 'label'.{columns} Name it with --label_column."
+        return f"{start}: there is no column 'label'.{columns} Name the label column with --label_column."
     loose = [name for name in source.ids if "/" not in name]
     if loose:
-        where = f"{len(loose)} images lie in no sub-folder, as '{loose[0]}'"
+        where = f"{len(loose)} images are not in a subfolder, for example '{loose[0]}'"
     else:
         folder = source.ids[0].split("/")[0]
-        where = f"no class folders inside of '{folder}', which is taken for a part of the data and not for a class"
-    return f"{start}: {where}; expected one sub-folder per class, with every image inside of one."
+        where = f"there are no class folders in '{folder}', whose name is that of a split and not of a class"
+    return f"{start}: {where}. Use one subfolder per class and place every image in one of them."
 
 
 def _in_classes_of(
     validation: ImageSource, train: ImageSource, names: tuple[str, ...], args: FinetuningArguments
 ) -> ImageSource:
-    """The validation part with the class numbers of the training part."""
+    """Return the validation split with the class ids of the training split."""
     theirs, labels = validation.label_names or (), list(validation.labels or ())
     used = {theirs[label] for label in labels}
     trained = {names[label] for label in train.labels or ()}
     if extra := sorted(used - trained):
         if not args.ignore_extra_classes:
             lacking = sorted(trained - used)
-            also = f" Training has {len(lacking)} classes that validation lacks: {_some(lacking)}." if lacking else ""
+            also = (
+                f" {len(lacking)} training classes are missing from validation: {_some(lacking)}." if lacking else ""
+            )
             raise LabelError(
-                f"'{validation.name}' has {len(extra)} classes without training images: {_some(extra)}.{also} Make "
-                "the names of the classes agree, or leave these images out with --ignore_extra_classes."
+                f"'{validation.name}' has {len(extra)} classes without training images: {_some(extra)}.{also} Use the "
+                "same class names in both splits, or ignore these images with --ignore_extra_classes."
             )
         kept = [row for row, label in enumerate(labels) if theirs[label] in trained]
         logger.warning(
-            "%d validation images of %d classes without training images are left out: %s.",
+            "%d validation images of %d classes without training images are ignored: %s.",
             len(labels) - len(kept), len(extra), _some(extra),
         )  # fmt: skip
         validation, labels = validation.subset(kept), [labels[row] for row in kept]
     if not labels:
-        raise LabelError(f"'{validation.name}' has no validation images of the {len(trained)} classes of training.")
+        raise LabelError(
+            f"'{validation.name}' has no validation images of the {len(trained)} training classes. Use the same class "
+            "names in both splits."
+        )
     if lacking := sorted(trained - used):
-        logger.warning("%d of %d classes have no validation image: %s.", len(lacking), len(trained), _some(lacking))
+        logger.warning("%d of %d classes have no validation images: %s.", len(lacking), len(trained), _some(lacking))
     position = {name: label for label, name in enumerate(names)}
     return replace(validation, labels=[position[theirs[label]] for label in labels], label_names=names)
 
@@ -156,7 +161,7 @@ def _some(names: Sequence[str], limit: int = 8) -> str:
 
 
 def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
-    """(C,) weights whose mean over the training images is 1; `balanced` is inverse to the number of images."""
+    """Return (C,) weights whose mean over the training images is 1; `balanced` is inverse to the image counts."""
     return weights_of_classes(wanted, np.bincount(np.asarray(labels, dtype=int), minlength=len(names)), names)
 
 
@@ -166,11 +171,11 @@ def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Se
 def training_transform(
     args: FinetuningArguments, *, image_size: int, mean: Sequence[float], std: Sequence[float]
 ) -> Any:
-    """From a picture to (3, S, S) normalised pixels, with torchvision's transforms; draws from torch's generator.
+    """Build the transform of an image to (3, S, S) normalized pixels; torchvision draws from torch's generator.
 
     Source: the training scripts of DeiT (arXiv 2012.12877) and DeiT-III (arXiv 2204.07118): random resized crop and
-    mirroring first, then RandAugment, or one of grayscale, solarize and blur followed by colour jitter; random erasing
-    last.
+    horizontal flip first, then RandAugment, or one of grayscale, solarize and blur followed by color jitter; random
+    erasing last.
     """
     from torchvision.transforms import InterpolationMode, v2
 
@@ -200,7 +205,7 @@ def training_transform(
 
 
 class ClassificationTrainItem:
-    """What `TrainImages` makes of one picture; a class, because workers that are spawned have to pickle it."""
+    """Conversion of an image to a training item of `TrainImages`; a class, so that spawned workers can pickle it."""
 
     def __init__(self, args: FinetuningArguments, processor: Any) -> None:
         self.args, self.processor = args, processor
@@ -212,44 +217,44 @@ class ClassificationTrainItem:
             )
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """`pixel_values` (3, S, S) and `labels`."""
+        """Return `pixel_values` (3, S, S) and `labels`."""
         if self.transform is None:
             return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
         return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
 
 
 class ClassificationEvalItem:
-    """What `EvaluationImages` makes of one picture: exactly what the saved processor will."""
+    """Conversion of an image to an item of `EvaluationImages`, exactly as the saved processor does it."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """`pixel_values` (3, S, S) and `labels`."""
+        """Return `pixel_values` (3, S, S) and `labels`."""
         return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
 
     def blank(self) -> dict[str, Any]:
-        """In place of a picture that cannot be used."""
+        """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
 
 
 def processed(processor: Any, image: Image.Image) -> Tensor:
-    """(3, H, W) pixels of one picture."""
+    """Return the processed pixels of one image, (3, H, W)."""
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def output_size(processor: Any) -> tuple[int, int]:
-    """(height, width) of what a processor makes.
+    """Return the (height, width) of a processor's output.
 
     Raises:
-        ValueError: it depends on the picture.
+        ValueError: The output size depends on the image.
     """
     size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
     height, width = (size.get(name) if hasattr(size, "get") else getattr(size, name) for name in ("height", "width"))
     if not height or not width:
         raise ValueError(
-            f"the image processor makes pictures of different sizes (size {dict(size)}, no centre crop), which do not "
-            "fit into one batch. Set --image_size."
+            f"The image processor returns images of different sizes (size {dict(size)}, no center crop), which cannot "
+            "be batched. Set --image_size."
         )
     return int(height), int(width)
 
@@ -265,17 +270,18 @@ def classification_loss(
     smoothing: float = 0.0,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Mean over the images; each weighs as its class does, and the weights are not divided out again.
+    """Return the mean loss over the images, weighted by class without dividing by the sum of the weights.
 
-    So the loss of a batch is the mean of the losses of its parts, on any number of processes and micro-batches.
+    The loss of a batch is therefore the mean of the losses of its parts, on any number of processes and
+    micro-batches.
 
     Args:
-        logits: (B, C).
-        targets: (B,) classes, or (B, C) probabilities of mixed images.
-        kind: `cross_entropy`, or `bce`: one yes-no question per class, where every class of a mixed image counts as
-            there, and the mean is also one over the classes.
-        smoothing: share of the target that is spread over all classes.
-        weights: (C,) of the classes, with mean 1 over the images.
+        logits: (B, C) class logits.
+        targets: (B,) class ids, or (B, C) class probabilities of mixed images.
+        kind: `cross_entropy`, or `bce` (binary cross-entropy per class), in which every class of a mixed image is a
+            full positive and the loss is also averaged over the classes.
+        smoothing: Share of the target that is spread over all classes.
+        weights: (C,) class weights with mean 1 over the images.
 
     Source: arXiv 2204.07118 and the released DeiT-III code for `bce`; Szegedy et al. 2016 for smoothing.
     """
@@ -296,21 +302,24 @@ def classification_loss(
 
 
 def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share of n images. Source: Wilson, "Probable inference", 1927."""
+    """Return the Wilson 95 % confidence interval of a share of n images.
+
+    Source: Wilson, "Probable inference", 1927.
+    """
     middle = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and 1 rounding would lead out of them.
+    # Rounding could leave [0, 1] at its ends.
     return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
 
 
 class ClassificationMetrics:
-    """Top-1, top-5, mean accuracy of the classes and macro F1, batch by batch, by the `evaluate` metrics of `metrics`.
+    """Accumulator of top-1, top-5 and mean class accuracy and macro F1, based on the metrics of `metrics`.
 
     Args:
-        num_classes: C.
+        num_classes: Number of classes, C.
 
     Attributes:
-        confusion: (C, C) counts of the last `compute`; rows are true classes, columns what was said.
+        confusion: (C, C) counts of the last `compute`; rows are true classes, columns are predicted classes.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -322,7 +331,7 @@ class ClassificationMetrics:
         self._classes = ClassScores(num_classes=num_classes)
 
     def update(self, logits: Any, labels: Any) -> None:
-        """One batch: (B, C) scores and (B,) classes; those labelled -100 are left out."""
+        """Add one batch of (B, C) scores and (B,) class ids; images with label -100 are ignored."""
         scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
         use = truth != IGNORED
         self.skipped += int((~use).sum())
@@ -331,10 +340,10 @@ class ClassificationMetrics:
             metric.add_batch(predictions=scores[use], references=truth[use])
 
     def compute(self) -> dict[str, float]:
-        """Shares in [0, 1], the accuracy with its 95 % interval; means over classes leave out those without images.
+        """Return metrics in [0, 1], with a 95 % interval of the accuracy; class means skip classes without images.
 
         Raises:
-            ValueError: no image had a label.
+            ValueError: No image had a label.
         """
         top, classes = cast(dict[str, Any], self._top.compute()), cast(dict[str, Any], self._classes.compute())
         self.confusion = torch.tensor(classes["confusion_matrix"])
@@ -350,15 +359,15 @@ class ClassificationMetrics:
 
 
 class ImageClassification:
-    """Everything that `finetune` has to know about classifying images; see `hf_regvit.finetuning.Task`.
+    """Image classification task for `finetune`; see `hf_regvit.finetuning.Task`.
 
     Args:
-        args: of the run.
-        train: labelled images instead of those that `args` names.
-        validation: likewise.
+        args: Arguments of the run.
+        train: Labeled training images, used instead of those that `args` names.
+        validation: Labeled validation images that belong to `train`.
 
     Raises:
-        LabelError: labels that cannot be used.
+        LabelError: The labels cannot be used.
     """
 
     name = "image-classification"
@@ -379,7 +388,7 @@ class ImageClassification:
         self._last: dict[str, float] = {}
 
     def config_fields(self) -> dict[str, Any]:
-        """Names of the classes, and what the head reads if that was asked for."""
+        """Return the class names, and the pooling of the head if it was given."""
         fields: dict[str, Any] = {
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: label for label, name in enumerate(self.names)},
@@ -387,11 +396,11 @@ class ImageClassification:
         return fields | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
     def fits_head(self, config: Any) -> bool:
-        """Whether a classifier of this configuration is for the same classes in the same order."""
+        """Return True if a classifier with this configuration has the same classes in the same order."""
         return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
 
     def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Training and validation images as the model wants them."""
+        """Return the training and validation images as model inputs."""
         args = self.args
         train = TrainImages(
             self.train,
@@ -406,7 +415,7 @@ class ImageClassification:
         return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """Stacks items, with mixup and CutMix if they are on."""
+        """Return the collator, with mixup and CutMix if they are enabled."""
         args = self.args
         if not args.mixup_alpha and not args.cutmix_alpha:
             return stack
@@ -419,7 +428,7 @@ class ImageClassification:
         )
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Loss and outputs of one batch; without smoothing and weights in evaluation."""
+        """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
         if training:
@@ -436,36 +445,36 @@ class ImageClassification:
         return classification_loss(outputs.logits[use], labels[use], kind=self.args.loss), outputs
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """What is gathered from all processes for the metrics."""
+        """Return the logits in float32, to be gathered from all processes for the metrics."""
         return logits.float()
 
     def start_metrics(self) -> None:
-        """Forgets the last evaluation."""
+        """Reset the metrics."""
         self._metrics = ClassificationMetrics(len(self.names))
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """One gathered batch."""
+        """Add one gathered batch."""
         self._metrics.update(predictions, labels)
 
     def compute_metrics(self) -> dict[str, float]:
-        """Of everything since `start_metrics`."""
+        """Return the metrics of all batches since `start_metrics`."""
         self._last = self._metrics.compute()
         return self._last
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Of the accuracy, after Wilson."""
+        """Return the Wilson interval of the accuracy."""
         return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
 
     def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """`confusion_matrix.png` of the last evaluation, and the numbers behind it; titles of the pictures."""
+        """Write the confusion matrix of the last evaluation as PNG and CSV; return the titles of the figures."""
         from .figures import save_figure
 
         matrix = self._metrics.confusion
         if not self._last:
             return {}
         with (folder / "confusion_matrix.csv").open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file, lineterminator="\n")  # names of classes may hold commas
-            table.writerow(["true\\said", *self.names])
+            table = csv.writer(file, lineterminator="\n")  # class names may contain commas
+            table.writerow(["true\\predicted", *self.names])
             table.writerows([name, *row] for name, row in zip(self.names, matrix.tolist(), strict=True))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
@@ -475,26 +484,26 @@ class ImageClassification:
                 warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
         if any("missing from font" in str(warning.message) for warning in said):
             logger.warning(
-                "matplotlib's font lacks letters of the class names in confusion_matrix.png; confusion_matrix.csv has "
-                "them."
+                "The font of matplotlib lacks characters of the class names in confusion_matrix.png; see "
+                "confusion_matrix.csv for the full names."
             )
         return {"confusion_matrix.png": "Confusion matrix"}
 
     def describe(self) -> dict[str, str]:
-        """Nothing that the card does not know from the configuration: the classes are there."""
+        """Return nothing; the card reads the classes from the configuration."""
         return {}
 
     def protocol(self) -> tuple[str, str]:
-        """How a validation image is judged, and what the interval is."""
-        return "One view of every picture, as the image processor beside the model makes it", "after Wilson"
+        """Return descriptions of the evaluation protocol and of the interval."""
+        return "One view per image, as the saved image processor produces it", "Wilson score"
 
 
 def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
-    """Shares of each true class as grey levels, and the pairs that are mixed up most, by name.
+    """Plot the shares of each true class as shades of blue, and list the most frequent confusions by name.
 
     Args:
-        matrix: (C, C) counts, rows are true classes.
-        names: C names; written at the axes up to 40.
+        matrix: (C, C) counts; rows are true classes.
+        names: C class names; shown at the axes for up to 40 classes.
     """
     from matplotlib.figure import Figure
 
@@ -508,8 +517,8 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     axis, beside = figure.subplots(1, 2, width_ratios=[size, 3.2])
     picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
     figure.colorbar(picture, ax=axis, shrink=0.6, label="share of the true class")
-    axis.set_xlabel("said")
-    axis.set_ylabel("true")
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
     if len(names) <= 40:
         short = [name if len(name) <= 18 else f"{name[:17]}…" for name in names]
         axis.set_xticks(range(len(names)), short, rotation=90, fontsize=7, parse_math=False)
@@ -523,9 +532,9 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     worst = [divmod(int(place), len(names)) for place in np.argsort(-off, axis=None, kind="stable")[:15]]
     lines = [f"{off[row, column]:3.0f}  {names[row]} -> {names[column]}" for row, column in worst if off[row, column]]
     beside.axis("off")
-    beside.set_title("most often mixed up", fontsize=9, loc="left")
-    # Names are no formulas, whatever dollars they hold; where matplotlib wraps, it does not look at `parse_math`.
-    text = "\n".join(lines).replace("$", r"\$") or "nothing"
+    beside.set_title("most frequent confusions", fontsize=9, loc="left")
+    # Class names are not formulas, even with dollar signs; matplotlib ignores `parse_math` in wrapped text.
+    text = "\n".join(lines).replace("$", r"\$") or "none"
     beside.text(0, 1, text, va="top", fontsize=8, family="monospace", wrap=True)
-    axis.set_title(f"{int(np.trace(counts))} of {int(counts.sum())} right", fontsize=10)
+    axis.set_title(f"{int(np.trace(counts))} of {int(counts.sum())} correct", fontsize=10)
     return figure
