@@ -1,8 +1,8 @@
-"""Semantic segmentation and depth estimation as tasks of `finetune`: data, loss, metrics at the size of the truth.
+"""Semantic segmentation and depth estimation as tasks of `finetune`: data, loss, and metrics at target size.
 
-Training pictures are cropped, scaled, mirrored and coloured together with their maps. In evaluation a picture is
-resized whole to one size, which the saved processor does as well, and its prediction is brought to the size of its own
-mask or depth map before it is scored: the numbers are those that `pipeline` would reach.
+Training images are cropped, scaled and flipped together with their maps, and their colors are changed. In evaluation
+the whole image is resized to one size, as the saved processor does, and the prediction is resized to the image's own
+mask or depth map before it is scored. The scores are therefore those of `pipeline`.
 
 Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of an image's own map.
 """
@@ -54,25 +54,25 @@ _FOR_CLASSES_OF_IMAGES = {
 def open_dense_parts(
     args: FinetuningArguments, load: Callable[..., DenseSource]
 ) -> tuple[DenseSource, DenseSource | None, TargetReport]:
-    """Training and validation part with checked maps, and what the training maps hold.
+    """Load training and validation images with checked maps, and the report on the training maps.
 
     Args:
-        args: of the run.
-        load: from a source and a split to images with maps; for the validation part the training part comes third.
+        args: Arguments of the run.
+        load: Function from a source, a split and, for the validation split, the training images, to images with maps.
 
     Raises:
-        DenseDataError: maps that cannot be trained on, or classes that only validation has.
-        ValueError: no source is named.
+        DenseDataError: The maps cannot be trained on, or only the validation split has some class.
+        ValueError: No source is given.
     """
     if args.data is None and args.train_dir is None:
         raise ValueError(
-            "no images to train on. Give --data (parquet files, a Hub data set, or a folder with images/ and masks/ "
-            "or depth/) or --train_dir."
+            "There are no images to train on. Give --data (parquet files, a Hub data set, or a folder with images/ "
+            "and masks/ or depth/) or --train_dir."
         )
     try:
         train = load(args.data or args.train_dir, "train" if args.data else None, None)
     except MissingSplitError as error:
-        raise MissingSplitError(f"{error} With --train_dir in place of --data all of it is trained on.") from error
+        raise MissingSplitError(f"{error} Use --train_dir instead of --data to train on all images.") from error
     validation = None
     try:
         if args.validation_dir is not None:
@@ -100,24 +100,23 @@ def _compare_classes(
     extra = [name for name, count in validation.class_pixels.items() if count and not train.class_pixels[name]]
     if extra and not args.ignore_extra_classes:
         raise DenseDataError(
-            f"'{source.name}': the validation masks hold {len(extra)} classes without a training pixel: "
-            f"{', '.join(extra[:8])}. Give more training images, or do not count these pixels with "
-            "--ignore_extra_classes."
+            f"'{source.name}': the validation masks contain {len(extra)} classes without a training pixel: "
+            f"{', '.join(extra[:8])}. Give more training images, or ignore these pixels with --ignore_extra_classes."
         )
 
 
 def _check_options(args: FinetuningArguments) -> None:
     wrong = [name for name, default in _FOR_CLASSES_OF_IMAGES.items() if getattr(args, name) != default]
     if wrong:
-        raise ValueError(f"{', '.join(wrong)} cannot be used with task {args.task}. Leave it out.")
+        raise ValueError(f"{', '.join(wrong)} cannot be used with task {args.task}. Leave out these options.")
     if args.augmentation not in ("none", "crop"):
-        raise ValueError(f"augmentation is '{args.augmentation}'; with task {args.task} expected 'crop' or 'none'.")
+        raise ValueError(f"augmentation is '{args.augmentation}', but task {args.task} supports 'crop' or 'none'.")
     if args.class_weights and args.task != "semantic-segmentation":
-        raise ValueError("class_weights are for tasks with classes. Leave them out.")
+        raise ValueError("class_weights apply only to tasks with classes. Leave them out.")
 
 
 def typical_size(source: DenseSource, shorter: int, patch: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) in whole patches with the median proportions of the images."""
+    """Return the (height, width) in whole patches with the median aspect ratio of the images."""
     sizes = [image_size(source, index) for index in range(len(source))]
     ratio = float(np.median([width / height for width, height in sizes]))
     height, width = (shorter, shorter * ratio) if ratio >= 1 else (shorter / ratio, shorter)
@@ -126,9 +125,9 @@ def typical_size(source: DenseSource, shorter: int, patch: tuple[int, int]) -> t
 
 
 def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
-    """A stock processor that resizes the whole picture to one size and brings predictions back to the picture's.
+    """Return a processor that resizes whole images to one size and predictions back to the size of the image.
 
-    Mean and standard deviation are those of `processor`.
+    Mean and standard deviation are taken from `processor`.
     """
     from PIL import Image
     from transformers import DPTImageProcessor
@@ -148,13 +147,13 @@ def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
 
 
 class DenseTrainItem:
-    """What `TrainImages` makes of one picture with its map; a class, because spawned workers have to pickle it."""
+    """Conversion of an image and its map to a training item; a class, so that spawned workers can pickle it."""
 
     def __init__(self, source: DenseSource, transform: JointTransform | None, processor: Any) -> None:
         self.source, self.transform, self.processor = source, transform, processor
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """`pixel_values` (3, h, w) and `labels` (h, w)."""
+        """Return `pixel_values` (3, h, w) and `labels` (h, w)."""
         target = self.source.target(index)
         if self.transform is None:
             pixels = _processed(self.processor, record.image)
@@ -162,20 +161,20 @@ class DenseTrainItem:
                 "pixel_values": pixels,
                 "labels": torch.from_numpy(resize_map(target, (pixels.shape[1], pixels.shape[2]))),
             }
-        # Torch's generator is set for this image, epoch and repeat; one number of it starts NumPy's.
+        # Torch's generator is seeded for this image, epoch and repeat; one of its numbers seeds NumPy.
         rng = np.random.default_rng(int(torch.randint(2**62, ()).item()))
         picture, target, inside = self.transform(record.image, target, rng)
         values = torch.from_numpy(picture).permute(2, 0, 1).float() / 255  # (3, h, w)
         mean, std = (torch.tensor(values_)[:, None, None] for values_ in (_mean(self.processor), _std(self.processor)))
-        values = (values - mean) / std * torch.from_numpy(inside)  # padding is 0 after normalising
+        values = (values - mean) / std * torch.from_numpy(inside)  # padding is 0 after normalization
         return {"pixel_values": values, "labels": torch.from_numpy(target)}
 
 
 class DenseEvalItem:
-    """What `EvaluationImages` makes of one picture: pixels by the saved processor, the map at its own size.
+    """Conversion of an image to an evaluation item: pixels from the saved processor, the map at its own size.
 
-    Maps are padded at the right and at the bottom to the largest of the part, so that they stack; `sizes` tells which
-    part of them is real.
+    Maps are padded on the right and at the bottom to the largest of the split, so that they can be stacked; `sizes`
+    holds their original (height, width).
     """
 
     def __init__(self, source: DenseSource, processor: Any, *, left_out: Sequence[int] = ()) -> None:
@@ -190,7 +189,7 @@ class DenseEvalItem:
         return torch.from_numpy(whole)
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """`pixel_values` (3, h, w), `labels` padded, `sizes` (2,)."""
+        """Return `pixel_values` (3, h, w), padded `labels` and `sizes` (2,)."""
         target = self.source.target(index)
         if self.left_out:
             target = np.where(np.isin(target, self.left_out), IGNORE, target).astype(target.dtype)
@@ -201,7 +200,7 @@ class DenseEvalItem:
         }
 
     def blank(self) -> dict[str, Any]:
-        """In place of a picture that cannot be used: nothing of its map counts."""
+        """Return a placeholder for an unusable image; its whole map is ignored."""
         masks = self.source.kind == "masks"
         nothing = np.full((1, 1), IGNORE, dtype=np.uint8) if masks else np.zeros((1, 1), dtype=np.float32)
         return {
@@ -224,7 +223,7 @@ def _std(processor: Any) -> list[float]:
 
 
 def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """(B, C, h, w) -> for every image (C, H, W) and (H, W)."""
+    """Yield for every image of (B, C, h, w) its map resized to (C, H, W), and (H, W)."""
     for one, size in zip(maps, sizes.tolist()):
         height, width = int(size[0]), int(size[1])
         yield (
@@ -236,16 +235,16 @@ def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[in
         )
 
 
-# ---- What both tasks share ---------------------------------------------------------------------------------------
+# ---- Common base of both tasks -----------------------------------------------------------------------------------
 
 
 class _DenseTask:
-    """`Task` for one map an image; the subclasses say what a map is."""
+    """Base of tasks with one map per image; the subclasses define the kind of map."""
 
     name: str
     model_class: Any
     shown: Sequence[str]
-    measures: Sequence[str]  # numbers that get an interval
+    measures: Sequence[str]  # metrics that get an interval
     train: DenseSource
     validation: DenseSource | None
 
@@ -274,14 +273,14 @@ class _DenseTask:
         return ()
 
     def image_processor(self, processor: Any, config: Any) -> Any:
-        """One size for all pictures, in the proportions of the training images."""
+        """Return a processor with one size for all images, in the median aspect ratio of the training images."""
         shorter = self.args.image_size or min(config.image_shape)
         size = self._read_at = typical_size(self.train, shorter, config.patch_shape)
-        logger.info("Pictures are read at %d x %d pixels.", *size)
+        logger.info("Images are resized to %d x %d pixels (height x width).", *size)
         return dense_processor(processor, size)
 
     def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Training and validation images as the model wants them."""
+        """Return the training and validation images as model inputs."""
         args = self.args
         size = processor.size["height"], processor.size["width"]
         transform = None if args.augmentation == "none" else self._transform(size)
@@ -298,26 +297,26 @@ class _DenseTask:
         return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """Stacks items."""
+        """Return the function that stacks items."""
         return stack
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Predictions are small already."""
+        """Return the predictions unchanged; they are small already."""
         return logits
 
     def start_metrics(self) -> None:
-        """Forgets the last evaluation."""
+        """Reset the metrics."""
         self._metric = self._new_metric()
-        self._rows: list[Array] = []  # what the metric makes of every image, for the intervals
+        self._rows: list[Array] = []  # metric rows of every image, for the intervals
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """One gathered batch, image by image."""
+        """Add one gathered batch, image by image."""
         for one, truth in zip(np.asarray(predictions), np.asarray(labels), strict=True):
             self._metric.add(prediction=one, reference=truth)
             self._rows += [row for row in self._metric.reduce([one], [truth]) if np.any(row)]
 
     def intervals(self) -> dict[str, tuple[float, float]]:
-        """Of every number of the metric, from resampled images."""
+        """Return the bootstrap intervals of all metrics, from resampled images."""
         rows = np.asarray(self._rows, dtype=np.float64)
 
         def interval(name: str) -> tuple[float, float]:
@@ -328,15 +327,15 @@ class _DenseTask:
         return {name: interval(name) for name in self.measures} if len(rows) > 1 else {}
 
     def protocol(self) -> tuple[str, str]:
-        """How a validation image is judged, and what the intervals are."""
+        """Return descriptions of the evaluation protocol and of the intervals."""
         height, width = self._read_at
         return (
-            f"Whole pictures, resized to {height} x {width} pixels; the prediction is brought to the size of the "
-            f"picture's own {'mask' if self.train.kind == 'masks' else 'depth map'} and judged there"
-        ), "2,000 resamples"
+            f"Whole images, resized to {height} x {width} pixels; predictions are resized to the image's own "
+            f"{'mask' if self.train.kind == 'masks' else 'depth map'} before scoring"
+        ), "2,000 bootstrap resamples"
 
     def _panel_rows(self, model: Any, processor: Any) -> list[tuple[Any, Array, Array]]:
-        """Picture, truth and prediction of some validation images, evenly spread."""
+        """Return image, ground truth and prediction of some evenly spaced validation images."""
         source = self.validation
         if source is None:
             return []
@@ -362,7 +361,7 @@ class _DenseTask:
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes; so every process gets the gradients of all."""
+    """Differentiable sum of a tensor over all processes; gradients are summed over all processes as well."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -376,13 +375,13 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
-    """Batch norm whose statistics are those of the whole step: of all processes, as one process would see them.
+    """Batch norm with statistics over all processes, the same as if one process saw the whole batch.
 
-    torch's `SyncBatchNorm` is that for GPUs only. The tensors and their names are those of `BatchNorm1d`.
+    torch's `SyncBatchNorm` supports GPUs only. The tensors and their names are those of `BatchNorm1d`.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """(n, F) to the same shape; n may differ between processes."""
+        """Normalize (n, F) to the same shape; n may differ between processes."""
         if not self.training:
             return super().forward(input)
         values = input.float()
@@ -401,15 +400,15 @@ class SharedBatchNorm(nn.BatchNorm1d):
 
 
 class SemanticSegmentation(_DenseTask):
-    """Everything that `finetune` has to know about segmentation; see `hf_regvit.finetuning.Task`.
+    """Semantic segmentation task for `finetune`; see `hf_regvit.finetuning.Task`.
 
     Args:
-        args: of the run.
-        train: images with masks instead of those that `args` names.
-        validation: likewise.
+        args: Arguments of the run.
+        train: Training images with masks, used instead of those that `args` names.
+        validation: Validation images with masks that belong to `train`.
 
     Raises:
-        DenseDataError: masks that cannot be used.
+        DenseDataError: The masks cannot be used.
     """
 
     name = "semantic-segmentation"
@@ -425,15 +424,16 @@ class SemanticSegmentation(_DenseTask):
         self.weights = pixel_weights(args.class_weights, self.report, self.names)
         if args.gradient_accumulation_steps > 1:
             logger.warning(
-                "The batch norm of the head sees one micro-batch at a time: %d micro-batches of %d images are not the "
-                "same as one of %d. More processes are.",
+                "The batch norm of the head sees one micro-batch at a time, so %d micro-batches of %d images are not "
+                "equivalent to one batch of %d. To avoid this, use more processes instead of "
+                "gradient_accumulation_steps.",
                 args.gradient_accumulation_steps,
                 args.per_device_train_batch_size * args.world_size,
                 args.images_per_step,
             )
 
     def for_several_processes(self, network: Any) -> Any:
-        """The batch norm of the head counts the images of all processes."""
+        """Replace the batch norm of the head by one with statistics over all processes."""
         own = network.head_norm
         shared = SharedBatchNorm(own.num_features, eps=own.eps, momentum=own.momentum).to(own.weight)
         shared.load_state_dict(own.state_dict())
@@ -479,7 +479,7 @@ class SemanticSegmentation(_DenseTask):
         return [i for i, name in enumerate(self.names) if not self.report.class_pixels[name]]
 
     def config_fields(self) -> dict[str, Any]:
-        """Names of the classes, and the blocks that the head reads if that was asked for."""
+        """Return the class names, and the blocks that the head reads if they were given."""
         fields: dict[str, Any] = {
             "id2label": dict(enumerate(self.names)),
             "label2id": {name: label for label, name in enumerate(self.names)},
@@ -488,13 +488,14 @@ class SemanticSegmentation(_DenseTask):
         return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
 
     def fits_head(self, config: Any) -> bool:
-        """Whether a head of this configuration is for the same classes in the same order."""
+        """Return True if a head with this configuration has the same classes in the same order."""
         return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Cross-entropy over all pixels, where those that do not count are 0; predictions as class ids.
+        """Return the mean cross-entropy over all pixels, ignored ones counting as 0, and predictions as class ids.
 
-        Dividing by all pixels (as mmsegmentation does) keeps the loss of a batch the mean of its parts'.
+        Because the sum is divided by all pixels (as in mmsegmentation), the loss of a batch is the mean of the losses
+        of its parts.
         """
         logits = model(pixel_values=batch["pixel_values"]).logits  # (B, C, h, w)
         labels = batch["labels"]
@@ -515,29 +516,29 @@ class SemanticSegmentation(_DenseTask):
         return torch.stack(losses).mean(), {"logits": predicted}
 
     def compute_metrics(self) -> dict[str, float]:
-        """Of everything since `start_metrics`; `iou_*` for the classes that occur."""
+        """Return the metrics of all batches since `start_metrics`, with `iou_*` for the classes that occur."""
         scores = self._metric.compute()
         named = zip(self.names, scores["per_category_iou"], strict=True)
         means = {key: scores[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")}
         return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
 
     def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """`masks.png`: picture, truth and prediction of some validation images."""
+        """Write `masks.png` with image, ground truth and prediction of some validation images."""
         from .figures import save_figure
 
         rows = self._panel_rows(model, processor)
         if not rows:
             return {}
         save_figure(mask_figure(rows, self.names), folder / "masks.png")
-        return {"masks.png": "Photograph, truth and prediction"}
+        return {"masks.png": "Image, ground truth and prediction"}
 
     def describe(self) -> dict[str, str]:
-        """What the masks hold."""
+        """Return a summary of the training masks."""
         return {"training masks": self.report.summary()}
 
 
 def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
-    """(C,) weights whose mean over the training pixels that count is 1; `balanced` is inverse to their number."""
+    """Return (C,) weights whose mean over the counted training pixels is 1; `balanced` is inverse to their number."""
     return weights_of_classes(wanted, np.array([report.class_pixels[name] for name in names]), names)
 
 
@@ -545,15 +546,15 @@ def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Seq
 
 
 class DepthEstimation(_DenseTask):
-    """Everything that `finetune` has to know about depth; see `hf_regvit.finetuning.Task`.
+    """Depth estimation task for `finetune`; see `hf_regvit.finetuning.Task`.
 
     Args:
-        args: of the run.
-        train: images with depth instead of those that `args` names.
-        validation: likewise.
+        args: Arguments of the run.
+        train: Training images with depth maps, used instead of those that `args` names.
+        validation: Validation images with depth maps that belong to `train`.
 
     Raises:
-        DenseDataError: depth maps that cannot be used.
+        DenseDataError: The depth maps cannot be used.
     """
 
     name = "depth-estimation"
@@ -581,16 +582,16 @@ class DepthEstimation(_DenseTask):
         return JointTransform.for_depth(size, flip_probability=self.args.flip_probability)
 
     def config_fields(self) -> dict[str, Any]:
-        """Range of the bins, and the blocks that the head reads if that was asked for."""
+        """Return the range of the bins, and the blocks that the head reads if they were given."""
         fields: dict[str, Any] = {"max_depth": self.args.max_depth}
         return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
 
     def fits_head(self, config: Any) -> bool:
-        """Whether a head of this configuration has bins of the same depths."""
+        """Return True if a head with this configuration has bins for the same depths."""
         return config.max_depth == self.args.max_depth
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Scale-invariant log loss of every image, then their mean; predictions in metres."""
+        """Return the scale-invariant log loss, averaged over images, and predictions in meters."""
         depth = model(pixel_values=batch["pixel_values"]).predicted_depth  # (B, h, w)
         labels = batch["labels"]
         if training:
@@ -604,21 +605,21 @@ class DepthEstimation(_DenseTask):
         return torch.stack(losses).mean(), {"logits": predicted}
 
     def compute_metrics(self) -> dict[str, float]:
-        """Of everything since `start_metrics`."""
+        """Return the metrics of all batches since `start_metrics`."""
         return self._metric.compute()
 
     def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """`depth.png`: picture, truth and prediction of some validation images, one scale of metres for all."""
+        """Write `depth.png` with image, ground truth and prediction of some validation images, on one scale in m."""
         from .figures import save_figure
 
         rows = self._panel_rows(model, processor)
         if not rows:
             return {}
         save_figure(depth_figure(rows), folder / "depth.png")
-        return {"depth.png": "Photograph, truth and prediction"}
+        return {"depth.png": "Image, ground truth and prediction"}
 
     def describe(self) -> dict[str, str]:
-        """What the maps hold."""
+        """Return a summary of the training depth maps."""
         return {"training depth": self.report.summary()}
 
 
@@ -628,7 +629,7 @@ def _depth_loss(depth: Tensor, truth: Tensor) -> Tensor:
 
 # ---- Panels ------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's palette, then Tol's "muted" where it differs: told apart with every common kind of colour blindness.
+# Palette of Okabe and Ito, then Tol's "muted": distinguishable with every common kind of color blindness.
 _COLOURS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#999933", "#882255",
     "#555555", "#117733", "#DDCC77", "#AA4499", "#88CCEE", "#CC6677",
@@ -637,18 +638,18 @@ _NOT_COUNTED = (255, 255, 255)
 
 
 def class_colours(num_classes: int) -> Array:
-    """(C, 3) uint8; from the 17th class on the palette comes again, each time darker."""
+    """Return (C, 3) uint8 colors; from the 17th class on the palette repeats, darker each time."""
     base = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _COLOURS])
     rounds = -(-num_classes // len(base))
     return np.concatenate([base * 0.65**i for i in range(rounds)])[:num_classes].round().astype(np.uint8)
 
 
 def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) -> Any:
-    """Picture, truth and prediction side by side, one image a row; white is not counted, names below.
+    """Plot image, ground truth and prediction side by side, one image per row; ignored pixels are white.
 
     Args:
-        rows: picture, (H, W) true and (H, W) predicted class ids.
-        names: of the classes.
+        rows: Image, (H, W) true and (H, W) predicted class ids of each row.
+        names: Class names for the legend.
     """
     from matplotlib.patches import Patch
 
@@ -664,15 +665,16 @@ def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) 
     ncols = min(6, len(handles))
     below = figure.legend(handles=handles, loc="outside lower center", ncols=ncols, fontsize=8, frameon=False)
     for name in below.get_texts():
-        name.set_parse_math(False)  # names are no formulas, whatever dollars they hold
+        name.set_parse_math(False)  # class names are not formulas, even with dollar signs
     return figure
 
 
 def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
-    """Picture, truth and prediction side by side, one image a row, all depths on one scale; white is not measured.
+    """Plot image, ground truth and prediction side by side, one image per row; unmeasured pixels are white.
 
     Args:
-        rows: picture, (H, W) true and (H, W) predicted metres; 0 is not measured.
+        rows: Image, (H, W) true and (H, W) predicted depth of each row in meters; 0 is not measured. All depths share
+            one color scale.
     """
     figure, axes = _three_columns(rows)
     known = np.concatenate([truth[truth > 0] for _, truth, _ in rows])
@@ -680,7 +682,7 @@ def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
     for beside, (_, truth, predicted) in zip(axes, rows):
         for axis, values in ((beside[1], np.where(truth > 0, truth, np.nan)), (beside[2], predicted)):
             drawn = axis.imshow(values, cmap="cividis", vmin=low, vmax=high, interpolation="nearest")
-    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02, label="metres")
+    figure.colorbar(drawn, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02, label="meters")
     return figure
 
 
@@ -690,7 +692,7 @@ def _three_columns(rows: Sequence[tuple[Any, Array, Array]]) -> tuple[Any, Any]:
     height = sum(3.0 * picture.height / picture.width for picture, _, _ in rows)
     figure = Figure(figsize=(9.6, height + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False)
-    for axis, title in zip(axes[0], ("photograph", "truth", "prediction")):
+    for axis, title in zip(axes[0], ("image", "ground truth", "prediction")):
         axis.set_title(title, fontsize=10)
     for beside, (picture, _, _) in zip(axes, rows):
         beside[0].imshow(picture)

@@ -229,11 +229,11 @@ def test_f29_bad_masks_stop_the_command_before_step_0(masks, backbone, tmp_path,
 def test_options_of_other_tasks_are_refused(masks, tmp_path):
     for wrong, message in (
         ({"mixup_alpha": 0.2}, "mixup_alpha cannot be used"),
-        ({"augmentation": "randaugment"}, "expected 'crop' or 'none'"),
+        ({"augmentation": "randaugment"}, "supports 'crop' or 'none'"),
     ):
         with pytest.raises(ValueError, match=message):
             SemanticSegmentation(arguments(tmp_path, task="semantic-segmentation", data=masks, **wrong))
-    with pytest.raises(ValueError, match="class_weights are for tasks with classes"):
+    with pytest.raises(ValueError, match="class_weights apply only to tasks with classes"):
         DepthEstimation(arguments(tmp_path, task="depth-estimation", data=masks, class_weights=["balanced"]))
 
 
@@ -278,7 +278,7 @@ def test_accumulation_says_what_it_does_to_the_batch_norm(masks, tmp_path, caplo
     SemanticSegmentation(arguments(tmp_path, **given))
     assert not caplog.records
     SemanticSegmentation(arguments(tmp_path, **given, gradient_accumulation_steps=4, per_device_train_batch_size=2))
-    assert "4 micro-batches of 2 images are not the same as one of 8" in caplog.text
+    assert "4 micro-batches of 2 images are not equivalent to one batch of 8" in caplog.text
 
 
 # --- Depth
