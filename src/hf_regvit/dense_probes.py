@@ -1,15 +1,15 @@
-"""Linear segmentation and linear depth on frozen features: the official heads, trained on features read once.
+"""Linear segmentation and linear depth on frozen features: the official heads, trained on stored features.
 
     train, test = (read_dense_features(model, part.images, flip=True) for part in (train_set, test_set))
     result = linear_segmentation(train, train_set.targets, test, test_set.targets, class_names=names)
 
-The model is run once over every image (twice with `flip`, the second time mirrored); everything after that is the
-training of one linear layer. So a model of any family that `read_tokens` knows is measured by the same code, and two
-models are compared on the same images, steps and random draws.
+The model runs once over every image (twice with `flip`, the second time mirrored); only one linear layer is trained
+afterwards. Every model family that `read_tokens` supports is evaluated by the same code, and two models are compared
+on the same images, steps and random numbers.
 
-What differs from the official protocols follows from reading the features once: whole pictures at one scale instead of
-random crops and scales, no photometric distortion, whole-picture instead of sliding-window testing, and fewer steps.
-Heads, losses, optimisers, schedules and the testing of depth are the official ones.
+The differences from the official protocols follow from extracting the features once: whole images at one scale instead
+of random crops and scales, no photometric distortion, whole-image instead of sliding-window testing, and fewer steps.
+Heads, losses, optimizers, schedules and the testing of depth are the official ones.
 
 Shape letters: n images, B of a batch, (rows, columns) grid of patches, D width, l blocks read, F = l D features of a
 patch, C classes, (H, W) pixels of a target, K bins of depth.
@@ -37,7 +37,7 @@ from .modeling_regvit import scale_invariant_log_loss
 
 logger = logging.getLogger(__name__)
 
-Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes; read when asked for
+Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
 IGNORE = 255
 _FOUR_BLOCKS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
@@ -50,18 +50,18 @@ _FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
 
 @dataclass(frozen=True, eq=False)
 class DenseFeatures:
-    """Patch tokens of many images as maps, and CLS, of one or several blocks, on the CPU.
+    """Patch token maps and CLS tokens of many images, from one or several blocks, on the CPU.
 
     Args:
-        maps: n tensors (rows, columns, F), blocks side by side; grids may differ.
-        cls: (n, F), or None for a model without CLS.
-        flipped: The same images mirrored left to right, or None.
-        ids: n names.
-        patch_size: (height, width) in pixels: an image was read at rows x height by columns x width pixels.
-        layers: Blocks, 1 to the depth of the model.
-        transform: What was done to the pictures, in words.
+        maps: n tensors (rows, columns, F), blocks concatenated; grids may differ.
+        cls: (n, F) CLS tokens, or None for a model without CLS.
+        flipped: Features of the horizontally flipped images, or None.
+        ids: Names of the n images.
+        patch_size: (height, width) in pixels; an image was read at rows x height by columns x width pixels.
+        layers: Blocks, from 1 to the depth of the model.
+        transform: Description of the preprocessing.
         final_norm: Whether the model's final norm was applied.
-        seconds: Wall time of the reading.
+        seconds: Wall time of the extraction.
     """
 
     maps: tuple[Tensor, ...]
@@ -79,22 +79,22 @@ class DenseFeatures:
 
     @property
     def width(self) -> int:
-        """F, features of a patch."""
+        """Return F, the number of features per patch."""
         return self.maps[0].shape[-1]
 
     def input_size(self, index: int) -> tuple[int, int]:
-        """(height, width) in pixels at which an image was read."""
+        """Return the (height, width) in pixels at which an image was read."""
         rows, columns = self.maps[index].shape[:2]
         return rows * self.patch_size[0], columns * self.patch_size[1]
 
 
 def four_blocks(num_layers: int) -> tuple[int, ...]:
-    """The four blocks of the "lin-4" protocol, counted from 1.
+    """Return the four blocks of the "lin-4" protocol, counted from 1.
 
-    They are published for 12, 24 and 40 blocks; for other depths they are the ends of the quarters of the model.
+    Models of 12, 24 and 40 blocks use the published blocks; other models use the ends of their quarters.
     """
     if num_layers < 4:
-        raise ValueError(f"The model has {num_layers} blocks; four of them are to be read. Use layers=(-1,).")
+        raise ValueError(f"The model has {num_layers} blocks, but at least 4 are needed. Use layers=(-1,) instead.")
     return _FOUR_BLOCKS.get(num_layers) or tuple(math.ceil(num_layers * part / 4) for part in range(1, 5))
 
 
@@ -109,20 +109,21 @@ def read_dense_features(
     final_norm: bool = True,
     batch_size: int = 16,
 ) -> DenseFeatures:
-    """Read the patch tokens of every image once, whole pictures at their own proportions.
+    """Read the patch tokens of every image once, from whole images with their own aspect ratio.
 
     Args:
-        model: A model of a family in `families.FAMILIES`; untouched.
-        images: What `prepare_images` takes: a folder, an `ImageSource`, paths, Pillow images, a `datasets` data set.
-        layers: Blocks, 1 to the depth, negative from the end. `four_blocks` names those of "lin-4".
-        processor: Only its mean and standard deviation are used. Default: the one saved with the model.
+        model: Model of a family in `families.FAMILIES`; it is not modified.
+        images: Images as for `prepare_images`: a folder, `ImageSource`, paths, Pillow images or `datasets` data set.
+        layers: Blocks, from 1 to the depth, or negative from the end. `four_blocks` returns those of "lin-4".
+        processor: Image processor; only its mean and standard deviation are used. Default: the one saved with the
+            model.
         image_size: Shorter side in pixels; both sides are rounded to whole patches. Default: the model's own.
-        flip: Also read the images mirrored, for training with flips and for the averaged test of depth.
-        final_norm: Apply the model's final norm to every block read, as the protocols say.
-        batch_size: Images of one forward pass, if their sizes agree.
+        flip: Whether to also read the flipped images, for training with flips and for the averaged test of depth.
+        final_norm: Whether to apply the model's final norm to every block, as in the protocols.
+        batch_size: Number of images per forward pass, if their sizes agree.
 
     Raises:
-        ValueError: Unknown family or layer, or an image that cannot be used: a target would lose its image.
+        ValueError: The family or block is unknown, or an image cannot be used, which would leave its target unpaired.
     """
     started = time.perf_counter()
     transform = EvaluationTransform.for_model(model, processor, image_size=image_size, keep_aspect=True)
@@ -152,7 +153,7 @@ def read_dense_features(
         first = prepared.skipped[0]
         raise ValueError(
             f"{len(prepared.skipped)} of {len(ids) + len(prepared.skipped)} images cannot be used, first "
-            f"'{first.id}': {first.reason}. Their targets would be left over; take those images out of the data."
+            f"'{first.id}': {first.reason}. Their targets would have no images; remove these images from the data."
         )
     seconds = time.perf_counter() - started
 
@@ -177,17 +178,17 @@ def read_dense_features(
 
 @dataclass(frozen=True)
 class SegmentationSettings:
-    """How the segmentation head is trained.
+    """Training settings of the segmentation head.
 
-    Defaults are for a few hundred images on a CPU; `OFFICIAL_SEGMENTATION` holds the published numbers.
+    The defaults are for a few hundred images on a CPU; `OFFICIAL_SEGMENTATION` holds the published values.
 
     Args:
-        num_steps: Optimiser steps.
-        warmup_ratio: Share of them in which the learning rate rises from nearly 0.
-        batch_size: Images of a step.
-        learning_rate: Of AdamW; it falls linearly to 0.
-        weight_decay: Of AdamW, on everything as in the original.
-        flip_probability: Of taking the mirrored features of an image.
+        num_steps: Number of optimizer steps.
+        warmup_ratio: Share of the steps in which the learning rate rises from nearly 0.
+        batch_size: Number of images per step.
+        learning_rate: Peak learning rate of AdamW; it decreases linearly to 0.
+        weight_decay: Weight decay of AdamW, on all parameters as in the original.
+        flip_probability: Probability of using the flipped features of an image.
     """
 
     num_steps: int = 500
@@ -203,23 +204,24 @@ class SegmentationSettings:
 
 @dataclass(frozen=True)
 class DepthSettings:
-    """How the depth head is trained and tested; `OFFICIAL_DEPTH` holds the published numbers.
+    """Training and test settings of the depth head; `OFFICIAL_DEPTH` holds the published values.
 
     Args:
-        num_steps: Optimiser steps.
-        warmup_ratio: Share of them in which the learning rate rises linearly from a thousandth.
-        batch_size: Images of a step.
-        learning_rate: Of AdamW; it falls along a cosine to 0. The published 1e-4 goes with 38,400 steps.
-        weight_decay: Of AdamW.
-        flip_probability: Of taking the mirrored features of an image.
-        mean_only_ratio: Share of the steps at the beginning in which the loss has its term of the mean alone.
-        max_grad_norm: The gradient is scaled down to this norm.
-        num_bins: K.
-        min_depth: Centre of the first bin, metres; predictions are clamped to it.
-        max_depth: Centre of the last bin, metres. Pixels farther away count neither in training nor in the test.
-        upsample: The grid is enlarged so many times before depth is computed.
-        average_flip: Test with the mean of the predictions for the image and for its mirror image.
-        eigen_crop: Judge rows 45 to 470 and columns 41 to 600 only; for images of 480 x 640 pixels (NYUd).
+        num_steps: Number of optimizer steps.
+        warmup_ratio: Share of the steps in which the learning rate rises linearly from a thousandth of its peak.
+        batch_size: Number of images per step.
+        learning_rate: Peak learning rate of AdamW; it follows a cosine to 0. The published 1e-4 is for 38,400 steps.
+        weight_decay: Weight decay of AdamW.
+        flip_probability: Probability of using the flipped features of an image.
+        mean_only_ratio: Share of the steps at the beginning in which the loss consists of its mean term only.
+        max_grad_norm: Maximum gradient norm for clipping.
+        num_bins: Number of depth bins, K.
+        min_depth: Center of the first bin in meters; predictions are clamped to it.
+        max_depth: Center of the last bin in meters. Pixels farther away are ignored in training and test.
+        upsample: Factor by which the grid is upsampled before depth is computed.
+        average_flip: Whether to test with the mean of the predictions for the image and for its mirror image.
+        eigen_crop: Whether to test on rows 45 to 470 and columns 41 to 600 only, for images of 480 x 640 pixels
+            (NYUd).
     """
 
     num_steps: int = 300
@@ -268,21 +270,21 @@ class LinearSegmentationResult:
     """Scores of one linear segmentation head.
 
     Args:
-        mean_iou: Mean over the classes that occur of intersection over union, over all test pixels.
-        mean_accuracy: Mean over classes of the share of their pixels that are found.
-        overall_accuracy: Share of pixels.
-        per_class_iou: By class name; NaN where a class neither occurs nor is predicted.
-        counts: (n, 3, C): for every test image and class the pixels that agree, are predicted, and are true;
+        mean_iou: Intersection over union over all test pixels, averaged over the classes that occur.
+        mean_accuracy: Share of the pixels of a class that are predicted correctly, averaged over classes.
+        overall_accuracy: Share of all pixels that are predicted correctly.
+        per_class_iou: Intersection over union by class name; NaN if a class neither occurs nor is predicted.
+        counts: (n, 3, C) numbers of agreeing, predicted and true pixels for every test image and class;
             `intervals.mean_iou` scores any resample of them.
-        ids: n test images.
-        num_train: Training images.
+        ids: Names of the n test images.
+        num_train: Number of training images.
         layers: Blocks read.
-        protocol: One line that says what was done.
-        settings: Every number of the training.
-        seed: Of the order, the flips and the head.
+        protocol: Description of the protocol in one line.
+        settings: Training settings.
+        seed: Random seed for the order, the flips and the head.
         train_loss: Mean cross-entropy over the last tenth of the steps.
-        seconds: Wall time of training and test, without the reading of features.
-        head: `head_norm.*` and `classifier.*` as in `RegViTForSemanticSegmentation`, which predicts the same with it.
+        seconds: Wall time of training and test, without feature extraction.
+        head: Weights `head_norm.*` and `classifier.*`; `RegViTForSemanticSegmentation` predicts the same with them.
     """
 
     mean_iou: float
@@ -302,34 +304,34 @@ class LinearSegmentationResult:
 
     @property
     def num_test(self) -> int:
-        """Test images."""
+        """Return the number of test images."""
         return len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the weights; counts summed over images."""
+        """Return a JSON-serializable dict without the weights, with the counts summed over images."""
         return _to_dict(self, leave_out=("head", "counts")) | {"counts": self.counts.sum(0).astype(int).tolist()}
 
 
 @dataclass(frozen=True, eq=False)
 class LinearDepthResult:
-    """Scores of one linear depth head: means over test images of errors over their measured pixels.
+    """Scores of one linear depth head: errors over the measured pixels of an image, averaged over test images.
 
     Args:
-        rmse: Metres.
-        abs_rel: Relative to the true depth.
-        delta1: Share of pixels within a factor of 1.25; `delta2` and `delta3` of its square and cube.
-        delta2: See `delta1`.
-        delta3: See `delta1`.
-        errors: (n, 5): the five of every test image, in this order.
-        ids: n test images.
-        num_train: Training images.
+        rmse: Root mean square error in meters.
+        abs_rel: Absolute error relative to the true depth.
+        delta1: Share of pixels within a factor of 1.25 of the true depth.
+        delta2: Share of pixels within a factor of 1.25 squared.
+        delta3: Share of pixels within a factor of 1.25 cubed.
+        errors: (n, 5) values of these five metrics for every test image, in this order.
+        ids: Names of the n test images.
+        num_train: Number of training images.
         layers: Blocks read.
-        protocol: One line that says what was done.
-        settings: Every number of the training and the test.
-        seed: Of the order, the flips and the head.
-        train_loss: Mean over the last tenth of the steps.
-        seconds: Wall time of training and test, without the reading of features.
-        head: `classifier.*` as in `RegViTForDepthEstimation`, which predicts the same with it.
+        protocol: Description of the protocol in one line.
+        settings: Training and test settings.
+        seed: Random seed for the order, the flips and the head.
+        train_loss: Mean loss over the last tenth of the steps.
+        seconds: Wall time of training and test, without feature extraction.
+        head: Weights `classifier.*`; `RegViTForDepthEstimation` predicts the same with them.
     """
 
     rmse: float
@@ -350,11 +352,11 @@ class LinearDepthResult:
 
     @property
     def num_test(self) -> int:
-        """Test images."""
+        """Return the number of test images."""
         return len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: everything but the weights."""
+        """Return a JSON-serializable dict without the weights."""
         return _to_dict(self, leave_out=("head", "errors")) | {"errors": self.errors.tolist()}
 
 
@@ -381,22 +383,22 @@ def linear_segmentation(
     settings: SegmentationSettings | None = None,
     seed: int = 0,
 ) -> LinearSegmentationResult:
-    """Batch norm and one linear layer on every patch, trained with cross-entropy and scored with mean IoU.
+    """Train batch norm and one linear layer on every patch with cross-entropy, and score them with mean IoU.
 
-    Logits are enlarged bilinearly to the size at which the image was read; the training masks are brought there by
-    nearest neighbour. In the test the logits are enlarged once more to the mask's own size, and the largest counts.
+    Logits are upsampled bilinearly to the size at which the image was read; the training masks are resized to it by
+    nearest neighbor. In the test the logits are resized once more to the mask's own size before the argmax.
 
     Args:
-        train: Features of the training images; mirrored ones are used if they were read.
-        train_masks: For every training image (H, W) class ids; 255 does not count.
+        train: Features of the training images; flipped features are used if they were read.
+        train_masks: (H, W) class ids for every training image; 255 is ignored.
         test: Features of the test images.
-        test_masks: Likewise.
-        class_names: C names.
-        settings: Of the training.
-        seed: Of the order of the images, the flips and the weights of the head.
+        test_masks: (H, W) class ids for every test image; 255 is ignored.
+        class_names: Names of the C classes.
+        settings: Training settings.
+        seed: Random seed for the order of the images, the flips and the weights of the head.
 
     Raises:
-        ValueError: Features and masks that do not belong together, or a value that is no class.
+        ValueError: Features and masks do not match, or a mask contains a value that is not a class id.
     """
     from .metrics import MeanIoU
 
@@ -472,23 +474,26 @@ class _SegmentationHead(nn.Module):
 
 
 def poly_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-6) -> float:
-    """Factor of the learning rate: falls linearly from 1 to 0, below it a linear warm-up from `start`."""
+    """Return the learning rate factor: a linear decay from 1 to 0 with a linear warm-up from `start`."""
     factor = 1 - step / num_steps
     warmup = round(num_steps * warmup_ratio)
     return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
 
 
 def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
-    """(H, W) int64 on the CPU, or an error that names the image and the value."""
+    """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
     values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
     if values.ndim != 2 or values.is_floating_point():
-        raise ValueError(f"The mask of '{name}' is {tuple(values.shape)} {values.dtype}, expected (H, W) class ids.")
+        raise ValueError(
+            f"The mask of '{name}' has shape {tuple(values.shape)} and type {values.dtype}. Give (H, W) integer class "
+            "ids."
+        )
     values = values.long()
     wrong = values[(values != IGNORE) & ((values < 0) | (values >= num_classes))]
     if len(wrong):
         raise ValueError(
-            f"The mask of '{name}' holds {int(wrong[0])}; there are classes 0 to {num_classes - 1}, and {IGNORE} for "
-            "pixels that do not count."
+            f"The mask of '{name}' contains {int(wrong[0])}; expected class ids 0 to {num_classes - 1}, or {IGNORE} "
+            "for ignored pixels. Correct the mask or class_names."
         )
     return values
 
@@ -496,7 +501,7 @@ def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
 def _mask_at_input(features: DenseFeatures, masks: Maps, index: int, num_classes: int) -> Tensor:
     mask = _checked_mask(masks[index], num_classes, features.ids[index])
     size = features.input_size(index)
-    # One byte a pixel while it waits: classes below 255 fit, and these are all that a mask has.
+    # One byte per pixel while stored; class ids below 255 fit.
     dtype = torch.uint8 if num_classes <= IGNORE else torch.int64
     return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(dtype)
 
@@ -513,19 +518,19 @@ def linear_depth(
     settings: DepthSettings | None = None,
     seed: int = 0,
 ) -> LinearDepthResult:
-    """One linear layer from a patch with CLS beside it to bins of depth, trained with the scale-invariant log loss.
+    """Train one linear layer from a patch with the CLS token to depth bins, with the scale-invariant log loss.
 
     Args:
-        train: Features of the training images; mirrored ones are used if they were read.
-        train_depths: For every training image (H, W) metres; 0, negative and not finite are no measurements.
-        test: Features of the test images; `average_flip` needs the mirrored ones too.
-        test_depths: Likewise.
-        settings: Of training and test.
-        seed: Of the order of the images, the flips and the weights of the head.
+        train: Features of the training images; flipped features are used if they were read.
+        train_depths: (H, W) meters for every training image; 0, negative and non-finite values are not measured.
+        test: Features of the test images; `average_flip` also needs the flipped features.
+        test_depths: (H, W) meters for every test image.
+        settings: Training and test settings.
+        seed: Random seed for the order of the images, the flips and the weights of the head.
 
     Raises:
-        ValueError: Features and depths that do not belong together, an image without any measured depth, or
-            `eigen_crop` for images of another size.
+        ValueError: Features and depth maps do not match, an image has no measured depth, or `eigen_crop` is used for
+            images of another size.
     """
     from .metrics import DepthErrors
 
@@ -533,12 +538,14 @@ def linear_depth(
     settings = settings or DepthSettings()
     _check_parts(train, train_depths, test, test_depths)
     if settings.average_flip and test.flipped is None:
-        raise ValueError("average_flip needs mirrored test features: read them with flip=True, or turn it off.")
+        raise ValueError(
+            "average_flip needs flipped test features. Read the features with flip=True, or set average_flip=False."
+        )
     targets = [_depth_at_input(train, train_depths, i, settings) for i in range(len(train))]
     with_cls = _with_cls(train), _with_cls(test)
     torch_state = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
     head = nn.Linear(with_cls[0].width, settings.num_bins)
-    bound = 1 / math.sqrt(with_cls[0].width)  # torch's own start of a linear layer, from a seed
+    bound = 1 / math.sqrt(with_cls[0].width)  # torch's initialization of a linear layer, but seeded
     for parameter in head.parameters():
         nn.init.uniform_(parameter, -bound, bound, generator=torch_state)
     optimizer = torch.optim.AdamW(
@@ -576,7 +583,10 @@ def linear_depth(
                 depth, truth = (_eigen_crop(values, test.ids[i]) for values in (depth, truth))
             rows = list(metric.reduce([depth], [truth]))
             if not rows:
-                raise ValueError(f"Nothing is measured inside the eigen crop of '{test.ids[i]}'.")
+                raise ValueError(
+                    f"The depth of '{test.ids[i]}' has no measured pixel in the Eigen crop. Remove the image, or set "
+                    "eigen_crop=False."
+                )
             errors.extend(rows)
     values = np.asarray(errors)
     return LinearDepthResult(
@@ -595,17 +605,17 @@ def linear_depth(
 
 
 def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-3) -> float:
-    """Factor of the learning rate: half a cosine from 1 to 0, below it a linear warm-up from `start`."""
+    """Return the learning rate factor: half a cosine from 1 to 0 with a linear warm-up from `start`."""
     factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
     warmup = round(num_steps * warmup_ratio)
     return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
 
 
 def bins_to_metres(bins: Tensor, size: tuple[int, ...], settings: DepthSettings) -> Tensor:
-    """Scores of bins (B, K, rows, columns) to depth (B, H, W) in metres at `size`.
+    """Convert bin scores (B, K, rows, columns) to depth (B, H, W) in meters at `size`.
 
-    The linear layer and the bilinear enlargement of the features commute, so the scores are enlarged. Weights by
-    "linear norm" (relu + 0.1, divided by their sum) of evenly spaced centres.
+    The linear layer commutes with bilinear upsampling of the features, so the scores are upsampled. The depth is the
+    mean of evenly spaced bin centers, weighted by "linear norm" (relu + 0.1, divided by their sum).
     """
     grid = tuple(settings.upsample * side for side in bins.shape[-2:])
     weights = F.relu(_resize(bins, grid)) + 0.1
@@ -615,7 +625,7 @@ def bins_to_metres(bins: Tensor, size: tuple[int, ...], settings: DepthSettings)
 
 
 def _with_cls(features: DenseFeatures) -> DenseFeatures:
-    """The features with each block's CLS beside its patches, in the order of `RegViTForDepthEstimation`."""
+    """Concatenate each block's CLS to its patches, in the order of `RegViTForDepthEstimation`."""
     if features.cls is None:
         return features
     blocks, width = len(features.layers), features.cls.shape[1] // len(features.layers)
@@ -627,13 +637,13 @@ def _with_cls(features: DenseFeatures) -> DenseFeatures:
 
     return DenseFeatures(
         **{name: getattr(features, name) for name in features.__dataclass_fields__ if name not in ("maps", "flipped")},
-        maps=_LazyMaps(beside, len(features)),  # type: ignore[arg-type]  # twice the size: made when asked for
+        maps=_LazyMaps(beside, len(features)),  # type: ignore[arg-type]  # twice the size, so computed on demand
         flipped=None if features.flipped is None else _with_cls(features.flipped),
     )
 
 
 class _LazyMaps:
-    """Maps that are computed when they are asked for."""
+    """Maps that are computed on demand."""
 
     def __init__(self, make: Callable[[int], Tensor], length: int) -> None:
         self.make, self.length = make, length
@@ -650,7 +660,7 @@ class _LazyMaps:
 def _predict_depth(
     head: nn.Module, features: DenseFeatures, index: int, size: tuple[int, ...], settings: DepthSettings
 ) -> Tensor:
-    """(H, W) metres, perhaps averaged with the mirror image's, within the range of the bins."""
+    """Return (H, W) meters, averaged with the mirror image if set, clamped to the range of the bins."""
 
     def one(tokens: Tensor) -> Tensor:
         bins = head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]  # (1, K, rows, columns)
@@ -663,17 +673,17 @@ def _predict_depth(
 
 
 def _checked_depth(depth: Any, settings: DepthSettings, name: str) -> Tensor:
-    """(H, W) float32 metres, 0 where nothing is measured."""
+    """Return (H, W) float32 meters, 0 where nothing is measured."""
     values = torch.as_tensor(np.asarray(depth) if not isinstance(depth, Tensor) else depth).cpu().float()
     if values.ndim != 2:
-        raise ValueError(f"The depth of '{name}' has shape {tuple(values.shape)}, expected (H, W) metres.")
+        raise ValueError(f"The depth of '{name}' has shape {tuple(values.shape)}. Give one (H, W) map in meters.")
     values = torch.where(
         values.isfinite() & (values >= settings.min_depth) & (values <= settings.max_depth), values, 0
     )
     if not values.any():
         raise ValueError(
-            f"The depth of '{name}' has no pixel between {settings.min_depth} and {settings.max_depth} metres. Is it "
-            "in metres, and max_depth large enough? Else take the image out of the data."
+            f"The depth of '{name}' has no pixel between {settings.min_depth} and {settings.max_depth} meters. Check "
+            "that it is in meters and that max_depth is large enough, or remove the image from the data."
         )
     return values
 
@@ -686,20 +696,20 @@ def _depth_at_input(features: DenseFeatures, depths: Maps, index: int, settings:
 def _eigen_crop(values: Tensor, name: str) -> Tensor:
     if tuple(values.shape) != _EIGEN_SIZE:
         raise ValueError(
-            f"eigen_crop is for depth maps of {_EIGEN_SIZE[0]} x {_EIGEN_SIZE[1]}; that of '{name}' is "
-            f"{values.shape[0]} x {values.shape[1]}. Leave it out."
+            f"eigen_crop needs depth maps of {_EIGEN_SIZE[0]} x {_EIGEN_SIZE[1]} pixels, but that of '{name}' is "
+            f"{values.shape[0]} x {values.shape[1]}. Set eigen_crop=False."
         )
     return values[_EIGEN_ROWS, _EIGEN_COLUMNS]
 
 
-# --- What both share
+# --- Shared by both
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """Patches of some images, side by side, in groups of equal grids.
+    """Patches of a batch of images, concatenated in groups of equal grids.
 
-    `tokens` (patches of all images, F); `groups` has for every grid the images' number and their targets (B, H, W).
+    `tokens` is (patches of all images, F); `groups` holds for every group its grid and its targets (B, H, W).
     """
 
     step: int
@@ -707,7 +717,7 @@ class _Batch:
     groups: tuple[tuple[tuple[int, int], Tensor], ...]
 
     def split(self, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What a head made of `tokens` as maps (B, C, rows, columns) with their targets, a pair for every grid."""
+        """Reshape a head's outputs for `tokens` to maps (B, C, rows, columns), paired with targets, for every grid."""
         pairs, start = [], 0
         for (rows, columns), truth in self.groups:
             count = len(truth) * rows * columns
@@ -728,7 +738,7 @@ def _fit(
     seed: int,
     max_grad_norm: float | None = None,
 ) -> list[float]:
-    """Train, and return the loss of every step. Epochs are permutations; the last images of one start the next."""
+    """Train and return the loss of every step; epochs are permutations, and batches may span two epochs."""
     rng = np.random.default_rng([seed, _ORDER_DRAWS])
     flips = np.random.default_rng([seed, _FLIP_DRAWS])
     queue: list[int] = []
@@ -747,7 +757,10 @@ def _fit(
             optimizer.zero_grad()
             value.backward()
         if not math.isfinite(value.item()):
-            raise ValueError(f"The loss is {value.item()} at step {step}. Check the features for NaN or infinity.")
+            raise ValueError(
+                f"The loss is {value.item()} at step {step}. Check the features for NaN or infinite values, or lower "
+                "learning_rate."
+            )
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, max_grad_norm)
         optimizer.step()
@@ -772,7 +785,7 @@ def _batch(
 
 
 def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    """(B, C, h, w) to (B, C, *size), bilinear without aligned corners, as everywhere in the protocols."""
+    """Resize (B, C, h, w) to (B, C, *size), bilinear without aligned corners, as in the protocols."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
@@ -780,12 +793,13 @@ def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures,
     for name, features, targets in (("training", train, train_targets), ("test", test, test_targets)):
         if not len(features) or len(features) != len(targets):
             raise ValueError(
-                f"{len(features)} {name} images have {len(targets)} targets; expected one each, and some."
+                f"{len(features)} {name} images have {len(targets)} targets. Give one target per image, and at least "
+                "one image."
             )
     if (train.layers, train.final_norm, train.width) != (test.layers, test.final_norm, test.width):
         raise ValueError(
-            f"Training features are of blocks {list(train.layers)} with width {train.width}, test features of "
-            f"{list(test.layers)} with {test.width}. Read both with the same model and options."
+            f"Training features are of blocks {list(train.layers)} with width {train.width}, but test features are of "
+            f"blocks {list(test.layers)} with width {test.width}. Read both with the same model and options."
         )
 
 
@@ -794,7 +808,7 @@ def _protocol(train: DenseFeatures, settings: Any) -> str:
     norm = "final norm" if train.final_norm else "no final norm"
     flips = "with flips" if train.flipped is not None and settings.flip_probability else "without flips"
     return (
-        f"frozen blocks {list(train.layers)}, {norm}, whole pictures at one scale ({height} x {width} pixels for the "
+        f"frozen blocks {list(train.layers)}, {norm}, whole images at one scale ({height} x {width} pixels for the "
         f"first), {settings.num_steps} steps of {settings.batch_size} images {flips}, AdamW {settings.learning_rate:g}"
     )
 
@@ -802,6 +816,6 @@ def _protocol(train: DenseFeatures, settings: Any) -> str:
 def _depth_protocol(settings: DepthSettings, train: DenseFeatures) -> str:
     return (
         f"; {settings.num_bins} bins{'' if train.cls is None else ', CLS concatenated'}, x{settings.upsample}, "
-        f"{'mean with mirror image' if settings.average_flip else 'no mirror image'}, clamped to "
-        f"[{settings.min_depth:g}, {settings.max_depth:g}] m{', eigen crop' if settings.eigen_crop else ''}"
+        f"{'averaged with mirror image' if settings.average_flip else 'no mirror image'}, clamped to "
+        f"[{settings.min_depth:g}, {settings.max_depth:g}] m{', Eigen crop' if settings.eigen_crop else ''}"
     )

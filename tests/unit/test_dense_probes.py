@@ -281,7 +281,7 @@ def test_masks_that_do_not_fit_are_named(segmented):
     with pytest.raises(ValueError, match="12 training images have 11 targets"):
         linear_segmentation(train, train_masks[1:], test, test_masks, **options)
     wrong = [*train_masks[:-1], np.full((32, 32), 7, dtype=np.uint8)]
-    with pytest.raises(ValueError, match="holds 7; there are classes 0 to 1"):
+    with pytest.raises(ValueError, match="contains 7; expected class ids 0 to 1"):
         linear_segmentation(train, wrong, test, test_masks, **options)
 
 
@@ -355,7 +355,7 @@ def test_depth_is_learnt_and_scored_over_measured_pixels(measured):
     assert result.errors.mean(0).tolist() == pytest.approx(
         [result.rmse, result.abs_rel, result.delta1, result.delta2, result.delta3]
     )
-    assert "32 bins, CLS concatenated, x4, mean with mirror image" in result.protocol
+    assert "32 bins, CLS concatenated, x4, averaged with mirror image" in result.protocol
 
 
 def test_the_gradient_of_depth_is_scaled_down_to_its_norm(measured):
@@ -454,7 +454,7 @@ def test_the_first_steps_of_depth_see_the_mean_alone(measured):
 
 def test_the_mirror_image_is_averaged_in_the_test(measured):
     result, parts, (train_depths, test_depths) = measured
-    with pytest.raises(ValueError, match="average_flip needs mirrored test features"):
+    with pytest.raises(ValueError, match="average_flip needs flipped test features"):
         linear_depth(
             parts[0], train_depths, DenseFeatures(**{**vars_of(parts[1]), "flipped": None}), test_depths, settings=FAST
         )
@@ -467,7 +467,7 @@ def test_the_mirror_image_is_averaged_in_the_test(measured):
 def test_eigen_crop_is_for_one_size_and_changes_what_counts(measured, model):
     _, parts, (train_depths, test_depths) = measured
     cropped = DepthSettings(**{**FAST.__dict__, "num_steps": 1, "eigen_crop": True})
-    with pytest.raises(ValueError, match=r"480 x 640; that of .* is 32 x 32"):
+    with pytest.raises(ValueError, match=r"480 x 640 pixels, but that of .* is 32 x 32"):
         linear_depth(parts[0], train_depths, parts[1], test_depths, settings=cropped)
     depth = np.full((480, 640), 2.0, dtype=np.float32)
     outside = depth.copy()
@@ -480,5 +480,5 @@ def test_eigen_crop_is_for_one_size_and_changes_what_counts(measured, model):
 def test_depth_without_a_measured_pixel_is_named(measured):
     _, parts, (train_depths, test_depths) = measured
     empty = [np.zeros((32, 32), dtype=np.float32), *train_depths[1:]]
-    with pytest.raises(ValueError, match=r"no pixel between 0.001 and 10.0 metres"):
+    with pytest.raises(ValueError, match=r"no pixel between 0.001 and 10.0 meters"):
         linear_depth(parts[0], empty, parts[1], test_depths, settings=FAST)
