@@ -1,17 +1,17 @@
-"""The package's numbers as `evaluate.Metric`, for Trainer, `evaluate.combine` and several processes. All offline.
+"""Metrics of the package as `evaluate.Metric`, for Trainer, `evaluate.combine` and several processes; all offline.
 
     from hf_regvit.metrics import CorLoc
     CorLoc().compute(predictions=boxes, references=boxes_of_every_image)
 
-What a metric is told (k, classes, cut-off) goes to its constructor, so that `compute` takes data alone and metrics can
-be combined. Inputs are lists, NumPy arrays or tensors of any device; they are checked, and refused with the value in
-question rather than rounded.
+Settings of a metric (k, classes, cutoff) are arguments of its constructor, so that `compute` takes only data and
+metrics can be combined. Inputs are lists, NumPy arrays or tensors on any device. They are checked, and invalid values
+raise an error that names them; nothing is rounded.
 
-`evaluate` would write every number it is given to an Arrow buffer: 16 bytes a pixel for a pair of masks, as Python
-objects on the way. Here every batch is reduced to the few sums that the result needs before it is stored, so a mask or
-a depth map is gone when `add_batch` returns. Merging processes is `evaluate`'s own: give each its `process_id`, and
-all the same `num_process`, `experiment_id` and a `cache_dir` they share; process 0 gets the result, the others None. A
-single process keeps the sums in memory and leaves no file behind.
+`evaluate` would write every number to an Arrow buffer: 16 bytes per pixel for a pair of masks, as Python objects on
+the way. Here every batch is reduced to the few sums that the result needs before it is stored, so masks and depth maps
+are released when `add_batch` returns. Processes are merged by `evaluate` itself: give each process its `process_id`,
+and all processes the same `num_process`, `experiment_id` and a shared `cache_dir`; process 0 gets the result, the
+others None. A single process keeps the sums in memory and writes no file.
 
 Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
 """
@@ -32,9 +32,9 @@ Rows = Iterable[Sequence[float] | Array]
 
 
 class _SumsMetric(evaluate.Metric):
-    """What the metrics share: check and reduce every batch, let `evaluate` store and gather the rows.
+    """Base of the metrics: checks and reduces every batch, and lets `evaluate` store and gather the rows.
 
-    A subclass names its inputs, turns a batch of them into rows of numbers, and turns all rows into the result.
+    A subclass names its inputs, reduces a batch of them to rows of numbers, and computes the result from all rows.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("predictions", "references")
@@ -43,12 +43,14 @@ class _SumsMetric(evaluate.Metric):
     stored: ClassVar[str] = "float64"  # exact for counts up to 2^53
 
     def __init__(self, *, num_process: int = 1, keep_in_memory: bool | None = None, **kwargs: Any) -> None:
-        # Options of `evaluate.Metric`; nobody else's, because it would swallow a misspelt one.
+        # Accept only the options of `evaluate.Metric`, which would silently ignore a misspelled one.
         unknown = set(kwargs) - {
             "config_name", "cache_dir", "process_id", "seed", "experiment_id", "max_concurrent_cache_files", "timeout"
         }  # fmt: skip
         if unknown:
-            raise TypeError(f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}.")
+            raise TypeError(
+                f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}. Check the spelling."
+            )
         super().__init__(
             num_process=num_process,
             keep_in_memory=num_process == 1 if keep_in_memory is None else keep_in_memory,
@@ -56,18 +58,18 @@ class _SumsMetric(evaluate.Metric):
         )
 
     def reduce(self, *batch: Any) -> Rows:
-        """Rows of numbers for the inputs, in the order of `inputs`."""
+        """Reduce a batch of inputs, in the order of `inputs`, to rows of numbers."""
         raise NotImplementedError
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """The metric's values from all rows, (rows, numbers)."""
+        """Return the values of the metric from all rows, (rows, numbers)."""
         raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
         from datasets import Features, List, Value
 
-        # The rows travel in the first column. The others stay empty and are there by name, because `evaluate.combine`
-        # hands every metric the inputs that its columns are called after.
+        # The rows are stored in the first column. The other columns stay empty but must exist, because
+        # `evaluate.combine` passes every metric the inputs that match its column names.
         return evaluate.MetricInfo(
             description=self.about,
             inputs_description=f"\n\n        {self.about}\n",
@@ -76,12 +78,12 @@ class _SumsMetric(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
-        """Add a batch; it is reduced at once and not kept."""
+        """Add a batch; it is reduced immediately and not kept."""
         given = {"predictions": predictions, "references": references, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         if set(given) != set(self.inputs):
             raise ValueError(
-                f"{type(self).__name__} takes {' and '.join(self.inputs)}, got {', '.join(given) or 'nothing'}."
+                f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(given) or 'nothing'}."
             )
         rows = [np.asarray(row, dtype=self.stored) for row in self.reduce(*(given[name] for name in self.inputs))]
         if rows:
@@ -94,25 +96,28 @@ class _SumsMetric(evaluate.Metric):
         self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
 
     def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
-        """The result over everything added, and start anew; None in processes other than the first."""
+        """Return the result over all samples and reset the metric; None in processes other than the first."""
         given = {"predictions": predictions, "references": references, **kwargs}
         mine = {name: given[name] for name in self.inputs if given.get(name) is not None}
         others = [name for name in given if name not in self.inputs and given[name] is not None]
         if unknown := [name for name in others if name not in _INPUTS]:
             raise TypeError(
-                f"{type(self).__name__}.compute() got {', '.join(unknown)}; it takes {' and '.join(self.inputs)}. "
-                "Settings go to the constructor."
+                f"{type(self).__name__}.compute() got {', '.join(unknown)}, but takes {' and '.join(self.inputs)}. "
+                "Pass settings to the constructor."
             )
         if mine:
             self.add_batch(**mine)
         if self.writer is None:
             if others:
-                raise TypeError(f"{type(self).__name__} takes {' and '.join(self.inputs)}, got {', '.join(others)}.")
+                raise TypeError(
+                    f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(others)}."
+                )
             if self.num_process == 1:
                 raise ValueError(
-                    f"{type(self).__name__} has nothing to compute from: no sample was added, or none counts."
+                    f"{type(self).__name__} has no data to compute from: no sample was added, or all were ignored. "
+                    "Call add_batch first."
                 )
-            # A process without samples still has to meet the others, with an empty file.
+            # A process without samples must still take part in the gathering, with an empty file.
             self.selected_feature_format = self.features
             self._init_writer()
         return super().compute()
@@ -121,7 +126,8 @@ class _SumsMetric(evaluate.Metric):
         rows = columns[self.inputs[0]]
         if not rows:
             raise ValueError(
-                f"{type(self).__name__} has nothing to compute from: no process added a sample, or none counts."
+                f"{type(self).__name__} has no data to compute from: no process added a sample, or all were ignored. "
+                "Call add_batch first."
             )
         return self.result(np.asarray(rows, dtype=np.float64))
 
@@ -138,9 +144,9 @@ def _array(name: str, value: Any) -> Array:
     try:
         array = np.asarray(value)
     except ValueError as error:
-        raise ValueError(f"{name} have rows of different lengths; expected one shape for all.") from error
+        raise ValueError(f"{name} have rows of different lengths. Give rows of one shape.") from error
     if array.dtype.kind not in "iufb":
-        raise TypeError(f"{name} are of type {array.dtype}, expected numbers.")
+        raise TypeError(f"{name} are of type {array.dtype}, but must be numbers.")
     return array
 
 
@@ -148,8 +154,8 @@ def _integers(name: str, value: Any) -> Array:
     array = _array(name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(
-            f"{name} are of type {array.dtype} (such as {array.flat[0]}), expected integer class indices. "
-            "They are not rounded here: take argmax of scores, or cast labels that are whole numbers."
+            f"{name} are of type {array.dtype} (such as {array.flat[0]}), but must be integer class ids. They are "
+            "not rounded: take the argmax of scores, or cast labels to integers."
         )
     return array.astype(np.int64)
 
@@ -157,7 +163,7 @@ def _integers(name: str, value: Any) -> Array:
 def _numbers(name: str, value: Any) -> Array:
     array = _array(name, value)
     if array.dtype.kind == "b":
-        raise TypeError(f"{name} are booleans, expected numbers.")
+        raise TypeError(f"{name} are booleans, but must be numbers.")
     return array.astype(np.float64)
 
 
@@ -165,28 +171,30 @@ def _finite(name: str, value: Any) -> Array:
     array = _numbers(name, value)
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
-        raise ValueError(f"{name} hold {array[tuple(where)]} at {where}; expected finite numbers.")
+        raise ValueError(f"{name} contain {array[tuple(where)]} at {where}, but must be finite numbers.")
     return array
 
 
 def _maps(name: str, value: Any, *, example: str) -> list[Any]:
-    """A batch of pictures: an array (B, H, W), or a list of (H, W) of different sizes."""
+    """Return a batch of maps as a list, from an array (B, H, W) or a list of (H, W) of different sizes."""
     maps = list(value)
     for i, one in enumerate(maps):
         shape = tuple(np.shape(one) if not isinstance(one, torch.Tensor) else one.shape)
         if len(shape) != 2:
-            raise ValueError(f"{name}[{i}] has shape {shape}, expected (height, width): {example}.")
+            raise ValueError(f"{name}[{i}] has shape {shape}, but must be (height, width): {example}.")
     return maps
 
 
 def _pairs(predictions: list[Any], references: list[Any]) -> None:
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
+        raise ValueError(
+            f"Got {len(predictions)} predictions for {len(references)} references. Give one prediction per reference."
+        )
     for i, (one, other) in enumerate(zip(predictions, references)):
         if tuple(one.shape) != tuple(other.shape):
             raise ValueError(
                 f"predictions[{i}] {tuple(one.shape)} and references[{i}] {tuple(other.shape)} differ in shape. "
-                "Resize the prediction to the reference first."
+                "Resize the prediction to the size of the reference first."
             )
 
 
@@ -194,30 +202,30 @@ def _pairs(predictions: list[Any], references: list[Any]) -> None:
 
 
 class TopKAccuracy(_SumsMetric):
-    """Share of samples whose class is among the k of highest score, `top1`, `top5`, ..., in [0, 1].
+    """Share of samples whose class is among the k highest scores: `top1`, `top5`, ..., in [0, 1].
 
-    Of equal scores the class of lower index ranks first, as in argmax.
+    Among equal scores the class with the lower id ranks first, as in argmax.
 
     Args:
-        k: One number or several. Above 1 the predictions have to be scores.
-        prefix: Put before the names of the results: `knn_top1`. So kNN and a linear probe can be told apart.
-        options: Of `evaluate.Metric`.
+        k: Value or values of k. Values above 1 require scores as predictions.
+        prefix: Prefix of the names of the results, such as `knn` for `knn_top1`, to distinguish several classifiers.
+        options: Options of `evaluate.Metric`.
     """
 
     about = (
-        "Top-k accuracy. predictions: (n, C) scores, or (n,) integer classes for k = 1. references: (n,) integer "
-        "classes in [0, C)."
+        "Top-k accuracy. predictions: (n, C) scores, or (n,) integer class ids for k = 1. references: (n,) integer "
+        "class ids in [0, C)."
     )
 
     def __init__(self, *, k: int | Sequence[int] = (1,), prefix: str = "", **options: Any) -> None:
         self.k = (k,) if isinstance(k, int) else tuple(k)
         if not self.k or min(self.k) < 1:
-            raise ValueError(f"k={self.k} must be one or more numbers of at least 1.")
+            raise ValueError(f"k={self.k} must be one or more integers of at least 1.")
         self.prefix = prefix
         super().__init__(**options)
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """For every sample how many classes come before its own."""
+        """Return for every sample the number of classes that rank before its own."""
         truth = _integers("references", references)
         scores = _array("predictions", predictions)
         if truth.ndim != 1 or len(scores) != len(truth) or scores.ndim not in (1, 2):
@@ -227,40 +235,44 @@ class TopKAccuracy(_SumsMetric):
         if not len(truth):
             return []
         if truth.min() < 0:
-            raise ValueError(f"references hold {truth.min()}; classes begin at 0. Leave unlabelled samples out.")
+            raise ValueError(f"references contain {truth.min()}, but class ids start at 0. Remove unlabeled samples.")
         if scores.ndim == 1:
             if max(self.k) > 1:
-                raise ValueError(f"k={self.k} needs scores (n, classes); predictions {scores.shape} are classes.")
+                raise ValueError(
+                    f"k={self.k} needs scores (n, classes), but predictions {scores.shape} are class ids. Pass scores "
+                    "or use k=1."
+                )
             return np.where(_integers("predictions", predictions) == truth, 0.0, np.inf)[:, None]
         scores = _finite("predictions", scores)
         if max(self.k) > scores.shape[1] or truth.max() >= scores.shape[1]:
             raise ValueError(
-                f"Scores are of {scores.shape[1]} classes, but k={self.k} and references go up to {truth.max()}."
+                f"The scores are of {scores.shape[1]} classes, but k={self.k} and references go up to {truth.max()}. "
+                "Pass scores of all classes."
             )
         own = np.take_along_axis(scores, truth[:, None], axis=1)
         earlier = np.arange(scores.shape[1]) < truth[:, None]
         return ((scores > own) | ((scores == own) & earlier)).sum(1, keepdims=True)
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Accuracies by name."""
+        """Return the accuracies by name."""
         return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
 
 
 class ClassScores(_SumsMetric):
-    """`mean_class_accuracy` and macro `f1` of a classifier, in [0, 1], and the `confusion_matrix` they come from.
+    """Mean class accuracy and macro F1 of a classifier, in [0, 1], and the confusion matrix they are computed from.
 
-    Both are means over the classes that the references hold; others have nothing to be right about. `per_class` has
-    the share of each class that was found, NaN for a class without samples. Of equal scores the class of lower index
-    is said, as in `TopKAccuracy`.
+    `mean_class_accuracy` and `f1` are means over the classes that occur in the references. `per_class` is the accuracy
+    of each class, NaN for a class without samples. Among equal scores the class with the lower id is predicted, as in
+    `TopKAccuracy`.
 
     Args:
-        num_classes: C; classes are 0 to C - 1.
-        options: Of `evaluate.Metric`.
+        num_classes: Number of classes, C; class ids are 0 to C - 1.
+        options: Options of `evaluate.Metric`.
     """
 
     about = (
-        "Scores of the classes. predictions: (n, C) scores or (n,) integer classes. references: (n,) integer classes "
-        "in [0, C)."
+        "Mean class accuracy and macro F1. predictions: (n, C) scores or (n,) integer class ids. references: (n,) "
+        "integer class ids in [0, C)."
     )
 
     def __init__(self, *, num_classes: int, **options: Any) -> None:
@@ -270,7 +282,7 @@ class ClassScores(_SumsMetric):
         super().__init__(**options)
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """For every sample its class and what was said."""
+        """Return the true and the predicted class id of every sample."""
         truth, said = _integers("references", references), _array("predictions", predictions)
         if said.ndim == 2 and said.shape[1] == self.num_classes:
             said = _finite("predictions", said).argmax(axis=1)
@@ -283,11 +295,11 @@ class ClassScores(_SumsMetric):
         for name, classes in (("predictions", said), ("references", truth)):
             if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
                 wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
-                raise ValueError(f"{name} hold class {wrong}, expected 0 to {self.num_classes - 1}.")
+                raise ValueError(f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1}.")
         return np.stack([truth, said], axis=1)
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Means over classes, the share found of each, and (C, C) counts, rows of true classes."""
+        """Return the means over classes, the accuracy of each class, and (C, C) counts with true classes as rows."""
         places = rows.astype(np.int64) @ np.array([self.num_classes, 1])
         confusion = np.bincount(places, minlength=self.num_classes**2).reshape(self.num_classes, -1)
         right, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
@@ -303,52 +315,54 @@ class ClassScores(_SumsMetric):
 
 
 class MeanAveragePrecision(_SumsMetric):
-    """Retrieval: `map`, the mean over queries of the average precision of the ranking, in [0, 1].
+    """Mean average precision of retrieval: `map`, the mean over queries of the average precision, in [0, 1].
 
-    The average precision of a query is the mean of the precisions at the ranks of its relevant images. Of equal
-    scores the image of lower index ranks first.
+    The average precision of a query is the mean of the precisions at the ranks of its relevant images. Among equal
+    scores the image with the lower index ranks first.
     """
 
     about = (
-        "Mean average precision. predictions: (n, gallery) scores, higher is nearer. references: (n, gallery) whether "
-        "the image is relevant, at least one for every query."
+        "Mean average precision. predictions: (n, gallery) scores, higher is closer. references: (n, gallery) true "
+        "for relevant images, at least one per query."
     )
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """For every query its average precision."""
+        """Return the average precision of every query."""
         scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
         if scores.ndim != 2 or scores.shape != relevant.shape:
-            raise ValueError(f"predictions {scores.shape} and references {relevant.shape} must be (n, gallery) both.")
+            raise ValueError(
+                f"predictions {scores.shape} and references {relevant.shape} must have the same shape (n, gallery)."
+            )
         if not relevant.any(axis=1).all():
             query = int(np.flatnonzero(~relevant.any(axis=1))[0])
-            raise ValueError(f"Nothing in the gallery is relevant to query {query}. Leave such queries out.")
+            raise ValueError(f"No image of the gallery is relevant to query {query}. Remove such queries.")
         order = np.argsort(-scores, axis=1, kind="stable")
         hits = np.take_along_axis(relevant, order, axis=1)  # (n, gallery), best first
         precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
         return ((precision * hits).sum(axis=1) / hits.sum(axis=1))[:, None]
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Mean over queries."""
+        """Return the mean over queries."""
         return {"map": float(rows[:, 0].mean())}
 
 
-# --- Pictures
+# --- Maps and boxes
 
 
 class MeanIoU(_SumsMetric):
-    """Segmentation: overlap of every class over the whole set, then the mean over classes.
+    """Mean intersection over union of segmentation: overlap of every class over all pixels, averaged over classes.
 
-    A class that neither predictions nor references hold is NaN and left out of the means; one that is only predicted
-    counts as 0. Names follow the metric `mean_iou` of `evaluate`.
+    A class that occurs in neither predictions nor references is NaN and left out of the means; a class that is only
+    predicted counts as 0. Names follow the metric `mean_iou` of `evaluate`.
 
     Args:
-        num_classes: C; classes are 0 to C - 1.
-        ignore_index: Value of reference pixels that do not count, whatever is predicted there; None counts all.
-        options: Of `evaluate.Metric`.
+        num_classes: Number of classes, C; class ids are 0 to C - 1.
+        ignore_index: Value of reference pixels to ignore, whatever is predicted there; None counts all pixels.
+        options: Options of `evaluate.Metric`.
     """
 
     about = (
-        "Mean intersection over union. predictions and references: (B, H, W) integer classes, or lists of (H, W) of "
+        "Mean intersection over union. predictions and references: (B, H, W) integer class ids, or lists of (H, W) of "
         "different sizes."
     )
 
@@ -356,13 +370,15 @@ class MeanIoU(_SumsMetric):
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts).")
         if ignore_index is not None and 0 <= ignore_index < num_classes:
-            raise ValueError(f"ignore_index={ignore_index} is one of the {num_classes} classes.")
+            raise ValueError(
+                f"ignore_index={ignore_index} is one of the {num_classes} class ids. Use another value or None."
+            )
         self.num_classes, self.ignore_index = num_classes, ignore_index
         super().__init__(**options)
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """One row: for every class the pixels that agree, are predicted, and are true."""
-        example = "classes, not scores (take argmax) and without channels"
+        """Return one row: the numbers of agreeing, predicted and true pixels of every class."""
+        example = "class ids instead of scores (take the argmax), without a channel axis"
         predicted = [_integers("predictions", one) for one in _maps("predictions", predictions, example=example)]
         true = [_integers("references", one) for one in _maps("references", references, example=example)]
         _pairs(predicted, true)
@@ -374,7 +390,7 @@ class MeanIoU(_SumsMetric):
                 if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
                     wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
                     raise ValueError(
-                        f"{name} hold class {wrong}, expected 0 to {self.num_classes - 1} or, in references, "
+                        f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1} or, in references, "
                         f"ignore_index={self.ignore_index}."
                     )
             for row, classes in zip(sums, (truth[one == truth], one, truth)):
@@ -382,10 +398,13 @@ class MeanIoU(_SumsMetric):
         return [sums.ravel()] if predicted else []
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Means and the values of every class."""
+        """Return the means and the values of every class."""
         both, predicted, true = rows.sum(0).reshape(3, self.num_classes)
         if not true.sum():
-            raise ValueError(f"Every reference pixel is ignore_index={self.ignore_index}; there is nothing to score.")
+            raise ValueError(
+                f"Every reference pixel is ignore_index={self.ignore_index}, so there is nothing to score. Add images "
+                "with labeled pixels."
+            )
         with np.errstate(invalid="ignore"):  # 0 / 0: a class that does not occur
             iou, accuracy = both / (predicted + true - both), both / true
         return {
@@ -398,22 +417,23 @@ class MeanIoU(_SumsMetric):
 
 
 class DepthErrors(_SumsMetric):
-    """Depth: `rmse` (metres, or whatever the maps are in), `abs_rel`, and `delta1` to `delta3`, shares in [0, 1].
+    """Depth errors: `rmse` (in the unit of the maps), `abs_rel`, and `delta1` to `delta3`, shares in [0, 1].
 
-    Every measure is taken over the valid pixels of an image, then averaged over images: all images count alike.
-    Delta i is the share of pixels whose ratio of prediction to truth, whichever way is larger, is below 1.25^i.
+    Every metric is computed over the valid pixels of an image and then averaged over images with equal weight.
+    Delta i is the share of pixels with max(prediction / truth, truth / prediction) below 1.25^i.
 
     Args:
-        min_depth: Reference pixels below are not valid. Predictions are clipped to it.
-        max_depth: The same at the far end; None is without end.
-        options: Of `evaluate.Metric`.
+        min_depth: Minimum valid depth; reference pixels below are ignored, and predictions are clipped to it.
+        max_depth: Maximum valid depth; reference pixels above are ignored, and predictions are clipped to it. None
+            disables the limit.
+        options: Options of `evaluate.Metric`.
 
-    Source: arXiv 1406.2283 for the measures.
+    Source: arXiv 1406.2283 for the metrics.
     """
 
     about = (
         "Depth errors. predictions and references: (B, H, W) depths, or lists of (H, W) of different sizes. "
-        "References that are 0, negative or not finite are no measurements and do not count."
+        "References that are 0, negative or not finite are not measured and are ignored."
     )
 
     def __init__(self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Any) -> None:
@@ -423,8 +443,8 @@ class DepthErrors(_SumsMetric):
         super().__init__(**options)
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """For every image with valid pixels rmse, abs_rel and the three deltas."""
-        example = "depths without channels"
+        """Return rmse, abs_rel and the three deltas of every image with valid pixels."""
+        example = "depths without a channel axis"
         predicted = [_numbers("predictions", one) for one in _maps("predictions", predictions, example=example)]
         true = [_numbers("references", one) for one in _maps("references", references, example=example)]
         _pairs(predicted, true)
@@ -436,7 +456,10 @@ class DepthErrors(_SumsMetric):
                 continue
             one, truth = one[valid], truth[valid]
             if not np.isfinite(one).all():
-                raise ValueError(f"predictions[{i}] holds NaN or infinity at pixels with a measured depth.")
+                raise ValueError(
+                    f"predictions[{i}] contains NaN or infinite values at pixels with a measured depth. Predictions "
+                    "must be finite there."
+                )
             one = one.clip(self.min_depth, far)
             ratio = np.maximum(one / truth, truth / one)
             rows.append(
@@ -449,23 +472,23 @@ class DepthErrors(_SumsMetric):
         return rows
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Means over images."""
+        """Return the means over images."""
         return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))
 
 
 class CorLoc(_SumsMetric):
-    """Object discovery: share of images whose one box overlaps any ground-truth box by at least `threshold`.
+    """CorLoc of object discovery: share of images whose box overlaps any ground-truth box by at least `threshold`.
 
     Args:
-        threshold: Smallest intersection over union that counts.
-        options: Of `evaluate.Metric`.
+        threshold: Minimum intersection over union of a correct box.
+        options: Options of `evaluate.Metric`.
 
     Source: valeoai/LOST `main_lost.py`; the overlap is `hf_regvit.lost.box_iou`.
     """
 
     about = (
-        "CorLoc. predictions: (n, 4), one box (x1, y1, x2, y2) for every image. references: for every image a list of "
-        "boxes, at least one."
+        "CorLoc. predictions: (n, 4), one box (x1, y1, x2, y2) per image. references: a list of boxes for every "
+        "image, at least one."
     )
 
     def __init__(self, *, threshold: float = 0.5, **options: Any) -> None:
@@ -475,18 +498,18 @@ class CorLoc(_SumsMetric):
         super().__init__(**options)
 
     def reduce(self, predictions: Any, references: Any) -> Rows:
-        """For every image the overlap with its best box."""
+        """Return the overlap of every image's box with its best ground-truth box."""
         boxes = _finite("predictions", predictions)
         if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
-            raise ValueError(f"predictions {boxes.shape} must be (images, 4): one box (x1, y1, x2, y2) each.")
+            raise ValueError(f"predictions {boxes.shape} must be (images, 4), one box (x1, y1, x2, y2) per image.")
         truth = [_finite(f"references[{i}]", one) for i, one in enumerate(references)]
         for i, one in enumerate(truth):
             if one.size and (one.ndim != 2 or one.shape[1] != 4):
-                raise ValueError(f"references[{i}] {one.shape} must be (boxes, 4), a list of boxes for every image.")
+                raise ValueError(f"references[{i}] {one.shape} must be (boxes, 4), a list of boxes per image.")
         return best_iou(list(boxes), truth).double().numpy()[:, None]
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """CorLoc and the mean of the overlaps."""
+        """Return CorLoc and the mean overlap."""
         return {"corloc": float((rows[:, 0] >= self.threshold).mean()), "mean_best_iou": float(rows[:, 0].mean())}
 
 
@@ -494,16 +517,16 @@ class CorLoc(_SumsMetric):
 
 
 class OutlierShare(_SumsMetric):
-    """Share of patch tokens whose norm is above a cut-off, in [0, 1].
+    """Share of patch tokens whose norm is above a cutoff, in [0, 1].
 
     Args:
-        cutoff: Norm; `hf_regvit.outliers.find_cutoff` chooses one.
-        options: Of `evaluate.Metric`.
+        cutoff: Norm above which a token is an outlier; `hf_regvit.outliers.find_cutoff` finds one.
+        options: Options of `evaluate.Metric`.
     """
 
     inputs = ("norms",)
     about = (
-        "Share of artifact tokens. norms: (B, N) or a list of (N,) of different lengths, L2 norms of patch tokens "
+        "Share of outlier tokens. norms: (B, N) or a list of (N,) of different lengths, L2 norms of patch tokens "
         "before the final norm."
     )
 
@@ -514,73 +537,75 @@ class OutlierShare(_SumsMetric):
         super().__init__(**options)
 
     def reduce(self, norms: Any) -> Rows:
-        """For every image tokens above, and tokens."""
+        """Return the number of tokens above the cutoff and the number of all tokens for every image."""
         rows = []
         for i, one in enumerate(norms):
             values = _finite(f"norms[{i}]", one)
             if values.ndim != 1 or (values < 0).any():
                 raise ValueError(
-                    f"norms[{i}] {values.shape} must be one number of at least 0 for every patch: tokens.norm(dim=-1)."
+                    f"norms[{i}] {values.shape} must be one number of at least 0 per patch, as from "
+                    "tokens.norm(dim=-1)."
                 )
             rows.append([(values > self.cutoff).sum(), values.size])
         return rows
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """The share over all tokens."""
+        """Return the share over all tokens."""
         above, total = rows.sum(0)
         if not total:
-            raise ValueError("norms are all empty; there is no token to count.")
+            raise ValueError("norms are empty for all images. Pass the norms of at least one patch token.")
         return {"outlier_share": float(above / total)}
 
 
 class RegisterDiversity(_SumsMetric):
-    """How different the registers of an image are: mean cosine over pairs, and their effective rank, of at most R.
+    """Diversity of the registers of an image: mean cosine over pairs, and effective rank of at most R.
 
-    Both are means over images; formulas in `hf_regvit.artifacts`. Registers that became copies of each other have
-    cosine 1 and rank 1.
+    Both are means over images; `hf_regvit.artifacts` has the formulas. Identical registers have cosine 1 and rank 1.
     """
 
     inputs = ("registers",)
     about = "Diversity of registers. registers: (B, R, D), R at least 2."
 
     def reduce(self, registers: Any) -> Rows:
-        """For every image cosine and rank."""
+        """Return the cosine and the rank of every image."""
         tokens = _finite("registers", registers)
         if tokens.ndim != 3 or tokens.shape[1] < 2:
             raise ValueError(f"registers {tokens.shape} must be (images, registers, width) with at least 2 registers.")
         if (np.abs(tokens).sum(-1) == 0).any():
-            raise ValueError("A register is zero in every channel; it points nowhere and has no cosine.")
+            raise ValueError("A register is zero in every channel, so its cosine is undefined. Remove such registers.")
         values = torch.from_numpy(tokens)
         return torch.stack([register_cosine(values).double(), effective_rank(values)], dim=1).numpy()
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """Means over images."""
+        """Return the means over images."""
         cosine, rank = rows.mean(0).tolist()
         return {"register_cosine": cosine, "register_effective_rank": rank}
 
 
 class EffectiveRank(_SumsMetric):
-    """Number of directions that the features of a data set really use: a sign of collapse when it falls.
+    """Effective number of directions that the features of a data set use; a drop indicates collapse.
 
-    Features are scaled to unit length and not centred; the formula is `hf_regvit.outliers.effective_rank`. It cannot
-    exceed the number of samples, so compare equal numbers. Every feature is kept, in float32.
+    Features are scaled to unit length but not centered; the formula is `hf_regvit.outliers.effective_rank`. The rank
+    cannot exceed the number of samples, so compare equal numbers of samples. All features are stored, in float32.
     """
 
     inputs = ("features",)
-    about = "Effective rank. features: (n, D), one for every sample."
+    about = "Effective rank. features: (n, D), one row per sample."
     stored = "float32"
 
     def reduce(self, features: Any) -> Rows:
-        """The features themselves: their Gram matrix would be larger for the batches that occur."""
+        """Return the features themselves; their Gram matrix would be larger for usual batch sizes."""
         values = _finite("features", features)
         if values.ndim != 2:
             raise ValueError(f"features {values.shape} must be (samples, width).")
         if (np.abs(values).sum(-1) == 0).any():
-            raise ValueError("A feature is zero in every channel; it cannot be scaled to unit length.")
+            raise ValueError(
+                "A feature is zero in every channel and cannot be scaled to unit length. Remove such rows."
+            )
         return values
 
     def result(self, rows: Array) -> dict[str, Any]:
-        """The rank of all of them."""
+        """Return the effective rank of all features."""
         return {"effective_rank": float(effective_rank(torch.from_numpy(rows)[None]))}
 
 

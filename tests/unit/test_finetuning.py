@@ -285,7 +285,7 @@ def test_the_numbers_of_a_run_are_those_of_the_metrics_of_the_package():
     assert (result["f1"], result["mean_class_accuracy"]) == (classes["f1"], classes["mean_class_accuracy"])
     assert metrics.confusion.tolist() == classes["confusion_matrix"]
     assert metrics.confusion.diag().sum() == round(50 * result["accuracy"])
-    with pytest.raises(ValueError, match="nothing to compute"):
+    with pytest.raises(ValueError, match="no data to compute from"):
         ClassificationMetrics(7).compute()
 
 
