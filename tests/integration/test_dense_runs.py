@@ -1,4 +1,4 @@
-"""Fine-tuning for segmentation and depth through the command line, and what stock code makes of the result."""
+"""Fine-tuning for segmentation and depth through the command line, and loading the result with stock code."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_segmentation_through_the_command_line(masks, backbone, tmp_path):
     assert model.config.id2label == {0: "ground", 1: "shape"}
     processor = AutoImageProcessor.from_pretrained(run)
     assert (processor.size["height"], processor.size["width"]) == (32, 40)  # the median is 64 x 48
-    # What the stock pipeline gives scores what the report says.
+    # The predictions of the stock pipeline reach the scores of the report.
     validation = load_masks(masks, split="validation", class_names=["ground", "shape"], reduce_labels=True)
     segment = pipeline("image-segmentation", model=str(run), device="cpu")
     metric = MeanIoU(num_classes=2)
@@ -128,7 +128,7 @@ def segmentation(masks, tmp_path) -> SemanticSegmentation:
 
 
 def test_training_loss_is_the_mean_of_its_parts(segmentation):
-    """So steps of 8, 4 + 4 or two processes of 4 take the same gradient, however many pixels do not count."""
+    """So steps of 8, 4 + 4 or two processes of 4 take the same gradient, whatever the number of ignored pixels."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(4, 2, 8, 8, generator=generator)
     labels = torch.randint(0, 2, (4, 8, 8), generator=generator).to(torch.uint8)
@@ -157,7 +157,7 @@ def test_evaluation_scores_at_the_size_of_each_mask(segmentation):
     assert batch["labels"].shape == (5, 48, 80)
     assert batch["pixel_values"].shape == (5, 3, 32, 40)
 
-    def model(pixel_values):  # the truth itself, as logits at the model's size
+    def model(pixel_values):  # the ground truth itself, as logits at the model's size
         maps = [
             torch.from_numpy(resize_map(segmentation.validation.target(i), (32, 40))).long() for i in range(len(items))
         ]
@@ -168,7 +168,7 @@ def test_evaluation_scores_at_the_size_of_each_mask(segmentation):
     _, outputs = segmentation.loss(model, batch, training=False)
     segmentation.update_metrics(outputs["logits"].numpy(), batch["labels"].numpy())
     scores = segmentation.compute_metrics()
-    assert 0.85 < scores["mean_iou"] < 1  # the borders of shapes were lost at 32 x 40, and only they
+    assert 0.85 < scores["mean_iou"] < 1  # only the borders of shapes are lost at 32 x 40
     counted = sum((segmentation.validation.target(i) != 255).sum() for i in range(5))
     assert counted == int((batch["labels"] != 255).sum())
 
@@ -243,7 +243,7 @@ def test_colours_are_all_unlike():
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after a step, as a crash after a checkpoint would."""
+    """End a run after a step, as a crash after a checkpoint would."""
 
     def __init__(self, step):
         self.step = step
@@ -255,7 +255,7 @@ class StopAt(TrainerCallback):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
 def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
-    """Batch norm statistics, the draws of the augmentation and of drop path included; step 2 is no end of an epoch."""
+    """Includes batch norm statistics and the seeds of augmentation and drop path; step 2 is within an epoch."""
     monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
     monkeypatch.setattr("hf_regvit.finetuning_dense._DenseTask._panel_rows", lambda self, model, processor: [])
     data = masks if task == "semantic-segmentation" else depths
@@ -305,7 +305,7 @@ def test_depth_through_the_command_line(depths, backbone, tmp_path):
         found = measure(picture)
         assert found["depth"].size == picture.size
         metric.add(prediction=found["predicted_depth"], reference=validation.target(index))
-    # The pipeline enlarges bicubically, the report bilinearly.
+    # The pipeline upsamples bicubically, the report bilinearly.
     assert metric.compute()["abs_rel"] == pytest.approx(report["abs_rel"], rel=0.05)
 
 

@@ -1,4 +1,4 @@
-"""Faults of a fine-tuning run: disks, signals that cannot be caught, workers, memory, numbers that are not finite."""
+"""Faults of a fine-tuning run: full disks, SIGKILL, failing workers, memory, non-finite numbers."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """As in the process that is killed: sums of another number of threads are rounded in another way."""
+    """Use as many threads as the killed process, because the number of threads affects rounding."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -50,7 +50,7 @@ def names(folder: Path) -> list[str]:
 
 
 class At(TrainerCallback):
-    """Does something at the beginning of a step."""
+    """Run an action at the beginning of a step."""
 
     def __init__(self, **actions):
         self.actions = {int(name[1:]): action for name, action in actions.items()}
@@ -96,7 +96,7 @@ def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, 
 
 
 def test_f58_a_best_checkpoint_that_was_never_written_is_told(tmp_path, monkeypatch):
-    """The disk is full from the beginning: nothing can be reloaded, and the last weights are not passed off as it."""
+    """With a full disk there is no best checkpoint to load, and the last weights must not take its place."""
 
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -126,7 +126,7 @@ KILLED = """
     from hf_regvit.classification import ImageClassification
     from tiny_finetune import run
     write = checkpoints.write_manifest
-    def die(folder):  # everything is written, the list that makes it a checkpoint is not
+    def die(folder):  # everything is written except the list that completes a checkpoint
         if str(folder).endswith("checkpoint-4"):
             os.kill(os.getpid(), signal.SIGKILL)
         write(folder)
@@ -151,7 +151,7 @@ def test_f57_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_
 
 
 class Failing(Pictures):
-    """Reads pictures; a worker dies or hangs at the fifth, the first so many times."""
+    """Read images; a worker dies or hangs at the fifth, the given number of times."""
 
     def __init__(self, labels, folder, how, times):
         super().__init__(labels)

@@ -1,4 +1,4 @@
-"""Fine-tuning as a user runs it: the command line, every kind of start, what others load, signals, pushes."""
+"""Fine-tuning end to end: the command line, every kind of initial model, loading by others, signals, pushes."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Class folders with a validation part and a file that is no picture."""
+    """Class folders with a validation split and a file that is not an image."""
     root = tmp_path_factory.mktemp("classes")
     for part, count in (("train", 8), ("validation", 3)):
         for label, name in enumerate(("blue", "green", "red")):
@@ -59,7 +59,7 @@ def classes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved_backbone(tmp_path_factory):
-    """What a pretraining run leaves: `run/backbone`."""
+    """Folder of a pretraining run with `run/backbone`."""
     folder = tmp_path_factory.mktemp("run")
     backbone(use_mask_token=True).save_pretrained(folder / "backbone")
     default_image_processor(SIDE).save_pretrained(folder / "backbone")
@@ -150,7 +150,7 @@ def test_dry_run_prints_the_difference_and_trains_nothing(classes, saved_backbon
 
 @pytest.mark.slow
 def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
-    """The recipe file itself, with everything it switches on; only sizes, rate, precision and workers are others."""
+    """The recipe file itself, with everything it switches on; only sizes, rate, precision and workers differ."""
     recipe = Path(__file__).parents[2] / "examples" / "deit3_vits16_from_scratch.yaml"
     output = tmp_path / "out"
     result = finetuned(
@@ -218,7 +218,7 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
     check_card(unfinished, required=("pipeline_tag",))
     assert "Its training is not finished." in unfinished
     assert f"| trained | {mode} |" in unfinished
-    for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well
+    for number, commit in enumerate((first, files)):  # a pushed checkpoint can be loaded as well
         folder = tmp_path / f"download{number}"
         folder.mkdir()
         for name, content in commit.items():

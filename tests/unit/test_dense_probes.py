@@ -39,7 +39,7 @@ NAMES = ("dark", "bright")
 
 
 class Statistics:
-    """As much of an image processor as whole pictures need."""
+    """Minimal image processor for whole images."""
 
     image_mean, image_std = TRANSFORM["image_mean"], TRANSFORM["image_std"]
 
@@ -196,7 +196,7 @@ def test_the_head_predicts_the_same_inside_the_model(segmented, model):
 
 
 def test_one_step_of_segmentation_equals_its_twin(segmented):
-    """Batch norm, linear layer, bilinear logits, cross-entropy over labelled pixels, AdamW, written out."""
+    """Batch norm, linear layer, bilinear logits, cross-entropy over labeled pixels, AdamW, written out."""
     _, (features, test), (masks, test_masks), _ = segmented
     few = DenseFeatures(**{**vars_of(features), "maps": features.maps[:3], "flipped": None, "ids": features.ids[:3]})
     settings = SegmentationSettings(num_steps=2, warmup_ratio=0.0, batch_size=3, learning_rate=0.1, weight_decay=0.5)
@@ -224,7 +224,7 @@ def test_one_step_of_segmentation_equals_its_twin(segmented):
         optimizer.zero_grad()
         (total / count).backward()
         optimizer.step()
-    assert result.train_loss == pytest.approx((total / count).item(), rel=1e-4)  # AdamW alone sees no scale
+    assert result.train_loss == pytest.approx((total / count).item(), rel=1e-4)  # AdamW alone is invariant to scale
     torch.testing.assert_close(result.head["classifier.weight"], linear.weight[:, :, 0, 0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(result.head["head_norm.running_mean"], norm.running_mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(result.head["head_norm.running_var"], norm.running_var, atol=1e-5, rtol=1e-4)
@@ -336,8 +336,8 @@ def test_training_depths_are_picked_and_never_mixed(measured):
     _, (features, _), _ = measured
     depth = np.random.default_rng(0).uniform(1, 9, (80, 112)).astype(np.float32)
     depth[::2, ::3], depth[1::5] = 0.0, np.nan
-    depth[2, 2], depth[0, 0] = 11.0, 5e-4  # beyond either end of the range
-    # To 32 x 32: the pixel that holds the middle of every new one.
+    depth[2, 2], depth[0, 0] = 11.0, 5e-4  # outside of the range at both ends
+    # To 32 x 32: the pixel that contains the center of every new one.
     rows, columns = (((np.arange(32) + 0.5) * side / 32).astype(int) for side in depth.shape)
     valid = np.where((depth >= FAST.min_depth) & (depth <= FAST.max_depth), depth, 0)
     picked = _depth_at_input(features, [depth], 0, FAST)
@@ -368,7 +368,7 @@ def test_the_gradient_of_depth_is_scaled_down_to_its_norm(measured):
         return result.head["classifier.weight"]
 
     start = weight(learning_rate=1e-12)
-    # Adam forgets the scale of a gradient, but for those far below its epsilon of 1e-8.
+    # Adam is invariant to the scale of a gradient, except far below its epsilon of 1e-8.
     torch.testing.assert_close(weight(max_grad_norm=1e-13), start, atol=1e-6, rtol=0)
     assert (weight() - start).abs().max() > 1e-3
 
@@ -406,7 +406,7 @@ def test_the_depth_head_of_several_blocks_is_the_models_too(model):
 
 
 def test_bins_equal_the_slow_twin_with_features_enlarged_first():
-    """The linear layer after the enlargement, as published, pixel by pixel."""
+    """Apply the linear layer after upsampling, as published, pixel by pixel."""
     settings = DepthSettings(num_bins=8, min_depth=0.5, max_depth=4.0)
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(1, 6, 3, 2, generator=generator)
@@ -423,7 +423,7 @@ def test_bins_equal_the_slow_twin_with_features_enlarged_first():
 
 
 def test_the_first_steps_of_depth_see_the_mean_alone(measured):
-    """One step of the mean term by hand: a scale for all, so the gradient knows nothing of single pixels."""
+    """Compute one step of the mean term by hand; its gradient does not depend on single pixels."""
     _, (train, test), (depths, test_depths) = measured
     settings = DepthSettings(num_steps=1, batch_size=12, warmup_ratio=0, num_bins=8, mean_only_ratio=1.0)
     result = linear_depth(train, depths, test, test_depths, settings=settings, seed=3)

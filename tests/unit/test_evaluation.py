@@ -48,7 +48,7 @@ def picture(channel, seed):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Noise with a tint: 24 training and 12 validation images of three classes, in class folders."""
+    """Tinted noise: 24 training and 12 validation images of three classes, in class folders."""
     root = tmp_path_factory.mktemp("data")
     for part, count in (("train", 8), ("validation", 4)):
         for channel, name in enumerate(CLASSES):
@@ -155,7 +155,7 @@ def test_at_its_own_size_robustness_is_knn(model, data):
 
 
 def clusters(count, seed, kind="CLS", num_blocks=2):
-    """Features that tell three classes apart without fail."""
+    """Features that separate three classes perfectly."""
     labels = torch.arange(count) % 3
     generator = torch.Generator().manual_seed(seed)
     vectors = 10 * torch.eye(8)[labels][:, None] + torch.rand(count, num_blocks, 8, generator=generator)
@@ -170,7 +170,7 @@ def test_every_task_tells_clusters_apart(kind):
     assert all(score.value == 1 and score.interval == (1, 1) for score in scores)
     assert all(kind in score.protocol for score in scores)
     linear = next(score for score in scores if score.task == "linear")
-    # Two blocks for the official four, once or twice, and the mean patch only where it is news.
+    # The model has two blocks instead of the official four; the mean patch is added only to CLS vectors.
     assert linear.settings["chosen"].endswith(f"(of {2 * 2 * (2 if kind == 'CLS' else 1)})")
 
 
@@ -196,7 +196,7 @@ def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
 
 
 def blurred(count, seed):
-    """Three classes that overlap, so that every detail of a classifier shows."""
+    """Three overlapping classes, so that every detail of a classifier matters."""
     labels = torch.arange(count) % 3
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.eye(8)[labels][:, None] + 0.8 * torch.randn(count, 2, 8, generator=generator)
@@ -256,7 +256,7 @@ def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
     for score, votes in zip(scores, (linear, logistic(judged.features.last)), strict=True):
         assert score.columns == (tuple((votes.argmax(1) == judged.labels).double().tolist()),)
     assert scores[0].settings["chosen"].startswith(str(head))
-    assert not torch.equal(linear.argmax(1), partial.argmax(1))  # a tenth more images is told from none
+    assert not torch.equal(linear.argmax(1), partial.argmax(1))  # refitting on a tenth more images changes predictions
 
 
 def test_models_without_cls_read_the_mean_patch(data):
@@ -305,7 +305,7 @@ def test_a_method_is_not_ahead_of_itself():
     rows = np.random.default_rng(0).random((20, 1))
     assert paired_difference(rows, rows, seed=0) == (0, (0, 0))
     ahead, (low, high) = paired_difference(rows, rows + 0.1, seed=0)
-    assert ahead == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)  # paired: no spread is left
+    assert ahead == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)  # paired, so no spread remains
     with pytest.raises(ValueError, match="not of the same images"):
         paired_difference(rows, rows[:5], seed=0)
 
@@ -391,7 +391,7 @@ def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
 
 @pytest.fixture
 def counted(monkeypatch):
-    """A model, and how many images it has seen."""
+    """A model, and a list of the numbers of images it has processed."""
     model, seen = new_model(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
     return model, seen
@@ -490,7 +490,7 @@ def test_a_report_comes_back_from_its_file(report, tmp_path):
     report.save(tmp_path / "out" / "report.json")
     assert EvaluationReport.load(tmp_path / "out") == report
     assert EvaluationReport.load(tmp_path / "out" / "report.json", model=report.model) == report
-    # One line for what all images contributed, not one for each.
+    # The contributions of all images are on one line, not one line each.
     assert len((tmp_path / "out" / "report.json").read_text().splitlines()) < 40 * len(report.scores)
     with pytest.raises(FileNotFoundError, match="There is no evaluation report at"):
         EvaluationReport.load(tmp_path / "none.json")
@@ -649,7 +649,7 @@ def test_unknown_tasks_are_answered_with_the_nearest(model, data):
 
 
 def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
-    """With the seed and share of the run, as the tutorial says; otherwise on images that the run was trained on."""
+    """With the seed and share of the run, as in the tutorial; any other seed would test on training images."""
     from hf_regvit import FinetuningArguments, load_images
     from hf_regvit.evaluation_report import fingerprint_of_names
     from hf_regvit.finetuning_data import hold_out
@@ -735,7 +735,7 @@ def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
     single = judged.subset([0, 4, 8])
     protocol = Protocol(knn_ks=(3,), max_images=2)
     (score,) = evaluate(model, single, train=train, tasks=["knn"], protocol=protocol).scores
-    assert (score.num_train, score.num_images) == (3, 2)  # one of every class to fit on
+    assert (score.num_train, score.num_images) == (3, 2)  # one training image per class
 
 
 def test_judged_images_that_are_fitted_on(model, data, caplog):

@@ -1,4 +1,4 @@
-"""Fine-tuning: labels and what is wrong with them, loss and metrics against loops, and runs of a tenth of a second."""
+"""Fine-tuning: label checks, loss and metrics against loops, and runs of a tenth of a second."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ from tiny_run import same_state
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch, request):
-    """Drawing takes ten times as long as a run of two blocks; one test looks at the pictures."""
+    """Drawing takes ten times as long as a run of two blocks; one test checks the figures."""
     if "pictures" not in request.node.name:
         monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
         monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
@@ -51,7 +51,7 @@ def without_pictures(monkeypatch, request):
 
 
 def folder_of(root, **classes):
-    """Class folders with so many pictures each."""
+    """Create class folders with the given number of images each."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for number in range(count):
@@ -68,7 +68,7 @@ def table_of(path, labels, names=None, column="label"):
     features = datasets.Features({"image": datasets.Image(), column: datasets.Value("int64") if names else feature})
     rows = {"image": [picture(i, 0) for i in range(len(labels))], column: labels}
     table = datasets.Dataset.from_dict(rows, features=features)
-    if names:  # a ClassLabel that was written with other names than its numbers need
+    if names:  # a ClassLabel with fewer names than its ids need
         table = datasets.Dataset(table.data, info=datasets.DatasetInfo(features=datasets.Features(
             {"image": datasets.Image(), column: feature})))  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,8 @@ def test_f28_classes_of_validation_that_training_lacks_are_listed(tmp_path):
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))
     with pytest.raises(
         LabelError,
-        match=r"1 classes without training images: 'horse'.*1 training classes are missing from validation: 'dog'.*ignore_extra",
+        match=r"1 classes without training images: 'horse'.*1 training classes are missing from validation: 'dog'"
+        r".*ignore_extra",
     ):
         labelled_parts(args)
     args.ignore_extra_classes = True
@@ -201,7 +202,7 @@ def test_balanced_weights_are_inverse_to_the_counts_with_mean_one():
 
 
 def loss_loop(logits, shares, kind, smoothing, weights):
-    """One number at a time, in double precision."""
+    """Compute the loss one number at a time, in double precision."""
     total, classes = 0.0, logits.shape[1]
     for row, target in zip(logits.double().tolist(), shares.double().tolist(), strict=True):
         asked = [float(t > 0) for t in target] if kind == "bce" else target
@@ -272,9 +273,9 @@ def test_intervals_of_shares_stay_between_0_and_1():
 
 
 def test_the_numbers_of_a_run_are_those_of_the_metrics_of_the_package():
-    """What `metrics.json` and the card say of a model is what anybody gets from `hf_regvit.metrics` and its logits."""
+    """The scores in `metrics.json` and on the card equal those of `hf_regvit.metrics` on the logits."""
     rng = np.random.default_rng(1)
-    scores, truth = rng.integers(0, 4, (50, 7)) / 2.0, rng.integers(0, 6, 50)  # many equal scores, a class without any
+    scores, truth = rng.integers(0, 4, (50, 7)) / 2.0, rng.integers(0, 6, 50)  # many ties, and a class without samples
     metrics = ClassificationMetrics(7)
     for start in range(0, 50, 8):
         metrics.update(scores[start : start + 8], truth[start : start + 8])
@@ -329,7 +330,7 @@ def test_augmentation_is_a_function_of_seed_epoch_image_and_repeat(tmp_path, opt
     first = data[3, 4, 1]
     before = torch.get_rng_state()
     again = data[3, 4, 1]
-    assert torch.equal(before, torch.get_rng_state())  # the run's own generator is not touched
+    assert torch.equal(before, torch.get_rng_state())  # the global generator is unchanged
     assert torch.equal(first["pixel_values"], again["pixel_values"])
     assert first["pixel_values"].shape == (3, SIDE, SIDE)
     assert type(first["pixel_values"]) is torch.Tensor
@@ -580,7 +581,7 @@ def test_the_model_of_the_caller_stays_as_it_is(tmp_path):
 
 
 class StopAt(TrainerCallback):
-    """Ends a run after a step, as a crash after a checkpoint would."""
+    """End a run after a step, as a crash after a checkpoint would."""
 
     def __init__(self, step):
         self.step = step
@@ -633,7 +634,7 @@ def backbone_head(tmp_path):
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_result_is_the_best_checkpoint_in_every_tensor(tmp_path, mode):
-    """Learning that is made to fall apart: a rate that explodes after the first epoch."""
+    """Simulate divergence: the learning rate explodes after the first epoch."""
 
     class Wreck(TrainerCallback):
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
@@ -676,7 +677,7 @@ def test_early_stopping_counts_over_a_resumed_run(tmp_path):
     options = {"early_stopping_patience": 2, "num_train_epochs": 8, "learning_rate": 1e-12, "save_total_limit": None}
     run(tmp_path / "a", **options)
     steps = json.loads((tmp_path / "a" / "metrics.json").read_text())["steps"]
-    assert steps == 9  # the first evaluation is the best, two more are waited for
+    assert steps == 9  # the first evaluation is the best, followed by a patience of two
     run(tmp_path / "b", callbacks=[StopAt(6)], **options)
     run(tmp_path / "b", resume_from_checkpoint="last", **options)
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["steps"] == 9
@@ -726,7 +727,7 @@ def test_f63_resuming_with_other_labels_of_the_same_images_is_refused(tmp_path):
         run(tmp_path, train=other, resume_from_checkpoint="last", **options)
     with pytest.raises(ValueError, match=r"data is .*--allow_data_change"):
         run(tmp_path, train=source(24, names=("a", "b", "c")), resume_from_checkpoint="last", **options)
-    # Checkpoints that an earlier release wrote do not know the labels.
+    # Checkpoints of earlier releases do not store a hash of the labels.
     state = tmp_path / "checkpoint-2" / "resume_state.json"
     saved = json.loads(state.read_text())
     for part in saved["data"].values():
@@ -746,13 +747,13 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
         "confusion_matrix.png", "confusion_matrix.csv", "resolved_recipe.yaml", "environment.json",
     }  # fmt: skip
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["eval"]["accuracy"] == 1.0  # three hues are told apart
+    assert metrics["eval"]["accuracy"] == 1.0  # three hues are easy to distinguish
     assert metrics["images"] == {"train": 24, "validation": 9, "seen": 96}
     rows = (tmp_path / "confusion_matrix.csv").read_text().splitlines()
     assert rows[1] == "blue,3,0,0"
     card = (tmp_path / "README.md").read_text()
     assert str(tmp_path) not in card
-    check_card(card, folder=tmp_path, required=("pipeline_tag",))  # the licence is the author's to give
+    check_card(card, folder=tmp_path, required=("pipeline_tag",))  # only the author can choose a license
     assert "| Top-1 accuracy | images, validation | 100.0 % [70.1, 100.0] | 24 / 9 |" in card
     (indexed,) = card_header(card)["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in indexed["metrics"]} == {
@@ -769,7 +770,7 @@ def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
 
 
 def test_curves_do_not_draw_the_best_checkpoint_at_the_last_step(tmp_path, monkeypatch):
-    """Its last judgement is logged there: the validation curves ended in a vertical line."""
+    """The final evaluation is logged at the same step, which ended the validation curves in a vertical line."""
     lines = [{"step": 3, "eval_loss": 0.2}, {"step": 6, "eval_loss": 0.9}, {"step": 6, "eval_loss": 0.2}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     drawn = []

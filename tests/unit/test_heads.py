@@ -26,7 +26,7 @@ SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 
 
 def build(cls: type, *, seed: int = 0, **fields):
-    """A model in eval mode in which no parameter and no statistic is at its start."""
+    """Build a model in eval mode in which every parameter and statistic differs from its initial value."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_classifier_in_a_padded_batch(pooling, attn_implementation):
 )
 @torch.no_grad()
 def test_the_mean_of_many_patches_fits_into_half_precision(fields, dtype):
-    """Patches of about 20 in one channel, as trained models have: 4096 of them add up to more than float16 holds."""
+    """Patches of about 20 in one channel, as trained models have: 4096 of them exceed the range of float16 in sum."""
     model = build(RegViTForImageClassification, num_hidden_layers=1, **fields)
     model.regvit.layernorm.bias[3] = 20.0
     model.regvit.embeddings.patch_embeddings.projection.bias[3] = 20.0
@@ -281,7 +281,7 @@ def test_depth_equals_its_twin_of_maps(head_layers):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_depth_in_half_precision(dtype):
-    """256 bins up to 80 m with weights of 30 add up to more than float16 holds."""
+    """256 bins up to 80 m with weights of 30 exceed the range of float16 in sum."""
     model = build(RegViTForDepthEstimation, num_depth_bins=256, max_depth=80.0)
     model.classifier.bias.add_(30.0)
     expected = model(images()).predicted_depth
@@ -357,7 +357,7 @@ def test_depth_loss_without_valid_pixels_is_zero_not_nan():
 
 @pytest.mark.parametrize("mark", [float("inf"), float("nan"), -1.0])
 def test_depth_that_is_no_number_does_not_count(mark):
-    """Rendered pictures have an infinite sky."""
+    """Rendered images have an infinite sky."""
     model = build(RegViTForDepthEstimation)
     labels = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     labels[:, :4] = 0
@@ -478,7 +478,7 @@ LABELS = {
 
 @pytest.mark.parametrize("cls", LABELS)
 def test_every_parameter_of_a_head_gets_a_gradient(cls):
-    """What DistributedDataParallel needs: else it has to search for the unused ones in every step."""
+    """DistributedDataParallel requires this; otherwise it searches for unused parameters in every step."""
     variants = [
         {},
         {"use_mask_token": True},
@@ -587,7 +587,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
         results.append((state_of(run.model), entries))
     (state, entries), (accumulated, accumulated_entries) = results
     assert differing(state, accumulated, atol=1e-5) == []
-    assert differing(state, state_of(build(RegViTForImageClassification)), atol=1e-5)  # and it did train
+    assert differing(state, state_of(build(RegViTForImageClassification)), atol=1e-5)  # the run did train
     for ours, theirs in zip(entries, accumulated_entries, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)

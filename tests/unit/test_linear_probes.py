@@ -1,4 +1,4 @@
-"""Heads on frozen features against their slow twins: one SGD a head, scikit-learn, loops."""
+"""Heads on frozen features against their slow twins: one SGD per head, scikit-learn, loops."""
 
 import math
 
@@ -27,7 +27,7 @@ CLASSES = 4
 
 @pytest.fixture(scope="module")
 def features():
-    """(40, 3, 6) vectors, (40, 6) mean patches and labels that they tell apart only in part."""
+    """(40, 3, 6) vectors, (40, 6) mean patches and labels that they separate only partly."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(40) % CLASSES
     centers = torch.randn(CLASSES, 6, generator=generator)
@@ -45,7 +45,7 @@ def test_the_official_grid():
 
 
 def alone(x, labels, rate, grid, seed):
-    """One head, trained by torch's own SGD, autograd and cosine schedule."""
+    """Train one head with torch's own SGD, autograd and cosine schedule."""
     weight = torch.empty(x.shape[1], CLASSES).normal_(0, 0.01, generator=torch.Generator().manual_seed(seed))
     weight.requires_grad_()
     bias = torch.zeros(CLASSES, requires_grad=True)
@@ -60,7 +60,7 @@ def alone(x, labels, rate, grid, seed):
     return weight.detach(), bias.detach()
 
 
-@pytest.mark.parametrize("batch_size", [16, 64])  # 64: more than there are
+@pytest.mark.parametrize("batch_size", [16, 64])  # 64 exceeds the number of images
 def test_heads_trained_at_once_are_those_trained_alone(features, batch_size):
     vectors, mean_patch, labels = features
     grid = LinearGrid((0.1, 2.0, 20.0), (1, 3), num_steps=25, batch_size=batch_size)
@@ -73,7 +73,7 @@ def test_heads_trained_at_once_are_those_trained_alone(features, batch_size):
         weight, bias = alone(x, labels, head.learning_rate, grid, seed=3)
         torch.testing.assert_close(scores, x @ weight + bias, atol=2e-5, rtol=1e-4)
     trained = {head.learning_rate: merit(scores, labels) for head, scores in found.items() if head.num_blocks == 3}
-    assert trained[2.0] > trained[0.1]  # or the comparison would be of heads that have not moved
+    assert trained[2.0] > trained[0.1]  # otherwise the heads compared would be untrained
 
 
 def test_a_head_of_a_grid_of_its_own_is_the_same(features):
@@ -121,7 +121,7 @@ def test_logistic_regression_has_the_minimum_of_scikit_learn(features, c):
     from sklearn.linear_model import LogisticRegression
 
     vectors, _, labels = features
-    x = vectors[:, -1] * 3 + 1  # neither centred nor of unit length
+    x = vectors[:, -1] * 3 + 1  # neither centered nor of unit length
     (model,) = logistic_path(x, labels, num_classes=CLASSES, cs=(c,))
     other = LogisticRegression(C=c, max_iter=2000, tol=1e-10).fit(x.double().numpy(), labels.numpy())
     expected = torch.from_numpy(other.predict_proba(x.double().numpy())).float()
@@ -138,7 +138,7 @@ def test_a_path_ends_where_each_c_alone_does(features):
         (single,) = logistic_path(x, labels, num_classes=CLASSES, cs=(model.c,))
         torch.testing.assert_close(model(x).softmax(1), single(x).softmax(1), atol=1e-4, rtol=0)
     norms = [model.weight.norm().item() for model in path]
-    assert norms == sorted(norms)  # a larger C holds the weights back less
+    assert norms == sorted(norms)  # a larger C regularizes less
 
 
 def test_few_shot_draws_so_many_of_every_class():

@@ -1,4 +1,4 @@
-"""Metrics against loops over their definitions, combined, gathered over processes, offline, and fed wrong input."""
+"""Metrics against loops over their definitions, combined, gathered over processes, offline, and with wrong input."""
 
 import math
 import socket
@@ -39,7 +39,7 @@ def rng():
 
 
 def in_batches(metric, size, **columns):
-    """The same data in several calls."""
+    """Pass the same data in several calls."""
     count = len(next(iter(columns.values())))
     for start in range(0, count, size):
         metric.add_batch(**{name: values[start : start + size] for name, values in columns.items()})
@@ -59,7 +59,7 @@ def test_top_k_equals_sorting(rng):
     expected = {f"top{k}": pytest.approx(count / 40) for k, count in hits.items()}
     metric = TopKAccuracy(k=(1, 3))
     assert metric.compute(predictions=scores, references=truth) == expected
-    assert metric.compute(predictions=torch.tensor(scores), references=torch.tensor(truth)) == expected  # anew
+    assert metric.compute(predictions=torch.tensor(scores), references=torch.tensor(truth)) == expected  # reset
     assert in_batches(metric, 7, predictions=scores.tolist(), references=truth.tolist()) == expected
     classes = scores.argmax(1)
     assert TopKAccuracy().compute(predictions=classes, references=truth)["top1"] == pytest.approx(hits[1] / 40)
@@ -71,7 +71,7 @@ def test_prefix_tells_two_classifiers_apart():
 
 
 def test_class_scores_equal_counting(rng):
-    truth, said = rng.integers(0, 4, 40), rng.integers(0, 5, 40)  # nobody is of class 4, but it is said
+    truth, said = rng.integers(0, 4, 40), rng.integers(0, 5, 40)  # class 4 does not occur but is predicted
     found, f1 = [], []
     for one in range(4):
         right = sum(t == s == one for t, s in zip(truth, said))
@@ -116,7 +116,7 @@ def test_mean_iou_equals_counting_pixels(rng, ignore_index):
     iou = [both[c] / either[c] if either[c] else math.nan for c in range(classes)]
     accuracy = [both[c] / of_class[c] if of_class[c] else math.nan for c in range(classes)]
     assert result["per_category_iou"] == pytest.approx(iou, nan_ok=True)
-    assert math.isnan(result["per_category_iou"][4])  # nobody's class, left out of the mean
+    assert math.isnan(result["per_category_iou"][4])  # does not occur, left out of the mean
     assert result["mean_iou"] == pytest.approx(np.nanmean(iou))
     assert result["per_category_accuracy"] == pytest.approx(accuracy, nan_ok=True)
     assert result["mean_accuracy"] == pytest.approx(np.nanmean(accuracy))
@@ -158,7 +158,7 @@ def test_masks_are_not_kept():
 def test_depth_equals_the_definitions(rng):
     predicted = rng.uniform(0.5, 9, (3, 4, 5)).astype(np.float32)
     true = rng.uniform(0.5, 9, (3, 4, 5)).astype(np.float32)
-    true[0, 0, :3] = (0.0, np.nan, -1.0)  # no measurement
+    true[0, 0, :3] = (0.0, np.nan, -1.0)  # not measured
     true[1, 2] = 20.0  # beyond max_depth
     predicted[2, 1] = (-3.0, 0.0, 40.0, 8.0, 8.0)  # clipped to the range
     rows = []
@@ -183,7 +183,7 @@ def test_depth_equals_the_definitions(rng):
 
 
 def test_depths_at_the_ends_of_the_range_count_and_a_ratio_at_the_bound_is_beyond_it():
-    # Numbers that floating point holds: ratios of 1, 1.25 and its square and cube.
+    # Numbers that are exact in floating point: ratios of 1, 1.25 and its square and cube.
     errors = DepthErrors(min_depth=1.0, max_depth=8.0)
     (ends,) = errors.reduce([[[1.0, 8.0, 3.0]]], [[[1.0, 8.0, 16.0]]])
     assert ends == pytest.approx([0, 0, 1, 1, 1])
@@ -273,7 +273,7 @@ def test_average_precision_is_that_of_scikit_learn():
     result = metric.compute(predictions=scores[3:], references=relevant[3:])
     expected = [average_precision_score(truth, row) for truth, row in zip(relevant, scores, strict=True)]
     assert result == {"map": pytest.approx(np.mean(expected))}
-    # Of equal scores the first ranks first.
+    # Among equal scores the first ranks first.
     result = MeanAveragePrecision().compute(
         predictions=[[3.0, 2.0, 1.0, 1.0]], references=[[False, True, False, True]]
     )
@@ -313,7 +313,7 @@ TWO = {"predictions": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], "references": [0, 0,
 
 
 def gather(make, shares, cache_dir):
-    """The metric in as many threads as there are shares; what each of them returns, or raises."""
+    """Run the metric in one thread per share; return what each thread returns or raises."""
     results = [None] * len(shares)
 
     def work(process):
