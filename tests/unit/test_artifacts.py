@@ -549,7 +549,7 @@ def test_a_planted_population_is_described(planted_report):
     assert report.examples[0]["num_outliers"] == 2
     assert np.array(report.examples[0]["norms"]).shape == (8, 8)
     assert len(report.examples[0]["attention_registers"]) == 2
-    assert "artifact tokens: at layer 2 of 4, 3.12%" in report.verdict
+    assert "artifact tokens: at block 2 of 4, 3.12%" in report.verdict
 
 
 def test_top_level_of_the_report_and_its_ten_lines(planted_report, tmp_path):
@@ -743,9 +743,9 @@ def test_single_colour_images_are_left_out_and_named(photos, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     report = diagnose(tiny_model(), tmp_path, **QUIET)
     assert report.num_images == 10
-    assert {image["id"]: image["reason"] for image in report.skipped}["red.png"] == "single colour"
+    assert {image["id"]: image["reason"] for image in report.skipped}["red.png"] == "single color"
     assert {image["id"] for image in report.skipped} == {"red.png", "broken.png"}
-    assert "2 images were left out" in report.warnings[1]
+    assert "2 images were skipped" in report.warnings[1]
 
 
 def test_an_image_that_varies_in_one_channel_only_is_used(photos):
@@ -757,7 +757,7 @@ def test_an_image_that_varies_in_one_channel_only_is_used(photos):
 
 def test_nothing_but_single_colours():
     flat = [Image.new("RGB", (64, 64), (i, i, i)) for i in range(20)]
-    with pytest.raises(ValueError, match=r"0 images can be used \(20 were skipped, e.g. 'image/0': single colour\)"):
+    with pytest.raises(ValueError, match=r"0 images can be used \(20 were skipped, e.g. 'image/0': single color\)"):
         diagnose(tiny_model(), flat, **QUIET)
 
 
@@ -765,7 +765,7 @@ def test_sizes_are_brought_to_one_or_refused(photos):
     mixed = [photo.resize((64 + 16 * (i % 3), 64)) for i, photo in enumerate(photos)]
     assert diagnose(tiny_model(), mixed, **QUIET).num_images == 16
     whole = EvaluationTransform.for_model(tiny_model(), PROCESSOR, keep_aspect=True)
-    with pytest.raises(ValueError, match=r"'image/1' has 8 x 10 patches, the ones before it 8 x 8.*one size"):
+    with pytest.raises(ValueError, match=r"'image/1' has 8 x 10 patches, but the images before it have 8 x 8.*one size"):
         diagnose(tiny_model(), mixed, processor=whole, progress=False)
 
 
@@ -799,7 +799,7 @@ def test_weights_that_are_not_finite_name_image_and_layer(photos):
     model = tiny_model()
     with torch.no_grad():
         next(parameter for name, parameter in model.layers[2].named_parameters() if "mlp" in name).fill_(math.nan)
-    with pytest.raises(ValueError, match="image 'image/0' are not finite at layer 3"):
+    with pytest.raises(ValueError, match="Image 'image/0' has NaN or infinite tokens at block 3"):
         diagnose(model, photos, **QUIET)
 
 
