@@ -495,7 +495,7 @@ class _Page:
         # Gradio's copies of uploads and downloads are deleted after an hour.
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
-            # None until the page has loaded: Gradio resets an expired state to it, and it must not be an example image.
+            # None until the page has loaded: Gradio resets an expired state to it, which must not show an example.
             self.picture = gr.State(None, time_to_live=3600)
             self.place = gr.State((0.5, 0.5))
             gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")

@@ -1,4 +1,4 @@
-"""The documentation in a real browser: no messages, complete, fits a phone, searchable, no requests to other servers."""
+"""The documentation in a real browser: no messages, complete, fits a phone, searchable, no external requests."""
 
 import os
 import subprocess

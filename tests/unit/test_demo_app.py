@@ -173,7 +173,7 @@ def test_a_model_without_cls_and_registers():
 def test_nan_is_named():
     model = regvit()
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
-    with pytest.raises(ValueError, match="'broken' gives NaN"):
+    with pytest.raises(ValueError, match="'broken' produces NaN"):
         Explorer({"broken": (model, default_image_processor(32))}, reference=[noise()])
 
 
@@ -396,7 +396,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
 
 
 def test_compare_must_be_one_of_the_models():
-    with pytest.raises(ValueError, match="compare='c' is not one of the models. Choose from a"):
+    with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
         build_app({"a": (regvit(), default_image_processor(32))}, compare="c")
 
 
