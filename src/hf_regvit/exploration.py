@@ -44,7 +44,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image, name: str) -> "Picture":
-        """Create a picture from an RGB image, reduced to the largest size that can be read."""
+        """Create a `Picture` from an RGB image, reduced to the largest size that can be read."""
         if max(image.size) > _STORED_SIDE:
             image = image.copy()
             image.thumbnail((_STORED_SIDE, _STORED_SIDE), Image.Resampling.LANCZOS)

@@ -253,8 +253,8 @@ def before_after_figure(
     """
     if not len(images) == len(before) == len(after) or not images:
         raise ValueError(
-            f"Got {len(images)} images, {len(before)} maps before and {len(after)} maps after. Pass the same number of "
-            "each, at least one."
+            f"Got {len(images)} images, {len(before)} maps before and {len(after)} maps after. Pass the same number "
+            "of each, at least one."
         )
     figure, axes = _panels(images[0], 7, num_rows=len(images))
     for row, (image, *sides) in enumerate(zip(images, before, after)):

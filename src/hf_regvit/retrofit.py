@@ -257,8 +257,8 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
 def _refuse_registers(model: Any) -> None:
     if model.config.num_register_tokens:
         raise RetrofitError(
-            f"The model already has {model.config.num_register_tokens} registers. Test-time registers are for models "
-            "without registers."
+            f"The model already has registers (num_register_tokens={model.config.num_register_tokens}). Test-time "
+            "registers are for models without registers."
         )
 
 
@@ -353,8 +353,9 @@ class RetrofitReport:
             f"The model has test-time registers (arXiv 2506.08010), which need no training. {len(self.neurons)} of "
             f"the {self.model['num_neurons']:,} MLP neurons ({names}{more}, as block.neuron counted from 0) write "
             f"into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of into "
-            f"patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with the base model "
-            f"is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that were not outliers."
+            f"patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with the "
+            f"base model is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that were "
+            "not outliers."
         )
 
     def summary(self) -> str:
