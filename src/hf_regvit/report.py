@@ -1,4 +1,4 @@
-"""Self-contained HTML page of an `ArtifactReport`: findings, places, example images, and method.
+"""Self-contained HTML page of an `ArtifactReport`: findings, example images, positions, and method.
 
 The page loads nothing from outside: charts are inline SVG, images are embedded, and the only script moves the block
 slider. Maps are drawn with one pixel per patch and enlarged by the browser without smoothing, so that the page shows
@@ -46,7 +46,7 @@ def report_page(report: ArtifactReport) -> str:
         _head(report),
         _section("Norms by block", _NORMS_TEXT, _norms(report)),
         _section("Example images", _PICTURES_TEXT, _pictures(report)),
-        _section("Places of the outliers", _places_text(report), _places(report)),
+        _section("Positions of the outliers", _places_text(report), _places(report)),
         _section("Properties of the outliers", "", _signs(report)),
     ]
     if report.registers is not None:
