@@ -1,4 +1,4 @@
-"""Does a vision transformer have artifact tokens? The protocols of the registers paper, as one diagnosis.
+"""Diagnosis of artifact tokens in a vision transformer, after the protocols of the registers paper.
 
 An *outlier* is a patch token whose L2 norm, read on the raw residual stream before any final norm, lies above a
 cut-off; an *attention map* is the attention that CLS pays to the patches in the last block. `diagnose` reads the norms
@@ -6,7 +6,7 @@ of all blocks in one pass over the images, decides whether the norms have two mo
 describes the outliers on a sample of the images.
 
 Shape letters: n images, N patches in a grid of (rows, columns), R registers, T = prefix + N tokens, D width, L blocks.
-Layer 0 is the embedding, layer i the output of block i.
+Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
 """
 
 import base64
@@ -53,11 +53,11 @@ from .register_controls import register_controls
 
 logger = logging.getLogger(__name__)
 
-MIN_IMAGES = 8  # below this nothing is said
-ENOUGH_IMAGES = 500  # below this the report carries a warning: cut-offs of two samples may differ by more than 10 %
+MIN_IMAGES = 8  # with fewer, `diagnose` raises an error
+ENOUGH_IMAGES = 500  # with fewer, the report has a warning: the cut-offs of two samples may differ by over 10 %
 
-_RANK_IMAGES = 64  # enough for a mean; the eigenvalues of large grids take long
-_PLATEAU = 0.95  # a layer whose modes are this close to the widest ratio counts as equal; the first is reported
+_RANK_IMAGES = 64  # enough for a mean; eigenvalues of large grids are slow
+_PLATEAU = 0.95  # layers whose mode ratio reaches this share of the largest count as equal; the first is reported
 
 
 # --- Reading the images once ---
@@ -65,7 +65,7 @@ _PLATEAU = 0.95  # a layer whose modes are this close to the widest ratio counts
 
 @dataclass(eq=False)
 class _Readings:
-    """What one pass over n images leaves: only numbers per token, never tokens; pixels of a few images for details."""
+    """Result of one pass over n images: numbers per token, never whole tokens, and the pixels of a few images."""
 
     ids: list[str]
     grid: tuple[int, int]
@@ -75,7 +75,7 @@ class _Readings:
     neighbours: NDArray[np.float32]  # (n, N)
     attention: NDArray[np.float32] | None  # (n, N) CLS -> patches in the last block, mean over heads
     attention_statistics: dict[str, NDArray[np.float32]]  # each (n,)
-    kept: list[int]  # which images have their pixels here
+    kept: list[int]  # indices of the images in `pixels`
     pixels: Tensor  # (kept, 3, H, W)
 
 
@@ -90,7 +90,7 @@ def _token_norms(tokens: Tensor, layer: int) -> Tensor:
 def _read(
     model: nn.Module, images: PreparedImages, layers: Layers, *, num_details: int, max_images: int, progress: bool
 ) -> tuple[_Readings, list[SkippedImage]]:
-    """One forward pass over every image."""
+    """Run one forward pass over every image; return the readings and the skipped images."""
     description = describe_model(model)
     sites: dict[Site, Layers] = {"residual": layers, "patch_embedding": (0,)}
     if description.has_cls:
@@ -106,7 +106,7 @@ def _read(
         for ids, batch in images:
             bar.update(len(ids))
             varied = (batch.amax(dim=(2, 3)) - batch.amin(dim=(2, 3))).amax(dim=1) > 1e-6  # (B,)
-            flat += [SkippedImage(name, "single colour") for name, keep in zip(ids, varied.tolist()) if not keep]
+            flat += [SkippedImage(name, "single color") for name, keep in zip(ids, varied.tolist()) if not keep]
             batch = batch[varied]
             if not len(batch):
                 continue
@@ -115,8 +115,9 @@ def _read(
             batches.append(_reduce_batch(model, batch, used, sites, description))
             if batches[-1]["grid"] != batches[0]["grid"]:
                 raise ValueError(
-                    f"Image '{used[0]}' has {_by(batches[-1]['grid'])} patches, the ones before it "
-                    f"{_by(batches[0]['grid'])}. A diagnosis needs one grid: use a processor that crops to one size."
+                    f"Image '{used[0]}' has {_by(batches[-1]['grid'])} patches, but the images before it have "
+                    f"{_by(batches[0]['grid'])}. A diagnosis needs a single grid. Use an image processor that crops "
+                    "to one size."
                 )
             for i in range(len(used)):
                 if (seen + i) % stride == 0 and len(kept) < num_details:
@@ -126,8 +127,8 @@ def _read(
     num_images = sum(len(entry["ids"]) for entry in batches)
     if num_images < MIN_IMAGES:
         raise ValueError(
-            f"{num_images} images can be used ({len(skipped)} were skipped{_first_reason(skipped)}); a diagnosis "
-            f"needs at least {MIN_IMAGES}, and {ENOUGH_IMAGES} for numbers that repeat. Give more images."
+            f"{num_images} images can be used ({len(skipped)} were skipped{_first_reason(skipped)}). A diagnosis "
+            f"needs at least {MIN_IMAGES} images, and {ENOUGH_IMAGES} for reproducible numbers. Add more images."
         )
 
     def joined(key: str) -> dict[Any, NDArray[np.float32]]:
@@ -163,13 +164,15 @@ def _reduce_batch(
     sites: Mapping[Site, Layers],
     description: ModelDescription,
 ) -> dict[str, Any]:
-    """Norms of all tokens, neighbour similarity, attention of CLS: for one batch, as arrays."""
+    """Return token norms, neighbor similarities and the attention of CLS for one batch, as arrays."""
     reading = read_many(model, pixel_values, sites, reduce={"residual": _token_norms, "attention": _cls_row})
     residual, embedding = reading["residual"], reading["patch_embedding"]
     for layer, norms in zip(residual.layers, residual.values):
         if not torch.isfinite(norms).all():
             worst = ids[int((~torch.isfinite(norms)).any(dim=1).nonzero()[0])]
-            raise ValueError(f"Tokens of image '{worst}' are not finite at layer {layer}. Check weights and pixels.")
+            raise ValueError(
+                f"Image '{worst}' has NaN or infinite tokens at block {layer}. Check the weights and the pixels."
+            )
     result: dict[str, Any] = {
         "ids": list(ids),
         "grid": residual.grid,
@@ -198,37 +201,37 @@ def _reduce_batch(
 
 @dataclass(frozen=True)
 class ArtifactReport:
-    """What a diagnosis found. The first entries speak of the reported layer, where the modes are furthest apart.
+    """Result of a diagnosis. The first fields describe the reported layer, where the modes are furthest apart.
 
     Attributes:
         cutoff: Norm above which a patch token is an outlier.
-        bimodal: Whether the outliers are a population of their own.
-        outlier_share: Of all patch tokens, in [0, 1].
-        norm_ratio: Median norm of outliers over that of the others; None without outliers.
-        layer: The reported layer, i = output of block i; the last block's where no layer has two modes.
-        emergence_layer: First layer of the unbroken run of bimodal layers around the reported one; 1 = output of the
-            first block, 0 = the embedding. None where there is none.
-        num_images: Images used.
+        bimodal: Whether the outliers are a distinct population.
+        outlier_share: Share of all patch tokens that are outliers, in [0, 1].
+        norm_ratio: Median norm of outliers over that of the other patches; None without outliers.
+        layer: Reported layer; i is the output of block i. The last one if no layer has two modes.
+        emergence_layer: First layer of the unbroken run of bimodal layers that ends at the reported one; 1 is the
+            output of the first block, 0 the embedding. None if the reported layer is not bimodal.
+        num_images: Number of images used.
         separation: Ashman's D of the reported layer.
-        method: How the cut-off was found: "mixture", "fallback" or "fixed".
-        reason: Why the norms count as bimodal or not.
-        model: Name, family, sizes, parameters and cost.
-        layers: One record a layer: quantiles, histogram counts, cut-off and gate, norms of CLS and registers.
-        histogram_edges: Edges of all histograms, in norm; logarithmic.
-        outliers: Number per image, places (`position_map` is the share of images in which a cell is an outlier),
-            direction, channels.
-        neighbours: Similarity to neighbouring patches at the patch embedding: normal against outlier.
-        attention: CLS to patches in the last block; None without CLS.
-        registers: Norms, similarity and attention of registers; None without registers.
+        method: Origin of the cut-off: "mixture", "fallback" or "fixed".
+        reason: Explanation of why the norms count as bimodal or not.
+        model: Name, family, sizes, number of parameters and cost of the model.
+        layers: One record per layer: quantiles, histogram counts, cut-off and gate, norms of CLS and registers.
+        histogram_edges: Bin edges of all histograms as norms, logarithmically spaced.
+        outliers: Number per image, positions (`position_map` is the share of images in which a cell is an outlier),
+            direction and channels.
+        neighbours: Similarity to neighboring patches at the patch embedding, for normal and outlier patches.
+        attention: Attention from CLS to patches in the last block; None without CLS.
+        registers: Norms and similarity of registers; None without registers.
         patches: Effective rank of the patch tokens after the final norm.
         controls: Effect of replacing registers; None without registers.
-        probes: Linear probes on single tokens; None if not asked for.
+        probes: Linear probes on single tokens; None if not requested.
         examples: A few images with their norm and attention maps.
-        skipped: Images left out, with the reason.
-        warnings: What weakens the numbers.
-        settings: Everything that can be set, and the preprocessing in words.
-        versions: Of the libraries.
-        seconds: Wall time of the parts.
+        skipped: Skipped images, with the reason.
+        warnings: Sentences on what limits the reliability of the numbers.
+        settings: All settings, and a description of the preprocessing.
+        versions: Versions of the libraries.
+        seconds: Wall time of each step.
     """
 
     cutoff: float
@@ -259,11 +262,11 @@ class ArtifactReport:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `report.json` into `folder`, made if needed; returns its path."""
+        """Write `report.json` into `folder`, which is created if needed, and return its path."""
         path = Path(folder) / "report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -271,23 +274,23 @@ class ArtifactReport:
 
     @classmethod
     def load(cls, path: str | Path) -> "ArtifactReport":
-        """Read what `save` wrote; `path` is the file or its folder."""
+        """Read a report written by `save`; `path` is the file or its folder."""
         path = Path(path)
         return cls(**json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
 
     @property
     def verdict(self) -> str:
-        """One sentence in plain words."""
-        where = f"layer {self.layer} of {self.model['num_layers']}"
+        """Conclusion in one sentence."""
+        where = f"block {self.layer} of {self.model['num_layers']}"
         if self.bimodal:
             return (
                 f"This model has artifact tokens: at {where}, {self.outlier_share:.2%} of the patch tokens form a "
-                f"population of their own with {_number(self.norm_ratio)} times the norm of the others."
+                f"distinct group with {_number(self.norm_ratio)} times the median norm of the others."
             )
-        return f"No distinct outliers: no layer's patch norms have two modes ({self.reason} at {where})."
+        return f"No distinct outliers: no block has patch norms with two distinct modes ({self.reason} at {where})."
 
     def summary(self) -> str:
-        """Ten lines for a terminal."""
+        """Return a summary of ten lines for a terminal, plus one line per warning."""
         return "\n".join(_summary_lines(self))
 
 
@@ -298,45 +301,46 @@ def _number(value: float | None, digits: int = 1) -> str:
 def _summary_lines(report: ArtifactReport) -> list[str]:
     model, outliers, neighbours = report.model, report.outliers, report.neighbours
     record = next(entry for entry in report.layers if entry["layer"] == report.layer)
-    born = {None: "nowhere", 0: "before the first block"}.get(
+    born = {None: "none", 0: "in the embedding, before the first block"}.get(
         report.emergence_layer, f"at the output of block {report.emergence_layer}"
     )
     cells = ", ".join(f"({c['row']}, {c['column']}) in {c['share']:.0%} of images" for c in outliers["top_cells"][:3])
     lines = [
         f"model       {model['name']}: {model['family']}, {model['num_layers']} blocks, width {model['hidden_size']}, "
-        f"{model['num_register_tokens']} registers, {report.num_images} images on {_by(outliers['grid'])} patches",
+        f"{model['num_register_tokens']} registers, {report.num_images} images of {_by(outliers['grid'])} patches",
         f"verdict     {report.verdict}",
-        f"cut-off     {report.cutoff:.1f} at layer {report.layer} ({report.method}; median norm "
-        f"{record['median']:.1f}, largest {record['max']:.1f}); {report.reason}",
+        f"cut-off     {report.cutoff:.1f} at block {report.layer} (method {report.method}; median norm "
+        f"{record['median']:.1f}, largest norm {record['max']:.1f}); {report.reason}",
         f"emergence   {born}",
         f"outliers    {outliers['per_image']:.2f} per image, in {outliers['images_with']:.0%} of the images; "
-        f"on the border {_percent(outliers['border_share'])} of them (border: {outliers['border_cells']:.0%} of the "
-        f"cells); most often {cells or 'nowhere'}",
-        f"direction   mean |cos| between images {_number(outliers['direction']['outlier'], 2)} for outliers, "
-        f"{_number(outliers['direction']['normal'], 2)} for others",
-        f"neighbours  median cosine at the input {_number(neighbours['median_outlier'], 2)} for outliers, "
-        f"{_number(neighbours['median_normal'], 2)} for others; AUROC {_number(neighbours['auroc'], 2)}",
+        f"{_percent(outliers['border_share'])} of them on the border, which has {outliers['border_cells']:.0%} of the "
+        f"cells; most frequent cells: {cells or 'none'}",
+        f"direction   mean |cosine| between images: {_number(outliers['direction']['outlier'], 2)} for outliers, "
+        f"{_number(outliers['direction']['normal'], 2)} for other patches",
+        f"neighbors   median cosine at the input: {_number(neighbours['median_outlier'], 2)} for outliers, "
+        f"{_number(neighbours['median_normal'], 2)} for other patches; AUROC {_number(neighbours['auroc'], 2)}",
     ]
     if report.attention is None:
-        lines.append("attention   no CLS token, so there is no attention map of it")
+        lines.append("attention   not measured, because the model has no CLS token")
     else:
         mean = {name: entry["mean"] for name, entry in report.attention["statistics"].items()}
         lines.append(
             f"attention   CLS puts {mean['mass_on_patches']:.1%} on patches ({mean['mass_on_outliers']:.1%} on "
-            f"outliers), {mean['mass_on_registers']:.1%} on registers; entropy {mean['entropy_share']:.2f} of "
-            f"uniform, top 2 % of patches hold {mean['top_mass']:.1%}"
+            f"outliers) and {mean['mass_on_registers']:.1%} on registers; entropy is {mean['entropy_share']:.2f} of "
+            f"uniform; the top 2 % of patches get {mean['top_mass']:.1%} of the patch attention"
         )
     if report.registers is None:
         lines.append("registers   none")
     else:
         r = report.registers
         lines.append(
-            f"registers   {r['norm_ratio']:.1f} times the norm of a patch at layer {report.layer}; cosine between "
-            f"registers {_number(r['cosine'], 2)}, of one between images {_number(r['cosine_across_images'], 2)}"
+            f"registers   {r['norm_ratio']:.1f} times the median patch norm at block {report.layer}; cosine between "
+            f"registers {_number(r['cosine'], 2)}, of one register between images "
+            f"{_number(r['cosine_across_images'], 2)}"
         )
     rank = report.patches["effective_rank"]
     lines.append(
-        f"rank        effective rank of the patches {rank['mean']:.1f} ± {rank['std']:.1f}; "
+        f"rank        effective rank of the patch tokens {rank['mean']:.1f} ± {rank['std']:.1f}; "
         f"took {report.seconds['total']:.0f} s" + "".join(f"\nwarning     {text}" for text in report.warnings)
     )
     return lines
@@ -360,33 +364,34 @@ def diagnose(
     probes: bool = False,
     progress: bool = True,
 ) -> ArtifactReport:
-    """Measure whether, where and how a model has artifact tokens.
+    """Measure whether a model has artifact tokens, where they are, and what they are like.
 
-    One pass over the images keeps norms, neighbour similarities and attention of CLS; a second, over at most
-    `detail_images` of them, reads tokens of two layers. Images of one colour are left out and listed as skipped.
+    One pass over the images keeps norms, neighbor similarities and the attention of CLS. A second pass, over at most
+    `detail_images` of them, reads the tokens of two layers. Images of a single color are skipped and listed as such.
 
     Args:
-        model: A model of a family in `families.FAMILIES`; left as it was. Without CLS, `attention` is None.
-        images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set.
-        layers: Which to read, 0 to L; "all" is 0 to L.
-        cutoff: "auto", or a norm that every layer is cut at.
-        max_images: A random draw of that many; streams: the first.
-        seed: Of all random draws.
-        processor: See `EvaluationTransform.for_model`; all images must come out at one size.
-        batch_size: Images of one forward pass.
-        detail_images: Images for direction, channels, rank and register controls; their pixels stay in memory.
-        probes: Also fit linear probes on single tokens (another pass; minutes).
-        progress: Show a bar.
+        model: Model of a family in `families.FAMILIES`; not modified. Without CLS, `attention` is None.
+        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        layers: Layers to read, each 0 to L; "all" reads all of them.
+        cutoff: "auto", or a norm to use as the cut-off of every layer.
+        max_images: Maximum number of images, drawn at random; the first ones of a stream.
+        seed: Random seed for all draws.
+        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        batch_size: Number of images per forward pass.
+        detail_images: Number of images for direction, channels, rank and register controls; their pixels stay in
+            memory.
+        probes: Whether to fit linear probes on single tokens too, which takes another pass (minutes).
+        progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: Fewer than 8 usable images, images on different grids, tokens that are not finite, or a model that
-            cannot be read.
+        ValueError: Fewer than 8 usable images, images on different grids, tokens that are not finite, or an
+            unsupported model.
 
-    Source: arXiv 2309.16588; the protocols are described at the functions.
+    Source: arXiv 2309.16588; the individual functions describe the protocols.
     """
     if detail_images < 2 or max_images < MIN_IMAGES:
         raise ValueError(
-            f"detail_images={detail_images} must be at least 2 and max_images={max_images} at least {MIN_IMAGES}."
+            f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
     watch = _Watch()
     transform = EvaluationTransform.for_model(model, processor)
@@ -449,11 +454,12 @@ def diagnose(
 
 
 def reported_layer(cutoffs: Mapping[int, Cutoff]) -> int:
-    """The layer to speak of: among bimodal ones the first whose modes are as far apart (within 5 %) as anywhere.
+    """Return the layer to report: the first bimodal one whose modes are as far apart (within 5 %) as anywhere.
 
-    Distance is the ratio of the modes' centres. Ashman's D decides whether there are two modes, but it varies with
-    the few tokens between them: on 16 to 60 images of ViT-Tiny it names another layer of a plateau now and then, the
-    ratio never does. Where no layer is bimodal it is the last; the embedding counts only if nothing else was read.
+    The distance is the ratio of the centers of the modes. Ashman's D decides whether there are two modes, but it
+    varies with the few tokens between them: on 16 to 60 images of ViT-Tiny it sometimes selects another layer of a
+    plateau, while the ratio never does. If no layer is bimodal, the last one is returned. The embedding counts only if
+    no other layer was read.
     """
     after_blocks = {layer: found for layer, found in cutoffs.items() if layer > 0} or dict(cutoffs)
     ratios = {layer: found.modes.ratio for layer, found in after_blocks.items() if found.bimodal and found.modes}
@@ -463,7 +469,7 @@ def reported_layer(cutoffs: Mapping[int, Cutoff]) -> int:
 
 
 def emergence_layer(cutoffs: Mapping[int, Cutoff], layer: int) -> int | None:
-    """First of the unbroken run of bimodal layers that ends at `layer`, or None if that is not bimodal."""
+    """Return the first of the unbroken run of bimodal layers that ends at `layer`, or None if it is not bimodal."""
     if not cutoffs[layer].bimodal:
         return None
     first = layer
@@ -475,7 +481,7 @@ def emergence_layer(cutoffs: Mapping[int, Cutoff], layer: int) -> int | None:
 
 
 class _Watch:
-    """Wall time of parts that follow each other."""
+    """Stopwatch for consecutive steps."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
@@ -494,7 +500,7 @@ class _Watch:
 
 
 def _histogram_edges(norms: Mapping[int, NDArray[np.float32]], bins: int = 80) -> NDArray[np.float64]:
-    """Logarithmic edges that span the norms of all layers, the same for each."""
+    """Return logarithmic bin edges that span the norms of all layers."""
     low = min(float(np.quantile(values, 0.0001)) for values in norms.values())
     high = max(float(values.max()) for values in norms.values())
     low = max(low, 1e-4 * high, 1e-12)
@@ -573,7 +579,7 @@ def _details(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """What needs whole tokens, from images whose pixels we hold: direction, channels, rank, registers, examples."""
+    """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
     norm = final_norm(model)
     num_layers = describe_model(model).num_layers
     tokens: list[Tensor] = []
@@ -609,7 +615,7 @@ def _details(
 
 
 def _register_record(readings: _Readings, layer: int, registers: Tensor) -> dict[str, Any] | None:
-    """Registers of the final norm (n, R, D), and the norms of raw ones."""
+    """Describe registers after the final norm (n, R, D), and the norms of the raw ones."""
     if not readings.register_norms:
         return None
     norms = readings.register_norms[layer]
@@ -634,7 +640,7 @@ def _examples(
     transform: EvaluationTransform,
     count: int = 6,
 ) -> list[dict[str, Any]]:
-    """A few images: the picture as the model saw it (JPEG, base64), norm maps and attention maps on the grid."""
+    """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
     last = describe_model(model).num_layers
     examples = []
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
@@ -665,7 +671,7 @@ def _examples(
 
 
 def _map(values: NDArray[Any], grid: tuple[int, int]) -> list[list[float]]:
-    """(N,) to rows of four significant digits."""
+    """Convert (N,) values to rows of the grid, rounded to four significant digits."""
     return [[float(f"{value:.4g}") for value in row] for row in values.reshape(grid).tolist()]
 
 
@@ -679,9 +685,9 @@ def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
 
 
 def count_macs(model: nn.Module, num_patches: int) -> int:
-    """Multiply-adds of one image: linear layers of the blocks, the two products of attention, patch embedding.
+    """Count the multiply-adds of one image: linear layers of the blocks, both attention products, patch embedding.
 
-    For an MLP of ratio 4 this is L (12 D² T + 2 D T²) + N D 3 p².
+    For an MLP ratio of 4 and patches of p x p pixels this is L (12 D² T + 2 D T²) + N D 3 p².
     """
     tower, name = find_tower(model)
     description = describe_model(tower)
@@ -711,10 +717,11 @@ def _warnings(num_images: int, skipped: Sequence[SkippedImage]) -> list[str]:
     found = []
     if num_images < ENOUGH_IMAGES:
         found.append(
-            f"only {num_images} images: with fewer than {ENOUGH_IMAGES}, another sample may give other numbers"
+            f"The diagnosis used only {num_images} images. With fewer than {ENOUGH_IMAGES}, another sample may give "
+            "different numbers."
         )
     if skipped:
-        found.append(f"{len(skipped)} images were left out{_first_reason(skipped)}")
+        found.append(f"{len(skipped)} images were skipped{_first_reason(skipped)}.")
     for text in found:
         logger.warning("%s", text)
     return found
@@ -742,7 +749,7 @@ def _controls(
 
 
 def _labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
-    """Class indices of these images where the source has them."""
+    """Return the class ids of these images, or None if the source has none."""
     if not isinstance(source, ImageSource) or source.labels is None:
         return None
     by_id = dict(zip(source.ids, source.labels))
@@ -753,17 +760,18 @@ def _labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
 
 
 def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float]:
-    """The diagnosis in numbers for a training log, from one forward pass over one batch.
+    """Return the main numbers of a diagnosis for a training log, from one forward pass over one batch.
 
     Args:
-        model: As for `diagnose`; its training mode is restored.
-        pixel_values: (B, 3, H, W); 32 images of 196 patches are enough to see a share of 0.2 %.
+        model: Model as for `diagnose`; its training mode is restored.
+        pixel_values: (B, 3, H, W) pixels; 32 images of 196 patches are enough to detect an outlier share of 0.2 %.
 
     Returns:
-        `outlier_share`, `separation` and `bimodal` (0 or 1) of the reported layer, that `layer`, its `cutoff`,
-        `norm_median` and `norm_max`; `norm_ratio` where there are outliers; `effective_rank` of the patches after the
-        final norm; with registers `register_norm` (reported layer) and, with two or more, `register_cosine` (after
-        the final norm); with CLS `attention_entropy` (relative to uniform) and, with registers, `attention_registers`.
+        Dictionary with `outlier_share`, `separation` and `bimodal` (0 or 1) of the reported layer, that `layer`, its
+        `cutoff`, `norm_median` and `norm_max`; `norm_ratio` if there are outliers; `effective_rank` of the patches
+        after the final norm; with registers, `register_norm` (reported layer) and, with two or more,
+        `register_cosine` (after the final norm); with CLS, `attention_entropy` (relative to uniform) and, with
+        registers, `attention_registers`.
     """
     description = describe_model(model)
     layers = list(range(1, description.num_layers + 1))

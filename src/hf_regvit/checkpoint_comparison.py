@@ -1,4 +1,4 @@
-"""Several checkpoints diagnosed on the same images, e.g. of 0, 1, 2, 4, 8 registers: one table with cost and speed."""
+"""Comparison of several checkpoints, e.g. with 0, 1, 2, 4 and 8 registers: diagnoses on the same images in a table."""
 
 import json
 import time
@@ -17,24 +17,24 @@ from .features import load_model, read_many, short_names
 
 @dataclass(frozen=True)
 class ComparisonReport:
-    """Several checkpoints on the same images: one row each, and their full reports."""
+    """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
 
     rows: list[dict[str, Any]]
     reports: dict[str, ArtifactReport]
     settings: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Rows and settings; the reports are saved on their own."""
+        """Return rows and settings; the reports are saved separately."""
         return {"rows": self.rows, "settings": self.settings}
 
     def folders(self) -> dict[str, ArtifactReport]:
-        """A folder name for each report: number and last part of the checkpoint's name."""
+        """Return the reports by folder name: number and last part of the name of the checkpoint."""
         return {f"{i}-{Path(name).name}": report for i, (name, report) in enumerate(self.reports.items())}
 
     def save(self, folder: str | Path) -> Path:
-        """Write `comparison.json`, and each `report.json` into a folder of its own; returns the former's path.
+        """Write `comparison.json`, and each `report.json` into its own folder; return the path of `comparison.json`.
 
-        The report of a single model that an earlier diagnosis left in the folder is removed: it would pass for this.
+        A report of a single model from an earlier diagnosis in the folder is removed, to avoid confusion.
         """
         for name in ("report.json", "report.html"):
             Path(folder, name).unlink(missing_ok=True)
@@ -45,11 +45,11 @@ class ComparisonReport:
         return path
 
     def summary(self) -> str:
-        """The table, and each verdict."""
+        """Return the table, followed by the verdict on each checkpoint."""
         return "\n".join([self.table(), *(f"{name}: {report.verdict}" for name, report in self.reports.items())])
 
     def table(self) -> str:
-        """The rows as a Markdown table."""
+        """Return the rows as a Markdown table."""
         names = list(self.rows[0])
         lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
         for row in self.rows:
@@ -71,18 +71,23 @@ def compare_checkpoints(
     device: str | torch.device | None = None,
     **settings: Any,
 ) -> ComparisonReport:
-    """Diagnose several checkpoints, e.g. of 0, 1, 2, 4, 8 registers, and tabulate them with cost and speed.
+    """Diagnose several checkpoints, e.g. with 0, 1, 2, 4 and 8 registers, and tabulate results, cost and speed.
 
     Args:
-        names: What `load_model` takes. All of them are in memory at once, since speed is measured in turns.
-        images: As for `diagnose`.
-        throughput_rounds: Passes of 8 images per model, taken in turns after one to warm up; the median counts.
-        device: Where to compute; default the CPU.
-        settings: Arguments of `diagnose`.
+        names: Folders or Hub ids, as for `load_model`. All models are in memory at once, because their speed is
+            measured in alternation.
+        images: Images as for `diagnose`.
+        throughput_rounds: Number of passes over 8 images per model, in alternation, after one pass to warm up; the
+            median is reported.
+        device: Device to compute on; default the CPU.
+        settings: Keyword arguments of `diagnose`.
+
+    Raises:
+        ValueError: Fewer than two names, or the same one twice.
     """
     called = short_names(names)
     if len(set(called)) < len(names) or len(names) < 2:
-        raise ValueError(f"names={[str(name) for name in names]}: give two or more different checkpoints.")
+        raise ValueError(f"names={[str(name) for name in names]} must contain at least two different checkpoints.")
     loaded = {short: load_model(name, device=device) for short, name in zip(called, names)}
     reports = {
         name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()

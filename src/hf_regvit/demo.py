@@ -1,7 +1,7 @@
-"""The demo: a page on which anybody can look into a vision transformer, and into two of them side by side.
+"""Interactive demo: a web page to explore one vision transformer, or two of them side by side.
 
-One HTML component shows all maps. A map is a picture of a few pixels, one per patch, laid over the photograph by the
-browser, so a click costs no drawing. Nothing on the page comes from elsewhere: no fonts, no scripts, no analytics.
+A single HTML component shows all maps. A map is a small image with one pixel per patch that the browser lays over the
+input image, so that a click needs no drawing. The page loads nothing from elsewhere: no fonts, scripts or analytics.
 """
 
 import base64
@@ -39,33 +39,36 @@ MAX_UPLOAD = "20mb"
 _LIMITS = ImageLimits(max_pixels=50_000_000)
 _TEMPLATES = Path(__file__).parent / "templates"
 _NOBODY = "none"
-_MEAN = "mean of all"
-_SMOOTH = 4  # times finer than the patches; the browser does the rest
+_MEAN = "mean over heads"
+_SMOOTH = 4  # pixels per patch and side; the browser enlarges further
 
 _TITLE = "What does a vision transformer look at?"
 _LEAD = (
-    "It cuts a picture into patches that ask each other for information: attention. Large models reuse a few "
-    "background patches as notepads. Those become <b>artifacts</b>, with a huge norm and no longer showing what is "
-    "there. <b>Registers</b> are extra tokens that take the notes instead."
+    "It cuts an image into patches, which exchange information through attention. Many large models use a few "
+    "background patches to store information about the whole image. These patches become <b>artifacts</b>: their "
+    "norm is very large, and they no longer describe what they show. <b>Registers</b> are extra tokens that store "
+    "this information instead."
 )
 _HELP = """
-- **Click any map**: the square moves there, and the first maps answer for that patch. The dot under the mouse shows
-  the same place in all maps.
-- **Orange frames** mark artifacts. The cut-off is not chosen by hand: it lies between two distinct groups of norms,
-  over {reference} photographs and for every block. A model without such groups has no frames.
-- **Attention** maps are bright where a token looks, each on its own scale; below is the share that goes to patches at
-  all (the rest goes to CLS and to the registers), and the peak: how many times the mean patch the brightest one gets.
-  A peak near 1 is a flat map, however colourful.
-- **PCA** paints tokens that say similar things in similar colours. Artifacts break the areas of one colour.
-- **Object** is LOST, which needs no labels: it grows from a patch that few others resemble.
-- **Block** walks through the depth of the model, **head** through the parts of its attention.
-- All is computed on this machine, pictures are forgotten after an hour, and nothing is sent anywhere else.
+- **Click any map** to select a patch. The white square moves there, and the maps under "One patch" show the
+  selected patch. The dot under the mouse pointer marks the same place in all maps.
+- **Orange frames** mark artifacts. The cut-off is not set by hand. It lies between two distinct groups of norms,
+  measured on {reference} reference images for each block. If a block has no such groups, the maps have no frames.
+- **Attention** maps are bright where a token attends, and each map has its own scale. The caption gives the share of
+  the attention on patches (the rest goes to CLS and to the registers), and the peak, which is the largest attention
+  to a patch divided by the mean over patches. A map with a peak near 1 is flat, however colorful it looks.
+- **PCA** shows similar tokens in similar colors. Artifacts interrupt areas of uniform color.
+- **Object** shows the object that LOST finds without labels. LOST starts from the patch that resembles the fewest
+  others.
+- **Block** selects how deep in the model the maps are read, and **head** selects one attention head.
+- Everything is computed on the machine that runs this demo. Uploaded images are deleted after an hour at most, and
+  nothing is sent elsewhere.
 """
 
 
 @dataclass(frozen=True)
 class Question:
-    """What somebody asks. `place` is (x, y) in [0, 1) from the top left; `head` counts from 1, 0 is the mean."""
+    """Settings of one request. `place` is (x, y) in [0, 1) from the top left; `head` counts from 1, 0 is the mean."""
 
     models: tuple[str, ...]
     side: int
@@ -74,11 +77,11 @@ class Question:
     place: tuple[float, float] = (0.5, 0.5)
 
 
-# --- The page without the framework: questions in, HTML and files out ---
+# --- The page without Gradio: questions in, HTML and files out ---
 
 
 def look(explorer: Explorer, picture: Picture, question: Question) -> dict[str, View]:
-    """The view of every model. Block n of the first model is compared with the block as far from the end of others."""
+    """Return the view of each model. In the second model, the block is as far from the last one as in the first."""
     depth = explorer.descriptions[question.models[0]].num_layers
     views = {}
     for name in question.models:
@@ -88,39 +91,48 @@ def look(explorer: Explorer, picture: Picture, question: Question) -> dict[str, 
 
 
 def results_page(views: Mapping[str, View], question: Question) -> str:
-    """All maps of one picture as HTML; two models are A and B."""
+    """Return all maps of one image as HTML; two models are labeled A and B."""
     shown = dict(zip("AB", views.values()))
     head = None if question.head == 0 else question.head - 1
     heads = "mean over the heads" if head is None else f"head {question.head}"
     patch = [
-        _kind("Picture", "What the model gets. Orange frames are artifacts.", shown, partial(_picture, question)),
-        _kind("Where it looks", f"Bright is where this patch asks; {heads}.", shown, partial(_patch, question, head)),
-        _kind("Patches like it", "Bright patches say nearly the same.", shown, partial(_similar, question)),
+        _kind("Image", "Input of the model. Orange frames mark artifacts.", shown, partial(_picture, question)),
+        _kind(
+            "Attention of the patch",
+            f"Bright where the patch attends; {heads}.",
+            shown,
+            partial(_patch, question, head),
+        ),
+        _kind("Similar patches", "Bright where tokens are similar to the patch.", shown, partial(_similar, question)),
     ]
     whole = [
-        _kind("Where CLS looks", f"CLS sums the picture up; {heads}.", shown, partial(_query, head, "cls")),
-        _kind("Norms", "Length of the tokens. Orange: out of proportion.", shown, _norms),
-        _kind("PCA", "Similar colours: similar tokens.", shown, _colors),
-        _kind("Object", "Found without any labels, by LOST.", shown, _object),
+        _kind("Attention of CLS", f"CLS summarizes the image; {heads}.", shown, partial(_query, head, "cls")),
+        _kind("Norms", "L2 norms of the patches. Orange frames mark artifacts.", shown, _norms),
+        _kind("PCA", "Similar tokens have similar colors.", shown, _colors),
+        _kind("Object", "Found by LOST, without labels.", shown, _object),
     ]
     body = _section(
-        "One patch", "The white square. Click on any map to move it, or use the arrow keys on the picture.", patch
+        "One patch", "Marked by the white square. Click any map to move it, or use the arrow keys on the image.", patch
     )
-    body += _section("The whole picture", "What the chosen block makes of it.", whole)
+    body += _section("Whole image", "All patches at the selected block.", whole)
     counts = {letter: view.description.num_register_tokens for letter, view in shown.items()}
     if most := max(counts.values()):
         kinds = []
         for i in range(most):
             owners = {letter: view for letter, view in shown.items() if i < counts[letter]}
-            kinds.append(_kind(f"Register {i + 1}", f"What it gathers; {heads}.", owners, partial(_query, head, i)))
-        body += _section("The registers", "Tokens with no place in the picture. Bright is where they look.", kinds)
+            kinds.append(
+                _kind(f"Register {i + 1}", f"Bright where it attends; {heads}.", owners, partial(_query, head, i))
+            )
+        body += _section(
+            "Registers", "Extra tokens that belong to no place in the image, and what they attend to.", kinds
+        )
     cards = "".join(_card(name, view, letter) for (name, view), letter in zip(views.items(), "AB"))
     if len(shown) == 2:
         cards = f"<p class=verdict>{_verdict(*views.values())}</p>{cards}"
     first = next(iter(views.values()))
     image, (row, column) = first.image, first.cell(question.place)
     style = f"--picture:url(data:image/jpeg;base64,{_jpeg(image)});--ratio:{image.width}/{image.height}"
-    # For the arrow keys, which walk over the patches of the first model.
+    # For the arrow keys, which move over the patches of the first model.
     grid = f"data-rows={first.grid[0]} data-columns={first.grid[1]} data-row={row} data-column={column}"
     return f'<div class="looks models-{len(views)}" style="{style}" {grid}><div class=cards>{cards}</div>{body}</div>'
 
@@ -131,31 +143,33 @@ def _section(title: str, text: str, kinds: Sequence[str]) -> str:
 
 
 def _verdict(a: View, b: View) -> str:
-    """Both models in one sentence."""
+    """Compare the artifacts of both models in one sentence."""
     in_a, in_b = int(a.outliers.sum()), int(b.outliers.sum())
     if in_a and in_b:
-        return f"Both have artifacts in this picture: A {in_a}, B {in_b}."
+        return f"Both models have artifacts in this image: {in_a} in A, {in_b} in B."
     if not in_a and not in_b:
-        return "Neither has artifacts in this picture."
-    return f"{'A' if in_a else 'B'} has {max(in_a, in_b)} artifacts in this picture, {'B' if in_a else 'A'} has none."
+        return "Neither model has artifacts in this image."
+    return f"{'A' if in_a else 'B'} has artifacts in this image ({max(in_a, in_b)}), {'B' if in_a else 'A'} has none."
 
 
 def _card(name: str, view: View, letter: str) -> str:
-    """One model's verdict on the picture."""
+    """Return the card that says how many artifacts one model has in the image."""
     d, outliers = view.description, view.outliers
     count, total = int(outliers.sum()), outliers.numel()
     if count:
         big, usual = view.norms[outliers].median().item(), view.norms[~outliers].median().item()
         are = "is an artifact" if count == 1 else "are artifacts"
         kind = "found"
-        words = f"<b>{count} of {total} patches {are}</b>: {big / usual:.0f} times the norm of the others."
+        words = f"<b>{count} of {total} patches {are}</b>, with {big / usual:.0f} times the norm of the others."
     elif view.cutoff is None:
-        kind, words = "clean", "<b>No distinct artifacts</b> in this model at this block."
+        kind, words = "clean", "<b>No distinct artifacts</b> were found in this model at this block."
     else:
-        kind, words = "clean", "<b>No artifacts in this picture</b>, though the model makes them in others."
+        kind, words = "clean", "<b>No artifacts in this image</b>, but the model has artifacts in others."
     if d.has_cls:
         share = f"{view.attention_from('cls')[outliers].sum().item():.0%}"
-        words += f"<span class=share style=--share:{share}>Artifacts take {share} of CLS's attention.<i></i></span>"
+        words += (
+            f"<span class=share style=--share:{share}>Artifacts receive {share} of the attention of CLS.<i></i></span>"
+        )
     registers = f"{d.num_register_tokens} registers" if d.num_register_tokens else "no registers"
     size = f"{view.image.width} x {view.image.height} px = {view.grid[1]} x {view.grid[0]} patches"
     return (
@@ -165,7 +179,7 @@ def _card(name: str, view: View, letter: str) -> str:
 
 
 def _kind(title: str, text: str, shown: Mapping[str, View], draw: Callable[[View, str], str]) -> str:
-    """One kind of map for every model, by letter."""
+    """Return one kind of map for every model, by letter."""
     maps = "".join(draw(view, letter) for letter, view in shown.items())
     return f"<article><h3>{title}</h3><p>{text}</p><div class=pair>{maps}</div></article>"
 
@@ -173,7 +187,7 @@ def _kind(title: str, text: str, shown: Mapping[str, View], draw: Callable[[View
 def _figure(
     view: View, letter: str, label: str, *, layers: str = "", note: str = "", grey: bool = False, keys: bool = False
 ) -> str:
-    """The photograph, what lies over it, and a note below. `layers` are images and drawings; `keys`: takes arrows."""
+    """Return the input image with `layers` (images, drawings) over it and a note below; `keys`: accepts arrow keys."""
     base = "base grey" if grey else "base"
     role = "role=application tabindex=0" if keys else "role=img"
     return (
@@ -190,16 +204,16 @@ def _missing(letter: str, reason: str) -> str:
 def _picture(question: Question, view: View, letter: str) -> str:
     row, column = view.cell(question.place)
     note = f"patch {column + 1}, {row + 1}"  # as (x, y)
-    label = f"the picture; the patch in column {column + 1}, row {row + 1} is asked about"
+    label = f"input image; the patch in column {column + 1}, row {row + 1} is selected"
     marks = _frames(view, view.outliers) + _frames(view, _at(view, (row, column)), kind="query")
     if letter == "A":
-        label += ", the arrow keys choose another one"
+        label += "; the arrow keys select another one"
     return _figure(view, letter, label, layers=marks, note=note, keys=letter == "A")
 
 
 def _patch(question: Question, head: int | None, view: View, letter: str) -> str:
     cell = view.cell(question.place)
-    return _attention(view, letter, "the clicked patch", cell, head)
+    return _attention(view, letter, "the selected patch", cell, head)
 
 
 def _query(head: int | None, query: Any, view: View, letter: str) -> str:
@@ -210,15 +224,15 @@ def _query(head: int | None, query: Any, view: View, letter: str) -> str:
 
 def _attention(view: View, letter: str, name: str, query: Any, head: int | None) -> str:
     if head is not None and head >= view.description.num_heads:
-        return _missing(letter, f"This model has {view.description.num_heads} heads.")
+        return _missing(letter, f"This model has only {view.description.num_heads} heads.")
     map_ = view.attention_from(query, head=head)
-    # A few patches with most of the attention would leave the rest of the map black.
+    # Clip, or a few patches with most of the attention would leave the rest of the map black.
     low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
     shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
     marks = _frames(view, _at(view, query), kind="query") if isinstance(query, tuple) else ""
     layers = _image(_overlay(shade)) + marks
-    # Maps have scales of their own; this tells a map with a peak from one that is flat.
-    note = f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g} x"
+    # Each map has its own scale; the note tells a map with a peak from a flat one.
+    note = f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g} x mean"
     return _figure(view, letter, f"attention of {name}", layers=layers, note=note, grey=True)
 
 
@@ -228,7 +242,7 @@ def _similar(question: Question, view: View, letter: str) -> str:
     low = map_.min().item()
     shade = (map_ - low) / max(1 - low, 1e-6)
     layers = _image(_smooth(_colored(shade, "viridis"))) + _frames(view, _at(view, cell), kind="query")
-    return _figure(view, letter, "similarity to the clicked patch", layers=layers, note=f"cosine {low:.2f} to 1")
+    return _figure(view, letter, "similarity to the selected patch", layers=layers, note=f"cosine {low:.2f} to 1")
 
 
 def _norms(view: View, letter: str) -> str:
@@ -247,7 +261,7 @@ def _object(view: View, letter: str) -> str:
     found = view.object
     rows, columns = view.grid
     x1, y1, x2, y2 = found.cells
-    # Dark around the mask, the box in orange.
+    # Darken everything outside of the mask; the box is orange.
     dark = torch.zeros(rows, columns, 4)
     dark[..., 3] = 0.62 * (~found.mask).float()
     box = f'<rect x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}" class=box />'
@@ -255,7 +269,7 @@ def _object(view: View, letter: str) -> str:
     note = f"{int(found.mask.sum())} of {rows * columns} patches"
     if found.degenerate:
         note = "uncertain: patches hardly differ"
-    return _figure(view, letter, "the object that LOST finds", layers=layers, note=note)
+    return _figure(view, letter, "object found by LOST", layers=layers, note=note)
 
 
 # --- Pixels ---
@@ -269,7 +283,7 @@ def _at(view: View, cell: tuple[int, int]) -> Tensor:
 
 def _frames(view: View, mask: Tensor, *, kind: str = "outlier") -> str:
     cells = mask.nonzero().tolist()
-    kinds = ("under", kind) if kind == "query" else (kind,)  # white on dark, to be seen on a white wall too
+    kinds = ("under", kind) if kind == "query" else (kind,)  # white on black, visible on white areas too
     shapes = (f'<rect x="{c}" y="{r}" width="1" height="1" class={name} />' for r, c in cells for name in kinds)
     return _drawing(view, "".join(shapes))
 
@@ -281,14 +295,14 @@ def _drawing(view: View, shapes: str) -> str:
 
 
 def _colored(shade: Tensor, colors: str) -> Image.Image:
-    """(rows, columns) in [0, 1] as a picture of that many pixels."""
+    """Return (rows, columns) values in [0, 1] as a colored image with one pixel per value."""
     from matplotlib import colormaps
 
     return Image.fromarray((colormaps[colors](shade.numpy())[..., :3] * 255).round().astype(np.uint8))
 
 
 def _overlay(shade: Tensor) -> Image.Image:
-    """Attention as colour over grey: where there is none, the photograph shows through."""
+    """Return attention as a colored image that is transparent where there is no attention."""
     fine = Image.fromarray((shade.numpy() * 255).round().astype(np.uint8))
     fine = fine.resize((fine.width * _SMOOTH, fine.height * _SMOOTH), Image.Resampling.BICUBIC)
     values = torch.from_numpy(np.asarray(fine, dtype=np.float32) / 255)
@@ -298,7 +312,7 @@ def _overlay(shade: Tensor) -> Image.Image:
 
 
 def _pixels(values: Tensor) -> Image.Image:
-    """(rows, columns, 3 or 4) in [0, 1] as a picture of that many pixels."""
+    """Return (rows, columns, 3 or 4) values in [0, 1] as an image with one pixel per cell."""
     return Image.fromarray((values * 255).round().byte().numpy())
 
 
@@ -322,7 +336,7 @@ def _jpeg(image: Image.Image) -> str:
 
 
 def write_figures(views: Mapping[str, View], picture: Picture, question: Question, folder: Path) -> Path:
-    """The same maps for a paper: a ZIP of PNG files, drawn by `hf_regvit.figures`."""
+    """Write the maps as figures for a paper: a ZIP archive of PNG files, drawn by `hf_regvit.figures`."""
     path, names = folder / f"{_file_name(picture.name)}_figures.zip", _file_names(views)
     with zipfile.ZipFile(path, "w") as archive:
         for name, view in views.items():
@@ -345,7 +359,7 @@ def write_figures(views: Mapping[str, View], picture: Picture, question: Questio
 
 
 def write_features(views: Mapping[str, View], picture: Picture, folder: Path) -> Path:
-    """CLS, registers and patches as safetensors, one file; of two models a ZIP of two."""
+    """Write CLS, registers and patches as a safetensors file; for two models, as a ZIP archive of two files."""
     paths, names = [], _file_names(views)
     for name, view in views.items():
         path = folder / f"{_file_name(picture.name)}_{names[name]}_block_{view.layer}.safetensors"
@@ -361,13 +375,13 @@ def write_features(views: Mapping[str, View], picture: Picture, folder: Path) ->
 
 
 def _file_name(name: str) -> str:
-    """Of at most 80 bytes: with two of them in it a name stays below the 255 bytes of most file systems."""
+    """Return a safe name of at most 80 bytes, so that two of them fit into the 255 bytes that file systems allow."""
     plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
     return plain.encode()[:80].decode(errors="ignore")
 
 
 def _file_names(views: Mapping[str, View]) -> dict[str, str]:
-    """Names of the models for files; those that would fall together get the letters that the page gives them."""
+    """Return file names for the models; names that would collide get the letters A and B that the page uses."""
     names = {name: _file_name(name) for name in views}
     if len(set(names.values())) == len(names):
         return names
@@ -384,31 +398,31 @@ def build_app(
     cache_bytes: int = 512 << 20,
     reference: Sequence[Image.Image] | None = None,
 ) -> "gr.Blocks":
-    """The demo as a Gradio app; start it with `app.launch(**launch_options())`.
+    """Build the demo as a Gradio app; start it with `app.launch(**launch_options())`.
 
     Args:
-        models: Model and image processor by name, as `features.load_model` gives them. The first is shown.
+        models: Model and image processor by name, as returned by `features.load_model`. The first is shown.
         compare: Name of the model to show beside it.
-        cache_bytes: Memory for what was read of pictures.
-        reference: Pictures that tell which norms are usual in a model; default the embedded photographs.
+        cache_bytes: Memory for the readings of images, in bytes.
+        reference: Images that show which norms are usual in a model; default the built-in images.
 
     Raises:
         ImportError: Gradio is missing.
-        ValueError: No models, one of no known family, or `compare` that is none of them.
+        ValueError: No models, a model of an unknown family, or a name in `compare` that is not in `models`.
     """
     if importlib.util.find_spec("gradio") is None:
         raise ImportError("The demo needs Gradio. Run: pip install 'hf_regvit[demo]'")
     if compare is not None and compare not in models:
-        raise ValueError(f"compare='{compare}' is not among the models {', '.join(models)}.")
+        raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
     reference = list(photographs().values()) if reference is None else list(reference)
     return _Page(Explorer(models, cache_bytes=cache_bytes, reference=reference), compare, len(reference)).app
 
 
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
-    """What `app.launch` is told: this machine only, nothing shared, no files of the disk, no fonts from elsewhere.
+    """Return options for `app.launch`: local machine only, no sharing, no files of the disk, no external fonts.
 
     Args:
-        port: To listen on; 0 or None takes the first free one from 7860.
+        port: Port to listen on; 0 or None selects the first free one from 7860 on.
     """
     import gradio as gr
 
@@ -428,17 +442,17 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
 def serve(
     model_name_or_path: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str | None
 ) -> dict[str, Any]:
-    """Load models, show the page on this machine and wait until somebody presses Ctrl-C.
+    """Load models, serve the page on this machine, and wait for Ctrl-C.
 
     Args:
-        model_name_or_path: As for `features.load_model`.
-        compare: Another one, shown beside the first.
-        port: To listen on; 0 takes the first free one from 7860.
-        cache_mib: Memory for pictures that were read.
-        device: Where to compute.
+        model_name_or_path: Folders or Hub ids, as for `features.load_model`.
+        compare: Folder or Hub id of another model to show beside the first.
+        port: Port to listen on; 0 selects the first free one from 7860 on.
+        cache_mib: Memory for the readings of images, in MiB.
+        device: Device to compute on.
 
     Returns:
-        The page's address.
+        Dictionary with the `address` of the page.
     """
     names = list(dict.fromkeys([*model_name_or_path, *([compare] if compare else [])]))
     shown = {name: _name_of(name, names) for name in names}
@@ -450,10 +464,10 @@ def serve(
         if "empty port" not in str(error):
             raise
         raise OSError(
-            f"Port {port} of this machine is taken, perhaps by another demo. Choose one with --port, or --port 0 for "
-            "the first free one."
+            f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
+            "--port 0 for the first free one."
         ) from error
-    logger.info("The demo is at %s (Ctrl-C ends it).", address)
+    logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
     try:
         app.block_thread()
     finally:
@@ -462,26 +476,26 @@ def serve(
 
 
 def _name_of(source: str, others: Sequence[str]) -> str:
-    """A folder's last two parts (the last is often called `backbone`), or all where another one ends alike."""
+    """Return the last two parts of a folder (the last is often `backbone`), or all if another model ends the same."""
     last = "/".join(Path(source).resolve().parts[-2:])
     alike = [other for other in others if "/".join(Path(other).resolve().parts[-2:]) == last]
     return last if Path(source).is_dir() and len(alike) == 1 else source
 
 
 class _Page:
-    """Components and what happens between them."""
+    """Components of the page and their event handlers."""
 
     def __init__(self, explorer: Explorer, compare: str | None, num_reference: int) -> None:
         import gradio as gr
 
         self.explorer = explorer
-        self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # gone when the program ends
+        self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # removed when the program ends
         chosen = photographs()
         self.examples = {name: Picture.of(chosen[name], name) for name in EXAMPLES}
         # Gradio's copies of uploads and downloads are deleted after an hour.
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
-            # Nothing until the page is loaded: a forgotten picture must not turn into an example at the next click.
+            # None until the page has loaded: Gradio resets an expired state to it, which must not show an example.
             self.picture = gr.State(None, time_to_live=3600)
             self.place = gr.State((0.5, 0.5))
             gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")
@@ -506,7 +520,7 @@ class _Page:
         names = list(self.explorer.models)
         description = self.explorer.descriptions[names[0]]
         self.upload = gr.File(
-            label="Your picture", show_label=False, file_types=["image"], height=132, elem_id="upload"
+            label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
         thumbnails = "".join(
             f'<button type=button title="{name}" data-name="{name}" aria-pressed={str(name == EXAMPLES[0]).lower()}>'
@@ -524,11 +538,11 @@ class _Page:
             low, high = self._sides(names[0])
             self.side = gr.Slider(
                 low, high, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
-                label="Resolution: shorter side, pixels",
+                label="Resolution: shorter side in pixels",
             )  # fmt: skip
             self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **_blocks(description.num_layers))
             self.head = gr.Dropdown(
-                _heads(description.num_heads), value=0, label="Head of the attention", elem_id="head-choice"
+                _heads(description.num_heads), value=0, label="Attention head", elem_id="head-choice"
             )
 
     def _connect(self) -> None:
@@ -541,12 +555,12 @@ class _Page:
             return float(event.x), float(event.y)
 
         asked = [self.picture, self.place, self.model, self.compare, self.side, self.layer, self.head]
-        # One reading at a time. Of what is asked meanwhile (a slider that is being moved, clicks in a row) the last
-        # counts; Gradio's default would drop all of it. A click's place has to be stored each time, and in order.
+        # One reading at a time. Of several requests during a reading (a moving slider, repeated clicks), the last one
+        # is served; by default Gradio would drop them all. The place of each click must be stored, and in order.
         common: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "api_visibility": "private"}
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         show: dict[str, Any] = {
-            "fn": _told("This could not be shown", self._show), "inputs": asked, "outputs": self.results,
+            "fn": _told("The maps could not be computed", self._show), "inputs": asked, "outputs": self.results,
             "show_progress": "minimal", "trigger_mode": "always_last", **common,
         }  # fmt: skip
         stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
@@ -556,7 +570,7 @@ class _Page:
         opened = self.upload.upload(read, self.upload, self.picture, **quick)
         opened.success(**show)
         opened.success(None, js=_NONE_PICKED, api_visibility="private")
-        for ended in (opened.success, opened.failure):  # the field is free for the next file, good or bad
+        for ended in (opened.success, opened.failure):  # clear the field for the next file in both cases
             ended(lambda: None, None, self.upload, **quick)
         self.gallery.select(pick, None, self.picture, **stored).success(**show)
         self.results.select(point, None, self.place, **stored).success(**show)
@@ -568,13 +582,15 @@ class _Page:
             setting.input(**show)
         for button, write in ((self.figures, self._figures), (self.features, self._features)):
             done = button.click(
-                _told("The file could not be made", write), asked, self.file, show_progress_on=[button], **common
+                _told("The file could not be created", write), asked, self.file, show_progress_on=[button], **common
             )
             done.success(None, js=_PRESS, api_visibility="private")
 
     def _views(self, picture: Picture | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
         if picture is None:
-            raise ValueError("The picture is not kept any more (an hour at most). Choose or upload it again.")
+            raise ValueError(
+                "The image is no longer available: images are kept for an hour at most. Select or upload it again."
+            )
         model, compare, side, layer, head = settings
         names = (model,) if compare in (_NOBODY, model) else (model, compare)
         question = Question(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
@@ -589,7 +605,7 @@ class _Page:
         return Picture.of(open_image(path, name=name, limits=_LIMITS), Path(name).stem)
 
     def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
-        """Sliders and heads of another model: about the same resolution, the last block, the mean of the heads."""
+        """Adapt the controls to another model: a similar resolution, the last block, the mean over heads."""
         import gradio as gr
 
         description = self.explorer.descriptions[model]
@@ -602,7 +618,7 @@ class _Page:
         )
 
     def _sides(self, model: str) -> tuple[int, int]:
-        """Range of the resolution: 4 to 48 patches, and where a model was made for fewer or more, those too."""
+        """Return the range of the resolution: 4 to 48 patches, extended to the image size of the model if outside."""
         step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
         return min(4 * step, usual), max(48 * step, usual)
 
@@ -615,7 +631,7 @@ class _Page:
         return str(write_features(views, picture, self._folder()))
 
     def _folder(self) -> Path:
-        """A new folder for a download; Gradio copies what it serves, so the ones before the last can go."""
+        """Create a folder for a download and delete old ones; Gradio has copied the files that it serves from them."""
         folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-4]:
             shutil.rmtree(old)
@@ -623,25 +639,25 @@ class _Page:
 
 
 def _told(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors of a handler as messages on the page. What was not foreseen goes to the log, not to the visitor."""
+    """Wrap a handler so that its errors appear on the page. Details of unexpected errors go to the log only."""
     import gradio as gr
 
     @wraps(function)
     def told(*args: Any) -> Any:
         try:
             return function(*args)
-        except ValueError as error:  # bad pictures and settings; the text says what to do
+        except ValueError as error:  # unusable images and settings; the message says what to do
             raise gr.Error(html.escape(f"{title}. {error}"), duration=20, print_exception=False) from error
         except (RuntimeError, OSError, MemoryError) as error:
             logger.exception("%s", title)
-            words = f"{title}. The log of the machine that computes says why. A lower resolution may help."
+            words = f"{title}. The log of the server contains the reason. A lower resolution may help."
             raise gr.Error(words, duration=20, print_exception=False) from error
 
     return told
 
 
 def _blocks(count: int) -> dict[str, Any]:
-    """The slider of the blocks, at the last one. A slider has to have a range, also over a single block."""
+    """Return options of the block slider, set to the last block. Its range must not be empty, even for one block."""
     return {"minimum": 1, "maximum": max(count, 2), "value": count, "interactive": count > 1}
 
 
@@ -668,8 +684,8 @@ _NONE_PICKED = (
     "() => document.querySelectorAll('.thumbs button').forEach((b) => b.setAttribute('aria-pressed', false))"
 )
 
-# There the settings would push the maps off the screen.
+# On a phone, open settings would push the maps off the screen.
 _ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings button').click(); }"
 
-# The file is ready only now, and a link can be pressed only by a script.
+# The file is ready only after the handler has returned, so a script must click the download link.
 _PRESS = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 100)"

@@ -1,7 +1,7 @@
-"""One picture in one model, read once and kept, so that every further question is answered without the model.
+"""Cached readings of images in models, so that further questions about an image need no forward pass.
 
 Shape letters: T = prefix + N tokens, N patches in a grid of (rows, columns), R registers, D width, L blocks. A place
-in a picture is (x, y), each in [0, 1) from the top left, so that it means the same at any resolution and in any model.
+in an image is (x, y), each in [0, 1) from the top left, independent of resolution and model.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from .outliers import Cutoff, find_cutoff
 
 logger = logging.getLogger(__name__)
 
-# Of 288 settings on a ViT-Tiny with artifacts these were first or second on both data sets (scripts/lost_evidence.py).
+# Best or second best of 288 settings on both data sets for a ViT-Tiny with artifacts (scripts/lost_evidence.py).
 LOST_SETTINGS = LostSettings(feature="k", center="row", l2norm=True)
-MAX_PATCHES = 2304  # 48 x 48: attention of 12 heads is then 127 MB a block in float16
-_STORED_SIDE = 1536  # pixels; nothing is read at more
+MAX_PATCHES = 2304  # 48 x 48: the attention of 12 heads then takes 127 MB per block in float16
+_STORED_SIDE = 1536  # pixels; no image is read at a higher resolution
 
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture that somebody chose. `key` tells different pixels apart, whatever their name."""
+    """Image that a user selected. `key` identifies its pixels, independent of its name."""
 
     name: str
     image: Image.Image
@@ -44,7 +44,7 @@ class Picture:
 
     @classmethod
     def of(cls, image: Image.Image, name: str) -> "Picture":
-        """An RGB picture, made smaller where no reading would use its pixels."""
+        """Create a `Picture` from an RGB image, reduced to the largest size that can be read."""
         if max(image.size) > _STORED_SIDE:
             image = image.copy()
             image.thumbnail((_STORED_SIDE, _STORED_SIDE), Image.Resampling.LANCZOS)
@@ -54,18 +54,18 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """What one picture left behind in one block of one model.
+    """Readings of one image after one block of one model.
 
     Args:
-        image: The picture as the model saw it, whole, sides rounded to patches.
-        layer: Block, 1 to L.
-        description: Of the model.
+        image: Whole image as the model received it, with sides rounded to patches.
+        layer: Number of the block, 1 to L.
+        description: Description of the model.
         grid: (rows, columns).
-        tokens: (T, D) output of the block after the model's final norm, float32.
-        norms: (rows, columns) norms of the patches in the raw output of the block.
-        attention: (heads, T, T) float16.
+        tokens: (T, D) output of the block after the final norm of the model, float32.
+        norms: (rows, columns) L2 norms of the patches in the raw output of the block.
+        attention: (heads, T, T) attention weights of the block, float16.
         keys: (N, D) keys of the patches.
-        cutoff: Norm above which a patch is an artifact; None where the model has no distinct group of high norms.
+        cutoff: Norm above which a patch is an artifact; None if the block has no distinct group of high norms.
     """
 
     image: Image.Image
@@ -80,40 +80,40 @@ class View:
 
     @property
     def first_patch(self) -> int:
-        """Tokens before the patches."""
+        """Number of tokens before the patches."""
         return self.description.num_prefix_tokens
 
     @property
     def patches(self) -> Tensor:
-        """(N, D) patch tokens after the final norm."""
+        """Patch tokens after the final norm, (N, D)."""
         return self.tokens[self.first_patch :]
 
     @property
     def registers(self) -> Tensor:
-        """(R, D) registers after the final norm."""
+        """Register tokens after the final norm, (R, D)."""
         return self.tokens[self.first_patch - self.description.num_register_tokens : self.first_patch]
 
     @property
     def outliers(self) -> Tensor:
-        """(rows, columns) bool: patches above the cut-off."""
+        """Patches above the cut-off, (rows, columns) bool."""
         return self.norms > (math.inf if self.cutoff is None else self.cutoff)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the tensors."""
+        """Memory of the tensors in bytes."""
         return sum(t.nbytes for t in (self.tokens, self.norms, self.attention, self.keys))
 
     def cell(self, place: tuple[float, float]) -> tuple[int, int]:
-        """(row, column) of the patch at a place."""
+        """Return the (row, column) of the patch at a place."""
         (x, y), (rows, columns) = place, self.grid
         return min(max(int(y * rows), 0), rows - 1), min(max(int(x * columns), 0), columns - 1)
 
     def attention_from(self, query: str | int | tuple[int, int], *, head: int | None = None) -> Tensor:
-        """Attention from one token to every patch; the sum is the share that patches get of it.
+        """Return the attention from one token to every patch; its sum is the share of attention on patches.
 
         Args:
-            query: "cls", the number of a register from 0, or the (row, column) of a patch.
-            head: Number from 0; None is the mean over the heads.
+            query: "cls", the index of a register from 0, or the (row, column) of a patch.
+            head: Index of the head from 0; None is the mean over heads.
 
         Returns:
             (rows, columns) float32.
@@ -122,7 +122,7 @@ class View:
         return row[self.first_patch :].unflatten(0, self.grid)
 
     def attention_row(self, query: str | int | tuple[int, int], *, head: int | None = None) -> Tensor:
-        """As `attention_from`, to every token: (T,) float32."""
+        """Return the attention from one token to every token, (T,) float32; see `attention_from`."""
         if query == "cls":
             index = 0
         elif isinstance(query, int):
@@ -130,28 +130,30 @@ class View:
         elif isinstance(query, tuple):
             index = self.first_patch + query[0] * self.grid[1] + query[1]
         else:
-            raise ValueError(f"query={query!r}: expected 'cls', a register's number or a (row, column).")
+            raise ValueError(
+                f"query={query!r} is not valid. Use 'cls', the index of a register, or the (row, column) of a patch."
+            )
         rows = self.attention[:, index].float()  # (heads, T)
         return rows.mean(0) if head is None else rows[head]
 
     def similarity_to(self, cell: tuple[int, int]) -> Tensor:
-        """(rows, columns) cosine of every patch token with the one at `cell`, in [-1, 1]."""
+        """Return the cosine of every patch token with the one at `cell`, (rows, columns) in [-1, 1]."""
         unit = torch.nn.functional.normalize(self.patches, dim=-1)
         return (unit @ unit[cell[0] * self.grid[1] + cell[1]]).unflatten(0, self.grid)
 
     @cached_property
     def colors(self) -> Tensor:
-        """(rows, columns, 3) in [0, 1]: the three main directions of the patch tokens."""
+        """First three principal components of the patch tokens as colors, (rows, columns, 3) in [0, 1]."""
         return pca_colors(self.patches.unflatten(0, self.grid))
 
     @cached_property
     def object(self) -> LostResult:
-        """The object that LOST finds, with `LOST_SETTINGS` on the keys of this block."""
+        """Object that LOST finds with `LOST_SETTINGS` on the keys of this block."""
         settings = LOST_SETTINGS
         return lost_box(self.keys, self.grid, center=settings.center, l2norm=settings.l2norm, k=settings.k)
 
     def maps(self) -> TokenMaps:
-        """The same as `figures` draws it: attention of CLS (where there is one) and registers, mean over the heads."""
+        """Return the maps that `figures` draws: attention of CLS (if any) and registers is averaged over heads."""
         queries: list[str | int] = ["cls"] if self.description.has_cls else []
         queries += range(self.description.num_register_tokens)
         rows = [self.attention_from(query) for query in queries]
@@ -163,7 +165,7 @@ class View:
         )
 
     def features(self, name: str) -> TokenFeatures:
-        """The tokens as `regvit extract` would store them."""
+        """Return the tokens in the format of `regvit extract`."""
         return TokenFeatures(
             cls=self.tokens[:1] if self.description.has_cls else None,
             registers=self.registers[None],
@@ -174,16 +176,16 @@ class View:
 
 
 class Explorer:
-    """Reads pictures in models and keeps what it read, up to a number of bytes; the oldest goes first.
+    """Reader of images in models with a cache of limited size; the oldest readings are dropped first.
 
     Args:
-        models: Model and image processor by name, as `features.load_model` gives them.
-        cache_bytes: Memory for readings of all models.
-        max_patches: A picture of more patches is read at a lower resolution.
-        reference: Pictures that tell which norms are usual in a model; default the embedded photographs.
+        models: Model and image processor by name, as returned by `features.load_model`.
+        cache_bytes: Memory for the readings of all models, in bytes.
+        max_patches: Maximum number of patches; larger images are read at a lower resolution.
+        reference: Images that show which norms are usual in a model; default the built-in images.
 
     Raises:
-        ValueError: No models, or one of no known family.
+        ValueError: No models, or a model of an unknown family.
     """
 
     def __init__(
@@ -195,23 +197,23 @@ class Explorer:
         reference: Sequence[Image.Image] | None = None,
     ) -> None:
         if not models:
-            raise ValueError("models is empty; give at least one model and its processor by name.")
+            raise ValueError("models is empty. Pass at least one model with its image processor, by name.")
         self.models = dict(models)
         self.descriptions = {name: describe_model(model) for name, (model, _) in self.models.items()}
         self.cache_bytes, self.max_patches = cache_bytes, max_patches
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
-        self._busy = threading.Lock()  # two passes at once would be slower than one after the other, and need more
+        self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
         self.num_passes = 0
         pictures = list(photographs().values()) if reference is None else list(reference)
         self._cutoffs = {name: self._find_cutoffs(name, pictures) for name in self.models}
 
     def default_side(self, name: str) -> int:
-        """Pixels of the shorter side to begin with: 224, or what the model was made for where that is less."""
+        """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
         step = max(self.descriptions[name].patch_size)
         return max(round(min(224, *self.descriptions[name].image_size) / step), 1) * step
 
     def short_side(self, image: Image.Image, name: str, side: int) -> int:
-        """Pixels of the shorter side at which a picture is read: whole patches, and not too many of them."""
+        """Return the length of the shorter side at which an image is read: whole patches, at most `max_patches`."""
         patch = self.descriptions[name].patch_size
         step = max(patch)
         aspect = max(image.size) / min(image.size)
@@ -219,21 +221,21 @@ class Explorer:
         return max(min(round(side / step) * step, most // step * step), step)
 
     def view(self, picture: Picture, name: str, *, side: int, layer: int = -1) -> View:
-        """One picture after one block of one model; the model runs only where this was not read before.
+        """Return the view of an image after one block of one model; the model runs only if it is not cached.
 
         Args:
-            picture: From `Picture.of`.
-            name: Of the model.
-            side: Pixels of the shorter side, rounded to whole patches, lowered where the patches are too many.
-            layer: Block, 1 to L, or negative from the end.
+            picture: Image to read, created with `Picture.of`.
+            name: Name of the model.
+            side: Length of the shorter side in pixels, rounded to whole patches, and reduced if there are too many.
+            layer: Number of the block, 1 to L, or negative from the end.
 
         Raises:
-            ValueError: A layer that does not exist, or a model that gives NaN.
+            ValueError: A block that does not exist, or a model that produces NaN or infinity.
         """
         description = self.descriptions[name]
         layer = layer + description.num_layers + 1 if layer < 0 else layer
         if not 1 <= layer <= description.num_layers:
-            raise ValueError(f"layer={layer} does not exist; '{name}' has blocks 1 to {description.num_layers}.")
+            raise ValueError(f"layer={layer} does not exist. '{name}' has blocks 1 to {description.num_layers}.")
         side = self.short_side(picture.image, name, side)
         key = (picture.key, name, side, layer)
         with self._busy:
@@ -252,7 +254,7 @@ class Explorer:
         return EvaluationTransform.for_model(model, processor, image_size=side, keep_aspect=keep_aspect)
 
     def _read(self, image: Image.Image, name: str, side: int, layer: int) -> dict[int, View]:
-        """One forward pass: all blocks where their attention fits well into the cache, else the one asked for."""
+        """Run one forward pass; return all blocks if their attention fits well into the cache, else only `layer`."""
         model, description = self.models[name][0], self.descriptions[name]
         transform = self._transform(name, side, keep_aspect=True)
         pixels = transform(image)  # (3, H, W)
@@ -277,7 +279,7 @@ class Explorer:
         for number in layers:
             residual = reading["residual"].at(number)  # (T, D)
             if not torch.isfinite(residual).all():
-                raise ValueError(f"'{name}' gives NaN or infinity in block {number}. Its weights are damaged.")
+                raise ValueError(f"'{name}' produces NaN or infinity in block {number}. Check its weights.")
             with torch.no_grad():
                 tokens = norm(residual).cpu()
             views[number] = View(
@@ -294,9 +296,9 @@ class Explorer:
         return views
 
     def _find_cutoffs(self, name: str, pictures: Sequence[Image.Image]) -> dict[int, float]:
-        """Of every block with a distinct group of high norms: where it begins. One picture has too few patches."""
+        """Return the cut-off of each block with a distinct group of high norms, over several images."""
         model, description = self.models[name][0], self.descriptions[name]
-        logger.info("Reading %d pictures in %s, to learn which norms are usual in it.", len(pictures), name)
+        logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(pictures), name)
         layers = tuple(range(1, description.num_layers + 1))
         transform = self._transform(name, self.default_side(name), keep_aspect=False)
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
@@ -313,5 +315,5 @@ class Explorer:
 def _cutoff_of(norms: Sequence[Tensor], name: str) -> Cutoff:
     joined = torch.cat([values.flatten() for values in norms])
     if not torch.isfinite(joined).all():
-        raise ValueError(f"'{name}' gives NaN or infinity. Its weights are damaged.")
+        raise ValueError(f"'{name}' produces NaN or infinity. Check its weights.")
     return find_cutoff(joined.numpy())

@@ -1,7 +1,7 @@
-"""What a model sees, drawn: attention of CLS, registers and patches, PCA of patch tokens, norms, LOST, and a page.
+"""Figures of attention maps, PCA of patch tokens, norms, LOST and training curves, and an HTML overview page.
 
 Shape letters: T = 1 + R + N tokens, R registers, N patches in a grid of (rows, columns), D width. All maps keep the
-true grid of the picture; nothing is cropped to a square.
+true grid of the image; nothing is cropped to a square.
 
 Figures are matplotlib objects without pyplot, so they need no display and leave no global state behind.
 """
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
     from .lost import LostResult
     from .modeling_regvit import RegViTModel
 
-# Perceptually uniform, readable in grey and with colour-blind eyes.
+# Perceptually uniform, and readable in gray and for color-blind readers.
 _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
 _INK = "#222222"
 _MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
-_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe and Ito, told apart by all eyes
+_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe-Ito, safe for color blindness
 _DOTS_PER_INCH = 120
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -53,13 +53,13 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class TokenMaps:
-    """What one picture gives in one model, on its own grid.
+    """Maps of one image in one model, on the grid of the image.
 
     Attributes:
-        attention: (1 + R, rows, columns) attention in the last block, mean over the heads, from CLS (where there is
-            one) and each register to every patch. The sum over a map is the share of attention that goes to patches.
+        attention: (1 + R, rows, columns) attention in the last block, averaged over heads, from CLS (if any) and each
+            register to every patch. The sum over a map is the share of attention on patches.
         patch_tokens: (rows, columns, D) patch tokens after the final norm.
-        norms: (rows, columns) L2 norm of the patch tokens before the final norm, where artifacts show.
+        norms: (rows, columns) L2 norms of the patch tokens before the final norm, where artifacts are visible.
         registers: (R, D) register tokens after the final norm.
     """
 
@@ -69,7 +69,7 @@ class TokenMaps:
     registers: Tensor
 
     def register_similarity(self) -> float | None:
-        """Mean cosine between two registers, 1 = they say the same; None with fewer than two."""
+        """Return the mean cosine between two registers (1 if they are identical); None with fewer than two."""
         count = len(self.registers)
         if count < 2:
             return None
@@ -78,15 +78,15 @@ class TokenMaps:
 
 
 def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
-    """Run a model once and lay its tokens out on the grid; the model comes back as it was.
+    """Run a model once and arrange its tokens on the grid; the model is not modified.
 
     Args:
-        model: Of any family that `hf_regvit.features.read_tokens` knows. Without CLS the attention rows start with
-            the registers.
-        pixel_values: (B, 3, H, W) normalised; sides are multiples of the patch, in any proportion.
+        model: Model of any family that `hf_regvit.features.read_tokens` supports. Without CLS, the attention rows
+            start with the registers.
+        pixel_values: (B, 3, H, W) normalized pixels; sides are multiples of the patch size, with any aspect ratio.
 
     Returns:
-        One entry per picture, on the CPU.
+        Maps of each image, on the CPU.
     """
     readings = read_many(model, pixel_values, {"residual": (-1,), "attention": (-1,)})
     residual, attention = readings["residual"], readings["attention"]
@@ -112,49 +112,51 @@ def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
 def read_attention(
     model: nn.Module, pixel_values: Tensor, *, query: str | int | tuple[int, int] = "cls", layer: int = -1
 ) -> Tensor:
-    """Where one token looks, head by head.
+    """Return the attention from one token to every patch, for each head.
 
     Args:
-        model: Of any family that `hf_regvit.features.read_tokens` knows.
-        pixel_values: (B, 3, H, W) normalised.
-        query: `"cls"`, the number of a register from 0, or the (row, column) of a patch.
-        layer: Block, 1 to L, or negative from the end.
+        model: Model of any family that `hf_regvit.features.read_tokens` supports.
+        pixel_values: (B, 3, H, W) normalized pixels.
+        query: `"cls"`, the index of a register from 0, or the (row, column) of a patch.
+        layer: Number of the block, 1 to L, or negative from the end.
 
     Returns:
-        (B, heads, rows, columns) attention from the query to every patch, on the CPU. A map sums to the share of the
-        attention that goes to patches.
+        (B, heads, rows, columns) attention from the query to every patch, on the CPU. The sum over a map is the share
+        of attention on patches.
 
     Raises:
-        ValueError: The model has no such token; says which there are.
+        ValueError: The model has no such token; the message lists the valid ones.
     """
     reading = read_many(model, pixel_values, {"attention": (layer,)})["attention"]
     rows, columns = reading.grid
     if query == "cls":
         row = reading.cls()
         if row is None:
-            raise ValueError("query='cls', but the model has no CLS token. Give the (row, column) of a patch.")
+            raise ValueError("query='cls', but the model has no CLS token. Use the (row, column) of a patch.")
     elif isinstance(query, int):
         if not 0 <= query < reading.num_register_tokens:
-            raise ValueError(f"query={query}: the model has {reading.num_register_tokens} registers, counted from 0.")
+            raise ValueError(
+                f"query={query} does not exist: the model has {reading.num_register_tokens} registers, counted from 0."
+            )
         row = reading.registers()[:, :, query]
     elif isinstance(query, tuple) and 0 <= query[0] < rows and 0 <= query[1] < columns:
         row = reading.patches()[:, :, query[0] * columns + query[1]]
     else:
         raise ValueError(
-            f"query={query!r}: expected 'cls', a register's number, or a cell of the {rows} x {columns} patches."
+            f"query={query!r} is not valid. Use 'cls', a register index, or a cell of the {rows} x {columns} grid."
         )
     return row[..., reading.num_prefix_tokens :].float().unflatten(-1, reading.grid).cpu()  # (B, heads, rows, columns)
 
 
 def pca_colors(tokens: Tensor) -> Tensor:
-    """The three main directions of tokens as red, green and blue.
+    """Map the first three principal components of tokens to red, green and blue.
 
     Args:
-        tokens: (..., D), at least two of them. One PCA over all, so colours compare within one call only.
+        tokens: (..., D) tokens, at least two. One PCA covers all of them, so colors are comparable within a call only.
 
     Returns:
-        (..., 3) in [0, 1]: each component stretched from its 1st to its 99th percentile. Signs are fixed by the
-        largest weight of a direction, so the same tokens always give the same colours.
+        (..., 3) colors in [0, 1]; each component is stretched from its 1st to its 99th percentile. Signs are fixed by
+        the largest weight of a direction, so that the same tokens always give the same colors.
 
     Raises:
         ValueError: Fewer than two tokens, or fewer than three dimensions.
@@ -162,7 +164,7 @@ def pca_colors(tokens: Tensor) -> Tensor:
     flat = tokens.reshape(-1, tokens.shape[-1]).double()
     if len(flat) < 2 or flat.shape[1] < 3:
         raise ValueError(
-            f"tokens have shape {tuple(tokens.shape)}; PCA needs two tokens of three dimensions at least."
+            f"tokens have shape {tuple(tokens.shape)}, but PCA needs at least two tokens of three dimensions."
         )
     centered = flat - flat.mean(0)
     _, directions = torch.linalg.eigh(centered.T @ centered)  # ascending eigenvalues, columns
@@ -175,56 +177,58 @@ def pca_colors(tokens: Tensor) -> Tensor:
 
 
 def attention_map_figure(image: Image.Image, attention: Tensor) -> "Figure":
-    """The picture, and where CLS and each register look.
+    """Draw the image and the attention maps of CLS and of each register.
 
     Args:
-        image: The picture, in the proportion of the grid.
-        attention: (1 + R, rows, columns), as in `TokenMaps`.
+        image: Input image, with the aspect ratio of the grid.
+        attention: (1 + R, rows, columns) attention maps, as in `TokenMaps`.
     """
     figure, axes = _panels(image, 1 + len(attention))
-    _draw_image(axes[0], image, "picture")
+    _draw_image(axes[0], image, "image")
     _draw_attention(axes[1:], image, attention)
     return figure
 
 
 def pca_figure(images: Sequence[Image.Image], tokens: Sequence[Tensor]) -> "Figure":
-    """Pictures above, the PCA of their patch tokens below; one PCA for all, so equal colours mean equal content.
+    """Draw images above the PCA of their patch tokens; one PCA covers all, so equal colors mean similar tokens.
 
     Args:
-        images: n pictures.
-        tokens: n tensors (rows, columns, D); the grids may differ.
+        images: n images.
+        tokens: n tensors (rows, columns, D) of patch tokens; the grids may differ.
 
     Raises:
-        ValueError: Not one map per picture, or none.
+        ValueError: Different numbers of images and maps, or none.
     """
     if len(images) != len(tokens) or not images:
-        raise ValueError(f"{len(images)} pictures for {len(tokens)} token maps; expected one each, and one at least.")
+        raise ValueError(
+            f"Got {len(images)} images for {len(tokens)} token maps. Pass one map per image, and at least one."
+        )
     colors = pca_colors(torch.cat([map_.flatten(0, 1) for map_ in tokens]))
     split = colors.split([map_.shape[0] * map_.shape[1] for map_ in tokens])
     figure, axes = _panels(images[0], len(images), num_rows=2)
     for i, (image, map_) in enumerate(zip(images, tokens, strict=True)):
-        _draw_image(axes[i], image, "picture")
+        _draw_image(axes[i], image, "image")
         _draw_colors(axes[len(images) + i], image, split[i].unflatten(0, map_.shape[:2]), "PCA of patches")
     return figure
 
 
 def norm_map_figure(image: Image.Image, norms: Tensor) -> "Figure":
-    """The picture and the norm of its patch tokens; a few bright patches on plain ground are artifacts.
+    """Draw the image and the norms of its patch tokens; a few bright patches on plain background are artifacts.
 
     Args:
-        image: The picture, in the proportion of the grid.
-        norms: (rows, columns), as in `TokenMaps`.
+        image: Input image, with the aspect ratio of the grid.
+        norms: (rows, columns) norms, as in `TokenMaps`.
     """
     figure, axes = _panels(image, 2, with_bar=True)
-    _draw_image(axes[0], image, "picture")
+    _draw_image(axes[0], image, "image")
     _draw_norms(figure, axes[1], image, norms)
     return figure
 
 
 def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
-    """One row: picture, attention of CLS and of each register, PCA of the patch tokens, norm map."""
+    """Draw one row: image, attention of CLS and of each register, PCA of the patch tokens, norm map."""
     figure, axes = _panels(image, len(maps.attention) + 3, with_bar=True)
-    _draw_image(axes[0], image, "picture")
+    _draw_image(axes[0], image, "image")
     has_cls = len(maps.attention) > len(maps.registers)
     _draw_attention(axes[1:-2], image, maps.attention, first=0 if has_cls else 1)
     _draw_colors(axes[-2], image, pca_colors(maps.patch_tokens), "PCA of patches")
@@ -235,52 +239,55 @@ def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
 def before_after_figure(
     images: Sequence[Image.Image], before: Sequence[TokenMaps], after: Sequence[TokenMaps]
 ) -> "Figure":
-    """One row a picture: norms, attention of CLS and PCA of the patches of a model, and of what was made of it.
+    """Draw one row per image: norms, attention of CLS and PCA of the patches, before and after a change of the model.
 
-    Norms have a scale of their own on each side: on that of the artifacts everything else would be one colour.
+    Norms have separate scales before and after, because on the scale of the artifacts all others would look the same.
 
     Args:
-        images: n pictures in the proportion of their grids.
-        before: What `read_token_maps` gave for them in the model.
-        after: Likewise, in the other one.
+        images: n images with the aspect ratio of their grids.
+        before: Maps of the original model from `read_token_maps`, one per image.
+        after: Maps of the changed model, one per image.
 
     Raises:
-        ValueError: Not two maps a picture, or none.
+        ValueError: Different numbers of images and maps, or none.
     """
     if not len(images) == len(before) == len(after) or not images:
         raise ValueError(
-            f"{len(images)} pictures, {len(before)} and {len(after)} maps; expected one of each at least."
+            f"Got {len(images)} images, {len(before)} maps before and {len(after)} maps after. Pass the same number "
+            "of each, at least one."
         )
     figure, axes = _panels(images[0], 7, num_rows=len(images))
     for row, (image, *sides) in enumerate(zip(images, before, after)):
         panels = axes[7 * row : 7 * row + 7]
-        _draw_image(panels[0], image, "picture")
+        _draw_image(panels[0], image, "image")
         for column, (name, maps) in enumerate(zip(("before", "after"), sides)):
             low, high = maps.norms.min().item(), maps.norms.max().item()
             title = f"norm {name}: {low:.0f} to {high:.0f}"
             _draw_map(panels[1 + column], image, maps.norms, title, cmap=_NORM_COLORS)
             _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
             panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=_INK)
-            panels[3 + column].set_xlabel("")  # its place is the next row's title
+            panels[3 + column].set_xlabel("")  # the title of the next row takes its place
             _draw_colors(panels[5 + column], image, pca_colors(maps.patch_tokens), f"PCA {name}")
     return figure
 
 
 def progress_picture(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> Image.Image:
-    """The same pictures at one moment of a training run: picture, PCA of the patches, attention of CLS.
+    """Draw images, PCA of their patches and attention of CLS at one step of a training run.
 
-    Pasted together without matplotlib, which takes a second for that many panels, in the middle of a run.
+    The panels are pasted with Pillow, because matplotlib takes a second for this many panels and would delay the run.
 
     Args:
-        images: n pictures of one size.
-        maps: what `read_token_maps` gave for them; one PCA for all, so equal colours mean equal content.
-        title: Above the first picture, e.g. the step.
+        images: n images of one size.
+        maps: Maps from `read_token_maps`, one per image; one PCA covers all, so equal colors mean similar tokens.
+        title: Text above the first image, e.g. the step.
 
     Raises:
-        ValueError: Not one map per picture, or none.
+        ValueError: Different numbers of images and maps, or none.
     """
     if len(images) != len(maps) or not images:
-        raise ValueError(f"{len(images)} pictures for {len(maps)} token maps; expected one each, and one at least.")
+        raise ValueError(
+            f"Got {len(images)} images for {len(maps)} token maps. Pass one map per image, and at least one."
+        )
     import matplotlib
     from PIL import ImageDraw, ImageFont
 
@@ -311,7 +318,7 @@ def progress_picture(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *
     return page
 
 
-# Panels of `curves_figure`: title, then what to draw of the metrics file and its name in the legend.
+# Panels of `curves_figure`: title, and keys of the metrics file with their names in the legend.
 _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
     (
         "loss terms",
@@ -331,8 +338,8 @@ _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
             "teacher_student_kl": "KL(teacher || student)",
         },
     ),
-    ("accuracy on labelled images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
-    ("spread of CLS", {"feature_std": "std, 1 = everywhere alike", "effective_rank": "effective rank"}),
+    ("accuracy on labeled images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
+    ("spread of CLS", {"feature_std": "std (1 = evenly spread)", "effective_rank": "effective rank"}),
     (
         "registers and outliers",
         {
@@ -346,11 +353,11 @@ _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | None = None) -> "Figure":
-    """Learning curves of a run.
+    """Draw the learning curves of a run.
 
     Args:
-        lines: Of `metrics.jsonl`, as dictionaries with `step`.
-        num_prototypes: K; draws ln K, the entropy of a target that says nothing.
+        lines: Lines of `metrics.jsonl`, as dictionaries with `step`.
+        num_prototypes: Number of prototypes K; adds a line at ln K, the entropy of a uniform target.
 
     Raises:
         ValueError: No line has a value to draw.
@@ -364,11 +371,11 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
     ]
     drawn = [entry for entry in drawn if any(entry[1].values())]
     if not drawn:
-        raise ValueError(f"None of the {len(lines)} lines has a value that this figure draws, such as 'loss'.")
+        raise ValueError(f"None of the {len(lines)} lines has a value to draw. Expected keys such as 'loss'.")
     with matplotlib.rc_context(_STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
         rows = -(-len(drawn) // 3)
         figure = Figure(figsize=(10.5, 2.6 * rows))
-        # Constrained layout would draw everything several times over.
+        # Constrained layout is slow, because it draws everything several times.
         figure.subplots_adjust(0.05, 0.2 / rows, 0.97, 1 - 0.1 / rows, wspace=0.3, hspace=0.36)
         for index, (title, curves, names) in enumerate(drawn):
             axis = figure.add_subplot(rows, 3, index + 1)
@@ -393,23 +400,23 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
 def attention_overlay_figure(
     image: Image.Image, attention: Tensor, *, name: str = "CLS", cell: tuple[int, int] | None = None
 ) -> "Figure":
-    """Attention laid over the picture: the mean over the heads, then every head.
+    """Draw attention over the image: the mean over heads, then every head.
 
     Args:
-        image: The picture, in the proportion of the grid.
-        attention: (heads, rows, columns), one entry of `read_attention`.
-        name: Of the query, for the titles.
-        cell: (row, column) of the query where it is a patch; marked.
+        image: Input image, with the aspect ratio of the grid.
+        attention: (heads, rows, columns) attention, one entry of `read_attention`.
+        name: Name of the query, for the titles.
+        cell: (row, column) to mark if the query is a patch.
     """
     heads = len(attention)
     columns = min(heads + 2, 5)
     num_rows = -(-(heads + 2) // columns)
     figure, axes = _panels(image, columns, num_rows=num_rows)
-    _draw_image(axes[0], image, "picture")
+    _draw_image(axes[0], image, "image")
     maps = [attention.mean(0), *attention]
-    titles = [f"{name}, mean of {heads} heads", *(f"head {i + 1}" for i in range(heads))]
+    titles = [f"{name}, mean over {heads} heads", *(f"head {i + 1}" for i in range(heads))]
     for axis, title, map_ in zip(axes[1:], titles, maps):
-        # The picture in grey below, so that colour means attention and nothing else.
+        # The image is drawn in gray, so that color shows attention only.
         axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
         low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
         shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
@@ -425,10 +432,10 @@ def attention_overlay_figure(
 
 
 def layer_norm_figure(report: "ArtifactReport") -> "Figure":
-    """Histogram of the patch norms of every layer, with the cut-off where a layer has two modes.
+    """Draw histograms of the patch norms of every block, with the cut-off of each block with two modes.
 
     Args:
-        report: From `diagnose`.
+        report: Result of `diagnose`.
     """
     import matplotlib
     import numpy as np
@@ -441,27 +448,27 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
         figure = Figure(figsize=(5.2, 0.9 + 0.17 * len(counts)), layout="constrained")
         axis = figure.add_subplot()
         rows = np.asarray([record["layer"] for record in report.layers])
-        # matplotlib wants the edges of the rows, not their middles.
+        # matplotlib expects the edges of the rows, not their centers.
         axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap="Blues",
                         vmin=-0.1, vmax=1)  # fmt: skip
         for record in report.layers:
             if record["bimodal"]:
                 axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2)
-        axis.set(xscale="log", xlabel="norm of a patch token before the final norm", ylabel="layer")
-        axis.set_title(f"outliers: {report.outlier_share:.2%} at layer {report.layer}" if report.bimodal else
+        axis.set(xscale="log", xlabel="norm of patch tokens before the final norm", ylabel="block")
+        axis.set_title(f"outliers: {report.outlier_share:.2%} at block {report.layer}" if report.bimodal else
                        "no distinct outliers", color=_INK)  # fmt: skip
     return figure
 
 
 def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[Path]:
-    """The pictures of a diagnosis as PNG files: `layer_norms.png`, `positions.png`, and one row per example.
+    """Write the figures of a diagnosis as PNG files: `layer_norms.png`, `positions.png`, and one row per example.
 
     Args:
-        report: From `diagnose`.
-        folder: Made if needed.
+        report: Result of `diagnose`.
+        folder: Output folder, created if needed.
 
     Returns:
-        The files.
+        Paths of the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -469,13 +476,13 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
     share = torch.tensor(report.outliers["position_map"])
     blank = Image.new("RGB", (share.shape[1] * 16, share.shape[0] * 16))
     figures["positions"], axes = _panels(blank, 1)
-    _draw_map(axes[0], blank, share, f"outliers: in up to {share.max():.0%} of images", cmap=_NORM_COLORS)
+    _draw_map(axes[0], blank, share, f"outliers: up to {share.max():.0%} of the images", cmap=_NORM_COLORS)
     for number, example in enumerate(report.examples):
         image = Image.open(BytesIO(base64.b64decode(example["picture"]))).convert("RGB")
         rows = [] if example["attention_cls"] is None else [example["attention_cls"]]
         attention = torch.tensor(rows + example["attention_registers"])
         figure, axes = _panels(image, len(attention) + 2, with_bar=True)
-        _draw_image(axes[0], image, "picture")
+        _draw_image(axes[0], image, "image")
         if len(attention):
             _draw_attention(axes[1:-1], image, attention, first=1 - len(rows))
         _draw_norms(figure, axes[-1], image, torch.tensor(example["norms"]))
@@ -488,19 +495,19 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
 
 
 def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Sequence[float]] = ()) -> "Figure":
-    """Object discovery step by step: seed and inverse degree, similarity to the seed, expansion, mask, box.
+    """Draw the steps of LOST: seed and inverse degree, similarity to the seed, expansion, mask, box.
 
     Args:
-        image: The picture, padded to whole patches as LOST saw it.
-        result: From `hf_regvit.lost.lost_box`.
-        truth: Boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
+        image: Image padded to whole patches, as LOST received it.
+        result: Result of `hf_regvit.lost.lost_box`.
+        truth: Ground-truth boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
     """
     from matplotlib.patches import Rectangle
 
     rows, columns = result.degrees.shape
     height, width = image.height / rows, image.width / columns
     figure, axes = _panels(image, 6)
-    _draw_image(axes[0], image, "picture")
+    _draw_image(axes[0], image, "image")
     _draw_map(axes[1], image, 1.0 / (1.0 + result.degrees.float()), "inverse degree, seed", cmap=_ATTENTION_COLORS)
     _draw_map(axes[2], image, result.seed_similarity.float(), "similarity to the seed", cmap=_NORM_COLORS)
     expanded = torch.zeros(rows * columns)
@@ -528,7 +535,7 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Writes a figure as PNG."""
+    """Write a figure as a PNG file."""
     Path(path).write_bytes(_png(figure))
 
 
@@ -538,18 +545,18 @@ def overview_page(
     *,
     image_processor: Any,
     out_dir: str | Path,
-    title: str = "What the registers do",
+    title: str = "Attention, PCA and norms",
     short_side: int | None = None,
 ) -> Path:
-    """Write a page of whole photographs with their attention maps, PCA and norms.
+    """Write an HTML page of whole images with their attention maps, PCA and norms.
 
     Args:
-        model: A `RegViTModel`; comes back in the mode and with the attention implementation it had.
-        images: Pictures by name, any size and proportion.
-        image_processor: Gives the normalisation; resizing and cropping are left out, the grid follows the picture.
-        out_dir: Gets `index.html` with all pictures inside, and one PNG per picture.
+        model: `RegViTModel`; keeps its mode and attention implementation.
+        images: Images by name, of any size and aspect ratio.
+        image_processor: Image processor for the normalization only; images are resized to whole patches, not cropped.
+        out_dir: Output folder for `index.html`, with all figures embedded, and one PNG file per image.
         title: Heading of the page.
-        short_side: Pixels of the shorter side in the model, rounded to patches; default 32 patches.
+        short_side: Length of the shorter side in pixels, rounded to patches; default 32 patches.
 
     Returns:
         Path of `index.html`.
@@ -558,7 +565,7 @@ def overview_page(
         ValueError: No images.
     """
     if not images:
-        raise ValueError("images is empty; give at least one picture by name.")
+        raise ValueError("images is empty. Pass at least one image by name.")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     entries = []
@@ -567,7 +574,7 @@ def overview_page(
         pixels = image_processor(images=resized, do_resize=False, do_center_crop=False, return_tensors="pt")
         (maps,) = read_token_maps(model, pixels["pixel_values"])
         png = _png(overview_figure(resized, maps))
-        # The number keeps names apart that differ in characters only which a file name cannot have.
+        # The number distinguishes names that differ only in characters not allowed in file names.
         file = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)[:80]
         (out_dir / f"{number:03d}_{file}.png").write_bytes(png)
         rows, columns = maps.norms.shape
@@ -581,12 +588,12 @@ def overview_page(
 
 
 def fit_to_patches(image: Image.Image, *, patch: tuple[int, int], short_side: int | None = None) -> Image.Image:
-    """Resize a picture, keeping its proportion as closely as whole patches allow.
+    """Resize an image to whole patches, with an aspect ratio as close to the original as possible.
 
     Args:
-        image: The picture.
+        image: Image to resize.
         patch: (height, width) of a patch in pixels.
-        short_side: Wanted length of the shorter side in pixels; default 32 patches.
+        short_side: Target length of the shorter side in pixels; default 32 patches.
     """
     scale = (32 * max(patch) if short_side is None else short_side) / min(image.size)
     height = max(round(image.height * scale / patch[0]), 1) * patch[0]
@@ -600,13 +607,13 @@ def fit_to_patches(image: Image.Image, *, patch: tuple[int, int], short_side: in
 def _panels(
     image: Image.Image, columns: int, *, num_rows: int = 1, with_bar: bool = False
 ) -> tuple["Figure", list["Axes"]]:
-    """A figure whose panels have the proportion of the picture, laid out in inches so that nothing is squeezed."""
+    """Create a figure whose panels have the aspect ratio of the image, laid out in inches to avoid distortion."""
     import matplotlib
     from matplotlib.figure import Figure
 
     area, gap, head, foot = 2.6, 0.08, 0.24, 0.2  # square inches of a panel; inches
     aspect = min(max(image.height / image.width, 1 / 3), 3)
-    width = (area / aspect) ** 0.5  # every picture gets the same area, tall or wide
+    width = (area / aspect) ** 0.5  # tall and wide images get the same area
     height = width * aspect
     size = (columns * (width + gap) + gap + (0.4 if with_bar else 0), num_rows * (height + head) + foot)
     with matplotlib.rc_context(_STYLE):
@@ -628,7 +635,7 @@ def _draw_image(axis: "Axes", image: Image.Image, title: str) -> None:
 
 
 def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> Any:
-    """A map over the extent of its picture, upsampled for the eye."""
+    """Draw a map over the extent of its image, with smooth upsampling."""
     extent = (0, image.width, image.height, 0)
     axis.set_title(title, fontsize=8, color=_INK)
     return axis.imshow(map_.numpy(), interpolation="bicubic", extent=extent, **options)
@@ -639,7 +646,7 @@ def _mark(axis: "Axes", x: float, y: float) -> None:
 
 
 def _smooth(map_: Tensor, image: Image.Image) -> Any:
-    """A map in [0, 1] at the size of its picture, as `_draw_map` enlarges it."""
+    """Return a map in [0, 1] at the size of its image, enlarged as in `_draw_map`."""
     import numpy as np
 
     pixels = Image.fromarray((map_ * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
@@ -647,10 +654,10 @@ def _smooth(map_: Tensor, image: Image.Image) -> Any:
 
 
 def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tensor, *, first: int = 0) -> None:
-    """Maps of CLS and registers in order; `first=1` where there is no CLS."""
+    """Draw the maps of CLS and registers in order; use `first=1` if there is no CLS."""
     names = ["CLS", *(f"register {i + 1}" for i in range(len(attention)))][first : first + len(attention)]
     for axis, name, map_ in zip(axes, names, attention, strict=True):
-        # A few patches with most of the attention would leave the rest of the map black.
+        # Clip, or a few patches with most of the attention would leave the rest of the map black.
         low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
         limits = {"vmin": low, "vmax": max(high, low + 1e-12)}
         _draw_map(axis, image, map_, f"attention of {name}", cmap=_ATTENTION_COLORS, **limits)
@@ -658,12 +665,12 @@ def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tenso
 
 
 def _draw_colors(axis: "Axes", image: Image.Image, colors: Tensor, title: str) -> None:
-    # Matplotlib's bicubic overshoots the range of colours; Pillow's is cut off at it.
+    # Bicubic upsampling overshoots the range of colors in matplotlib; Pillow clips it.
     _draw_image(axis, _pixels(colors).resize(image.size, Image.Resampling.BICUBIC), title)
 
 
 def _pixels(colors: Tensor) -> Image.Image:
-    """(rows, columns, 3) in [0, 1] as a picture of that many pixels."""
+    """Return (rows, columns, 3) colors in [0, 1] as an image with one pixel per cell."""
     return Image.fromarray((colors * 255).round().byte().numpy())
 
 
@@ -702,12 +709,13 @@ figcaption span {{ color: #666; font-size: 0.85rem; }}
 img {{ max-width: 100%; height: auto; display: block; }}
 </style></head><body>
 <h1>{html.escape(title)}</h1>
-<p>A RegViT of {config.num_hidden_layers} blocks, width {config.hidden_size}, patch {config.patch_shape[0]} x
-{config.patch_shape[1]} px, {config.num_register_tokens} registers, on whole pictures. <b>Attention</b>: last block,
-mean over heads, from CLS and from each register to every patch, each map on its own scale; below it the share of
-attention that goes to patches at all. Registers whose cosine is near 1 have not parted (yet) and look at the same.
-<b>PCA</b>: the three main directions of the picture's patch tokens as red, green, blue. <b>Norm</b>: length of the
-patch tokens before the final norm; isolated bright spots are artifacts.</p>
+<p>Maps of a RegViT with {config.num_hidden_layers} blocks, width {config.hidden_size}, patches of
+{config.patch_shape[0]} x {config.patch_shape[1]} px and {config.num_register_tokens} registers, on whole images.
+<b>Attention</b>: last block, averaged over heads, from CLS and from each register to every patch. Each map has its own
+scale, and the number below it is the share of attention on patches. Registers with a mean cosine near 1 are nearly
+identical and attend to the same patches. <b>PCA</b>: first three principal components of the patch tokens of the image
+as red, green and blue. <b>Norm</b>: L2 norm of the patch tokens before the final norm; isolated bright spots are
+artifacts.</p>
 {pictures}
 </body></html>
 """

@@ -1,7 +1,7 @@
-"""Outliers among token norms: where to cut, whether there are two populations at all, and what marks the upper one.
+"""Outliers among token norms: cut-off, test for two distinct populations, and properties of the upper one.
 
-Pure functions of norms, tokens and attention, without a model. An *outlier* is a patch token whose L2 norm, read on
-the raw residual stream before any final norm, lies above a cut-off.
+Pure functions of norms, tokens and attention, without a model. An *outlier* is a patch token whose L2 norm, measured
+on the raw residual stream before any final norm, lies above a cut-off.
 
 Shape letters: N patches in a grid of (rows, columns), R registers, T = prefix + N tokens, D width.
 """
@@ -16,18 +16,18 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-# The gate of a "distinct outlier population".
+# Conditions for a "distinct outlier population".
 MIN_SEPARATION = 2.0  # Ashman's D
-MIN_SHARE, MAX_SHARE = 0.001, 0.15  # of the tokens in the upper mode
-MIN_RATIO = 3.0  # of the two modes' centres
-MAX_VALLEY = 0.5  # tokens around the cut-off, relative to the same window around the upper mode
-MIN_OUTLIERS = 10  # fewer tokens are no population
+MIN_SHARE, MAX_SHARE = 0.001, 0.15  # share of the tokens in the upper mode
+MIN_RATIO = 3.0  # between the centers of the two modes
+MAX_VALLEY = 0.5  # tokens around the cut-off, relative to an equal window around the upper mode
+MIN_OUTLIERS = 10  # fewer tokens do not count as a population
 
-_BINS = 500  # of log norms; the mixture is fitted to their counts
-_STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # shares of the tokens that start as the upper mode
+_BINS = 500  # bins of log norms; the mixture is fitted to their counts
+_STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode
 _ITERATIONS = 300
-_MIN_STD = 0.01  # of a mode in log norm, so that equal tokens (flat images) do not make a mode of no width
-_LOWEST = 1e-4  # norms below this times the median count as that, because zero has no logarithm
+_MIN_STD = 0.01  # of a mode, in log norm, so that equal tokens (flat images) do not form a mode of zero width
+_LOWEST = 1e-4  # smallest norm relative to the median; smaller ones are raised to it, as zero has no logarithm
 
 
 # --- Two modes and a cut-off ---
@@ -35,7 +35,7 @@ _LOWEST = 1e-4  # norms below this times the median count as that, because zero 
 
 @dataclass(frozen=True)
 class TwoModes:
-    """Two Gaussians on the log norm. `low_mean`, `high_mean` and the standard deviations are in nats of log norm."""
+    """Mixture of two Gaussians over the log norm. Means and standard deviations are natural logarithms of norms."""
 
     low_mean: float
     low_std: float
@@ -50,15 +50,15 @@ class TwoModes:
 
     @property
     def ratio(self) -> float:
-        """Upper over lower centre, as norms."""
+        """Ratio of the upper to the lower center, as norms."""
         return math.exp(self.high_mean - self.low_mean)
 
     @property
     def boundary(self) -> float:
         """Norm at which both modes are equally likely, if both had the pooled variance (linear discriminant).
 
-        With variances of their own the densities cross right above the lower mode whenever that is the narrower one,
-        far from any gap; the pooled variance puts the boundary near the geometric middle of the two centres.
+        With separate variances, the densities cross right above the lower mode whenever that is the narrower one, far
+        from any gap. The pooled variance puts the boundary near the geometric mean of the two centers.
         """
         pooled = (1 - self.high_share) * self.low_std**2 + self.high_share * self.high_std**2
         odds = math.log((1 - self.high_share) / self.high_share)
@@ -69,17 +69,17 @@ class TwoModes:
 
 @dataclass(frozen=True)
 class Cutoff:
-    """Where norms become outliers in one layer, and whether they are a population of their own.
+    """Cut-off of one layer, and whether the norms above it are a distinct population.
 
     Attributes:
-        cutoff: Tokens with a larger norm are outliers.
-        bimodal: Whether the norms pass the gate of two distinct modes.
+        cutoff: Norm above which a token is an outlier.
+        bimodal: Whether the norms meet the conditions for two distinct modes.
         method: "mixture" (two modes), "fallback" (no distinct population) or "fixed" (given by the caller).
-        share: Of the tokens above `cutoff`, in [0, 1].
-        ratio: Median norm above over median norm below; None where one side is empty.
-        separation: Ashman's D of the two fitted modes; 0 where nothing could be fitted.
-        reason: Why the norms count as bimodal or not, in words.
-        modes: The fit; None where all norms are equal.
+        share: Share of the tokens above `cutoff`, in [0, 1].
+        ratio: Median norm above the cut-off over the median norm below; None if one side is empty.
+        separation: Ashman's D of the two fitted modes; 0 if nothing could be fitted.
+        reason: Explanation of why the norms count as bimodal or not.
+        modes: Fitted mixture; None if all norms are equal.
     """
 
     cutoff: float
@@ -92,25 +92,25 @@ class Cutoff:
     modes: TwoModes | None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
 def log_norms(norms: NDArray[Any]) -> NDArray[np.float64]:
-    """Natural logarithm of norms (any shape, flattened); what lies below 1e-4 of the median counts as that."""
+    """Return the natural logarithm of norms (any shape, flattened), raised to at least 1e-4 of their median."""
     flat = np.asarray(norms, dtype=np.float64).ravel()
     return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
 
 
 def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
-    """Mixtures of two Gaussians by expectation-maximisation, one for each starting share of the upper mode.
+    """Fit mixtures of two Gaussians by expectation-maximization, one for each initial share of the upper mode.
 
-    Works on counts in 500 bins, so the cost hardly depends on the number of values; nothing is random.
+    The fit uses counts in 500 bins, so its cost hardly depends on the number of values. It is deterministic.
 
     Args:
         values: Log norms, 1-D.
-        share: Start from this share of the largest values only; default five shares from 0.3 down to 0.001.
-        tolerance: Stop when the mean log likelihood gains less, nats.
+        share: Initial share of the largest values in the upper mode; default five shares from 0.3 down to 0.001.
+        tolerance: Gain of the mean log likelihood below which the fit stops, in nats.
 
     Returns:
         The fits, most likely first; empty if all values are equal.
@@ -147,24 +147,27 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
 
 
 def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
-    """The cut-off of one layer, and whether the tokens above it are a distinct population.
+    """Find the cut-off of one layer, and test whether the tokens above it are a distinct population.
 
     Two Gaussians are fitted to the log norms. They count as two modes if the upper one holds 0.1 % to 15 % of the
-    tokens (and at least 10), lies at 3 times the norm of the lower or more, is separated by Ashman's D > 2, and if
-    fewer tokens lie around the boundary than around the upper mode. Among several fits of the mixture the likeliest
-    that passes is taken. The cut-off is then the boundary between the modes; otherwise it is
+    tokens (and at least 10), has at least 3 times the norm of the lower one, is separated by Ashman's D > 2, and if
+    the boundary has at most half as many tokens around it as the upper mode. Of several fits, the most likely one
+    that meets these conditions is used. The cut-off is then the boundary between the modes; otherwise it is
     median * exp(6 * 1.4826 * MAD of the log norms).
 
     Args:
         norms: Norms of patch tokens, any shape.
-        cutoff: "auto", or a norm to use instead. Whether the norms are bimodal is measured either way.
+        cutoff: "auto", or a norm to use instead. The test for two modes runs in both cases.
 
     Raises:
-        ValueError: No norms, NaN or infinity among them, or a cut-off that is no positive number.
+        ValueError: No norms, NaN or infinity among them, or a cut-off that is not a positive number.
     """
     norms = np.asarray(norms)
     if not norms.size or not np.isfinite(norms).all():
-        raise ValueError(f"{norms.size} norms, of which {int((~np.isfinite(norms)).sum())} are not finite.")
+        raise ValueError(
+            f"Got {norms.size} norms, of which {int((~np.isfinite(norms)).sum())} are not finite. Pass finite norms, "
+            "at least one."
+        )
     if cutoff != "auto" and (isinstance(cutoff, str) or not 0 < cutoff < math.inf):
         raise ValueError(f"cutoff={cutoff!r} is neither 'auto' nor a positive norm.")
     if np.median(norms) <= 0:
@@ -179,7 +182,7 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
         if modes is None:
             reason = "all tokens have the same norm"
         elif distinct:
-            reason = f"two modes: separation D={modes.separation:.1f}, centres {modes.ratio:.1f} times apart"
+            reason = f"two modes: separation D={modes.separation:.1f}, centers {modes.ratio:.1f} times apart"
         else:
             reason = "; ".join(_objections(modes, values))
         automatic = modes.boundary if modes is not None and distinct else _fallback(values)
@@ -199,19 +202,21 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
 
 
 def _objections(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
-    """Why two fitted modes are no distinct outlier population; empty if they are one."""
+    """Return the reasons against a distinct outlier population; empty if the modes are one."""
     found = []
     if modes.separation <= MIN_SEPARATION:
         found.append(f"separation D={modes.separation:.1f}, needs > {MIN_SEPARATION:g}")
     if not MIN_SHARE <= modes.high_share <= MAX_SHARE:
-        found.append(f"upper mode holds {modes.high_share:.2%}, needs {MIN_SHARE:.1%} to {MAX_SHARE:.0%}")
+        found.append(
+            f"upper mode holds {modes.high_share:.2%} of the tokens, needs {MIN_SHARE:.1%} to {MAX_SHARE:.0%}"
+        )
     if modes.ratio < MIN_RATIO:
-        found.append(f"modes {modes.ratio:.1f} times apart, need {MIN_RATIO:g}")
+        found.append(f"centers {modes.ratio:.1f} times apart, need at least {MIN_RATIO:g}")
     if found:
         return found
     boundary, window = math.log(modes.boundary), modes.high_std / 2
     if (outliers := int((values > boundary).sum())) < MIN_OUTLIERS:
-        return [f"{outliers} tokens above the boundary, needs {MIN_OUTLIERS}"]
+        return [f"{outliers} tokens above the boundary, needs at least {MIN_OUTLIERS}"]
     valley = int((np.abs(values - boundary) < window).sum())
     mode = int((np.abs(values - modes.high_mean) < window).sum())
     if valley > MAX_VALLEY * mode:
@@ -220,30 +225,35 @@ def _objections(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
 
 
 def _fallback(values: NDArray[np.float64]) -> float:
-    """Median times exp(6 robust standard deviations); plain ones where more than half of the values are equal."""
+    """Return median * exp(6 robust standard deviations); plain ones if more than half of the values are equal."""
     middle = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(values - middle))) or float(values.std())
     return math.exp(middle + 6 * max(spread, _MIN_STD))
 
 
-# --- What outliers are like ---
+# --- Properties of outliers ---
 
 
 def neighbour_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Mean cosine of every patch with the patches above, below, left and right of it; at borders with those it has.
+    """Return the mean cosine of every patch with the patches above, below, left and right of it, as far as they exist.
 
     Args:
         embeddings: (B, N, D) patch embeddings, row-major on `grid`. A zero vector has cosine 0 with everything.
-        grid: (rows, columns); a grid of one cell has no neighbours.
+        grid: (rows, columns) of at least two cells.
 
     Returns:
         (B, N) float32 in [-1, 1].
+
+    Raises:
+        ValueError: N does not match the grid, or the grid has a single cell, which has no neighbors.
 
     Source: arXiv 2309.16588, section 2.1 and figure 5a.
     """
     rows, columns = grid
     if rows * columns != embeddings.shape[1] or rows * columns < 2:
-        raise ValueError(f"{embeddings.shape[1]} patches on a grid of {rows} x {columns}; at least 2 are needed.")
+        raise ValueError(
+            f"Got {embeddings.shape[1]} patches on a grid of {rows} x {columns}. Expected one per cell, at least 2."
+        )
     unit = F.normalize(embeddings.float(), dim=-1).unflatten(1, grid)  # (B, rows, columns, D)
     total = unit.new_zeros(unit.shape[:3])
     count = unit.new_zeros(grid)
@@ -257,10 +267,10 @@ def neighbour_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
-    """Two groups of one number: medians, Kolmogorov-Smirnov distance, and AUROC of telling outliers by larger values.
+    """Compare a value between outliers and normal patches: medians, Kolmogorov-Smirnov distance, and AUROC.
 
-    AUROC is the chance that an outlier's value exceeds a normal one's, ties counting half; 0.5 means no difference.
-    The entries are None where one group is empty.
+    AUROC is the probability that the value of an outlier exceeds that of a normal patch, with ties counting half; 0.5
+    means no difference. Entries that need an empty group are None.
     """
     values, is_outlier = np.asarray(values, dtype=np.float64).ravel(), np.asarray(is_outlier).ravel()
     normal, outlier = np.sort(values[~is_outlier]), np.sort(values[is_outlier])
@@ -279,12 +289,13 @@ def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[
 
 
 def effective_rank(tokens: Tensor) -> Tensor:
-    """Number of directions that the tokens of an image really use: exp(entropy of the Gram matrix's eigenvalues).
+    """Return the effective number of directions of the tokens of an image: exp(entropy of the Gram eigenvalues).
 
-    Tokens are scaled to unit length and not centred. 1: all alike; min(N, D): spread evenly.
+    Tokens are scaled to unit length and not centered. The result is 1 if all tokens are alike, and min(N, D) if they
+    are spread evenly.
 
     Args:
-        tokens: (B, N, D), N and D at least 1.
+        tokens: (B, N, D) tokens, N and D at least 1.
 
     Returns:
         (B,) float64.
@@ -299,25 +310,25 @@ def effective_rank(tokens: Tensor) -> Tensor:
 
 
 def register_cosine(registers: Tensor) -> Tensor:
-    """Mean cosine over the pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
+    """Return the mean cosine over all pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
     unit = F.normalize(registers.float(), dim=-1)
     count = unit.shape[1]
     if count < 2:
-        raise ValueError(f"{count} registers make no pair; at least 2 are needed.")
+        raise ValueError(f"Got {count} registers, but at least 2 are needed for a pair.")
     return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
 
 
 def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, seed: int = 0) -> float | None:
-    """Mean |cosine| over pairs of tokens from different images: 1 if they share one direction whatever the image.
+    """Return the mean |cosine| over pairs of tokens from different images: 1 if all share one direction.
 
     Args:
-        tokens: (m, D).
-        image: (m,) index of the image a token comes from.
-        max_tokens: A random sample of that size stands for more.
-        seed: Of the sample.
+        tokens: (m, D) tokens.
+        image: (m,) index of the image of each token.
+        max_tokens: Maximum number of tokens; more are replaced by a random sample of this size.
+        seed: Random seed of the sample.
 
     Returns:
-        In [0, 1]; None where no two images are represented.
+        Mean in [0, 1]; None if the tokens come from fewer than two images.
 
     Source: arXiv 2407.16826 (SINDER), section 3, where such tokens lie within about 5.5 degrees.
     """
@@ -332,15 +343,15 @@ def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, s
 
 
 def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
-    """Channels that are large for all tokens, a phenomenon apart from outlier tokens, and massive activations.
+    """Find channels that are large for all tokens (not the same as outlier tokens), and massive activations.
 
     Args:
         tokens: (m, D) raw tokens.
-        top: Channels to name.
+        top: Number of channels to return.
 
     Returns:
-        `channels` and `magnitudes`: those with the largest mean |activation|, relative to the median channel;
-        `massive_share`: share of activations above 100 and above 1,000 times the median |activation|.
+        Dictionary with `channels` and `magnitudes` of those with the largest mean |activation|, relative to the median
+        channel, and `massive_share`, the share of activations above 100 and above 1,000 times the median |activation|.
 
     Source: DINOv3 report, appendix A, for channels; arXiv 2402.17762 for massive activations.
     """
@@ -358,18 +369,18 @@ def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
 def attention_statistics(
     attention: Tensor, *, num_prefix_tokens: int, num_register_tokens: int, outliers: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Where one query's attention goes, per image, on the mean over heads.
+    """Describe the attention of one query per image, averaged over heads.
 
     Args:
-        attention: (B, heads, T) weights of the query, normally CLS, over all tokens.
-        num_prefix_tokens: Tokens before the patches, registers included as the last of them.
-        num_register_tokens: R.
-        outliers: (B, N) bool, which patches are outliers.
+        attention: (B, heads, T) attention weights of the query, normally CLS, over all tokens.
+        num_prefix_tokens: Number of tokens before the patches, with the registers as the last of them.
+        num_register_tokens: Number of registers R.
+        outliers: (B, N) bool mask of the outliers.
 
     Returns:
-        Each (B,): `mass_on_patches`, `mass_on_registers`, `mass_on_outliers` (with `outliers`); on the attention to
-        patches scaled to sum 1: `entropy` in nats, `entropy_share` relative to uniform attention, `top_mass`, the
-        share of the 2 % most attended patches, and `head_entropy`, the mean entropy of single heads.
+        Dictionary of (B,) tensors: `mass_on_patches`, `mass_on_registers`, `mass_on_outliers` (with `outliers`), and
+        for the attention to patches scaled to sum 1: `entropy` in nats, `entropy_share` relative to uniform attention,
+        `top_mass`, the share of the 2 % most attended patches, and `head_entropy`, the mean entropy of single heads.
     """
     mean = attention.float().mean(dim=1)  # (B, T)
     patches = mean[:, num_prefix_tokens:]  # (B, N)

@@ -1,4 +1,4 @@
-"""What a model loses when its registers are replaced: controls for the claim that a model uses them."""
+"""Controls for the claim that a model uses its registers: replace them and measure what changes."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +18,7 @@ REGISTER_CONTROLS = ("mean", "shuffle", "noise", "zero")
 
 @contextmanager
 def _registers_replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
-    """Overwrite the registers in the outputs of blocks for the time of the `with` block; layer: (B, R, D)."""
+    """Overwrite the registers in the outputs of blocks within a `with` statement; `values` is {layer: (B, R, D)}."""
     tower, name = find_tower(model)
     description = describe_model(tower)
     start, count = description.num_prefix_tokens - description.num_register_tokens, description.num_register_tokens
@@ -47,34 +47,39 @@ def register_controls(
     batch_size: int = 32,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """What a model loses when its registers are replaced between blocks (outputs of blocks 1 to L - 1).
+    """Measure the effect of replacing the registers between blocks (at the outputs of blocks 1 to L - 1).
 
-    "mean": by their average over these images; "shuffle": by those of another image; "noise": by Gaussian noise of
-    the same mean and variance per channel; "zero". Zero alone overstates the role of registers, because it takes the
-    model to inputs it never saw; mean and shuffle tell whether their image-specific content matters.
+    Registers are replaced by their average over the images ("mean"), by those of another image ("shuffle"), by
+    Gaussian noise with the same mean and variance per channel ("noise"), or by zeros ("zero"). Zeros alone overstate
+    the role of registers, because the model never saw such inputs; "mean" and "shuffle" show whether the
+    image-specific content of registers matters.
 
     Args:
-        model: A model with registers; left as it was.
-        pixel_values: (n, 3, H, W), at least two images; their order decides who is shuffled with whom.
-        labels: (n,) classes; then the accuracy of 5 nearest neighbours on CLS, each half judged by the other, is
-            measured too. Only where at least 20 images have a class that both halves hold.
-        kinds: Which controls.
-        batch_size: Images of one forward pass.
-        seed: Of noise and shuffling.
+        model: Model with registers; not modified.
+        pixel_values: (n, 3, H, W) pixels of at least two images; their order determines the pairs of "shuffle".
+        labels: (n,) class ids. If given, the accuracy of 5 nearest neighbors on CLS is measured too, with each half of
+            the images classified by the other half. This needs at least 20 images whose class is in both halves.
+        kinds: Names of the controls.
+        batch_size: Number of images per forward pass.
+        seed: Random seed for noise and shuffling.
 
     Returns:
-        `num_images`; for `clean` and each kind `knn` (None without labels), and for each kind `cls_cosine` and
-        `patch_cosine`, the mean cosine with the undisturbed tokens after the final norm.
+        Dictionary with `num_images`, `blocks`, `clean` and one entry per kind. `clean` and each kind have `knn` (None
+        without labels); each kind also has `cls_cosine` and `patch_cosine`, the mean cosine with the tokens of the
+        unmodified model after the final norm.
+
+    Raises:
+        ValueError: A model without registers, fewer than two images, or an unknown kind.
 
     Source: arXiv 2604.14433.
     """
     description = describe_model(model)
     if not description.num_register_tokens:
-        raise ValueError(f"'{description.name}' has no registers to replace.")
+        raise ValueError(f"'{description.name}' has no registers to replace. Use a model with registers.")
     if len(pixel_values) < 2:
-        raise ValueError(f"Register controls need two images or more, got {len(pixel_values)}.")
+        raise ValueError(f"Register controls need at least two images, got {len(pixel_values)}.")
     if unknown := sorted(set(kinds) - set(REGISTER_CONTROLS)):
-        raise ValueError(f"kinds={unknown} are unknown, expected some of {REGISTER_CONTROLS}.")
+        raise ValueError(f"Unknown kinds {unknown}. Choose from {REGISTER_CONTROLS}.")
     inner = range(1, description.num_layers)
     clean: dict[int, list[Tensor]] = {layer: [] for layer in inner}
     clean_tokens: list[Tensor] = []
@@ -109,7 +114,7 @@ def register_controls(
 
 
 def _final_tokens(model: nn.Module, reading: TokenReading) -> Tensor:
-    """Tokens after the last block and the final norm without the registers, (B, T - R, D)."""
+    """Return the tokens after the last block and the final norm, without registers, (B, T - R, D)."""
     with torch.no_grad():
         tokens = final_norm(model)(reading.at(-1)).float().cpu()
     first = reading.num_prefix_tokens - reading.num_register_tokens
@@ -117,13 +122,13 @@ def _final_tokens(model: nn.Module, reading: TokenReading) -> Tensor:
 
 
 def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
-    """What to put in place of the registers (n, R, D) that one layer had."""
+    """Return the replacement for the registers (n, R, D) of one layer."""
     if kind == "zero":
         return torch.zeros_like(registers)
     mean = registers.float().mean(dim=0, keepdim=True)
     if kind == "mean":
         return mean.to(registers.dtype).expand_as(registers)
-    if kind == "shuffle":  # the same partner in every layer, never oneself
+    if kind == "shuffle":  # the same partner in every layer, never the image itself
         order = torch.randperm(len(registers), generator=torch.Generator().manual_seed(seed))
         partner = torch.empty_like(order)
         partner[order] = order.roll(1)
@@ -134,11 +139,11 @@ def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
 
 
 def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20) -> float | None:
-    """Accuracy of k nearest neighbours on CLS (first token): even images judged by odd ones and the reverse."""
+    """Return the k-NN accuracy on CLS (first token); even images are classified by odd ones and vice versa."""
     if labels is None:
         return None
     shared = np.intersect1d(labels[0::2].numpy(), labels[1::2].numpy())
-    if np.isin(labels.numpy(), shared).sum() < fewest:  # a class that one half lacks cannot be found by it
+    if np.isin(labels.numpy(), shared).sum() < fewest:  # a half cannot predict a class that it does not contain
         return None
     halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
     accuracies = [

@@ -1,8 +1,8 @@
-"""An `ArtifactReport` as one self-contained page: what was found, where, in which pictures, how it was measured.
+"""Self-contained HTML page of an `ArtifactReport`: findings, example images, positions, and method.
 
-The page needs nothing from outside: charts are inline SVG, pictures are embedded, the one script moves the layer
-slider. Maps are drawn one pixel per patch and enlarged by the browser without smoothing: what one sees is what was
-measured.
+The page loads nothing from outside: charts are inline SVG, images are embedded, and the only script moves the block
+slider. Maps are drawn with one pixel per patch and enlarged by the browser without smoothing, so that the page shows
+exactly what was measured.
 """
 
 import base64
@@ -19,19 +19,19 @@ from PIL import Image
 
 from .artifacts import ArtifactReport
 
-# Okabe and Ito: told apart by all eyes. Orange always means outlier, blue normal, green registers.
+# Okabe-Ito colors, which color-blind readers can tell apart. Orange always means outlier, blue normal, green register.
 _OUTLIER, _NORMAL, _REGISTER, _INK, _SOFT = "#d55e00", "#0072b2", "#009e73", "#222", "#6b6b6b"
 
 
 def write_report(report: ArtifactReport, path: str | Path) -> Path:
-    """Write the page.
+    """Write the report page.
 
     Args:
-        report: From `diagnose`, or `ArtifactReport.load`.
-        path: The HTML file; its folder is made if needed.
+        report: Result of `diagnose` or `ArtifactReport.load`.
+        path: HTML file to write; its folder is created if needed.
 
     Returns:
-        The path.
+        Path of the HTML file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,25 +40,25 @@ def write_report(report: ArtifactReport, path: str | Path) -> Path:
 
 
 def report_page(report: ArtifactReport) -> str:
-    """The page as HTML text."""
+    """Return the report page as HTML text."""
     name = html.escape(str(report.model["name"]))
     sections = [
         _head(report),
-        _section("Norms, layer by layer", _NORMS_TEXT, _norms(report)),
-        _section("In the pictures", _PICTURES_TEXT, _pictures(report)),
-        _section("Where they sit", _places_text(report), _places(report)),
-        _section("What they look like", "", _signs(report)),
+        _section("Norms by block", _NORMS_TEXT, _norms(report)),
+        _section("Example images", _PICTURES_TEXT, _pictures(report)),
+        _section("Positions of the outliers", _places_text(report), _places(report)),
+        _section("Properties of the outliers", "", _signs(report)),
     ]
     if report.registers is not None:
         sections.append(_section("Registers", "", _registers(report)))
     if report.probes is not None:
-        sections.append(_section("What single tokens know", _PROBES_TEXT, _tables(report.probes)))
-    sections.append(_section("How this was measured", "", _method(report)))
+        sections.append(_section("Information in single tokens", _PROBES_TEXT, _tables(report.probes)))
+    sections.append(_section("Method", "", _method(report)))
     body = "\n".join(sections)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<link rel="icon" href="data:,"><title>Artifacts of {name}</title><style>{_STYLE}</style></head>\n'
+        f'<link rel="icon" href="data:,"><title>Artifact report: {name}</title><style>{_STYLE}</style></head>\n'
         f"<body><main>\n{body}\n</main><script>{_SCRIPT}</script></body></html>\n"
     )
 
@@ -69,11 +69,11 @@ def report_page(report: ArtifactReport) -> str:
 def _head(report: ArtifactReport) -> str:
     model = report.model
     cards = [
-        ("outlier share", f"{report.outlier_share:.2%}", "of the patch tokens"),
-        ("norm ratio", "-" if report.norm_ratio is None else f"{report.norm_ratio:.1f}", "outlier to normal, medians"),
-        ("cut-off", f"{report.cutoff:.4g}", f"norm, {report.method}"),
-        ("layer", f"{report.layer} of {model['num_layers']}", "strongest separation"),
-        ("emergence", _cell(report.emergence_layer), "first layer with two modes"),
+        ("outlier share", f"{report.outlier_share:.2%}", "of all patch tokens"),
+        ("norm ratio", "-" if report.norm_ratio is None else f"{report.norm_ratio:.1f}", "outlier to normal median"),
+        ("cut-off", f"{report.cutoff:.4g}", f"norm; method: {report.method}"),
+        ("reported block", f"{report.layer} of {model['num_layers']}", "modes furthest apart, or the last"),
+        ("emergence", _cell(report.emergence_layer), "first block with two modes"),
         ("images", f"{report.num_images:,}", f"{_by(report.outliers['grid'])} patches each"),
     ]  # fmt: skip
     tiles = "".join(
@@ -93,8 +93,9 @@ def _head(report: ArtifactReport) -> str:
 
 
 _NORMS_TEXT = (
-    "Length of every patch token in the residual stream, before the final norm. Left: all layers, darker means more "
-    "tokens; the orange tick is the cut-off where a layer has two modes. Right: one layer; move the slider."
+    "L2 norms of the patch tokens in the residual stream, before the final norm. Left: all blocks; darker cells hold "
+    "more tokens, and an orange line marks the cut-off of each block whose norms have two modes. Right: one block, "
+    "selected with the slider. Block 0 is the embedding."
 )
 
 
@@ -107,9 +108,9 @@ def _norms(report: ArtifactReport) -> str:
     )
     numbers = [record["layer"] for record in report.layers]
     slider = (
-        f"<label class=slider>layer <output>{report.layer}</output>"
+        f"<label class=slider>block <output>{report.layer}</output>"
         f"<input type=range id=layer min=0 max={len(numbers) - 1} value={numbers.index(report.layer)} "
-        f"data-layers='{json.dumps(numbers)}' aria-label=\"layer\"></label>"
+        f"data-layers='{json.dumps(numbers)}' aria-label=\"block\"></label>"
     )
     return f"<div class=two><div>{_layer_heat(report, edges)}</div><div>{charts}{slider}</div></div>"
 
@@ -136,10 +137,10 @@ def _layer_heat(report: ArtifactReport, edges: np.ndarray) -> str:
             parts.append(
                 f'<text x="{left - 8}" y="{y + row / 2 + 3.5}" text-anchor="end"{weight}>{record["layer"]}</text>'
             )
-    parts.append(_x_axis(edges, x, top + height + 2, "norm of a patch token"))
+    parts.append(_x_axis(edges, x, top + height + 2, "norm of patch tokens"))
     middle = top + height / 2
-    parts.append(f'<text x="12" y="{middle}" transform="rotate(-90 12 {middle})" text-anchor="middle">layer</text>')
-    return _svg(left + width + 14, top + height + 44, parts, "patch norms of every layer")
+    parts.append(f'<text x="12" y="{middle}" transform="rotate(-90 12 {middle})" text-anchor="middle">block</text>')
+    return _svg(left + width + 14, top + height + 44, parts, "patch norms of every block")
 
 
 def _histogram(record: Mapping[str, Any], edges: np.ndarray, report: ArtifactReport) -> str:
@@ -147,7 +148,7 @@ def _histogram(record: Mapping[str, Any], edges: np.ndarray, report: ArtifactRep
     counts = np.asarray(record["histogram"], dtype=float)
     total = counts.sum()
     x = _scale(edges[0], edges[-1], left, left + width)
-    # Shares from one token in a million upwards, logarithmic: 2 % beside 98 % would not be seen otherwise.
+    # Logarithmic shares, from one token upward: on a linear axis 2 % would be invisible beside 98 %.
     floor = 10 ** math.floor(math.log10(1 / max(total, 10)))
     y = _scale(math.log10(floor), 0, top + height, top)
     parts = []
@@ -177,15 +178,19 @@ def _histogram(record: Mapping[str, Any], edges: np.ndarray, report: ArtifactRep
                 f'<path d="M{at:.1f} {top - 2}l-4 -8h8z" fill="{color}"><title>{label}: {norm:.4g}</title></path>'
             )
     state = "two modes" if record["bimodal"] else "one mode"
-    title = f"layer {record['layer']}: {state}, {record['share']:.2%} above the cut-off"
+    title = f"block {record['layer']}: {state}, {record['share']:.2%} of the tokens above the cut-off"
     legend = f'<text x="{left}" y="12" font-weight="700">{title}</text>'
-    parts += [legend, _x_axis(edges, x, top + height + 2, "norm; triangles: CLS (black), registers (green), medians")]
-    return _svg(left + width + 14, top + height + 44, parts, f"patch norms of layer {record['layer']}")
+    parts += [
+        legend,
+        _x_axis(edges, x, top + height + 2, "norm; triangles: medians of CLS (black), registers (green)"),
+    ]
+    return _svg(left + width + 14, top + height + 44, parts, f"patch norms of block {record['layer']}")
 
 
 _PICTURES_TEXT = (
-    "What the model saw. Norms at the reported layer, outliers outlined; attention in the last block, mean over "
-    "heads, each map on its own scale. One square is one patch."
+    "A few images as the model received them. Norms are those of the reported block, with an orange frame around each "
+    "outlier. Attention is that of the last block, averaged over heads; each map has its own color scale. One square "
+    "is one patch."
 )
 
 
@@ -193,19 +198,19 @@ def _pictures(report: ArtifactReport) -> str:
     rows = []
     for example in report.examples:
         norms = np.asarray(example["norms"], dtype=float)
-        panels = [_picture_panel(example["picture"], "picture", f"{example['num_outliers']} outliers")]
+        panels = [_picture_panel(example["picture"], "image", f"{example['num_outliers']} outliers")]
         outlined = norms > report.cutoff if report.bimodal else np.zeros_like(norms, dtype=bool)
-        panels.append(_map_panel(norms, "viridis", f"norm, layer {report.layer}", outlined, log=True))
+        panels.append(_map_panel(norms, "viridis", f"norm, block {report.layer}", outlined, log=True))
         if example["attention_cls"] is not None:
             panels.append(_map_panel(np.asarray(example["attention_cls"]), "magma", "attention of CLS"))
         panels += [
             _map_panel(np.asarray(values), "magma", f"attention of register {i + 1}")
             for i, values in enumerate(example["attention_registers"])
         ]
-        # With registers the panels of one photograph take a whole row, so that none stands alone below.
+        # With registers, the panels of one image fill a whole row, so that none is left alone on the next.
         wide = f' wide" style="--panels:{len(panels)}' if len(panels) > 3 else ""
         rows.append(f'<div class="example{wide}" title="{html.escape(str(example["id"]))}">{"".join(panels)}</div>')
-    return f"<div class=examples>{''.join(rows)}</div>" if rows else "<p>No examples were kept.</p>"
+    return f"<div class=examples>{''.join(rows)}</div>" if rows else "<p>The report contains no example images.</p>"
 
 
 def _picture_panel(picture: str, label: str, note: str) -> str:
@@ -218,7 +223,7 @@ def _picture_panel(picture: str, label: str, note: str) -> str:
 def _map_panel(
     values: np.ndarray, colors: str, label: str, outlined: np.ndarray | None = None, *, log: bool = False
 ) -> str:
-    """A map of (rows, columns), one pixel a patch; cells of `outlined` get an orange frame."""
+    """Return a (rows, columns) map with one pixel per patch; cells of `outlined` get an orange frame."""
     from matplotlib import colormaps
 
     drawn = np.log(np.maximum(values, 1e-12)) if log else values
@@ -244,18 +249,19 @@ def _map_panel(
 def _places_text(report: ArtifactReport) -> str:
     outliers = report.outliers
     if not outliers["total"]:
-        return "There is no token above the cut-off."
+        return "No patch token lies above the cut-off."
     border = outliers["border_share"]
     return (
-        f"Share of the images in which a cell of the grid is an outlier. {outliers['images_with']:.0%} of the images "
-        f"have at least one, {outliers['per_image']:.1f} on average, {outliers['most_in_one_image']} at most. "
-        f"{border:.0%} of the outliers lie on the border, which is {outliers['border_cells']:.0%} of the grid."
+        "The map shows the share of images in which each cell of the patch grid is an outlier. "
+        f"{outliers['images_with']:.0%} of the images have at least one outlier. An image has "
+        f"{outliers['per_image']:.1f} outliers on average and {outliers['most_in_one_image']} at most. {border:.0%} "
+        f"of the outliers lie on the border, which makes up {outliers['border_cells']:.0%} of the grid."
     )
 
 
 def _places(report: ArtifactReport) -> str:
     share = np.asarray(report.outliers["position_map"], dtype=float)
-    panels = [_position_panel(share, "viridis", "outlier share of a cell", f"0 to {share.max():.1%} of the images")]
+    panels = [_position_panel(share, "viridis", "outlier share per cell", f"0 to {share.max():.1%} of the images")]
     if report.attention is not None:
         mean = np.asarray(report.attention["mean_map"], dtype=float)
         panels.append(_position_panel(mean, "magma", "mean attention of CLS", f"{mean.sum():.0%} on patches"))
@@ -277,33 +283,34 @@ def _position_panel(values: np.ndarray, colors: str, label: str, note: str) -> s
 def _signs(report: ArtifactReport) -> str:
     neighbours, direction = report.neighbours, report.outliers["direction"]
     rows = [
-        ("cosine with the neighbours at the input, median", neighbours["median_outlier"], neighbours["median_normal"]),
-        ("one direction in all images, mean |cosine|", direction["outlier"], direction["normal"]),
+        ("median cosine to the neighbors at the input", neighbours["median_outlier"], neighbours["median_normal"]),
+        ("mean |cosine| between tokens of different images", direction["outlier"], direction["normal"]),
     ]  # fmt: skip
     table = _table(
-        ["sign", "outliers", "other patches"],
+        ["property", "outliers", "other patches"],
         [[name, _number(outlier), _number(normal)] for name, outlier, normal in rows],
     )
     auroc = neighbours["auroc"]
     text = (
-        "<p>Tokens that repeat what their neighbours show are free to carry something else. A neighbour similarity "
-        f"picks the outliers with AUROC <b>{_number(auroc)}</b> (0.5 is chance).</p>"
+        "<p>A patch that repeats its neighbors is redundant, so its token can be used to store other information. The "
+        "similarity to the neighbors separates outliers from other patches with an AUROC of "
+        f"<b>{_number(auroc)}</b> (0.5 is chance).</p>"
         if auroc is not None
-        else "<p>Without outliers there is nothing to compare.</p>"
+        else "<p>There are no outliers to compare with the other patches.</p>"
     )
     chart = _two_densities(neighbours) if auroc is not None else ""
     attention = ""
     if report.attention is not None:
         names = {
-            "mass_on_patches": "attention of CLS on patches",
-            "mass_on_outliers": "... of it on outliers",
-            "mass_on_registers": "attention of CLS on registers",
-            "top_mass": "share of the patch attention in its top 2 %",
-            "entropy_share": "entropy, 1 = uniform",
+            "mass_on_patches": "attention of CLS to patches",
+            "mass_on_outliers": "attention of CLS to outliers",
+            "mass_on_registers": "attention of CLS to registers",
+            "top_mass": "share of the patch attention on the top 2 % of patches",
+            "entropy_share": "entropy relative to uniform attention",
         }
         statistics = report.attention["statistics"]
         attention = _table(
-            ["CLS in the last block", "mean", "± over images"],
+            ["CLS in the last block", "mean", "std over images"],
             [
                 [label, f"{statistics[key]['mean']:.3f}", f"{statistics[key]['std']:.3f}"]
                 for key, label in names.items()
@@ -311,14 +318,14 @@ def _signs(report: ArtifactReport) -> str:
             ],
         )
     rank = report.patches["effective_rank"]
-    tail = f"<p>Effective rank of an image's patch tokens: <b>{rank['mean']:.1f}</b> ± {rank['std']:.1f}.</p>"
+    tail = f"<p>Effective rank of the patch tokens of an image: <b>{rank['mean']:.1f}</b> ± {rank['std']:.1f}.</p>"
     return f"{text}<div class=two><div>{chart}</div><div>{table}{attention}{tail}</div></div>"
 
 
 def _two_densities(neighbours: Mapping[str, Any]) -> str:
     left, top, width, height = 16, 20, 420, 170
     edges = np.asarray(neighbours["histogram_edges"], dtype=float)
-    # A few bins with all the mass need no axis from -1.
+    # The axis covers the occupied bins only, which are often few.
     normal, outlier = (np.asarray(neighbours[f"histogram_{kind}"], dtype=float) for kind in ("normal", "outlier"))
     used = np.flatnonzero(normal + outlier)
     first, last = max(used[0] - 1, 0), min(used[-1] + 2, len(edges) - 1)
@@ -337,51 +344,54 @@ def _two_densities(neighbours: Mapping[str, Any]) -> str:
     for value in np.linspace(edges[first], edges[last], 5):
         parts.append(f'<text x="{x(value):.1f}" y="{top + height + 14}" text-anchor="middle">{value:.2f}</text>')
     parts.append(
-        f'<text x="{left + width / 2}" y="{top + height + 30}" text-anchor="middle">cosine with neighbours</text>'
+        f'<text x="{left + width / 2}" y="{top + height + 30}" text-anchor="middle">mean cosine to neighbors</text>'
         f'<text x="{left}" y="12" fill="{_NORMAL}">normal patches</text>'
         f'<text x="{left + 100}" y="12" fill="{_OUTLIER}">outliers</text>'
     )
-    return _svg(left + width + 16, top + height + 38, parts, "neighbour similarity of outliers and other patches")
+    return _svg(left + width + 16, top + height + 38, parts, "neighbor similarity of outliers and other patches")
 
 
 def _registers(report: ArtifactReport) -> str:
     record = report.registers or {}
     rows = [
-        ["number", str(record["count"])],
-        ["median norms at the reported layer", ", ".join(f"{norm:.4g}" for norm in record["norms"])],
-        ["norm of a register / norm of a patch", _number(record["norm_ratio"])],
-        ["cosine between registers", _number(record["cosine"])],
-        ["cosine of one register between images", _number(record["cosine_across_images"])],
+        ["number of registers", str(record["count"])],
+        ["median norm of each register at the reported block", ", ".join(f"{norm:.4g}" for norm in record["norms"])],
+        ["median register norm / median patch norm", _number(record["norm_ratio"])],
+        ["mean cosine between the registers of an image", _number(record["cosine"])],
+        ["mean cosine of one register between images", _number(record["cosine_across_images"])],
     ]
     text = _table(["registers", ""], rows)
     if report.controls:
         text += (
-            "<h3>Controls: registers replaced between the blocks</h3><p>If a data set's mean or other "
-            "images' registers do as well, their content per image matters little; zeros overstate it.</p>"
-            + _controls(report.controls)
+            "<h3>Controls: registers replaced between the blocks</h3><p>Registers are replaced by their mean over "
+            "images, by those of another image, by noise, or by zeros. If the mean or the registers of another image "
+            "change the tokens little, their image-specific content matters little. Zeros overstate the effect, "
+            "because the model has never seen such inputs.</p>" + _controls(report.controls)
         )
     return text
 
 
 def _controls(controls: Mapping[str, Any]) -> str:
     kinds = {name: entry for name, entry in controls.items() if isinstance(entry, Mapping)}
-    names = {"cls_cosine": "cosine of CLS with the undisturbed one", "patch_cosine": "of the patches", "knn": "5-NN"}
+    names = {"cls_cosine": "cosine of CLS", "patch_cosine": "cosine of patches", "knn": "5-NN accuracy"}
     shown = {key: label for key, label in names.items() if any(e.get(key) is not None for e in kinds.values())}
     rows = [[kind, *(_number(entry.get(key), 4) for key in shown)] for kind, entry in kinds.items()]
     first, last = controls["blocks"]
     return _table(["registers", *shown.values()], rows) + (
-        f"<p class=lead>{controls['num_images']} images, replaced at the outputs of blocks {first} to {last}.</p>"
+        f"<p class=lead>{controls['num_images']} images. Registers are replaced at the outputs of blocks {first} to "
+        f"{last}. Cosines compare the tokens after the final norm with those of the unmodified model.</p>"
     )
 
 
 _PROBES_TEXT = (
-    "Linear models on one token each: where in the grid it sits, which pixels it shows, which class its image has. "
-    "Outliers that know less about their place and pixels and more about the image no longer describe their patch."
+    "Linear probes on single tokens predict the position of the patch in the grid, its pixels, and the class of the "
+    "image. If outliers predict position and pixels worse but the class better than other patches do, they no longer "
+    "describe their own patch."
 )
 
 
 def _tables(content: Mapping[str, Any]) -> str:
-    """Nested results as tables: one for every dictionary of dictionaries, loose values in a list before them."""
+    """Return nested results as tables: loose values first, then one table per dictionary of dictionaries."""
     loose, nested = [], []
     for key, value in content.items():
         label = html.escape(str(key).replace("_", " "))
@@ -399,17 +409,17 @@ def _tables(content: Mapping[str, Any]) -> str:
 def _method(report: ArtifactReport) -> str:
     model = report.model
     settings = [
-        ["why", html.escape(report.reason)],
+        ["decision", html.escape(report.reason)],
         ["separation (Ashman's D)", f"{report.separation:.2f}"],
-        ["cost of one image", f"{model['gmacs']:.2f} G multiply-adds on {_by(report.outliers['grid'])} patches"],
+        ["cost per image", f"{model['gmacs']:.2f} G multiply-adds for {_by(report.outliers['grid'])} patches"],
         *([html.escape(str(key)), _cell(value)] for key, value in report.settings.items()),
         ["versions", html.escape(", ".join(f"{key} {value}" for key, value in report.versions.items()))],
-        ["seconds", html.escape(", ".join(f"{key} {value:.1f}" for key, value in report.seconds.items()))],
+        ["wall time (s)", html.escape(", ".join(f"{key} {value:.1f}" for key, value in report.seconds.items()))],
     ]
     skipped = ""
     if report.skipped:
         rows = [[html.escape(str(v)) for v in entry.values()] for entry in report.skipped[:50]]
-        skipped = f"<h3>Left out: {len(report.skipped)} images</h3>" + _table(["image", "reason"], rows, escape=False)
+        skipped = f"<h3>Skipped images: {len(report.skipped)}</h3>" + _table(["image", "reason"], rows, escape=False)
     return f"<div class=settings>{_table(['setting', ''], settings, escape=False)}</div>{skipped}"
 
 
@@ -456,7 +466,7 @@ def _scale(low: float, high: float, start: float, end: float) -> Any:
 
 
 def _x_axis(edges: np.ndarray, x: Any, y: float, label: str) -> str:
-    """Ticks at 1, 2 and 5 times a power of ten; `edges` are logarithms."""
+    """Return an axis with ticks at 1, 2 and 5 times powers of ten; `edges` are base-10 logarithms."""
     ticks = [m * 10.0**e for e in range(math.floor(edges[0]), math.ceil(edges[-1]) + 1) for m in (1, 2, 5)]
     ticks = [tick for tick in ticks if edges[0] <= math.log10(tick) <= edges[-1]]
     if len(ticks) > 9:

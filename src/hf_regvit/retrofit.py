@@ -1,13 +1,13 @@
-"""Registers for a trained model without training: test-time registers (arXiv 2506.08010).
+"""Test-time registers: registers for a trained model, without training (arXiv 2506.08010).
 
-In a model with artifacts a few neurons of the MLPs, the same in every picture, write the huge norm into some patches.
-They are looked for (`find_register_neurons`) and told to write into registers instead (`add_test_time_registers`).
-`retrofit` does both and measures what came of it on pictures that neither step has seen. The result is an ordinary
-RegViT: its config names the neurons, its registers are zero, and no hook stays behind.
+In a model with artifacts, a few MLP neurons, the same ones in every image, write the huge norm into some patches.
+`find_register_neurons` searches for these neurons, and `add_test_time_registers` makes them write into registers
+instead. `retrofit` does both and measures the effect on held-out images. The result is an ordinary RegViT: its config
+lists the neurons, its registers are zero, and it has no hooks.
 
 Shapes: n images, B images of a batch, R registers, N patches, T = 1 + R + N tokens, D width, H neurons of an MLP, L
-blocks. Layer i is the output of block i counted from 1, as in a diagnosis; the blocks of neurons count from 0, as
-`model.layers` does.
+blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The blocks of neurons are counted from 0,
+as in `model.layers`.
 """
 
 import copy
@@ -36,35 +36,35 @@ from .outliers import Cutoff, find_cutoff
 
 logger = logging.getLogger(__name__)
 
-MIN_IMAGES = 32  # 16 to search on, 8 to choose on, 8 to judge on
-CHOICE_IMAGES = 64  # at most: they stay in memory, and every candidate reads them
+MIN_IMAGES = 32  # 16 for the search, 8 for the choice, 8 for the test
+CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate reads them
 
-TOP_KS = (1, 2, 3, 5, 10, 20, 50)  # numbers of neurons to try; published: 10 for OpenCLIP B/16, 50 for DINOv2 L/14
+TOP_KS = (1, 2, 3, 5, 10, 20, 50)  # candidate numbers of neurons; published: 10 for OpenCLIP B/16, 50 for DINOv2 L/14
 REGISTERS = (1, 2, 4, 8)
-GONE = 0.05  # of the outliers may stay in a candidate that counts as having removed them
-EXAMPLES = 4  # judged images that are handed back, to be drawn
-NEGLIGIBLE = 0.001  # difference of mean cosines that does not justify another neuron or register
-WORTHLESS = 0.5  # of the outliers left by the best candidate: then nothing is returned
+GONE = 0.05  # largest share of the outliers that may remain if a candidate counts as removing them
+EXAMPLES = 4  # test images that are returned, for figures
+NEGLIGIBLE = 0.001  # gain in mean cosine that does not justify more neurons or registers
+WORTHLESS = 0.5  # if the best candidate leaves a larger share of the outliers, the retrofit fails
 
 
 class RetrofitError(ValueError):
-    """A model or images for which test-time registers can do nothing; the message says why."""
+    """Model, images or settings for which test-time registers do not work; the message states the reason."""
 
 
-# --- Which neurons write the outliers ---
+# --- Search for the neurons that write the outliers ---
 
 
 @dataclass(frozen=True, eq=False)
 class RegisterNeurons:
-    """How strongly each neuron fires where the outliers are.
+    """Activation of each neuron at the outliers.
 
     Attributes:
-        scores: (L, H) mean magnitude of the activation at outliers; 0 for neurons that fire in most places.
-        layer: Layer whose norms say what an outlier is, 1 to L.
-        cutoff: Norm above which a patch is one.
+        scores: (L, H) mean magnitude of the activation at outliers; 0 for neurons that are active at most tokens.
+        layer: Layer whose norms define the outliers, 1 to L.
+        cutoff: Norm above which a patch is an outlier.
         emergence: First layer with outliers.
-        outlier_share: Of all patches, in [0, 1].
-        num_images: Images that were read.
+        outlier_share: Share of all patches that are outliers, in [0, 1].
+        num_images: Number of images read.
     """
 
     scores: Tensor
@@ -75,12 +75,12 @@ class RegisterNeurons:
     num_images: int
 
     def best(self, top_k: int, *, highest_block: int | None = None) -> list[list[int]]:
-        """The `[block, neuron]` pairs of highest score, best first, as `RegViTConfig.register_neurons` takes them.
+        """Return the `[block, neuron]` pairs of highest score, best first, as in `RegViTConfig.register_neurons`.
 
         Args:
-            top_k: How many; fewer where fewer have a score.
-            highest_block: Last block to take neurons from, from 0. Default the one whose output has the first
-                outliers: later neurons only answer to them.
+            top_k: Maximum number of pairs; fewer are returned if fewer have a nonzero score.
+            highest_block: Last block to take neurons from, counted from 0. Default the block whose output has the
+                first outliers, because later neurons only react to them.
         """
         last = self.emergence - 1 if highest_block is None else highest_block
         flat, width = self.scores[: last + 1].flatten(), self.scores.shape[1]
@@ -98,21 +98,21 @@ def find_register_neurons(
     batch_size: int = 32,
     seed: int = 0,
 ) -> RegisterNeurons:
-    """Search a model for the neurons that write its artifacts; two passes over the images.
+    """Search a model for the neurons that write its artifacts, in two passes over the images.
 
     Args:
-        model: A model of a family in `families.FAMILIES`; left as it was.
-        images: As for `diagnose`; published searches used 100 to 500.
-        cutoff: "auto": layer and cut-off of the diagnosis. A norm: that one, at the layer where the diagnosis sees
-            most, or at the last.
-        max_images: A random draw of that many; streams: the first.
-        processor: See `EvaluationTransform.for_model`; all images must come out at one size.
-        batch_size: Images of one forward pass.
-        seed: Of the draw.
+        model: Model of a family in `families.FAMILIES`; not modified.
+        images: Images as for `diagnose`; published searches used 100 to 500.
+        cutoff: "auto" for the layer and cut-off of the diagnosis, or a norm to use at the layer that the diagnosis
+            reports (the last one if no layer has two modes).
+        max_images: Maximum number of images, drawn at random; the first ones of a stream.
+        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        batch_size: Number of images per forward pass.
+        seed: Random seed of the draw.
 
     Raises:
-        RetrofitError: No distinct outlier population, or one that is there before the first block.
-        ValueError: Images on different grids, or none of use.
+        RetrofitError: No distinct outlier population, or one that exists before the first block.
+        ValueError: Images on different grids, or no usable image.
 
     Source: arXiv 2506.08010, section 3.
     """
@@ -133,15 +133,15 @@ def score_neurons(
     quiet_share: float = 0.5,
     quiet_below: float = 0.5,
 ) -> Tensor:
-    """Mean |activation| of every neuron at the outliers of an image, averaged over the images that have any.
+    """Return the mean |activation| of each neuron at the outliers of an image, averaged over images with outliers.
 
     Args:
-        model: A model of a family in `families.FAMILIES`.
-        images: The n images.
-        is_outlier: (n, N); images without outliers are not run.
-        quiet_share: A neuron counts in an image if its (signed) activation stays below `quiet_below` at this share of
-            all tokens at least, and scores 0 there otherwise: what fires everywhere marks no place.
-        quiet_below: See there. Both defaults are the published code's.
+        model: Model of a family in `families.FAMILIES`.
+        images: The n prepared images.
+        is_outlier: (n, N) mask; images without outliers are skipped.
+        quiet_share: Share of all tokens at which the (signed) activation of a neuron must stay below `quiet_below`.
+            Otherwise the neuron scores 0 in this image, because it is active everywhere.
+        quiet_below: Activation below which a neuron counts as quiet. Both defaults are those of the published code.
 
     Returns:
         (L, H) float64.
@@ -170,14 +170,12 @@ def score_neurons(
         total = total + torch.stack(read_tokens(model, pixel_values, layers="all", site="mlp", reduce=score).values)
         num_counted += len(mask)
     if isinstance(total, float):
-        raise RetrofitError(
-            "No image has an outlier, so no neuron can be scored. Give more images or a lower cut-off."
-        )
+        raise RetrofitError("No image has an outlier, so no neuron can be scored. Use more images or a lower cut-off.")
     return total / num_counted
 
 
 def _read_norms(model: nn.Module, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[np.float32]]:
-    """Norms of the patches at every layer, 0 the embedding: `{layer: (n, N)}`."""
+    """Return the norms of the patches at every layer, `{layer: (n, N)}`; layer 0 is the embedding."""
     batches: list[dict[int, Tensor]] = []
     with tqdm(total=images.total, desc="norms", unit="img", disable=not progress) as bar:
         for ids, pixels in images:
@@ -185,66 +183,66 @@ def _read_norms(model: nn.Module, images: PreparedImages, *, progress: bool = Fa
             batches.append({layer: reading.patches(layer).cpu() for layer in reading.layers})
             if batches[-1][0].shape[1] != batches[0][0].shape[1]:
                 raise ValueError(
-                    f"Image '{ids[0]}' has {batches[-1][0].shape[1]} patches, the ones before it "
-                    f"{batches[0][0].shape[1]}. Use a processor that crops to one size."
+                    f"Image '{ids[0]}' has {batches[-1][0].shape[1]} patches, but the images before it have "
+                    f"{batches[0][0].shape[1]}. Use an image processor that crops to one size."
                 )
             bar.update(len(ids))
     return {layer: torch.cat([batch[layer] for batch in batches]).numpy() for layer in batches[0]}
 
 
 def _find_outliers(norms: dict[int, NDArray[np.float32]], cutoff: float | str) -> tuple[Cutoff, int, int]:
-    """The cut-off, the layer it belongs to, and the first layer with outliers."""
+    """Return the cut-off, its layer, and the first layer with outliers."""
     cutoffs = {layer: find_cutoff(values, cutoff=cutoff) for layer, values in norms.items()}
     layer = reported_layer(cutoffs)
     found, emergence = cutoffs[layer], emergence_layer(cutoffs, layer)
     if emergence is None:
         if cutoff == "auto":
             raise RetrofitError(
-                f"No distinct outlier population ({found.reason} at layer {layer}), so test-time registers have "
-                "nothing to move. `regvit diagnose` shows the norms; --cutoff takes one of your own."
+                f"No distinct outlier population ({found.reason} at block {layer}), so test-time registers have "
+                "nothing to move. Run `regvit diagnose` to see the norms, or set your own cut-off with --cutoff."
             )
         if not found.share:
-            raise RetrofitError(f"No patch has a norm above cutoff={cutoff} at layer {layer}; give a lower one.")
+            raise RetrofitError(f"No patch has a norm above cutoff={cutoff} at block {layer}. Use a lower cut-off.")
         emergence = next(i for i in norms if all(cutoffs[j].share for j in range(i, layer + 1)))
     if emergence == 0:
         raise RetrofitError(
-            "The outliers are there before the first block, in patches or positions, so no neuron writes them and "
-            "test-time registers cannot move them."
+            "The outliers exist before the first block, in the patch or position embeddings, so no neuron writes them "
+            "and test-time registers cannot move them."
         )
     return found, layer, emergence
 
 
-# --- The model that obeys ---
+# --- Models with test-time registers ---
 
 
 def add_test_time_registers(
     model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1
 ) -> Any:
-    """A copy of a RegViT with zero registers, into which these neurons write instead of into patches.
+    """Return a copy of a RegViT with zero registers into which the given neurons write instead of into patches.
 
     Args:
-        model: Any RegViT without registers, with or without a head; left as it was.
-        neurons: `[block, neuron]` pairs, from 0. Without any, the registers are there and nothing is moved.
-        num_register_tokens: R, at least 1.
+        model: RegViT without registers, with or without a head; not modified.
+        neurons: `[block, neuron]` pairs, counted from 0. If empty, registers are added and no output is moved.
+        num_register_tokens: Number of registers R, at least 1.
 
     Returns:
-        A model of the same class, in eval mode.
+        Model of the same class, in eval mode.
 
     Raises:
-        RetrofitError: The model has registers already.
+        RetrofitError: The model already has registers.
         ConfigError: A neuron that the model does not have.
-        TypeError: `model` is no RegViT.
+        TypeError: `model` is not a RegViT.
     """
     if not isinstance(model, RegViTPreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}, expected a RegViT. Turn it into one with convert().")
+        raise TypeError(f"model is a {type(model).__name__}, but a RegViT is required. Convert it with convert().")
     _refuse_registers(model)
     return copy.deepcopy(_on_the_same_weights(model, neurons, num_register_tokens))
 
 
 def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
-    """A model in which these neurons say nothing at all: the control that shows why they need a register.
+    """Return a model in which these neurons have no output: the control that shows why they need a register.
 
-    All other weights are those of `model`, not copies.
+    All other weights are shared with `model`, not copied.
     """
     made = _on_the_same_weights(model, [], 0)
     with torch.no_grad():
@@ -259,13 +257,13 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
 def _refuse_registers(model: Any) -> None:
     if model.config.num_register_tokens:
         raise RetrofitError(
-            f"The model has {model.config.num_register_tokens} registers already; test-time registers are for models "
-            "trained without."
+            f"The model already has registers (num_register_tokens={model.config.num_register_tokens}). Test-time "
+            "registers are for models without registers."
         )
 
 
 def _on_the_same_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
-    """`add_test_time_registers` without the copy, for candidates and controls that live for a few batches."""
+    """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
     config.num_register_tokens = num_register_tokens
     config.register_neurons = [list(pair) for pair in neurons] or None
@@ -280,29 +278,30 @@ def _on_the_same_weights(model: Any, neurons: Sequence[Sequence[int]], num_regis
     return made.eval()
 
 
-# --- Both, and what came of it ---
+# --- Search, choice and test ---
 
 
 @dataclass(frozen=True)
 class RetrofitReport:
-    """What `retrofit` found, tried, chose and measured.
+    """Neurons that `retrofit` found, candidates that it tried, and measurements on the test images.
 
     Attributes:
         model: Name and sizes of the model.
-        neurons: `[block, neuron]`, best first.
-        scores: Of these neurons.
-        num_register_tokens: R.
-        layer: Layer whose norms say what an outlier is.
-        cutoff: Norm above which a patch is one, from the images of the search.
+        neurons: `[block, neuron]` pairs, counted from 0, best first.
+        scores: Scores of these neurons.
+        num_register_tokens: Number of registers R.
+        layer: Layer whose norms define the outliers.
+        cutoff: Norm above which a patch is an outlier, measured on the images of the search.
         emergence: First layer with outliers.
-        images: How many the search, the choice and the judgement had; no image is in two of them.
-        tried: One record a candidate: neurons, registers, and what they did to the images of the choice.
-        judged: On the third part of the images: "before", "after" and the controls "registers alone", "neurons
+        images: Number of images of the disjoint splits for the search, the choice and the test.
+        tried: One record per candidate: number of neurons and registers, and measurements on the images of the choice.
+        judged: Measurements on the test images: "before", "after" and the controls "registers alone", "neurons
             silenced, no register", "random neurons". Each has `outlier_share` and `max_norm` at the layer,
-            `last_max_norm`, `median_norm`, `layers_with_outliers` (what a diagnosis of that part says), cosines of CLS
-            and of normal patches with those before, and the share of CLS's attention on former outliers and registers.
-        settings: What was asked for.
-        seconds: Wall time of the parts.
+            `last_max_norm`, `median_norm`, `layers_with_outliers` (according to a diagnosis of the test images), the
+            cosines of CLS and of normal patches with those before, and the share of the attention of CLS on former
+            outliers and on registers.
+        settings: Settings of the call.
+        seconds: Wall time of each step.
     """
 
     model: dict[str, Any]
@@ -319,11 +318,11 @@ class RetrofitReport:
     seconds: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write `retrofit_report.json` into `folder`, made if needed; returns its path."""
+        """Write `retrofit_report.json` into `folder`, which is created if needed, and return its path."""
         path = Path(folder) / "retrofit_report.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
@@ -331,40 +330,47 @@ class RetrofitReport:
 
     @property
     def verdict(self) -> str:
-        """One sentence in plain words."""
+        """Conclusion in one sentence."""
         before, after = self.judged["before"], self.judged["after"]
         left = after["layers_with_outliers"]
-        rest = f"a diagnosis still sees some at layers {left}" if left else "a diagnosis finds none any more"
+        rest = (
+            f"a diagnosis still finds outliers at blocks {left}"
+            if left
+            else "a diagnosis no longer finds any outliers"
+        )
         return (
-            f"Outliers fell from {before['outlier_share']:.2%} to {after['outlier_share']:.2%} of the patches, the "
-            f"largest norm from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
+            f"Outliers fell from {before['outlier_share']:.2%} to {after['outlier_share']:.2%} of the patches, and "
+            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
         )
 
     @property
     def card_text(self) -> str:
-        """A paragraph for a model card."""
+        """Paragraph for a model card."""
         names = ", ".join(f"{block}.{neuron}" for block, neuron in self.neurons[:10])
         more = f" and {len(self.neurons) - 10} more" if len(self.neurons) > 10 else ""
         after = self.judged["after"]
         return (
-            f"Test-time registers (arXiv 2506.08010); nothing was trained. {len(self.neurons)} of the "
-            f"{self.model['num_neurons']:,} neurons of the MLPs ({names}{more}, as block.neuron from 0) write into "
-            f"{self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of into patches. "
-            f"On {self.images['judged']} images that had no part in the search: {self.verdict} CLS keeps a cosine of "
-            f"{after['cls_cosine']:.3f} with that of the base model, the other patches {after['patch_cosine']:.3f}."
+            f"The model has test-time registers (arXiv 2506.08010), which need no training. {len(self.neurons)} of "
+            f"the {self.model['num_neurons']:,} MLP neurons ({names}{more}, as block.neuron counted from 0) write "
+            f"into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of into "
+            f"patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with the "
+            f"base model is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that were "
+            "not outliers."
         )
 
     def summary(self) -> str:
-        """Ten lines for a terminal."""
+        """Return a summary for a terminal."""
         shown = ", ".join(f"{b}.{n} ({s:.1f})" for (b, n), s in zip(self.neurons[:5], self.scores))
         more = f" and {len(self.neurons) - 5} more" if len(self.neurons) > 5 else ""
-        judged_on = f"judged on {self.images['judged']} images"
+        judged_on = f"{self.images['judged']} held-out images"
         lines = [
             f"model      {self.model['name']}: {self.model['num_layers']} blocks, {self.model['num_neurons']:,} "
             "neurons",
-            f"search     norms above {self.cutoff:.1f} at layer {self.layer}, the first at layer {self.emergence}; "
-            f"{self.images['search']} images, {self.images['choice']} others to choose on",
-            f"neurons    {len(self.neurons)}, block.neuron (mean activation at outliers): {shown}{more}",
+            f"search     outliers: norm above {self.cutoff:.1f} at block {self.layer}, first at block "
+            f"{self.emergence} (counted from 1); {self.images['search']} images, and "
+            f"{self.images['choice']} others for the choice",
+            f"neurons    {len(self.neurons)}, as block.neuron counted from 0 (mean activation at outliers): "
+            f"{shown}{more}",
             f"registers  {self.num_register_tokens}",
             f"{judged_on:31}{'outliers':>9}{'largest norm':>14}{'cosine CLS':>12}{'patches':>9}"
             f"{'CLS on outliers':>17}{'registers':>11}",
@@ -379,14 +385,14 @@ class RetrofitReport:
 
 @dataclass(frozen=True, eq=False)
 class Retrofit:
-    """What `retrofit` returns.
+    """Result of `retrofit`.
 
     Attributes:
-        model: With test-time registers.
-        source: The RegViT it was made from.
-        report: What was measured.
-        examples: (4, 3, H, W) pixels of images that were judged.
-        transform: That made them, and turns them into pictures.
+        model: RegViT with test-time registers.
+        source: RegViT that it was made from.
+        report: Report with all measurements.
+        examples: (4, 3, H, W) pixels of test images.
+        transform: Transform that produced these pixels and can convert them back to images.
     """
 
     model: Any
@@ -411,30 +417,32 @@ def retrofit(
     device: str | None = None,
     progress: bool = True,
 ) -> Retrofit:
-    """Give a trained model test-time registers; forward passes only.
+    """Add test-time registers to a trained model, with forward passes only.
 
-    The images are divided at random: on half the neurons are searched, on up to a quarter (and 64) the numbers of
-    neurons and registers are chosen, on a quarter the result is judged. Chosen is, among the candidates that remove
-    95 % of the outliers, the smallest that changes CLS and normal patches as little as any does (mean cosine within
-    0.001): first the number of neurons, then that of registers. Where a picture has several outliers one register may
-    not do, because attention that went to several tokens does not fit one.
+    The images are split at random: at least half of them serve to search the neurons, up to a quarter (at most 64) to
+    choose the numbers of neurons and registers, and a quarter to test the result. Among the candidates that remove
+    95 % of the outliers, the choice is the smallest one that changes CLS and normal patches as little as the best one
+    (mean cosine within 0.001): first the number of neurons, then the number of registers. If an image has several
+    outliers, one register may not suffice, because a single token cannot receive the attention of several.
 
     Args:
-        source: A RegViT without registers, or anything `convert` accepts.
-        images: As for `diagnose`; 500 for numbers that repeat, 32 at least.
-        num_register_tokens: R; default chosen among 1, 2, 4 and 8.
+        source: RegViT without registers, or anything that `convert` accepts.
+        images: Images as for `diagnose`; at least 32, and 500 for reproducible numbers.
+        num_register_tokens: Number of registers R; default chosen among 1, 2, 4 and 8.
         top_k: Number of neurons; default chosen among 1 to 50.
-        highest_block: Last block to take neurons from, from 0; default the one whose output has the first outliers.
-        cutoff: "auto", or the norm above which a patch counts as outlier.
-        max_images: A random draw of that many; streams: the first.
-        processor: Default the one saved with the source.
-        batch_size: Images of one forward pass.
-        seed: Of the draw, the parts and the random neurons.
-        device: Where to compute; default where a module is, for others the CPU.
-        progress: Show a bar.
+        highest_block: Last block to take neurons from, counted from 0; default the one whose output has the first
+            outliers.
+        cutoff: "auto", or the norm above which a patch counts as an outlier.
+        max_images: Maximum number of images, drawn at random; the first ones of a stream.
+        processor: Image processor; default the one saved with the source.
+        batch_size: Number of images per forward pass.
+        seed: Random seed for the draw, the splits and the random neurons.
+        device: Device to compute on; default that of a module, otherwise the CPU.
+        progress: Whether to show a progress bar.
 
     Raises:
-        RetrofitError: Nothing to move, or no neurons that carry at least half of it; too few images; registers there.
+        RetrofitError: No outliers to move, no neurons that carry at least half of them, too few images, a setting out
+            of range, or a model that already has registers.
         ConversionError: `source` cannot be expressed as a RegViT.
 
     Source: arXiv 2506.08010.
@@ -496,7 +504,7 @@ def retrofit(
 
 
 def _open(source: str | Path | nn.Module) -> Any:
-    """The source as a RegViT."""
+    """Load the source as a RegViT, converted if needed."""
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
     config = Path(source, "config.json")
@@ -515,13 +523,13 @@ def _check_ranges(
         ("highest_block", highest_block, 0, last),
     ):
         if value is not None and not low <= value <= high:
-            raise RetrofitError(f"{name}={value} is out of range: it must lie in [{low}, {high}].")
+            raise RetrofitError(f"{name}={value} is out of range. Expected a value in [{low}, {high}].")
 
 
 def _search_in_part(
     model: nn.Module, images: PreparedImages, cutoff: float | str, seed: int, *, progress: bool
 ) -> tuple[RegisterNeurons, dict[str, NDArray[np.bool_]]]:
-    """`find_register_neurons` on a part of the images, and the parts."""
+    """Run `find_register_neurons` on the search split; return its result and the masks of all splits."""
     norms = _read_norms(model, images, progress=progress)
     parts = _divide(len(norms[0]), seed)
     search = parts["search"]
@@ -531,11 +539,11 @@ def _search_in_part(
 
 
 def _divide(num_images: int, seed: int) -> dict[str, NDArray[np.bool_]]:
-    """Three disjoint parts of the images, as masks (n,)."""
+    """Split the images at random into three disjoint sets; return their masks (n,)."""
     if num_images < MIN_IMAGES:
         raise RetrofitError(
-            f"{num_images} images can be used; searching, choosing and judging on different ones takes {MIN_IMAGES} "
-            "at least, and 500 for numbers that repeat. Give more images."
+            f"{num_images} images can be used, but a retrofit needs at least {MIN_IMAGES}, because search, choice and "
+            "test use different images. Use 500 or more for reproducible numbers."
         )
     order = np.random.default_rng(seed).permutation(num_images)
     quarter = num_images // 4
@@ -545,7 +553,7 @@ def _divide(num_images: int, seed: int) -> dict[str, NDArray[np.bool_]]:
 
 
 def _rows(images: PreparedImages, wanted: NDArray[np.bool_]) -> Iterator[Tensor]:
-    """Batches of pixels of the wanted images only."""
+    """Yield batches of pixels of the wanted images only."""
     position = 0
     for ids, pixel_values in images:
         rows = torch.from_numpy(wanted[position : position + len(ids)])
@@ -556,12 +564,12 @@ def _rows(images: PreparedImages, wanted: NDArray[np.bool_]) -> Iterator[Tensor]
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """What a model makes of a batch."""
+    """Readings of a model on a batch."""
 
-    norms: Tensor  # (L + 1, B, N) of the patches, layer 0 the embedding
+    norms: Tensor  # (L + 1, B, N) norms of the patches; layer 0 is the embedding
     cls: Tensor  # (B, D) after the final norm
     patches: Tensor  # (B, N, D) after the final norm
-    attention: Tensor  # (B, T) of CLS in the last block, mean over heads
+    attention: Tensor  # (B, T) attention of CLS in the last block, mean over heads
 
 
 def _see(model: nn.Module, pixel_values: Tensor) -> _Seen:
@@ -593,7 +601,7 @@ def _see(model: nn.Module, pixel_values: Tensor) -> _Seen:
 
 
 class _Tally:
-    """One variant of a model beside the model, batch after batch."""
+    """Running comparison of a variant of a model with the model."""
 
     def __init__(self, layer: int, cutoff: float, num_register_tokens: int) -> None:
         self.layer, self.cutoff, self.registers = layer, cutoff, num_register_tokens
@@ -601,7 +609,7 @@ class _Tally:
         self.values: dict[str, list[Tensor]] = {}
 
     def add(self, before: _Seen, after: _Seen) -> None:
-        """A batch of the model, and the same batch of the variant."""
+        """Add the readings of the model and of the variant on the same batch."""
         outlier = before.norms[self.layer] > self.cutoff  # (B, N)
         attention = after.attention[:, 1 + self.registers :]
         found = {
@@ -615,7 +623,7 @@ class _Tally:
         self.norms.append(after.norms)
 
     def row(self) -> dict[str, Any]:
-        """Means over images (over normal patches for their cosine), and what the norms say."""
+        """Return means over images (over normal patches for `patch_cosine`), and statistics of the norms."""
         norms = torch.cat(self.norms, dim=1).numpy()  # (L + 1, n, N)
         here = norms[self.layer]
         distinct = [layer for layer in range(1, len(norms)) if find_cutoff(norms[layer]).bimodal]
@@ -631,7 +639,7 @@ class _Tally:
 def _try_candidates(
     model: Any, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """What each number of neurons does with one register, then each number of registers with the best of those."""
+    """Try each number of neurons with one register, then each number of registers with the best number of neurons."""
     before = [_see(model, batch) for batch in pixels]
     share = float(torch.cat([seen.norms[neurons.layer] for seen in before]).gt(neurons.cutoff).float().mean())
     tried: list[dict[str, Any]] = []
@@ -655,8 +663,8 @@ def _try_candidates(
     chosen = _least_change(tried, share)
     if chosen["outlier_share"] > WORTHLESS * share:
         raise RetrofitError(
-            f"The {chosen['top_k']} neurons found do not carry the outliers: {share:.2%} of the patches before, "
-            f"{chosen['outlier_share']:.2%} after. A higher highest_block or another cut-off may find others."
+            f"The {chosen['top_k']} neurons found do not carry the outliers: {share:.2%} of the patches are outliers "
+            f"before, and {chosen['outlier_share']:.2%} after. Try a higher highest_block or another cut-off."
         )
     for record in tried:
         record["chosen"] = record is chosen
@@ -664,11 +672,11 @@ def _try_candidates(
 
 
 def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
-    """Of those that remove the outliers the smallest that changes little; failing such, the one that removes most."""
+    """Return the smallest candidate that removes the outliers and changes little, else the one that removes most."""
     removing = [record for record in tried if record["outlier_share"] <= GONE * share]
     if removing:
         kept = [(record["cls_cosine"] + record["patch_cosine"]) / 2 for record in removing]
-        # In the order they were tried: fewer neurons and fewer registers first.
+        # The order is that of the trials: fewer neurons and fewer registers first.
         return next(record for record, cosine in zip(removing, kept) if cosine >= max(kept) - NEGLIGIBLE)
     return min(tried, key=lambda record: record["outlier_share"])
 
@@ -676,7 +684,7 @@ def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, An
 def _judge(
     model: Any, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
 ) -> dict[str, dict[str, Any]]:
-    """The retrofitted model and its controls beside the model, on images that had no part in making it."""
+    """Compare the retrofitted model and its controls with the model on the test images."""
     registers, pairs = made.config.num_register_tokens, made.config.register_neurons
     random = _random_neurons(pairs, neurons.scores.shape[1], seed)
     variants = {
@@ -698,7 +706,7 @@ def _judge(
 
 
 def _random_neurons(pairs: Sequence[Sequence[int]], width: int, seed: int) -> list[list[int]]:
-    """As many other neurons, in the same blocks."""
+    """Draw as many other neurons in the same blocks."""
     rng, taken = np.random.default_rng(seed), {tuple(pair) for pair in pairs}
     found: list[list[int]] = []
     for block, _ in pairs:
@@ -709,20 +717,20 @@ def _random_neurons(pairs: Sequence[Sequence[int]], width: int, seed: int) -> li
 
 
 def retrofit_to_folder(source: str | Path, images: Any, output_dir: str | Path, **settings: Any) -> Retrofit:
-    """`retrofit`, saved as a checkpoint with its code files, image processor and `retrofit_report.json`.
+    """Run `retrofit` and save a checkpoint with code files, image processor and `retrofit_report.json`.
 
     Args:
-        source: As for `retrofit`, but a folder, a file or a Hub id.
-        images: As for `retrofit`.
-        output_dir: A new or empty folder, or one without a checkpoint.
+        source: Folder, file or Hub id of the model, as for `retrofit`.
+        images: Images as for `retrofit`.
+        output_dir: Folder for the checkpoint; it must not contain one yet.
         settings: Keyword arguments of `retrofit`.
 
     Raises:
-        FileExistsError: `output_dir` holds a checkpoint already.
+        FileExistsError: `output_dir` already contains a checkpoint.
     """
     output = Path(output_dir)
     if (output / "config.json").exists():
-        raise FileExistsError(f"'{output}' holds a checkpoint already. Choose another output_dir or remove it.")
+        raise FileExistsError(f"'{output}' already contains a checkpoint. Choose another output_dir or delete it.")
     result = retrofit(source, images, **settings)
     with whole_checkpoint(output) as staged:
         result.model.save_pretrained(staged)

@@ -1,4 +1,4 @@
-"""Headless Chromium of the system, driven by playwright. In CI a missing browser is a failure, elsewhere a skip."""
+"""Headless Chromium of the system, driven by playwright. A missing browser fails in CI and skips elsewhere."""
 
 import os
 import shutil
@@ -26,7 +26,7 @@ def browser() -> Iterator[object]:
 
 @pytest.fixture(scope="session")
 def screenshots() -> Path:
-    """Where pictures of pages are kept for people to look at; git ignores it."""
+    """Folder for screenshots to be inspected by hand; git ignores it."""
     folder = Path(__file__).resolve().parents[2] / "runs" / "screenshots"
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""The demo in a real browser: upload, click, switch models, download, on a desk and on a phone, with no network."""
+"""The demo in a real browser: upload, click, switch models, download, on a desktop and a phone, without network."""
 
 import re
 import time
@@ -21,7 +21,7 @@ PATIENCE = 30_000  # ms; the machine may be busy
 
 
 def model(registers, *, artifact=None):
-    """A tiny random model; one patch blown up by hand where asked for."""
+    """Return a tiny random model; `artifact` is the index of a token to multiply by 100."""
     torch.manual_seed(registers)
     config = RegViTConfig(
         image_size=64, patch_size=8, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
@@ -49,7 +49,7 @@ def address():
 
 
 class Visit:
-    """One visitor's page and everything that it said or asked for."""
+    """Page of one visitor, with all its messages and requests."""
 
     def __init__(self, browser, address, width, height):
         self.page = browser.new_page(viewport={"width": width, "height": height}, has_touch=width < 500)
@@ -63,7 +63,7 @@ class Visit:
         expect(self.card(0)).to_contain_text("patches")
 
     def hear(self, message):
-        if message.text != "Method not implemented.":  # Gradio's own uploader warns of itself at every upload
+        if message.text != "Method not implemented.":  # a warning of Gradio's own uploader at every upload
             self.messages.append(f"{message.type}: {message.text}")
 
     def card(self, number):
@@ -110,12 +110,12 @@ def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, widt
     here.page.screenshot(path=screenshots / f"demo_compare_{name}.png", full_page=True)
     assert here.messages == []
     outside = [url for url in here.requests if not url.startswith((address, "data:", "blob:"))]
-    assert outside == [], "the page asks for something outside"
+    assert outside == [], "the page requests something from outside"
 
 
 def test_a_click_asks_about_that_patch(visit):
     here = visit()
-    picture, looks = here.map("Picture"), here.map("Where it looks")
+    picture, looks = here.map("Image"), here.map("Attention of the patch")
     expect(picture).to_contain_text("patch 7, 5")  # the middle of 12 x 8
     first = looks.locator("img").get_attribute("src")
     box = picture.locator(".map").bounding_box()
@@ -123,7 +123,7 @@ def test_a_click_asks_about_that_patch(visit):
     expect(picture).to_contain_text("patch 1, 8")
     assert looks.locator("img").get_attribute("src") != first
     expect(looks.locator("rect.query")).to_have_attribute("y", "7")
-    # Any map is as good as the picture, also one of the whole picture.
+    # Any map can be clicked, also one of the whole image.
     norms = here.map("Norms").locator(".map")
     box = norms.bounding_box()
     norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
@@ -135,7 +135,7 @@ def test_of_clicks_in_a_row_the_last_counts(visit, monkeypatch):
     draw = demo.results_page
 
     def slowly(*args):
-        time.sleep(0.8)  # as a larger model does
+        time.sleep(0.8)  # as long as a larger model takes
         return draw(*args)
 
     here = visit()
@@ -156,7 +156,7 @@ def test_of_clicks_in_a_row_the_last_counts(visit, monkeypatch):
 def test_a_tap_on_a_phone_asks_too(visit):
     here = visit(390, 844)
     here.map("PCA").locator(".map").tap(position={"x": 3, "y": 3})
-    expect(here.map("Picture")).to_contain_text("patch 1, 1")
+    expect(here.map("Image")).to_contain_text("patch 1, 1")
 
 
 def test_pictures_are_chosen_and_uploaded(visit, tmp_path):
@@ -194,10 +194,10 @@ def test_model_block_head_and_resolution(visit):
     here.choose("model", "with registers")
     expect(here.card(0)).to_contain_text("No distinct artifacts")
     expect(here.page.locator(".looks .map")).to_have_count(7 + 3)
-    cls = here.map("Where CLS looks").locator("img")
+    cls = here.map("Attention of CLS").locator("img")
     before = cls.get_attribute("src")
     here.choose("head-choice", "head 2")
-    expect(here.map("Where CLS looks")).to_contain_text("head 2")
+    expect(here.map("Attention of CLS")).to_contain_text("head 2")
     assert cls.get_attribute("src") != before
     block = here.page.locator("#layer input[type=number]")
     block.fill("1")
@@ -236,28 +236,28 @@ def test_files_of_the_machine_are_not_served(visit, address):
 
 def test_the_arrow_keys_choose_a_patch(visit):
     here = visit()
-    picture = here.map("Picture").locator(".map[tabindex]")
+    picture = here.map("Image").locator(".map[tabindex]")
     for _ in range(60):  # from the top of the page, by Tab alone
         here.page.keyboard.press("Tab")
         if here.page.evaluate("document.activeElement.matches('.map[tabindex]')"):
             break
     expect(picture).to_be_focused()
-    looks = here.map("Where it looks").locator("img")
+    looks = here.map("Attention of the patch").locator("img")
     first = looks.get_attribute("src")
     for key in ("ArrowLeft", "ArrowLeft", "ArrowUp"):
         here.page.keyboard.press(key)
-    expect(here.map("Picture")).to_contain_text("patch 5, 4")
-    expect(picture).to_be_focused()  # although all maps are new
+    expect(here.map("Image")).to_contain_text("patch 5, 4")
+    expect(picture).to_be_focused()  # although all maps were replaced
     expect(picture).to_have_accessible_name(re.compile("column 5, row 4"))
     expect(looks).not_to_have_attribute("src", first)
     for _ in range(20):
         here.page.keyboard.press("ArrowLeft")
-    expect(here.map("Picture")).to_contain_text("patch 1, 4")
+    expect(here.map("Image")).to_contain_text("patch 1, 4")
     expect(here.page.locator(".spoken")).to_contain_text("1 of 96 patches")
     here.page.mouse.click(5, 5)
     here.page.get_by_role("button", name="astronaut").click()
     expect(here.card(0)).to_contain_text("8 x 8 patches")
-    expect(picture).not_to_be_focused()  # the maps do not take it back from who went elsewhere
+    expect(picture).not_to_be_focused()  # the maps do not take the focus back after it moved elsewhere
     assert here.messages == []
 
 
@@ -267,7 +267,7 @@ def test_everything_that_can_be_used_has_a_name(visit):
         for control in here.page.get_by_role(role).all():
             if control.is_visible():
                 expect(control).to_have_accessible_name(re.compile(r"\S"))
-    for number in range(6):  # the maps that are no controls; Gradio's own icons have no names
+    for number in range(6):  # maps that are not controls; Gradio's own icons have no names
         expect(here.page.locator(".looks").get_by_role("img").nth(number)).to_have_accessible_name(re.compile(r"\S"))
     chosen = here.page.locator(".thumbs button[aria-pressed=true]")
     expect(chosen).to_have_count(1)

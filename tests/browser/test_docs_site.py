@@ -1,4 +1,4 @@
-"""The documentation in a real browser: quiet, whole, readable on a phone, searchable, nothing from other servers."""
+"""The documentation in a real browser: no messages, complete, fits a phone, searchable, no external requests."""
 
 import os
 import subprocess

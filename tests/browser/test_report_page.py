@@ -1,4 +1,4 @@
-"""The artifact report in a real browser: it renders without a message, fits a phone, and its slider works."""
+"""The artifact report in a real browser: it renders without messages, fits a phone, and its slider works."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.browser
 
 @pytest.fixture(scope="module")
 def report():
-    """A tiny model with registers, and outliers made by hand: one channel blown up at two places."""
+    """Report of a tiny random model with registers."""
     torch.manual_seed(0)
     config = RegViTConfig(
         image_size=32, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_register_tokens=2
@@ -36,12 +36,14 @@ def test_page_renders_without_errors(browser, screenshots, report, tmp_path, nam
     url = write_report(report, tmp_path / "report.html").as_uri()
     page.goto(url)
     assert messages == []
-    assert [each for each in requests if not each.startswith("data:")] == [url], "the page asks for something outside"
-    assert page.locator("h2").all_inner_texts()[:2] == ["Norms, layer by layer", "In the pictures"]
+    assert [each for each in requests if not each.startswith("data:")] == [url], (
+        "the page requests something from outside"
+    )
+    assert page.locator("h2").all_inner_texts()[:2] == ["Norms by block", "Example images"]
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0
-    assert page.evaluate("document.images.length") >= 6 * 5  # picture, norm, CLS, two registers
+    assert page.evaluate("document.images.length") >= 6 * 5  # image, norm, CLS, two registers
     assert "<b>markup" in page.locator(".warning").inner_text()
     page.screenshot(path=screenshots / f"report_{name}.png", full_page=True)
     page.close()

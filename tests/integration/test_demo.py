@@ -1,4 +1,4 @@
-"""`make demo` from end to end on small folders: table, checkpoint, page, and every way to stop and repeat."""
+"""`make demo` from end to end on small folders: table, checkpoint, page, interruption and repetition."""
 
 import importlib.util
 import json
@@ -47,7 +47,7 @@ def recipe(tmp_path):
 
 
 def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) -> Path:
-    """Tiles of the embedded photographs as a user's folder of PNG files."""
+    """Write tiles of the built-in images as a folder of PNG files, like that of a user."""
     source = load_images("photos")
     for index in range(0, count * every, every):
         record = source[index]
@@ -59,7 +59,7 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
 
 @pytest.fixture
 def one_picture(demo, monkeypatch):
-    """Draws one picture instead of up to 21; the page itself has its own tests."""
+    """Draw one image instead of up to 21; the page has its own tests."""
     draw = demo.whole_pictures
     monkeypatch.setattr(demo, "whole_pictures", lambda data, train: draw(data, train, limit=1))
 
@@ -84,7 +84,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     scores = json.loads((run / "scores.json").read_text())
     assert all(0 <= value <= 1 for score in scores.values() for value in score.values())
 
-    # What a user gets: weights as safetensors, processor, card with the table, figures.
+    # Files for the user: weights as safetensors, image processor, card with the table, figures.
     backbone = run / "backbone"
     assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= {
         path.name for path in backbone.iterdir()
@@ -96,7 +96,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert len(list((run / "figures").glob("*.png"))) == 21
     assert not list(run.glob("checkpoint-*"))
 
-    # Again: nothing is trained, scored or drawn a second time.
+    # A second call does not train, score or draw again.
     from hf_regvit import pretraining
 
     monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
@@ -112,7 +112,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_picture")
 def test_folder_without_labels(demo, recipe, tmp_path, capsys):
-    """Fewer images than a batch, no classes: trains all the same and says why there is no comparison."""
+    """Fewer images than a batch, no classes: the demo still trains, and says why there is no comparison."""
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
     assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_folder_without_labels(demo, recipe, tmp_path, capsys):
 
 
 class Stop:
-    """Ctrl-C in the middle of step `at`."""
+    """Simulate Ctrl-C in the middle of step `at`."""
 
     def __init__(self, monkeypatch, at: int) -> None:
         from hf_regvit.pretraining import DinoTrainer
@@ -151,7 +151,7 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
         assert demo.main([*arguments, str(tmp_path / "run")]) == 130
     assert "The same command continues" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoint-2").exists()
-    # A save that was cut off is newer, and must not be chosen.
+    # An interrupted save is newer, and must not be used.
     (tmp_path / "run" / "checkpoint-3").mkdir()
     (tmp_path / "run" / "checkpoint-3" / "trainer_state.json").write_text('{"epoch": ')
     assert demo.main([*arguments, str(tmp_path / "run")]) == 0
@@ -194,7 +194,7 @@ def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
     assert "None of the 1 images" in error("--data", str(tmp_path / "bad"), *run)
     one = write_tiles(tmp_path / "one", count=1, labelled=False)
     assert "1 readable training image" in error("--data", str(one), *run)
-    # A folder of someone else's is never emptied.
+    # A folder with other files is never emptied.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
     assert "other things" in error("--data", "digits", "--fresh", "--output_dir", str(tmp_path / "thesis"))

@@ -79,7 +79,7 @@ def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_picture(re
     image = Image.new("RGB", (48, 32), "gray")
     figure = F.attention_overlay_figure(image, F.read_attention(regvit, pixels)[0], name="CLS")
     shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
-    assert shown == ["picture", "CLS, mean of 3 heads", "head 1", "head 2", "head 3"]
+    assert shown == ["image", "CLS, mean over 3 heads", "head 1", "head 2", "head 3"]
     box = figure.axes[1].get_position()
     width, height = drawn_size(figure)
     assert box.width * width / (box.height * height) == pytest.approx(48 / 32, rel=0.02)
@@ -122,7 +122,7 @@ def test_lost_stages_show_seed_and_box():
     result = lost_box(features, (4, 6))
     figure = F.lost_figure(Image.new("RGB", (48, 32)), result, truth=[(0, 0, 20, 20)])
     titles = [axis.get_title() for axis in figure.axes]
-    assert titles == ["picture", "inverse degree, seed", "similarity to the seed", "expansion", "mask", "box"]
+    assert titles == ["image", "inverse degree, seed", "similarity to the seed", "expansion", "mask", "box"]
     (mark,) = figure.axes[1].lines
     row, column = divmod(result.seed, 6)
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == ((column + 0.5) * 8, (row + 0.5) * 8)

@@ -1,4 +1,4 @@
-"""Diagnosis of artifact tokens: the gate on planted and clean norms, slow twins of every formula, whole reports."""
+"""Diagnosis of artifact tokens: gate on planted and clean norms, slow twins of every formula, complete reports."""
 
 import copy
 import itertools
@@ -46,7 +46,7 @@ from hf_regvit.register_controls import _knn, _registers_replaced, _replacement,
 
 
 def slow_mixture(values, share, iterations=300):
-    """Expectation-maximisation on every value, one at a time."""
+    """Expectation-maximization on single values, without bins."""
     ordered = sorted(values, reverse=True)
     threshold = ordered[max(1, round(share * len(values))) - 1]
     posterior = [float(value >= threshold) for value in values]
@@ -218,7 +218,7 @@ def test_a_mode_of_equal_tokens_has_a_width():
 
 
 def two_groups(modes, *, low=2000, high=40, valley=0):
-    """Log norms: so many at either centre, and so many at the boundary."""
+    """Return log norms: `low` and `high` values at the centers, and `valley` values at the boundary."""
     return np.concatenate(
         [
             np.full(low, modes.low_mean),
@@ -234,13 +234,13 @@ def two_groups(modes, *, low=2000, high=40, valley=0):
         ({}, {}, None),
         ({"high_std": 1.70}, {}, "separation D=2.0, needs > 2"),  # sqrt(2 / (0.1² + 1.70²)) * 2.4 = 1.993
         ({"high_std": 1.69}, {}, None),  # 2.005
-        ({"high_mean": math.log(2.99)}, {}, "modes 3.0 times apart, need 3"),
+        ({"high_mean": math.log(2.99)}, {}, "centers 3.0 times apart, need at least 3"),
         ({"high_mean": math.log(3.01)}, {}, None),
-        ({"high_share": 0.0009}, {}, "upper mode holds 0.09%, needs 0.1% to 15%"),
+        ({"high_share": 0.0009}, {}, "upper mode holds 0.09% of the tokens, needs 0.1% to 15%"),
         ({"high_share": 0.0011}, {}, None),
-        ({"high_share": 0.151}, {}, "upper mode holds 15.10%"),
+        ({"high_share": 0.151}, {}, "upper mode holds 15.10% of the tokens"),
         ({"high_share": 0.149}, {}, None),
-        ({}, {"high": 9}, "9 tokens above the boundary, needs 10"),
+        ({}, {"high": 9}, "9 tokens above the boundary, needs at least 10"),
         ({}, {"high": 10}, None),
         ({}, {"valley": 21}, "no gap between the modes (21 tokens around the boundary, 40 around the upper mode)"),
         ({}, {"valley": 20}, None),
@@ -459,7 +459,7 @@ def test_attention_statistics_equal_their_slow_twin():
     [("small", 16, 4.60, 0.0219), ("base", 16, 17.6, 0.0211), ("large", 14, 81.0, 0.0162)],
 )
 def test_cost_equals_the_published_table(size, patch, giga, more):
-    """Table of section 1.3 of the specification: GMAC at 224 without registers, and what four registers add."""
+    """GMACs at 224 pixels without registers, and the increase by four registers."""
     macs = {}
     for registers in (0, 4):
         with torch.device("meta"):
@@ -491,7 +491,7 @@ def tiny_model(registers=2, **changes):
 
 
 def plant(model, *, block=2, cells=(0, 9), factor=40.0):
-    """Makes outliers of these patches at the output of this block (1 = the first)."""
+    """Turn these patches into outliers at the output of this block (1 is the first)."""
     first = 1 + model.config.num_register_tokens
 
     def hook(module, args, output):
@@ -549,7 +549,7 @@ def test_a_planted_population_is_described(planted_report):
     assert report.examples[0]["num_outliers"] == 2
     assert np.array(report.examples[0]["norms"]).shape == (8, 8)
     assert len(report.examples[0]["attention_registers"]) == 2
-    assert "artifact tokens: at layer 2 of 4, 3.12%" in report.verdict
+    assert "artifact tokens: at block 2 of 4, 3.12%" in report.verdict
 
 
 def test_top_level_of_the_report_and_its_ten_lines(planted_report, tmp_path):
@@ -578,7 +578,7 @@ def test_a_fresh_model_has_no_distinct_outliers(photos, registers):
 
 
 def test_the_numbers_are_those_of_the_raw_stream(photos):
-    """Norms, attention and neighbour similarity again, from the model's own outputs."""
+    """Recompute norms, attention and neighbor similarity from the outputs of the model."""
     model = tiny_model()
     report = diagnose(model, photos, **QUIET)
     model.set_attn_implementation("eager")
@@ -613,7 +613,7 @@ def test_the_numbers_are_those_of_the_raw_stream(photos):
 
 
 def test_details_are_those_of_the_images_they_name(photos):
-    """On rectangles, with an outlier at another place in every image, and details of every fourth image."""
+    """Rectangular images, with an outlier at a different place in each, and details of every fourth image."""
     model, wide = tiny_model(), [photo.resize((96, 64)) for photo in photos]
 
     def hook(module, args, output):
@@ -719,7 +719,7 @@ def test_probe_tables_come_with_the_report(photos):
     assert "no labels" in report.probes["notes"][0]
 
 
-# --- Input that is not as it should be ---
+# --- Invalid input ---
 
 
 def test_too_few_images(photos):
@@ -743,9 +743,9 @@ def test_single_colour_images_are_left_out_and_named(photos, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
     report = diagnose(tiny_model(), tmp_path, **QUIET)
     assert report.num_images == 10
-    assert {image["id"]: image["reason"] for image in report.skipped}["red.png"] == "single colour"
+    assert {image["id"]: image["reason"] for image in report.skipped}["red.png"] == "single color"
     assert {image["id"] for image in report.skipped} == {"red.png", "broken.png"}
-    assert "2 images were left out" in report.warnings[1]
+    assert "2 images were skipped" in report.warnings[1]
 
 
 def test_an_image_that_varies_in_one_channel_only_is_used(photos):
@@ -757,7 +757,7 @@ def test_an_image_that_varies_in_one_channel_only_is_used(photos):
 
 def test_nothing_but_single_colours():
     flat = [Image.new("RGB", (64, 64), (i, i, i)) for i in range(20)]
-    with pytest.raises(ValueError, match=r"0 images can be used \(20 were skipped, e.g. 'image/0': single colour\)"):
+    with pytest.raises(ValueError, match=r"0 images can be used \(20 were skipped, e.g. 'image/0': single color\)"):
         diagnose(tiny_model(), flat, **QUIET)
 
 
@@ -765,7 +765,9 @@ def test_sizes_are_brought_to_one_or_refused(photos):
     mixed = [photo.resize((64 + 16 * (i % 3), 64)) for i, photo in enumerate(photos)]
     assert diagnose(tiny_model(), mixed, **QUIET).num_images == 16
     whole = EvaluationTransform.for_model(tiny_model(), PROCESSOR, keep_aspect=True)
-    with pytest.raises(ValueError, match=r"'image/1' has 8 x 10 patches, the ones before it 8 x 8.*one size"):
+    with pytest.raises(
+        ValueError, match=r"'image/1' has 8 x 10 patches, but the images before it have 8 x 8.*one size"
+    ):
         diagnose(tiny_model(), mixed, processor=whole, progress=False)
 
 
@@ -799,7 +801,7 @@ def test_weights_that_are_not_finite_name_image_and_layer(photos):
     model = tiny_model()
     with torch.no_grad():
         next(parameter for name, parameter in model.layers[2].named_parameters() if "mlp" in name).fill_(math.nan)
-    with pytest.raises(ValueError, match="image 'image/0' are not finite at layer 3"):
+    with pytest.raises(ValueError, match="Image 'image/0' has NaN or infinite tokens at block 3"):
         diagnose(model, photos, **QUIET)
 
 
@@ -819,7 +821,7 @@ def random_pixels(count=6):
 
 
 def slow_control(model, pixel_values, values):
-    """The blocks one after the other, registers overwritten in between."""
+    """Run the blocks one after the other and overwrite the registers in between."""
     with torch.no_grad():
         tokens = read_many(model, pixel_values, {"residual": (0,)})["residual"].at(0)
         for layer, block in enumerate(model.layers, start=1):
@@ -911,7 +913,7 @@ def test_neighbour_accuracy_equals_its_loop():
 def test_controls_that_cannot_be_made():
     with pytest.raises(ValueError, match="no registers"):
         register_controls(tiny_model(0), random_pixels())
-    with pytest.raises(ValueError, match="two images or more, got 1"):
+    with pytest.raises(ValueError, match="at least two images, got 1"):
         register_controls(tiny_model(), random_pixels(1))
     with pytest.raises(ValueError, match="median"):
         register_controls(tiny_model(), random_pixels(), kinds=("median",))
@@ -990,7 +992,7 @@ def test_several_checkpoints_make_a_table(checkpoints, photos):
     table = comparison.table().splitlines()
     assert len(table) == 4
     assert len({line.count("|") for line in table}) == 1
-    with pytest.raises(ValueError, match="two or more different"):
+    with pytest.raises(ValueError, match="at least two different checkpoints"):
         compare_checkpoints(checkpoints[:1] * 2, photos)
 
 

@@ -1,4 +1,4 @@
-"""The demo without a browser: what is read and kept, what the maps and files hold, and that nothing is exposed."""
+"""The demo without a browser: reading and caching, content of maps and files, and what the server exposes."""
 
 import importlib.util
 import re
@@ -37,7 +37,7 @@ def regvit(registers=2, **changes):
 
 
 def with_artifacts():
-    """Outliers by hand: after the last block the channels of one patch in 64 grow a hundred times."""
+    """Return a model with planted outliers: after the last block, one patch in 64 is multiplied by 100."""
     model = regvit(registers=0)
 
     def blow_up(module, args, output):
@@ -126,7 +126,7 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, picture):
     question = Question(("plain",), side=32, layer=3)
     page = results_page({"plain": view}, question)
     assert "1 of 96 patches is an artifact" in page
-    assert page.count("class=outlier") == 2  # in the picture and in the norms
+    assert page.count("class=outlier") == 2  # in the image and in the norms
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
@@ -173,7 +173,7 @@ def test_a_model_without_cls_and_registers():
 def test_nan_is_named():
     model = regvit()
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
-    with pytest.raises(ValueError, match="'broken' gives NaN"):
+    with pytest.raises(ValueError, match="'broken' produces NaN"):
         Explorer({"broken": (model, default_image_processor(32))}, reference=[noise()])
 
 
@@ -230,7 +230,7 @@ def test_features_are_those_of_extraction(explorer, picture, tmp_path):
 
 @pytest.mark.parametrize("names", [("owner/vit", "owner_vit"), (f"{'long/' * 20}a", f"{'long/' * 20}b")])
 def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
-    """Of two folders that differ at the end of a long path, the download held the second one twice."""
+    """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
     processor = default_image_processor(32)
     explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
     picture = Picture.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
@@ -351,7 +351,7 @@ def test_sliders_follow_the_model(app):
     ],
 )
 def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
-    """The server refuses what lies beside the slider, so the page would show nothing at all."""
+    """The server refuses values outside of the slider, so the page would show nothing at all."""
     app = build_app({"a": (regvit(**changes), default_image_processor(32))}, reference=[noise()])
     side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
     assert (side.minimum, side.maximum) == sides
@@ -374,12 +374,12 @@ def test_a_model_of_one_block_has_a_page():
 
 
 def test_a_forgotten_picture_is_said_to_be(app):
-    """Gradio puts back the value that a state had at first, so that must not be a picture."""
+    """Gradio resets an expired state to its initial value, so that must not be an image."""
     from gradio import Error, State
 
     pictures = [block for block in app.blocks.values() if isinstance(block, State) and block.time_to_live == 3600]
     assert [block.value for block in pictures] == [None]
-    with pytest.raises(Error, match="not kept any more"):
+    with pytest.raises(Error, match="no longer available"):
         handler(app, "_show")(None, (0.5, 0.5), "a", "none", 32, 3, 0)
 
 
@@ -392,11 +392,11 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
         other.listen()
         port = other.getsockname()[1]
         assert cli.main(["demo", "--model", str(tmp_path), "--port", str(port)]) == 1
-    assert f"error: Port {port} of this machine is taken" in capsys.readouterr().err
+    assert f"error: Port {port} is already in use" in capsys.readouterr().err
 
 
 def test_compare_must_be_one_of_the_models():
-    with pytest.raises(ValueError, match="compare='c' is not among the models a"):
+    with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
         build_app({"a": (regvit(), default_image_processor(32))}, compare="c")
 
 

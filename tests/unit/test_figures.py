@@ -1,4 +1,4 @@
-"""Maps read off a model, and the figures drawn from them."""
+"""Maps read from a model, and the figures drawn from them."""
 
 import re
 from io import BytesIO
@@ -164,11 +164,11 @@ def titles(figure) -> list[str]:
 def test_overview_has_one_panel_each(picture):
     figure = F.overview_figure(picture, random_maps())
     registers = [f"attention of register {i}" for i in range(1, 5)]
-    assert titles(figure) == ["picture", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
+    assert titles(figure) == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
     panels = figure.axes[:8]
     shapes = {axis.get_title(): axis.images[0].get_array().shape for axis in panels}
     assert shapes["attention of register 4"] == shapes["norm of patches"] == (3, 5)
-    # Every panel has the proportion of the picture and stays inside of the page.
+    # Every panel has the aspect ratio of the image and stays inside of the page.
     size = figure.get_size_inches()
     for axis in panels:
         box = axis.get_position()
@@ -197,17 +197,17 @@ def test_a_map_is_drawn_where_it_belongs(picture):
 def test_other_figures(picture):
     maps = random_maps()
     assert titles(F.attention_map_figure(picture, maps.attention[:3])) == [
-        "picture",
+        "image",
         "attention of CLS",
         "attention of register 1",
         "attention of register 2",
     ]
-    assert titles(F.norm_map_figure(picture, maps.norms)) == ["picture", "norm of patches"]
+    assert titles(F.norm_map_figure(picture, maps.norms)) == ["image", "norm of patches"]
     wide = random_maps(2, 7)
     figure = F.pca_figure([picture, picture], [maps.patch_tokens, wide.patch_tokens])
     assert len(figure.axes) == 4
     assert drawn(figure).std() > 10
-    with pytest.raises(ValueError, match="1 pictures for 2"):
+    with pytest.raises(ValueError, match="1 images for 2"):
         F.pca_figure([picture], [maps.patch_tokens, wide.patch_tokens])
 
 
@@ -265,12 +265,12 @@ def test_page_uses_the_statistics_of_the_processor_and_no_crop(model, picture, m
 
 
 def test_no_images(model, tmp_path):
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         F.overview_page(model, {}, image_processor=default_image_processor(32), out_dir=tmp_path)
 
 
 def test_progress_of_a_run_in_one_picture(picture):
-    """One column a picture, three rows, every map where it belongs."""
+    """One column per image and three rows, with every map in its place."""
     maps = [random_maps(), random_maps()]
     attention = torch.zeros(5, 3, 5)
     attention[0, 2, 0] = 1  # lower left
@@ -285,7 +285,7 @@ def test_progress_of_a_run_in_one_picture(picture):
     below = column[2 * 204 + 24 : 2 * 204 + 204].sum(-1)
     assert below[150:, :30].mean() > 3 * below[:90, 150:].mean()
     assert pixels[2:20, 6:80].min() < 100  # the title
-    with pytest.raises(ValueError, match="1 pictures for 2"):
+    with pytest.raises(ValueError, match="1 images for 2"):
         F.progress_picture([picture], maps)
 
 
@@ -299,14 +299,14 @@ def test_learning_curves_draw_what_was_logged():
     figure = F.curves_figure(lines, num_prototypes=100)
     panels = {axis.get_title(): axis for axis in figure.axes if axis.get_title()}
     assert list(panels) == [
-        "loss terms", "entropy of the targets (nats)", "accuracy on labelled images", "spread of CLS"
+        "loss terms", "entropy of the targets (nats)", "accuracy on labeled images", "spread of CLS"
     ]  # fmt: skip
     curves = {line.get_label(): line for line in panels["loss terms"].lines}
     assert list(curves["sum"].get_xdata()) == [0, 1, 2, 3]
     assert list(curves["sum"].get_ydata()) == [5.0, 4.0, 3.0, 2.0]
     entropy = {line.get_label(): line for line in panels["entropy of the targets (nats)"].lines}
     assert entropy["ln K"].get_ydata()[0] == pytest.approx(np.log(100))
-    assert list(panels["accuracy on labelled images"].lines[0].get_ydata()) == [0.3, 0.5]
+    assert list(panels["accuracy on labeled images"].lines[0].get_ydata()) == [0.3, 0.5]
     assert drawn(figure).std() > 10
     with pytest.raises(ValueError, match="None of the 1 lines"):
         F.curves_figure([{"step": 0, "eval_seconds": 1.0}])

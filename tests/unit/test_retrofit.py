@@ -1,4 +1,4 @@
-"""Test-time registers: the forward pass against a loop, the search on planted neurons, refusals, the command."""
+"""Test-time registers: forward pass against a loop, search for planted neurons, errors, command line."""
 
 import copy
 import json
@@ -47,7 +47,7 @@ NEURONS = [[1, 7], [0, 3], [1, 0], [2, 20]]
 
 
 def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """A model in eval mode in which no parameter is near 0."""
+    """Return a model in eval mode in which no parameter is near 0."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -64,7 +64,7 @@ def noise(count: int, *, side: int = 32, seed: int = 1) -> torch.Tensor:
 
 
 def moved_in_loops(activations, neurons, num_register_tokens, token_mask):
-    """The slow twin of `move_to_registers`."""
+    """Slow twin of `move_to_registers`."""
     result = activations.clone()
     for image in range(len(activations)):
         for neuron in neurons:
@@ -102,7 +102,7 @@ def test_without_neurons_nothing_is_computed():
 
 @pytest.mark.parametrize("fields", [{}, {"use_swiglu_ffn": True}], ids=["mlp", "swiglu"])
 def test_the_model_does_it_in_the_named_blocks(fields):
-    """What each MLP's last layer reads, against the loop on what it would have read."""
+    """Compare the input of the last layer of each MLP with the loop on the unmodified input."""
     plain = build(**fields)
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
     reading = read_tokens(model, noise(2), layers="all", site="mlp")
@@ -122,7 +122,7 @@ def test_the_model_does_it_in_the_named_blocks(fields):
 
 
 def test_padded_batch_equals_each_image_alone():
-    """Padding that fires louder than the picture must not reach the registers."""
+    """Padding with larger activations than the image must not reach the registers."""
     model = add_test_time_registers(build(), NEURONS)
     small = noise(1, side=16)
     padded = torch.full((2, 3, 32, 32), 40.0)
@@ -166,7 +166,7 @@ def test_half_precision():
 
 
 def test_training_on_with_checkpointing_and_batch_subsets():
-    """A retrofitted model can be trained further: registers and the named neurons get gradients."""
+    """A retrofitted model can be trained further: registers and the listed neurons get gradients."""
     model = add_test_time_registers(
         build(drop_path_rate=0.4, drop_path_mode="batch_subset"), NEURONS, num_register_tokens=2
     ).train()
@@ -251,7 +251,7 @@ def test_models_with_heads(cls):
 
 
 def test_what_cannot_get_registers():
-    with pytest.raises(RetrofitError, match="has 4 registers already"):
+    with pytest.raises(RetrofitError, match=r"already has registers \(num_register_tokens=4\)"):
         add_test_time_registers(build(num_register_tokens=4), NEURONS)
     with pytest.raises(TypeError, match=r"model is a Linear.*convert\(\)"):
         add_test_time_registers(torch.nn.Linear(2, 2), NEURONS)
@@ -263,9 +263,9 @@ PLANTED = [1, 9]
 
 
 def planted_model() -> RegViTModel:
-    """A neuron that fires in the first and the last cell of the grid only, and writes a huge vector there.
+    """Plant a neuron that is active only in the first and last cell of the grid, and writes a huge vector there.
 
-    The cells are told by a direction of their positions, whose norm is nothing special.
+    The neuron recognizes these cells by a direction of their position embeddings, whose norm is ordinary.
     """
     torch.manual_seed(0)
     model = RegViTModel(
@@ -508,7 +508,9 @@ def test_outliers_of_the_positions_cannot_be_moved(planted, pictures, processor)
 
 
 def test_neurons_that_do_not_carry_the_outliers(planted, pictures, processor):
-    with pytest.raises(RetrofitError, match=r"do not carry the outliers: 3\.12% of the patches before, 3\.12% after"):
+    with pytest.raises(
+        RetrofitError, match=r"do not carry the outliers: 3\.12% of the patches are outliers before, and 3\.12% after"
+    ):
         retrofit(planted, pictures, processor=processor, progress=False, highest_block=0)
 
 
@@ -534,7 +536,7 @@ def test_too_few_images(planted, pictures, processor):
 def test_a_figure_needs_both_sides_of_every_picture(pictures):
     maps = TokenMaps(torch.rand(1, 8, 8), torch.randn(8, 8, 5), torch.rand(8, 8), torch.zeros(0, 5))
     assert len(before_after_figure(pictures[:2], [maps] * 2, [maps] * 2).axes) == 14
-    with pytest.raises(ValueError, match="2 pictures, 2 and 1 maps"):
+    with pytest.raises(ValueError, match="2 images, 2 maps before and 1 maps after"):
         before_after_figure(pictures[:2], [maps] * 2, [maps])
 
 
@@ -559,7 +561,7 @@ def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     assert not (folders / "out").exists()
     assert cli.main(args) == 0
     printed = capsys.readouterr().out
-    assert "block.neuron (mean activation at outliers): 1.9 (" in printed
+    assert "block.neuron counted from 0 (mean activation at outliers): 1.9 (" in printed
     assert "Outliers fell from 3.12% to 0.00% of the patches" in printed
     model = RegViTModel.from_pretrained(folders / "out")
     assert model.config.register_neurons[0] == PLANTED
@@ -571,9 +573,9 @@ def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     }  # fmt: skip
     assert str(folders) not in (folders / "out" / "retrofit_report.json").read_text()
     assert cli.main(args) == 1
-    assert "holds a checkpoint already" in capsys.readouterr().err
+    assert "already contains a checkpoint" in capsys.readouterr().err
     assert cli.main(["retrofit", "--model", str(folders / "out"), *args[3:-1], str(folders / "again")]) == 1
-    assert "registers already" in capsys.readouterr().err
+    assert "already has registers (num_register_tokens=1)" in capsys.readouterr().err
 
 
 def test_a_published_retrofit_says_what_was_done(planted, pictures, processor, tmp_path):
@@ -584,7 +586,7 @@ def test_a_published_retrofit_says_what_was_done(planted, pictures, processor, t
     made = bundle(tmp_path / "model", tmp_path / "bundle", card={"license": "apache-2.0"})
     card = (made.folder / "README.md").read_text()
     assert "- retrofitted" in card
-    assert "1 of the 768 neurons of the MLPs (1.9, as block.neuron from 0) write into 2 zero registers" in card
+    assert "1 of the 768 MLP neurons (1.9, as block.neuron counted from 0) write into 2 zero registers" in card
     assert result.report.verdict in card
     copied = json.loads((made.folder / "reports" / "retrofit.json").read_text())
     assert RetrofitReport(**copied) == result.report

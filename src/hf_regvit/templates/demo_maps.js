@@ -1,6 +1,7 @@
-// What the maps of the demo do; Gradio runs it once, with the `element` that holds them and `trigger` for its events.
-// A click anywhere on a map asks about that place; the mouse shows the same place in all maps. The first picture takes
-// arrow keys: the dot follows at once, the question is asked when the keys rest, and the focus outlives new results.
+// Behavior of the maps of the demo. Gradio runs this script once, with the `element` that holds the maps and `trigger`
+// for its events. A click on a map selects that place, and the mouse pointer marks the same place in all maps. The first
+// image accepts arrow keys: the dot follows at once, the request is sent when the keys are idle, and the image keeps the
+// focus when new results arrive.
 
 const place = (event) => {
   const map = event.target.closest('.map:not(.empty)');
