@@ -468,7 +468,7 @@ def test_unusual_native_sizes_are_left_to_the_model():
 
     model = SiglipVisionModel(SiglipVisionConfig(**{**WIDE, "image_size": 30})).eval()
     assert read_tokens(model, pixels((30, 30))).grid == (3, 3)
-    with pytest.raises(ValueError, match=r"36 x 30 pixels, no multiple"):
+    with pytest.raises(ValueError, match=r"36 x 30 pixels is not a multiple"):
         read_tokens(model, pixels((36, 30)))
 
 
@@ -624,11 +624,11 @@ def test_wrong_requests(options, error, message):
 
 def test_wrong_pixels():
     model = build("vit")
-    with pytest.raises(ValueError, match=r"36 x 32 pixels, no multiple of the patch of 8 x 8.*to 32 x 32"):
+    with pytest.raises(ValueError, match=r"36 x 32 pixels is not a multiple of the patch size of 8 x 8.*to 32 x 32"):
         read_tokens(model, pixels((36, 32)))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\)"):
         read_tokens(model, pixels()[0])
-    with pytest.raises(ValueError, match=r"torch.uint8, expected normalised"):
+    with pytest.raises(ValueError, match=r"torch.uint8, expected normalized"):
         read_tokens(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\)"):
         read_tokens(model, pixels(count=0))
