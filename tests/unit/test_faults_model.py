@@ -482,11 +482,11 @@ def test_f51_code_in_the_repository_is_never_needed_and_never_run(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b'\xff\xfe{"model_type": "regvit"}', r"no UTF-8 text \(byte 0\)"),
+        (b'\xff\xfe{"model_type": "regvit"}', r"not UTF-8 text \(byte 0\)"),
         (b"[1, 2]", "holds a list"),
         (b'"regvit"', "holds a str"),
-        (b"", r"line 1: no JSON"),
-        (b'{"model_type": "regvit",\n "hidden_size": 32,\n', r"line 3: no JSON"),
+        (b"", r"line 1: not valid JSON"),
+        (b'{"model_type": "regvit",\n "hidden_size": 32,\n', r"line 3: not valid JSON"),
         (b'{"a": "' + b"x" * (17 * 2**20) + b'"}', r"17,825,801 bytes.*16,777,216"),
     ],
     ids=["encoding", "list", "text", "empty", "cut", "huge"],
