@@ -450,7 +450,7 @@ def test_layers_are_named_from_both_ends():
     assert some[1] is some.at(1)
     for layer in (0, 1, 2):
         torch.testing.assert_close(some.at(layer), everything.at(layer), atol=0, rtol=0)
-    with pytest.raises(KeyError, match="Layer 1 was not read"):
+    with pytest.raises(KeyError, match="Block 1 was not read"):
         read_tokens(model, pixels()).at(1)
 
 
@@ -477,7 +477,7 @@ def test_a_table_of_positions_for_one_size_is_said():
 
     model = Aimv2VisionModel(Aimv2VisionConfig(**WIDE, use_head=False)).eval()
     assert read_tokens(model, pixels()).grid == (4, 4)
-    with pytest.raises(ValueError, match=r"takes images of 32 x 32 only, not 16 x 48\. Resize the images"):
+    with pytest.raises(ValueError, match=r"only accepts images of 32 x 32 pixels, not 16 x 48\. Resize the images"):
         read_tokens(model, pixels(RECTANGLE))
 
 
@@ -609,9 +609,9 @@ def test_families_that_cannot_be_read():
     ("options", "error", "message"),
     [
         ({"site": "keys"}, ValueError, "site='keys' is unknown, expected one of residual, attention"),
-        ({"layers": (3,)}, ValueError, r"layer 3 does not exist.*2 blocks, 1 to 2, and 0 for the embedding"),
-        ({"layers": (-4,)}, ValueError, "layer -4 does not exist"),
-        ({"layers": (0,), "site": "k"}, ValueError, r"layer 0 does not exist at site 'k'.*1 to 2; -1"),
+        ({"layers": (3,)}, ValueError, r"Block 3 does not exist.*2 blocks, 1 to 2, and 0 for the embedding"),
+        ({"layers": (-4,)}, ValueError, "Block -4 does not exist"),
+        ({"layers": (0,), "site": "k"}, ValueError, r"Block 0 does not exist at site 'k'.*1 to 2; -1"),
         ({"layers": ()}, ValueError, "layers is empty"),
         ({"layers": "last"}, ValueError, "layers='last' is unknown"),
         ({"layers": 2}, TypeError, r"layers=\(2,\)"),
@@ -632,7 +632,7 @@ def test_wrong_pixels():
         read_tokens(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\)"):
         read_tokens(model, pixels(count=0))
-    with pytest.raises(TypeError, match="images of different sizes are resized there"):
+    with pytest.raises(TypeError, match="also resizes images of different sizes"):
         read_tokens(model, [pixels()[0], pixels(RECTANGLE)[0]])
     with pytest.raises(ValueError, match="dynamic_img_size=True"):
         read_tokens(build_timm(dynamic_img_size=False), pixels(RECTANGLE))
@@ -731,9 +731,9 @@ def test_what_is_no_source_of_images(transform):
     for images in (3, torch.zeros(2, 3, 32, 32), [torch.zeros(3, 32, 32)], {"train": []}):
         with pytest.raises(TypeError, match="expected a folder, a list of paths"):
             prepare_images(images, transform)
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size=0 is too small"):
         prepare_images([photo(0)], transform, batch_size=0)
-    with pytest.raises(ValueError, match="max_images=0"):
+    with pytest.raises(ValueError, match="max_images=0 is too small"):
         prepare_images([photo(0)], transform, max_images=0)
 
 
@@ -776,7 +776,7 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     torch.testing.assert_close(EvaluationTransform.for_model(loaded)(image), expected, atol=0, rtol=0)
     assert not caplog.text
     transform = EvaluationTransform.for_model(model)
-    assert "none is saved with the model: using shortest edge, centre crop and ImageNet statistics" in caplog.text
+    assert "none is saved with the model. Using the default: resize the shortest edge, center crop, ImageNet statistics" in caplog.text
     assert transform.mean == (0.485, 0.456, 0.406)
 
     resized = EvaluationTransform.for_model(model, processor, image_size=48)
@@ -829,7 +829,7 @@ def test_processors_that_make_no_single_picture(caplog):
         def to_json_string(self):
             return "tiles"
 
-    with pytest.raises(ValueError, match=r"Tiles makes pixel_values of shape \(1, 4, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"Tiles returns pixel_values of shape \(1, 4, 3, 32, 32\)"):
         EvaluationTransform.for_model(build("vit"), Tiles())(photo(0))
 
 
@@ -890,7 +890,7 @@ def test_timm_models_load_from_folders(tmp_path):
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="'no/such-model' is neither a folder nor a model that the Hub gives"):
+    with pytest.raises(FileNotFoundError, match="'no/such-model' is neither a folder nor a model that can be loaded from the Hub"):
         load_model("no/such-model")
     from transformers import SwinConfig
 
@@ -922,12 +922,12 @@ def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", b"{", r"config\.json' is not JSON text \(.*line 1"),
-        ("config.json", b"[1]", r"config\.json' holds a list, not an object of fields"),
-        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not JSON text \(.*utf-8"),
+        ("config.json", b"{", r"config\.json' is not valid JSON \(.*line 1"),
+        ("config.json", b"[1]", r"config\.json' holds a list, expected an object"),
+        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not valid JSON \(.*utf-8"),
         # Never the default instead: other statistics are other numbers.
-        ("preprocessor_config.json", b"{", r"preprocessor_config\.json' makes no image processor \(.*or remove it"),
-        ("preprocessor_config.json", b'{"image_processor_type": "Foo"}', r"preprocessor_config\.json' makes no"),
+        ("preprocessor_config.json", b"{", r"No image processor can be created from '.*preprocessor_config\.json' \(.*or remove it"),
+        ("preprocessor_config.json", b'{"image_processor_type": "Foo"}', r"No image processor can be created from '.*preprocessor_config\.json'"),
     ],
 )
 def test_broken_files_of_a_model_are_named(file, content, said, tmp_path):
