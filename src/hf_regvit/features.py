@@ -858,7 +858,7 @@ def _load_transformers(source: str) -> nn.Module:
     from . import modeling_regvit
 
     if not Path(source).exists() and re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source) is None:
-        raise FileNotFoundError(f"'{source}' does not exist. Pass a folder, a Hub id 'owner/name' or timm/NAME.")
+        raise FileNotFoundError(f"'{source}' does not exist. Expected a folder, a Hub id 'owner/name' or timm/NAME.")
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:

@@ -776,7 +776,10 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     torch.testing.assert_close(EvaluationTransform.for_model(loaded)(image), expected, atol=0, rtol=0)
     assert not caplog.text
     transform = EvaluationTransform.for_model(model)
-    assert "none is saved with the model. Using the default: resize the shortest edge, center crop, ImageNet statistics" in caplog.text
+    assert (
+        "none is saved with the model. Using the default: resize the shortest edge, center crop, ImageNet statistics"
+        in caplog.text
+    )
     assert transform.mean == (0.485, 0.456, 0.406)
 
     resized = EvaluationTransform.for_model(model, processor, image_size=48)
@@ -890,7 +893,9 @@ def test_timm_models_load_from_folders(tmp_path):
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="'no/such-model' is neither a folder nor a model that can be loaded from the Hub"):
+    with pytest.raises(
+        FileNotFoundError, match="'no/such-model' is neither a folder nor a model that can be loaded from the Hub"
+    ):
         load_model("no/such-model")
     from transformers import SwinConfig
 
@@ -926,8 +931,16 @@ def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
         ("config.json", b"[1]", r"config\.json' holds a list, expected an object"),
         ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not valid JSON \(.*utf-8"),
         # Never the default instead: other statistics are other numbers.
-        ("preprocessor_config.json", b"{", r"No image processor can be created from '.*preprocessor_config\.json' \(.*or remove it"),
-        ("preprocessor_config.json", b'{"image_processor_type": "Foo"}', r"No image processor can be created from '.*preprocessor_config\.json'"),
+        (
+            "preprocessor_config.json",
+            b"{",
+            r"No image processor can be created from '.*preprocessor_config\.json' \(.*or remove it",
+        ),
+        (
+            "preprocessor_config.json",
+            b'{"image_processor_type": "Foo"}',
+            r"No image processor can be created from '.*preprocessor_config\.json'",
+        ),
     ],
 )
 def test_broken_files_of_a_model_are_named(file, content, said, tmp_path):
