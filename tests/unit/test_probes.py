@@ -77,7 +77,7 @@ def test_every_image_may_be_a_neighbour():
         knn_classify(train, labels, test, k=(37,), num_classes=4)[37],
         slow_knn(train, labels, test, (37,), 0.07, 4)[37], atol=1e-5, rtol=0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"k=\(38,\) must lie in \[1, 37\]"):
+    with pytest.raises(ValueError, match=r"k=\(38,\) is out of range: values must be in \[1, 37\]"):
         knn_classify(train, labels, test, k=(38,))
 
 
@@ -126,9 +126,9 @@ def test_accuracy_counts_the_best_class():
         ({"k": ()}, "k="),
         ({"num_classes": 2}, r"expected \[0, 2\)"),
         ({"train_labels": torch.zeros(5)}, "one per training image"),
-        ({"test_features": torch.zeros(3, 7)}, "one width"),
+        ({"test_features": torch.zeros(3, 7)}, "with the same width"),
         ({"test_features": torch.zeros(0, 6)}, "no test features"),
-        ({"test_features": torch.full((3, 6), torch.nan)}, "test_features hold NaN"),
+        ({"test_features": torch.full((3, 6), torch.nan)}, "test_features contain NaN"),
     ],
 )
 def test_wrong_input_is_named(change, message):
@@ -374,11 +374,11 @@ def test_probes_without_outliers_labels_or_registers(coloured_images):
     report = token_probes(toy_model(0), pictures, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
     assert set(report.position) == set(report.pixels) == {"normal"}
     assert report.image_class == {}
-    assert "no patch of the test images is above 1e+06" in report.notes[0]
+    assert "No patch of the test images is above the cutoff 1e+06" in report.notes[0]
     assert "no labels" in report.notes[1]
     labelled = token_probes(toy_model(0), coloured_images, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
     assert set(labelled.image_class) == {"cls", "normal"}
-    assert "have 'outlier'" in labelled.notes[1]
+    assert "skipped for tokens of kind 'outlier'" in labelled.notes[1]
 
 
 def test_probes_want_one_grid(coloured_images):
