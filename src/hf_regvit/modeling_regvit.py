@@ -674,7 +674,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
             elif ignore_mismatched_sizes:
                 continue
             else:
-                hint = ". Pass ignore_mismatched_sizes=True to initialize this head anew"
+                hint = ". Pass ignore_mismatched_sizes=True to initialize this head randomly"
             shapes = f"{tuple(found)} in the checkpoint and {tuple(expected)} in the model"
             problems.append(f"{key} has shape {shapes}{hint}")
         if problems:

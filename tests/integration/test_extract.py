@@ -236,7 +236,7 @@ def test_processors_of_many_sizes_are_refused(model, pictures):
     processor = BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     images = [pictures / "002.png", pictures / "005.png", pictures / "003.png"]
     assert extract_features(model, images[:2], processor=processor).grid == (4, 4)
-    with pytest.raises(ValueError, match="not a multiple of the patch size"):  # 40 x 32 is kept as it is, 64 x 64 halved
+    with pytest.raises(ValueError, match="not a multiple of the patch size"):  # 40 x 32 is kept, 64 x 64 is halved
         extract_features(model, [pictures / "001.png", pictures / "007.png"], processor=BitImageProcessor(
             size={"shortest_edge": 36}, do_center_crop=False))  # fmt: skip
     with pytest.raises(ValueError, match=r"different grids of patches, \[\(4, 4\), \(4, 5\)\]"):
