@@ -82,8 +82,7 @@ def rewrite_config(folder: Path, **fields) -> None:
 )
 def test_f22_size_that_is_no_multiple_of_the_patch(cls, height, width, nearest):
     model = build(cls)
-    expected = rf"{height} x {width} pixels is not a multiple of the patch size of 8 x 8.*{nearest}"
-    with pytest.raises(ValueError, match=expected) as error:
+    with pytest.raises(ValueError, match=rf"{height} x {width} pixels.*patch size of 8 x 8.*{nearest}") as error:
         model(torch.zeros(1, 3, height, width))
     assert "pixel_mask" in str(error.value)
     rows, columns = (int(side) for side in nearest.split(" x "))
