@@ -1,8 +1,8 @@
 # Copyright 2026 The hf_regvit developers. Licensed under the Apache License, Version 2.0.
-"""Configuration of RegViT: a plain vision transformer with register tokens (arXiv 2309.16588).
+"""Configuration of RegViT, a plain vision transformer with register tokens (arXiv 2309.16588).
 
-This file and the modeling file beside it are copied as they are into every checkpoint on the Hub, so they import
-nothing but torch, transformers and huggingface_hub, and they stay flat.
+This file and the modeling file are copied unchanged into every checkpoint on the Hub, so this file is self-contained
+and depends only on transformers and huggingface_hub.
 """
 
 import difflib
@@ -21,8 +21,8 @@ __version__ = "0.1.0"
 
 logger = logging.get_logger(__name__)
 
-# Complete on purpose: transformers would name only the class that was saved, and then AutoModel, AutoBackbone and the
-# feature-extraction pipeline fail on a classifier's repository wherever this package is not installed.
+# Lists every auto class, because transformers would write only the class that was saved. AutoModel, AutoBackbone and
+# the feature-extraction pipeline would then fail on a classifier's repository where this package is not installed.
 AUTO_MAP = {
     "AutoConfig": "configuration_regvit.RegViTConfig",
     "AutoModel": "modeling_regvit.RegViTModel",
@@ -41,13 +41,13 @@ PRESETS: dict[str, dict] = {
     "giant": {"hidden_size": 1536, "num_hidden_layers": 40, "num_attention_heads": 24, "use_swiglu_ffn": True},
 }
 
-# Far above anything published (22 B parameters), far below a typing error that would eat the machine.
+# Far above the largest published model (22 B parameters), but low enough to catch typing errors.
 MAX_PARAMETERS = 100e9
 
-# Ten times the config of a classifier with all 21,841 names of ImageNet-21k.
+# About ten times the size of a config with all 21,841 class names of ImageNet-21k.
 MAX_CONFIG_BYTES = 16 * 2**20
 
-# Keywords that are no fields of ours but that config files and transformers itself hand over.
+# Keywords that are not fields of RegViTConfig but are passed by config files and by transformers itself.
 _FOREIGN_KEYWORDS = {
     "model_type", "auto_map", "stage_names", "out_features", "out_indices", "num_labels", "torch_dtype",
     "name_or_path",
@@ -61,16 +61,16 @@ _FOREIGN_KEYWORDS = {
 
 
 class ConfigError(StrictDataclassError, ValueError):
-    """A value no RegViT can have: the message names the field, the value and a valid one."""
+    """Raised for an invalid config value; the message names the field, the value and a valid alternative."""
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
-    """(height, width) of a size given as one number or as a pair."""
+    """Return (height, width) for a size given as one number or as a pair."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
 
 
 def _foreign_entries(auto_map: dict | None) -> dict:
-    """Entries of an `auto_map` that name other classes than ours, also behind the name of a repository."""
+    """Return the entries of an `auto_map` that do not name a RegViT class, with or without a repository prefix."""
     return {
         auto_class: name
         for auto_class, name in (auto_map or {}).items()
@@ -81,84 +81,89 @@ def _foreign_entries(auto_map: dict | None) -> dict:
 @strict
 class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
-    Configuration of the RegViT family. The defaults are a ViT-B/16 with 4 registers that trains the DINOv2 way; the
-    fields also express plain ViT, DeiT, DINO, DINOv2 and timm's `reg4` models exactly (see `hf_regvit.convert`).
+    Configuration of a RegViT model. The defaults give a ViT-B/16 with 4 registers and the training settings of DINOv2.
+    The fields also express plain ViT, DeiT, DINO, DINOv2 and timm `reg4` models exactly (see `hf_regvit.convert`).
 
     Args:
         num_register_tokens (`int`, *optional*, defaults to 4):
-            Number R of learnable tokens between CLS and patches; 0 is a plain ViT. 4 is the paper's choice.
+            Number R of learnable tokens between CLS and patches. 0 gives a plain ViT; the paper uses 4.
         image_size (`int` or pair, *optional*, defaults to 224):
-            Height and width in pixels of the stored position table's grid. Other input sizes are resampled.
+            Height and width in pixels of the images for which the position table is stored. For other input sizes,
+            the table is resampled.
         patch_size (`int` or pair, *optional*, defaults to 16):
             Height and width of a patch in pixels.
         num_channels (`int`, *optional*, defaults to 3):
-            Channels of `pixel_values`.
+            Number of channels of `pixel_values`.
         hidden_size (`int`, *optional*, defaults to 768):
             Width D of a token.
         num_hidden_layers (`int`, *optional*, defaults to 12):
             Number L of blocks.
         num_attention_heads (`int`, *optional*, defaults to 12):
-            Heads per block; has to divide `hidden_size`.
+            Number of attention heads per block. It must divide `hidden_size`.
         mlp_ratio (`float`, *optional*, defaults to 4):
-            Hidden width of the MLP over `hidden_size`. A SwiGLU takes two thirds of it, rounded up to a multiple of 8.
+            Ratio of the MLP's hidden width to `hidden_size`. A SwiGLU uses two thirds of that width, rounded up to a
+            multiple of 8.
         intermediate_size (`int`, *optional*):
-            Hidden width of the MLP (of one half of the SwiGLU) where `mlp_ratio` cannot express it.
+            Hidden width of the MLP (or of one half of the SwiGLU) if `mlp_ratio` cannot express it.
         hidden_act (`str`, *optional*, defaults to `"gelu"`):
-            Activation of the MLP; `"gelu"` is the exact one.
+            Activation of the MLP. `"gelu"` is the exact GELU.
         use_swiglu_ffn (`bool`, *optional*, defaults to `False`):
-            SwiGLU instead of the two-layer MLP.
+            Whether to use a SwiGLU instead of the two-layer MLP.
         qkv_bias, proj_bias, mlp_bias (`bool`, *optional*, default to `True`):
-            Biases of the fused query-key-value projection, the output projection and the MLP.
+            Whether the fused query-key-value projection, the output projection and the MLP have biases.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of every LayerNorm.
         layerscale_value (`float`, *optional*, defaults to 1e-5):
-            Initial LayerScale, the value DINOv2 trains with; `None` for no LayerScale.
+            Initial value of LayerScale. The default is the training value of DINOv2; `None` disables LayerScale.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of linear weights and of the position table.
+            Standard deviation for initializing linear weights and the position table.
         register_init_std (`float`, *optional*, defaults to 0.02):
-            Standard deviation of the registers' start. Never 0: equal registers get equal gradients for ever.
+            Standard deviation for initializing the registers. It must not be 0: identical registers always get
+            identical gradients.
         drop_path_rate (`float`, *optional*, defaults to 0.0):
-            Share of residual branches dropped in training.
+            Share of residual branches that are dropped in training.
         drop_path_mode (`str`, *optional*, defaults to `"sample"`):
             `"sample"` draws per sample and branch; `"batch_subset"` computes each branch for a random
-            `max(int(B * (1 - rate)), 1)` of the B samples, as DINOv2 does, which also saves the time.
+            `max(int(B * (1 - rate)), 1)` of the B samples, as DINOv2 does, which also saves computation.
         drop_path_uniform (`bool`, *optional*, defaults to `True`):
-            The same rate in every block; otherwise it rises linearly from 0.
+            Whether every block has the same rate; otherwise the rate rises linearly from 0.
         use_mask_token (`bool`, *optional*, defaults to `False`):
-            A learnable token for `bool_masked_pos`; needed for pretraining only.
+            Whether the model has a learnable token for `bool_masked_pos`. Only pretraining needs it.
         no_embed_class (`bool`, *optional*, defaults to `False`):
-            The position table has no row for CLS (timm's `no_embed_class`).
+            Whether to leave CLS out of the position table (`no_embed_class` in timm).
         interpolate_antialias (`bool`, *optional*, defaults to `True`):
-            Antialias when the position table is resampled. Official DINOv2: on with registers, off without.
+            Whether to antialias when the position table is resampled. Official DINOv2: on with registers, off without.
         interpolate_offset (`float`, *optional*, defaults to 0.0):
-            Cells added to the target grid to form scale factors. Official DINOv2 without registers: 0.1.
+            Number of cells added to the target grid to form scale factors. Official DINOv2 without registers: 0.1.
         final_norm (`str`, *optional*, defaults to `"tokens"`):
-            `"tokens"` normalises the whole sequence; `"pooled"` leaves it raw and normalises the mean of the patch
-            tokens, which is then the `pooler_output` (timm's `fc_norm`).
+            `"tokens"` normalizes the whole sequence; `"pooled"` leaves it raw and normalizes the mean of the patch
+            tokens, which is then the `pooler_output` (`fc_norm` in timm).
         pooler_act (`str`, *optional*):
-            Activation of an extra dense layer on CLS (`"tanh"` in the first ViT); `None` for no such layer.
+            Activation of an additional dense layer on CLS (`"tanh"` in the original ViT); `None` for no such layer.
         discard_registers (`bool`, *optional*, defaults to `False`):
-            Leave the registers out of `last_hidden_state`, as the paper does.
+            Whether to leave the registers out of `last_hidden_state`, as the paper does.
         register_neurons (`list[list[int]]`, *optional*):
-            Test-time registers (arXiv 2506.08010): `[block, neuron]` pairs, both from 0, of MLP neurons that write
-            artifacts into patches; they write into the registers instead. `hf_regvit.retrofit` finds them.
+            Test-time registers (arXiv 2506.08010): `[block, neuron]` pairs, counted from 0, of MLP neurons whose
+            artifacts are moved from the patches to the registers. `hf_regvit.retrofit` finds them.
         pooling (`str`, *optional*, defaults to `"cls_mean_patch"`):
-            What the image classifier reads: `"cls"`, `"cls_mean_patch"` (CLS and the mean patch, side by side) or
-            `"mean_patch"`. Never a register.
+            Input of the image classifier: `"cls"`, `"cls_mean_patch"` (CLS and the mean patch, concatenated) or
+            `"mean_patch"`. Registers are never included.
         head_layers (`list[int]`, *optional*, defaults to `[-1]`):
-            Blocks whose normalised tokens the segmentation and depth heads read, e.g. `[-4, -3, -2, -1]`.
+            Blocks whose normalized tokens the segmentation and depth heads read, e.g. `[-4, -3, -2, -1]`.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
-            Label that the segmentation loss ignores.
+            Class id that the segmentation loss ignores.
         num_depth_bins (`int`, *optional*, defaults to 256), min_depth, max_depth (`float`, default to 0.001 and 10):
-            Centres of the depth head, in metres.
+            Number of depth bins, and the first and last bin center in meters.
         apply_layernorm, reshape_hidden_states (`bool`, *optional*, default to `True`):
-            Backbone: normalise the feature maps; return them as (B, D, rows, columns) rather than (B, 1+N, D).
+            For the backbone: whether to normalize the feature maps, and whether to return them as
+            (B, D, rows, columns) rather than (B, 1+N, D).
         return_register_tokens (`bool`, *optional*, defaults to `False`):
-            Backbone with `reshape_hidden_states=False`: keep the registers between CLS and patches. DPT and others
-            expect exactly one token in front of the patches, so they are dropped unless asked for.
+            For the backbone with `reshape_hidden_states=False`: whether to keep the registers between CLS and patches.
+            They are dropped by default, because DPT and other models expect exactly one token before the patches.
 
     Raises:
-        ConfigError: A value out of its range; heads that do not divide; an image that is no multiple of the patch.
+        ConfigError: A value is out of range, `num_attention_heads` does not divide `hidden_size`, or `image_size` is
+            not a multiple of `patch_size`.
 
     Example:
 
@@ -215,9 +220,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._warn_about_unknown(kwargs)
         self._warn_about_newer(kwargs.pop("hf_regvit_version", None))
         if (num_labels := kwargs.get("num_labels")) is not None and num_labels < 1:
-            raise ConfigError(f"num_labels={num_labels} is out of range: a head has at least 1 label, e.g. 2.")
+            raise ConfigError(f"num_labels={num_labels} is out of range: a head must have at least 1 label, e.g. 2.")
         kwargs.pop("stage_names", None)  # derived, see the property
-        kwargs.pop("use_cache", None)  # Trainer writes it into every config; a ViT has no cache
+        kwargs.pop("use_cache", None)  # Trainer writes it into every config, but a ViT has no cache
         self.validate_architecture()
         self.set_output_features_output_indices(
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
@@ -226,42 +231,42 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__post_init__(**kwargs)
         if sorted(self.id2label) != list(range(max(len(self.id2label), 1))):
             raise ConfigError(
-                f"id2label has the keys {sorted(self.id2label)[:10]}; expected one name for each output of the head, "
+                f"id2label has the keys {sorted(self.id2label)[:10]}, expected one name for each output of the head, "
                 "numbered from 0, e.g. {0: 'cat', 1: 'dog'}."
             )
-        # Always our own files, not those of the repository that was loaded: save_pretrained copies them beside the
-        # weights. Classes of somebody's own, derived from ours, keep their entry.
+        # Always point to the files of this package and not to the repository that was loaded, because save_pretrained
+        # copies them next to the weights. Entries for other classes, such as user subclasses, are kept.
         self.auto_map = {**AUTO_MAP, **_foreign_entries(given_map)}
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "RegViTConfig":
-        """The configuration of size `tiny`, `small`, `base`, `large` or `giant`; keywords override its fields."""
+        """Return the configuration of size `tiny`, `small`, `base`, `large` or `giant`; keywords override fields."""
         if name not in PRESETS:
             raise ConfigError(f"Unknown preset {name!r}. Use one of {', '.join(PRESETS)}.")
         return cls(**{**PRESETS[name], **overrides})
 
     @property
     def image_shape(self) -> tuple[int, int]:
-        """(height, width) in pixels that the stored position table was made for."""
+        """Image size (height, width) in pixels for which the position table is stored."""
         return _pair(self.image_size)
 
     @property
     def patch_shape(self) -> tuple[int, int]:
-        """(height, width) of a patch in pixels."""
+        """Patch size (height, width) in pixels."""
         return _pair(self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of the stored position table."""
+        """Grid (rows, columns) of the stored position table."""
         return self.image_shape[0] // self.patch_shape[0], self.image_shape[1] // self.patch_shape[1]
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches: CLS and the registers."""
+        """Number of tokens before the patches: CLS and the registers."""
         return 1 + self.num_register_tokens
 
     def register_neurons_of(self, block: int) -> list[int]:
-        """Neurons of a block (from 0) that write into the registers at test time; of most models none."""
+        """Return the neurons of a block (counted from 0) that write into the registers; empty for most models."""
         return [neuron for where, neuron in self.register_neurons or () if where == block]
 
     @property
@@ -274,11 +279,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def stage_names(self) -> list[str]:
-        """Names of the backbone's feature maps. Derived on access: `from_pretrained` overrides fields late."""
+        """Names of the backbone's feature maps, computed on access because `from_pretrained` overrides fields late."""
         return ["stem", *(f"stage{i}" for i in range(1, self.num_hidden_layers + 1))]
 
     def validate_architecture(self) -> None:
-        """Check every field. Runs at construction and again in `save_pretrained`."""
+        """Validate every field; called at construction and again in `save_pretrained`."""
         for name, low, high in (
             ("hidden_size", 1, 65536), ("num_hidden_layers", 1, 1024), ("num_attention_heads", 1, 1024),
             ("num_register_tokens", 0, 1024), ("num_channels", 1, 4096), ("intermediate_size", 1, 1048576),
@@ -289,7 +294,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):
                 default = type(self).__dataclass_fields__[name].default
-                raise ConfigError(f"{name}={value} is out of range: it must lie in [{low}, {high}], e.g. {default}.")
+                raise ConfigError(f"{name}={value} is out of range: it must be in [{low}, {high}], e.g. {default}.")
         for name, allowed in (
             ("drop_path_mode", ("sample", "batch_subset")), ("pooling", ("cls", "cls_mean_patch", "mean_patch")),
             ("final_norm", ("tokens", "pooled")), ("pooler_act", (None, "tanh", "gelu", "relu")),
@@ -302,7 +307,8 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if missing := [name for name in self._out_features or () if name not in self.stage_names]:
             raise ConfigError(
                 f"out_features={self._out_features} names {', '.join(missing)}, but num_hidden_layers="
-                f"{self.num_hidden_layers} has the stages {self.stage_names[0]} to {self.stage_names[-1]}."
+                f"{self.num_hidden_layers} has the stages {self.stage_names[0]} to {self.stage_names[-1]}. Choose "
+                "from these."
             )
         if self.final_norm == "pooled" and self.pooler_act is not None:
             raise ConfigError(
@@ -320,13 +326,14 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if (count := self.num_parameters()) > MAX_PARAMETERS:
             raise ConfigError(
-                f"hidden_size={self.hidden_size} with num_hidden_layers={self.num_hidden_layers} makes "
+                f"hidden_size={self.hidden_size} with num_hidden_layers={self.num_hidden_layers} gives "
                 f"{count / 1e9:,.0f} B parameters ({count * 4 / 2**30:,.0f} GiB in float32), more than the "
-                f"{MAX_PARAMETERS / 1e9:.0f} B that are accepted. A giant has hidden_size=1536, num_hidden_layers=40."
+                f"limit of {MAX_PARAMETERS / 1e9:.0f} B. Use a smaller model; the preset 'giant' has hidden_size=1536 "
+                "and num_hidden_layers=40."
             )
 
     def _validate_sizes(self) -> None:
-        """Sizes that have to divide one another; the message names the nearest that do."""
+        """Check the sizes that must divide one another; the error names the nearest valid ones."""
         if self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
@@ -336,7 +343,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.ffn_hidden_size < 1:
             raise ConfigError(
-                f"mlp_ratio={self.mlp_ratio} with hidden_size={self.hidden_size} makes an MLP of no width. Use 4."
+                f"mlp_ratio={self.mlp_ratio} with hidden_size={self.hidden_size} gives an MLP of width 0. Use 4."
             )
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
@@ -344,7 +351,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ConfigError(f"{name}={value} must be one number or a (height, width) pair, e.g. 224.")
             if any(not 1 <= side <= 65536 for side in _pair(value)):
                 default = type(self).__dataclass_fields__[name].default
-                raise ConfigError(f"{name}={value} is out of range: sides lie in [1, 65536] pixels, e.g. {default}.")
+                raise ConfigError(f"{name}={value} is out of range: sides must be 1 to 65536 pixels, e.g. {default}.")
         for side, patch in zip(self.image_shape, self.patch_shape):
             if side % patch:
                 low = side // patch * patch
@@ -354,7 +361,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def _validate_register_neurons(self) -> None:
-        """Pairs that exist, each once, and a register for them to write into."""
+        """Check that the pairs exist, that none is repeated, and that there is a register to write into."""
         if not self.register_neurons:
             return
         last, width = self.num_hidden_layers - 1, self.ffn_hidden_size
@@ -365,15 +372,15 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                     f"neuron in [0, {width - 1}], e.g. [0, 0]."
                 )
             if self.register_neurons.count(pair) > 1:
-                raise ConfigError(f"register_neurons holds {pair} more than once. Name every neuron once.")
+                raise ConfigError(f"register_neurons holds {pair} more than once. List every neuron once.")
         if not self.num_register_tokens:
             raise ConfigError(
-                "register_neurons need a register to write into, but num_register_tokens=0. Use 1, or "
-                "register_neurons=None."
+                "register_neurons needs a register to write into, but num_register_tokens=0. Use "
+                "num_register_tokens=1 or register_neurons=None."
             )
 
     def num_parameters(self) -> int:
-        """Parameters of the backbone, counted without building it."""
+        """Count the parameters of the backbone without creating it."""
         d, h = self.hidden_size, self.ffn_hidden_size
         attention = 4 * d * d + self.qkv_bias * 3 * d + self.proj_bias * d
         ffn = (3 if self.use_swiglu_ffn else 2) * d * h + self.mlp_bias * ((2 if self.use_swiglu_ffn else 1) * h + d)
@@ -385,7 +392,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return self.num_hidden_layers * block + patches + positions + tokens + 2 * d + pooler
 
     def to_dict(self) -> dict:
-        """The fields as written to config.json, with this package's version and without Trainer's `use_cache`."""
+        """Return the fields as written to config.json, with the package version and without Trainer's `use_cache`."""
         output = super().to_dict()
         output.pop("use_cache", None)
         output["hf_regvit_version"] = __version__
@@ -393,29 +400,32 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
-        """Read config.json; a broken one is reported with its name and line, before anything is made of it."""
+        """Read config.json; errors name the file and, for invalid JSON, the line."""
         size = Path(json_file).stat().st_size
         if size > MAX_CONFIG_BYTES:
-            raise ConfigError(f"'{json_file}' has {size:,} bytes, no config has more than {MAX_CONFIG_BYTES:,}.")
+            raise ConfigError(
+                f"'{json_file}' has {size:,} bytes, more than the limit of {MAX_CONFIG_BYTES:,}. Check that it is a "
+                "config.json."
+            )
         try:
             config = super()._dict_from_json_file(json_file)
         except UnicodeDecodeError as error:
             raise ConfigError(
-                f"'{json_file}' is no UTF-8 text (byte {error.start}). Save it again as UTF-8."
+                f"'{json_file}' is not UTF-8 text (byte {error.start}). Save it again as UTF-8."
             ) from error
         except json.JSONDecodeError as error:
             raise ConfigError(
-                f"'{json_file}', line {error.lineno}: no JSON ({error.msg}). Correct that line."
+                f"'{json_file}', line {error.lineno}: not valid JSON ({error.msg}). Correct that line."
             ) from error
         if not isinstance(config, dict):
             raise ConfigError(
-                f"'{json_file}' holds a {type(config).__name__}, not an object of fields like "
+                f"'{json_file}' holds a {type(config).__name__}, expected an object such as "
                 '{"model_type": "regvit"}.'
             )
         return config
 
     def _warn_about_unknown(self, kwargs: dict) -> None:
-        """Warn, never fail: a config of a newer version must still load."""
+        """Warn about unknown fields instead of raising, so that configs of newer versions still load."""
         fields = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
         for name in kwargs:
             if name in _FOREIGN_KEYWORDS or name.startswith("_"):
@@ -430,8 +440,8 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
         if isinstance(saved_by, str) and key(saved_by) > key(__version__):
             logger.warning(
-                f"This configuration was saved by hf_regvit {saved_by}, you have {__version__}: fields it does not "
-                "know are ignored. Upgrade with `pip install -U hf_regvit`."
+                f"This configuration was saved by hf_regvit {saved_by}, but the installed version is {__version__}, "
+                "which ignores fields it does not know. Upgrade with `pip install -U hf_regvit`."
             )
 
 
@@ -439,9 +449,9 @@ _set_checked_by_type = RegViTConfig.__setattr__
 
 
 def _set_field(self: RegViTConfig, name: str, value: object) -> None:
-    """Report a wrong type as any other wrong value: with the field, the value and one that would do.
+    """Set a field and report a wrong type like any other wrong value, naming the field, the value and a valid one.
 
-    Feature maps of the last block alone, the default, stay those of the last block when the depth changes.
+    If `out_features` names only the last block (the default), it follows a change of `num_hidden_layers`.
     """
     follows = name == "num_hidden_layers" and self._out_features == [f"stage{self.num_hidden_layers}"]
     try:
@@ -457,6 +467,6 @@ def _set_field(self: RegViTConfig, name: str, value: object) -> None:
         _set_checked_by_type(self, "_out_indices", [value])
 
 
-RegViTConfig.__setattr__ = _set_field  # after @strict, which puts its own checks there
+RegViTConfig.__setattr__ = _set_field  # set after @strict, which installs its own `__setattr__`
 
 __all__ = ["RegViTConfig"]

@@ -1,12 +1,12 @@
-"""Weights of other plain ViTs as RegViT, exactly, or refused by name.
+"""Convert the weights of other plain ViTs to RegViT, exactly, or raise an error that says why this is not possible.
 
-Sources: official DINOv2 and DINO state dicts and training checkpoints, transformers ViT, DeiT (undistilled), DINO,
-Dinov2 and Dinov2WithRegisters (folders, Hub ids, modules), timm vision transformers (modules, `timm/` Hub ids, state
-dicts). Every tensor of the source is either placed or named in an error; nothing is left at random.
+Supported sources: official DINOv2 and DINO state dicts and training checkpoints; transformers ViT, DeiT (undistilled),
+DINO, Dinov2 and Dinov2WithRegisters (folders, Hub ids, modules); timm vision transformers (modules, `timm/` Hub ids,
+state dicts). Every tensor of the source is either used or named in an error; no weight stays randomly initialized.
 
-Positions that a library gives to its registers (timm with `no_embed_class=False`) are folded into the tokens, which is
-the same sum. Facts on names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`; timm
-`models/vision_transformer.py`; transformers' ViT and DINOv2 families.
+If a library adds positions to its registers (timm with `no_embed_class=False`), they are added to the register tokens,
+which gives the same sum. Source of names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`; timm
+`models/vision_transformer.py`; the ViT and DINOv2 families of transformers.
 """
 
 import argparse
@@ -34,10 +34,10 @@ from .modeling_regvit import CheckpointCorruptError, RegViTBackbone, RegViTForIm
 
 logger = logging.getLogger(__name__)
 
-# Outputs are compared relative to their own spread: the real ViT-Tiny has tokens of norm 500 beside others of 19.
+# Relative to the standard deviation of the outputs: the real ViT-Tiny has tokens of norm 500 next to others of 19.
 VERIFY_TOLERANCE = 1e-4
 
-# What the shapes of a raw state dict do not tell. Families whose code fixes a value fill it in themselves.
+# Fields that the shapes of a raw state dict do not determine. For families whose code fixes a value, it is filled in.
 NOT_IN_SHAPES = {
     "num_attention_heads": "hidden_size / 64 in every released DINOv2",
     "interpolate_antialias": "True for DINOv2 with registers and timm, False for DINOv2 without registers and DINO",
@@ -46,7 +46,7 @@ NOT_IN_SHAPES = {
 }
 
 
-# What torch's reader of pickles raises on text, such as the page of a failed download, and on files that were cut.
+# Errors that torch.load raises for text, such as the HTML page of a failed download, and for truncated files.
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
@@ -54,12 +54,12 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pk
 
 
 class ConversionError(ValueError):
-    """A source that RegViT cannot express, or whose outputs did not come out equal."""
+    """Raised for a source that RegViT cannot express, or whose outputs differ after the conversion."""
 
 
 @dataclass
 class _Source:
-    """A checkpoint on its way: tensors under upstream names, config fields known so far, a model to compare with."""
+    """Checkpoint during conversion: tensors with upstream names, known config fields, and a model to compare with."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -70,24 +70,25 @@ class _Source:
 def convert(
     source: str | Path | nn.Module | dict[str, Any], *, verify: bool = True, **config_overrides: Any
 ) -> RegViTModel | RegViTForImageClassification:
-    """Turn another plain ViT into a RegViT that gives the same numbers.
+    """Convert another plain ViT to a RegViT with the same outputs.
 
     Args:
-        source: A folder written by `save_pretrained`, a Hub id, a weights file (`.safetensors`, `.pth`), a state dict,
-            or a module of transformers or timm.
-        verify: Run source and result on the same random images, at the native and at another size, and compare.
-            Where there is no source model to run (state dicts), a warning says so; names and shapes are always
-            checked.
+        source: Folder written by `save_pretrained`, Hub id, weights file (`.safetensors`, `.pth`), state dict, or
+            module of transformers or timm.
+        verify: Whether to run source and result on the same random images, at the native size and at another one, and
+            compare the outputs. If there is no source model to run (state dicts), a warning is logged. Names and
+            shapes are always checked.
         config_overrides: Fields of `RegViTConfig`. A raw state dict needs `num_attention_heads`, `layer_norm_eps`,
             `interpolate_antialias` and `interpolate_offset`, and `image_size` if its position table is not square.
 
     Returns:
-        A model in eval mode, with a classifier if the source has one.
+        Model in eval mode, with a classifier if the source has one.
 
     Raises:
-        ConversionError: The source holds what RegViT cannot express (named), or the outputs differ.
+        ConversionError: The source contains something RegViT cannot express (named in the error), or the outputs
+            differ.
         CheckpointCorruptError: A weights file cannot be read.
-        TypeError: An override that is no config field.
+        TypeError: An override is not a config field.
     """
     known = [name for name in RegViTConfig.__dataclass_fields__ if not name.startswith("_")] + [
         "out_features",
@@ -96,7 +97,7 @@ def convert(
     for name in config_overrides:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise TypeError(f"convert() got '{name}', which is no field of RegViTConfig. Did you mean '{nearest}'?")
+            raise TypeError(f"convert() got '{name}', which is not a RegViTConfig field. Did you mean '{nearest}'?")
     origin = _open_source(source)
     origin.fields.update(config_overrides)
     tensors = _rename(origin)
@@ -114,25 +115,26 @@ def convert(
 def convert_to_folder(
     source: str | Path, output_dir: str | Path, *, verify: bool = True, **config_overrides: Any
 ) -> RegViTModel | RegViTForImageClassification:
-    """`convert`, saved as a checkpoint with its code files and an image processor.
+    """Convert a model and save it as a checkpoint with its code files and an image processor.
 
-    The processor is the source's own where it has one. A bare file of weights gets DINOv2's: ImageNet statistics and a
-    centre crop of the native size.
+    The image processor of the source is used if there is one. For a bare weights file, it is the one of DINOv2:
+    ImageNet statistics and a center crop of the native size.
 
     Args:
-        source: As for `convert`, but a folder, a file or a Hub id.
-        output_dir: A new or empty folder, or one without a checkpoint.
-        verify: As for `convert`.
-        config_overrides: As for `convert`.
+        source: Folder, weights file or Hub id; see `convert`.
+        output_dir: Output folder, new or without a checkpoint.
+        verify: Whether to compare the outputs; see `convert`.
+        config_overrides: Fields of `RegViTConfig`; see `convert`.
 
     Raises:
-        FileExistsError: `output_dir` holds a checkpoint already.
+        FileExistsError: `output_dir` already contains a checkpoint.
+        NotADirectoryError: `output_dir` is a file.
     """
     output = Path(output_dir)
     if (output / "config.json").exists():
-        raise FileExistsError(f"'{output}' holds a checkpoint already. Choose another output_dir or remove it.")
+        raise FileExistsError(f"'{output}' already contains a checkpoint. Choose another output_dir or remove it.")
     if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"'{output}' is a file. Choose another output_dir.")
+        raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
     source = _local(source)
     model = convert(source, verify=verify, **config_overrides)
     processor = _processor_of(source, model.config)
@@ -144,21 +146,21 @@ def convert_to_folder(
 
 @contextmanager
 def whole_checkpoint(output: Path) -> Iterator[Path]:
-    """A folder to save into, whose files move to `output` once all are written: the checkpoint is whole or not there.
+    """Yield a temporary folder whose files are moved to `output` at the end, so that no partial checkpoint is left.
 
-    Otherwise a run that is stopped while it writes would leave a configuration without weights, which blocks the next
-    one, or a model without its image processor, which is read with the wrong statistics.
+    Otherwise, a run that is interrupted while writing could leave a configuration without weights, which blocks the
+    next run, or a model without its image processor, which would be used with the wrong statistics.
     """
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
         yield Path(staged)
-        # The configuration comes last: it is what makes the folder a checkpoint.
+        # Move the configuration last, because its presence marks the folder as a checkpoint.
         for path in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
             path.replace(output / path.name)
 
 
 def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:
-    """The image processor saved beside a model to convert; DINOv2's for a bare file of weights."""
+    """Return the image processor saved with a model to convert, or that of DINOv2 for a bare weights file."""
     return _processor_of(_local(source), config)
 
 
@@ -175,7 +177,7 @@ def _processor_of(source: Path, config: RegViTConfig) -> Any:
 
 
 def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
-    """The processor that prepares pictures as timm does with a model's `pretrained_cfg`.
+    """Create the image processor that corresponds to a timm model's `pretrained_cfg`.
 
     Source: timm `data/transforms_factory.py`, `transforms_imagenet_eval`: the crop is `crop_pct` of the resized side.
     """
@@ -190,7 +192,7 @@ def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
     if mode == "squash":
         processor.size = {"height": height, "width": width}
     elif mode != "center":
-        logger.warning("crop_mode '%s' of timm has no counterpart in the image processor: pictures are cropped.", mode)
+        logger.warning("timm crop_mode '%s' has no counterpart in the image processor; images are cropped.", mode)
     name = str(settings.get("interpolation") or "bicubic").upper()
     if name in Resampling.__members__:
         processor.resample = Resampling[name]
@@ -212,13 +214,13 @@ def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> _Source:
 
 
 def check_source(source: str | Path) -> None:
-    """Refuse what is neither here nor can be on the Hub, before the Hub's rules for names are told instead.
+    """Raise if `source` is neither a local path nor a valid Hub id, instead of the Hub's error on repository names.
 
     Raises:
-        FileNotFoundError: It is no file, no folder and no Hub id.
+        FileNotFoundError: `source` is neither a file nor a folder nor a Hub id.
     """
     path = Path(source)
-    # Names on the Hub hold dots too (`timm/vit_tiny_patch16_224.augreg_in21k`): only those of files tell a file.
+    # Hub names contain dots too (`timm/vit_tiny_patch16_224.augreg_in21k`), so only weight suffixes indicate a file.
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix not in _WEIGHT_SUFFIXES
     if not path.exists() and not is_hub_id:
         raise FileNotFoundError(
@@ -227,7 +229,7 @@ def check_source(source: str | Path) -> None:
 
 
 def _local(source: str | Path) -> Path:
-    """The file or folder, downloaded if `source` is a Hub id: configurations and safetensors only, no code."""
+    """Return the local path; for a Hub id, download configurations and safetensors (but no code) first."""
     path = Path(source)
     if path.exists():
         return path
@@ -236,15 +238,15 @@ def _local(source: str | Path) -> Path:
 
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    except (OSError, ValueError) as error:  # offline, no such repository, no access, no name
+    except (OSError, ValueError) as error:  # offline, unknown repository, no access, or invalid name
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"'{source}' is neither a folder here nor a model that the Hub gives now: {reason}"
+            f"'{source}' is neither a local folder nor a model that can be downloaded from the Hub now: {reason}"
         ) from error
 
 
 def _read_weights(path: Path) -> dict[str, Any]:
-    """A weights file. Pickles only as plain tensors (`weights_only=True`), with no way around it."""
+    """Read a weights file; pickles are only read as plain tensors (`weights_only=True`), without exception."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -253,31 +255,33 @@ def _read_weights(path: Path) -> dict[str, Any]:
             return load_file(path)
         except SafetensorError as error:
             raise CheckpointCorruptError(
-                f"'{path}' cannot be read as safetensors ({error}). Download it again."
+                f"'{path}' cannot be read as safetensors ({error}). Download the file again."
             ) from error
     try:
-        # DINO's checkpoints hold their command line; a Namespace runs nothing when it is unpacked.
+        # DINO checkpoints contain their command line as a Namespace, which runs no code when it is unpickled.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        # torch's own text advises to unpickle after all, so only the name of what it refused is passed on.
+        # The message of torch advises to unpickle anyway, so only the name of the rejected object is shown.
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it wants {refused[1]}" if refused else type(error).__name__
+        reason = f"it needs {refused[1]}" if refused else type(error).__name__
         raise CheckpointCorruptError(
             f"'{path}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
-            "trust the file, load it in a process of its own and save its tensors as safetensors."
+            "trust the file, load it in a separate process and save its tensors as safetensors."
         ) from error
     if not isinstance(loaded, dict):
-        raise CheckpointCorruptError(f"'{path}' holds a {type(loaded).__name__}, expected a dict of tensors.")
+        raise CheckpointCorruptError(
+            f"'{path}' holds a {type(loaded).__name__}, expected a dict of tensors. Save a state dict instead."
+        )
     return loaded
 
 
 def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """The backbone's tensors in a state dict or training checkpoint: the teacher's if there are several."""
+    """Find the backbone tensors in a state dict or training checkpoint, preferring those of the teacher."""
     for key in ("teacher", "state_dict", "model", "student"):
         if isinstance(checkpoint.get(key), dict):
             if key in ("teacher", "student"):
-                logger.info("The checkpoint holds a training state; taking its %s.", key)
+                logger.info("The checkpoint is a training state; using its %s.", key)
             return _find_backbone(checkpoint[key])
     tensors = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     for prefix in ("teacher.", "student.", "backbone."):
@@ -287,10 +291,13 @@ def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
             heads = {key: value for key, value in rest.items() if key.startswith("linear_head.")}
             dropped = sorted({key.split(".")[0] for key in rest} - {"linear_head"})
             if dropped:
-                logger.info("Taking '%s*' and leaving %s behind.", prefix, ", ".join(dropped))
+                logger.info("Using '%s*' and ignoring %s.", prefix, ", ".join(dropped))
             return _find_backbone({**inside, **heads})
     if not tensors:
-        raise ConversionError(f"The checkpoint holds no tensors; its entries are {sorted(map(str, checkpoint))[:8]}.")
+        raise ConversionError(
+            f"The checkpoint contains no tensors; its entries are {sorted(map(str, checkpoint))[:8]}. Pass the state "
+            "dict of the model."
+        )
     return tensors
 
 
@@ -298,23 +305,25 @@ def _from_folder(folder: Path) -> _Source:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no config.json. Pass the weights file itself together with the config overrides."
+            f"'{folder}' has no config.json. Pass the weights file itself, together with config overrides."
         )
     try:
         config = json.loads(config_file.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"'{config_file}' is not JSON text ({error}).") from error
+        raise ConversionError(f"'{config_file}' is not valid JSON ({error}). Correct or download it again.") from error
     if not isinstance(config, dict):
-        raise ConversionError(f"'{config_file}' holds a {type(config).__name__}, not an object of fields.")
+        raise ConversionError(
+            f"'{config_file}' holds a {type(config).__name__}, expected an object. Correct or download it again."
+        )
     if "model_type" not in config and "architecture" in config:
         return _from_module(_timm_module(folder, config))
     if not isinstance(config.get("model_type"), str):
         raise ConversionError(
-            f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Take the folder "
-            "that save_pretrained wrote, or pass the weights file itself together with the config overrides."
+            f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Pass the folder "
+            "that save_pretrained wrote, or the weights file itself together with config overrides."
         )
     if config["model_type"] == "regvit":
-        raise ConversionError(f"'{folder}' is a RegViT already. Load it with AutoModel.from_pretrained.")
+        raise ConversionError(f"'{folder}' is already a RegViT. Load it with AutoModel.from_pretrained.")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors.update(_read_weights(file))
@@ -322,28 +331,34 @@ def _from_folder(folder: Path) -> _Source:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The weights of a folder of transformers or timm: one file, or the shards that its index names."""
+    """Return the weight files of a transformers or timm folder: one file, or the shards named by its index."""
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.is_file():
             try:
                 names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(f"'{index}' is no index of shards ({type(error).__name__}: {error}).") from error
+                raise ConversionError(
+                    f"'{index}' is not an index of weight shards ({type(error).__name__}: {error}). Download it again."
+                ) from error
             if missing := [name for name in names if not (folder / name).is_file()]:
-                raise FileNotFoundError(f"'{index}' names {', '.join(missing[:4])}, not there. Download again.")
+                raise FileNotFoundError(
+                    f"'{index}' names {', '.join(missing[:4])}, but the folder lacks them. Download the model again."
+                )
             return [folder / name for name in names]
         if (folder / single).is_file():
             return [folder / single]
     found = sorted(path.name for path in folder.iterdir())[:8]
-    raise FileNotFoundError(f"'{folder}' has no model.safetensors (or pytorch_model.bin); it holds {found}.")
+    raise FileNotFoundError(
+        f"'{folder}' has no model.safetensors or pytorch_model.bin; it contains {found}. Pass the weights file itself."
+    )
 
 
 def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"'{folder}' is a timm model: run `pip install timm` to convert it.") from error
+        raise ImportError(f"'{folder}' is a timm model, and timm is not installed. Run: pip install timm") from error
     model: Any = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
     model.reset_classifier(config.get("num_classes", 0))
     model.load_state_dict({name: t for file in _weight_files(folder) for name, t in _read_weights(file).items()})
@@ -351,7 +366,7 @@ def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
 
 
 class _LazySource(nn.Module):
-    """A transformers folder that becomes a module only if outputs are compared."""
+    """Source model of a transformers folder, loaded only if outputs are compared."""
 
     def __init__(self, folder: Path, config: dict[str, Any]):
         super().__init__()
@@ -377,18 +392,18 @@ def _from_module(module: Any) -> _Source:
     raise ConversionError(f"{name} is neither a transformers nor a timm vision transformer. Pass its state_dict().")
 
 
-# --- What the libraries say of themselves ---
+# --- Configurations of the libraries ---
 
 
 def _transformers_parts(
     config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors without the model prefix, and config fields, of a transformers model."""
+    """Return the tensors (without the model prefix) and the config fields of a transformers model."""
     model_type = config["model_type"]
     if model_type not in ("vit", "deit", "dinov2", "dinov2_with_registers"):
         raise ConversionError(
-            f"model_type '{model_type}' is not a plain ViT that RegViT can express (vit, deit, dinov2, "
-            "dinov2_with_registers). DINOv3's rotary positions, SigLIP's missing CLS and hierarchical models are not."
+            f"model_type '{model_type}' cannot be converted, expected vit, deit, dinov2 or dinov2_with_registers. "
+            "RegViT cannot express rotary positions (DINOv3), models without CLS (SigLIP) or hierarchical models."
         )
     tensors = {re.sub(rf"^{model_type}\.", "", key): value for key, value in tensors.items()}
     names = (
@@ -399,12 +414,12 @@ def _transformers_parts(
     )  # fmt: skip
     from transformers import CONFIG_MAPPING
 
-    # Fields that the file leaves out have their family's default, not ours.
+    # Fields missing from the file have the defaults of their family, not those of RegViT.
     try:
         full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
     except StrictDataclassError as error:
-        raise ConversionError(f"The configuration is none of a '{model_type}': {error}") from error
-    fields = {name: full[name] for name in names if full.get(name) not in (None, {})}  # no labels: our default
+        raise ConversionError(f"The configuration is not valid for model_type '{model_type}': {error}") from error
+    fields = {name: full[name] for name in names if full.get(name) not in (None, {})}  # without labels: our default
     with_registers = model_type == "dinov2_with_registers"
     fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
     fields["interpolate_antialias"], fields["interpolate_offset"] = with_registers, 0.0
@@ -417,17 +432,20 @@ def _transformers_parts(
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if full.get(name):
             logger.warning(
-                "%s=%s has no counterpart: outputs are equal, further training is without it.", name, full[name]
+                "%s=%s has no counterpart in RegViT. Outputs are equal, but further training does not use it.",
+                name,
+                full[name],
             )
     return tensors, fields
 
 
 def _timm_fields(module: Any) -> dict[str, Any]:
-    """Config fields of a timm VisionTransformer, or a refusal that names what RegViT has not."""
+    """Return the config fields of a timm VisionTransformer; raise if RegViT lacks one of its features."""
     block = module.blocks[0]
     if type(block).__name__ != "Block":
         raise ConversionError(
-            f"The timm model has blocks of type {type(block).__name__}, which RegViT cannot express."
+            f"The timm model has blocks of type {type(block).__name__}, which RegViT cannot express. Only 'Block' can "
+            "be converted."
         )
     mlp = type(block.mlp).__name__
     refusals = {
@@ -438,7 +456,7 @@ def _timm_fields(module: Any) -> dict[str, Any]:
         f"a gate with {type(block.mlp.act).__name__}": mlp == "GluMlp"
         and (not isinstance(block.mlp.act, nn.SiLU) or block.mlp.gate_last),
         "a norm before the blocks (pre_norm)": not isinstance(module.norm_pre, nn.Identity),
-        "normalised queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
+        "normalized queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
         f"global_pool '{module.global_pool}'": module.global_pool not in ("token", "avg", ""),
         "a classifier on every token": module.global_pool == "" and module.num_classes > 0,
         "pooling over prefix tokens": getattr(module, "pool_include_prefix", False),
@@ -468,7 +486,7 @@ def _timm_fields(module: Any) -> dict[str, Any]:
 
 # --- Names and shapes ---
 
-# (pattern, replacement), applied in this order to every name; the first group serves official DINOv2 and timm.
+# (pattern, replacement), applied to every name in this order; the first group is for official DINOv2 and timm.
 _RULES = [
     (r"^blocks\.(?:\d+\.)?(\d+)\.", r"layers.\1."),  # `block_chunks` nests the blocks without renumbering them
     (r"\.attn\.qkv\.", ".attention.qkv."),
@@ -496,7 +514,7 @@ _RULES = [
     (r"\.mlp\.gate_proj\.", ".mlp.gate."),
     (r"\.mlp\.up_proj\.", ".mlp.up."),
 ]
-# Tensors of one projection that arrive in pieces, in the order of RegViT's rows.
+# Projections that other models store in separate tensors, in the row order of RegViT.
 _FUSED = {
     ".attention.qkv.": (".attention.q.", ".attention.k.", ".attention.v."),
     ".mlp.gate_up_proj.": (".mlp.gate.", ".mlp.up."),
@@ -504,7 +522,7 @@ _FUSED = {
 
 
 def _rename(origin: _Source) -> dict[str, Tensor]:
-    """Upstream names to ours; pieces of a projection become one tensor."""
+    """Rename upstream tensors to RegViT names and fuse projections that are stored in several tensors."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in origin.tensors.items():
         for pattern, replacement in _RULES:
@@ -514,10 +532,12 @@ def _rename(origin: _Source) -> dict[str, Tensor]:
         for first in [name for name in tensors if pieces[0] in name]:
             names = [first.replace(pieces[0], piece) for piece in pieces]
             if missing := [name for name in names if name not in tensors]:
-                raise ConversionError(f"'{origin.name}' lacks {', '.join(missing)} beside {first}.")
+                raise ConversionError(
+                    f"'{origin.name}' has {first} but lacks {', '.join(missing)} (RegViT names). Pass all weights."
+                )
             tensors[first.replace(pieces[0], whole)] = torch.cat([tensors.pop(name) for name in names])
     for name in [name for name in tensors if re.search(r"\.mlp\.fc1\.", name)]:
-        # timm packs a SwiGLU into fc1: it then has twice as many rows as fc2 has columns.
+        # timm stores a SwiGLU in fc1, which then has twice as many rows as fc2 has columns.
         second = re.sub(r"fc1\.\w+$", "fc2.weight", name)
         if second in tensors and tensors[name].shape[0] == 2 * tensors[second].shape[1]:
             tensors[name.replace(".mlp.fc1.", ".mlp.gate_up_proj.")] = tensors.pop(name)
@@ -528,7 +548,7 @@ def _rename(origin: _Source) -> dict[str, Tensor]:
 
 
 def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTConfig, dict[str, Tensor]]:
-    """The config that these tensors and the known fields imply, and the tensors with prefix positions folded in."""
+    """Infer the config from tensors and known fields; also return the tensors, with register positions folded in."""
     needed = (
         "embeddings.cls_token",
         "embeddings.position_embeddings",
@@ -536,19 +556,19 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
     )
     if missing := [name for name in needed if name not in tensors]:
         raise ConversionError(
-            f"'{origin.name}' has no {' and no '.join(missing)} (RegViT names), so it is no ViT with CLS and learned "
-            f"positions. Its first names are {sorted(origin.tensors)[:5]}."
+            f"'{origin.name}' has no {' and no '.join(missing)} (RegViT names), so it is not a ViT with CLS and "
+            f"learned positions. Its first tensors are {sorted(origin.tensors)[:5]}."
         )
     if distilled := sorted({"embeddings.distillation_token", "dist_token"} & tensors.keys()):
         raise ConversionError(
             f"'{origin.name}' is distilled: it has {distilled[0]}, a second output token that RegViT does not have. "
-            "Undistilled DeiT checkpoints (model_type 'vit') convert."
+            "Use an undistilled DeiT checkpoint (model_type 'vit')."
         )
     fields = dict(origin.fields)
     projection = tensors["embeddings.patch_embeddings.projection.weight"]  # (D, C, rows, columns)
     if projection.ndim != 4:
         raise ConversionError(
-            f"The patch embedding has shape {tuple(projection.shape)}, expected (D, channels, h, w)."
+            f"The patch embedding has shape {tuple(projection.shape)}, expected (width, channels, height, width)."
         )
     patch = (projection.shape[2], projection.shape[3])
     registers = tensors.get("embeddings.register_tokens")
@@ -556,11 +576,11 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
         del tensors["embeddings.register_tokens"]
         registers = None
     depth = 1 + max((int(m[1]) for m in (re.match(r"layers\.(\d+)\.", n) for n in tensors) if m), default=-1)
-    if "reg_token" in origin.tensors:  # only timm uses this name, and timm resamples in one way
+    if "reg_token" in origin.tensors:  # only timm uses this name, and timm resamples positions in only one way
         fields = {"interpolate_antialias": True, "interpolate_offset": 0.0, "layer_norm_eps": 1e-6, **fields}
     if unknown := [name for name in NOT_IN_SHAPES if name not in fields]:
         raise ConversionError(
-            f"'{origin.name}' does not tell {', '.join(unknown)}. Pass them to convert(), or as options "
+            f"'{origin.name}' does not specify {', '.join(unknown)}. Pass them to convert() or as options "
             f"(--{unknown[0]} ...): " + "; ".join(f"{name}: {NOT_IN_SHAPES[name]}" for name in unknown) + "."
         )
     swiglu = "layers.0.mlp.gate_up_proj.weight" in tensors
@@ -588,7 +608,8 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
             and name not in ("layerscale_value", "use_mask_token")
         ):
             raise ConversionError(
-                f"{name}={fields[name]} does not fit the tensors of '{origin.name}', which say {value}."
+                f"{name}={fields[name]} does not match the tensors of '{origin.name}', which imply {value}. Correct "
+                "or remove it."
             )
     fields = {**fields, **shaped}
     if "mask_token" in (tensors_name.rsplit(".", 1)[-1] for tensors_name in tensors):
@@ -600,7 +621,7 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
         fields.setdefault("num_labels", tensors["classifier.weight"].shape[0])
     if fields["final_norm"] == "pooled":
         fields["pooling"] = "mean_patch"
-    fields.pop("mlp_ratio", None)  # intermediate_size says it exactly
+    fields.pop("mlp_ratio", None)  # intermediate_size is exact
     if "id2label" in fields:
         fields.pop("num_labels", None)
     tensors = _fold_positions(origin, tensors, fields, patch)
@@ -608,7 +629,7 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
 
 
 def _as_pair(name: str, value: Any) -> Any:
-    """(height, width) of a size, which may be one number; other fields as they are."""
+    """Return a size as (height, width), also if it is one number; return other fields unchanged."""
     if name not in ("patch_size", "image_size"):
         return value
     pair = (value, value) if isinstance(value, int) else tuple(value)
@@ -622,11 +643,11 @@ def _pooling_of(classifier: Tensor, width: int, origin: _Source) -> str:
     if pooling is None:
         raise ConversionError(
             f"The classifier of '{origin.name}' reads {classifier.shape[1]} features, expected {width} (CLS) or "
-            f"{2 * width} (CLS and mean patch). Heads on several blocks cannot be expressed; pass the backbone alone."
+            f"{2 * width} (CLS and mean patch). Heads on several blocks cannot be expressed; pass only the backbone."
         )
     if "fc_norm.weight" not in origin.tensors and pooling == "cls" and origin.module is None:
         logger.warning(
-            "Taking the classifier of '%s' to read CLS; pass pooling='mean_patch' if it does not.", origin.name
+            "Assuming that the classifier of '%s' reads CLS. Pass pooling='mean_patch' if it does not.", origin.name
         )
     return pooling
 
@@ -634,7 +655,7 @@ def _pooling_of(classifier: Tensor, width: int, origin: _Source) -> str:
 def _fold_positions(
     origin: _Source, tensors: dict[str, Tensor], fields: dict[str, Any], patch: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Find the grid behind the position table; rows that belong to registers go into the registers."""
+    """Find the grid of the position table, and add the rows that belong to registers to the register tokens."""
     table = tensors["embeddings.position_embeddings"]  # (1, prefix + N, D)
     rows, registers = table.shape[1], fields["num_register_tokens"]
     candidates = {1: "a row for CLS", 0: "no row for CLS", 1 + registers: "a row for CLS and for every register"}
@@ -648,7 +669,7 @@ def _fold_positions(
             fields["image_size"] = side * patch[0] if patch[0] == patch[1] else [side * patch[0], side * patch[1]]
     if not fits:
         raise ConversionError(
-            f"The position table of '{origin.name}' has {rows} rows: with patch_size={patch} that is no grid of "
+            f"The position table of '{origin.name}' has {rows} rows, which does not match patch_size={patch} and "
             f"image_size={fields.get('image_size', 'a square')}. Pass image_size=[height, width] in pixels."
         )
     prefix = fits[0]
@@ -660,7 +681,7 @@ def _fold_positions(
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
-    """Put every tensor in its place; a name or shape that does not fit is an error."""
+    """Load all tensors into the model; raise if a name or shape does not match."""
     prefix = "regvit." if isinstance(model, RegViTForImageClassification) else ""
     placed = {key if key.startswith("classifier.") else prefix + key: value for key, value in tensors.items()}
     if prefix:
@@ -676,31 +697,30 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         has_pooler = any(key.startswith("pooler.") for key in placed.keys() - wanted.keys())
-        hint = " A pooler needs its activation as well: pooler_act, 'tanh' in ViT." if has_pooler else ""
+        hint = " A pooler also needs its activation: set pooler_act, 'tanh' in ViT." if has_pooler else ""
         raise ConversionError(f"'{name}' cannot be expressed as RegViT: {'; '.join(problems[:8])}{more}.{hint}")
-    # Copies: the result must not share memory with the model it came from.
+    # Clone the tensors, so that the result does not share memory with the source model.
     model.load_state_dict({key: value.clone().contiguous() for key, value in placed.items()}, assign=True)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
 
 
-# --- Proof ---
+# --- Verification ---
 
 
 @torch.no_grad()
 def _verify(model: Any, origin: _Source) -> None:
-    """Compare with the source model on random images at its native size and at another one."""
+    """Compare the outputs with the source model on random images, at its native size and at another one."""
     source = origin.module.load() if isinstance(origin.module, _LazySource) else origin.module
     if source is None:
         logger.warning(
-            "'%s' is a bare set of tensors with no model to run: names and shapes were checked, "
-            "outputs were not compared.",
+            "'%s' has only tensors and no model to run: names and shapes were checked, but outputs were not compared.",
             origin.name,
         )
         return
     given, was_training = source, source.training
     source.eval()
-    # In float32 whatever the weights are kept in: rounding to bfloat16 is larger than a small mistake.
+    # Compare in float32 regardless of the dtype of the weights: bfloat16 rounding would hide small errors.
     if {parameter.dtype for parameter in source.parameters()} != {torch.float32}:
         source = copy.deepcopy(source).float()
     if model.dtype != torch.float32:
@@ -722,11 +742,13 @@ def _verify(model: Any, origin: _Source) -> None:
             difference = ((actual - expected).abs().max() / expected.std().clamp(min=1e-6)).item()
             if not difference <= VERIFY_TOLERANCE:
                 raise ConversionError(
-                    f"RegViT's outputs differ from those of '{origin.name}' by {difference:.2e} of their standard "
+                    f"The RegViT outputs differ from those of '{origin.name}' by {difference:.2e} of their standard "
                     f"deviation at {size[0]} x {size[1]} pixels, more than {VERIFY_TOLERANCE:.0e}. Check the config "
                     "overrides."
                 )
-            logger.info("Outputs equal those of '%s' at %d x %d: %.1e.", origin.name, *size, difference)
+            logger.info(
+                "The outputs match those of '%s' at %d x %d pixels (difference %.1e).", origin.name, *size, difference
+            )
     finally:
         given.train(was_training)
 
@@ -736,21 +758,23 @@ def _takes_any_size(source: Any) -> bool:
 
 
 def _run_source(source: Any, pixels: Tensor) -> tuple[str, Tensor]:
-    """Name and value of the output to compare."""
+    """Return the name and the value of the output to compare."""
     if not hasattr(source, "config"):
         return (
             ("logits", source(pixels))
             if source.num_classes
             else ("last_hidden_state", source.forward_features(pixels))
         )
-    if getattr(source.config, "num_labels", None) == 0:  # its head is an identity: what counts is below it
+    if getattr(source.config, "num_labels", None) == 0:  # the head is an identity, so compare the backbone
         source = getattr(source, source.base_model_prefix, source)
     extra = {"interpolate_pos_encoding": True} if source.config.model_type in ("vit", "deit") else {}
     output = source(pixels, **extra)
     for name in ("logits", "last_hidden_state", "feature_maps"):
         if output.get(name) is not None:
             return name, output[name][-1] if name == "feature_maps" else output[name]
-    raise ConversionError(f"{type(source).__name__} returns nothing to compare with: {list(output.keys())}.")
+    raise ConversionError(
+        f"{type(source).__name__} returns no output to compare with, only {list(output.keys())}. Pass verify=False."
+    )
 
 
 def _run_ours(model: Any, pixels: Tensor, kind: str) -> Tensor:

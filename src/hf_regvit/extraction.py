@@ -1,8 +1,8 @@
-"""Features of many images: in memory with `extract_features`, or as files with `extract_to_folder`.
+"""Extract features of many images: in memory with `extract_features`, or to files with `extract_to_folder`.
 
-The folder holds shards `features-00000.safetensors`, ..., each with tokens, ids and reasons for skipped images, an
-`extraction.json` that says what the numbers depend on, and, once every shard is there, an `index.json`. A shard is
-written whole or not at all, and its content depends on neither the number of processes nor an interruption.
+The folder contains shards `features-00000.safetensors`, ..., each with tokens, ids and reasons for skipped images; an
+`extraction.json` with everything the features depend on; and, once all shards exist, an `index.json`. Shards are
+written atomically, and their content depends neither on the number of processes nor on interruptions.
 
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
@@ -42,11 +42,11 @@ class TokenFeatures:
     """Tokens of many images after one block, on the CPU.
 
     Args:
-        cls: (n, D), or None for a model without CLS.
-        registers: (n, R, D); R may be 0.
-        patches: (n, N, D), row-major over the grid; (n, 0, D) if they were not kept.
-        grid: (rows, columns).
-        ids: n names of the images.
+        cls: (n, D) CLS tokens, or None for a model without CLS.
+        registers: (n, R, D) registers; R may be 0.
+        patches: (n, N, D) patches, row-major over the grid; (n, 0, D) if they were not kept.
+        grid: (rows, columns) of the patches.
+        ids: Ids of the n images.
         skipped: Images that could not be used.
     """
 
@@ -61,7 +61,7 @@ class TokenFeatures:
         return len(self.ids)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; it is there whole or not at all."""
+        """Write one safetensors file atomically."""
         path = Path(path)
         tensors = {"registers": self.registers, "patches": self.patches}
         if self.cls is not None:
@@ -78,11 +78,11 @@ class TokenFeatures:
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenFeatures":
-        """Read a file that `save` wrote, or all shards of a folder that `extract_to_folder` wrote.
+        """Load a file written by `save`, or all shards of a folder written by `extract_to_folder`.
 
         Raises:
-            FileNotFoundError: Neither is there, or the extraction has not come to its end.
-            ValueError: The file is not of this kind.
+            FileNotFoundError: The path does not exist, or the extraction is not finished.
+            ValueError: The file does not contain token features.
         """
         path = Path(path)
         if path.is_dir():
@@ -102,23 +102,23 @@ class TokenFeatures:
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
-    """What a file says of its images, without reading their features."""
+    """Read the metadata of a features file without reading the features."""
     try:
         with safe_open(path, framework="pt") as file:
             return json.loads((file.metadata() or {})["hf_regvit"])
     except (SafetensorError, KeyError) as error:
-        raise ValueError(f"'{path}' holds no token features ({error}). Delete it and extract again.") from error
+        raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
 def _put_in_place(unfinished: Path, path: Path) -> None:
-    """Give a finished file its name: after a crash there is the old file, the new one or none, but never half."""
+    """Rename a finished file; a crash leaves the old file, the new file or none, but never a partial one."""
     with unfinished.open("rb") as file:
         os.fsync(file.fileno())
     unfinished.replace(path)
 
 
 def _join(parts: Sequence[TokenFeatures]) -> TokenFeatures:
-    """Several parts as one."""
+    """Concatenate several parts."""
     skipped = tuple(image for part in parts for image in part.skipped)
     used = [part for part in parts if len(part)] or list(parts)
     _check_grids({part.grid for part in used})
@@ -136,24 +136,25 @@ def _join(parts: Sequence[TokenFeatures]) -> TokenFeatures:
 def _check_grids(grids: set[tuple[int, int]]) -> None:
     if len(grids) > 1:
         raise ValueError(
-            f"The pictures have different grids of patches, {sorted(grids)[:4]}, and cannot be put into one tensor. "
-            "Use a processor that makes pictures of one size (the default), or read_tokens batch by batch."
+            f"The images have different grids of patches, {sorted(grids)[:4]}, and cannot be stored in one tensor. "
+            "Use a processor that resizes to one size (the default), or call read_tokens for each batch."
         )
 
 
 @dataclass(frozen=True)
 class ExtractionSettings:
-    """What is read from every image and how it is written.
+    """Settings of an extraction: the features to read from every image and how to write them.
 
     Args:
-        layer: Block whose output is kept; 1 to L, 0 the embedding, negative from the end.
-        final_norm: Apply the model's final norm, as for its own last hidden state; False: the raw residual stream.
-        patches: Keep patch tokens; CLS and registers always are.
-        dtype: "float32", "float16" or "bfloat16".
-        batch_size: Images of one forward pass. Other values change the last digits only.
-        shard_size: Images of one file, bad ones included; as many a process holds in memory.
-        image_size: Side of the picture, pixels; None: the processor's own.
-        max_images: The first so many images; None: all.
+        layer: Block whose output is kept: 1 to L, 0 for the embedding, negative numbers to count from the end.
+        final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to keep the raw
+            residual stream.
+        patches: Whether to keep patch tokens; CLS and registers are always kept.
+        dtype: Data type of the files: "float32", "float16" or "bfloat16".
+        batch_size: Number of images per forward pass. It affects only the last digits.
+        shard_size: Number of images per file, including skipped ones; each process holds one shard in memory.
+        image_size: Side of the input image in pixels, or None for the size of the processor.
+        max_images: Maximum number of images, counted from the first, or None for all.
     """
 
     layer: int = -1
@@ -169,11 +170,11 @@ class ExtractionSettings:
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype={self.dtype!r} is unknown, expected one of {', '.join(_DTYPES)}.")
         if self.shard_size < 1:
-            raise ValueError(f"shard_size={self.shard_size}, expected at least 1.")
+            raise ValueError(f"shard_size={self.shard_size} is too small. Use at least 1.")
 
 
 class _Reader:
-    """Pixels to features with one model, block and type."""
+    """Reader of features for one model, block and dtype."""
 
     def __init__(self, model: nn.Module, settings: ExtractionSettings) -> None:
         self.model, self.settings = model, settings
@@ -181,7 +182,7 @@ class _Reader:
         self.dtype = _DTYPES[settings.dtype]
 
     def read(self, images: PreparedImages, bar: Any) -> TokenFeatures:
-        """Features of all images of a part, in their order; perhaps of none."""
+        """Read the features of all images of a part in order; there may be none."""
         parts, reported = [], 0
         for ids, pixel_values in images.batches():
             parts.append(self._read_batch(ids, pixel_values))
@@ -205,13 +206,14 @@ class _Reader:
         tokens = self.norm(tokens)
         if not tokens.isfinite().all():
             raise ValueError(
-                f"The model gives NaN or infinity at layer {layer}. Check its weights; in float16 large activations "
-                "overflow: use bfloat16 or float32."
+                f"The model gives NaN or infinity at block {layer}. Check its weights. If it runs in float16, large "
+                "activations may overflow; use bfloat16 or float32."
             )
         kept = tokens.to(self.dtype)
         if not kept.isfinite().all():
             raise ValueError(
-                f"Features up to {tokens.abs().max():.3g} do not fit {self.settings.dtype}. Use bfloat16 or float32."
+                f"Features up to {tokens.abs().max():.3g} do not fit into {self.settings.dtype}. Use bfloat16 or "
+                "float32."
             )
         return kept.cpu()
 
@@ -231,20 +233,23 @@ def extract_features(
     batch_size: int = 32,
     device: str | torch.device | None = None,
 ) -> TokenFeatures:
-    """CLS, registers and patches of all images after one block, in memory; `extract_to_folder` is for larger sets.
+    """Extract CLS, registers and patches of all images after one block, in memory.
+
+    Use `extract_to_folder` for datasets that do not fit into memory.
 
     Args:
-        model: A model of a family in `families.FAMILIES`; untouched.
-        images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set. Sizes may differ: the
-            processor brings them to one.
-        processor: See `EvaluationTransform.for_model`.
-        layer: 1 to L, 0 for the embedding, negative from the end.
-        final_norm: Apply the model's final norm, as for its own last hidden state; False: the raw residual stream.
-        batch_size: Images of one forward pass.
-        device: Where to compute; default where the model is.
+        model: Model of a family in `families.FAMILIES`. It is not changed.
+        images: Folder, list of paths or Pillow images, `ImageSource` or `datasets` dataset. Sizes may differ, because
+            the processor resizes the images.
+        processor: Image processor; see `EvaluationTransform.for_model`.
+        layer: Block to read: 1 to L, 0 for the embedding, negative numbers to count from the end.
+        final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to return the raw
+            residual stream.
+        batch_size: Number of images per forward pass.
+        device: Device to compute on; by default, the device of the model.
 
     Raises:
-        ValueError: Unknown family or layer, or no image of use.
+        ValueError: The family or block is unknown, or no image could be used.
     """
     settings = ExtractionSettings(layer=layer, final_norm=final_norm)
     prepared = prepare_images(images, EvaluationTransform.for_model(model, processor), batch_size=batch_size)
@@ -256,7 +261,7 @@ def extract_features(
 
 @contextmanager
 def _placed(model: nn.Module, device: str | torch.device | None) -> Iterator[None]:
-    """The model on a device for the time of the block, and back where it was after it."""
+    """Move the model to a device for the duration of the `with` block and back afterwards."""
     home = next(model.parameters()).device
     try:
         if device is not None:
@@ -267,7 +272,7 @@ def _placed(model: nn.Module, device: str | torch.device | None) -> Iterator[Non
 
 
 def _progress(total: int | None, *, show: bool | None) -> Any:
-    """A bar in images per second on stderr; `show=None`: only on a terminal."""
+    """Create a progress bar on stderr; with `show=None`, only on a terminal."""
     from tqdm import tqdm
 
     return tqdm(total=total, unit=" images", disable=None if show is None else not show, mininterval=0.5)
@@ -278,7 +283,7 @@ def _progress(total: int | None, *, show: bool | None) -> Any:
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """What a call of `extract_to_folder` did. Images are counted over the whole folder once it is complete."""
+    """Result of `extract_to_folder`; images are counted over the whole folder once it is complete (0 before)."""
 
     output_dir: str
     complete: bool
@@ -289,7 +294,7 @@ class ExtractionReport:
     images_per_second: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
 
@@ -303,29 +308,30 @@ def extract_to_folder(
     device: str | torch.device | None = None,
     progress: bool = True,
 ) -> ExtractionReport:
-    """Features of any number of images as safetensors shards with an `index.json`; run again, it goes on.
+    """Extract features of any number of images to safetensors shards with an `index.json`; a rerun resumes.
 
-    Shard i holds images i * shard_size to (i + 1) * shard_size - 1 of the source, whoever computes it. A process under
-    `accelerate launch` or `torchrun` takes every n-th shard, so that several together write the very files that one
-    would; a shard that is there already is not computed again. The index is written by whoever finds all shards done,
-    so nobody waits for anybody. Memory: one shard and one batch. On CPUs use `torchrun` or `accelerate launch
-    --multi_gpu`: `accelerate launch --cpu` starts a single process.
+    Shard i contains images i * shard_size to (i + 1) * shard_size - 1 of the source. Under `accelerate launch` or
+    `torchrun` with n processes, each process computes every n-th shard, so the files are the same as those of a single
+    process. Existing shards are not computed again. The process that finds all shards complete writes the index, so no
+    process waits for another. Memory use is one shard and one batch. On CPUs, use `torchrun` or `accelerate launch
+    --multi_gpu`, because `accelerate launch --cpu` starts only one process.
 
     Args:
-        model: A model, or the name of one for `load_model`.
-        images: As for `extract_features`. Every process passes through a whole stream, but opens its own images only.
-        output_dir: New, or that of an earlier run with the same model, images and settings.
-        processor: See `EvaluationTransform.for_model`.
-        settings: See `ExtractionSettings`.
-        device: Where to compute; default where the model is, or the process's own device.
-        progress: Show a bar (first process only).
+        model: Model, or the name of a model for `load_model`.
+        images: Images as for `extract_features`, or a stream. Every process iterates over the whole stream, but opens
+            only its own images.
+        output_dir: Output folder, either new or from an earlier run with the same model, images and settings.
+        processor: Image processor; see `EvaluationTransform.for_model`.
+        settings: Settings of the extraction; see `ExtractionSettings`.
+        device: Device to compute on; by default, the device of the model or that of the process.
+        progress: Whether to show a progress bar (first process only).
 
     Raises:
-        ValueError: The folder holds features of something else, or no image is of use.
+        ValueError: The folder contains features of another extraction, or no image could be used.
     """
     from accelerate import PartialState
 
-    # Without `cpu` a group of processes on a machine without accelerator takes itself for one.
+    # Without `cpu`, a group of processes on a machine without accelerator would count as a single process.
     state, settings = PartialState(cpu=not torch.accelerator.is_available()), settings or ExtractionSettings()
     if isinstance(model, str | Path):
         model, saved = load_model(model)
@@ -369,7 +375,7 @@ def extract_to_folder(
 
 
 def _share(total: int | None, shard_size: int, process: int, num_processes: int) -> int | None:
-    """How many of `total` images lie in the shards of one process."""
+    """Count the images in the shards of one process."""
     if total is None:
         return None
     starts = range(process * shard_size, total, num_processes * shard_size)
@@ -381,17 +387,17 @@ def _shard_name(index: int) -> str:
 
 
 def _is_done(path: Path, part: PreparedImages) -> bool:
-    """Whether a shard of an earlier run is there, with these very images."""
+    """Return True if an earlier run wrote this shard; raise if it contains other images."""
     if not path.is_file():
         return False
     notes = _read_notes(path)
     if {*notes["ids"], *(name for name, _ in notes["skipped"])} != set(part.ids()):
-        raise ValueError(f"'{path}' holds other images than the source now has in this place. Use an empty folder.")
+        raise ValueError(f"'{path}' contains other images than this part of the source. Use an empty folder.")
     return True
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits that change when any weight of the vision tower does, or its type."""
+    """Return 32 hexadecimal digits that change with any weight of the vision tower or its dtype."""
     digest = hashlib.blake2b(digest_size=16)
     for key, tensor in sorted(find_tower(model)[0].state_dict().items()):
         digest.update(key.encode())
@@ -400,7 +406,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 
 
 def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
-    """All that the numbers depend on: two runs of one identity write the same files."""
+    """Collect everything the features depend on: two runs with the same identity write the same files."""
     names = hashlib.blake2b(digest_size=16)
     for name in images.ids() if images.total is not None else ():
         names.update(name.encode("utf-8", "surrogateescape") + b"\0")
@@ -416,7 +422,7 @@ def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSett
 
 
 def _claim(folder: Path, identity: dict[str, Any]) -> None:
-    """Write down what the folder is for, or check that it is for the same."""
+    """Write the identity of the extraction to the folder, or check that an existing one is the same."""
     path = folder / "extraction.json"
     if not path.is_file():
         _write_json(path, identity)
@@ -425,22 +431,22 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     differing = [key for key in identity if known.get(key) != identity[key]]
     if differing:
         changes = ", ".join(f"{key}: {known.get(key)!r}, now {identity[key]!r}" for key in differing)
-        raise ValueError(f"'{folder}' holds features of another extraction ({changes}). Use an empty folder.")
+        raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # Several processes may write the same content, each in a file of its own, so that none renames another's half.
+    # Several processes may write the same content; with separate files, none renames another's partial file.
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
     unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _put_in_place(unfinished, path)
 
 
 def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: str) -> dict[str, Any] | None:
-    """Write `index.json` and return it; None while other processes are still at work on their shards."""
+    """Write `index.json` and return it, or return None while other processes are still writing shards."""
     found = {path.name for path in folder.glob("features-*.safetensors")}
     expected = [_shard_name(index) for index in range(num_shards)]
     if extra := sorted(found.difference(expected)):
-        raise ValueError(f"'{folder}' has more shards than the source fills, e.g. '{extra[0]}'. Use an empty folder.")
+        raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
     shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
@@ -461,7 +467,7 @@ def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: 
 
 
 def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
-    """The shards of a finished extraction that hold any image, one by one, in the order of the source.
+    """Iterate over the non-empty shards of a finished extraction, in the order of the source.
 
     Raises:
         FileNotFoundError: The folder has no `index.json`.
@@ -475,7 +481,7 @@ def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / "index.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"'{folder}' has no index.json: nothing was extracted there, or not to the end. Run the extraction again; "
-            "it goes on where it stopped."
+            f"'{folder}' has no index.json, so there is no finished extraction. Run the extraction again; it resumes "
+            "where it stopped."
         )
     return json.loads(path.read_text(encoding="utf-8"))

@@ -1,8 +1,8 @@
-"""The families of vision transformers that can be read: where each keeps its blocks, projections and norms.
+"""Table of the supported families of vision transformers: where each keeps its blocks, projections and norms.
 
-What differs between models is data here, one record a family; `features` does the reading.
+All differences between models are data in this table, one record per family; `features` does the reading.
 
-Token order is `[CLS | distillation | registers | patches]`, whichever of them a model has.
+Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
 """
 
 from collections.abc import Sequence
@@ -15,23 +15,24 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Family:
-    """Where one family of models keeps what `read_tokens` reads; paths as in `get_submodule`.
+    """Record of the modules that `read_tokens` reads in one family of models; paths are as in `get_submodule`.
 
     Args:
-        blocks: From the tower to the list of its blocks.
-        patch_projection: From the tower to the convolution that makes patches.
-        final_norm: From the tower to the norm of the last block's tokens.
-        attention: From a block to its attention.
-        projections: From the attention to the linear layers of query, key and value; of the names of each, which
-            changed between releases of transformers, the first that exists counts. An attention that has one fused
-            layer instead calls it `qkv`.
-        mlp_output: From a block to the linear layer that reads the MLP's activations; the first that exists counts.
-        has_cls: Whether a CLS token comes first. None: the tower says so itself (timm).
-        num_distillation_tokens: Tokens between CLS and registers.
-        rotary: The argument in which an attention gets the angles that rotate queries and keys of patches before
-            they meet; None where nothing rotates. An attention that was given none rotates nothing.
-        qk_norms: From the attention to norms of queries and keys, applied per head.
-        resize_switch: Whether other sizes than the native one need `interpolate_pos_encoding=True`.
+        blocks: Path from the tower to the list of its blocks.
+        patch_projection: Path from the tower to the convolution that creates the patch tokens.
+        final_norm: Path from the tower to the norm of the last block's tokens.
+        attention: Path from a block to its attention.
+        projections: Paths from the attention to the linear layers of query, key and value. Each has several candidate
+            names, because they changed between releases of transformers; the first that exists is used. An attention
+            with one fused layer has it under the name `qkv` instead.
+        mlp_output: Paths from a block to the linear layer that reads the MLP activations; the first that exists is
+            used.
+        has_cls: Whether a CLS token comes first, or None if the tower itself provides this information (timm).
+        num_distillation_tokens: Number of tokens between CLS and registers.
+        rotary: Name of the argument that passes the rotary angles for queries and keys of patches to the attention,
+            or None if the family has no rotary positions. An attention that receives no angles does not rotate.
+        qk_norms: Paths from the attention to the norms of queries and keys, which are applied per head.
+        resize_switch: Whether sizes other than the native one need `interpolate_pos_encoding=True`.
     """
 
     blocks: str
@@ -81,7 +82,7 @@ _TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
 
 
 def _family_name(module: nn.Module) -> str | None:
-    """The key of the family table for this very module, leaving aside what is inside it."""
+    """Return the family key of this module itself, ignoring its submodules."""
     for cls in type(module).__mro__:
         if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
             return _TIMM_CLASSES[cls.__name__]
@@ -90,7 +91,7 @@ def _family_name(module: nn.Module) -> str | None:
 
 
 def has_part(module: nn.Module, path: str) -> bool:
-    """Whether `get_submodule(path)` finds a module."""
+    """Return True if `module.get_submodule(path)` exists."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -99,14 +100,17 @@ def has_part(module: nn.Module, path: str) -> bool:
 
 
 def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
-    """The vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
+    """Find the vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
 
     Raises:
-        ValueError: Nothing inside the model belongs to a family of the table.
+        TypeError: `model` is not a torch module.
+        ValueError: No module of the model belongs to a family of the table.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}, expected a torch module. Load names with load_model.")
-    for module in model.modules():  # outermost first: parts of a tower carry its config too, but not all of its paths
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch module. To load a folder or Hub id, use load_model."
+        )
+    for module in model.modules():  # outermost first: parts of a tower share its config but lack some of its paths
         name = _family_name(module)
         if name and has_part(module, FAMILIES[name].blocks) and has_part(module, FAMILIES[name].patch_projection):
             return module, name
@@ -114,17 +118,16 @@ def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
 
 
 def unknown_family(kind: str) -> ValueError:
-    """The error for a model of a kind that is not in the table."""
+    """Create the error for a model whose kind is not in the family table."""
     return ValueError(
-        f"The family table does not know model_type '{kind}'. It holds {', '.join(FAMILIES)}. Use "
-        "a plain vision transformer of one of them: models with windows, stages or convolutions have no global patch "
-        "tokens to read."
+        f"model_type '{kind}' is not in the family table ({', '.join(FAMILIES)}). Use a plain vision transformer of "
+        "one of these families; models with windows, stages or convolutions have no global patch tokens to read."
     )
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What the family table and the weights say about a model. `patch_size` and `image_size` are (height, width)."""
+    """Sizes and token layout of a model; `patch_size` and `image_size` are (height, width) in pixels."""
 
     name: str
     family: str
@@ -139,12 +142,12 @@ class ModelDescription:
 
     @property
     def is_timm(self) -> bool:
-        """Whether the model is timm's, with its transforms and its ways to resize."""
+        """True for timm models, which have their own transforms and resizing options."""
         return self.family in _TIMM_CLASSES.values()
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches."""
+        """Number of tokens before the patches."""
         return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
 
 
@@ -154,17 +157,17 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def describe_model(model: nn.Module) -> ModelDescription:
-    """Sizes and token layout of any model that `read_tokens` reads.
+    """Describe the sizes and the token layout of any model that `read_tokens` supports.
 
     Raises:
-        ValueError: The model belongs to no family of the table.
+        ValueError: The model does not belong to a family of the table.
     """
     tower, name = find_tower(model)
     return describe_tower(tower, name)
 
 
 def describe_tower(tower: Any, name: str) -> ModelDescription:
-    """`describe_model` for what `find_tower` returned."""
+    """Describe a tower and family name as returned by `find_tower`; see `describe_model`."""
     family = FAMILIES[name]
     blocks = tower.get_submodule(family.blocks)
     if name not in _TIMM_CLASSES.values():
@@ -190,7 +193,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
         num_layers=len(blocks),
         hidden_size=tower.embed_dim,
         num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
-        # Not `patch_embed.patch_size`, which counts cells of the feature map where a CNN comes first.
+        # Do not use `patch_embed.patch_size`: after a CNN stem it counts cells of the feature map, not pixels.
         patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
         image_size=image_size,
         has_cls=has_cls,
@@ -200,14 +203,15 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
 
 
 def _name_of(source: str) -> str:
-    """A Hub id as it is, a folder by its last part: names go into reports that are published."""
+    """Return a Hub id unchanged and a folder without its parents, since names appear in published reports."""
     return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """The norm that the model applies to tokens of its last block; the identity where it only norms a pooled vector.
+    """Return the norm that the model applies to the tokens of its last block, or the identity.
 
-    CLIP itself applies its norm to CLS alone; it is returned all the same, as is usual for dense features.
+    The identity is returned for models that only normalize a pooled vector. CLIP normalizes only CLS, but its norm is
+    returned nevertheless, as is usual for dense features.
     """
     tower, name = find_tower(model)
     if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":

@@ -1,8 +1,8 @@
-"""One vector per image and block from a frozen model, read once and kept on disk for every task.
+"""Cache of image features: one vector per image and block of a frozen model, computed once and shared by all tasks.
 
-A file's name is the fingerprint of all that its numbers depend on: weights and configuration of the model, content and
-order of the images, what the transform does, blocks, and the versions of the libraries. Whatever of it changes, the
-file is not found and the features are read anew; nothing is ever taken for something else.
+The file name is a fingerprint of everything the features depend on: weights and configuration of the model, content
+and order of the images, transform, blocks, device type and library versions. If any of these changes, the file is not
+found and the features are computed again, so outdated features are never used.
 
 Shape letters: n images, B blocks, D width.
 """
@@ -34,17 +34,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class FrozenFeatures:
-    """What tasks on whole images need, on the CPU and after the final norm.
+    """Features for tasks on whole images, on the CPU and after the final norm.
 
     Args:
-        vectors: (n, B, D) float32: CLS of every block read, or the mean patch of a model without CLS.
-        mean_patch: (n, D), of the last block read.
-        layers: The blocks, 1 to L.
-        kind: What the vectors are: "CLS" or "mean patch".
-        ids: Of the n images that could be read, in the order of the source.
-        skipped: Those that could not.
-        seconds: Wall time of reading them, also when they came from the cache.
-        from_cache: Whether they did.
+        vectors: (n, B, D) float32, CLS of every block that was read, or the mean patch for a model without CLS.
+        mean_patch: (n, D) mean patch of the last block that was read.
+        layers: Blocks that were read, 1 to L.
+        kind: Kind of the vectors: "CLS" or "mean patch".
+        ids: Ids of the n images that could be read, in the order of the source.
+        skipped: Images that could not be read.
+        seconds: Wall time of computing the features (of the original run, if they come from the cache).
+        from_cache: Whether the features come from the cache.
     """
 
     vectors: Tensor
@@ -58,14 +58,14 @@ class FrozenFeatures:
 
     @property
     def last(self) -> Tensor:
-        """(n, D), the vectors of the last block read."""
+        """Vectors (n, D) of the last block that was read."""
         return self.vectors[:, -1]
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """32 hexadecimal digits that change with any weight of the vision tower or field of its configuration."""
+    """Return 32 hexadecimal digits that change with any weight or configuration field of the vision tower."""
     tower: Any = find_tower(model)[0]
-    # timm keeps no configuration: the text of its modules holds sizes, norms and their epsilons.
+    # timm models have no configuration; the text of their modules contains sizes, norms and epsilons.
     settings = tower.config.to_dict() if hasattr(tower, "config") else {"modules": repr(tower)}
     settings = {k: v for k, v in settings.items() if k not in ("_name_or_path", "transformers_version")}
     text = json.dumps(settings, sort_keys=True, default=str)
@@ -73,10 +73,10 @@ def model_fingerprint(model: nn.Module) -> str:
 
 
 def image_digests(source: ImageSource) -> list[bytes]:
-    """16 bytes for every image that change with its content.
+    """Return a digest of 16 bytes for every image that changes with its content.
 
-    Content is what is stored, byte by byte: times and sizes of files would miss a changed one. Pictures that are drawn
-    rather than stored are drawn for this.
+    The stored bytes are hashed, because modification times and sizes of files could miss a change. Images that are
+    generated rather than stored are generated for this.
     """
     digests = []
     for i in range(len(source)):
@@ -89,11 +89,11 @@ def image_digests(source: ImageSource) -> list[bytes]:
 
 
 def data_fingerprint(source: ImageSource, digests: Sequence[bytes] | None = None) -> str:
-    """32 hexadecimal digits that change with the name, the content or the order of any image.
+    """Return 32 hexadecimal digits that change with the name, the content or the order of the images.
 
     Args:
         source: Images.
-        digests: Theirs, if they are known already.
+        digests: Digests of the images, if they are already known; see `image_digests`.
     """
     digest = hashlib.blake2b(digest_size=16)
     for name, content in zip(source.ids, image_digests(source) if digests is None else digests):
@@ -112,20 +112,20 @@ def read_features(
     digests: Sequence[bytes] | None = None,
     label: str | None = None,
 ) -> FrozenFeatures:
-    """Features of all images in their order, from the cache where they are there.
+    """Read the features of all images in order, from the cache if available.
 
     Args:
-        model: A model of a family in `families.FAMILIES`; untouched.
+        model: Model of a family in `families.FAMILIES`. It is not changed.
         source: Images.
-        transform: What the model sees of them.
-        layers: Blocks; those that a shallow model has not are left out.
-        batch_size: Images of one forward pass.
-        cache_dir: Folder for the files; None keeps none.
-        digests: Of the images, if they are known already; see `image_digests`.
-        label: Of the progress bar.
+        transform: Transform of the images.
+        layers: Blocks to read; negative numbers that a shallow model does not have are left out.
+        batch_size: Number of images per forward pass.
+        cache_dir: Folder of the cache, or None to use no cache.
+        digests: Digests of the images, if they are already known; see `image_digests`.
+        label: Label of the progress bar.
 
     Raises:
-        ValueError: No image is of use.
+        ValueError: No image could be used.
     """
     description = describe_model(model)
     resolved = resolve_layers([layer for layer in layers if layer >= -description.num_layers], description.num_layers)
@@ -179,9 +179,9 @@ def _read(
 
 
 class VectorReader:
-    """Pixels to the vectors of some blocks, one ordinary forward pass a batch.
+    """Reader of the vectors of some blocks, with one ordinary forward pass per batch.
 
-    Of every block only what is kept is normed: CLS alone, and all patches of the last block for their mean.
+    The final norm is applied only to the tokens that are kept: CLS, and the patches of the last block for their mean.
     """
 
     def __init__(self, model: nn.Module, layers: tuple[int, ...]) -> None:
@@ -191,13 +191,13 @@ class VectorReader:
         self.prefix, self.has_cls = description.num_prefix_tokens, description.has_cls
 
     def read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """(b, B, D) and (b, D), float32 on the CPU."""
+        """Return the vectors (b, B, D) and the mean patch (b, D) of the last block, float32 on the CPU."""
         kept = read_tokens(self.model, pixel_values, layers=self.layers, reduce=self._reduce).values
         vectors = torch.stack([values[:, 0] for values in kept], dim=1)  # (b, B, D)
         return vectors, kept[-1][:, -1].clone()
 
     def _reduce(self, tokens: Tensor, layer: int) -> Tensor:
-        """(b, T, D) to (b, 1 or 2, D): the vector, and of the last block the mean patch."""
+        """Reduce (b, T, D) to (b, 1 or 2, D): the vector and, for the last block, the mean patch."""
         parts = [self.norm(tokens[:, :1])] if self.has_cls else []
         if not self.has_cls or layer == self.layers[-1]:
             parts.append(self.norm(tokens[:, self.prefix :]).mean(dim=1, keepdim=True))
@@ -205,7 +205,7 @@ class VectorReader:
 
 
 def _save(features: FrozenFeatures, path: Path) -> None:
-    """One file, there whole or not at all."""
+    """Write the features atomically to one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     notes = {
         "layers": features.layers,
@@ -224,13 +224,13 @@ def _save(features: FrozenFeatures, path: Path) -> None:
 
 
 def _load(path: Path) -> FrozenFeatures | None:
-    """What `_save` wrote; None, said aloud, if the file cannot be read."""
+    """Load a file written by `_save`; warn and return None if it cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             notes = json.loads((file.metadata() or {})["hf_regvit"])
             vectors, mean_patch = file.get_tensor("vectors"), file.get_tensor("mean_patch")
     except (SafetensorError, KeyError, OSError) as error:
-        logger.warning("The cached features '%s' cannot be read (%s); reading the images again.", path, error)
+        logger.warning("The cached features '%s' cannot be read (%s). Computing them again.", path, error)
         return None
     skipped = tuple(SkippedImage(*pair) for pair in notes["skipped"])
     report_skipped(len(notes["ids"]), skipped, str(path))

@@ -1,12 +1,12 @@
-"""One way to read tokens out of any plain vision transformer of transformers or timm.
+"""Read tokens from any plain vision transformer of transformers or timm.
 
 `read_tokens` returns the residual stream, attention weights, queries, keys, values, MLP activations or patch
-embeddings of chosen blocks. What differs between models is data: one record of the family table says where blocks,
-projections and norms are. Everything is read with hooks during one ordinary forward pass; the model's own code runs
-unchanged and keeps its attention implementation.
+embeddings of chosen blocks. The family table says where each family keeps its blocks, projections and norms.
+Everything is read with hooks during one ordinary forward pass: the model's own code runs unchanged and keeps its
+attention implementation.
 
 Shapes: B images, R registers, N patches in a grid of (rows, columns), T = prefix + N tokens, D width, L blocks.
-Token order is `[CLS | distillation | registers | patches]`, whichever of them a model has.
+Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
 """
 
 import json
@@ -53,18 +53,18 @@ _ATTENTION_SITES: tuple[Site, ...] = ("q", "k", "v", "attention")
 
 @dataclass(frozen=True, eq=False)
 class TokenReading:
-    """What one site of some blocks held for a batch.
+    """Values of one site at some blocks for a batch of images.
 
     Args:
-        site: What was read.
-        layers: Blocks in the order asked for, 1 to L; 0 is the embedding before the first block.
-        values: One tensor a layer: residual and q, k, v (B, T, D), heads side by side; attention (B, heads, T, T),
-            each row a distribution over keys; mlp (B, T, hidden), what the MLP's last linear layer reads;
-            patch_embedding (B, N, D) before positions. Or what `reduce` made of it.
-        grid: (rows, columns) of the patches, row-major.
+        site: Site that was read.
+        layers: Blocks in the requested order, 1 to L; 0 is the embedding before the first block.
+        values: One tensor per block, or the result of `reduce`. residual, q, k, v: (B, T, D), heads concatenated.
+            attention: (B, heads, T, T), each row a distribution over keys. mlp: (B, T, hidden), the input of the MLP's
+            last linear layer. patch_embedding: (B, N, D), before positions are added.
+        grid: (rows, columns) of the patches, which are row-major.
         has_cls: Whether the first token is CLS.
-        num_register_tokens: R.
-        num_distillation_tokens: Tokens between CLS and registers (DeiT: 1).
+        num_register_tokens: Number R of registers.
+        num_distillation_tokens: Number of tokens between CLS and registers (DeiT: 1).
     """
 
     site: Site
@@ -77,45 +77,45 @@ class TokenReading:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches in `values`: none in patch embeddings."""
+        """Number of tokens before the patches in `values`; 0 for patch embeddings."""
         if self.site == "patch_embedding":
             return 0
         return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
 
     def at(self, layer: int = -1) -> torch.Tensor:
-        """Values of one block, named as in `layers`; -1 is the last entry.
+        """Return the values of one block, numbered as in `layers`; -1 is the last entry.
 
         Raises:
-            KeyError: That block was not read.
+            KeyError: The block was not read.
         """
         if layer == -1:
             return self.values[-1]
         if layer not in self.layers:
-            raise KeyError(f"Layer {layer} was not read, only {list(self.layers)}. Ask for it in `layers`.")
+            raise KeyError(f"Block {layer} was not read, only {list(self.layers)}. Add it to `layers`.")
         return self.values[self.layers.index(layer)]
 
     def __getitem__(self, layer: int) -> torch.Tensor:
         return self.at(layer)
 
     def _tokens(self, layer: int, start: int, length: int | None) -> torch.Tensor:
-        """A slice of the token axis; for attention of its queries."""
+        """Return a slice along the token axis (for attention, along the query axis)."""
         values = self.at(layer)
         axis = 2 if self.site == "attention" else 1
         return values.narrow(axis, start, values.shape[axis] - start if length is None else length)
 
     def cls(self, layer: int = -1) -> torch.Tensor | None:
-        """(B, D), or None without CLS; for attention the row of CLS, (B, heads, T)."""
+        """Return CLS (B, D), or None without CLS; for attention, the CLS row (B, heads, T)."""
         if not self.has_cls or self.site == "patch_embedding":
             return None
         return self._tokens(layer, 0, 1).squeeze(2 if self.site == "attention" else 1)
 
     def registers(self, layer: int = -1) -> torch.Tensor:
-        """(B, R, D), R may be 0; for attention the rows of the registers, (B, heads, R, T)."""
+        """Return the registers (B, R, D), where R may be 0; for attention, the register rows (B, heads, R, T)."""
         length = 0 if self.site == "patch_embedding" else self.num_register_tokens
         return self._tokens(layer, self.num_prefix_tokens - length, length)
 
     def patches(self, layer: int = -1) -> torch.Tensor:
-        """(B, N, D); for attention the rows of the patches, (B, heads, N, T)."""
+        """Return the patches (B, N, D); for attention, the patch rows (B, heads, N, T)."""
         return self._tokens(layer, self.num_prefix_tokens, None)
 
 
@@ -130,17 +130,18 @@ def read_tokens(
     """Read one site of chosen blocks in one forward pass, without gradients and in eval mode.
 
     Args:
-        model: A model of a family in `FAMILIES`, or one that contains such a tower. It is left as it was.
-        pixel_values: (B, 3, H, W) normalised pixels; moved to the model's device and type.
-        layers: 1 to L, 0 for the embedding (residual only), negative from the end, or "all". Only these are kept.
+        model: Model of a family in `FAMILIES`, or a model that contains such a tower. It is not changed.
+        pixel_values: (B, 3, H, W) normalized pixels; moved to the model's device and dtype.
+        layers: Block numbers 1 to L, 0 for the embedding (residual only), negative numbers to count from the end, or
+            "all". Only these blocks are kept.
         site: "residual": output of the block, before any final norm. "q", "k", "v": outputs of the projections,
-            before rotation and norms. "attention": softmax weights. "mlp": what the MLP's last layer reads, hence
+            before rotation and norms. "attention": softmax weights. "mlp": input of the MLP's last linear layer, i.e.
             after the nonlinearity. "patch_embedding": output of the patch convolution; `layers` is not used.
-        reduce: Called as `reduce(values, layer)` while the pass runs; its result is kept instead of the values, so
-            that e.g. norms of all blocks need no more memory than one block.
+        reduce: Function called as `reduce(values, layer)` during the forward pass. Its result is kept instead of the
+            values; for example, the norms of all blocks then need no more memory than one block.
 
     Raises:
-        ValueError: Unknown family, layer or site, or pixels of a shape the model cannot read.
+        ValueError: The family, block or site is unknown, or the model cannot read pixels of this shape.
 
     Example:
     ```python
@@ -158,7 +159,7 @@ def read_many(
     *,
     reduce: Mapping[Site, Reduction] | None = None,
 ) -> dict[Site, TokenReading]:
-    """`read_tokens` for several sites in the same forward pass: `{"residual": "all", "attention": (-1,)}`."""
+    """Read several sites in one forward pass, e.g. `{"residual": "all", "attention": (-1,)}`; see `read_tokens`."""
     tower, name = find_tower(model)
     family, description = FAMILIES[name], describe_tower(tower, name)
     pixel_values = _checked_pixels(tower, description, pixel_values)
@@ -170,7 +171,7 @@ def read_many(
 
 
 def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> tuple[int, ...]:
-    """Layers as positive numbers, or an error that names the first that does not exist."""
+    """Return block numbers counted from the start; raise for the first block that does not exist."""
     if site not in get_args(Site):
         raise ValueError(f"site={site!r} is unknown, expected one of {', '.join(get_args(Site))}.")
     if site == "patch_embedding":
@@ -178,46 +179,46 @@ def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> 
     first = 0 if site == "residual" else 1
     if isinstance(layers, str):
         if layers != "all":
-            raise ValueError(f"layers={layers!r} is unknown, expected 'all' or a sequence of numbers.")
+            raise ValueError(f"layers={layers!r} is unknown, expected 'all' or a sequence of block numbers.")
         return tuple(range(first, num_layers + 1))
     if isinstance(layers, int):
-        raise TypeError(f"layers={layers} is a number, expected a sequence: layers=({layers},).")
+        raise TypeError(f"layers={layers} is a number, expected a sequence. Use layers=({layers},).")
     resolved = tuple(layer + num_layers + 1 if layer < 0 else layer for layer in layers)
     if not resolved:
-        raise ValueError("layers is empty. Name at least one block, or 'all'.")
+        raise ValueError("layers is empty. Give at least one block, or 'all'.")
     for asked, layer in zip(layers, resolved):
         if not first <= layer <= num_layers:
             raise ValueError(
-                f"layer {asked} does not exist at site '{site}': the model has {num_layers} blocks, 1 to "
+                f"Block {asked} does not exist at site '{site}'. The model has {num_layers} blocks, 1 to "
                 f"{num_layers}{', and 0 for the embedding' if first == 0 else ''}; -1 is the last."
             )
     return resolved
 
 
 def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_values: torch.Tensor) -> torch.Tensor:
-    """The pixels on the model's device and of its type, or an error that says what to do."""
+    """Move the pixels to the model's device and dtype; raise if the model cannot read them."""
     if not isinstance(pixel_values, torch.Tensor):
         raise TypeError(
-            f"pixel_values is a {type(pixel_values).__name__}, expected a tensor (batch, 3, height, width). Make one "
-            "with prepare_images; images of different sizes are resized there."
+            f"pixel_values is a {type(pixel_values).__name__}, expected a tensor (batch, 3, height, width). Create "
+            "one with prepare_images, which also resizes images of different sizes."
         )
     if pixel_values.ndim != 4 or not pixel_values.is_floating_point() or not len(pixel_values):
         raise ValueError(
-            f"pixel_values has shape {tuple(pixel_values.shape)} and type {pixel_values.dtype}, expected normalised "
-            "floating-point pixels (batch, 3, height, width). Make them with prepare_images."
+            f"pixel_values has shape {tuple(pixel_values.shape)} and dtype {pixel_values.dtype}, expected normalized "
+            "floating-point pixels (batch, 3, height, width). Create them with prepare_images."
         )
     size, patch = tuple(pixel_values.shape[-2:]), description.patch_size
-    # At their native size some models drop a border of the image (384 pixels in patches of 14): that is their affair.
+    # The native size is always accepted: some models drop a border there (384 pixels in patches of 14).
     if size != description.image_size and (size[0] % patch[0] or size[1] % patch[1] or min(size) < max(patch)):
         nearest = " x ".join(str(max(1, round(side / step)) * step) for side, step in zip(size, patch))
         raise ValueError(
-            f"The images are {size[0]} x {size[1]} pixels, no multiple of the patch of {patch[0]} x {patch[1]}. "
-            f"Resize or crop them to {nearest}."
+            f"The image size of {size[0]} x {size[1]} pixels is not a multiple of the patch size of {patch[0]} x "
+            f"{patch[1]}. Resize or crop the images to {nearest}."
         )
     if size != description.image_size and not _takes_other_sizes(tower, description):
         raise ValueError(
-            f"This {description.family} model takes images of {description.image_size[0]} x "
-            f"{description.image_size[1]} only, not {size[0]} x {size[1]}. "
+            f"This {description.family} model only accepts images of {description.image_size[0]} x "
+            f"{description.image_size[1]} pixels, not {size[0]} x {size[1]}. "
             f"{'Create it with dynamic_img_size=True, or resize' if description.is_timm else 'Resize'} the images."
         )
     like = next(tower.parameters())
@@ -227,16 +228,16 @@ def _checked_pixels(tower: nn.Module, description: ModelDescription, pixel_value
 def _takes_other_sizes(tower: Any, description: ModelDescription) -> bool:
     if description.is_timm:
         return bool(getattr(tower, "dynamic_img_size", False))
-    return getattr(tower.config, "is_native", True)  # AIMv2 has tables of positions for one size, or none
+    return getattr(tower.config, "is_native", True)  # AIMv2 has either a position table for one size or no table
 
 
 def _forward_options(name: str, description: ModelDescription, pixel_values: torch.Tensor) -> dict[str, Any]:
-    """What the tower's forward needs to see all patches of images of this size, in order."""
+    """Return the arguments with which the tower's forward pass keeps all patches of this image size in order."""
     size = tuple(pixel_values.shape[-2:])
     options: dict[str, Any] = {}
     if FAMILIES[name].resize_switch and size != description.image_size:
         options["interpolate_pos_encoding"] = True
-    if name == "vit_mae":  # it sorts patches by this noise, which by default is random
+    if name == "vit_mae":  # sorts the patches by this noise, which is random by default
         cells = (size[0] // description.patch_size[0]) * (size[1] // description.patch_size[1])
         noise = torch.arange(cells, device=pixel_values.device, dtype=torch.float32)
         options["noise"] = noise.expand(len(pixel_values), cells)
@@ -245,7 +246,7 @@ def _forward_options(name: str, description: ModelDescription, pixel_values: tor
 
 @contextmanager
 def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Eval mode, with the mode of every module put back one by one: a model may be in training only in parts."""
+    """Switch to eval mode and restore the mode of each module afterwards; a model may be only partly in training."""
     training = [module for module in tower.modules() if module.training]
     if training:
         tower.eval()
@@ -258,7 +259,7 @@ def _evaluating(tower: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
-    """MAE drops three quarters of the patches by a number in its config; zero for the time of the reading."""
+    """Set MAE's `mask_ratio` to 0 while reading; otherwise it drops three quarters of the patches."""
     if name != "vit_mae":
         yield
         return
@@ -271,7 +272,7 @@ def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
 
 
 class _Collector:
-    """The hooks of one forward pass and what they have seen."""
+    """Hooks of one forward pass and the values they have collected."""
 
     def __init__(
         self,
@@ -282,14 +283,14 @@ class _Collector:
     ) -> None:
         self.family, self.description, self.wanted, self.reduce = family, description, wanted, reduce
         self.kept: dict[tuple[Site, int], torch.Tensor] = {}
-        self.projected: dict[str, torch.Tensor] = {}  # of the block that is running
+        self.projected: dict[str, torch.Tensor] = {}  # of the current block
         self.grid: tuple[int, int] | None = None
 
     @contextmanager
     def attached(self, tower: nn.Module) -> Iterator[None]:
-        """Hooks in place for the time of the `with` block, and gone after it whatever happens inside.
+        """Register the hooks for the duration of the `with` block and always remove them afterwards.
 
-        They see this thread only: a server may have another one in the same model at the same time.
+        The hooks ignore other threads, because a server may run the same model in another thread at the same time.
         """
         family, thread = self.family, threading.get_ident()
         with ExitStack() as stack:
@@ -329,8 +330,8 @@ class _Collector:
             if has_part(module, path):
                 return module.get_submodule(path)
         raise ValueError(
-            f"A {type(module).__name__} of this {self.description.family} model has no '{' or '.join(paths)}', so "
-            "this site cannot be read. Read 'residual', or use the family's usual blocks."
+            f"The module {type(module).__name__} of this {self.description.family} model has no "
+            f"'{' or '.join(paths)}', so this site cannot be read. Read 'residual', or use the family's usual blocks."
         )
 
     def _keep(self, site: Site, layer: int, values: torch.Tensor) -> None:
@@ -363,9 +364,9 @@ class _Collector:
         return see
 
     def _see_input(self, attention: Any, args: tuple, kwargs: dict) -> None:
-        """Projections of the attentions (timm's EVA) that use the weight of `qkv` with biases kept elsewhere.
+        """Compute the projections of attentions that keep the biases of `qkv` separately (EVA in timm).
 
-        They do not call the layer, or add the biases after it, so that a hook on it would see nothing or too little.
+        They either do not call the layer or add the biases after it, so a hook on `qkv` would miss values.
         """
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
         self.projected.update(zip("qkv", nn.functional.linear(args[0], attention.qkv.weight, bias).chunk(3, dim=-1)))
@@ -375,17 +376,17 @@ class _Collector:
             for site in sites:
                 if site == "attention":
                     self._keep(site, layer, self._attention_weights(module, kwargs))
-                else:  # a copy, because a part of a fused projection would keep the whole alive
+                else:  # copy, because a view would keep the whole fused projection in memory
                     self._keep(site, layer, self.projected[site].contiguous())
             self.projected.clear()
 
         return see
 
     def _attention_weights(self, attention: nn.Module, kwargs: dict) -> torch.Tensor:
-        """(B, heads, T, T), computed from queries and keys as the eager implementations do: softmax in float32.
+        """Compute attention weights (B, heads, T, T) like the eager implementations, with the softmax in float32.
 
-        The model's own pass can therefore stay on a fused kernel, which gives no weights, and blocks that nobody asked
-        for cost nothing.
+        This way, the model itself can use a fused kernel, which returns no weights, and blocks that were not requested
+        add no cost.
         """
         head_dim = self.projected["q"].shape[-1] // self.description.num_heads
         query, key = (self.projected[site].unflatten(-1, (-1, head_dim)).transpose(1, 2) for site in ("q", "k"))
@@ -396,19 +397,19 @@ class _Collector:
         angles = kwargs.get(self.family.rotary) if self.family.rotary else None
         if angles is not None:
             query, key = (_rotate_patches(x, angles, halves=_rotates_halves(attention)) for x in (query, key))
-        # Fewer heads of keys than of queries: each serves a group of consecutive queries.
+        # With fewer key heads than query heads, each key head serves a group of consecutive query heads.
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5  # (B, heads, T, T)
         return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
 
     def readings(self) -> dict[Site, TokenReading]:
-        """What was seen, in the order asked for."""
+        """Return the collected values in the requested order."""
         missing = [
             (site, layer) for site in self.wanted for layer in self.wanted[site] if (site, layer) not in self.kept
         ]
         if missing or self.grid is None:
             raise ValueError(
-                f"The forward pass of this {self.description.family} model never called the modules of "
+                f"The forward pass of this {self.description.family} model did not call the modules of "
                 f"{missing or 'the patch embedding'}, so nothing could be read. Use the family's usual blocks."
             )
         d = self.description
@@ -427,20 +428,20 @@ class _Collector:
 
 
 def _rotates_halves(attention: nn.Module) -> bool:
-    """Which of the two layouts of rotary channels an attention uses: timm's say so, DINOv3's is by halves."""
+    """Return True if rotary channels are paired by halves (DINOv3); timm attentions provide this information."""
     return bool(getattr(attention, "rotate_half", True))
 
 
 def _rotate_patches(
     x: torch.Tensor, angles: torch.Tensor | tuple[torch.Tensor, torch.Tensor], *, halves: bool
 ) -> torch.Tensor:
-    """Rotary positions on the patches of (B, heads, T, head_dim); tokens before them have no position.
+    """Apply rotary positions to the patches; the tokens before them have no position.
 
     Args:
-        x: Queries or keys.
-        angles: (cos, sin) of (N, head_dim) each as transformers passes them, or timm's one tensor
-            (..., N, 2 head_dim) with the sines first.
-        halves: Channel i turns together with channel i + head_dim / 2 (DINOv3); else with its neighbour (EVA-02).
+        x: (B, heads, T, head_dim) queries or keys.
+        angles: Pair (cos, sin) of shape (N, head_dim) each, as in transformers, or one tensor (..., N, 2 * head_dim)
+            with the sines first, as in timm.
+        halves: Whether channel i is paired with channel i + head_dim / 2 (DINOv3) or with its neighbor (EVA-02).
 
     Source: arXiv 2104.09864.
     """
@@ -459,13 +460,13 @@ def _rotate_patches(
 
 @dataclass(frozen=True)
 class EvaluationTransform:
-    """A picture to the pixels (3, H, W) that a model wants to see, and back to what a person wants to see.
+    """Transform from an image to a model's input pixels (3, H, W), and back to a viewable image.
 
     Args:
-        apply: RGB picture to normalised pixels.
-        mean: Of the normalisation, per channel, for pixels in [0, 1].
-        std: Likewise.
-        description: What is done, in words that change when anything of it does.
+        apply: Function from an RGB image to normalized pixels.
+        mean: Mean of the normalization per channel, for pixels in [0, 1].
+        std: Standard deviation of the normalization per channel, for pixels in [0, 1].
+        description: Text that identifies the transform; it changes whenever the transform does.
     """
 
     apply: Callable[[Image.Image], torch.Tensor]
@@ -474,11 +475,11 @@ class EvaluationTransform:
     description: str
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
-        """(3, H, W) float32."""
+        """Return the normalized pixels (3, H, W), float32."""
         return self.apply(image)
 
     def picture(self, pixel_values: torch.Tensor) -> Image.Image:
-        """The part of the picture that the model saw, from its pixels (3, H, W)."""
+        """Convert pixels (3, H, W) back to an image that shows the region the model saw."""
         mean, std = torch.tensor(self.mean)[:, None, None], torch.tensor(self.std)[:, None, None]
         levels = (pixel_values.float().cpu() * std + mean).clamp(0, 1).mul(255).round().to(torch.uint8)
         return Image.fromarray(levels.permute(1, 2, 0).numpy())
@@ -492,26 +493,26 @@ class EvaluationTransform:
         image_size: int | None = None,
         keep_aspect: bool = False,
     ) -> "EvaluationTransform":
-        """The model's own preprocessing.
+        """Create the transform of a model's own preprocessing.
 
-        Without `image_size` and `keep_aspect` it is exactly what the processor, or timm's data config, does: most
-        squash or crop to a fixed square. Else only its statistics are used.
+        Without `image_size` and `keep_aspect`, it does exactly what the image processor or the timm data config does;
+        most of them squash or crop to a fixed square. Otherwise, only their mean and standard deviation are used.
 
         Args:
-            model: A model of a family in `FAMILIES`.
-            processor: Image processor, or a transform of this class, as `load_model` gives for timm. Default: the one
-                saved where the model came from; failing that shortest edge, centre crop and ImageNet statistics, with
-                a warning.
-            image_size: Side of a square centre crop, pixels; the shortest edge is resized to 256/224 of it first.
-            keep_aspect: The whole picture instead, shorter side about `image_size` (default: the model's own), both
-                sides rounded to whole patches. Pictures then differ in size.
+            model: Model of a family in `FAMILIES`.
+            processor: Image processor, or a transform of this class, which `load_model` returns for timm models. By
+                default, the processor saved with the model; if there is none, the shortest edge is resized, the center
+                cropped and ImageNet statistics are used, with a warning.
+            image_size: Side of a square center crop in pixels; the shortest edge is first resized to 256/224 of it.
+            keep_aspect: Whether to use the whole image instead of a crop, with a shorter side of about `image_size`
+                (default: the model's own size) and both sides rounded to whole patches. Image sizes then differ.
         """
         description = describe_model(model)
         if processor is None:
             processor = _timm_transform(model) if description.is_timm else _saved_processor(model)
         if isinstance(processor, EvaluationTransform):
             mean, std = processor.mean, processor.std
-        elif not getattr(processor, "do_normalize", True):  # its statistics are then not used, or None
+        elif not getattr(processor, "do_normalize", True):  # its statistics are unused and may be None
             mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
         else:
             mean, std = tuple(processor.image_mean), tuple(processor.image_std)
@@ -531,8 +532,8 @@ def _process(processor: Any, image: Image.Image) -> torch.Tensor:
     pixel_values = processor(images=image, return_tensors="pt")["pixel_values"]
     if pixel_values.ndim != 4 or len(pixel_values) != 1:
         raise ValueError(
-            f"{type(processor).__name__} makes pixel_values of shape {tuple(pixel_values.shape)} from one image, "
-            "expected (1, 3, height, width). Pass a processor that makes one picture of each image."
+            f"{type(processor).__name__} returns pixel_values of shape {tuple(pixel_values.shape)} for one image, "
+            "expected (1, 3, height, width). Pass a processor that returns one output per image."
         )
     return pixel_values[0]
 
@@ -565,7 +566,7 @@ def _timm_transform(model: nn.Module) -> EvaluationTransform:
 
 
 def _saved_processor(model: nn.Module) -> Any:
-    """The processor beside the weights of a transformers model; the default one, said aloud, if there is none."""
+    """Load the processor saved with a transformers model; if there is none, warn and return the default one."""
     from transformers import AutoImageProcessor
 
     source = getattr(getattr(model, "config", None), "name_or_path", "")
@@ -575,13 +576,13 @@ def _saved_processor(model: nn.Module) -> Any:
         except (OSError, ValueError) as error:
             if (file := Path(source, "preprocessor_config.json")).is_file():
                 raise ValueError(
-                    f"'{file}' makes no image processor ({error}). Correct it, or remove it to prepare pictures the "
-                    "usual way: shortest edge, centre crop, ImageNet statistics."
+                    f"No image processor can be created from '{file}' ({error}). Correct the file, or remove it to "
+                    "use the default: resize the shortest edge, center crop, ImageNet statistics."
                 ) from error
             logger.debug("No image processor in '%s': %s", source, error)
     logger.warning(
-        "No image processor was given and none is saved with %s: using shortest edge, centre crop and ImageNet "
-        "statistics. Pass processor=... if the model was trained with others.",
+        "No image processor was given and none is saved with %s. Using the default: resize the shortest edge, center "
+        "crop, ImageNet statistics. Pass processor=... if the model was trained with other preprocessing.",
         f"'{source}'" if source else "the model",
     )
     return default_image_processor(describe_model(model).image_size)
@@ -589,7 +590,7 @@ def _saved_processor(model: nn.Module) -> Any:
 
 @dataclass(frozen=True)
 class SkippedImage:
-    """An image that could not be used, and why."""
+    """Id of an image that could not be used, and the reason."""
 
     id: str
     reason: str
@@ -597,7 +598,7 @@ class SkippedImage:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Images in their order, each opened when its turn comes. `total` is None for a stream."""
+    """Ordered images that are opened one at a time; `total` is None for a stream."""
 
     name: str
     items: Callable[[], Iterator[tuple[str, Callable[[], Image.Image]]]]
@@ -605,12 +606,12 @@ class _Pictures:
 
 
 def _pictures(images: Any) -> _Pictures:
-    """Every kind of input behind one interface."""
+    """Wrap any supported kind of input in one interface."""
     if isinstance(images, str | Path):
         images = load_images(images, split=None)
     library = type(images).__module__.split(".")[0]
     if library == "datasets" and hasattr(images, "num_rows") and not isinstance(images, dict):
-        images = table_images(images, "the data set", image_column=None, label_column=None)
+        images = table_images(images, "the dataset", image_column=None, label_column=None)
     if isinstance(images, ImageSource):
         source = images
         return _Pictures(
@@ -631,8 +632,7 @@ def _pictures(images: Any) -> _Pictures:
         images = wrong
     raise TypeError(
         f"images holds a {type(images).__name__}, expected a folder, a list of paths or Pillow images, an "
-        "ImageSource or ImageStream, or one split of a `datasets` data set. Pixels that are tensors already go to "
-        "read_tokens."
+        "ImageSource or ImageStream, or one split of a `datasets` dataset. Pass pixel tensors to read_tokens instead."
     )
 
 
@@ -651,14 +651,14 @@ def _row_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
 
     features = stream.features or {}
     columns = [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
-    for column in columns:  # encoded, so that a broken image spoils itself only and not the iteration
+    for column in columns:  # keep images encoded, so that a broken image does not stop the iteration
         stream = stream.cast_column(column, ImageFeature(decode=False))
     columns = columns or [name for name, feature in features.items() if "binary" in str(getattr(feature, "dtype", ""))]
     column = "image" if "image" in columns or not columns else columns[0]
     for i, row in enumerate(stream):
         if column not in row:
             raise ValueError(
-                f"The stream has no column of images; its columns are {', '.join(row)}. Rename one 'image'."
+                f"The stream has no image column; its columns are {', '.join(row)}. Rename one of them to 'image'."
             )
         cell = row[column]
         if isinstance(cell, dict):
@@ -667,17 +667,17 @@ def _row_items(stream: Any) -> Iterator[tuple[str, Callable[[], Image.Image]]]:
 
 
 class PreparedImages:
-    """Batches of normalised pixels, one after the other, as (ids, (B, 3, H, W)).
+    """Iterable of batches of normalized pixels, as (ids, (B, 3, H, W)).
 
-    The order of the images is kept and a batch holds pictures of one size, so a change of size ends a batch. Images
-    that cannot be used are left out and listed in `skipped`. Only one batch is in memory.
+    The order of the images is kept. A batch contains images of a single size, so a change of size starts a new batch.
+    Images that cannot be used are left out and listed in `skipped`. Only one batch is in memory at a time.
     """
 
     def __init__(self, pictures: _Pictures, transform: EvaluationTransform, batch_size: int) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}, expected at least 1.")
+            raise ValueError(f"batch_size={batch_size} is too small. Use at least 1.")
         self._pictures, self.transform, self.batch_size = pictures, transform, batch_size
-        self.name, self.total = pictures.name, pictures.total  # None: a stream
+        self.name, self.total = pictures.name, pictures.total  # total is None for a stream
         self.skipped: list[SkippedImage] = []
 
     def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -688,18 +688,18 @@ class PreparedImages:
         report_skipped(num_used, self.skipped, self.name)
 
     def ids(self) -> Iterator[str]:
-        """Names of all images, good or bad; none is opened."""
+        """Iterate over the ids of all images, usable or not, without opening them."""
         return (name for name, _ in self._pictures.items())
 
     def parts(self, size: int) -> Iterator["PreparedImages"]:
-        """The images in portions of `size`; none is opened before its portion is iterated."""
+        """Split the images into portions of `size`, which are opened only when a portion is iterated."""
         items = self._pictures.items()
         while portion := list(islice(items, size)):
             pictures = _Pictures(self.name, partial(iter, portion), len(portion))
             yield PreparedImages(pictures, self.transform, self.batch_size)
 
     def batches(self) -> Iterator[tuple[list[str], torch.Tensor]]:
-        """As the iteration itself, without its verdict at the end."""
+        """Iterate over the batches like `__iter__`, but without the final `report_skipped`."""
         self.skipped.clear()
         ids: list[str] = []
         pixels: list[torch.Tensor] = []
@@ -719,7 +719,12 @@ class PreparedImages:
 
 
 def report_skipped(num_used: int, skipped: Sequence[SkippedImage], name: str) -> None:
-    """Raise where no image was of use, warn where some were not.
+    """Warn if some images were skipped, and raise if none could be used.
+
+    Args:
+        num_used: Number of images that could be used.
+        skipped: Images that could not be used.
+        name: Name of the image source in the message.
 
     Raises:
         ValueError: `num_used` is 0.
@@ -727,7 +732,7 @@ def report_skipped(num_used: int, skipped: Sequence[SkippedImage], name: str) ->
     shown = "; ".join(f"'{image.id}': {image.reason}" for image in skipped[:3])
     if not num_used:
         raise ValueError(
-            f"None of the {len(skipped)} images of {name} can be used ({shown or 'there are none'}). Check the files."
+            f"None of the {len(skipped)} images of {name} can be used ({shown or 'it is empty'}). Check the files."
         )
     if skipped:
         logger.warning("%d of %d images were skipped (%s).", len(skipped), num_used + len(skipped), shown)
@@ -741,23 +746,25 @@ def prepare_images(
     max_images: int | None = None,
     seed: int | None = None,
 ) -> PreparedImages:
-    """Batches of pixels from a folder, paths, Pillow images, an `ImageSource` or `ImageStream`, or a `datasets` set.
+    """Prepare batches of pixels from images of any supported kind.
 
     Args:
-        images: One of these; streaming data sets too.
-        transform: `EvaluationTransform.for_model(model)`.
-        batch_size: Images of a batch.
-        max_images: Use no more than this many.
-        seed: Draw those of `max_images` at random, keeping their order; None: the first ones, as for streams.
+        images: Folder, list of paths or Pillow images, `ImageSource`, `ImageStream`, or `datasets` dataset (also
+            streaming).
+        transform: Transform of the images, usually `EvaluationTransform.for_model(model)`.
+        batch_size: Number of images per batch.
+        max_images: Maximum number of images, or None for all.
+        seed: Random seed to draw `max_images` images, keeping their order. With None, and for streams, the first
+            images are used.
 
     Raises:
-        TypeError: `images` is none of these.
-        ValueError: Nothing there, or (at the end of the iteration) no image of use.
+        TypeError: `images` is of another kind.
+        ValueError: `batch_size` or `max_images` is below 1, or (at the end of the iteration) no image could be used.
     """
     pictures = _pictures(images)
     if max_images is not None:
         if max_images < 1:
-            raise ValueError(f"max_images={max_images}, expected at least 1, or None for all.")
+            raise ValueError(f"max_images={max_images} is too small. Use at least 1, or None for all images.")
         pictures = _some(pictures, max_images, seed)
     return PreparedImages(pictures, transform, batch_size)
 
@@ -773,21 +780,21 @@ def _some(pictures: _Pictures, max_images: int, seed: int | None) -> _Pictures:
 
 
 def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
-    """A model in eval mode and float32, and its image processor (timm: its transform), ready for `read_tokens`.
+    """Load a model in eval mode and float32 together with its image processor (for timm, its transform).
 
     Args:
-        name_or_path: A folder or Hub id of a model of transformers; a folder of a timm model, or `timm/NAME`.
-        device: Where to put it; default the CPU.
+        name_or_path: Folder or Hub id of a transformers model, folder of a timm model, or `timm/NAME`.
+        device: Device of the model; the CPU by default.
 
     Raises:
-        FileNotFoundError: No such folder or model.
-        ValueError: A family that is not in the table, or weights with gaps.
+        FileNotFoundError: The folder or model does not exist.
+        ValueError: The family is not in the table, or weights are missing.
     """
     source = str(name_or_path)
     local = Path(source, "config.json")
     is_folder = Path(source).is_dir()
     if is_folder and not local.is_file():
-        raise FileNotFoundError(f"'{source}' has no config.json. Give the folder that save_pretrained wrote.")
+        raise FileNotFoundError(f"'{source}' has no config.json. Pass the folder that save_pretrained wrote.")
     written = _read_config(local) if is_folder else {}
     if source.startswith("timm/") or "architecture" in written:
         model: nn.Module = _load_timm(source, is_folder=is_folder)
@@ -800,15 +807,18 @@ def load_model(name_or_path: str | Path, *, device: str | torch.device | None = 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"'{path}' is not JSON text ({error}). Correct it, or save the model again.") from error
+    except ValueError as error:  # not JSON or not UTF-8
+        raise ValueError(f"'{path}' is not valid JSON ({error}). Correct it, or save the model again.") from error
     if not isinstance(config, dict):
-        raise ValueError(f"'{path}' holds a {type(config).__name__}, not an object of fields. Save the model again.")
+        raise ValueError(f"'{path}' holds a {type(config).__name__}, expected an object. Save the model again.")
     return config
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
-    """Hub ids as they are, folders by as many of their last parts as tell them apart: reports are published."""
+    """Return Hub ids unchanged, and folders with only as many trailing parts as needed to distinguish them.
+
+    The names appear in published reports, which must not show full paths.
+    """
     folders = [Path(model).resolve() for model in models if Path(model).is_dir()]
     kept = next(count for count in range(1, 99) if len({path.parts[-count:] for path in folders}) == len(set(folders)))
     return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
@@ -818,12 +828,12 @@ def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"'{source}' is a model of timm. Run: pip install timm") from error
+        raise ImportError(f"'{source}' is a timm model, and timm is not installed. Run: pip install timm") from error
     name = f"local-dir:{source}" if is_folder else f"hf-hub:{source}"
     try:
-        # Any image size; at the native one the numbers are the same.
+        # Allow any image size; at the native size the outputs are unchanged.
         model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
-    except TypeError as error:  # no vision transformer: it has no such argument
+    except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
         raise unknown_family(source) from error
     find_tower(model)
     return model
@@ -831,7 +841,7 @@ def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """No table of weights that are left out on purpose, such as a text tower; gaps are looked for here."""
+    """Silence the loading report on unused weights, such as a text tower; missing weights are checked separately."""
     from transformers.utils import logging as library_logging
 
     level = library_logging.get_verbosity()
@@ -852,8 +862,10 @@ def _load_transformers(source: str) -> nn.Module:
     try:
         config = transformers.AutoConfig.from_pretrained(source)
     except OSError as error:
-        raise FileNotFoundError(f"'{source}' is neither a folder nor a model that the Hub gives: {error}") from error
-    # Of the models with two towers only this one is read.
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
+        ) from error
+    # For models with two towers, only the vision tower is loaded.
     towers = {
         "clip": "CLIPVisionModel",
         "siglip": "SiglipVisionModel",
@@ -862,7 +874,7 @@ def _load_transformers(source: str) -> nn.Module:
     }
     if config.model_type not in (*FAMILIES, *towers, "timm_wrapper"):
         raise unknown_family(config.model_type)
-    # The class that was saved: a backbone class would warn of a missing pooler that nobody reads.
+    # Use the class that was saved: a backbone class would warn about a missing pooler that is not used here.
     name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
     library: Any = modeling_regvit if config.model_type == "regvit" else transformers
     model_class: Any = getattr(library, name, None)
@@ -881,7 +893,7 @@ def _load_transformers(source: str) -> nn.Module:
     )
     if gaps:
         raise ValueError(
-            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}: what is "
-            "read would be random. Check that config.json and the weights belong together."
+            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}, so the "
+            "features would be random. Check that config.json and the weights belong together."
         )
     return model

@@ -1,13 +1,13 @@
 # Copyright 2026 The hf_regvit developers. Licensed under the Apache License, Version 2.0.
-"""RegViT: a plain vision transformer whose register tokens are part of its interface.
+"""RegViT: a plain vision transformer with register tokens (arXiv 2309.16588).
 
-Token order is `[CLS | registers | patches]`. Registers enter after the positions are added, carry no position, take
-part in every block, and reach no head and no pooled output (arXiv 2309.16588). Shapes: B images, R registers, N
-patches in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
+Token order is `[CLS | registers | patches]`. Registers are added after the position embeddings, have no position
+themselves, take part in every block, and are never read by a head or a pooled output. Shapes: B images, R registers,
+N patches in a grid of (rows, columns), T = 1 + R + N tokens, D width, L blocks.
 
-This file and the configuration beside it go to the Hub as they are: flat, importing torch, transformers, safetensors.
-Hidden states and attentions are collected by hand, because the helpers for that moved several times within
-transformers 5.x and a Hub repository has to run with whatever version its user has.
+This file and the configuration file are copied to the Hub unchanged, so both are self-contained and depend only on
+torch, transformers and safetensors. Hidden states and attentions are collected explicitly, because the transformers
+helpers for this moved several times within 5.x and a Hub repository must run with whatever version its user has.
 """
 
 import copy
@@ -41,34 +41,34 @@ logger = logging.get_logger(__name__)
 
 
 class ImageTooSmallError(ValueError):
-    """An image with a side shorter than one patch."""
+    """Raised for an image with a side shorter than one patch."""
 
 
 class CheckpointError(ValueError, RuntimeError):
-    """Weights that do not fit the model: tensors missing, left over or of another shape.
+    """Raised for weights that do not fit the model: missing, unexpected or mismatched tensors.
 
-    A RuntimeError too, because that is what transformers raises for tensors of another shape.
+    It is also a RuntimeError, because transformers raises a RuntimeError for mismatched shapes.
     """
 
 
 class CheckpointCorruptError(CheckpointError):
-    """A weights file that cannot be read."""
+    """Raised for a weights file that cannot be read."""
 
 
 @dataclass
 class RegViTModelOutput(ModelOutput):
-    """Output of `RegViTModel`. T' is T, or T - R with `discard_registers`.
+    """Output of `RegViTModel`. T' is T, or T - R if `discard_registers` is set.
 
     Args:
-        last_hidden_state: (B, T', D) tokens after the final norm, `[CLS | registers | patches]`.
-        pooler_output: (B, D) the normalised CLS token (see `final_norm` and `pooler_act` for the two other families).
-        register_tokens: (B, R, D) normalised registers; R may be 0.
-        patch_tokens: (B, N, D) normalised patches, row-major over the grid.
-        output_mask: (B, T') bool, True at tokens that carry the image: False at registers and at padding.
-        patch_mask: (B, T') bool, True at patches only, False at padding.
-        hidden_states: L + 1 tensors (B, T, D), the raw residual stream: after the embedding, then after every block.
-            The last one is **before** the final norm; artifact norms are measured here.
-        attentions: L tensors (B, heads, T, T); only "eager" attention computes them.
+        last_hidden_state: (B, T', D) tokens after the final norm, in the order `[CLS | registers | patches]`.
+        pooler_output: (B, D) normalized CLS token; `final_norm` and `pooler_act` in the config select other outputs.
+        register_tokens: (B, R, D) normalized registers; R may be 0.
+        patch_tokens: (B, N, D) normalized patches, row-major over the grid.
+        output_mask: (B, T') bool, True at CLS and patches, False at registers and padding.
+        patch_mask: (B, T') bool, True at patches, False at CLS, registers and padding.
+        hidden_states: L + 1 tensors (B, T, D), the raw residual stream: after the embedding, then after each block.
+            The last one is **before** the final norm; artifact norms are measured on these tensors.
+        attentions: L tensors (B, heads, T, T); only the "eager" attention implementation returns them.
     """
 
     last_hidden_state: torch.FloatTensor | None = None
@@ -85,7 +85,7 @@ class RegViTModelOutput(ModelOutput):
 
 
 class RegViTPatchEmbeddings(nn.Module):
-    """Pixels to patch tokens: a convolution whose stride is its kernel."""
+    """Patch embedding: a convolution whose stride equals its kernel size."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__()
@@ -96,29 +96,29 @@ class RegViTPatchEmbeddings(nn.Module):
         )
 
     def grid_of(self, pixel_values: torch.Tensor) -> tuple[int, int]:
-        """(rows, columns) of the patches of a batch (B, C, H, W); raises if the images cannot be cut into patches."""
+        """Return the patch grid (rows, columns) of a batch (B, C, H, W); raise if it cannot be split into patches."""
         if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, expected (batch, {self.num_channels}, height, "
-                "width). Convert the images to that number of channels, or set num_channels in the config."
+                "width). Convert the images to that number of channels, or change num_channels in the config."
             )
         height, width = pixel_values.shape[-2:]
         self.check_size(height, width)
         return height // self.patch_shape[0], width // self.patch_shape[1]
 
     def check_size(self, height: int, width: int) -> None:
-        """Raise unless an image of this size in pixels is made of whole patches."""
+        """Raise unless an image of this size (in pixels) consists of whole patches."""
         rows, columns = self.patch_shape
         if height < rows or width < columns:
             raise ImageTooSmallError(
-                f"The image is {height} x {width} pixels, smaller than one patch of {rows} x {columns}. "
-                f"Resize it to at least {rows} x {columns}."
+                f"The image size of {height} x {width} pixels is smaller than one patch of {rows} x {columns}. "
+                f"Resize the image to at least {rows} x {columns}."
             )
         if height % rows or width % columns:
             nearest = [f"{max(1, round(s / p)) * p}" for s, p in ((height, rows), (width, columns))]
             raise ValueError(
-                f"The image is {height} x {width} pixels, no multiple of the patch of {rows} x {columns}. "
-                f"Resize or crop it to {' x '.join(nearest)}, or pad it and pass pixel_mask."
+                f"The image size of {height} x {width} pixels is not a multiple of the patch size of {rows} x "
+                f"{columns}. Resize or crop the image to {' x '.join(nearest)}, or pad it and pass pixel_mask."
             )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -127,7 +127,7 @@ class RegViTPatchEmbeddings(nn.Module):
 
 
 class RegViTEmbeddings(nn.Module):
-    """CLS, registers and patches as one sequence; positions go to CLS and patches only."""
+    """Input sequence of CLS, registers and patches; only CLS and patches receive position embeddings."""
 
     MAX_CACHED_GRIDS = 8
 
@@ -139,7 +139,7 @@ class RegViTEmbeddings(nn.Module):
         num_positions = math.prod(config.grid) + self.num_position_prefix
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.empty(1, num_positions, config.hidden_size))
-        # No parameter at all without registers: a tensor of size 0 would be one more name on disk for a plain ViT.
+        # None rather than an empty tensor, so that the checkpoint of a plain ViT has no extra key.
         self.register_tokens = (
             nn.Parameter(torch.empty(1, config.num_register_tokens, config.hidden_size))
             if config.num_register_tokens
@@ -151,16 +151,17 @@ class RegViTEmbeddings(nn.Module):
         self._cached_positions: dict[tuple[int, int], torch.Tensor] = {}
 
     def train(self, mode: bool = True) -> "RegViTEmbeddings":
-        """Drop the cache whenever the mode is set: the weights are about to change, or just have."""
+        """Set the mode and clear the position cache, since the weights may change around a mode switch."""
         self._cached_table = None
         return super().train(mode)
 
     def resample_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """The patch part of the position table for a grid of (rows, columns): (1, N, D).
+        """Return the patch positions (1, N, D) for a grid of (rows, columns).
 
-        Bicubic, in float32. With `interpolate_offset` the kernel is driven by scale factors instead of sizes, which
-        shifts the sampling points: both forms exist in released checkpoints. Source: dinov2
-        `models/vision_transformer.py`, `interpolate_pos_encoding`.
+        The interpolation is bicubic, in float32. With `interpolate_offset`, it uses scale factors instead of sizes,
+        which shifts the sampling points; released checkpoints exist for both forms.
+
+        Source: dinov2 `models/vision_transformer.py`, `interpolate_pos_encoding`.
         """
         table = self.position_embeddings[:, self.num_position_prefix :]  # (1, N0, D)
         stored = self.config.grid
@@ -179,21 +180,21 @@ class RegViTEmbeddings(nn.Module):
         return maps.to(table.dtype).flatten(2).transpose(1, 2)  # (1, N, D)
 
     def patch_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """`resample_positions`, remembered per grid while no gradient flows through the table and nothing is traced.
+        """Return `resample_positions(grid)`, cached per grid when no gradient is needed and nothing is traced.
 
-        A stale table would be silent, so the cache is checked at every call. On a CPU the table itself is compared,
-        which even sees writes through `.data`; elsewhere that would stall the device, and the address and version
-        counter of the parameter have to do.
+        A stale entry would silently give wrong positions, so the cache is validated on every call. On the CPU, the
+        values of the table are compared, which also detects writes through `.data`. On other devices this would force
+        a synchronization, so only the address and version counter of the parameter are compared.
         """
         table = self.position_embeddings
         if grid == self.config.grid:
             return table[:, self.num_position_prefix :]
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and table.requires_grad) or self.training:
             return self.resample_positions(grid)
-        if type(table) is not nn.Parameter:  # torch.func's stand-ins have no values to compare
+        if type(table) is not nn.Parameter:  # tensors wrapped by torch.func have no values to compare
             return self.resample_positions(grid)
         if not self._cache_is_valid(table):
-            # A new dict, not an emptied one: copies that nn.DataParallel makes for other devices share the old one.
+            # Assign a new dict instead of clearing it: nn.DataParallel replicas on other devices share the old one.
             self._cached_positions = {}
             self._cached_table = table.detach().clone() if table.device.type == "cpu" else table.detach()
             self._cached_stamp = None if table.is_inference() else (table.data_ptr(), table._version)
@@ -214,7 +215,7 @@ class RegViTEmbeddings(nn.Module):
         return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
 
     def padded_positions(self, grids: list[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
-        """Positions (B, N, D) of images of their own `grids`, each in the top left corner of the common `grid`."""
+        """Return positions (B, N, D) for padded images: each image's own grid, placed at the top left of `grid`."""
         width = self.config.hidden_size
         positions = self.position_embeddings.new_zeros(len(grids), *grid, width)
         for own in set(grids):
@@ -228,14 +229,14 @@ class RegViTEmbeddings(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
         grids: list[tuple[int, int]] | None = None,
     ) -> torch.Tensor:
-        """Tokens (B, T, D) before the first block. `grids`: each image's own grid in a padded batch."""
+        """Return the tokens (B, T, D) that enter the first block. `grids`: own grid of each image, if padded."""
         grid = self.patch_embeddings.grid_of(pixel_values)
         patches = self.patch_embeddings(pixel_values)  # (B, N, D)
         batch_size = patches.shape[0]
         if bool_masked_pos is not None:
             patches = self._mask_patches(patches, bool_masked_pos)
         elif self.mask_token is not None and self.training:
-            # Without this DDP would have to search for the unused parameter in every step that masks nothing.
+            # Keep the mask token in the graph: otherwise DDP must search for unused parameters in unmasked steps.
             patches = patches + 0 * self.mask_token
         patches = patches + (self.patch_positions(grid) if grids is None else self.padded_positions(grids, grid))
         cls_token = self.cls_token
@@ -243,12 +244,13 @@ class RegViTEmbeddings(nn.Module):
             cls_token = cls_token + self.position_embeddings[:, :1]
         tokens = [cls_token.expand(batch_size, -1, -1), patches]
         registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        # Patches would be taken for registers, or the other way round.
+        # With a wrong count, patches would be read as registers or registers as patches.
         if registers != self.config.num_register_tokens:
             raise ValueError(
                 f"The model has {registers} registers, but its config says num_register_tokens="
-                f"{self.config.num_register_tokens}. Was another model resized that shares this config object? Give "
-                "each its own (copy.deepcopy(config)), and change the number with resize_register_tokens only."
+                f"{self.config.num_register_tokens}. This happens when another model with the same config object was "
+                "resized. Give each model its own config (copy.deepcopy(config)), and change the number of registers "
+                "only with resize_register_tokens."
             )
         if self.register_tokens is not None:
             tokens.insert(1, self.register_tokens.expand(batch_size, -1, -1))
@@ -258,26 +260,26 @@ class RegViTEmbeddings(nn.Module):
         if self.mask_token is None:
             raise ValueError(
                 "bool_masked_pos was given, but the model has no mask token. "
-                "Build or load it with use_mask_token=True."
+                "Create or load the model with use_mask_token=True."
             )
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (batch, patches) = "
-                f"{tuple(patches.shape[:2])}: one entry per patch, none for CLS or registers."
+                f"{tuple(patches.shape[:2])}. Pass one entry per patch and none for CLS or registers."
             )
         return torch.where(bool_masked_pos.bool().unsqueeze(-1), self.mask_token.to(patches.dtype), patches)
 
 
 def grids_of_padded_images(pixel_mask: torch.Tensor, embeddings: RegViTPatchEmbeddings) -> list[tuple[int, int]]:
-    """Each image's own (rows, columns) from a mask (B, H, W), nonzero at real pixels, images at the top left."""
+    """Return each image's own grid (rows, columns) from a mask (B, H, W) that is nonzero at real pixels."""
     mask = pixel_mask.bool()
     heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)  # (B,)
     rows = torch.arange(mask.shape[1], device=mask.device)[None, :, None] < heights[:, None, None]
     columns = torch.arange(mask.shape[2], device=mask.device)[None, None, :] < widths[:, None, None]
     if not torch.equal(mask, rows & columns):
         raise ValueError(
-            "pixel_mask must be 1 on one rectangle in the top left corner of every image and 0 elsewhere. "
-            "Pad images at the right and at the bottom."
+            "pixel_mask is not one rectangle per image: it must be 1 on a rectangle in the top left corner and 0 "
+            "elsewhere. Pad images only on the right and at the bottom."
         )
     sizes = list(zip(heights.tolist(), widths.tolist()))
     for height, width in sizes:
@@ -298,7 +300,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention as written in the books, for (B, heads, T, head_dim): the only form that returns its weights."""
+    """Compute softmax attention for (B, heads, T, head_dim), the only implementation that returns the weights."""
     scores = query @ key.transpose(2, 3) * scaling  # (B, heads, T, T)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -307,7 +309,7 @@ def eager_attention_forward(
 
 
 class RegViTAttention(nn.Module):
-    """Self-attention over all tokens, registers included, with one fused projection for query, key and value."""
+    """Self-attention over all tokens, including registers, with a fused projection for query, key and value."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__()
@@ -325,7 +327,7 @@ class RegViTAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) -> (B, T, D), or (n, D) for the n `tokens` only: positions in the flattened (B, T)."""
+        """Map (B, T, D) to (B, T, D), or to (n, D) for only the n `tokens`, given as indices into the flat (B * T)."""
         batch_size, num_tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, T, head_dim)
@@ -344,25 +346,25 @@ class RegViTAttention(nn.Module):
 def move_to_registers(
     activations: torch.Tensor, neurons: list[int], num_register_tokens: int, token_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """Test-time registers: what a few neurons would write into patches goes into the registers (arXiv 2506.08010).
+    """Move the activations of a few MLP neurons from patches to registers (test-time registers, arXiv 2506.08010).
 
-    In `activations` (B, T, H), what the last linear layer of an MLP reads, each of the S `neurons` gets its value of
-    largest magnitude over the tokens of the image at every register, 0 at every patch, and keeps its own at CLS.
-    Padding, where `token_mask` (B, T) is False, is not among those tokens. Without neurons nothing happens.
+    `activations` (B, T, H) is the input of the MLP's last linear layer. For each of the S `neurons`, every register
+    gets the neuron's value of largest magnitude over all tokens of the image, every patch gets 0, and CLS keeps its
+    value. Padding, where `token_mask` (B, T) is False, is excluded. Without neurons, the input is returned unchanged.
     """
     if not neurons:
         return activations
     index = torch.tensor(neurons, device=activations.device)
     chosen = activations.index_select(2, index)  # (B, T, S)
     seen = chosen if token_mask is None else chosen.masked_fill(~token_mask.unsqueeze(-1), 0)
-    largest = seen.gather(1, seen.abs().argmax(dim=1, keepdim=True))  # (B, 1, S), with its sign
+    largest = seen.gather(1, seen.abs().argmax(dim=1, keepdim=True))  # (B, 1, S), sign kept
     patches = torch.zeros_like(chosen[:, 1 + num_register_tokens :])
     moved = torch.cat([chosen[:, :1], largest.expand(-1, num_register_tokens, -1), patches], dim=1)  # (B, T, S)
     return activations.index_copy(2, index, moved)
 
 
 class RegViTMLP(nn.Module):
-    """Two linear layers with the activation between them."""
+    """Two linear layers with an activation in between."""
 
     def __init__(self, config: RegViTConfig, register_neurons: list[int]):
         super().__init__()
@@ -379,7 +381,7 @@ class RegViTMLP(nn.Module):
 
 
 class RegViTSwiGLU(nn.Module):
-    """Gated MLP; the first half of `gate_up_proj` is the gate (row order of DINOv2's `w12`)."""
+    """Gated MLP; the first half of `gate_up_proj` is the gate (same row order as `w12` in DINOv2)."""
 
     def __init__(self, config: RegViTConfig, register_neurons: list[int]):
         super().__init__()
@@ -396,21 +398,21 @@ class RegViTSwiGLU(nn.Module):
 
 
 class RegViTLayerScale(nn.Module):
-    """A learnable gain per channel on the output of a branch."""
+    """Learnable per-channel scale of the output of a residual branch."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__()
         self.lambda1 = nn.Parameter(torch.empty(config.hidden_size))
 
     def forward(self, branch: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """The branch times its gain, added to `residual` if there is one: one pass over memory instead of two."""
+        """Scale the branch; with `residual`, also add it in the same pass over memory."""
         if residual is None:
             return branch * self.lambda1
         return torch.addcmul(residual, branch, self.lambda1)
 
 
 class RegViTLayer(GradientCheckpointingLayer):
-    """A pre-norm block: attention and MLP, each a branch added to the residual stream."""
+    """Pre-norm transformer block: an attention branch and an MLP branch, each added to the residual stream."""
 
     def __init__(self, config: RegViTConfig, drop_path_rate: float, block: int):
         super().__init__()
@@ -431,22 +433,31 @@ class RegViTLayer(GradientCheckpointingLayer):
         tokens: torch.Tensor | None = None,
         token_mask: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, T, D) -> (B, T, D), and the attention weights (B, heads, T, T) where the implementation has them.
+        """Apply the block.
 
-        With `tokens`, n positions in the flattened (B, T), the output is (n, D): those tokens only. The others are
-        keys and values for them and nothing more is computed of them, which the last block of a pretraining step uses.
-        `token_mask` (B, T) is False at padding; only register neurons need it beside the `attention_mask`.
+        Args:
+            hidden_states: (B, T, D) residual stream.
+            attention_mask: Mask in the form the attention implementation expects.
+            tokens: (n,) indices into the flat (B * T). Only these tokens are computed; all others serve only as keys
+                and values. The last block of a pretraining step uses this to save time.
+            token_mask: (B, T) bool, False at padding. Only register neurons need it in addition to `attention_mask`.
+
+        Returns:
+            The tokens (B, T, D), or (n, D) with `tokens`, and the attention weights (B, heads, T, T) or None.
         """
         if tokens is not None:
             if self.mlp.register_neurons:
-                raise NotImplementedError("A block with register neurons needs all tokens. Pretrain without them.")
+                raise NotImplementedError(
+                    "tokens was given, but a block with register neurons must compute all tokens. Set "
+                    "register_neurons=None for pretraining."
+                )
             return self._forward_tokens(hidden_states, attention_mask, tokens)
         rows = self._draw_rows(hidden_states)
         attended, weights = self.attention(
             self.norm1(self._take(hidden_states, rows)), self._take(attention_mask, rows)
         )
         hidden_states = self._add(hidden_states, attended, self.layer_scale1, rows)
-        del attended  # the MLP is the peak of a forward pass: one tensor less then
+        del attended  # memory use peaks in the MLP, so free this tensor before it runs
         rows = self._draw_rows(hidden_states)
         transformed = self.mlp(self.norm2(self._take(hidden_states, rows)), self._take(token_mask, rows))
         return self._add(hidden_states, transformed, self.layer_scale2, rows), weights
@@ -459,7 +470,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         rows = self._draw_rows(hidden_states)
         sources = tokens
         if rows is not None:
-            # Where each image lies among the drawn ones; the others point to the first, and their gain is 0.
+            # Row of each image among the drawn images. Images not drawn point to row 0, but their gain is 0.
             place = torch.zeros(batch_size, dtype=torch.long, device=tokens.device)
             place[rows] = torch.arange(len(rows), device=tokens.device)
             sources = place[image] * num_tokens + tokens % num_tokens
@@ -472,7 +483,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         return self._add_to_tokens(output, self.mlp(self.norm2(output)), self.layer_scale2, gains, image), weights
 
     def _draw_rows(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """The samples whose branch is computed under "batch_subset": a share 1 - rate of them, at least one."""
+        """Draw the samples whose branch is computed in mode "batch_subset": a share of 1 - rate, at least one."""
         if not self.training or self.drop_path_rate == 0 or self.drop_path_mode != "batch_subset":
             return None
         batch_size = hidden_states.shape[0]
@@ -485,18 +496,18 @@ class RegViTLayer(GradientCheckpointingLayer):
             return tensor
         if not isinstance(tensor, torch.Tensor):
             raise NotImplementedError(
-                "drop_path_mode='batch_subset' cannot select rows of a flex-attention mask. "
-                "Use drop_path_mode='sample' or attn_implementation='sdpa' for padded batches."
+                "drop_path_mode='batch_subset' cannot select the rows of a flex-attention mask. "
+                "For padded batches, use drop_path_mode='sample' or attn_implementation='sdpa'."
             )
         return tensor.index_select(0, rows)
 
     def _draw_gains(self, hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """What stochastic depth (arXiv 1603.09382) multiplies the branch of each sample by in training: (B,)."""
+        """Draw the factors (B,) by which stochastic depth (arXiv 1603.09382) scales the branch of each sample."""
         if not self.training or self.drop_path_rate == 0:
             return None
         gains = hidden_states.new_zeros(hidden_states.shape[0])
         if rows is not None:
-            # Scaled by the share really drawn, not by 1 / (1 - rate): dinov2 `layers/block.py`.
+            # Scale by the share actually drawn, not by 1 / (1 - rate), as in dinov2 `layers/block.py`.
             return gains.index_fill(0, rows, len(gains) / len(rows))
         keep = 1 - self.drop_path_rate
         return gains.bernoulli_(keep) / keep
@@ -509,7 +520,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         gains: torch.Tensor | None,
         image: torch.Tensor,
     ) -> torch.Tensor:
-        """The sum tokens + scale * branch, both (n, D), each token with the gain of its image."""
+        """Return tokens + scale * branch, both (n, D), with the gain of each token's image."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if gains is not None:
@@ -523,7 +534,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         layer_scale: RegViTLayerScale | None,
         rows: torch.Tensor | None,
     ) -> torch.Tensor:
-        """hidden_states + scale * branch, with stochastic depth in training."""
+        """Return hidden_states + scale * branch, with stochastic depth in training."""
         if not self.training or self.drop_path_rate == 0:
             if layer_scale is None:
                 return hidden_states + branch
@@ -531,7 +542,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         if layer_scale is not None:
             branch = layer_scale(branch)
         if rows is not None:
-            scale = hidden_states.shape[0] / len(rows)  # the inverse of the share really drawn, see `_draw_gains`
+            scale = hidden_states.shape[0] / len(rows)  # inverse of the share actually drawn, see `_draw_gains`
             return hidden_states.index_add(0, rows, branch.to(hidden_states.dtype), alpha=scale)
         gains = self._draw_gains(hidden_states, rows)
         return hidden_states + branch * gains.to(branch.dtype)[:, None, None]
@@ -541,14 +552,14 @@ class RegViTLayer(GradientCheckpointingLayer):
 
 
 class RegViTPreTrainedModel(PreTrainedModel):
-    """Initialisation, and loading that never leaves a part of the backbone at random."""
+    """Base class: weight initialization, and loading that never leaves part of the backbone randomly initialized."""
 
     config: RegViTConfig
     base_model_prefix = "regvit"
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    # Trainer takes a bare **kwargs for a loss that is scaled already, and then multiplies it by the accumulation.
+    # Trainer takes a bare **kwargs as a sign that the loss is already scaled, and multiplies it by the accumulation.
     accepts_loss_kwargs = False
     _no_split_modules = ["RegViTEmbeddings", "RegViTLayer"]
     _supports_sdpa = True
@@ -556,19 +567,19 @@ class RegViTPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    # The whole embedding, not the patches alone: FSDP2 shards what is named here after `_no_split_modules`, and fails
-    # where one of them lies inside the other.
+    # Must be the whole embedding, not only its patch embedding: FSDP2 shards this module after `_no_split_modules`
+    # and fails if one is nested in the other.
     _input_embed_layer = "embeddings"
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"(^|\.)pooler\."]
 
     def __init__(self, config: RegViTConfig, *args, **kwargs):
-        config.validate_architecture()  # again: from_pretrained applies its overrides after the config was checked
+        config.validate_architecture()  # again, since from_pretrained applies overrides after the config's own check
         self._check_memory(config)
         super().__init__(config, *args, **kwargs)
 
     @staticmethod
     def _check_memory(config: RegViTConfig) -> None:
-        """Refuse a model larger than the machine before any of it is allocated (the meta device takes none)."""
+        """Raise if the weights exceed the memory of the machine, before they are allocated (CPU only)."""
         needed = config.num_parameters() * torch.get_default_dtype().itemsize
         if torch.get_default_device().type != "cpu" or not hasattr(os, "sysconf"):
             return
@@ -576,20 +587,20 @@ class RegViTPreTrainedModel(PreTrainedModel):
         if needed > available:
             raise MemoryError(
                 f"hidden_size={config.hidden_size} with num_hidden_layers={config.num_hidden_layers} needs "
-                f"{needed / 2**30:,.0f} GiB for its weights, this machine has {available / 2**30:,.0f} GiB. "
-                "Use a smaller model, or build it under torch.device('meta')."
+                f"{needed / 2**30:,.0f} GiB for its weights, but this machine has {available / 2**30:,.0f} GiB. "
+                "Use a smaller model, or create it under torch.device('meta')."
             )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """DINOv2's initialisation (dinov2 `models/vision_transformer.py`) but for the registers' larger spread."""
+        """Initialize as DINOv2 does (dinov2 `models/vision_transformer.py`), with a larger spread for registers."""
         super()._init_weights(module)
         std = self.config.initializer_range
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d):  # the patch embedding keeps torch's own default
+        elif isinstance(module, nn.Conv2d):  # same as the PyTorch default
             bound = 1 / math.sqrt(module.in_channels * math.prod(module.kernel_size))
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
@@ -605,15 +616,15 @@ class RegViTPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, ignore_mismatched_sizes=False, **kwargs):
-        """Load as every transformers model does, but fail where the backbone would be left partly at random.
+        """Load like any transformers model, but raise if part of the backbone would stay randomly initialized.
 
         Raises:
             CheckpointCorruptError: The weights file cannot be read.
-            CheckpointError: Backbone tensors, registers above all, are missing, left over or of another shape.
-                `ignore_mismatched_sizes=True` is honoured for heads only.
+            CheckpointError: Backbone tensors (including registers) are missing, unexpected or of another shape.
+                `ignore_mismatched_sizes=True` applies to heads only.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)  # RegViT was never saved as a pickle: one found here is not ours
+        kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so a pickle here is foreign
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -625,15 +636,15 @@ class RegViTPreTrainedModel(PreTrainedModel):
         except SafetensorError as error:
             raise CheckpointCorruptError(
                 f"{_find_corrupt_file(pretrained_model_name_or_path)} cannot be read as safetensors ({error}). "
-                "Download or save it again."
+                "Download or save the file again."
             ) from error
-        if pretrained_model_name_or_path is not None:  # None: the caller brought a state dict and knows what is in it
+        if pretrained_model_name_or_path is not None:  # None: the caller passed a state dict and is responsible for it
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         return (model, info) if wants_info else model
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys: set[str], *args, **kwargs) -> None:
-        """Backbone tensors that `_check_loaded` is about to refuse stay on the meta device, where they are free."""
-        if self.config.name_or_path != "None":  # the text that from_pretrained(None, state_dict=...) leaves there
+        """Leave missing backbone tensors on the meta device, since `_check_loaded` is about to reject them."""
+        if self.config.name_or_path != "None":  # from_pretrained(None, state_dict=...) sets it to this string
             missing_keys = missing_keys - {
                 key for key in _backbone_keys(missing_keys) if not key.endswith("mask_token")
             }
@@ -657,13 +668,13 @@ class RegViTPreTrainedModel(PreTrainedModel):
             if key.endswith("register_tokens"):
                 hint = f": num_register_tokens={wanted}, but the checkpoint has {found[1]}. {resize}"
             elif key.endswith("position_embeddings"):
-                hint = ". Load it without an image_size override: other input sizes are resampled as they come"
+                hint = ". Load it without an image_size override: positions are resampled for other input sizes"
             elif _backbone_keys([key]):
                 hint = ""
             elif ignore_mismatched_sizes:
                 continue
             else:
-                hint = ". Pass ignore_mismatched_sizes=True to start this head anew"
+                hint = ". Pass ignore_mismatched_sizes=True to initialize this head randomly"
             shapes = f"{tuple(found)} in the checkpoint and {tuple(expected)} in the model"
             problems.append(f"{key} has shape {shapes}{hint}")
         if problems:
@@ -677,7 +688,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         output_attentions: bool | None,
         output_hidden_states: bool | None,
     ) -> RegViTModelOutput:
-        """The backbone inside a head."""
+        """Run the backbone of a model with a head."""
         return self.regvit(
             pixel_values,
             pixel_mask=pixel_mask,
@@ -687,7 +698,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         )
 
     def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTPreTrainedModel":
-        """Change the number of registers of the backbone below a head; see `RegViTModel.resize_register_tokens`."""
+        """Change the number of registers of the backbone; see `RegViTModel.resize_register_tokens`."""
         self.base_model.resize_register_tokens(num_register_tokens, seed=seed)
         return self
 
@@ -695,20 +706,20 @@ class RegViTPreTrainedModel(PreTrainedModel):
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     def _asked_states(self, output: RegViTModelOutput, output_hidden_states: bool | None) -> tuple | None:
-        """Hidden states if the caller wants them, for heads that need them anyway."""
+        """Return the hidden states if the caller asked for them (dense heads always compute them)."""
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return output.hidden_states if wanted else None
 
 
 def _backbone_keys(keys) -> list[str]:
-    """Those of `keys` that belong to the backbone, sorted; the others are heads and poolers."""
+    """Return the keys that belong to the backbone, sorted; all others belong to heads and poolers."""
     return sorted(
         key for key in keys if key.removeprefix("regvit.").startswith(("embeddings.", "layers.", "layernorm."))
     )
 
 
 def _find_corrupt_file(source) -> str:
-    """The first safetensors file of a local folder that does not open; the source itself elsewhere."""
+    """Name the first unreadable safetensors file of a local folder, or `source` itself if it is not a folder."""
     for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
         try:
             with safe_open(path, framework="pt"):
@@ -719,7 +730,7 @@ def _find_corrupt_file(source) -> str:
 
 
 class RegViTPooler(nn.Module):
-    """The dense layer on CLS that the first ViT put before its head."""
+    """Dense layer on CLS, as in front of the head of the original ViT."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__()
@@ -731,13 +742,13 @@ class RegViTPooler(nn.Module):
 
 
 class RegViTModel(RegViTPreTrainedModel):
-    """The backbone: pixels to CLS, registers and patch tokens.
+    """Backbone that maps pixels to CLS, register and patch tokens.
 
     Example:
     ```python
     >>> output = model(pixel_values)
     >>> output.pooler_output, output.patch_tokens, output.register_tokens
-    >>> output.last_hidden_state[output.output_mask]  # every token but registers and padding
+    >>> output.last_hidden_state[output.output_mask]  # all tokens except registers and padding
     ```
     """
 
@@ -752,17 +763,21 @@ class RegViTModel(RegViTPreTrainedModel):
         self.post_init()
 
     def split_tokens(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(B, T, D) -> CLS (B, 1, D), registers (B, R, D), patches (B, N, D). The one place that knows the order."""
+        """Split (B, T, D) into CLS (B, 1, D), registers (B, R, D) and patches (B, N, D)."""
         prefix = self.config.num_prefix_tokens
         return tokens[:, :1], tokens[:, 1:prefix], tokens[:, prefix:]
 
     @torch.no_grad()
     def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTModel":
-        """Keep the first `num_register_tokens` registers and draw those wanted beyond from N(0, register_init_std).
+        """Keep the first registers up to the new number and draw any additional ones from N(0, register_init_std).
 
-        New registers are untrained: train them before use. Changes the model and its config in place.
+        New registers are untrained: train them before use. The model and its config are changed in place.
+
+        Args:
+            num_register_tokens: New number of registers; 0 removes them.
+            seed: Random seed for the new registers.
         """
-        wanted = copy.copy(self.config)  # checked on a copy: a refused number must leave the model as it was
+        wanted = copy.copy(self.config)  # validate a copy, so that a rejected number leaves the model unchanged
         wanted.num_register_tokens = num_register_tokens
         wanted.validate_architecture()
         self.config.num_register_tokens = num_register_tokens
@@ -792,28 +807,29 @@ class RegViTModel(RegViTPreTrainedModel):
         """Run the backbone.
 
         Args:
-            pixel_values: (B, C, H, W) normalised pixels; H and W are multiples of the patch, in any proportion.
+            pixel_values: (B, C, H, W) normalized pixels; H and W are multiples of the patch size, in any aspect ratio.
             bool_masked_pos: (B, N) bool, True where a patch is replaced by the mask token.
-            pixel_mask: (B, H, W), nonzero at real pixels, for images of different sizes padded at the right and at the
-                bottom. Padding takes no part in attention and every image keeps the positions of its own grid, so that
-                its tokens equal those it gets alone.
-            output_attentions: Also return attention weights (needs `attn_implementation="eager"`).
-            output_hidden_states: Also return the residual stream.
-            return_dict: False for a plain tuple.
+            pixel_mask: (B, H, W), nonzero at real pixels, for images of different sizes padded on the right and at the
+                bottom. Padding is excluded from attention and every image gets the positions of its own grid, so its
+                tokens are the same as without padding.
+            output_attentions: Whether to return attention weights (needs `attn_implementation="eager"`).
+            output_hidden_states: Whether to return the residual stream.
+            return_dict: Whether to return a `RegViTModelOutput` instead of a plain tuple.
 
         Raises:
-            ImageTooSmallError: A side is shorter than a patch.
-            ValueError: Wrong channels, sizes that are no multiple of the patch, masks of another shape.
+            ImageTooSmallError: A side of the images is shorter than a patch.
+            ValueError: The number of channels is wrong, the image size is not a multiple of the patch size, or a mask
+                has the wrong shape.
         """
         if pixel_values is None:
-            raise ValueError("pixel_values is missing: pass images as (batch, channels, height, width).")
+            raise ValueError("pixel_values is missing. Pass images of shape (batch, channels, height, width).")
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if output_attentions and config._attn_implementation != "eager":
             logger.warning_once(
-                f"attn_implementation='{config._attn_implementation}' computes no attention weights, so `attentions` "
-                "will be empty. Call model.set_attn_implementation('eager') to get them."
+                f"attn_implementation='{config._attn_implementation}' does not return attention weights, so "
+                "`attentions` will be empty. Call model.set_attn_implementation('eager') to get them."
             )
 
         grids, token_mask = None, None
@@ -854,7 +870,7 @@ class RegViTModel(RegViTPreTrainedModel):
     def _token_mask(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
     ) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        """Each image's own grid, and a mask (B, T) that is False at padding."""
+        """Return each image's own grid and a mask (B, T) that is False at padding."""
         if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
             raise ValueError(
                 f"pixel_mask has shape {tuple(pixel_mask.shape)}, expected (batch, height, width) = "
@@ -871,7 +887,7 @@ class RegViTModel(RegViTPreTrainedModel):
     def _output_masks(
         self, sequence: torch.Tensor, token_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`output_mask` and `patch_mask` of the length of `last_hidden_state`."""
+        """Return `output_mask` and `patch_mask`, both of the same length as `last_hidden_state`."""
         batch_size, num_tokens, _ = sequence.shape
         index = torch.arange(num_tokens, device=sequence.device)
         patch_mask = (index >= self.config.num_prefix_tokens).expand(batch_size, -1)
@@ -888,27 +904,27 @@ class RegViTModel(RegViTPreTrainedModel):
 
 
 def mean_of_patches(patch_tokens: torch.Tensor, patch_mask: torch.Tensor) -> torch.Tensor:
-    """Mean over real patches: (B, N, D) tokens and the (B, T) `patch_mask` of the same output -> (B, D)."""
+    """Average the real patches: (B, N, D) tokens and the (B, T) `patch_mask` of the same output give (B, D)."""
     weights = patch_mask[:, -patch_tokens.shape[1] :, None].to(patch_tokens.dtype)
-    wide = at_least_float32(patch_tokens)  # in float16 the sum over a thousand patches overflows
+    wide = at_least_float32(patch_tokens)  # in float16, the sum over a thousand patches overflows
     return ((patch_tokens * weights).sum(1, dtype=wide) / weights.sum(1, dtype=wide)).to(patch_tokens.dtype)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.dtype:
-    """The type in which many values of a tensor can be summed."""
+    """Return a dtype in which many values of the tensor can be summed without overflow."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
 class RegViTForImageClassification(RegViTPreTrainedModel):
-    """A linear classifier on CLS, the mean patch, or both (`config.pooling`); registers never reach it."""
+    """Linear classifier on CLS, the mean patch, or both (`config.pooling`); it never reads registers."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
         if config.final_norm == "pooled" and config.pooling != "mean_patch":
             raise ValueError(
-                f"pooling={config.pooling!r} does not go with final_norm='pooled', which pools the mean patch. Use "
-                "pooling='mean_patch'."
+                f"pooling={config.pooling!r} cannot be combined with final_norm='pooled', which pools the mean patch. "
+                "Use pooling='mean_patch'."
             )
         self.regvit = RegViTModel(config, add_pooling_layer=False)
         width = config.hidden_size * (2 if config.pooling == "cls_mean_patch" else 1)
@@ -916,7 +932,7 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
         self.post_init()
 
     def pool(self, output: RegViTModelOutput) -> torch.Tensor:
-        """What the classifier reads: (B, D) or (B, 2 D)."""
+        """Return the input of the classifier, (B, D) or (B, 2 * D)."""
         if self.config.pooling == "cls" or self.config.final_norm == "pooled":
             return output.pooler_output
         mean = mean_of_patches(output.patch_tokens, output.patch_mask)
@@ -931,7 +947,10 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> ImageClassifierOutput | tuple:
-        """Logits (B, num_labels). `labels` is (B,) class ids, or (B, num_labels) for several labels or regression."""
+        """Return logits (B, num_labels), and the loss if `labels` are given.
+
+        `labels` has shape (B,) for class ids, or (B, num_labels) for multi-label classification or regression.
+        """
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, output_hidden_states)
         logits = self.classifier(self.pool(output))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
@@ -942,16 +961,16 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
 
 
 class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
-    """What segmentation and depth share: normalised tokens of chosen blocks, and maps back at the input's size."""
+    """Base class of the dense heads: normalized tokens of chosen blocks in, maps of the input's size out."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__(config)
         if config.final_norm != "tokens":
-            raise ValueError("Dense heads read normalised patch tokens: they need final_norm='tokens'.")
+            raise ValueError("Dense heads read normalized patch tokens, so they require final_norm='tokens'.")
         self.regvit = RegViTModel(config, add_pooling_layer=False)
 
     def dense_features(self, output: RegViTModelOutput, *, with_cls: bool) -> torch.Tensor:
-        """(B, N, F) features of every patch: `config.head_layers` side by side, each with CLS beside it if asked."""
+        """Return patch features (B, N, F): the tokens of `config.head_layers`, concatenated, optionally with CLS."""
         features = []
         for block in self.config.head_layers:
             block %= self.config.num_hidden_layers
@@ -965,7 +984,10 @@ class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
     def to_pixels(
         self, patch_values: torch.Tensor, pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None, decode: Callable
     ) -> torch.Tensor:
-        """(B, N, C) values of patches -> `decode((B, C, rows, columns), (H, W))`, padded images each on their own."""
+        """Decode patch values (B, N, C) to maps of the input's size.
+
+        `decode` maps (B, C, rows, columns) and (H, W) to the output. Padded images are decoded one by one.
+        """
         patch_embeddings = self.regvit.embeddings.patch_embeddings
         rows, columns = patch_embeddings.grid_of(pixel_values)
         maps = patch_values.transpose(1, 2).unflatten(2, (rows, columns))  # (B, C, rows, columns)
@@ -983,7 +1005,7 @@ class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
 
 
 class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
-    """DINOv2's linear segmentation head: batch norm and one linear layer on every patch, upsampled bilinearly."""
+    """Linear segmentation head of DINOv2: batch norm and one linear layer per patch, with bilinear upsampling."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__(config)
@@ -1002,7 +1024,10 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> SemanticSegmenterOutput | tuple:
-        """Logits (B, num_labels, H, W) at the size of the input. `labels`: (B, H, W) class ids; 255 is ignored."""
+        """Return logits (B, num_labels, H, W) at the input size, and the loss if `labels` are given.
+
+        `labels` has shape (B, H, W) and holds class ids; `config.semantic_loss_ignore_index` (255) is ignored.
+        """
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         features = self.dense_features(output, with_cls=False)  # (B, N, F)
         valid = output.patch_mask[:, -features.shape[1] :]
@@ -1021,7 +1046,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
             ignore = self.config.semantic_loss_ignore_index
             if pixel_mask is not None:
                 labels = labels.masked_fill(~pixel_mask.bool(), ignore)
-            # The mean over labelled pixels; 0, not NaN, for a batch that has none.
+            # Mean over labeled pixels; clamp, so that a batch without any gives 0 instead of NaN.
             total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
             loss = total / (labels != ignore).sum().clamp(min=1)
         result = SemanticSegmenterOutput(
@@ -1034,7 +1059,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
 
 
 class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
-    """DINOv2's linear depth head: bins of depth for every patch with CLS beside it, upsampled four times first."""
+    """Linear depth head of DINOv2: depth bins from each patch token and CLS, on a grid upsampled four times."""
 
     UPSAMPLE = 4
 
@@ -1052,7 +1077,10 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
     ) -> DepthEstimatorOutput | tuple:
-        """Depth (B, H, W) in metres at the size of the input. `labels`: (B, H, W) metres; ignored: <= 0, inf, NaN."""
+        """Return depth (B, H, W) in meters at the input size, and the loss if `labels` are given.
+
+        `labels` has shape (B, H, W), in meters; pixels that are <= 0, infinite or NaN are ignored.
+        """
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
@@ -1072,9 +1100,9 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         return self._finish(result, return_dict)
 
     def _bins_to_metres(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(B, bins, rows, columns) -> (B, 1, H, W): weights by "linear norm", then the mean of the bins' centres."""
+        """Decode (B, bins, rows, columns) to depth (B, 1, H, W): mean of bin centers, weighted by "linear norm"."""
         dtype = bins.dtype
-        bins = bins.to(at_least_float32(bins))  # in float16 the sum over the bins overflows
+        bins = bins.to(at_least_float32(bins))  # in float16, the sum over the bins overflows
         grid = tuple(self.UPSAMPLE * side for side in bins.shape[-2:])
         bins = nn.functional.interpolate(bins, size=grid, mode="bilinear", align_corners=False)
         weights = nn.functional.relu(bins) + 0.1
@@ -1090,9 +1118,11 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
 
 
 def scale_invariant_log_loss(depth: torch.Tensor, target: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """`sqrt(Var(g) + 0.15 mean(g)^2)` with g = log(depth) - log(target) where `valid`; 0 where nothing is.
+    """Return `sqrt(Var(g) + 0.15 mean(g)^2)` for g = log(depth) - log(target) over the `valid` pixels.
 
-    Source: "SigLog" of the linear depth protocol (arXiv 2304.07193, after arXiv 1406.2283).
+    With fewer than two valid pixels, the loss is 0.
+
+    Source: "SigLog" in the linear depth protocol (arXiv 2304.07193, based on arXiv 1406.2283).
     """
     error = (torch.log(depth + 1e-3) - torch.log(target.clamp(min=0) + 1e-3))[valid]
     if error.numel() < 2:
@@ -1101,10 +1131,10 @@ def scale_invariant_log_loss(depth: torch.Tensor, target: torch.Tensor, valid: t
 
 
 class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
-    """Feature maps of chosen blocks for dense models of transformers (DPT, UperNet, ...).
+    """Backbone that returns feature maps of chosen blocks for dense transformers models (DPT, UperNet, ...).
 
-    `AutoBackbone.from_pretrained` asks the Hub before it looks at the disk and refuses local folders; use
-    `RegViTBackbone.from_pretrained(folder)` for those.
+    `AutoBackbone.from_pretrained` queries the Hub before the disk and rejects local folders. For a local folder, use
+    `RegViTBackbone.from_pretrained(folder)`.
     """
 
     def __init__(self, config: RegViTConfig):
@@ -1121,7 +1151,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
         return_dict: bool | None = None,
         pixel_mask: torch.Tensor | None = None,
     ) -> BackboneOutput | tuple:
-        """Feature maps (B, D, rows, columns), or token sequences with `reshape_hidden_states=False`."""
+        """Return feature maps (B, D, rows, columns), or token sequences if `reshape_hidden_states` is False."""
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         grid = self.regvit.embeddings.patch_embeddings.grid_of(pixel_values)
         feature_maps = []

@@ -1,9 +1,9 @@
-"""Small models fitted on frozen tokens, to measure what a backbone has learnt.
+"""Probe frozen tokens with small models, to measure what a backbone has learned.
 
-Weighted k nearest neighbours on image features, and linear probes on single tokens: where a patch was, what its pixels
-were, and which class its image has.
+Contains weighted k-nearest-neighbor classification on image features, and linear probes on single tokens that predict
+the position of a patch, its pixels, and the class of its image.
 
-Shape letters: n training images, m test images, D width, C classes, K = max(k) neighbours, S seeds, t tokens, P pixel
+Shape letters: n training images, m test images, D width, C classes, K = max(k) neighbors, S seeds, t tokens, P pixel
 values of a patch.
 """
 
@@ -34,27 +34,27 @@ def knn_classify(
     chunk_size: int = 1024,
     bank_chunk_size: int = 16384,
 ) -> dict[int, Tensor]:
-    """Class scores by a vote of the nearest training images, weighted by similarity.
+    """Compute class scores by a vote of the nearest training images, weighted by similarity.
 
-    Features are L2-normalised here. The votes are softmax(cosine / temperature) over all max(k) neighbours; for each k
-    the first k of them are summed per class, so only the scores of the largest k sum to one.
+    Features are L2-normalized here. The votes are softmax(cosine / temperature) over all max(k) neighbors. For each k,
+    the first k votes are summed per class, so only the scores of the largest k sum to one.
 
     Args:
-        train_features: (n, D).
-        train_labels: (n,) integers in [0, C).
-        test_features: (m, D).
-        k: Numbers of neighbours.
-        temperature: Of the softmax, in units of cosine similarity.
-        num_classes: C; default the largest label plus one.
-        chunk_size: Test images handled at once.
-        bank_chunk_size: Training images handled at once. Memory beyond the features and the result is chunk_size *
-            bank_chunk_size similarities and one chunk of each, whatever n and m are.
+        train_features: (n, D) features of the training images.
+        train_labels: (n,) class ids in [0, C).
+        test_features: (m, D) features of the test images.
+        k: Numbers of neighbors.
+        temperature: Temperature of the softmax, in units of cosine similarity.
+        num_classes: Number C of classes; by default, the largest label plus one.
+        chunk_size: Number of test images processed at once.
+        bank_chunk_size: Number of training images processed at once. Besides features and result, memory use is
+            chunk_size * bank_chunk_size similarities and one chunk of each, independent of n and m.
 
     Returns:
-        For each k the class scores, (m, C) float32.
+        Class scores (m, C), float32, for each k.
 
     Raises:
-        ValueError: Shapes that do not fit, labels out of range, features that are not finite, or k beyond n.
+        ValueError: Shapes do not match, labels are out of range, features are not finite, or k exceeds n.
 
     Source: arXiv 1805.01978; dinov2 `eval/knn.py` for the weights. Slow twin: tests/unit/test_probes.py.
     """
@@ -78,9 +78,9 @@ def knn_classify(
 
 
 def _nearest(queries: Tensor, bank: Tensor, count: int, bank_chunk_size: int) -> tuple[Tensor, Tensor]:
-    """Cosines and indices of the nearest of the bank, best first, (queries, count) each.
+    """Find the nearest images of the bank; return cosines and indices, best first, (queries, count) each.
 
-    The best of every part of the bank compete with the best so far; of equal ones the earlier image stays.
+    The best of every chunk of the bank are merged with the best so far; ties keep the earlier image.
     """
     queries = F.normalize(queries.float(), dim=1)
     best: tuple[Tensor, Tensor] | None = None
@@ -93,7 +93,7 @@ def _nearest(queries: Tensor, bank: Tensor, count: int, bank_chunk_size: int) ->
         similarity, index = torch.cat([best[0], similarity], dim=1), torch.cat([best[1], index + start], dim=1)
         similarity, order = similarity.topk(min(count, similarity.shape[1]), dim=1)
         best = similarity, index.gather(1, order)
-    assert best is not None  # the bank is not empty: k of at least 1 fits into it
+    assert best is not None  # the bank is not empty, because k is at least 1 and at most its size
     return best
 
 
@@ -107,13 +107,15 @@ def knn_accuracy(
     temperature: float = 0.07,
     chunk_size: int = 1024,
 ) -> dict[int, float]:
-    """Share of test images whose best class is right, in [0, 1], for each k; arguments as in `knn_classify`.
+    """Compute the top-1 accuracy of the test images, in [0, 1], for each k; see `knn_classify` for the arguments.
 
     Raises:
-        ValueError: As `knn_classify`, or `test_labels` do not match `test_features`.
+        ValueError: `knn_classify` raises, or `test_labels` do not match `test_features`.
     """
     if len(test_labels) != len(test_features):
-        raise ValueError(f"{len(test_labels)} test labels for {len(test_features)} test features; expected one each.")
+        raise ValueError(
+            f"There are {len(test_labels)} test labels for {len(test_features)} test features, expected one each."
+        )
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     scores = knn_classify(
         train_features,
@@ -131,16 +133,23 @@ def knn_accuracy(
 def _check_knn(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: Sequence[int]) -> None:
     shapes = f"train {tuple(train_features.shape)}, test {tuple(test_features.shape)}"
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
-        raise ValueError(f"Features must be (images, width) with one width; got {shapes}.")
+        raise ValueError(f"Features have shapes {shapes}, expected (images, width) with the same width.")
     if len(test_features) == 0:
-        raise ValueError(f"There are no test features; got {shapes}.")
+        raise ValueError(f"There are no test features (shapes: {shapes}). Pass at least one test image.")
     if train_labels.shape != train_features.shape[:1]:
-        raise ValueError(f"train_labels {tuple(train_labels.shape)} must be one per training image; got {shapes}.")
+        raise ValueError(
+            f"train_labels has shape {tuple(train_labels.shape)}, expected one per training image ({shapes})."
+        )
     if not k or min(k) < 1 or max(k) > len(train_features):
-        raise ValueError(f"k={tuple(k)} must lie in [1, {len(train_features)}], the number of training images.")
+        raise ValueError(
+            f"k={tuple(k)} is out of range: values must be in [1, {len(train_features)}], up to the number of "
+            "training images."
+        )
     for name, features in (("train", train_features), ("test", test_features)):
         if not torch.isfinite(features).all():
-            raise ValueError(f"{name}_features hold NaN or infinity; kNN would rank them at random.")
+            raise ValueError(
+                f"{name}_features contain NaN or infinity, so kNN would rank them at random. Check the model weights."
+            )
 
 
 # --- Linear models ---
@@ -148,7 +157,7 @@ def _check_knn(train_features: Tensor, train_labels: Tensor, test_features: Tens
 
 @dataclass(frozen=True, eq=False)
 class LinearModel:
-    """Standardised features times a matrix: `(x - mean) / std @ weight + bias`, (.., D) to (.., outputs)."""
+    """Linear model on standardized features: `(x - mean) / std @ weight + bias`, (.., D) to (.., outputs)."""
 
     mean: Tensor
     std: Tensor
@@ -156,12 +165,12 @@ class LinearModel:
     bias: Tensor
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Scores or predictions, float32."""
+        """Return scores or predictions, float32."""
         return (features.float() - self.mean) / self.std @ self.weight + self.bias
 
 
 def _standardise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Features with mean 0 and standard deviation 1 per channel, and both; constant channels stay 0."""
+    """Standardize each channel; return features, mean and standard deviation. Constant channels become 0."""
     features = features.float()
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), std, torch.ones_like(std))
@@ -171,20 +180,25 @@ def _standardise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def softmax_regression(
     features: Tensor, labels: Tensor, *, num_classes: int, l2: float = 1e-3, max_iterations: int = 100
 ) -> LinearModel:
-    """Multinomial logistic regression on standardised features, by L-BFGS from zero: nothing is random.
+    """Fit multinomial logistic regression on standardized features, with L-BFGS from zero; it is deterministic.
 
-    Minimises mean cross-entropy + l2 / 2 * ||weight||², the bias free of the penalty; scikit-learn's
-    `LogisticRegression(C=1 / (l2 * n))` has the same minimum.
+    It minimizes mean cross-entropy + l2 / 2 * ||weight||², without a penalty on the bias.
+    `LogisticRegression(C=1 / (l2 * n))` of scikit-learn has the same minimum.
 
     Args:
-        features: (n, D).
-        labels: (n,) integers in [0, num_classes).
-        num_classes: C.
-        l2: Penalty, on standardised features.
-        max_iterations: Of L-BFGS with a strong Wolfe line search.
+        features: (n, D) features.
+        labels: (n,) class ids in [0, num_classes).
+        num_classes: Number C of classes.
+        l2: L2 penalty, on standardized features.
+        max_iterations: Maximum number of iterations of L-BFGS with a strong Wolfe line search.
+
+    Raises:
+        ValueError: There are no features, or not one label per feature.
     """
     if len(features) == 0 or labels.shape != features.shape[:1]:
-        raise ValueError(f"{tuple(labels.shape)} labels for features {tuple(features.shape)}; expected one each.")
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)} for features of shape {tuple(features.shape)}, expected one each."
+        )
     x, mean, std = _standardise(features)
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
@@ -204,15 +218,18 @@ def softmax_regression(
 
 
 def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> LinearModel:
-    """Least squares on standardised features with the penalty l2 * n * ||weight||², in closed form and float64.
+    """Fit least squares on standardized features with the penalty l2 * n * ||weight||², in closed form and float64.
 
     Args:
-        features: (n, D).
-        targets: (n, outputs); their mean is the bias.
-        l2: Penalty.
+        features: (n, D) features.
+        targets: (n, outputs) targets; their mean is the bias.
+        l2: L2 penalty, on standardized features.
+
+    Raises:
+        ValueError: There are no features, or not one target per feature.
     """
     if len(features) == 0 or len(features) != len(targets):
-        raise ValueError(f"{len(targets)} targets for {len(features)} features; expected one each.")
+        raise ValueError(f"There are {len(targets)} targets for {len(features)} features, expected one each.")
     x, mean, std = _standardise(features)
     bias = targets.float().mean(dim=0)
     x = x.double()
@@ -225,16 +242,17 @@ def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> 
 
 
 def position_scores(predicted: Tensor, true: Tensor, grid: tuple[int, int]) -> dict[str, float]:
-    """How well cells of a grid were guessed.
+    """Score the predicted positions of tokens.
 
     Args:
-        predicted: (t,) cell indices, row-major.
-        true: (t,) likewise.
-        grid: (rows, columns).
+        predicted: (t,) predicted cell indices, row-major.
+        true: (t,) true cell indices, row-major.
+        grid: (rows, columns) of the patches.
 
     Returns:
-        `top1` in [0, 1]; `distance`, the mean Euclidean distance in patches; `prior_top1`, what always naming this
-        group's most frequent cell would reach: tokens that occur in few cells are easy to place.
+        `top1`, the accuracy in [0, 1]; `distance`, the mean Euclidean distance in patches; `prior_top1`, the accuracy
+        of always predicting the most frequent cell of this group, since tokens that occur in few cells are easy to
+        locate.
     """
     columns = grid[1]
     rows_off = (predicted // columns - true // columns).float()
@@ -247,12 +265,12 @@ def position_scores(predicted: Tensor, true: Tensor, grid: tuple[int, int]) -> d
 
 
 def pixel_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
-    """How well pixels of patches were reconstructed, both (t, P) in [0, 1].
+    """Score the reconstruction of patch pixels; both arguments are (t, P), in [0, 1].
 
     Returns:
-        `l2`: mean over patches of the Euclidean length of the error over all P values; `r2`: share of this group's
-        own variance that is explained (0: no better than the group's mean patch, below 0: worse); `spread`: mean
-        Euclidean distance of a patch to the group's mean patch, to compare `l2` with.
+        `l2`: Euclidean norm of the error over all P values, averaged over patches; `r2`: explained share of the
+        variance of this group (0 is as good as the group's mean patch, below 0 is worse); `spread`: mean Euclidean
+        distance between a patch and the group's mean patch, as a reference for `l2`.
     """
     error = (predicted - true).float()
     around = true.float() - true.float().mean(dim=0)
@@ -265,10 +283,10 @@ def pixel_scores(predicted: Tensor, true: Tensor) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class TokenProbeReport:
-    """Linear probes on single tokens: `probe -> group of tokens -> metric -> {"mean", "std"}` over seeds.
+    """Results of linear probes on single tokens: `probe -> group of tokens -> metric -> {"mean", "std"}` over seeds.
 
-    Groups are "normal" and "outlier" patches, and for the class also "cls" and "register". A probe or group that
-    cannot be fitted is absent, with the reason in `notes`.
+    Groups are "normal" and "outlier" patches and, for the class probe, also "cls" and "register". Probes and groups
+    that cannot be fitted are absent; `notes` gives the reason.
     """
 
     position: dict[str, Any]
@@ -278,11 +296,11 @@ class TokenProbeReport:
     notes: list[str] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def table(self) -> str:
-        """All numbers as Markdown, one line per group of tokens."""
+        """Return all results as a Markdown table, with one row per group of tokens."""
         lines = ["| probe | tokens | result | test |", "|---|---|---|---|"]
         for probe, groups in (("position", self.position), ("pixels", self.pixels), ("class", self.image_class)):
             for name, metrics in groups.items():
@@ -297,20 +315,20 @@ class TokenProbeReport:
 
 @dataclass(eq=False)
 class _Sample:
-    """Tokens of one set of images. The first five are for position and pixels, one row a token."""
+    """Tokens of one set of images; the first five fields, with one row per token, are for position and pixels."""
 
     tokens: Tensor  # (t, D)
     cells: Tensor  # (t,)
     pixels: Tensor  # (t, P) float16 in [0, 1]
     outlier: Tensor  # (t,) bool
-    uniform: Tensor  # (t,) bool: drawn at random, not only added for being an outlier
-    single: dict[str, Tensor]  # group: (S, n, D), one token an image
+    uniform: Tensor  # (t,) bool: drawn at random, not added only because it is an outlier
+    single: dict[str, Tensor]  # group: (S, n, D), one token per image
     present: dict[str, Tensor]  # group: (n,) bool, whether the image has such a token
     labels: Tensor | None  # (n,)
     grid: tuple[int, int]
 
     def part(self, chosen: Tensor, image: Tensor) -> "_Sample":
-        """The images where `chosen` (n,) is true; `image` (t,) says where tokens come from."""
+        """Select the images where `chosen` (n,) is True; `image` (t,) is the image index of each token."""
         rows = chosen[image]
         return _Sample(
             tokens=self.tokens[rows],
@@ -340,26 +358,30 @@ def token_probes(
     batch_size: int = 32,
     max_tokens: int = 16384,
 ) -> TokenProbeReport:
-    """What single tokens know: normal patches against outliers against CLS and registers.
+    """Fit linear probes on single tokens to compare normal patches, outliers, CLS and registers.
 
-    Position (softmax regression over grid cells) and pixels (ridge regression) train on patches drawn at random from
-    all, and are judged on normal and outlier patches of other images. For the class of the image (softmax
-    regression), one random token of each kind stands for an image; images without such a token are left out of that
-    row. Tokens are those of `layer` after the final norm.
+    The probes of position (softmax regression over grid cells) and pixels (ridge regression) are trained on randomly
+    drawn patches and evaluated on normal and outlier patches of the test images. For the class probe (softmax
+    regression), one random token of each kind represents an image; images without such a token are left out of that
+    group. Tokens are read at `layer`, after the final norm.
 
     Args:
-        model: A model of a family in `families.FAMILIES`.
-        images: As for `diagnose`; the class probe needs an `ImageSource` or data set with labels.
+        model: Model of a family in `families.FAMILIES`.
+        images: Images as for `diagnose`; the class probe needs an `ImageSource` or dataset with labels.
         cutoff: Norm above which a patch is an outlier, on the raw tokens of `cutoff_layer`.
-        cutoff_layer: See above.
-        test_images: Images to judge on; default three in ten of `images`, taken class by class.
-        layer: Where the tokens are read.
-        max_images: Used of each set at most.
-        num_seeds: A seed draws half of the training patches, and which patch stands for an image.
-        seed: The first of them.
-        processor: See `EvaluationTransform.for_model`.
-        batch_size: Images of one forward pass.
-        max_tokens: Patches kept for training position and pixels.
+        cutoff_layer: Block whose raw tokens are compared with `cutoff`.
+        test_images: Test images; by default, three in ten of `images`, drawn per class.
+        layer: Block at which the tokens are read.
+        max_images: Maximum number of images of each set.
+        num_seeds: Number of seeds. Each seed draws half of the training patches, and the patch that represents an
+            image.
+        seed: First random seed.
+        processor: Image processor; see `EvaluationTransform.for_model`.
+        batch_size: Number of images per forward pass.
+        max_tokens: Maximum number of patches to train the probes of position and pixels.
+
+    Raises:
+        ValueError: The images have different grids of patches.
 
     Source: arXiv 2309.16588, section 2.1 and table 1; tables 4 and 5 of its appendix.
     """
@@ -376,10 +398,13 @@ def token_probes(
     else:
         train, (test, _) = sample, collect(test_images)
         if train.grid != test.grid:
-            raise ValueError(f"Training images have {train.grid} patches, test images {test.grid}; expected the same.")
+            raise ValueError(
+                f"The grid of patches is {train.grid} for the training images but {test.grid} for the test images. "
+                "Use images or a processor with the same size for both."
+            )
     notes: list[str] = []
     if not test.outlier.any():
-        notes.append(f"no patch of the test images is above {cutoff:.4g}, so there is no outlier to probe")
+        notes.append(f"No patch of the test images is above the cutoff {cutoff:.4g}, so outliers were not probed.")
     position, pixels = _local_probes(train, test, num_seeds, seed)
     return TokenProbeReport(
         position=position,
@@ -393,9 +418,9 @@ def token_probes(
             "seeds": list(range(seed, seed + num_seeds)),
             "train_images": len(train.present["normal"]),
             "test_images": len(test.present["normal"]),
-            "position": "softmax regression over grid cells, l2 1e-4, L-BFGS, 60 iterations, standardised tokens",
-            "pixels": "ridge regression, l2 1e-3, standardised tokens; pixels in [0, 1], error over all of a patch",
-            "image_class": "softmax regression, l2 1e-2, L-BFGS, standardised tokens, one token an image",
+            "position": "softmax regression over grid cells, l2 1e-4, L-BFGS, 60 iterations, standardized tokens",
+            "pixels": "ridge regression, l2 1e-3, standardized tokens; pixels in [0, 1], error over the whole patch",
+            "image_class": "softmax regression, l2 1e-2, L-BFGS, standardized tokens, one token per image",
             "chance": {"position_top1": 1 / (train.grid[0] * train.grid[1])},
         },
         notes=notes,
@@ -403,7 +428,7 @@ def token_probes(
 
 
 def _three_in_ten(labels: Tensor | None, count: int) -> Tensor:
-    """(count,) bool: three of every ten images, counted within its class where there are classes."""
+    """Select three of every ten images, counted per class if there are labels, as a mask (count,)."""
     seen: dict[int, int] = {}
     chosen = torch.zeros(count, dtype=torch.bool)
     for i, label in enumerate([0] * count if labels is None else labels.tolist()):
@@ -413,7 +438,7 @@ def _three_in_ten(labels: Tensor | None, count: int) -> Tensor:
 
 
 class _SampleReader:
-    """Images to a `_Sample`, keeping only what the probes need."""
+    """Reader of a `_Sample` that keeps only the tokens the probes need."""
 
     def __init__(
         self,
@@ -432,7 +457,7 @@ class _SampleReader:
         self.generator = torch.Generator().manual_seed(seed)
 
     def read(self, source: Any, *, max_images: int, batch_size: int, max_tokens: int) -> tuple[_Sample, Tensor]:
-        """The sample, and for each of its tokens the image it comes from, (t,)."""
+        """Read the sample; also return the image index (t,) of each token."""
         source = load_images(source, split=None) if isinstance(source, str | Path) else source
         prepared = prepare_images(source, self.transform, batch_size=batch_size, max_images=max_images, seed=self.seed)
         per_image = max(8, max_tokens // min(prepared.total or max_images, max_images))
@@ -444,7 +469,10 @@ class _SampleReader:
             grids.add(self._grid(batch))
             ids += names
         if len(grids) > 1:
-            raise ValueError(f"The images have grids of {sorted(grids)} patches; probes need one grid.")
+            raise ValueError(
+                f"The images have grids of {sorted(grids)} patches, but probes need one grid. Use a processor that "
+                "resizes all images to one size."
+            )
         joined = {
             name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("single_") else 0)
             for name in parts[0]
@@ -507,7 +535,7 @@ class _SampleReader:
         return batch.shape[-2] // height, batch.shape[-1] // width
 
     def _pixels(self, batch: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised to (B, N, P) in [0, 1]; P runs over channel, row, column."""
+        """Convert normalized images (B, 3, H, W) to patches (B, N, P) in [0, 1]; P runs over channel, row, column."""
         mean, std = (torch.tensor(x)[:, None, None] for x in (self.transform.mean, self.transform.std))
         height, width = self.description.patch_size
         rows, columns = self._grid(batch)
@@ -517,7 +545,7 @@ class _SampleReader:
 
 
 def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean and sample standard deviation of each metric; 0 for a single seed."""
+    """Compute mean and sample standard deviation of each metric over seeds; the latter is 0 for a single seed."""
     return {
         name: {
             "mean": statistics.fmean(run[name] for run in runs),
@@ -528,7 +556,7 @@ def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, floa
 
 
 def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Position and pixels, each for the groups of test patches that exist."""
+    """Run the probes of position and pixels for the existing groups of test patches."""
     groups = {
         name: rows
         for name, rows in (("normal", test.uniform & ~test.outlier), ("outlier", test.outlier))
@@ -561,7 +589,7 @@ def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> t
 
 def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str]) -> dict[str, Any]:
     if train.labels is None or test.labels is None:
-        notes.append("the images have no labels, so the class probe was left out")
+        notes.append("The images have no labels, so the class probe was skipped.")
         return {}
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
     result: dict[str, Any] = {}
@@ -570,7 +598,10 @@ def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str
             continue
         fit, judge = train.present[name], test.present[name]
         if int(fit.sum()) < 2 or not judge.any():
-            notes.append(f"class probe: {int(fit.sum())} training and {int(judge.sum())} test images have '{name}'")
+            notes.append(
+                f"The class probe was skipped for tokens of kind '{name}': only {int(fit.sum())} training and "
+                f"{int(judge.sum())} test images have them."
+            )
             continue
         runs = []
         for run in range(num_seeds):

@@ -1,4 +1,4 @@
-"""Conversion against every golden file of the official DINOv2, transformers and timm, and the released manifests."""
+"""Test conversion against all golden files of official DINOv2, transformers and timm, and released manifests."""
 
 import json
 
@@ -73,7 +73,7 @@ def test_official_dinov2(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
 def test_official_intermediate_layers(name: str) -> None:
-    """`get_intermediate_layers` of the official code, rebuilt from `hidden_states`."""
+    """Rebuild `get_intermediate_layers` of the official code from `hidden_states`."""
     tensors, config = load_golden(name)
     model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"]))
     depth = model.config.num_hidden_layers
@@ -203,7 +203,7 @@ def manifests() -> list[str]:
 
 @pytest.mark.parametrize("name", manifests())
 def test_released_architectures(name: str) -> None:
-    """Every parameter name and shape of the released checkpoints finds its place, without their weights."""
+    """Check that every parameter name and shape of the released checkpoints is used, without their weights."""
     manifest = json.loads((shared_dir() / "golden" / "manifests" / name).read_text())
     listed = manifest.get("parameters_on_disk") or manifest["parameters"]
     state = {key: torch.empty(shape, device="meta") for key, shape in listed.items()}
@@ -236,7 +236,7 @@ def test_released_architectures(name: str) -> None:
 
 
 def test_key_bias_is_in_its_place() -> None:
-    """Outputs cannot see the key bias (softmax ignores it), so it is compared as a parameter."""
+    """Compare the key bias as a parameter, because softmax cancels it in the outputs."""
     tensors, config = load_golden("dinov2/vit_reg4_mlp.safetensors")
     model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"]))
     for i, layer in enumerate(model.layers):

@@ -1,6 +1,6 @@
-"""The model against the official DINOv2, weights copied name by name: positions, masks, gradients and drop path.
+"""Test the model against official DINOv2, with weights copied by name: positions, masks, gradients, drop path.
 
-Conversion has its own tests; here nothing of it is used, so that the two cannot be wrong in the same way.
+Conversion has its own tests and is not used here, so that both cannot be wrong in the same way.
 """
 
 import re
@@ -42,7 +42,7 @@ def our_name(official: str) -> str:
 
 
 def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViTModel:
-    """The model of one golden file, every official tensor loaded and none of ours left over."""
+    """Create the model of a golden file; every official tensor is loaded and none of the model is left over."""
     config = RegViTConfig(
         image_size=arguments["img_size"],
         patch_size=arguments["patch_size"],
@@ -71,7 +71,7 @@ def sizes_of(tensors: dict[str, torch.Tensor]) -> list[str]:
 
 
 def test_no_file_is_missing():
-    """An empty list of parameters would skip, not fail, where the fixtures have to be."""
+    """Check that golden files exist, because an empty list of parameters would skip instead of fail."""
     assert len(VIT_FILES) == 8
     assert len(MASK_FILES) == 1
 
@@ -135,7 +135,7 @@ def test_masked_patches(name):
 
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_gradient_of_every_parameter(attn_implementation):
-    """With masks, at a size whose positions are resampled: the table's gradient flows through the resize."""
+    """Compare gradients with masks at a size for which positions are resampled, so gradients pass the resize."""
     tensors, config = load_golden("dinov2/vit_masks_reg2_grad.safetensors")
     size, model = config["grad_size"], build(tensors, config["model"])
     model.set_attn_implementation(attn_implementation)
@@ -158,7 +158,7 @@ def test_gradient_of_every_parameter(attn_implementation):
 
 
 def test_batch_subset_drop_path(monkeypatch):
-    """The file's permutations stand in for the random ones, in the order of the branches."""
+    """Use the permutations of the golden file instead of random ones, in the order of the branches."""
     tensors, config = load_golden("dinov2/vit_droppath_train.safetensors")
     model = build(tensors, config["model"], drop_path_mode="batch_subset").train()
     permutations = iter(tensors["in.randperm"])

@@ -1,4 +1,4 @@
-"""`read_tokens` against what the reference libraries recorded of themselves: `golden/transformers`, `golden/timm`."""
+"""Test `read_tokens` against recordings of the reference libraries: `golden/transformers`, `golden/timm`."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def load_reference(name):
 
 
 def test_every_golden_model_is_read():
-    """A new golden folder must be read here too."""
+    """Check that no golden folder is left out."""
     golden = shared_dir() / "golden"
     assert {path.name for path in (golden / "transformers").iterdir()} == set(TRANSFORMERS)
     assert {path.stem for path in (golden / "timm").glob("*.safetensors")} == set(TIMM)

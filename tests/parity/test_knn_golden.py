@@ -1,4 +1,4 @@
-"""Weighted kNN against the official evaluation."""
+"""Test weighted kNN against the official evaluation."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def test_full_training_set(name):
         torch.testing.assert_close(scores[k], golden[f"out.full.k{k}.probas"], atol=1e-5, rtol=0)
         assert torch.equal(scores[k].argmax(1), golden[f"out.full.k{k}.preds"])
         assert accuracy[k] == pytest.approx(golden[f"out.full.k{k}.accuracy"][0].item(), abs=1e-7)
-    # Normalisation happens inside: features already normalised give the same.
+    # knn_classify normalizes, so features that are already normalized give the same result.
     again = knn_classify(F.normalize(train, dim=1), labels, F.normalize(test, dim=1), k=config["nb_knn"])
     torch.testing.assert_close(again, scores, atol=1e-5, rtol=0)
 

@@ -1,4 +1,4 @@
-"""The real ViT-Tiny of `shared/data`: it converts, gives the same logits, and names the same classes."""
+"""Test the real ViT-Tiny of `shared/data`: it converts and gives the same logits and class names."""
 
 import io
 
@@ -12,7 +12,7 @@ pytestmark = [requires_shared, pytest.mark.slow]
 
 
 def imagenet_samples(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pixels (n, 3, 224, 224) and labels, by the data sheet's protocol: resize 248, crop 224, mean = std = 0.5."""
+    """Load pixels (n, 3, 224, 224) and labels with the published protocol: resize 248, crop 224, mean = std = 0.5."""
     import datasets
     from PIL import Image
     from transformers import BitImageProcessor
@@ -51,7 +51,7 @@ def test_logits_and_top1_equal_the_source() -> None:
 
 
 def test_it_shows_the_artifacts_of_the_paper() -> None:
-    """Raw patch norms, read from `hidden_states` before the final norm: bimodal from the output of layer 8 on."""
+    """Check that raw patch norms in `hidden_states` (before the final norm) are bimodal from block 8 on."""
     model = convert(shared_dir() / "data" / "vit_tiny_patch16_224", verify=False).regvit
     pixels, _ = imagenet_samples(100)
     norms = []

@@ -59,7 +59,7 @@ def test_convert_does_not_overwrite(vit_folder, tmp_path, capsys) -> None:
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     assert cli.main(args) == 0
     assert cli.main(args) == 1
-    assert "holds a checkpoint already" in capsys.readouterr().err
+    assert "already contains a checkpoint" in capsys.readouterr().err
 
 
 def test_failures_are_one_line_unless_debugged(tmp_path, capsys) -> None:

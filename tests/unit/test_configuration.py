@@ -1,4 +1,4 @@
-"""RegViTConfig: every wrong value is refused by name, every right one survives the way to disk and back."""
+"""Test RegViTConfig: errors name every invalid value, and valid values survive saving and loading."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from hf_regvit.configuration_regvit import AUTO_MAP, PRESETS
 
 TINY = {"image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-# Every field away from its default, rectangular sizes included.
+# Every field differs from its default, including rectangular sizes.
 EVERYTHING = {
     "num_register_tokens": 2, "image_size": (16, 24), "patch_size": (8, 4), "num_channels": 5, "hidden_size": 48,
     "num_hidden_layers": 3, "num_attention_heads": 4, "mlp_ratio": 3.5, "intermediate_size": 40, "hidden_act": "relu",
@@ -35,7 +35,7 @@ def warnings_of(caplog) -> list[str]:
 
 # --- Wrong values ----------------------------------------------------------------------------------------------------
 
-# field, a wrong value, the valid value that the message has to offer
+# field, invalid value, valid value that the message must suggest
 OUT_OF_RANGE = [
     ("hidden_size", 0, 768), ("hidden_size", -32, 768), ("hidden_size", 100_000, 768),
     ("num_hidden_layers", 0, 12), ("num_hidden_layers", -2, 12), ("num_attention_heads", 0, 12),
@@ -182,7 +182,7 @@ def test_config_of_a_newer_version_loads_with_a_warning(version, warns, tmp_path
     messages = [message for message in warnings_of(caplog) if version in message and __version__ in message]
     assert bool(messages) == warns
     assert not warns or "pip install -U hf_regvit" in messages[0]
-    assert config.to_dict()["hf_regvit_version"] == __version__  # what is saved now is saved by this version
+    assert config.to_dict()["hf_regvit_version"] == __version__  # saved by the current version
 
 
 def test_a_version_that_is_none_does_not_stop_loading():
@@ -233,7 +233,7 @@ def test_overrides_at_load(tmp_path):
 
 
 def test_feature_maps_follow_the_depth(tmp_path):
-    """The usual ways to a shorter model; its checkpoint named a block that it does not have, and never loaded."""
+    """Regression test: the checkpoint of a shortened model named a missing block and could not be loaded."""
     RegViTConfig(**TINY).save_pretrained(tmp_path / "whole")
     at_load = RegViTConfig.from_pretrained(tmp_path / "whole", num_hidden_layers=1)
     later = RegViTConfig(**TINY)
@@ -257,7 +257,7 @@ def test_chosen_feature_maps_stay_or_are_named(tmp_path):
 
 def test_classes_of_somebodys_own_stay_in_the_auto_map(tmp_path):
     config = RegViTConfig(**TINY)
-    config.auto_map["AutoModel"] = "my_vit.MyViT"  # as save_pretrained of a registered class writes it
+    config.auto_map["AutoModel"] = "my_vit.MyViT"  # as written by save_pretrained of a registered class
     config.save_pretrained(tmp_path)
     loaded = RegViTConfig.from_pretrained(tmp_path)
     assert loaded.auto_map == {**AUTO_MAP, "AutoModel": "my_vit.MyViT"}
@@ -297,7 +297,7 @@ def test_giant_is_counted_and_built_on_meta_without_memory():
     with torch.device("meta"):
         model = RegViTModel(config)
     assert all(p.is_meta for p in model.parameters())
-    # Published figure of the official giant with 4 registers (dinov2_pretraining.md, section 1.1).
+    # Published number for the official giant model with 4 registers.
     assert sum(p.numel() for p in model.parameters()) == config.num_parameters() == 1_136_486_912
 
 

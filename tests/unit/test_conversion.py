@@ -1,4 +1,4 @@
-"""Conversion without `shared`: random models of the installed libraries, and everything that has to be refused."""
+"""Test conversion without `shared`: random models of the installed libraries, and all unsupported sources."""
 
 import argparse
 import json
@@ -27,7 +27,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def randomise(model: nn.Module) -> nn.Module:
-    """Every tensor away from its start, so that a lost or swapped one shows."""
+    """Move every tensor away from its initial value, so that a lost or swapped tensor is detected."""
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -36,7 +36,7 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def official_state(registers: int = 2, depth: int = 2, width: int = 32) -> dict[str, torch.Tensor]:
-    """A state dict under DINOv2's names."""
+    """Create a state dict with the names of DINOv2."""
     torch.manual_seed(1)
     shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 17, width), "mask_token": (1, width)}
     if registers:
@@ -131,7 +131,7 @@ def test_timm_modules(kwargs) -> None:
     ],
 )
 def test_pictures_for_a_model_of_timm_are_prepared_as_by_timm(settings, tmp_path) -> None:
-    """What is kept of a picture depends on `crop_pct` (1 for most models at 384 pixels), as the accuracy does."""
+    """Check that the crop follows `crop_pct` (1 for most models at 384 pixels), which affects accuracy."""
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 96, "patch_size": 16, "embed_dim": 32, "depth": 1, "num_heads": 4}
     source = timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval()
@@ -145,7 +145,7 @@ def test_pictures_for_a_model_of_timm_are_prepared_as_by_timm(settings, tmp_path
     settings = timm.data.resolve_data_config({"input_size": (3, 96, 96)}, pretrained_cfg=source.pretrained_cfg)
     expected = timm.data.create_transform(**settings)
     levels = torch.randint(0, 256, (12, 20, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    for size in ((200, 120), (90, 150), (96, 96)):  # an odd border would be cut one pixel apart by the two libraries
+    for size in ((200, 120), (90, 150), (96, 96)):  # for odd borders, the crops of both differ by one pixel
         picture = Image.fromarray(levels.numpy()).resize(size)
         found = processor(picture, return_tensors="pt")["pixel_values"][0]
         torch.testing.assert_close(found, expected(picture), atol=1e-5, rtol=0)
@@ -248,7 +248,7 @@ def test_override_that_is_no_field_names_the_nearest() -> None:
 
 
 def test_override_that_contradicts_the_tensors() -> None:
-    with pytest.raises(ConversionError, match=r"num_register_tokens=4 .* say 2"):
+    with pytest.raises(ConversionError, match=r"num_register_tokens=4 .* imply 2"):
         convert(official_state(), **RAW, num_register_tokens=4)
 
 
@@ -271,7 +271,7 @@ def test_missing_register_tokens_mean_a_model_without_registers() -> None:
 
 
 def test_a_table_that_is_not_square_needs_its_size() -> None:
-    state = official_state() | {"pos_embed": torch.randn(1, 25, 32)}  # 24 patches and CLS, or 25 without: ask
+    state = official_state() | {"pos_embed": torch.randn(1, 25, 32)}  # ambiguous: 24 patches and CLS, or 25 patches
     model = convert(state, **RAW, image_size=[32, 48])
     assert model.config.grid == (4, 6)
     state["pos_embed"] = torch.randn(1, 24, 32)
@@ -314,7 +314,7 @@ def test_a_classifier_without_labels_is_a_backbone(cls, tmp_path) -> None:
 def test_sizes_that_cannot_be_meant() -> None:
     with pytest.raises(ConversionError, match=r"image_size=\[32, 32, 32\] must be one number or a"):
         convert(official_state(), **RAW, image_size=[32, 32, 32])
-    with pytest.raises(ConversionError, match=r"patch_size=16 does not fit .* which say 8"):
+    with pytest.raises(ConversionError, match=r"patch_size=16 does not match .* which imply 8"):
         convert(official_state(), **RAW, patch_size=16)
     assert convert(official_state(), **RAW, patch_size=[8, 8]).config.patch_size == 8
 
@@ -323,14 +323,14 @@ def test_files(tmp_path) -> None:
     from safetensors.torch import save_file
 
     state = official_state()
-    torch.save({"teacher": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")  # F49: inert, allowed
+    torch.save({"teacher": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")  # F49: harmless, allowed
     save_file(state, tmp_path / "b.safetensors")
     first, second = (convert(tmp_path / name, **RAW).state_dict() for name in ("a.pth", "b.safetensors"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 class Payload:
-    """Would run a command when unpickled."""
+    """Class that would run a command when unpickled."""
 
     def __init__(self, target):
         self.target = target
@@ -387,15 +387,15 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
     randomise(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
-    with pytest.raises(ConversionError, match=r"none of a 'vit': .*hidden_size"):
+    with pytest.raises(ConversionError, match=r"not valid for model_type 'vit': .*hidden_size"):
         convert(tmp_path)
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{", "{}", '{"weight_map": 3}'):
         index.write_text(text)
-        with pytest.raises(ConversionError, match=r"index\.json' is no index of shards"):
+        with pytest.raises(ConversionError, match=r"index\.json' is not an index of weight shards"):
             convert(tmp_path)
     index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
-    with pytest.raises(FileNotFoundError, match=r"index\.json' names model-00001-of-00002\.safetensors, not there"):
+    with pytest.raises(FileNotFoundError, match=r"names model-00001-of-00002\.safetensors, but the folder lacks them"):
         convert(tmp_path)
     (tmp_path / "page.pth").write_text("hello, this is the page of a failed download")
     with pytest.raises(CheckpointCorruptError, match=r"page\.pth' is not a plain file of tensors"):
@@ -428,11 +428,11 @@ def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch) -> None:
         raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore words.")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
-    with pytest.raises(FileNotFoundError, match=r"'runs/nope' is neither a folder here .*: Cannot find[^\n]*$"):
+    with pytest.raises(FileNotFoundError, match=r"'runs/nope' is neither a local folder .*: Cannot find[^\n]*$"):
         convert("runs/nope")
 
 
 def test_regvit_folder_is_not_converted_again(tmp_path) -> None:
     convert(official_state(), **RAW).save_pretrained(tmp_path)
-    with pytest.raises(ConversionError, match="RegViT already"):
+    with pytest.raises(ConversionError, match="already a RegViT"):
         convert(tmp_path)

@@ -1,4 +1,4 @@
-"""Stochastic depth in both forms: exact scaling, exact expectation, independent draws, and padded batches."""
+"""Test both forms of stochastic depth: exact scaling, exact expectation, independent draws, padded batches."""
 
 import itertools
 
@@ -11,7 +11,7 @@ MODES = ("sample", "batch_subset")
 
 
 def tiny(**fields) -> RegViTModel:
-    """A model whose branches are large enough to see: LayerScale 0.5 and wide weights."""
+    """Create a model with large branches: LayerScale 0.5 and wide weights."""
     torch.manual_seed(0)
     config = {
         "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -21,7 +21,7 @@ def tiny(**fields) -> RegViTModel:
 
 
 def one_branch(branch: str, **fields) -> torch.nn.Module:
-    """A block of which only the attention or only the MLP adds anything."""
+    """Create a block in which only the attention or only the MLP contributes."""
     layer = tiny(**fields).layers[0].train()
     silent = layer.layer_scale2 if branch == "attention" else layer.layer_scale1
     torch.nn.init.zeros_(silent.lambda1)
@@ -35,7 +35,7 @@ def full_residual(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     return residual
 
 
-# Section 1.6 of dinov2_pretraining.md: rate, samples, samples whose branch is computed, scale of the residual.
+# Rate, samples, samples whose branch is computed, scale of the residual.
 @pytest.mark.parametrize(
     ("rate", "batch_size", "kept", "scale"),
     [
@@ -52,7 +52,7 @@ def test_batch_subset_keeps_this_many_and_scales_by_their_share(branch, rate, ba
     layer.norm1.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
     layer.norm2.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
     residual = layer(tokens)[0] - tokens
-    assert computed == [kept, kept]  # the others cost nothing
+    assert computed == [kept, kept]  # the other samples are not computed
     changed = residual.flatten(1).abs().amax(1) > 0
     assert changed.sum() == kept
     assert batch_size / kept == pytest.approx(scale, abs=1e-3)
@@ -75,7 +75,7 @@ def test_sample_mode_drops_whole_samples_and_scales_the_others(branch):
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 @torch.no_grad()
 def test_batch_subset_expects_the_full_residual(branch, monkeypatch):
-    """Exactly so: the mean over all 24 permutations of four samples."""
+    """Compute the exact expectation as the mean over all 24 permutations of four samples."""
     layer = one_branch(branch, drop_path_rate=0.5, drop_path_mode="batch_subset")
     tokens = torch.randn(4, 3, 16)
     total = torch.zeros_like(tokens)
@@ -173,7 +173,7 @@ def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def slow_twin(model: RegViTModel, pixel_values: torch.Tensor, gains: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Image after image, at its own size; `gains[branch][image]` multiplies the branch of that image, 0 drops it."""
+    """Run each image at its own size; `gains[branch][image]` scales the branch of that image, 0 drops it."""
     results = []
     for i, (height, width) in enumerate(SIZES):
         tokens = model.embeddings(pixel_values[i : i + 1, :, :height, :width])

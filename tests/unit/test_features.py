@@ -1,4 +1,4 @@
-"""Reading tokens: equal to what each model says of itself, nothing left behind, and images in from everywhere."""
+"""Test token reading (values, cleanup of hooks and modes) and every supported kind of image input."""
 
 import copy
 import gc
@@ -39,7 +39,7 @@ def with_text(name, vision):
 
 
 def build(name):
-    """A tiny model of random weights with every kind of parameter away from its initial value."""
+    """Create a tiny model with random weights in which every kind of parameter differs from its initial value."""
     import transformers as t
 
     torch.manual_seed(0)
@@ -63,7 +63,7 @@ def build(name):
         "vit_msn": lambda: t.ViTMSNModel(t.ViTMSNConfig(**WIDE)),
         "metaclip_2_vision_model": lambda: t.MetaClip2VisionModel(t.MetaClip2VisionConfig(**WIDE)),
         "aimv2_vision_model": lambda: t.Aimv2VisionModel(t.Aimv2VisionConfig(**WIDE, is_native=True, use_head=False)),
-        # Towers inside something else
+        # Towers inside other models
         "regvit_classifier": lambda: RegViTForImageClassification(RegViTConfig(**SIZES, num_register_tokens=2)),
         "regvit_segmenter": lambda: RegViTForSemanticSegmentation(RegViTConfig(**SIZES)),
         "regvit_depth": lambda: RegViTForDepthEstimation(RegViTConfig(**SIZES)),
@@ -122,7 +122,7 @@ def pixels(size=NATIVE, count=2, seed=0):
 
 
 def own_outputs(model, pixel_values):
-    """What the model itself returns, with the eager attention that gives weights."""
+    """Return the outputs of the model itself, with eager attention, which returns weights."""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
     options = {}
@@ -155,13 +155,13 @@ def test_residual_and_attention_are_the_models_own(name, size):
         torch.testing.assert_close(attention.at(layer), expected.attentions[layer - 1], atol=2e-5, rtol=1e-5)
         torch.testing.assert_close(attention.at(layer).sum(-1), torch.ones_like(attention.at(layer)[..., 0]))
     last = residual.at(2)
-    if "clip" not in name:  # whose last hidden state is not normalised
+    if "clip" not in name:  # the last hidden state of CLIP is not normalized
         last = final_norm(model)(last)
     torch.testing.assert_close(last, expected.last_hidden_state, atol=2e-5, rtol=1e-5)
 
 
 def rebuilt_block(model, pixel_values, layer):
-    """One block's output from the block's input and the pieces that were read, with plain matrix products."""
+    """Rebuild the output of a block from its input and the values that were read, with plain matrix products."""
     tower, name = find_tower(model)
     family = FAMILIES[name]
     block = tower.get_submodule(family.blocks)[layer - 1]
@@ -199,7 +199,7 @@ def test_a_block_can_be_rebuilt_from_what_was_read(name):
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
 def test_projections_are_those_of_the_normalised_input(name):
-    """q, k and v from the weights and the block's input: the right third of a fused projection, the right layer."""
+    """Compare q, k and v with the weights and the block input: right third of a fused projection, right block."""
     model, pixel_values = build(name), pixels()
     tower, kind = find_tower(model)
     block = tower.get_submodule(FAMILIES[kind].blocks)[0]
@@ -214,7 +214,7 @@ def test_projections_are_those_of_the_normalised_input(name):
             rows = slice(24 * i, 24 * (i + 1))
             expected = x @ attention.qkv.weight[rows].T + attention.qkv.bias[rows]
         else:
-            # The second names are those of DINOv2 in older releases of transformers, 5.17 among them.
+            # The second names are those of DINOv2 in older releases of transformers, including 5.17.
             older = {"q": "attention.query", "k": "attention.key", "v": "attention.value"}[site]
             path = f"{site}_proj" if hasattr(attention, f"{site}_proj") else older
             expected = attention.get_submodule(path)(x)
@@ -282,7 +282,7 @@ EVA = {
 @pytest.mark.parametrize("name", EVA)
 @torch.no_grad()
 def test_timm_eva(name):
-    """DINOv3, EVA-02 and their kin of timm against what they compute themselves, unfused."""
+    """Compare DINOv3, EVA-02 and related timm models with their own unfused attention."""
     changes = {"global_pool": "avg"} | EVA[name]
     model, pixel_values = build_timm("Eva", **changes), pixels(RECTANGLE)
     expected = model.forward_intermediates(pixel_values, return_prefix_tokens=True, intermediates_only=True)
@@ -305,7 +305,7 @@ def test_timm_eva(name):
         attention = model.blocks[layer - 1].attn
         heads = changes.get("num_heads", 3)
         value = read["v"].at(layer).unflatten(-1, (-1, 24 // heads)).transpose(1, 2)
-        serving = [head * value.shape[1] // heads for head in range(heads)]  # which value each query's head reads
+        serving = [head * value.shape[1] // heads for head in range(heads)]  # value head of each query head
         mixed = read["attention"].at(layer) @ value[:, serving]
         rebuilt = attention.proj(attention.norm(mixed.transpose(1, 2).flatten(2)))
         torch.testing.assert_close(rebuilt, outputs[layer - 1], atol=5e-5, rtol=1e-5)
@@ -450,7 +450,7 @@ def test_layers_are_named_from_both_ends():
     assert some[1] is some.at(1)
     for layer in (0, 1, 2):
         torch.testing.assert_close(some.at(layer), everything.at(layer), atol=0, rtol=0)
-    with pytest.raises(KeyError, match="Layer 1 was not read"):
+    with pytest.raises(KeyError, match="Block 1 was not read"):
         read_tokens(model, pixels()).at(1)
 
 
@@ -463,12 +463,12 @@ def test_half_precision_models_give_half_precision_tokens():
 
 
 def test_unusual_native_sizes_are_left_to_the_model():
-    """SigLIP reads 384 pixels in patches of 14 and drops the border."""
+    """Check that a native size may drop a border, as SigLIP does with 384 pixels in patches of 14."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     model = SiglipVisionModel(SiglipVisionConfig(**{**WIDE, "image_size": 30})).eval()
     assert read_tokens(model, pixels((30, 30))).grid == (3, 3)
-    with pytest.raises(ValueError, match=r"36 x 30 pixels, no multiple"):
+    with pytest.raises(ValueError, match=r"36 x 30 pixels is not a multiple"):
         read_tokens(model, pixels((36, 30)))
 
 
@@ -477,7 +477,7 @@ def test_a_table_of_positions_for_one_size_is_said():
 
     model = Aimv2VisionModel(Aimv2VisionConfig(**WIDE, use_head=False)).eval()
     assert read_tokens(model, pixels()).grid == (4, 4)
-    with pytest.raises(ValueError, match=r"takes images of 32 x 32 only, not 16 x 48\. Resize the images"):
+    with pytest.raises(ValueError, match=r"only accepts images of 32 x 32 pixels, not 16 x 48\. Resize the images"):
         read_tokens(model, pixels(RECTANGLE))
 
 
@@ -549,7 +549,7 @@ def test_models_are_left_as_they_were(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in part.parameters())
     assert not any(value.requires_grad for site in reading.values() for value in site.values)
-    again = read_many(model.eval(), pixels(), SITES)  # training mode did not reach the numbers (dropout, drop path)
+    again = read_many(model.eval(), pixels(), SITES)  # training mode had no effect on the values (dropout, drop path)
     for site in SITES:
         for one, other in zip(reading[site].values, again[site].values):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
@@ -609,9 +609,9 @@ def test_families_that_cannot_be_read():
     ("options", "error", "message"),
     [
         ({"site": "keys"}, ValueError, "site='keys' is unknown, expected one of residual, attention"),
-        ({"layers": (3,)}, ValueError, r"layer 3 does not exist.*2 blocks, 1 to 2, and 0 for the embedding"),
-        ({"layers": (-4,)}, ValueError, "layer -4 does not exist"),
-        ({"layers": (0,), "site": "k"}, ValueError, r"layer 0 does not exist at site 'k'.*1 to 2; -1"),
+        ({"layers": (3,)}, ValueError, r"Block 3 does not exist.*2 blocks, 1 to 2, and 0 for the embedding"),
+        ({"layers": (-4,)}, ValueError, "Block -4 does not exist"),
+        ({"layers": (0,), "site": "k"}, ValueError, r"Block 0 does not exist at site 'k'.*1 to 2; -1"),
         ({"layers": ()}, ValueError, "layers is empty"),
         ({"layers": "last"}, ValueError, "layers='last' is unknown"),
         ({"layers": 2}, TypeError, r"layers=\(2,\)"),
@@ -624,15 +624,15 @@ def test_wrong_requests(options, error, message):
 
 def test_wrong_pixels():
     model = build("vit")
-    with pytest.raises(ValueError, match=r"36 x 32 pixels, no multiple of the patch of 8 x 8.*to 32 x 32"):
+    with pytest.raises(ValueError, match=r"36 x 32 pixels is not a multiple of the patch size of 8 x 8.*to 32 x 32"):
         read_tokens(model, pixels((36, 32)))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\)"):
         read_tokens(model, pixels()[0])
-    with pytest.raises(ValueError, match=r"torch.uint8, expected normalised"):
+    with pytest.raises(ValueError, match=r"torch.uint8, expected normalized"):
         read_tokens(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\)"):
         read_tokens(model, pixels(count=0))
-    with pytest.raises(TypeError, match="images of different sizes are resized there"):
+    with pytest.raises(TypeError, match="also resizes images of different sizes"):
         read_tokens(model, [pixels()[0], pixels(RECTANGLE)[0]])
     with pytest.raises(ValueError, match="dynamic_img_size=True"):
         read_tokens(build_timm(dynamic_img_size=False), pixels(RECTANGLE))
@@ -656,7 +656,7 @@ def photo(seed, size=(40, 30)):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Five pictures of different sizes and kinds among three files that are none."""
+    """Create five images of different sizes and kinds, and three files that are not usable images."""
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     for i, size in enumerate([(40, 30), (30, 40), (64, 64), (20, 17)]):
@@ -684,7 +684,7 @@ def test_folders_skip_and_record_bad_images(folder, transform, caplog):
     assert "900x18" in next(image.reason for image in prepared.skipped if image.id == "strip.png")
     assert "3 of 8 images were skipped ('broken.png'" in caplog.text
     list(prepared)
-    assert len(prepared.skipped) == 3  # counted anew, not added up
+    assert len(prepared.skipped) == 3  # counted from scratch, not accumulated
 
 
 def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path):
@@ -731,9 +731,9 @@ def test_what_is_no_source_of_images(transform):
     for images in (3, torch.zeros(2, 3, 32, 32), [torch.zeros(3, 32, 32)], {"train": []}):
         with pytest.raises(TypeError, match="expected a folder, a list of paths"):
             prepare_images(images, transform)
-    with pytest.raises(ValueError, match="batch_size=0"):
+    with pytest.raises(ValueError, match="batch_size=0 is too small"):
         prepare_images([photo(0)], transform, batch_size=0)
-    with pytest.raises(ValueError, match="max_images=0"):
+    with pytest.raises(ValueError, match="max_images=0 is too small"):
         prepare_images([photo(0)], transform, max_images=0)
 
 
@@ -776,7 +776,10 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     torch.testing.assert_close(EvaluationTransform.for_model(loaded)(image), expected, atol=0, rtol=0)
     assert not caplog.text
     transform = EvaluationTransform.for_model(model)
-    assert "none is saved with the model: using shortest edge, centre crop and ImageNet statistics" in caplog.text
+    assert (
+        "none is saved with the model. Using the default: resize the shortest edge, center crop, ImageNet statistics"
+        in caplog.text
+    )
     assert transform.mean == (0.485, 0.456, 0.406)
 
     resized = EvaluationTransform.for_model(model, processor, image_size=48)
@@ -802,7 +805,7 @@ def test_timm_statistics_come_from_its_own_configuration():
 
 
 def test_a_transform_gives_its_statistics_where_another_size_is_asked_for():
-    """What `load_model` returns for timm: sizes and whole pictures were silently those of its own crop."""
+    """Regression test for timm transforms: image size and keep_aspect were silently ignored."""
     model = build_timm()
     model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "vit"}
     transform = EvaluationTransform.for_model(model)
@@ -829,12 +832,12 @@ def test_processors_that_make_no_single_picture(caplog):
         def to_json_string(self):
             return "tiles"
 
-    with pytest.raises(ValueError, match=r"Tiles makes pixel_values of shape \(1, 4, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"Tiles returns pixel_values of shape \(1, 4, 3, 32, 32\)"):
         EvaluationTransform.for_model(build("vit"), Tiles())(photo(0))
 
 
 def test_two_threads_in_one_model_read_their_own_pictures():
-    """As in a server: while one reading is under way, another one of other pictures runs from beginning to end."""
+    """Simulate a server: while one reading is in progress, another thread completes a reading of other images."""
     model, mine, others = build("regvit"), pixels(), pixels() + 1
     sites = {"residual": (0, 1, 2), "attention": (1, 2), "mlp": (1,), "patch_embedding": (0,)}
     expected = [read_many(model, values, sites) for values in (mine, others)]
@@ -890,12 +893,14 @@ def test_timm_models_load_from_folders(tmp_path):
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         load_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match="'no/such-model' is neither a folder nor a model that the Hub gives"):
+    with pytest.raises(
+        FileNotFoundError, match="'no/such-model' is neither a folder nor a model that can be loaded from the Hub"
+    ):
         load_model("no/such-model")
     from transformers import SwinConfig
 
     SwinConfig().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="model_type 'swin'"):  # before any weights are looked for
+    with pytest.raises(ValueError, match="model_type 'swin'"):  # raised before any weights are searched
         load_model(tmp_path)
 
 
@@ -904,7 +909,7 @@ def test_weights_with_gaps_are_refused(tmp_path):
 
     build("vit_classifier").save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    lost = next(key for key in weights if key.endswith("layer.1.intermediate.dense.weight"))  # on disk: the old names
+    lost = next(key for key in weights if key.endswith("layer.1.intermediate.dense.weight"))  # old names on disk
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lack vit\.layers\.\d\.mlp\.fc1\.weight.*random"):
         load_model(tmp_path)
@@ -922,12 +927,20 @@ def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", b"{", r"config\.json' is not JSON text \(.*line 1"),
-        ("config.json", b"[1]", r"config\.json' holds a list, not an object of fields"),
-        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not JSON text \(.*utf-8"),
-        # Never the default instead: other statistics are other numbers.
-        ("preprocessor_config.json", b"{", r"preprocessor_config\.json' makes no image processor \(.*or remove it"),
-        ("preprocessor_config.json", b'{"image_processor_type": "Foo"}', r"preprocessor_config\.json' makes no"),
+        ("config.json", b"{", r"config\.json' is not valid JSON \(.*line 1"),
+        ("config.json", b"[1]", r"config\.json' holds a list, expected an object"),
+        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not valid JSON \(.*utf-8"),
+        # The default must not be used instead, because other statistics change the outputs.
+        (
+            "preprocessor_config.json",
+            b"{",
+            r"No image processor can be created from '.*preprocessor_config\.json' \(.*or remove it",
+        ),
+        (
+            "preprocessor_config.json",
+            b'{"image_processor_type": "Foo"}',
+            r"No image processor can be created from '.*preprocessor_config\.json'",
+        ),
     ],
 )
 def test_broken_files_of_a_model_are_named(file, content, said, tmp_path):

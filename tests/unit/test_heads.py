@@ -1,4 +1,4 @@
-"""Classifier, segmentation, depth and backbone: slow twins, losses, padded batches, and training with Trainer."""
+"""Test classifier, segmentation, depth and backbone: slow references, losses, padded batches and training."""
 
 import math
 
@@ -26,7 +26,7 @@ SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 
 
 def build(cls: type, *, seed: int = 0, **fields):
-    """Build a model in eval mode in which every parameter and statistic differs from its initial value."""
+    """Create a model in eval mode in which no parameter or statistic has its initial value."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def normed_maps(model, pixel_values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """CLS (B, D) and patches (B, D, rows, columns) after one block and the final norm, sliced by hand."""
+    """Slice CLS (B, D) and patches (B, D, rows, columns) after one block and the final norm by hand."""
     states = model.regvit(pixel_values, output_hidden_states=True).hidden_states
     tokens = model.regvit.layernorm(states[1:][block])
     rows, columns = pixel_values.shape[-2] // 8, pixel_values.shape[-1] // 8
@@ -113,7 +113,7 @@ def test_classifier_in_a_padded_batch(pooling, attn_implementation):
 )
 @torch.no_grad()
 def test_the_mean_of_many_patches_fits_into_half_precision(fields, dtype):
-    """Patches of about 20 in one channel, as trained models have: 4096 of them exceed the range of float16 in sum."""
+    """Check values of about 20 in one channel, as in trained models: the sum of 4096 patches overflows float16."""
     model = build(RegViTForImageClassification, num_hidden_layers=1, **fields)
     model.regvit.layernorm.bias[3] = 20.0
     model.regvit.embeddings.patch_embeddings.projection.bias[3] = 20.0
@@ -142,7 +142,7 @@ def test_classifier_losses():
 
 
 def segmentation_twin(model, pixel_values: torch.Tensor, *, training: bool = False) -> torch.Tensor:
-    """The head as it is written for maps: BatchNorm2d, a convolution of 1 x 1, bilinear to the input's size."""
+    """Compute the head in its form for maps: BatchNorm2d, 1 x 1 convolution, bilinear resize to the input size."""
     maps = torch.cat([normed_maps(model, pixel_values, block)[1] for block in model.config.head_layers], dim=1)
     norm = torch.nn.BatchNorm2d(maps.shape[1])
     norm.load_state_dict(model.head_norm.state_dict())
@@ -249,7 +249,7 @@ def test_segmentation_loss_without_a_single_label_is_zero_not_nan():
 
 
 def depth_twin(model, pixel_values: torch.Tensor) -> torch.Tensor:
-    """In the order of the protocol: features up four times, a convolution, "linear norm", then the input's size."""
+    """Compute in the order of the protocol: upsample four times, convolution, "linear norm", resize to input."""
     maps = []
     for block in model.config.head_layers:
         cls_token, patches = normed_maps(model, pixel_values, block)
@@ -281,7 +281,7 @@ def test_depth_equals_its_twin_of_maps(head_layers):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
 def test_depth_in_half_precision(dtype):
-    """256 bins up to 80 m with weights of 30 exceed the range of float16 in sum."""
+    """Check that the sum over 256 bins up to 80 m with weights of 30 does not overflow float16."""
     model = build(RegViTForDepthEstimation, num_depth_bins=256, max_depth=80.0)
     model.classifier.bias.add_(30.0)
     expected = model(images()).predicted_depth
@@ -308,7 +308,7 @@ def test_depth_in_a_padded_batch():
 
 
 def log_loss_twin(depth: torch.Tensor, target: torch.Tensor) -> float:
-    """SigLog pixel by pixel (section 8.4 of dinov2_pretraining.md)."""
+    """Compute SigLog pixel by pixel."""
     errors = [
         math.log(d + 0.001) - math.log(t + 0.001)
         for d, t in zip(depth.flatten().tolist(), target.flatten().tolist(), strict=True)
@@ -357,7 +357,7 @@ def test_depth_loss_without_valid_pixels_is_zero_not_nan():
 
 @pytest.mark.parametrize("mark", [float("inf"), float("nan"), -1.0])
 def test_depth_that_is_no_number_does_not_count(mark):
-    """Rendered images have an infinite sky."""
+    """Check infinite depth, as in the sky of rendered images."""
     model = build(RegViTForDepthEstimation)
     labels = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     labels[:, :4] = 0
@@ -371,7 +371,7 @@ def test_depth_that_is_no_number_does_not_count(mark):
 
 def test_depth_loss_of_a_single_pixel_is_zero_not_nan():
     depth, valid = torch.rand(1, 4, 4).requires_grad_(), torch.zeros(1, 4, 4, dtype=torch.bool)
-    valid[0, 1, 2] = True  # no variance
+    valid[0, 1, 2] = True  # a single pixel has no variance
     loss = scale_invariant_log_loss(depth, torch.ones(1, 4, 4), valid)
     loss.backward()
     assert loss.item() == 0
@@ -410,7 +410,7 @@ def test_backbone_options():
     states = build(RegViTBackbone)(pixel_values, output_hidden_states=True).hidden_states
     raw = build(RegViTBackbone, apply_layernorm=False, out_indices=[2])(pixel_values).feature_maps
     assert torch.equal(raw[0], states[2][:, 3:].mT.unflatten(2, (2, 3)))
-    # DPT and its like expect exactly one token in front of the patches
+    # DPT and similar models expect exactly one token before the patches
     model = build(RegViTBackbone, reshape_hidden_states=False)
     normed = model.regvit.layernorm(states[3])
     assert torch.equal(model(pixel_values).feature_maps[0], torch.cat([normed[:, :1], normed[:, 3:]], dim=1))
@@ -478,7 +478,7 @@ LABELS = {
 
 @pytest.mark.parametrize("cls", LABELS)
 def test_every_parameter_of_a_head_gets_a_gradient(cls):
-    """DistributedDataParallel requires this; otherwise it searches for unused parameters in every step."""
+    """Check that no parameter is unused, because DistributedDataParallel would search for it in every step."""
     variants = [
         {},
         {"use_mask_token": True},
@@ -534,7 +534,7 @@ def test_a_head_has_labels():
 
 
 class Photos(torch.utils.data.Dataset):
-    """Sixteen images of noise with labels, always the same."""
+    """Create sixteen fixed noise images with labels."""
 
     def __init__(self, count: int = 16):
         self.pixel_values = images(count, seed=8)
@@ -587,7 +587,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
         results.append((state_of(run.model), entries))
     (state, entries), (accumulated, accumulated_entries) = results
     assert differing(state, accumulated, atol=1e-5) == []
-    assert differing(state, state_of(build(RegViTForImageClassification)), atol=1e-5)  # the run did train
+    assert differing(state, state_of(build(RegViTForImageClassification)), atol=1e-5)  # and it did train
     for ours, theirs in zip(entries, accumulated_entries, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)

@@ -1,4 +1,4 @@
-"""The backbone: what its outputs mean, registers, initialisation, padded batches, positions, precision, loading."""
+"""Test the backbone: outputs, registers, initialization, padded batches, positions, precision and loading."""
 
 import copy
 import math
@@ -33,7 +33,7 @@ TINY = {
 
 
 def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """A model in eval mode in which no parameter is near 0, so that none can be lost without a trace."""
+    """Create a model in eval mode without parameters near 0, so that ignoring any of them changes the output."""
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_discard_registers(registers, tmp_path):
     for name in ("pooler_output", "register_tokens", "patch_tokens"):
         assert torch.equal(output[name], kept[name])
     for ours, theirs in zip(output.hidden_states, kept.hidden_states, strict=True):
-        assert torch.equal(ours, theirs)  # the stream always has every token
+        assert torch.equal(ours, theirs)  # the residual stream always contains every token
 
 
 @torch.no_grad()
@@ -171,7 +171,7 @@ def test_attentions_are_the_softmax_of_the_book():
 
 @torch.no_grad()
 def test_attentions_under_sdpa_are_empty_and_said_to_be(caplog):
-    hf_logging.warning_once.cache_clear()  # another test of this process may have had the warning
+    hf_logging.warning_once.cache_clear()  # another test of this process may have triggered the warning
     output = build()(images(), output_attentions=True)
     assert not output.attentions
     assert any("set_attn_implementation('eager')" in record.getMessage() for record in caplog.records)
@@ -241,7 +241,7 @@ def test_registers_enter_without_a_position():
 
 
 def plain_vit(state: dict[str, torch.Tensor], config: RegViTConfig, pixel_values: torch.Tensor) -> torch.Tensor:
-    """A vision transformer that has never heard of registers, written against the tensors alone."""
+    """Compute a plain vision transformer without registers directly from the tensors."""
     patches = functional.conv2d(
         pixel_values,
         state["embeddings.patch_embeddings.projection.weight"],
@@ -280,7 +280,7 @@ def test_without_registers_it_is_a_plain_vit_bit_for_bit():
 
 @torch.no_grad()
 def test_without_registers_but_with_layerscale_it_is_a_plain_vit():
-    """Only almost bit for bit: the gain and the sum are one fused operation in the model."""
+    """Compare with a small tolerance, because gain and sum are one fused operation in the model."""
     model = build(num_register_tokens=0)
     pixel_values = images(4)
     expected = plain_vit(model.state_dict(), model.config, pixel_values)
@@ -336,7 +336,7 @@ def test_resize_downwards_from_nothing_and_to_nothing(tmp_path):
 
 @torch.no_grad()
 def test_two_models_of_one_config_object():
-    """A teacher built from `student.config`: resizing the student moved the border of the teacher's patches."""
+    """Regression test: with a shared config, resizing the student shifted where the teacher's patches start."""
     student = build()
     teacher = RegViTModel(student.config).eval()
     student.resize_register_tokens(student.config.num_register_tokens + 2)
@@ -360,7 +360,7 @@ def test_resize_inside_a_classifier():
 @torch.no_grad()
 @pytest.mark.parametrize("cls", CLASSES)
 def test_every_class_resizes_its_registers(cls):
-    """`convert` of a classifier is one too; only the backbone had the method that README and errors name."""
+    """Regression test: only the backbone had the method, but `convert` may return a classifier."""
     model = build(cls, num_register_tokens=2)
     before = model(images(), return_dict=False)
     assert model.resize_register_tokens(5, seed=3) is model
@@ -392,7 +392,7 @@ def test_initialisation_reaches_every_tensor(cls):
 
 
 def test_initialisation_has_the_statistics_of_dinov2():
-    """Section 1.5 of dinov2_pretraining.md, column DINOv2, but for the registers (N(0, 0.02), decisions.md)."""
+    """Compare with the initialization of DINOv2, except for the registers, which are N(0, 0.02)."""
     model = fresh(
         hidden_size=256, num_attention_heads=4, num_register_tokens=64, use_mask_token=True, layerscale_value=1e-5,
         image_size=64, num_hidden_layers=1,
@@ -406,7 +406,7 @@ def test_initialisation_has_the_statistics_of_dinov2():
     assert std["embeddings.register_tokens"] == pytest.approx(0.02, rel=0.05)
     assert std["embeddings.cls_token"] == pytest.approx(1e-6, rel=0.2)
     assert not state["embeddings.mask_token"].any()
-    bound = 1 / math.sqrt(3 * 8 * 8)  # torch's own default for the convolution: uniform
+    bound = 1 / math.sqrt(3 * 8 * 8)  # default of torch for convolutions: uniform
     for name in ("weight", "bias"):
         tensor = state[f"embeddings.patch_embeddings.projection.{name}"]
         assert 0.95 * bound < tensor.abs().max() <= bound
@@ -437,7 +437,7 @@ def test_f47_registers_differ_after_initialisation_and_stay_different():
         distances = torch.cdist(model.embeddings.register_tokens[0], model.embeddings.register_tokens[0])
         return distances.fill_diagonal_(torch.inf).min().item()
 
-    assert smallest_distance() > 0.02  # sqrt(2 * 64) * 0.02 = 0.23 is what two draws expect
+    assert smallest_distance() > 0.02  # expected distance of two draws: sqrt(2 * 64) * 0.02 = 0.23
     before = model.embeddings.register_tokens.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(5):
@@ -446,7 +446,7 @@ def test_f47_registers_differ_after_initialisation_and_stay_different():
         optimizer.step()
     assert not torch.equal(model.embeddings.register_tokens, before)
     gradient = model.embeddings.register_tokens.grad[0]
-    assert torch.pdist(gradient).min() > 0  # equal registers would get equal gradients for ever
+    assert torch.pdist(gradient).min() > 0  # identical registers would always get identical gradients
     assert smallest_distance() > 0.02
 
 
@@ -456,7 +456,7 @@ SIZES = [(16, 16), (8, 24), (24, 16), (8, 8), (32, 24)]
 
 
 def padded(sizes=SIZES, *, dtype: torch.dtype = torch.long) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of these sizes in the top left corners, noise in the padding, and their mask."""
+    """Create images of these sizes in the top left corner, with noise in the padding, and their mask."""
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
     pixel_values = images(len(sizes), height, width)
     pixel_mask = torch.zeros(len(sizes), height, width, dtype=dtype)
@@ -608,7 +608,7 @@ def test_a_mask_needs_a_mask_token_and_the_shape_of_the_patches():
 
 
 def resampled(model, grid: tuple[int, int]) -> torch.Tensor:
-    """Positions of a grid, read out of the embedding with black images: (N, D)."""
+    """Return the positions (N, D) of a grid, read from the embedding with black images."""
     patch = model.config.patch_shape
     with torch.no_grad():
         model.embeddings.patch_embeddings.projection.bias.zero_()
@@ -623,7 +623,7 @@ def test_rows_and_columns_are_not_swapped():
         table[..., 0] = torch.arange(3.0)[:, None]
         table[..., 1] = torch.arange(4.0)
         model.embeddings.position_embeddings[0, 1:] = table.flatten(0, 1)
-    assert torch.equal(resampled(model, (3, 4)), table.flatten(0, 1))  # the stored grid, untouched
+    assert torch.equal(resampled(model, (3, 4)), table.flatten(0, 1))  # the stored grid, unchanged
     for grid in ((4, 3), (6, 8), (2, 5)):
         found = resampled(model, grid).view(*grid, 32)
         torch.testing.assert_close(found[:, :1, 0].expand(grid), found[..., 0], atol=1e-5, rtol=0)
@@ -755,7 +755,7 @@ def test_the_cache_notices_every_change_of_the_table(change, context):
 @torch.no_grad()
 def test_positions_cached_in_half_precision_do_not_serve_the_same_numbers_in_single():
     model, pixel_values = build().to(torch.bfloat16), images(1, 24, 32)
-    model(pixel_values)  # remembers positions that were rounded to bfloat16
+    model(pixel_values)  # caches positions that were rounded to bfloat16
     model.to(torch.float32)
     clean = build()
     clean.load_state_dict(model.state_dict())
@@ -766,7 +766,7 @@ def test_positions_cached_in_half_precision_do_not_serve_the_same_numbers_in_sin
 
 
 def test_every_parameter_gets_a_gradient_where_nothing_is_masked():
-    # Otherwise data parallelism would wait for the mask token's, or search for unused parameters in every step.
+    # Otherwise data parallelism waits for the mask token's gradient or searches for unused parameters in every step.
     model = build(use_mask_token=True, num_register_tokens=2).train()
     model(images()).last_hidden_state.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
@@ -785,7 +785,7 @@ def test_a_copy_has_a_cache_of_its_own():
 
 @torch.no_grad()
 def test_copies_for_other_devices_share_no_cache():
-    """`nn.DataParallel` copies attributes as they are, and each copy then meets a table on another device."""
+    """Check replicas of `nn.DataParallel`, which share attributes but have tables on different devices."""
     model, pixel_values = build(), images(1, 24, 32)
     model(pixel_values)
     kept = dict(model.embeddings._cached_positions)
@@ -798,7 +798,7 @@ def test_copies_for_other_devices_share_no_cache():
 
 @torch.no_grad()
 def test_an_ensemble_of_torch_func_at_another_size():
-    """Under `vmap` the table of positions has no values that could be compared with remembered ones."""
+    """Check `vmap`, under which the position table has no values to compare with the cached ones."""
     models, pixel_values = [build(seed=seed) for seed in range(2)], images(1, 24, 32)
     parameters, buffers = torch.func.stack_module_state(models)
 
@@ -840,7 +840,7 @@ def test_checkpointed_gradients_equal_the_plain_ones(reentrant, with_padding):
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for name, gradient in gradients().items():
         assert torch.equal(gradient, plain[name]), name
-    assert len(forwards) == 2  # once forwards and once again on the way back: checkpointing was on
+    assert len(forwards) == 2  # once in the forward and once in the backward pass: checkpointing was on
 
 
 @pytest.mark.parametrize("cls", [CLASSES[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES[1:])])
@@ -886,7 +886,7 @@ def test_half_precision_is_close_to_single(dtype, error):
     for pixel_values in (images(), images(2, 24, 40)):
         expected = model(pixel_values)
         half = copy.deepcopy(model).to(dtype)
-        output = half(pixel_values)  # float32 pixels are cast, as every processor hands out float32
+        output = half(pixel_values)  # float32 pixels are cast, because every processor returns float32
         assert output.last_hidden_state.dtype == output.pooler_output.dtype == dtype
         distance = (output.last_hidden_state.float() - expected.last_hidden_state).norm()
         assert distance / expected.last_hidden_state.norm() < error
@@ -972,7 +972,7 @@ def test_a_classifier_gives_its_backbone_and_takes_one(tmp_path):
 def test_a_checkpoint_without_mask_token_serves_a_model_with_one_and_back(tmp_path):
     build().save_pretrained(tmp_path / "without")
     model = RegViTModel.from_pretrained(tmp_path / "without", use_mask_token=True)
-    assert not model.embeddings.mask_token.any()  # its start
+    assert not model.embeddings.mask_token.any()  # its initial value
     build(use_mask_token=True).save_pretrained(tmp_path / "with")
     model = RegViTModel.from_pretrained(tmp_path / "with", use_mask_token=False)
     assert model.embeddings.mask_token is None
@@ -981,7 +981,7 @@ def test_a_checkpoint_without_mask_token_serves_a_model_with_one_and_back(tmp_pa
 @pytest.mark.parametrize("cls", CLASSES)
 @torch.no_grad()
 def test_weights_may_be_offloaded_to_the_disk(cls, tmp_path):
-    """Every module with parameters of its own is called: the hooks of accelerate bring them only then."""
+    """Check that every module with its own parameters is called, because accelerate hooks load them only then."""
     model = build(cls, layerscale_value=0.1)
     expected = model(images(2, 24, 32)).to_tuple()
     model.save_pretrained(tmp_path / "model")

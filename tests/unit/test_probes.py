@@ -1,4 +1,4 @@
-"""Weighted kNN and linear probes on single tokens: slow twins, memory chunks, planted tokens, wrong input."""
+"""Test weighted kNN and linear probes: slow references, chunking, planted tokens and invalid input."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from hf_regvit.probes import (
 
 
 def slow_knn(train, labels, test, k, temperature, num_classes):
-    """The definition, one test image at a time."""
+    """Compute weighted kNN by its definition, one test image at a time."""
     result = {}
     for neighbours in k:
         rows = []
@@ -66,7 +66,7 @@ def test_chunks_do_not_change_the_result():
     whole = knn_classify(train, labels, test, k=(5,))
     for chunk_size in (1, 4, 11, 100):
         torch.testing.assert_close(knn_classify(train, labels, test, k=(5,), chunk_size=chunk_size), whole)
-    for bank_chunk_size in (1, 4, 12, 36, 37, 100):  # below, at and above k, and with a short part at the end
+    for bank_chunk_size in (1, 4, 12, 36, 37, 100):  # below, at and above k, and with a short last chunk
         parts = knn_classify(train, labels, test, k=(5,), chunk_size=4, bank_chunk_size=bank_chunk_size)
         torch.testing.assert_close(parts, whole)
 
@@ -77,7 +77,7 @@ def test_every_image_may_be_a_neighbour():
         knn_classify(train, labels, test, k=(37,), num_classes=4)[37],
         slow_knn(train, labels, test, (37,), 0.07, 4)[37], atol=1e-5, rtol=0,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"k=\(38,\) must lie in \[1, 37\]"):
+    with pytest.raises(ValueError, match=r"k=\(38,\) is out of range: values must be in \[1, 37\]"):
         knn_classify(train, labels, test, k=(38,))
 
 
@@ -126,9 +126,9 @@ def test_accuracy_counts_the_best_class():
         ({"k": ()}, "k="),
         ({"num_classes": 2}, r"expected \[0, 2\)"),
         ({"train_labels": torch.zeros(5)}, "one per training image"),
-        ({"test_features": torch.zeros(3, 7)}, "one width"),
+        ({"test_features": torch.zeros(3, 7)}, "with the same width"),
         ({"test_features": torch.zeros(0, 6)}, "no test features"),
-        ({"test_features": torch.full((3, 6), torch.nan)}, "test_features hold NaN"),
+        ({"test_features": torch.full((3, 6), torch.nan)}, "test_features contain NaN"),
     ],
 )
 def test_wrong_input_is_named(change, message):
@@ -173,7 +173,7 @@ def test_ridge_regression_solves_its_normal_equations():
     l2 = 0.05
     model = ridge_regression(features, targets, l2=l2)
     standard = ((features - features.mean(0)) / features.std(0, correction=0)).double()
-    rows = torch.cat((standard, math.sqrt(l2 * 30) * torch.eye(4).double()))  # the penalty as four more observations
+    rows = torch.cat((standard, math.sqrt(l2 * 30) * torch.eye(4).double()))  # the penalty as four extra observations
     centred = targets.double() - targets.double().mean(0)
     expected = torch.linalg.lstsq(rows, torch.cat((centred, torch.zeros(4, 3).double()))).solution
     torch.testing.assert_close(model.weight.double(), expected, atol=1e-5, rtol=0)
@@ -230,7 +230,7 @@ SIZES = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "i
 
 
 def toy_model(registers=1):
-    """Patches keep their pixels and their place, CLS and registers see the whole image; two cells become outliers."""
+    """Create a model whose patches keep pixels and position, with CLS and registers of the image and two outliers."""
     torch.manual_seed(0)
     model = RegViTModel(RegViTConfig(num_register_tokens=registers, **SIZES)).eval()
     with torch.no_grad():
@@ -240,11 +240,11 @@ def toy_model(registers=1):
             elif "position" in name or "projection.weight" in name or parameter.ndim == 2:
                 parameter.mul_(50 if "position" in name else 10)
 
-    def plant(module, args, output):  # what was in these patches is gone: the same vector in every image
+    def plant(module, args, output):  # replaces these patches with the same vector in every image
         tokens = output[0].clone()
         direction = torch.linspace(-1, 1, 48)
         for cell in (0, 5):
-            # ... but for a trace of the image as a whole
+            # ... except for a small component that depends on the whole image
             tokens[:, 1 + registers + cell] = 300 * direction + 30 * tokens[:, 1 + registers :].mean(dim=1)
         return (tokens, *output[1:])
 
@@ -254,7 +254,7 @@ def toy_model(registers=1):
 
 @pytest.fixture(scope="module")
 def coloured_images():
-    """Two classes that differ in the mean colour; every patch has a texture of its own."""
+    """Create two classes that differ in their mean color; every patch has its own texture."""
     generator = np.random.default_rng(0)
     pictures, labels = [], []
     for i in range(60):
@@ -274,7 +274,7 @@ def toy_probes(coloured_images):
 
 
 def test_probes_see_what_was_planted(toy_probes):
-    """Normal patches know place and pixels, outliers do not; outliers, CLS and registers know the class."""
+    """Check that normal patches predict position and pixels; outliers, CLS and registers predict the class."""
     report = toy_probes
     assert report.position["normal"]["top1"]["mean"] > 0.9
     assert report.position["normal"]["num_test"] == 18 * 14
@@ -341,12 +341,12 @@ def test_a_few_patches_stand_for_an_image_and_outliers_are_added(coloured_images
     assert torch.equal(torch.bincount(read["image"][read["outlier"]])[100:], torch.full((20,), 2))
     assert (read["uniform"] | read["outlier"]).all()
     drawn = torch.bincount(read["cells"][read["uniform"]], minlength=16)
-    assert 4 < drawn.min() <= drawn.max() < 20  # of 20 images; 12.5 expected at every cell
+    assert 4 < drawn.min() <= drawn.max() < 20  # of 20 images; the expected number is 12.5 for every cell
     report = token_probes(model, coloured_images, max_tokens=600, num_seeds=1, **PROBE)  # 10 of 16 patches each
     added = sum((read["outlier"] & ~read["uniform"]).tolist())
     assert added > 0
     assert report.position["outlier"]["num_test"] == 18 * 2
-    assert 18 * 8 <= report.position["normal"]["num_test"] <= 18 * 10  # drawn ones alone, less the outliers
+    assert 18 * 8 <= report.position["normal"]["num_test"] <= 18 * 10  # only drawn patches, without the outliers
     assert report.position["normal"]["num_test"] < 18 * 14
 
 
@@ -354,7 +354,7 @@ def test_every_seed_has_its_own_token_of_an_image():
     labels = torch.arange(40) % 2
     generator = torch.Generator().manual_seed(0)
     clear = torch.eye(4)[labels] + 0.01 * torch.randn(40, 4, generator=generator)
-    single = torch.stack([clear, torch.randn(40, 4, generator=generator)])  # the second draw says nothing
+    single = torch.stack([clear, torch.randn(40, 4, generator=generator)])  # the second draw is uninformative
 
     def sample(rows):
         none = torch.zeros(0)
@@ -363,8 +363,8 @@ def test_every_seed_has_its_own_token_of_an_image():
 
     found = probes._class_probes(sample(slice(0, 20)), sample(slice(20, 40)), 2, [])["cls"]["top1"]
     assert 0.55 < found["mean"] < 0.95
-    assert found["std"] == pytest.approx((1 - (2 * found["mean"] - 1)) / math.sqrt(2))  # of two: n - 1 is 1
-    single[1] = clear.roll(1, dims=1)  # as clear as the first, in other channels: judged by what was fitted on it
+    assert found["std"] == pytest.approx((1 - (2 * found["mean"] - 1)) / math.sqrt(2))  # two runs, so n - 1 is 1
+    single[1] = clear.roll(1, dims=1)  # as informative as the first, but in other channels; scored with its own fit
     found = probes._class_probes(sample(slice(0, 20)), sample(slice(20, 40)), 2, [])["cls"]["top1"]
     assert found == {"mean": 1.0, "std": 0.0}
 
@@ -374,11 +374,11 @@ def test_probes_without_outliers_labels_or_registers(coloured_images):
     report = token_probes(toy_model(0), pictures, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
     assert set(report.position) == set(report.pixels) == {"normal"}
     assert report.image_class == {}
-    assert "no patch of the test images is above 1e+06" in report.notes[0]
+    assert "No patch of the test images is above the cutoff 1e+06" in report.notes[0]
     assert "no labels" in report.notes[1]
     labelled = token_probes(toy_model(0), coloured_images, cutoff=1e6, processor=PROBE["processor"], num_seeds=1)
     assert set(labelled.image_class) == {"cls", "normal"}
-    assert "have 'outlier'" in labelled.notes[1]
+    assert "skipped for tokens of kind 'outlier'" in labelled.notes[1]
 
 
 def test_probes_want_one_grid(coloured_images):
