@@ -146,7 +146,7 @@ class TestSources:
         write_folder(tmp_path / "two", pictures[6:10])
         assert len(load_images([tmp_path / "one", tmp_path / "two"])) == 8
         assert len(load_images([tmp_path / "one", tmp_path / "two"], split="validation")) == 2
-        with pytest.raises(images.MissingSplitError, match="no validation part"):
+        with pytest.raises(images.MissingSplitError, match="no validation split"):
             load_images([tmp_path / "two", tmp_path / "one" / "train"], split="validation")
         with pytest.raises(ValueError, match="each once"):
             load_images([tmp_path / "two", tmp_path / "two"])
@@ -154,9 +154,9 @@ class TestSources:
     def test_what_cannot_be_streamed(self, tmp_path, pictures):
         write_folder(tmp_path / "folder", pictures[:2])
         for source in (tmp_path / "folder", "photos"):
-            with pytest.raises(ValueError, match="leave out --streaming"):
+            with pytest.raises(ValueError, match="Remove --streaming"):
                 stream_images(source)
-        with pytest.raises(FileNotFoundError, match=r"could not be streamed either"):
+        with pytest.raises(FileNotFoundError, match=r"could not be streamed as a Hub data set either"):
             stream_images("nobody/nothing")
 
     @requires_shared

@@ -103,7 +103,7 @@ def test_parts_of_a_folder(tmp_path, layout):
 
 def test_a_folder_without_parts_has_no_validation_part(tmp_path):
     folder_of(tmp_path, [mask()])
-    with pytest.raises(MissingSplitError, match="no validation part"):
+    with pytest.raises(MissingSplitError, match="no validation split"):
         load_masks(tmp_path, split="validation")
 
 

@@ -170,7 +170,7 @@ def test_a_share_of_every_class_is_held_out_and_the_seed_decides(tmp_path):
 
 def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
     path = table_of(tmp_path / "validation.parquet", [0, 1, 0, 1])
-    with pytest.raises(ValueError, match=r"has no train part: .*With --train_dir in place of --data all of it"):
+    with pytest.raises(ValueError, match=r"has no train split. .*With --train_dir in place of --data all of it"):
         labelled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
     train, validation = labelled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
     assert (len(train), len(validation)) == (2, 2)
