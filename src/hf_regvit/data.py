@@ -542,7 +542,7 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         if rank == 0:
             logger.info(
                 "Streaming %d shards of %s. A resumed run reads them again from the beginning to the position where "
-                "it stopped, without decoding, and continues with exactly the images of the uninterrupted run, for any "
+                "it stopped, without decoding, and then has exactly the images of the uninterrupted run, for any "
                 "number of workers. This does not hold for another number of processes or if shards have changed.",
                 sum(stream.num_shards for stream in self.streams),
                 ", ".join(stream.name for stream in self.streams),

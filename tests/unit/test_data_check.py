@@ -99,7 +99,7 @@ class TestReport:
         assert report.exact_duplicates.groups == report.near_duplicates.groups == 0
         assert (report.bad, report.problems) == ([], [])
         assert (report.steps_per_epoch, report.upsampled_share) == (2, 0.0)
-        assert report.verdict == "a run can use it: 10 training images"
+        assert report.verdict == "A training run can use this data: 10 usable images."
         assert check_data(folder, image_size=101).upsampled_share == 1.0
         assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
@@ -120,7 +120,7 @@ class TestReport:
         found = report.near_duplicates
         assert (found.groups, found.surplus, found.across_splits) == (1, 1, 1)
         assert found.examples == [["train: train/b/astronaut.png", "validation: val/b/smaller.jpg"]]
-        assert "validation images with a twin in training" in report.summary()
+        assert "validation images that duplicate a training image: 1" in report.summary()
         assert check_data(folder, near_limit_bits=0).near_duplicates.groups <= 1
 
     def test_F31_exact_twins_are_not_near_twins_again(self, folder):
@@ -138,22 +138,22 @@ class TestReport:
     def test_bad_images_and_the_verdict(self, folder):
         (folder / "train" / "a" / "empty.png").write_bytes(b"")
         report = check_data(folder, batch_size=4)
-        assert report.verdict == "a run can use it: 10 training images, 1 bad ones are skipped"
+        assert report.verdict == "A training run can use this data: 10 usable images, 1 bad."
         (folder / "train" / "a" / "page.png").write_bytes(b"<html>")
         Image.new("RGB", (1, 1)).save(folder / "train" / "b" / "dot.png")
         report = check_data(folder, batch_size=4)
         assert sorted(record["kind"] for record in report.bad) == ["empty", "not an image", "too small"]
         assert (report.splits["train"].images, report.splits["train"].usable) == (13, 10)
-        assert "would stop: 3 of 13 training images are bad, 1 are allowed" in report.verdict
+        assert "would stop: 3 of 13 training images are bad, and 1 are allowed" in report.verdict
         assert "bad images: 3" in report.summary()
-        assert "can use it" in check_data(folder, batch_size=4, max_bad_share=0.3).verdict
+        assert "can use this data" in check_data(folder, batch_size=4, max_bad_share=0.3).verdict
         assert report.exact_duplicates.groups == 0
 
     def test_small_data_sets_and_those_without_training_part(self, folder):
         assert "fewer than one step of 64" in check_data(folder).verdict
         shutil.rmtree(folder / "train")
         report = check_data(folder)
-        assert report.verdict == "there is no training part"
+        assert report.verdict == "The data has no training split."
         assert list(report.splits) == ["validation"]
 
     def test_traits(self, folder, photos):
@@ -187,7 +187,7 @@ class TestReport:
         assert report.splits["train"].images == 1438
         assert report.formats == {}
         assert report.steps_per_epoch == 14
-        assert "pictures are drawn" in report.summary()
+        assert "the images are generated" in report.summary()
 
     def test_workers_find_the_same(self, folder):
         assert check_data(folder, num_workers=2) == check_data(folder)
@@ -204,7 +204,7 @@ class TestCommand:
         assert main(["data-check", "--data", str(folder), "--batch_size", "4"]) == 0
         printed = capsys.readouterr()
         assert "train: 10 images, 10 usable, 2 classes of 5 to 5 images: 5 a, 5 b" in printed.out
-        assert printed.out.endswith("verdict: a run can use it: 10 training images\n")
+        assert printed.out.endswith("verdict: A training run can use this data: 10 usable images.\n")
         assert "images: 100%" in printed.err
         assert main(["data-check", "--data", str(folder), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["splits"]["train"]["images"] == 10
