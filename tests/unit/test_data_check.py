@@ -211,7 +211,7 @@ class TestCommand:
 
     def test_missing_data(self, tmp_path, capsys):
         assert main(["data-check", "--data", str(tmp_path / "nothing")]) == 1
-        assert "does not exist; the nearest existing folder" in capsys.readouterr().err
+        assert "does not exist. The nearest existing folder" in capsys.readouterr().err
 
 
 @requires_shared
