@@ -105,11 +105,11 @@ def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
 @pytest.mark.parametrize(
     ("feature", "cells", "change", "message"),
     [
-        (Value("int64"), [3, 4], {}, "3 is no box of four numbers"),
-        (List(Value("int64")), [[1, 2, 3], [1, 2, 3]], {}, r"\[1, 2, 3\] is no box"),
-        ({"area": List(Value("int64"))}, [{"area": [3]}] * 2, {}, "a record of area, expected 'bbox'"),
-        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "xyxy"}, "no pair of corners"),
-        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "cxcywh"}, "'cxcywh' is unknown"),
+        (Value("int64"), [3, 4], {}, "3 is not a box of four numbers"),
+        (List(Value("int64")), [[1, 2, 3], [1, 2, 3]], {}, r"\[1, 2, 3\] is not a box"),
+        ({"area": List(Value("int64"))}, [{"area": [3]}] * 2, {}, "the record has the fields area, but not 'bbox'"),
+        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "xyxy"}, r"is not \(x1, y1, x2, y2\)"),
+        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "cxcywh"}, "Unknown box_format='cxcywh'"),
         (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"column": "faces"}, "looked for faces, found objects"),
     ],
 )
@@ -131,7 +131,7 @@ def test_boxes_in_the_wrong_format_are_noticed(tmp_path, model, options, caplog)
     source = load_images(path, split=None)
     truth = ground_truth_boxes(source)
     measure_overlaps(model, source, truth, [LostSettings()], processor=options["processor"])
-    assert "In 2 of 2 images, such as 'row/0', a ground-truth box reaches beyond the picture" in caplog.text
+    assert "In 2 of 2 images, such as 'row/0', a ground-truth box extends beyond the image" in caplog.text
 
 
 # --- Choice and judgement
@@ -273,9 +273,9 @@ def test_vanilla_is_there_to_compare_with(data, model, options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_images": 1}, "of 1 images with boxes; at least 2"),
-        ({"lost_grid": LostGrid(layers=(-9,))}, "nothing to try on a model of 2 blocks"),
-        ({"boxes": "number"}, "no box of four numbers"),
+        ({"max_images": 1}, "of 1 images, but at least 2"),
+        ({"lost_grid": LostGrid(layers=(-9,))}, "no setting for a model of 2 blocks"),
+        ({"boxes": "number"}, "not a box of four numbers"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(data, model, options, change, message):
