@@ -1,4 +1,4 @@
-"""`regvit data-check`: what is counted, and that duplicates are found, all of them and no others."""
+"""Tests of `regvit data-check`: counts, and that exactly the true duplicates are found."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def folder(tmp_path, photos):
 
 class TestNearDuplicates:
     def test_hash_bit_by_bit(self):
-        """The slow twin: 64 comparisons of neighbours."""
+        """Slow twin: 64 comparisons of neighbors."""
         pixels = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
         bits = "".join(
             "1" if int(pixels[y, x]) > int(pixels[y, x + 1]) + 2 else "0" for y in range(8) for x in range(8)
@@ -129,7 +129,7 @@ class TestReport:
         assert (report.exact_duplicates.groups, report.near_duplicates.groups) == (1, 0)
 
     def test_equal_hashes_of_other_colours_are_no_twins(self, folder, photos):
-        """The same edges in other light: a hash sees no difference, the thumbnail does."""
+        """The same edges at another brightness have equal hashes but different thumbnails."""
         dark = photos["astronaut"].point(lambda value: value // 2)
         dark.save(folder / "train" / "a" / "dark.png")
         assert (difference_hash(thumbnail(dark)) ^ difference_hash(thumbnail(photos["astronaut"]))).bit_count() <= 6
@@ -174,7 +174,7 @@ class TestReport:
             "nearly black (nothing above 16 of 255; 12-bit values in 16-bit files? multiply them by 16)": 1,
         }
         assert report.bits["16"] == 1
-        assert report.height["max"] == 150  # of the upright picture
+        assert report.height["max"] == 150  # of the upright image
 
     def test_names_that_a_terminal_cannot_show(self, folder):
         (folder / "train" / "a" / "caf\udce9.png").write_bytes(b"")
@@ -217,7 +217,7 @@ class TestCommand:
 @requires_shared
 @pytest.mark.slow
 def test_real_photographs_of_pets(tmp_path, monkeypatch):
-    """The pairs were looked at: the same cats, cut or scaled otherwise, in both parts of the data set."""
+    """The pairs were inspected: the same cats, cropped or scaled differently, in both splits."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

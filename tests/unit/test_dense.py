@@ -1,4 +1,4 @@
-"""Images with masks or depth: every source, what is found before anything is trained, and the joint transforms."""
+"""Tests of images with masks or depth: every source, the checks before training, and the joint transforms."""
 
 import io
 import json
@@ -372,7 +372,7 @@ def test_resize_map_equals_pillow():
 
 
 def twin_pair(size=(96, 64)):
-    """A picture whose colour says where each pixel is from, and a map that says the same."""
+    """Image whose colors encode the position of each pixel, and a map that encodes the same."""
     rows, columns = np.mgrid[0 : size[1], 0 : size[0]]
     right = columns >= size[0] // 2
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
@@ -392,7 +392,7 @@ def test_picture_and_map_are_moved_together(seed):
     assert (moved[inside] != 255).all()
     said = 2 * (pixels[..., 1] > 125) + (pixels[..., 0] > 125)
     agree = (said == moved)[inside].mean()
-    assert agree > 0.93, agree  # all but the smooth borders between the four colours
+    assert agree > 0.93, agree  # all but the smooth borders between the four colors
 
 
 def test_draws_depend_on_the_generator_alone_and_all_kinds_occur():
@@ -441,12 +441,12 @@ def test_what_is_no_measurement_has_no_metres_and_what_is_no_class_no_id():
 def test_crops_lie_at_every_place_and_void_is_no_class():
     transform = JointTransform((4, 4), max_class_share=0.75)
     target = np.full((5, 6), 255, dtype=np.uint8)
-    target[2:4, 2:4] = [[0, 1], [1, 0]]  # in every crop, and half and half of what counts
+    target[2:4, 2:4] = [[0, 1], [1, 0]]  # in every crop, each half of the valid pixels
     places = set()
     for seed in range(60):
         first = np.random.default_rng(seed)
         place = int(first.integers(2)), int(first.integers(3))
-        assert transform._crop_place(target, np.random.default_rng(seed)) == place  # nothing is drawn anew
+        assert transform._crop_place(target, np.random.default_rng(seed)) == place  # no crop is drawn again
         places.add(place)
     assert places == {(top, left) for top in range(2) for left in range(3)}
 
@@ -478,7 +478,7 @@ def test_colours_change_the_picture_and_never_the_map():
 
 
 def test_the_hue_turns_as_far_as_published(monkeypatch):
-    # mmsegmentation adds -18 to 17 to hues that OpenCV counts from 0 to 179: a tenth of the circle either way.
+    # mmsegmentation adds -18 to 17 to OpenCV hues of 0 to 179: a tenth of the circle in both directions.
     turns = []
     monkeypatch.setattr("hf_regvit.dense_transforms.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
@@ -521,7 +521,9 @@ def test_colours_equal_their_loop(seed):
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
     coloured = JointTransform((3, 4))._coloured(pixels, np.random.default_rng(seed))
-    np.testing.assert_allclose(coloured.astype(int), expected.astype(int), atol=1)  # float32 rounds elsewhere at .5
+    np.testing.assert_allclose(
+        coloured.astype(int), expected.astype(int), atol=1
+    )  # float32 rounds values at .5 differently
 
 
 def test_sizes_that_differ_are_refused_by_the_transform():

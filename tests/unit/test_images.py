@@ -1,4 +1,4 @@
-"""The one way to open an image, every source, the evaluation processor."""
+"""Tests of image sources, image decoding and the evaluation processor."""
 
 import io
 import pickle
@@ -102,7 +102,7 @@ class TestPhotos:
         assert len(photos) == 21
         assert photos["astronaut"].size == (512, 512)
         assert all(image.mode == "RGB" for image in photos.values())
-        # The horse is a silhouette on a transparent ground: composited on white, not revealed.
+        # The horse is a silhouette on a transparent background, which must become white.
         assert np.asarray(photos["horse"]).max() == 255
 
     def test_source_can_be_sent_to_a_worker(self, tiles):
@@ -135,7 +135,7 @@ def test_stratified_split_has_each_class_in_both_parts():
     labels = [0] * 10 + [1] * 2 + [2]
     train, held_out = images.stratified_split(labels, held_out_share=0.2, seed=0)
     assert sorted(train + held_out) == list(range(13))
-    assert [labels[i] for i in held_out] == [0, 0, 1]  # a class of one is for training
+    assert [labels[i] for i in held_out] == [0, 0, 1]  # the only image of a class goes to the training split
     assert (train, held_out) == images.stratified_split(labels, held_out_share=0.2, seed=0)
     assert (train, held_out) != images.stratified_split(labels, held_out_share=0.2, seed=1)
     assert {labels[i] for i in images.stratified_split(labels, held_out_share=0.99, seed=0)[0]} == {0, 1, 2}
@@ -169,7 +169,7 @@ class TestFolder:
         train, held_out = load_images(tmp_path), load_images(tmp_path, split="validation")
         assert train.ids == ["train/cat/a.png", "train/dog/b.png"]
         assert held_out.ids == [f"{name}/dog/c.png"]
-        # A class without held-out images still has its number.
+        # A class without held-out images keeps its id.
         assert held_out.label_names == ("cat", "dog")
         assert held_out.labels == [1]
         assert len(load_images(tmp_path, split=None)) == 3
@@ -214,7 +214,7 @@ class TestFolder:
 
 @pytest.fixture(scope="module")
 def arrow_cache(tmp_path_factory):
-    """`datasets` keeps its Arrow copies below a folder of the test run, not in the user's home."""
+    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
     import datasets
 
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
@@ -299,7 +299,7 @@ class TestTables:
         ],
     )
     def test_hub_splits_by_their_names(self, splits, train, validation, monkeypatch):
-        """Labels are the number of the split. A data set of the Hub often has `train` and `test` and no more."""
+        """Labels are the index of the split. Hub data sets often have only `train` and `test`."""
         import datasets
 
         names = splits.split()
@@ -356,7 +356,7 @@ class TestTables:
             assert "test" not in everything.label_names
 
     def test_hub_configurations_are_chosen_by_name(self, monkeypatch, tmp_path):
-        """A folder with the card of a data set is to `datasets` what a repository is."""
+        """`datasets` reads a folder with a data set card in the same way as a repository."""
         import datasets
 
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -379,9 +379,11 @@ class TestTables:
         (row,) = images.stream_images("some-one/pictures:full").open_shard(0)
         assert row.label == 0
         for opened in (load_images, images.stream_images):
-            with pytest.raises(ValueError, match="several configurations. Choose one of 'some-one/pictures:full', '"):
+            with pytest.raises(
+                ValueError, match=r"several configurations\. Choose one of 'some-one/pictures:full', '"
+            ):
                 opened("some-one/pictures")
-            with pytest.raises(ValueError, match="no configuration 'small'. Choose one of 'some-one/pictures:full'"):
+            with pytest.raises(ValueError, match=r"no configuration 'small'\. Choose one of 'some-one/pictures:full'"):
                 opened("some-one/pictures:small")
 
     def test_neither_path_nor_hub(self):
@@ -409,7 +411,7 @@ def test_default_image_processor(photo, tmp_path):
     again = AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor(photo, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, again(photo, return_tensors="pt")["pixel_values"])
-    # The same by hand: shortest edge 64, centre 56, normalise. The library resizes tensors, Pillow rounds once more.
+    # The same by hand: shortest edge 64, center 56, normalize. transformers resizes tensors; Pillow rounds once more.
     resized = photo.resize((96, 64), Image.Resampling.BICUBIC).crop((20, 4, 76, 60))
     expected = TF.normalize(TF.to_tensor(resized), images.IMAGENET_MEAN, images.IMAGENET_STD)
     assert (pixels[0] - expected).abs().mean() < 0.005

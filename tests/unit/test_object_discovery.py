@@ -1,4 +1,4 @@
-"""Object discovery: ground-truth boxes of every form, choice on one part and judgement on the other, commands."""
+"""Tests of object discovery: forms of ground-truth boxes, choosing on one half and testing on the other, commands."""
 
 import io
 import json
@@ -160,7 +160,7 @@ def test_the_best_is_chosen_and_of_equals_the_first():
         (2, pytest.approx(2 / 3)), (3, pytest.approx(2 / 3)), (1, 0.0)
     ]  # fmt: skip
     assert choice.to_dict()["num_settings"] == 3
-    assert choice.center == 0.8  # of a box as large as the image: 0.64 of its area, the first above a half
+    assert choice.center == 0.8  # for a box as large as the image, 0.64 of the area is the first share above a half
 
 
 def test_middle_boxes_cover_what_they_say():
@@ -218,12 +218,12 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     assert lost.num_without_boxes == 1
     assert lost.num_skipped == len(second) - len(judged)
     assert lost.choice["num_settings"] == 2 * 2 * 2 * (1 + 2)
-    # The number is that of the public function with those settings, on images that the choice has not seen.
+    # The number equals that of the public function with these settings, on images not used for choosing.
     chosen = {name: getattr(lost.settings, name) for name in ("feature", "layer", "center", "l2norm", "bias", "k")}
     subset = source.subset([int(name.split("/")[1]) for name in judged])
     objects = discover_objects(model, subset, processor=options["processor"], **chosen)
     assert lost.corloc == pytest.approx(corloc([o.box for o in objects], [truth[name] for name in judged]))
-    # And they are the best on the images of choice.
+    # These settings are the best on the images used for choosing.
     others = source.subset([kept[i] for i in first])
     settings = options["protocol"].lost_grid.settings(2)
     boxes = [truth[name] for name in others.ids]
