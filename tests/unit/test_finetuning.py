@@ -103,14 +103,14 @@ def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path
     folder_of(tmp_path / "train", cat=3, dog=3)
     folder_of(tmp_path / "validation", ant=1, dog=2)
     args = arguments(tmp_path / "run", data=str(tmp_path))
-    with pytest.raises(ValueError, match=r"only in its validation part: \['ant'\].*--ignore_extra_classes"):
+    with pytest.raises(ValueError, match=r"only in its validation split: \['ant'\].*--ignore_extra_classes"):
         labelled_parts(args)
     args.ignore_extra_classes = True
     _, kept = labelled_parts(args)
     assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
-    assert "1 validation images are of classes without training images and are left out: 'ant'" in caplog.text
+    assert "1 validation images belong to classes without training images and are left out: 'ant'" in caplog.text
     (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
-    with pytest.raises(ValueError, match="only in its validation part"):
+    with pytest.raises(ValueError, match="only in its validation split"):
         labelled_parts(args)
 
 
