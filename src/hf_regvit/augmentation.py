@@ -1,15 +1,15 @@
-"""The multi-crop augmentation of DINOv2 on 8-bit pictures: geometry with torch, colour and blur with OpenCV.
+"""Multi-crop augmentation of DINOv2 on 8-bit images: geometry with torch, color and blur with OpenCV.
 
 S and s are the sides of a global and a local crop in pixels, L the number of local crops, H and W the sides of the
-image. Pixels stay 8-bit integers, (height, width, channel), until a batch is normalised with `normalize_pixels`.
+image. Pixels stay 8-bit integers, (height, width, channel), until a batch is normalized with `normalize_pixels`.
 
 Every random draw is a pure function of (seed, epoch, sample id, view), so neither the number of workers nor a stop in
-the middle of an epoch changes a single pixel.
+the middle of an epoch changes any pixel.
 
-Where the speed comes from: the crop is cut before it is resized; torch's antialiased bicubic filter on 8-bit tensors
-is Pillow's, several times faster, and fastest on four channels side by side (OpenCV's INTER_AREA is slower still and
-loses a fifth of the power at half the finest scale); brightness, contrast and saturation are one vectorised pass each;
-hue is one addition in 8-bit HSV; the blur is separable; one generator serves all views of an image.
+Design for speed: crops are cut before they are resized. torch's antialiased bicubic filter on 8-bit tensors computes
+the same as Pillow's and is several times faster, most of all on four interleaved channels (OpenCV's INTER_AREA is
+slower and loses a fifth of the power at half the finest scale). Brightness, contrast and saturation are one vectorized
+pass each, hue is one addition in 8-bit HSV, the blur is separable, and one generator serves all views of an image.
 """
 
 import itertools
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from .images import IMAGENET_MEAN, IMAGENET_STD
 
-# Probability of blur for global crop 0, global crop 1 and the local crops. The official blur class hands 1 - p to its
-# "apply with probability" wrapper: released weights were trained with the first row, though the code reads like the
+# Probability of blur for global crop 0, global crop 1 and the local crops. The official blur class passes 1 - p to its
+# "apply with probability" wrapper, so released weights were trained with the first row, although the code suggests the
 # second. Source: dinov2 pull request 411, dinov3 issue 286.
 _BLUR_PROBABILITIES = {"as_trained": (0.0, 0.9, 0.5), "as_written": (1.0, 0.1, 0.5)}
 
 _JITTER_OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 _JITTER_ORDERS = tuple(itertools.permutations(range(4)))
 
-# Every parameter of a view has a place of its own among the view's numbers, whether it is used or not: switching one
-# operation off changes no other. Places 0 to 39 are ten tries of a crop box.
+# Every parameter of a view has a fixed position among the view's random numbers, so disabling one operation does not
+# change the others. Positions 0 to 39 are ten tries of a crop box.
 _BOX_TRIES = 10
 _FLIP, _JITTER, _ORDER, _AMOUNTS, _GRAYSCALE, _BLUR, _SIGMA, _SOLARIZE = 40, 41, 42, 43, 47, 48, 49, 50
 _NUMBERS_PER_VIEW = 64
@@ -43,16 +43,16 @@ _NUMBERS_PER_VIEW = 64
 
 @dataclass(frozen=True)
 class ViewParameters:
-    """All that is random about one crop.
+    """Random parameters of one crop.
 
     Args:
-        box: (left, top, right, bottom) of the cut, pixels of the image.
-        flip: Mirror left and right.
+        box: (left, top, right, bottom) of the crop, in pixels of the image.
+        flip: Whether to flip horizontally.
         jitter: Operations and amounts in the order in which they are applied; empty for none. Brightness, contrast
-            and saturation are factors, hue is a share of the colour circle.
-        grayscale: Drop the colour.
-        sigma: Standard deviation of the blur, pixels of the crop; None for no blur.
-        solarize: Invert all values from 128 up.
+            and saturation are factors; hue is a fraction of the color circle.
+        grayscale: Whether to convert to grayscale.
+        sigma: Standard deviation of the blur, in pixels of the crop; None for no blur.
+        solarize: Whether to invert all values from 128 up.
     """
 
     box: tuple[int, int, int, int]
@@ -67,19 +67,20 @@ class ViewParameters:
 class MultiCrop:
     """Two global and several local crops of one image, augmented independently, as DINOv2 does.
 
-    Order, on 8-bit RGB: random resized crop (bicubic with antialias), horizontal flip, colour jitter in random order,
-    grayscale, Gaussian blur, solarize (global crop 1 only). Sizes are pixels, scales shares of the image's area,
-    probabilities lie in [0, 1]. Jitter ranges mean: brightness, contrast and saturation factors from [1 - x, 1 + x],
-    hue shift from [-x, x] turns of the colour circle.
+    Order, on 8-bit RGB: random resized crop (bicubic with antialias), horizontal flip, color jitter in random order,
+    grayscale, Gaussian blur, solarize (global crop 1 only). Sizes are in pixels, scales are shares of the image's
+    area, and probabilities are in [0, 1]. With a jitter range x, brightness, contrast and saturation factors are drawn
+    from [1 - x, 1 + x], and hue shifts from [-x, x] turns of the color circle.
 
-    Options of DINOv3: `flip_probability=0` keeps left and right apart. `share_jitter` applies one colour jitter and
+    Options of DINOv3: `flip_probability=0` keeps left and right distinct. `share_jitter` applies one color jitter and
     one grayscale to the whole image before the crops are cut. `locals_from_globals` cuts the first half of the local
-    crops from global crop 0 and the others from global crop 1, before their colours change, at offsets that are
-    multiples of `patch_size` (of 1 without), neither resized nor flipped once more; the contrast then uses the mean
-    of the local crop, where dinov3 uses the mean of the global crop.
+    crops from global crop 0 and the others from global crop 1, before their colors change, at offsets that are
+    multiples of `patch_size` (of 1 if it is None), without resizing or flipping them again; the contrast then uses the
+    mean of the local crop, where dinov3 uses the mean of the global crop.
 
     Raises:
-        ValueError: A size that is no multiple of `patch_size`, a scale or probability out of range, an even kernel.
+        ValueError: A size is not a multiple of `patch_size`, a scale or probability is out of range, or the kernel
+            size is even.
 
     Source: arXiv 2304.07193 and 2508.10104; values of dinov2 `data/augmentations.py`, options of dinov3's.
     """
@@ -117,29 +118,29 @@ class MultiCrop:
                 raise ValueError(f"{name}=({low}, {high}) must be two shares of the area, 0 < low <= high <= 1.")
         for name in ("flip", "jitter", "grayscale", "solarize"):
             if not 0 <= getattr(self, f"{name}_probability") <= 1:
-                raise ValueError(f"{name}_probability={getattr(self, f'{name}_probability')} must lie in [0, 1].")
+                raise ValueError(f"{name}_probability={getattr(self, f'{name}_probability')} must be in [0, 1].")
         for name, limit in (("brightness", 1.0), ("contrast", 1.0), ("saturation", 1.0), ("hue", 0.5)):
             if not 0 <= getattr(self, name) <= limit:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, {limit}].")
+                raise ValueError(f"{name}={getattr(self, name)} must be in [0, {limit}].")
         if self.blur not in _BLUR_PROBABILITIES:
-            raise ValueError(f"blur={self.blur!r} is unknown. Use {' or '.join(map(repr, _BLUR_PROBABILITIES))}.")
+            raise ValueError(f"Unknown blur={self.blur!r}. Use {' or '.join(map(repr, _BLUR_PROBABILITIES))}.")
         if self.blur_kernel_size < 1 or self.blur_kernel_size % 2 == 0:
             raise ValueError(f"blur_kernel_size={self.blur_kernel_size} must be odd and positive.")
         if self.num_local_crops < 0:
             raise ValueError(f"num_local_crops={self.num_local_crops} must be 0 or more.")
         if self.locals_from_globals and self.local_size > self.global_size:
             raise ValueError(
-                f"local_size={self.local_size} is larger than global_size={self.global_size}: with "
-                "locals_from_globals local crops are windows of the global ones. Make it smaller."
+                f"local_size={self.local_size} is larger than global_size={self.global_size}, but with "
+                "locals_from_globals, local crops are cut from global ones. Reduce local_size."
             )
 
     def __call__(self, image: Image.Image, *, seed: int, epoch: int, sample_id: int) -> dict[str, Tensor]:
         """Draw the crops of one image.
 
         Args:
-            image: RGB, any size.
-            seed: Of the run.
-            epoch: Passes over the data so far.
+            image: RGB image of any size.
+            seed: Random seed of the run.
+            epoch: Number of completed passes over the data.
             sample_id: Index of the image in its source.
 
         Returns:
@@ -151,13 +152,13 @@ class MultiCrop:
     def parameters(
         self, size: tuple[int, int], *, seed: int, epoch: int, sample_id: int
     ) -> tuple[ViewParameters, list[ViewParameters]]:
-        """Draw what is done to an image of `size` (width, height) as a whole, and to each of its 2 + L crops."""
+        """Draw the parameters for an image of `size` (width, height) as a whole, and for each of its 2 + L crops."""
         first, *rows = random_numbers(seed, epoch, sample_id, rows=3 + self.num_local_crops).tolist()
         whole = ViewParameters(box=(0, 0, *size), **self._colour(first) if self.share_jitter else {})
         return whole, [self._view_parameters(size, view, numbers) for view, numbers in enumerate(rows)]
 
     def render(self, image: Image.Image, whole: ViewParameters, views: Sequence[ViewParameters]) -> dict[str, Tensor]:
-        """Cut and distort the crops that `parameters` describes. Shapes as `__call__` returns them."""
+        """Create the crops that `parameters` describes, with the shapes that `__call__` returns."""
         pixels = _four_channels(image)  # (H, W, 4)
         if whole.jitter or whole.grayscale:
             import cv2
@@ -185,7 +186,7 @@ class MultiCrop:
             flip = numbers[_FLIP] < self.flip_probability
         else:
             step = self.patch_size or 1
-            # dinov3 never draws the last offset; here all that fit are equally likely.
+            # dinov3 never draws the last offset; here all offsets that fit are equally likely.
             steps = (self.global_size - self.local_size) // step + 1
             left, top = int(numbers[0] * steps) * step, int(numbers[1] * steps) * step
             box, flip = (left, top, left + self.local_size, top + self.local_size), False
@@ -199,7 +200,7 @@ class MultiCrop:
         )
 
     def _colour(self, numbers: Sequence[float]) -> dict[str, Any]:
-        """The fields `jitter` and `grayscale`."""
+        """Return the fields `jitter` and `grayscale`."""
         jitter: tuple[tuple[str, float], ...] = ()
         if numbers[_JITTER] < self.jitter_probability:
             amounts = (
@@ -214,10 +215,10 @@ class MultiCrop:
 
 
 def random_numbers(seed: int, epoch: int, sample_id: int, *, rows: int) -> np.ndarray:
-    """The random numbers of one image in one epoch, (rows, 64) from [0, 1): row 0 of the image, row 1 + v of view v.
+    """Draw random numbers for one image and epoch, (rows, 64) in [0, 1): row 0 for the image, row 1 + v for view v.
 
-    Philox is counter-based: the seed is the key, and (sample, epoch) with the row select blocks of its counter, so no
-    two views of a run share a number, nothing has to be stepped through to reach one, and more rows change none.
+    Philox is counter-based: the seed is the key, and (sample, epoch) with the row select blocks of its counter. So no
+    two views of a run share a number, any view can be reached directly, and adding rows does not change the others.
     """
     bits = np.random.Philox(key=seed, counter=[0, 0, sample_id, epoch])
     return np.random.Generator(bits).random((rows, _NUMBERS_PER_VIEW))
@@ -226,12 +227,12 @@ def random_numbers(seed: int, epoch: int, sample_id: int, *, rows: int) -> np.nd
 def random_crop_box(
     size: tuple[int, int], numbers: Sequence[float], *, scale: Sequence[float], aspect_ratio: Sequence[float]
 ) -> tuple[int, int, int, int]:
-    """Box of a random resized crop: area uniform in `scale`, aspect log-uniform, position uniform.
+    """Return the box of a random resized crop: area uniform in `scale`, aspect log-uniform, position uniform.
 
     Args:
         size: (width, height) of the image in pixels.
-        numbers: 40 from [0, 1): area, aspect, left, top of ten tries; then comes the largest central box of an
-            admissible aspect.
+        numbers: 40 numbers in [0, 1): area, aspect, left, top of ten tries. If all fail, the box is the largest
+            centered one with an admissible aspect.
         scale: Smallest and largest share of the image's area.
         aspect_ratio: Smallest and largest width / height.
 
@@ -258,27 +259,27 @@ def random_crop_box(
 def normalize_pixels(
     pixels: Tensor, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Tensor:
-    """Crops as a network takes them: (value / 255 - mean) / std, per channel.
+    """Normalize crops for a model: (value / 255 - mean) / std, per channel.
 
     Args:
         pixels: (..., 3, H, W) uint8, on any device; a whole batch at once is cheapest.
-        mean: Of the channels, as a share of white.
-        std: Likewise.
+        mean: Mean of each channel, relative to white.
+        std: Standard deviation of each channel, relative to white.
 
     Returns:
         (..., 3, H, W) float32 on the same device.
 
     Raises:
-        TypeError: Pixels that are not uint8: they may have been normalised already.
+        TypeError: The pixels are not uint8, so they may have been normalized already.
     """
     if pixels.dtype != torch.uint8:
-        raise TypeError(f"Pixels of type {pixels.dtype} cannot be normalised: expected torch.uint8, 0 to 255.")
+        raise TypeError(f"Pixels of type {pixels.dtype} cannot be normalized. Expected torch.uint8, 0 to 255.")
     shift, scale = (torch.tensor(list(values), device=pixels.device).view(3, 1, 1) for values in (mean, std))
     return pixels.float().mul_(1 / (255 * scale)).sub_(shift / scale)
 
 
 def distort(pixels: np.ndarray, parameters: ViewParameters, *, blur_kernel_size: int = 9) -> np.ndarray:
-    """Colour, blur and solarize of one crop, (H, W, 3) uint8; its cut and flip are done already."""
+    """Apply color changes, blur and solarize to one crop, (H, W, 3) uint8, which is already cut and flipped."""
     import cv2
 
     for operation, amount in parameters.jitter:
@@ -293,23 +294,23 @@ def distort(pixels: np.ndarray, parameters: ViewParameters, *, blur_kernel_size:
 
 
 def resize(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Resize to a square with antialiased bicubic interpolation, as Pillow does, to one grey level.
+    """Resize to a square with antialiased bicubic interpolation, equal to Pillow's within one gray level.
 
     Args:
         pixels: (H, W, C) uint8, one to four channels; four are fastest.
-        size: Side of the result, pixels.
+        size: Side of the result in pixels.
 
-    Source: Keys 1981 with a = -0.5, the kernel stretched when shrinking; torch's kernel stems from Pillow-SIMD.
+    Source: Keys 1981 with a = -0.5, the kernel stretched when shrinking; torch's kernel is from Pillow-SIMD.
     """
-    # A copy, because torch is slow on cuts of a larger image. `view` gives the batch dimension its true stride: with
-    # any other, torch takes the path for planes, twice as slow.
+    # The copy is needed because torch is slow on slices of a larger image. `view` gives the batch dimension its true
+    # stride; with any other, torch uses the code for planar images, which is twice as slow.
     batch = torch.from_numpy(pixels.copy()).view(1, *pixels.shape).permute(0, 3, 1, 2)  # (1, C, H, W)
     resized = F.interpolate(batch, (size, size), mode="bicubic", antialias=True)
     return resized[0].permute(1, 2, 0).numpy()
 
 
-# The colour operations take and return (H, W, 3) uint8. They follow torchvision's on Pillow images: within one grey
-# level, in hue 0.4 on average (the 8-bit HSV of Pillow is the coarser of the two). One pass over the pixels each.
+# The color operations take and return (H, W, 3) uint8, in one pass over the pixels each. They match torchvision's on
+# Pillow images within one gray level, and for hue within 0.4 on average (Pillow's 8-bit HSV is the coarser one).
 
 
 def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -320,7 +321,7 @@ def adjust_brightness(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the image's mean grey: 0 is flat grey, 1 the image."""
+    """Blend with the image's mean gray: 0 is flat gray, 1 the image."""
     import cv2
 
     gray = int(np.dot(_LUMA, cv2.mean(pixels)[:3]) + 0.5)
@@ -329,7 +330,7 @@ def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
-    """Blend with the grey image: 0 is grey, 1 the image."""
+    """Blend with the gray image: 0 is gray, 1 the image."""
     import cv2
 
     matrix = np.empty((3, 4), dtype=np.float32)  # the last column is added
@@ -339,31 +340,31 @@ def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
 
 
 def adjust_hue(pixels: np.ndarray, shift: float) -> np.ndarray:
-    """Turn the hue by `shift` of a full circle, in 8-bit HSV."""
+    """Rotate the hue by `shift` of a full circle, in 8-bit HSV."""
     import cv2
 
     hsv = cv2.cvtColor(pixels, cv2.COLOR_RGB2HSV_FULL)
-    turn = np.zeros(hsv.shape[1:], dtype=np.uint8)  # one row of pixels: adding rows is faster than every third byte
+    turn = np.zeros(hsv.shape[1:], dtype=np.uint8)  # one row of pixels, because adding rows is fastest
     turn[:, 0] = int(shift * 255) % 256
     rows = hsv.reshape(len(hsv), -1)
-    np.add(rows, turn.reshape(-1), out=rows)  # wraps round, as hue does
+    np.add(rows, turn.reshape(-1), out=rows)  # uint8 overflow wraps around, as hue does
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB_FULL)
 
 
 def gaussian_blur(pixels: np.ndarray, *, kernel_size: int, sigma: float) -> np.ndarray:
-    """Separable Gaussian blur with mirrored border, computed in float32 and rounded once.
+    """Apply a separable Gaussian blur with mirrored border, computed in float32 and rounded once.
 
     Args:
         pixels: (H, W, 3) uint8.
-        kernel_size: Taps, odd.
-        sigma: Standard deviation, pixels.
+        kernel_size: Number of taps, odd.
+        sigma: Standard deviation in pixels.
     """
     import cv2
 
     kernel = cv2.getGaussianKernel(kernel_size, sigma, cv2.CV_32F)
-    # Mirroring needs more pixels than half a kernel; tiny crops repeat their edge instead.
+    # Mirroring needs more pixels than half the kernel size; smaller crops repeat their edge instead.
     border = cv2.BORDER_REFLECT_101 if min(pixels.shape[:2]) > kernel_size // 2 else cv2.BORDER_REPLICATE
-    # OpenCV's own 8-bit result would come from weights of 8 bits; `convertScaleAbs` only rounds here.
+    # OpenCV's 8-bit filter would use 8-bit weights; `convertScaleAbs` only rounds here.
     return cv2.convertScaleAbs(cv2.sepFilter2D(pixels, cv2.CV_32F, kernel, kernel, borderType=border))
 
 
@@ -381,23 +382,23 @@ _SOLARIZED = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)
 
 
 def _four_channels(image: Image.Image) -> np.ndarray:
-    """(H, W, 4) uint8, read-only: Pillow keeps RGB that way, so this is faster than asking for three."""
+    """Return (H, W, 4) uint8, read-only; Pillow stores RGB with four bytes, so this is faster than three channels."""
     rgb = image if image.mode == "RGB" else image.convert("RGB")
     return np.frombuffer(rgb.tobytes("raw", "RGBX"), dtype=np.uint8).reshape(rgb.height, rgb.width, 4)
 
 
 def _resized_crop(pixels: np.ndarray, parameters: ViewParameters, size: int) -> np.ndarray:
-    """Cut, resize, flip: (H, W, 4) to (size, size, 3) uint8."""
+    """Cut, resize and flip a crop: (H, W, 4) to (size, size, 3) uint8."""
     import cv2
 
     left, top, right, bottom = parameters.box
-    # Cut first: a filter over the whole image would see pixels outside of the crop.
+    # Cutting first keeps pixels outside the crop out of the filter.
     crop = cv2.cvtColor(resize(pixels[top:bottom, left:right], size), cv2.COLOR_RGBA2RGB)
     return cv2.flip(crop, 1) if parameters.flip else crop
 
 
 def _stack_planes(crops: Sequence[np.ndarray], size: int) -> Tensor:
-    """(H, W, 3) arrays to (n, 3, size, size) uint8."""
+    """Stack (H, W, 3) arrays to (n, 3, size, size) uint8."""
     import cv2
 
     planes = torch.empty(len(crops), 3, size, size, dtype=torch.uint8)

@@ -1,10 +1,10 @@
-"""From images to training batches: the multi-crop data set, its sampler, block masks, and the collator.
+"""Training batches from images: the multi-crop data set, its sampler, block masks, and the collator.
 
 Shape letters: B images, G global crops (2), L local crops, S and s side of a global and a local crop in pixels,
 N patches of a global crop, M masked patches of the batch. Flattened crops are crop-major: crop 0 of all images first.
 
 Every random draw is a pure function of (seed, epoch, sample id, view), so neither the number of workers nor a stop in
-the middle of an epoch changes a single pixel.
+the middle of an epoch changes any pixel.
 """
 
 import hashlib
@@ -35,63 +35,64 @@ from .images import ImageRecord, ImageSource, ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
 
-# Last numbers of seeds: they keep draws of one kind apart from those of another.
+# Last entries of seeds, which keep the random streams of different purposes independent.
 _REPLACEMENTS, _WEIGHTED_PASS, _SHARD_ORDER, _SHUFFLE, _MIXTURE = 0xBAD, 1, 2, 3, 4
 _REPLACEMENT_TRIES = 100
 _FIRST_IMAGES = 1000
 
 
 class TooManyBadImagesError(ValueError):
-    """More images than `max_bad_share` allows cannot be used; the message is the summary."""
+    """More images are unusable than `max_bad_share` allows; the message is the summary."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader raises the error of a worker again with its whole traceback as the message.
+        # A DataLoader re-raises the error of a worker with the whole traceback as its message; only the end is kept.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
 class BadImages:
-    """Counts and records images that cannot be used, and stops the run when they are too many.
+    """Count and record images that cannot be used, and stop the run when there are too many.
 
-    One line of JSON for each image, however often it turns up: path, kind, reason, epoch. Every process and worker
+    Each bad image is recorded once, as one line of JSON with path, kind, reason and epoch. Every process and worker
     appends whole lines to the same file.
 
-    The rule: distinct bad images may be at most `max_bad_share` of the distinct images seen so far by this process
-    and its workers (in a stream: by each worker). Until 1000 have been seen they are held against 1000, or against the
-    whole data set if it is smaller, so that one bad image at the start is no verdict; one bad image is always allowed,
-    unless the share is 0.
+    Distinct bad images may be at most `max_bad_share` of the distinct images seen so far by this process and its
+    workers (in a stream: by each worker). Until 1000 images have been seen, the share is computed of 1000, or of the
+    whole data set if it is smaller, so that one bad image at the start does not stop the run. One bad image is always
+    allowed, unless the share is 0.
 
     Args:
-        path: File to append to; None counts without recording.
-        max_bad_share: In [0, 1]. 0 makes the first bad image an error, 1 never stops.
-        num_images: Images of the data set, 0 where nobody knows (a stream).
+        path: File to append to. None counts without recording.
+        max_bad_share: Largest share of bad images in [0, 1]. With 0, the first bad image is an error; with 1, the run
+            never stops.
+        num_images: Number of images in the data set; 0 if it is unknown (a stream).
 
     Raises:
-        ValueError: A share outside of [0, 1].
+        ValueError: The share is outside [0, 1].
     """
 
     def __init__(self, path: str | Path | None = None, *, max_bad_share: float = 0.01, num_images: int = 0) -> None:
         if not 0 <= max_bad_share <= 1:
-            raise ValueError(f"max_bad_share={max_bad_share} must be a share of the images, between 0 and 1.")
+            raise ValueError(f"max_bad_share={max_bad_share} must be between 0 and 1, as a share of the images.")
         self.path = None if path is None else Path(path)
         self.max_bad_share, self.num_images = max_bad_share, num_images
-        # 0 not seen, 1 good, 2 bad; one byte an image, in memory that worker processes share with their parent.
+        # 0 not seen, 1 good, 2 bad; one byte per image, in memory shared between worker processes and their parent.
         self._states = torch.zeros(num_images, dtype=torch.uint8).share_memory_() if num_images else None
         self._good_in_stream, self._bad_in_stream = 0, set[str]()
         self._records: dict[str, dict[str, Any]] = {}
         self._read_up_to = 0
 
     def good(self, index: int | None = None) -> None:
-        """Image `index` could be used; without an index, the next image of a stream's first pass."""
+        """Count image `index` as usable or, without an index, the next image of the first pass over a stream."""
         if self._states is None or index is None:
             self._good_in_stream += 1
         else:
             self._states[index] = 1
 
     def bad(self, error: BadImageError, *, epoch: int, index: int | None = None) -> None:
-        """An image could not be used.
+        """Count and record an image that cannot be used.
 
         Raises:
-            TooManyBadImagesError: They are too many now.
+            TooManyBadImagesError: There are now too many bad images.
         """
         if self._states is None or index is None:
             self._record(error, epoch)
@@ -110,7 +111,7 @@ class BadImages:
             raise TooManyBadImagesError(self._summary(seen, bad))
 
     def note(self, problem: BadImageError) -> None:
-        """Record what is no single image: a folder that cannot be listed, a damaged archive. It does not count."""
+        """Record a problem that is not a single image, such as a damaged archive, without counting it."""
         self._record(problem, None)
 
     def _record(self, error: BadImageError, epoch: int | None) -> None:
@@ -119,17 +120,17 @@ class BadImages:
             return
         record = {"path": error.path, "kind": error.kind, "reason": error.reason, "epoch": epoch}
         if not self._records:
-            logger.warning("%s It is skipped and recorded%s.", error, f" in {self.path}" if self.path else "")
+            logger.warning("%s It is skipped and recorded%s.", error, f" in '{self.path}'" if self.path else "")
         self._records[error.path] = record
         if self.path is None:
             return
         try:
             _append_line(self.path, json.dumps(record).encode())
-        except OSError as write_error:  # a full disk
-            logger.warning("%s cannot be written (%s); '%s' is not in it.", self.path, write_error, error.path)
+        except OSError as write_error:  # such as a full disk
+            logger.warning("'%s' cannot be written (%s), so '%s' is not recorded.", self.path, write_error, error.path)
 
     def _read_others(self) -> None:
-        """What other processes have recorded since the last look."""
+        """Read the records that other processes have added since the last call."""
         if self.path is None or not self.path.is_file():
             return
         with self.path.open("rb") as stream:
@@ -141,8 +142,8 @@ class BadImages:
             try:
                 record = json.loads(line)
                 self._records.setdefault(record["path"], record)
-            except (ValueError, KeyError, TypeError):  # cut off, when the machine or its disk gave out
-                logger.debug("%s holds a line that is none: %r", self.path, line[:80])
+            except (ValueError, KeyError, TypeError):  # an incomplete line, after a crash or on a full disk
+                logger.debug("'%s' holds an invalid line: %r", self.path, line[:80])
 
     def _summary(self, seen: int, bad: int) -> str:
         self._read_others()
@@ -152,17 +153,17 @@ class BadImages:
         listed = f" All are listed in '{self.path}'." if self.path else ""
         return (
             f"{bad} of the {seen} images seen so far cannot be used, more than max_bad_share={self.max_bad_share:g} "
-            f"allows ({', '.join(f'{number} {kind}' for kind, number in kinds)}). For example {examples}.{listed} "
-            "Look at the data with `regvit data-check`, repair or remove them, or allow more with --max_bad_share."
+            f"allows ({', '.join(f'{number} {kind}' for kind, number in kinds)}). Examples: {examples}.{listed} "
+            "Inspect the data with `regvit data-check`, repair or remove these images, or increase --max_bad_share."
         )
 
 
 def _append_line(path: Path, line: bytes) -> None:
-    """One write to a file opened for appending, which those of other processes do not tear apart."""
+    """Append one line with a single write, so that writes of other processes cannot interleave with it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        # The last line may be cut off, of a run that was stopped in it.
+        # The last line may be incomplete if an earlier run was stopped while writing it.
         is_cut_off = False
         if os.lseek(file, 0, os.SEEK_END):
             os.lseek(file, -1, os.SEEK_END)
@@ -173,10 +174,10 @@ def _append_line(path: Path, line: bytes) -> None:
 
 
 class _OneThreadOfOpenCV:
-    """What a data set for loader workers is: one worker is one core, so OpenCV gets no pool of threads.
+    """Base class of data sets for loader workers: disable OpenCV's thread pool, because a worker uses one core.
 
-    It is switched off where the data set is made, before workers are forked from that process. In a forked worker it
-    would be too late: taking down a pool whose threads stayed behind in the parent never returns.
+    The pool is disabled when the data set is created, before workers are forked from that process. In a forked worker
+    it would be too late: shutting down a pool whose threads exist only in the parent never returns.
     """
 
     def __init__(self) -> None:
@@ -184,7 +185,7 @@ class _OneThreadOfOpenCV:
 
         cv2.setNumThreads(0)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # a worker that was spawned, not forked
+    def __setstate__(self, state: dict[str, Any]) -> None:  # for a worker that is spawned, not forked
         _OneThreadOfOpenCV.__init__(self)
         self.__dict__.update(state)
 
@@ -195,12 +196,12 @@ class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
     Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) uint8, `sample_id` and `epoch` int.
 
     Args:
-        source: The images.
-        multi_crop: The augmentation.
-        seed: Of the run.
-        cache_bytes: Decoded pictures kept in memory, per process. Small sources fit, large ones decode again.
-        bad_images: Records images that cannot be used; another one takes the place of each, drawn from (seed, epoch,
-            index), with the crops that the place would have had. Default: the first bad image is an error.
+        source: Images.
+        multi_crop: Augmentation.
+        seed: Random seed of the run.
+        cache_bytes: Memory for decoded images, in bytes per process. Images that do not fit are decoded again.
+        bad_images: Record of images that cannot be used. Each is replaced by another one, drawn from (seed, epoch,
+            index), with the crop parameters of the original. Default: the first bad image raises an error.
     """
 
     def __init__(
@@ -232,7 +233,7 @@ class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         return {**crops, "sample_id": index, "epoch": epoch}
 
     def _usable_image(self, epoch: int, index: int) -> Image.Image:
-        """Image `index`, or the first good one of a sequence that (seed, epoch, index) determine."""
+        """Return image `index` or, if it is bad, the first good one of a sequence set by (seed, epoch, index)."""
         if self.bad_images is None:
             return self._image(index)
         others = np.random.default_rng([self.seed, epoch, index, _REPLACEMENTS])
@@ -246,8 +247,8 @@ class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
                 self.bad_images.good(index)
                 return image
         raise TooManyBadImagesError(
-            f"{_REPLACEMENT_TRIES} images of '{self.source.name}', drawn one after another, cannot be used. "
-            "Run `regvit data-check` on them."
+            f"{_REPLACEMENT_TRIES} randomly drawn images of '{self.source.name}' in a row cannot be used. "
+            "Inspect the data with `regvit data-check`."
         )
 
     def _image(self, index: int) -> Image.Image:
@@ -262,19 +263,19 @@ class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
 
 
 class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields `(epoch, index)` in an order that depends on the seed and the epoch alone.
+    """Yield `(epoch, index)` in an order that depends only on the seed and the epoch.
 
-    The order is that of the whole run; processes take their shares of it. So the images of a step are the same on any
-    number of processes, and a position in the order is all that a stopped run has to remember.
+    The order is global, and each process takes its portion of it. So the images of a step are the same for any number
+    of processes, and a position in the order is all that is needed to resume a run.
 
     Args:
-        num_samples: Images in the data set.
-        seed: Of the run.
-        images_per_step: Images of an optimizer step over all processes; an epoch is cut to a multiple of it.
+        num_samples: Number of images in the data set.
+        seed: Random seed of the run.
+        images_per_step: Number of images per optimizer step over all processes; an epoch is cut to a multiple of it.
         parts: Sizes of the sources that were joined, in order; `ImageSource.parts`.
-        weights: How much of every epoch each source gets, in any unit. Each source then goes through its images in
-            passes of its own, which may end anywhere in an epoch; the first number of a key counts its passes, so no
-            key comes twice. Default: every image once per epoch.
+        weights: Relative share of every epoch for each source, in any unit. Each source is then iterated in passes of
+            its own, which may end anywhere in an epoch; the first number of a key counts these passes, so every key
+            is unique. Default: every image once per epoch.
     """
 
     def __init__(
@@ -287,9 +288,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
         weights: Sequence[float] | None = None,
     ) -> None:
         if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples}: there is nothing to sample from.")
+            raise ValueError(f"num_samples={num_samples} must be at least 1.")
         if not 1 <= images_per_step <= num_samples:
-            raise ValueError(f"images_per_step={images_per_step}; expected 1 to the {num_samples} images there are.")
+            raise ValueError(
+                f"images_per_step={images_per_step} must be between 1 and the number of images, {num_samples}."
+            )
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
         self.images_per_step = images_per_step
         self.start, self.skip = (0, 0), 0
@@ -303,18 +306,18 @@ class EpochSampler(Sampler[tuple[int, int]]):
             self.draws = np.diff(ends, prepend=0)  # images of each source in an epoch; together num_samples
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration; Trainer and accelerate call it."""
+        """Set the epoch of the next iteration; Trainer and accelerate call this."""
         self.epoch = epoch
 
     def start_at(self, epoch: int, offset: int, *, skip: int = 0) -> None:
-        """Leaves out the first `offset` images when `epoch` is iterated; other epochs are whole.
+        """Leave out the first `offset` images when `epoch` is iterated; other epochs are complete.
 
-        Whole steps are counted from the offset. `skip` leaves out the beginning of the first of them.
+        Steps are counted from the offset. `skip` leaves out the first images of the first of these steps.
         """
         self.start, self.skip = (epoch, offset), skip
 
     def position(self, steps: int) -> tuple[int, int]:
-        """Epoch and offset in it, in images, after `steps` optimizer steps from where `start_at` was told to start."""
+        """Return the epoch, and the offset in images, `steps` optimizer steps after the position of `start_at`."""
         epoch, offset = self.start
         left = (self.num_samples - offset) // self.images_per_step
         if steps < left:
@@ -341,11 +344,11 @@ class EpochSampler(Sampler[tuple[int, int]]):
                 yield int(passes[place]), int(indices[place])
 
     def _weighted_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pass and index of each image of an epoch, (num_samples,) each, source by source."""
+        """Return pass and index of each image of an epoch, (num_samples,) each, source by source."""
         passes, indices = [], []
         starts = [0, *accumulate(self.parts)]
         for part, (size, draws) in enumerate(zip(self.parts, cast(np.ndarray, self.draws))):
-            # The epoch's window of an endless row of passes over this source.
+            # The epoch is a window of an endless sequence of passes over this source.
             pass_of, place = np.divmod(np.arange(epoch * draws, (epoch + 1) * draws), size)
             drawn = np.empty(len(place), dtype=np.int64)
             for number in np.unique(pass_of):
@@ -357,10 +360,10 @@ class EpochSampler(Sampler[tuple[int, int]]):
 
 
 def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
-    """Weights of sources as shares that add up to one.
+    """Return the weights of sources as shares that add up to one.
 
     Raises:
-        ValueError: Not one positive number for each source.
+        ValueError: `weights` is not one positive number for each source.
     """
     values = np.asarray(weights, dtype=np.float64)
     if values.shape != (num_sources,) or not np.isfinite(values).all() or (values <= 0).any():
@@ -374,29 +377,29 @@ def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
 
 
 class StreamSampler(Sampler[tuple[int, StreamRecord]]):
-    """Yields `(pass, record)` from streams without end; it reads, in the main process, and workers decode.
+    """Yield `(pass, record)` from streams without end. The main process reads the records, and workers decode them.
 
-    So the order does not depend on the number of workers. Every pass puts the shards of a stream in a new order, deals
-    them to the processes (row by row where their number is no multiple of the number of processes, as
-    `datasets.distributed.split_dataset_by_node` does), and shuffles through a buffer, which is emptied at the end of a
-    pass: each image comes exactly once per pass, to one process. A process that is through begins its next pass, so
-    all have as many batches as are asked for.
+    The order therefore does not depend on the number of workers. Every pass permutes the shards of a stream,
+    distributes them over the processes (row by row if their number is not a multiple of the number of processes, as
+    `datasets.distributed.split_dataset_by_node` does), and shuffles through a buffer, which is emptied at the end of
+    the pass: each image is read exactly once per pass, by one process. A process that finishes a pass starts its next
+    one, so every process has as many batches as are requested.
 
-    A shard that cannot be read to its end is given up there, recorded, and the next one follows. A lost connection is
-    an error: left out images would change the order.
+    If a shard cannot be read to its end, the rest of it is skipped, the problem is recorded, and the next shard
+    follows. A lost connection is an error, because skipping images would change the order.
 
-    Exact after a stop: `start_at` reads again from the beginning without decoding, and what follows is what the
-    unbroken run had, with any number of workers. Not exact: on another number of processes, or when shards were added,
-    removed, renamed or changed; then images of the current pass may come twice or not at all.
+    Resuming is exact with any number of workers: `start_at` reads again from the beginning without decoding, and then
+    the images are those of the uninterrupted run. It is not exact with another number of processes, or if shards were
+    added, removed, renamed or changed; then images of the current pass may be repeated or missing.
 
     Args:
-        streams: Read in turn as one if there are no weights.
-        seed: Of the run.
-        weights: Probability of each stream, in any unit; each then has passes of its own.
-        rank: Number of this process.
-        world_size: Processes.
-        buffer_size: Records held for shuffling, in memory as stored.
-        bad_images: Where to record shards.
+        streams: Streams to read; without weights, they are read one after another.
+        seed: Random seed of the run.
+        weights: Probability of each stream, in any unit; each stream then has passes of its own.
+        rank: Index of this process.
+        world_size: Number of processes.
+        buffer_size: Number of records in the shuffle buffer, in memory as stored.
+        bad_images: Record for shards that cannot be read.
     """
 
     def __init__(
@@ -412,7 +415,7 @@ class StreamSampler(Sampler[tuple[int, StreamRecord]]):
     ) -> None:
         if not 0 <= rank < world_size or buffer_size < 1:
             raise ValueError(
-                f"rank={rank} must lie below world_size={world_size}, and buffer_size={buffer_size} be at least 1."
+                f"rank={rank} must be below world_size={world_size}, and buffer_size={buffer_size} at least 1."
             )
         self.weights = None if weights is None else checked_weights(weights, len(streams))
         self.streams = [_join_streams(streams)] if weights is None else list(streams)
@@ -421,7 +424,7 @@ class StreamSampler(Sampler[tuple[int, StreamRecord]]):
         self.skip = 0
 
     def start_at(self, num_images: int) -> None:
-        """Leaves out the first `num_images` that this process would get."""
+        """Leave out the first `num_images` images of this process."""
         self.skip = num_images
 
     def __iter__(self) -> Iterator[tuple[int, StreamRecord]]:
@@ -440,7 +443,10 @@ class StreamSampler(Sampler[tuple[int, StreamRecord]]):
                 is_empty = False
                 yield epoch, record
             if is_empty:
-                raise ValueError(f"Nothing could be read from '{stream.name}' in process {self.rank}.")
+                raise ValueError(
+                    f"No image could be read from '{stream.name}' in process {self.rank}. Check that its shards exist "
+                    "and hold images."
+                )
 
     def _shuffled(self, number: int, stream: ImageStream, epoch: int) -> Iterator[StreamRecord]:
         rng = np.random.default_rng([self.seed, number, epoch, self.rank, _SHUFFLE])
@@ -456,9 +462,9 @@ class StreamSampler(Sampler[tuple[int, StreamRecord]]):
             yield buffer[place]
 
     def _share(self, number: int, stream: ImageStream, epoch: int) -> Iterator[StreamRecord]:
-        """What this process gets of one pass, in the order of its shards."""
+        """Yield the records of one pass that belong to this process, in the order of its shards."""
         rng = np.random.default_rng([self.seed, number, epoch, _SHARD_ORDER])
-        order = rng.permutation(stream.num_shards)  # the same on all processes
+        order = rng.permutation(stream.num_shards)  # the same in all processes
         if stream.num_shards % self.world_size == 0:
             for shard in order[self.rank :: self.world_size]:
                 yield from self._rows(stream, int(shard))
@@ -498,7 +504,7 @@ def _open_joined_shard(
 
 
 def stream_sample_id(id: str) -> int:
-    """The number that stands for an image of a stream in every random draw: 63 bits of a hash of its id."""
+    """Return the number of a stream's image for all random draws: 63 bits of a hash of its id."""
     return int.from_bytes(hashlib.blake2b(id.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "big") >> 1
 
 
@@ -506,15 +512,15 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
     """Crops of the images of streams, indexed by the keys of a `StreamSampler`; items as in `MultiCropDataset`.
 
     An image that cannot be used is replaced by another one of the same batch, drawn from (seed, pass, id), with the
-    crops that the place would have had, so the size of a batch stays the same.
+    crop parameters of the original, so the batch size stays the same.
 
     Args:
-        streams: The images.
-        multi_crop: The augmentation.
-        seed: Of the run.
-        weights: Probability of each stream; default: all are one.
-        limits: Which images to accept.
-        bad_images: Records the others; default: the first one is an error.
+        streams: Images.
+        multi_crop: Augmentation.
+        seed: Random seed of the run.
+        weights: Probability of each stream. Default: the streams are read one after another.
+        limits: Limits that images must satisfy.
+        bad_images: Record of images that do not. Default: the first bad image raises an error.
     """
 
     def __init__(
@@ -532,12 +538,12 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         self.limits, self.bad_images = limits or ImageLimits(), bad_images
 
     def sampler(self, *, rank: int = 0, world_size: int = 1) -> StreamSampler:
-        """What reads the streams for one process; says what a stopped run can expect."""
+        """Create the sampler that reads the streams for one process, and log how a run can be resumed."""
         if rank == 0:
             logger.info(
-                "Streaming %d shards of %s. A resumed run reads them again from the beginning up to where it stopped, "
-                "without decoding, and then has exactly the images of the unbroken run, with any number of workers. "
-                "That does not hold on another number of processes or if shards have changed.",
+                "Streaming %d shards of %s. A resumed run reads them again from the beginning to the position where "
+                "it stopped, without decoding, and then has exactly the images of the uninterrupted run, for any "
+                "number of workers. This does not hold for another number of processes or if shards have changed.",
                 sum(stream.num_shards for stream in self.streams),
                 ", ".join(stream.name for stream in self.streams),
             )
@@ -551,11 +557,11 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         )
 
     def first_records(self, wanted: int, *, shards: int = 8) -> Iterator[ImageRecord]:
-        """Pictures to look at during a run: the first good ones of shards that are spread evenly, always the same.
+        """Yield the images to show during a run: the first good ones of evenly spaced shards, always the same.
 
         Args:
-            wanted: Pictures at most; fewer where many of the first records cannot be used.
-            shards: Shards to open at most.
+            wanted: Largest number of images; there are fewer if many of the first records cannot be used.
+            shards: Largest number of shards to open.
         """
         reader = StreamSampler(self.streams, seed=self.seed)
         joined = reader.streams[0]
@@ -572,11 +578,14 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, StreamRecord]) -> dict[str, Any]:
         if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):
-            raise TypeError(f"MultiCropStream[{key!r}]: a stream has no images by number. Use its sampler().")
+            raise TypeError(
+                f"MultiCropStream[{key!r}]: expected (pass, StreamRecord), because a stream has no image indices. Use "
+                "its sampler()."
+            )
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[dict[str, Any]]:
-        """The items of one batch; a `DataLoader` calls it."""
+        """Return the items of one batch; `DataLoader` calls this."""
         images = [self._open(*key) for key in keys]
         good = [image for image in images if image is not None]
         items = []
@@ -585,8 +594,8 @@ class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
             if image is None:
                 if not good:
                     raise TooManyBadImagesError(
-                        f"none of the {len(keys)} images of a batch can be used; the last one is '{record.id}'. "
-                        "Run `regvit data-check` on the data."
+                        f"None of the {len(keys)} images of a batch can be used; one of them is '{record.id}'. "
+                        "Inspect the data with `regvit data-check`."
                     )
                 rng = np.random.default_rng([self.seed, epoch, sample_id, _REPLACEMENTS])
                 image = good[int(rng.integers(len(good)))]
@@ -623,14 +632,16 @@ def block_mask(
     max_patches: int | None = None,
     min_aspect: float = 0.3,
 ) -> np.ndarray:
-    """Mask a patch grid with random rectangles until `num_masked` patches are hidden, or a few less.
+    """Mask a patch grid with random rectangles until `num_masked` patches are hidden, or slightly fewer.
 
     Args:
         grid: (rows, columns) of patches.
-        num_masked: Patches to hide. The result never has more, and usually 0 to 2 less: ten failed tries end it.
-        rng: Source of the draws.
-        min_patches: Smallest area a rectangle is drawn for, patches.
-        max_patches: Most patches that one rectangle may add; default half of the grid as dinov2 computes it.
+        num_masked: Number of patches to hide. The result never has more, and usually 0 to 2 fewer, because the search
+            ends after ten failed tries.
+        rng: Random number generator.
+        min_patches: Smallest area drawn for a rectangle, in patches.
+        max_patches: Largest number of patches that one rectangle may add. Default: half of the grid as dinov2
+            computes it.
         min_aspect: Smallest height / width of a rectangle; the largest is its inverse.
 
     Returns:
@@ -671,10 +682,10 @@ def batch_masks(
     mask_ratio: Sequence[float] = (0.1, 0.5),
     mask_probability: float = 0.5,
 ) -> np.ndarray:
-    """Masks for all global crops of a batch, (num_crops, rows, columns) bool.
+    """Draw the masks for all global crops of a batch, (num_crops, rows, columns) bool.
 
-    `int(num_crops * mask_probability)` crops get a mask. The range of ratios is cut into as many equal strips, one per
-    masked crop, so the total over the batch hardly varies; then all masks are shuffled over the crops.
+    `int(num_crops * mask_probability)` crops get a mask. The range of ratios is divided into as many equal intervals,
+    one per masked crop, so the total over the batch hardly varies; then all masks are shuffled over the crops.
 
     Source: arXiv 2304.07193; dinov2 `data/collate.py` for the order of the draws.
     """
@@ -688,14 +699,14 @@ def batch_masks(
 
 
 def masked_positions(masks: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the masked patches are, and how much each counts.
+    """Return the positions and the loss weights of the masked patches.
 
     Args:
         masks: (..., N) bool, one row per crop.
 
     Returns:
         `mask_indices` (M,) int64 into the flattened masks, and `mask_weights` (M,) float32: one divided by the number
-        of masked patches of the same crop, so that every masked crop counts alike.
+        of masked patches of the same crop, so that every masked crop has the same weight.
     """
     rows = masks.flatten(0, -2)  # (crops, N)
     weights = (1.0 / rows.sum(-1).clamp(min=1.0)).unsqueeze(-1).expand_as(rows)
@@ -704,18 +715,18 @@ def masked_positions(masks: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DinoCollator:
-    """Stacks the items of `MultiCropDataset` crop-major and draws the masks of the global crops.
+    """Stack the items of `MultiCropDataset` crop-major and draw the masks of the global crops.
 
     Call it with a list of B items. The batch has `global_crops` (2, B, 3, S, S), `local_crops` (L, B, 3, s, s),
     `masks` (2, B, N) bool, `mask_indices` (M,) int64 into the flattened masks, `mask_weights` (M,) float32, and
-    `sample_ids` and `epochs` (B,) int64, which the trainer takes out before the forward pass. The masks depend on the
-    seed, the epoch and the ids of the items only.
+    `sample_ids` and `epochs` (B,) int64, which the trainer removes before the forward pass. The masks depend only on
+    the seed, the epoch and the ids of the items.
 
     Args:
         grid: (rows, columns) of patches of a global crop.
         mask_ratio: Smallest and largest share of patches hidden in a masked crop.
         mask_probability: Share of global crops that are masked.
-        seed: Of the run.
+        seed: Random seed of the run.
     """
 
     grid: tuple[int, int]
@@ -727,7 +738,7 @@ class DinoCollator:
         low, high = self.mask_ratio
         if not 0 <= low <= high <= 1 or not 0 <= self.mask_probability <= 1:
             raise ValueError(
-                f"mask_ratio=({low}, {high}) must be in order within [0, 1], and mask_probability="
+                f"mask_ratio=({low}, {high}) must be ascending and within [0, 1], and mask_probability="
                 f"{self.mask_probability} within [0, 1]."
             )
 
@@ -753,13 +764,13 @@ class DinoCollator:
             "masks": masks,
             "mask_indices": mask_indices,
             "mask_weights": mask_weights,
-            # Not for the network: they name the images when a step goes wrong.
+            # These two are not for the model; they identify the images if a step fails.
             "sample_ids": torch.tensor([sample["sample_id"] for sample in samples]),
             "epochs": torch.tensor([sample["epoch"] for sample in samples]),
         }
 
 
 def _stack_crops(samples: Sequence[dict[str, Any]], name: str) -> Tensor:
-    """Crop-major, (n, B, 3, H, W) float32; 8-bit crops are normalised here, once for the batch."""
+    """Stack crop-major to (n, B, 3, H, W) float32; 8-bit crops are normalized here, once for the batch."""
     crops = torch.stack([sample[name] for sample in samples], dim=1)
     return normalize_pixels(crops) if crops.dtype == torch.uint8 else crops

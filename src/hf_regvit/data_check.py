@@ -1,6 +1,6 @@
-"""What is in a data set, before a run finds out: counts, sizes, duplicates, bad images, what a run would use.
+"""Data set reports before training: counts, sizes, duplicates, bad images, and whether a run can use the data.
 
-`check_data` reads every image once, as training would, and looks at the bytes as well.
+`check_data` reads every image once, in the same way as training, and also inspects the stored bytes.
 """
 
 import hashlib
@@ -22,12 +22,12 @@ logger = logging.getLogger(__name__)
 
 _QUANTILES = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 _SIDES = (32, 64, 96, 128, 224, 256, 384, 512, 1024, 2048)  # edges of the histogram of the shorter side, pixels
-_STEP = 2  # grey levels between neighbours that are noise
+_STEP = 2  # gray levels; smaller differences between neighboring cells are noise
 _NEARLY_BLACK = 16  # of 255; 12-bit values in a 16-bit file end there
 _BLACK = f"nearly black (nothing above {_NEARLY_BLACK} of 255; 12-bit values in 16-bit files? multiply them by 16)"
-_FLAT = 8  # grey levels between the darkest and the brightest cell, below which a hash holds nothing but noise
-# A hash alone takes any bright thing on a dark ground for any other: among 27,499 images of 64 px 66 pairs lay within
-# 3 bits, and none of those looked at was one. The colours of the thumbnails tell them apart.
+_FLAT = 8  # gray levels between the darkest and the brightest cell; below this, a hash is only noise
+# Hashes alone confuse bright objects on a dark background: among 27,499 images of 64 px, 66 pairs differed by
+# at most 3 bits, and none of those inspected was a true duplicate. The colors of the thumbnails separate them.
 _SAME_COLOURS = 7
 _MOST_PAIRS = 5_000_000
 
@@ -36,11 +36,11 @@ _MOST_PAIRS = 5_000_000
 
 
 def difference_hash(thumbnail: Image.Image) -> int | None:
-    """64 bits of an image that small changes of size, colour and compression leave nearly as they are.
+    """Compute a 64-bit hash of an image that hardly changes with its size, color and compression.
 
-    A bit for each cell that is brighter than its right neighbour by more than noise. None for a flat picture, whose
-    bits would say nothing. Of 326 photographs scaled by 0.7 and saved as JPEG of quality 80, 93 % stayed within 6
-    bits, and of pairs of others none came as near.
+    A bit is set for each cell that is brighter than its right neighbor by more than noise. The result is None for a
+    flat image, whose bits would be noise. Of 326 images scaled by 0.7 and saved as JPEG with quality 80, 93 % changed
+    by at most 6 bits, and no pair of different images was that close.
 
     Args:
         thumbnail: RGB, 9 x 8 pixels.
@@ -54,17 +54,17 @@ def difference_hash(thumbnail: Image.Image) -> int | None:
 
 
 def near_pairs(hashes: np.ndarray, limit: int) -> np.ndarray:
-    """Pairs of hashes that differ in at most `limit` bits.
+    """Find all pairs of hashes that differ in at most `limit` bits.
 
-    Of `limit + 1` bands of bits, two such hashes share at least one, so only hashes that share a band are compared.
+    Two such hashes agree in at least one of `limit + 1` bands of bits, so only hashes that share a band are compared.
 
     Args:
         hashes: (n,) uint64.
-        limit: Bits, 0 to 31.
+        limit: Largest number of different bits, 0 to 31.
 
     Returns:
-        (pairs, 2) int64 indices, the smaller one first, in order; the first five million of a set that is one image
-        over and over.
+        (pairs, 2) int64 indices, the smaller one first, sorted. At most five million pairs, a limit reached only if
+        one image is repeated very often.
 
     Source: the pigeonhole argument of G. S. Manku et al., "Detecting near-duplicates for web crawling" (2007).
     """
@@ -80,19 +80,21 @@ def near_pairs(hashes: np.ndarray, limit: int) -> np.ndarray:
                 found.append(pairs)
                 count += len(pairs)
             if count > _MOST_PAIRS:
-                logger.warning("More than %d pairs of near duplicates; the rest is not counted.", _MOST_PAIRS)
+                logger.warning(
+                    "There are more than %d pairs of near duplicates. The remaining ones are not counted.", _MOST_PAIRS
+                )
                 return _in_order(found, len(hashes))[:_MOST_PAIRS]
     return _in_order(found, len(hashes))
 
 
 def _pairs_within(hashes: np.ndarray, members: np.ndarray, limit: int) -> Iterator[np.ndarray]:
-    chunk = max(2**22 // max(len(members), 1), 1)  # keeps the table of differences at some ten MiB
+    chunk = max(2**22 // max(len(members), 1), 1)  # limits the table of differences to some ten MiB
     for start in range(0, len(members) - 1, chunk):
         rows = members[start : start + chunk]
         others = members[start:]
         bits = _bit_count(hashes[rows][:, None] ^ hashes[others][None, :])  # (rows, others)
         row, column = np.nonzero(bits <= limit)
-        later = column > row  # each pair once, none with itself
+        later = column > row  # each pair once, and no hash with itself
         yield np.stack([rows[row[later]], others[column[later]]], axis=1)
 
 
@@ -104,7 +106,7 @@ def _bit_count(values: np.ndarray) -> np.ndarray:
 
 
 def _in_order(pairs: list[np.ndarray], num_hashes: int) -> np.ndarray:
-    """Each pair once: two hashes may share several bands."""
+    """Sort the pairs and remove repeated ones, since two hashes may share several bands."""
     if not pairs:
         return np.empty((0, 2), dtype=np.int64)
     both = np.concatenate(pairs)
@@ -117,7 +119,7 @@ def _in_order(pairs: list[np.ndarray], num_hashes: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Finding:
-    """What was seen of one image; `error` is set where it cannot be used."""
+    """Result for one image; `error` is set if the image cannot be used."""
 
     id: str
     split: str
@@ -126,7 +128,7 @@ class _Finding:
     digest: bytes | None = None
     thumbnail: bytes = b""  # 8 x 9 RGB
     hash: int | None = None
-    brightest: int = 255  # value of any channel, 0 to 255
+    brightest: int = 255  # largest value of any channel, 0 to 255
     error: BadImageError | None = None
 
 
@@ -134,11 +136,11 @@ def _facts(data: bytes) -> ImageFacts | None:
     try:
         return image_facts(data, name="")
     except BadImageError:
-        return None  # reading it says the same, with its name
+        return None  # reading the image raises the same error, with its name
 
 
 class _Inspection:
-    """Findings by index over all splits; a `Dataset` for worker processes."""
+    """Results by index over all splits; a `Dataset` for worker processes."""
 
     def __init__(self, sources: dict[str, ImageSource]) -> None:
         self.places = [(split, index) for split, source in sources.items() for index in range(len(source))]
@@ -180,7 +182,7 @@ def _inspect(sources: dict[str, ImageSource], *, num_workers: int, progress: boo
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One part of the data: images listed, images that can be used, and images per class (None without labels)."""
+    """Counts of one split: images listed, images that can be used, and images per class (None without labels)."""
 
     images: int
     usable: int
@@ -189,10 +191,10 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class Duplicates:
-    """Groups of images that are the same, and how many images could go; `examples` are groups of split and id.
+    """Groups of equal images, and the number of redundant images; `examples` are groups of split and id.
 
-    Near duplicates do not count exact ones again. `across_splits` counts validation images with a twin among the
-    training images: they are no test of anything.
+    Near duplicates do not include exact ones. `across_splits` counts validation images that duplicate a training
+    image, which makes validation results too optimistic.
     """
 
     groups: int
@@ -203,10 +205,10 @@ class Duplicates:
 
 @dataclass(frozen=True)
 class DataReport:
-    """What `check_data` found. Sizes are pixels of the upright image; counts are images of all splits together.
+    """Result of `check_data`. Sizes are pixels of the upright image; counts are images of all splits together.
 
-    `bad` lists every image that cannot be used, with path, kind and reason; `problems` what is no single image.
-    `upsampled_share` is the share of usable training images whose shorter side is below `image_size`.
+    `bad` lists every image that cannot be used, with path, kind and reason; `problems` lists problems that are not
+    single images. `upsampled_share` is the share of usable training images whose shorter side is below `image_size`.
     """
 
     data: list[str]
@@ -232,30 +234,30 @@ class DataReport:
     verdict: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def summary(self) -> str:
-        """The report to read."""
+        """Return the report as text."""
         lines = [f"data: {', '.join(self.data)}"]
         for name, part in self.splits.items():
             lines.append(f"{name}: {part.images} images, {part.usable} usable{_class_line(part.classes)}")
         lines += [
-            f"formats: {_counts(self.formats)}" if self.formats else "formats: none, pictures are drawn",
+            f"formats: {_counts(self.formats)}" if self.formats else "formats: none, the images are generated",
             f"modes: {_counts(self.modes)}; bits per channel: {_counts(self.bits)}" if self.modes else "",
-            f"of these: {_counts(self.traits)}" if self.traits else "",
+            f"special cases: {_counts(self.traits)}" if self.traits else "",
         ]
         if self.width:
             for name in ("width", "height", "shorter_side"):
                 quantiles = ", ".join(f"{key} {value}" for key, value in getattr(self, name).items())
                 lines.append(f"{name.replace('_', ' ')}: {quantiles}")
-            lines.append("shorter side, images:")
+            lines.append("images by shorter side (pixels):")
             most = max(self.shorter_side_histogram.values())
             for span, count in self.shorter_side_histogram.items():
                 lines.append(f"  {span:>10} {count:>8} {'#' * round(40 * count / most)}")
         lines.append(_duplicate_lines("exact duplicates (sha256 of the stored bytes)", self.exact_duplicates))
         near = (
-            f"near duplicates (hashes within {self.near_limit_bits} of 64 bits, colours within {_SAME_COLOURS} of 255)"
+            f"near duplicates (hashes within {self.near_limit_bits} of 64 bits, colors within {_SAME_COLOURS} of 255)"
         )
         lines.append(_duplicate_lines(near, self.near_duplicates))
         kinds = Counter(record["kind"] for record in self.bad)
@@ -265,10 +267,10 @@ class DataReport:
             lines.append(f"other problems: {len(self.problems)}")
             lines += _named(self.problems, 10)
         lines.append(
-            f"a run with {self.batch_size} images per step: {self.steps_per_epoch} steps per epoch; "
-            f"{self.upsampled_share:.1%} of the images are enlarged at {self.image_size} px"
+            f"training with {self.batch_size} images per step: {self.steps_per_epoch} steps per epoch; "
+            f"{self.upsampled_share:.1%} of the images are smaller than {self.image_size} px and would be enlarged"
         )
-        # Names of files need not be UTF-8; what a terminal cannot show is written as an escape.
+        # File names are not always UTF-8; characters that a terminal cannot show are written as escapes.
         return "\n".join(line for line in lines if line).encode("utf-8", "backslashreplace").decode()
 
 
@@ -287,9 +289,9 @@ def _counts(counts: dict[str, int]) -> str:
 def _duplicate_lines(what: str, found: Duplicates) -> str:
     if not found.groups:
         return f"{what}: none"
-    line = f"{what}: {found.groups} groups, {found.surplus} images could go"
+    line = f"{what}: {found.groups} groups, {found.surplus} redundant images"
     if found.across_splits:
-        line += f"; validation images with a twin in training, which test nothing: {found.across_splits}"
+        line += f"; validation images that duplicate a training image: {found.across_splits}"
     return "\n".join([line, *("  " + " = ".join(group[:4]) for group in found.examples[:3])])
 
 
@@ -314,24 +316,24 @@ def check_data(
     """Read every image of a data set and report on it.
 
     Args:
-        data: What `load_images` takes.
-        image_column: Column of a table; default: the only image column, or `image`.
-        label_column: Integer or ClassLabel column; default `label` where it is one.
-        limits: Which images to accept; default those of training.
-        batch_size: Images per optimizer step over all processes, for the number of steps.
-        image_size: Side of the global crops, pixels, for the share of images that would be enlarged.
-        max_bad_share: What the verdict on bad images is based on.
-        near_limit_bits: Largest number of differing bits of near duplicates' hashes, 0 to 16. The search takes longer
-            with every bit; 3 or 4 suit millions of images.
-        num_workers: Processes that read.
-        progress: Show a bar.
+        data: Image source or sources, as for `load_images`.
+        image_column: Image column of a table. Default: the only image column, or `image`.
+        label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
+        limits: Limits that images must satisfy. Default: those of training.
+        batch_size: Number of images per optimizer step over all processes, to compute the number of steps.
+        image_size: Side of the global crops in pixels, to compute the share of images that would be enlarged.
+        max_bad_share: Largest share of bad images that the verdict accepts.
+        near_limit_bits: Largest number of different bits between the hashes of near duplicates, 0 to 16. The search
+            takes longer with every bit; 3 or 4 suit millions of images.
+        num_workers: Number of processes that read images.
+        progress: Whether to show a progress bar.
 
     Raises:
-        FileNotFoundError: No such data.
-        ValueError: Nothing usable there, or an option out of range.
+        FileNotFoundError: The data does not exist.
+        ValueError: There are no usable images, or an option is out of range.
     """
     if not 0 <= near_limit_bits <= 16:
-        raise ValueError(f"near_limit_bits={near_limit_bits} must lie between 0 and 16.")
+        raise ValueError(f"near_limit_bits={near_limit_bits} must be between 0 and 16.")
     if batch_size < 1 or image_size < 1:
         raise ValueError(f"batch_size={batch_size} and image_size={image_size} must be positive.")
     sources = {}
@@ -365,7 +367,7 @@ def _record(error: BadImageError) -> dict[str, str]:
 
 
 def _problems(sources: dict[str, ImageSource]) -> list[BadImageError]:
-    """Each once: a folder that cannot be listed is met in every split."""
+    """Return each problem once; a folder that cannot be listed appears in every split."""
     return list({problem.path: problem for source in sources.values() for problem in source.problems}.values())
 
 
@@ -427,12 +429,12 @@ def _exact_duplicates(good: Sequence[_Finding]) -> Duplicates:
 
 
 def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
-    """Of images that are the same byte by byte only the first takes part; those of the training part come first."""
+    """Group near duplicates; of byte-identical images only the first is compared, training images before others."""
     distinct = {finding.digest: finding for finding in reversed(good)}
     hashed = [finding for finding in reversed(distinct.values()) if finding.hash is not None]
     pairs = near_pairs(np.array([finding.hash for finding in hashed], dtype=np.uint64), limit)
     pairs = pairs[_have_same_colours([finding.thumbnail for finding in hashed], pairs)]
-    # Groups are what pairs connect: a chain of small changes ends in one group.
+    # Groups are the connected components of the pairs, so a chain of small changes is one group.
     parent = list(range(len(hashed)))
 
     def root(i: int) -> int:
@@ -455,7 +457,7 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
 
 
 def _have_same_colours(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
-    """Whether the thumbnails of each pair differ by at most `_SAME_COLOURS` levels on average, (pairs,) bool."""
+    """Test if the thumbnails of each pair differ by at most `_SAME_COLOURS` levels on average, (pairs,) bool."""
     pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(len(thumbnails), -1)
     same = [np.empty(0, dtype=bool)]
     for start in range(0, len(pairs), chunk):
@@ -477,28 +479,28 @@ def _duplicates(groups: Sequence[Sequence[_Finding]], across_splits: int) -> Dup
 def _run_facts(
     findings: Sequence[_Finding], *, batch_size: int, image_size: int, max_bad_share: float
 ) -> dict[str, Any]:
-    """What a training run would make of it. Bad images keep their place in an epoch: others stand in for them."""
+    """Predict how a training run would use the data. Bad images count in an epoch, because others replace them."""
     train = [finding for finding in findings if finding.split == "train"]
     sizes = [min(finding.size) for finding in train if finding.size is not None]
     bad = len(train) - len(sizes)
     steps = len(train) // batch_size
     allowed = max(int(max_bad_share * len(train)), 1 if max_bad_share else 0)
     if not train:
-        verdict = "there is no training part"
+        verdict = "The data has no training split."
     elif not sizes:
-        verdict = "a run would stop: no training image can be used"
+        verdict = "A training run would stop, because no training image can be used."
     elif bad > allowed:
         verdict = (
-            f"a run would stop: {bad} of {len(train)} training images are bad, {allowed} are allowed with "
-            f"max_bad_share={max_bad_share:g}"
+            f"A training run would stop: {bad} of {len(train)} training images are bad, and {allowed} are allowed by "
+            f"max_bad_share={max_bad_share:g}. Repair or remove them, or increase max_bad_share."
         )
     elif not steps:
         verdict = (
-            f"a run would not start: {len(train)} training images are fewer than one step of {batch_size}; give more "
-            "images or a smaller batch"
+            f"A training run would not start: {len(train)} training images are fewer than one step of {batch_size}. "
+            "Add images or use a smaller batch size."
         )
     else:
-        verdict = f"a run can use it: {len(sizes)} training images" + (f", {bad} bad ones are skipped" if bad else "")
+        verdict = f"A training run can use this data: {len(sizes)} usable images" + (f", {bad} bad." if bad else ".")
     return {
         "batch_size": batch_size,
         "steps_per_epoch": steps,

@@ -1,11 +1,11 @@
-"""Images with a map of the same size: class numbers of every pixel, or its depth. Loading and checks.
+"""Loading and checking of images with a map of the same size: the class id or the depth of every pixel.
 
     train = load_masks("camvid", split="train", ignore_values=(11, 255))
-    print(check_targets(train).summary())  # before anything is trained on them
-    record, mask = train[0], train.target(0)  # RGB picture; (H, W) class ids, 255 where a pixel does not count
+    print(check_targets(train).summary())  # before training
+    record, mask = train[0], train.target(0)  # RGB image; (H, W) class ids, 255 where a pixel is ignored
 
 A `DenseSource` is an `ImageSource` (images by index, ids, subsets) that also gives the map of every image. Maps come
-from a column of a parquet file or Hub data set, or from a folder beside the images, paired by name.
+from a column of a parquet file or Hub data set, or from a folder next to the images, paired by name.
 
 Shape letters: H and W pixels, C classes.
 """
@@ -30,8 +30,8 @@ logger = logging.getLogger(__name__)
 Array = NDArray[Any]
 Kind = Literal["masks", "depth"]
 
-IGNORE = 255  # the class id of pixels that do not count, in everything that this module gives
-_LARGEST = 65535  # stored value of a class
+IGNORE = 255  # class id of ignored pixels in all results of this module
+_LARGEST = 65535  # largest stored value of a class
 _IMAGE_FOLDERS = ("images", "image", "imgs")
 _MAP_FOLDERS: dict[Kind, tuple[str, ...]] = {
     "masks": ("masks", "mask", "annotations", "labels"),
@@ -46,20 +46,20 @@ _MAP_SUFFIXES = (".png", ".tif", ".tiff", ".npy", ".bmp", ".webp", ".gif")
 
 
 class DenseDataError(ValueError):
-    """Masks or depth maps that cannot be trained on; the message names the rows."""
+    """Masks or depth maps that cannot be used for training; the message names the rows."""
 
 
-# --- What stored values mean
+# --- Meaning of stored values
 
 
 @dataclass(frozen=True)
 class MaskFormat:
-    """Which stored values are classes.
+    """Mapping from stored values to classes.
 
     Args:
-        names: Of the C classes, in the order of their ids.
-        values: The stored value of each class. Ids count them in this order: values 1 and 2 become ids 0 and 1.
-        ignore_values: Stored values of pixels that do not count; they become 255.
+        names: Names of the C classes, in the order of their ids.
+        values: Stored value of each class. Ids follow this order: values 1 and 2 become ids 0 and 1.
+        ignore_values: Stored values of ignored pixels; they become 255.
     """
 
     names: tuple[str, ...]
@@ -68,44 +68,50 @@ class MaskFormat:
 
     def __post_init__(self) -> None:
         if len(self.names) != len(self.values) or len(set(self.values)) != len(self.values):
-            raise ValueError(f"{len(self.names)} names and values {self.values}; expected one value each, all unlike.")
+            raise ValueError(
+                f"Got {len(self.names)} names and values {self.values}; expected a unique value per name."
+            )
         if len(self.names) > IGNORE:
-            raise ValueError(f"There are {len(self.names)} classes; at most {IGNORE} are possible.")
+            raise ValueError(f"There are {len(self.names)} classes, but at most {IGNORE} are supported.")
         if wrong := [value for value in self.values if value not in range(_LARGEST + 1)]:
-            raise ValueError(f"The stored values {wrong[:5]} are no class numbers; expected 0 to {_LARGEST}.")
+            raise ValueError(
+                f"The stored values {wrong[:5]} cannot be classes; expected integers from 0 to {_LARGEST}."
+            )
         if both := sorted(set(self.values) & set(self.ignore_values)):
-            raise ValueError(f"The stored values {both} are classes and are to be ignored; decide on one.")
+            raise ValueError(
+                f"The stored values {both} are both classes and ignored. Remove them from values or ignore_values."
+            )
 
     def unknown(self, stored: Array) -> list[int]:
-        """Stored values that mean nothing, in order."""
+        """Return the stored values that are neither classes nor ignored, sorted."""
         return sorted(set(np.unique(stored).tolist()) - set(self.values) - set(self.ignore_values))
 
     def ids(self, stored: Array) -> Array:
-        """(H, W) uint8 class ids from stored values; 255 for those to ignore and for unknown ones."""
+        """Convert stored values to (H, W) uint8 class ids; ignored and unknown values become 255."""
         stored = _whole_numbers(stored)
-        outside = (stored < 0) | (stored > _LARGEST)  # beyond the table; -1 is a common mark of what does not count
+        outside = (stored < 0) | (stored > _LARGEST)  # outside the lookup table; -1 often marks ignored pixels
         if not stored.size or stored.dtype.kind == "f" or self.unknown(stored[outside]):
             found = self.unknown(stored)[:5]
-            raise DenseDataError(f"The mask holds {found}; expected class numbers from 0 to {_LARGEST}.")
+            raise DenseDataError(f"The mask holds the values {found}; expected integers from 0 to {_LARGEST}.")
         table = np.full(_LARGEST + 1, IGNORE, dtype=np.uint8)
         table[list(self.values)] = np.arange(len(self.values))
         return np.where(outside, np.uint8(IGNORE), table[np.where(outside, 0, stored)])
 
 
 def _whole_numbers(stored: Array) -> Array:
-    """Class numbers that were stored as fractions (1.0) as integers; other values as they are."""
+    """Convert class values stored as floats (1.0) to integers; return other values unchanged."""
     whole = stored.dtype.kind == "f" and np.isfinite(stored).all() and (stored == np.rint(stored)).all()
     return stored.astype(np.int64) if whole else stored
 
 
 @dataclass(frozen=True)
 class DepthFormat:
-    """What stored depths mean.
+    """Mapping from stored values to depths.
 
     Args:
-        scale: Metres of one stored unit: 0.001 for millimetres, 1/256 for KITTI. None: 0.001 for whole numbers,
-            which is what 16-bit depth pictures mostly are, and 1 for fractions.
-        max_depth: Larger depths, in metres, are no measurements (65.535 is a common mark of a hole).
+        scale: Meters per stored unit: 0.001 for millimeters, 1/256 for KITTI. None: 0.001 for integers, which is the
+            unit of most 16-bit depth images, and 1 for floats.
+        max_depth: Largest valid depth in meters (65.535 often marks a missing measurement).
     """
 
     scale: float | None = None
@@ -113,12 +119,12 @@ class DepthFormat:
 
     def __post_init__(self) -> None:
         if self.scale is not None and not self.scale > 0:
-            raise ValueError(f"depth_scale={self.scale} must be above 0: metres of one stored unit.")
+            raise ValueError(f"depth_scale={self.scale} must be above 0; it is in meters per stored unit.")
         if not self.max_depth > 0:
-            raise ValueError(f"max_depth={self.max_depth} must be above 0, in metres.")
+            raise ValueError(f"max_depth={self.max_depth} must be above 0; it is in meters.")
 
     def metres(self, stored: Array) -> Array:
-        """(H, W) float32 metres of all pixels; 0 where nothing is measured. `max_depth` is not applied."""
+        """Convert stored values to (H, W) float32 meters; 0 where there is no depth. `max_depth` is not applied."""
         scale = self.scale if self.scale is not None else (0.001 if stored.dtype.kind in "iu" else 1.0)
         values = stored.astype(np.float32) * np.float32(scale)
         return np.where(np.isfinite(values) & (values > 0), values, np.float32(0))
@@ -129,13 +135,13 @@ class DepthFormat:
 
 @dataclass(frozen=True)
 class DenseSource(ImageSource):
-    """Images with a map each.
+    """Images, each with a map.
 
-    Args of its own:
+    Args in addition to those of `ImageSource`:
         kind: "masks" or "depth".
-        stored: Gives the map of an image as it is stored, (H, W).
-        map_name: What an error calls that map.
-        format: What its values mean.
+        stored: Function that returns the stored map of an image, (H, W).
+        map_name: Function that returns the name of that map for error messages.
+        format: Meaning of the stored values.
     """
 
     kind: Kind = "masks"
@@ -144,7 +150,7 @@ class DenseSource(ImageSource):
     format: MaskFormat | DepthFormat = field(default_factory=DepthFormat)
 
     def target(self, index: int) -> Array:
-        """(H, W) uint8 class ids with 255 for what does not count, or float32 metres with 0 for what does not.
+        """Return (H, W) uint8 class ids with 255 for ignored pixels, or float32 meters with 0 for missing depth.
 
         Raises:
             BadImageError: The map cannot be read.
@@ -157,16 +163,16 @@ class DenseSource(ImageSource):
 
     @property
     def targets(self) -> Sequence[Array]:
-        """All maps by index, read when asked for."""
+        """All maps by index, read on access."""
         return _Targets(self)
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Of masks; empty for depth."""
+        """Names of the classes of masks; empty for depth."""
         return self.format.names if isinstance(self.format, MaskFormat) else ()
 
     def subset(self, indices: Sequence[int]) -> "DenseSource":
-        """The images at `indices`, in that order, with their maps."""
+        """Return the images at `indices`, in that order, with their maps."""
         indices = [int(i) for i in indices]
         stored, named = partial(_at, self.stored, indices), partial(_at, self.map_name, indices)
         return replace(super().subset(indices), stored=stored, map_name=named)  # type: ignore
@@ -201,27 +207,28 @@ def load_masks(
     mask_column: str | None = None,
     limits: ImageLimits | None = None,
 ) -> DenseSource:
-    """Images with masks of class numbers.
+    """Load images with masks of class ids.
 
     Args:
-        data: A parquet file, a folder of them or a Hub data set with an image and a mask column; or a folder with
-            `images/` and `masks/` (also `annotations/`, `labels/`), paired by name, with `train/` and `validation/`
-            above or below.
-        split: "train", "validation", or None for everything.
-        mask_format: Of another part of the same data, so that both mean the same; the next three are then not used.
+        data: Parquet file, folder of them or Hub data set with an image and a mask column; or a folder with `images/`
+            and `masks/` (also `annotations/`, `labels/`), paired by name, with `train/` and `validation/` above or
+            below.
+        split: "train", "validation", or None for all images.
+        mask_format: Format of another split of the same data, to use the same class ids; the next three arguments are
+            then ignored.
         class_names: Names by stored value: a mapping, or a list that begins at 0 (at 1 with `reduce_labels`). Default:
-            `classes.json` or `id2label.json` in the folder; without one the values that occur are their own names.
-        ignore_values: Stored values of pixels that do not count. Default 255, unless it has a name.
-        reduce_labels: 0 is background that does not count, and the first class is stored as 1 (ADE20k).
-        image_column: Default: the only one, or `image`.
-        mask_column: Default: the only other image column, or one called `mask`, `annotation` or `label`.
-        limits: Which images to accept.
+            `classes.json` or `id2label.json` in the folder; without such a file, the values that occur are the names.
+        ignore_values: Stored values of ignored pixels. Default: 255, unless it has a name.
+        reduce_labels: Whether 0 is background to ignore, and the first class is stored as 1 (ADE20k).
+        image_column: Image column. Default: the only image column, or `image`.
+        mask_column: Mask column. Default: the only other image column, or one called `mask`, `annotation` or `label`.
+        limits: Limits that images must satisfy.
 
     Raises:
-        FileNotFoundError: No such path or data set.
-        MissingSplitError: No such part.
-        DenseDataError: No masks, or images and masks that do not pair.
-        ValueError: Nothing usable there, or names that do not fit.
+        FileNotFoundError: The path or Hub data set does not exist.
+        MissingSplitError: The data does not have the split.
+        DenseDataError: There are no masks, or images and masks cannot be paired.
+        ValueError: There are no usable images, or the names do not match the values.
     """
     source = _load(data, "masks", split, image_column=image_column, map_column=mask_column, limits=limits)
     if mask_format is None:
@@ -240,23 +247,23 @@ def load_depth(
     depth_column: str | None = None,
     limits: ImageLimits | None = None,
 ) -> DenseSource:
-    """Images with depth maps, in metres.
+    """Load images with depth maps in meters.
 
     Args:
-        data: As for `load_masks`; the folder of maps is called `depth`, and may hold 16-bit pictures, float TIFF or
-            `.npy` files.
-        split: "train", "validation", or None for everything.
-        depth_scale: Metres of one stored unit. Default: 0.001 for whole numbers, 1 for fractions.
-        max_depth: Larger depths, in metres, are no measurements.
-        image_column: Default: the only one, or `image`.
-        depth_column: Default: the only other image column, or one called `depth` or `depth_map`.
-        limits: Which images to accept.
+        data: Source as for `load_masks`; the folder of maps is called `depth`, and may hold 16-bit images, float TIFF
+            or `.npy` files.
+        split: "train", "validation", or None for all images.
+        depth_scale: Meters per stored unit. Default: 0.001 for integers, 1 for floats.
+        max_depth: Largest valid depth in meters.
+        image_column: Image column. Default: the only image column, or `image`.
+        depth_column: Depth column. Default: the only other image column, or one called `depth` or `depth_map`.
+        limits: Limits that images must satisfy.
 
     Raises:
-        FileNotFoundError: No such path or data set.
-        MissingSplitError: No such part.
-        DenseDataError: No depth maps, or images and maps that do not pair.
-        ValueError: Nothing usable there.
+        FileNotFoundError: The path or Hub data set does not exist.
+        MissingSplitError: The data does not have the split.
+        DenseDataError: There are no depth maps, or images and maps cannot be paired.
+        ValueError: There are no usable images.
     """
     meaning = DepthFormat(depth_scale, max_depth)
     source = _load(data, "depth", split, image_column=image_column, map_column=depth_column, limits=limits)
@@ -283,8 +290,8 @@ def _load(
     if source.table is None:
         maps = "/ or ".join(_MAP_FOLDERS[kind])
         raise DenseDataError(
-            f"'{data}' has images but no {kind}. Expected a folder with images/ and {maps}/ inside, or a parquet file "
-            "or data set with a second image column."
+            f"'{data}' has images but no {kind}. Expected a folder that contains images/ and {maps}/, or a parquet "
+            "file or data set with a second image column."
         )
     return _from_table(source, kind, map_column, limits)
 
@@ -302,9 +309,9 @@ def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
 
 
 def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimits | None) -> DenseSource:
-    """`images/` beside `masks/`, or both inside of `train/` and `validation/`."""
+    """Load a folder with `images/` next to `masks/`, or both inside `train/` and `validation/`."""
     everything = load_images(root, split=None, limits=limits)
-    pairs: dict[str, str] = {}  # id of an image: its name without suffix and without the folder "images"
+    pairs: dict[str, str] = {}  # from the id of an image to its path without suffix and without the folder "images"
     for id in everything.ids:
         parts = Path(id).parts
         place = next((i for i, part in enumerate(parts[:-1]) if part in _IMAGE_FOLDERS), None)
@@ -317,13 +324,17 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
         pairs = {id: key for id, key in pairs.items() if part_of[key] == wanted}
         if not pairs:
             found = sorted({str(part) for part in part_of.values() if part}) or ["none"]
-            raise MissingSplitError(f"'{root}' has no {split} part; parts found: {', '.join(found)}.")
+            raise MissingSplitError(
+                f"'{root}' has no {split} split. Splits found: {', '.join(found)}. Add a folder for it, or use "
+                "split=None for all images."
+            )
     lonely = [id for id, key in pairs.items() if key not in maps]
     if lonely:
         raise DenseDataError(
-            f"'{root}': {len(lonely)} of {len(pairs)} images have no file of the same name among the {kind}, first "
-            f"{', '.join(repr(id) for id in lonely[:3])}. {len(maps)} maps were found in folders called "
-            f"{' or '.join(_MAP_FOLDERS[kind])} ({' '.join(_MAP_SUFFIXES)})."
+            f"'{root}': {len(lonely)} of {len(pairs)} images have no file of the same name among the {kind}, such as "
+            f"{', '.join(repr(id) for id in lonely[:3])}. {len(maps)} maps were found in folders named "
+            f"{' or '.join(_MAP_FOLDERS[kind])} ({' '.join(_MAP_SUFFIXES)}). Add the missing maps, or remove "
+            "these images."
         )
     index = {id: i for i, id in enumerate(everything.ids)}
     source = everything.subset([index[id] for id in pairs])
@@ -332,15 +343,15 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
     left = [key for key in maps if key not in used and (split is None or part_of[key] == wanted)]
     if left:
         raise DenseDataError(
-            f"'{root}': {len(left)} {kind} have no image of the same name, first '{maps[left[0]].name}'. Remove them, "
-            "or add the images."
+            f"'{root}': {len(left)} {kind} have no image of the same name, such as '{maps[left[0]].name}'. Remove "
+            "them, or add the images."
         )
-    source = replace(source, labels=None, label_names=None)  # "images" and "masks" are no classes
+    source = replace(source, labels=None, label_names=None)  # the folders "images" and "masks" are not classes
     return _dense(source, kind, stored=partial(_read_file_map, files), map_name=partial(_name_of_file, files))
 
 
 def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
-    """The parts that files belong to by a folder above or below `images/`."""
+    """Return the split of each file, given by a folder above or below `images/`."""
     files = [root.joinpath(*(part for part in Path(key).parts if part != "*")) for key in keys]
     return dict(zip(keys, parts_of(files, root), strict=True))
 
@@ -387,8 +398,8 @@ def _from_table(source: ImageSource, kind: Kind, column: str | None, limits: Ima
         column = candidates[0] if column is None and len(candidates) == 1 else column
     if column is None or column not in candidates:
         raise DenseDataError(
-            f"'{source.name}': {'no column' if column is None else f'column {column!r} is not one'} with {kind}. "
-            f"Columns: {', '.join(features)}; with pictures or arrays besides the images: "
+            f"'{source.name}': {'no unique column' if column is None else f'column {column!r} is not a column'} with "
+            f"{kind}. Columns: {', '.join(features)}; with maps (images or arrays besides the image column): "
             f"{', '.join(candidates) or 'none'}. Set label_column."
         )
     if isinstance(features[column], ImageFeature):
@@ -414,10 +425,10 @@ def _read_cell_map(table: Any, column: str, called: Callable[[int], str], index:
 
 
 def _decode_map(data: bytes, name: str) -> Array:
-    """(H, W) values of an encoded picture or of a NumPy file.
+    """Decode an image or NumPy file to (H, W) values.
 
     Raises:
-        BadImageError: It cannot be decoded, or has colours.
+        BadImageError: The data cannot be decoded, or has colors.
     """
     if data.startswith(b"\x93NUMPY"):
         try:
@@ -428,11 +439,11 @@ def _decode_map(data: bytes, name: str) -> Array:
         picture = open_map(data, name=name, limits=ImageLimits(min_side=1))
         values = np.asarray(picture)
         if picture.mode == "RGB" and (values == values[..., :1]).all():
-            values = values[..., 0]  # a grey picture that was saved with three equal channels
+            values = values[..., 0]  # a gray image that was saved with three equal channels
         elif picture.mode not in ("1", "L", "P", "I", "F") and not picture.mode.startswith("I;16"):
             reason = (
-                f"it is a picture of mode {picture.mode}, expected one channel of numbers. Colours that stand for "
-                "classes have to be turned into class numbers first"
+                f"it has the color mode {picture.mode}, expected a single channel. If colors encode classes, convert "
+                "them to class ids first"
             )
             raise BadImageError(name, reason, "value range")
     if values.ndim != 2 or values.dtype.kind not in "biuf":
@@ -450,18 +461,18 @@ def _names_beside(data: Path) -> Mapping[int, str] | Sequence[str] | None:
 
 
 def read_class_names(file: str | Path) -> Mapping[int, str] | Sequence[str]:
-    """Names from a JSON file: a list, or a mapping from the stored value.
+    """Read class names from a JSON file: a list, or a mapping from stored values to names.
 
     Raises:
-        FileNotFoundError: No such file.
-        ValueError: Anything else in it.
+        FileNotFoundError: The file does not exist.
+        ValueError: The file holds something else.
     """
     content = json.loads(Path(file).read_text(encoding="utf-8"))
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return tuple(content)
     if isinstance(content, dict) and all(key.lstrip("-").isdigit() for key in content):
         return {int(key): str(name) for key, name in content.items()}
-    raise ValueError(f"'{file}' must hold a list of names, or a mapping from stored values to names.")
+    raise ValueError(f"'{file}' must hold a JSON list of names, or a mapping from stored values to names.")
 
 
 def _mask_format(
@@ -479,17 +490,16 @@ def _mask_format(
             found.update(np.unique(_whole_numbers(source.stored(index))).tolist())
             if len(found) > IGNORE + 1:
                 raise DenseDataError(
-                    f"'{source.name}': the masks hold more than {IGNORE} values up to '{source.map_name(index)}'. "
-                    "They are no class numbers: compressed with loss (JPEG), or resized smoothly?"
+                    f"'{source.name}': the masks hold more than {IGNORE} different values up to "
+                    f"'{source.map_name(index)}', so these cannot be classes. Lossy compression (JPEG) and "
+                    "smooth resizing create such values; save masks losslessly and resize them by nearest neighbor."
                 )
         kept = sorted(found - ignored)
         if not kept:
             raise DenseDataError(
-                f"'{source.name}': every pixel of every mask is one of {sorted(found)}, which are ignored."
+                f"'{source.name}': the masks hold only values that are ignored, {sorted(found)}. Change ignore_values."
             )
-        logger.info(
-            "'%s': no names of classes are given; the masks hold %s, which are their own names.", source.name, kept
-        )
+        logger.info("'%s': no class names are given, so the values in the masks, %s, are used.", source.name, kept)
         return MaskFormat(tuple(str(value) for value in kept), tuple(kept), tuple(sorted(ignored)))
     named = dict(names) if isinstance(names, Mapping) else {first + i: name for i, name in enumerate(names)}
     if ignore_values is None:
@@ -497,24 +507,26 @@ def _mask_format(
     ignored = set(ignore_values) | ({0} if reduce_labels else set())
     classes = {value: name for value, name in sorted(named.items()) if value not in ignored}
     if not classes:
-        raise ValueError(f"All {len(named)} named values are among the ignored ones, {sorted(ignored)}.")
+        raise ValueError(
+            f"All {len(named)} named values are among the ignored values {sorted(ignored)}. Change one of the two."
+        )
     return MaskFormat(tuple(classes.values()), tuple(classes), tuple(sorted(ignored)))
 
 
-# --- Checks before anything is trained
+# --- Checks before training
 
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What the maps of a source hold.
+    """Statistics of the maps of a source.
 
     Args:
         kind: "masks" or "depth".
-        num_images: How many.
-        class_pixels: Of masks: pixels of each class, by name.
-        class_images: Of masks: images that hold each class, by name.
-        counted_share: Share of all pixels that count: have a class, or a measured depth within `max_depth`.
-        depth_range: Of depth: smallest, median (of the images' medians) and largest, metres.
+        num_images: Number of images.
+        class_pixels: Number of pixels of each class by name, for masks.
+        class_images: Number of images that contain each class by name, for masks.
+        counted_share: Share of all pixels that have a class, or a valid depth up to `max_depth`.
+        depth_range: Smallest, median (of the images' medians) and largest depth in meters, for depth.
     """
 
     kind: Kind
@@ -525,21 +537,21 @@ class TargetReport:
     depth_range: tuple[float, float, float] | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
         return asdict(self)
 
     def summary(self) -> str:
-        """One line."""
+        """Return the report as one line."""
         if self.depth_range is not None:
             low, middle, high = self.depth_range
             return (
-                f"{self.num_images} images, {self.counted_share:.1%} of the pixels measured, {low:.2f} to {high:.2f} "
-                f"m, median {middle:.2f} m"
+                f"{self.num_images} images, {self.counted_share:.1%} of the pixels have a valid depth, {low:.2f} to "
+                f"{high:.2f} m, median {middle:.2f} m"
             )
         missing = [name for name, count in self.class_images.items() if not count]
         return (
-            f"{self.num_images} images, {len(self.class_pixels)} classes, {self.counted_share:.1%} of the pixels count"
-            + (f", without pixels: {', '.join(missing)}" if missing else "")
+            f"{self.num_images} images, {len(self.class_pixels)} classes, {self.counted_share:.1%} of the pixels have "
+            "a class" + (f", classes without pixels: {', '.join(missing)}" if missing else "")
         )
 
 
@@ -547,13 +559,13 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
     """Read every map and compare it with its image and format.
 
     Args:
-        source: What to check.
-        several_classes: Refuse masks of a single class, which nothing can be learnt from.
-        named_rows: How many rows of each fault the error names.
+        source: Images with maps.
+        several_classes: Whether to reject masks of a single class, from which nothing can be learned.
+        named_rows: Number of rows that the error names for each kind of problem.
 
     Raises:
-        DenseDataError: A map that cannot be read, has another size than its image, holds values that are no class, or
-            measures no depth at all; or all pixels of one class. All kinds are collected and the first rows named.
+        DenseDataError: A map cannot be read, has a different size than its image, holds values that are not classes,
+            or has no valid depth; or all pixels are of one class. The message lists all kinds with their first rows.
     """
     faults: dict[str, list[str]] = {}
     num_classes = len(source.class_names)
@@ -570,13 +582,13 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
         name = source.map_name(index)
         if stored.shape[::-1] != size:
             text = f"'{name}' is {stored.shape[1]} x {stored.shape[0]}, its image {size[0]} x {size[1]}"
-            faults.setdefault("have another size than their image", []).append(text)
+            faults.setdefault("have a different size than their image", []).append(text)
             continue
         total += stored.size
         if isinstance(source.format, MaskFormat):
             if wrong := source.format.unknown(stored):
                 shown = ", ".join(str(value) for value in wrong[:5]) + (" ..." if len(wrong) > 5 else "")
-                faults.setdefault("hold values outside of the classes", []).append(f"'{name}' holds {shown}")
+                faults.setdefault("hold values that are not classes", []).append(f"'{name}' holds {shown}")
                 continue
             ids = source.format.ids(stored)
             counts = np.bincount(ids[ids != IGNORE], minlength=num_classes)
@@ -589,7 +601,7 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
         if not known.size:
             beyond = metres.max(initial=0)
             text = f"'{name}' {f'begins at {metres[metres > 0].min():.4g} m' if beyond else 'is 0 everywhere'}"
-            faults.setdefault(f"measure nothing up to {source.format.max_depth:g} m", []).append(text)
+            faults.setdefault(f"have no depth up to {source.format.max_depth:g} m", []).append(text)
             continue
         counted += known.size
         medians.append(float(np.median(known)))
@@ -600,8 +612,8 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
     if several_classes and names and (pixels > 0).sum() < 2:
         only = names[int(pixels.argmax())]
         raise DenseDataError(
-            f"'{source.name}': every pixel that counts is of one class, '{only}' ({pixels.max()} pixels; "
-            f"{1 - counted / max(1, total):.1%} of all are ignored). There is nothing to tell apart. If an ignored "
+            f"'{source.name}': all labeled pixels belong to one class, '{only}' ({pixels.max()} pixels; "
+            f"{1 - counted / max(1, total):.1%} of all are ignored), but at least two are needed. If an ignored "
             f"value ({', '.join(map(str, source.format.ignore_values))}) is a class, give it a name."  # type: ignore[union-attr]
         )
     depth = None
@@ -619,17 +631,17 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
 
 
 def _check_unit(source: DenseSource, depth: tuple[float, float, float]) -> None:
-    """A median far outside of what a camera measures is a wrong unit, not a scene."""
+    """Raise an error for a median below 1 cm, which indicates a wrong unit rather than a scene."""
     if depth[1] < 0.01:
         scale = getattr(source.format, "scale", None)
         raise DenseDataError(
-            f"'{source.name}': half of the depths are below {depth[1]:.2g} m. Is the unit right? depth_scale is "
-            f"metres of one stored unit, here {scale}; None means 0.001 for whole numbers, 1 for fractions."
+            f"'{source.name}': half of the depths are below {depth[1]:.2g} m, so the unit is probably wrong. Set "
+            f"depth_scale (meters per stored unit), which is {scale}; None means 0.001 for integers and 1 for floats."
         )
 
 
 def image_size(source: ImageSource, index: int) -> tuple[int, int]:
-    """(width, height) of the upright image, from its header alone where there is one."""
+    """Return (width, height) of the upright image, from its header only if it is stored in encoded form."""
     if source.encoded is None:
         return source.read(index).size
     facts = image_facts(source.encoded(index), name=str(source.ids[index]))
@@ -638,10 +650,10 @@ def image_size(source: ImageSource, index: int) -> tuple[int, int]:
 
 _ADVICE = {
     "cannot be read": "Replace or remove these rows.",
-    "have another size than their image": "Resize them by nearest neighbour, or pair them with the right images; a "
-    "picture with an EXIF turn is read upright.",
-    "hold values outside of the classes": "Name these values (class_names), ignore them (ignore_values), or set "
-    "reduce_labels where 0 does not count. Masks compressed with loss (JPEG) or resized smoothly hold values between.",
+    "have a different size than their image": "Resize them by nearest neighbor, or pair them with the right images. "
+    "Note that images are rotated as their EXIF data says, and maps are not.",
+    "hold values that are not classes": "Name these values (class_names), ignore them (ignore_values), or set "
+    "reduce_labels if 0 is background. Lossy compression (JPEG) and smooth resizing create such values.",
 }
 
 
@@ -652,9 +664,9 @@ def _describe(faults: Mapping[str, Sequence[str]], source: DenseSource, named_ro
         shown = "; ".join(rows[:named_rows]) + (
             f" and {len(rows) - named_rows} more" if len(rows) > named_rows else ""
         )
-        advice = _ADVICE.get(fault, "Set depth_scale (metres of one stored unit) or max_depth, or remove these rows.")
+        advice = _ADVICE.get(fault, "Set depth_scale (meters per stored unit) or max_depth, or remove these rows.")
         lines.append(f"{len(rows)} of {len(source)} {what} {fault}: {shown}. {advice}")
-    if isinstance(source.format, MaskFormat) and "hold values outside of the classes" in faults:
+    if isinstance(source.format, MaskFormat) and "hold values that are not classes" in faults:
         lines.append(
             f"Classes: {', '.join(f'{v} {n}' for v, n in zip(source.format.values[:12], source.format.names))}"
             f"{' ...' if len(source.format.names) > 12 else ''}; ignored: "

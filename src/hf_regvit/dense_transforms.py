@@ -1,4 +1,4 @@
-"""Random changes of a picture together with its map of classes or depth, for training.
+"""Random augmentation of an image together with its map of classes or depth, for training.
 
 Shape letters: H and W pixels of the original, h and w of the result.
 """
@@ -15,22 +15,22 @@ from .dense import IGNORE, Array, DenseDataError
 
 @dataclass(frozen=True)
 class JointTransform:
-    """Random changes of a picture and its map together: scale, rotation, crop, mirroring, colour.
+    """Joint random augmentation of an image and its map: scale, rotation, crop, flip, color.
 
-    The picture is resized bicubically, the map by nearest neighbour, so no value is invented. Depth keeps its metres:
-    a crop is no step towards the camera. What a crop leaves empty is padded: black in the normalised picture, 255 or
-    0 in the map.
+    The image is resized bicubically and the map by nearest neighbor, so no new values appear in the map. Depths are
+    not rescaled with the image. Empty areas of a crop are padded: black in the image, 255 or 0 in the map.
 
     Args:
-        size: (height, width) of the result, pixels.
-        shorter_side: Of the picture before the random scale, pixels; default the shorter of `size`.
-        scale: Smallest and largest random factor on it.
-        max_class_share: A crop in which one class covers more of the counted pixels is drawn anew, ten times at most.
-        flip_probability: Of mirroring left to right.
-        rotation: Largest angle, degrees; drawn half of the time.
-        photometric: "segmentation": brightness, contrast, saturation and hue, each half of the time. "depth": gamma,
-            brightness and colour balance, together half of the time. "none".
-        fill: Of the map where nothing is: 255 for masks, 0 for depth.
+        size: (height, width) of the result in pixels.
+        shorter_side: Shorter side of the image in pixels before the random scale. Default: the shorter side of `size`.
+        scale: Smallest and largest random factor of `shorter_side`.
+        max_class_share: Largest share of one class among the valid pixels of a crop. Other crops are drawn again, at
+            most ten times.
+        flip_probability: Probability of a horizontal flip.
+        rotation: Largest angle in degrees; a rotation is applied with probability 0.5.
+        photometric: Color augmentation. "segmentation": brightness, contrast, saturation and hue, each with
+            probability 0.5. "depth": gamma, brightness and color balance, together with probability 0.5. "none".
+        fill: Value of empty areas in the map: 255 for masks, 0 for depth.
 
     Source: training pipelines of facebookresearch/dinov2's linear segmentation and depth, which are those of
     mmsegmentation; `PhotoMetricDistortion` there for the ranges.
@@ -47,33 +47,35 @@ class JointTransform:
 
     def __post_init__(self) -> None:
         if min(self.size) < 1 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"size={self.size} must be positive and scale={self.scale} a range above 0.")
+            raise ValueError(f"size={self.size} must be positive, and scale={self.scale} an ascending range above 0.")
 
     @classmethod
     def for_depth(cls, size: tuple[int, int], **options: Any) -> "JointTransform":
-        """As published for depth: no random scale beyond the crop, small rotations, other colours."""
+        """Create the published augmentation for depth: scales of 1 to 1.15, small rotations, its own color changes."""
         defaults = {"scale": (1.0, 1.15), "max_class_share": 1.0, "rotation": 2.5, "photometric": "depth", "fill": 0}
         return cls(size, **{**defaults, **options})
 
     def __call__(self, image: Image.Image, target: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
-        """One draw.
+        """Augment one image and its map.
 
         Args:
-            image: RGB.
-            target: (H, W) of the same size.
-            rng: All random numbers come from it.
+            image: RGB image.
+            target: Map of the same size, (H, W).
+            rng: Source of all random numbers.
 
         Returns:
-            (h, w, 3) uint8 pixels, (h, w) map, (h, w) bool: True where there is picture rather than padding.
+            (h, w, 3) uint8 pixels, (h, w) map, (h, w) bool: True for image, False for padding.
 
         Raises:
             DenseDataError: The sizes differ.
         """
         if target.shape[::-1] != image.size:
-            raise DenseDataError(f"The map is {target.shape[::-1]}, its image {image.size}; expected one size.")
+            raise DenseDataError(
+                f"The map has (width, height) {target.shape[::-1]}, but its image {image.size}. Expected equal sizes."
+            )
         factor = rng.uniform(*self.scale) * (self.shorter_side or min(self.size)) / min(image.size)
         width, height = (max(1, round(side * factor)) for side in image.size)
-        pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))  # a copy that may be written to
+        pixels = np.array(image.resize((width, height), Image.Resampling.BICUBIC))  # a writable copy
         target = resize_map(target, (height, width))
         inside = np.ones((height, width), dtype=bool)
         if self.rotation and rng.random() < 0.5:
@@ -90,7 +92,7 @@ class JointTransform:
 
     def _rotated(self, pixels: Array, target: Array, degrees: float) -> tuple[Array, Array, Array]:
         turned = Image.fromarray(pixels).rotate(degrees, Image.Resampling.BILINEAR)
-        # One picture of row numbers: whatever its type, the map is turned by picking from it.
+        # Pillow rotates an image of indices, which then select values from the map, so its dtype does not matter.
         places = np.arange(1, target.size + 1, dtype=np.int32).reshape(target.shape)
         picked = np.asarray(Image.fromarray(places).rotate(degrees, Image.Resampling.NEAREST))
         values = np.concatenate([np.array([self.fill], dtype=target.dtype), target.ravel()])[picked]
@@ -122,7 +124,7 @@ class JointTransform:
         contrast_first = rng.random() < 0.5
         chosen = rng.random(4) < 0.5
         shift, contrast, saturation = rng.uniform(-32, 32), rng.uniform(0.5, 1.5), rng.uniform(0.5, 1.5)
-        hue = rng.integers(-18, 18) / 180  # of a circle: the original counts its hues in 8 bits, two degrees each
+        hue = rng.integers(-18, 18) / 180  # in turns; the original uses 8-bit hues of two degrees each
         values = pixels.astype(np.float32)
         values = values + shift if chosen[0] else values
         if chosen[1] and contrast_first:
@@ -136,7 +138,7 @@ class JointTransform:
 
 
 def resize_map(target: Array, size: tuple[int, int]) -> Array:
-    """A map at (height, width) by nearest neighbour, centres aligned as in Pillow: no new values."""
+    """Resize a map to (height, width) by nearest neighbor with centers aligned as in Pillow, without new values."""
     rows, columns = (
         np.minimum(((np.arange(new) + 0.5) * old / new).astype(np.int64), old - 1)
         for new, old in zip(size, target.shape)

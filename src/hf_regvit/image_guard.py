@@ -1,4 +1,4 @@
-"""One guarded way to open a picture: size, depth, orientation, colour and damage are settled here and nowhere else."""
+"""Safe image decoding: size limits, bit depth, orientation, color conversion and damage are handled only here."""
 
 import logging
 import os
@@ -15,27 +15,27 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# Formats that Pillow decodes by itself: EPS would start Ghostscript, PDF and SVG are no pixel formats.
+# Formats that Pillow decodes by itself: EPS would start Ghostscript, and PDF and SVG are not pixel formats.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image must be to be used. All but truncation is judged from the header, before anything is decoded.
+    """Requirements that an image must meet. All except truncation are checked in the header, before decoding.
 
     Args:
-        min_side: Smallest width and height, pixels.
-        max_aspect: Largest ratio of the longer side to the shorter one: a resize of the shorter side makes a giant of
-            a strip.
-        max_pixels: Largest width x height. The default is the count above which Pillow warns, a quarter of a GiB as
-            RGB; Pillow itself refuses twice as many.
-        on_truncated: `"skip"` refuses a JPEG whose end is missing. `"salvage"` accepts it where at least 95 % of the
-            rows were decoded from the file's own data, and cuts the others off.
+        min_side: Smallest width and height in pixels.
+        max_aspect: Largest ratio of the longer side to the shorter one. Resizing the shorter side of a narrow strip
+            would create a huge image.
+        max_pixels: Largest width x height. The default is the number above which Pillow warns, a quarter of a GiB as
+            RGB; Pillow itself refuses more than twice as many.
+        on_truncated: `"skip"` rejects a JPEG whose end is missing. `"salvage"` accepts it if at least 95 % of the rows
+            were decoded from the file's own data, and crops the other rows.
         value_range: Values that become black and white in images of 32-bit floats or integers, which have no defined
-            range; None refuses them.
+            range. None rejects such images.
 
     Raises:
-        ValueError: A limit that cannot be meant.
+        ValueError: A limit is out of range.
     """
 
     min_side: int = 16
@@ -48,25 +48,25 @@ class ImageLimits:
         if self.min_side < 1:
             raise ValueError(f"min_side={self.min_side} must be at least 1 pixel.")
         if self.max_aspect < 1:
-            raise ValueError(f"max_aspect={self.max_aspect} is longer side / shorter side, so at least 1.")
+            raise ValueError(f"max_aspect={self.max_aspect} (longer side / shorter side) must be at least 1.")
         pillow = 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels)
         if not 1 <= self.max_pixels <= pillow:
-            raise ValueError(f"max_pixels={self.max_pixels} must lie between 1 and {pillow}, where Pillow refuses.")
+            raise ValueError(f"max_pixels={self.max_pixels} must be between 1 and {pillow}, the limit of Pillow.")
         if self.on_truncated not in ("skip", "salvage"):
-            raise ValueError(f"on_truncated={self.on_truncated!r} is unknown. Use 'skip' or 'salvage'.")
+            raise ValueError(f"Unknown on_truncated={self.on_truncated!r}. Use 'skip' or 'salvage'.")
         if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
             raise ValueError(f"value_range={self.value_range} must be (black, white) with black < white.")
 
 
 class BadImageError(ValueError):
-    """One image cannot be used: `path` says which, `reason` why, `kind` the sort of fault, for counting.
+    """An image that cannot be used, with its `path`, the `reason`, and the `kind` of error for counting.
 
     Kinds: missing, permission, empty, not an image, truncated, corrupt, too small, too elongated, too large, value
     range, archive, blocked.
     """
 
     def __init__(self, path: str, reason: str = "unreadable", kind: str = "corrupt") -> None:
-        super().__init__(path, reason, kind)  # all, so that it survives the pickling between a worker and its parent
+        super().__init__(path, reason, kind)  # all arguments, so that the error can be pickled by a worker process
         self.path, self.reason, self.kind = path, reason, kind
 
     def __str__(self) -> str:
@@ -74,12 +74,12 @@ class BadImageError(ValueError):
 
 
 def printable(name: str) -> str:
-    """A name for messages: bytes that are no UTF-8 become escapes, which every terminal and log can take."""
+    """Return a name for messages: bytes that are not UTF-8 become escapes, which every terminal and log accepts."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-# What Pillow's decoders raise on broken files: PNG alone knows SyntaxError, struct.error, zlib.error, ValueError. The
-# property test of `test_faults_data.py` looks for others.
+# Errors that Pillow's decoders raise on broken files: PNG alone raises SyntaxError, struct.error, zlib.error and
+# ValueError. The property test in `test_faults_data.py` searches for others.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
     zlib.error, Image.DecompressionBombError,
@@ -89,40 +89,40 @@ _DECODER_ERRORS = (
 def open_image(
     source: str | Path | bytes | Image.Image, *, name: str | None = None, limits: ImageLimits | None = None
 ) -> Image.Image:
-    """Decode one image to 8-bit RGB, upright, the same way for training, evaluation and serving.
+    """Decode one image to upright 8-bit RGB, in the same way for training, evaluation and inference.
 
-    EXIF orientation is applied; transparency is composited on white; 16-bit grey is scaled by its depth (65535 is
-    white); CMYK, grey, palette and 1-bit images are converted; of an animation the first frame counts. ICC profiles
-    are ignored: a wide-gamut photograph looks a little pale. A flipped bit inside JPEG data decodes without complaint
-    everywhere and is not detected; PNG carries checksums, which are verified.
+    EXIF orientation is applied; transparency is composited on white; 16-bit gray is scaled by its depth (65535 is
+    white); CMYK, gray, palette and 1-bit images are converted; the first frame of an animation is used. ICC profiles
+    are ignored, so a wide-gamut image looks slightly pale. A flipped bit inside JPEG data decodes without an error in
+    every decoder and is not detected; the checksums of PNG files are verified.
 
     Args:
-        source: A path, the bytes of an encoded file, or a Pillow image (which stays as it is).
-        name: What an error calls the image; default the path.
-        limits: Sizes and kinds to accept; default `ImageLimits()`.
+        source: Path, bytes of an encoded file, or Pillow image (which is not changed).
+        name: Name of the image in error messages. Default: the path.
+        limits: Limits that the image must satisfy. Default: `ImageLimits()`.
 
     Raises:
-        BadImageError: Missing, empty, truncated, corrupt, not an image, outside of `limits`, or of a depth without a
-            defined range (float, 32-bit integers).
+        BadImageError: The image is missing, empty, truncated, corrupt, not an image, outside `limits`, or of a type
+            without a defined value range (float, 32-bit integers).
     """
     limits = limits or ImageLimits()
     if isinstance(source, Image.Image):
         return _guarded(source, b"", name or "image in memory", limits)
     name = name or (f"{len(source)} bytes in memory" if isinstance(source, bytes) else str(source))
-    # Read first: one open file at most, and the first bytes are at hand if Pillow does not know them.
+    # Reading the file first keeps at most one file open and gives the error message the first bytes.
     return _guarded(None, source if isinstance(source, bytes) else read_bytes(source, name), name, limits)
 
 
 def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Image.Image:
-    """Decode a picture whose values are measurements or class numbers: neither converted nor turned.
+    """Decode an image whose values are measurements or class ids, without conversion or rotation.
 
     Args:
-        data: The bytes of an encoded file.
-        name: What an error calls it.
-        limits: As for images; sizes only.
+        data: Bytes of an encoded file.
+        name: Name in error messages.
+        limits: Limits as for images; only sizes are checked.
 
     Raises:
-        BadImageError: Empty, truncated, corrupt, not an image, or outside of `limits`.
+        BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
     """
     try:
         with Image.open(BytesIO(data), formats=_known_formats()) as picture:
@@ -133,19 +133,23 @@ def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Im
             return picture
     except Image.UnidentifiedImageError as error:
         raise BadImageError(name, *_describe_unknown(data)) from error
-    except BadImageError:  # a ValueError, as some errors of decoders are
+    except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
         raise
     except _DECODER_ERRORS as error:
         raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
 
 
 def read_bytes(path: str | Path, name: str) -> bytes:
-    """The file's content; a file that cannot be read is a `BadImageError` with that name."""
+    """Return the content of a file.
+
+    Raises:
+        BadImageError: The file cannot be read; the error carries `name`.
+    """
     try:
         return Path(path).read_bytes()
     except PermissionError as error:
         raise BadImageError(name, f"{error.strerror}", "permission") from error
-    except (OSError, ValueError) as error:  # a NUL inside a name is a ValueError
+    except (OSError, ValueError) as error:  # a NUL character in a path raises ValueError
         raise BadImageError(name, f"{getattr(error, 'strerror', None) or error}", "missing") from error
 
 
@@ -177,26 +181,30 @@ def _upright_rgb(image: Image.Image, name: str, limits: ImageLimits) -> Image.Im
         if "truncated" in str(error).lower():
             raise BadImageError(name, f"{error}".rstrip("."), "truncated") from error
         raise
-    is_png = image.format == "PNG"  # the upright copy no longer knows
+    is_png = image.format == "PNG"  # the transposed copy has no format
     turn = _TURNS.get(_orientation(image))
     rgb = _to_rgb(image if turn is None else image.transpose(turn), name, limits, is_png=is_png)
-    rgb.info = {}  # with its EXIF block, the next reader would turn it once more
+    rgb.info = {}  # with the EXIF block, the next reader would rotate the image again
     return rgb
 
 
 def _check_size(size: tuple[int, int], name: str, limits: ImageLimits) -> None:
     width, height = size
     if width * height > limits.max_pixels:
-        raise BadImageError(name, f"{width}x{height} pixels are more than {limits.max_pixels}", "too large")
+        raise BadImageError(name, f"it has {width}x{height} pixels, above max_pixels={limits.max_pixels}", "too large")
     if min(size) < limits.min_side:
-        raise BadImageError(name, f"{width}x{height} pixels, the shorter side under {limits.min_side}", "too small")
+        raise BadImageError(name, f"it has {width}x{height} pixels, below min_side={limits.min_side}", "too small")
     if max(size) > limits.max_aspect * min(size):
         ratio = max(size) / min(size)
-        raise BadImageError(name, f"{width}x{height} is {ratio:.0f}:1, over {limits.max_aspect:g}:1", "too elongated")
+        raise BadImageError(
+            name,
+            f"its sides {width}x{height} are {ratio:.0f}:1, above max_aspect={limits.max_aspect:g}",
+            "too elongated",
+        )
 
 
-# How a stored picture is turned upright, by EXIF orientation. `ImageOps.exif_transpose` does the same and then writes
-# the remaining EXIF block anew, which fails on blocks that cameras really write.
+# Transpositions that make a stored image upright, by EXIF orientation. `ImageOps.exif_transpose` does the same and
+# then rewrites the remaining EXIF block, which fails on some blocks that cameras write.
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -209,7 +217,7 @@ _TURNS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation 1 to 8; 1 where the block cannot be read, as browsers have it."""
+    """Return the EXIF orientation, 1 to 8; 1 if the block cannot be read, as in browsers."""
     try:
         value = image.getexif().get(0x0112, 1)
     except _DECODER_ERRORS:
@@ -218,7 +226,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_png(data: bytes, name: str) -> None:
-    """Verify the checksum of every chunk up to IEND: Pillow skips those of the pixel data.
+    """Verify the checksum of every chunk up to IEND; Pillow skips those of the pixel data.
 
     Source: W3C PNG specification, section 5.3: length, type, data, CRC-32 of type and data.
     """
@@ -240,13 +248,15 @@ _SALVAGED_ROWS = 0.95
 
 
 def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Image:
-    """The rows of a truncated JPEG that its own data decodes to, if they are nearly all.
+    """Return the rows of a truncated JPEG that are decoded from its own data, if they are nearly all rows.
 
-    The decoder fills what is missing without saying where it began to. So the file is ended twice, once at once and
-    once after some arbitrary data: up to the row of blocks with the first difference, the pixels come from the file.
+    The decoder fills in missing data without reporting where it starts. So the file is decoded with two different
+    endings, once with nothing and once with arbitrary data appended: up to the row of blocks with the first
+    difference, the pixels come from the file.
 
     Raises:
-        BadImageError: No JPEG, a progressive one (all of its rows lack something), one to be turned, or too few rows.
+        BadImageError: The file is not a JPEG, is progressive (data of all rows is missing), has an EXIF rotation, or
+            has too few complete rows.
     """
     if not data.startswith(b"\xff\xd8"):
         raise error
@@ -255,15 +265,15 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
             raise error
         block = 8 * max(
             vertical for _, _, vertical, _ in cast(Any, image).layer
-        )  # rows of pixels that are decoded together
-    body = data.rstrip(b"\xff")  # half a marker
+        )  # pixel rows that are decoded together
+    body = data.rstrip(b"\xff")  # removes half of a marker
     strict = replace(limits, on_truncated="skip")
     one, other = (_guarded(None, body + filler + b"\xff\xd9", error.path, strict) for filler in (b"", b"\x55" * 64))
     differs = np.flatnonzero((np.asarray(one) != np.asarray(other)).any(axis=(1, 2)))
-    # The last row before a block is interpolated with the block's colour: it may differ too, or be wrong in both.
+    # The last row before a block is interpolated with the block's color, so it may be wrong, even in both versions.
     rows = max((int(differs[0]) + 1) // block * block - 1, 0) if len(differs) else one.height
     if rows < _SALVAGED_ROWS * one.height:
-        reason = f"{error.reason}; {rows} of {one.height} rows are whole, fewer than {_SALVAGED_ROWS:.0%}"
+        reason = f"{error.reason}; {rows} of {one.height} rows are complete, fewer than {_SALVAGED_ROWS:.0%}"
         raise BadImageError(error.path, reason, "truncated") from error
     return one.crop((0, 0, one.width, rows))
 
@@ -271,38 +281,38 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
 @cache
 def _known_formats() -> tuple[str, ...]:
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # not every build of Pillow reads AVIF
+    return tuple(name for name in _FORMATS if name in Image.OPEN)  # some builds of Pillow do not read AVIF
 
 
 def _describe_unknown(data: bytes) -> tuple[str, str]:
-    """Reason and kind for data that no allowed decoder recognises."""
+    """Return the reason and kind of error for data that no allowed decoder recognizes."""
     if not data:
         return "the file is empty", "empty"
     head = data[:256].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "it looks like HTML, XML or SVG (a failed download?), expected a pixel image", "not an image"
-    convert = "which is not read here; convert it to JPEG or PNG"
+    convert = "which is not supported; convert it to JPEG or PNG"
     if data[4:8] == b"ftyp" and data[8:12] != b"avif":
-        return f"it is HEIC or another container of '{data[8:12].decode('latin-1')}', {convert}", "not an image"
+        return f"it is HEIC or another '{data[8:12].decode('latin-1')}' container, {convert}", "not an image"
     if data.startswith((b"\xff\x0a", b"\x00\x00\x00\x0cJXL ")):
         return f"it is JPEG XL, {convert}", "not an image"
     if data.startswith((b"%!PS", b"%PDF")):
         return f"it is a PostScript or PDF page, {convert}", "not an image"
     known = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
     if known:
-        return f"its header is damaged; the first bytes {data[:8]!r} are those of an image", "corrupt"
+        return f"its header is damaged, although its first bytes {data[:8]!r} are those of an image", "corrupt"
     formats = ", ".join(_known_formats())
-    return f"no supported image format ({formats}); the first bytes are {data[:8]!r}", "not an image"
+    return f"it is not in a supported format ({formats}); its first bytes are {data[:8]!r}", "not an image"
 
 
 def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
-        say_once("16-bit grey images are scaled by their depth: 65535 becomes white.")
-        values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255: a white picture
-        if 0 < values.max() < 4096:  # 12 bits, as X-ray and other scientific cameras have, in a file of 16
+        say_once("16-bit gray images are scaled by their bit depth, so 65535 becomes white.")
+        values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255, to a white image
+        if 0 < values.max() < 4096:  # 12-bit values in a 16-bit file, as from X-ray and other scientific cameras
             say_once(
-                "A 16-bit grey image has no value above 4095, so it is nearly black here. If 4095 stands for white, "
-                "multiply the values in the files by 16; `regvit data-check` counts such images."
+                "A 16-bit gray image has no value above 4095, so it becomes nearly black. If 4095 means white, "
+                "multiply the values in the files by 16. `regvit data-check` counts such images."
             )
         return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
@@ -315,7 +325,7 @@ def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool)
 
 def _scaled_to_range(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     if limits.value_range is None:
-        reason = f"mode {image.mode} has no defined range of values; save it with 8 or 16 bits, or set value_range"
+        reason = f"its mode {image.mode} has no defined value range; save it with 8 or 16 bits, or set value_range"
         raise BadImageError(name, reason, "value range")
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
@@ -323,23 +333,23 @@ def _scaled_to_range(image: Image.Image, name: str, limits: ImageLimits) -> Imag
         raise BadImageError(name, f"{bad} of {values.size} values are NaN or infinite", "value range")
     low, high = limits.value_range
     if values.min() < low or values.max() > high:
-        reason = f"values from {values.min():g} to {values.max():g} leave value_range=({low:g}, {high:g})"
+        reason = f"its values from {values.min():g} to {values.max():g} exceed value_range=({low:g}, {high:g})"
         raise BadImageError(name, reason, "value range")
     return Image.fromarray(np.rint((values - low) * (255 / (high - low))).astype(np.uint8)).convert("RGB")
 
 
 @cache
 def say_once(message: str) -> None:
-    """A warning once per process: a folder may hold a million pictures of the same kind."""
+    """Log a warning once per process, because a folder may hold a million images of the same kind."""
     logger.warning(message)
 
 
 @dataclass(frozen=True)
 class ImageFacts:
-    """What the header of an encoded image says, before anything is converted.
+    """Header of an encoded image, before any conversion.
 
-    `format` and `mode` in Pillow's words, `bits` per channel, stored `size` (width, height) in pixels, EXIF
-    `orientation` 1 to 8; whether it has several frames, transparency, an ICC profile.
+    `format` and `mode` are Pillow's names, `bits` are per channel, `size` is the stored (width, height) in pixels, and
+    `orientation` is the EXIF value 1 to 8. The booleans tell if it has several frames, transparency, an ICC profile.
     """
 
     format: str
@@ -356,13 +366,13 @@ def image_facts(data: bytes, *, name: str) -> ImageFacts:
     """Read the header of one encoded image.
 
     Raises:
-        BadImageError: No image, or a damaged header.
+        BadImageError: The data is not an image, or its header is damaged.
     """
     try:
         with Image.open(BytesIO(data), formats=_known_formats()) as image:
             bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
             if image.format == "PNG":
-                bits = data[24]  # of the header chunk; Pillow shows 16-bit colour as 8-bit
+                bits = data[24]  # from the header chunk; Pillow reports 16-bit color as 8-bit
             return ImageFacts(
                 format=image.format or "",
                 mode=image.mode,

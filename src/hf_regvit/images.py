@@ -1,4 +1,4 @@
-"""Images in: every source of pictures behind one `load_images`."""
+"""Image sources: folders, parquet and tar files, Hub data sets and built-in sets behind one `load_images`."""
 
 import difflib
 import importlib.util
@@ -34,7 +34,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 EMBEDDED_SOURCES = ("photos", "digits")
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
-# Pictures that a folder may hold and that nothing here decodes; they are left out with a warning, not in silence.
+# Image formats that this package does not decode; files of these types are left out with a warning, not silently.
 _OTHER_PICTURES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"})
 _PART_NAMES = {
     "train": ("train", "training"),
@@ -44,12 +44,12 @@ _PART_NAMES = {
 
 
 class MissingSplitError(ValueError):
-    """The source is there, but it has no part of that name."""
+    """The source exists, but it does not have the requested split."""
 
 
 @dataclass(frozen=True)
 class ImageRecord:
-    """One image of a source: RGB picture, class index or None, and an id unique within the source."""
+    """Image of a source with its metadata: RGB image, class id or None, and an id unique within the source."""
 
     image: Image.Image
     label: int | None
@@ -58,12 +58,12 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images by index, decoded when asked for. `labels` and `label_names` are None where there are no classes.
+    """Images by index, decoded on access. `labels` and `label_names` are None if the source has no classes.
 
-    `table` holds the other columns of a parquet file or Hub data set (boxes, masks), row by row as the images.
-    `encoded` gives the bytes as they are stored; None where the pictures are drawn. `parts` are the sizes of the
-    sources that were joined into this one, in order. `problems` are what could not be listed: unreadable folders,
-    truncated shards.
+    `table` holds the other columns of a parquet file or Hub data set (boxes, masks), in the same row order as the
+    images. `encoded` returns the stored bytes of an image; it is None if the images are generated. `parts` are the
+    sizes of the sources that were joined into this one, in order. `problems` describes what could not be listed:
+    unreadable folders, truncated shards.
     """
 
     name: str
@@ -81,13 +81,13 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> ImageRecord:
         if not -len(self) <= index < len(self):
-            raise IndexError(f"Image {index} of '{self.name}', which has {len(self)}.")
+            raise IndexError(f"Image index {index} is out of range: '{self.name}' has {len(self)} images.")
         index %= len(self)
         label = None if self.labels is None else self.labels[index]
         return ImageRecord(image=self.read(index), label=label, id=self.ids[index])
 
     def subset(self, indices: Sequence[int]) -> "ImageSource":
-        """The images at `indices`, in that order, with the same label names."""
+        """Return the images at `indices`, in that order, with the same label names."""
         indices = [int(i) for i in indices]
         return replace(
             self,
@@ -112,40 +112,40 @@ def load_images(
     limits: ImageLimits | None = None,
     ignore_extra_classes: bool = False,
 ) -> ImageSource:
-    """Open a source of images, or several as one.
+    """Open one image source, or several as one.
 
-    - `photos`: tiles of 64 px from the 21 photographs inside scikit-image and scikit-learn; 2,214 training tiles from
-      the left 70 % of each, 719 held-out tiles from the rest, no pixel in both. The label is the photograph.
-    - `digits`: scikit-learn's 1,797 handwritten digits at 32 px, split 80 : 20 within each class, always the same way.
-    - a folder of images, nested at any depth. If every image lies in a sub-folder, the outermost sub-folders are the
-      classes. `train/` and `validation/` (also `val`, `valid`, `dev`) are honoured; without them all is training data.
-      Beside `train/`, a folder `test/` is the held-out part if there is no other, and is left alone if there is.
-    - a parquet file, or a folder of them, told apart by the same words in file or folder names.
-    - a tar file in the manner of WebDataset (`000017.jpg`, `000017.cls`), or a folder of them, told apart likewise. An
-      index of positions is made at the start, so every image can be read at random; nothing is ever unpacked.
-    - a pattern of such files: `shards/train-*.tar`.
-    - the id of a data set on the Hub, whose splits have the same names; `owner/name:config` where it comes in several
-      configurations.
+    - `photos`: 64-pixel tiles of the 21 images bundled with scikit-image and scikit-learn. The left 70 % of each image
+      gives 2,214 training tiles and the rest 719 held-out tiles; no pixel is in both splits. The label is the image
+      that a tile comes from.
+    - `digits`: scikit-learn's 1,797 handwritten digits at 32 px, with a fixed 80:20 split within each class.
+    - A folder of images, nested at any depth. If every image is in a subfolder, the outermost subfolders are the
+      classes. `train/` and `validation/` (also `val`, `valid`, `dev`) are used as splits; without them, all images are
+      training images. Next to `train/`, a folder `test/` is used as the held-out split only if there is no other one.
+    - A parquet file, or a folder of them; splits are recognized by the same words in file or folder names.
+    - A tar file in WebDataset format (`000017.jpg`, `000017.cls`), or a folder of them, with splits as for parquet. An
+      index of byte positions is built when the files are opened, for random access; nothing is unpacked.
+    - A pattern of such files: `shards/train-*.tar`.
+    - The id of a Hub data set whose splits use the same names; `owner/name:config` if it has several configurations.
 
-    Several sources count one after another: `["a", "b"]` has the images of `a`, then those of `b`, their ids led by
-    the source's name. Labels stay if all have the same classes.
+    Several sources are concatenated: `["a", "b"]` has the images of `a`, then those of `b`, with the source's name as
+    a prefix of each id. Labels are kept if all sources have the same classes.
 
     Args:
-        data: One of the above or several. A path wins over a Hub id.
-        split: `"train"`, `"validation"`, or None for everything.
-        image_column: Column of a parquet file or Hub data set; default: the only image column, or `image`.
-        label_column: Integer or ClassLabel column; default `label` where it is one.
-        limits: Which images to accept when they are read; default `ImageLimits()`.
-        ignore_extra_classes: Leave out, with a warning, the held-out images of a folder whose class has no training
-            images there, instead of refusing.
+        data: One of the above, or a sequence of them. An existing path takes precedence over a Hub id.
+        split: `"train"`, `"validation"`, or None for all images.
+        image_column: Image column of a parquet file or Hub data set. Default: the only image column, or `image`.
+        label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
+        limits: Limits that images must satisfy when they are read. Default: `ImageLimits()`.
+        ignore_extra_classes: Whether to leave out, with a warning, the held-out images of a folder whose class has no
+            training images, instead of raising an error.
 
     Raises:
-        FileNotFoundError: No such path (the nearest existing parent is named), or no such data set.
-        MissingSplitError: No such part; a ValueError.
-        ValueError: Nothing usable there or no such column; says what was looked for and found.
+        FileNotFoundError: The path (the nearest existing parent is named) or the Hub data set does not exist.
+        MissingSplitError: The source does not have the split; a ValueError.
+        ValueError: The source has no usable images, or the column does not exist; the message lists what was found.
     """
     if split not in (None, "train", "validation"):
-        raise ValueError(f"split={split!r} is unknown. Use 'train', 'validation' or None (all images).")
+        raise ValueError(f"Unknown split={split!r}. Use 'train', 'validation' or None (all images).")
     load = partial(
         _load_one,
         split=split,
@@ -157,12 +157,14 @@ def load_images(
     if isinstance(data, str | Path):
         return load(data)
     if len(data) != len(set(map(str, data))) or not data:
-        raise ValueError(f"data={list(map(str, data))}: expected one or more sources, each once.")
+        raise ValueError(
+            f"data={list(map(str, data))} is empty or has duplicates. Give one or more sources, each once."
+        )
     sources, missing = [], []
     for one in data:
         try:
             sources.append(load(one))
-        except MissingSplitError as error:  # held-out images need not exist in every source
+        except MissingSplitError as error:  # not every source needs held-out images
             if split == "train":
                 raise
             missing.append(error)
@@ -172,15 +174,15 @@ def load_images(
 
 
 def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
-    """Several sources one after another, as one.
+    """Concatenate several sources.
 
-    Ids are led by the source's name. Labels stay where every source has the same label names in the same order;
-    otherwise a number would mean two things, and the result has none.
+    Each id is prefixed with the name of its source. Labels are kept if every source has the same label names in the
+    same order; otherwise a class id would be ambiguous, so the result has no labels.
     """
     names = sources[0].label_names
     same = names is not None and all(source.label_names == names for source in sources)
     if not same and any(source.labels is not None for source in sources):
-        logger.info("The sources have different classes; the joined one has no labels.")
+        logger.info("The sources have different classes, so the joined source has no labels.")
     starts = [0, *accumulate(len(source) for source in sources)][:-1]
     encoded = [source.encoded for source in sources if source.encoded is not None]
     return ImageSource(
@@ -210,7 +212,7 @@ def _load_one(
     ignore_extra_classes: bool,
 ) -> ImageSource:
     if data in EMBEDDED_SOURCES and Path(data).exists():
-        say_once(f"'{data}' is the embedded data set, not the folder of that name here; for that say './{data}'.")
+        say_once(f"'{data}' refers to the built-in data set, not to the local path. For the path, use './{data}'.")
     if data == "photos":
         return _photo_tiles(split)
     if data == "digits":
@@ -227,7 +229,7 @@ def _load_one(
 
 @dataclass(frozen=True)
 class _Files:
-    """What a path or pattern stands for: `kind` is "images", "parquet" or "tar"; `files` are those of the split."""
+    """Files behind a path or pattern: `kind` is "images", "parquet" or "tar"; `files` are those of the split."""
 
     root: Path
     kind: str
@@ -237,12 +239,12 @@ class _Files:
 
 
 def _find_files(data: str | Path, split: Split | None) -> _Files | None:
-    """The files behind a path or pattern; None for what can only be the id of a data set on the Hub.
+    """Find the files behind a path or pattern; return None if `data` can only be the id of a Hub data set.
 
     Raises:
-        FileNotFoundError: Neither a path nor an id.
-        MissingSplitError: No such part.
-        ValueError: No files of a known kind.
+        FileNotFoundError: `data` is neither an existing path nor a possible id.
+        MissingSplitError: The source does not have the split.
+        ValueError: There are no files of a supported kind.
     """
     path = Path(data).expanduser()
     if path.is_dir():
@@ -251,11 +253,11 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
         kind = next((kind for kind in by_kind if by_kind[kind]), "images")
         left_out = Counter(
             file.suffix.lower() for file in every if _kind_of(file) not in (kind, "other")
-        )  # a folder of pictures may well hold a text file
+        )  # other files, such as a README, are common in image folders and not worth a warning
         if left_out:
             counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-            say_once(f"'{data}': read as a folder of {kind}; left out: {counts}.")
-        if kind == "images":  # chooses the split itself: classes are numbered over both
+            say_once(f"'{data}' is read as a folder of {kind} files. Files of other types are left out: {counts}.")
+        if kind == "images":  # `_image_folder` selects the split, because class ids cover both splits
             return _Files(path, kind, by_kind[kind], every, problems)
         files = by_kind[kind]
         return _Files(path, kind, _select_split(path, files, parts_of(files, path), split), every, problems)
@@ -275,21 +277,23 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
 
 def _does_not_exist(data: str | Path) -> str:
     parent = next(p for p in Path(data).expanduser().absolute().parents if p.is_dir())
-    message = f"'{data}' does not exist; the nearest existing folder is '{parent}'."
+    message = f"'{data}' does not exist. The nearest existing folder is '{parent}'."
     near = difflib.get_close_matches(str(data), EMBEDDED_SOURCES, n=1)
     return f"{message} Did you mean '{near[0]}'?" if near else message
 
 
 def _one_file(data: str | Path, root: Path, files: list[Path], split: Split | None) -> _Files:
-    """Files named one by one or by a pattern; parquet and tar only, all of one kind."""
+    """Accept a single file or the files of a pattern; parquet and tar only, all of one kind."""
     kinds = {_kind_of(file) for file in files}
     if kinds not in ({"parquet"}, {"tar"}):
         found = sorted({file.suffix for file in files})
         raise ValueError(
-            f"'{data}' is a file of type '{found[0]}'. Give a folder of images, or parquet or tar files of one kind."
+            f"'{data}' is a file of type '{found[0]}'. Expected a folder of images, parquet files or tar files."
         )
     if split == "validation":
-        raise MissingSplitError(f"'{data}' names files and has no validation part. Give the folder, or split=None.")
+        raise MissingSplitError(
+            f"'{data}' consists of single files and has no validation split. Give the folder, or use split=None."
+        )
     return _Files(root, kinds.pop(), files, files)
 
 
@@ -298,8 +302,8 @@ def _kind_of(file: Path) -> str:
     if suffix in _SUFFIXES:
         return "images"
     if suffix in _OTHER_PICTURES:
-        return "picture of another format"
-    # A compressed archive has no positions to read at; it is told so rather than overlooked.
+        return "unsupported image format"
+    # Compressed archives do not allow random access; they count as tar here so that opening them raises an error.
     return suffix[1:] if suffix in (".parquet", ".tar") else "tar" if _is_compressed_tar(file) else "other"
 
 
@@ -308,12 +312,13 @@ def _is_compressed_tar(file: Path) -> bool:
 
 
 def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of a training and a held-out part with the same mix of classes, at least one of each class in both.
+    """Split indices into training and held-out ones with the same class proportions, each class in both.
 
     Args:
-        labels: Class index of each image.
-        held_out_share: In (0, 1), rounded within each class. The only image of a class is for training.
-        seed: Of the draw.
+        labels: Class id of each image.
+        held_out_share: Share of held-out images in (0, 1), rounded within each class. The only image of a class goes
+            to the training split.
+        seed: Random seed.
     """
     rng = np.random.default_rng(seed)
     values, held = np.asarray(labels), []
@@ -329,7 +334,7 @@ def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
     return read(indices[index])
 
 
-# Pictures that ship inside the two wheels. `skimage.data` might download others; these files are read directly.
+# Images that are part of the two wheels. They are read directly, because `skimage.data` may download files.
 _PHOTOGRAPHS = {
     "astronaut": "skimage/data/astronaut.png",
     "brick": "skimage/data/brick.png",
@@ -356,17 +361,20 @@ _PHOTOGRAPHS = {
 
 
 def photographs() -> dict[str, Image.Image]:
-    """The 21 whole photographs behind `photos`, RGB at their own size, by name. Needs no network.
+    """Return the 21 full images behind `photos` by name, RGB at their original size. No network is needed.
 
     Raises:
-        ImportError: scikit-image or scikit-learn is missing.
-        BadImageError: An installed version no longer ships one of the files.
+        ImportError: scikit-image or scikit-learn is not installed.
+        BadImageError: An installed version does not include one of the files.
     """
     roots = {}
     for package in ("skimage", "sklearn"):
-        spec = importlib.util.find_spec(package)  # finds the folder without the seconds that the import would take
+        spec = importlib.util.find_spec(package)  # avoids the import, which takes seconds
         if spec is None or not spec.submodule_search_locations:
-            raise ImportError("The photographs lie inside two packages. Run: pip install scikit-image scikit-learn")
+            raise ImportError(
+                "The built-in images ('photos') need scikit-image and scikit-learn. "
+                "Run: pip install scikit-image scikit-learn"
+            )
         roots[package] = Path(spec.submodule_search_locations[0]).parent
     return {name: open_image(roots[file.split("/")[0]] / file) for name, file in _PHOTOGRAPHS.items()}
 
@@ -388,7 +396,7 @@ def _photo_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train
         border = train_share * image.width
         for top in range(0, image.height - tile + 1, stride):
             for left in range(0, image.width - tile + 1, stride):
-                # A tile across the border belongs to neither part: both would see its pixels.
+                # A tile that crosses the border is in neither split, so that no pixel is in both.
                 part = "train" if left + tile <= border else "validation" if left >= border else None
                 if part is not None and split in (None, part):
                     ids.append(f"{name}/{part}/{top:03d}_{left:03d}")
@@ -407,7 +415,7 @@ def _digits(split: Split | None, *, size: int = 32) -> ImageSource:
     from sklearn.datasets import load_digits
 
     scans = load_digits()
-    # 17 grey levels of 8 x 8 cells.
+    # 8 x 8 pixels with 17 gray levels, 0 to 16.
     pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)
     names = tuple(str(digit) for digit in range(10))
     labels = scans.target.tolist()
@@ -426,9 +434,9 @@ def _read_digit(pixels: np.ndarray, size: int, index: int) -> Image.Image:
 
 
 def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
-    """All files below `root` in a fixed order, and the folders that could not be listed.
+    """Return all files below `root` in a fixed order, and the folders that could not be listed.
 
-    Links are followed, each folder once (loops), hidden names left out.
+    Symbolic links are followed; each folder is visited once, so loops end. Hidden files and folders are left out.
     """
     files: list[Path] = []
     problems: list[BadImageError] = []
@@ -440,7 +448,7 @@ def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
         logger.warning("%s", problems[-1])
 
     for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)  # noqa: PTH116 - os.walk deals in strings, and bytes that are no UTF-8 stay intact
+        status = os.stat(folder)  # noqa: PTH116 - os.walk returns strings, and names that are not UTF-8 stay intact
         if (status.st_dev, status.st_ino) in seen:
             subfolders.clear()
             continue
@@ -451,10 +459,10 @@ def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
 
 
 def parts_of(files: Sequence[Path], root: Path) -> list[str | None]:
-    """`train`, `validation`, `test` or None: the part that each file belongs to.
+    """Return the split of each file: `train`, `validation`, `test` or None.
 
-    Told by its outermost folder below `root` or, for tables and shards, by how its name begins. `test` is a part only
-    beside `train`: without, it is a name like any other.
+    It is recognized by the outermost folder below `root` or, for parquet and tar files, by the beginning of the file
+    name. `test` is a split only if there is also `train`; otherwise it is an ordinary name.
     """
     return _without_lonely_test([_part_named(file, root) for file in files])
 
@@ -475,20 +483,20 @@ def _without_lonely_test(parts: list[str | None]) -> list[str | None]:
 
 
 def part_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
-    """Which of `parts_of` a split of the data called `name` is.
+    """Return the value of `parts_of` that a split of the data called `name` corresponds to.
 
-    Without a training part of its own, training is all that is in no part. Without a validation part, `test` is it.
+    Without a training split, training images are those in no split. Without a validation split, `test` is used.
     """
     if split == "train":
         return "train" if "train" in parts else None
     if "validation" not in parts and "test" in parts:
-        say_once(f"'{name}' has no validation part: its test part is what is held out.")
+        say_once(f"'{name}' has no validation split, so its test split is used as the held-out images.")
         return "test"
     return "validation"
 
 
 def _part(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
-    """The files of one part, perhaps none; `parts` are theirs, from `parts_of`."""
+    """Return the files of one split, possibly none; `parts` are the results of `parts_of` for `files`."""
     if split is None:
         return files
     wanted = part_meant(parts, split, str(root))
@@ -500,8 +508,8 @@ def _select_split(root: Path, files: list[Path], parts: list[str | None], split:
     if split is not None and not selected:
         looked = "', '".join(_PART_NAMES[split])
         raise MissingSplitError(
-            f"'{root}' has no {split} part: looked for '{looked}' among {_outermost(root, files)}. "
-            "Add such a sub-folder, or use split=None for all images."
+            f"'{root}' has no {split} split. Looked for '{looked}', found {_outermost(root, files)}. "
+            "Add such a subfolder, or use split=None for all images."
         )
     return selected
 
@@ -521,8 +529,8 @@ def _image_folder(
         others = found.everything
         listing = f"{len(others)} other files ({_outermost(root, others)})" if others else "nothing"
         raise ValueError(
-            f"No images in '{root}' or below. Looked for {' '.join(sorted(_SUFFIXES))}, .parquet and .tar; "
-            f"found {listing}."
+            f"There are no images in '{root}' or its subfolders. Looked for {' '.join(sorted(_SUFFIXES))}, .parquet "
+            f"and .tar; found {listing}."
         )
     parts = parts_of(images, root)
     selected = _select_split(root, images, parts, split)
@@ -530,7 +538,7 @@ def _image_folder(
         file: _class_of(file, root, below_part=part is not None) for file, part in zip(images, parts, strict=True)
     }
     classes = [class_of[file] for file in selected]
-    # Both parts must number the classes alike, so the training part gives the list wherever there is one.
+    # Class ids must be the same in both splits, so the training split defines the classes if there is one.
     known = {class_of[file] for file in _part(root, images, parts, "train")} if split else set(classes)
     known = known or set(classes)
     names, labels = None, None
@@ -538,12 +546,12 @@ def _image_folder(
         if extra := sorted(set(classes) - known):
             if not ignore_extra_classes or not known & set(classes):
                 raise ValueError(
-                    f"'{root}' has classes only in its {split} part: {extra[:8]}. Move them, or add training images; "
-                    "for fine-tuning --ignore_extra_classes leaves them out."
+                    f"'{root}' has classes that occur only in its {split} split: {extra[:8]}. Move these folders, or "
+                    "add training images for them. For fine-tuning, --ignore_extra_classes leaves them out."
                 )
             kept = [(file, name) for file, name in zip(selected, classes) if name in known]
             logger.warning(
-                "'%s': %d %s images are of classes without training images and are left out: %s.",
+                "'%s': %d %s images belong to classes without training images and are left out: %s.",
                 root, len(selected) - len(kept), split, ", ".join(map(repr, extra[:8])),
             )  # fmt: skip
             selected, classes = [file for file, _ in kept], [name for _, name in kept]
@@ -558,7 +566,7 @@ def _image_folder(
 
 
 def _class_of(file: Path, root: Path, *, below_part: bool) -> str:
-    """The outermost folder below `root` or its split folder; empty for a file that lies in none."""
+    """Return the outermost folder below `root` or its split folder; an empty string for a file in no such folder."""
     parts = file.relative_to(root).parts[int(below_part) :]
     return parts[0] if len(parts) > 1 else ""
 
@@ -569,7 +577,7 @@ def _read_file(root: Path, ids: list[str], index: int) -> bytes:
 
 @dataclass(frozen=True)
 class _FileNames:
-    """What an error calls image i: its whole path."""
+    """Name of image i in error messages: its full path."""
 
     root: Path
     ids: list[str]
@@ -580,7 +588,7 @@ class _FileNames:
 
 @dataclass(frozen=True)
 class _RowNames:
-    """What an error calls image i of a table or shard."""
+    """Name of image i of a table or shard in error messages."""
 
     source: str
     ids: Sequence[str]
@@ -600,7 +608,7 @@ def _stored_images(
     *,
     problems: tuple[BadImageError, ...] = (),
 ) -> ImageSource:
-    """A source whose images are decoded by `open_image` from stored bytes."""
+    """Create a source whose images are decoded from stored bytes with `open_image`."""
     read = partial(_decode, encoded, called, limits)
     return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems)
 
@@ -617,7 +625,7 @@ def _parquet(found: _Files, *, image_column: str | None, label_column: str | Non
 
     name = str(found.root)
     try:
-        # `datasets` maps an Arrow copy from its cache folder, so that files larger than memory work.
+        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory.
         table = load_dataset("parquet", data_files=[str(file) for file in found.files], split="train")
     except (DatasetGenerationError, ValueError) as error:
         files = ", ".join(file.name for file in found.files[:8])
@@ -631,21 +639,21 @@ def _hub(
 ) -> ImageSource:
     try:
         tables = _hub_tables(data)
-    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is the former, offline the latter
+    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise FileNotFoundError(
-            f"{_does_not_exist(data)} As a data set on the Hub it could not be loaded either: {error}"
+            f"{_does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
         ) from error
-    except RuntimeError as error:  # data sets that bring a program; it is never run
-        raise ValueError(f"The data set '{data}' cannot be used: {error}") from error
+    except RuntimeError as error:  # data sets with a loading script, which is never run
+        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
     table = _hub_part(tables, data, split)
     return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
 
 
 def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
-    """All splits of `name` or `name:config`.
+    """Load all splits of `name` or `name:config`.
 
     Raises:
-        ValueError: There are several configurations and none is chosen, or not that one; they are listed.
+        ValueError: The configuration is missing or unknown; the message lists the known ones.
     """
     from datasets import get_dataset_config_names, load_dataset
 
@@ -656,15 +664,15 @@ def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
         if not str(error).startswith(("Config name is missing", "BuilderConfig")):
             raise
         known = ", ".join(f"'{name}:{one}'" for one in get_dataset_config_names(name))
-        problem = f"has no configuration '{config}'" if config else "comes in several configurations"
-        raise ValueError(f"the data set '{name}' {problem}; say which: {known}.") from error
+        problem = f"has no configuration '{config}'" if config else "has several configurations"
+        raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
 
 
 def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
-    """One part of a data set of the Hub by the names of its splits, as with folders; all of it for None.
+    """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
 
     Raises:
-        MissingSplitError: No such part; the names are listed.
+        MissingSplitError: There is no such split; the message lists the existing ones.
     """
     from datasets import concatenate_datasets
 
@@ -674,7 +682,7 @@ def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
     chosen = [table for table, part in zip(tables.values(), parts, strict=True) if split is None or part == wanted]
     if not chosen:
         raise MissingSplitError(
-            f"the data set '{data}' has no {split} part; its splits are {', '.join(map(repr, tables))}. Use "
+            f"The Hub data set '{data}' has no {split} split. Its splits are {', '.join(map(repr, tables))}. Use "
             "split=None for all images."
         )
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
@@ -683,10 +691,10 @@ def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
 def _choose_columns(
     features: Any, name: str, *, image_column: str | None, label_column: str | None
 ) -> tuple[str, str | None]:
-    """Names of the image column and of the label column, if any.
+    """Return the names of the image column and of the label column, if any.
 
     Raises:
-        ValueError: No such column, or no way to tell; lists what there is.
+        ValueError: The column does not exist or is ambiguous; the message lists the columns.
     """
     from datasets import ClassLabel, Value
     from datasets import Image as ImageFeature
@@ -699,10 +707,10 @@ def _choose_columns(
     column = image_column or ("image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None)
     if column is None or column not in candidates:
         raise ValueError(
-            f"'{name}': {'no image column' if column is None else f'column {column!r} holds no images'}. "
+            f"'{name}': {'no unique image column' if column is None else f'column {column!r} does not hold images'}. "
             f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}. Set image_column."
         )
-    # A column of text called "label" is no reason to refuse a set that may be meant for pretraining.
+    # A text column called "label" is not an error: the data set may be meant for pretraining, which needs no labels.
     integers = [
         column
         for column, feature in features.items()
@@ -710,8 +718,9 @@ def _choose_columns(
     ]
     if label_column is not None and label_column not in integers:
         raise ValueError(
-            f"'{name}': label column {label_column!r} is {features.get(label_column)}; with integers or ClassLabel: "
-            f"{', '.join(integers) or 'there are none'}. Columns: {', '.join(features)}. Set label_column."
+            f"'{name}': label column {label_column!r} has type {features.get(label_column)}, expected integers or "
+            f"ClassLabel. Such columns: {', '.join(integers) or 'none'}. All columns: {', '.join(features)}. Set "
+            "label_column."
         )
     return column, label_column or ("label" if "label" in integers else None)
 
@@ -724,7 +733,7 @@ def table_images(
     label_column: str | None,
     limits: ImageLimits | None = None,
 ) -> ImageSource:
-    """A source from a `datasets` table: encoded images are decoded by `open_image`, as everywhere."""
+    """Create a source from a `datasets` table whose encoded images are decoded with `open_image`."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
@@ -734,7 +743,7 @@ def table_images(
     if label_column is not None:
         feature = features[label_column]
         labels = [-1 if value is None else value for value in table[label_column]]
-        # The Hub marks unlabelled rows (most test splits) with -1.
+        # On the Hub, unlabeled rows (in most test splits) have the label -1.
         labels = labels if min(labels, default=-1) >= 0 else None
         if labels is not None:
             is_named = isinstance(feature, ClassLabel)
@@ -760,7 +769,7 @@ def _cell_bytes(cell: Any, name: str) -> bytes:
     return cell if isinstance(cell, bytes) else read_bytes(cell, name)
 
 
-# --- Tar files in the manner of WebDataset: members of one sample share the name up to its first dot
+# --- Tar files in WebDataset format: members of one sample share their name up to the first dot
 
 
 def _tar(found: _Files, *, limits: ImageLimits) -> ImageSource:
@@ -777,14 +786,14 @@ def _tar(found: _Files, *, limits: ImageLimits) -> ImageSource:
             classes.append(labels.get(_sample_key(member)))
         problems += faults
     if not ids:
-        listing = "; ".join(problem.reason for problem in problems[:3]) or "only members of other kinds"
-        raise ValueError(f"No images in the tar files of '{found.root}': {listing}.")
+        listing = "; ".join(problem.reason for problem in problems[:3]) or "they hold only other types of files"
+        raise ValueError(f"There are no images in the tar files of '{found.root}': {listing}.")
     for problem in problems:
         logger.warning("%s", problem)
     known = [label for label in classes if label is not None]
     labels_ = known if len(known) == len(classes) else None
     names = tuple(str(i) for i in range(max(known) + 1)) if labels_ is not None else None
-    positions = np.array(places, dtype=np.int64)  # (images, 3): shard, first byte, bytes
+    positions = np.array(places, dtype=np.int64)  # (images, 3): shard, first byte, number of bytes
     encoded = partial(_read_member, found.files, positions)
     name = str(found.root)
     return _stored_images(name, ids, encoded, _RowNames(name, ids), limits, labels_, names, problems=tuple(problems))
@@ -796,13 +805,15 @@ def _sample_key(member: str) -> str:
 
 
 def _index_tar(file: Path) -> tuple[list[tuple[str, int, int]], dict[str, int], list[BadImageError]]:
-    """Images of one tar file as (name, first byte, bytes), class numbers by sample, and what is wrong with the file.
+    """Index one tar file: images as (name, first byte, number of bytes), class ids by sample, and problems.
 
-    Nothing is unpacked. Links, devices and names that would lead out of a folder are left out; what comes after a
-    damaged place cannot be found and is left out too.
+    Nothing is unpacked. Links, devices and paths that lead outside the archive are left out, as is everything after a
+    damaged header.
     """
     if _is_compressed_tar(file):
-        raise ValueError(f"'{file}' is compressed, so its images have no positions. Unpack it to .tar, or stream it.")
+        raise ValueError(
+            f"'{file}' is compressed, so its images cannot be read at random. Decompress it to .tar, or stream it."
+        )
     images: list[tuple[str, int, int]] = []
     labels: dict[str, int] = {}
     problems: list[BadImageError] = []
@@ -814,9 +825,9 @@ def _index_tar(file: Path) -> tuple[list[tuple[str, int, int]], dict[str, int], 
                 if member.isdir():
                     continue
                 if not member.isreg() or name.startswith("/") or ".." in name.split("/"):
-                    problems.append(BadImageError(f"{file}#{name}", "a link or a path that leads out", "blocked"))
+                    problems.append(BadImageError(f"{file}#{name}", "a link, or a path out of the archive", "blocked"))
                 elif member.offset_data + member.size > size:
-                    problems.append(BadImageError(f"{file}#{name}", "the archive ends inside of it", "archive"))
+                    problems.append(BadImageError(f"{file}#{name}", "the archive ends inside this file", "archive"))
                 elif Path(name).suffix.lower() in _SUFFIXES:
                     images.append((name, member.offset_data, member.size))
                 elif name.endswith(".cls"):
@@ -828,12 +839,12 @@ def _index_tar(file: Path) -> tuple[list[tuple[str, int, int]], dict[str, int], 
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = f"the archive is damaged after {len(images)} images: {error}"
         return images, labels, [*problems, BadImageError(str(file), reason, "archive")]
-    # `tarfile` takes any unreadable header but the first for the end; a real end is a block of zeros.
+    # `tarfile` treats any unreadable header except the first one as the end; a real end is a block of zeros.
     with file.open("rb") as stream:
         stream.seek(end)
         block = stream.read(tarfile.BLOCKSIZE)
     if block.strip(b"\0") or not block:
-        what = "a damaged header" if block else "no end mark (truncated?)"
+        what = "the archive has a damaged header" if block else "the archive has no end marker (truncated?)"
         problems.append(BadImageError(str(file), f"{what} after {len(images)} images", "archive"))
     return images, labels, problems
 
@@ -847,16 +858,16 @@ def _read_member(files: list[Path], positions: np.ndarray, index: int) -> bytes:
     except OSError as error:
         raise BadImageError(str(files[shard]), f"{error.strerror or error}", "missing") from error
     if len(data) < size:
-        raise BadImageError(str(files[shard]), f"the archive ends inside of image {index}", "archive")
+        raise BadImageError(str(files[shard]), f"the archive ends inside image {index}", "archive")
     return data
 
 
-# --- Streams: images in the order in which they come, for data that is never on this machine as a whole
+# --- Streams: sequential reading, for data that does not fit on this machine
 
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """One image on its way: an id that is the same in every pass, the bytes as stored (None: an empty cell)."""
+    """Image of a stream: an id that is the same in every pass, and the stored bytes (None for an empty cell)."""
 
     id: str
     data: bytes | None
@@ -865,7 +876,7 @@ class StreamRecord:
 
 @dataclass(frozen=True)
 class ImageStream:
-    """Images in order, shard by shard. `open_shard(i)` reads shard i from its beginning, every time alike."""
+    """Images in order, shard by shard. `open_shard(i)` reads shard i from its beginning, always in the same order."""
 
     name: str
     num_shards: int
@@ -880,27 +891,29 @@ def stream_images(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> ImageStream:
-    """Open parquet files, tar files in the manner of WebDataset, or a data set of the Hub for reading in order.
+    """Open parquet files, tar files in WebDataset format, or a Hub data set for sequential reading.
 
-    Nothing is copied to a cache. A folder of images needs no stream: its files are read one by one anyway.
+    Nothing is copied to a cache. A folder of images does not need a stream: its files are read one by one anyway.
 
     Args:
-        data: A file, a folder of files, a pattern, or the id of a data set on the Hub.
-        split: Which part.
-        image_column: Column with the images; default: the only one, or `image`.
-        label_column: Integer or ClassLabel column; default `label` where it is one.
+        data: File, folder of files, pattern, or the id of a Hub data set.
+        split: `"train"` or `"validation"`.
+        image_column: Image column. Default: the only image column, or `image`.
+        label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
 
     Raises:
-        FileNotFoundError: No such path or data set.
-        MissingSplitError: No such part.
-        ValueError: A folder of images or an embedded set, or no such column.
+        FileNotFoundError: The path or Hub data set does not exist.
+        MissingSplitError: The source does not have the split.
+        ValueError: `data` is a folder of images or a built-in set, or the column does not exist.
     """
     from datasets import ClassLabel, load_dataset
     from datasets import Image as ImageFeature
 
     found = None if data in EMBEDDED_SOURCES else _find_files(data, split)
     if data in EMBEDDED_SOURCES or (found is not None and found.kind == "images"):
-        raise ValueError(f"'{data}' is read image by image as it is; leave out --streaming.")
+        raise ValueError(
+            f"'{data}' cannot be streamed: only parquet files, tar files and Hub data sets can. Remove --streaming."
+        )
     try:
         if found is None:
             table = _hub_part(_hub_tables(str(data), streaming=True), str(data), split)
@@ -910,7 +923,7 @@ def stream_images(
             table = load_dataset(kind, data_files=files, split="train", streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{_does_not_exist(data)} As a data set on the Hub it could not be streamed either: {error}"
+            f"{_does_not_exist(data)} It could not be streamed as a Hub data set either: {error}"
         ) from error
     except MissingSplitError:
         raise
@@ -934,7 +947,7 @@ def _stream_shard(
     rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
     for number, row in enumerate(rows):
         id = f"{name}#shard{shard}/row{number}"
-        if "__key__" in row:  # a tar file: the member's own name stays the same when shards are added
+        if "__key__" in row:  # a tar file: the member's name does not change when shards are added
             id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
@@ -945,19 +958,19 @@ def _stream_shard(
         yield StreamRecord(id, data, label)
 
 
-# --- Evaluation: the stock processor of the library, which every checkpoint carries
+# --- Evaluation: the standard image processor that is saved with every checkpoint
 
 
 def default_image_processor(image_size: int | tuple[int, int], *, resize: int | None = None) -> "BitImageProcessor":
-    """The processor saved with checkpoints: shortest edge, centre crop, bicubic, ImageNet statistics.
+    """Create the processor saved with checkpoints: shortest edge, center crop, bicubic, ImageNet statistics.
 
-    It is a stock class, so a checkpoint needs neither this package nor remote code for it. All values are written out:
-    the class defaults are those of CLIP.
+    It is a class of transformers, so loading it needs neither this package nor remote code. All values are set
+    explicitly, because the defaults of the class are those of CLIP.
 
     Args:
         image_size: Side of the crop in pixels, or (height, width).
-        resize: Shortest edge before the crop, pixels. Default 256/224 of the (longer) crop side, the protocol of
-            DINOv2's evaluation.
+        resize: Shortest edge before the crop, pixels. Default: 256/224 of the (longer) crop side, as in DINOv2's
+            evaluation protocol.
     """
     from transformers import BitImageProcessor
 

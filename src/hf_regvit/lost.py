@@ -1,12 +1,12 @@
-"""Object discovery without labels: LOST, a box from attention to compare with, and CorLoc.
+"""Object discovery without labels: LOST, an attention baseline, and CorLoc.
 
-A patch that few others resemble is taken for a part of an object, a small one beside its background; patches like it
-are gathered around it, and the box of what hangs together is the prediction (arXiv 2109.14279). Vanilla settings are
-those of the paper; the others exist because high-norm tokens, and features that all point one way, break the vanilla
-ones (arXiv 2309.16588, whose own bias was never published).
+LOST assumes that the patch with the fewest similar patches belongs to an object that is small compared with its
+background. It collects patches similar to this seed, and predicts the box of the connected component around the seed
+(arXiv 2109.14279). Vanilla settings are those of the paper. The others exist because vanilla settings fail with
+high-norm tokens and with features that all point in one direction (arXiv 2309.16588, whose bias was not published).
 
 Shape letters: N patches of a grid of (rows, columns), D width, n and m boxes. A box is (x1, y1, x2, y2), the last two
-exclusive, in pixels of the picture as it is stored unless said otherwise.
+exclusive, in pixels of the stored image unless stated otherwise.
 """
 
 import logging
@@ -30,25 +30,26 @@ Feature = Literal["q", "k", "v", "out"]
 Center = Literal["none", "image", "row"]
 Box = tuple[float, float, float, float]
 
-# From here on the smallest degree is shared by many patches and says little about objects.
+# Above this share, many patches have the smallest degree, so it says little about objects.
 DEGENERATE_SHARE = 0.95
 IOU_EPSILON = 1e-7
-_ROWS_AT_ONCE = 1024  # of the N x N affinity; a photograph of 12 megapixels has 47,000 patches
+_ROWS_AT_ONCE = 1024  # of the N x N affinity; an image of 12 megapixels has 47,000 patches
 
 
 @dataclass(frozen=True)
 class LostSettings:
-    """Everything LOST can be told. The defaults are vanilla LOST.
+    """Settings of LOST. The defaults are vanilla LOST.
 
     Args:
         feature: Queries, keys or values of the attention (heads concatenated), or `out`, the raw output of the block.
         layer: Block, 1 to L, or negative from the end.
-        center: `image` subtracts the mean patch of the image from every feature. `row` subtracts from every row of the
-            affinity its mean, diagonal included; the matrix is then no longer symmetric, and i's similarity to j is
-            read in row i.
-        l2norm: Cosines instead of dot products; after centring by image.
-        bias: Added to every entry of the affinity, in its units. Negative where nearly all entries are positive.
-        k: Patches of lowest degree among which the seed looks for others like it; N where the image has fewer.
+        center: Centering. `image` subtracts the mean patch of the image from every feature. `row` subtracts from every
+            row of the affinity its mean, diagonal included; the matrix is then no longer symmetric, and row i holds
+            the similarities of i to the others.
+        l2norm: Whether to use cosines instead of dot products, after centering by image.
+        bias: Number added to every entry of the affinity, in its units. Use a negative one if nearly all entries are
+            positive.
+        k: Number of patches of lowest degree that can join the seed; N if the image has fewer.
     """
 
     feature: Feature = "k"
@@ -64,9 +65,9 @@ class LostSettings:
             ("center", self.center, ("none", "image", "row")),
         ):
             if value not in known:
-                raise ValueError(f"{name}={value!r} is unknown. Use one of {', '.join(known)}.")
+                raise ValueError(f"Unknown {name}={value!r}. Use one of {', '.join(known)}.")
         if self.k < 1:
-            raise ValueError(f"k={self.k} must be at least 1, the seed itself.")
+            raise ValueError(f"k={self.k} must be at least 1, because it includes the seed.")
         if not np.isfinite(self.bias):
             raise ValueError(f"bias={self.bias} must be a finite number.")
 
@@ -79,20 +80,20 @@ class LostSettings:
 
 @dataclass(frozen=True, eq=False)
 class LostResult:
-    """One image's box and how it came about. Grids are (rows, columns).
+    """Result of LOST for one image, with all stages. Grids are (rows, columns).
 
     Args:
-        seed: Patch of lowest degree, counted row by row; of several the first.
-        degrees: int64 grid: to how many other patches a patch has a positive affinity.
+        seed: Index of the patch of lowest degree, row by row; the first one in a tie.
+        degrees: int64 grid: number of other patches to which a patch has a positive affinity.
         seed_similarity: float32 grid: the seed's row of the affinity.
         expansion: (s,) int64, ascending: patches of low degree with a positive similarity to the seed.
-        scores: float32 grid: affinities of a patch to all of `expansion`, summed.
+        scores: float32 grid: sum of the affinities of a patch to all of `expansion`.
         foreground: bool grid: `scores` above 0.
-        mask: bool grid: the part of `foreground` that holds the seed, connected by edges; the seed alone where its own
-            score is not above 0.
+        mask: bool grid: the component of `foreground` that contains the seed, connected by edges; only the seed if its
+            own score is not above 0.
         cells: Box around `mask` in patches, (x1, y1, x2, y2), the last two exclusive; not clipped.
-        positive_share: Share of the entries beside the diagonal that are positive, in [0, 1].
-        tied_seeds: Patches that have the seed's degree, the seed included.
+        positive_share: Share of positive off-diagonal entries, in [0, 1].
+        tied_seeds: Number of patches that have the seed's degree, including the seed.
     """
 
     seed: int
@@ -108,19 +109,19 @@ class LostResult:
 
     @property
     def degenerate(self) -> bool:
-        """The seed is arbitrary: over 95 % of the affinities are positive, or over half of the patches tie for it."""
+        """True for an arbitrary seed: over 95 % of the affinities are positive, or over half of the patches tie."""
         return self.positive_share > DEGENERATE_SHARE or 2 * self.tied_seeds > self.degrees.numel()
 
     @property
     def seed_cells(self) -> tuple[int, int, int, int]:
-        """The box before expansion, in patches: the part around the seed that resembles the seed itself."""
+        """Box before expansion, in patches: the component around the seed that is similar to the seed itself."""
         return _bounds(_component_of(self.seed_similarity > 0, self.seed))
 
     def box(self, patch_size: int | tuple[int, int], image_size: tuple[int, int]) -> Box:
-        """The box in pixels of the padded image, clipped to what is picture.
+        """Return the box in pixels, clipped to the image without padding.
 
         Args:
-            patch_size: Pixels, one side or (height, width).
+            patch_size: Patch size in pixels, one side or (height, width).
             image_size: (height, width) in pixels, without the padding.
         """
         return cells_to_pixels(self.cells, patch_size=patch_size, image_size=image_size)
@@ -128,10 +129,10 @@ class LostResult:
 
 @dataclass(frozen=True)
 class AttentionSettings:
-    """The baseline: a box around what CLS attends to.
+    """Settings of the baseline: a box around the patches to which CLS attends.
 
     Args:
-        head: Number of the head from 0, or `mean` of all.
+        head: Index of the head from 0, or `mean` of all heads.
         layer: Block, 1 to L, or negative from the end.
         mass: Share of the attention to keep.
     """
@@ -153,14 +154,14 @@ Method = LostSettings | AttentionSettings
 def affinity(
     features: Tensor, *, center: Center = "none", l2norm: bool = False, bias: float = 0.0, rows: Tensor | None = None
 ) -> Tensor:
-    """Similarity of every patch to every other.
+    """Compute the similarity of every patch to every other.
 
     Args:
-        features: (N, D).
+        features: Patch features, (N, D).
         center: As in `LostSettings`.
         l2norm: As in `LostSettings`.
         bias: As in `LostSettings`.
-        rows: (r,) indices; only these rows are computed.
+        rows: Indices of the rows to compute, (r,). Default: all.
 
     Returns:
         (N, N) or (r, N) float32.
@@ -178,21 +179,21 @@ def lost_box(
     l2norm: bool = False,
     bias: float = 0.0,
 ) -> LostResult:
-    """Find the one object of an image.
+    """Find one object in an image.
 
-    Patches of equal degree are ranked by their position, row by row, so the result does not depend on the sort. The
-    affinity is never held as a whole: memory is 1,024 of its rows.
+    Patches of equal degree are ranked by their position, row by row, so the result does not depend on the sorting
+    algorithm. At most 1,024 rows of the affinity are in memory at once.
 
     Args:
-        features: (N, D) patch features without CLS and registers, row-major.
+        features: Patch features without CLS and registers, row-major, (N, D).
         grid: (rows, columns) with rows * columns = N.
-        k: As in `LostSettings`, like the rest.
-        center: See there.
-        l2norm: See there.
-        bias: See there.
+        k: As in `LostSettings`.
+        center: As in `LostSettings`.
+        l2norm: As in `LostSettings`.
+        bias: As in `LostSettings`.
 
     Raises:
-        ValueError: Features that do not fill the grid or are not finite, or a setting that cannot be.
+        ValueError: The features do not match the grid or are not finite, or a setting is invalid.
 
     Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Slow twin: tests/unit/test_lost.py.
     """
@@ -201,27 +202,27 @@ def lost_box(
 
 
 def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostSettings]) -> list[LostResult]:
-    """`lost_box` for many settings of the same features; those that differ only in bias or k share one affinity.
+    """Run `lost_box` with many settings; those that differ only in bias or k share one affinity.
 
-    `feature` and `layer` of the settings are not looked at.
+    `feature` and `layer` of the settings are ignored.
 
     Args:
-        features: (N, D) patch features, row-major.
+        features: Patch features, row-major, (N, D).
         grid: (rows, columns).
-        settings: What to try.
+        settings: Settings to run.
 
     Returns:
         One result for each of `settings`, in their order.
 
     Raises:
-        ValueError: As `lost_box`.
+        ValueError: As in `lost_box`.
     """
     if features.ndim != 2 or len(features) != grid[0] * grid[1] or min(grid) < 1:
         raise ValueError(
-            f"features {tuple(features.shape)} must be (patches, width) with {grid[0]} x {grid[1]} patches."
+            f"features have shape {tuple(features.shape)}, expected (patches, width) for a {grid[0]} x {grid[1]} grid."
         )
     if not torch.isfinite(features).all():
-        raise ValueError("features hold NaN or infinity; their affinities mean nothing.")
+        raise ValueError("features contain NaN or infinity, but must be finite. Check the model and its precision.")
     results: dict[int, LostResult] = {}
     order = sorted(range(len(settings)), key=lambda i: _product(settings[i]))
     for _, members in groupby(order, key=lambda i: _product(settings[i])):
@@ -234,12 +235,12 @@ def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostS
 
 
 def _product(settings: LostSettings) -> tuple[bool, bool]:
-    """Settings with the same answer need the same products of features."""
+    """Return a key that is equal for settings which need the same products of features."""
     return settings.center == "image", settings.l2norm
 
 
 def _variant(settings: LostSettings) -> tuple[bool, float]:
-    """Of the same products, settings with the same answer need the same degrees."""
+    """Return a key that is equal for settings which need the same degrees, given the same products."""
     return settings.center == "row", settings.bias
 
 
@@ -251,20 +252,20 @@ def _prepare(features: Tensor, settings: LostSettings) -> Tensor:
 
 
 def _rows(prepared: Tensor, index: Tensor | None, settings: LostSettings) -> Tensor:
-    """Rows of the affinity without bias, (r, N)."""
+    """Compute rows of the affinity without bias, (r, N)."""
     rows = (prepared if index is None else prepared[index]) @ prepared.T
     return rows - rows.mean(1, keepdim=True) if settings.center == "row" else rows
 
 
 def _degrees(prepared: Tensor, variants: Sequence[LostSettings]) -> Tensor:
-    """For each variant how many others a patch is positive to, (variants, N) int64."""
+    """Count the other patches with positive affinity to each patch, for each variant, (variants, N) int64."""
     degrees = torch.empty(len(variants), len(prepared), dtype=torch.int64, device=prepared.device)
     for index in torch.arange(len(prepared), device=prepared.device).split(_ROWS_AT_ONCE):
         products = prepared[index] @ prepared.T
         means = products.mean(1, keepdim=True)
         for i, settings in enumerate(variants):
             rows = products - means if settings.center == "row" else products
-            positive = rows > -settings.bias  # in floating point the same as rows + bias > 0, and no copy
+            positive = rows > -settings.bias  # equal to rows + bias > 0 in floating point, without a copy
             own = positive[torch.arange(len(index)), index]  # a patch does not count itself
             degrees[i, index] = positive.sum(1) - own.long()
     return degrees
@@ -294,7 +295,7 @@ def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings
 
 
 def _components(mask: Tensor) -> tuple[int, np.ndarray]:
-    """Number of parts and, for every cell, 0 for background or the number of its part; diagonals do not connect."""
+    """Return the number of components and, for every cell, its component from 1 or 0; diagonals do not connect."""
     import cv2
 
     count, labels = cv2.connectedComponents(mask.numpy().astype(np.uint8), connectivity=4)
@@ -302,7 +303,7 @@ def _components(mask: Tensor) -> tuple[int, np.ndarray]:
 
 
 def _component_of(mask: Tensor, seed: int) -> Tensor:
-    """The part of `mask` that holds cell number `seed`, or that cell alone."""
+    """Return the component of `mask` that contains cell `seed`, or only that cell if it is not in `mask`."""
     row, column = divmod(seed, mask.shape[1])
     if not mask[row, column]:  # the reference implementation raises an error here
         alone = torch.zeros_like(mask)
@@ -320,7 +321,7 @@ def _bounds(mask: Tensor) -> tuple[int, int, int, int]:
 def cells_to_pixels(
     cells: tuple[int, int, int, int], *, patch_size: int | tuple[int, int], image_size: tuple[int, int]
 ) -> Box:
-    """A box in patches as a box in pixels, its far sides clipped to an image of `image_size` (height, width)."""
+    """Convert a box from patches to pixels, with x2 and y2 clipped to `image_size` (height, width)."""
     height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
     x1, y1, x2, y2 = cells
     return (
@@ -335,13 +336,13 @@ def cells_to_pixels(
 
 
 def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> Tensor:
-    """The biggest connected part of the patches that share most of the attention.
+    """Return the largest connected component of the patches that receive most of the attention.
 
-    The patches of highest attention are kept until the others together hold at most `1 - mass` of it. Of equal parts
-    the first, row by row, counts. (The reference implementation never considers the last part.)
+    The patches of highest attention are kept until the others together hold at most `1 - mass` of it. The first of
+    equally large components, row by row, is used. (The reference implementation never considers the last component.)
 
     Args:
-        attention: (N,) attention of CLS to the patches, of one head or a mean of heads; any positive sum.
+        attention: Attention of CLS to the patches, of one head or a mean of heads, with any positive sum, (N,).
         grid: (rows, columns).
         mass: Share of the attention to keep, in (0, 1].
 
@@ -349,13 +350,16 @@ def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.
         (rows, columns) bool.
 
     Raises:
-        ValueError: Attention that does not fill the grid, is negative, not finite or zero everywhere; a mass outside
-            (0, 1].
+        ValueError: The attention does not match the grid, is negative, not finite or zero everywhere, or the mass is
+            outside (0, 1].
 
     Source: valeoai/LOST `object_discovery.py`, DINO's segmentation from attention (arXiv 2104.14294).
     """
     if attention.shape != (grid[0] * grid[1],):
-        raise ValueError(f"attention {tuple(attention.shape)} must be one number for each of {grid[0]} x {grid[1]}.")
+        raise ValueError(
+            f"attention has shape {tuple(attention.shape)}, expected one number per patch of a {grid[0]} x {grid[1]} "
+            "grid."
+        )
     if not 0 < mass <= 1:
         raise ValueError(f"mass={mass} must be in (0, 1].")
     attention = attention.detach().double().cpu()
@@ -368,14 +372,14 @@ def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.
     kept = kept.view(grid)
     count, labels = _components(kept)
     sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    # OpenCV numbers parts in an order of its own; raster order decides between equals.
+    # OpenCV does not number components in a defined order, so ties are resolved by raster order.
     first = {part: int(np.argmax(labels.ravel() == part)) for part in range(1, count + 1)}
     biggest = min(first, key=lambda part: (-sizes[part - 1], first[part]))
     return torch.from_numpy(labels == biggest)
 
 
 def attention_cells(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> tuple[int, int, int, int]:
-    """The box around `attention_mask`, in patches, (x1, y1, x2, y2)."""
+    """Return the box around `attention_mask`, in patches, (x1, y1, x2, y2)."""
     return _bounds(attention_mask(attention, grid, mass=mass))
 
 
@@ -384,13 +388,13 @@ def attention_cells(attention: Tensor, grid: tuple[int, int], *, mass: float = 0
 
 @dataclass(frozen=True, eq=False)
 class Proposals:
-    """What several methods propose for one image.
+    """Boxes that several methods propose for one image.
 
     Args:
-        id: Of the image.
-        image_size: (height, width) of the picture, pixels.
-        boxes: One a method, in pixels of the picture.
-        results: One a method: a `LostResult`, or the mask that `attention_mask` kept.
+        id: Id of the image.
+        image_size: (height, width) of the stored image in pixels.
+        boxes: One box per method, in pixels of the stored image.
+        results: One result per method: a `LostResult`, or the mask from `attention_mask`.
     """
 
     id: str
@@ -401,7 +405,7 @@ class Proposals:
 
 @dataclass(frozen=True, eq=False)
 class DiscoveredObject:
-    """The object found in one image: its box in pixels of the picture, and all stages of LOST for figures."""
+    """Object found in one image: its box in pixels of the stored image, and all stages of LOST for figures."""
 
     id: str
     image_size: tuple[int, int]
@@ -422,22 +426,22 @@ def discover_objects(
     processor: Any = None,
     max_side: int = 640,
 ) -> list[DiscoveredObject]:
-    """One box for every image; images that cannot be read are left out with a warning.
+    """Find one object in every image; images that cannot be read are left out with a warning.
 
     Args:
-        model: Any model that `features.read_tokens` reads.
-        images: A folder, paths, Pillow images, an `ImageSource` or a `datasets` data set.
-        feature: As in `LostSettings`, like the next five.
-        layer: See there.
-        center: See there.
-        l2norm: See there.
-        bias: See there.
-        k: See there.
-        processor: Image processor, of which the statistics are used; default the model's own.
-        max_side: Larger images are read at this length of their longer side, pixels; boxes refer to the original.
+        model: Any model that `features.read_tokens` supports.
+        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        feature: As in `LostSettings`.
+        layer: As in `LostSettings`.
+        center: As in `LostSettings`.
+        l2norm: As in `LostSettings`.
+        bias: As in `LostSettings`.
+        k: As in `LostSettings`.
+        processor: Image processor whose mean and std are used. Default: the model's own.
+        max_side: Longer side in pixels to which larger images are reduced; boxes refer to the original size.
 
     Raises:
-        ValueError: A model or setting that cannot be, or no image of use.
+        ValueError: The model or a setting is not supported, or there are no usable images.
     """
     settings = LostSettings(feature=feature, layer=layer, center=center, l2norm=l2norm, bias=bias, k=k)
     objects = []
@@ -450,14 +454,14 @@ def discover_objects(
 
 
 def warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -> None:
-    """Log how many images had no seed to speak of, and what helps."""
+    """Log a warning if images have no distinct seed, with advice."""
     count = sum(result.degenerate for result in results)
     if count:
         share = np.mean([result.positive_share for result in results])
         ties = np.median([result.tied_seeds for result in results])
         logger.warning(
             "%d of %d images have a degenerate affinity with %s: on average %.1f %% of its entries are positive, and "
-            "%.0f patches (median) tie for the seed. Center the features, or use l2norm and a bias below 0.",
+            "%.0f patches (median) tie for the seed. Center the features, or use l2norm and a negative bias.",
             count, len(results), settings, 100 * share, ties,
         )  # fmt: skip
 
@@ -470,20 +474,21 @@ def propose(
     processor: Any = None,
     max_side: int = 640,
 ) -> Iterator[Proposals]:
-    """Boxes of many methods, image by image; the model runs once for each image, whatever the number of methods.
+    """Yield the boxes of several methods image by image, running the model only once for each image.
 
-    Images keep their own size and are padded with zeros, right and below, to whole patches after normalisation, as in
-    the reference implementation; padded patches take part.
+    Images keep their size and are padded with zeros on the right and bottom to whole patches after normalization, as
+    in the reference implementation; padded patches are included in the computation.
 
     Args:
-        model: As for `discover_objects`.
-        images: See there.
-        methods: What to try.
-        processor: See there.
-        max_side: See there.
+        model: As in `discover_objects`.
+        images: As in `discover_objects`.
+        methods: Methods to run.
+        processor: As in `discover_objects`.
+        max_side: As in `discover_objects`.
 
     Raises:
-        ValueError: As `discover_objects`; attention of a model without CLS, or of a head that it has not.
+        ValueError: As in `discover_objects`; or a method needs the attention of CLS and the model has no CLS token, or
+            not this head.
     """
     description = describe_model(model)
     methods = [_checked(method, description) for method in methods]
@@ -491,17 +496,17 @@ def propose(
     for method in methods:
         sites[_site(method)] = sorted({*sites.get(_site(method), []), method.layer})
     statistics = EvaluationTransform.for_model(model, processor)
-    sizes: list[tuple[int, int, float]] = []  # of the pictures in the order they are read
+    sizes: list[tuple[int, int, float]] = []  # height, width, scale of the images in reading order
 
     def pad(image: Image.Image) -> Tensor:
         pixels, scale = _padded(image, statistics, description.patch_size, max_side)
         sizes.append((image.height, image.width, scale))
         return pixels
 
-    words = f"own size up to {max_side} pixels, zeros right and below, mean {statistics.mean}, std {statistics.std}"
+    words = f"own size up to {max_side} pixels, zero-padded, mean {statistics.mean}, std {statistics.std}"
     transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
     for i, (ids, pixel_values) in enumerate(prepare_images(images, transform, batch_size=1)):
-        # Only the row of CLS is kept: the weights of a large picture would fill the memory.
+        # Only the row of CLS is kept, because all attention weights of a large image may not fit in memory.
         readings = read_many(model, pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
         height, width, scale = sizes[i]
         boxes, results = _propose_for_one(methods, readings)
@@ -527,12 +532,12 @@ def _site(method: Method) -> Site:
 
 
 def _checked(method: Method, description: ModelDescription) -> Method:
-    """The method with its layer counted from 1, or an error."""
+    """Return the method with its layer counted from 1; raise an error if the model does not support it."""
     if isinstance(method, AttentionSettings):
         if not description.has_cls:
-            raise ValueError(f"{description.name} has no CLS token, so there is no attention of CLS to draw a box of.")
+            raise ValueError(f"{description.name} has no CLS token, so the CLS attention baseline cannot be used.")
         if method.head != "mean" and not 0 <= method.head < description.num_heads:
-            raise ValueError(f"head={method.head} does not exist; the heads are 0 to {description.num_heads - 1}.")
+            raise ValueError(f"head={method.head} does not exist. Use 0 to {description.num_heads - 1}, or 'mean'.")
     return replace(method, layer=resolve_layers((method.layer,), description.num_layers, _site(method))[0])
 
 
@@ -560,7 +565,7 @@ def _propose_for_one(
 def _padded(
     image: Image.Image, statistics: EvaluationTransform, patch_size: tuple[int, int], max_side: int
 ) -> tuple[Tensor, float]:
-    """Normalised pixels (3, H, W) padded to whole patches, and the scale at which the picture was read, at most 1."""
+    """Return normalized pixels (3, H, W) padded to whole patches, and the scale of the image, at most 1."""
     scale = min(1.0, max_side / max(image.size))
     if scale < 1:
         size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
@@ -572,7 +577,7 @@ def _padded(
 
 
 def _scaled(box: Box, image_size: tuple[int, int], scale: float) -> Box:
-    """A box on the picture as it was read, on the picture as it is stored."""
+    """Convert a box from pixels of the rescaled image to pixels of the stored image."""
     if scale == 1:
         return box
     x1, y1, x2, y2 = (side / scale for side in box)
@@ -583,26 +588,28 @@ def _scaled(box: Box, image_size: tuple[int, int], scale: float) -> Box:
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
-    """Intersection over union of every pair.
+    """Compute the intersection over union of every pair of boxes.
 
-    In float32 and with 1e-7 added to the union, as the reference does: two boxes that share exactly half their union
-    come out at 0.5 and count.
+    As in the reference, it is computed in float32 with 1e-7 added to the union; two boxes whose intersection is
+    exactly half their union get 0.5 and count.
 
     Args:
-        boxes: (n, 4), (x1, y1, x2, y2).
-        others: (m, 4).
+        boxes: (n, 4) as (x1, y1, x2, y2).
+        others: (m, 4) as (x1, y1, x2, y2).
 
     Returns:
         (n, m) float32 in [0, 1].
 
     Raises:
-        ValueError: Not (n, 4), not finite, or a box whose far side comes before its near side.
+        ValueError: The boxes are not (n, 4), not finite, or x1 > x2 or y1 > y2.
     """
     for name, given in (("boxes", boxes), ("others", others)):
         if given.ndim != 2 or given.shape[1] != 4:
-            raise ValueError(f"{name} {tuple(given.shape)} must be (number, 4) as (x1, y1, x2, y2).")
+            raise ValueError(f"{name} has shape {tuple(given.shape)}, expected (number, 4) as (x1, y1, x2, y2).")
         if not torch.isfinite(given).all() or (given[:, 2:] < given[:, :2]).any():
-            raise ValueError(f"{name} must be finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2; is it x, y, w, h?")
+            raise ValueError(
+                f"{name} must be finite (x1, y1, x2, y2) with x1 <= x2 and y1 <= y2. Convert (x, y, w, h) boxes first."
+            )
     boxes, others = boxes.float()[:, None], others.float()[None]
     sides = torch.minimum(boxes[..., 2:], others[..., 2:]) - torch.maximum(boxes[..., :2], others[..., :2])
     shared = sides.clamp(min=0).prod(-1)
@@ -611,40 +618,38 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
 
 
 def best_iou(predictions: Sequence[Any] | Tensor, references: Sequence[Any]) -> Tensor:
-    """For every image the overlap of its predicted box with the ground-truth box that fits best, (n,) float32.
+    """Return the IoU of every predicted box with the best matching ground-truth box of its image, (n,) float32.
 
     Args:
-        predictions: (n, 4), one box per image.
+        predictions: One box per image, (n, 4).
         references: n lists of boxes, each with at least one.
 
     Raises:
-        ValueError: Different lengths, boxes that are none, or an image without a ground-truth box.
+        ValueError: The lengths differ, a box is invalid, or an image has no ground-truth box.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"{len(predictions)} predicted boxes for {len(references)} images; expected one each.")
+        raise ValueError(f"Got {len(predictions)} predicted boxes for {len(references)} images, expected one each.")
     overlaps = []
     for i, (predicted, truth) in enumerate(zip(predictions, references)):
         if len(truth) == 0:
-            raise ValueError(
-                f"Image {i} has no ground-truth box. CorLoc is defined on images with an object; leave it out."
-            )
+            raise ValueError(f"Image {i} has no ground-truth box, but CorLoc needs one in every image. Leave it out.")
         boxes = torch.as_tensor(np.asarray(truth, dtype=np.float32))
         overlaps.append(box_iou(torch.as_tensor(np.asarray(predicted, dtype=np.float32))[None], boxes).max())
     return torch.stack(overlaps) if overlaps else torch.empty(0)
 
 
 def corloc(predictions: Sequence[Any] | Tensor, references: Sequence[Any], *, threshold: float = 0.5) -> float:
-    """Share of images whose predicted box overlaps some ground-truth box by at least `threshold`, in [0, 1].
+    """Return the share of images whose predicted box overlaps a ground-truth box by at least `threshold`, in [0, 1].
 
     Args:
-        predictions: (n, 4), one box per image.
+        predictions: One box per image, (n, 4).
         references: n lists of boxes.
         threshold: Smallest intersection over union that counts.
 
     Raises:
-        ValueError: As `best_iou`, or no images.
+        ValueError: As in `best_iou`, or there are no images.
     """
     overlaps = best_iou(predictions, references)
     if not len(overlaps):
-        raise ValueError("There are no predicted boxes; CorLoc of nothing is undefined.")
+        raise ValueError("There are no predicted boxes, but CorLoc needs at least one image.")
     return (overlaps >= threshold).double().mean().item()

@@ -1,7 +1,7 @@
-"""Object discovery as an evaluation: the CorLoc of LOST beside what it has to beat.
+"""Object discovery as an evaluation: the CorLoc of LOST and of its baselines.
 
-Whatever has to be chosen (the settings of LOST, the head of an attention map) is chosen on one part of the images and
-judged on the other; the result holds the choice, how many were compared and how well it did where it was chosen.
+Options such as the settings of LOST and the head of an attention map are chosen on one half of the images and tested
+on the other. The result holds the choice, the number of settings compared, and their CorLoc on the first half.
 """
 
 import logging
@@ -36,8 +36,8 @@ logger = logging.getLogger(__name__)
 BoxFormat = Literal["xywh", "xyxy"]
 
 _BOX_COLUMNS = ("objects", "bbox", "boxes")
-_THRESHOLD = 0.5  # of CorLoc
-_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the box in the middle, as shares of the image's
+_THRESHOLD = 0.5  # smallest IoU that counts for CorLoc
+_CENTERS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # sides of the center box, as shares of the image's sides
 _HALF_THE_AREA = 0.5**0.5
 
 
@@ -47,18 +47,18 @@ _HALF_THE_AREA = 0.5**0.5
 def ground_truth_boxes(
     source: ImageSource, *, column: str | None = None, box_format: BoxFormat = "xywh"
 ) -> list[list[Box]]:
-    """Boxes of every image, (x1, y1, x2, y2) in pixels, from a column beside the images.
+    """Return the boxes of every image, (x1, y1, x2, y2) in pixels, from a column next to the images.
 
-    The column holds for every image one box, a list of boxes, or COCO's record of `bbox` and, where there is one,
-    `iscrowd`; crowds are left out, as are boxes without area.
+    For every image, the column holds one box, a list of boxes, or a COCO record with `bbox` and optionally `iscrowd`.
+    Crowds and boxes without area are left out.
 
     Args:
-        source: From a parquet file or a data set of the Hub.
-        column: Default: the one of `objects`, `bbox` and `boxes` that is there.
-        box_format: How four numbers are meant: corner, width and height (COCO), or two corners.
+        source: Images from a parquet file or Hub data set.
+        column: Name of the column. Default: the first of `objects`, `bbox` and `boxes` that exists.
+        box_format: Meaning of the four numbers: corner, width and height (COCO), or two corners.
 
     Raises:
-        ValueError: No such column, or no boxes in it.
+        ValueError: The column does not exist, or does not hold boxes.
     """
     names = [] if source.table is None else source.table.column_names
     found = [name for name in (_BOX_COLUMNS if column is None else (column,)) if name in names]
@@ -68,7 +68,7 @@ def ground_truth_boxes(
             f"{', '.join(names) or 'no columns (a folder of images has none; use parquet)'}. Set boxes."
         )
     if box_format not in ("xywh", "xyxy"):
-        raise ValueError(f"box_format={box_format!r} is unknown. Use 'xywh' (COCO) or 'xyxy'.")
+        raise ValueError(f"Unknown box_format={box_format!r}. Use 'xywh' (COCO) or 'xyxy'.")
     return [_boxes(cell, f"{source.name}, {found[0]}, {source.ids[i]}", box_format) for i, cell in
             enumerate(source.table[found[0]])]  # fmt: skip
 
@@ -76,7 +76,7 @@ def ground_truth_boxes(
 def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
     if isinstance(cell, dict):
         if "bbox" not in cell:
-            raise ValueError(f"{where}: a record of {', '.join(cell)}, expected 'bbox' among them. Set boxes.")
+            raise ValueError(f"{where}: the record has the fields {', '.join(cell)}, but not 'bbox'. Set boxes.")
         crowds = cell.get("iscrowd") or [False] * len(cell["bbox"])
         cell = [box for box, crowd in zip(cell["bbox"], crowds, strict=True) if not crowd]
     if not cell:
@@ -86,11 +86,11 @@ def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
             np.asarray(cell, dtype=np.float64).reshape(-1, 4) if np.shape(cell) != (4,) else np.array([cell], float)
         )
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {str(cell)[:80]} is no box of four numbers and no list of such.") from error
+        raise ValueError(f"{where}: {str(cell)[:80]} is not a box of four numbers or a list of boxes.") from error
     if box_format == "xywh":
         boxes = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1)
     elif (boxes[:, 2:] < boxes[:, :2]).any():
-        raise ValueError(f"{where}: {str(cell)[:80]} is no pair of corners. Set box_format to 'xywh'?")
+        raise ValueError(f"{where}: {str(cell)[:80]} is not (x1, y1, x2, y2). Is it 'xywh'? Set box_format.")
     kept = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
     return [(x1, y1, x2, y2) for x1, y1, x2, y2 in kept.tolist()]
 
@@ -100,16 +100,16 @@ def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
 
 @dataclass(frozen=True)
 class LostGrid:
-    """Settings of LOST to choose from: all combinations.
+    """Settings of LOST to choose from: all combinations of the values.
 
     Args:
-        features: As in `LostSettings`, like the rest.
-        layers: Negative ones from the end; those that a shallow model has not are left out.
-        centers: See there.
-        l2norms: See there.
-        biases: For cosines, which lie in [-1, 1] for every model.
-        raw_biases: For dot products (`l2norm` False), whose scale differs from model to model.
-        ks: See there.
+        features: Values of `LostSettings.feature`.
+        layers: Blocks, negative ones counted from the end. Blocks that a shallow model does not have are left out.
+        centers: Values of `LostSettings.center`.
+        l2norms: Values of `LostSettings.l2norm`.
+        biases: Biases for cosines, which are in [-1, 1] for every model.
+        raw_biases: Biases for dot products (`l2norm` False), whose scale depends on the model.
+        ks: Values of `LostSettings.k`.
     """
 
     features: Sequence[Feature] = ("k", "q", "v", "out")
@@ -121,7 +121,7 @@ class LostGrid:
     ks: Sequence[int] = (100,)
 
     def settings(self, num_layers: int) -> list[LostSettings]:
-        """The combinations for a model of that many blocks; of equally good ones the earlier is chosen."""
+        """Return the combinations for a model of that many blocks, in order of preference for ties."""
         layers = [layer for layer in self.layers if layer >= -num_layers]
         combinations = product(self.features, layers, self.centers, self.l2norms, self.ks)
         settings = [
@@ -130,21 +130,21 @@ class LostGrid:
             for bias in (self.biases if l2norm else self.raw_biases)
         ]
         if not settings:
-            raise ValueError(f"{self} leaves nothing to try on a model of {num_layers} blocks.")
+            raise ValueError(f"{self} has no setting for a model of {num_layers} blocks. Add layers or other values.")
         return settings
 
 
 @dataclass(frozen=True)
 class CorLocScore:
-    """CorLoc of one method on the judged images.
+    """CorLoc of one method on the test images.
 
     Args:
-        method: In words, with every setting.
+        method: Description of the method, with every setting.
         corloc: Share of images in [0, 1].
-        interval: 95 %, from 2,000 resamples of the images.
-        ahead: By how much the chosen settings are ahead of this method on the same images, and the interval of that.
-        overlaps: For every image the overlap of the box with the ground-truth box that fits best.
-        num_degenerate: Images in which LOST had no seed to speak of; None for other methods.
+        interval: 95 % confidence interval, from 2,000 resamples of the images.
+        ahead: Difference in CorLoc between the chosen settings and this method on the same images, and its interval.
+        overlaps: IoU of the box with the best matching ground-truth box, for every image.
+        num_degenerate: Number of images without a distinct seed for LOST; None for other methods.
     """
 
     method: str
@@ -160,15 +160,15 @@ class LostEvaluation:
     """Object discovery on one data set.
 
     Args:
-        settings: The chosen settings of LOST.
-        scores: `lost` (the chosen settings), and what to compare it with: `vanilla` LOST, `attention` of CLS,
-            `center_box` (both as good as they were on the images of choice) and `full_image`.
-        choice: How the settings came about (`Choice.to_dict`); None where there was one to begin with.
-        protocol: How images were read and boxes compared.
-        ids: The judged images, as in `overlaps`.
-        num_without_boxes: Images left out because they have no ground-truth box.
-        num_skipped: Images that could not be read.
-        seconds: Wall time.
+        settings: Chosen settings of LOST.
+        scores: Scores of `lost` (the chosen settings) and of the baselines: `vanilla` LOST, `attention` of CLS and
+            `center_box` (both with options chosen on the same images as the settings) and `full_image`.
+        choice: Selection of the settings (`Choice.to_dict`); None if only one was given.
+        protocol: Description of how images were read and boxes compared.
+        ids: Ids of the test images, in the order of `overlaps`.
+        num_without_boxes: Number of images left out because they have no ground-truth box.
+        num_skipped: Number of images that could not be read.
+        seconds: Wall time in seconds.
     """
 
     settings: LostSettings
@@ -182,12 +182,12 @@ class LostEvaluation:
 
     @property
     def corloc(self) -> float:
-        """Of the chosen settings on the judged images, in [0, 1]."""
+        """CorLoc of the chosen settings on the test images, in [0, 1]."""
         return self.scores["lost"].corloc
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "LostEvaluation":
-        """From what `dataclasses.asdict` made of one, also by way of JSON."""
+        """Create an evaluation from the result of `dataclasses.asdict`, also after a round trip through JSON."""
         scores = {}
         for name, score in content["scores"].items():
             ahead, (low, high) = score["ahead"]
@@ -203,7 +203,7 @@ class LostEvaluation:
         return cls(**content | {"settings": settings, "scores": scores, "ids": tuple(content["ids"])})
 
     def lines(self, seed: int) -> list[str]:
-        """For a reader, one line a method."""
+        """Return the scores as text, one line per method."""
         words = "settings as given"
         if self.choice is not None:
             compared, images = self.choice["num_settings"], self.choice["num_images"]
@@ -211,7 +211,7 @@ class LostEvaluation:
         lines = [f"object discovery: CorLoc at IoU {_THRESHOLD}, {len(self.ids)} images, 95 % interval; {words}"]
         for name, score in self.scores.items():
             percent = [f"{100 * value:.1f}" for value in (score.corloc, *score.interval)]
-            weak = f"; no clear seed in {score.num_degenerate} images" if score.num_degenerate else ""
+            weak = f"; no distinct seed in {score.num_degenerate} images" if score.num_degenerate else ""
             lines.append(f"{name:11} {percent[0]:>5} % [{percent[1]}, {percent[2]}]  {score.method}{weak}")
         return lines
 
@@ -220,7 +220,7 @@ class LostEvaluation:
 
 
 def halves(count: int, *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of two halves drawn by `seed`, ascending; the first is for choosing and never the larger."""
+    """Return the sorted indices of two random halves; the first one, for choosing, is never the larger."""
     order = np.random.default_rng(seed).permutation(count).tolist()
     return sorted(order[: count // 2]), sorted(order[count // 2 :])
 
@@ -236,20 +236,21 @@ def evaluate_lost(
     max_side: int = 640,
     seed: int = 0,
 ) -> LostEvaluation:
-    """CorLoc of LOST beside its baselines.
+    """Compute the CorLoc of LOST and of its baselines.
 
     Args:
-        model: Any model that `features.read_tokens` reads.
-        judged: Images.
+        model: Any model that `features.read_tokens` supports.
+        judged: Test images.
         truth: Boxes of every image.
-        train: Images to choose settings on, and their boxes. Default: half of `judged`; the other half is judged.
-        grid: Settings to choose from. With a single one there is no choice, and all of `judged` is judged.
-        processor: Image processor; default the model's own.
-        max_side: Larger images are read at this length of their longer side, pixels.
-        seed: Of the halves and of the resamples behind intervals.
+        train: Images to choose settings on, and their boxes. Default: half of `judged`; the other half is the test
+            images.
+        grid: Settings to choose from. With a single setting, all of `judged` are test images.
+        processor: Image processor. Default: the model's own.
+        max_side: Longer side in pixels to which larger images are reduced.
+        seed: Random seed for the halves and the confidence intervals.
 
     Raises:
-        ValueError: Fewer than two images with boxes.
+        ValueError: There are fewer than two images with boxes.
     """
     started = time.perf_counter()
     description = describe_model(model)
@@ -267,7 +268,7 @@ def evaluate_lost(
             judged, truth = judged.subset(second), [truth[i] for i in second]
         images, boxes, _ = images_with_boxes(*train)
         choice = choose(measure_overlaps(model, images, boxes, [*settings, *heads], label="choosing", **options))
-    measured = measure_overlaps(model, judged, truth, choice.methods, label="judging", **options)
+    measured = measure_overlaps(model, judged, truth, choice.methods, label="testing", **options)
     return LostEvaluation(
         settings=choice.settings,
         scores=score_methods(measured, center=choice.center, seed=seed),
@@ -282,14 +283,14 @@ def evaluate_lost(
 
 @dataclass(frozen=True, eq=False)
 class Overlaps:
-    """How well the boxes of several methods fit.
+    """Overlaps of the boxes of several methods with the ground truth.
 
     Args:
-        methods: As given.
-        ids: Of the n images that could be read.
-        iou: (n, methods) overlap with the ground-truth box that fits best.
-        degenerate: (n, methods) bool, True where LOST had no seed to speak of.
-        sizes: (height, width) of every image.
+        methods: Methods in the given order.
+        ids: Ids of the n images that could be read.
+        iou: IoU with the best matching ground-truth box, (n, methods).
+        degenerate: (n, methods) bool, True if LOST had no distinct seed.
+        sizes: (height, width) of every image in pixels.
         truth: Boxes of every image.
     """
 
@@ -301,11 +302,11 @@ class Overlaps:
     truth: tuple[Sequence[Box], ...]
 
     def corloc(self) -> NDArray[np.float64]:
-        """Of every method, (methods,)."""
+        """Return the CorLoc of every method, (methods,)."""
         return (self.iou >= _THRESHOLD).mean(0)
 
     def subset(self, indices: Sequence[int]) -> "Overlaps":
-        """Some of the images."""
+        """Return the overlaps of the images at `indices`."""
         rows = list(indices)
         return replace(
             self,
@@ -317,12 +318,12 @@ class Overlaps:
         )
 
     def only(self, methods: Sequence[Method]) -> "Overlaps":
-        """Some of the methods."""
+        """Return the overlaps of some of the methods."""
         columns = [self.methods.index(method) for method in methods]
         return replace(self, methods=tuple(methods), iou=self.iou[:, columns], degenerate=self.degenerate[:, columns])
 
     def center_box(self, side: float) -> NDArray[np.float64]:
-        """Overlaps of a box in the middle of the image, `side` times as high and wide; 1: the whole image."""
+        """Return the IoU of a box at the image center with `side` times the image's sides; 1 is the full image."""
         boxes = [
             (width * (1 - side) / 2, height * (1 - side) / 2, width * (1 + side) / 2, height * (1 + side) / 2)
             for height, width in self.sizes
@@ -346,10 +347,10 @@ def measure_overlaps(
         model: As in `evaluate_lost`.
         source: Images.
         truth: Boxes of every image, at least one each.
-        methods: What to try.
-        processor: See there.
-        max_side: See there.
-        label: Of the progress bar.
+        methods: Methods to run.
+        processor: As in `evaluate_lost`.
+        max_side: As in `evaluate_lost`.
+        label: Label of the progress bar.
     """
     from tqdm.auto import tqdm
 
@@ -372,7 +373,7 @@ def measure_overlaps(
     ]
     if beyond:
         logger.warning(
-            "In %d of %d images, such as '%s', a ground-truth box reaches beyond the picture. Is box_format right?",
+            "In %d of %d images, such as '%s', a ground-truth box extends beyond the image. Check box_format.",
             len(beyond), len(found), beyond[0],
         )  # fmt: skip
     return Overlaps(
@@ -387,13 +388,14 @@ def measure_overlaps(
 
 @dataclass(frozen=True)
 class Choice:
-    """What did best on some images.
+    """Best options on the images used for choosing.
 
     Args:
-        methods: To be judged: the chosen settings of LOST, attention of the chosen head if there is CLS, vanilla LOST.
-        center: Side of the box in the middle, as a share of the image's.
+        methods: Methods to test: the chosen settings of LOST, attention of the chosen head if the model has a CLS
+            token, vanilla LOST.
+        center: Sides of the center box, as shares of the image's sides.
         ranking: All settings of LOST with their CorLoc, best first.
-        num_images: It was made on.
+        num_images: Number of images used for choosing.
     """
 
     methods: tuple[Method, ...]
@@ -403,18 +405,18 @@ class Choice:
 
     @property
     def settings(self) -> LostSettings:
-        """Of LOST."""
+        """Chosen settings of LOST."""
         assert isinstance(self.methods[0], LostSettings)
         return self.methods[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: the five best settings."""
+        """Return plain values for JSON, with the five best settings."""
         best = [{"settings": str(settings), "corloc": corloc} for settings, corloc in self.ranking[:5]]
         return {"num_images": self.num_images, "num_settings": len(self.ranking), "best": best}
 
 
 def choose(seen: Overlaps) -> Choice:
-    """The settings of LOST, the head and the size of the middle box of highest CorLoc; of equals the first."""
+    """Choose the settings of LOST, the head and the center box with the highest CorLoc; the first one wins a tie."""
     ranked = sorted(zip(seen.methods, seen.corloc().tolist()), key=lambda pair: -pair[1])  # stable
     lost = tuple((method, corloc) for method, corloc in ranked if isinstance(method, LostSettings))
     heads = [method for method, _ in ranked if isinstance(method, AttentionSettings)]
@@ -423,13 +425,16 @@ def choose(seen: Overlaps) -> Choice:
 
 
 def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, CorLocScore]:
-    """Scores by name; the first method is LOST as chosen, the last vanilla LOST, one between them attention."""
+    """Return the scores by name. The first method is the chosen LOST, the last vanilla LOST, one between attention."""
     overlaps = {"lost": measured.iou[:, 0], "vanilla": measured.iou[:, -1]}
     words = {"lost": str(measured.methods[0]), "vanilla": str(measured.methods[-1])}
     if len(measured.methods) > 2:
         overlaps["attention"], words["attention"] = measured.iou[:, 1], str(measured.methods[1])
-    overlaps["center_box"], words["center_box"] = measured.center_box(center), f"the middle {center:.2g} of each side"
-    overlaps["full_image"], words["full_image"] = measured.center_box(1.0), "the whole image"
+    overlaps["center_box"], words["center_box"] = (
+        measured.center_box(center),
+        f"center box with {center:.2g} of each side",
+    )
+    overlaps["full_image"], words["full_image"] = measured.center_box(1.0), "full image"
     degenerate = {"lost": int(measured.degenerate[:, 0].sum()), "vanilla": int(measured.degenerate[:, -1].sum())}
     hits = {name: (values >= _THRESHOLD).astype(np.float64) for name, values in overlaps.items()}
     scores = {}
@@ -440,7 +445,7 @@ def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, 
             corloc=float(values.mean()),
             interval=bootstrap_interval(values, seed=seed),
             ahead=(float(gain.mean()), bootstrap_interval(gain, seed=seed)),
-            overlaps=tuple(overlaps[name].tolist()),  # not rounded: 0.49996 is no hit, wherever it is counted again
+            overlaps=tuple(overlaps[name].tolist()),  # not rounded, because 0.49996 is not a hit
             num_degenerate=degenerate.get(name),
         )
     return scores
@@ -449,8 +454,10 @@ def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, 
 def images_with_boxes(
     source: ImageSource, truth: Sequence[Sequence[Box]]
 ) -> tuple[ImageSource, list[Sequence[Box]], int]:
-    """The images that have a box, their boxes, and how many have none."""
+    """Return the images that have a box, their boxes, and the number of images without boxes."""
     kept = [i for i, boxes in enumerate(truth) if boxes]
     if len(kept) < 2:
-        raise ValueError(f"'{source.name}' has {len(kept)} of {len(source)} images with boxes; at least 2 are needed.")
+        raise ValueError(
+            f"'{source.name}' has boxes in {len(kept)} of {len(source)} images, but at least 2 such images are needed."
+        )
     return source.subset(kept), [truth[i] for i in kept], len(source) - len(kept)

@@ -1,4 +1,4 @@
-"""Sources as users have them: parquet, tar and folders, one or several, copied or streamed, up to a whole run."""
+"""Tests of data sources: parquet, tar and folders, one or several, copied or streamed, up to a full run."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from hf_regvit.pretraining import PretrainingArguments, pretrain
 
 @pytest.fixture(scope="module", autouse=True)
 def arrow_cache(tmp_path_factory):
-    """`datasets` keeps its Arrow copies below a folder of the test run, not in the user's home."""
+    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
     import datasets
 
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
@@ -29,7 +29,7 @@ def arrow_cache(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Two threads only wait for each other on tensors as small as these."""
+    """Use one thread, because more are slower on such small tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -38,7 +38,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def pictures() -> list[bytes]:
-    """Forty different encoded pictures of 48 x 40 pixels."""
+    """Forty different encoded images of 48 x 40 pixels."""
     tiles = load_images("photos")
     encoded = []
     for i in range(40):
@@ -99,7 +99,7 @@ class TestSources:
         assert [source.encoded(i) for i in range(36)] == pictures[:36]
         assert [record.label for record in streamed] == list(source.labels) == [i % 2 for i in range(36)]
         assert len({record.id for record in streamed}) == 36
-        # Every time alike, in any order of shards.
+        # The same every time, in any order of shards.
         assert list(stream.open_shard(1)) == streamed[12:24]
 
     def test_ids_of_a_tar_stream_are_those_of_its_members(self, tmp_path, pictures):
@@ -130,7 +130,7 @@ class TestSources:
         assert source.parts == (10, 6, 4)
         assert len(set(source.ids)) == 20
         for i in (0, 9, 10, 15, 16, 19):
-            order = [*range(0, 10, 2), *range(1, 10, 2), *range(10, 20)]  # class folders come one after another
+            order = [*range(0, 10, 2), *range(1, 10, 2), *range(10, 20)]  # class folders are read one after another
             assert (np.asarray(source[i].image) == np.asarray(image_guard.open_image(pictures[order[i]]))).all()
         assert source.labels is None  # the tar file numbers its classes, the others name them
         both = load_images([tmp_path / "folder", tmp_path / "table.parquet"])
@@ -146,7 +146,7 @@ class TestSources:
         write_folder(tmp_path / "two", pictures[6:10])
         assert len(load_images([tmp_path / "one", tmp_path / "two"])) == 8
         assert len(load_images([tmp_path / "one", tmp_path / "two"], split="validation")) == 2
-        with pytest.raises(images.MissingSplitError, match="no validation part"):
+        with pytest.raises(images.MissingSplitError, match="no validation split"):
             load_images([tmp_path / "two", tmp_path / "one" / "train"], split="validation")
         with pytest.raises(ValueError, match="each once"):
             load_images([tmp_path / "two", tmp_path / "two"])
@@ -154,9 +154,9 @@ class TestSources:
     def test_what_cannot_be_streamed(self, tmp_path, pictures):
         write_folder(tmp_path / "folder", pictures[:2])
         for source in (tmp_path / "folder", "photos"):
-            with pytest.raises(ValueError, match="leave out --streaming"):
+            with pytest.raises(ValueError, match="Remove --streaming"):
                 stream_images(source)
-        with pytest.raises(FileNotFoundError, match=r"could not be streamed either"):
+        with pytest.raises(FileNotFoundError, match=r"could not be streamed as a Hub data set either"):
             stream_images("nobody/nothing")
 
     @requires_shared
@@ -200,7 +200,7 @@ class TestRuns:
         assert record["path"] == str(tmp_path / "set" / "a" / "004.png")
         assert record["kind"] == "not an image"
         assert record["epoch"] in (0, 1)
-        # The next run into that folder does not repeat what is repaired by then.
+        # The next run in that folder does not keep records of images that were repaired.
         (tmp_path / "set" / "a" / "004.png").write_bytes(pictures[4])
         pretrain(arguments(tmp_path, "run", str(tmp_path / "set"), max_steps=1))
         assert not (tmp_path / "run" / "bad_images.jsonl").exists()
@@ -246,7 +246,7 @@ class TestRuns:
 
     @pytest.mark.slow
     def test_streaming_resumes_bit_for_bit_with_any_number_of_workers(self, shards, tmp_path):
-        """Twelve steps of four pass the end of the first pass over 36 images. One image is bad."""
+        """Twelve steps of four images cross the end of the first pass over 36 images. One image is bad."""
         if next(shards.iterdir()).suffix == ".tar":
             write_tar(shards / "train-3.tar", [b"<html>"], first=36)
         options = {"streaming": True, "max_bad_share": 0.1}
@@ -257,7 +257,7 @@ class TestRuns:
         assert_equal_runs(tmp_path, "whole", "resumed")
         saved = sorted((tmp_path / "whole").glob("checkpoint-*"))
         again = {**options, "max_steps": 12, "save_steps": 5, "resume_from_checkpoint": "last"}
-        pretrain(arguments(tmp_path, "whole", str(shards), **again))  # queued once more after its end
+        pretrain(arguments(tmp_path, "whole", str(shards), **again))  # started again after its end
         assert sorted((tmp_path / "whole").glob("checkpoint-*")) == saved
         report = json.loads((tmp_path / "whole" / "report.json").read_text())
         assert report["epochs"] is None  # a stream has no length

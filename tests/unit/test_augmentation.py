@@ -344,7 +344,7 @@ class TestMultiCrop:
             ({"global_scale": (0.5, 1.2)}, "global_scale"),
             ({"local_scale": (0.4, 0.2)}, "local_scale"),
             ({"flip_probability": 1.5}, "flip_probability=1.5"),
-            ({"hue": 0.7}, r"hue=0.7 must lie in \[0, 0.5\]"),
+            ({"hue": 0.7}, r"hue=0.7 must be in \[0, 0.5\]"),
             ({"blur": "yes"}, "blur='yes'"),
             ({"blur_kernel_size": 4}, "odd"),
             ({"num_local_crops": -1}, "num_local_crops=-1"),

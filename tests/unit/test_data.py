@@ -1,4 +1,4 @@
-"""The multi-crop data set, its sampler, block masks, the collator."""
+"""Tests of the multi-crop data set, its sampler, block masks and the collator."""
 
 import dataclasses
 import io
@@ -69,7 +69,7 @@ class TestDataset:
         assert all(torch.equal(crops, dataset[(0, i)]["global_crops"]) for i, crops in enumerate(first))
 
     def test_workers_start_where_opencv_has_threads(self, tiles):
-        """A pool that the parent has used cannot be taken down in a forked worker: that once hung for ever."""
+        """Shutting down a thread pool of the parent in a forked worker once caused a deadlock."""
         import cv2
 
         cv2.setNumThreads(2)
@@ -116,7 +116,7 @@ class TestSampler:
 
 
 class TestWeights:
-    """Mixing sources: keys never come twice, shares are met, and weights of None change nothing."""
+    """Mixed sources: keys are unique, shares are met, and weights of None change nothing."""
 
     def keys(self, epochs, **options):
         sampler = data.EpochSampler(**options)
@@ -134,7 +134,7 @@ class TestWeights:
             assert small == round(100 * weights[1] / sum(weights))
         whole = [key for keys in epochs for key in keys]
         assert len(set(whole)) == len(whole)
-        # Each pass over a source that has been finished had every image of it once.
+        # Every completed pass over a source had each of its images once.
         for low, high in ((0, 80), (80, 100)):
             passes = {}
             for number, index in whole:
@@ -162,7 +162,7 @@ class TestWeights:
 
 
 def stream_of(num_shards=4, rows=25, name="s", broken=None):
-    """Numbered 16 x 16 pictures; the red channel is the shard, the green one the row."""
+    """Numbered 16 x 16 images; the red channel is the shard, the green one the row."""
 
     def open_shard(shard):
         for row in range(rows):
@@ -186,7 +186,7 @@ class TestStream:
         orders = [[id for _, id in keys[start : start + 100]] for start in (0, 100, 200)]
         assert all(len(set(order)) == 100 for order in orders)
         assert orders[0] != orders[1] != orders[2]
-        # Shuffled well beyond a shard: the first tenth has images of more than one.
+        # Images are shuffled across shards: the first tenth has images of more than one shard.
         assert len({id.split("#")[0] for id in orders[0][:10]}) > 1
         assert keys == ids(data.StreamSampler([stream_of()], seed=1, buffer_size=30), 300)
         assert keys != ids(data.StreamSampler([stream_of()], seed=2, buffer_size=30), 300)
@@ -247,11 +247,11 @@ class TestStream:
             next(iter(data.StreamSampler([images.ImageStream("s", 1, open_shard)], seed=1)))
 
     def test_nothing_to_read(self):
-        with pytest.raises(ValueError, match="Nothing could be read from 's'"):
+        with pytest.raises(ValueError, match="No image could be read from 's'"):
             next(iter(data.StreamSampler([stream_of(rows=0)], seed=1)))
 
     def test_number_of_an_id(self):
-        """Fixed for ever: a resumed run must draw what the first one drew."""
+        """Fixed values, because a resumed run must draw the same numbers as the first one."""
         assert data.stream_sample_id("shard-000.tar#000017.jpg") == 6888450132931468485
         numbers = {data.stream_sample_id(f"{i}") for i in range(5000)}
         assert len(numbers) == 5000
@@ -268,7 +268,7 @@ class TestStream:
             self.dataset(stream_of()).sampler()
         (message,) = caplog.messages
         assert message.startswith("Streaming 4 shards of s. A resumed run reads them again")
-        assert "does not hold on another number of processes or if shards have changed" in message
+        assert "does not hold for another number of processes or if shards have changed" in message
 
     def test_items(self):
         dataset = self.dataset(stream_of())
@@ -278,7 +278,7 @@ class TestStream:
         expected = dataset.multi_crop(image_guard.open_image(key[1].data), seed=5, epoch=key[0], sample_id=sample_id)
         assert torch.equal(item["global_crops"], expected["global_crops"])
         assert (item["sample_id"], item["epoch"]) == (sample_id, 0)
-        with pytest.raises(TypeError, match="no images by number"):
+        with pytest.raises(TypeError, match="a stream has no image indices"):
             dataset[(0, 17)]
 
     @pytest.mark.parametrize("with_bad_ones", [False, True])
@@ -314,7 +314,7 @@ class TestStream:
         items = dataset.__getitems__([(0, record), (0, images.StreamRecord("b", b"<html>"))])
         assert [item["sample_id"] for item in items] == [data.stream_sample_id("a"), data.stream_sample_id("b")]
         assert '"path": "b"' in (tmp_path / "bad.jsonl").read_text()
-        with pytest.raises(data.TooManyBadImagesError, match="none of the 1 images"):
+        with pytest.raises(data.TooManyBadImagesError, match="None of the 1 images"):
             dataset.__getitems__([(0, images.StreamRecord("b", b""))])
         with pytest.raises(image_guard.BadImageError, match="the cell is empty"):
             self.dataset(stream_of())[(0, images.StreamRecord("c", None))]
@@ -325,7 +325,7 @@ class TestStream:
         keys = [[(0, record), (0, images.StreamRecord(f"bad {i}", b""))] for i in range(11)]
         for pair in keys[:10]:
             dataset.__getitems__(pair)
-            dataset.__getitems__(pair)  # again: no other image
+            dataset.__getitems__(pair)  # repeated on purpose: no new image
         with pytest.raises(data.TooManyBadImagesError, match=r"11 of the \d+ images"):
             dataset.__getitems__(keys[10])
 
@@ -348,7 +348,7 @@ class TestMasks:
         expected = slow_positions(masks)
         assert torch.equal(indices, expected[0])
         assert torch.equal(weights, expected[1])
-        assert weights.sum().item() == pytest.approx(9)  # every masked crop counts one
+        assert weights.sum().item() == pytest.approx(9)  # every masked crop has a total weight of 1
 
     def test_nothing_masked(self):
         indices, weights = data.masked_positions(torch.zeros(2, 3, 4, dtype=torch.bool))
@@ -362,7 +362,7 @@ class TestMasks:
             assert mask.sum() <= target
 
     def test_tiny_grid_ends(self):
-        """No rectangle fits strictly inside a 1 x 1 grid: ten tries, then an empty mask."""
+        """An empty mask after ten tries, because no rectangle fits strictly inside a 1 x 1 grid."""
         assert data.block_mask((1, 1), 1, random.Random(0)).sum() == 0
 
     def test_share_of_empty_masks_on_a_4x4_grid(self):

@@ -1,4 +1,4 @@
-"""`regvit data-check`: what is counted, and that duplicates are found, all of them and no others."""
+"""Tests of `regvit data-check`: counts, and that exactly the true duplicates are found."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def folder(tmp_path, photos):
 
 class TestNearDuplicates:
     def test_hash_bit_by_bit(self):
-        """The slow twin: 64 comparisons of neighbours."""
+        """Slow twin: 64 comparisons of neighbors."""
         pixels = np.random.default_rng(0).integers(0, 256, (8, 9), dtype=np.uint8)
         bits = "".join(
             "1" if int(pixels[y, x]) > int(pixels[y, x + 1]) + 2 else "0" for y in range(8) for x in range(8)
@@ -99,7 +99,7 @@ class TestReport:
         assert report.exact_duplicates.groups == report.near_duplicates.groups == 0
         assert (report.bad, report.problems) == ([], [])
         assert (report.steps_per_epoch, report.upsampled_share) == (2, 0.0)
-        assert report.verdict == "a run can use it: 10 training images"
+        assert report.verdict == "A training run can use this data: 10 usable images."
         assert check_data(folder, image_size=101).upsampled_share == 1.0
         assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
 
@@ -120,7 +120,7 @@ class TestReport:
         found = report.near_duplicates
         assert (found.groups, found.surplus, found.across_splits) == (1, 1, 1)
         assert found.examples == [["train: train/b/astronaut.png", "validation: val/b/smaller.jpg"]]
-        assert "validation images with a twin in training" in report.summary()
+        assert "validation images that duplicate a training image: 1" in report.summary()
         assert check_data(folder, near_limit_bits=0).near_duplicates.groups <= 1
 
     def test_F31_exact_twins_are_not_near_twins_again(self, folder):
@@ -129,7 +129,7 @@ class TestReport:
         assert (report.exact_duplicates.groups, report.near_duplicates.groups) == (1, 0)
 
     def test_equal_hashes_of_other_colours_are_no_twins(self, folder, photos):
-        """The same edges in other light: a hash sees no difference, the thumbnail does."""
+        """The same edges at another brightness have equal hashes but different thumbnails."""
         dark = photos["astronaut"].point(lambda value: value // 2)
         dark.save(folder / "train" / "a" / "dark.png")
         assert (difference_hash(thumbnail(dark)) ^ difference_hash(thumbnail(photos["astronaut"]))).bit_count() <= 6
@@ -138,22 +138,22 @@ class TestReport:
     def test_bad_images_and_the_verdict(self, folder):
         (folder / "train" / "a" / "empty.png").write_bytes(b"")
         report = check_data(folder, batch_size=4)
-        assert report.verdict == "a run can use it: 10 training images, 1 bad ones are skipped"
+        assert report.verdict == "A training run can use this data: 10 usable images, 1 bad."
         (folder / "train" / "a" / "page.png").write_bytes(b"<html>")
         Image.new("RGB", (1, 1)).save(folder / "train" / "b" / "dot.png")
         report = check_data(folder, batch_size=4)
         assert sorted(record["kind"] for record in report.bad) == ["empty", "not an image", "too small"]
         assert (report.splits["train"].images, report.splits["train"].usable) == (13, 10)
-        assert "would stop: 3 of 13 training images are bad, 1 are allowed" in report.verdict
+        assert "would stop: 3 of 13 training images are bad, and 1 are allowed" in report.verdict
         assert "bad images: 3" in report.summary()
-        assert "can use it" in check_data(folder, batch_size=4, max_bad_share=0.3).verdict
+        assert "can use this data" in check_data(folder, batch_size=4, max_bad_share=0.3).verdict
         assert report.exact_duplicates.groups == 0
 
     def test_small_data_sets_and_those_without_training_part(self, folder):
         assert "fewer than one step of 64" in check_data(folder).verdict
         shutil.rmtree(folder / "train")
         report = check_data(folder)
-        assert report.verdict == "there is no training part"
+        assert report.verdict == "The data has no training split."
         assert list(report.splits) == ["validation"]
 
     def test_traits(self, folder, photos):
@@ -174,7 +174,7 @@ class TestReport:
             "nearly black (nothing above 16 of 255; 12-bit values in 16-bit files? multiply them by 16)": 1,
         }
         assert report.bits["16"] == 1
-        assert report.height["max"] == 150  # of the upright picture
+        assert report.height["max"] == 150  # of the upright image
 
     def test_names_that_a_terminal_cannot_show(self, folder):
         (folder / "train" / "a" / "caf\udce9.png").write_bytes(b"")
@@ -187,7 +187,7 @@ class TestReport:
         assert report.splits["train"].images == 1438
         assert report.formats == {}
         assert report.steps_per_epoch == 14
-        assert "pictures are drawn" in report.summary()
+        assert "the images are generated" in report.summary()
 
     def test_workers_find_the_same(self, folder):
         assert check_data(folder, num_workers=2) == check_data(folder)
@@ -204,20 +204,20 @@ class TestCommand:
         assert main(["data-check", "--data", str(folder), "--batch_size", "4"]) == 0
         printed = capsys.readouterr()
         assert "train: 10 images, 10 usable, 2 classes of 5 to 5 images: 5 a, 5 b" in printed.out
-        assert printed.out.endswith("verdict: a run can use it: 10 training images\n")
+        assert printed.out.endswith("verdict: A training run can use this data: 10 usable images.\n")
         assert "images: 100%" in printed.err
         assert main(["data-check", "--data", str(folder), "--json"]) == 0
         assert json.loads(capsys.readouterr().out)["splits"]["train"]["images"] == 10
 
     def test_missing_data(self, tmp_path, capsys):
         assert main(["data-check", "--data", str(tmp_path / "nothing")]) == 1
-        assert "does not exist; the nearest existing folder" in capsys.readouterr().err
+        assert "does not exist. The nearest existing folder" in capsys.readouterr().err
 
 
 @requires_shared
 @pytest.mark.slow
 def test_real_photographs_of_pets(tmp_path, monkeypatch):
-    """The pairs were looked at: the same cats, cut or scaled otherwise, in both parts of the data set."""
+    """The pairs were inspected: the same cats, cropped or scaled differently, in both splits."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)

@@ -1,4 +1,4 @@
-"""Images with masks or depth: every source, what is found before anything is trained, and the joint transforms."""
+"""Tests of images with masks or depth: every source, the checks before training, and the joint transforms."""
 
 import io
 import json
@@ -103,7 +103,7 @@ def test_parts_of_a_folder(tmp_path, layout):
 
 def test_a_folder_without_parts_has_no_validation_part(tmp_path):
     folder_of(tmp_path, [mask()])
-    with pytest.raises(MissingSplitError, match="no validation part"):
+    with pytest.raises(MissingSplitError, match="no validation split"):
         load_masks(tmp_path, split="validation")
 
 
@@ -113,7 +113,7 @@ def test_images_without_masks_and_masks_without_images_are_named(tmp_path):
     with pytest.raises(DenseDataError, match=r"1 of 3 images have no file of the same name.*01.png"):
         load_masks(tmp_path)
     (tmp_path / "images" / "01.png").unlink()
-    with pytest.raises(DenseDataError, match=r"1 masks have no image of the same name, first 'other.png'"):
+    with pytest.raises(DenseDataError, match=r"1 masks have no image of the same name, such as 'other.png'"):
         load_masks(tmp_path)
 
 
@@ -129,9 +129,9 @@ def test_a_table_without_a_mask_column_lists_its_columns(tmp_path):
     Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "place": Value("int64")})).to_parquet(
         tmp_path / "a.parquet"
     )
-    with pytest.raises(DenseDataError, match=r"no column with masks. Columns: place"):
+    with pytest.raises(DenseDataError, match=r"no unique column with masks. Columns: place"):
         load_masks(tmp_path / "a.parquet")
-    with pytest.raises(DenseDataError, match="column 'place' is not one"):
+    with pytest.raises(DenseDataError, match="column 'place' is not a column with masks"):
         load_masks(tmp_path / "a.parquet", mask_column="place")
 
 
@@ -156,13 +156,13 @@ def test_arrays_with_minus_one_or_fractions_that_are_whole(tmp_path, dtype):
     assert (source.class_names, source.format.values) == (("0", "1"), (0, 1))
     check_targets(source)
     np.testing.assert_array_equal(source.target(0), np.where(values < 0, 255, values))
-    with pytest.raises(DenseDataError, match=r"outside of the classes.* holds -1"):
+    with pytest.raises(DenseDataError, match=r"that are not classes.* holds -1"):
         check_targets(load_masks(tmp_path, class_names=["a", "b"]))
-    with pytest.raises(DenseDataError, match=r"The mask holds \[-1\]; expected class numbers"):
+    with pytest.raises(DenseDataError, match=r"The mask holds the values \[-1\]; expected integers"):
         load_masks(tmp_path, class_names=["a", "b"]).target(0)
     if np.dtype(dtype).kind == "f":
         np.save(tmp_path / "masks" / "a.npy", values / 2)
-        with pytest.raises(ValueError, match=r"\[-0.5, 0.5\] are no class numbers"):
+        with pytest.raises(ValueError, match=r"\[-0.5, 0.5\] cannot be classes"):
             load_masks(tmp_path, ignore_values=[-1])
 
 
@@ -182,7 +182,7 @@ def test_names_by_list_mapping_file_and_with_reduced_labels(tmp_path):
 
 def test_255_is_a_class_when_it_has_a_name(tmp_path):
     path = parquet_of(tmp_path / "a.parquet", [mask(i, (0, 255)) for i in range(2)])
-    with pytest.raises(DenseDataError, match=r"F27|of one class, '0'.*\(255\) is a class, give it a name"):
+    with pytest.raises(DenseDataError, match=r"F27|to one class, '0'.*\(255\) is a class, give it a name"):
         check_targets(load_masks(path))
     source = load_masks(path, class_names={0: "background", 255: "object"})
     assert check_targets(source).class_images == {"background": 2, "object": 2}
@@ -192,9 +192,9 @@ def test_255_is_a_class_when_it_has_a_name(tmp_path):
     ("names", "values", "ignored", "message"),
     [
         (("a",), (0, 1), (255,), "1 names and values"),
-        (("a", "b"), (1, 1), (255,), "all unlike"),
-        (("a", "b"), (0, 1), (1,), r"\[1\] are classes and are to be ignored"),
-        (("a", "b"), (-1, 1), (255,), r"\[-1\] are no class numbers"),
+        (("a", "b"), (1, 1), (255,), "a unique value per name"),
+        (("a", "b"), (0, 1), (1,), r"\[1\] are both classes and ignored"),
+        (("a", "b"), (-1, 1), (255,), r"\[-1\] cannot be classes"),
     ],
 )
 def test_a_format_that_cannot_be_meant(names, values, ignored, message):
@@ -220,7 +220,7 @@ def test_masks_of_every_kind_of_picture(tmp_path, mode):
 
 def test_a_mask_in_colours_is_refused_by_name(tmp_path):
     source = load_masks(folder_of(tmp_path, [mask(), encoded(photo(5))]), class_names=["a", "b", "c"])
-    with pytest.raises(DenseDataError, match=r"(?s)1 of 2 masks cannot be read.*01.png.*mode RGB"):
+    with pytest.raises(DenseDataError, match=r"(?s)1 of 2 masks cannot be read.*01.png.*color mode RGB"):
         check_targets(source)
 
 
@@ -236,7 +236,7 @@ def test_report_of_sound_masks_counts_by_hand(tmp_path):
     }
     assert report.class_images == {"a": 3, "b": 3, "never": 0}
     assert report.counted_share == pytest.approx(sum((m != 255).sum() for m in masks) / (3 * 480))
-    assert "without pixels: never" in report.summary()
+    assert "classes without pixels: never" in report.summary()
 
 
 def test_f29_mask_values_outside_of_the_classes_are_named_with_their_rows(tmp_path):
@@ -246,7 +246,7 @@ def test_f29_mask_values_outside_of_the_classes_are_named_with_their_rows(tmp_pa
     with pytest.raises(DenseDataError) as caught:
         check_targets(source)
     text = str(caught.value)
-    assert "1 of 2 masks hold values outside of the classes" in text
+    assert "1 of 2 masks hold values that are not classes" in text
     assert "row 1" in text
     assert "42, 99" in text
     assert "row 0" not in text
@@ -273,13 +273,13 @@ def test_an_image_with_an_exif_turn_has_the_size_of_its_upright_mask(tmp_path):
 
 def test_f27_masks_of_a_single_class_are_refused(tmp_path):
     source = load_masks(folder_of(tmp_path, [mask(i, (1,)) for i in range(2)]), class_names=["a", "b"])
-    with pytest.raises(DenseDataError, match="every pixel that counts is of one class, 'b'"):
+    with pytest.raises(DenseDataError, match="all labeled pixels belong to one class, 'b'"):
         check_targets(source)
 
 
 def test_masks_that_lost_their_classes_in_compression(tmp_path):
     smooth = np.arange(480, dtype=np.uint16).reshape(20, 24)
-    with pytest.raises(DenseDataError, match=r"more than 255 values.*JPEG"):
+    with pytest.raises(DenseDataError, match=r"more than 255 different values.*JPEG"):
         load_masks(folder_of(tmp_path, [smooth]))
 
 
@@ -333,9 +333,7 @@ def test_depth_as_an_array_column(tmp_path):
 def test_depth_faults_are_named(tmp_path):
     fine = np.full((20, 24), 1500, dtype=np.uint16)
     source = load_depth(folder_of(tmp_path / "a", [fine, 0 * fine], kind="depth"))
-    with pytest.raises(
-        DenseDataError, match=r"1 of 2 depth maps measure nothing up to 10 m: .*01.png' is 0 everywhere"
-    ):
+    with pytest.raises(DenseDataError, match=r"1 of 2 depth maps have no depth up to 10 m: .*01.png' is 0 everywhere"):
         check_targets(source)
     source = load_depth(folder_of(tmp_path / "b", [fine, fine[:10]], kind="depth"))
     with pytest.raises(DenseDataError, match=r"01.png' is 24 x 10, its image 24 x 20"):
@@ -374,7 +372,7 @@ def test_resize_map_equals_pillow():
 
 
 def twin_pair(size=(96, 64)):
-    """A picture whose colour says where each pixel is from, and a map that says the same."""
+    """Image whose colors encode the position of each pixel, and a map that encodes the same."""
     rows, columns = np.mgrid[0 : size[1], 0 : size[0]]
     right = columns >= size[0] // 2
     pixels = np.zeros((size[1], size[0], 3), dtype=np.uint8)
@@ -394,7 +392,7 @@ def test_picture_and_map_are_moved_together(seed):
     assert (moved[inside] != 255).all()
     said = 2 * (pixels[..., 1] > 125) + (pixels[..., 0] > 125)
     agree = (said == moved)[inside].mean()
-    assert agree > 0.93, agree  # all but the smooth borders between the four colours
+    assert agree > 0.93, agree  # all but the smooth borders between the four colors
 
 
 def test_draws_depend_on_the_generator_alone_and_all_kinds_occur():
@@ -436,19 +434,19 @@ def test_what_is_no_measurement_has_no_metres_and_what_is_no_class_no_id():
     assert DepthFormat().metres(stored).tolist() == [[0, 0, 0, 0, 0, 2.5]]
     marked = MaskFormat(("a", "b"), (0, 7), ignore_values=(255, -1, 70_000))  # beyond 16 bits
     assert marked.ids(np.array([[0, 7, 255, -1, 70_000]])).tolist() == [[0, 1, 255, 255, 255]]
-    with pytest.raises(DenseDataError, match=r"holds \[70001\]"):
+    with pytest.raises(DenseDataError, match=r"holds the values \[70001\]"):
         marked.ids(np.array([[0, 70_001]]))
 
 
 def test_crops_lie_at_every_place_and_void_is_no_class():
     transform = JointTransform((4, 4), max_class_share=0.75)
     target = np.full((5, 6), 255, dtype=np.uint8)
-    target[2:4, 2:4] = [[0, 1], [1, 0]]  # in every crop, and half and half of what counts
+    target[2:4, 2:4] = [[0, 1], [1, 0]]  # in every crop, each half of the valid pixels
     places = set()
     for seed in range(60):
         first = np.random.default_rng(seed)
         place = int(first.integers(2)), int(first.integers(3))
-        assert transform._crop_place(target, np.random.default_rng(seed)) == place  # nothing is drawn anew
+        assert transform._crop_place(target, np.random.default_rng(seed)) == place  # no crop is drawn again
         places.add(place)
     assert places == {(top, left) for top in range(2) for left in range(3)}
 
@@ -480,7 +478,7 @@ def test_colours_change_the_picture_and_never_the_map():
 
 
 def test_the_hue_turns_as_far_as_published(monkeypatch):
-    # mmsegmentation adds -18 to 17 to hues that OpenCV counts from 0 to 179: a tenth of the circle either way.
+    # mmsegmentation adds -18 to 17 to OpenCV hues of 0 to 179: a tenth of the circle in both directions.
     turns = []
     monkeypatch.setattr("hf_regvit.dense_transforms.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
@@ -523,9 +521,11 @@ def test_colours_equal_their_loop(seed):
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
     coloured = JointTransform((3, 4))._coloured(pixels, np.random.default_rng(seed))
-    np.testing.assert_allclose(coloured.astype(int), expected.astype(int), atol=1)  # float32 rounds elsewhere at .5
+    np.testing.assert_allclose(
+        coloured.astype(int), expected.astype(int), atol=1
+    )  # float32 rounds values at .5 differently
 
 
 def test_sizes_that_differ_are_refused_by_the_transform():
-    with pytest.raises(DenseDataError, match="expected one size"):
+    with pytest.raises(DenseDataError, match="Expected equal sizes"):
         JointTransform((32, 32))(photo(), mask(0, size=(20, 20)), np.random.default_rng(0))

@@ -667,7 +667,7 @@ def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
 
 
 def test_missing_validation_part(model, data):
-    with pytest.raises(ValueError, match=r"has no validation part.*give train_data, or a train_val_split such as"):
+    with pytest.raises(ValueError, match=r"has no validation split.*give train_data, or a train_val_split such as"):
         evaluate(model, data / "validation")
     protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
     (score,) = evaluate(model, data / "train", protocol=protocol, tasks=["knn"]).scores

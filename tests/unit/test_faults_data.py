@@ -100,7 +100,7 @@ class TestTruncated:
     @pytest.mark.parametrize("missing", [1, 2, 5, 10])
     def test_F02_last_bytes_missing_is_skipped_by_default(self, photo, missing):
         content = encode(photo, "JPEG", quality=95)[:-missing]
-        # Without the end mark alone (2 bytes) all pixels are there, but Pillow says nothing in common about it.
+        # An image without its end marker (2 bytes) counts as truncated, although all pixels are there.
         with pytest.raises(BadImageError, match="truncated"):
             open_image(content)
 
@@ -116,7 +116,7 @@ class TestTruncated:
         assert (np.asarray(salvaged) == expected[: salvaged.height]).all()
 
     def test_F02_salvage_refuses_progressive_files(self):
-        """A later pass over all rows is missing: not one of them is whole."""
+        """A later scan over all rows is missing, so no row is complete."""
         content = encode(images.photographs()["chelsea"], "JPEG", progressive=True)[:-10]
         with pytest.raises(BadImageError, match="truncated"):
             open_image(content, limits=ImageLimits(on_truncated="salvage"))
@@ -144,7 +144,7 @@ class TestTruncated:
 
 
 def flip_one_bit_after_another(content: bytes) -> None:
-    """Exit status 0 if every damaged copy is found out, 1 if one is not; a decoder that dies ends it otherwise."""
+    """Exit status 0 if every damaged copy is detected, 1 if not, and another one if a decoder crashes."""
     for position in range(8, len(content), 97):
         damaged = bytearray(content)
         damaged[position] ^= 0x10
@@ -157,7 +157,7 @@ def flip_one_bit_after_another(content: bytes) -> None:
 
 
 def test_F04_flipped_bits_in_a_png_leave_the_process_alive(photo):
-    """In a process of its own: there is a decoder that died of them. PNG's checksums find every single one."""
+    """Run in a separate process, because one decoder crashed. The checksums of PNG detect every flip."""
     process = multiprocessing.get_context("fork").Process(
         target=flip_one_bit_after_another, args=(encode(photo, "PNG"),)
     )
@@ -168,7 +168,7 @@ def test_F04_flipped_bits_in_a_png_leave_the_process_alive(photo):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_damage_either_loads_or_is_a_bad_image(photo, seed):
-    """Whatever a disk or a network does to a file, one of two things happens, and nothing else."""
+    """Any damage to a file has one of these two outcomes and no other."""
     rng = np.random.default_rng(seed)
     exif = Image.Exif()
     exif[0x0112], exif[0x010E] = 6, "a description"
@@ -182,7 +182,7 @@ def test_random_damage_either_loads_or_is_a_bad_image(photo, seed):
         content = bytearray(originals[rng.integers(len(originals))])
         if rng.random() < 0.3:
             content = content[: rng.integers(len(content))]
-        # Half of the damage hits the header, where it is most inventive.
+        # Half of the damage is in the header, where it has the most different effects.
         for _ in range(rng.integers(1, 6)):
             if content:
                 reach = min(len(content), 400) if rng.random() < 0.5 else len(content)
@@ -217,7 +217,7 @@ def test_F05_empty_html_or_text_named_jpg(content, reason, kind, tmp_path):
 
 
 def test_F06_cmyk_jpeg():
-    """Golden colours: pure inks, computed by hand, R = 255 (1 - C)(1 - K)."""
+    """Golden colors: pure inks, computed by hand, R = 255 (1 - C)(1 - K)."""
     inks = {(0, 0, 0, 0): 255, (255, 0, 0, 0): (0, 255, 255), (0, 0, 0, 255): 0, (0, 255, 255, 0): (255, 0, 0)}
     for ink, expected in inks.items():
         image = open_image(encode(Image.new("CMYK", (32, 32), ink), "JPEG", quality=100))
@@ -243,7 +243,7 @@ def test_F07_sixteen_bit_grey_is_scaled_by_its_depth(format, caplog):
 
 @pytest.mark.parametrize(("white", "told"), [(4095, 1), (4096, 0), (65535, 0)])
 def test_F07_twelve_bits_in_sixteen_are_told_once(white, told, caplog):
-    """X-ray and other cameras write them; scaled by the depth of the file they are a black picture."""
+    """X-ray and other cameras write such files; scaled by the bit depth of the file, they are black."""
     image_guard.say_once.cache_clear()
     ramp = np.linspace(0, white, 32 * 32).astype(np.uint16).reshape(32, 32)
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
@@ -258,14 +258,14 @@ class TestFloatImages:
         return np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
 
     def test_F08_float_has_no_defined_range(self, values):
-        with pytest.raises(BadImageError, match=r"mode F.*set value_range") as caught:
+        with pytest.raises(BadImageError, match=r"its mode F.*set value_range") as caught:
             open_image(encode(Image.fromarray(values), "TIFF"))
         assert caught.value.kind == "value range"
 
     def test_F08_with_a_range_it_is_scaled(self, values):
         image = open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
         assert (np.asarray(image)[:, :, 1] == np.rint(255 * values.astype(np.float64))).all()
-        with pytest.raises(BadImageError, match=r"0 to 1 leave value_range=\(0, 0.5\)"):
+        with pytest.raises(BadImageError, match=r"0 to 1 exceed value_range=\(0, 0.5\)"):
             open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
 
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -284,7 +284,7 @@ def test_F09_transparency_becomes_white(mode):
 
 
 def test_F09_training_sees_what_serving_sees(photo, tmp_path):
-    """The training path, and the stock processor on the same file opened as serving opens it: both white."""
+    """The training path and the image processor on a file opened as for inference both give white."""
     rgba = photo.convert("RGBA")
     rgba.putalpha(Image.new("L", rgba.size, 0))
     rgba.save(tmp_path / "a.png")
@@ -316,7 +316,7 @@ def test_F11_grey_with_alpha(photo):
 
 
 def stored_for(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """What a camera stores: the inverse of the turn that the tag asks for."""
+    """Image as a camera stores it: rotated by the inverse of the rotation in the tag."""
     return {
         1: upright,
         2: upright[:, ::-1],
@@ -343,7 +343,7 @@ def test_F12_exif_orientation(photo, orientation, format):
 
 
 def test_F12_equals_the_eye_of_pillow(photo):
-    """The same turns as `ImageOps.exif_transpose`."""
+    """The same rotations as `ImageOps.exif_transpose`."""
     from PIL import ImageOps
 
     for orientation in range(0, 11):
@@ -352,7 +352,7 @@ def test_F12_equals_the_eye_of_pillow(photo):
         content = encode(photo, "PNG", exif=exif)
         expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
         assert same_pixels(open_image(content), expected)
-        assert same_pixels(open_image(open_image(content)), expected)  # not turned twice
+        assert same_pixels(open_image(open_image(content)), expected)  # not rotated twice
 
 
 def test_F12_unreadable_exif_is_no_reason_to_lose_a_picture(photo):
@@ -362,7 +362,7 @@ def test_F12_unreadable_exif_is_no_reason_to_lose_a_picture(photo):
 
 class TestSize:
     def test_F13_tiny(self):
-        with pytest.raises(BadImageError, match="1x1 pixels, the shorter side under 16") as caught:
+        with pytest.raises(BadImageError, match="it has 1x1 pixels, below min_side=16") as caught:
             open_image(encode(Image.new("RGB", (1, 1)), "PNG"))
         assert caught.value.kind == "too small"
         assert open_image(encode(Image.new("RGB", (16, 30)), "PNG")).size == (16, 30)
@@ -374,13 +374,13 @@ class TestSize:
 
     @pytest.mark.parametrize("size", [(20, 401), (401, 20)])
     def test_F14_extreme_aspect(self, size):
-        with pytest.raises(BadImageError, match="20:1, over 20:1") as caught:
+        with pytest.raises(BadImageError, match="are 20:1, above max_aspect=20") as caught:
             open_image(encode(Image.new("RGB", size), "PNG"))
         assert caught.value.kind == "too elongated"
         open_image(encode(Image.new("RGB", (20, 400)), "PNG"))
 
     def test_F15_more_than_max_pixels(self, photo):
-        with pytest.raises(BadImageError, match="120x80 pixels are more than 9599") as caught:
+        with pytest.raises(BadImageError, match="it has 120x80 pixels, above max_pixels=9599") as caught:
             open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9599))
         assert caught.value.kind == "too large"
         assert open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9600)).size == (120, 80)
@@ -432,7 +432,7 @@ def test_F18_animation_gives_its_first_frame(format):
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "PostScript.*convert it to JPEG or PNG"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC.*convert it"),
         (b"\xff\x0a\xfa\x7f", "JPEG XL.*convert it"),
-        (b"8BPS\0\x01", r"no supported image format \(JPEG, PNG"),
+        (b"8BPS\0\x01", r"it is not in a supported format \(JPEG, PNG"),
     ],
 )
 def test_F19_formats_outside_of_the_list(content, reason):
@@ -452,7 +452,7 @@ def test_F19_pictures_of_other_formats_are_not_left_out_in_silence(tmp_path, cap
     (tmp_path / "notes.txt").write_text("x")
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         assert len(load_images(tmp_path)) == 1
-    assert "left out: 1 .heic" in caplog.text
+    assert "Files of other types are left out: 1 .heic" in caplog.text
 
 
 def test_F20_icc_profile_is_ignored_and_said_so(photo):
@@ -465,7 +465,7 @@ def test_F20_icc_profile_is_ignored_and_said_so(photo):
 
 
 def test_F24_other_numbers_of_channels_name_the_file(tmp_path):
-    """Five channels of 16 bits, as microscopes write them: no Pillow mode holds them."""
+    """Five channels of 16 bits, as microscopes write them, which no Pillow mode supports."""
     tags = {
         256: (4, 32), 257: (4, 32), 258: (3, 16), 259: (3, 1), 262: (3, 1), 273: (4, 200), 277: (3, 5),
         278: (4, 32), 279: (4, 32 * 32 * 10),
@@ -497,7 +497,7 @@ def test_F26_missing_path_names_the_nearest_parent(tmp_path):
 
 
 def test_F27_a_single_class_keeps_its_name(tmp_path):
-    """Fine for pretraining; whether one class is enough is for the probe or the fine-tuning to say."""
+    """Valid for pretraining; the probe or the fine-tuning checks if one class is enough."""
     source = load_images(make_folder(tmp_path, ["cat/a.png", "cat/b.png"]))
     assert (source.label_names, source.labels) == (("cat",), [0, 0])
 
@@ -537,7 +537,7 @@ def test_F32_name_that_is_no_utf8(tmp_path, caplog):
     bad = data.BadImages(tmp_path / "bad_images.jsonl", max_bad_share=1.0, num_images=1)
     with pytest.raises(data.TooManyBadImagesError):
         crops_of(source, bad)[(0, 0)]
-    assert r"\xff.png" in caplog.text.encode().decode()  # a terminal can print it
+    assert r"\xff.png" in caplog.text.encode().decode()  # printable in a terminal
     (record,) = lines_of(tmp_path / "bad_images.jsonl")
     assert os.fsencode(record["path"]).endswith(b"/\xff.png")
 
@@ -571,7 +571,7 @@ class TestWhileTraining:
         assert len(items) == 40
         (record,) = lines_of(tmp_path / "bad_images.jsonl")
         assert (record["kind"], record["path"]) == ("missing", str(folder / "007.png"))
-        # Everything else is as it was, and the place has crops of another image that are not that one's own.
+        # All other items are unchanged, and the replaced one has crops of another image with its own parameters.
         place = next(item for item in items if item["sample_id"] == 7)
         others = {item["sample_id"]: item["global_crops"] for item in items if item["sample_id"] != 7}
         assert not any(torch.equal(place["global_crops"], crops) for crops in others.values())
@@ -588,7 +588,7 @@ class TestWhileTraining:
         assert [record["kind"] for record in lines_of(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
     def test_F35_permission_denied(self, folder, tmp_path, monkeypatch):
-        # The tests may run as a user whom no permission stops, so the system's answer is played.
+        # The tests may run as root, whom permissions do not stop, so the error is simulated.
         reading = Path.read_bytes
 
         def read_bytes(path):
@@ -633,7 +633,7 @@ class TestWhileTraining:
         assert "regvit data-check" in message
         items = self.run(tmp_path, source, max_bad_share=0.1)
         assert len(items) == 40
-        assert len(lines_of(tmp_path / "bad_images.jsonl")) == 4  # those of before once
+        assert len(lines_of(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
 
     def test_F36_share_zero_is_strict_and_one_never_stops(self, folder, tmp_path):
         (folder / "001.png").write_bytes(b"")
@@ -645,7 +645,7 @@ class TestWhileTraining:
         with pytest.raises(ValueError, match=r"max_bad_share=1\.5"):
             data.BadImages(max_bad_share=1.5)
 
-    @pytest.mark.slow  # torch waits five seconds for each worker of a loader that was given up
+    @pytest.mark.slow  # torch waits five seconds for each worker of an abandoned loader
     def test_F36_worker_processes_report_too(self, folder, tmp_path):
         for name in ("001.png", "002.png"):
             (folder / name).write_bytes(b"")
@@ -698,7 +698,7 @@ class TestWhileTraining:
 
 @pytest.fixture(scope="module")
 def arrow_cache(tmp_path_factory):
-    """`datasets` keeps its Arrow copies below a folder of the test run, not in the user's home."""
+    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
     import datasets
 
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
@@ -717,11 +717,13 @@ class TestTables:
 
     def test_F37_wrong_columns(self, tmp_path, photo):
         self.write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
-        with pytest.raises(ValueError, match=r"'pixels' holds no images.*Columns: image, n; with images: image"):
+        with pytest.raises(ValueError, match=r"'pixels' does not hold images.*Columns: image, n; with images: image"):
             load_images(tmp_path, image_column="pixels")
-        with pytest.raises(ValueError, match=r"label column 'breed' is None.*integers or ClassLabel: n"):
+        with pytest.raises(
+            ValueError, match=r"label column 'breed' has type None, expected integers or ClassLabel. Such columns: n"
+        ):
             load_images(tmp_path, label_column="breed")
-        with pytest.raises(ValueError, match=r"'pixels' holds no images"):
+        with pytest.raises(ValueError, match=r"'pixels' does not hold images"):
             images.stream_images(tmp_path, image_column="pixels")
 
     def test_F37_empty_cell(self, tmp_path, photo):
@@ -767,7 +769,7 @@ class TestTar:
         with tarfile.open(path) as archive:
             last_image = archive.getmember("000002.jpg")
         size = {"data": last_image.offset_data + 100, "header": last_image.offset + 100, "end": 0}[cut]
-        if cut == "end":  # all members are there, the end mark is not
+        if cut == "end":  # all members are there, but not the end marker
             with tarfile.open(path) as archive:
                 last = archive.getmembers()[-1]
             size = last.offset_data + 512
@@ -867,7 +869,7 @@ def test_F41_remote_code_is_never_requested(tmp_path, monkeypatch):
     ]
     assert "limits" in calls
     assert "trust_remote_code" not in calls
-    # A program beside the pictures of a folder is not run either.
+    # A script next to the images of a folder is not run either.
     make_folder(tmp_path / "pets", ["a.png"])
     (tmp_path / "pets" / "pets.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     assert len(load_images(tmp_path / "pets")) == 1
@@ -875,7 +877,7 @@ def test_F41_remote_code_is_never_requested(tmp_path, monkeypatch):
 
 
 def test_a_record_of_bad_images_that_was_cut_off_does_not_end_the_next_run(tmp_path):
-    """A machine that lost its power in the middle of a line; the next run adds to the same file."""
+    """The machine lost power in the middle of a line; the next run appends to the same file."""
     path = tmp_path / "bad_images.jsonl"
     path.write_bytes(b'{"path": "a.jpg", "kind": "corrupt", "reason": "x", "epoch": 0}\n{"path": "b.j')
     bad = data.BadImages(path, num_images=1000)

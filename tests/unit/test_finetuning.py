@@ -107,14 +107,14 @@ def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path
     folder_of(tmp_path / "train", cat=3, dog=3)
     folder_of(tmp_path / "validation", ant=1, dog=2)
     args = arguments(tmp_path / "run", data=str(tmp_path))
-    with pytest.raises(ValueError, match=r"only in its validation part: \['ant'\].*--ignore_extra_classes"):
+    with pytest.raises(ValueError, match=r"only in its validation split: \['ant'\].*--ignore_extra_classes"):
         labelled_parts(args)
     args.ignore_extra_classes = True
     _, kept = labelled_parts(args)
     assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
-    assert "1 validation images are of classes without training images and are left out: 'ant'" in caplog.text
+    assert "1 validation images belong to classes without training images and are left out: 'ant'" in caplog.text
     (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
-    with pytest.raises(ValueError, match="only in its validation part"):
+    with pytest.raises(ValueError, match="only in its validation split"):
         labelled_parts(args)
 
 
@@ -175,7 +175,7 @@ def test_a_share_of_every_class_is_held_out_and_the_seed_decides(tmp_path):
 def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
     path = table_of(tmp_path / "validation.parquet", [0, 1, 0, 1])
     with pytest.raises(
-        ValueError, match=r"has no train part: .*Use --train_dir instead of --data to train on all images"
+        ValueError, match=r"has no train split. .*Use --train_dir instead of --data to train on all images"
     ):
         labelled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
     train, validation = labelled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))

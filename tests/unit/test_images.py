@@ -1,4 +1,4 @@
-"""The one way to open an image, every source, the evaluation processor."""
+"""Tests of image sources, image decoding and the evaluation processor."""
 
 import io
 import pickle
@@ -102,7 +102,7 @@ class TestPhotos:
         assert len(photos) == 21
         assert photos["astronaut"].size == (512, 512)
         assert all(image.mode == "RGB" for image in photos.values())
-        # The horse is a silhouette on a transparent ground: composited on white, not revealed.
+        # The horse is a silhouette on a transparent background, which must become white.
         assert np.asarray(photos["horse"]).max() == 255
 
     def test_source_can_be_sent_to_a_worker(self, tiles):
@@ -135,7 +135,7 @@ def test_stratified_split_has_each_class_in_both_parts():
     labels = [0] * 10 + [1] * 2 + [2]
     train, held_out = images.stratified_split(labels, held_out_share=0.2, seed=0)
     assert sorted(train + held_out) == list(range(13))
-    assert [labels[i] for i in held_out] == [0, 0, 1]  # a class of one is for training
+    assert [labels[i] for i in held_out] == [0, 0, 1]  # the only image of a class goes to the training split
     assert (train, held_out) == images.stratified_split(labels, held_out_share=0.2, seed=0)
     assert (train, held_out) != images.stratified_split(labels, held_out_share=0.2, seed=1)
     assert {labels[i] for i in images.stratified_split(labels, held_out_share=0.99, seed=0)[0]} == {0, 1, 2}
@@ -169,7 +169,7 @@ class TestFolder:
         train, held_out = load_images(tmp_path), load_images(tmp_path, split="validation")
         assert train.ids == ["train/cat/a.png", "train/dog/b.png"]
         assert held_out.ids == [f"{name}/dog/c.png"]
-        # A class without held-out images still has its number.
+        # A class without held-out images keeps its id.
         assert held_out.label_names == ("cat", "dog")
         assert held_out.labels == [1]
         assert len(load_images(tmp_path, split=None)) == 3
@@ -181,12 +181,12 @@ class TestFolder:
 
     def test_no_validation_part(self, tmp_path):
         make_folder(tmp_path, ["cat/a.png", "dog/b.png"])
-        with pytest.raises(images.MissingSplitError, match=r"no validation part.*'cat', 'dog'"):
+        with pytest.raises(images.MissingSplitError, match=r"no validation split.*'cat', 'dog'"):
             load_images(tmp_path, split="validation")
 
     def test_no_training_part(self, tmp_path):
         make_folder(tmp_path, ["val/cat/a.png"])
-        with pytest.raises(images.MissingSplitError, match="no train part"):
+        with pytest.raises(images.MissingSplitError, match="no train split"):
             load_images(tmp_path)
         assert load_images(tmp_path, split="validation").label_names == ("cat",)
 
@@ -202,7 +202,7 @@ class TestFolder:
             load_images(tmp_path / "images.zip")
 
     def test_unknown_split(self):
-        with pytest.raises(ValueError, match="split='test'"):
+        with pytest.raises(ValueError, match="Unknown split='test'"):
             load_images("photos", split="test")
 
     def test_subset(self, tiles):
@@ -214,7 +214,7 @@ class TestFolder:
 
 @pytest.fixture(scope="module")
 def arrow_cache(tmp_path_factory):
-    """`datasets` keeps its Arrow copies below a folder of the test run, not in the user's home."""
+    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
     import datasets
 
     before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
@@ -245,7 +245,7 @@ class TestTables:
         assert source.labels == [0, 1, 0, 1]
         assert source[3].image.getpixel((0, 0)) == (3, 0, 0)
         assert source[3].image.size == (19, 17)
-        with pytest.raises(images.MissingSplitError, match="no validation part"):
+        with pytest.raises(images.MissingSplitError, match="no validation split"):
             load_images(tmp_path / "pets.parquet", split="validation")
 
     def test_folder_with_parts(self, tmp_path):
@@ -274,7 +274,7 @@ class TestTables:
         table = datasets.Dataset.from_dict({"image": [cell], "label": ["cat"]}, features=features)
         table.to_parquet(str(tmp_path / "a.parquet"))
         assert load_images(tmp_path).labels is None
-        with pytest.raises(ValueError, match=r"'label' is Value\('string'\).*there are none"):
+        with pytest.raises(ValueError, match=r"'label' has type Value\('string'\).*Such columns: none"):
             load_images(tmp_path, label_column="label")
 
     @requires_shared
@@ -299,7 +299,7 @@ class TestTables:
         ],
     )
     def test_hub_splits_by_their_names(self, splits, train, validation, monkeypatch):
-        """Labels are the number of the split. A data set of the Hub often has `train` and `test` and no more."""
+        """Labels are the index of the split. Hub data sets often have only `train` and `test`."""
         import datasets
 
         names = splits.split()
@@ -319,7 +319,9 @@ class TestTables:
         for split, expected in (("train", train), ("validation", validation)):
             if expected is None:
                 for opened in (load_images, images.stream_images):
-                    with pytest.raises(images.MissingSplitError, match=f"no {split} part; its splits are '{names[0]}"):
+                    with pytest.raises(
+                        images.MissingSplitError, match=f"no {split} split. Its splits are '{names[0]}"
+                    ):
                         opened("some-one/pictures", split=split)
             else:
                 assert load_images("some-one/pictures", split=split).labels == expected
@@ -343,7 +345,7 @@ class TestTables:
         found = load_images(tmp_path, split="train", ignore_extra_classes=True)
         assert {str(Path(id).parent) for id in found.ids} == train
         if validation is None:
-            with pytest.raises(images.MissingSplitError, match="no validation part"):
+            with pytest.raises(images.MissingSplitError, match="no validation split"):
                 load_images(tmp_path, split="validation")
         else:
             held_out = load_images(tmp_path, split="validation", ignore_extra_classes=True)
@@ -354,7 +356,7 @@ class TestTables:
             assert "test" not in everything.label_names
 
     def test_hub_configurations_are_chosen_by_name(self, monkeypatch, tmp_path):
-        """A folder with the card of a data set is to `datasets` what a repository is."""
+        """`datasets` reads a folder with a data set card in the same way as a repository."""
         import datasets
 
         features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
@@ -377,9 +379,11 @@ class TestTables:
         (row,) = images.stream_images("some-one/pictures:full").open_shard(0)
         assert row.label == 0
         for opened in (load_images, images.stream_images):
-            with pytest.raises(ValueError, match="several configurations; say which: 'some-one/pictures:full', '"):
+            with pytest.raises(
+                ValueError, match=r"several configurations\. Choose one of 'some-one/pictures:full', '"
+            ):
                 opened("some-one/pictures")
-            with pytest.raises(ValueError, match="no configuration 'small'; say which: 'some-one/pictures:full'"):
+            with pytest.raises(ValueError, match=r"no configuration 'small'\. Choose one of 'some-one/pictures:full'"):
                 opened("some-one/pictures:small")
 
     def test_neither_path_nor_hub(self):
@@ -407,7 +411,7 @@ def test_default_image_processor(photo, tmp_path):
     again = AutoImageProcessor.from_pretrained(tmp_path)
     pixels = processor(photo, return_tensors="pt")["pixel_values"]
     assert torch.equal(pixels, again(photo, return_tensors="pt")["pixel_values"])
-    # The same by hand: shortest edge 64, centre 56, normalise. The library resizes tensors, Pillow rounds once more.
+    # The same by hand: shortest edge 64, center 56, normalize. transformers resizes tensors; Pillow rounds once more.
     resized = photo.resize((96, 64), Image.Resampling.BICUBIC).crop((20, 4, 76, 60))
     expected = TF.normalize(TF.to_tensor(resized), images.IMAGENET_MEAN, images.IMAGENET_STD)
     assert (pixels[0] - expected).abs().mean() < 0.005
@@ -419,6 +423,6 @@ def test_a_folder_called_like_an_embedded_data_set_is_not_overlooked_in_silence(
     image_guard.say_once.cache_clear()
     assert len(load_images("digits", split=None)) == 1797
     assert (
-        "'digits' is the embedded data set, not the folder of that name here; for that say './digits'" in caplog.text
+        "'digits' refers to the built-in data set, not to the local path. For the path, use './digits'." in caplog.text
     )
     assert load_images("./digits", split=None).ids == ["mine.png"]

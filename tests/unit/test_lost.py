@@ -1,4 +1,4 @@
-"""LOST, the attention box, IoU and CorLoc: slow twins from the definitions, ties, degenerate and wrong input."""
+"""Tests of LOST, the attention box, IoU and CorLoc: slow twins, ties, degenerate and wrong input."""
 
 import itertools
 import math
@@ -62,7 +62,7 @@ def slow_affinity(features, center, l2norm, bias):
 
 
 def slow_lost(features, grid, *, k, center, l2norm, bias):
-    """The definition, patch by patch, in Python's own numbers."""
+    """The definition, patch by patch, in plain Python."""
     gram = slow_affinity(features.tolist(), center, l2norm, bias)
     count = len(gram)
     degrees = [sum(gram[i][j] > 0 for j in range(count) if j != i) for i in range(count)]
@@ -106,7 +106,7 @@ def test_equals_the_slow_twin(center, l2norm, bias, k, tilt):
         features = scene(seed, tilt=tilt)
         gram = torch.tensor(slow_affinity(features.tolist(), center, l2norm, bias), dtype=torch.float64)
         if gram.abs().min() < 2e-5:
-            continue  # a sign within rounding of float32 says nothing about either
+            continue  # within float32 rounding, the sign is not meaningful
         compared += 1
         expected = slow_lost(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
         result = lost_box(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
@@ -128,7 +128,7 @@ def test_equals_the_slow_twin(center, l2norm, bias, k, tilt):
 def test_finds_the_object_that_was_put_there():
     result = lost_box(scene(), (6, 8))
     assert result.cells == (2, 1, 4, 4)
-    assert result.box(16, (90, 60)) == (32.0, 16.0, 60.0, 64.0)  # clipped at the picture's right edge
+    assert result.box(16, (90, 60)) == (32.0, 16.0, 60.0, 64.0)  # clipped at the right edge of the image
     assert result.box((10, 16), (90, 100)) == (32.0, 10.0, 64.0, 40.0)
     assert not result.degenerate
 
@@ -167,9 +167,9 @@ def test_almost_all_similar_is_called_degenerate_with_its_number():
     assert tilted.degenerate
     assert tilted.positive_share == 1.0
     assert tilted.tied_seeds == 48
-    # What the settings are for: the same features, centred, show the object again.
+    # The purpose of the settings: with centering, the same features show the object again.
     assert lost_box(scene(tilt=20.0), (6, 8), center="image").cells == (2, 1, 4, 4)
-    # A bias so low that nobody is similar to anybody leaves no choice either.
+    # With a very low bias, no patches are similar, so there is no distinct seed either.
     assert lost_box(scene(), (6, 8), l2norm=True, bias=-1.5).degenerate
 
 
@@ -186,7 +186,7 @@ def test_a_seed_in_the_background_is_the_whole_object(features, why):
 
 
 def test_a_seed_whose_own_score_is_negative():
-    # Its friends' rows, centred, are high at each other and low at the seed.
+    # The centered rows of the expansion are high at each other and low at the seed.
     for seed in range(200):
         features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
         result = lost_box(features, (3, 4), center="row", bias=-0.5)
@@ -207,7 +207,7 @@ def test_one_patch_and_half_precision():
     ("change", "message"),
     [
         ({"grid": (5, 8)}, r"\(48, 7\).*5 x 8"),
-        ({"features": torch.zeros(1, 48, 7)}, r"\(patches, width\)"),
+        ({"features": torch.zeros(1, 48, 7)}, r"expected \(patches, width\)"),
         ({"features": torch.full((48, 7), torch.nan)}, "NaN or infinity"),
         ({"k": 0}, "k=0"),
         ({"center": "column"}, "center='column'.*none, image, row"),
@@ -263,7 +263,7 @@ def test_settings_name_themselves():
 
 
 def slow_attention(attention, grid, mass):
-    """Keep what is not in the tail that holds 1 - mass; of the parts the biggest, of equals the first."""
+    """Keep the patches outside the tail that holds 1 - mass; return the largest component, the first in a tie."""
     total, running, kept = sum(attention), 0.0, set()
     for position in sorted(range(len(attention)), key=lambda i: attention[i]):
         running += attention[position] / total
@@ -273,7 +273,7 @@ def slow_attention(attention, grid, mass):
     while left:
         parts.append(flood(kept, left[0]))
         left = [cell for cell in left if cell not in parts[-1]]
-    return max(parts, key=len)  # of equals the first
+    return max(parts, key=len)  # the first in a tie
 
 
 @pytest.mark.parametrize("mass", [0.2, 0.6, 0.95, 1.0])
@@ -287,7 +287,7 @@ def test_attention_equals_the_slow_twin(mass):
 
 
 def test_the_others_may_hold_all_that_is_not_asked_for():
-    # Of four equal patches two hold exactly the half that may be left out; of equals the later ones stay.
+    # Two of four equal patches hold exactly the half that may be left out; in a tie, later ones are kept.
     assert attention_mask(torch.ones(4), (2, 2), mass=0.5).tolist() == [[False, False], [True, True]]
 
 
@@ -343,10 +343,10 @@ def test_any_box_of_the_image_will_do():
     [
         ([[0, 0, 1, 1]], [[], []], "1 predicted boxes for 2"),
         ([[0, 0, 1, 1]], [[]], "Image 0 has no ground-truth box"),
-        ([[5, 5, 1, 1]], [[[0, 0, 1, 1]]], "x, y, w, h"),
+        ([[5, 5, 1, 1]], [[[0, 0, 1, 1]]], r"Convert \(x, y, w, h\) boxes"),
         ([[0, 0, 1, 1]], [[[0, 0, math.nan, 1]]], "finite"),
         ([[0, 0, 1]], [[[0, 0, 1, 1]]], r"\(number, 4\)"),
-        ([], [], "of nothing"),
+        ([], [], "at least one image"),
     ],
 )
 def test_wrong_boxes_are_named(predictions, references, message):
@@ -385,7 +385,7 @@ def picture(width, height, seed=0):
 
 
 def padded(image, width, height):
-    """Normalised, then zeros right and below, pixel by pixel."""
+    """Normalized, then zeros on the right and bottom, pixel by pixel."""
     pixels = torch.zeros(1, 3, height, width)
     values = np.asarray(image)
     for y, x in itertools.product(range(image.height), range(image.width)):
@@ -492,7 +492,7 @@ def test_settings_that_a_model_has_not_are_named(model, processor):
     image = picture(32, 24)
     with pytest.raises(ValueError, match="layer 4"):
         discover_objects(model, [image], layer=4, processor=processor)
-    with pytest.raises(ValueError, match="head=4 does not exist; the heads are 0 to 3"):
+    with pytest.raises(ValueError, match=r"head=4 does not exist\. Use 0 to 3"):
         list(propose(model, [image], [AttentionSettings(4)], processor=processor))
     config = SiglipVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8

@@ -1,4 +1,4 @@
-"""Object discovery: ground-truth boxes of every form, choice on one part and judgement on the other, commands."""
+"""Tests of object discovery: forms of ground-truth boxes, choosing on one half and testing on the other, commands."""
 
 import io
 import json
@@ -105,11 +105,11 @@ def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
 @pytest.mark.parametrize(
     ("feature", "cells", "change", "message"),
     [
-        (Value("int64"), [3, 4], {}, "3 is no box of four numbers"),
-        (List(Value("int64")), [[1, 2, 3], [1, 2, 3]], {}, r"\[1, 2, 3\] is no box"),
-        ({"area": List(Value("int64"))}, [{"area": [3]}] * 2, {}, "a record of area, expected 'bbox'"),
-        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "xyxy"}, "no pair of corners"),
-        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "cxcywh"}, "'cxcywh' is unknown"),
+        (Value("int64"), [3, 4], {}, "3 is not a box of four numbers"),
+        (List(Value("int64")), [[1, 2, 3], [1, 2, 3]], {}, r"\[1, 2, 3\] is not a box"),
+        ({"area": List(Value("int64"))}, [{"area": [3]}] * 2, {}, "the record has the fields area, but not 'bbox'"),
+        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "xyxy"}, r"is not \(x1, y1, x2, y2\)"),
+        (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"box_format": "cxcywh"}, "Unknown box_format='cxcywh'"),
         (List(Value("int64")), [[5, 5, 3, 4]] * 2, {"column": "faces"}, "looked for faces, found objects"),
     ],
 )
@@ -131,7 +131,7 @@ def test_boxes_in_the_wrong_format_are_noticed(tmp_path, model, options, caplog)
     source = load_images(path, split=None)
     truth = ground_truth_boxes(source)
     measure_overlaps(model, source, truth, [LostSettings()], processor=options["processor"])
-    assert "In 2 of 2 images, such as 'row/0', a ground-truth box reaches beyond the picture" in caplog.text
+    assert "In 2 of 2 images, such as 'row/0', a ground-truth box extends beyond the image" in caplog.text
 
 
 # --- Choice and judgement
@@ -160,7 +160,7 @@ def test_the_best_is_chosen_and_of_equals_the_first():
         (2, pytest.approx(2 / 3)), (3, pytest.approx(2 / 3)), (1, 0.0)
     ]  # fmt: skip
     assert choice.to_dict()["num_settings"] == 3
-    assert choice.center == 0.8  # of a box as large as the image: 0.64 of its area, the first above a half
+    assert choice.center == 0.8  # for a box as large as the image, 0.64 of the area is the first share above a half
 
 
 def test_middle_boxes_cover_what_they_say():
@@ -218,12 +218,12 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     assert lost.num_without_boxes == 1
     assert lost.num_skipped == len(second) - len(judged)
     assert lost.choice["num_settings"] == 2 * 2 * 2 * (1 + 2)
-    # The number is that of the public function with those settings, on images that the choice has not seen.
+    # The number equals that of the public function with these settings, on images not used for choosing.
     chosen = {name: getattr(lost.settings, name) for name in ("feature", "layer", "center", "l2norm", "bias", "k")}
     subset = source.subset([int(name.split("/")[1]) for name in judged])
     objects = discover_objects(model, subset, processor=options["processor"], **chosen)
     assert lost.corloc == pytest.approx(corloc([o.box for o in objects], [truth[name] for name in judged]))
-    # And they are the best on the images of choice.
+    # These settings are the best on the images used for choosing.
     others = source.subset([kept[i] for i in first])
     settings = options["protocol"].lost_grid.settings(2)
     boxes = [truth[name] for name in others.ids]
@@ -273,9 +273,9 @@ def test_vanilla_is_there_to_compare_with(data, model, options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"max_images": 1}, "of 1 images with boxes; at least 2"),
-        ({"lost_grid": LostGrid(layers=(-9,))}, "nothing to try on a model of 2 blocks"),
-        ({"boxes": "number"}, "no box of four numbers"),
+        ({"max_images": 1}, "of 1 images, but at least 2"),
+        ({"lost_grid": LostGrid(layers=(-9,))}, "no setting for a model of 2 blocks"),
+        ({"boxes": "number"}, "not a box of four numbers"),
     ],
 )
 def test_what_cannot_be_evaluated_is_named(data, model, options, change, message):
