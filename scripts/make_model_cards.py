@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="folder for runs, reports and bundles")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "model_cards", help="folder for the cards")
     parser.add_argument("--max_images", type=int, default=500, help="number of images per split of an evaluation")
-    parser.add_argument("--steps", type=int, default=100, help="fine-tuning steps after adding registers, 16 images each")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="fine-tuning steps after adding registers, 16 images each"
+    )
     options = parser.parse_args(argv)
     work, few = options.work, str(options.max_images)
     photos(work, options.output_dir)

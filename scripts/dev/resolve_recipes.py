@@ -1,6 +1,6 @@
-"""Write every recipe of `examples/`, fully resolved, to `tests/golden_recipes/`.
+"""Write all options of every recipe in `examples/` to `tests/golden_recipes/`.
 
-A test compares them, so a changed default shows up in review as a difference there. Run it after a deliberate change.
+A test compares them, so that a changed default is visible in review. Run this script after a deliberate change.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def resolved(recipe: Path) -> str:
-    """All options of one recipe as YAML text, in the order of the dataclass."""
+    """Return all options of a recipe as YAML text, in the order of the dataclass."""
     from hf_regvit.arguments import RecipeParser
     from hf_regvit.finetuning import FinetuningArguments
     from hf_regvit.pretraining import PretrainingArguments

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser
 
 @dataclass
 class ConvertArguments:
-    """Options of `regvit convert`. The overrides set fields of `RegViTConfig` that a raw state dict does not contain."""
+    """Options of `regvit convert`. The overrides set fields of `RegViTConfig` that a raw state dict lacks."""
 
     model_name_or_path: str = field(
         metadata={
@@ -26,16 +26,20 @@ class ConvertArguments:
     verify: bool = field(
         default=True, metadata={"help": "Compare the outputs with those of the source model, if it can be run."}
     )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Number of attention heads, for raw state dicts."})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Number of attention heads, for raw state dicts."}
+    )
     layer_norm_eps: float | None = field(default=None, metadata={"help": "LayerNorm epsilon, for raw state dicts."})
     interpolate_antialias: bool | None = field(
         default=None, metadata={"help": "Antialias resampled position embeddings, for raw state dicts."}
     )
     interpolate_offset: float | None = field(
-        default=None, metadata={"help": "Offset added to the grid size when resampling position embeddings, for raw state dicts."}
+        default=None,
+        metadata={"help": "Offset added to the grid size when resampling position embeddings, for raw state dicts."},
     )
     image_size: list[int] | None = field(
-        default=None, metadata={"help": "Image size of the stored position embeddings in pixels: one side, or height and width."}
+        default=None,
+        metadata={"help": "Image size of the stored position embeddings in pixels: one side, or height and width."},
     )
     pooling: str | None = field(
         default=None, metadata={"help": "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch."}
@@ -66,27 +70,37 @@ class ExtractArguments:
             "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits.",
         }
     )
-    output_dir: str = field(metadata={"help": "Output folder for shards and index.json; an interrupted run is continued."})
+    output_dir: str = field(
+        metadata={"help": "Output folder for shards and index.json; an interrupted run is continued."}
+    )
     split: str | None = field(
-        default=None, metadata={"help": "Split to read: train or validation. Default: all images; train with --streaming."}
+        default=None,
+        metadata={"help": "Split to read: train or validation. Default: all images; train with --streaming."},
     )
     streaming: bool = field(
         default=False, metadata={"help": "Read parquet files or a Hub data set as a stream, without a local copy."}
     )
     layer: int = field(
-        default=-1, metadata={"help": "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."}
+        default=-1,
+        metadata={"help": "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."},
     )
     final_norm: bool = field(
         default=True, metadata={"help": "Apply the model's final norm; otherwise save the raw residual stream."}
     )
     patches: bool = field(default=True, metadata={"help": "Save patch tokens in addition to CLS and registers."})
-    dtype: str = field(default="float32", metadata={"help": "Data type of the saved tokens: float32, float16 or bfloat16."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Data type of the saved tokens: float32, float16 or bfloat16."}
+    )
     batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass and process."})
-    shard_size: int = field(default=256, metadata={"help": "Number of images per file, also held in memory, per process."})
+    shard_size: int = field(
+        default=256, metadata={"help": "Number of images per file, also held in memory, per process."}
+    )
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the square input in pixels. Default: set by the model's processor."}
     )
-    max_images: int | None = field(default=None, metadata={"help": "Read at most this many images, from the first one on. Default: all."})
+    max_images: int | None = field(
+        default=None, metadata={"help": "Read at most this many images, from the first one on. Default: all."}
+    )
 
     def images(self) -> Any:
         """Return the images for `extract_to_folder`, as a source or a stream."""
@@ -122,12 +136,16 @@ class EvaluateArguments:
         }
     )
     train_data: str | None = field(
-        default=None, metadata={"aliases": ["--train_dir"], "help": "Training images, for fitting and selecting probes."}
+        default=None,
+        metadata={"aliases": ["--train_dir"], "help": "Training images, for fitting and selecting probes."},
     )
     train_val_split: float | None = field(
-        default=None, metadata={"help": "Share of the images of each class used as test images if --data has no validation split."}
+        default=None,
+        metadata={"help": "Share of the images of each class used as test images if --data has no validation split."},
     )
-    segmentation_data: str | None = field(default=None, metadata={"help": "Images with segmentation masks. Default: --data."})
+    segmentation_data: str | None = field(
+        default=None, metadata={"help": "Images with segmentation masks. Default: --data."}
+    )
     depth_data: str | None = field(default=None, metadata={"help": "Images with depth maps. Default: --data."})
     lost_data: str | None = field(default=None, metadata={"help": "Images with bounding boxes. Default: --data."})
     tasks: list[str] = field(
@@ -144,48 +162,76 @@ class EvaluateArguments:
     image_size: int | None = field(
         default=None, metadata={"help": "Side of the center crop in pixels. Default: the model's image size."}
     )
-    image_sizes: list[int] | None = field(default=None, metadata={"help": "Image sizes of the robustness task in pixels."})
-    knn_k: list[int] | None = field(default=None, metadata={"help": "Numbers of nearest neighbors. Default: 10 20 100 200."})
+    image_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Image sizes of the robustness task in pixels."}
+    )
+    knn_k: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of nearest neighbors. Default: 10 20 100 200."}
+    )
     linear_steps: int = field(default=2000, metadata={"help": "Number of SGD steps of the linear probe."})
     select_on: str = field(
         default="held_out",
-        metadata={"help": "Images on which the linear probe is selected: held_out is a tenth of the training images; judged is "
-            "the test images, as in the official DINOv2 probe."},
+        metadata={
+            "help": "Images on which the linear probe is selected: held_out is a tenth of the training images; judged "
+            "is the test images, as in the official DINOv2 probe."
+        },
     )
-    shots: list[int] | None = field(default=None, metadata={"help": "Numbers of few-shot images per class. Default: 1 5 10."})
+    shots: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of few-shot images per class. Default: 1 5 10."}
+    )
     num_tries: int = field(default=5, metadata={"help": "Number of random draws of the few-shot images."})
-    dense_steps: int = field(default=1000, metadata={"help": "Number of training steps of the segmentation and depth heads."})
+    dense_steps: int = field(
+        default=1000, metadata={"help": "Number of training steps of the segmentation and depth heads."}
+    )
     dense_image_size: int | None = field(
-        default=None, metadata={"help": "Shorter image side for segmentation and depth in pixels. Default: the model's image size."}
+        default=None,
+        metadata={"help": "Shorter image side for segmentation and depth in pixels. Default: the model's image size."},
     )
     num_dense_blocks: int = field(
         default=1, metadata={"help": "Number of blocks that segmentation and depth read: 1 (the last one) or 4."}
     )
-    ignore_values: list[int] | None = field(
-        default=None, metadata={"help": "Mask values to ignore. Default: 255."}
-    )
+    ignore_values: list[int] | None = field(default=None, metadata={"help": "Mask values to ignore. Default: 255."})
     reduce_labels: bool = field(
         default=False, metadata={"help": "Treat mask value 0 as background to ignore, as in ADE20k."}
     )
     depth_scale: float | None = field(
-        default=None, metadata={"help": "Meters per stored depth unit. Default: 0.001 for integers, 1 for floating-point values."}
+        default=None,
+        metadata={"help": "Meters per stored depth unit. Default: 0.001 for integers, 1 for floating-point values."},
     )
     max_depth: float = field(default=10.0, metadata={"help": "Maximum depth in meters; larger values are ignored."})
     boxes: str | None = field(
         default=None, metadata={"help": "Column with ground-truth boxes. Default: objects, bbox or boxes."}
     )
-    box_format: str = field(default="xywh", metadata={"help": "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners)."})
-    lost_features: list[str] | None = field(default=None, metadata={"help": "Features for object discovery, among q k v out. Default: all."})
-    lost_layers: list[int] | None = field(default=None, metadata={"help": "Blocks for object discovery, counted from the end. Default: -1 to -4."})
-    lost_centers: list[str] | None = field(default=None, metadata={"help": "Centering for object discovery, among none image row. Default: all."})
-    lost_l2norm: list[str] | None = field(default=None, metadata={"help": "L2 normalization for object discovery, among false true. Default: both."})
-    lost_biases: list[float] | None = field(
-        default=None, metadata={"help": "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."}
+    box_format: str = field(
+        default="xywh",
+        metadata={"help": "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners)."},
     )
-    lost_k: list[int] | None = field(default=None, metadata={"help": "Numbers of candidate patches for seed expansion. Default: 100."})
-    max_side: int = field(default=640, metadata={"help": "Maximum longer side for object discovery in pixels; larger images are resized."})
+    lost_features: list[str] | None = field(
+        default=None, metadata={"help": "Features for object discovery, among q k v out. Default: all."}
+    )
+    lost_layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks for object discovery, counted from the end. Default: -1 to -4."}
+    )
+    lost_centers: list[str] | None = field(
+        default=None, metadata={"help": "Centering for object discovery, among none image row. Default: all."}
+    )
+    lost_l2norm: list[str] | None = field(
+        default=None, metadata={"help": "L2 normalization for object discovery, among false true. Default: both."}
+    )
+    lost_biases: list[float] | None = field(
+        default=None,
+        metadata={"help": "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."},
+    )
+    lost_k: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of candidate patches for seed expansion. Default: 100."}
+    )
+    max_side: int = field(
+        default=640,
+        metadata={"help": "Maximum longer side for object discovery in pixels; larger images are resized."},
+    )
     max_images: int | None = field(
-        default=None, metadata={"help": "Maximum number of images per split, drawn at random with --seed. Default: all."}
+        default=None,
+        metadata={"help": "Maximum number of images per split, drawn at random with --seed. Default: all."},
     )
     batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
     device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
@@ -256,13 +302,18 @@ class DiagnoseArguments:
             "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits. Use at least 500.",
         }
     )
-    output_dir: str = field(default="diagnosis", metadata={"help": "Output folder for report.json, report.html and figures."})
-    split: str | None = field(default=None, metadata={"help": "Split to read: train or validation. Default: all images."})
+    output_dir: str = field(
+        default="diagnosis", metadata={"help": "Output folder for report.json, report.html and figures."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
+    )
     layers: list[int] | None = field(
         default=None, metadata={"help": "Blocks to read: 1 to the depth, 0 for the embedding. Default: all."}
     )
     cutoff: str = field(
-        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."}
+        default="auto",
+        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
     )
     max_images: int = field(default=1000, metadata={"help": "Maximum number of images, drawn at random with --seed."})
     detail_images: int = field(
@@ -270,7 +321,8 @@ class DiagnoseArguments:
     )
     batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
     probes: bool = field(
-        default=False, metadata={"help": "Also fit linear probes on single tokens; the class probe needs labeled images."}
+        default=False,
+        metadata={"help": "Also fit linear probes on single tokens; the class probe needs labeled images."},
     )
     seed: int = field(default=0, metadata={"help": "Random seed."})
     device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
@@ -304,17 +356,24 @@ class RetrofitArguments:
         }
     )
     output_dir: str = field(metadata={"help": "New output folder for the checkpoint, its report and figures."})
-    split: str | None = field(default=None, metadata={"help": "Split to read: train or validation. Default: all images."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
+    )
     num_register_tokens: int | None = field(
         default=None, metadata={"help": "Number of registers to add. Default: the best of 1, 2, 4 and 8."}
     )
-    top_k: int | None = field(default=None, metadata={"help": "Number of neurons to move. Default: the best of 1 to 50."})
+    top_k: int | None = field(
+        default=None, metadata={"help": "Number of neurons to move. Default: the best of 1 to 50."}
+    )
     highest_block: int | None = field(
         default=None,
-        metadata={"help": "Last block to take neurons from, counted from 0. Default: the block in which outliers first appear."},
+        metadata={
+            "help": "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
+        },
     )
     cutoff: str = field(
-        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."}
+        default="auto",
+        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
     )
     max_images: int = field(default=500, metadata={"help": "Maximum number of images, drawn at random with --seed."})
     batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
@@ -349,12 +408,16 @@ class DataCheckArguments:
     )
     batch_size: int = field(default=64, metadata={"help": "Number of images per training step over all processes."})
     image_size: int = field(default=224, metadata={"help": "Side of the global crops in pixels."})
-    max_bad_share: float = field(default=0.01, metadata={"help": "Maximum share of unreadable images that training would accept, 0 to 1."})
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Maximum share of unreadable images that training would accept, 0 to 1."}
+    )
     near_limit_bits: int = field(
         default=6,
         metadata={"help": "Maximum number of differing bits in the 64-bit image hashes of near duplicates, 0 to 16."},
     )
-    num_workers: int = field(default=0, metadata={"help": "Number of processes that read images; 0 reads in the main process."})
+    num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that read images; 0 reads in the main process."}
+    )
 
 
 @dataclass
@@ -387,11 +450,15 @@ class PublishArguments:
         default=None, metadata={"help": "Hub repository id, owner/name. The model card loads the model from it."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "New folder for the bundle. Default: bundles/ followed by the repository name."}
+        default=None,
+        metadata={"help": "New folder for the bundle. Default: bundles/ followed by the repository name."},
     )
-    push: bool = field(default=False, metadata={"help": "Upload the bundle. Without this option, nothing is uploaded."})
+    push: bool = field(
+        default=False, metadata={"help": "Upload the bundle. Without this option, nothing is uploaded."}
+    )
     public: bool = field(
-        default=False, metadata={"help": "Create a public repository instead of a private one, or upload to an existing public one."}
+        default=False,
+        metadata={"help": "Create a public repository instead of a private one, or upload to an existing public one."},
     )
     reports: list[str] = field(
         default_factory=list,
@@ -401,9 +468,15 @@ class PublishArguments:
         default=None,
         metadata={"help": "License of the weights, as a Hub license id such as apache-2.0, cc-by-nc-4.0 or other."},
     )
-    license_name: str | None = field(default=None, metadata={"help": "Name of the license. Required with --license other."})
-    license_link: str | None = field(default=None, metadata={"help": "URL of the license text. Required with --license other."})
-    data: str | None = field(default=None, metadata={"help": "Description of the training images. Default: taken from the run."})
+    license_name: str | None = field(
+        default=None, metadata={"help": "Name of the license. Required with --license other."}
+    )
+    license_link: str | None = field(
+        default=None, metadata={"help": "URL of the license text. Required with --license other."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Description of the training images. Default: taken from the run."}
+    )
     data_license: str | None = field(default=None, metadata={"help": "License or terms of the training images."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data sets."})
     base_model: str | None = field(
@@ -412,14 +485,19 @@ class PublishArguments:
     base_model_license: str | None = field(default=None, metadata={"help": "License or terms of the base model."})
     origin: str | None = field(
         default=None,
-        metadata={"help": "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the run, or "
-            "unknown."},
+        metadata={
+            "help": "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the "
+            "run, or unknown."
+        },
     )
     description: str | None = field(default=None, metadata={"help": "Paragraph for the model card."})
     example_pictures: bool = field(
-        default=False, metadata={"help": "Include the example figures of the diagnosis, which show images of the data set."}
+        default=False,
+        metadata={"help": "Include the example figures of the diagnosis, which show images of the data set."},
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Maximum size of a weights file; larger weights are split."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Maximum size of a weights file; larger weights are split."}
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch of the repository. Default: main."})
     commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
 
@@ -497,7 +575,7 @@ class RecipeParser(HfArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage("%(prog)s [--config RECIPE.yaml] [--option value ...]", [], [])
         formatter.add_text(self.description)
-        for number, title in enumerate(("options", "training", "other options of transformers.TrainingArguments")):
+        for number, title in enumerate(("options", "training", "other transformers.TrainingArguments")):
             formatter.start_section(title)
             formatter.add_arguments([action for action in self._actions if section(action) == number])
             formatter.end_section()
@@ -541,7 +619,7 @@ class RecipeParser(HfArgumentParser):
             line = key.start_mark.line + 1
             if first.setdefault(key.value, line) != line:
                 raise RecipeError(
-                    f"The key '{key.value}' appears twice in {path}, in lines {first[key.value]} and {line}. Remove one."
+                    f"The key '{key.value}' appears twice in {path}, in lines {first[key.value]} and {line}."
                 )
         known: dict[str, list[Any]] = {}  # a boolean option has a second action of the same name, --no_option
         for action in self._actions:

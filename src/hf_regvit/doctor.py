@@ -205,7 +205,9 @@ def _opencv() -> Finding:
         why = str(error).splitlines()[0]
         return Finding("opencv", _BAD, f"cv2 cannot be imported ({why}). {advice}")
     if len(found) > 1:
-        return Finding("opencv", _NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}")
+        return Finding(
+            "opencv", _NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}"
+        )
     return Finding("opencv", _OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
 
 
@@ -251,7 +253,9 @@ def _threads() -> Finding:
     threads = torch.get_num_threads()
     text = f"{threads} threads on {cores} cores"
     if threads > cores:
-        return Finding("threads", _NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}")
+        return Finding(
+            "threads", _NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}"
+        )
     return Finding("threads", _OK, text)
 
 
@@ -295,7 +299,9 @@ def _cache() -> Finding:
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 2**30:.1f} GiB free"
     if free < _DISK_BAD:
-        return Finding("cache", _NOTE, f"{text}, which is too little to download a model. Free some disk space, or set HF_HOME")
+        return Finding(
+            "cache", _NOTE, f"{text}, which is too little to download a model. Free some disk space, or set HF_HOME"
+        )
     return Finding("cache", _OK, text)
 
 
@@ -369,7 +375,9 @@ def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
                 timeout=seconds, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Finding("self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is overloaded, or the test hangs")
+        return Finding(
+            "self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is overloaded, or the test hangs"
+        )
     took = time.perf_counter() - started
     if done.returncode < 0:
         return Finding(

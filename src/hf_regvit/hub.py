@@ -334,7 +334,9 @@ def _report_file(path: Path) -> Path:
         raise BundleError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise BundleError(f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `regvit evaluate`.")
+        raise BundleError(
+            f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `regvit evaluate`."
+        )
     return path
 
 
@@ -369,7 +371,7 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, 
                 "checkpoint, unless both are the same model in two formats.", path, report.model["name"]
             )  # fmt: skip
         facts["artifacts"] = _add_diagnosis(report, output, example_pictures=example_pictures)
-        versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}  # listed separately
+        versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}
         facts.setdefault("environment", ", ".join(f"{name} {number}" for name, number in versions.items()))
     elif "reports" in content and "models" not in content:
         table = EvaluationTable.load(path)
@@ -470,8 +472,11 @@ def evaluation_facts(table: EvaluationTable, own: EvaluationReport | None) -> di
 def _write_card(model: Any, output: Path, facts: dict[str, Any], measured: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(CardFacts)}
     if unknown := set(facts) - known:
-        raise BundleError(f"The card has no field {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(known))}.")
-    for name in ("limits", "intended_use", "scores", "evaluation_notes"):  # the author's entries follow the measured ones
+        raise BundleError(
+            f"The card has no field {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(known))}."
+        )
+    # The author's entries follow the measured ones.
+    for name in ("limits", "intended_use", "scores", "evaluation_notes"):
         if facts.get(name) is not measured.get(name):
             facts[name] = (*measured.get(name, ()), *facts[name])
     text = write_card_file(output, **{**facts, "parameters": model.num_parameters()})
@@ -529,7 +534,9 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
             f"Expected {expected}. Save the model with this version of hf_regvit."
         )
     if found := [name for name in _FORBIDDEN_FIELDS if name in config]:
-        raise BundleError(f"'{folder}/config.json' contains {', '.join(found)}, which must not be published. Bundle it again.")
+        raise BundleError(
+            f"'{folder}/config.json' contains {', '.join(found)}, which must not be published. Bundle it again."
+        )
     package = Path(__file__).parent
     for name in CODE_FILES:
         if (folder / name).read_bytes() != (package / name).read_bytes():
@@ -537,8 +544,8 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     if missing := [name for name in _STATISTICS if processor.get(name) is None]:
         raise BundleError(
-            f"'{folder}/preprocessor_config.json' lacks {', '.join(missing)}, so another version of transformers could "
-            "preprocess images differently. Save the processor with all of these fields."
+            f"'{folder}/preprocessor_config.json' lacks {', '.join(missing)}, so another version of transformers "
+            "could preprocess images differently. Save the processor with all of these fields."
         )
 
 
@@ -733,7 +740,9 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where:
     differences = {}
     for name, value in expected.items():
         if found[name].shape != value.shape:
-            raise BundleError(f"{name}: shape {tuple(found[name].shape)} differs from {tuple(value.shape)} of the original.")
+            raise BundleError(
+                f"{name}: shape {tuple(found[name].shape)} differs from {tuple(value.shape)} of the original."
+            )
         difference = (found[name].float() - value.float()).abs()
         allowed = TOLERANCE * (1 + value.float().abs())
         differences[name] = float(difference.max()) if difference.numel() else 0.0  # a model without registers

@@ -31,7 +31,8 @@ TASKS = {
 }  # fmt: skip
 
 ORIGINS = {
-    "pretrained": "pretrained without labels with the DINOv2 losses (the weights are the moving average of the student)",
+    "pretrained": "pretrained without labels with the DINOv2 losses (the weights are the moving average of the "
+    "student)",
     "finetuned": "fine-tuned on labeled images",
     "converted": "converted from another implementation with the same outputs",
     "retrofitted": "made by adding registers to an existing model",
@@ -348,9 +349,7 @@ def _finetuning_scores(recipe: Mapping[str, Any], report: Mapping[str, Any], dat
         if interval:
             protocol["confidence_interval"] = [round(bound, 4) for bound in interval]
         metrics.append({"type": kind, "name": words, "value": round(value, 4), "args": protocol})
-    notes = [
-        f"Results of step {report['step_of_the_result']:,}." + " The step was selected on these images." * chosen
-    ]
+    notes = [f"Results of step {report['step_of_the_result']:,}." + " The step was selected on these images." * chosen]
     if report.get("protocol"):
         notes.append(f"{report['protocol']}.")
     if of_classes := {name: value for name, value in measured.items() if name.startswith("iou_")}:
@@ -363,8 +362,8 @@ def _finetuning_scores(recipe: Mapping[str, Any], report: Mapping[str, Any], dat
     limits = []
     if chosen:
         limits.append(
-            "The step of the result was selected on the validation images, so its numbers are slightly too high. There "
-            "is no separate test split."
+            "The step of the result was selected on the validation images, so its numbers are slightly too high. "
+            "There is no separate test split."
         )
     if count < _FEW_IMAGES:
         limits.append(f"The model was evaluated on only {count} images.")

@@ -32,7 +32,7 @@ CODE_FILES = ("configuration_regvit.py", "modeling_regvit.py")
 CARD = "README.md"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
-_ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of a fine-tuned model; shows no image of its data
+_ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
 _FOLDERS = {"figures": {".png", ".svg"}, "reports": {".json", ".jsonl", ".html"}}
 
 # Status codes of a Hub that is busy, restarting or has just received another commit.
@@ -81,7 +81,7 @@ _SECRETS = {
     "a value named password, secret or key": r"(?i)\b[a-z_]*(?:(?:api|access|account|private|secret)_?key|secret|"
     r"passwd|password|(?:access|api|auth|bearer|hub|refresh)_?token)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_\-+/]{12,}",
 }
-# A path has at least two parts, so that "and/or" and closing HTML tags do not match. `/m/0jbk` is an Open Images class.
+# A path has two parts or more, so "and / or" and closing HTML tags do not match. `/m/0jbk` is an Open Images class.
 _PATHS = {
     "an absolute path": r"(?<![\w./~<*+\-\])}%&;])/(?![mgt]/[0-9a-z_]+(?![\w./@+\-]))(?:[\w.@+\-]+/)+[\w.@+\-]*",
     "a Windows path": r"\b[A-Za-z]:\\{1,2}\w+|(?<!\\)(?:\\\\[\w.-]+\\(?!\\)|\\{4}[\w.-]+\\{2})[\w$.-]+",
@@ -261,7 +261,7 @@ def _commit(
     head = api.model_info(whole_id, revision=revision)
     if not head.private and not accept_public:
         raise RefusedError(
-            f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or choose another name."
+            f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or use another name."
         )
     if head.private and private is False:
         logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)

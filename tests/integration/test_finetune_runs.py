@@ -172,7 +172,7 @@ def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
     card = (output / "README.md").read_text()
     for row in (
         "| loss | bce |",
-        "| repeats of an image | 3 |",
+        "| repeated augmentation | 3 |",
         "| augmentation | three_augment |",
         "| CutMix | 1.0 |",
     ):
@@ -216,7 +216,7 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
     assert 'name = "someone/tiny"' in files["README.md"].decode()
     unfinished = first["README.md"].decode()  # of a checkpoint: the same card with what is known by then
     check_card(unfinished, required=("pipeline_tag",))
-    assert "Its training is not finished." in unfinished
+    assert "The training of this model is not finished." in unfinished
     assert f"| trained | {mode} |" in unfinished
     for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well
         folder = tmp_path / f"download{number}"
@@ -235,7 +235,7 @@ def test_the_card_of_a_run_is_the_one_that_is_published(tmp_path):
     assert index[0] == index[1]
     start, end = "## Training data", "## Intended use"
     ours, theirs = (card[card.index(start) : card.index(end)] for card in cards)
-    assert theirs.replace("\nEvery setting is in `recipe.yaml`.\n", "") == ours
+    assert theirs.replace("\nAll settings are in `recipe.yaml`.\n", "") == ours
     assert "Top-1 accuracy" in ours
 
 
