@@ -18,10 +18,10 @@ def resolved(recipe: Path) -> str:
 
     values = yaml.safe_load(recipe.read_text())
     arguments_class = FinetuningArguments if "mode" in values else PretrainingArguments
-    # Without --use_cpu transformers refuses bfloat16 where no GPU is; nothing else of a recipe depends on the machine.
+    # Without a GPU, transformers rejects bfloat16 unless --use_cpu is set. Nothing else depends on the machine.
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
     (arguments,) = RecipeParser(arguments_class).parse(flags)
-    # Options of Trainer come and go with its versions: of those only what the recipe itself names.
+    # Options of Trainer change with its versions, so include only those that the recipe names.
     named = set(values) | set(arguments_class.__annotations__)
     values = {name: value for name, value in arguments.resolved().items() if name in named}
     return yaml.safe_dump(values, sort_keys=False, width=119)

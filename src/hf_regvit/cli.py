@@ -1,4 +1,4 @@
-"""The `regvit` command: parse the options, call one public function, print the result.
+"""Command-line interface `regvit`: parse the options, call one public function, print the result.
 
 Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 wrong usage. To use several processes, run
 `accelerate launch -m hf_regvit pretrain ...`.
