@@ -116,7 +116,7 @@ def test_folder_without_labels(demo, recipe, tmp_path, capsys):
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
     assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "9 for training, no held-out labels" in output
+    assert "9 for training, no labeled test images" in output
     assert "The kNN comparison was skipped" in output
     assert not (tmp_path / "run" / "scores.json").exists()
     assert (tmp_path / "run" / "figures" / "index.html").exists()

@@ -217,7 +217,7 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
     unfinished = first["README.md"].decode()  # of a checkpoint: the same card with what is known by then
     check_card(unfinished, required=("pipeline_tag",))
     assert "The training of this model is not finished." in unfinished
-    assert f"| trained | {mode} |" in unfinished
+    assert f"| trained weights | {mode} |" in unfinished
     for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well
         folder = tmp_path / f"download{number}"
         folder.mkdir()
