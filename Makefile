@@ -1,8 +1,8 @@
-# `make` prints this help. Every target sets itself up: it needs Python 3.11+, pip and the package registry, no more.
+# `make` prints the help. Every target installs what it needs; only Python 3.11+, pip and a package index are required.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Two test processes with one thread each finish sooner on two cores than one with two.
+# On two cores, two test processes with one thread each are faster than one process with two threads.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
@@ -16,38 +16,38 @@ $(BIN)/python:
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 $(VENV)/installed: pyproject.toml | $(BIN)/python
-	@echo "Installing hf_regvit into $(VENV): torch is large, this takes some minutes the first time."
+	@echo "Installing hf_regvit into $(VENV): torch is large, so the first installation takes some minutes."
 	$(BIN)/python -m pip install --quiet -e .
 	@touch $@
 
 $(VENV)/installed-dev: pyproject.toml | $(BIN)/python
-	@echo "Installing hf_regvit into $(VENV): torch is large, this takes some minutes the first time."
+	@echo "Installing hf_regvit into $(VENV): torch is large, so the first installation takes some minutes."
 	$(BIN)/python -m pip install --quiet -e ".[dev]"
 	@touch $@ $(VENV)/installed
 
-demo: $(VENV)/installed ## pretrain a small RegViT on real photographs, score it, draw it (DATA=folder for your own images)
+demo: $(VENV)/installed ## pretrain and evaluate a small RegViT and draw figures (DATA=folder for your own images)
 	$(BIN)/python examples/demo.py $(if $(DATA),--data "$(DATA)")
 
-test: $(VENV)/installed-dev ## the fast suite, under 3 minutes: run it all day
+test: $(VENV)/installed-dev ## run the fast tests (under 3 minutes)
 	$(PYTEST)
 
-test-all: $(VENV)/installed-dev ## every tier: fast, slow, remote code, the transformers common suite
+test-all: $(VENV)/installed-dev ## run all tests: fast, slow, remote code, the common suite of transformers
 	$(BIN)/python scripts/dev/get_hf_common_tests.py
 	$(PYTEST) -m "not gpu"
 
-check: $(VENV)/installed-dev ## lint, formatting, types
+check: $(VENV)/installed-dev ## check lint, formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-format: $(VENV)/installed-dev ## rewrite the code in the house style
+format: $(VENV)/installed-dev ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(VENV)/installed-dev ## the documentation as a site in site/, warnings are errors
+docs: $(VENV)/installed-dev ## build the documentation in site/ (warnings are errors)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
-bench: $(VENV)/installed-dev ## time RegViT beside transformers and timm (long; ARGS="--models small" for less)
+bench: $(VENV)/installed-dev ## compare the speed of RegViT, transformers and timm (slow; ARGS="--models small" is faster)
 	$(BIN)/python scripts/bench_inference.py $(ARGS)
 
 clean: ## remove the environment, caches and runs

@@ -1,11 +1,11 @@
-"""From pixels to a published-form checkpoint in a few minutes on two CPU cores.
+"""Pretrain, evaluate and save a small RegViT in a few minutes on two CPU cores.
 
-    make demo                        the photographs inside scikit-image and scikit-learn, cut into tiles
+    make demo                        built-in images of scikit-image and scikit-learn, cut into tiles
     DATA=path/to/folder make demo    your own images (a folder, class folders, parquet)
 
-Pretrains a small RegViT with four registers without labels, compares its features with plain ones by k nearest
-neighbours, saves and reloads it as a user would, and draws what CLS and the registers look at. A finished run is
-reused, an interrupted one continues; `--fresh` starts over.
+Pretrains a small RegViT with four registers without labels, compares its features with simple ones by k nearest
+neighbors, saves and reloads it as a user would, and draws the attention maps of CLS and registers. A finished run is
+reused, and an interrupted run continues; `--fresh` starts over.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from hf_regvit.images import (
 )
 
 HERE = Path(__file__).resolve().parent
-MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, prepared in a minute or two
-SHORT_SIDE = 256  # of their prepared copies, pixels: four times the largest crop
+MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, and ready in a minute or two
+SHORT_SIDE = 256  # pixels, of the resized copies: four times the largest crop
 NEIGHBOURS = 10
 
 
@@ -45,16 +45,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="photos", help="'photos', 'digits', or a folder of images or parquet files")
     parser.add_argument(
-        "--config", type=Path, default=HERE / "photos_cpu.yaml", help="recipe; default photos_cpu.yaml"
+        "--config", type=Path, default=HERE / "photos_cpu.yaml", help="recipe; default: photos_cpu.yaml"
     )
-    parser.add_argument("--output_dir", type=Path, help="default runs/demo-<data>")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run in this folder")
+    parser.add_argument("--output_dir", type=Path, help="output folder; default: runs/demo-<data>")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run in this folder")
     options = parser.parse_args(argv)
     run = options.output_dir or Path("runs") / f"demo-{slug(options.data)}"
     try:
         demo(options.data, options.config, run, fresh=options.fresh)
     except KeyboardInterrupt:
-        print(f"\nInterrupted. The same command continues the run in {run}; --fresh starts over.", file=sys.stderr)
+        print(
+            f"\nInterrupted. Run the same command to continue the run in {run}, or add --fresh to start over.",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -63,32 +66,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
-    # Trainer's own bar stays; these would come for every file that is read or written.
+    # Hide the progress bars for every file that is read or written. The bar of Trainer stays.
     transformers.logging.disable_progress_bar()
     if fresh:
         forget(run)
     with step("Images"):
         folder = prepare_images(data, run)
         train, held_out = open_parts(folder)
-        print(f"  {len(train)} for training" + (f", {len(held_out)} held out" if held_out else ", no held-out labels"))
+        print(
+            f"  {len(train)} for training"
+            + (f", {len(held_out)} held out" if held_out else ", no labeled test images")
+        )
     arguments = read_recipe(recipe, folder, run, num_images=len(train))
     seconds = pretrain_or_reuse(arguments, run)
     backbone = run / "backbone"
-    with step("As a user loads it"):
+    with step("Loading the saved model"):
         model, processor = load_and_compare(backbone, train[0].image)
     scores = neighbour_scores(train, held_out, arguments, model, processor, run / "scores.json")
     table = score_table(scores, train, held_out, seconds) if scores else ""
     write_card(backbone, model, data=data, seconds=seconds, table=table)
     page = run / "figures" / "index.html"
     if not page.exists() or page.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
-        with step("Figures of whole pictures"):
+        with step("Figures"):
             from hf_regvit.figures import overview_page
 
             pictures = whole_pictures(data, train)
-            title = f"RegViT on {len(pictures)} pictures after {seconds / 60:.1f} minutes"
+            title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
             overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
     print()
-    print(table or "No held-out labels (class folders, two classes or more), so there is no kNN comparison.\n")
+    print(
+        table
+        or "The kNN comparison was skipped: it needs labeled test images (class folders with two or more classes).\n"
+    )
     print(f"Checkpoint   {backbone}      AutoModel.from_pretrained('{backbone}') after `import hf_regvit`")
     print(f"Figures      {page}")
 
@@ -97,10 +106,10 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
 
 
 def prepare_images(data: str, run: Path) -> str:
-    """What to train on: an embedded set as it is, anything else as a shrunken copy that decodes fast.
+    """Return the training data: a built-in set unchanged, or the folder of resized copies that decode fast.
 
-    The 12 megapixels of a camera take a hundred times longer to decode than to augment. Unreadable images are left out
-    and named. Images that came or went since the last time start the run over.
+    Decoding a 12-megapixel image takes a hundred times longer than augmenting it. Unreadable images are reported and
+    skipped. If images were added or removed since the last call, the run starts over.
     """
     if data in EMBEDDED_SOURCES:
         return data
@@ -117,24 +126,24 @@ def prepare_images(data: str, run: Path) -> str:
     if listing.exists() and listing.read_text() == names:
         return str(folder)
     if listing.exists():
-        print("  the images have changed: starting over")
+        print("  The images have changed, so the run starts over.")
     forget(run)
     bad = [error for name, part in parts.items() for error in copy_images(part, folder / name)]
     for error in bad[:5]:
-        print(f"  left out: {error}", file=sys.stderr)
+        print(f"  Skipped: {error}", file=sys.stderr)
     if len(bad) > 5:
-        print(f"  left out: {len(bad) - 5} more unreadable images", file=sys.stderr)
+        print(f"  Skipped: {len(bad) - 5} more unreadable images", file=sys.stderr)
     if not any((folder / "train").glob("*/*.jpg")):
-        raise ValueError(f"None of the {len(source)} images of '{data}' can be read.")
+        raise ValueError(f"None of the {len(source)} images in '{data}' can be read. Choose other --data.")
     for group in sorted((folder / "validation").glob("*")):
         if not (folder / "train" / group.name).exists():
-            shutil.rmtree(group)  # nothing readable to learn this class from was drawn
-    listing.write_text(names)  # last: without it the copy is not complete
+            shutil.rmtree(group)  # no readable training image of this class was drawn
+    listing.write_text(names)  # written last, because it marks the copy as complete
     return str(folder)
 
 
 def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
-    """Write small copies in one sub-folder per class; returns what could not be read."""
+    """Write resized copies into one subfolder per class, and return the errors of unreadable images."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:MAX_IMAGES])
     if len(source) > MAX_IMAGES:
         print(f"  {folder.name}: {MAX_IMAGES} of {len(source)} images, drawn at random")
@@ -145,7 +154,7 @@ def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
         except BadImageError as error:
             bad.append(error)
             continue
-        # The number keeps the order of the classes, and apart what differs only in special characters.
+        # The class id keeps the order of the classes and separates names that differ only in special characters.
         group = "all" if record.label is None else f"{record.label:04d} {slug(source.label_names[record.label])}"
         path = folder / group / f"{index:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +170,7 @@ def shrink(image: Image.Image) -> Image.Image:
 
 
 def open_parts(data: str) -> tuple[ImageSource, ImageSource | None]:
-    """Training images, and held-out ones with labels to score by, or None."""
+    """Return the training images and the labeled test images, which are None if there are none."""
     train = load_images(data)
     try:
         held_out = load_images(data, split="validation")
@@ -182,17 +191,15 @@ def whole_pictures(data: str, train: ImageSource, limit: int = 21) -> dict[str, 
 
 
 def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
-    """The recipe's arguments for this data; a small folder gets smaller batches, never more steps."""
+    """Return the recipe's arguments for this data. A small folder gets smaller batches, but not more steps."""
     from hf_regvit.arguments import RecipeParser
     from hf_regvit.pretraining import PretrainingArguments
 
     flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
-    flags += ["--knn_steps", "0"]  # the table below says it once, on all images
+    flags += ["--knn_steps", "0"]  # the final table reports kNN once, on all images
     (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
     if num_images < 2:
-        raise ValueError(
-            f"'{data}' has {num_images} readable training image; pretraining compares images, so give more."
-        )
+        raise ValueError(f"'{data}' has {num_images} readable training image. Pretraining needs at least two images.")
     if num_images < arguments.per_device_train_batch_size:
         arguments.per_device_train_batch_size = num_images
         arguments.koleo_loss_weight = arguments.koleo_loss_weight if num_images >= 16 else 0.0
@@ -200,48 +207,48 @@ def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
 
 
 def pretrain_or_reuse(arguments, run: Path) -> float:
-    """Train unless this very recipe is finished; returns the seconds that training took."""
+    """Train unless a run of the same recipe is finished, and return the training time in seconds."""
     from hf_regvit.pretraining import pretrain
 
     recipe, report = run / "resolved_recipe.yaml", run / "report.json"
     if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
-        print("The earlier run followed another recipe: starting over.")
+        print("The earlier run used another recipe, so the run starts over.")
         forget(run, keep="images")
     if report.exists() and (run / "backbone" / "model.safetensors").exists():
-        print(f"Pretraining   reusing the finished run in {run} (--fresh starts over)")
+        print(f"Pretraining   reusing the finished run in {run} (use --fresh to start over)")
         return json.loads(report.read_text())["seconds"]
-    # "last" takes the newest checkpoint that verifies, and starts over where there is none.
+    # "last" resumes from the newest intact checkpoint, or starts a new run if there is none.
     print("Pretraining   continuing" if list(run.glob("checkpoint-*")) else "Pretraining")
     arguments.resume_from_checkpoint = "last"
     pretrain(arguments)
     for folder in run.glob("checkpoint-*"):
-        shutil.rmtree(folder)  # backbone/ and training/ hold what is needed from here on
+        shutil.rmtree(folder)  # from here on only backbone/ and training/ are needed
     return json.loads(report.read_text())["seconds"]
 
 
 def comparable(recipe: dict) -> dict:
-    """A recipe without what may differ between two starts of the same run."""
+    """Return a recipe without the options that may differ between two starts of the same run."""
     return {key: value for key, value in recipe.items() if key not in ("output_dir", "resume_from_checkpoint")}
 
 
 def forget(run: Path, *, keep: str = "") -> None:
-    """Empty a run folder, if it is one."""
+    """Delete the contents of a run folder, and refuse to delete other folders."""
     if not run.exists():
         return
     found = {path.name for path in run.iterdir()}
     if found and not found & {"images", "resolved_recipe.yaml"}:
-        raise ValueError(f"'{run}' holds other things than a demo run. Choose another --output_dir.")
+        raise ValueError(f"'{run}' is not the folder of a demo run. Choose another --output_dir.")
     for path in run.iterdir():
         if path.name == keep:
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-# --- What it is worth
+# --- Evaluation
 
 
 def load_and_compare(folder: Path, image: Image.Image):
-    """Load the folder through AutoModel and through the pipeline; both must give the same tokens."""
+    """Load the folder with AutoModel and with the pipeline, and check that both return the same tokens."""
     from transformers import AutoImageProcessor, AutoModel, pipeline
 
     import hf_regvit  # noqa: F401 - registers the classes, so no trust_remote_code
@@ -254,7 +261,7 @@ def load_and_compare(folder: Path, image: Image.Image):
     from_pipeline = torch.tensor(extractor(image))
     difference = (from_pipeline - output.last_hidden_state).abs().max().item()
     if not difference < 1e-5:
-        raise ValueError(f"AutoModel and the pipeline differ by {difference:.2g} on {folder}.")
+        raise ValueError(f"The tokens of AutoModel and of the pipeline differ by {difference:.2g} for {folder}.")
     _, registers, width = output.register_tokens.shape
     print(
         f"  AutoModel and pipeline('image-feature-extraction') agree to {difference:.0e}: CLS, {registers} registers, "
@@ -264,7 +271,7 @@ def load_and_compare(folder: Path, image: Image.Image):
 
 
 def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
-    """Accuracy of 10-NN on held-out images for plain features, the untrained and the trained network."""
+    """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
     from hf_regvit.callbacks import backbone_features
     from hf_regvit.modeling_regvit import RegViTModel
 
@@ -272,7 +279,7 @@ def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -
         return None
     if file.exists():
         return json.loads(file.read_text())
-    with step("Nearest neighbours"):
+    with step("Nearest neighbors"):
         images = [[source[i].image for i in range(len(source))] for source in (train, held_out)]
         torch.manual_seed(arguments.seed)
         untrained = RegViTModel(arguments.backbone_config()).eval()
@@ -299,7 +306,7 @@ def colour_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_labels) -> dict[str, float]:
-    """Share of right answers, with DINOv2's vote by cosine and with the plain vote by Euclidean distance."""
+    """Return the accuracy with DINOv2's weighted vote by cosine and with the plain vote by Euclidean distance."""
     from sklearn.neighbors import KNeighborsClassifier
 
     from hf_regvit.probes import knn_accuracy
@@ -321,8 +328,8 @@ def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: f
     }
     lines = [
         f"{NEIGHBOURS}-NN accuracy on {len(held_out)} held-out images of {len(train.label_names)} classes "
-        f"(always the largest class: {counts.max() / counts.sum():.1%}).",
-        "Network features: CLS and mean patch token; registers are left out.",
+        f"(always predicting the largest class: {counts.max() / counts.sum():.1%}).",
+        "Network features: CLS and mean patch token, without registers.",
         "",
         f"| {'features':<28} | cosine | Euclidean |",
         f"|{'-' * 30}|-------:|----------:|",
@@ -339,7 +346,7 @@ def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: f
 
 def write_card(folder: Path, model, *, data: str, seconds: float, table: str) -> None:
     config = model.config
-    source = f"the embedded set `{data}`" if data in ("photos", "digits") else "images of the user"
+    source = f"the built-in set `{data}`" if data in ("photos", "digits") else "images of the user"
     (folder / "README.md").write_text(
         f"""---
 library_name: transformers
@@ -352,22 +359,23 @@ tags:
 
 # RegViT with {config.num_register_tokens} registers, {config.num_hidden_layers} blocks, width {config.hidden_size}
 
-Made by `make demo` of hf_regvit: pretrained without labels (DINOv2 losses) on {source}, {seconds / 60:.1f} minutes on
-a CPU, patches of {config.patch_shape[0]} px, crops of {config.image_size} px. It shows how the pieces fit together; it
-is not a general-purpose model.
+Made by `make demo` of hf_regvit: pretrained without labels with the DINOv2 losses on {source}, {seconds / 60:.1f}
+minutes on a CPU, patches of {config.patch_shape[0]} px, crops of {config.image_size} px. This model demonstrates the
+workflow and is not a general-purpose model.
 
 ```python
-import hf_regvit  # or trust_remote_code=True without the package
+import hf_regvit  # without the package, use trust_remote_code=True
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("path/to/this/folder")
 processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
-output = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+output = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt"))
 output.pooler_output, output.patch_tokens, output.register_tokens
 ```
 
-Tokens are `[CLS | registers | patches]`; `output.output_mask` is False at the registers, which carry no local content.
+The tokens are `[CLS | registers | patches]`. `output.output_mask` is False for the registers, which have no position
+in the image.
 
 {table}
 """,
@@ -384,7 +392,7 @@ def step(name: str) -> Iterator[None]:
 
 
 def slug(text: str) -> str:
-    """A name for a folder; paths get a checksum, because the last part alone is rarely unique."""
+    """Return a folder name. Paths get a checksum, because their last part is rarely unique."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(text).name)[:40].strip("-")
     return name if name == text else f"{name}-{zlib.crc32(str(Path(text).absolute()).encode()):08x}"
 

@@ -1,11 +1,11 @@
-"""Evidence on real weights: what `diagnose` and the token probes find, told nothing, and whether it repeats.
+"""Check on real weights that `diagnose` and the token probes find artifacts, and that the results are reproducible.
 
     python scripts/artifact_evidence.py --model vit_tiny --samples imagenet_samples --labelled caltech101
 
-Diagnoses all samples and two disjoint halves of them, freshly initialised copies of the model, and fits the token
-probes on `train` and judges them on `validation` of the labelled images: after the last block, and for the very same
-tokens one block before the outliers appear, which no difference between places can explain. Prints each sign of the
-paper with the number behind it; writes evidence.json.
+Diagnoses all samples, two disjoint halves of them, and newly initialized copies of the model. Fits the token probes on
+the `train` split of the labeled images and tests them on `validation`: after the last block, and for the same tokens
+one block before the outliers appear, so that differences between positions cannot explain the result. Prints each
+property reported in the paper with its numbers, and writes evidence.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SHOWN = ("bimodal", "cutoff", "outlier_share", "norm_ratio", "layer", "emergence
 
 
 def fresh(model: nn.Module, seed: int) -> nn.Module:
-    """The same architecture with the family's own random weights."""
+    """Return a randomly initialized copy of the model."""
     torch.manual_seed(seed)
     return type(model)(model.config).eval()
 
@@ -51,11 +51,11 @@ def mean(groups: dict[str, Any], group: str, metric: str) -> float:
 
 
 def signs(whole: ArtifactReport, after: TokenProbeReport, before: TokenProbeReport) -> list[tuple[str, bool, str]]:
-    """Each sign of the paper: name, whether it is there, the numbers."""
+    """Return each property reported in the paper as (name, whether it holds, numbers)."""
     position, pixels, classes = after.position, after.pixels, after.image_class
     found = [
         (
-            "more similar to their neighbours at the input",
+            "more similar to their neighbors at the input",
             whole.neighbours["auroc"] > 0.5,
             f"AUROC {whole.neighbours['auroc']:.3f}, medians {whole.neighbours['median_outlier']:.3f} and "
             f"{whole.neighbours['median_normal']:.3f}",
@@ -90,11 +90,13 @@ def signs(whole: ArtifactReport, after: TokenProbeReport, before: TokenProbeRepo
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="Folder or Hub id of a model with outliers.")
-    parser.add_argument("--samples", required=True, help="Images for the diagnosis, 500 or more.")
-    parser.add_argument("--labelled", required=True, help="Images with classes, in train and validation.")
+    parser.add_argument("--model", required=True, help="Model with outliers: a folder or a Hub id.")
+    parser.add_argument("--samples", required=True, help="Images for the diagnosis; use at least 500.")
+    parser.add_argument(
+        "--labelled", required=True, help="Images with class labels and the splits train and validation."
+    )
     parser.add_argument("--output_dir", default="evidence")
-    parser.add_argument("--max_train", type=int, default=1800, help="Training images of the probes.")
+    parser.add_argument("--max_train", type=int, default=1800, help="Number of training images of the probes.")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

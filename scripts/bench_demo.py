@@ -1,9 +1,9 @@
-"""How long a visitor of the demo waits: a new picture, a click, another head or block, and the downloads.
+"""Measure the response times of the demo: a new image, a click, another head or block, and the downloads.
 
     python scripts/bench_demo.py [--side 224] [--threads 2]
 
-A ViT-S/16 and a ViT-S/14 with four registers and random weights: time does not depend on them. Medians over the
-example photographs; processor time is what the work costs, wall time what a busy machine makes of it.
+Uses a ViT-S/16 and a ViT-S/14 with four registers and random weights, which do not affect the time. Prints medians
+over the example images. Processor time is independent of other load on the machine; wall time is not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from hf_regvit.images import default_image_processor, photographs
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Wall and processor seconds."""
+    """Return wall and processor seconds of a call."""
     wall, processor = time.perf_counter(), time.process_time()
     function()
     return time.perf_counter() - wall, time.process_time() - processor
@@ -42,7 +42,7 @@ def measure(explorer: Explorer, name: str, side: int, folder: Path) -> dict[str,
 
         picture = Picture.of(photos[photo], photo)
         asked = {
-            "new picture": question,
+            "new image": question,
             "click on a patch": Question((name,), side=side, layer=depth, place=(0.2, 0.8)),
             "another head": Question((name,), side=side, layer=depth, head=2),
             "another block": Question((name,), side=side, layer=depth // 2),
@@ -57,7 +57,7 @@ def measure(explorer: Explorer, name: str, side: int, folder: Path) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--side", type=int, default=224, help="pixels of the shorter side")
+    parser.add_argument("--side", type=int, default=224, help="shorter side of the images in pixels")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -67,7 +67,7 @@ def main() -> None:
         config = RegViTConfig.from_preset("small", patch_size=patch, num_register_tokens=4)
         models[f"ViT-S/{patch}"] = (RegViTModel(config).eval(), default_image_processor(224))
     print(f"shorter side {arguments.side} pixels, {arguments.threads} threads; seconds, median (worst)\n")
-    print("| model | what | wall | processor |\n|---|---|---:|---:|")
+    print("| model | action | wall | processor |\n|---|---|---:|---:|")
     explorer = Explorer(models)
     with tempfile.TemporaryDirectory() as folder:
         for name in models:

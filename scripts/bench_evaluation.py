@@ -1,9 +1,9 @@
-"""What evaluation costs: reading features, the grid of linear heads, kNN and its memory, logistic regression.
+"""Measure the cost of evaluation: reading features, the grid of linear heads, kNN and its memory, logistic regression.
 
     python scripts/bench_evaluation.py --threads 1 --output runs/bench_evaluation.json
 
-Everything is interleaved and given in processor time, ratios as ratios of medians. Features are drawn at random with
-the sizes of a ViT-Tiny on 1,800 images of 100 classes; reading runs on random pixels.
+Measurements are interleaved and in processor time; ratios are ratios of medians. Features are random, with the sizes
+of a ViT-Tiny on 1,800 images of 100 classes. Reading uses random pixels.
 """
 
 import argparse
@@ -32,7 +32,7 @@ IMAGES, CLASSES, WIDTH, BLOCKS = 1800, 100, 192, 4
 
 
 def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of every way, in turns; the order changes from round to round."""
+    """Return the processor seconds of every function, called in turn; the order alternates between rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for way in ways.values():
         way()  # the first call allocates
@@ -47,7 +47,7 @@ def interleaved(ways: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def show(title: str, seconds: dict[str, list[float]], reference: str) -> dict[str, Any]:
-    """Print and return medians and their ratio to the reference."""
+    """Print medians and their ratios to the reference, and return the medians."""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"\n{title}, {len(next(iter(seconds.values())))} rounds")
     for name, median in medians.items():
@@ -56,7 +56,7 @@ def show(title: str, seconds: dict[str, list[float]], reference: str) -> dict[st
 
 
 def reading(rounds: int, preset: str, image_size: int) -> dict[str, Any]:
-    """Vectors of four blocks and the mean patch, against the model's own forward pass."""
+    """Compare reading the vectors of four blocks and the mean patch with a forward pass of the model."""
     from transformers import ViTConfig, ViTModel
 
     torch.manual_seed(0)
@@ -86,14 +86,14 @@ def reading(rounds: int, preset: str, image_size: int) -> dict[str, Any]:
         def read(reader: VectorReader = reader) -> Any:
             return reader.read(pixels)
 
-        # The forward twice: what the two differ by is the noise of the machine.
+        # Time the forward pass twice: the difference is the noise of the machine.
         seconds = interleaved({"forward alone": bare, "reading": read, "forward alone, again": bare}, rounds)
         results[name] = show(f"Reading, {name} {preset}, 8 x {image_size} px", seconds, "forward alone")
     return results
 
 
 def drawn_features() -> tuple[Tensor, Tensor, Tensor]:
-    """(n, B, D), (n, D) and (n,) with classes that overlap."""
+    """Return random vectors (n, B, D), mean patches (n, D) and labels (n,) of overlapping classes."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, CLASSES, (IMAGES,), generator=generator)
     centers = torch.randn(CLASSES, WIDTH, generator=generator)
@@ -113,7 +113,7 @@ def modules_of(grid: LinearGrid, data: tuple[Tensor, Tensor, Tensor]) -> list[tu
 
 
 def train_modules(heads: list[tuple[HeadSettings, nn.Linear]], grid: LinearGrid, data: tuple[Tensor, ...]) -> None:
-    """Linear modules with one SGD and a summed loss, as the official evaluation does it."""
+    """Train linear modules with one SGD and a summed loss, as the official evaluation does."""
     vectors, mean_patch, labels = data
     optimizer = torch.optim.SGD(
         [{"params": module.parameters(), "lr": head.learning_rate / 2} for head, module in heads], momentum=0.9
@@ -134,7 +134,7 @@ def train_modules(heads: list[tuple[HeadSettings, nn.Linear]], grid: LinearGrid,
 
 
 def linear(rounds: int, steps: int) -> dict[str, Any]:
-    """52 heads: at once as here, at once as modules, and one after the other."""
+    """Compare training 52 heads in one pass, as modules in one pass, and one after the other."""
     data, grid = drawn_features(), LinearGrid(num_steps=steps)
 
     def one_pass() -> None:
@@ -152,7 +152,7 @@ def linear(rounds: int, steps: int) -> dict[str, Any]:
 
 
 def knn(rounds: int) -> dict[str, Any]:
-    """Votes of 10 and 20 neighbours, and scikit-learn's of 20."""
+    """Compare votes of 10 and 20 neighbors with scikit-learn's vote of 20 neighbors."""
     from sklearn.neighbors import KNeighborsClassifier
 
     generator = torch.Generator().manual_seed(0)
@@ -172,7 +172,7 @@ def knn(rounds: int) -> dict[str, Any]:
     result = show(
         "kNN, 1,000 against 20,000 of width 384", interleaved({"here": own, "scikit-learn": other}, rounds), "here"
     )
-    print(f"  the same class in {100 * agree:.1f} % of the images")
+    print(f"  same class for {100 * agree:.1f} % of the images")
     return result | {"agreement": agree}
 
 
@@ -181,21 +181,21 @@ def _peak(count: int, bank_chunk_size: int, queue: Any) -> None:
     train, test = torch.randn(count, 64), torch.randn(2048, 64)
     labels = torch.randint(0, CLASSES, (count,))
     before = _resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # Linux: the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets the peak on Linux
     knn_classify(train, labels, test, k=(10, 20), bank_chunk_size=bank_chunk_size)
     queue.put(_resident("VmHWM") - before)
 
 
 def _resident(field: str) -> float:
-    """MiB of memory that this process holds, VmRSS, or held at most, VmHWM."""
+    """Return the resident memory of this process in MiB: current (VmRSS) or peak (VmHWM)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) / 1024
 
 
 def knn_memory() -> dict[str, float]:
-    """MiB that kNN adds to a process of its own, for a growing bank."""
+    """Return the MiB that kNN adds to a new process, for a growing bank."""
     context = multiprocessing.get_context("spawn")
-    print("\nkNN memory, 2,048 images of width 64, added to a fresh process")
+    print("\nkNN memory, 2,048 images of width 64, added to a new process")
     added = {}
     for count in (20_000, 200_000):
         for name, chunk in (("chunks of 16,384", 16384), ("the whole bank at once", count)):
@@ -209,7 +209,7 @@ def knn_memory() -> dict[str, float]:
 
 
 def logistic(rounds: int, cs: Sequence[float]) -> dict[str, Any]:
-    """One C from zero, here and with scikit-learn, until both have the same minimum."""
+    """Compare fits for one C from zero with scikit-learn, until both reach the same minimum."""
     from sklearn.linear_model import LogisticRegression
 
     vectors, _, labels = drawn_features()
@@ -233,7 +233,7 @@ def logistic(rounds: int, cs: Sequence[float]) -> dict[str, Any]:
     for _ in logistic_path(x, labels, num_classes=CLASSES):
         pass
     results["path_of_45"] = {"seconds": time.process_time() - started}
-    print(f"  all 45 C, each from the last: {results['path_of_45']['seconds']:.0f} s")
+    print(f"  all 45 C, each started from the previous one: {results['path_of_45']['seconds']:.0f} s")
     return results
 
 

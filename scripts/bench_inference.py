@@ -1,12 +1,12 @@
-"""Time RegViT beside transformers' Dinov2WithRegistersModel and timm's reg4 ViT, same weights, interleaved.
+"""Compare the speed of RegViT, transformers' Dinov2WithRegistersModel and timm's reg4 ViT with the same weights.
 
     python scripts/bench_inference.py                      # all cases on the CPU (long), or the GPU with --device cuda
     python scripts/bench_inference.py --models small --sizes 224 --dtypes float32 --batches 1 8
 
-Every case runs the three in turn, A B C A B C ..., so that a machine whose speed drifts treats them alike. Printed are
-medians in milliseconds and medians of the ratios of each round (above 1: RegViT is faster), then the memory a forward
-pass adds, each system in a process of its own (peak resident memory on a CPU under Linux, allocator's peak on a GPU).
-518 is the native size of the stored position table; 224 has to resample it.
+Every case runs the three systems in turn, A B C A B C ..., so that drifting machine speed affects them equally. Prints
+medians in milliseconds, medians of the ratios of each round (above 1: RegViT is faster), and the memory that a forward
+pass adds, measured in a new process per system (peak resident memory on a CPU under Linux, peak of the allocator on a
+GPU). 518 pixels is the native size of the position embeddings; 224 pixels requires resampling.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SYSTEMS = ("regvit", "transformers", "timm")
 
 
 def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    """One of the three with the same random weights, as a function of pixels that returns normalised tokens."""
+    """Return a system with the same random weights as a function from pixels to normalized tokens."""
     from hf_regvit import RegViTConfig, RegViTModel
 
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[
 
 
 def cpu_name() -> str:
-    """The processor's model name where the system tells it."""
+    """Return the model name of the processor, or its architecture if the system does not provide it."""
     info = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
     return names[0] if names else platform.machine()
@@ -98,20 +98,22 @@ def synchronise(device: str) -> None:
 def time_case(
     args: argparse.Namespace, size: str, pixels: int, batch: int, dtype: torch.dtype
 ) -> dict[str, list[float]]:
-    """Seconds of every round for each system."""
+    """Return the seconds of every round for each system."""
     models = {system: build(system, size, dtype, args.device) for system in SYSTEMS}
     images = torch.randn(batch, 3, pixels, pixels, device=args.device, dtype=dtype)
-    outputs = {system: model(images).float() for system, model in models.items()}  # warm-up, and proof of equal work
+    outputs = {
+        system: model(images).float() for system, model in models.items()
+    }  # warm-up, and check of equal outputs
     limit = 1e-3 if dtype == torch.float32 else 0.3
     for system in SYSTEMS[1:]:
         difference = (outputs["regvit"] - outputs[system]).abs().max().item()
         if not difference < limit:
-            raise SystemExit(f"{system} computes something else: largest difference {difference:.1e}")
+            raise SystemExit(f"The outputs of {system} differ from those of RegViT by up to {difference:.1e}.")
     times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
     end = time.perf_counter() + args.seconds
     order = list(SYSTEMS)
     while len(times["timm"]) < args.min_rounds or time.perf_counter() < end:
-        order.append(order.pop(0))  # nobody always runs first
+        order.append(order.pop(0))  # rotate, so that no system always runs first
         for system in order:
             synchronise(args.device)
             start = time.perf_counter()
@@ -122,12 +124,12 @@ def time_case(
 
 
 def resident_kib(field: str) -> int:
-    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM); Linux only."""
+    """Return the resident memory of this process, current (VmRSS) or peak (VmHWM); Linux only."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str) -> None:
-    """Print the MiB that a forward pass adds to a process which holds the model."""
+    """Print the MiB that a forward pass adds to a process that holds the model."""
     dtype = getattr(torch, dtype_name)
     model = build(system, size, dtype, device)
     images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
@@ -150,7 +152,7 @@ def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: st
 
 
 def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str) -> dict[str, float]:
-    """Median MiB over three fresh processes a system."""
+    """Return the median MiB over three new processes per system."""
     result = {}
     for system in SYSTEMS:
         command = [sys.executable, __file__, "--child", system, size, str(pixels), str(batch), dtype, device]
@@ -165,7 +167,7 @@ def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["small", "base"], choices=["small", "base", "large"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518], help="side of the images in pixels")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518], help="sides of the images in pixels")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -185,7 +187,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm.__version__}"
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}")
-    print("\nMilliseconds of a forward pass (medians), and theirs / ours (median of paired rounds):\n")
+    print("\nMilliseconds per forward pass (medians), and ratios other / RegViT (medians of paired rounds):\n")
     print("| model | pixels | batch | dtype | RegViT | transformers | timm | / transformers | / timm | rounds |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
     cases = list(itertools.product(args.models, args.sizes, args.batches, args.dtypes))

@@ -1,17 +1,17 @@
-"""Time the input pipeline beside its peers: decode one JPEG, cut and augment 2 global and 8 local crops, one core.
+"""Compare the speed of input pipelines: decode one JPEG, cut and augment 2 global and 8 local crops, on one core.
 
-    python scripts/bench_input.py                              # the photographs inside scikit-image and scikit-learn
+    python scripts/bench_input.py                              # built-in images of scikit-image and scikit-learn
     python scripts/bench_input.py --data path/to/photos.parquet --images 48 --rounds 12
     python scripts/bench_input.py --quality 96 --subsampling 444
 
-Every image is cut to the aspect of `--size`, resized to it and saved as a JPEG of its own, so that all systems read
-the same files. The official pipeline is written down here with torchvision on Pillow images, as dinov2 has it. Systems
-take turns on every image, so that a machine whose speed drifts treats them alike. What is timed is processor time of
-the whole process: neighbours on the machine do not count, threads that a system starts do. Printed are medians over
-the rounds of the mean milliseconds an image, and medians of the ratios of each round to the official pipeline.
+Every image is cropped to the aspect ratio of `--size`, resized and saved as a JPEG, so that all systems read the same
+files. The official pipeline is reproduced here with torchvision on Pillow images, as in dinov2. The systems take turns
+on every image, so that drifting machine speed affects them equally. The time is processor time of the whole process,
+which includes threads that a system starts but no other load on the machine. Prints medians over the rounds of the
+mean milliseconds per image, and medians of the ratios of each round to the official pipeline.
 
-All end as normalised float32 (3, S, S); `hf_regvit, uint8` is what a worker hands to the collator, before that. A peer
-that is not installed (lightly-train brings its own transform) is left out with a line that says so.
+All pipelines return normalized float32 (3, S, S). `hf_regvit, uint8` is the output of a loader worker before
+normalization. lightly-train, which has its own transform, is skipped with a message if it is not installed.
 """
 
 import argparse
@@ -46,7 +46,7 @@ BLUR_AS_TRAINED = (0.0, 0.9, 0.5)  # global crop 0, global crop 1, local crops
 
 
 def official(args: argparse.Namespace) -> Pipeline:
-    """The transforms of dinov2 `data/augmentations.py` on Pillow images, with the blur probabilities as trained."""
+    """Return the Pillow transforms of dinov2 `data/augmentations.py`, with the blur probabilities used in training."""
 
     def branch(kind: str, size: int, blur: float, *extra: Any) -> transforms.Compose:
         return transforms.Compose(
@@ -77,7 +77,7 @@ def official(args: argparse.Namespace) -> Pipeline:
 
 
 def torchvision_v2(args: argparse.Namespace) -> Pipeline:
-    """The same transforms from torchvision's v2, on uint8 tensors decoded by torchvision."""
+    """Return the same transforms from torchvision's v2, on uint8 tensors decoded by torchvision."""
 
     def branch(kind: str, size: int, blur: float, *extra: Any) -> v2.Compose:
         return v2.Compose(
@@ -105,8 +105,8 @@ def torchvision_v2(args: argparse.Namespace) -> Pipeline:
 
 
 def lightly_train(args: argparse.Namespace) -> Pipeline:
-    """lightly-train's DINOv2 transform as it comes (albumentations on OpenCV), decoded as its data set does."""
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks a server for its newest version otherwise
+    """Return lightly-train's default DINOv2 transform (albumentations on OpenCV), decoded as by its data set."""
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # otherwise it queries a server for its newest version
     from lightly_train._methods.dinov2.dinov2_transform import DINOv2ViTTransform, DINOv2ViTTransformArgs
 
     transform_args = DINOv2ViTTransformArgs(image_size=(args.global_size, args.global_size), num_channels=3)
@@ -142,7 +142,7 @@ def build_systems(args: argparse.Namespace) -> dict[str, Pipeline]:
     if find_spec("lightly_train"):
         systems["lightly-train (albumentations)"] = lightly_train(args)
     else:
-        print("lightly-train is not installed here: left out")
+        print("lightly-train is not installed and is skipped.")
     systems["hf_regvit"] = ours(args, normalize=True)
     systems["hf_regvit, uint8"] = ours(args, normalize=False)
     systems["decode alone: hf_regvit's guard"] = lambda data, index: open_image(data)
@@ -157,7 +157,7 @@ def build_systems(args: argparse.Namespace) -> dict[str, Pipeline]:
 
 
 def as_jpeg(image: Image.Image, args: argparse.Namespace) -> bytes:
-    """The largest central part of the wanted aspect, resized to `args.size`, as a JPEG."""
+    """Return the largest center crop with the aspect ratio of `args.size`, resized to it, as a JPEG."""
     width, height = args.size
     scale = min(image.width / width, image.height / height)
     box = [(image.width - scale * width) / 2, (image.height - scale * height) / 2]
@@ -179,14 +179,14 @@ def read_photographs(args: argparse.Namespace) -> list[bytes]:
 
 
 def measure(systems: dict[str, Pipeline], files: list[bytes], rounds: int) -> dict[str, list[float]]:
-    """Mean milliseconds an image, for every system and round."""
+    """Return the mean milliseconds per image for every system and round."""
     for run in systems.values():
         run(files[0], 0)
     order, milliseconds = list(systems), {name: [] for name in systems}
     for round_number in range(rounds):
         total = dict.fromkeys(systems, 0.0)
         for i, data in enumerate(files):
-            order.append(order.pop(0))  # nobody always runs after the same neighbour
+            order.append(order.pop(0))  # rotate, so that no system always runs after the same one
             for name in order:
                 start = time.process_time()
                 systems[name](data, round_number * len(files) + i)
@@ -198,7 +198,7 @@ def measure(systems: dict[str, Pipeline], files: list[bytes], rounds: int) -> di
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder, parquet file or name; default the embedded photographs, whole")
+    parser.add_argument("--data", help="folder, parquet file or name; default: the built-in `photos` set, uncropped")
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"))
@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--local_size", type=int, default=96)
     parser.add_argument("--num_local_crops", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output_file", type=Path, help="also write the figures as JSON")
+    parser.add_argument("--output_file", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
@@ -222,7 +222,7 @@ def main() -> None:
     reference = milliseconds[next(iter(systems))]
     size = "{} x {}".format(*args.size)
     print(f"{len(files)} JPEGs of {size}, q{args.quality} {args.subsampling}, {args.rounds} rounds")
-    print(f"{'':34}{'ms an image':>12}{'images/s':>10}{'official = 1':>14}")
+    print(f"{'':34}{'ms/image':>12}{'images/s':>10}{'official = 1':>14}")
     report = {}
     for name, values in milliseconds.items():
         median = statistics.median(values)

@@ -1,21 +1,21 @@
-"""Time a DINOv2 training step of hf_regvit beside the official one, on the same batch and weights, interleaved.
+"""Compare the speed of a DINOv2 training step in hf_regvit and the official code, on the same batch and weights.
 
     python scripts/bench_pretraining.py                      # ViT-S/16, 8 images, 2 x 224 + 8 x 96, drop path 0.3
     python scripts/bench_pretraining.py --official_code DIR  # DIR: a checkout of the official repository
     python scripts/bench_pretraining.py --device cuda --presets small base large --patch_size 14 --local_size 98
 
-A step is forward, backward, clipping per submodule, AdamW and the teacher's update. The systems:
+A step is forward, backward, clipping per submodule, AdamW and the teacher's update. The systems are:
 
-- `regvit`: this package. `regvit_masked` is the same with drop path by masks instead of batch subsets.
-- `official`: the official step from plain torch modules in the official structure (a forward per resolution, as its
-  packing needs xFormers; heads on buffers of fixed size; foreach AdamW). With `--official_code` its backbone and head
-  are the official classes themselves.
-- `lightly`: lightly-train's DINOv2 method, where that package is installed.
+- `regvit`: this package. `regvit_masked` uses drop path by masks instead of batch subsets.
+- `official`: the official step from plain torch modules in the official structure (one forward pass per resolution,
+  because its packing needs xFormers; heads on buffers of fixed size; foreach AdamW). With `--official_code`, backbone
+  and head are the official classes.
+- `lightly`: lightly-train's DINOv2 method, if that package is installed.
 
-Before the clock starts `regvit` and `official` must give the same loss with the same weights and the same draws of
-drop path. Every round runs all systems in turn, so that a machine whose speed drifts treats them alike; printed are
-medians, and medians of the ratios of each round (above 1: RegViT is faster). FLOPs count a multiply-add as two and are
-those of a step that computes every token of every block it does not drop.
+Before the measurement, `regvit` and `official` must return the same loss with the same weights and drop path draws.
+Every round runs all systems in turn, so that drifting machine speed affects them equally. Prints medians, and medians
+of the ratios of each round (above 1: RegViT is faster). FLOPs count a multiply-add as two, and assume that a step
+computes every token of every block that is not dropped.
 """
 
 import argparse
@@ -51,7 +51,7 @@ OPTIMIZER = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.04}
 
 
 class OfficialBlock(nn.Module):
-    """A block in the official structure: separate modules, drop path by subsets of the batch."""
+    """Block in the official structure: separate modules, drop path by subsets of the batch."""
 
     def __init__(self, width: int, heads: int, drop_path: float) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class OfficialHead(nn.Module):
 
 
 def official_network(args: argparse.Namespace, config: Any) -> nn.ModuleDict:
-    """Backbone and heads, of the official classes where their code is at hand."""
+    """Return backbone and heads, from the official classes if their code is given."""
     vit: Callable[..., nn.Module] = OfficialViT
     head: Callable[..., nn.Module] = OfficialHead
     if args.official_code:
@@ -161,7 +161,7 @@ def official_network(args: argparse.Namespace, config: Any) -> nn.ModuleDict:
 
 
 class OfficialStep:
-    """`SSLMetaArch.forward_backward`, then what `do_train` does around it."""
+    """Training step as in `SSLMetaArch.forward_backward` and `do_train`."""
 
     def __init__(self, args: argparse.Namespace, batch: dict[str, Tensor], config: Any, weights: dict) -> None:
         self.args, self.batch = args, batch
@@ -173,7 +173,7 @@ class OfficialStep:
         self.centers = [torch.zeros(1, args.prototypes, device=args.device) for _ in range(2)]
         self.pending: list[Tensor | None] = [None, None]
         self.optimizer = torch.optim.AdamW(self.student.parameters(), **OPTIMIZER, foreach=True)
-        # The fixed size of the buffers of masked patches: the largest number that the masks can have.
+        # Fixed size of the buffers of masked patches: the largest possible number of masked patches.
         patches, masked_crops = batch["masks"].shape[-1], args.images
         edges = [0.1 + 0.4 * i / masked_crops for i in range(masked_crops + 1)]
         self.upperbound = sum(int(patches * edge) for edge in edges[1:])
@@ -262,7 +262,7 @@ def head_names(args: argparse.Namespace) -> list[str]:
 
 
 def official_name(name: str) -> str:
-    """The official name of one of our parameters."""
+    """Return the official name of a parameter of hf_regvit."""
     rules = (
         (r"^backbone\.embeddings\.patch_embeddings\.projection", "backbone.patch_embed.proj"),
         (r"^backbone\.embeddings\.position_embeddings", "backbone.pos_embed"),
@@ -276,7 +276,7 @@ def official_name(name: str) -> str:
 
 
 class RegViTStep:
-    """A step of this package, its parts timed where asked."""
+    """Training step of this package, with optional timing of its parts."""
 
     def __init__(self, args: argparse.Namespace, batch: dict[str, Tensor], *, masked: bool = False) -> None:
         from hf_regvit.distillation import HeadShape, SelfDistillation
@@ -342,7 +342,7 @@ def build_backbone(args: argparse.Namespace, drop_path_mode: str = "batch_subset
 
 
 class LightlyStep:
-    """A step of lightly-train's DINOv2 method without its loader and loops: what Lightning runs per batch."""
+    """Training step of lightly-train's DINOv2 method as Lightning runs it per batch, without loader and loops."""
 
     def __init__(self, args: argparse.Namespace, batch: dict[str, Tensor], config: Any) -> None:
         from lightly_train._methods.dinov2 import dinov2 as method
@@ -365,7 +365,7 @@ class LightlyStep:
         self.method = method.DINOv2(options, optimizer, EmbeddingModel(DINOv2ViTModelWrapper(vit)), args.images, 3)
         self.method.to(args.device)
         self.method._trainer = SimpleNamespace(global_step=0)
-        # Its masks are drawn inside the step: the same ones as ours, or the heads would see other numbers of rows.
+        # The method draws masks inside the step. Use the same masks as the other systems, so that row counts agree.
         method.create_collated_masks = lambda **_: {
             "collated_masks": batch["masks"].flatten(0, 1),
             "mask_indices_list": batch["mask_indices"],
@@ -399,7 +399,7 @@ def autocast(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 
 def seconds(args: argparse.Namespace) -> float:
-    """A clock that waits for the device."""
+    """Return the time in seconds after all work of the device has finished."""
     if args.device == "cuda":
         torch.cuda.synchronize()
     return time.process_time() if args.processor_time else time.perf_counter()
@@ -430,7 +430,7 @@ def build(system: str, args: argparse.Namespace, batch: dict[str, Tensor]) -> An
 
 
 def flops_per_image(args: argparse.Namespace, batch: dict[str, Tensor], config: Any) -> float:
-    """Multiply-adds times two of a step: student forward and twice that for its backward, teacher forward, heads."""
+    """Count FLOPs per image of a step: student forward and twice that for its backward, teacher forward, heads."""
     width, depth = config.hidden_size, config.num_hidden_layers
 
     def backbone(crops: int, size: int, rate: float) -> float:
@@ -448,7 +448,7 @@ def flops_per_image(args: argparse.Namespace, batch: dict[str, Tensor], config: 
 
 
 def matmul_peak(args: argparse.Namespace, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product, the best of several."""
+    """Return the highest FLOP/s of several large matrix products."""
     side = 8192 if args.device == "cuda" else 1024
     a, b = (torch.randn(side, side, device=args.device, dtype=dtype) for _ in range(2))
     best, end = math.inf, time.perf_counter() + 2
@@ -460,7 +460,7 @@ def matmul_peak(args: argparse.Namespace, dtype: torch.dtype) -> float:
 
 
 def check_equal_work(ours: RegViTStep, official: OfficialStep) -> None:
-    """Same weights, same batch, same draws of drop path: the two losses must be one number."""
+    """Check that both losses agree for the same weights, batch and drop path draws."""
     losses = []
     for system in (ours, official):
         torch.manual_seed(1)
@@ -469,11 +469,11 @@ def check_equal_work(ours: RegViTStep, official: OfficialStep) -> None:
     limit = 1e-4 if ours.args.dtype == "float32" else 2e-2
     if not abs(losses[0] - losses[1]) < limit * abs(losses[1]):
         raise SystemExit(f"The two steps compute different losses: {losses[0]:.6f} and {losses[1]:.6f}.")
-    print(f"loss of regvit {losses[0]:.6f}, of official {losses[1]:.6f}", flush=True)
+    print(f"loss of regvit: {losses[0]:.6f}, loss of official: {losses[1]:.6f}", flush=True)
 
 
 def time_case(args: argparse.Namespace, systems: list[str]) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Seconds of every round for each system, and those of our parts per step."""
+    """Return the seconds of every round for each system, and those of the parts of a RegViT step."""
     batch = make_batch(args)
     built = {system: build(system, args, batch) for system in systems}
     if "official" in built and "regvit" in built:
@@ -487,7 +487,7 @@ def time_case(args: argparse.Namespace, systems: list[str]) -> tuple[dict[str, l
     times: dict[str, list[float]] = {system: [] for system in systems}
     order = list(systems)
     for _ in range(args.rounds):
-        order.append(order.pop(0))  # nobody always runs first
+        order.append(order.pop(0))  # rotate, so that no system always runs first
         for system in order:
             start = seconds(args)
             built[system].step()
@@ -498,12 +498,12 @@ def time_case(args: argparse.Namespace, systems: list[str]) -> tuple[dict[str, l
 
 
 def resident_kib(field: str) -> int:
-    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM); Linux only."""
+    """Return the resident memory of this process, current (VmRSS) or peak (VmHWM); Linux only."""
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def memory_child(args: argparse.Namespace) -> None:
-    """Print the MiB that a step adds to a process which holds model and optimizer."""
+    """Print the MiB that a step adds to a process that holds model and optimizer."""
     system = build(args.child, args, make_batch(args))
     system.step()  # optimizer state, kernels
     if args.device == "cuda":
@@ -512,7 +512,7 @@ def memory_child(args: argparse.Namespace) -> None:
         system.step()
         added = torch.cuda.max_memory_allocated() - before
     else:
-        # Building had a peak of its own, and left free pages that a step would reuse unseen.
+        # Building the system raised the peak and left free pages that a step would reuse without being counted.
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
@@ -534,15 +534,15 @@ def peak_memory(args: argparse.Namespace, system: str) -> float:
 
 
 def report(args: argparse.Namespace, systems: list[str]) -> None:
-    """Times, parts and memory of one preset in one dtype."""
+    """Print times, parts and memory of one preset in one dtype."""
     batch, config = make_batch(args), build_backbone(args).config
     flops, peak = flops_per_image(args, batch, config), matmul_peak(args, getattr(torch, args.dtype))
     print(f"\n## {args.preset}/{args.patch_size}, {args.dtype}: {args.images} images, 2 x {args.global_size} + "
           f"{args.num_local} x {args.local_size}, {len(batch['mask_indices'])} masked patches, drop path "
           f"{args.drop_path}, {'one head' if args.tied else 'two heads'} of {args.prototypes} prototypes")  # fmt: skip
-    print(f"{flops / 1e9:.0f} GFLOP an image; matrix products peak at {peak / 1e9:.0f} GFLOP/s", flush=True)
+    print(f"{flops / 1e9:.0f} GFLOP per image; matrix products peak at {peak / 1e9:.0f} GFLOP/s", flush=True)
     times, parts = time_case(args, systems)
-    print("\n| system | ms a step | images/s | of the peak | theirs / regvit | MiB that a step adds |")
+    print("\n| system | ms/step | images/s | share of peak | other / regvit | MiB added by a step |")
     print("|---|---|---|---|---|---|")
     for system in systems:
         median = statistics.median(times[system])
@@ -562,26 +562,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--presets", nargs="+", default=["small"], choices=["tiny", "small", "base", "large"])
     parser.add_argument("--systems", nargs="+", choices=["regvit", "official", "regvit_masked", "lightly"])
     parser.add_argument("--patch_size", type=int, default=16)
-    parser.add_argument("--images", type=int, default=8, help="images of a step")
+    parser.add_argument("--images", type=int, default=8, help="number of images per step")
     parser.add_argument("--global_size", type=int, default=224)
     parser.add_argument("--local_size", type=int, default=96)
     parser.add_argument("--num_local", type=int, default=8)
     parser.add_argument("--drop_path", type=float, default=0.3)
     parser.add_argument("--prototypes", type=int, default=65536)
-    parser.add_argument("--tied", action="store_true", help="one head for CLS and patches")
+    parser.add_argument("--tied", action="store_true", help="use one head for CLS and patches")
     parser.add_argument("--centering", default="softmax", choices=["softmax", "sinkhorn"])
-    parser.add_argument("--dtype", help="float32 or bfloat16 (autocast); default: both where bfloat16 is faster here")
+    parser.add_argument(
+        "--dtype", help="float32 or bfloat16 (autocast); default: both, if bfloat16 is faster on this device"
+    )
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="compile our blocks")
-    parser.add_argument("--checkpointing", action="store_true", help="recompute our blocks in the backward pass")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of RegViT")
     parser.add_argument(
-        "--processor_time", action="store_true", help="processor seconds instead of the wall's: for a shared machine"
+        "--checkpointing", action="store_true", help="recompute the blocks of RegViT in the backward pass"
+    )
+    parser.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="measure processor time instead of wall time, for shared machines",
     )
     parser.add_argument("--official_code", type=Path, help="checkout of the official repository")
     parser.add_argument("--no_memory", action="store_true")
-    parser.add_argument("--no_parts", dest="parts", action="store_false", help="no clock inside our step")
+    parser.add_argument(
+        "--no_parts", dest="parts", action="store_false", help="do not time the parts of the RegViT step"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -608,7 +616,7 @@ def main() -> None:
     if not args.dtype:
         peaks = [matmul_peak(args, getattr(torch, dtype)) for dtype in dtypes]
         if peaks[1] < peaks[0]:
-            print(f"bfloat16 is left out: {peaks[1] / 1e9:.0f} GFLOP/s here, float32 {peaks[0] / 1e9:.0f}.")
+            print(f"bfloat16 is skipped: {peaks[1] / 1e9:.0f} GFLOP/s here, but float32 {peaks[0] / 1e9:.0f}.")
             dtypes = dtypes[:1]
     for preset in args.presets:
         for dtype in dtypes:

@@ -1,14 +1,13 @@
-"""Pretrain the same small ViT with hf_regvit and with lightly-train, with and without registers, and compare.
+"""Compare pretraining of the same small ViT in hf_regvit and lightly-train, with and without registers.
 
-Same images, architecture, crops, batch, number of steps, schedules and losses; the initialisation and the
-implementation are each library's own. Every run is one thread, loading included, bound to one core. Seconds are
-processor seconds of training alone, so that other work on a shared machine does not count; wall seconds stand beside
-them in `results.json`. kNN and linear accuracy are read afterwards from the teachers saved on the way, all through the
-same code.
+Images, architecture, crops, batch size, number of steps, schedules and losses are the same; initialization and
+implementation are those of each library. Every run uses one thread on one core, including data loading. The time is
+processor time of training alone, which is independent of other load on the machine; `results.json` also contains wall
+time. kNN and linear accuracy are measured afterwards with the same code on the teachers saved during training.
 
     python scripts/compare_pretraining.py --data FOLDER_OR_PARQUET --peer_python PEER_ENV/bin/python
 
-Without `--peer_python` (an environment with lightly-train) only our own runs are made.
+Without `--peer_python` (an environment with lightly-train), only hf_regvit is run.
 """
 
 import argparse
@@ -30,7 +29,7 @@ SETTINGS = {
     "prototypes": 1024, "head_width": 512, "bottleneck": 64, "momentum": 0.98,
     "learning_rate": 1e-3, "weight_decay": 0.04, "weight_decay_end": 0.1, "threads": 1,
 }  # fmt: skip
-POINTS = 4  # teachers saved on the way, evenly
+POINTS = 4  # number of teachers saved during training, at equal intervals
 
 
 def main() -> None:
@@ -57,7 +56,7 @@ def main() -> None:
         list(pool.map(lambda job: run_pinned(*job, args.peer_python, cores), jobs))
     untrained = evaluate_backbone(untrained_backbone(args.seeds[0]), args)
     results: list[dict] = []
-    for side, settings in jobs:  # written after each: reading the features of all runs takes its time
+    for side, settings in jobs:  # save after each run, because reading features takes long
         results.append(evaluate(side, settings, args))
         (args.output_dir / "results.json").write_text(json.dumps({"untrained": untrained, "runs": results}, indent=2))
     print_tables(untrained, results, args)
@@ -65,7 +64,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder or parquet files with labels, with a validation part")
+    parser.add_argument("--data", help="labeled images with a validation split: a folder or parquet files")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/compare"))
     parser.add_argument("--peer_python", help="python of an environment with lightly-train")
     parser.add_argument("--steps", type=int, default=300)
@@ -73,15 +72,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--registers", type=int, nargs="+", default=[0, 4])
     parser.add_argument("--cores", type=int, nargs="+", default=sorted(os.sched_getaffinity(0)))
-    parser.add_argument("--max_images", type=int, default=20000, help="of the training part")
-    parser.add_argument("--bank", type=int, default=5000, help="training images whose features are the bank")
-    parser.add_argument("--queries", type=int, default=2500, help="validation images")
+    parser.add_argument("--max_images", type=int, default=20000, help="maximum number of training images")
+    parser.add_argument("--bank", type=int, default=5000, help="number of training images in the feature bank")
+    parser.add_argument("--queries", type=int, default=2500, help="number of validation images")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def write_pictures(data: str, folder: Path, limit: int) -> None:
-    """Both sides read the same PNG files."""
+    """Write the PNG files that both libraries read."""
     from hf_regvit.images import load_images
 
     if folder.is_dir():
@@ -152,7 +151,7 @@ def our_arguments(settings: dict) -> dict:
     return dict(
         data=settings["data"], seed=settings["seed"], max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"], save_strategy="no", report_to="none", disable_tqdm=True,
-        monitor_steps=0, panel_steps=0,  # measured afterwards, the same way for both
+        monitor_steps=0, panel_steps=0,  # measured afterwards in the same way for both libraries
         preset="tiny", hidden_size=settings["width"], num_hidden_layers=settings["depth"],
         num_attention_heads=settings["heads"], patch_size=settings["patch_size"],
         num_register_tokens=settings["registers"], layerscale_value=1.0, register_init_std=1.0,
@@ -199,7 +198,7 @@ def untrained_backbone(seed: int):
 
 
 def evaluate_backbone(backbone, args: argparse.Namespace) -> dict[str, float]:
-    """Accuracy of 20-NN (cosine) and of logistic regression on CLS and mean patch side by side."""
+    """Return the accuracy of 20-NN (cosine) and of logistic regression on CLS and mean patch, concatenated."""
     import torch
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -228,7 +227,9 @@ def evaluate_backbone(backbone, args: argparse.Namespace) -> dict[str, float]:
 def print_tables(untrained: dict, results: list[dict], args: argparse.Namespace) -> None:
     import torch
 
-    print(f"{platform.machine()}, one core a run, torch {torch.__version__}, {args.steps} steps of {args.batch_size}")
+    print(
+        f"{platform.machine()}, one core per run, torch {torch.__version__}, {args.steps} steps of {args.batch_size}"
+    )
     print(f"untrained: 20-NN {untrained['knn']:.1%}, linear {untrained['linear']:.1%}\n")
     print("| library | registers | seed | step | CPU seconds | 20-NN | linear |\n|---|---|---|---|---|---|---|")
     for run in results:

@@ -1,12 +1,12 @@
-"""Linear segmentation and linear depth: a converted model beside the model it was made from, on the same images.
+"""Compare linear segmentation and linear depth of a converted model and its source model on the same images.
 
     python scripts/dense_evidence.py --model ../shared/data/vit_tiny_patch16_224 --output runs/dense_evidence.json \
         --segmentation ../shared/data/camvid:11 ../shared/data/oxford_pets3:3 \
         --depth ../shared/data/depth_7scenes_kitchen
 
-After a colon stand the stored values of a mask that do not count. Both models go through the same protocol, steps and
-draws; what is left is the difference of their features. A constant prediction shows what is no achievement. The
-intervals are over test images (2,000 resamples); that of the difference is paired.
+The mask values after a colon are ignored. Both models use the same protocol, steps and draws, so that only their
+features differ. A constant prediction is the baseline. The intervals are over test images (2,000 resamples); the
+interval of the difference is paired.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from hf_regvit.metrics import DepthErrors, MeanIoU
 
 
 def constant_segmentation(train: DenseSource, test: DenseSource) -> float:
-    """Mean IoU of the most frequent training class everywhere."""
+    """Return the mean IoU of predicting the most frequent training class everywhere."""
     num_classes = len(train.class_names)
     counts = sum(np.bincount(mask[mask < num_classes], minlength=num_classes) for mask in train.targets)
     metric = MeanIoU(num_classes=num_classes)
@@ -47,7 +47,7 @@ def constant_segmentation(train: DenseSource, test: DenseSource) -> float:
 
 
 def constant_depth(train: DenseSource, test: DenseSource) -> dict[str, float]:
-    """Errors of the median training depth everywhere."""
+    """Return the errors of predicting the median training depth everywhere."""
     middle = float(np.median(np.concatenate([depth[depth > 0][::7] for depth in train.targets])))
     metric = DepthErrors(max_depth=train.format.max_depth)
     for depth in test.targets:
@@ -86,7 +86,7 @@ def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: arg
         read = sum(part.seconds for part in parts)
         print(
             f"  {name:14} mIoU {100 * result.mean_iou:.2f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}], "
-            f"pixels {100 * result.overall_accuracy:.2f} %, {result.seconds:.0f} s after {read:.0f} s of reading"
+            f"pixels {100 * result.overall_accuracy:.2f} %, {result.seconds:.0f} s + {read:.0f} s reading"
         )
         print(f"  {result.protocol}")
     difference, interval = paired_difference(*rows.values(), seed=args.seed, statistic=STATISTICS["mean_iou"])
@@ -113,7 +113,7 @@ def depth(models: dict[str, Any], data: str, args: argparse.Namespace) -> dict[s
         read = sum(part.seconds for part in parts)
         print(
             f"  {name:14} RMSE {result.rmse:.4f} m [{interval[0]:.3f}, {interval[1]:.3f}], abs-rel "
-            f"{result.abs_rel:.4f}, delta1 {result.delta1:.4f}, {result.seconds:.0f} s after {read:.0f} s of reading"
+            f"{result.abs_rel:.4f}, delta1 {result.delta1:.4f}, {result.seconds:.0f} s + {read:.0f} s reading"
         )
         print(f"  {result.protocol}")
     difference, interval = paired_difference(*rows.values(), seed=args.seed)
@@ -133,8 +133,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--segmentation_steps", type=int, default=SegmentationSettings().num_steps)
     parser.add_argument("--depth_steps", type=int, default=DepthSettings().num_steps)
-    parser.add_argument("--four_blocks", action="store_true", help="Depth from four blocks (lin-4).")
-    parser.add_argument("--image_size", type=int, help="Shorter side in pixels; default the model's own.")
+    parser.add_argument("--four_blocks", action="store_true", help="Predict depth from four blocks (lin-4).")
+    parser.add_argument(
+        "--image_size", type=int, help="Shorter image side in pixels. Default: the model's image size."
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     source, processor = load_model(args.model)

@@ -1,10 +1,10 @@
-"""The figures of the documentation, from real weights and the photographs that ship with scikit-image.
+"""Make the figures of the documentation from real weights and the images that ship with scikit-image.
 
     make demo
     python scripts/docs_figures.py --model FOLDER_OF_VIT_TINY_WITH_IMAGENET_WEIGHTS
 
-`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG stays below 200 kB. The
-picture of the demo page needs Chromium and playwright; without them it is left as it is.
+`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG is smaller than 200 kB. The
+screenshot of the demo page needs Chromium and playwright; without them it is not updated.
 """
 
 import argparse
@@ -36,7 +36,7 @@ WIDEST = 1400  # pixels
 
 
 def keep(path: Path) -> None:
-    """Fewer colours, and fewer pixels where that is not enough."""
+    """Reduce the number of colors, and the number of pixels if necessary."""
     image = Image.open(path).convert("RGB")
     for width in (min(image.width, WIDEST), 1100, 900, 700):
         smaller = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
@@ -46,11 +46,11 @@ def keep(path: Path) -> None:
         if path.stat().st_size < LARGEST:
             print(f"{path}: {smaller.width} x {smaller.height} pixels, {path.stat().st_size // 1000} kB")
             return
-    raise ValueError(f"{path} has {path.stat().st_size} bytes at 700 pixels; choose a plainer figure.")
+    raise ValueError(f"{path} has {path.stat().st_size} bytes at 700 pixels. Use a simpler figure.")
 
 
 def stack(paths: list[Path], out: Path) -> None:
-    """Figures one below the other."""
+    """Stack figures vertically."""
     images = [Image.open(path).convert("RGB") for path in paths]
     page = Image.new("RGB", (max(i.width for i in images), sum(i.height for i in images)), "white")
     top = 0
@@ -73,7 +73,7 @@ def overviews(explorer: Explorer, name: str, names: list[str], out: Path, *, sid
 
 
 def before_after(folder: str, names: list[str], out: Path) -> None:
-    """The model with test-time registers beside itself; two neurons and four registers are what `retrofit` chooses."""
+    """Draw a model before and after adding the two neurons and four test-time registers that `retrofit` selects."""
     source = convert(folder)
     _, processor = load_model(folder)
     neurons = find_register_neurons(source, list(photographs().values()), processor=processor)
@@ -86,16 +86,16 @@ def before_after(folder: str, names: list[str], out: Path) -> None:
 
 
 def token_figure() -> Figure:
-    """The sequence of a RegViT, and what becomes of each kind of token."""
+    """Draw the token sequence of a RegViT and the output of each kind of token."""
     figure = Figure(figsize=(8, 2.5))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set(xlim=(0, 16), ylim=(0, 5))
     axis.axis("off")
     kinds = [("CLS", 1, "#222222"), ("registers", 4, "#ff7a1a"), ("patches", 8, "#0072b2")]
     notes = [
-        "pooler_output:\nthe whole picture",
-        "register_tokens:\nnotes, given away",
-        "patch_tokens:\nwhat is where",
+        "pooler_output:\nwhole image",
+        "register_tokens:\nscratch space",
+        "patch_tokens:\ndense features",
     ]
     left = 1.3
     for (name, count, color), note in zip(kinds, notes, strict=True):
@@ -109,7 +109,7 @@ def token_figure() -> Figure:
 
 
 def demo_picture(explorer_models: dict, out: Path, *, compare: str | None = None) -> None:
-    """The demo page as a visitor sees it; of two models the maps without what stands beside them."""
+    """Take a screenshot of the demo page; for two models, of their maps only."""
     from playwright.sync_api import sync_playwright
 
     from hf_regvit.demo import build_app, launch_options

@@ -1,12 +1,12 @@
-"""A real ViT, converted, evaluated by this package and by the same protocol on the transformers model itself.
+"""Evaluate a real ViT after conversion, and compare it with the transformers model under the same protocol.
 
     python scripts/evaluation_evidence.py --model ../shared/data/vit_tiny_patch16_224 \
         --data ../shared/data/caltech101 --output_dir runs/evaluation_evidence
 
-Four rows for every task: RegViT (`convert`, features through `read_tokens`), the transformers model (its own forward
-with `output_hidden_states`, pictures through torchvision, nothing of this package before the heads), and two controls,
-the converted network with weights drawn anew and raw pixels. kNN is also done a second time for the transformers row,
-with scikit-learn. Differences are paired over the judged images.
+Prints four rows for every task: RegViT (`convert`, features from `read_tokens`), the transformers model (its own
+forward pass with `output_hidden_states`, preprocessing by torchvision, and nothing of this package before the heads),
+and two controls, the converted network with random weights and raw pixels. For the transformers model, kNN is repeated
+with scikit-learn. Differences are paired over the test images.
 """
 
 import argparse
@@ -34,7 +34,7 @@ TASKS = ("knn", "linear", "few_shot")
 
 @torch.no_grad()
 def transformers_features(model: torch.nn.Module, source: ImageSource, mean: Sequence[float], std: Sequence[float]):
-    """CLS of the last four blocks and mean patch of the last, by the library's own forward."""
+    """Return CLS of the last four blocks and mean patch of the last block, from transformers' own forward pass."""
     from torchvision import transforms
 
     view = transforms.Compose(
@@ -59,7 +59,7 @@ def transformers_features(model: torch.nn.Module, source: ImageSource, mean: Seq
 
 
 def pixel_features(source: ImageSource, side: int = 16):
-    """The picture itself, brought to 16 x 16 pixels."""
+    """Return the raw pixels of the images, resized to 16 x 16."""
     started = time.perf_counter()
     rows = [np.asarray(source[i].image.resize((side, side)), dtype=np.float32).ravel() for i in range(len(source))]
     vectors = torch.from_numpy(np.stack(rows)) / 255 - 0.5
@@ -80,7 +80,7 @@ def report_on(
     tasks: Sequence[str],
     options: dict,
 ) -> EvaluationReport:
-    """The tasks on vectors that were read elsewhere."""
+    """Run the tasks on given features."""
     num_classes = 1 + max(*sources[0].labels, *sources[1].labels)
     train, judged = (LabelledFeatures.of(part, source, num_classes) for part, source in zip(parts, sources))
     scores = tuple(score_features(train, judged, tasks=tasks, **options))
@@ -90,7 +90,7 @@ def report_on(
 
 
 def sklearn_knn(parts: tuple[FrozenFeatures, FrozenFeatures], sources: tuple[ImageSource, ...], k: int) -> float:
-    """Top-1 of the same votes by scikit-learn, from cosine distances."""
+    """Return the top-1 accuracy of the same votes in scikit-learn, from cosine distances."""
     from sklearn.neighbors import KNeighborsClassifier
 
     model = KNeighborsClassifier(k, metric="cosine", algorithm="brute", weights=lambda far: np.exp((1 - far) / 0.07))
@@ -105,7 +105,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=[*TASKS, "logistic"])
     parser.add_argument("--linear_steps", type=int, default=1000)
-    parser.add_argument("--num_classes", type=int, help="only the first so many classes")
+    parser.add_argument("--num_classes", type=int, help="number of classes to use, from the first one on")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     def add(report: EvaluationReport) -> None:
         reports.append(report)
         EvaluationTable(tuple(reports)).save(args.output_dir)
-        print(f"{report.model}: {report.reading_seconds:.0f} s to read", flush=True)
+        print(f"{report.model}: {report.reading_seconds:.0f} s for reading features", flush=True)
 
     add(evaluate_backbone(regvit, sources[1], name="RegViT, converted", **cache, **options))
     mean, std = processor.image_mean, processor.image_std
@@ -149,16 +149,14 @@ def main(argv: Sequence[str]) -> int:
     own = next((score for score in reports[0].scores if score.variant == "k=10"), None)
     peer = sklearn_knn(direct, sources, 10) if own else None
     if own and peer:
-        print(
-            f"10-NN: {100 * own.value:.1f} % here, {100 * peer:.1f} % with scikit-learn on the transformers features"
-        )
+        print(f"10-NN: {100 * own.value:.1f} %; scikit-learn on the transformers features: {100 * peer:.1f} %")
     apart = [
         f"{score.name}: {score.show(*score.difference(reference), signed=True)}"
         for score, report, reference in table.rows()
         if report.model == "transformers" and reference is not None
         and not score.difference(reference)[1][0] <= 0 <= score.difference(reference)[1][1]
     ]  # fmt: skip
-    print("Beyond the interval: " + ("; ".join(apart) or "nothing"))
+    print("Differences beyond the interval: " + ("; ".join(apart) or "none"))
     notes = {"threads": args.threads, "sklearn_10nn": peer, "beyond_the_interval": apart}
     (args.output_dir / "notes.json").write_text(json.dumps(notes, indent=1) + "\n", encoding="utf-8")
     return 1 if apart else 0

@@ -1,4 +1,4 @@
-r"""Fine-tune the same weights in every mode, and with the example script of transformers, on the same budget.
+r"""Compare all fine-tuning modes and the example script of transformers, with the same weights and budget.
 
     python scripts/finetune_evidence.py --model FOLDER --data FOLDER --output_dir runs/finetuning --seeds 0 1 2 \\
         --peer path/to/run_image_classification.py
@@ -7,12 +7,12 @@ r"""Fine-tune the same weights in every mode, and with the example script of tra
     python scripts/finetune_evidence.py --model FOLDER --data ../shared/data/depth_7scenes_kitchen \\
         --output_dir runs/kitchen --task depth-estimation --modes full linear --steps 200 --batch_size 8
 
-Each run is a process of its own; its folder is that of any fine-tuning, with card, curves and panels. Prints a line
-for every run: the main metric on the validation part with its 95 % interval, wall seconds and processor seconds of the
-whole process, imports and evaluations included; and with several seeds the mean and the range. The peer, for
-classification only, gets the same images per step, steps, learning rate and seed; everything else is its own default.
-Results are written run by run to `results.json`; a run that is there already is not repeated. The last step is judged,
-not the best one.
+Each run is a separate process, and its folder is that of a normal fine-tuning run with card, curves and panels. Prints
+a line for every run: the main metric on the validation split with its 95 % interval, and the wall and processor
+seconds of the whole process, including imports and evaluations; for several seeds, also the mean and the range. The
+peer, for classification only, uses the same batch size, steps, learning rate and seed, and its own defaults otherwise.
+Results are saved to `results.json` after each run, and finished runs are not repeated. The last step is evaluated, not
+the best one.
 """
 
 import argparse
@@ -45,7 +45,7 @@ PEER = ["--learning_rate", "3e-4", "--ignore_mismatched_sizes", "True", "--remov
 
 
 def timed(command: Sequence[str], log: Path, threads: int) -> dict[str, float]:
-    """Runs a command; seconds of the wall and of the processor, its children included."""
+    """Run a command and return its wall and processor seconds, including child processes."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     with log.open("w") as file:
@@ -56,7 +56,7 @@ def timed(command: Sequence[str], log: Path, threads: int) -> dict[str, float]:
 
 
 def command_of(name: str, seed: int, args: argparse.Namespace, folder: Path) -> list[str]:
-    """The command line of one run."""
+    """Return the command line of a run."""
     common = [
         "--output_dir", str(folder), "--max_steps", str(args.steps), "--seed", str(seed), "--use_cpu", "True",
         "--per_device_train_batch_size", str(args.batch_size), "--per_device_eval_batch_size", "50",
@@ -65,7 +65,7 @@ def command_of(name: str, seed: int, args: argparse.Namespace, folder: Path) -> 
     ]  # fmt: skip
     if name == "peer":
         return [sys.executable, args.peer, *common, *PEER, "--eval_strategy", "no", "--do_train", "--do_eval"]
-    every = str(args.eval_steps or args.steps)  # by default once, at the end, as the peer
+    every = str(args.eval_steps or args.steps)  # by default once at the end, as in the peer
     own = ["--eval_strategy", "steps", "--eval_steps", every, "--load_best_model_at_end", "False", "--mode", name]
     if args.ignore_values:
         own += ["--ignore_values", *map(str, args.ignore_values)]
@@ -74,7 +74,7 @@ def command_of(name: str, seed: int, args: argparse.Namespace, folder: Path) -> 
 
 
 def scores_of(name: str, folder: Path, task: str) -> dict[str, Any]:
-    """Main metric, its interval, the number of validation images, and every other number."""
+    """Return the main metric with its interval, the number of validation images, and all other metrics."""
     if name == "peer":
         metrics = json.loads((folder / "eval_results.json").read_text())
         value = metrics["eval_accuracy"]
@@ -87,22 +87,24 @@ def scores_of(name: str, folder: Path, task: str) -> dict[str, Any]:
 
 
 def words(value: float, task: str) -> str:
-    """A share in per cent, a depth error in metres."""
+    """Format a share in percent or a depth error in meters."""
     return f"{value:.3f} m" if task == "depth-estimation" else f"{value:.1%}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of weights that transformers and `convert` both read")
+    parser.add_argument(
+        "--model", required=True, help="folder with weights that both transformers and `convert` can read"
+    )
     parser.add_argument("--data", required=True, help="folder with train and validation parquet, or a Hub data set")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--task", default="image-classification", choices=list(SCRIPTS))
     parser.add_argument("--peer", help="run_image_classification.py of the transformers examples")
     parser.add_argument("--modes", nargs="*", default=list(MODES), choices=list(MODES))
     parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--eval_steps", type=int, help="steps between evaluations; default: only the last")
+    parser.add_argument("--eval_steps", type=int, help="steps between evaluations; default: only after the last step")
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--ignore_values", nargs="*", type=int, help="stored values of masks that do not count")
+    parser.add_argument("--ignore_values", nargs="*", type=int, help="mask values to ignore")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -1,21 +1,21 @@
-"""Everything that only a GPU can show, in one command: correctness, speed of inference and training, and real runs.
+"""Run all checks that need a GPU: correctness, speed of inference and training, and real runs.
 
     python scripts/gpu_evidence.py --output_dir OUT --data ../shared/data/tiny_imagenet_100
-    python scripts/gpu_evidence.py --output_dir OUT --stages correctness step      # what fits into a short lease
-    python scripts/gpu_evidence.py --output_dir OUT --device cpu --rehearsal       # the same, tiny, to test the script
+    python scripts/gpu_evidence.py --output_dir OUT --stages correctness step      # short
+    python scripts/gpu_evidence.py --output_dir OUT --device cpu --rehearsal       # smallest sizes, for a test
 
-The stages, each a process of its own with a limit, so that one that fails costs only itself:
+Every command runs in a new process with a time limit, so that a failure does not affect the others. The stages are:
 
 - `correctness`: `pytest -m gpu`.
-- `inference`: RegViT beside transformers and timm, S, B and L, 224 and 518 pixels, batch 1 and 8, float32 and
-  bfloat16.
-- `step`: the pretraining step of ViT-S, B and L at 2 x 224 + 8 x 98 beside the official one: images/s, share of the
-  measured peak of matrix products, memory; then again with compiled blocks.
-- `runs`: the recipe `examples/small_data_one_gpu.yaml` at 64 pixels on `--data`, with 0 and 4 registers, and kNN and
-  linear accuracy of both beside an untrained network.
+- `inference`: speed of RegViT, transformers and timm for sizes S, B and L, 224 and 518 pixels, batch sizes 1 and 8,
+  float32 and bfloat16.
+- `step`: the pretraining step of ViT-S, B and L at 2 x 224 + 8 x 98 compared with the official one: images/s, share of
+  the measured peak of matrix products, memory; then again with compiled blocks.
+- `runs`: the recipe `examples/small_data_one_gpu.yaml` at 64 pixels on `--data`, with 0 and 4 registers, and the kNN
+  and linear accuracy of both compared with an untrained network.
 
-Writes `STAGE.log` per command and `summary.md`: commands, seconds, exit codes and the tables. Needs the package on the
-path (`PYTHONPATH=src`); parquet data needs `datasets`, accuracies need `evaluate`.
+Writes a log per command, and `summary.md` with commands, seconds, exit codes and tables. The package must be on the
+path (`PYTHONPATH=src`); parquet data needs `datasets`, and accuracies need `evaluate`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ("correctness", "inference", "step", "runs")
-# A backbone of the last run's shape that learnt nothing, with its processor.
+# Save an untrained backbone of the same architecture as the last run, with its processor.
 UNTRAINED = """
 import sys
 import torch
@@ -44,7 +44,7 @@ AutoImageProcessor.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2])
 
 @dataclass(frozen=True)
 class Command:
-    """One process: a name for its log, and its arguments after `python`."""
+    """Command to run: the name of its log, and its arguments after `python`."""
 
     name: str
     arguments: list[str]
@@ -61,7 +61,8 @@ def main() -> int:
             failed += code != 0
             text = " ".join(shlex.quote(" ".join(word.split())) for word in command.arguments)
             summary.append(f"## {command.name}\n`python {text}`: exit code {code}, {seconds:.0f} s\n\n{tail(log)}\n")
-            (args.output_dir / "summary.md").write_text("\n".join(summary))  # after each: a lease may end at any time
+            # Written after each command, because the machine may become unavailable at any time.
+            (args.output_dir / "summary.md").write_text("\n".join(summary))
             print(f"{command.name}: exit code {code}, {seconds:.0f} s, {log}", flush=True)
     return 1 if failed else 0
 
@@ -70,23 +71,25 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--data", help="labelled images with a train and a validation part, for `runs`")
-    parser.add_argument("--steps", type=int, default=2000, help="of each run, 256 images each")
+    parser.add_argument("--data", help="labeled images with train and validation splits, for `runs`")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of each run, with 256 images each")
     parser.add_argument("--registers", type=int, nargs="+", default=[0, 4])
-    parser.add_argument("--minutes", type=float, default=9.0, help="limit of one command")
+    parser.add_argument("--minutes", type=float, default=9.0, help="time limit of a command in minutes")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--rehearsal", action="store_true", help="smallest sizes, to see that every command runs")
+    parser.add_argument(
+        "--rehearsal", action="store_true", help="use the smallest sizes, to check that every command runs"
+    )
     args = parser.parse_args()
-    args.output_dir = args.output_dir.resolve()  # the commands run in the root of the repository
+    args.output_dir = args.output_dir.resolve()  # commands run in the root of the repository
     if args.data and Path(args.data).exists():
         args.data = str(Path(args.data).resolve())
     if "runs" in args.stages and not args.data:
-        parser.error("the stage 'runs' needs --data")
+        parser.error("The stage 'runs' requires --data.")
     return args
 
 
 def commands(stage: str, args: argparse.Namespace) -> list[Command]:
-    """What one stage runs, in order."""
+    """Return the commands of a stage in order."""
     tiny = args.rehearsal
     if stage == "correctness":
         return [Command("correctness", ["-m", "pytest", "-q", "-m", "gpu", str(ROOT / "tests" / "gpu")])]
@@ -108,7 +111,7 @@ def commands(stage: str, args: argparse.Namespace) -> list[Command]:
 
 
 def run_commands(args: argparse.Namespace) -> list[Command]:
-    """Pretraining with each number of registers, then one table of all backbones."""
+    """Return the commands that pretrain with each number of registers and evaluate all backbones."""
     size = ["--global_crop_size", "64", "--local_crop_size", "32", "--max_steps", str(args.steps)]
     if args.rehearsal:
         size = ["--global_crop_size", "32", "--local_crop_size", "16", "--max_steps", "2", "--bf16", "false"]
@@ -133,7 +136,7 @@ def run_commands(args: argparse.Namespace) -> list[Command]:
 
 
 def run(command: Command, args: argparse.Namespace) -> tuple[int, float, Path]:
-    """Exit code (124: over the limit), seconds and log of one command."""
+    """Run a command and return its exit code (124: timeout), seconds and log file."""
     log = args.output_dir / f"{command.name}.log"
     environment = os.environ | {"REGVIT_GPU_TEST_DEVICE": args.device}
     start = time.perf_counter()
@@ -155,13 +158,13 @@ def run(command: Command, args: argparse.Namespace) -> tuple[int, float, Path]:
 
 
 def tail(log: Path, lines: int = 60) -> str:
-    """The end of a log without what progress bars overwrote."""
+    """Return the end of a log without overwritten progress bars."""
     kept = [line.rsplit("\r", 1)[-1] for line in log.read_text(errors="replace").splitlines()]
     return "\n".join([line for line in kept if line.strip()][-lines:])
 
 
 def environment(device: str) -> str:
-    """Hardware and versions."""
+    """Return hardware and versions as text."""
     import torch
     import transformers
 

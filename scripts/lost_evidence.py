@@ -1,10 +1,10 @@
-"""LOST on a real model: settings chosen on one half of a data set and judged on the other, both ways round.
+"""Evaluate LOST on a real model, with settings selected on one half of a data set and tested on the other.
 
     python scripts/lost_evidence.py --model ../shared/data/vit_tiny_patch16_224 --data ../shared/data/coco_boxes \
         ../shared/data/oxford_pets3 --output runs/lost_evidence.json
 
-Every setting is tried once on every image; the two directions then share that table. Judged together, every image
-counts once, with the settings that the other half chose. 288 settings take about one second per image of 480 x 360
+Every setting runs once on every image, and both directions share the results. In the combined score, every image
+counts once, with the settings selected on the other half. 288 settings take about one second per image of 480 x 360
 pixels on one core.
 """
 
@@ -41,7 +41,7 @@ def percent(value: float, interval: Sequence[float]) -> str:
 
 
 def judge(table: Overlaps, chosen_on: list[int], judged_on: list[int], seed: int) -> dict:
-    """One direction, as `evaluate_lost` does it."""
+    """Select and test settings in one direction, as `evaluate_lost` does."""
     choice = choose(table.subset(chosen_on))
     scores = score_methods(table.subset(judged_on).only(choice.methods), center=choice.center, seed=seed)
     return {"choice": choice.to_dict(), "images": judged_on, "scores": {k: asdict(v) for k, v in scores.items()}}
@@ -68,12 +68,12 @@ def show(name: str, table: Overlaps, result: dict) -> None:
     print(f"\n{name}: {len(table.ids)} images")
     for number, direction in enumerate(result["directions"], 1):
         print(
-            f" direction {number}, {len(direction['images'])} images judged; chosen: {direction['choice']['best'][0]}"
+            f" direction {number}, {len(direction['images'])} test images; selected: {direction['choice']['best'][0]}"
         )
         for key, score in direction["scores"].items():
-            weak = f"; no clear seed in {score['num_degenerate']}" if score["num_degenerate"] else ""
+            weak = f"; no distinct seed in {score['num_degenerate']} images" if score["num_degenerate"] else ""
             print(f"  {key:11} {percent(score['corloc'], score['interval'])}  {score['method']}{weak}")
-    print(" both together, and how far the chosen settings are ahead")
+    print(" both directions combined, and the advantage of the selected settings")
     for key, score in result["together"].items():
         ahead = percent(score["ahead"], score["ahead_interval"])
         print(f"  {key:11} {percent(score['corloc'], score['interval'])}   {ahead}")

@@ -1,9 +1,9 @@
-"""The cards in model_cards/: train, convert and fine-tune for real, measure, bundle, verify, keep the cards.
+"""Make the cards in model_cards/: train, convert and fine-tune models, measure, bundle and verify them.
 
-    python scripts/make_model_cards.py                      the backbone of `make demo`, from the embedded photographs
+    python scripts/make_model_cards.py                      the backbone of `make demo`, on the built-in images
     python scripts/make_model_cards.py --shared ../shared   also a conversion and two retrofits of a ViT-Tiny
 
-Every step is a command of `regvit`, printed before it runs; what an earlier call has finished is not done again.
+Every step is a `regvit` command, which is printed before it runs. Steps that an earlier call finished are skipped.
 """
 
 import argparse
@@ -17,17 +17,19 @@ from pathlib import Path
 from hf_regvit.cli import main as regvit
 
 ROOT = Path(__file__).resolve().parents[1]
-VIT_TERMS = "no licence file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"
+VIT_TERMS = "no license file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"
 IMAGENET = "ImageNet-1k (and, presumably, ImageNet-21k before)"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shared", type=Path, help="folder whose data/ has vit_tiny_patch16_224 and images")
+    parser.add_argument("--shared", type=Path, help="folder whose data/ contains vit_tiny_patch16_224 and images")
     parser.add_argument("--work", type=Path, default=Path("runs/cards"), help="folder for runs, reports and bundles")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "model_cards", help="folder for the cards")
-    parser.add_argument("--max_images", type=int, default=500, help="images of an evaluation, each part")
-    parser.add_argument("--steps", type=int, default=100, help="steps of the retrofit, 16 images each")
+    parser.add_argument("--max_images", type=int, default=500, help="number of images per split of an evaluation")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="fine-tuning steps after adding registers, 16 images each"
+    )
     options = parser.parse_args(argv)
     work, few = options.work, str(options.max_images)
     photos(work, options.output_dir)
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def photos(work: Path, cards: Path) -> None:
-    """Pretrained here: the demo."""
+    """Make the card of the backbone that `make demo` pretrains."""
     run = work / "photos"
     if not (run / "scores.json").exists():
         subprocess.run([sys.executable, str(ROOT / "examples" / "demo.py"), "--output_dir", str(run)], check=True)
@@ -50,16 +52,16 @@ def photos(work: Path, cards: Path) -> None:
                   "--tasks", "knn", "linear", "few_shot")  # fmt: skip
     keep(
         work, cards, "regvit-photos-demo", run, diagnosis, scores, "--license", "apache-2.0",
-        "--data_license", "the photographs inside scikit-image and scikit-learn; their documentation names the "
-        "terms of each",
-        "--description", "Made by `make demo`, which takes five minutes on two idle cores. It shows how the pieces "
-        "fit together; it is not a model for other pictures. Its evaluation is on held-out tiles of the 21 "
-        "photographs that it saw.",
+        "--data_license", "images from scikit-image and scikit-learn, whose documentation states the terms of "
+        "each image",
+        "--description", "Made by `make demo`, which takes five minutes on two idle cores. This model demonstrates "
+        "the workflow and is not meant for other images. It is evaluated on held-out tiles of the 21 images that it "
+        "was trained on.",
     )  # fmt: skip
 
 
 def converted(work: Path, data: Path, cards: Path, few: str) -> None:
-    """A conversion: nothing is trained."""
+    """Make the card of a converted model, without training."""
     model = work / "vit-tiny"
     if not (model / "config.json").exists():
         run_regvit("convert", "--model", data / "vit_tiny_patch16_224", "--output_dir", model)
@@ -74,13 +76,13 @@ def converted(work: Path, data: Path, cards: Path, few: str) -> None:
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data", f"{IMAGENET}, with labels, by the authors of the base model.",
         "--data_license", "ImageNet: non-commercial research",
-        "--description", "The ViT-Tiny of the base model as a RegViT without registers: the same numbers in another "
-        "layout of tensors. The diagnosis below is the reason to add registers.",
+        "--description", "The base model, a ViT-Tiny, as a RegViT without registers: the same weights in a "
+        "different tensor layout. The diagnosis below shows why registers are useful.",
     )  # fmt: skip
 
 
 def test_time_registers(work: Path, data: Path, cards: Path, few: str) -> None:
-    """The same model without its artifacts; nothing is trained. Searched on images that the diagnosis does not see."""
+    """Make the card of the same model with test-time registers, selected on images that the diagnosis does not use."""
     model = work / "vit-tiny-test-time-registers"
     if not (model / "config.json").exists():
         run_regvit("retrofit", "--model", work / "vit-tiny", "--data", data / "caltech101", "--split", "train",
@@ -94,14 +96,14 @@ def test_time_registers(work: Path, data: Path, cards: Path, few: str) -> None:
         "--license", "other", "--license_name", "unknown-see-base-model",
         "--license_link", "https://arxiv.org/abs/2106.10270",
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
-        "--data", f"{IMAGENET}, with labels, by the authors of the base model. The neurons were searched on 500 "
-        "training images of caltech101.",
+        "--data", f"{IMAGENET}, with labels, by the authors of the base model. The register neurons were selected on "
+        "500 training images of caltech101.",
         "--data_license", "ImageNet: non-commercial research; caltech101: CC BY 4.0",
     )  # fmt: skip
 
 
 def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> None:
-    """The same model with four registers added, fine-tuned for a short time."""
+    """Make the card of the same model with four added registers, fine-tuned for a short time."""
     run = work / "vit-tiny-registers"
     if not (run / "metrics.json").exists():
         run_regvit(
@@ -122,20 +124,21 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data_license", "caltech101: CC BY 4.0; before that ImageNet: non-commercial research",
         "--description", f"Four registers were added to a trained ViT-Tiny, which was then fine-tuned for {steps} "
-        "steps of 16 images. So short a training shows how it is done, not how artifacts are removed: compare the "
-        "diagnosis below with the one of the model without registers. The kNN is fitted on images of the fine-tuning.",
+        "steps of 16 images. Such a short training demonstrates the method but does not remove the artifacts: "
+        "compare the diagnosis below with that of the model without registers. The kNN classifier is fitted on images "
+        "used for fine-tuning.",
     )  # fmt: skip
 
 
 def once(folder: Path, command: str, *arguments: object) -> Path:
-    """A report, made unless it is there."""
+    """Return the folder of a report, and make the report if it does not exist."""
     if not (folder / "report.json").exists():
         run_regvit(command, *arguments, "--output_dir", folder)
     return folder
 
 
 def keep(work: Path, cards: Path, name: str, model: Path, diagnosis: Path, scores: Path, *words: str) -> None:
-    """Bundle and verify, then copy card and figures: `NAME.md` and `NAME/`."""
+    """Bundle and verify a model, then copy its card to `NAME.md` and its figures to `NAME/`."""
     bundle = work / "bundles" / name
     shutil.rmtree(bundle, ignore_errors=True)
     run_regvit("publish", "--model", model, "--output_dir", bundle, "--reports", diagnosis, scores, *words)
@@ -148,7 +151,7 @@ def keep(work: Path, cards: Path, name: str, model: Path, diagnosis: Path, score
 
 
 def run_regvit(*arguments: object) -> None:
-    """One command, as one would type it."""
+    """Print and run a `regvit` command."""
     words = [str(argument) for argument in arguments]
     print("regvit", shlex.join(words), flush=True)
     if regvit(words):

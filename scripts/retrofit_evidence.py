@@ -1,13 +1,13 @@
-"""Test-time registers on a real classifier: neurons found on images of one data set, judged on another.
+"""Evaluate test-time registers on a real classifier, with neurons selected on one data set and tested on another.
 
     python scripts/retrofit_evidence.py --model ../shared/data/vit_tiny_patch16_224 \
         --search ../shared/data/caltech101 --samples ../shared/data/imagenet_samples --output_dir runs/registers
 
-Converts the model, retrofits it on the training images of `--search`, and measures on all `--samples`: top-1 against
-the labels before, after and for controls (95 % interval from 2,000 resamples, differences paired), outliers before and
-after by a diagnosis that is told nothing, the time of a forward pass, and what the published code's way of setting
-activations would change. The two checkpoints stay in `--output_dir`,
-`source` and `retrofitted`, for `regvit evaluate` and `scripts/lost_evidence.py`.
+Converts the model, retrofits it on the training images of `--search`, and measures on all `--samples`: top-1 accuracy
+before, after and for controls (95 % interval from 2,000 resamples, paired differences), outliers before and after in
+an independent diagnosis, the time of a forward pass, and the effect of setting activations as in the published code.
+The checkpoints `source` and `retrofitted` in `--output_dir` can be used by `regvit evaluate` and
+`scripts/lost_evidence.py`.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from hf_regvit.retrofit import (
 
 
 def right(model: Any, images: ImageSource, processor: Any) -> np.ndarray:
-    """(n, 1) whether the most likely class is the label."""
+    """Return (n, 1), 1.0 for images whose predicted class is the label and 0.0 otherwise."""
     transform = EvaluationTransform.for_model(model, processor)
     found = []
     with torch.inference_mode():
@@ -61,7 +61,7 @@ def brief(report: ArtifactReport) -> dict[str, Any]:
 
 
 def seconds_of(models: dict[str, Any], rounds: int = 9) -> dict[str, float]:
-    """Processor time of a forward pass of 8 images, medians of interleaved rounds."""
+    """Return the processor seconds of a forward pass of 8 images, as medians of interleaved rounds."""
     pixels = torch.randn(8, 3, *next(iter(models.values())).config.image_shape)
     taken: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
@@ -74,7 +74,7 @@ def seconds_of(models: dict[str, Any], rounds: int = 9) -> dict[str, float]:
 
 
 def variants(source: Any, made: Any, seed: int) -> dict[str, Any]:
-    """The retrofitted model, what it was made from, and controls."""
+    """Return the source model, the retrofitted model, and controls."""
     pairs, registers = made.config.register_neurons, made.config.num_register_tokens
     rng = np.random.default_rng(seed)
     random = [[block, int(rng.integers(source.config.ffn_hidden_size))] for block, _ in pairs]
@@ -90,7 +90,7 @@ def variants(source: Any, made: Any, seed: int) -> dict[str, Any]:
 def one_value_for_all(
     activations: torch.Tensor, neurons: list[int], num_register_tokens: int, token_mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The published code's reading: the largest entry of all selected neurons of a block goes to every one of them."""
+    """Set all selected neurons of a block to their largest activation, as in the published code."""
     if not neurons:
         return activations
     chosen = activations[..., neurons]  # (B, T, S)
@@ -103,7 +103,7 @@ def one_value_for_all(
 
 
 def compare_values(source: Any, samples: ImageSource, processor: Any, registers: int) -> dict[str, Any]:
-    """Cosine of CLS and of all patches but the outliers with those before, one value a neuron against one for all."""
+    """Compare one value per neuron with one value for all: cosines of CLS and normal patches with the source."""
     found = find_register_neurons(source, samples.subset(range(0, len(samples), 5)), processor=processor)
     transform = EvaluationTransform.for_model(source, processor)
     batches = [pixels for _, pixels in prepare_images(samples.subset(range(1, len(samples), 5)), transform)]
@@ -142,9 +142,9 @@ def compare_values(source: Any, samples: ImageSource, processor: Any, registers:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="classifier, anything that regvit convert takes")
-    parser.add_argument("--search", required=True, help="images to search and choose on; their train part")
-    parser.add_argument("--samples", required=True, help="labelled images of the classifier's classes")
+    parser.add_argument("--model", required=True, help="classifier that `regvit convert` accepts")
+    parser.add_argument("--search", required=True, help="data set whose train split is used to select neurons")
+    parser.add_argument("--samples", required=True, help="labeled images of the classifier's classes")
     parser.add_argument("--output_dir", type=Path, required=True)
     parser.add_argument("--max_images", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> int:
         ahead, interval = paired_difference(rows["before"], rows[name], seed=args.seed)
         evidence[f"top-1 {name}"] = {"value": rows[name].mean(), "interval": [low, high], "ahead": [ahead, *interval]}
         print(
-            f"top-1 {name:20} {rows[name].mean():6.1%} [{low:.1%}, {high:.1%}], against before {100 * ahead:+.1f} "
+            f"top-1 {name:20} {rows[name].mean():6.1%} [{low:.1%}, {high:.1%}], change from before {100 * ahead:+.1f} "
             f"[{100 * interval[0]:+.1f}, {100 * interval[1]:+.1f}]",
             flush=True,
         )

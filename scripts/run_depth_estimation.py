@@ -1,11 +1,11 @@
-r"""Fine-tune a vision transformer to estimate the depth of every pixel in metres.
+r"""Fine-tune a Vision Transformer to estimate the depth of every pixel in meters.
 
     python scripts/run_depth_estimation.py --model_name_or_path runs/mine/backbone --dataset_name rooms \
         --output_dir runs/depth
 
-Data: parquet files or a Hub data set with an image and a depth column, or a folder with `images/` and `depth/`.
-Options are those of `regvit finetune`; `--config` reads a recipe. Several processes:
-`accelerate launch` or `torchrun` before the script.
+The data are parquet files or a Hub data set with an image and a depth column, or a folder with `images/` and `depth/`.
+The options are those of `regvit finetune`; `--config` reads a recipe. To use several processes, run the script with
+`accelerate launch` or `torchrun`.
 """
 
 import sys

@@ -1,14 +1,15 @@
-"""Pretrain a vision transformer with registers on unlabelled images, the DINOv2 way.
+"""Pretrain a Vision Transformer with registers on unlabeled images with the DINOv2 losses.
 
     python scripts/run_dino_pretraining.py --data path/to/images --output_dir runs/mine --max_steps 20000
     python scripts/run_dino_pretraining.py --config examples/photos_cpu.yaml --output_dir runs/photos
 
-Defaults come from the recipe, options on the command line override it; `--help` lists all of them.
+Options on the command line override those of the recipe; `--help` lists all options.
 
-Several processes: `accelerate launch` or `torchrun` before the script. SIGTERM and SIGUSR1 save a checkpoint and end
-the process with status 85, for a scheduler that queues the job again; `--resume_from_checkpoint last` goes on from the
-newest checkpoint that verifies, or starts where there is none. `torchrun --max_restarts` does the same after a crash
-(over gloo with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes look for the old ones).
+To use several processes, run the script with `accelerate launch` or `torchrun`. On SIGTERM and SIGUSR1 the script
+saves a checkpoint and exits with status 85, so that a scheduler can queue the job again. `--resume_from_checkpoint
+last` resumes from the newest intact checkpoint, or starts a new run if there is none. `torchrun --max_restarts` does
+the same after a crash (with gloo, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or the new processes wait for the old
+ones).
 """
 
 import logging
@@ -30,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
     pretrain(args)
-    print(f"The backbone is in {Path(args.output_dir) / 'backbone'}; AutoModel.from_pretrained loads it.")
+    print(f"The backbone was saved to {Path(args.output_dir) / 'backbone'}. Load it with AutoModel.from_pretrained.")
     return 0
 
 

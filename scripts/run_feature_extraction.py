@@ -1,10 +1,10 @@
-"""Write CLS, register and patch tokens of many images to safetensors shards, on one process or several.
+"""Write CLS, register and patch tokens of many images to safetensors shards, with one or more processes.
 
     python scripts/run_feature_extraction.py --model facebook/dinov2-small --images photos --output_dir features
     accelerate launch --num_processes 2 scripts/run_feature_extraction.py --config extract.yaml
 
-Interrupted, the same command goes on; several processes write the very files that one would. `--help` lists all
-options.
+After an interruption, the same command continues. Several processes write exactly the same files as one process.
+`--help` lists all options.
 """
 
 import json
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     report = extract_to_folder(args.model_name_or_path, args.images(), args.output_dir, settings=args.settings())
-    if report.complete:  # the process that finished last
+    if report.complete:  # true only in the process that finished last
         print(json.dumps(report.to_dict()))
     return 0
 

@@ -1,10 +1,10 @@
-r"""Fine-tune a vision transformer on labelled images.
+r"""Fine-tune a Vision Transformer on labeled images.
 
     python scripts/run_image_classification.py --model_name_or_path runs/mine/backbone --train_dir photos/train \\
         --validation_dir photos/validation --output_dir runs/classifier
 
-Options are those of `regvit finetune` and of the example script of transformers where both have one; `--config` reads
-a recipe. Several processes: `accelerate launch` or `torchrun` before the script.
+The options are those of `regvit finetune`, which share their names with the example script of transformers; `--config`
+reads a recipe. To use several processes, run the script with `accelerate launch` or `torchrun`.
 """
 
 import sys

@@ -1,11 +1,11 @@
-r"""Fine-tune a vision transformer to name the class of every pixel.
+r"""Fine-tune a Vision Transformer to predict the class of every pixel.
 
     python scripts/run_semantic_segmentation.py --model_name_or_path runs/mine/backbone --dataset_name streets \
         --output_dir runs/segmenter
 
-Data: parquet files or a Hub data set with an image and a mask column, or a folder with `images/` and `masks/`. Options
-are those of `regvit finetune` and of the example script of transformers where both have one; `--config` reads recipes.
-Several processes: `accelerate launch` or `torchrun` before the script.
+The data are parquet files or a Hub data set with an image and a mask column, or a folder with `images/` and `masks/`.
+The options are those of `regvit finetune`, which share their names with the example script of transformers; `--config`
+reads a recipe. To use several processes, run the script with `accelerate launch` or `torchrun`.
 """
 
 import sys

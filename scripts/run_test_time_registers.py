@@ -1,8 +1,8 @@
-"""Move the artifacts of a trained vision transformer into registers, without training (arXiv 2506.08010).
+"""Move the artifacts of a trained Vision Transformer into registers without training (arXiv 2506.08010).
 
     python scripts/run_test_time_registers.py --model facebook/dinov2-large --data photos/ --output_dir fixed
 
-The same as `regvit retrofit`: writes a RegViT with its processor and code files, retrofit_report.json and
+Equivalent to `regvit retrofit`. Writes a RegViT with its processor and code files, retrofit_report.json and
 before_after.png. `--help` lists all options.
 """
 

@@ -1,8 +1,8 @@
-"""A Hub on loopback: repositories in memory, the routes that huggingface_hub calls, and faults on demand.
+"""Fake local Hub for tests: repositories in memory, the routes that huggingface_hub calls, and faults on demand.
 
-Routes and answers as huggingface_hub 2.4 uses them (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`).
-Files from `lfs_from` bytes on and all weights go through the LFS protocol. Xet, the Hub's own binary protocol, is not
-spoken: clients set `HF_HUB_DISABLE_XET=1`.
+Routes and answers are those of huggingface_hub 2.4 (`hf_api.py`, `_commit_api.py`, `lfs.py`, `file_download.py`).
+All weights and files of at least `lfs_from` bytes use the LFS protocol. Xet, the Hub's own binary protocol, is not
+supported, so clients set `HF_HUB_DISABLE_XET=1`.
 """
 
 import base64
@@ -21,17 +21,17 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 OWNER = "someone"
-# Assembled, because text of this shape is what the scan of bundles refuses.
+# Assembled from parts, because the scan of bundles rejects text of this form.
 WRITE_TOKEN, READ_TOKEN = ("hf_" + letter * 34 for letter in "wr")
 
 
 @dataclass
 class Fault:
-    """What happens instead of an answer, to the next `times` requests whose "METHOD path" contains `route`.
+    """Fault of the next `times` requests whose "METHOD path" contains `route`.
 
     Attributes:
-        kind: an HTTP status; "reset": the connection is cut; "silence": no answer for `seconds`.
-        applied: the request is carried out all the same, only its answer is lost.
+        kind: HTTP status, "reset" (the connection is closed) or "silence" (no answer for `seconds`).
+        applied: Whether the request is executed, so that only its answer is lost.
     """
 
     route: str
@@ -45,7 +45,7 @@ class Fault:
 
 @dataclass
 class Commit:
-    """One state of a repository."""
+    """State of a repository."""
 
     oid: str
     message: str
@@ -54,21 +54,21 @@ class Commit:
 
 @dataclass
 class Repo:
-    """A model repository with its history."""
+    """Model repository with its history."""
 
     private: bool
     commits: list[Commit]
     lfs: set[str] = field(default_factory=set)  # sha256 of the files that are large
 
     def at(self, revision: str) -> Commit | None:
-        """The commit of a branch or a hash."""
+        """Return the commit of a branch or a hash."""
         if revision == "main":
             return self.commits[-1]
         return next((commit for commit in self.commits if commit.oid == revision), None)
 
 
 def connect(monkeypatch: Any, hub: "FakeHub", *, token: str | None = None) -> None:
-    """Points huggingface_hub of this process at `hub`; its constants are read from the environment at import."""
+    """Make huggingface_hub in this process use `hub`. Its constants are read from the environment at import."""
     import huggingface_hub.constants as constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
@@ -86,7 +86,7 @@ def sha256(content: bytes) -> str:
 
 
 class FakeHub:
-    """`with FakeHub() as hub:` serves `hub.endpoint` until the block ends."""
+    """Context manager that serves the fake Hub at `hub.endpoint`."""
 
     def __init__(self, *, lfs_from: int = 100_000) -> None:
         self.lfs_from = lfs_from
@@ -116,11 +116,11 @@ class FakeHub:
         return self.repos[repo_id].at(revision).files
 
     def sent(self, route: str) -> list[int]:
-        """Body sizes of the requests whose "METHOD path" contains `route`."""
+        """Return the body sizes of the requests whose "METHOD path" contains `route`."""
         return [size for path, size in self.requests if route in path]
 
     def environment(self, home: str) -> dict[str, str]:
-        """What a child process needs to talk to this Hub and no other."""
+        """Return the environment variables that make a child process use this Hub."""
         return {
             "HF_ENDPOINT": self.endpoint,
             "HF_HOME": home,
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault.kind, int):
             self._answer(fault.kind, fault.body, fault.headers)
             return
-        # An abortive close: the client sees a reset, not an end.
+        # Close abortively, so that the client sees a reset rather than the end of the stream.
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    # Who asks, and for what.
+    # Authorization and routing.
 
     def _token(self) -> str:
         return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
@@ -260,7 +260,7 @@ class _Handler(BaseHTTPRequestHandler):
             return 404, {"error": f"the fake Hub has no route {self.command} {self.path}"}
         return actions[action](name, repo, commit, "/".join(arguments[1:]))
 
-    # The repository.
+    # Requests to a repository.
 
     def _info(self, name: str, repo: Repo, commit: Commit, _: str) -> tuple[Any, ...]:
         return 200, {

@@ -1,4 +1,4 @@
-"""Slow twins of the vectorised formulas: plain Python loops over float64 numbers, written from the definitions."""
+"""Reference implementations of the vectorized formulas: plain Python loops over float64 numbers."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ def softmax(row: Sequence[float]) -> list[float]:
 
 
 def cross_entropy(target: Sequence[float], logits: Sequence[float], temperature: float) -> float:
-    """`-sum_k t_k log softmax(s / temperature)_k`, entry by entry."""
+    """Compute `-sum_k t_k log softmax(s / temperature)_k`, entry by entry."""
     probs = softmax([value / temperature for value in logits])
     return -sum(t * math.log(p) for t, p in zip(target, probs, strict=True))
 
 
 def dino_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float = 0.1) -> float:
-    """Every student crop against every teacher crop: the mean over images, summed over pairs."""
+    """Compute the loss of every student crop with every teacher crop: mean over images, sum over pairs."""
     total = 0.0
     for student_crop in student.tolist():
         for teacher_crop in teacher.tolist():
@@ -29,9 +29,9 @@ def dino_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float =
 
 
 def ibot_loss(student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor, temperature: float = 0.1) -> float:
-    """Per crop the mean over its masked patches, then the mean over all crops, unmasked ones counting as 0.
+    """Compute the mean over the masked patches of each crop, then the mean over crops; crops without masks count as 0.
 
-    `student` and `teacher` are `(crops, patches, K)`, `masks` `(crops, patches)`.
+    `student` and `teacher` are `(crops, patches, K)`, `masks` is `(crops, patches)`.
     """
     total = 0.0
     for crop in range(masks.shape[0]):
@@ -60,7 +60,7 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8, neighbours: int = 1) -
 
 
 def gram_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
-    """Cosine of every pair of patches of a crop on both sides, their squared difference, and its mean over all."""
+    """Compute the mean squared difference between student and teacher cosines over all patch pairs of each crop."""
 
     def cosine(a: Sequence[float], b: Sequence[float]) -> float:
         dot = sum(x * y for x, y in zip(a, b, strict=True))
@@ -78,7 +78,7 @@ def gram_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:
 def prototype_cross_entropy(
     features: torch.Tensor, prototypes: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor, temperature: float
 ) -> float:
-    """The weighted sum over rows of the cross-entropy of their logits, one dot product per prototype."""
+    """Compute the weighted sum of the cross-entropy over rows, with one dot product per prototype."""
     total = 0.0
     for row, target, weight in zip(features.tolist(), targets.tolist(), weights.tolist(), strict=True):
         logits = [sum(a * b for a, b in zip(row, prototype, strict=True)) for prototype in prototypes.tolist()]
@@ -87,7 +87,7 @@ def prototype_cross_entropy(
 
 
 def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int = 3) -> list[list[float]]:
-    """Prototypes, then samples, scaled to equal mass, on the whole matrix at once."""
+    """Scale prototypes, then samples, to equal mass on the whole matrix."""
     top = float(logits.max())
     matrix = [[math.exp((value - top) / temperature) for value in row] for row in logits.tolist()]
     samples, prototypes = len(matrix), len(matrix[0])
@@ -103,7 +103,7 @@ def sinkhorn_knopp(logits: torch.Tensor, temperature: float, num_iterations: int
 
 
 def softmax_centers(batches: Sequence[torch.Tensor], momentum: float) -> list[list[float]]:
-    """The center used at each step and, last, the one after all of them: a running mean that lags by one step."""
+    """Compute the center of each step and the final center: a running mean that lags by one step."""
     center = [0.0] * batches[0].shape[-1]
     used = [center]
     for batch in batches:
@@ -115,7 +115,7 @@ def softmax_centers(batches: Sequence[torch.Tensor], momentum: float) -> list[li
 
 
 def prototype_logits(x: torch.Tensor, layers: Sequence[tuple], g: torch.Tensor, v: torch.Tensor) -> list[list[float]]:
-    """Head on `(n, D)`: linear layers with exact GELU between, unit length, `g * cosine` to each prototype."""
+    """Apply the head to `(n, D)`: linear layers with exact GELU, unit length, `g * cosine` to each prototype."""
     rows = []
     for value in x.tolist():
         for index, (weight, bias) in enumerate(layers):
@@ -137,7 +137,7 @@ def prototype_logits(x: torch.Tensor, layers: Sequence[tuple], g: torch.Tensor, 
 def cosine_table(
     *, base: float, final: float, total: int, warmup: int = 0, warmup_start: float = 0.0, frozen: int = 0
 ) -> list[float]:
-    """The whole schedule as a list: zeros, then a line that includes both ends, then half a cosine period."""
+    """Compute the schedule as a list: zeros, then a line including both ends, then half a cosine period."""
     table = [0.0] * frozen
     for i in range(warmup):
         table.append(warmup_start if warmup == 1 else warmup_start + (base - warmup_start) * i / (warmup - 1))
@@ -148,7 +148,7 @@ def cosine_table(
 
 
 def ema(teacher: Sequence[float], students: Sequence[Sequence[float]], momenta: Sequence[float]) -> list[float]:
-    """The teacher after one update per student state, number by number."""
+    """Compute the teacher after one update per student state, number by number."""
     values = list(teacher)
     for student, momentum in zip(students, momenta, strict=True):
         values = [momentum * t + (1 - momentum) * s for t, s in zip(values, student, strict=True)]

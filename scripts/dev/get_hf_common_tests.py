@@ -1,8 +1,8 @@
 """Fetch the common test suite of the installed transformers: `python scripts/dev/get_hf_common_tests.py`.
 
-The wheel carries no tests, the source distribution of the same version does. It comes through pip, is compared with
-the digest written down here, and its `tests/` folder is unpacked once into `.cache/hf_common/` (ignored by git).
-`pytest -m hf_common tests/hf_common` runs the suite from there. Nothing of it is copied into this repository.
+The wheel contains no tests, but the source distribution of the same version does. This script downloads it with pip,
+compares it with the digest below, and unpacks its `tests/` folder into `.cache/hf_common/`, which git ignores.
+`pytest -m hf_common tests/hf_common` runs the suite from there. Nothing is copied into this repository.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "hf_common"
 
-# SHA-256 of the source distributions we have run. A version listed here has to be this very file. Any other is
-# accepted with a note: pip itself has compared the download with what its index states.
+# SHA-256 of known source distributions. A version listed here must match. Other versions are accepted with a note,
+# because pip compares the download with the digest of its index.
 DIGESTS = {
     "5.15.1": "27c996bd9075ddc82d40f8590dfdc81ea45f611bfca477e0db5d7fd257a482f7",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
@@ -26,16 +26,16 @@ DIGESTS = {
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def download(version: str, folder: Path) -> Path:
-    """The source distribution of one version of transformers, through the pip of this interpreter.
+    """Download the source distribution of a version of transformers with the pip of this interpreter.
 
     Raises:
-        SystemExit: pip could not get it, or its digest is not the one in `DIGESTS`.
+        SystemExit: The download failed, or its digest differs from the one in `DIGESTS`.
     """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--no-binary", "transformers", "--dest", str(folder), f"transformers=={version}"]
@@ -44,13 +44,13 @@ def download(version: str, folder: Path) -> Path:
     if done.returncode or len(archives) != 1:
         raise SystemExit(
             f"pip could not download the source distribution of transformers {version} (exit status "
-            f"{done.returncode}). Its last words:\n{done.stderr[-2000:]}\nCheck the index that pip is configured with."
+            f"{done.returncode}). Last output:\n{done.stderr[-2000:]}\nCheck the package index of pip."
         )
     found, expected = digest_of(archives[0]), DIGESTS.get(version)
     if expected is not None and found != expected:
         raise SystemExit(
-            f"{archives[0].name} has SHA-256 {found}, expected {expected}. Do not run it; download it again, and if "
-            "that changes nothing, distrust the index."
+            f"{archives[0].name} has SHA-256 {found}, but {expected} was expected. Do not run it. Download it again; "
+            "if the digest still differs, do not trust the package index."
         )
     if expected is None:
         print(f"transformers {version} is not in DIGESTS; pip accepted it with SHA-256 {found}.")
@@ -65,7 +65,7 @@ def unpack(archive: Path, target: Path, *, digest: str) -> None:
             members = [m for m in tar.getmembers() if m.name.startswith(f"{target.name}/tests/")]
             tar.extractall(folder, members=members, filter="data")
         if not (unfinished / "tests" / "test_modeling_common.py").is_file():
-            raise SystemExit(f"{archive.name} has no tests/test_modeling_common.py: its layout is not the known one.")
+            raise SystemExit(f"{archive.name} has no tests/test_modeling_common.py, so its layout is unknown.")
         (unfinished / "SHA256").write_text(f"{digest}  {archive.name}\n")
         shutil.rmtree(target, ignore_errors=True)
         unfinished.rename(target)
@@ -73,7 +73,7 @@ def unpack(archive: Path, target: Path, *, digest: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--force", action="store_true", help="download again even if the suite is there")
+    parser.add_argument("--force", action="store_true", help="download the suite again even if it exists")
     arguments = parser.parse_args()
     version = importlib.metadata.version("transformers")
     target = CACHE / f"transformers-{version}"

@@ -1,9 +1,10 @@
-"""10-NN accuracy of checkpoints on the embedded photographs, their tiles read at several sizes.
+"""Measure the 10-NN accuracy of checkpoints on the built-in `photos` set, with tiles read at several sizes.
 
     python scripts/dev/photos_knn.py runs/demo-photos/backbone --sizes 64 80 96
 
-"inner" uses training tiles alone (bank: the left 70 % of each photograph's, queries: the others), so a size can be
-chosen by it without touching the held-out tiles. Features: CLS and mean patch of the final norm, side by side; cosine.
+"inner" uses only training tiles (bank: the left 70 % of each image, queries: the rest), so it can select a size
+without the held-out tiles. The features are CLS and mean patch token after the final norm, concatenated; the metric is
+cosine.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from hf_regvit.probes import knn_accuracy
 
 @torch.inference_mode()
 def features(model: RegViTModel, checkpoint: str, source: ImageSource, size: int) -> torch.Tensor:
-    """(n, 2 D) features of every tile, read at `size` pixels, normalised as the checkpoint wants it."""
+    """Return the (n, 2 D) features of all tiles, read at `size` pixels and normalized as the checkpoint requires."""
     processor, own = default_image_processor(size, resize=size), AutoImageProcessor.from_pretrained(checkpoint)
     processor.image_mean, processor.image_std = own.image_mean, own.image_std
     pixels = processor([source[i].image for i in range(len(source))], return_tensors="pt").pixel_values
@@ -27,7 +28,7 @@ def features(model: RegViTModel, checkpoint: str, source: ImageSource, size: int
 
 
 def inner_queries(source: ImageSource) -> torch.Tensor:
-    """(n,) bool, True at the tiles in the right 30 % of each photograph's training tiles; ids end in `row_column`."""
+    """Return (n,) bool, True for the right 30 % of the training tiles of each image. Ids end in `row_column`."""
     columns = torch.tensor([float(name.rsplit("_", 1)[1]) for name in source.ids])
     labels = torch.tensor(source.labels)
     queries = torch.zeros(len(source), dtype=torch.bool)
@@ -39,8 +40,8 @@ def inner_queries(source: ImageSource) -> torch.Tensor:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoints", nargs="+", help="folders written by save_pretrained")
-    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 80, 96], help="pixels")
+    parser.add_argument("checkpoints", nargs="+", help="checkpoint folders")
+    parser.add_argument("--sizes", nargs="+", type=int, default=[64, 80, 96], help="sides of the tiles in pixels")
     args = parser.parse_args()
     train, held_out = load_images("photos", split="train"), load_images("photos", split="validation")
     labels, held_out_labels = torch.tensor(train.labels), torch.tensor(held_out.labels)

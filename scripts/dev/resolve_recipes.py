@@ -1,6 +1,6 @@
-"""Write every recipe of `examples/`, fully resolved, to `tests/golden_recipes/`.
+"""Write all options of every recipe in `examples/` to `tests/golden_recipes/`.
 
-A test compares them, so a changed default shows up in review as a difference there. Run it after a deliberate change.
+A test compares them, so that a changed default is visible in review. Run this script after a deliberate change.
 """
 
 from pathlib import Path
@@ -11,17 +11,17 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def resolved(recipe: Path) -> str:
-    """All options of one recipe as YAML text, in the order of the dataclass."""
+    """Return all options of a recipe as YAML text, in the order of the dataclass."""
     from hf_regvit.arguments import RecipeParser
     from hf_regvit.finetuning import FinetuningArguments
     from hf_regvit.pretraining import PretrainingArguments
 
     values = yaml.safe_load(recipe.read_text())
     arguments_class = FinetuningArguments if "mode" in values else PretrainingArguments
-    # Without --use_cpu transformers refuses bfloat16 where no GPU is; nothing else of a recipe depends on the machine.
+    # Without a GPU, transformers rejects bfloat16 unless --use_cpu is set. Nothing else depends on the machine.
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
     (arguments,) = RecipeParser(arguments_class).parse(flags)
-    # Options of Trainer come and go with its versions: of those only what the recipe itself names.
+    # Options of Trainer change with its versions, so include only those that the recipe names.
     named = set(values) | set(arguments_class.__annotations__)
     values = {name: value for name, value in arguments.resolved().items() if name in named}
     return yaml.safe_dump(values, sort_keys=False, width=119)

@@ -1,7 +1,7 @@
-"""Train DINOv2 with lightly-train on a folder of images: the peer side of `scripts/compare_pretraining.py`.
+"""Train DINOv2 with lightly-train on a folder of images, for comparison in `scripts/compare_pretraining.py`.
 
-Runs in an environment of its own that holds lightly-train; it imports nothing of hf_regvit. Reads one JSON object from
-the command line and writes the teacher's weights, under the official DINOv2 names, for every saved step.
+This script runs in a separate environment with lightly-train and does not import hf_regvit. It reads a JSON object
+from the command line and writes the teacher's weights under the official DINOv2 names for every saved step.
 """
 
 import json
@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 
 class SaveTeacher(pytorch_lightning.Callback):
-    """Writes the teacher at given steps and notes the processor and wall seconds up to there, writing left out."""
+    """Save the teacher at given steps, and record processor and wall seconds without the time for saving."""
 
     def __init__(self, folder: Path, steps: set[int]) -> None:
         self.folder, self.steps, self.saved = folder, steps, {}
@@ -60,7 +60,7 @@ def main() -> None:
     steps = settings["steps"]
     blur = {"sigmas": tuple(settings["blur_sigma"]), "blur_limit": settings["blur"]}
     save = SaveTeacher(out, set(settings["save_at"]))
-    # Its own callbacks write checkpoints and logs; here only the teacher is kept, so that neither side pays for them.
+    # Replace the default callbacks, which write checkpoints and logs, so that the comparison excludes this cost.
     make_trainer = train_helpers.Trainer
     train_helpers.Trainer = lambda **options: make_trainer(**{**options, "callbacks": [save]})
     lightly_train.pretrain(
@@ -68,7 +68,7 @@ def main() -> None:
         data=settings["data"],
         model=model,
         method="dinov2",
-        epochs=1000,  # more than enough: the number of steps decides
+        epochs=1000,  # an upper bound; `max_steps` ends the run
         batch_size=settings["batch_size"],
         num_workers=0,
         devices=1,
@@ -111,7 +111,7 @@ def main() -> None:
             "weight_decay_end": settings["weight_decay_end"],
             "layerwise_decay": 1.0,
             "patch_embed_lr_multiplier": 1.0,
-            "reference_batch_size": settings["batch_size"],  # so the learning rate is taken as it is
+            "reference_batch_size": settings["batch_size"],  # so that the learning rate is not scaled
         },
     )
     (out / "peer.json").write_text(json.dumps({"saved": save.saved, "version": lightly_train.__version__}))

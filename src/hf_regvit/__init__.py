@@ -1,4 +1,4 @@
-"""hf_regvit: register tokens as a first-class part of Hugging Face vision models.
+"""hf_regvit: Vision Transformers with register tokens for Hugging Face transformers.
 
 `import hf_regvit` registers the RegViT classes with the Auto classes of transformers, so that
 `AutoModel.from_pretrained` needs no `trust_remote_code`.
@@ -33,8 +33,8 @@ from .modeling_regvit import (
     RegViTModelOutput,
 )
 
-if "regvit" in CONFIG_MAPPING_NAMES:  # exist_ok below would otherwise hide a model of that name in transformers itself
-    raise ImportError("This transformers has a model type 'regvit' of its own. Upgrade hf_regvit.")
+if "regvit" in CONFIG_MAPPING_NAMES:  # exist_ok below would otherwise hide a model of that name in transformers
+    raise ImportError("The installed transformers already has a model type 'regvit'. Upgrade hf_regvit.")
 
 AutoConfig.register("regvit", RegViTConfig, exist_ok=True)
 for auto_class, model_class in (
@@ -47,16 +47,16 @@ for auto_class, model_class in (
     auto_class.register(RegViTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)  # makes save_pretrained copy the two code files
 RegViTConfig.register_for_auto_class()
-# The segmentation pipeline knows this table only, and calls every other class unsupported, beside a list of its own.
+# The segmentation pipeline supports only the classes of this table and of its own list.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["regvit"] = RegViTForSemanticSegmentation.__name__
-# Every checkpoint names this processor itself; the registration serves configurations saved without one.
+# Checkpoints name this processor themselves. The registration is for configurations saved without a processor.
 AutoImageProcessor.register(
     RegViTConfig,
     image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil},
     exist_ok=True,
 )
 
-# Trainer, datasets and their kind cost seconds to import, so the functions that need them are found on first use.
+# Importing Trainer, datasets and similar modules takes seconds, so these names are imported on first use.
 _ON_FIRST_USE = {
     "ArtifactReport": "artifacts",
     "diagnose": "artifacts",

@@ -1,4 +1,4 @@
-"""`python -m hf_regvit` is the `regvit` command."""
+"""Entry point of `python -m hf_regvit`, which is the `regvit` command."""
 
 import sys
 

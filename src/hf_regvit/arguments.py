@@ -1,4 +1,4 @@
-"""The command line's arguments: dataclasses, and YAML recipes as their defaults."""
+"""Command-line options as dataclasses, and a parser that reads their defaults from YAML recipes."""
 
 import difflib
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentTypeError
@@ -14,38 +14,42 @@ from transformers import HfArgumentParser
 
 @dataclass
 class ConvertArguments:
-    """What `regvit convert` reads. The overrides are fields of `RegViTConfig` that a raw state dict cannot tell."""
+    """Options of `regvit convert`. The overrides set fields of `RegViTConfig` that a raw state dict lacks."""
 
     model_name_or_path: str = field(
         metadata={
             "aliases": ["--model"],
-            "help": "Folder, weights file (.safetensors, .pth), Hub id or timm/NAME of the model to convert.",
+            "help": "Model to convert: a folder, a weights file (.safetensors, .pth), a Hub id or timm/NAME.",
         }
     )
-    output_dir: str = field(metadata={"help": "Folder to write the RegViT to; it must not hold one already."})
+    output_dir: str = field(metadata={"help": "Output folder for the RegViT; must not contain a checkpoint yet."})
     verify: bool = field(
-        default=True, metadata={"help": "Compare outputs with the source model where there is one to run."}
+        default=True, metadata={"help": "Compare the outputs with those of the source model, if it can be run."}
     )
-    num_attention_heads: int | None = field(default=None, metadata={"help": "Attention heads, for raw state dicts."})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Number of attention heads, for raw state dicts."}
+    )
     layer_norm_eps: float | None = field(default=None, metadata={"help": "LayerNorm epsilon, for raw state dicts."})
     interpolate_antialias: bool | None = field(
-        default=None, metadata={"help": "Antialias when positions are resampled, for raw state dicts."}
+        default=None, metadata={"help": "Antialias resampled position embeddings, for raw state dicts."}
     )
     interpolate_offset: float | None = field(
-        default=None, metadata={"help": "Cells added to the grid when positions are resampled, for raw state dicts."}
+        default=None,
+        metadata={"help": "Offset added to the grid size when resampling position embeddings, for raw state dicts."},
     )
     image_size: list[int] | None = field(
-        default=None, metadata={"help": "Pixels of the stored position table, one side or height and width."}
+        default=None,
+        metadata={"help": "Image size of the stored position embeddings in pixels: one side, or height and width."},
     )
     pooling: str | None = field(
-        default=None, metadata={"help": "What a classifier reads: cls, cls_mean_patch or mean_patch."}
+        default=None, metadata={"help": "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch."}
     )
     pooler_act: str | None = field(
-        default=None, metadata={"help": "Activation of a pooler (ViT's is tanh), for raw state dicts that have one."}
+        default=None, metadata={"help": "Activation of the pooler (tanh in ViT), for raw state dicts that have one."}
     )
 
     def overrides(self) -> dict[str, Any]:
-        """The config fields that were given."""
+        """Return the config fields that were given."""
         names = [f.name for f in fields(self) if f.name not in ("model_name_or_path", "output_dir", "verify")]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given.get("image_size", [])) == 1:
@@ -55,41 +59,51 @@ class ConvertArguments:
 
 @dataclass
 class ExtractArguments:
-    """What `regvit extract` reads. Defaults are those of `ExtractionSettings`."""
+    """Options of `regvit extract`, with the defaults of `ExtractionSettings`."""
 
     model_name_or_path: str = field(
-        metadata={"aliases": ["--model"], "help": "Folder or Hub id of any supported model, or timm/NAME."}
+        metadata={"aliases": ["--model"], "help": "Model: a folder, a Hub id or timm/NAME."}
     )
     data: str = field(
         metadata={
             "aliases": ["--images"],
-            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits.",
+            "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits.",
         }
     )
-    output_dir: str = field(metadata={"help": "Folder for shards and index.json; of an earlier run: it goes on."})
+    output_dir: str = field(
+        metadata={"help": "Output folder for shards and index.json; an interrupted run is continued."}
+    )
     split: str | None = field(
-        default=None, metadata={"help": "train or validation; default all images, of a stream train."}
+        default=None,
+        metadata={"help": "Split to read: train or validation. Default: all images; train with --streaming."},
     )
     streaming: bool = field(
-        default=False, metadata={"help": "Read parquet files or a Hub data set as they come, without a local copy."}
+        default=False, metadata={"help": "Read parquet files or a Hub data set as a stream, without a local copy."}
     )
     layer: int = field(
-        default=-1, metadata={"help": "Block whose output is kept: 1 to the depth, 0 the embedding, -1 the last."}
+        default=-1,
+        metadata={"help": "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."},
     )
     final_norm: bool = field(
-        default=True, metadata={"help": "Apply the model's final norm; without it the raw residual stream is kept."}
+        default=True, metadata={"help": "Apply the model's final norm; otherwise save the raw residual stream."}
     )
-    patches: bool = field(default=True, metadata={"help": "Keep patch tokens, not CLS and registers alone."})
-    dtype: str = field(default="float32", metadata={"help": "float32, float16 or bfloat16."})
-    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass, per process."})
-    shard_size: int = field(default=256, metadata={"help": "Images of one file, and in memory, per process."})
+    patches: bool = field(default=True, metadata={"help": "Save patch tokens in addition to CLS and registers."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Data type of the saved tokens: float32, float16 or bfloat16."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass and process."})
+    shard_size: int = field(
+        default=256, metadata={"help": "Number of images per file, also held in memory, per process."}
+    )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the square picture in pixels; default the model's own processor."}
+        default=None, metadata={"help": "Side of the square input in pixels. Default: set by the model's processor."}
     )
-    max_images: int | None = field(default=None, metadata={"help": "Only the first so many images."})
+    max_images: int | None = field(
+        default=None, metadata={"help": "Read at most this many images, from the first one on. Default: all."}
+    )
 
     def images(self) -> Any:
-        """What `extract_to_folder` takes: a source, or a stream."""
+        """Return the images for `extract_to_folder`, as a source or a stream."""
         from .images import load_images, stream_images
 
         if self.streaming:
@@ -97,7 +111,7 @@ class ExtractArguments:
         return load_images(self.data, split=self.split)  # type: ignore[arg-type]  # checked there
 
     def settings(self) -> Any:
-        """The `ExtractionSettings` among the arguments."""
+        """Return the `ExtractionSettings` among the arguments."""
         from .extraction import ExtractionSettings
 
         return ExtractionSettings(**{f.name: getattr(self, f.name) for f in fields(ExtractionSettings)})
@@ -105,93 +119,126 @@ class ExtractArguments:
 
 @dataclass
 class EvaluateArguments:
-    """What `regvit evaluate` reads. Of several values of the `lost_` options the best combination is chosen."""
+    """Options of `regvit evaluate`. If `lost_` options have several values, the best combination is selected."""
 
     model_name_or_path: list[str] = field(
         metadata={
             "aliases": ["--model"],
             "action": "extend",
-            "help": "Folder, Hub id or timm/NAME of a model; several are put side by side, the first as reference.",
+            "help": "One or more models: folders, Hub ids or timm/NAME. The first one is the reference.",
         }
     )
     data: str = field(
         metadata={
             "aliases": ["--validation_dir"],
-            "help": "Folder with class folders, parquet, Hub data set, photos or digits: images to judge on; without "
-            "--train_data its train part is fitted on.",
+            "help": "Test images: a folder with class folders, a parquet file or folder, a Hub data set, photos or "
+            "digits. Probes are fitted on its train split unless --train_data is given.",
         }
     )
     train_data: str | None = field(
-        default=None, metadata={"aliases": ["--train_dir"], "help": "Images to fit and choose on."}
+        default=None,
+        metadata={"aliases": ["--train_dir"], "help": "Training images, for fitting and selecting probes."},
     )
     train_val_split: float | None = field(
-        default=None, metadata={"help": "Share to judge on, class by class, where --data has no validation part."}
+        default=None,
+        metadata={"help": "Share of the images of each class used as test images if --data has no validation split."},
     )
-    segmentation_data: str | None = field(default=None, metadata={"help": "Images with masks; default --data."})
-    depth_data: str | None = field(default=None, metadata={"help": "Images with depths; default --data."})
-    lost_data: str | None = field(default=None, metadata={"help": "Images with boxes; default --data."})
+    segmentation_data: str | None = field(
+        default=None, metadata={"help": "Images with segmentation masks. Default: --data."}
+    )
+    depth_data: str | None = field(default=None, metadata={"help": "Images with depth maps. Default: --data."})
+    lost_data: str | None = field(default=None, metadata={"help": "Images with bounding boxes. Default: --data."})
     tasks: list[str] = field(
         default_factory=lambda: ["knn", "linear"],
         metadata={
-            "help": "Among knn linear logistic few_shot retrieval robustness (labels), segmentation (masks), depth, "
-            "lost (boxes: object discovery)."
+            "help": "Tasks to run: knn linear logistic few_shot retrieval robustness (need labels), segmentation "
+            "(needs masks), depth (needs depth maps), lost (object discovery, needs boxes)."
         },
     )
-    output_dir: str = field(default="evaluation", metadata={"help": "Folder to write report.json and report.md to."})
+    output_dir: str = field(default="evaluation", metadata={"help": "Output folder for report.json and report.md."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Folder to keep features in; default features inside --output_dir."}
+        default=None, metadata={"help": "Cache folder for features. Default: features/ in --output_dir."}
     )
     image_size: int | None = field(
-        default=None, metadata={"help": "Side of the centre crop in pixels; default the model's own."}
+        default=None, metadata={"help": "Side of the center crop in pixels. Default: the model's image size."}
     )
-    image_sizes: list[int] | None = field(default=None, metadata={"help": "Sizes that robustness judges at, pixels."})
-    knn_k: list[int] | None = field(default=None, metadata={"help": "Neighbours; default 10 20 100 200."})
-    linear_steps: int = field(default=2000, metadata={"help": "SGD steps of the linear probe."})
+    image_sizes: list[int] | None = field(
+        default=None, metadata={"help": "Image sizes of the robustness task in pixels."}
+    )
+    knn_k: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of nearest neighbors. Default: 10 20 100 200."}
+    )
+    linear_steps: int = field(default=2000, metadata={"help": "Number of SGD steps of the linear probe."})
     select_on: str = field(
         default="held_out",
-        metadata={"help": "held_out: choose on a tenth of the training images; judged: as the official probe does."},
+        metadata={
+            "help": "Images on which the linear probe is selected: held_out is a tenth of the training images; judged "
+            "is the test images, as in the official DINOv2 probe."
+        },
     )
-    shots: list[int] | None = field(default=None, metadata={"help": "Few-shot images a class; default 1 5 10."})
-    num_tries: int = field(default=5, metadata={"help": "Draws of the few-shot images."})
-    dense_steps: int = field(default=1000, metadata={"help": "Steps of the segmentation and depth heads."})
+    shots: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of few-shot images per class. Default: 1 5 10."}
+    )
+    num_tries: int = field(default=5, metadata={"help": "Number of random draws of the few-shot images."})
+    dense_steps: int = field(
+        default=1000, metadata={"help": "Number of training steps of the segmentation and depth heads."}
+    )
     dense_image_size: int | None = field(
-        default=None, metadata={"help": "Shorter side for segmentation and depth, pixels; default the model's own."}
+        default=None,
+        metadata={"help": "Shorter image side for segmentation and depth in pixels. Default: the model's image size."},
     )
     num_dense_blocks: int = field(
-        default=1, metadata={"help": "Blocks that segmentation and depth read: 1, the last, or 4."}
+        default=1, metadata={"help": "Number of blocks that segmentation and depth read: 1 (the last one) or 4."}
     )
-    ignore_values: list[int] | None = field(
-        default=None, metadata={"help": "Stored values of masks that do not count; default 255."}
-    )
+    ignore_values: list[int] | None = field(default=None, metadata={"help": "Mask values to ignore. Default: 255."})
     reduce_labels: bool = field(
-        default=False, metadata={"help": "0 in masks is background that does not count, as in ADE20k."}
+        default=False, metadata={"help": "Treat mask value 0 as background to ignore, as in ADE20k."}
     )
     depth_scale: float | None = field(
-        default=None, metadata={"help": "Metres of a stored unit; default 0.001 for whole numbers, 1 for fractions."}
+        default=None,
+        metadata={"help": "Meters per stored depth unit. Default: 0.001 for integers, 1 for floating-point values."},
     )
-    max_depth: float = field(default=10.0, metadata={"help": "Larger depths, in metres, are no measurements."})
+    max_depth: float = field(default=10.0, metadata={"help": "Maximum depth in meters; larger values are ignored."})
     boxes: str | None = field(
-        default=None, metadata={"help": "Column of ground-truth boxes; default objects, bbox or boxes."}
+        default=None, metadata={"help": "Column with ground-truth boxes. Default: objects, bbox or boxes."}
     )
-    box_format: str = field(default="xywh", metadata={"help": "xywh: corner, width, height (COCO). xyxy: corners."})
-    lost_features: list[str] | None = field(default=None, metadata={"help": "Among q k v out; default all."})
-    lost_layers: list[int] | None = field(default=None, metadata={"help": "Blocks from the end; default -1 to -4."})
-    lost_centers: list[str] | None = field(default=None, metadata={"help": "Among none image row; default all."})
-    lost_l2norm: list[str] | None = field(default=None, metadata={"help": "Among false true; default both."})
+    box_format: str = field(
+        default="xywh",
+        metadata={"help": "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners)."},
+    )
+    lost_features: list[str] | None = field(
+        default=None, metadata={"help": "Features for object discovery, among q k v out. Default: all."}
+    )
+    lost_layers: list[int] | None = field(
+        default=None, metadata={"help": "Blocks for object discovery, counted from the end. Default: -1 to -4."}
+    )
+    lost_centers: list[str] | None = field(
+        default=None, metadata={"help": "Centering for object discovery, among none image row. Default: all."}
+    )
+    lost_l2norm: list[str] | None = field(
+        default=None, metadata={"help": "L2 normalization for object discovery, among false true. Default: both."}
+    )
     lost_biases: list[float] | None = field(
-        default=None, metadata={"help": "Added to cosines; with --lost_l2norm false to dot products."}
+        default=None,
+        metadata={"help": "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."},
     )
-    lost_k: list[int] | None = field(default=None, metadata={"help": "Patches to expand among; default 100."})
-    max_side: int = field(default=640, metadata={"help": "Larger images are read by lost at this longer side."})
+    lost_k: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of candidate patches for seed expansion. Default: 100."}
+    )
+    max_side: int = field(
+        default=640,
+        metadata={"help": "Maximum longer side for object discovery in pixels; larger images are resized."},
+    )
     max_images: int | None = field(
-        default=None, metadata={"help": "Use at most this many images of each part, drawn by --seed."}
+        default=None,
+        metadata={"help": "Maximum number of images per split, drawn at random with --seed. Default: all."},
     )
-    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
-    seed: int = field(default=0, metadata={"help": "Of the halves, of draws and of the intervals."})
+    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
+    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
+    seed: int = field(default=0, metadata={"help": "Random seed for splits, sampling and confidence intervals."})
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of `evaluate_backbone`."""
+        """Return the keyword arguments of `evaluate_backbone`."""
         from .classification_probes import LinearGrid
         from .dense_probes import DepthSettings, SegmentationSettings
         from .evaluation import Protocol
@@ -222,10 +269,10 @@ class EvaluateArguments:
         }
 
     def grid(self) -> dict[str, Any]:
-        """The options of `LostGrid` that were given."""
+        """Return the options of `LostGrid` that were given."""
         norms = self.lost_l2norm
         if norms is not None and set(norms) - {"true", "false"}:
-            raise ValueError(f"lost_l2norm={norms} must be among true and false.")
+            raise ValueError(f"lost_l2norm={norms} contains an unknown value. Choose from true, false.")
         given = {
             "features": self.lost_features,
             "layers": self.lost_layers,
@@ -240,45 +287,51 @@ class EvaluateArguments:
 
 @dataclass
 class DiagnoseArguments:
-    """What `regvit diagnose` reads."""
+    """Options of `regvit diagnose`."""
 
     model_name_or_path: list[str] = field(
         metadata={
             "aliases": ["--model"],
             "action": "extend",
-            "help": "Folder, Hub id or timm/NAME of a model; several are diagnosed and tabulated side by side.",
+            "help": "One or more models: folders, Hub ids or timm/NAME. Several models are compared in a table.",
         }
     )
     data: str = field(
         metadata={
             "aliases": ["--images"],
-            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits. 500 images or more.",
+            "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits. Use at least 500.",
         }
     )
-    output_dir: str = field(default="diagnosis", metadata={"help": "Folder to write report.json and report.html to."})
-    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
+    output_dir: str = field(
+        default="diagnosis", metadata={"help": "Output folder for report.json, report.html and figures."}
+    )
+    split: str | None = field(
+        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
+    )
     layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks to read, 1 to the depth, 0 the embedding; default all."}
+        default=None, metadata={"help": "Blocks to read: 1 to the depth, 0 for the embedding. Default: all."}
     )
     cutoff: str = field(
-        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto finds it."}
+        default="auto",
+        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
     )
-    max_images: int = field(default=1000, metadata={"help": "Use at most this many images, drawn by --seed."})
+    max_images: int = field(default=1000, metadata={"help": "Maximum number of images, drawn at random with --seed."})
     detail_images: int = field(
-        default=128, metadata={"help": "Images for directions, ranks and register controls; held in memory."}
+        default=128, metadata={"help": "Number of images for directions, ranks and register controls; held in memory."}
     )
-    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
+    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
     probes: bool = field(
-        default=False, metadata={"help": "Also fit linear probes on single tokens; the class needs labelled images."}
+        default=False,
+        metadata={"help": "Also fit linear probes on single tokens; the class probe needs labeled images."},
     )
-    seed: int = field(default=0, metadata={"help": "Of all random draws."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of `diagnose`.
+        """Return the keyword arguments of `diagnose`.
 
         Raises:
-            ValueError: `cutoff` is neither auto nor a number.
+            ValueError: `cutoff` is neither "auto" nor a number.
         """
         cutoff = _cutoff(self.cutoff)
         names = ("max_images", "detail_images", "batch_size", "probes", "seed")
@@ -287,40 +340,48 @@ class DiagnoseArguments:
 
 @dataclass
 class RetrofitArguments:
-    """What `regvit retrofit` reads."""
+    """Options of `regvit retrofit`."""
 
     model_name_or_path: str = field(
         metadata={
             "aliases": ["--model"],
-            "help": "RegViT without registers, or anything that `regvit convert` takes: folder, Hub id, weights.",
+            "help": "RegViT without registers, or any model that `regvit convert` accepts: a folder, a Hub id or a "
+            "weights file.",
         }
     )
     data: str = field(
         metadata={
             "aliases": ["--images"],
-            "help": "Folder of images, parquet file or folder, Hub data set, photos or digits; no labels needed.",
+            "help": "Images, without labels: a folder, a parquet file or folder, a Hub data set, photos or digits.",
         }
     )
-    output_dir: str = field(metadata={"help": "New folder for the checkpoint, its report and its pictures."})
-    split: str | None = field(default=None, metadata={"help": "train or validation; default all images."})
-    num_register_tokens: int | None = field(
-        default=None, metadata={"help": "Registers to add; default chosen among 1, 2, 4 and 8."}
+    output_dir: str = field(metadata={"help": "New output folder for the checkpoint, its report and figures."})
+    split: str | None = field(
+        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
     )
-    top_k: int | None = field(default=None, metadata={"help": "Neurons to move; default chosen among 1 to 50."})
+    num_register_tokens: int | None = field(
+        default=None, metadata={"help": "Number of registers to add. Default: the best of 1, 2, 4 and 8."}
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "Number of neurons to move. Default: the best of 1 to 50."}
+    )
     highest_block: int | None = field(
         default=None,
-        metadata={"help": "Last block to take neurons from, from 0; default the one that makes the first outliers."},
+        metadata={
+            "help": "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
+        },
     )
     cutoff: str = field(
-        default="auto", metadata={"help": "Norm above which a patch token is an outlier; auto finds it."}
+        default="auto",
+        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
     )
-    max_images: int = field(default=500, metadata={"help": "Use at most this many images, drawn by --seed."})
-    batch_size: int = field(default=32, metadata={"help": "Images of one forward pass."})
-    seed: int = field(default=0, metadata={"help": "Of all random draws."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+    max_images: int = field(default=500, metadata={"help": "Maximum number of images, drawn at random with --seed."})
+    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
+    seed: int = field(default=0, metadata={"help": "Random seed."})
+    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of `retrofit`."""
+        """Return the keyword arguments of `retrofit`."""
         names = ("num_register_tokens", "top_k", "highest_block", "max_images", "batch_size", "seed", "device")
         return {name: getattr(self, name) for name in names} | {"cutoff": _cutoff(self.cutoff)}
 
@@ -329,104 +390,124 @@ def _cutoff(text: str) -> float | str:
     try:
         return text if text == "auto" else float(text)
     except ValueError as error:
-        raise ValueError(f"--cutoff {text} is neither 'auto' nor a norm such as 150.") from error
+        raise ValueError(f"--cutoff {text} is not a number. Use 'auto' or a norm such as 150.") from error
 
 
 @dataclass
 class DataCheckArguments:
-    """What `regvit data-check` reads."""
+    """Options of `regvit data-check`."""
 
     data: list[str] = field(
-        metadata={"help": "One or more image folders, parquet or tar files, Hub data sets, photos or digits."}
+        metadata={"help": "Images: one or more folders, parquet or tar files, Hub data sets, photos or digits."}
     )
     image_column: str | None = field(
-        default=None, metadata={"help": "Column with the images; default: the only one, or 'image'."}
+        default=None, metadata={"help": "Column with the images. Default: the only image column, or 'image'."}
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Column with the class numbers; default: 'label' where it holds some."}
+        default=None, metadata={"help": "Column with the class ids. Default: 'label', if it holds class ids."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Images of a training step over all processes."})
+    batch_size: int = field(default=64, metadata={"help": "Number of images per training step over all processes."})
     image_size: int = field(default=224, metadata={"help": "Side of the global crops in pixels."})
-    max_bad_share: float = field(default=0.01, metadata={"help": "Share of bad images that training would accept."})
+    max_bad_share: float = field(
+        default=0.01, metadata={"help": "Maximum share of unreadable images that training would accept, 0 to 1."}
+    )
     near_limit_bits: int = field(
         default=6,
-        metadata={"help": "Near duplicates differ in at most so many of the 64 bits of their hash; 0 to 16."},
+        metadata={"help": "Maximum number of differing bits in the 64-bit image hashes of near duplicates, 0 to 16."},
     )
-    num_workers: int = field(default=0, metadata={"help": "Processes that read; 0 reads in this one."})
+    num_workers: int = field(
+        default=0, metadata={"help": "Number of processes that read images; 0 reads in the main process."}
+    )
 
 
 @dataclass
 class DemoArguments:
-    """What `regvit demo` reads."""
+    """Options of `regvit demo`."""
 
     model_name_or_path: list[str] = field(
         metadata={
             "aliases": ["--model"],
             "action": "extend",
-            "help": "Folder, Hub id or timm/NAME of a model to look into; of several one is chosen on the page.",
+            "help": "One or more models: folders, Hub ids or timm/NAME. Select one of them on the page.",
         }
     )
-    compare: str | None = field(default=None, metadata={"help": "Another model, to be shown beside the first."})
+    compare: str | None = field(default=None, metadata={"help": "Second model to show next to the first one."})
     port: int = field(
-        default=7860, metadata={"help": "Port of this machine to listen on; 0: first free one from 7860."}
+        default=7860, metadata={"help": "Local port to listen on; 0 selects the first free port from 7860 on."}
     )
-    cache_mib: int = field(default=512, metadata={"help": "Memory for pictures that were read, MiB."})
-    device: str | None = field(default=None, metadata={"help": "Where to compute, e.g. cuda; default the CPU."})
+    cache_mib: int = field(default=512, metadata={"help": "Memory for cached images in MiB."})
+    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
 
 
 @dataclass
 class PublishArguments:
-    """What `regvit publish` reads."""
+    """Options of `regvit publish`."""
 
     model_name_or_path: str = field(
-        metadata={"aliases": ["--model"], "help": "RegViT checkpoint, or folder of a run, on this machine."}
+        metadata={"aliases": ["--model"], "help": "Local RegViT checkpoint, or the folder of a training run."}
     )
     repo_id: str | None = field(
-        default=None, metadata={"help": "Repository on the Hub, owner/name; also named on the card."}
+        default=None, metadata={"help": "Hub repository id, owner/name. The model card loads the model from it."}
     )
     output_dir: str | None = field(
-        default=None, metadata={"help": "New folder for the bundle; default bundles/ and the name of the repository."}
+        default=None,
+        metadata={"help": "New folder for the bundle. Default: bundles/ followed by the repository name."},
     )
-    push: bool = field(default=False, metadata={"help": "Send the bundle; without, nothing leaves this machine."})
+    push: bool = field(
+        default=False, metadata={"help": "Upload the bundle. Without this option, nothing is uploaded."}
+    )
     public: bool = field(
-        default=False, metadata={"help": "Make a new repository public, or send to one that is; default private."}
+        default=False,
+        metadata={"help": "Create a public repository instead of a private one, or upload to an existing public one."},
     )
     reports: list[str] = field(
         default_factory=list,
-        metadata={"help": "Reports of `regvit diagnose` and `regvit evaluate`, files or folders, for the card."},
+        metadata={"help": "Reports of `regvit diagnose` and `regvit evaluate` for the model card: files or folders."},
     )
     license: str | None = field(
         default=None,
-        metadata={"help": "Licence of the weights, in the Hub's words: apache-2.0, cc-by-nc-4.0, other."},
+        metadata={"help": "License of the weights, as a Hub license id such as apache-2.0, cc-by-nc-4.0 or other."},
     )
-    license_name: str | None = field(default=None, metadata={"help": "Its name, where the licence is 'other'."})
-    license_link: str | None = field(default=None, metadata={"help": "Address of its text, likewise."})
-    data: str | None = field(default=None, metadata={"help": "Training images in words; default from the run."})
-    data_license: str | None = field(default=None, metadata={"help": "Terms of the training images."})
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Their ids on the Hub."})
+    license_name: str | None = field(
+        default=None, metadata={"help": "Name of the license. Required with --license other."}
+    )
+    license_link: str | None = field(
+        default=None, metadata={"help": "URL of the license text. Required with --license other."}
+    )
+    data: str | None = field(
+        default=None, metadata={"help": "Description of the training images. Default: taken from the run."}
+    )
+    data_license: str | None = field(default=None, metadata={"help": "License or terms of the training images."})
+    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data sets."})
     base_model: str | None = field(
-        default=None, metadata={"help": "Model that this one started from; default from the run."}
+        default=None, metadata={"help": "Model that training or conversion started from. Default: taken from the run."}
     )
-    base_model_license: str | None = field(default=None, metadata={"help": "Terms of that model."})
+    base_model_license: str | None = field(default=None, metadata={"help": "License or terms of the base model."})
     origin: str | None = field(
         default=None,
-        metadata={"help": "pretrained, finetuned, converted or retrofitted; default what the run says, or unknown."},
+        metadata={
+            "help": "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the "
+            "run, or unknown."
+        },
     )
-    description: str | None = field(default=None, metadata={"help": "A paragraph for the card."})
+    description: str | None = field(default=None, metadata={"help": "Paragraph for the model card."})
     example_pictures: bool = field(
-        default=False, metadata={"help": "Publish example pictures of the diagnosis; they are images of the data set."}
+        default=False,
+        metadata={"help": "Include the example figures of the diagnosis, which show images of the data set."},
     )
-    max_shard_size: str = field(default="5GB", metadata={"help": "Larger weights are split into files of this size."})
-    revision: str | None = field(default=None, metadata={"help": "Branch of the repository; default main."})
-    commit_message: str | None = field(default=None, metadata={"help": "Of the commit."})
+    max_shard_size: str = field(
+        default="5GB", metadata={"help": "Maximum size of a weights file; larger weights are split."}
+    )
+    revision: str | None = field(default=None, metadata={"help": "Branch of the repository. Default: main."})
+    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
 
     def folder(self) -> str:
-        """Where the bundle goes."""
+        """Return the folder of the bundle."""
         name = self.repo_id or Path(self.model_name_or_path).resolve().name
         return self.output_dir or f"bundles/{name.split('/')[-1]}"
 
     def card(self) -> dict[str, Any]:
-        """Fields of the card that were given."""
+        """Return the fields of the model card that were given."""
         names = ("license", "license_name", "license_link", "data", "data_license", "base_model", "base_model_license")
         given = {name: getattr(self, name) for name in (*names, "origin", "description")}
         given["datasets"] = tuple(self.datasets)
@@ -435,9 +516,9 @@ class PublishArguments:
 
 @dataclass
 class DoctorArguments:
-    """What `regvit doctor` reads."""
+    """Options of `regvit doctor`."""
 
-    output_dir: str = field(default=".", metadata={"help": "Where runs would be written: its disk is looked at."})
+    output_dir: str = field(default=".", metadata={"help": "Folder for runs, whose free disk space is checked."})
     self_test: bool = field(default=True, metadata={"help": "Train, save and load a tiny model."})
 
 
@@ -445,7 +526,7 @@ class RecipeError(ValueError):
     """A recipe file that cannot be used; the message names file, line and key."""
 
 
-# Inherited options that every run may want: they stand among the own ones in the help.
+# Inherited options that many runs use. The help lists them with the command's own training options.
 _COMMON = (
     "output_dir", "max_steps", "gradient_accumulation_steps", "label_smoothing_factor", "bf16", "seed", "use_cpu",
     "eval_steps", "save_steps", "dataloader_num_workers", "resume_from_checkpoint", "push_to_hub", "hub_model_id",
@@ -453,7 +534,7 @@ _COMMON = (
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """One spelling of every option, and no default where there is none."""
+    """Show one spelling of every option, and a default only if there is one."""
 
     def _get_help_string(self, action: Any) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -468,18 +549,19 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 class RecipeParser(HfArgumentParser):
     """`HfArgumentParser` with `--config recipe.yaml`: default < recipe < flag.
 
-    Values of the recipe become the parser's defaults and pass through its types, because YAML reads `1e-4` as text and
-    transformers' own YAML parsing leaves it so. Recipes are flat; an unknown key is an error with the nearest one.
+    Values of the recipe become the parser's defaults and are converted to the option's type, because YAML reads `1e-4`
+    as text and the YAML parsing of transformers does not convert it. Recipes are flat. An unknown key is an error that
+    names the nearest known key.
     """
 
     def __init__(self, dataclass_types: Any, **kwargs: Any) -> None:
         super().__init__(dataclass_types, allow_abbrev=False, formatter_class=_HelpFormatter, **kwargs)
         self.add_argument(
-            "--config", metavar="RECIPE.yaml", help="Flat YAML file of these options; flags override it."
+            "--config", metavar="RECIPE.yaml", help="Flat YAML file with any of these options. Flags override it."
         )
 
     def format_help(self) -> str:
-        """The command's own options first; what it inherits from transformers, some 120 options, behind them."""
+        """Return the help text: first the command's own options, then the roughly 120 inherited from transformers."""
         of_base = {
             name for one in self.dataclass_types for name in getattr(one.__mro__[1], "__dataclass_fields__", {})
         }
@@ -493,51 +575,53 @@ class RecipeParser(HfArgumentParser):
         formatter = self._get_formatter()
         formatter.add_usage("%(prog)s [--config RECIPE.yaml] [--option value ...]", [], [])
         formatter.add_text(self.description)
-        for number, title in enumerate(("options", "training", "left of transformers.TrainingArguments")):
+        for number, title in enumerate(("options", "training", "other transformers.TrainingArguments")):
             formatter.start_section(title)
             formatter.add_arguments([action for action in self._actions if section(action) == number])
             formatter.end_section()
         return formatter.format_help()
 
     def parse(self, args: Sequence[str]) -> tuple[Any, ...]:
-        """The dataclasses of `args` (without the program's name).
+        """Parse `args`, which do not include the program name, into the dataclasses.
 
         Raises:
-            RecipeError: The recipe is missing, not flat YAML, or has an unknown key or a value of the wrong type.
+            RecipeError: The recipe is missing, is not flat YAML, or has an unknown key or a value of the wrong type.
         """
         args = [_at_home(argument) for argument in args]
         recipe = _take_config(args)
         if recipe is not None:
             self._use_recipe(Path(recipe))
-        # The parser's own namespace comes after the dataclasses (it holds --config), then what nothing claimed.
+        # The dataclasses are followed by the parser's own namespace, which holds --config, and the unknown arguments.
         *parsed, _, unknown = self.parse_args_into_dataclasses(
             list(args), return_remaining_strings=True, look_for_args_file=False
         )
         if unknown:
             options = [option for action in self._actions for option in action.option_strings]
             nearest = difflib.get_close_matches(unknown[0], options, n=1, cutoff=0.0)[0]
-            self.error(f"unknown option '{unknown[0]}'. Did you mean '{nearest}'?")  # exits with status 2
+            self.error(f"Unknown option '{unknown[0]}'. Did you mean '{nearest}'?")  # exits with status 2
         return tuple(parsed)
 
     def _use_recipe(self, path: Path) -> None:
         if not path.is_file():
-            raise RecipeError(f"The recipe '{path}' does not exist.")
+            raise RecipeError(f"The recipe '{path}' does not exist. Check the path after --config.")
         try:
             text = path.read_text(encoding="utf-8-sig")
             values, node = yaml.safe_load(text) or {}, yaml.compose(text)
         except UnicodeDecodeError as error:
             raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
         except yaml.YAMLError as error:
-            raise RecipeError(f"'{path}' is not YAML: {error}") from error
+            raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
         if not isinstance(values, dict):
-            raise RecipeError(f"'{path}' holds a {type(values).__name__}, expected one 'option: value' a line.")
+            raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")
         first: dict[str, int] = {}
-        # YAML itself takes the last one without a word.
+        # YAML silently keeps the last value of a repeated key.
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
             line = key.start_mark.line + 1
             if first.setdefault(key.value, line) != line:
-                raise RecipeError(f"'{key.value}' stands twice in {path}, lines {first[key.value]} and {line}.")
-        known: dict[str, list[Any]] = {}  # a switch has a second action of the same name, --no_switch
+                raise RecipeError(
+                    f"The key '{key.value}' appears twice in {path}, in lines {first[key.value]} and {line}."
+                )
+        known: dict[str, list[Any]] = {}  # a boolean option has a second action of the same name, --no_option
         for action in self._actions:
             if action.dest not in ("help", "config"):
                 known.setdefault(action.dest, []).append(action)
@@ -549,12 +633,12 @@ class RecipeParser(HfArgumentParser):
             try:
                 default = self._typed(known[key][0], value, self._kinds(key))
             except (TypeError, ValueError, ArgumentTypeError) as error:
-                raise RecipeError(f"{key}: {value!r} in {path}:{line} cannot be used: {error}") from error
+                raise RecipeError(f"Invalid value {key}: {value!r} in {path}:{line}: {error}") from error
             for action in known[key]:
                 action.default, action.required = default, False
 
     def _kinds(self, key: str) -> set[Any]:
-        """What an option may hold by its annotation: `int | None` gives int and NoneType, `list[str]` list."""
+        """Return the types that an option accepts: int and NoneType for `int | None`, list for `list[str]`."""
         hint = next(hints[key] for one in self.dataclass_types if key in (hints := get_type_hints(one)))
         kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         return {get_origin(kind) or kind for kind in kinds}
@@ -563,7 +647,7 @@ class RecipeParser(HfArgumentParser):
     def _typed(action: Any, value: Any, kinds: set[Any]) -> Any:
         if value is None:
             if type(None) not in kinds:
-                raise ValueError("there is no value; leave the line out for the default")
+                raise ValueError("the value is missing; remove the line to use the default")
             return None
         if isinstance(value, dict | list) and not kinds & {type(value), Any}:
             raise ValueError("expected a single value" + (" or a list" if list in kinds else ""))
@@ -582,7 +666,7 @@ class RecipeParser(HfArgumentParser):
 
 
 def _at_home(argument: str) -> str:
-    """`~/x` in a recipe, and `--option=~/x`, which shells leave as it is: a folder called `~` is never meant."""
+    """Expand `~/x` from a recipe or from `--option=~/x`, which shells do not expand."""
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return name + equals + (str(Path(value).expanduser()) if value.startswith("~/") else value)
 

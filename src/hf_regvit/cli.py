@@ -1,6 +1,6 @@
-"""The `regvit` command: parse, call one public function, print.
+"""Command-line interface `regvit`: parse the options, call one public function, print the result.
 
-Results go to stdout, logs to stderr. Exit status: 0 done, 1 failed, 2 misuse. Many processes:
+Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 wrong usage. To use several processes, run
 `accelerate launch -m hf_regvit pretrain ...`.
 """
 
@@ -16,39 +16,40 @@ from typing import Any
 USAGE = """usage: regvit COMMAND [options]
 
 commands:
-  data-check read a data set once: counts, sizes, duplicates, bad images, what a run would use
-  pretrain   train a RegViT on images without labels, the DINOv2 way
-  finetune   train on labelled images: classes, masks or depth; head, low-rank updates or everything
-  convert    turn a DINOv2, timm or transformers ViT into a RegViT, exactly
-  diagnose   find artifact tokens: where, how many, what they are like; several models make a table
-  retrofit   move the artifacts of a trained model into registers, without training, in minutes
-  extract    write CLS, register and patch tokens of many images to files, for any supported model
-  evaluate   measure frozen features: kNN, linear probes, segmentation, depth, object discovery; models side by side
-  publish    bundle a checkpoint with its card, prove that strangers can load it, send it to the Hub
-  demo       a page on which to look into a model, or two side by side: attention, norms, PCA, objects
-  doctor     look at the installation: versions, devices, bad combinations, disk, a self-test
+  data-check check a data set before training: counts, sizes, duplicates, unreadable images
+  pretrain   pretrain a RegViT on unlabeled images with the DINOv2 losses
+  finetune   train a classifier, a segmentation model or a depth model on labeled images
+  convert    convert a DINOv2, timm or transformers ViT to a RegViT with the same outputs
+  diagnose   find artifact tokens in one or more models: how many, where, and from which block on
+  retrofit   add registers to a trained model without training and move its artifacts into them
+  extract    write the CLS, register and patch tokens of many images to files, for any supported model
+  evaluate   compare frozen features: kNN, linear probes, segmentation, depth, object discovery
+  publish    create a Hub-ready folder with a model card, verify that it loads without hf_regvit, and upload it
+  demo       serve a web page that shows the attention, norms, PCA and objects of one or two models
+  doctor     check the installation: versions, devices, conflicts, disk space, a self-test
 
-regvit COMMAND --help lists the options of a command.
-Every command takes --dry_run (print what would be done), --json (result for machines) and --debug (full traceback).
+Run `regvit COMMAND --help` to list the options of a command.
+Every command accepts --dry_run (print the resolved options and stop), --json (print the result as JSON) and --debug
+(show the full traceback of an error).
 """
 
 
 def _check_output(folder: str | Path | None) -> None:
-    """Whether a result can be written there; found out after the work, it would cost all of it.
+    """Check that results can be written to a folder before the work starts. Nothing is created.
 
     Raises:
-        OSError: It cannot; says why. Nothing is created.
+        OSError: The folder cannot be written to.
     """
     path = Path(folder or ".")
     place = next(place for place in (path, *path.absolute().parents) if place.exists())
     if not place.is_dir():
-        raise NotADirectoryError(f"'{place}' is a file, so nothing can be written to '{path}'. Choose another folder.")
+        raise NotADirectoryError(f"'{place}' is a file, so '{path}' cannot be created. Choose another folder.")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"'{place}' may not be written to. Choose another folder, or change its permissions.")
+        raise PermissionError(f"'{place}' is not writable. Choose another folder, or change its permissions.")
 
 
 def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit pretrain --config examples/photos_cpu.yaml --output_dir runs/a`."""
+    """Run `regvit pretrain --config examples/photos_cpu.yaml --output_dir runs/a`."""
     from .arguments import RecipeParser
     from .pretraining import PretrainingArguments, pretrain
 
@@ -62,7 +63,7 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit finetune --model runs/a/backbone --data photos --output_dir runs/b`."""
+    """Run `regvit finetune --model runs/a/backbone --data photos --output_dir runs/b`."""
     from .arguments import RecipeParser
     from .finetuning import FinetuningArguments, finetune
 
@@ -77,7 +78,7 @@ def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 def data_check_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit data-check --data FOLDER`."""
+    """Run `regvit data-check --data FOLDER`."""
     from .arguments import DataCheckArguments, RecipeParser
     from .data_check import check_data
 
@@ -92,7 +93,7 @@ def data_check_command(args: Sequence[str], switches: dict[str, bool]) -> dict[s
 
 
 def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit convert --model SOURCE --output_dir FOLDER`."""
+    """Run `regvit convert --model SOURCE --output_dir FOLDER`."""
     from .arguments import ConvertArguments, RecipeParser
     from .conversion import convert_to_folder
 
@@ -115,7 +116,7 @@ def convert_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
 
 
 def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit diagnose --model SOURCE --data FOLDER --output_dir diagnosis`."""
+    """Run `regvit diagnose --model SOURCE --data FOLDER --output_dir diagnosis`."""
     from .arguments import DiagnoseArguments, RecipeParser
     from .artifacts import diagnose
     from .checkpoint_comparison import compare_checkpoints
@@ -148,7 +149,7 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit retrofit --model SOURCE --data FOLDER --output_dir FOLDER`."""
+    """Run `regvit retrofit --model SOURCE --data FOLDER --output_dir FOLDER`."""
     from .arguments import RecipeParser, RetrofitArguments
     from .figures import before_after_figure, read_token_maps, save_figure
     from .images import load_images
@@ -172,7 +173,7 @@ def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit extract --model SOURCE --images FOLDER --output_dir features`."""
+    """Run `regvit extract --model SOURCE --images FOLDER --output_dir features`."""
     from .arguments import ExtractArguments, RecipeParser
     from .extraction import extract_to_folder
 
@@ -187,7 +188,7 @@ def extract_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
 
 
 def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit evaluate --model A --model B --tasks knn linear --data FOLDER`."""
+    """Run `regvit evaluate --model A --model B --tasks knn linear --data FOLDER`."""
     from .arguments import EvaluateArguments, RecipeParser
     from .evaluation import EvaluationTable, compare_backbones
 
@@ -196,7 +197,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     if switches["dry_run"]:
         return _resolved(arguments)
 
-    def keep(table: EvaluationTable) -> None:  # after each: a model that fails does not take the others with it
+    def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
         table.save(arguments.output_dir)
 
     _check_output(arguments.output_dir)
@@ -214,7 +215,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
 
 def demo_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit demo --model A --compare B`."""
+    """Run `regvit demo --model A --compare B`."""
     from .arguments import DemoArguments, RecipeParser
     from .demo import serve
 
@@ -225,7 +226,7 @@ def demo_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, An
 
 
 def publish_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit publish --model runs/a --license apache-2.0 --repo_id me/vit --push`; without --push nothing is sent."""
+    """Run `regvit publish --model runs/a --license apache-2.0 --repo_id me/vit --push`."""
     from .arguments import PublishArguments, RecipeParser
     from .hub import publish
 
@@ -249,7 +250,7 @@ def publish_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str,
 
 
 def doctor_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
-    """`regvit doctor`."""
+    """Run `regvit doctor`."""
     from .arguments import DoctorArguments, RecipeParser
     from .doctor import examine
 
@@ -277,14 +278,14 @@ COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] 
 
 
 def _as_if_at_hand() -> list[str]:
-    """What a dry run adds where no accelerator is: transformers refuses bfloat16 there, and nothing is computed."""
+    """Return the options that let a dry run resolve a bfloat16 recipe on a machine without an accelerator."""
     import torch
 
     return [] if torch.accelerator.is_available() else ["--use_cpu", "True"]
 
 
 def _resolved(arguments: Any) -> dict[str, Any]:
-    """The arguments that differ from the defaults, and those that have none."""
+    """Return the arguments that differ from their defaults or have no default."""
     resolved = {}
     for field in dataclasses.fields(arguments):
         default = field.default_factory() if callable(field.default_factory) else field.default
@@ -310,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import difflib
 
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        print(f"error: unknown command '{name}'. Did you mean '{nearest}'?", file=sys.stderr)
+        print(f"error: Unknown command '{name}'. Did you mean '{nearest}'?", file=sys.stderr)
         return 2
     switches = {switch: f"--{switch}" in rest for switch in ("dry_run", "json", "debug")}
     rest = [argument for argument in rest if argument not in ("--dry_run", "--json", "--debug")]
@@ -322,7 +323,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 1
-    except SystemExit as stop:  # argparse has printed its own message
+    except SystemExit as stop:  # argparse has already printed its message
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:
         if switches["debug"]:

@@ -1,4 +1,4 @@
-"""Is this installation fit to work? Versions, devices, known bad combinations, disk, the Hub, a short self-test."""
+"""Checks of the installation: versions, devices, known conflicts, disk space, the Hub and a short self-test."""
 
 import os
 import platform
@@ -35,12 +35,12 @@ _DISK_NOTE, _DISK_BAD = 5 * 2**30, 2**29  # bytes: a ViT-B run with three checkp
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the examination.
+    """Result of one check.
 
     Attributes:
-        name: What was looked at.
+        name: Name of the check.
         state: "ok", "note" (works, but worth knowing) or "bad" (something will fail).
-        text: What was found and, if it is bad, what to do.
+        text: Result of the check and, if it is bad, the remedy.
     """
 
     name: str
@@ -50,32 +50,32 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that was found; `healthy` if nothing is bad."""
+    """Results of all checks."""
 
     findings: tuple[Finding, ...]
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing is bad."""
+        """True if no check found a problem."""
         return all(finding.state != _BAD for finding in self.findings)
 
     def lines(self) -> list[str]:
-        """For a terminal."""
+        """Return the lines to print in a terminal."""
         marks = {_OK: "ok  ", _NOTE: "note", _BAD: "BAD "}
         lines = [f"{marks[finding.state]}  {finding.name:13}  {finding.text}" for finding in self.findings]
-        return [*lines, "ready" if self.healthy else "not ready: see the lines marked BAD"]
+        return [*lines, "ready" if self.healthy else "not ready: fix the problems marked BAD"]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the diagnosis as a dict for JSON."""
         return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
 
 
 def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
-    """Looks at the installation; nothing is downloaded, nothing is left behind.
+    """Check the installation without downloading anything or leaving files behind.
 
     Args:
-        folder: Where runs would be written: its disk is looked at.
-        self_test: Build, train, save and load a tiny model in a fresh process, a few seconds.
+        folder: Folder for runs, whose free disk space is checked.
+        self_test: Whether to build, train, save and load a tiny model in a new process, which takes a few seconds.
     """
     looks: list[tuple[str, Callable[[], Finding]]] = [
         ("python", _python),
@@ -99,7 +99,7 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
         try:
             findings.append(look())
         except (ImportError, OSError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
-            # A broken library fails in its own way; that is a finding, not an end.
+            # A broken library can fail in any of these ways. Report it and go on with the other checks.
             first = str(error).splitlines()[0] if str(error) else ""
             findings.append(Finding(name, _BAD, f"{type(error).__name__}: {first}"))
     return Diagnosis(tuple(findings))
@@ -110,12 +110,12 @@ def _python() -> Finding:
 
 
 def _fits(found: str, bounds: str) -> bool:
-    """Whether a version meets bounds such as `>=5.15,<6`; a development build counts as its release."""
+    """Return whether a version meets bounds such as `>=5.15,<6`. A development build counts as its release."""
     return SpecifierSet(bounds).contains(Version(found).base_version, prereleases=True)
 
 
 def _required() -> dict[str, str]:
-    """Our own requirements without those of extras: name to bounds."""
+    """Return the version bounds of hf_regvit's requirements by package name, without those of extras."""
     wanted = [Requirement(line) for line in requires("hf_regvit") or ()]
     return {canonicalize_name(one.name): str(one.specifier) for one in wanted if one.marker is None}
 
@@ -128,12 +128,12 @@ def _packages() -> Finding:
         try:
             number = version(name)
         except PackageNotFoundError:
-            wrong.append(f"{name} is missing")
+            wrong.append(f"{name} is not installed")
             continue
         if name in _PACKAGES:
             found[name] = number
         if not _fits(number, bounds):
-            wrong.append(f"{name} {number} is not {bounds}")
+            wrong.append(f"{name} {number} does not satisfy {bounds}")
     if wrong:
         return Finding("packages", _BAD, f"{'; '.join(wrong)}. Run: pip install -U hf_regvit")
     numbers = ", ".join(f"{name} {number}" for name, number in found.items())
@@ -141,7 +141,7 @@ def _packages() -> Finding:
 
 
 def torch_for_torchvision() -> str:
-    """What the installed torchvision asks of torch, such as `==2.9.1`; empty if it does not say."""
+    """Return the torch version that the installed torchvision requires, such as `==2.9.1`; empty if unspecified."""
     wanted = [Requirement(line) for line in requires("torchvision") or ()]
     return next((str(one.specifier) for one in wanted if one.name == "torch"), "")
 
@@ -158,13 +158,13 @@ def _torch_pair() -> Finding:
         why = str(error).splitlines()[0]
         return Finding("torch pair", _BAD, f"{pair} cannot be imported ({why}). {advice}")
     if len({text.partition("+")[2] for text in (torch_version, vision)}) > 1:
-        return Finding("torch pair", _NOTE, f"{pair}: builds for different devices")
+        return Finding("torch pair", _NOTE, f"{pair} are builds for different devices")
     return Finding("torch pair", _OK, pair)
 
 
 def _together() -> Finding:
-    """Whether what the large packages ask of each other is there, as `pip check` would say for all packages."""
-    wrong: dict[str, str] = {}  # the package that asks, and what it does not get
+    """Check the requirements of the large packages, as `pip check` does for all packages."""
+    wrong: dict[str, str] = {}  # package name to its unmet requirement
     looked = 0
     for name in (*_PACKAGES, *_EXTRAS):
         try:
@@ -176,36 +176,38 @@ def _together() -> Finding:
             if one.marker is not None and not one.marker.evaluate({"extra": ""}):
                 continue
             if (name, one.name) == ("torchvision", "torch"):
-                continue  # told with its own advice
+                continue  # `_torch_pair` reports it with its own advice
             try:
                 number = version(one.name)
             except PackageNotFoundError:
-                wrong[name] = f"needs {one.name}{one.specifier}, which is missing"
+                wrong[name] = f"needs {one.name}{one.specifier}, which is not installed"
                 continue
             if not _fits(number, str(one.specifier)):
-                wrong[name] = f"{version(name)} needs {one.name}{one.specifier}, found {number}"
+                wrong[name] = f"{version(name)} needs {one.name}{one.specifier}, but {number} is installed"
     if wrong:
         said = "; ".join(f"{name} {text}" for name, text in wrong.items())
         return Finding("together", _BAD, f"{said}. Run: pip install -U hf_regvit {' '.join(wrong)}")
-    return Finding("together", _OK, f"what {looked} packages need of others is there")
+    return Finding("together", _OK, f"the requirements of {looked} packages are met")
 
 
 def _opencv() -> Finding:
-    """Four distributions install the same module `cv2`: the last one wins, and removing any of them breaks it."""
+    """Check OpenCV: four distributions install the module `cv2`, the last one wins, and removing any breaks it."""
     found = []
     for name in _OPENCV:
         try:
             found.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    advice = f"Keep one: pip uninstall -y {' '.join(_OPENCV)}; pip install opencv-python-headless"
+    advice = f"Keep only one: pip uninstall -y {' '.join(_OPENCV)}; pip install opencv-python-headless"
     try:
         import cv2
     except ImportError as error:
         why = str(error).splitlines()[0]
         return Finding("opencv", _BAD, f"cv2 cannot be imported ({why}). {advice}")
     if len(found) > 1:
-        return Finding("opencv", _NOTE, f"{' and '.join(found)} hold the same module, cv2 {cv2.__version__}. {advice}")
+        return Finding(
+            "opencv", _NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}"
+        )
     return Finding("opencv", _OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
 
 
@@ -233,13 +235,13 @@ def _devices() -> Finding:
     if torch.backends.mps.is_available():
         return Finding("devices", _OK, "Apple GPU (mps)")
     if shutil.which("nvidia-smi"):
-        text = "there is a driver of NVIDIA, but torch sees no GPU"
+        text = "an NVIDIA driver is installed, but torch finds no GPU"
         if torch.version.cuda is None:
-            why = "this build of torch is for CPUs. Install one for CUDA (pytorch.org/get-started)"
+            why = "this build of torch is for CPUs. Install a CUDA build (pytorch.org/get-started)"
         elif (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None and not visible.strip(" -1"):
-            why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all of them"
+            why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all GPUs"
         else:
-            why = f"the driver may be too old for CUDA {torch.version.cuda}, which torch was built with"
+            why = f"the driver may be too old for CUDA {torch.version.cuda}, with which torch was built"
         return Finding("devices", _NOTE, f"{text}: {why}")
     return Finding("devices", _OK, "CPU only")
 
@@ -251,18 +253,20 @@ def _threads() -> Finding:
     threads = torch.get_num_threads()
     text = f"{threads} threads on {cores} cores"
     if threads > cores:
-        return Finding("threads", _NOTE, f"{text}: slower than one thread a core. Set OMP_NUM_THREADS={cores}")
+        return Finding(
+            "threads", _NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}"
+        )
     return Finding("threads", _OK, text)
 
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
-    """Where loader workers hand over their batches; containers often get 64 MiB of it."""
+    """Check the shared memory through which loader workers pass batches; containers often have only 64 MiB."""
     if not folder.is_dir():
-        return Finding("memory", _OK, f"no {folder} on this system")
+        return Finding("memory", _OK, f"this system has no {folder}")
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.1f} GiB of shared memory free"
     if free < _SHARED_NOTE:
-        advice = "loader workers may end with 'bus error'. Start the container with --shm-size 8g, or set "
+        advice = "loader workers may crash with 'bus error'. Start the container with --shm-size 8g, or set "
         return Finding("memory", _NOTE, f"{text}: {advice}--dataloader_num_workers 0")
     return Finding("memory", _OK, text)
 
@@ -274,11 +278,11 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.1f} GiB free"
     if not os.access(folder, os.W_OK):
-        return Finding("disk", _BAD, f"{text}, but the folder cannot be written to. Name another --output_dir")
+        return Finding("disk", _BAD, f"{text}, but the folder is not writable. Choose another --output_dir")
     if free < _DISK_BAD:
-        return Finding("disk", _BAD, f"{text}: not enough for a checkpoint. Make room")
+        return Finding("disk", _BAD, f"{text}, which is not enough for a checkpoint. Free some disk space")
     if free < _DISK_NOTE:
-        return Finding("disk", _NOTE, f"{text}: a run with several checkpoints of a ViT-B needs 5 GiB")
+        return Finding("disk", _NOTE, f"{text}; a run with several checkpoints of a ViT-B needs 5 GiB")
     return Finding("disk", _OK, text)
 
 
@@ -290,12 +294,14 @@ def _cache() -> Finding:
     while not there.exists():
         there = there.parent
     if not os.access(there, os.W_OK | os.X_OK):
-        advice = "nothing can be downloaded. Set HF_HOME to a folder that can be written to"
-        return Finding("cache", _BAD, f"{folder} cannot be written to: {advice}")
+        advice = "nothing can be downloaded. Set HF_HOME to a writable folder"
+        return Finding("cache", _BAD, f"{folder} is not writable, so {advice}")
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 2**30:.1f} GiB free"
     if free < _DISK_BAD:
-        return Finding("cache", _NOTE, f"{text}: too little to download a model. Make room, or set HF_HOME")
+        return Finding(
+            "cache", _NOTE, f"{text}, which is too little to download a model. Free some disk space, or set HF_HOME"
+        )
     return Finding("cache", _OK, text)
 
 
@@ -306,24 +312,24 @@ def _hub() -> Finding:
     if constants.HF_HUB_OFFLINE:
         names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)]
         by = " and ".join(names) or "HF_HUB_OFFLINE"
-        return Finding("hub", _NOTE, f"offline ({by}): only what is in the cache can be loaded, nothing sent")
-    token = "logged in" if get_token() else "no token: public models only, nothing can be pushed (`hf auth login`)"
-    return Finding("hub", _OK, f"online mode{where}, not contacted; {token}")
+        return Finding("hub", _NOTE, f"offline ({by}): only cached models can be loaded, and nothing can be uploaded")
+    token = "logged in" if get_token() else "no token, so only public models, and no uploads (run `hf auth login`)"
+    return Finding("hub", _OK, f"online{where} (not contacted); {token}")
 
 
 def _network() -> Finding:
-    """Proxies, which every download and push goes through. Their addresses may hold a password, which is not shown."""
+    """Check the proxies that downloads and uploads use. Passwords in their addresses are not shown."""
     settings = {name: os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES}
     used = {name: re.sub(r"[^/@\s]*@", "...@", value) for name, value in settings.items() if value}
     if not used:
         return Finding("network", _OK, "no proxy set")
     for name, value in used.items():
         if not re.match(r"(https?|socks[45]h?)://[^/]", value):
-            return Finding("network", _BAD, f"{name} is '{value}', which is no address. Expected http://host:port")
-    text = f"downloads and pushes go through {', '.join(f'{name} {value}' for name, value in used.items())}"
+            return Finding("network", _BAD, f"{name} is '{value}', which is not a URL. Expected http://host:port")
+    text = f"downloads and uploads use {', '.join(f'{name} {value}' for name, value in used.items())}"
     exempt = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
     if not {"*", "127.0.0.1", "localhost"} & {name.strip() for name in exempt}:
-        text += ". NO_PROXY does not hold 127.0.0.1, so the page of `regvit demo` may not start: add it"
+        text += ". NO_PROXY does not contain 127.0.0.1, so `regvit demo` may fail to start. Add 127.0.0.1 to NO_PROXY"
     return Finding("network", _NOTE, text)
 
 
@@ -346,20 +352,20 @@ for _ in range(3):
     loss.backward()
     optimizer.step()
     losses.append(loss.item())
-assert losses[-1] < losses[0], f"the loss did not fall: {losses}"
+assert losses[-1] < losses[0], f"the loss did not decrease: {losses}"
 model.eval()
 with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
     model.save_pretrained(folder)
     again = RegViTModel.from_pretrained(folder).eval()
     off = (again(pixels).last_hidden_state - model(pixels).last_hidden_state).abs().max().item()
-assert off < 1e-5, f"the loaded model differs by {off}"
+assert off < 1e-5, f"the outputs of the loaded model differ by {off}"
 assert output.register_tokens.shape == (4, 4, 32) and output.patch_tokens.shape == (4, 16, 32)
 print(f"{time.perf_counter() - started:.1f}")
 """
 
 
 def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
-    """In a process of its own: a broken build of torch may end the process that uses it."""
+    """Run the self-test in a new process, because a broken build of torch may crash the process that uses it."""
     started = time.perf_counter()
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "OMP_NUM_THREADS": "1"}
     try:
@@ -369,14 +375,16 @@ def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
                 timeout=seconds, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Finding("self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is far too busy, or stuck")
+        return Finding(
+            "self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is overloaded, or the test hangs"
+        )
     took = time.perf_counter() - started
     if done.returncode < 0:
         return Finding(
-            "self-test", _BAD, f"the process was ended by signal {-done.returncode}: a broken build of torch"
+            "self-test", _BAD, f"the process was killed by signal {-done.returncode}; the build of torch may be broken"
         )
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
         return Finding("self-test", _BAD, last)
-    text = "a tiny model trains, is saved and loaded again"
-    return Finding("self-test", _OK, f"{text}: {done.stdout.strip()} s, {took:.1f} s with the imports")
+    text = "a tiny model was trained, saved and loaded"
+    return Finding("self-test", _OK, f"{text} in {done.stdout.strip()} s ({took:.1f} s with imports)")

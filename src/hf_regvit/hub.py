@@ -1,7 +1,8 @@
-"""From a checkpoint to a repository: bundle what may be published, prove that strangers can load it, send it.
+"""Publish a checkpoint: bundle its public files, verify in a clean process that they load, and upload them.
 
-`bundle` collects weights, code, processor, card, figures, reports and recipe by a list of what may go; `verify` loads
-the result where hf_regvit cannot be imported and compares it with the original; `publish` does both and sends.
+`bundle` collects weights, code, processor, card, figures, reports and recipe from a list of allowed files. `verify`
+loads the bundle where hf_regvit cannot be imported and compares it with the original. `publish` does both and uploads
+the bundle.
 """
 
 import dataclasses
@@ -61,10 +62,10 @@ MODEL_CLASSES: dict[str, Any] = {
     )
 }  # fmt: skip
 STRANGER = Path(__file__).parent / "templates" / "stranger.py"
-TOLERANCE = 1e-5  # absolute, and relative to the value
+TOLERANCE = 1e-5  # both absolute and relative
 SHARD_SIZE = "5GB"
 
-# What a processor has to say itself, because the defaults of its class are another model's.
+# Fields that a processor must store itself, because the defaults of its class belong to another model.
 _STATISTICS = (
     "image_mean",
     "image_std",
@@ -79,18 +80,18 @@ _FORBIDDEN_FIELDS = ("use_cache", "_name_or_path", "_commit_hash", "hub_token")
 
 
 class BundleError(ValueError):
-    """A model that cannot be bundled, or a bundle that is not what it should be; the message says what to do."""
+    """A model that cannot be bundled, or an invalid bundle. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A folder that may be published.
+    """A folder that can be published.
 
     Attributes:
-        folder: Where it is.
+        folder: Path of the folder.
         files: Size in bytes and sha256 of every file, as in `manifest.json`.
-        model_class: Name of the class of the model.
-        parameters: Their number.
+        model_class: Name of the model class.
+        parameters: Number of parameters.
     """
 
     folder: Path
@@ -100,7 +101,7 @@ class Bundle:
 
     @property
     def names(self) -> list[str]:
-        """Every file, the manifest last."""
+        """Names of all files, with the manifest last."""
         return [*self.files, "manifest.json"]
 
 
@@ -116,34 +117,35 @@ def bundle(
     example_pictures: bool = False,
     max_shard_size: str = SHARD_SIZE,
 ) -> Bundle:
-    """Collects what may be published of a checkpoint into a new folder.
+    """Collect the public files of a checkpoint in a new folder.
 
-    Weights are written again as safetensors, the code files are this package's, the configuration names all Auto
-    classes, the processor says all of its numbers. Of a run folder come its recipe, report, environment and curves;
-    folders of this machine are left out of them. Everything is searched for secrets and absolute paths.
+    The weights are saved again as safetensors, the code files are those of this package, the configuration names all
+    Auto classes, and the processor stores all of its settings. From the folder of a run, its recipe, report,
+    environment and curves are added without local paths. All files are searched for secrets and absolute paths.
 
     Args:
-        model_folder: A RegViT checkpoint, or the folder of a run of `regvit pretrain` or `regvit finetune`.
-        output_dir: A new or empty folder.
-        reports: Reports of `regvit diagnose` and `regvit evaluate`: the JSON file, or the folder that holds it.
-        card: What the files cannot tell: fields of `model_card.CardFacts`, `license` first.
-        example_pictures: Publish the example pictures of a diagnosis, which are images of the data set.
-        max_shard_size: Larger weights are split into files of this size.
+        model_folder: RegViT checkpoint, or the folder of a run of `regvit pretrain` or `regvit finetune`.
+        output_dir: New or empty folder.
+        reports: Reports of `regvit diagnose` and `regvit evaluate`: JSON files, or the folders that contain them.
+        card: Fields of `model_card.CardFacts` that the files do not contain, such as `license`.
+        example_pictures: Whether to include the example figures of a diagnosis, which show images of the data set.
+        max_shard_size: Maximum size of a weights file; larger weights are split.
 
     Raises:
-        BundleError: No RegViT, no processor, a report that is none.
-        model_card.CardError: A card with something missing.
-        upload.PrivateContentError: A secret or a path of this machine; names the file and the line.
+        BundleError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
+        model_card.CardError: The card is incomplete.
+        upload.PrivateContentError: A file contains a secret or a local path; the message names file and line.
         FileExistsError: `output_dir` is not empty.
+        NotADirectoryError: `output_dir` is a file.
     """
     checkpoint = checkpoint_folder(model_folder)
     output = Path(output_dir)
     if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"'{output}' is a file. A bundle gets a new folder.")
+        raise NotADirectoryError(f"'{output}' is a file. Choose a new folder for the bundle.")
     if output.is_dir() and any(output.iterdir()):
-        raise FileExistsError(f"'{output}' is not empty. A bundle gets a new folder.")
+        raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
     model = load_checkpoint(checkpoint)
-    staged = output.with_name(f".{output.name}.making")  # a bundle is whole or not there
+    staged = output.with_name(f".{output.name}.making")  # so that an incomplete bundle is never left behind
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
     try:
@@ -165,65 +167,65 @@ def bundle(
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
-    """The checkpoint that a folder stands for: itself, or `backbone/` of a pretraining run.
+    """Return the checkpoint folder: the folder itself, or its `backbone/` if it is a pretraining run.
 
     Raises:
-        BundleError: There is no RegViT.
+        BundleError: The folder contains no RegViT checkpoint.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise BundleError(f"'{folder}' is no folder. Name a checkpoint, or the folder of a run.")
+        raise BundleError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
     for candidate in (folder, folder / "backbone"):
         if (candidate / "config.json").is_file():
             kind = _config_of(candidate).get("model_type")
             if kind != "regvit":
                 raise BundleError(
-                    f"'{candidate}' holds a model of type '{kind}', not a RegViT. Run `regvit convert --model "
+                    f"'{candidate}' contains a model of type '{kind}', not a RegViT. Run `regvit convert --model "
                     f"{candidate} --output_dir ...` first."
                 )
             return candidate
-    raise BundleError(f"'{folder}' holds neither a config.json nor a backbone/ with one. Name a finished checkpoint.")
+    raise BundleError(f"'{folder}' has no config.json, and neither has a backbone/ in it. Pass a finished checkpoint.")
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
     config = _json_of(folder / "config.json")
     if not isinstance(config, dict):
-        raise BundleError(f"'{folder}/config.json' holds a {type(config).__name__}, not an object of fields.")
+        raise BundleError(f"'{folder}/config.json' holds a {type(config).__name__}. Expected a JSON object.")
     return config
 
 
 def load_checkpoint(folder: Path) -> Any:
-    """The model of a folder, as the class that it was saved from.
+    """Load the model of a folder with the class from which it was saved.
 
     Raises:
-        BundleError: A class that is none of ours.
-        CheckpointCorruptError: Weights that a manifest beside them knows otherwise (a checkpoint of a run, a bundle).
+        BundleError: The model class is not a RegViT class.
+        CheckpointCorruptError: The checksum of the weights differs from the one in manifest.json.
     """
     config = _config_of(folder)
     name = (config.get("architectures") or ["RegViTModel"])[0]
     if name not in MODEL_CLASSES:
-        raise BundleError(f"'{folder}' was saved from {name}; expected one of {', '.join(MODEL_CLASSES)}.")
+        raise BundleError(f"'{folder}' was saved from {name}. Supported classes: {', '.join(MODEL_CLASSES)}.")
     _compare_with_manifest(folder)
     return MODEL_CLASSES[name].from_pretrained(folder).eval()
 
 
 def _compare_with_manifest(folder: Path) -> None:
-    """A flipped bit in a tensor loads without complaint everywhere; where sums were kept, they tell."""
+    """Compare the weights with the checksums of manifest.json, because a flipped bit loads without an error."""
     try:
         files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         sums = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # none, or a file of that name that is not ours
+        return  # no manifest, or a file of that name from another program
     for name, expected in sums.items():
         path = folder / name
         if not path.is_file():
-            continue  # what is missing is told by loading
+            continue  # loading reports a missing file
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != expected:
             raise CheckpointCorruptError(
-                f"'{path}' has changed since '{folder}/manifest.json' was written: its sha256 differs. Take another "
-                "copy; if you changed the weights yourself, remove the manifest."
+                f"The sha256 of '{path}' differs from '{folder}/manifest.json'. Use an intact copy, or remove the "
+                "manifest if you changed the weights on purpose."
             )
 
 
@@ -240,14 +242,14 @@ def _save_processor(checkpoint: Path, output: Path) -> None:
     source = checkpoint / "preprocessor_config.json"
     if not source.is_file():
         raise BundleError(
-            f"'{checkpoint}' has no preprocessor_config.json, so nobody could know how to prepare pictures for it. "
-            "Save its image processor there: processor.save_pretrained(folder)."
+            f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
+            "image processor in the folder with processor.save_pretrained(folder)."
         )
     AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output)
 
 
 def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
-    """Recipe, report, environment and curves of the run around a checkpoint, copied, and as facts for the card."""
+    """Copy recipe, report, environment and curves of a checkpoint's run, and return them as facts for the card."""
     candidates = (folder, checkpoint.parent if checkpoint.name == "backbone" else checkpoint)
     run = next((place for place in candidates if (place / "resolved_recipe.yaml").is_file()), None)
     if run is None:
@@ -265,8 +267,8 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
         facts = (finetuning_facts if fine_tuned else pretraining_facts)(recipe, report, environment)
     except KeyError as error:
         raise BundleError(
-            f"Recipe, report and environment in '{run}' are not those of a whole run: {error} is missing. Publish a "
-            "folder of the checkpoint alone, and say what is known with --data, --origin and --description."
+            f"The recipe, report or environment in '{run}' is incomplete: {error} is missing. Publish a folder that "
+            "contains only the checkpoint, and describe it with --data, --origin and --description."
         ) from error
     if report:
         _write_report(output, "training.json", report)
@@ -284,7 +286,7 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> dict[str, Any]:
 
 
 def _retrofit_facts(checkpoint: Path, output: Path) -> dict[str, Any]:
-    """What `regvit retrofit` wrote beside the checkpoint."""
+    """Return the facts from the report that `regvit retrofit` wrote into the checkpoint folder."""
     content = _json_of(checkpoint / "retrofit_report.json")
     if content is None:
         return {}
@@ -293,19 +295,19 @@ def _retrofit_facts(checkpoint: Path, output: Path) -> dict[str, Any]:
         report = RetrofitReport(**content)
     except TypeError as error:
         raise BundleError(
-            f"'{checkpoint}/retrofit_report.json' is not what `regvit retrofit` writes: {error}."
+            f"'{checkpoint}/retrofit_report.json' is not a report of `regvit retrofit`: {error}."
         ) from error
     return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
 
 
 def _json_of(path: Path) -> Any:
-    """The content of a JSON file; None where there is none."""
+    """Return the content of a JSON file, or None if the file does not exist."""
     if not path.is_file():
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BundleError(f"'{path}' is not JSON text ({error}).") from error
+        raise BundleError(f"'{path}' is not valid JSON ({error}).") from error
 
 
 def _recipe_of(path: Path) -> dict[str, Any]:
@@ -314,9 +316,9 @@ def _recipe_of(path: Path) -> dict[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BundleError(f"'{path}' is not YAML text: {error}") from error
+        raise BundleError(f"'{path}' is not valid YAML: {error}") from error
     if not isinstance(recipe, dict):
-        raise BundleError(f"'{path}' holds a {type(recipe).__name__}, expected one 'option: value' a line.")
+        raise BundleError(f"'{path}' holds a {type(recipe).__name__}. Expected one 'option: value' per line.")
     return recipe
 
 
@@ -329,17 +331,19 @@ def _write_report(output: Path, name: str, content: Any) -> None:
 def _report_file(path: Path) -> Path:
     if (path / "comparison.json").is_file() and not (path / "report.json").is_file():
         single = ", ".join(f"'{report.parent}'" for report in sorted(path.glob("*/report.json")))
-        raise BundleError(f"'{path}' compares several models. Name the report of the one to publish: {single}.")
+        raise BundleError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise BundleError(f"There is no report at '{path}'. Name what `regvit diagnose` or `regvit evaluate` wrote.")
+        raise BundleError(
+            f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `regvit evaluate`."
+        )
     return path
 
 
 def _sums_of_options(
     card: Mapping[str, Any] | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
 ) -> dict[str, str]:
-    """What a bundle was asked to be, as a short sum of each option that is no default, to compare wishes."""
+    """Return a short hash of every non-default option, to detect a request for a different bundle."""
     wishes: dict[str, Any] = {
         **(card or {}),
         "reports": [_report_file(Path(report)).read_text(encoding="utf-8") for report in reports],
@@ -351,23 +355,23 @@ def _sums_of_options(
 
 
 def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, example_pictures: bool) -> None:
-    """One report of a diagnosis or an evaluation, copied without what is private, and as facts for the card."""
+    """Copy the public part of a diagnosis or evaluation report, and add it to the facts for the card."""
     path = _report_file(path)
     content = _json_of(path)
     if not isinstance(content, dict):
-        raise BundleError(f"'{path}' holds a {type(content).__name__}, not a report.")
+        raise BundleError(f"'{path}' holds a {type(content).__name__}. Expected a report, which is a JSON object.")
     if "bimodal" in content:
         try:
             report = ArtifactReport.load(path)
         except (TypeError, ValueError, KeyError) as error:
-            raise BundleError(f"'{path}' is not what this version of `regvit diagnose` writes: {error}.") from error
-        if report.model.get("weights") not in (None, weights_fingerprint(model)):  # older reports do not say
+            raise BundleError(f"'{path}' is not a report of this version of `regvit diagnose`: {error}.") from error
+        if report.model.get("weights") not in (None, weights_fingerprint(model)):  # older reports lack this field
             logger.warning(
-                "'%s' is about other weights than these (%s). The card says nothing of that: diagnose the checkpoint "
-                "itself, unless both are the same model in two forms.", path, report.model["name"]
+                "'%s' is a diagnosis of different weights (%s), but the card does not mention this. Diagnose this "
+                "checkpoint, unless both are the same model in two formats.", path, report.model["name"]
             )  # fmt: skip
         facts["artifacts"] = _add_diagnosis(report, output, example_pictures=example_pictures)
-        versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}  # said before
+        versions = {name: number for name, number in report.versions.items() if name != "hf_regvit"}
         facts.setdefault("environment", ", ".join(f"{name} {number}" for name, number in versions.items()))
     elif "reports" in content and "models" not in content:
         table = EvaluationTable.load(path)
@@ -376,34 +380,34 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, 
         if own is None:
             names = ", ".join(report.model for report in table.reports)
             logger.warning(
-                "'%s' is about other weights than these (%s): its numbers are on the card under those names, and not "
-                "in its model-index. Evaluate the checkpoint itself.", path, names
+                "'%s' is an evaluation of different weights (%s). The card lists its numbers under those names, but "
+                "not in its model-index. Evaluate this checkpoint to add its own numbers.", path, names
             )  # fmt: skip
         for key, value in evaluation_facts(table, own).items():
             facts[key] = (*facts.get(key, ()), *value)
     else:
         raise BundleError(
-            f"'{path}' is neither the report of one model's diagnosis (`regvit diagnose`) nor of an evaluation "
-            f"(`regvit evaluate`): it has {', '.join(sorted(content)[:6]) or 'no fields'}."
+            f"'{path}' is neither a report of `regvit diagnose` for one model nor of `regvit evaluate`. "
+            f"Its fields: {', '.join(sorted(content)[:6]) or 'none'}."
         )
 
 
 def _add_diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bool) -> CardArtifacts:
     from .figures import write_report_figures
 
-    # Names of images and the pictures themselves are the data set's.
+    # Image names and images belong to the data set, so they are private by default.
     public = dataclasses.replace(report, skipped=[], examples=report.examples[:2] if example_pictures else [])
     _write_report(output, "artifacts.json", public.to_dict())
     titles = {
-        "layer_norms": "Norms of the patch tokens, layer by layer",
-        "positions": "Where the outliers are",
-        "example_00": "Attention and norms in a picture",
-        "example_01": "Attention and norms in another picture",
+        "layer_norms": "Norms of the patch tokens by block",
+        "positions": "Positions of the outliers",
+        "example_00": "Attention and norm maps of an image",
+        "example_01": "Attention and norm maps of a second image",
     }
     figures = []
     for path in write_report_figures(public, output / "figures"):
         figures.append(CardFigure(f"figures/{path.name}", titles[path.stem]))
-    if not report.outliers["per_image"]:  # an empty map says nothing
+    if not report.outliers["per_image"]:  # no outliers, so the map is empty
         (output / "figures" / "positions.png").unlink()
         figures = [figure for figure in figures if "positions" not in figure.path]
     return CardArtifacts(
@@ -417,11 +421,11 @@ def _add_diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bo
 
 
 def _preprocessing_words(text: str) -> str:
-    """What `diagnose` keeps as JSON of the processor, as part of a sentence."""
+    """Return the processor settings that `diagnose` stores as JSON, as part of a sentence."""
     try:
         processor = json.loads(text)
     except json.JSONDecodeError:
-        return text or "pictures prepared by the model's own processor"
+        return text or "images preprocessed by the model's own processor"
 
     def size(value: Any) -> str:
         return " x ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
@@ -434,9 +438,9 @@ def _preprocessing_words(text: str) -> str:
 
 
 def _report_of(model: Any, table: EvaluationTable) -> EvaluationReport | None:
-    """The report of these very weights; None if all are of others.
+    """Return the report on exactly these weights, or None.
 
-    An older report, which does not say, is believed where it is about one model only.
+    An older report does not identify the weights. It is accepted if it covers only one model.
     """
     if len(table.reports) == 1 and not table.reports[0].weights:
         return table.reports[0]
@@ -445,14 +449,14 @@ def _report_of(model: Any, table: EvaluationTable) -> EvaluationReport | None:
 
 
 def evaluation_facts(table: EvaluationTable, own: EvaluationReport | None) -> dict[str, tuple[Any, ...]]:
-    """Rows, notes and `model-index` results of an evaluation.
+    """Return the rows, notes and `model-index` results of an evaluation.
 
     Args:
-        table: Of one or several models.
-        own: The report of the model that the card is about: the only one that is indexed, and whose rows need no name.
+        table: Evaluation of one or more models.
+        own: Report of the model of the card. Only its results enter the index, and its rows omit the model name.
     """
     scores: list[CardScore] = []
-    notes: dict[str, None] = {}  # in order, each once
+    notes: dict[str, None] = {}  # an ordered set
     for score, report, _ in table.rows():
         name = score.name if report is own else f"{report.model}: {score.name}"
         images = f"{score.num_train:,} / {score.num_images:,}"
@@ -460,7 +464,7 @@ def evaluation_facts(table: EvaluationTable, own: EvaluationReport | None) -> di
         notes[f"{score.task}: {score.protocol}"] = None
     for report in table.reports:
         notes.update(dict.fromkeys(report.notes))
-    notes["Brackets: 95 % interval from 2,000 resamples of the judged images."] = None
+    notes["Brackets: 95 % confidence interval from 2,000 resamples of the test images."] = None
     results = [] if own is None else own.model_index("model")[0]["results"]
     return {"scores": tuple(scores), "evaluation_notes": tuple(notes), "results": tuple(results)}
 
@@ -468,8 +472,11 @@ def evaluation_facts(table: EvaluationTable, own: EvaluationReport | None) -> di
 def _write_card(model: Any, output: Path, facts: dict[str, Any], measured: Mapping[str, Any]) -> None:
     known = {field.name for field in dataclasses.fields(CardFacts)}
     if unknown := set(facts) - known:
-        raise BundleError(f"The card has no field {', '.join(sorted(unknown))}; expected {', '.join(sorted(known))}.")
-    for name in ("limits", "intended_use", "scores", "evaluation_notes"):  # the author adds to what was measured
+        raise BundleError(
+            f"The card has no field {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(known))}."
+        )
+    # The author's entries follow the measured ones.
+    for name in ("limits", "intended_use", "scores", "evaluation_notes"):
         if facts.get(name) is not measured.get(name):
             facts[name] = (*measured.get(name, ()), *facts[name])
     text = write_card_file(output, **{**facts, "parameters": model.num_parameters()})
@@ -481,32 +488,32 @@ def _files_of(folder: Path) -> list[str]:
 
 
 def read_bundle(folder: str | Path) -> Bundle:
-    """A bundle from its folder, every file of which is on the list, in the manifest and as it was.
+    """Read a bundle from its folder and check that all of its files are allowed, in the manifest and unchanged.
 
     Raises:
-        BundleError: A file that does not belong there, a link, a configuration that strangers could not load.
+        BundleError: A file is not allowed or is a link, or the configuration does not load without hf_regvit.
         CheckpointCorruptError: A file is missing or has changed since it was bundled.
-        model_card.CardError: The card is not complete.
-        upload.PrivateContentError: See `bundle`.
+        model_card.CardError: The card is incomplete.
+        upload.PrivateContentError: A file contains a secret or a local path.
     """
     folder = Path(folder)
     names = _files_of(folder)
     strange = [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]
     if strange:
         raise BundleError(
-            f"'{folder}' holds {', '.join(strange)}, which {'is' if len(strange) == 1 else 'are'} not published. "
-            "Bundle the checkpoint again into a new folder."
+            f"'{folder}' contains {', '.join(strange)}, which {'is' if len(strange) == 1 else 'are'} not allowed in a "
+            "bundle. Bundle the checkpoint again in a new folder."
         )
     try:
         verify_checkpoint(folder, required=("config.json", "preprocessor_config.json", CARD, *CODE_FILES))
     except CheckpointCorruptError as error:
         raise CheckpointCorruptError(
-            f"{error} A bundle is sent as it was made: remove the folder and bundle again. Words of your own for the "
-            "card go into --description."
+            f"{error} A bundle must not be edited. Remove the folder and bundle again; to add text to the card, use "
+            "--description."
         ) from error
     files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
     if surplus := set(names) - set(files) - {"manifest.json"}:
-        raise BundleError(f"'{folder}' holds {', '.join(sorted(surplus))}, which the manifest does not list.")
+        raise BundleError(f"'{folder}' contains {', '.join(sorted(surplus))}, which manifest.json does not list.")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     check_card((folder / CARD).read_text(encoding="utf-8"), folder=folder)
     _check_config(config, folder)
@@ -523,20 +530,22 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     }
     if config.get("auto_map") != expected:
         raise BundleError(
-            f"'{folder}/config.json' has auto_map {config.get('auto_map')}, so strangers could not load it; expected "
-            f"{expected}. Save the model with this version of hf_regvit."
+            f"'{folder}/config.json' has auto_map={config.get('auto_map')}, which does not load without hf_regvit. "
+            f"Expected {expected}. Save the model with this version of hf_regvit."
         )
     if found := [name for name in _FORBIDDEN_FIELDS if name in config]:
-        raise BundleError(f"'{folder}/config.json' holds {', '.join(found)}, which a published model does not.")
+        raise BundleError(
+            f"'{folder}/config.json' contains {', '.join(found)}, which must not be published. Bundle it again."
+        )
     package = Path(__file__).parent
     for name in CODE_FILES:
         if (folder / name).read_bytes() != (package / name).read_bytes():
-            raise BundleError(f"'{folder}/{name}' is not the file of this version of hf_regvit. Bundle it again.")
+            raise BundleError(f"'{folder}/{name}' differs from this version of hf_regvit. Bundle it again.")
     processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
     if missing := [name for name in _STATISTICS if processor.get(name) is None]:
         raise BundleError(
-            f"'{folder}/preprocessor_config.json' does not say {', '.join(missing)}; another version of transformers "
-            "could prepare pictures differently. Save the processor with all of them."
+            f"'{folder}/preprocessor_config.json' lacks {', '.join(missing)}, so another version of transformers "
+            "could preprocess images differently. Save the processor with all of these fields."
         )
 
 
@@ -556,12 +565,12 @@ def _count_parameters(folder: Path, names: Mapping[str, Any]) -> int:
 
 @dataclass(frozen=True)
 class Verification:
-    """How a bundle was loaded elsewhere, and how far it was from the original.
+    """Result of loading a bundle in a clean process and comparing it with the original.
 
     Attributes:
-        compared: What was compared, with the largest difference of each.
-        loaded: Auto class to the class that it gave, with its module.
-        not_run: Pipelines that were left out, with the reason.
+        compared: Largest difference of each compared output.
+        loaded: Class that each Auto class loaded, with its module.
+        not_run: Reason for each pipeline that was skipped.
     """
 
     compared: dict[str, float]
@@ -570,23 +579,23 @@ class Verification:
 
     @property
     def largest_difference(self) -> float:
-        """Over everything that was compared."""
+        """Largest difference over all compared outputs."""
         return max(self.compared.values())
 
 
 def verify(bundle_folder: str | Path, *, original: str | Path | None = None, timeout: float = 600.0) -> Verification:
-    """Loads a bundle in a fresh process, offline and without hf_regvit, and compares it with the original.
+    """Load a bundle in a clean process, offline and without hf_regvit, and compare it with the original.
 
-    There AutoModel, the Auto class of the task, AutoImageProcessor and the pipelines of transformers run on two
-    pictures; all they give has to equal, to 1e-5, what the original gives here.
+    The clean process runs AutoModel, the Auto class of the task, AutoImageProcessor and the pipelines of transformers
+    on two images. All outputs must agree to 1e-5 with those of the original in this process.
 
     Args:
-        bundle_folder: From `bundle`.
-        original: The checkpoint, or run, that it was made from; default: the bundle, loaded by this package.
-        timeout: Seconds for the process.
+        bundle_folder: Folder made by `bundle`.
+        original: Checkpoint or run from which the bundle was made. Default: the bundle, loaded by this package.
+        timeout: Time limit of the process in seconds.
 
     Raises:
-        BundleError: It cannot be loaded there, or gives something else. Further as `read_bundle`.
+        BundleError: The bundle cannot be loaded in the clean process, or its outputs differ. See also `read_bundle`.
     """
     made = read_bundle(bundle_folder)
     source = made.folder if original is None else checkpoint_folder(original)
@@ -604,7 +613,7 @@ def verify(bundle_folder: str | Path, *, original: str | Path | None = None, tim
     strangers = {name: ".".join(found) for name, found in facts["classes"].items()}
     for name, found in strangers.items():
         if not found.startswith("transformers_modules."):
-            raise BundleError(f"{name} gave {found} there, not a class of the bundle's own code.")
+            raise BundleError(f"{name} loaded {found} instead of a class from the code files of the bundle.")
     compared = _compare(answers, expected, "")
     compared |= _compare_words(facts["pipelines"], words)
     return Verification(compared, strangers, not_run)
@@ -620,14 +629,14 @@ def _pipelines_of(task: str, source: Path) -> tuple[list[str], dict[str, str]]:
     if task != "image-feature-extraction":
         processor = AutoImageProcessor.from_pretrained(source)
         if task in needed and not hasattr(processor, needed[task]):
-            not_run[task] = f"its processor, {type(processor).__name__}, has no {needed[task]}"
+            not_run[task] = f"the processor {type(processor).__name__} has no {needed[task]}"
         else:
             pipelines.append(task)
     return pipelines, not_run
 
 
 def _pictures(folder: Path) -> dict[str, Any]:
-    """Two pictures of different shape with structure at every scale."""
+    """Save and return two images of different shapes with structure at several scales."""
     from PIL import Image
 
     pictures = {}
@@ -649,7 +658,7 @@ def _pictures(folder: Path) -> dict[str, Any]:
 def _ask_a_stranger(bundle_folder: Path, folder: Path, *, timeout: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
-    # Nothing of this user's settings or caches, no network, no token.
+    # Exclude the user's settings, caches, network and token.
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHON", "HUGGING"))}
     environment |= {
         "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -662,24 +671,24 @@ def _ask_a_stranger(bundle_folder: Path, folder: Path, *, timeout: float) -> tup
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"Loading '{bundle_folder}' in a fresh process took more than {timeout:.0f} s.") from error
+        raise BundleError(f"Loading '{bundle_folder}' in a clean process took more than {timeout:.0f} s.") from error
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise BundleError(f"'{bundle_folder}' cannot be loaded where hf_regvit is not installed:\n{last}")
+        raise BundleError(f"'{bundle_folder}' cannot be loaded without hf_regvit:\n{last}")
     return load_file(folder / "answers.safetensors"), json.loads((folder / "answers.json").read_text())
 
 
 def _expected(
     source: Path, images: Sequence[Any], questions: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What the original gives here, by the names that the other process uses."""
+    """Return the outputs of the original in this process, under the names that the clean process uses."""
     import transformers
 
     tensors: dict[str, Tensor] = {}
     words: dict[str, Any] = {}
     processor = transformers.AutoImageProcessor.from_pretrained(source)
     for auto_class in questions["auto_classes"]:
-        with _without_remarks():  # AutoModel leaves out the head of a classifier, and reports it
+        with _without_remarks():  # AutoModel reports that it does not load the head of a classifier
             model = _in_fresh_memory(getattr(transformers, auto_class).from_pretrained(source))
         for number, image in enumerate(images):
             inputs = processor(image, return_tensors="pt")
@@ -707,7 +716,7 @@ def _expected(
 
 @contextmanager
 def _without_remarks() -> Iterator[None]:
-    """No report of what was left out on purpose, no error of pipelines for models that transformers does not know."""
+    """Silence the reports on weights that are not loaded on purpose and on model types unknown to transformers."""
     from transformers.utils import logging as transformers_logging
 
     before = transformers_logging.get_verbosity()
@@ -719,7 +728,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _in_fresh_memory(model: Any) -> Any:
-    """As in `templates/stranger.py`: kernels round differently for the addresses of a mapped file."""
+    """Copy the weights as in `templates/stranger.py`: kernels round differently for addresses in a mapped file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -727,31 +736,33 @@ def _in_fresh_memory(model: Any) -> Any:
 
 def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> dict[str, float]:
     if found.keys() != expected.keys():
-        raise BundleError(f"The bundle gives {sorted(found)}, the original {sorted(expected)}.")
+        raise BundleError(f"The outputs of the bundle are {sorted(found)}, those of the original {sorted(expected)}.")
     differences = {}
     for name, value in expected.items():
         if found[name].shape != value.shape:
-            raise BundleError(f"{name}: shape {tuple(found[name].shape)}, of the original {tuple(value.shape)}.")
+            raise BundleError(
+                f"{name}: shape {tuple(found[name].shape)} differs from {tuple(value.shape)} of the original."
+            )
         difference = (found[name].float() - value.float()).abs()
         allowed = TOLERANCE * (1 + value.float().abs())
         differences[name] = float(difference.max()) if difference.numel() else 0.0  # a model without registers
         if not bool((difference <= allowed).all()):
             raise BundleError(
-                f"{name}: up to {differences[name]:.2g} from the original, allowed are {TOLERANCE:g}. The bundle "
-                "is not the model it was made from."
+                f"{name}: the outputs differ by up to {differences[name]:.2g} from the original (tolerance "
+                f"{TOLERANCE:g}). The bundle is not the model from which it was made."
             )
     return differences
 
 
 def _compare_words(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
-    """Labels in their order, and scores or numbers of pixels."""
+    """Compare the labels in their order, and their scores or pixel counts."""
     differences = {}
     for name, entries in expected.items():
         pairs = [(e["label"], e["score"]) if isinstance(e, dict) else tuple(e) for e in entries]
         other = [(e["label"], e["score"]) if isinstance(e, dict) else tuple(e) for e in found[name]]
         off = max((abs(a[1] - b[1]) for a, b in zip(pairs, other)), default=0.0)
         if [a[0] for a in pairs] != [b[0] for b in other] or off > TOLERANCE:
-            raise BundleError(f"{name}: the pipeline gives {other}, the original {pairs}.")
+            raise BundleError(f"{name}: the pipeline returns {other}, that of the original {pairs}.")
         differences[name] = float(off)
     return differences
 
@@ -761,14 +772,14 @@ def _compare_words(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dic
 
 @dataclass(frozen=True)
 class Publication:
-    """What `publish` did; `sent` is None where nothing was sent."""
+    """Result of `publish`; `sent` is None if nothing was uploaded."""
 
     bundle: Bundle
     verification: Verification
     sent: Sent | None
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the result as a dict for JSON."""
         return {
             "folder": str(self.bundle.folder),
             "files": self.bundle.files,
@@ -781,44 +792,44 @@ class Publication:
         }
 
     def summary(self) -> dict[str, str]:
-        """For a terminal."""
+        """Return the result as lines for a terminal."""
         size = sum(entry["size"] for entry in self.bundle.files.values()) / 2**20
         lines = {
             "bundle": f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB",
             "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
             f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
         }
-        lines |= {f"not run, {task}": reason for task, reason in self.verification.not_run.items()}
+        lines |= {f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()}
         if self.sent is None:
-            return {**lines, "sent": "nothing (--push sends it)"}
-        return {**lines, "sent": self.sent.url + ("" if self.sent.changed else " (the Hub had every file already)")}
+            return {**lines, "upload": "Not uploaded. Add --push to upload."}
+        return {**lines, "upload": self.sent.url + ("" if self.sent.changed else " (all files were already there)")}
 
 
 def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
-    """What is not said again, as in a second command that only adds `--push`, is no other wish."""
+    """Check that an existing bundle was made with the options that are given. Omitted options are not compared."""
     made_with = (_json_of(output / "manifest.json") or {}).get("options")
-    if made_with is None:  # it was made before options were kept
+    if made_with is None:  # made before options were stored
         return
     other = [name for name, value in wanted.items() if made_with.get(name) != value and name != "name"]
-    if other:  # a name follows the repository
+    if other:  # `name` follows from the repository
         raise BundleError(
-            f"'{output}' holds a bundle that was made with another {', '.join(other)}. Remove that folder, or name "
-            "another --output_dir, to bundle anew with these options."
+            f"'{output}' already contains a bundle made with a different {', '.join(other)}. Remove that folder, or "
+            "choose another --output_dir."
         )
 
 
 def _check_repo_id(repo_id: str) -> None:
-    """Before anything is made: the name goes into the card and its code, and names the folder of the bundle."""
+    """Check the repository id before the bundle is made, because the card, its code and the folder name use it."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise BundleError(f"repo_id '{repo_id}' is none of the Hub, expected owner/name: {error}") from error
+        raise BundleError(f"'{repo_id}' is not a valid Hub repository id. Use owner/name. {error}") from error
     if "/" not in repo_id:
         raise BundleError(
-            f"repo_id '{repo_id}' has no owner, so nobody could load what the card names: owner/{repo_id}."
+            f"'{repo_id}' has no owner, so the code on the card could not load the model. Use owner/{repo_id}."
         )
 
 
@@ -838,33 +849,33 @@ def publish(
     token: str | None = None,
     retry: RetryPolicy | None = None,
 ) -> Publication:
-    """Bundles a checkpoint, verifies the bundle as a stranger, and sends it if asked.
+    """Bundle a checkpoint, verify the bundle in a clean process, and upload it if `push` is set.
 
-    A folder that already holds the bundle of the same checkpoint is verified and sent as it is, so an interrupted push
-    goes on with the same command.
+    If the folder already contains a bundle of the same checkpoint, that bundle is verified and uploaded, so the same
+    command continues an interrupted push.
 
     Args:
-        model_folder: As for `bundle`.
-        repo_id: `owner/name`; also what the card tells people to load. Needed to push.
+        model_folder: RegViT checkpoint or run folder, see `bundle`.
+        repo_id: Hub repository id `owner/name`, from which the card loads the model. Required to push.
         output_dir: Folder for the bundle.
-        reports: As for `bundle`.
-        card: As for `bundle`.
-        example_pictures: As for `bundle`.
-        max_shard_size: As for `bundle`.
-        push: Send it. Without, nothing leaves this machine.
-        private: Visibility of a repository that is created; a public one is only used with False.
-        revision: Branch to send to; default main.
-        commit_message: Default: the version of the package.
-        token: With write access; default the stored one, or `HF_TOKEN`.
-        retry: How long to go on after faults.
+        reports: Reports for the card, see `bundle`.
+        card: Additional fields of the card, see `bundle`.
+        example_pictures: Whether to include example figures, see `bundle`.
+        max_shard_size: Maximum size of a weights file, see `bundle`.
+        push: Whether to upload the bundle. If False, nothing is uploaded.
+        private: Whether a new repository is private. An existing public repository requires False.
+        revision: Branch to upload to. Default: main.
+        commit_message: Message of the commit. Default: names the model class.
+        token: Token with write access. Default: the stored token or `HF_TOKEN`.
+        retry: Policy for retries after errors.
 
     Raises:
-        BundleError: As `bundle` and `verify`; a push without `repo_id`; or `output_dir` holds a bundle that was made
-            with another licence, report or the like than is said now.
-        upload.PushError: It was not sent; the bundle is there all the same.
+        BundleError: `bundle` or `verify` failed, `repo_id` is missing or invalid, or `output_dir` contains a bundle
+            made with other options.
+        upload.PushError: The upload failed; the bundle remains in `output_dir`.
     """
     if push and not repo_id:
-        raise BundleError("push needs a repository. Add --repo_id owner/name.")
+        raise BundleError("Pushing requires a repository. Add --repo_id owner/name.")
     if repo_id:
         _check_repo_id(repo_id)
     output = Path(output_dir)
@@ -876,7 +887,7 @@ def publish(
     if (output / "manifest.json").is_file():
         made = read_bundle(output)
         _check_same_options(output, _sums_of_options(**asked))
-        logger.info("'%s' holds a bundle already; it is verified and used as it is.", output)
+        logger.info("'%s' already contains a bundle, which is verified and used.", output)
     else:
         made = bundle(model_folder, output, **asked)
     verification = verify(output, original=model_folder)

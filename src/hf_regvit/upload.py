@@ -1,9 +1,9 @@
-"""Sending a folder to the Hub: what must not leave the machine, and how to go on after a fault.
+"""Upload a folder to the Hub: check which files may be published, and retry after errors.
 
-`huggingface_hub` tries the request that makes a commit once and waits for its answer without limit. Here a push is
-tried again after errors of the server, of the network and of a commit in between. Trying again costs little and does
-no harm: large files that have arrived are known to the Hub by their sha256, files that are the same are left out of
-the commit, and a commit whose answer was lost is found to be there.
+`huggingface_hub` sends the request for a commit only once and waits for its answer without a time limit. This module
+retries a push after errors of the server or the network and after a conflicting commit. Retries are cheap and safe:
+the Hub knows uploaded large files by their sha256, unchanged files are left out of the commit, and a commit whose
+answer was lost is recognized.
 """
 
 import logging
@@ -25,17 +25,17 @@ from .configuration_regvit import __version__
 
 logger = logging.getLogger(__name__)
 
-# Errors of the transport are no OSError; their library is httpx or httpx2, by the version of huggingface_hub.
+# Transport errors are not OSErrors. They come from httpx or httpx2, depending on the version of huggingface_hub.
 _HTTPError: Any = HfHubHTTPError.__bases__[0]
 
 CODE_FILES = ("configuration_regvit.py", "modeling_regvit.py")
 CARD = "README.md"
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
-_ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of a fine-tuned model; no picture of its data
+_ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
 _FOLDERS = {"figures": {".png", ".svg"}, "reports": {".json", ".jsonl", ".html"}}
 
-# The Hub answers so when it is busy, restarting or has just taken another commit.
+# Status codes of a Hub that is busy, restarting or has just received another commit.
 TRANSIENT = {408, 409, 412, 423, 425, 429}
 
 
@@ -43,11 +43,11 @@ TRANSIENT = {408, 409, 412, 423, 425, 429}
 
 
 class PrivateContentError(ValueError):
-    """A file holds something that must not be published; the message names file and line."""
+    """A file contains private content. The message names the file and the line."""
 
 
 def may_be_published(name: str) -> bool:
-    """Whether a path in a bundle is on the list: everything else stays at home, optimizer and random state first."""
+    """Return whether a path in a bundle is on the list of public files. Optimizer and random state, e.g., are not."""
     folder, _, file = name.rpartition("/")
     if not folder:
         return file in _ROOT_FILES or _WEIGHTS.fullmatch(file) is not None
@@ -55,56 +55,56 @@ def may_be_published(name: str) -> bool:
 
 
 def public_files(folder: str | Path) -> list[str]:
-    """What of a folder may be published, relative to it."""
+    """List the files of a folder that may be published, relative to the folder."""
     paths = (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
     return sorted(name for path in paths if may_be_published(name := path.relative_to(folder).as_posix()))
 
 
-# Tokens as their issuers write them; then assignments to names that say what they are. Sums (sha1 of commits, sha256
-# of files) are hexadecimal like the keys of wandb, so those count only beside that name.
+# Tokens in the formats of their issuers, then assignments to names such as "password". Keys of wandb are hexadecimal
+# like checksums (sha1 of commits, sha256 of files), so they count only next to the word wandb.
 _SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{20,}",
-    "a Hugging Face token of an organisation": r"\bapi_org_[A-Za-z0-9]{20,}",
+    "a Hugging Face organization token": r"\bapi_org_[A-Za-z0-9]{20,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{30,}|github_pat_[A-Za-z0-9_]{30,})",
     "a GitLab token": r"\bglpat-[A-Za-z0-9_.-]{20,}",
     "an API key": r"\bsk-(?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{20,}",
     "a Slack token": r"\bxox[abeprs]-[A-Za-z0-9-]{10,}",
     "a Google API key": r"\bAIza[0-9A-Za-z_-]{35}",
-    "a token of a package registry": r"\b(?:pypi-AgE[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{36})",
-    "a key of Weights & Biases": r"(?i)\bwandb(?:_v\d_\w{30,}|"
+    "a package registry token": r"\b(?:pypi-AgE[A-Za-z0-9_-]{20,}|npm_[A-Za-z0-9]{36})",
+    "a Weights & Biases key": r"(?i)\bwandb(?:_v\d_\w{30,}|"
     r"[\w \t\"'.:=-]{0,24}?(?<![0-9a-f])[0-9a-f]{40}(?![0-9a-f]))",
     "a signed token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "a signed address": r"(?i)[?&](?:sig|x-amz-signature|x-goog-signature)=[A-Za-z0-9%+/=]{20,}",
+    "a signed URL": r"(?i)[?&](?:sig|x-amz-signature|x-goog-signature)=[A-Za-z0-9%+/=]{20,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----",
-    "a password in an address": r"(?i)\b[a-z][a-z0-9+.-]*://[^/\s:@\"']*:[^/\s:@\"']+@",
-    "a value called password, secret or key": r"(?i)\b[a-z_]*(?:(?:api|access|account|private|secret)_?key|secret|"
+    "a password in a URL": r"(?i)\b[a-z][a-z0-9+.-]*://[^/\s:@\"']*:[^/\s:@\"']+@",
+    "a value named password, secret or key": r"(?i)\b[a-z_]*(?:(?:api|access|account|private|secret)_?key|secret|"
     r"passwd|password|(?:access|api|auth|bearer|hub|refresh)_?token)[\"']?\s*[:=]\s*[\"']?[A-Za-z0-9_\-+/]{12,}",
 }
-# Two parts at least, so that "/" between words and closing tags of HTML are none. `/m/0jbk` is a class of Open Images.
+# A path has two parts or more, so "and / or" and closing HTML tags do not match. `/m/0jbk` is an Open Images class.
 _PATHS = {
     "an absolute path": r"(?<![\w./~<*+\-\])}%&;])/(?![mgt]/[0-9a-z_]+(?![\w./@+\-]))(?:[\w.@+\-]+/)+[\w.@+\-]*",
-    "a path of Windows": r"\b[A-Za-z]:\\{1,2}\w+|(?<!\\)(?:\\\\[\w.-]+\\(?!\\)|\\{4}[\w.-]+\\{2})[\w$.-]+",
+    "a Windows path": r"\b[A-Za-z]:\\{1,2}\w+|(?<!\\)(?:\\\\[\w.-]+\\(?!\\)|\\{4}[\w.-]+\\{2})[\w$.-]+",
     "a path in a home directory": r"(?<!\w)~/\w+|file:/",
 }
-# Pictures as text, in pages and in reports: those of JPEG begin like a path.
+# Images encoded as text in pages and reports: base64 of a JPEG begins like a path.
 _PICTURES = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+|(?<=\")[A-Za-z0-9+/]{400,}={0,2}(?=\")")
 _TEXT = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".html", ".svg", ""}
 
 
 def scan(folder: str | Path, names: Sequence[str], *, paths: bool = True) -> None:
-    """Looks for secrets and for paths of this machine in the texts of a folder.
+    """Search the text of a folder for secrets and local paths.
 
-    The two code files are compared with the package's own elsewhere and not searched; of pictures the text chunks
-    are read, of weights the metadata.
+    The text chunks of images and the metadata of weights are searched too. The two code files are skipped, because
+    they are compared with those of the package elsewhere.
 
     Args:
-        folder: The folder.
-        names: Files to look at, relative to it.
-        paths: Whether absolute paths count.
+        folder: Folder to search.
+        names: Files to search, relative to the folder.
+        paths: Whether to search for absolute paths.
 
     Raises:
-        PrivateContentError: What was found first, with file and line.
+        PrivateContentError: A file contains a secret or a path; the message names the first one with file and line.
     """
     patterns = {**_SECRETS, **(_PATHS if paths else {})}
     compiled = {kind: re.compile(pattern) for kind, pattern in patterns.items()}
@@ -117,7 +117,7 @@ def scan(folder: str | Path, names: Sequence[str], *, paths: bool = True) -> Non
                     text = found.group()
                     shown = text if kind in _PATHS else f"{text[:6]}..."
                     raise PrivateContentError(
-                        f"{name}, line {number}, holds {kind} ('{shown}'); it would be published. Remove it there, "
+                        f"{name}, line {number}, contains {kind} ('{shown}'), which must not be published. Remove it, "
                         "or leave the file out."
                     )
 
@@ -125,7 +125,7 @@ def scan(folder: str | Path, names: Sequence[str], *, paths: bool = True) -> Non
 def _text_of(path: Path) -> list[str]:
     if path.suffix in _TEXT:
         text = path.read_text(encoding="utf-8", errors="replace")
-        # A path in JSON may be written with escaped slashes.
+        # JSON may escape the slashes of a path.
         return _PICTURES.sub("", text.replace("\\/", "/")).splitlines()
     if path.suffix == ".safetensors":
         from safetensors import safe_open
@@ -140,26 +140,26 @@ def _text_of(path: Path) -> list[str]:
     return []
 
 
-# ---- Sending -----------------------------------------------------------------------------------------------------
+# ---- Uploading ---------------------------------------------------------------------------------------------------
 
 
 class PushError(RuntimeError):
-    """A push that did not succeed; the message says what to do."""
+    """A push that failed. The message says what to do."""
 
 
 class RefusedError(PushError):
-    """A push that would not succeed later either, until someone changes something."""
+    """A permanent failure: retrying will not help."""
 
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How long to go on.
+    """Policy for retries of a push.
 
     Attributes:
-        attempts: Tries of each push, the first included.
-        first_wait: Seconds before the second try; doubled for each further one, plus up to half of it at random.
-        longest_wait: Seconds; a server that asks for more (`Retry-After`) ends the push.
-        timeout: Seconds without a byte after which a request has failed.
+        attempts: Maximum number of attempts of each push, including the first one.
+        first_wait: Seconds before the second attempt. The wait doubles with each attempt, plus up to half at random.
+        longest_wait: Maximum wait in seconds. If the server asks for more (`Retry-After`), the push fails.
+        timeout: Seconds without received data after which a request fails.
     """
 
     attempts: int = 6
@@ -170,14 +170,14 @@ class RetryPolicy:
 
 @dataclass(frozen=True)
 class Sent:
-    """A push that arrived.
+    """Result of a successful push.
 
     Attributes:
-        repo_id: With its owner.
-        commit: Hash of the commit, also of one that was there already.
-        url: Address of the commit.
-        changed: False where the Hub had every file already.
-        tries: Tries it took.
+        repo_id: Repository id with its owner.
+        commit: Hash of the commit, which is an existing one if nothing changed.
+        url: URL of the commit.
+        changed: False if the Hub already had all files.
+        tries: Number of attempts.
     """
 
     repo_id: str
@@ -199,25 +199,25 @@ def send_folder(
     revision: str | None = None,
     retry: RetryPolicy | None = None,
 ) -> Sent:
-    """Makes one commit of files of a folder, in a repository that is created if there is none.
+    """Upload files of a folder in one commit, and create the repository if it does not exist.
 
-    Weights of an earlier commit that the new ones replace under another name (one file instead of shards, or the other
-    way round) are deleted by the same commit. Nothing else is deleted.
+    The commit also deletes weights of earlier commits that the new weights replace under other names (one file instead
+    of shards, or the reverse). Nothing else is deleted.
 
     Args:
-        folder: The folder.
-        repo_id: `owner/name`, or a name alone for the owner of the token.
-        names: Files to send, relative to the folder; large ones of them may be there already.
-        message: Of the commit.
-        private: Visibility of a repository that is created; None: as the owner's account has it. One that exists stays
-            as it is.
-        accept_public: Whether to send to a repository that exists and is public.
-        token: With write access; default the one that `hf auth login` stored, or `HF_TOKEN`.
-        revision: Branch, created if there is none; default main.
-        retry: How long to go on.
+        folder: Folder with the files.
+        repo_id: Repository id `owner/name`, or a name alone for the owner of the token.
+        names: Files to upload, relative to the folder. Large files that the Hub already has are not sent again.
+        message: Message of the commit.
+        private: Whether a new repository is private; None uses the default of the owner's account. The visibility of
+            an existing repository does not change.
+        accept_public: Whether to upload to an existing public repository.
+        token: Token with write access. Default: the token stored by `hf auth login`, or `HF_TOKEN`.
+        revision: Branch, created if it does not exist. Default: main.
+        retry: Policy for retries.
 
     Raises:
-        PushError: It did not arrive.
+        PushError: The upload failed.
     """
     api = HfApi(token=token, library_name="hf_regvit", library_version=__version__)
     retry = retry or RetryPolicy()
@@ -232,11 +232,11 @@ def send_folder(
 def create_repository(
     repo_id: str, *, private: bool | None, token: str | None = None, retry: RetryPolicy | None = None
 ) -> str:
-    """Makes a repository if there is none, and returns its name with the owner.
+    """Create a repository if it does not exist, and return its id with the owner.
 
     Raises:
-        RefusedError: The token may not, or the name is none.
-        PushError: The Hub cannot be reached now.
+        RefusedError: The token has no write access, or the name is invalid.
+        PushError: The Hub cannot be reached.
     """
     api = HfApi(token=token, library_name="hf_regvit", library_version=__version__)
     attempt = partial(api.create_repo, repo_id, private=private, exist_ok=True)
@@ -261,14 +261,14 @@ def _commit(
     head = api.model_info(whole_id, revision=revision)
     if not head.private and not accept_public:
         raise RefusedError(
-            f"'{whole_id}' exists and is public. Say --public (private=False) to publish there, or take another name."
+            f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or use another name."
         )
     if head.private and private is False:
-        logger.warning("'%s' exists and is private, and stays so. Its settings on the Hub make it public.", whole_id)
+        logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)
     there = {sibling.rfilename for sibling in head.siblings or ()}
     stale = sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in names)
     if not any(_WEIGHTS.fullmatch(name) for name in names):
-        stale = []  # nothing replaces them
+        stale = []  # no new weights replace the old ones
     operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in names]
     commit = api.create_commit(
         whole_id,
@@ -286,12 +286,13 @@ _T = TypeVar("_T")
 
 
 def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) -> tuple[_T, int]:
-    """Runs something that talks to the Hub until it succeeds, and says how many tries it took.
+    """Call a function that contacts the Hub until it succeeds, and return its result and the number of attempts.
 
     Raises:
-        PushError: A lasting error, or the last try failed.
+        RefusedError: The error is permanent.
+        PushError: The last attempt failed.
     """
-    jitter = random.Random()  # runs that failed together must not come back together, so this is not seeded
+    jitter = random.Random()  # not seeded, so that runs that failed together do not retry together
     for tries in range(1, retry.attempts + 1):
         try:
             with _time_limit(retry.timeout):
@@ -308,18 +309,19 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
             wait = max(min(wait, retry.longest_wait), _retry_after(reason))
             if tries == retry.attempts or wait > retry.longest_wait:
                 raise PushError(
-                    f"'{what}' was not sent after {tries} {'try' if tries == 1 else 'tries'}: {_short(reason)}. "
+                    f"'{what}' was not uploaded after {tries} {'attempt' if tries == 1 else 'attempts'}: "
+                    f"{_short(reason)}. "
                     + (f"The Hub asks to wait {wait:.0f} s. " if wait > retry.longest_wait else "")
-                    + "Run the same command again later; what has arrived is not sent twice."
+                    + "Run the same command again later; uploaded files are not sent again."
                 ) from error
-            logger.warning("Hub: %s; try %d of %d in %.1f s.", _short(reason), tries + 1, retry.attempts, wait)
+            logger.warning("Hub: %s. Attempt %d of %d in %.1f s.", _short(reason), tries + 1, retry.attempts, wait)
             time.sleep(wait)
-    raise AssertionError("unreachable: the last try returns or raises")
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
-    """The client of huggingface_hub waits for ever unless told; it is shared, so it is put back."""
+    """Set a timeout on the shared client of huggingface_hub, which has none, and restore it afterwards."""
     client = get_session()
     before = client.timeout
     client.timeout = seconds
@@ -330,7 +332,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _of_the_hub(error: BaseException | None) -> BaseException | None:
-    """The error of server or network behind `error`, which uploads of large files wrap; None if it is none."""
+    """Return the server or network error behind `error`, which uploads of large files wrap, or None."""
     while error is not None:
         if isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError | TimeoutError):
             return error
@@ -352,7 +354,7 @@ def _is_transient(error: BaseException) -> bool:
 
 
 def _retry_after(error: BaseException) -> float:
-    """Seconds that the server asks to wait; 0 if it does not, or gives a date."""
+    """Return the seconds that the server asks to wait, or 0 if it names none or a date."""
     text = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 
@@ -366,19 +368,19 @@ def _short(error: BaseException) -> str:
 
 def _advice(error: BaseException, what: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE is set, so nothing can be sent. Unset it and run the command again."
+        return "HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it and run the command again."
     if isinstance(error, HFValidationError):
-        return f"'{what}' is no name of a repository: {str(error).splitlines()[0]} Expected 'owner/name'."
+        return f"'{what}' is not a valid Hub repository id. Use owner/name. {str(error).splitlines()[0]}"
     advice = {
-        401: "The Hub does not know the token. Run `hf auth login`, or set HF_TOKEN to one with write access",
-        402: "The account cannot hold more private storage. Make room, or publish with --public",
-        403: f"The token may not write to '{what}'. Use one with write access (huggingface.co/settings/tokens) and an "
-        "owner that you belong to",
-        404: f"There is no '{what}', or this token cannot see it. Check owner and name",
-        413: "A file is too large for the Hub. Write smaller shards (--max_shard_size)",
+        401: "The Hub does not accept the token. Run `hf auth login`, or set HF_TOKEN to a token with write access",
+        402: "The account has no private storage left. Delete files there, or publish with --public",
+        403: f"The token has no write access to '{what}'. Use a token with write access "
+        "(huggingface.co/settings/tokens) and an owner to which you belong",
+        404: f"'{what}' does not exist, or the token cannot access it. Check the owner and the name",
+        413: "A file is too large for the Hub. Use smaller shards (--max_shard_size)",
     }
-    said = advice.get(_status(error) or 0, f"The Hub refused '{what}'")
-    return f"{said}. The Hub said: {_short(error)}"
+    said = advice.get(_status(error) or 0, f"The Hub rejected the request for '{what}'")
+    return f"{said}. Response of the Hub: {_short(error)}"
 
 
 # ---- In the background -------------------------------------------------------------------------------------------
@@ -386,11 +388,11 @@ def _advice(error: BaseException, what: str) -> str:
 
 @dataclass
 class BackgroundPushes:
-    """Pushes in a thread, one after the other. What fails is kept for the end and raises nowhere.
+    """Pushes that run one after the other in a thread. Failures are collected and do not raise.
 
     Attributes:
-        sent: What arrived, in words.
-        failures: What did not, with the reason.
+        sent: Labels of the successful pushes.
+        failures: Labels of the failed pushes, with the reasons.
     """
 
     sent: list[str] = field(default_factory=list)
@@ -399,11 +401,11 @@ class BackgroundPushes:
 
     @property
     def busy(self) -> bool:
-        """Whether a push is under way."""
+        """True while a push is running."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, send: Callable[[], object], *, label: str) -> None:
-        """Runs `send` after those before it; at the end of the process what is under way is given up."""
+        """Run `send` after the earlier pushes. A push that is still running when the process ends is abandoned."""
         self._thread = threading.Thread(
             target=self._run, args=(send, label, self._thread), name=f"push of {label}", daemon=True
         )
@@ -415,14 +417,14 @@ class BackgroundPushes:
         self.note(send, label=label)
 
     def note(self, send: Callable[[], object], *, label: str) -> bool:
-        """Runs `send` here and keeps what became of it; whether it succeeded."""
+        """Run `send` in this thread, record the outcome, and return whether it succeeded."""
         if not self.prepare(send, label=label):
             return False
         self.sent.append(label)
         return True
 
     def prepare(self, work: Callable[[], object], *, label: str) -> bool:
-        """Runs what a push needs before it; whether it succeeded. A failure counts as one of the push."""
+        """Run the preparation of a push and return whether it succeeded. A failure counts as a failed push."""
         try:
             work()
         except (_HTTPError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -433,11 +435,11 @@ class BackgroundPushes:
 
     @property
     def count(self) -> int:
-        """Pushes that have ended."""
+        """Number of pushes that have ended."""
         return len(self.sent) + len(self.failures)
 
     def wait(self, seconds: float | None = None) -> None:
-        """Until nothing is under way, or for so many seconds; what is under way then counts as failed."""
+        """Wait until all pushes have ended, at most `seconds`; a push that is still running then counts as failed."""
         if self._thread is None:
             return
         self._thread.join(seconds)
@@ -445,5 +447,5 @@ class BackgroundPushes:
             self.failures.append(f"{self._thread.name}: not finished after {seconds:.0f} s")
 
     def summary(self) -> dict[str, Any]:
-        """For reports."""
+        """Return the outcomes as a dict for reports."""
         return {"sent": list(self.sent), "failed": list(self.failures)}

@@ -116,8 +116,8 @@ def test_folder_without_labels(demo, recipe, tmp_path, capsys):
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
     assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
-    assert "9 for training, no held-out labels" in output
-    assert "no kNN comparison" in output
+    assert "9 for training, no labeled test images" in output
+    assert "The kNN comparison was skipped" in output
     assert not (tmp_path / "run" / "scores.json").exists()
     assert (tmp_path / "run" / "figures" / "index.html").exists()
 
@@ -149,7 +149,7 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
     with monkeypatch.context() as patch:
         Stop(patch, at=4)
         assert demo.main([*arguments, str(tmp_path / "run")]) == 130
-    assert "The same command continues" in capsys.readouterr().err
+    assert "Run the same command to continue" in capsys.readouterr().err
     assert (tmp_path / "run" / "checkpoint-2").exists()
     # An interrupted save is newer, and must not be used.
     (tmp_path / "run" / "checkpoint-3").mkdir()
@@ -169,12 +169,12 @@ def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys)
     assert demo.main(arguments) == 0
     recipe.write_text(TINY.replace("max_steps: 4", "max_steps: 2"))
     assert demo.main(arguments) == 0
-    assert "another recipe: starting over" in capsys.readouterr().out
+    assert "another recipe, so the run starts over" in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 2
     (data / "0.png").unlink()
     assert demo.main(arguments) == 0
     output = capsys.readouterr().out
-    assert "the images have changed: starting over" in output
+    assert "The images have changed, so the run starts over." in output
     assert "17 for training" in output
     assert demo.main([*arguments, "--fresh"]) == 0
     assert "reusing" not in capsys.readouterr().out
@@ -197,8 +197,10 @@ def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
     # A folder with other files is never emptied.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("x")
-    assert "other things" in error("--data", "digits", "--fresh", "--output_dir", str(tmp_path / "thesis"))
-    assert "other things" in error("--data", str(one), "--output_dir", str(tmp_path / "thesis"))
+    assert "is not the folder of a demo run" in error(
+        "--data", "digits", "--fresh", "--output_dir", str(tmp_path / "thesis")
+    )
+    assert "is not the folder of a demo run" in error("--data", str(one), "--output_dir", str(tmp_path / "thesis"))
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 

@@ -1,4 +1,4 @@
-"""Fine-tuning end to end: the command line, every kind of initial model, loading by others, signals, pushes."""
+"""Fine-tuning as a user runs it: the command line, every kind of start, what others load, signals, pushes."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture(scope="module")
 def classes(tmp_path_factory):
-    """Class folders with a validation split and a file that is not an image."""
+    """Class folders with a validation part and a file that is no picture."""
     root = tmp_path_factory.mktemp("classes")
     for part, count in (("train", 8), ("validation", 3)):
         for label, name in enumerate(("blue", "green", "red")):
@@ -59,7 +59,7 @@ def classes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved_backbone(tmp_path_factory):
-    """Folder of a pretraining run with `run/backbone`."""
+    """What a pretraining run leaves: `run/backbone`."""
     folder = tmp_path_factory.mktemp("run")
     backbone(use_mask_token=True).save_pretrained(folder / "backbone")
     default_image_processor(SIDE).save_pretrained(folder / "backbone")
@@ -150,7 +150,7 @@ def test_dry_run_prints_the_difference_and_trains_nothing(classes, saved_backbon
 
 @pytest.mark.slow
 def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
-    """The recipe file itself, with everything it switches on; only sizes, rate, precision and workers differ."""
+    """The recipe file itself, with everything it switches on; only sizes, rate, precision and workers are others."""
     recipe = Path(__file__).parents[2] / "examples" / "deit3_vits16_from_scratch.yaml"
     output = tmp_path / "out"
     result = finetuned(
@@ -172,7 +172,7 @@ def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
     card = (output / "README.md").read_text()
     for row in (
         "| loss | bce |",
-        "| repeats of an image | 3 |",
+        "| repeated augmentation | 3 |",
         "| augmentation | three_augment |",
         "| CutMix | 1.0 |",
     ):
@@ -216,9 +216,9 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
     assert 'name = "someone/tiny"' in files["README.md"].decode()
     unfinished = first["README.md"].decode()  # of a checkpoint: the same card with what is known by then
     check_card(unfinished, required=("pipeline_tag",))
-    assert "Its training is not finished." in unfinished
-    assert f"| trained | {mode} |" in unfinished
-    for number, commit in enumerate((first, files)):  # a pushed checkpoint can be loaded as well
+    assert "The training of this model is not finished." in unfinished
+    assert f"| trained weights | {mode} |" in unfinished
+    for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well
         folder = tmp_path / f"download{number}"
         folder.mkdir()
         for name, content in commit.items():
@@ -235,7 +235,7 @@ def test_the_card_of_a_run_is_the_one_that_is_published(tmp_path):
     assert index[0] == index[1]
     start, end = "## Training data", "## Intended use"
     ours, theirs = (card[card.index(start) : card.index(end)] for card in cards)
-    assert theirs.replace("\nEvery setting is in `recipe.yaml`.\n", "") == ours
+    assert theirs.replace("\nAll settings are in `recipe.yaml`.\n", "") == ours
     assert "Top-1 accuracy" in ours
 
 

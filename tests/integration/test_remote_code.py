@@ -1,8 +1,8 @@
-"""Checkpoints as strangers use them: loaded with `trust_remote_code=True` where hf_regvit is not installed.
+"""Tests of checkpoints loaded with `trust_remote_code=True` in a process where hf_regvit is not installed.
 
-One child process, in which `import hf_regvit` fails, loads every saved folder through the Auto classes and pipelines
-and writes what it computed; the tests compare that with the models that were saved. It also saves the models again,
-and a second child does the same with those copies.
+A child process in which `import hf_regvit` fails loads every saved folder through the Auto classes and pipelines and
+writes its outputs, which the tests compare with those of the saved models. It also saves the models again, and a
+second child process does the same with those copies.
 """
 
 import ast
@@ -42,7 +42,7 @@ from hf_regvit import (
 
 CODE_FILES = [Path(hf_regvit.__file__).parent / name for name in ("configuration_regvit.py", "modeling_regvit.py")]
 
-# What every installation of transformers with torch has, and of transformers only the modules that have stayed put.
+# Modules of every installation of transformers with torch, limited to those parts of transformers that are stable.
 ALLOWED_IMPORTS = {
     "torch", "safetensors", "huggingface_hub.dataclasses", "huggingface_hub.errors", "transformers",
     "transformers.activations", "transformers.backbone_utils", "transformers.masking_utils",
@@ -72,7 +72,7 @@ CHILD = """
     except ModuleNotFoundError:
         pass
     else:
-        raise SystemExit("hf_regvit can be imported: this would prove nothing")
+        raise SystemExit("hf_regvit can be imported, so this test would not verify anything")
 
     import torch, transformers
     from PIL import Image
@@ -129,10 +129,10 @@ CHILD = """
 
 
 def in_fresh_memory(model: torch.nn.Module) -> torch.nn.Module:
-    """The same weights where torch would allocate them.
+    """Copy the weights to memory that torch allocates.
 
-    A loaded tensor lies in the mapped file at whatever offset, and the kernels for unaligned memory round differently:
-    without this, equal weights give outputs that differ in the last bit. The child has the same function.
+    A loaded tensor may be at any offset of the mapped file, and the kernels for unaligned memory round differently.
+    Without the copy, equal weights give outputs that differ in the last bit. The child has the same function.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -155,14 +155,14 @@ def rectangular_processor() -> BitImageProcessor:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
-    """A folder with one checkpoint per class, an image and a table for the child; and the models that were saved."""
+    """Return a folder with one checkpoint per class, an image and a table for the child, and the saved models."""
     folder = tmp_path_factory.mktemp("saved")
     torch.manual_seed(0)
     models = {}
     for name, (model_class, _) in AUTO_CLASSES.items():
         neurons = [[0, 3], [1, 7]] if name == "segmenter" else None  # test-time registers
         models[name] = model_class(tiny_config(register_neurons=neurons)).eval()
-        with torch.no_grad():  # spread the registers and gains, so that a token left at random would show
+        with torch.no_grad():  # spread registers and gains, so that a token that is not loaded changes the outputs
             for parameter in models[name].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
         models[name].save_pretrained(folder / name)
@@ -200,7 +200,7 @@ def stranger(saved, tmp_path_factory) -> dict:
 
 
 def expected_tensors(saved, name: str) -> dict[str, torch.Tensor]:
-    """What the saved models compute here, with the keys that the child uses."""
+    """Return the outputs of the saved models in this process, under the keys that the child uses."""
     folder, models = saved
     pixel_values = rectangular_processor()(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
     base = models[name] if name == "model" else models[name].regvit
@@ -253,7 +253,7 @@ def test_code_files_import_nothing_a_stranger_lacks():
 
 
 def test_code_files_have_one_line_that_reads_as_a_relative_import():
-    # The loader of transformers searches the text, docstrings and comments included, and fetches what it finds.
+    # The loader of transformers searches the text, including docstrings and comments, for relative imports to fetch.
     pattern = re.compile(r"^\s*(?:import|from)\s+\.\S*.*$", re.MULTILINE)
     found = [line.strip() for path in CODE_FILES for line in pattern.findall(path.read_text())]
     assert found == ["from .configuration_regvit import RegViTConfig"]
@@ -271,7 +271,7 @@ def test_code_files_evaluate_annotations():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", AUTO_CLASSES)
 def test_outputs_are_identical_without_the_package(saved, stranger, name):
-    # Through the class that was saved, and every checkpoint, whatever its head, through AutoModel.
+    # Load each checkpoint through its own class, and also through AutoModel, which ignores the head.
     for key, expected in expected_tensors(saved, name).items():
         assert torch.equal(stranger["tensors"][key], expected), key
 
@@ -286,7 +286,7 @@ def test_classes_come_from_the_folder(saved, stranger, name):
         module, class_name = facts[f"{name}.{label}.class"]
         assert class_name == model_class.__name__
         assert module.startswith("transformers_modules.")
-    expected = json.loads(json.dumps(saved[1][name].config.to_dict()))  # JSON knows neither tuples nor integer keys
+    expected = json.loads(json.dumps(saved[1][name].config.to_dict()))  # JSON has neither tuples nor integer keys
     assert facts[f"{name}.config"] == {**expected, "_name_or_path": str(saved[0] / name)}
 
 
@@ -319,7 +319,7 @@ def test_a_stranger_can_save_again(saved, stranger, tmp_path):
             assert (stranger["folder"] / name / path.name).read_bytes() == path.read_bytes()
     for file in ("image.png", "auto_classes.json"):
         (stranger["folder"] / file).write_bytes((saved[0] / file).read_bytes())
-    (tmp_path / "home").mkdir()  # an empty HF_HOME: no code is left from the first load
+    (tmp_path / "home").mkdir()  # an empty HF_HOME, without code from the first load
     again = run_child(stranger["folder"], tmp_path / "copies", tmp_path / "home")
     assert again["tensors"].keys() == stranger["tensors"].keys()
     for key, expected in stranger["tensors"].items():
@@ -349,7 +349,7 @@ def test_package_classes_win(saved, name, trust):
 
 
 def test_backbone_loads_from_any_folder(saved):
-    # AutoBackbone asks the Hub for the name before it looks at the disk, so local folders go through the class itself.
+    # AutoBackbone queries the Hub before it looks at the disk, so local folders are loaded with the class itself.
     pixel_values = expected_tensors(saved, "classifier")["classifier.pixel_values"]
     backbone = in_fresh_memory(RegViTBackbone.from_pretrained(saved[0] / "classifier"))
     with torch.inference_mode():

@@ -116,9 +116,9 @@ def test_the_backbone_loads_and_its_card_can_be_published(first_run):
     for name in ("k-NN, k = 10", "linear"):
         assert re.search(rf"\| {name} \| `pictures` \| \d+\.\d % \|", card)
     code = re.search(r"```python\n(.*?)```", card, re.S).group(1)
-    picture = first_run / "picture.jpg"
+    picture = first_run / "image.jpg"
     Image.new("RGB", (40, 40), "red").save(picture)
-    exec(code.replace("path/to/this/folder", str(folder)).replace("picture.jpg", str(picture)), {})
+    exec(code.replace("path/to/this/folder", str(folder)).replace("image.jpg", str(picture)), {})
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Pushes from a running training to a Hub on loopback: every strategy, every fault, and what training makes of it."""
+"""Tests of pushes from a training run to a fake local Hub: every strategy, every fault, and the effect on training."""
 
 import json
 import logging
@@ -30,7 +30,7 @@ def hub(monkeypatch):
 
 
 def pushed(folder, **overrides):
-    """Six steps with a checkpoint after every second one."""
+    """Train for six steps, with a checkpoint after every second step."""
     options = {"push_to_hub": True, "hub_model_id": "someone/tiny", "save_strategy": "steps", "save_steps": 2}
     return pretrain(
         arguments(folder, **options | overrides), train_dataset=Crops(), image_processor=default_image_processor(16)
@@ -59,8 +59,8 @@ def test_every_push_of_every_strategy_can_be_loaded(hub, tmp_path, strategy):
         card = commit.files["README.md"].decode()
         with pytest.raises(CardError, match="no 'license'") as error:
             check_card(card)
-        assert str(error.value).count(";") == 0  # a licence is all that is missing, and nobody has said it
-        assert ("Its training is not finished." in card) == (commit.message != "End of training")
+        assert str(error.value).count(";") == 0  # only the license is missing, because it was not given
+        assert ("The training of this model is not finished." in card) == (commit.message != "End of training")
         assert 'name = "someone/tiny"' in card
         expected = {"checkpoint": {"last-checkpoint"}} | {
             "all_checkpoints": {f"checkpoint-{step}" for step in (2, 4, 6)[: number + 1]}
@@ -105,7 +105,7 @@ def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
         pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
     assert messages(hub) == ["End of training"]
     assert "NOT on the Hub" not in caplog.text
-    assert "try 2 of 3" in caplog.text
+    assert "Attempt 2 of 3" in caplog.text
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_pa
 
 @pytest.mark.parametrize(
     ("token", "said"),
-    [("hf_" + "x" * 34, "does not know the token"), (READ_TOKEN, "may not write")],
+    [("hf_" + "x" * 34, "does not accept the token"), (READ_TOKEN, "has no write access")],
     ids=["unknown", "read only"],
 )
 def test_f65_a_token_that_may_not_write_is_refused_before_training(hub, tmp_path, monkeypatch, token, said):
@@ -152,7 +152,7 @@ def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch
 
 
 class Classifier(CheckpointedTrainer):
-    """A trainer of a plain model, as a user may write it."""
+    """Trainer of a plain model, as a user may write it."""
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_any_checkpointed_trainer_pushes_what_can_be_loaded(hub, classifier):
     trainer.train()
     sent = trainer.push_to_hub("done", license="mit", finetuned_from="someone/base")
     assert messages(hub) == ["Training in progress, step 1", "Training in progress, step 2", "done"]
-    assert sent.repo_id == "someone/tiny"  # from a name without owner
+    assert sent.repo_id == "someone/tiny"  # completed from a name without an owner
     assert set(hub.files("someone/tiny")) == MODEL_FILES
     card = hub.files("someone/tiny")["README.md"].decode()
     check_card(card)
@@ -194,7 +194,7 @@ def test_any_checkpointed_trainer_pushes_what_can_be_loaded(hub, classifier):
 
 
 def test_a_push_takes_no_random_number_from_the_run(hub, classifier):
-    """Those for the first weights of the model that is sent made a run with pushes resume to another end."""
+    """Once, initializing the uploaded model drew random numbers, so a resumed run with pushes ended differently."""
     import torch
 
     trainer = classifier(hub_strategy="end")
@@ -206,7 +206,7 @@ def test_a_push_takes_no_random_number_from_the_run(hub, classifier):
 def test_an_own_call_of_push_to_hub_raises(hub, classifier):
     trainer = classifier(hub_strategy="end")
     hub.fail("/commit/", 403, times=1)
-    with pytest.raises(upload.RefusedError, match="may not write to 'someone/tiny'"):
+    with pytest.raises(upload.RefusedError, match="has no write access to 'someone/tiny'"):
         trainer.push_to_hub()
     with pytest.raises(TypeError, match="tasks"):
         trainer.push_to_hub(tasks="image-classification")

@@ -1,4 +1,4 @@
-"""The command line: one line per error, exit codes, recipes as defaults, no option without a help text."""
+"""Tests of the command line: one line per error, exit codes, recipes as defaults, a help text for every option."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ def test_usage_and_unknown_command(capsys) -> None:
     usage = capsys.readouterr().out
     assert all(f"\n  {name} " in usage for name in cli.COMMANDS)
     assert cli.main(["convrt"]) == 2
-    assert capsys.readouterr().err == "error: unknown command 'convrt'. Did you mean 'convert'?\n"
+    assert capsys.readouterr().err == "error: Unknown command 'convrt'. Did you mean 'convert'?\n"
 
 
 @pytest.mark.parametrize("command", sorted(cli.COMMANDS))
@@ -120,11 +120,11 @@ def test_recipe_values_are_defaults_and_flags_win(tmp_path) -> None:
         ("output_dir: a\nnum_attention_head: 3\n", r"'num_attention_head' in .*r\.yaml:2\. .*'num_attention_heads'"),
         ("layer_norm_eps: small\n", r"layer_norm_eps: 'small' in .*r\.yaml:1"),
         ("- a\n- b\n", "holds a list"),
-        ("a: [\n", "is not YAML"),
-        ("verify:\n", r"verify: None in .*r\.yaml:1 cannot be used: there is no value"),
-        ("num_attention_heads: [3, 6]\n", r"num_attention_heads: \[3, 6\] in .* expected a single value"),
-        ("output_dir:\n  name: a\n", r"output_dir: \{'name': 'a'\} in .* expected a single value"),
-        ("output_dir: a\nverify: no\noutput_dir: b\n", r"'output_dir' stands twice in .*r\.yaml, lines 1 and 3"),
+        ("a: [\n", "is not valid YAML"),
+        ("verify:\n", r"Invalid value verify: None in .*r\.yaml:1: the value is missing"),
+        ("num_attention_heads: [3, 6]\n", r"num_attention_heads: \[3, 6\] in .*: expected a single value"),
+        ("output_dir:\n  name: a\n", r"output_dir: \{'name': 'a'\} in .*: expected a single value"),
+        ("output_dir: a\nverify: no\noutput_dir: b\n", r"'output_dir' appears twice in .*r\.yaml, in lines 1 and 3"),
         ("# gr\u00fc\u00df\noutput_dir: a\n", r"r\.yaml' is not UTF-8 text"),
     ],
 )
@@ -145,7 +145,7 @@ def test_recipe_values_that_yaml_reads_as_something_else(tmp_path) -> None:
     parser._use_recipe(recipe)
     read = {name: parser.get_default(name) for name in ("save_strategy", "save_total_limit", "data", "report_to")}
     assert read == {"save_strategy": "no", "save_total_limit": None, "data": ["photos"], "report_to": ["none"]}
-    # One number where two are expected is the option's own complaint, not a TypeError.
+    # The option itself rejects one number instead of two, rather than failing with a TypeError.
     with pytest.raises(ValueError, match=r"global_crop_scale is \[0\.4\]; expected two shares"):
         RecipeParser(PretrainingArguments).parse(["--config", str(recipe), "--output_dir", str(tmp_path)])
 
@@ -155,9 +155,9 @@ def test_help_begins_with_what_is_the_commands_own(capsys):
     text = capsys.readouterr().out
     places = [text.index(f"\n  {option} ") for option in ("--task", "--learning_rate", "--adam_beta1")]
     assert places == sorted(places)
-    assert text.index("\ntraining:") < places[1] < text.index("\nleft of transformers.TrainingArguments:") < places[2]
+    assert text.index("\ntraining:") < places[1] < text.index("\nother transformers.TrainingArguments:") < places[2]
     assert "(default: None)" not in text
-    assert "--learning-rate" not in text.replace("--head-learning-rate", "")  # one spelling; both are taken
+    assert "--learning-rate" not in text.replace("--head-learning-rate", "")  # only one spelling is shown
 
 
 COMMANDS_THAT_WRITE = {
@@ -168,20 +168,20 @@ COMMANDS_THAT_WRITE = {
 
 @pytest.mark.parametrize("command", COMMANDS_THAT_WRITE)
 def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path, capsys, monkeypatch) -> None:
-    """A diagnosis read all images first, a retrofit searched for minutes, and both ended without a result."""
+    """Once, a diagnosis read all images and a retrofit searched for minutes before they failed to write a result."""
     (tmp_path / "file").touch()
     args = [command, *(["--model", str(tmp_path / "no model")] if command != "pretrain" else [])]
     args += COMMANDS_THAT_WRITE[command]
     assert cli.main([*args, "--output_dir", str(tmp_path / "file" / "out")]) == 1
-    assert f"'{tmp_path}/file' is a file, so nothing can be written to" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda place, mode: False)  # as root, tests may write anywhere
+    assert f"'{tmp_path}/file' is a file, so '{tmp_path}/file/out' cannot be created" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda place, mode: False)  # root can write anywhere
     assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
-    assert f"'{tmp_path}' may not be written to" in capsys.readouterr().err
+    assert f"'{tmp_path}' is not writable" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_folder, tmp_path, capsys, monkeypatch):
-    """It left config.json without a processor: read with the wrong statistics, and in the way of the next try."""
+    """Once, config.json was left without a processor: it loaded with wrong statistics and blocked the next try."""
     from transformers import BaseImageProcessor
 
     def stopped(self, folder):
@@ -218,6 +218,6 @@ def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch
     ],
 )  # fmt: skip
 def test_what_is_not_there_or_does_not_fit_is_told_in_our_words(args, words, tmp_path, capsys) -> None:
-    """It was the Hub's rule for names of repositories, or an option that nobody had given."""
+    """Once, the message was the Hub's rule for repository names, or named an option that was not given."""
     assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
     assert words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""`regvit doctor`: every finding can be bad, and says what to do."""
+"""Tests of `regvit doctor`: every check can fail, and its message says what to do."""
 
 import json
 from importlib.metadata import PackageNotFoundError
@@ -22,7 +22,7 @@ def test_this_installation_is_fit():
 def test_the_self_test_runs_a_model():
     finding = doctor._self_test()
     assert finding.state == "ok", finding.text
-    assert "trains, is saved and loaded again" in finding.text
+    assert "a tiny model was trained, saved and loaded in" in finding.text
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,8 @@ def test_old_and_missing_packages_are_named(monkeypatch):
     versions(monkeypatch, transformers="4.57.0", accelerate=None)
     finding = doctor._packages()
     assert finding.state == "bad"
-    assert "transformers 4.57.0 is not" in finding.text
-    assert "accelerate is missing" in finding.text
+    assert "transformers 4.57.0 does not satisfy" in finding.text
+    assert "accelerate is not installed" in finding.text
 
 
 def test_a_torchvision_of_another_torch_is_named(monkeypatch):
@@ -106,10 +106,10 @@ def test_a_package_that_others_need_in_another_version_is_named(monkeypatch):
     finding = doctor._together()
     assert finding.state == "bad"
     assert finding.text.endswith(
-        "needs tokenizers>=0.22, which is missing. Run: pip install -U hf_regvit transformers"
+        "needs tokenizers>=0.22, which is not installed. Run: pip install -U hf_regvit transformers"
     )
     monkeypatch.setattr(doctor, "requires", lambda name: ["huggingface-hub<3,>=1.5"] if name == "transformers" else [])
-    assert "needs huggingface-hub<3,>=1.5, found 0.30.0" in doctor._together().text
+    assert "needs huggingface-hub<3,>=1.5, but 0.30.0 is installed" in doctor._together().text
     monkeypatch.setattr(doctor, "requires", lambda name: ['notthere>1; extra == "dev"', 'x; python_version < "3"'])
     assert doctor._together().state == "ok"
 
@@ -133,8 +133,8 @@ def test_an_opencv_that_cannot_be_imported_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("cuda", "visible", "said"),
-    [(None, None, "this build of torch is for CPUs"), ("12.8", "", "which hides all of them"),
-     ("12.8", "-1", "which hides all of them"), ("12.8", None, "too old for CUDA 12.8"),
+    [(None, None, "this build of torch is for CPUs"), ("12.8", "", "which hides all GPUs"),
+     ("12.8", "-1", "which hides all GPUs"), ("12.8", None, "too old for CUDA 12.8"),
      ("12.8", "0", "too old for CUDA 12.8")],
 )  # fmt: skip
 def test_a_gpu_that_torch_does_not_see_is_noted(monkeypatch, cuda, visible, said):
@@ -165,7 +165,7 @@ def test_a_cache_that_cannot_be_written_to_is_bad(monkeypatch, tmp_path):
     assert doctor._cache().state == "ok"
     real = doctor.os.access
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != tmp_path and real(path, mode))
-    finding = doctor._cache()  # root may write everywhere, so this is told by os.access alone
+    finding = doctor._cache()  # root can write everywhere, so only os.access reports this
     assert (finding.state, "Set HF_HOME" in finding.text) == ("bad", True)
 
 
@@ -187,7 +187,7 @@ def test_proxies(monkeypatch, value, state, shown, name):
     assert (finding.state, shown in finding.text) == (state, True), finding.text
     assert "password" not in finding.text
     if state == "note":
-        assert "NO_PROXY does not hold 127.0.0.1" in finding.text
+        assert "NO_PROXY does not contain 127.0.0.1" in finding.text
         monkeypatch.setenv("no_proxy", "example.org, localhost")
         assert "NO_PROXY" not in doctor._network().text
 

@@ -1,4 +1,4 @@
-"""What may leave the machine, what a bundle holds, how a push goes on after faults."""
+"""Tests of the files that may be published, the contents of a bundle, and retries of a push."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ from hf_regvit.upload import (
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
 SECRET = "hf_" + "A1b2" * 9
-HOME = "/" + "home/someone/secret"  # in two parts: this file is looked through as well
+HOME = "/" + "home/someone/secret"  # in two parts, because this file is scanned as well
 CARD = {"license": "mit"}
 
 
@@ -218,7 +218,7 @@ def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["id2label"]["1"] = f"{HOME}/dogs"
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(PrivateContentError, match=r"(README.md|config.json), line \d+, holds an absolute path"):
+    with pytest.raises(PrivateContentError, match=r"(README.md|config.json), line \d+, contains an absolute path"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
@@ -229,14 +229,16 @@ def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy,
     weights = bytearray((source / "model.safetensors").read_bytes())
     weights[-3] ^= 1
     (source / "model.safetensors").write_bytes(weights)
-    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors' has changed since .*remove the manifest"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"sha256 of '.*model\.safetensors' differs from .*remove the manifest"
+    ):
         bundle(source, tmp_path / "again", card=CARD)
     (source / "manifest.json").write_text('["of something else"]')
     bundle(source, tmp_path / "again", card=CARD)
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [("{", "not JSON text"), ("[]", "holds a list"), ("\ud83d", "not JSON")]
+    ("content", "named"), [("{", "not valid JSON"), ("[]", "holds a list"), ("\ud83d", "not valid JSON")]
 )
 def test_f52_a_broken_configuration_is_named(copy, content, named):
     (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogatepass")
@@ -245,8 +247,8 @@ def test_f52_a_broken_configuration_is_named(copy, content, named):
 
 
 BROKEN = {
-    "retrofit_report.json": ("{}", r"retrofit_report\.json' is not what"),
-    "resolved_recipe.yaml": ("a: [b", r"resolved_recipe\.yaml' is not YAML text"),
+    "retrofit_report.json": ("{}", r"retrofit_report\.json' is not a report of `regvit retrofit`"),
+    "resolved_recipe.yaml": ("a: [b", r"resolved_recipe\.yaml' is not valid YAML"),
 }
 
 
@@ -264,13 +266,18 @@ def test_a_recipe_of_something_else_is_named(copy, tmp_path):
     with pytest.raises(BundleError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (copy / "resolved_recipe.yaml").write_text("data: x")
-    with pytest.raises(BundleError, match=r"not those of a whole run: 'num_local_crops' is missing"):
+    with pytest.raises(BundleError, match=r"is incomplete: 'num_local_crops' is missing"):
         bundle(copy, tmp_path / "bundle", card=CARD)
 
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "is not JSON text"), ("[]", "holds a list"), ("{}", "it has no fields"), ('{"bimodal": true}', "not what")],
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "holds a list"),
+        ("{}", "Its fields: none"),
+        ('{"bimodal": true}', "is not a report of this version"),
+    ],
 )
 def test_reports_that_are_none_are_named(checkpoint, tmp_path, content, words):
     (tmp_path / "report.json").write_text(content)
@@ -292,9 +299,9 @@ def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
 
 
 def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
-    with pytest.raises(BundleError, match="is no folder"):
+    with pytest.raises(BundleError, match="is not a folder"):
         checkpoint_folder(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match=r"neither a config\.json"):
+    with pytest.raises(BundleError, match=r"has no config\.json, and neither has a backbone"):
         checkpoint_folder(tmp_path)
     (copy / "preprocessor_config.json").unlink()
     with pytest.raises(BundleError, match=r"no preprocessor_config\.json"):
@@ -304,14 +311,14 @@ def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    with pytest.raises(FileExistsError, match="not empty"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         bundle(checkpoint, tmp_path / "full", card=CARD)
     with pytest.raises(BundleError, match="no field colour"):
         bundle(checkpoint, tmp_path / "bundle", card={"colour": "red"})
     with pytest.raises(BundleError, match="no report at"):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
     (tmp_path / "report.json").write_text('{"strange": 1}')
-    with pytest.raises(BundleError, match="neither the report"):
+    with pytest.raises(BundleError, match="neither a report of"):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
 
 
@@ -386,7 +393,7 @@ def test_f65_a_second_push_sends_nothing(hub, folder):
 
 def test_f65_a_broken_push_goes_on_where_it_was(hub, folder):
     hub.fail("/commit/", 503, times=3)
-    with pytest.raises(PushError, match=r"after 3 tries: 503 .*what has arrived is not sent twice"):
+    with pytest.raises(PushError, match=r"after 3 attempts: 503 .*uploaded files are not sent again"):
         send(folder)
     assert hub.sent("PUT /lfs") == [300_000]
     assert send(folder).changed
@@ -458,14 +465,15 @@ def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
     def attempt():
         raise ConnectionError("down")
 
-    with pytest.raises(PushError, match="after 6 tries: ConnectionError: down"):
+    with pytest.raises(PushError, match="after 6 attempts: ConnectionError: down"):
         with_retries(attempt, what="x", retry=RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0))
     assert all(low <= wait <= high for wait, low, high in zip(waits, (1, 2, 4, 6, 6), (1.5, 3, 6, 6, 6), strict=True))
 
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(401, "does not know the token"), (403, "may not write to 'tiny'"), (404, "There is no"), (413, "too large")],
+    [(401, "does not accept the token"), (403, "no write access to 'tiny'"), (404, "'tiny' does not exist"),
+     (413, "too large")],
 )  # fmt: skip
 def test_f65_lasting_errors_are_told_at_once(hub, folder, status, said):
     hub.fail("/commit/", status, times=9)
@@ -475,15 +483,15 @@ def test_f65_lasting_errors_are_told_at_once(hub, folder, status, said):
 
 
 def test_f65_tokens_that_may_not_write(hub, folder):
-    with pytest.raises(RefusedError, match="may not write"):
+    with pytest.raises(RefusedError, match="has no write access"):
         send(folder, token=READ_TOKEN)
-    with pytest.raises(RefusedError, match="does not know the token") as error:
+    with pytest.raises(RefusedError, match="does not accept the token") as error:
         send(folder, token="hf_" + "q" * 34)
     assert "qqq" not in str(error.value)
 
 
 def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
-    with pytest.raises(RefusedError, match="is no name of a repository"):
+    with pytest.raises(RefusedError, match="'a/b/c' is not a valid Hub repository id"):
         send(folder, name="a/b/c")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RefusedError, match="HF_HUB_OFFLINE is set"):
@@ -492,11 +500,11 @@ def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
 
 def test_a_private_repository_that_stays_private_is_told(hub, folder, caplog):
     send(folder, private=False)
-    assert "stays so" not in caplog.text
+    assert "remains private" not in caplog.text
     hub.repos[f"{OWNER}/tiny"].private = True
     with caplog.at_level(logging.WARNING, logger="hf_regvit.upload"):
         send(folder, private=False)
-    assert f"'{OWNER}/tiny' exists and is private, and stays so" in caplog.text
+    assert f"'{OWNER}/tiny' exists and remains private" in caplog.text
     assert hub.repos[f"{OWNER}/tiny"].private
 
 
@@ -522,7 +530,7 @@ def test_weights_of_another_layout_are_removed_and_nothing_else(hub, folder):
 
 
 def test_a_branch_is_made(hub, folder):
-    hub.fail("/branch/", 409, times=1)  # it is there already; the fake Hub has no branches of its own
+    hub.fail("/branch/", 409, times=1)  # the branch exists already; the fake Hub has no other branches
     with pytest.raises(PushError):
         send(folder, revision="v2")
     assert hub.sent("/branch/v2")
@@ -535,7 +543,7 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     assert not hub.requests
     with pytest.raises(BundleError, match="--repo_id"):
         publish(checkpoint, output_dir=tmp_path / "other", card=CARD, push=True)
-    done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", push=True, retry=QUICK)  # goes on
+    done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", push=True, retry=QUICK)  # continues
     assert done.sent.changed
     assert set(hub.files("someone/tiny")) == {".gitattributes", *done.bundle.names}
     assert hub.repos["someone/tiny"].private
@@ -546,13 +554,13 @@ def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp
     monkeypatch.setattr("hf_regvit.hub.verify", lambda *args, **options: None)
     place = {"output_dir": tmp_path / "bundle"}
     publish(checkpoint, card=CARD, **place)
-    publish(checkpoint, **place)  # nothing new is said
+    publish(checkpoint, **place)  # no new options
     for said in ({"card": {"license": "apache-2.0"}}, {"card": {**CARD, "description": "New."}}):
-        with pytest.raises(BundleError, match=f"made with another {list(said['card'])[-1]}.*--output_dir"):
+        with pytest.raises(BundleError, match=f"made with a different {list(said['card'])[-1]}.*--output_dir"):
             publish(checkpoint, **said, **place)
-    with pytest.raises(BundleError, match="another repo_id"):  # or its card tells people to load a folder
+    with pytest.raises(BundleError, match="a different repo_id"):  # otherwise its card would load from a folder
         publish(checkpoint, "someone/tiny", card=CARD, **place)
-    with pytest.raises(BundleError, match="another max_shard_size"):
+    with pytest.raises(BundleError, match="a different max_shard_size"):
         publish(checkpoint, card=CARD, max_shard_size="10KB", **place)
     content = (tmp_path / "bundle" / "manifest.json").read_text()
     assert "mit" not in json.loads(content)["options"].values()
@@ -602,14 +610,14 @@ def test_the_token_never_shows(hub, folder, caplog):
     assert WRITE_TOKEN not in caplog.text
 
 
-# --- What the card says of the tokens
+# --- The text on tokens in the card
 
 
 @pytest.mark.parametrize(
     ("fields", "said"),
-    [({"num_register_tokens": 0}, "Tokens are `[CLS | patches]`. This model has no registers"),
-     ({"num_register_tokens": 2}, "`output.output_mask` is False at them"),
-     ({"num_register_tokens": 2, "discard_registers": True}, "gives away `[CLS | patches]`")],
+    [({"num_register_tokens": 0}, "The tokens are `[CLS | patches]`. This model has no registers"),
+     ({"num_register_tokens": 2}, "`output.output_mask` is False for registers"),
+     ({"num_register_tokens": 2, "discard_registers": True}, "the model returns `[CLS | patches]`")],
 )  # fmt: skip
 def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
     RegViTModel(tiny_config(**fields)).save_pretrained(tmp_path / "model")
@@ -617,7 +625,7 @@ def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
     bundle(tmp_path / "model", tmp_path / "bundle", card=CARD)
     text = (tmp_path / "bundle" / "README.md").read_text()
     assert said in text
-    assert text.count("output_mask") == ("False at them" in said)
+    assert text.count("output_mask") == ("False for registers" in said)
 
 
 @pytest.mark.slow
@@ -650,7 +658,7 @@ def evaluated(models, folder):
 
 
 def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_stands(checkpoint, tmp_path, caplog):
-    """Of a base model and its fine-tuned copy, in this order, the base's numbers were published as the copy's."""
+    """Once, for a base model and its fine-tuned copy in this order, the numbers of the base model were published."""
     torch.manual_seed(1)
     RegViTForImageClassification(tiny_config(hidden_size=8)).save_pretrained(tmp_path / "base")
     default_image_processor(16).save_pretrained(tmp_path / "base")
@@ -662,12 +670,12 @@ def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_st
     (result,) = card_header(card)["model-index"][0]["results"]
     assert [metric["value"] for metric in result["metrics"]] == [round(values[1], 4)]
     assert "| base: Weighted kNN" in card
-    assert "| Weighted kNN" in card  # this model's rows need no name
+    assert "| Weighted kNN" in card  # the rows of this model omit its name
 
     evaluated([str(tmp_path / "base")], tmp_path / "of another")
     caplog.clear()
     bundle(checkpoint, tmp_path / "without", card=CARD, reports=[tmp_path / "of another"])
-    assert "other weights than these (base)" in caplog.text
+    assert "is an evaluation of different weights (base)" in caplog.text
     card = (tmp_path / "without" / "README.md").read_text()
     assert "model-index" not in card_header(card)
     assert "| base: Weighted kNN" in card
@@ -681,13 +689,13 @@ def test_a_diagnosis_of_other_weights_is_noticed(checkpoint, tmp_path, caplog):
     images = [Image.effect_noise((16, 16), 60 + i).convert("RGB") for i in range(16)]
     path = diagnose(model, images, processor=processor).save(tmp_path / "own")
     bundle(checkpoint, tmp_path / "one", card=CARD, reports=[path])
-    assert "other weights" not in caplog.text
+    assert "different weights" not in caplog.text
     content = json.loads(path.read_text())
     content["model"]["weights"] = "0" * 32
     path.write_text(json.dumps(content))
     assert ArtifactReport.load(path).model["weights"] == "0" * 32
     bundle(checkpoint, tmp_path / "two", card=CARD, reports=[path])
-    assert f"'{path}' is about other weights than these" in caplog.text
+    assert f"'{path}' is a diagnosis of different weights" in caplog.text
 
 
 def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path):
@@ -695,13 +703,13 @@ def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path
         (tmp_path / "diagnosis" / name).mkdir(parents=True)
         (tmp_path / "diagnosis" / name / "report.json").write_text("{}")
     (tmp_path / "diagnosis" / "comparison.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"compares several models.*Name the report .*0-a', '.*1-b'\."):
+    with pytest.raises(BundleError, match=r"compares several models.*Pass the report .*0-a', '.*1-b'\."):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path / "diagnosis"])
 
 
 @pytest.mark.parametrize("repo_id", ["../x", "owner/name/x", "owner/a name", "owner/..", 'owner/x"+y', "-a/b", "name"])
 def test_a_repository_that_cannot_be_is_refused_before_anything_is_made(repo_id, tmp_path):
-    """It would be in the card, in the code that strangers are told to run."""
-    with pytest.raises(BundleError, match=r"repo_id '.*owner/"):
+    """The id would appear in the card, in code that users run."""
+    with pytest.raises(BundleError, match=r"^'.*' (is not a valid Hub repository id|has no owner).* Use owner/"):
         publish(tmp_path / "nothing", repo_id, output_dir=tmp_path / "bundle", card={"license": "mit"})
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Cards: every section is there, nothing is left to fill in, numbers come from files, text stays text."""
+"""Tests of model cards: all sections exist, no placeholder is left, numbers come from files, text stays text."""
 
 import dataclasses
 import re
@@ -116,16 +116,16 @@ def test_a_missing_section_is_named(section):
     ],
 )  # fmt: skip
 def test_a_place_that_was_not_filled_in_is_named(hole):
-    with pytest.raises(CardError, match="not filled in"):
+    with pytest.raises(CardError, match=r"the placeholder '.*' was not filled in"):
         check_card(render_card(full_facts()) + f"\n{hole}\n")
 
 
 def test_words_that_look_like_a_place_that_was_not_filled_in():
-    """Cracks in concrete have a class "None", bread has one "nan", and authors write English."""
+    """A data set may have a class "None" or "nan", and authors may use these words in sentences."""
     names = {"0": "None", "1": "nan", "2": "{{ x }}"}
     config = {**CONFIG, "architectures": ["RegViTForSemanticSegmentation"], "id2label": names}
     words = {
-        "description": "None of these pictures shows a person. It knows nan bread.",
+        "description": "None of these images shows a person. It knows nan bread.",
         "evaluation_notes": ("IoU of each class: None 45.0 %, nan 12.0 %, TODO 1.0 %.",),
     }
     text = render_card(full_facts(config=config, **words))
@@ -138,8 +138,8 @@ def test_words_that_look_like_a_place_that_was_not_filled_in():
     [
         (("license: mit\n", ""), "no 'license'"),
         (("license: mit", "license: other"), "license_name and license_link"),
-        (("license: mit", "license: Apache-2.0"), "'Apache-2.0' is no identifier of the Hub: .* apache-2.0"),
-        (("license: mit", "license: my own"), "'my own' is no identifier"),
+        (("license: mit", "license: Apache-2.0"), "'Apache-2.0' is not a Hub license id; .* apache-2.0"),
+        (("license: mit", "license: my own"), "'my own' is not a Hub license id"),
         (("pipeline_tag: image-feature-extraction\n", ""), "no 'pipeline_tag'"),
         (("```python", "```text"), "no Python snippet"),
     ],
@@ -152,18 +152,20 @@ def test_what_else_is_missing_is_named(change, said):
 
 
 def test_pictures_have_to_be_there(tmp_path):
-    with pytest.raises(CardError, match=r"'figures/curves\.png' is not there; the picture 'figures/a\.png'"):
+    with pytest.raises(
+        CardError, match=r"the figure 'figures/curves\.png' does not exist; the figure 'figures/a\.png'"
+    ):
         check_card(render_card(full_facts()), folder=tmp_path)
 
 
 def test_names_of_other_people_stay_text():
-    hostile = "a|b\n## Licence\n<script>alert(1)</script>\n---\nlicense: evil"
+    hostile = "a|b\n## License\n<script>alert(1)</script>\n---\nlicense: evil"
     config = {**CONFIG, "architectures": ["RegViTForImageClassification"], "id2label": {0: hostile, 1: "dog"}}
     text = render_card(
         facts(config=config, data=hostile, scores=(CardScore(hostile, hostile, "1 %"),), description="{{ 7 * 7 }}")
     )
     assert "<script>" not in text
-    assert text.count("\n## Licence\n") == 1
+    assert text.count("\n## License\n") == 1
     assert card_header(text)["license"] == "mit"
     assert "{{ 7 * 7 }}" in text  # text of a value is never a template
     row = next(line for line in text.splitlines() if line.startswith("| classes"))
@@ -178,21 +180,24 @@ def test_classes_come_in_their_order():
 
 def test_a_model_without_numbers_says_so():
     text = render_card(facts())
-    for expected in ("Not evaluated:", "Not diagnosed.", "Its quality has not been measured.", "images are not known"):
+    for expected in (
+        "Not evaluated.", "Not diagnosed.", "The quality of this model has not been measured.",
+        "The training images and their biases are unknown.",
+    ):  # fmt: skip
         assert expected in text
     full = render_card(full_facts())
     assert "Not evaluated" not in full
-    assert "are artifacts, see above" not in full
-    assert "are artifacts, see above" in render_card(
+    assert "are artifacts (see above)" not in full
+    assert "are artifacts (see above)" in render_card(
         full_facts(artifacts=CardArtifacts("Some.", "model", 100, "resized", has_outliers=True))
     )
-    assert "quality has not been measured" not in full
+    assert "has not been measured" not in full
 
 
 def test_unknown_words_are_refused():
     with pytest.raises(ValueError, match="origin='stolen'"):
         render_card(facts(origin="stolen"))
-    with pytest.raises(ValueError, match="knows no class ViTModel"):
+    with pytest.raises(ValueError, match="Unknown model class ViTModel"):
         render_card(facts(config={**CONFIG, "architectures": ["ViTModel"]}))
 
 
@@ -203,17 +208,17 @@ def test_facts_of_a_pretraining_run():
     assert "`photos`, without labels: 12,800 images seen, 5.8 epochs." in text
     assert "| length | 400 steps, 4.3 minutes |" in text
     assert "| k-NN, k = 10 | `photos` | 75.0 % | - |" in text
-    assert "Its training was short: 12,800 images seen in all." in text
-    assert "held-out" not in text  # a report that does not say so
+    assert "The training was short: the model saw 12,800 images in total." in text
+    assert "held-out" not in text  # the report does not say that images were held out
     judged = {"fitted_on": 1500, "judged": 500, "held_out": False}
-    for held_out, words in ((True, "on held-out labelled images"), (False, "on images that it was trained on")):
+    for held_out, words in ((True, "on held-out labeled images"), (False, "on images that the model was trained on")):
         report = {**RUN, "knn_images": [{**judged, "held_out": held_out}]}
         text = render_card(CardFacts(**{**dataclasses.asdict(facts()), **pretraining_facts(RECIPE, report)}))
         assert words in text
         assert "| k-NN, k = 10 | `photos` | 75.0 % | 1,500 / 500 |" in text
     assert pretraining_facts(RECIPE, {**RUN, "epochs": None})["data"].endswith("labels: 12,800 images seen.")
     unfinished = pretraining_facts(RECIPE)
-    assert unfinished["limits"] == ("Its training is not finished.",)
+    assert unfinished["limits"] == ("The training of this model is not finished.",)
     assert pretraining_facts({**RECIPE, "init_from": "/data/runs/old"})["base_model"] == "old"
     assert "limits" not in pretraining_facts(RECIPE, {**RUN, "images_seen": 10**8})
 
@@ -230,7 +235,7 @@ def test_facts_of_a_fine_tuning_run():
     }  # fmt: skip
     found = finetuning_facts({**recipe, "load_best_model_at_end": True, "class_weights": ["balanced"]}, report)
     assert found["data"] == (
-        "`birds`, with labels: 80 training images, 20 for validation; 160 images seen. Training masks: 80 images."
+        "`birds`, with labels: 80 training images, 20 validation images; 160 images seen. Training masks: 80 images."
     )
     assert [(score.name, score.result, score.images) for score in found["scores"]] == [
         ("Top-1 accuracy", "90.0 % [70.0, 95.0]", "80 / 20"), ("Loss", "0.300", "80 / 20"),
@@ -244,11 +249,11 @@ def test_facts_of_a_fine_tuning_run():
     }  # fmt: skip
     assert {"IoU of each class: sky 50.0 %.", "One view."} < set(found["evaluation_notes"])
     assert dict(found["recipe"]) == {
-        "start": "The head is new.", "trained": "lora", "learning rate": "0.001", "class weights": "balanced",
-        "length": "10 steps, 2.0 epochs, 30 s with evaluations", "parameters trained": "10 of 20",
+        "start": "The head is new.", "trained weights": "lora", "learning rate": "0.001", "class weights": "balanced",
+        "length": "10 steps, 2.0 epochs, 30 s including evaluations", "trained parameters": "10 of 20",
     }  # fmt: skip
-    assert any("20 images only" in limit for limit in found["limits"])
-    assert "It was chosen on these images." in found["evaluation_notes"][0]
+    assert any("on only 20 images" in limit for limit in found["limits"])
+    assert "The step was selected on these images." in found["evaluation_notes"][0]
     assert found["base_model"] == "backbone"
     assert "/data" not in render_card(CardFacts(**{**dataclasses.asdict(facts()), **found}))
 
@@ -260,7 +265,7 @@ def test_a_recipe_is_published_without_places_and_tokens(tmp_path, monkeypatch):
     assert recipe["init_from"] == "x"
     assert not {"output_dir", "hub_token", "run_name"} & set(recipe)
     (tmp_path / "owner" / "set").mkdir(parents=True)
-    assert own_name("owner/set") == "set"  # a folder here, not an id
+    assert own_name("owner/set") == "set"  # a local folder, not an id
 
 
 def test_the_template_is_in_the_package():
@@ -297,7 +302,7 @@ def test_committed_cards_are_whole(path):
 
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_the_snippet_of_a_committed_card_runs(path, tmp_path, monkeypatch):
-    """On a small model of the same class; the weights themselves are not in the repository."""
+    """Run the snippet on a small model of the same class, because the weights are not in the repository."""
     from PIL import Image
 
     from hf_regvit.images import default_image_processor
@@ -310,7 +315,7 @@ def test_the_snippet_of_a_committed_card_runs(path, tmp_path, monkeypatch):
     )
     (RegViTForImageClassification if classifier else RegViTModel)(config).save_pretrained(tmp_path / "model")
     default_image_processor(32).save_pretrained(tmp_path / "model")
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.jpg")
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     assert "path/to/this/folder" in code
     scope: dict = {}

@@ -323,4 +323,4 @@ def test_a_bias_without_l2norm_is_one_of_dot_products(data, model, tmp_path, cap
     settings = EvaluationReport.load(tmp_path).lost.settings
     assert (settings.l2norm, settings.bias, settings.feature) == (False, -3.0, "v")
     assert cli.main([*args, "--lost_l2norm", "maybe"]) == 1
-    assert "must be among true and false" in capsys.readouterr().err
+    assert "contains an unknown value. Choose from true, false." in capsys.readouterr().err

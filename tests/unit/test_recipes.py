@@ -1,4 +1,4 @@
-"""Every recipe of `examples/`: complete header, readable options, and the values it resolves to."""
+"""Tests of the recipes in `examples/`: complete headers, valid options, and the values to which they resolve."""
 
 import importlib.util
 import re
@@ -30,7 +30,7 @@ def test_header_says_what_a_reader_needs(recipe):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_recipe_resolves_to_the_reviewed_values(recipe):
-    """After a deliberate change: python scripts/dev/resolve_recipes.py, and read the difference."""
+    """After a deliberate change, run `python scripts/dev/resolve_recipes.py` and review the difference."""
     assert resolve()(recipe) == (GOLDEN / f"{recipe.stem}.txt").read_text()
 
 

@@ -1,7 +1,7 @@
-"""Loads a bundle as a stranger does, where hf_regvit cannot be imported and no network is there.
+"""Load a bundle in a clean process, where hf_regvit cannot be imported and there is no network.
 
-Run by `hf_regvit.hub.verify` in a process of its own: `python -P stranger.py BUNDLE FOLDER THREADS`. FOLDER holds
-pictures and `questions.json`; what was computed goes to `answers.safetensors` and `answers.json` beside them.
+`hf_regvit.hub.verify` runs this file in a new process: `python -P stranger.py BUNDLE FOLDER THREADS`. FOLDER holds
+images and `questions.json`; the results are written to `answers.safetensors` and `answers.json` in the same folder.
 """
 
 import importlib.abc
@@ -23,7 +23,7 @@ try:
 except ModuleNotFoundError:
     pass
 else:
-    raise SystemExit("hf_regvit can be imported here: loading the bundle would prove nothing")
+    raise SystemExit("hf_regvit can be imported in this process, so loading the bundle would not verify anything.")
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -32,7 +32,7 @@ from safetensors.torch import save_file  # noqa: E402
 
 
 def in_fresh_memory(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights where torch would allocate them: kernels round differently for the mapped file's addresses."""
+    """Copy the weights to memory that torch allocates: kernels round differently for addresses in a mapped file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
