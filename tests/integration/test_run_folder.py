@@ -314,7 +314,7 @@ def test_a_model_without_registers_gets_some(make, tmp_path, caplog):
         teacher = pretrain(args, train_dataset=Crops32())
     assert "no registers; 3 new ones are added" in caplog.text
     assert "The heads are new" in caplog.text
-    assert "Not used: patch_size 4 (it has 8), hidden_size 16 (it has 32)" in caplog.text
+    assert "Ignored: patch_size 4 (it has 8), hidden_size 16 (it has 32)" in caplog.text
     assert teacher.embeddings.register_tokens.shape == (1, 3, 32)
     assert 0.2 < teacher.embeddings.register_tokens.std() < 0.8
     assert teacher.config.use_mask_token
@@ -354,7 +354,7 @@ def test_the_same_seed_draws_the_same_registers(tmp_path):
 
 
 def test_what_cannot_be_started_from_is_said(tmp_path):
-    with pytest.raises(ValueError, match="both init_from"):
+    with pytest.raises(ValueError, match="both init_from="):
         pretrain(arguments(tmp_path, init_from="x"), model=tiny_config(), train_dataset=Crops())
     with pytest.raises(OSError, match="nowhere"):
         pretrain(arguments(tmp_path, init_from=str(tmp_path / "nowhere")), train_dataset=Crops())

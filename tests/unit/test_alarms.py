@@ -282,7 +282,7 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
                 torch.nn.init.zeros_(half["dino_head"].last_layer.weight_g)
 
     options = {"logging_steps": 1, "warmup_steps": 0, "max_steps": 8, "koleo_loss_weight": 0.0}
-    with pytest.raises(CollapseError, match=r"stopped at step 3, .*--learning_rate"):
+    with pytest.raises(CollapseError, match=r"Stopped at step 3 by the alarm .*--learning_rate"):
         pretrain(
             arguments(tmp_path / "stop", stop_on_collapse=True, **options),
             train_dataset=Crops(),

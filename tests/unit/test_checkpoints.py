@@ -415,7 +415,7 @@ def test_f64_workers_are_started_again_once(tmp_path, saved, caplog, how):
     (tmp_path / "marks").mkdir()
     options = {"dataloader_num_workers": 2, "dataloader_timeout": 4, **SAVING}
     trained(tmp_path / "run", dataset=Failing(tmp_path / "marks", how, 1), **options)
-    assert "Workers are started again. Being read was one of:" in caplog.text
+    assert "Restarting the workers. One of these images was being read:" in caplog.text
     assert same_state(final_state(tmp_path / "run"), final_state(saved))
 
 

@@ -468,7 +468,7 @@ def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path
 def test_high_resolution_steps_need_data(tmp_path):
     with pytest.raises(ValueError, match="high_resolution_steps is 2"):
         trained(tmp_path, high_resolution_steps=2)
-    with pytest.raises(ValueError, match="MultiCropDataset, not on Crops"):
+    with pytest.raises(ValueError, match="requires a MultiCropDataset, not Crops"):
         pretrain(arguments(tmp_path, high_resolution_steps=2), train_dataset=Crops())
     with pytest.raises(ValueError, match="streaming has none"):
         arguments(tmp_path, high_resolution_steps=2, streaming=True)
@@ -695,12 +695,13 @@ def test_a_run_says_how_long_it_is_and_what_does_not_fit_its_length(tmp_path, ca
     rate = 0.5 * (3 / 1024) ** 0.5
     expected = f"4 steps of 3 images, 1.333 epochs. The learning rate rises to {rate:.4g} within 50 steps."
     assert expected in caplog.messages
-    assert "warmup_steps is 50, longer than the run of 4 steps. A number below 1 is a share of the run." in caplog.text
+    warning = "warmup_steps is 50, longer than the run of 4 steps. Use a value below 1 to give a fraction of the run."
+    assert warning in caplog.text
     assert "freeze_last_layer_steps is" not in caplog.text
 
 
 def test_pretrain_refuses_less_than_one_batch(tmp_path):
-    with pytest.raises(ValueError, match="2 images for steps of 3"):
+    with pytest.raises(ValueError, match="There are 2 images for steps of 3"):
         pretrain(arguments(tmp_path), train_dataset=Crops(2))
 
 
