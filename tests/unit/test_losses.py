@@ -394,5 +394,5 @@ def test_a_checkpoint_keeps_what_is_pending():
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_center_momentum_is_checked(momentum):
-    with pytest.raises(ValueError, match="center momentum"):
+    with pytest.raises(ValueError, match="The center momentum is"):
         SoftmaxCenter(4, momentum=momentum)
