@@ -174,9 +174,11 @@ def test_weights_of_other_sizes_are_refused_in_one_line(run):
 
 
 def test_what_is_no_checkpoint_is_not_called_a_broken_one(run, tmp_path):
-    with pytest.raises(CheckpointCorruptError, match=r"There is no folder '.*nowhere'.* 'last'"):
+    with pytest.raises(CheckpointCorruptError, match=r"The folder '.*nowhere' does not exist\..* 'last'"):
         trained(tmp_path, resume=str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointCorruptError, match=r"is a run, not a checkpoint\. .* checkpoint-6: give one"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"is a run folder, not a checkpoint\. .* checkpoint-6\. Pass one"
+    ):
         trained(tmp_path, resume=str(run))
 
 
@@ -228,7 +230,7 @@ def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
     assert trainer.state.global_step == 6
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
     assert not (tmp_path / STAGING).exists()
-    assert "ALARM: the checkpoint of step 4" in caplog.text
+    assert "ALARM: The checkpoint of step 4" in caplog.text
     assert "No space left" in caplog.text
     assert [entry.get("failed_checkpoints") for entry in trainer.state.log_history if "loss" in entry] == [
         None,
@@ -313,7 +315,7 @@ def test_f60_a_signal_in_the_last_step_changes_nothing(tmp_path):
 def test_f60_a_run_that_is_through_and_is_queued_again_makes_no_further_step(run, saved, caplog):
     with caplog.at_level("INFO", logger="hf_regvit"):
         trainer = trained(run, resume="last", **SAVING)
-    assert "6 of 6 steps are done: nothing is left to train." in caplog.text
+    assert "6 of 6 steps are done. There is nothing left to train." in caplog.text
     assert trainer.state.global_step == 6
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert same_state(trainer.model.state_dict(), load_file(saved / "checkpoint-6" / "model.safetensors"))
