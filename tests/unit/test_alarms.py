@@ -59,7 +59,7 @@ def test_f54_a_loss_that_is_nan_stops_the_run_and_names_the_images(tmp_path):
     assert list(zip(batch["epochs"], batch["sample_ids"], strict=True)) == expected
     assert batch["terms"]["loss"] == "nan"
     message = str(stopped.value)
-    assert f"the loss is nan at step {step} (" in message
+    assert f"The loss is nan at step {step} (" in message
     assert f"Resume from checkpoint-{step} with --learning_rate 0.001 (now 0.002)" in message
     assert "nan_batch.json" in message
     # Nothing of the step was applied: the weights are those of the last checkpoint, and finite.
@@ -100,7 +100,9 @@ def test_f54_a_gradient_that_is_infinite_stops_the_run(tmp_path):
                 model.student["dino_head"].mlp[0].weight.register_hook(lambda gradient: gradient * math.inf)
 
     for clip in (3.0, 0.0):
-        with pytest.raises(NonFiniteError, match=r"finite at step 2, but its gradient is not .*dino_head=(nan|inf)"):
+        with pytest.raises(
+            NonFiniteError, match=r"The loss is finite at step 2, but its gradient is not .*dino_head=(nan|inf)"
+        ):
             trained(tmp_path / str(clip), callbacks=[Poison()], max_grad_norm=clip)
         assert json.loads((tmp_path / str(clip) / "nan_batch.json").read_text())["where"] == "gradient"
 
@@ -121,7 +123,7 @@ def test_f54_a_gradient_scaler_may_overflow(tmp_path):
     guard, args, state = guard_with(tmp_path, [1.0], math.inf, check_gradients=False)
     guard.on_pre_optimizer_step(args, state, None, model=network)
     guard, args, state = guard_with(tmp_path, [1.0, math.inf], 1.0, check_gradients=False)
-    with pytest.raises(NonFiniteError, match="the loss is inf at step 7"):
+    with pytest.raises(NonFiniteError, match="The loss is inf at step 7"):
         guard.on_pre_optimizer_step(args, state, None, model=network)
 
 
@@ -138,7 +140,7 @@ def test_f55_the_process_with_the_nan_is_named(tmp_path, monkeypatch):
         accelerate.utils, "gather", lambda flags: torch.cat([flags, torch.tensor([[0, 0]], dtype=flags.dtype)])
     )
     monkeypatch.setattr(accelerate.utils, "gather_object", lambda records: [*records, other])
-    with pytest.raises(NonFiniteError, match="the loss is nan at step 7 on rank 1"):
+    with pytest.raises(NonFiniteError, match="The loss is nan at step 7 on rank 1"):
         guard.on_pre_optimizer_step(args, state, None, model=tiny_network())
     (process,) = json.loads((tmp_path / "nan_batch.json").read_text())["processes"]
     assert (process["rank"], process["micro_batches"][0]["sample_ids"]) == (1, [8, 9])
@@ -182,7 +184,7 @@ def test_f66_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as stopped:
         trained(tmp_path, per_device_train_batch_size=8)
     message = str(stopped.value)
-    assert message.startswith("Out of memory at step 0: this process took ")
+    assert message.startswith("Out of memory at step 0: this process used ")
     assert float(message.split(" GiB at the peak")[0].split()[-1]) > 0.05
     for flag in (
         "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
@@ -298,7 +300,7 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
     assert {alarm["name"] for alarm in warned["alarms"]} == {"uniform_targets", "loss_at_ln_k"}
     assert {alarm["step"] for alarm in warned["alarms"]} == {3}
     card = (tmp_path / "warn" / "backbone" / "README.md").read_text()
-    assert "step 3: the targets say nothing" in card
+    assert "step 3: The targets are almost uniform" in card
 
 
 def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
