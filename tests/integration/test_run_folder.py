@@ -185,7 +185,7 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=1)
     with pytest.raises(ValueError, match=r"weight_g' in .* has shape \(12, 1\), expected \(24, 1\).*'backbone'"):
         pretrain(arguments(tmp_path / "b", init_from=str(run), head_num_prototypes=24), train_dataset=Crops())
-    with pytest.raises(ValueError, match="these arguments ask for dino_head, ibot_head"):
+    with pytest.raises(ValueError, match="but the arguments require dino_head, ibot_head"):
         pretrain(arguments(tmp_path / "b", init_from=str(run), separate_ibot_head=True), train_dataset=Crops())
     args = arguments(tmp_path / "c", init_from=str(run / "backbone"), head_num_prototypes=24, max_steps=1)
     teacher = pretrain(args, train_dataset=Crops())
@@ -196,7 +196,7 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
 def test_a_checkpoint_is_finished_before_another_run_starts_from_it(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
     shutil.rmtree(run / "backbone")
-    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of a run .* perhaps with max_steps"):
+    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of a run .* set max_steps to its step"):
         starting_point(run / "checkpoint-2", num_register_tokens=4, image_size=16)
     resume = {"resume_from_checkpoint": str(run / "checkpoint-2"), "max_steps": 2}
     teacher = pretrain(arguments(run, **resume), train_dataset=Crops())  # no step is left, the result is written
@@ -213,7 +213,7 @@ def test_other_centering_starts_with_centers_of_zero(tmp_path, caplog):
     start = starting_point(run, num_register_tokens=4, image_size=16)
     network = tiny_network()
     restore_training(network, start)
-    assert "no dino_center: it starts at zero" in caplog.text
+    assert "no dino_center, so it starts at zero" in caplog.text
     assert not network.dino_center.center.any()
 
 
@@ -335,7 +335,7 @@ def test_registers_that_are_there_stay(tmp_path):
     model = RegViTForImageClassification(tiny_config(use_mask_token=False, num_register_tokens=2, num_labels=3))
     model.save_pretrained(tmp_path / "source")
     start = starting_point(tmp_path / "source", num_register_tokens=4, image_size=16, drop_path_rate=0.3)
-    assert start.changes[0] == "It keeps its 2 registers; --num_register_tokens is not used."
+    assert start.changes[0] == "It keeps its 2 registers; --num_register_tokens is ignored."
     assert torch.equal(start.student.embeddings.register_tokens, model.regvit.embeddings.register_tokens)
     assert not start.student.embeddings.mask_token.any()
     assert start.student.training
