@@ -177,8 +177,8 @@ def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> lis
     rows, columns = config.patch_shape
     if image_size % rows or image_size % columns:
         raise ValueError(
-            f"{option} is {image_size}, but the patches of the model to start from have {rows} x {columns} pixels. Set "
-            f"{option} to a multiple of the patch size."
+            f"{option} is {image_size}, but the patches of the model to start from have {rows} x {columns} pixels. "
+            f"Set {option} to a multiple of the patch size."
         )
     grid, before = (image_size // rows, image_size // columns), config.grid
     if grid == before:
@@ -234,8 +234,8 @@ def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, wh
         name = next(n for n in {**expected, **actual} if expected.get(n) != actual.get(n))
         raise ValueError(
             f"'{prefix}{name}' in '{where}' has shape {actual.get(name)}, expected {expected.get(name)}. Set the "
-            f"sizes of the heads (--head_*) as in the resolved_recipe.yaml of that run, or start from its '{BACKBONE}' "
-            "folder with new heads."
+            f"sizes of the heads (--head_*) as in the resolved_recipe.yaml of that run, or start from its "
+            f"'{BACKBONE}' folder with new heads."
         )
     module.load_state_dict(part)
 
