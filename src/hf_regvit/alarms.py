@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite; the step was not applied."""
+    """NaN or infinity in a loss or gradient; the step was not applied."""
 
 
 class CollapseError(RuntimeError):
-    """A run was stopped because its representation collapses."""
+    """Stop of a run whose representation collapses."""
 
 
 # ---- NaN and infinity --------------------------------------------------------------------------------------------

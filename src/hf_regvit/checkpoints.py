@@ -53,11 +53,11 @@ REQUEUE_EXIT_CODE = 85
 
 
 class CheckpointIncompleteError(CheckpointCorruptError):
-    """An intact checkpoint that was saved without a file that resuming needs."""
+    """Intact checkpoint that was saved without a file that resuming needs."""
 
 
 class TrainingInterrupted(SystemExit):
-    """A run was stopped by a signal, saved a checkpoint and can be resumed. If uncaught, the exit code is 85."""
+    """Stop by a signal after a checkpoint was saved; the run can be resumed. If uncaught, the exit code is 85."""
 
     def __init__(self, message: str) -> None:
         super().__init__(REQUEUE_EXIT_CODE)
