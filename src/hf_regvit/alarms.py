@@ -1,10 +1,10 @@
-"""Alarms of a pretraining run: numbers that are not finite, collapse, registers that are all the same, no memory.
+"""Alarms of a pretraining run: non-finite numbers, collapse, identical registers, and running out of memory.
 
-A loss or gradient that is not finite always stops the run: nothing that is computed after it means anything. Signs of
-collapse warn, and stop only with `--stop_on_collapse`: they are judgements with thresholds, and a false one must not
-cost an unattended night. Every message names the options to change.
+A loss or gradient that is not finite always stops the run, because all later results would be meaningless. Signs of
+collapse log a warning, and stop the run only with `--stop_on_collapse`: their thresholds are heuristic, and a false
+alarm must not stop an unattended run. Every message names the options to change.
 
-Where the thresholds come from: see `RULES` at the end of this file.
+The origin of the thresholds is documented above `RULES`.
 """
 
 import base64
@@ -29,11 +29,11 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
-    """A loss or a gradient is NaN or infinite; nothing of that step has been applied."""
+    """NaN or infinity in a loss or gradient; the step was not applied."""
 
 
 class CollapseError(RuntimeError):
-    """A run that was stopped because its representation collapses."""
+    """Stop of a run whose representation collapses."""
 
 
 # ---- NaN and infinity --------------------------------------------------------------------------------------------
@@ -47,19 +47,19 @@ class _MicroBatch:
 
 
 class FiniteGuard(TrainerCallback):
-    """Stops a run before a step whose loss or gradient is not finite is applied, and writes down what led to it.
+    """Stop a run before a step with a non-finite loss or gradient is applied, and record its batch.
 
-    All processes decide together, after the backward pass, with one small exchange and one synchronisation a step. A
-    NaN in one process reaches the gradients of all, so the losses tell which process it came from.
+    All processes decide together, after the backward pass, with one small exchange and one synchronization per step. A
+    NaN in one process reaches the gradients of all, so the losses identify the process it came from.
 
-    `nan_batch.json` in the run folder holds step, epoch, sample ids, loss terms and the state of the random numbers at
-    the beginning of the step, of every process concerned; `nan_batch.safetensors` the weights. `replay_nan_batch`
-    repeats the step from them.
+    `nan_batch.json` in the run folder holds step, epoch, sample ids, loss terms and the random state at the beginning
+    of the step, for every affected process; `nan_batch.safetensors` holds the weights. `replay_nan_batch` repeats the
+    step from these files.
 
     Args:
-        folder: of the run.
-        check_gradients: False where a gradient scaler deals with overflowing gradients itself (fp16).
-        names: of the images, by sample id; they are written down as well, and the first are in the message.
+        folder: Run folder.
+        check_gradients: Whether to check gradients; False if a gradient scaler handles overflows itself (fp16).
+        names: Image names by sample id; they are recorded as well, and the message shows the first ones.
     """
 
     def __init__(self, folder: str | Path, *, check_gradients: bool = True, names: Sequence[object] = ()) -> None:
@@ -69,26 +69,26 @@ class FiniteGuard(TrainerCallback):
         self._random_state: dict[str, Tensor] = {}
 
     def see_batch(self, sample_ids: Tensor | None, epochs: Tensor | None, outputs: Mapping[str, Tensor]) -> None:
-        """One micro-batch: which images, and what `SelfDistillation` returned for them."""
+        """Record the images of one micro-batch and the outputs of `SelfDistillation` for them."""
         values = {name: value.detach() for name, value in outputs.items()}
         self._batches.append(_MicroBatch(sample_ids, epochs, values))
 
     def see_gradients(self, norms: Mapping[str, Tensor]) -> None:
-        """Gradient norms of the step by submodule, before clipping."""
+        """Record the gradient norms of the step by submodule, before clipping."""
         self._norms = {name: norm.detach() for name, norm in norms.items()}
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remembers the random numbers that the step starts with."""
+        """Store the random state at the start of the step."""
         self._batches, self._norms = [], {}
         self._random_state = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available() and torch.cuda.is_initialized():
             self._random_state["cuda"] = torch.cuda.get_rng_state()
 
     def on_pre_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Looks at losses and gradients of all processes.
+        """Check losses and gradients of all processes.
 
         Raises:
-            NonFiniteError: one of them is NaN or infinite.
+            NonFiniteError: If one of them is NaN or infinite.
         """
         if not self._batches:
             return
@@ -124,7 +124,7 @@ class FiniteGuard(TrainerCallback):
 
             records = gather_object([record])
         in_loss = [rank for rank, (loss, _) in enumerate(finite.tolist()) if not loss]
-        # Where every loss is finite the backward pass made the NaN, and its average is the same everywhere.
+        # If every loss is finite, the NaN comes from the backward pass, and all processes have the averaged gradient.
         guilty = in_loss or list(range(len(records)))
         if state.is_world_process_zero:
             self._write(state, [records[rank] for rank in guilty], in_loss=bool(in_loss), model=model)
@@ -164,7 +164,7 @@ class FiniteGuard(TrainerCallback):
         }
         (self.folder / "nan_batch.json").write_text(json.dumps(content, indent=1) + "\n")
         tensors = model.state_dict()
-        if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # parts of weights replay nothing
+        if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # shards cannot be replayed
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(weights, self.folder / "nan_batch.safetensors", metadata={"format": "pt"})
 
@@ -187,24 +187,24 @@ class FiniteGuard(TrainerCallback):
         )
         rank = f" on rank {', '.join(map(str, guilty))}" if args.world_size > 1 else ""
         if in_loss:
-            what = f"the loss is {batch['terms']['loss']} at step {state.global_step}{rank} ({terms})"
+            what = f"The loss is {batch['terms']['loss']} at step {state.global_step}{rank} ({terms})"
         else:
-            what = f"the loss is finite at step {state.global_step}, but its gradient is not (norms: {norms})"
+            what = f"The loss is finite at step {state.global_step}, but its gradient is not (norms: {norms})"
         saved = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
         newest = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
-        resume = f"Resume from {newest.name}" if newest else "There is no checkpoint yet (--save_steps): start again"
+        resume = f"Resume from {newest.name}" if newest else "There is no checkpoint yet (--save_steps). Start again"
         lower = f"--learning_rate {args.learning_rate / 2:.3g} (now {args.learning_rate:.3g})"
         precision = " or --bf16 True instead of --fp16" if args.fp16 else " or in float32" if args.bf16 else ""
         clip = " or --max_grad_norm 3" if not args.max_grad_norm else ""
         some = f" ({', '.join(batch['images'][:3])}, ...)" if batch["images"] else ""
         return (
-            f"{what}; expected a finite number. Nothing of this step was applied. The images{some} are in "
+            f"{what}; expected a finite number. This step was not applied. The images{some} are listed in "
             f"{self.folder / 'nan_batch.json'}. {resume} with {lower}{precision}{clip}."
         )
 
 
 def _number(value: Tensor) -> float | str:
-    """JSON has no NaN."""
+    """Return a number, or a string if it is not finite, because JSON has no NaN."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
 
@@ -212,19 +212,19 @@ def _number(value: Tensor) -> float | str:
 def replay_nan_batch(
     folder: str | Path, network: nn.Module, dataset: Any, collate: Callable[[list[Any]], dict[str, Tensor]]
 ) -> list[dict[str, Tensor]]:
-    """Repeats the forward passes of the step that `FiniteGuard` stopped, of the first process that it names.
+    """Repeat the forward passes of the step that `FiniteGuard` stopped, for the first recorded process.
 
     Args:
-        folder: of the run, with `nan_batch.json` and `nan_batch.safetensors`.
-        network: a `SelfDistillation` of the same recipe, in train mode; gets the weights of that step.
-        dataset: indexed by `(epoch, sample id)`.
-        collate: of the run.
+        folder: Run folder with `nan_batch.json` and `nan_batch.safetensors`.
+        network: `SelfDistillation` of the same recipe, in train mode; receives the weights of that step.
+        dataset: Dataset indexed by `(epoch, sample id)`.
+        collate: Collator of the run.
 
     Returns:
-        What the network returns for each micro-batch.
+        Outputs of the network for each micro-batch.
 
     Raises:
-        ValueError: the batches had no sample ids.
+        ValueError: If the batches have no sample ids.
     """
     folder = Path(folder)
     capture = json.loads((folder / "nan_batch.json").read_text())
@@ -239,7 +239,10 @@ def replay_nan_batch(
     outputs = []
     for batch in process["micro_batches"]:
         if batch["sample_ids"] is None:
-            raise ValueError(f"'{folder / 'nan_batch.json'}' names no images: the collator gave no sample_ids.")
+            raise ValueError(
+                f"'{folder / 'nan_batch.json'}' names no images, because the collator returned no sample_ids. Use a "
+                "collator that returns sample_ids and epochs."
+            )
         items = [dataset[key] for key in zip(batch["epochs"], batch["sample_ids"], strict=True)]
         inputs = {name: value.to(device) for name, value in collate(items).items()}
         outputs.append(network(**without_ids(inputs)))
@@ -251,7 +254,7 @@ def _random_state(text: str) -> Tensor:
 
 
 def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A batch without what only says where it came from: `sample_ids` and `epochs`."""
+    """Return a batch without `sample_ids` and `epochs`, which are not inputs of the network."""
     return {name: value for name, value in batch.items() if name not in ("sample_ids", "epochs")}
 
 
@@ -259,15 +262,15 @@ def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> torch.OutOfMemoryError:
-    """The same error with the measured peak and the three options that help most, in the order to try them."""
+    """Return an error with the measured peak and the three options that help most, in the order to try them."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
-    # transformers renames this option; both names are read while both exist.
+    # transformers is renaming this option; read both names while both exist.
     checkpointing = (
         "activation_checkpointing" if hasattr(args, "activation_checkpointing") else "gradient_checkpointing"
     )
     recomputes = args.gradient_checkpointing or getattr(args, checkpointing)
-    pretrains = hasattr(args, "global_crop_size")  # otherwise it is a fine-tuning
-    smallest = 4 if pretrains and args.koleo_loss_weight else 2  # KoLeo compares the images of a batch
+    pretrains = hasattr(args, "global_crop_size")  # False for fine-tuning
+    smallest = 4 if pretrains and args.koleo_loss_weight else 2  # KoLeo needs two images in the halved batch
     own = [
         (args.num_local_crops > 2, f"--num_local_crops {args.num_local_crops // 2}"),
         (args.head_num_prototypes > 4096, f"--head_num_prototypes {args.head_num_prototypes // 4}"),
@@ -280,11 +283,11 @@ def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> tor
     options = [
         (
             batch >= smallest,
-            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {2 * accumulation} (as many "
-            "images per step)",
+            f"--per_device_train_batch_size {batch // 2} --gradient_accumulation_steps {2 * accumulation} (same "
+            "number of images per step)",
         ),
-        (not recomputes, f"--{checkpointing} True (a third more time)"),
-        (not (args.bf16 or args.fp16), "--bf16 True (half of the activations)"),
+        (not recomputes, f"--{checkpointing} True (a third slower)"),
+        (not (args.bf16 or args.fp16), "--bf16 True (halves the memory of activations)"),
         *own,
         (True, "a device with more memory"),
     ]
@@ -298,13 +301,13 @@ def _peak(device: torch.device) -> str:
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         name = torch.cuda.get_device_name(device)
-        return f"the tensors of this process took {peak / gib:.2f} GiB at the peak, of {total / gib:.2f} GiB on {name}"
+        return f"the tensors of this process used {peak / gib:.2f} GiB at the peak, of {total / gib:.2f} GiB on {name}"
     peak_mib = peak_memory_mib()
-    return "the peak is unknown" if peak_mib is None else f"this process took {peak_mib / 1024:.2f} GiB at the peak"
+    return "the peak is unknown" if peak_mib is None else f"this process used {peak_mib / 1024:.2f} GiB at the peak"
 
 
 def peak_memory_mib() -> float | None:
-    """Largest resident memory of this process in MiB; None where the system does not tell."""
+    """Return the peak resident memory of this process in MiB, or None if the system does not report it."""
     import platform
 
     try:
@@ -320,7 +323,7 @@ def peak_memory_mib() -> float | None:
 
 @dataclass(frozen=True)
 class Alarm:
-    """One alarm that went off: its name, the optimizer step, and what to do."""
+    """Raised alarm: its name, the optimizer step, and a message with advice."""
 
     name: str
     step: int
@@ -329,15 +332,15 @@ class Alarm:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the rules need to know of a run.
+    """Settings of a run that the rules read.
 
     Attributes:
-        num_prototypes: K of the DINO head.
-        images: per process and micro-batch, B.
-        num_local_crops: L.
-        dino_loss_weight: weight of the DINO terms.
-        num_register_tokens: R.
-        width: D of the backbone.
+        num_prototypes: Number of prototypes K of the DINO head.
+        images: Number of images B per process and micro-batch.
+        num_local_crops: Number of local crops L.
+        dino_loss_weight: Weight of the DINO terms.
+        num_register_tokens: Number of registers R.
+        width: Width D of the backbone.
     """
 
     num_prototypes: int
@@ -349,12 +352,12 @@ class Recipe:
 
     @property
     def ln_k(self) -> float:
-        """Entropy of a target that says nothing, in nats."""
+        """Entropy of a uniform target, in nats."""
         return math.log(self.num_prototypes)
 
     @property
     def uniform_loss(self) -> float:
-        """Sum of the DINO terms of a student that gives all prototypes the same probability, in nats."""
+        """Sum of the DINO terms of a student that assigns equal probability to all prototypes, in nats."""
         terms = 2 * self.num_local_crops + 2
         return self.dino_loss_weight * self.ln_k * terms / (max(2 * self.num_local_crops, 1) + 2)
 
@@ -367,9 +370,9 @@ def _uniform_targets(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if share < UNIFORM_SHARE:
         return None
     return (
-        f"the targets say nothing: their entropy is {values['teacher_entropy']:.3f} nats, {share:.1%} of ln K = "
-        f"{recipe.ln_k:.3f}. Lower --teacher_temperature and --warmup_teacher_temperature (usual: 0.04 to 0.07), or "
-        "take fewer prototypes, --head_num_prototypes."
+        f"The targets are almost uniform: their entropy is {values['teacher_entropy']:.3f} nats, {share:.1%} of ln K "
+        f"= {recipe.ln_k:.3f}. Lower --teacher_temperature and --warmup_teacher_temperature (usual: 0.04 to 0.07), or "
+        "lower --head_num_prototypes."
     )
 
 
@@ -380,9 +383,9 @@ def _loss_at_ln_k(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if abs(loss / recipe.uniform_loss - 1) > LOSS_MARGIN:
         return None
     return (
-        f"the DINO loss is {loss:.3f}, what a network gets that knows nothing ({recipe.uniform_loss:.3f}, from ln K). "
-        "Lower the teacher temperatures, raise --learning_rate, lower --teacher_momentum in a short run, or set "
-        "--layerscale_value 1 in one of a few hundred steps."
+        f"The DINO loss is {loss:.3f}, which is the loss of an untrained network ({recipe.uniform_loss:.3f}, from ln "
+        "K). Lower the teacher temperatures or raise --learning_rate. In a short run, lower --teacher_momentum; in a "
+        "run of a few hundred steps, set --layerscale_value 1."
     )
 
 
@@ -392,8 +395,8 @@ def _one_prototype(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if marginal >= FEW_PROTOTYPES * most:
         return None
     return (
-        f"few prototypes take all images: the mean target of a batch has an entropy of {marginal:.3f} nats, where "
-        f"{most:.3f} is possible. Lower --center_momentum (usual: 0.9) or set --centering sinkhorn; raise "
+        f"All images are assigned to few prototypes: the mean target of a batch has an entropy of {marginal:.3f} "
+        f"nats, but {most:.3f} is possible. Lower --center_momentum (usual: 0.9) or set --centering sinkhorn; raise "
         "--teacher_temperature if it is below 0.04."
     )
 
@@ -403,9 +406,10 @@ def _same_features(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if std >= SMALLEST_STD and rank >= SMALLEST_RANK:
         return None
     return (
-        f"all images look alike to the teacher: standard deviation of CLS {std:.3f} (1 = everywhere), effective rank "
-        f"{rank:.2f} of {recipe.width} dimensions. Raise --koleo_loss_weight (usual: 0.1), lower --learning_rate, and "
-        "look at the other alarms; in a run of a few hundred steps set --layerscale_value 1."
+        f"The teacher has almost the same features for all images: the standard deviation of CLS is {std:.3f} (1 if "
+        f"features point in all directions) and the effective rank is {rank:.2f} of {recipe.width} dimensions. Raise "
+        "--koleo_loss_weight (usual: 0.1), lower --learning_rate, and check the other alarms; in a run of a few "
+        "hundred steps, set --layerscale_value 1."
     )
 
 
@@ -413,14 +417,14 @@ def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if values["register_cosine"] <= SAME_REGISTERS:
         return None
     return (
-        f"the {recipe.num_register_tokens} registers are one and the same: mean cosine "
-        f"{values['register_cosine']:.5f}. Equal registers get equal gradients and never part: raise "
-        "--register_init_std (0.02; 1 in a run of a few hundred steps), or set --num_register_tokens 1."
+        f"The {recipe.num_register_tokens} registers are identical: their mean cosine is "
+        f"{values['register_cosine']:.5f}. Identical registers get identical gradients and never diverge. Raise "
+        "--register_init_std (default: 0.02; use 1 in a run of a few hundred steps), or set --num_register_tokens 1."
     )
 
 
-# Measured on the photographs with a ViT of 2 blocks and width 96, K = 256, B = 16, 60 steps; smallest and largest
-# value from step 5 on, by the recipe of tests/integration/test_alarms_in_runs.py with several seeds:
+# Measured on builtin:photos with a ViT of 2 blocks and width 96, K = 256, B = 16, 60 steps; smallest and largest
+# value from step 5 on, with the recipe of tests/integration/test_alarms_in_runs.py and several seeds:
 #
 #                                           entropy/ln K  loss/ln K   marginal/ln 2B  std of CLS  effective rank
 #   healthy, softmax centering, 5 seeds     0.13 - 0.41   0.32 - 0.69   0.55 - 1.03   0.69 - 0.80   3.1 - 3.6
@@ -429,22 +433,22 @@ def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
 #   no centering, 2 seeds, from step 30 on  0.02 - 0.06   0.08 - 0.19   0.22 - 0.35   0.70 - 0.76   3.0 - 3.2
 #   LayerScale 1e-5, K = 2048, from step 20 0.98 - 0.999  1.02 - 1.05   2.17 - 2.20   0.01 - 0.09   1.00 - 1.05
 #
-# With a warm-up of 3 steps and a line every 5 the third row goes off at step 15, the fourth (4 seeds) at step 25 or
-# 30, the healthy ones never. The last row learns nothing in so few steps, and says so rightly. Sinkhorn's entropy
-# cannot go below about ln(K / 2B): the official ratio of 21 with K = 131072 begins near 0.8. Its loss passes through
-# ln K on its way down, which is why a rule has to hold for several lines.
+# With a warm-up of 3 steps and a log line every 5 steps, the third row raises its alarm at step 15, the fourth (4
+# seeds) at step 25 or 30, and the healthy rows never. The last row learns nothing in so few steps, so its alarm is
+# correct. The entropy of Sinkhorn cannot fall below about ln(K / 2B): the official ratio of 21 with K = 131072 starts
+# near 0.8. Its loss passes through ln K while it decreases, so a rule must hold for several log lines.
 UNIFORM_SHARE = 0.98
 LOSS_MARGIN = 0.01
 FEW_PROTOTYPES = 0.4
-# Below the last row's end, far below a healthy run: CLS of all images the same.
+# Below the final values of the last row and far below a healthy run: CLS is the same for all images.
 SMALLEST_STD = 0.05
 SMALLEST_RANK = 1.2
-# Registers that start at the default spread of 0.02 reach a cosine of 0.89 in these 60 steps and pass 0.95 in 400;
-# equal ones have 1 to the last digit.
+# Registers with the default initial spread of 0.02 reach a cosine of 0.89 in these 60 steps and exceed 0.95 in 400;
+# identical registers have a cosine of 1 to the last digit.
 SAME_REGISTERS = 0.999
 
-# Name, the values it reads, the rule, and whether it is asked from the first line on: a network that has hardly begun
-# says nothing too, so the others wait for the end of the learning rate's warm-up.
+# Name, values that the rule reads, rule, and a flag to check it from the first line on. An untrained network also has
+# uniform targets, so the other rules wait for the end of the learning-rate warm-up.
 RULES: tuple[tuple[str, tuple[str, ...], Rule, bool], ...] = (
     ("uniform_targets", ("teacher_entropy",), _uniform_targets, False),
     ("loss_at_ln_k", ("dino_global_loss",), _loss_at_ln_k, False),
@@ -455,16 +459,17 @@ RULES: tuple[tuple[str, tuple[str, ...], Rule, bool], ...] = (
 
 
 class CollapseAlarms(TrainerCallback):
-    """Compares every log line with `RULES` and says, once per kind, when one holds for several lines on end.
+    """Check every log line against `RULES`, and raise an alarm once per rule that holds for several lines in a row.
 
-    What goes off is logged as a warning, written to the metrics file, and kept in `raised` for the report.
+    Alarms are logged as warnings, written to the metrics file, and kept in `raised` for the report.
 
     Args:
-        recipe: what the rules need to know.
-        first_step: rules but that of the registers wait until this step; default: the end of the warm-up.
-        patience: lines on end for which a rule has to hold.
-        stop: whether an alarm ends the run.
-        metrics: the file that alarms are written to.
+        recipe: Settings of the run that the rules read.
+        first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
+            warm-up.
+        patience: Number of consecutive lines for which a rule must hold.
+        stop: Whether an alarm stops the run.
+        metrics: Metrics file that alarms are written to.
     """
 
     def __init__(
@@ -482,7 +487,7 @@ class CollapseAlarms(TrainerCallback):
         self._in_a_row: dict[str, int] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Learns how long the warm-up is, and what went off before a resumed run was stopped."""
+        """Read the length of the warm-up and, in a resumed run, the earlier alarms."""
         if self.first_step is None:
             self.first_step = args.schedules(state.max_steps).warmup_steps
         if state.global_step and self.metrics is not None and self.metrics.path.exists():
@@ -497,7 +502,7 @@ class CollapseAlarms(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Checks one line; lines that lack the values of a rule leave it as it was."""
+        """Check one log line; a line without the values of a rule does not affect its count."""
         for name, keys, rule, at_once in RULES:
             if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):
                 continue
@@ -510,12 +515,12 @@ class CollapseAlarms(TrainerCallback):
         if self.stop and args.world_size > 1:
             from accelerate.utils import broadcast_object_list
 
-            stop = broadcast_object_list([stop])[0]  # the measurements of two processes may differ in the last digit
+            stop = broadcast_object_list([stop])[0]  # measurements may differ between processes in the last digit
         if stop:
             control.should_training_stop = True
 
     def record(self, alarm: Alarm, state: TrainerState) -> None:
-        """Keeps one alarm for the report, logs it and writes it to the metrics file."""
+        """Keep an alarm for the report, log it and write it to the metrics file."""
         self.raised.append(alarm)
         if not state.is_world_process_zero:
             return

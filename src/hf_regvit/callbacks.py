@@ -1,4 +1,4 @@
-"""Observers of a training run: progress bar, metrics file, k-NN and linear accuracy. None of them changes it."""
+"""Observers of a training run: progress bar, metrics file, k-NN and linear accuracy. They do not change the run."""
 
 import contextlib
 import json
@@ -22,30 +22,30 @@ logger = logging.getLogger(__name__)
 
 
 class Observer(TrainerCallback):
-    """A callback that measures something; the trainer adds what it has measured to the next log line.
+    """Callback that takes measurements, which the trainer adds to its next log line.
 
-    Going through the trainer's own log, instead of writing somewhere, puts every measurement into the metrics file
-    and every tracker that `report_to` names. What is measured before the first step gets a line of its own.
+    The log of the trainer passes every measurement to the metrics file and to all trackers in `report_to`.
+    Measurements taken before the first step get a separate line.
 
     Args:
-        every_steps: optimizer steps between two measurements; below 1 a share of the run. The first is before step 0,
-            the last after the last step.
-        at_least: smallest distance that a share may come to, in steps.
-        at_most: largest distance that a share may come to.
+        every_steps: Number of optimizer steps between two measurements; a value below 1 is a fraction of the run. The
+            first measurement is before step 0, the last after the last step.
+        at_least: Smallest interval in steps if `every_steps` is a fraction.
+        at_most: Largest interval in steps if `every_steps` is a fraction.
 
     Attributes:
-        seconds: time spent in measuring so far.
-        is_main_process: whether this process writes files.
+        seconds: Time spent on measurements so far.
+        is_main_process: Whether this process writes files.
 
     Raises:
-        ValueError: `every_steps` is not positive.
+        ValueError: If `every_steps` is not positive.
     """
 
     def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
         if not every_steps > 0:
             raise ValueError(
-                f"every_steps is {every_steps}; expected the steps between two measurements, at least 1, or a share "
-                "of the run above 0."
+                f"every_steps is {every_steps}; expected the number of steps between two measurements (at least 1), "
+                "or a fraction of the run above 0."
             )
         self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
         self.seconds = 0.0
@@ -54,40 +54,40 @@ class Observer(TrainerCallback):
         self._measured: dict[str, float] = {}
 
     def take(self) -> dict[str, float]:
-        """What was measured since the last call."""
+        """Return the measurements since the last call."""
         measured, self._measured = self._measured, {}
         return measured
 
     def take_seconds(self) -> float:
-        """Seconds spent since the last call."""
+        """Return the seconds spent on measurements since the last call."""
         seconds, self._seconds_told = self.seconds - self._seconds_told, self.seconds
         return seconds
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
-        """The numbers of this observer for a `SelfDistillation`, by name. Subclasses say which."""
+        """Return the measurements for a `SelfDistillation` by name; implemented by subclasses."""
         raise NotImplementedError
 
     def interval(self, total_steps: int) -> int:
-        """Steps between two measurements in a run of `total_steps`."""
+        """Return the number of steps between two measurements in a run of `total_steps`."""
         if self.every_steps >= 1:
             return int(self.every_steps)
         return max(self.at_least, min(math.ceil(self.every_steps * total_steps), self.at_most or total_steps))
 
     def _observe(self, model: Any, step: int) -> None:
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # the step before still computes, and its time is not ours
+            torch.cuda.synchronize()  # do not count the time of the previous step, which may still be running
         started = time.perf_counter()
         self._measured.update(self.measure(model, step))
         self.seconds += time.perf_counter() - started
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures the untrained network; a resumed run has that already."""
+        """Measure the untrained network, except in a resumed run."""
         self.is_main_process = state.is_world_process_zero
         if state.global_step == 0:
             self._observe(kwargs["model"], 0)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measures when it is time and asks for a log line."""
+        """Measure if the step is due, and request a log line."""
         step = state.global_step
         if step % self.interval(state.max_steps) == 0 or step == state.max_steps:
             self._observe(kwargs["model"], step)
@@ -95,17 +95,17 @@ class Observer(TrainerCallback):
 
 
 class TrainingProgress(ProgressCallback):
-    """Trainer's progress bar with its remaining time, plus loss and images per second, and no printed dictionaries."""
+    """Progress bar of Trainer with loss and images per second added, and without printed dictionaries."""
 
     def __init__(self) -> None:
         super().__init__()
         self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Opens the bar at the step where the run starts."""
+        """Open the bar at the step at which the run starts."""
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None and state.global_step:
-            # Steps of an earlier process would make the rate, and so the remaining time, too good.
+            # Counting the steps of an earlier process would overestimate the speed.
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
@@ -117,7 +117,7 @@ class TrainingProgress(ProgressCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Shows loss and speed behind the bar; other measurements, such as k-NN accuracy, stay until the next one."""
+        """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
         shown = {"loss": "{:.3f}", "images_per_second": "{:.0f}"}
@@ -133,19 +133,19 @@ class TrainingProgress(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log line to a JSON-lines file: one object per line, `step` first.
+    """Append every log line to a JSON Lines file, with `step` as the first key.
 
     Args:
-        path: the file. A resumed run drops the lines after the step it starts from, so that no step occurs twice.
-            Where it cannot be written any more, on a full disk say, lines are lost and training goes on.
+        path: Path of the file. A resumed run removes the lines after the step it starts from, so that no step occurs
+            twice. If the file cannot be written, for example on a full disk, lines are lost and training continues.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._is_torn = False  # the last line may lack its end
+        self._is_torn = False  # True if the last line may be incomplete
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Empties the file, up to the step of a resumed run."""
+        """Clear the file; a resumed run keeps the lines up to its step."""
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,25 +161,25 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes one line."""
+        """Write one log line."""
         if state.is_world_process_zero and logs:
             self.append({"step": state.global_step, **logs})
 
     def append(self, line: dict[str, Any]) -> None:
-        """Writes one line of the caller's."""
+        """Append a line."""
         try:
             with self.path.open("a") as file:
                 file.write("\n" * self._is_torn + json.dumps(line) + "\n")
         except OSError as error:
             if not self._is_torn:
-                logger.error("ALARM: '%s' cannot be written (%s). Training goes on without it.", self.path, error)
+                logger.error("ALARM: '%s' cannot be written (%s). Training continues without it.", self.path, error)
             self._is_torn = True
         else:
             self._is_torn = False
 
 
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Lines of a `metrics.jsonl`, without those that a crash or a full disk has cut off."""
+    """Read the lines of a `metrics.jsonl`, and skip lines that were truncated by a crash or a full disk."""
     lines = []
     for line in Path(path).read_text(errors="replace").splitlines():
         with contextlib.suppress(ValueError):
@@ -191,19 +191,19 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
 def backbone_features(
     backbone: nn.Module, images: Sequence[Any], *, image_processor: Any, batch_size: int = 256
 ) -> Tensor:
-    """CLS and mean patch of every image, side by side; registers are left out.
+    """Extract the CLS token and the mean patch token of every image, concatenated; registers are not used.
 
-    Both parts are the tokens after the final norm. Together they are what DINOv2's linear probe reads; on small
-    backbones the mean patch carries colour and texture that CLS has no room for.
+    Both parts are tokens after the final norm, as in the linear probe of DINOv2. For small backbones, the mean patch
+    token contains color and texture that CLS lacks.
 
     Args:
-        backbone: RegViT; its train or eval mode is left as it is, so switch to eval before.
-        images: n PIL images.
-        image_processor: makes `pixel_values` of a list of images.
-        batch_size: images per forward.
+        backbone: RegViT in eval mode; the mode is not changed here.
+        images: Sequence of n PIL images.
+        image_processor: Processor that makes `pixel_values` from a list of images.
+        batch_size: Number of images per forward pass.
 
     Returns:
-        `(n, 2 * D)` float32 on the CPU.
+        Features `(n, 2 * D)`, float32 on the CPU.
     """
     device = next(backbone.parameters()).device
     rows = []
@@ -216,18 +216,19 @@ def backbone_features(
 
 
 def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Share of test images that a linear classifier on the training features gets right, in [0, 1].
+    """Return the accuracy of a linear classifier on test images, in [0, 1].
 
-    Least squares on one-hot classes with an L2 penalty, in closed form, because a probe that runs inside of a training
-    run has to be quick and without knobs. Features are standardised with the training images' mean and deviation. The
-    penalty is the one of five, from 1e-3 to 10 times the number of images, with the smallest leave-one-out error on
-    the training images. The numbers are a little below those of a tuned logistic regression.
+    Solves least squares on one-hot classes with an L2 penalty in closed form, because a probe within a training run
+    must be fast and free of hyperparameters. Features are standardized with the mean and standard deviation of the
+    training images. Of five penalties, from 1e-3 to 10 times the number of images, the one with the smallest
+    leave-one-out error on the training images is used. The accuracy is slightly below that of a tuned logistic
+    regression.
 
     Args:
-        train_features: `(n, D)`.
-        train_labels: `(n,)` integers.
-        test_features: `(m, D)`.
-        test_labels: `(m,)`.
+        train_features: Features `(n, D)`.
+        train_labels: Class ids `(n,)`.
+        test_features: Features `(m, D)`.
+        test_labels: Class ids `(m,)`.
 
     Source: Hastie, Tibshirani and Friedman 2009, sections 3.4.1 and 7.10 (leave-one-out error of a linear smoother).
     """
@@ -237,7 +238,7 @@ def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: 
     )
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     targets = F.one_hot(train_labels.long(), classes).double()  # (n, C)
-    offset = targets.mean(0)  # what an unpenalised bias would be, as the features have mean 0
+    offset = targets.mean(0)  # equals an unpenalized bias, because the features have mean 0
     eigenvalues, directions = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
     scores = train @ directions  # (n, D)
     projected = scores.T @ (targets - offset)
@@ -253,22 +254,23 @@ def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: 
 
 
 class OnlineKNN(Observer):
-    """Weighted k-NN accuracy of the teacher on held-out images, every so many steps, and a linear probe if wanted.
+    """Measure the weighted k-NN accuracy of the teacher on held-out images, and optionally a linear probe.
 
     Args:
-        train_images: PIL images whose labels vote.
-        train_labels: their classes.
+        train_images: PIL images that serve as neighbors.
+        train_labels: Class ids of `train_images`.
         heldout_images: PIL images to classify.
-        heldout_labels: their classes.
-        image_processor: the processor that the backbone will be saved with.
-        every_steps: optimizer steps between two evaluations, or a share of the run, from 200 to 5000 steps; the first
-            is before step 0, the last after the last step.
-        k: numbers of neighbours.
-        linear_probe: also logs `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
-        is_held_out: False where the run trains on the images to classify, without their labels; reports say so.
+        heldout_labels: Class ids of `heldout_images`.
+        image_processor: Image processor that the backbone will be saved with.
+        every_steps: Number of optimizer steps between two evaluations, or a fraction of the run, limited to 200 to
+            5000 steps; the first evaluation is before step 0, the last after the last step.
+        k: Numbers of neighbors.
+        linear_probe: Whether to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
+        is_held_out: Whether the images to classify are excluded from training; False if the run trains on them without
+            their labels, which reports mention.
 
     Raises:
-        ValueError: different numbers of images and labels, or `every_steps` not positive.
+        ValueError: If the numbers of images and labels differ, or `every_steps` is not positive.
 
     Source: the k-NN protocol of DINOv2 (votes weighted by softmax of similarity / 0.07).
     """
@@ -301,7 +303,7 @@ class OnlineKNN(Observer):
         self.is_held_out = is_held_out
 
     def accuracy(self, backbone: nn.Module) -> dict[int, float]:
-        """Share of right answers in [0, 1] per number of neighbours, of a backbone in eval mode."""
+        """Return the accuracy in [0, 1] of a backbone in eval mode, by number of neighbors."""
         train, heldout = self._features(backbone)
         return knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
 
@@ -313,10 +315,10 @@ class OnlineKNN(Observer):
         return train, heldout
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
-        """`eval_knn_K` for every number of neighbours K, and `eval_linear`."""
+        """Return `eval_knn_K` for every number of neighbors K, and `eval_linear` if enabled."""
         train, heldout = self._features(model.whole_teacher_backbone())
         if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
-            return {}  # the run is about to be stopped for it, with a better message than a probe's
+            return {}  # FiniteGuard is about to stop the run, with a better message than a probe could give
         accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
         measured = {f"eval_knn_{k}": accuracy for k, accuracy in accuracies.items()}
         if self.linear_probe:

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not there at all, runs that stop at a signal, and resuming from what verifies.
+"""Atomic and verified checkpoints, a clean stop at a signal, and resuming from the newest valid checkpoint.
 
-A checkpoint is written into a hidden folder beside its destination; `manifest.json`, with size and sha256 of every
-other file, comes last; then everything is flushed and the folder is renamed. A run killed in between leaves the
-hidden folder, which nobody reads and the next run removes. Resuming takes the newest folder whose files all match.
+A checkpoint is written into a hidden folder next to its destination; `manifest.json`, with size and sha256 of every
+other file, is written last; then everything is flushed and the folder is renamed. A run that is killed in between
+leaves the hidden folder, which is never read and which the next run removes. Resuming uses the newest folder whose
+files all match the manifest.
 
-One process, several processes (DDP) and fully sharded ones (FSDP2 with full state dicts) write the same files, so a
-run may be resumed on another number of processes and with the other kind of parallelism. The run folder has to be on
-a file system that all processes see.
+Single-process, DDP and FSDP2 runs (with full state dicts) write the same files, so a run can be resumed with another
+number of processes and another kind of parallelism. The run folder must be on a file system that all processes share.
 """
 
 import contextlib
@@ -42,22 +42,22 @@ from .pushing import PushingTrainer
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-STAGING = ".saving"  # the folder inside the run folder where a checkpoint is put together
+STAGING = ".saving"  # folder inside the run folder in which a checkpoint is assembled
 RESUME_STATE = "resume_state.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 STATE = "trainer_state.json"
 
-# ERESTART on Linux, "interrupted call should be restarted": the job is not done and did not fail, queue it again.
+# ERESTART on Linux, "interrupted call should be restarted": the job did not fail but must be queued again.
 REQUEUE_EXIT_CODE = 85
 
 
 class CheckpointIncompleteError(CheckpointCorruptError):
-    """A checkpoint that is as it was written, and was written without something that a resumed run needs."""
+    """Intact checkpoint that was saved without a file that resuming needs."""
 
 
 class TrainingInterrupted(SystemExit):
-    """A run that was told to stop, saved a checkpoint and can be resumed. Uncaught, the process ends with code 85."""
+    """Stop by a signal after a checkpoint was saved; the run can be resumed. If uncaught, the exit code is 85."""
 
     def __init__(self, message: str) -> None:
         super().__init__(REQUEUE_EXIT_CODE)
@@ -80,7 +80,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file, or the entries of a folder, are on the disk."""
+    """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -89,7 +89,7 @@ def _flush(path: Path) -> None:
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `manifest.json` with size (bytes) and sha256 of every file below `folder`, and flushes all of them."""
+    """Write `manifest.json` with size (bytes) and sha256 of every file below `folder`, and flush all of them."""
     files = {}
     for path in _files(folder):
         _flush(path)
@@ -102,17 +102,17 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIMIZER, STATE)) -> None:
-    """Compares every file of a checkpoint with its manifest.
+    """Compare every file of a checkpoint with its manifest.
 
     Args:
-        folder: the checkpoint.
-        required: files it has to have. A folder of the same stem with a number, as sharded state dicts have
-            (`optimizer_0` for `optimizer.pt`), counts too.
+        folder: Checkpoint folder.
+        required: Names of the files that must be present. A folder of the same stem with a number also counts, as in
+            sharded state dicts (`optimizer_0` for `optimizer.pt`).
 
     Raises:
-        CheckpointCorruptError: a file is missing, has another size or other bytes, or the manifest cannot be read;
+        CheckpointCorruptError: If a file is missing, has another size or other bytes, or the manifest cannot be read;
             the message names the file and the reason.
-        CheckpointIncompleteError: whole, but written without a required file.
+        CheckpointIncompleteError: If the checkpoint is intact, but was saved without a required file.
     """
     manifest = folder / MANIFEST
     try:
@@ -120,56 +120,58 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
         expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError as error:
         raise CheckpointCorruptError(
-            f"{manifest} is missing: the checkpoint was not finished, or not written by hf_regvit."
+            f"{manifest} is missing, so the checkpoint is incomplete or was not written by hf_regvit. Use another "
+            "checkpoint."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{manifest} cannot be read ({error}).") from error
+        raise CheckpointCorruptError(f"{manifest} cannot be read ({error}). Use another checkpoint.") from error
     for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():
-            raise CheckpointCorruptError(f"{path} is missing; the manifest lists it with {size} bytes.")
+            raise CheckpointCorruptError(f"{path} is missing, but the manifest lists it with {size} bytes.")
         if path.stat().st_size != size:
-            raise CheckpointCorruptError(f"{path} has {path.stat().st_size} bytes; the manifest says {size}.")
+            raise CheckpointCorruptError(f"{path} has {path.stat().st_size} bytes, but the manifest lists {size}.")
     for name, (_, digest) in expected.items():
         if _digest(folder / name) != digest:
-            raise CheckpointCorruptError(f"{folder / name} has changed since it was written: its sha256 differs.")
+            raise CheckpointCorruptError(f"{folder / name} has changed: its sha256 differs from the manifest.")
     for name in required:
         sharded = {WEIGHTS: "pytorch_model_fsdp_"}.get(name, f"{Path(name).stem}_")
         if name not in expected and not any(other.startswith(sharded) and "/" in other for other in expected):
             raise CheckpointIncompleteError(
-                f"{folder} has no {name}: it was saved without (save_only_model?). Resuming without it would not "
-                "continue the run; take another checkpoint, or start a new run from its weights."
+                f"{folder} has no {name}, probably because it was saved with save_only_model. A run cannot be resumed "
+                "without it. Use another checkpoint, or start a new run from its weights."
             )
 
 
 def list_checkpoints(run: Path) -> list[Path]:
-    """Folders `checkpoint-N` of a run, by N. Broken ones that were set aside are not among them."""
+    """Return the folders `checkpoint-N` of a run, sorted by N, without those renamed to `checkpoint-N.broken`."""
     prefix = f"{PREFIX_CHECKPOINT_DIR}-"
     found = [p for p in run.glob(f"{prefix}*") if p.is_dir() and p.name.removeprefix(prefix).isdecimal()]
     return sorted(found, key=lambda path: int(path.name.removeprefix(prefix)))
 
 
 def _check_is_checkpoint(folder: Path) -> None:
-    """Tells apart what is not there, and a whole run, from a checkpoint that is broken."""
+    """Raise an error if a folder does not exist or is a run folder, before it is verified as a checkpoint."""
     if not folder.is_dir():
         raise CheckpointCorruptError(
-            f"There is no folder '{folder}'. Expected a checkpoint folder, or 'last' for the newest one of output_dir."
+            f"The folder '{folder}' does not exist. Pass a checkpoint folder, or 'last' for the newest one in "
+            "output_dir."
         )
     if not (folder / MANIFEST).exists() and (inside := list_checkpoints(folder)):
         raise CheckpointCorruptError(
-            f"'{folder}' is a run, not a checkpoint. It holds {', '.join(path.name for path in inside[-3:])}: give "
-            "one of them, or that folder as output_dir and 'last' as resume_from_checkpoint."
+            f"'{folder}' is a run folder, not a checkpoint. It holds {', '.join(path.name for path in inside[-3:])}. "
+            "Pass one of them, or pass this folder as output_dir and 'last' as resume_from_checkpoint."
         )
 
 
 def newest_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint of a run that verifies; None where there is none.
+    """Return the newest valid checkpoint of a run, or None if there is none.
 
-    Every newer one that does not verify is renamed to `checkpoint-N.broken`, with a line in the log. One that was
-    saved without its optimizer is whole and stays.
+    Every newer checkpoint that fails verification is renamed to `checkpoint-N.broken` and logged. A checkpoint that
+    was saved without its optimizer is skipped but not renamed.
 
     Raises:
-        CheckpointIncompleteError: there are checkpoints, all of them saved without what resuming needs.
+        CheckpointIncompleteError: If there are only checkpoints that were saved without a file that resuming needs.
     """
     incomplete: CheckpointIncompleteError | None = None
     for folder in reversed(list_checkpoints(run)):
@@ -177,13 +179,13 @@ def newest_checkpoint(run: Path) -> Path | None:
             verify_checkpoint(folder)
         except CheckpointIncompleteError as error:
             incomplete = incomplete or error
-            logger.warning("%s The checkpoint before it is tried.", error)
+            logger.warning("%s Trying the previous checkpoint.", error)
         except CheckpointCorruptError as error:
             aside = folder.with_name(f"{folder.name}.broken")
             if aside.exists():
                 shutil.rmtree(aside)
             folder.rename(aside)
-            logger.warning("%s The folder is now %s; the checkpoint before it is tried.", error, aside.name)
+            logger.warning("%s The folder was renamed to %s. Trying the previous checkpoint.", error, aside.name)
         else:
             return folder
     if incomplete is not None:
@@ -192,7 +194,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
-    """Gives a finished folder its name in one step; a folder that has the name already is replaced."""
+    """Move a finished folder to its final name in one step, and replace a folder that already has that name."""
     write_manifest(staged)
     old = staged.with_name(f"{final.name}.replaced")
     if final.exists():
@@ -203,12 +205,12 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
 
 
 def rotate_checkpoints(run: Path, limit: int | None, *, keep: Sequence[Path] = ()) -> None:
-    """Deletes the oldest checkpoints until `limit` are left.
+    """Delete the oldest checkpoints until `limit` are left.
 
     Args:
-        run: the run folder.
-        limit: checkpoints to leave, at least 1; None or 0 leaves all.
-        keep: folders that stay whatever the limit: the one just written, the best one.
+        run: Run folder.
+        limit: Number of checkpoints to keep, at least 1; None or 0 keeps all.
+        keep: Folders that are never deleted, such as the newest and the best one.
     """
     if not limit:
         return
@@ -220,10 +222,10 @@ def rotate_checkpoints(run: Path, limit: int | None, *, keep: Sequence[Path] = (
 
 
 def _is_write_error(error: BaseException) -> bool:
-    """Whether saving failed because of the disk, and not because of the program."""
+    """Return True if saving failed because of the disk instead of a bug."""
     if isinstance(error, OSError | SafetensorError):
         return True
-    # torch.save and the sharded writer report a full disk as errors of their own.
+    # torch.save and the sharded writer report a full disk with their own error types.
     return isinstance(error, CheckpointException) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "file write"))
     )
@@ -237,7 +239,7 @@ def _num_processes() -> int:
 
 
 def _from_first(value: Any) -> Any:
-    """What process 0 has, on every process."""
+    """Return the value of process 0 on every process."""
     if _num_processes() == 1:
         return value
     box = [value]
@@ -246,10 +248,10 @@ def _from_first(value: Any) -> Any:
 
 
 class StopSignals(TrainerCallback):
-    """Turns SIGTERM and SIGUSR1 into a checkpoint and a stop after the running step, on all processes together.
+    """Save a checkpoint and stop all processes after the current step when SIGTERM or SIGUSR1 arrives.
 
-    A scheduler may signal one process or all of them, at different steps. So every process asks at every step whether
-    any has been signalled. The question goes over the CPU: it never waits for an accelerator.
+    A scheduler may signal one process or all of them, at different steps. Therefore the processes exchange at every
+    step if any of them was signaled. The exchange uses the CPU, so it never waits for an accelerator.
     """
 
     def __init__(self) -> None:
@@ -262,7 +264,7 @@ class StopSignals(TrainerCallback):
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Handles the signals inside the block; signals can only be handled in the main thread."""
+        """Handle the signals inside the block; has no effect outside of the main thread."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -274,13 +276,13 @@ class StopSignals(TrainerCallback):
                 signal.signal(number, handler)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Opens a channel between the CPUs where the processes only have one between accelerators."""
+        """Create a CPU process group if the processes only have one for accelerators."""
         self.stopped_by = None
         if _num_processes() > 1 and self._group is None:
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Asks all processes; if one was signalled, all save and stop here."""
+        """Save and stop on all processes if one of them was signaled."""
         flag = torch.tensor([{None: 0, "SIGUSR1": 1, "SIGTERM": 2}[self.received]])
         if _num_processes() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
@@ -291,10 +293,10 @@ class StopSignals(TrainerCallback):
 
 
 class WorkerDeaths:
-    """Keeps the news that a worker died until the next batch is waited for.
+    """Delay the error for a dead worker until the next batch is requested.
 
-    torch learns it by a signal and raises wherever the main thread happens to be, also in the middle of a step, where
-    nothing could be repeated.
+    torch raises this error from a signal handler, wherever the main thread happens to be. In the middle of a step, the
+    trainer could not recover from it.
     """
 
     def __init__(self) -> None:
@@ -311,14 +313,15 @@ class WorkerDeaths:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Inside the block a dead worker raises at once; at its beginning one that died before.
+        """Raise errors of dead workers inside the block, including workers that died before it.
 
         Raises:
-            RuntimeError: names `DataLoader`, as torch's own, also where the worker died while it handed a tensor over.
+            RuntimeError: If a worker died, also while it was sending a tensor. The message contains `DataLoader`, as
+                in the error of torch.
         """
         current = signal.getsignal(signal.SIGCHLD)
         in_main = threading.current_thread() is threading.main_thread()
-        if in_main and callable(current) and current != self._handle:  # torch's, since it has started workers
+        if in_main and callable(current) and current != self._handle:  # torch installs its handler with the workers
             self._inner = current
             signal.signal(signal.SIGCHLD, self._handle)
         try:
@@ -327,21 +330,21 @@ class WorkerDeaths:
                 raise self._error
             yield
         except RuntimeError:
-            self._error = None  # it has arrived
+            self._error = None  # the error is delivered
             raise
         except (OSError, EOFError) as error:
-            # The connection breaks before torch sees the worker dead. What a data set raises comes from elsewhere.
+            # The connection breaks before torch notices the death. Errors of a dataset have another traceback.
             files = (Path(frame.f_code.co_filename) for frame, _ in traceback.walk_tb(error.__traceback__))
             if not any("multiprocessing" in file.parts for file in files):
                 raise
             raise self._reported() or RuntimeError(
-                f"A DataLoader worker died handing over a batch: {error!r}."
+                f"A DataLoader worker died while sending a batch: {error!r}."
             ) from error
         finally:
             self._waiting = False
 
     def _reported(self) -> RuntimeError | None:
-        """Torch's error for a worker that has just died. Left to come later, it would count as another death."""
+        """Wait for torch's error for a worker that has just died; a late one would count as another death."""
         self._waiting = False
         end = time.monotonic() + 5
         while self._inner is not None and self._error is None and time.monotonic() < end:
@@ -350,7 +353,7 @@ class WorkerDeaths:
         return error
 
     def stop(self) -> None:
-        """Gives the signal back to torch."""
+        """Restore the signal handler of torch."""
         if self._inner is not None and signal.getsignal(signal.SIGCHLD) == self._handle:
             signal.signal(signal.SIGCHLD, self._inner)
 
@@ -359,13 +362,13 @@ class WorkerDeaths:
 
 
 class CheckpointedTrainer(PushingTrainer):
-    """`transformers.Trainer` whose checkpoints are atomic and verified and which stops cleanly at a signal.
+    """`transformers.Trainer` with atomic, verified checkpoints and a clean stop at a signal.
 
-    A checkpoint that cannot be written, on a full disk say, is removed and reported; training goes on with those
-    before it. Subclasses say what a resumed run has to agree on: `resume_state` and `check_resume_state`.
+    A checkpoint that cannot be written, for example on a full disk, is removed and reported, and training continues.
+    Subclasses define in `resume_state` and `check_resume_state` which settings a resumed run must match.
     """
 
-    # Trainer types them for models and moments that do not occur here.
+    # Trainer declares wider types, for cases that do not occur here.
     model: nn.Module
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
@@ -380,24 +383,24 @@ class CheckpointedTrainer(PushingTrainer):
         self.add_callback(self.signals)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
-                f"fsdp is set but accelerate does not shard on {self.args.device.type} with "
-                f"{self.accelerator.distributed_type}; expected several accelerators. Leave fsdp out: several CPU "
-                "processes train with DDP."
+                f"fsdp is set, but accelerate does not shard on {self.args.device.type} with "
+                f"{self.accelerator.distributed_type}; expected several accelerators. Remove fsdp; several CPU "
+                "processes then train with DDP."
             )
 
     @property
     def is_hurried(self) -> bool:
-        """Whether a signal has told the run to stop: the machine may be gone in half a minute."""
+        """True if a signal has stopped the run, after which the machine may disappear within half a minute."""
         return self.signals.stopped_by is not None
 
-    # What a resumed run has to agree on.
+    # Settings that a resumed run must match.
 
     def resume_state(self) -> dict[str, Any]:
-        """What to write beside the weights, as JSON, for `check_resume_state` of a later run."""
+        """Return the JSON content that is saved with the weights for `check_resume_state` of a later run."""
         return {}
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
-        """Reads what `resume_state` wrote, before anything else of the checkpoint; raises to refuse it."""
+        """Check the output of `resume_state` before the checkpoint is loaded; raise an error to reject it."""
 
     # Starting and stopping.
 
@@ -407,19 +410,19 @@ class CheckpointedTrainer(PushingTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> Any:
-        """Trains, from a verified checkpoint if asked.
+        """Train, optionally from a verified checkpoint.
 
         Args:
-            resume_from_checkpoint: a checkpoint folder; or True or `"last"` for the newest one of `output_dir` that
-                verifies, where `"last"` starts anew if there is none.
-            trial: as in `transformers.Trainer.train`.
-            ignore_keys_for_eval: as in `transformers.Trainer.train`.
+            resume_from_checkpoint: Checkpoint folder, or True or `"last"` for the newest valid checkpoint in
+                `output_dir`. If there is none, `"last"` starts a new run.
+            trial: Trial, as in `transformers.Trainer.train`.
+            ignore_keys_for_eval: Keys, as in `transformers.Trainer.train`.
 
         Raises:
-            CheckpointCorruptError: the named folder does not verify.
-            CheckpointIncompleteError: only checkpoints without optimizer (`save_only_model`) are there.
-            ValueError: True without any checkpoint.
-            TrainingInterrupted: SIGTERM or SIGUSR1 came; a checkpoint is saved.
+            CheckpointCorruptError: If the given folder fails verification.
+            CheckpointIncompleteError: If there are only checkpoints without optimizer (`save_only_model`).
+            ValueError: If `resume_from_checkpoint` is True and there is no checkpoint.
+            TrainingInterrupted: If SIGTERM or SIGUSR1 arrived; a checkpoint is saved.
         """
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
         if folder is not None:
@@ -433,34 +436,35 @@ class CheckpointedTrainer(PushingTrainer):
         except RuntimeError as error:
             if _num_processes() > 1:
                 error.add_note(
-                    f"process {self.args.process_index} of {self.args.world_size} at step {self.state.global_step}; "
-                    "the process that failed first names the cause. Start again with resume_from_checkpoint=last."
+                    f"Process {self.args.process_index} of {self.args.world_size} failed at step "
+                    f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
+                    "with resume_from_checkpoint=last."
                 )
             raise
         finally:
             self.worker_deaths.stop()
         if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
             message = (
-                f"{self.signals.stopped_by} after step {self.state.global_step} of {self.state.max_steps}. "
-                "Continue with resume_from_checkpoint=last."
+                f"The run was stopped by {self.signals.stopped_by} after step {self.state.global_step} of "
+                f"{self.state.max_steps}. Continue with resume_from_checkpoint=last."
             )
-            logger.warning("Stopped by %s", message)
+            logger.warning("%s", message)
             raise TrainingInterrupted(message)
         return result
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Trainer's, but a run that was through before makes no further step: a scheduler may queue it once more."""
+        """Initialize the state; a finished run that a scheduler has queued again makes no further step."""
         start = super()._init_training_state(max_steps, *args, **kwargs)
         if not self._is_through(max_steps):
             return start
-        logger.info("%d of %d steps are done: nothing is left to train.", self.state.global_step, max_steps)
-        return 2 * sys.maxsize, 0  # the loop over epochs, of a stream sys.maxsize and one, does not begin
+        logger.info("%d of %d steps are done. There is nothing left to train.", self.state.global_step, max_steps)
+        return 2 * sys.maxsize, 0  # beyond the last epoch (sys.maxsize for a stream), so that the loop does not start
 
     def _is_through(self, max_steps: int) -> bool:
         return 0 < max_steps <= self.state.global_step
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
-        """Process 0 looks, all get the same answer, or the same error."""
+        """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
         answer: Path | CheckpointCorruptError | None = None
         run = Path(cast(str, self.args.output_dir))
         if self.is_world_process_zero():
@@ -477,8 +481,8 @@ class CheckpointedTrainer(PushingTrainer):
                     answer = error
             elif (old := list_checkpoints(run)) and self.state.global_step == 0:
                 logger.warning(
-                    "%s holds %s of an earlier run. This one starts anew; resume_from_checkpoint=last would take the "
-                    "newest of both. Another output_dir keeps them apart.",
+                    "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
+                    "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
                     run,
                     old[-1].name,
                 )
@@ -486,13 +490,15 @@ class CheckpointedTrainer(PushingTrainer):
         if isinstance(answer, CheckpointCorruptError):
             raise answer
         if answer is None and wanted is True:
-            raise ValueError(f"There is no checkpoint in {run}. Leave resume_from_checkpoint out, or say 'last'.")
+            raise ValueError(
+                f"There is no checkpoint in {run}, but resume_from_checkpoint is True. Remove it, or set it to 'last'."
+            )
         return answer
 
     # Saving.
 
     def _agree(self, good: bool) -> bool:
-        """Whether all processes are well."""
+        """Return True if `good` is True on all processes."""
         if _num_processes() == 1:
             return good
         flag = torch.tensor([int(good)], device=self.args.device)
@@ -501,7 +507,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     @contextlib.contextmanager
     def _noting_write_errors(self) -> Iterator[None]:
-        """Keeps the first write error of a checkpoint for later: other processes may be waiting in a collective."""
+        """Store the first write error of a checkpoint for later, as other processes may be waiting in a collective."""
         try:
             yield
         except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
@@ -537,8 +543,8 @@ class CheckpointedTrainer(PushingTrainer):
         if not good:
             self.failed_saves += 1
             logger.error(
-                "ALARM: the checkpoint of step %d could not be written (%s). Training goes on; the newest checkpoint "
-                "is %s. Free some space in %s.",
+                "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
+                "checkpoint is %s. Free some space in %s.",
                 self.state.global_step,
                 self._write_error or "the reason is in the log of another process",
                 max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime),
@@ -561,7 +567,9 @@ class CheckpointedTrainer(PushingTrainer):
         needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
         free = shutil.disk_usage(cast(Path, self._staging)).free
         if free < needed:
-            raise OSError(errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, about {needed / 2**20:.0f} MiB are needed")
+            raise OSError(
+                errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"
+            )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():
@@ -606,8 +614,8 @@ class CheckpointedTrainer(PushingTrainer):
                     raise
                 first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
                 raise CheckpointError(
-                    f"{resume_from_checkpoint} holds another model: {first} Resume with the recipe it was written "
-                    "with; what has changed is in the log."
+                    f"{resume_from_checkpoint} holds another model: {first} Resume with the recipe that it was "
+                    "written with; the log lists the changes."
                 ) from error
             return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
@@ -635,22 +643,23 @@ class CheckpointedTrainer(PushingTrainer):
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Trainer only logs tensors that are missing or left over; half a model is no model."""
+        """Raise an error for missing or unexpected tensors, which Trainer would only log."""
         if load_result.missing_keys or load_result.unexpected_keys:
             raise CheckpointError(
-                f"the checkpoint lacks {load_result.missing_keys} and has in addition {load_result.unexpected_keys}; "
-                "expected the tensors of the model that is trained. Resume with the recipe it was written with."
+                f"The checkpoint has missing tensors {load_result.missing_keys} and unexpected tensors "
+                f"{load_result.unexpected_keys}; expected exactly those of the trained model. Resume with the recipe "
+                "that it was written with."
             )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the number of checkpoints that could not be written, where there are any."""
+        """Log, and add the number of checkpoints that could not be written, if any."""
         if self.failed_saves:
             logs["failed_checkpoints"] = self.failed_saves
         super().log(logs, start_time)
 
 
 def _by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer state by parameter name, in the form that `optimizer.state_dict()` has in one process."""
+    """Convert an optimizer state from parameter names to the indices of a single-process `state_dict()`."""
     if not state:
         return state
     order = [name for group in state["param_groups"] for name in group["params"]]
@@ -660,6 +669,6 @@ def _by_index(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_name(state: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """The inverse of `_by_index`, for the names of the parameters in the order of the optimizer."""
+    """Invert `_by_index`, given the parameter names in the order of the optimizer."""
     groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
     return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}

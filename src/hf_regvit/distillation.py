@@ -4,8 +4,8 @@ Shape letters: B images, G global crops (2), L local crops, N patches of a globa
 K prototypes. Flattened crops are crop-major: crop 0 of all images first.
 
 Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
-code, whose divisors and orders of operations are followed exactly; Darcet et al., "Vision Transformers Need
-Registers" (2024) for the registers, which take part in attention everywhere and in no loss.
+code, whose divisors and order of operations are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss.
 """
 
 import copy
@@ -31,10 +31,10 @@ class HeadShape:
     """Sizes of one projection head: D -> hidden -> ... -> bottleneck -> prototypes.
 
     Attributes:
-        num_prototypes: K, the number of output logits.
-        hidden_size: width of the hidden layers.
-        bottleneck_size: width that is L2-normalised and compared with the prototypes.
-        num_layers: linear layers before the prototypes, at least 1.
+        num_prototypes: Number of output logits K.
+        hidden_size: Width of the hidden layers.
+        bottleneck_size: Width of the bottleneck, which is L2-normalized and compared with the prototypes.
+        num_layers: Number of linear layers before the prototypes, at least 1.
     """
 
     num_prototypes: int = 65536
@@ -49,9 +49,9 @@ class HeadShape:
 
 
 class _Prototypes(nn.Module):
-    """Weight-normalised linear layer without bias: row k is `g_k * v_k / |v_k|`.
+    """Weight-normalized linear layer without bias: row k is `g_k * v_k / |v_k|`.
 
-    Written out instead of `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
+    Does not use `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
     """
 
     def __init__(self, in_features: int, num_prototypes: int) -> None:
@@ -61,28 +61,28 @@ class _Prototypes(nn.Module):
         self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_features).uniform_(-bound, bound))
 
     def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        # One bf16 step of a logit near 1, divided by a temperature of 0.04, is 0.1 nat: this layer runs in full
-        # precision whatever the rest of the head runs in.
+        # The bf16 spacing of a logit near 1, divided by a temperature of 0.04, is 0.1 nat. Therefore this layer runs
+        # in full precision, whatever the precision of the rest of the head.
         with torch.autocast(x.device.type, enabled=False):
             v, g = (p if p.dtype == torch.float64 else p.float() for p in (self.weight_v, self.weight_g))
-            # One kernel each way for `g * v / |v|`; written out, its passes over K x 256 cost a tenth of a small step.
+            # A fused kernel for `g * v / |v|`: separate operations on K x 256 values take a tenth of a small step.
             weight = torch._weight_norm(v, g, 0)
             x = x.to(weight.dtype)
             return F.linear(x, weight) if objective is None else objective(x, weight)
 
 
 class PrototypeHead(nn.Module):
-    """Projection head of DINO and iBOT: MLP, unit length, then the scaled cosine to each of K prototypes.
+    """Projection head of DINO and iBOT: MLP, L2 normalization, then the scaled cosine to each of K prototypes.
 
     Parameters are named `mlp.0|2|4.weight|bias`, `last_layer.weight_g` and `last_layer.weight_v`, as in released
-    checkpoints; with a single layer `mlp.weight` and `mlp.bias`.
+    checkpoints; with a single layer, `mlp.weight` and `mlp.bias`.
 
     Args:
-        in_features: D, width of a token.
-        shape: sizes of the head.
-        bias: whether the MLP layers have a bias.
+        in_features: Width D of a token.
+        shape: Sizes of the head.
+        bias: Whether the MLP layers have a bias.
 
-    Source: the released DINOv2 head; initialisation trunc-normal 0.02 and zero bias in the MLP, uniform
+    Source: the released DINOv2 head; initialization trunc-normal 0.02 and zero bias in the MLP, uniform
     +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
     """
 
@@ -97,25 +97,25 @@ class PrototypeHead(nn.Module):
             if bias:
                 nn.init.zeros_(linear.bias)
             layers += [linear, nn.GELU()]
-        # No activation after the last layer; a lone layer is not wrapped, so that its name has no index.
+        # No activation after the last layer. A single layer is not wrapped, so that its name has no index.
         self.mlp = layers[0] if shape.num_layers == 1 else nn.Sequential(*layers[:-1])
         self.last_layer = _Prototypes(shape.bottleneck_size, shape.num_prototypes)
 
     def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """Logits `(n, K)` in float32 of features `(n, D)`; n may be 0.
+        """Return float32 logits `(n, K)` of features `(n, D)`, or the value of `objective`; n may be 0.
 
-        With `objective` its value at the unit-length bottleneck `(n, bottleneck)` and the prototypes
-        `(K, bottleneck)` instead: a loss that needs no logits as a whole. It is called in here because only here the
-        parameters of a sharded head are whole.
+        `objective` is called with the unit-length bottleneck `(n, bottleneck)` and the prototypes `(K, bottleneck)`.
+        It serves losses that do not store all logits at once, and is called here because the parameters of a sharded
+        head are gathered only inside of `forward`.
         """
         x = self.mlp(x)
-        # 1e-12 underflows in fp16.
+        # An epsilon of 1e-12 underflows in fp16.
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return self.last_layer(x, objective)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 has sharded, by a collective; any other tensor as it is."""
+    """Gather a tensor that FSDP2 has sharded (a collective); return any other tensor unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -123,16 +123,16 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 class StudentOutput(NamedTuple):
-    """What the losses compare with the targets. K and K' are the prototypes of the DINO and the iBOT head."""
+    """Student outputs that enter the losses. K and K' are the numbers of prototypes of the DINO and the iBOT head."""
 
-    cls_features: Tensor  # (G, B, D) CLS of the global crops after the final norm
+    cls_features: Tensor  # (G, B, D) CLS tokens of the global crops after the final norm
     global_logits: Tensor  # (G, B, K)
     local_logits: Tensor  # (L, B, K)
     masked_logits: Tensor  # (M, K')
 
 
 class TeacherTargets(NamedTuple):
-    """Target probabilities; each row sums to 1 and carries no gradient."""
+    """Target probabilities; each row sums to 1 and has no gradient."""
 
     cls: Tensor  # (G, B, K)
     masked: Tensor  # (M, K')
@@ -143,34 +143,34 @@ class SelfDistillation(nn.Module):
 
     Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
     with softmax centering also `dino_center` and `ibot_center`. The teacher starts as a copy of the student, has no
-    gradients, stays in eval mode and moves only through `update_teacher`.
+    gradients, stays in eval mode and changes only through `update_teacher`.
 
-    Per optimizer step: `begin_step(temperature)` once, forward and backward per micro-batch, `clip_gradients`, the
-    optimizer, `update_teacher(momentum)`.
+    Order of calls per optimizer step: `begin_step(temperature)` once, forward and backward per micro-batch,
+    `clip_gradients`, the optimizer, `update_teacher(momentum)`.
 
     Args:
-        backbone: the student's backbone; needs `config.use_mask_token=True`. It is used as it is, not copied.
-        dino_head: sizes of the head on CLS tokens.
-        ibot_head: sizes of the head on masked patches; None ties it to the DINO head.
+        backbone: Student backbone with `config.use_mask_token=True`. It is not copied.
+        dino_head: Sizes of the head on CLS tokens.
+        ibot_head: Sizes of the head on masked patches; None ties it to the DINO head.
         centering: `"softmax"` (running center) or `"sinkhorn"` (Sinkhorn-Knopp over the global batch).
-        center_momentum: share of the old center kept per step; softmax centering only.
-        student_temperature: divides the student logits.
-        dino_loss_weight: weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
-        ibot_loss_weight: weight of the masked-patch term; 0 skips its logits.
-        koleo_loss_weight: weight of the KoLeo term of each global crop; 0 skips it.
-        koleo_gathered: neighbours of KoLeo come from all processes, not only from this one.
-        koleo_neighbours: nearest neighbours that KoLeo pushes each feature away from.
-        gram_loss_weight: weight of Gram anchoring; above 0 there is also a `gram_teacher`, a frozen copy of the
-            teacher's backbone that moves only through `refresh_gram_teacher`.
+        center_momentum: Share of the previous center that is kept per step; softmax centering only.
+        student_temperature: Temperature that divides the student logits.
+        dino_loss_weight: Weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
+        ibot_loss_weight: Weight of the iBOT term; 0 skips its logits.
+        koleo_loss_weight: Weight of the KoLeo term of each global crop; 0 skips it.
+        koleo_gathered: Whether KoLeo searches neighbors in all processes instead of only the current one.
+        koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
+        gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
+            teacher backbone that changes only through `refresh_gram_teacher`.
 
     Raises:
-        ValueError: a backbone without mask token or with a pooler or norm of another family, an unknown centering, a
-            negative weight or no loss at all.
+        ValueError: If the backbone has no mask token or has a pooler or norm of another family, the centering is
+            unknown, a weight is negative, or all weights are 0.
     """
 
-    # Trainer would otherwise guess from the signature whether the loss is already divided by the accumulation steps.
+    # Without this, Trainer guesses from the signature if the loss is already divided by the accumulation steps.
     accepts_loss_kwargs = False
-    # What FSDP2 shards as one group, in student and teacher alike; the rest is the root's.
+    # Modules that FSDP2 shards as one group, in student and teacher; the remainder belongs to the root.
     _no_split_modules = ["RegViTLayer", "PrototypeHead"]
 
     student: nn.ModuleDict
@@ -198,12 +198,12 @@ class SelfDistillation(nn.Module):
         super().__init__()
         if not backbone.config.use_mask_token:
             raise ValueError(
-                "the backbone has no mask token, which the student needs; build it with use_mask_token=True."
+                "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
             )
         if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
             raise ValueError(
-                f"the backbone has final_norm={backbone.config.final_norm!r} and "
-                f"{'no' if backbone.pooler is None else 'a'} pooler; the losses read tokens after the final norm. "
+                f"The backbone has final_norm={backbone.config.final_norm!r} and "
+                f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
                 "Build it with final_norm='tokens' and add_pooling_layer=False."
             )
         if centering not in ("softmax", "sinkhorn"):
@@ -211,7 +211,8 @@ class SelfDistillation(nn.Module):
         weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise ValueError(
-                f"loss weights (DINO, iBOT, KoLeo, Gram) are {weights}; expected none below 0 and one above 0."
+                f"The loss weights (DINO, iBOT, KoLeo, Gram) are {weights}; expected none below 0 and at least one "
+                "above 0."
             )
         self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
         self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
@@ -232,16 +233,16 @@ class SelfDistillation(nn.Module):
 
     @property
     def student_backbone(self) -> RegViTModel:
-        """The backbone that is trained."""
+        """Backbone that is trained."""
         return cast(RegViTModel, self.student["backbone"])
 
     @property
     def teacher_backbone(self) -> RegViTModel:
-        """The backbone that is kept: the moving average of the student's."""
+        """Backbone that is exported: the moving average of the student backbone."""
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """The teacher's backbone, to be run by itself: a gathered copy where FSDP2 has sharded it (a collective)."""
+        """Return the teacher backbone for standalone use; if FSDP2 has sharded it, a gathered copy (a collective)."""
         teacher = self.teacher_backbone
         if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
             return teacher
@@ -251,7 +252,7 @@ class SelfDistillation(nn.Module):
         return whole
 
     def train(self, mode: bool = True) -> "SelfDistillation":
-        """Train mode for the student only: Trainer calls this before every step, and a teacher never drops paths."""
+        """Set the mode of the student only; the teacher stays in eval mode, because it must never drop paths."""
         super().train(mode)
         self.teacher.eval()
         if self.gram_teacher is not None:
@@ -259,32 +260,32 @@ class SelfDistillation(nn.Module):
         return self
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Recomputes the student's blocks in the backward pass; the teacher has none. Arguments as in transformers."""
+        """Enable recomputation of the student blocks in the backward pass. Arguments are those of transformers."""
         self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """The same, as newer releases of transformers call it."""
+        """Enable gradient checkpointing under the name that newer releases of transformers use."""
         self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compiles the blocks of all backbones in place, one by one: parameter names and checkpoints stay as they are.
+        """Compile the blocks of all backbones in place, so that parameter names and checkpoints do not change.
 
         Args:
-            **options: of `torch.compile`.
+            **options: Keyword arguments of `torch.compile`.
         """
         for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
             for layer in [] if backbone is None else backbone.layers:
                 layer.compile(**options)
 
     def begin_step(self, teacher_temperature: float) -> None:
-        """Once per optimizer step, before its first forward: sets the temperature and folds in the last centers."""
+        """Set the teacher temperature and commit the centers; call once before the first forward of every step."""
         self.teacher_temperature = teacher_temperature
         for center in (self.dino_center, self.ibot_center):
             if center is not None:
                 center.commit()
 
     def _logits(self, network: nn.ModuleDict, cls: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Head outputs of CLS rows and masked-patch rows. A loss that is off gets no rows and so costs nothing."""
+        """Return head outputs of CLS rows and masked-patch rows; a disabled loss gets no rows and costs nothing."""
         cls = cls if self.dino_loss_weight else cls[:0]
         masked = masked if self.ibot_loss_weight else masked[:0]
         if "ibot_head" in network:
@@ -301,8 +302,8 @@ class SelfDistillation(nn.Module):
         return probabilities
 
     def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher head outputs of CLS `(G * B, K)` and of the masked patches `(M, K')`."""
-        # Inference mode starts kernels faster. FSDP2 gathers parameters into buffers that outlive it: not for them.
+        """Return teacher head outputs of the CLS tokens `(G * B, K)` and of the masked patches `(M, K')`."""
+        # Inference mode launches kernels faster, but FSDP2 gathers parameters into buffers that outlive the mode.
         sharded = any(isinstance(parameter, DTensor) for parameter in self.teacher.parameters())
         with torch.no_grad() if sharded else torch.inference_mode():
             tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
@@ -315,27 +316,27 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
-        """Targets from the unmasked global crops.
+        """Compute targets from the unmasked global crops.
 
         Args:
-            global_crops: `(G, B, 3, S, S)`.
-            mask_indices: `(M,)` positions of masked patches in the flattened (G, B, N).
+            global_crops: Pixels `(G, B, 3, S, S)`.
+            mask_indices: Positions `(M,)` of the masked patches in the flattened (G, B, N).
 
         Returns:
-            Probabilities of the CLS tokens, crop by crop, and of the patches under the masks.
+            Probabilities of the CLS tokens, crop by crop, and of the patches that are masked for the student.
         """
         return self._targets(*self._teacher_logits(global_crops, mask_indices), num_global=global_crops.shape[0])
 
     @torch.no_grad()
     def joint_targets(self, batches: Sequence[Mapping[str, Tensor]]) -> list[TeacherTargets]:
-        """Targets of all micro-batches of one optimizer step, solved together, for the `targets` of `forward`.
+        """Compute the targets of all micro-batches of an optimizer step jointly, for the `targets` of `forward`.
 
-        Sinkhorn-Knopp spreads the rows it sees evenly over the prototypes, so two halves of a batch get other targets
-        than the whole. (A center only depends on the steps before: with softmax centering there is nothing to gain.)
-        All logits are held at once: 4 bytes * prototypes * (global crops + masked patches) of the whole step.
+        Sinkhorn-Knopp distributes its rows evenly over the prototypes, so two halves of a batch have other targets
+        than the whole batch. (Softmax centering does not need this: a center depends on previous steps only.)
+        All logits are in memory at once: 4 bytes * prototypes * (global crops + masked patches) of the whole step.
 
         Args:
-            batches: micro-batches with the `global_crops` and `mask_indices` of `forward`.
+            batches: Micro-batches with the `global_crops` and `mask_indices` of `forward`.
         """
         rows = [self._teacher_logits(batch["global_crops"], batch["mask_indices"]) for batch in batches]
         cls_rows, masked_rows = ([pair[part] for pair in rows] for part in (0, 1))
@@ -354,19 +355,19 @@ class SelfDistillation(nn.Module):
     def _tokens(
         backbone: RegViTModel, pixels: Tensor, patches: Tensor, masks: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The tokens that a loss reads, after the final norm.
+        """Compute the tokens that the losses read, after the final norm.
 
-        The last block is computed for these tokens only; the others are keys and values in it. With half of the crops
-        masked that is most of that block.
+        The last block computes these tokens only and uses the others as keys and values. If half of the crops are
+        masked, this saves most of that block.
 
         Args:
-            backbone: of student or teacher.
-            pixels: `(crops, 3, S, S)`.
-            patches: `(m,)` positions in the flattened (crops, N).
-            masks: `(crops, N)` bool.
+            backbone: Backbone of the student or the teacher.
+            pixels: Pixels `(crops, 3, S, S)`.
+            patches: Positions `(m,)` in the flattened (crops, N).
+            masks: Boolean masks `(crops, N)`.
 
         Returns:
-            CLS `(crops, D)` and the patches `(m, D)`.
+            CLS tokens `(crops, D)` and patch tokens `(m, D)`.
         """
         hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
         *blocks, last = backbone.layers
@@ -382,11 +383,11 @@ class SelfDistillation(nn.Module):
     def _student_tokens(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, patches: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """CLS of all crops `(G * B + L * B, D)`, global ones first, and the global crops' patches at `patches`."""
+        """Return CLS tokens `(G * B + L * B, D)`, global crops first, and the global crops' patches at `patches`."""
         backbone = self.student_backbone
         cls, rows = self._tokens(backbone, global_crops.flatten(0, 1), patches, masks.flatten(0, 1))
         if self.dino_loss_weight and local_crops.shape[0]:
-            # A forward of its own: packing both resolutions into one sequence costs time on a CPU.
+            # A separate forward: packing both resolutions into one sequence is slower on a CPU.
             local_cls, _ = self._tokens(backbone, local_crops.flatten(0, 1), patches[:0])
             cls = torch.cat([cls, local_cls])
         return cls, rows
@@ -394,13 +395,13 @@ class SelfDistillation(nn.Module):
     def student_outputs(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
     ) -> StudentOutput:
-        """Student on masked global crops and unmasked local crops, with all logits, which `forward` never stores.
+        """Run the student on masked global and unmasked local crops and keep all logits, which `forward` never stores.
 
         Args:
-            global_crops: `(G, B, 3, S, S)`.
-            local_crops: `(L, B, 3, s, s)`; L may be 0.
-            masks: `(G, B, N)` bool, True where the mask token replaces the patch.
-            mask_indices: `(M,)` positions of the True entries.
+            global_crops: Pixels `(G, B, 3, S, S)`.
+            local_crops: Pixels `(L, B, 3, s, s)`; L may be 0.
+            masks: Boolean masks `(G, B, N)`, True where the mask token replaces the patch.
+            mask_indices: Positions `(M,)` of the True entries.
 
         Returns:
             Features and logits, crop-major.
@@ -415,16 +416,16 @@ class SelfDistillation(nn.Module):
     def _prototype_losses(
         self, cls: Tensor, masked: Tensor, targets: TeacherTargets, mask_weights: Tensor, batch: int
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """DINO and iBOT together: what to differentiate, its weighted parts, and the cross-entropy of each CLS row.
+        """Return the sum of the DINO and iBOT losses, its weighted terms, and the cross-entropy of each CLS row.
 
-        A loss that is off gets no rows. Its head stays tied to the graph: DDP waits for every gradient.
+        A disabled loss gets no rows, but its head stays in the graph, because DDP waits for every gradient.
         """
         num_global = targets.cls.shape[0]
         num_local = cls.shape[0] // batch - num_global
-        # The official divisor: without local crops it counts one term that is not there.
+        # The official divisor: without local crops it counts one term too many.
         divisor = max(num_global * num_local, 1) + num_global
-        # Each global crop learns from the other one. Each local crop learns from all, which is num_global times their
-        # mean, because a cross-entropy is linear in its target.
+        # Each global crop learns from the other one. Each local crop learns from all global crops, which equals
+        # num_global times their mean, because a cross-entropy is linear in its target.
         rows = torch.arange(num_global * batch + batch, device=cls.device)
         rows = torch.cat([rows[: num_global * batch], rows[num_global * batch :].repeat(num_local)])
         weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=torch.float32)
@@ -467,7 +468,7 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def _gram_patches(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Patches `(crops, N, D)` of the Gram teacher, on the student's grid where its crops have another size."""
+        """Return patch tokens `(crops, N, D)` of the Gram teacher, resampled to the student grid if they differ."""
         teacher = cast(RegViTModel, self.gram_teacher)
         patches = teacher(crops).patch_tokens
         own = teacher.embeddings.patch_embeddings.grid_of(crops)
@@ -486,28 +487,27 @@ class SelfDistillation(nn.Module):
         targets: TeacherTargets | None = None,
         gram_crops: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """One training forward.
+        """Compute the losses of one micro-batch.
 
         Args:
-            global_crops: `(2, B, 3, S, S)` normalised pixels, two global crops of B images.
-            local_crops: `(L, B, 3, s, s)`; L may be 0.
-            masks: `(2, B, N)` bool over the N patches of a global crop.
-            mask_indices: `(M,)` int64 positions of the True entries in the flattened masks, ascending; M may be 0.
-            mask_weights: `(M,)` 1 / (masked patches of that patch's crop).
-            targets: of this micro-batch, from `joint_targets`; default: the teacher's for this batch alone.
-            gram_crops: `(2, B, 3, S', S')` the global crops at another size, for the Gram teacher; default: as they
-                are.
+            global_crops: Normalized pixels `(2, B, 3, S, S)`, two global crops of B images.
+            local_crops: Normalized pixels `(L, B, 3, s, s)`; L may be 0.
+            masks: Boolean masks `(2, B, N)` over the N patches of a global crop.
+            mask_indices: Positions `(M,)` (int64) of the True entries in the flattened masks, ascending; M may be 0.
+            mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
+            targets: Targets of this micro-batch, from `joint_targets`; default: computed from this batch alone.
+            gram_crops: Global crops `(2, B, 3, S', S')` of another size for the Gram teacher; default: `global_crops`.
 
         Returns:
-            `loss` (the scalar to differentiate), its detached weighted parts `dino_local_loss`, `dino_global_loss`,
+            `loss` (the scalar to differentiate), its detached weighted terms `dino_local_loss`, `dino_global_loss`,
             `ibot_loss`, `koleo_loss` and `gram_loss`, which add up to it, and `teacher_entropy` and
-            `teacher_marginal_entropy` in nats: of a single DINO target, and of their mean over the batch. All near
-            ln K means uniform collapse, both near 0 means that one prototype takes everything.
-            `teacher_student_kl` is KL(teacher || student) of the global crops in nats, `used_prototypes` the number of
-            prototypes that are the largest entry of some target of the batch.
+            `teacher_marginal_entropy` in nats: the entropy of a single DINO target, and of the mean target of the
+            batch. Both near ln K means uniform collapse; both near 0 means that one prototype takes everything.
+            `teacher_student_kl` is KL(teacher || student) of the global crops in nats; `used_prototypes` is the number
+            of prototypes that are the largest entry of at least one target of the batch.
 
         Raises:
-            ValueError: tensors that do not fit together, or a number of global crops other than 2.
+            ValueError: If the tensors do not match, or the number of global crops is not 2.
         """
         self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
         targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
@@ -533,7 +533,7 @@ class SelfDistillation(nn.Module):
             probabilities = targets.cls.flatten(0, 1)
             outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
             outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
-            # The global cross-entropy is H(t) + KL(t || s); without its constant part it tells how far the student is.
+            # The global cross-entropy is H(t) + KL(t || s); its second term is the distance of the student.
             outputs["teacher_student_kl"] = of_cls[: num_global * batch].mean() - outputs["teacher_entropy"]
             used = probabilities.new_zeros(probabilities.shape[-1])
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
@@ -544,33 +544,33 @@ class SelfDistillation(nn.Module):
     ) -> None:
         if global_crops.ndim != 5 or global_crops.shape[0] != 2:
             raise ValueError(
-                f"global_crops have shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
+                f"global_crops has shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
                 "B images, crop-major."
             )
         if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
             raise ValueError(
-                f"local_crops have shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
+                f"local_crops has shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
                 "local crops of the same images, crop-major."
             )
         if masks.dtype != torch.bool or masks.shape[:2] != global_crops.shape[:2]:
             raise ValueError(
-                f"masks have shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
+                f"masks has shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
                 f"(2, {global_crops.shape[1]}, N)."
             )
         if mask_indices.shape != mask_weights.shape or mask_indices.ndim != 1:
             raise ValueError(
-                f"mask_indices {tuple(mask_indices.shape)} and mask_weights {tuple(mask_weights.shape)} do not fit; "
-                "expected (M,) each, one entry per masked patch."
+                f"mask_indices has shape {tuple(mask_indices.shape)} and mask_weights has shape "
+                f"{tuple(mask_weights.shape)}; expected (M,) for both, one entry per masked patch."
             )
 
     def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
-        """Clips backbone, DINO head and iBOT head separately, as the official code does.
+        """Clip the gradients of backbone, DINO head and iBOT head separately, as in the official code.
 
         Args:
-            max_norm: largest gradient norm of each of them.
+            max_norm: Largest gradient norm of each submodule.
 
         Returns:
-            Norms before clipping, by name of the submodule; over all shards where parameters are sharded.
+            Norms before clipping, by name of the submodule; computed over all shards if parameters are sharded.
         """
         return {
             name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
@@ -579,9 +579,9 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Once per optimizer step, after it: `teacher = momentum * teacher + (1 - momentum) * student`.
+        """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step.
 
-        Also brings what the centers have seen together, so that between steps all processes hold the same state.
+        Also reduces the centers over the processes, so that all processes hold the same state between steps.
         """
         student = dict(self.student.named_parameters())
         teacher = dict(self.teacher.named_parameters())
@@ -592,9 +592,9 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
-        """Makes the present teacher's backbone the one that Gram anchoring holds on to."""
+        """Copy the current teacher backbone to the Gram teacher."""
         if self.gram_teacher is None:
             raise RuntimeError(
-                "there is no Gram teacher to refresh; build SelfDistillation with gram_loss_weight > 0."
+                "There is no Gram teacher to refresh. Build SelfDistillation with gram_loss_weight > 0."
             )
         torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher_backbone.parameters()))

@@ -1,14 +1,14 @@
-"""The self-supervised losses of DINOv2: DINO, iBOT, KoLeo, the two ways to make teacher targets, Gram anchoring.
+"""Self-supervised losses of DINOv2: DINO, iBOT, KoLeo, the two kinds of teacher targets, and Gram anchoring.
 
-Everything is computed in float32 whatever the dtype of the inputs: at a temperature of 0.04 the rounding of a bf16
-logit alone moves a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
+All computations run in float32, whatever the dtype of the inputs: at a temperature of 0.04, the rounding of a bf16
+logit alone changes a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
 
-This is the one module that talks to `torch.distributed` directly. Without a process group, or with one process, every
-collective is skipped.
+All collectives of the losses are in this module, which uses `torch.distributed` directly. Without a process group, or
+with one process, every collective is skipped.
 
 Source: Oquab et al., "DINOv2" (2023); Caron et al., "DINO" (2021); Zhou et al., "iBOT" (2021); Sablayrolles et al.,
 "Spreading vectors for similarity search" (2018); Siméoni et al., "DINOv3" (2025) for Gram anchoring and the gathered
-KoLeo. Divisors and orders of operations follow the released training code.
+KoLeo. Divisors and the order of operations follow the released training code.
 """
 
 from typing import Any
@@ -25,40 +25,40 @@ def _num_processes() -> int:
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
-    """Reduces `tensor` in place over all processes; returns it untouched where there is only one."""
+    """Reduce `tensor` in place over all processes; return it unchanged if there is only one."""
     if _num_processes() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
 
 
 def _float32(tensor: Tensor) -> Tensor:
-    # float64 stays: gradient checks and reference runs need it.
+    # Keep float64, which gradient checks and reference runs need.
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def _check_temperature(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(
-            f"{name} is {value}; a temperature must be above 0. "
-            "The usual values are 0.1 for the student, 0.04 to 0.07 for the teacher."
+            f"{name} is {value}; expected a temperature above 0. "
+            "Usual values are 0.1 for the student and 0.04 to 0.07 for the teacher."
         )
 
 
 def _row_cross_entropy(student_logits: Tensor, target_sum: Tensor, num_targets: int, temperature: float) -> Tensor:
-    """Sum over targets of the cross-entropy of each row.
+    """Compute the cross-entropy of each row, summed over its targets.
 
-    `-sum_k t_k log_softmax(s)_k = logsumexp(s) - sum_k t_k s_k` because every target sums to 1. In this form neither
-    the log-softmax nor a product of target and logit is ever stored, and several targets of one row cost one pass:
-    they only enter through their sum.
+    `-sum_k t_k log_softmax(s)_k = logsumexp(s) - sum_k t_k s_k` because every target sums to 1. In this form, neither
+    the log-softmax nor a product of target and logit is stored, and several targets of a row need only one pass,
+    because only their sum enters.
 
     Args:
-        student_logits: `(..., K)`.
-        target_sum: `(..., K)`, sum of `num_targets` probability vectors, broadcastable to the logits.
-        num_targets: how many probability vectors were summed.
-        temperature: student temperature.
+        student_logits: Logits `(..., K)`.
+        target_sum: Sum `(..., K)` of `num_targets` probability vectors, broadcastable to the logits.
+        num_targets: Number of probability vectors in the sum.
+        temperature: Student temperature.
 
     Returns:
-        `(...)`, in nats.
+        Cross-entropies `(...)` in nats.
     """
     scaled = _float32(student_logits) / temperature
     dot = torch.einsum("...k,...k->...", scaled, _float32(target_sum))
@@ -66,28 +66,28 @@ def _row_cross_entropy(student_logits: Tensor, target_sum: Tensor, num_targets: 
 
 
 def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temperature: float = 0.1) -> Tensor:
-    """Cross-entropy between every student crop and every teacher crop, summed over the pairs.
+    """Compute the cross-entropy between every student crop and every teacher crop, summed over the pairs.
 
-    The division by the number of terms is the caller's: local and global crops share one divisor
-    (`2 * num_local_crops + 2`, 18 in the official recipe).
+    The caller divides by the number of terms: local and global crops share one divisor (`2 * num_local_crops + 2`, 18
+    in the official recipe).
 
     Args:
-        student_logits: `(S, B, K)` head outputs of S student crops of B images.
-        teacher_probs: `(T, B, K)` target probabilities of T teacher crops of the same images; each row sums to 1.
+        student_logits: Head outputs `(S, B, K)` of S student crops of B images.
+        teacher_probs: Target probabilities `(T, B, K)` of T teacher crops of the same images; each row sums to 1.
             They are constants: no gradient flows into them.
-        student_temperature: divides the student logits.
+        student_temperature: Temperature that divides the student logits.
 
     Returns:
-        Scalar, in nats: the sum over all S * T pairs of the mean over the B images.
+        Scalar in nats: the sum over all S * T pairs of the mean over the B images.
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature that is not positive.
+        ValueError: If shapes do not match, or the temperature is not positive.
     """
     _check_temperature("student_temperature", student_temperature)
     if student_logits.ndim != 3 or teacher_probs.ndim != 3 or student_logits.shape[1:] != teacher_probs.shape[1:]:
         raise ValueError(
-            f"student logits {tuple(student_logits.shape)} and teacher probabilities {tuple(teacher_probs.shape)} "
-            "do not fit; expected (S, B, K) and (T, B, K) with the same images and prototypes."
+            f"Student logits have shape {tuple(student_logits.shape)} and teacher probabilities have shape "
+            f"{tuple(teacher_probs.shape)}; expected (S, B, K) and (T, B, K) with the same images and prototypes."
         )
     target_sum = teacher_probs.detach().sum(dim=0)
     per_image = _row_cross_entropy(student_logits, target_sum, teacher_probs.shape[0], student_temperature)
@@ -102,27 +102,27 @@ def ibot_loss(
     num_crops: int,
     student_temperature: float = 0.1,
 ) -> Tensor:
-    """Cross-entropy at the masked patches between the student, which saw the mask token, and the teacher.
+    """Compute the cross-entropy at the masked patches between the student, which saw the mask token, and the teacher.
 
     Args:
-        student_logits: `(M, K)` head outputs at the masked positions. M = 0 gives 0, still attached to the graph.
-        teacher_probs: `(M, K)` target probabilities at the same crops and positions; constants.
-        mask_weights: `(M,)`, 1 / (number of masked patches of that patch's crop).
-        num_crops: all global crops of the batch, masked or not. The official denominator counts the unmasked ones
-            too, so with half of the crops masked the term has about half of its nominal weight.
-        student_temperature: divides the student logits.
+        student_logits: Head outputs `(M, K)` at the masked positions. M = 0 gives 0, still attached to the graph.
+        teacher_probs: Target probabilities `(M, K)` for the same crops and positions; constants.
+        mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
+        num_crops: Number of global crops in the batch, masked or not. The official denominator also counts unmasked
+            crops, so the term has about half of its nominal weight if half of the crops are masked.
+        student_temperature: Temperature that divides the student logits.
 
     Returns:
-        Scalar, in nats: `sum_j w_j H(t_j, s_j) / num_crops`.
+        Scalar in nats: `sum_j w_j H(t_j, s_j) / num_crops`.
 
     Raises:
-        ValueError: shapes that do not fit, `num_crops` below 1, or a temperature that is not positive.
+        ValueError: If shapes do not match, `num_crops` is below 1, or the temperature is not positive.
     """
     _check_temperature("student_temperature", student_temperature)
     if student_logits.shape != teacher_probs.shape or mask_weights.shape != student_logits.shape[:1]:
         raise ValueError(
-            f"student logits {tuple(student_logits.shape)}, teacher probabilities {tuple(teacher_probs.shape)} and "
-            f"mask weights {tuple(mask_weights.shape)} do not fit; "
+            f"Student logits have shape {tuple(student_logits.shape)}, teacher probabilities "
+            f"{tuple(teacher_probs.shape)} and mask weights {tuple(mask_weights.shape)}; "
             "expected (M, K), (M, K) and (M,) for the same M masked patches."
         )
     if num_crops < 1:
@@ -134,8 +134,8 @@ def ibot_loss(
 class _PrototypeCrossEntropy(torch.autograd.Function):
     """Loss and gradients of `prototype_cross_entropy` in one pass over chunks of rows.
 
-    The gradient of a cross-entropy is known as soon as its softmax is, so both matrix products of the backward pass
-    are done while the logits of a chunk are still in the cache. Nothing of the size (n, K) outlives its chunk.
+    The gradient of a cross-entropy follows from its softmax, so both matrix products of the backward pass run while
+    the logits of a chunk are still in the cache. No tensor of size (n, K) is stored.
     """
 
     @staticmethod
@@ -182,8 +182,8 @@ class _PrototypeCrossEntropy(torch.autograd.Function):
         return feature_gradient * gradient, prototype_gradient * gradient, *(None,) * 6
 
 
-# Largest number of logits that `prototype_cross_entropy` holds at a time: on a CPU what a cache can keep, elsewhere
-# enough rows that starting kernels costs nothing.
+# Largest number of logits that `prototype_cross_entropy` holds at a time: on a CPU the capacity of a cache, elsewhere
+# enough rows to make the cost of kernel launches negligible.
 _CHUNK_LOGITS = {"cpu": 2**23, "other": 2**26}
 
 
@@ -197,25 +197,25 @@ def prototype_cross_entropy(
     target_rows: Tensor | None = None,
     chunk_rows: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Weighted sum of cross-entropies whose logits `features @ prototypes.T` are never stored as a whole.
+    """Compute a weighted sum of cross-entropies without storing all logits `features @ prototypes.T` at once.
 
-    The same numbers as `dino_loss` and `ibot_loss` on those logits, in float32, without their memory: with 65,536
-    prototypes the logits and their gradients are the largest tensors of a training step.
+    Equals `dino_loss` and `ibot_loss` on those logits, in float32, with less memory: for 65,536 prototypes, the logits
+    and their gradients are the largest tensors of a training step.
 
     Args:
-        features: `(n, d)` rows at the bottleneck of a head, unit length. n may be 0.
-        prototypes: `(K, d)` weight of its last layer.
-        targets: `(m, K)` target probabilities, each row summing to 1; constants.
-        weights: `(n,)` weight of each row in the sum; constants.
-        temperature: student temperature.
-        target_rows: `(n,)` int64, which row of `targets` belongs to each row of `features`; None for the same one.
-        chunk_rows: rows handled at a time; None for what suits the device.
+        features: Bottleneck outputs `(n, d)` of a head, unit length. n may be 0.
+        prototypes: Weight `(K, d)` of the last layer of the head.
+        targets: Target probabilities `(m, K)`, each row summing to 1; constants.
+        weights: Weight `(n,)` of each row in the sum; constants.
+        temperature: Student temperature.
+        target_rows: Index `(n,)` (int64) of the row of `targets` for each row of `features`; None for the same row.
+        chunk_rows: Number of rows processed at a time; None for a default that depends on the device.
 
     Returns:
-        The scalar `sum_i w_i H(t_i, s_i)`, and `(n,)` the cross-entropy of each row in nats, without a gradient.
+        The scalar `sum_i w_i H(t_i, s_i)`, and the cross-entropy `(n,)` of each row in nats, without a gradient.
 
     Raises:
-        ValueError: shapes that do not fit, or a temperature that is not positive.
+        ValueError: If shapes do not match, or the temperature is not positive.
     """
     _check_temperature("temperature", temperature)
     rows = features.shape[0] if target_rows is None else targets.shape[0]
@@ -227,10 +227,10 @@ def prototype_cross_entropy(
         or (target_rows is not None and target_rows.shape != weights.shape)
     ):
         raise ValueError(
-            f"features {tuple(features.shape)}, prototypes {tuple(prototypes.shape)}, targets "
+            f"The shapes of features {tuple(features.shape)}, prototypes {tuple(prototypes.shape)}, targets "
             f"{tuple(targets.shape)}, weights {tuple(weights.shape)} and target_rows "
-            f"{None if target_rows is None else tuple(target_rows.shape)} do not fit; expected (n, d), (K, d), "
-            "(n, K) and (n,), or with target_rows (n,) any number of targets."
+            f"{None if target_rows is None else tuple(target_rows.shape)} do not match; expected (n, d), (K, d), "
+            "(n, K) and (n,), or any number of targets if target_rows (n,) is given."
         )
     if chunk_rows is None:
         kind = "cpu" if features.device.type == "cpu" else "other"
@@ -250,29 +250,29 @@ def prototype_cross_entropy(
 
 
 def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbours: int = 1) -> Tensor:
-    """Differential-entropy regulariser: pushes every feature away from its nearest neighbours in the batch.
+    """Compute the KoLeo regularizer, which pushes every feature away from its nearest neighbors in the batch.
 
-    Rows are L2-normalised; the neighbours are the rows with the largest dot products, itself excluded; their indices
-    are constants but the gradient flows through both rows. One global crop is one batch.
+    Rows are L2-normalized. The neighbors of a row are the other rows with the largest dot products. Their indices are
+    constants, but the gradient flows through both rows. One global crop is one batch.
 
     Args:
-        features: `(B, D)` un-normalised CLS features (after the final norm, before the head).
-        eps: added to every coordinate of the difference and to the distance, and the floor of the norm.
-        gathered: look for neighbours among the rows of all processes, which then need equal B. Otherwise the batch is
-            local to the process, as in DINOv2.
-        neighbours: how many neighbours count, alike; 1 in DINOv2.
+        features: Unnormalized CLS features `(B, D)` (after the final norm, before the head).
+        eps: Constant added to every coordinate of the difference and to the distance; also the floor of the norm.
+        gathered: Whether to search neighbors among the rows of all processes, which then need equal B. Otherwise, the
+            batch is local to the process, as in DINOv2.
+        neighbours: Number of neighbors, all weighted equally; 1 in DINOv2.
 
     Returns:
-        Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbours. Identical
+        Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbors. Identical
         rows give about 16, not infinity.
 
     Raises:
-        ValueError: too few rows to have that many neighbours.
+        ValueError: If there are too few rows for the number of neighbors.
     """
     if features.ndim != 2 or features.shape[0] < 2:
         raise ValueError(
-            f"KoLeo got features of shape {tuple(features.shape)}; it needs (B, D) with B of at least 2, because "
-            "every image is compared with its nearest neighbour. Raise the batch size or set koleo_loss_weight=0."
+            f"KoLeo features have shape {tuple(features.shape)}; expected (B, D) with B of at least 2, because every "
+            "image is compared with its nearest neighbor. Raise the batch size or set koleo_loss_weight=0."
         )
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(_float32(features), dim=-1, eps=eps)
@@ -282,7 +282,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
             offset = dist.get_rank() * unit.shape[0]
         if not 1 <= neighbours < others.shape[0]:
             raise ValueError(
-                f"neighbours is {neighbours}; expected 1 to {others.shape[0] - 1}, one less than the rows there are."
+                f"neighbours is {neighbours}; expected 1 to {others.shape[0] - 1}, the number of other rows."
             )
         with torch.no_grad():
             similarity = unit @ others.T
@@ -293,20 +293,20 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
 
 
 def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
-    """Gram anchoring: keeps the similarities between the patches of an image as an earlier teacher had them.
+    """Compute the Gram anchoring loss, which keeps patch similarities close to those of an earlier teacher.
 
-    Patch features may drift as a whole; what may not change is how alike two patches of one image are. Both sides are
-    L2-normalised, so the compared P x P matrices hold cosines.
+    Patch features may drift together; only the similarities between the patches of an image are constrained. Both
+    sides are L2-normalized, so the compared P x P matrices hold cosines.
 
     Args:
-        student_patches: `(crops, P, D)` patch features after the final norm.
-        teacher_patches: `(crops, P, D')` those of the Gram teacher on the same grid; constants.
+        student_patches: Patch features `(crops, P, D)` after the final norm.
+        teacher_patches: Patch features `(crops, P, D')` of the Gram teacher on the same grid; constants.
 
     Returns:
         Scalar: the mean squared difference over all entries of all matrices.
 
     Raises:
-        ValueError: another number of crops or patches on the two sides.
+        ValueError: If the numbers of crops or patches differ.
 
     Source: Siméoni et al., "DINOv3" (2025), section 4; weight 2 there.
     """
@@ -316,8 +316,9 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
         or student_patches.shape[:2] != teacher_patches.shape[:2]
     ):
         raise ValueError(
-            f"student patches {tuple(student_patches.shape)} and teacher patches {tuple(teacher_patches.shape)} do "
-            "not fit; expected (crops, P, D) and (crops, P, D') on the same grid. Resample the teacher's first."
+            f"Student patches have shape {tuple(student_patches.shape)} and teacher patches have shape "
+            f"{tuple(teacher_patches.shape)}; expected (crops, P, D) and (crops, P, D') on the same grid. Resample "
+            "the teacher patches first."
         )
     with torch.autocast(student_patches.device.type, enabled=False):
         student = F.normalize(_float32(student_patches), dim=-1)
@@ -327,69 +328,70 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 3) -> Tensor:
-    """Teacher targets in which all prototypes are used equally over the global batch.
+    """Compute teacher targets that use all prototypes equally over the global batch.
 
-    Alternately scales prototypes and samples of `exp(logits / temperature)` to equal mass. Samples may be spread
-    over processes in different numbers, none included: only one vector of K per iteration is communicated, plus one
-    for the maximum.
+    Alternately scales prototypes and samples of `exp(logits / temperature)` to equal mass. Processes may hold
+    different numbers of samples, including none: only one vector of size K per iteration is communicated, plus one for
+    the maximum.
 
-    The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential the
-    largest logit of each prototype over all processes is subtracted, then the largest of what remains in each
-    sample. Both cancel in the scalings, and every row and every column keeps an entry of exactly 1, so no sum can
-    overflow or vanish for any finite logits. The released code subtracts nothing and overflows above 88 temperatures.
+    The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential, the
+    largest logit of each prototype over all processes is subtracted, then the largest remaining value of each sample.
+    Both cancel in the scalings, and every row and every column keeps an entry of exactly 1, so no sum can overflow or
+    vanish for finite logits. The released code subtracts nothing and overflows above 88 temperatures.
 
     Args:
-        logits: `(n, K)` teacher head outputs of this process. Remove padding rows first.
-        temperature: teacher temperature.
-        num_iterations: pairs of scalings, 3 in the official recipe.
+        logits: Teacher head outputs `(n, K)` of this process. Remove padding rows first.
+        temperature: Teacher temperature.
+        num_iterations: Number of pairs of scalings; 3 in the official recipe.
 
     Returns:
-        `(n, K)` float32 probabilities; every row sums to 1.
+        Float32 probabilities `(n, K)`; every row sums to 1.
 
     Raises:
-        ValueError: logits that are not a matrix, a temperature that is not positive, or no iterations.
+        ValueError: If the logits are not a matrix, the temperature is not positive, or there are no iterations.
     """
     _check_temperature("temperature", temperature)
     if logits.ndim != 2:
-        raise ValueError(f"logits have shape {tuple(logits.shape)}; expected (n, K): one row per sample.")
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (n, K) with one row per sample.")
     if num_iterations < 1:
-        raise ValueError(f"num_iterations is {num_iterations}; expected at least 1, the official recipe uses 3.")
-    # The one tensor of this size that is made; everything below happens in it.
+        raise ValueError(f"num_iterations is {num_iterations}; expected at least 1. The official recipe uses 3.")
+    # The only new tensor of this size; all further operations modify it in place.
     kernel = _float32(logits) / temperature
-    # An empty process takes part in every collective with the neutral element.
+    # A process without rows takes part in every collective with the neutral element.
     top = kernel.amax(dim=0) if len(kernel) else kernel.new_full((kernel.shape[1],), -torch.inf)
     kernel.sub_(_all_reduce(top, dist.ReduceOp.MAX))
     shift = kernel.amax(dim=1, keepdim=True)
     kernel.sub_(shift).exp_()
-    # Undoes the shift of each sample in the first prototype sums; afterwards the sample scalings absorb it.
+    # Undo the shift of each sample in the first prototype sums; afterward, the sample scalings absorb it.
     sample_scale = shift.squeeze(1).exp_()
     prototype_scale = kernel.new_ones(kernel.shape[1])
     for _ in range(num_iterations):
         masses = _all_reduce(sample_scale @ kernel)
-        # Any common factor cancels in the next line; this one keeps both vectors from growing by n / K per iteration.
+        # A common factor cancels in the next line; this one prevents a growth of n / K per iteration.
         prototype_scale = masses.mean() / masses
         sample_scale = 1 / (kernel @ prototype_scale)
     return kernel.mul_(prototype_scale).mul_(sample_scale[:, None])
 
 
 class SoftmaxCenter(nn.Module):
-    """Teacher targets by centring: `softmax((logits - center) / temperature)`, with a running mean as center.
+    """Teacher targets by centering: `softmax((logits - center) / temperature)`, with a running mean as center.
 
-    The update is lazy, as in the released code: what step k accumulates is folded in at the start of step k + 1, so
-    step k uses the center made of the steps before it. Call `accumulate` once per micro-batch, `reduce` once at the
-    end of every optimizer step and `commit` once at the start of the next; with gradient accumulation the center thus
-    still moves once per step. Between steps all processes hold the same state, so one may write the checkpoint of all.
+    The update is lazy, as in the released code: the rows accumulated in step k enter the center at the start of step
+    k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once at
+    the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the center
+    thus still moves once per step. Between steps, all processes hold the same state, so any of them can write the
+    checkpoint.
 
-    Over several processes the center moves towards the mean of the per-process means (the official rule: processes
-    count equally, however many masked patches they have). Processes without any row do not count, so an empty batch
+    With several processes, the center moves toward the mean of the per-process means (the official rule: processes
+    have equal weight, whatever their number of masked patches). Processes without rows are ignored, so an empty batch
     of masks cannot turn the center into NaN.
 
     Args:
-        num_prototypes: K.
-        momentum: share of the old center that stays at each step.
+        num_prototypes: Number of prototypes K.
+        momentum: Share of the previous center that is kept per step.
 
     Raises:
-        ValueError: a momentum outside [0, 1).
+        ValueError: If the momentum is outside [0, 1).
     """
 
     center: Tensor
@@ -400,41 +402,41 @@ class SoftmaxCenter(nn.Module):
         super().__init__()
         if not 0 <= momentum < 1:
             raise ValueError(
-                f"center momentum is {momentum}; expected a number from 0 to below 1, the official value is 0.9."
+                f"The center momentum is {momentum}; expected a number from 0 to below 1. The official value is 0.9."
             )
         self.momentum = momentum
-        # All three are persistent: without the pending sums a resumed run would skip one update.
+        # All three are persistent: without the pending sums, a resumed run would skip one update.
         self.register_buffer("center", torch.zeros(num_prototypes))
         self.register_buffer("pending_sum", torch.zeros(num_prototypes))
         self.register_buffer("pending_count", torch.zeros(()))
 
     @torch.no_grad()
     def forward(self, logits: Tensor, *, temperature: float) -> Tensor:
-        """Target probabilities with the present center.
+        """Compute target probabilities with the current center.
 
         Args:
-            logits: `(..., K)` teacher head outputs.
-            temperature: teacher temperature.
+            logits: Teacher head outputs `(..., K)`.
+            temperature: Teacher temperature.
 
         Returns:
-            `(..., K)` float32 probabilities.
+            Float32 probabilities `(..., K)`.
 
         Raises:
-            ValueError: a temperature that is not positive.
+            ValueError: If the temperature is not positive.
         """
         _check_temperature("temperature", temperature)
         return torch.softmax((_float32(logits) - self.center).div_(temperature), dim=-1)
 
     @torch.no_grad()
     def accumulate(self, logits: Tensor) -> None:
-        """Adds the rows of `logits` `(..., K)` to what the next `commit` folds in."""
+        """Add the rows of `logits` `(..., K)` to the pending sum that the next `commit` uses."""
         rows = _float32(logits).reshape(-1, logits.shape[-1])
         self.pending_sum += rows.sum(dim=0)
         self.pending_count += rows.shape[0]
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Replaces what each process has accumulated by one row, the mean over the processes; needs all of them."""
+        """Replace the accumulated rows of each process by the mean over all processes (a collective)."""
         has_rows = (self.pending_count > 0).to(self.pending_sum.dtype)
         mean = self.pending_sum / self.pending_count.clamp(min=1)
         reduced = _all_reduce(torch.cat([mean, has_rows[None]]))
@@ -443,13 +445,13 @@ class SoftmaxCenter(nn.Module):
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Moves the center towards the mean of the accumulated rows; a no-op where there is none."""
+        """Move the center toward the mean of the accumulated rows; do nothing if there are none."""
         mean = self.pending_sum / self.pending_count.clamp(min=1)
-        # Written without a branch on a tensor, which would make a GPU wait.
+        # A branch on the value of a tensor would force a GPU synchronization.
         self.center.lerp_(mean, (1 - self.momentum) * (self.pending_count > 0).to(mean.dtype))
         self.pending_sum.zero_()
         self.pending_count.zero_()
 
     def extra_repr(self) -> str:
-        """Shown by `print(module)`."""
+        """Return the settings that `print(module)` shows."""
         return f"num_prototypes={self.center.numel()}, momentum={self.momentum}"

@@ -1,8 +1,8 @@
-"""What tells a healthy pretraining run from a collapsing one, measured on the teacher every so many steps.
+"""Monitoring of pretraining: statistics of the teacher that distinguish a healthy run from a collapsing one.
 
-The loss says little: it may rise while the features improve, because targets get sharper, and it falls to nothing in
-one kind of collapse. What is read here are the tokens of a fixed set of images, so that the curves of a run compare
-with themselves.
+The loss is not a reliable indicator: it may rise while the features improve, because targets get sharper, and it falls
+to 0 in one kind of collapse. The statistics here are computed from the tokens of a fixed set of images, so that values
+from different steps of a run are comparable.
 
 Shape letters: n images, D width.
 """
@@ -40,10 +40,10 @@ from .outliers import effective_rank
 
 logger = logging.getLogger(__name__)
 
-BATCH = 64  # images per forward
-SNAPSHOT_IMAGES = 32  # for artifacts; their patches are many
+BATCH = 64  # images per forward pass
+SNAPSHOT_IMAGES = 32  # images for the artifact statistics, which use all of their patches
 
-# What `artifact_snapshot` says, under the names of the log.
+# Keys of `artifact_snapshot` and the corresponding names in the log.
 _ARTIFACTS = {
     "outlier_share": "outlier_share",
     "layer": "outlier_layer",
@@ -60,16 +60,16 @@ _ARTIFACTS = {
 
 @torch.no_grad()
 def feature_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
-    """How far the CLS tokens of different images lie apart.
+    """Measure the spread of the CLS tokens of different images.
 
     Args:
         backbone: RegViT in eval mode.
-        pixel_values: `(n, 3, H, W)` normalised, n at least 2.
+        pixel_values: Normalized pixels `(n, 3, H, W)`, n at least 2.
 
     Returns:
-        `feature_std`: standard deviation over the images of the L2-normalised CLS, mean over its D channels, times
-        sqrt(D): 1 if the tokens point everywhere alike, 0 if all images have the same one. `effective_rank` of the
-        same (n, D) matrix: 1 to min(n, D).
+        `feature_std`: standard deviation over the images of the L2-normalized CLS token, mean over its D channels,
+        times sqrt(D): 1 if the tokens are spread evenly over all directions, 0 if all images have the same token.
+        `effective_rank` of the same (n, D) matrix: 1 to min(n, D).
 
     Source: Chen and He 2021 (SimSiam) for the standard deviation; Garrido et al. 2023 (RankMe) for the rank of
     features as a measure.
@@ -81,18 +81,18 @@ def feature_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str,
 
 
 def artifact_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
-    """`artifact_snapshot` under the names of the log: registers, attention of CLS, outliers among the patches.
+    """Return `artifact_snapshot` under the names of the log: registers, CLS attention and patch outliers.
 
     Args:
         backbone: RegViT.
-        pixel_values: `(n, 3, H, W)` normalised.
+        pixel_values: Normalized pixels `(n, 3, H, W)`.
 
     Returns:
         `outlier_share` of the patches, by the norm before the final norm, with `outlier_layer` and
         `outlier_separation` (Ashman's D) of the block where it is largest; `patch_norm` (median) and `patch_norm_max`
-        there; `patch_effective_rank`; `cls_attention_entropy` relative to uniform attention; and with registers
-        `register_norm`, `register_cosine` (two at least) and `cls_to_register_attention`, the share of the attention
-        of CLS in the last block, mean over heads.
+        of that block; `patch_effective_rank`; `cls_attention_entropy` relative to uniform attention; and with
+        registers `register_norm`, `register_cosine` (at least two registers) and `cls_to_register_attention`, the
+        share of the attention of CLS in the last block, mean over heads.
     """
     snapshot = artifact_snapshot(backbone, pixel_values[:SNAPSHOT_IMAGES])
     return {name: snapshot[key] for key, name in _ARTIFACTS.items() if key in snapshot}
@@ -100,7 +100,7 @@ def artifact_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str
 
 @torch.no_grad()
 def network_statistics(network: SelfDistillation) -> dict[str, float]:
-    """Distance of the halves and size of the centers.
+    """Measure the distance between teacher and student and the norm of the DINO center.
 
     Returns:
         `teacher_student_distance`: |teacher - student| / |student| over all backbone and head parameters.
@@ -108,7 +108,7 @@ def network_statistics(network: SelfDistillation) -> dict[str, float]:
     """
     student = dict(network.student.named_parameters())
     teacher = dict(network.teacher.named_parameters())
-    # A sharded parameter is subtracted in parts; only the sums over all of it have to be known everywhere.
+    # Sharded parameters are subtracted shard by shard; only the sums are gathered.
     distance = sum(full_tensor((teacher[name] - value).float().square().sum()) for name, value in student.items())
     size = sum(full_tensor(value.float().square().sum()) for value in student.values())
     values = {"teacher_student_distance": math.sqrt(float(distance) / max(float(size), 1e-30))}
@@ -118,23 +118,24 @@ def network_statistics(network: SelfDistillation) -> dict[str, float]:
 
 
 class Monitor(Observer):
-    """Statistics of features, artifacts and network, of the teacher on a fixed set of images, every so many steps.
+    """Measure statistics of features, artifacts and network of the teacher on a fixed set of images.
 
-    Every process measures, on the same images: a sharded teacher needs all of them.
+    All processes measure the same images, because a sharded teacher needs all processes.
 
     Args:
-        pixel_values: `(n, 3, H, W)` normalised; 64 images cost about half a step of 32.
-        every_steps: optimizer steps between two measurements, or a share of the run, from 20 to 100 steps.
+        pixel_values: Normalized pixels `(n, 3, H, W)`; 64 images take about half the time of a step with 32.
+        every_steps: Number of optimizer steps between two measurements, or a fraction of the run, limited to 20 to
+            100 steps.
     """
 
     def __init__(self, pixel_values: Tensor, *, every_steps: float = 0.025) -> None:
         super().__init__(every_steps, at_least=20, at_most=100)
         if len(pixel_values) < 2:
-            raise ValueError(f"the monitor got {len(pixel_values)} images; it compares images, so give 2 at least.")
+            raise ValueError(f"The monitor got {len(pixel_values)} images, but it compares images. Pass at least 2.")
         self.pixel_values = pixel_values
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
-        """The names are those of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
+        """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
         backbone = model.whole_teacher_backbone()
         pixels = self.pixel_values.to(next(backbone.parameters()).device)
         return {
@@ -145,13 +146,13 @@ class Monitor(Observer):
 
 
 class Panels(Observer):
-    """A PNG of the same images every so many steps: picture, PCA of the patch tokens, attention of CLS.
+    """Save PNG panels of a fixed set of images: image, PCA of the patch tokens, attention of CLS.
 
     Args:
-        images: PIL pictures of one size.
-        pixel_values: `(n, 3, H, W)`, the same pictures as the backbone gets them.
-        folder: gets `step_000100.png` and so on.
-        every_steps: optimizer steps between two panels, or a share of the run, at most 5000 steps.
+        images: PIL images of the same size.
+        pixel_values: Pixels `(n, 3, H, W)` of the same images, as input of the backbone.
+        folder: Output folder for `step_000100.png` and so on.
+        every_steps: Number of optimizer steps between two panels, or a fraction of the run, limited to 5000 steps.
     """
 
     def __init__(
@@ -161,43 +162,45 @@ class Panels(Observer):
         self.images, self.pixel_values, self.folder = images, pixel_values, Path(folder)
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
-        """Nothing to log."""
+        """Save a panel; return no measurements."""
         from .figures import progress_picture, read_token_maps
 
-        backbone = model.whole_teacher_backbone()  # of all processes, if it is sharded
+        backbone = model.whole_teacher_backbone()  # a collective if the teacher is sharded, so on every process
         if self.is_main_process:
             maps = read_token_maps(backbone, self.pixel_values)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
-            except OSError as error:  # a full disk is no reason to lose a run
-                logger.error("ALARM: the panel of step %d cannot be written (%s). Training goes on.", step, error)
+            except OSError as error:  # a full disk must not stop the run
+                logger.error("ALARM: The panel of step %d cannot be written (%s). Training continues.", step, error)
         return {}
 
 
 def observers(
     args: Any, dataset: Any, *, image_processor: Any, folder: str | Path, image_size: int, panel_size: int
 ) -> list[Observer]:
-    """What a run observes by its arguments: monitor, panels, k-NN accuracy.
+    """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy.
 
-    Monitor and panels read 64 and 8 images spread over the training data; k-NN the labelled validation part or
-    a quarter of the labelled training part. Images are resized and cropped once; unreadable ones are left out.
+    Monitor and panels read 64 and 8 images spread over the training data. k-NN reads the labeled validation split or,
+    if there is none, a quarter of the labeled training images. Images are resized and cropped once; unreadable images
+    are skipped.
 
     Args:
-        args: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and `data` of the run.
-        dataset: of training crops. Without a `source` of whole images, crops of the first epoch stand for them; of
-            streams the first images of some shards are read.
-        image_processor: what the backbone is saved with; k-NN uses it.
-        folder: of the run.
-        image_size: side of the monitor's images in pixels.
-        panel_size: side of the panels' images in pixels.
+        args: Arguments of the run: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and
+            `data`.
+        dataset: Dataset of training crops. If it has no `source` of whole images, crops of the first epoch are used;
+            for streams, the first images of some shards.
+        image_processor: Image processor that the backbone is saved with, used for k-NN.
+        folder: Run folder.
+        image_size: Side of the images of the monitor in pixels.
+        panel_size: Side of the images in the panels in pixels.
     """
     found: list[Observer] = []
     small, large = default_image_processor(image_size), default_image_processor(panel_size)
-    # One picture is decoded at a time: 64 photographs of 12 megapixels would fill two gigabytes.
+    # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
     looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_pictures(dataset, 64)]
     if len(looks) < 2:
-        logger.info("Monitor and panels need two training images to look at: there are none in this run.")
+        logger.info("The monitor and the panels need at least two training images, so they are disabled in this run.")
     else:
         if args.monitor_steps:
             found.append(Monitor(_normalised([look for look, _ in looks], small), every_steps=args.monitor_steps))
@@ -211,7 +214,7 @@ def observers(
 
 
 def _spread(count: int, wanted: int) -> list[int]:
-    """Evenly spread indices: sorted data gives every class its share."""
+    """Return evenly spaced indices, so that sorted data contributes images of all classes."""
     wanted = min(wanted, count)
     return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
@@ -231,11 +234,11 @@ def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
         try:
             yield source[index]
         except BadImageError as error:
-            logger.info("Left out of the monitors: %s", error)
+            logger.info("The monitors skip an image: %s", error)
 
 
 def _picture(crop: Tensor) -> Image.Image:
-    """A crop (3, S, S), uint8 or normalised with ImageNet's statistics, as a picture."""
+    """Convert a crop (3, S, S), uint8 or normalized with ImageNet statistics, to a PIL image."""
     if crop.is_floating_point():
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         crop = ((crop * std + mean).clamp(0, 1) * 255).round().byte()
@@ -243,12 +246,12 @@ def _picture(crop: Tensor) -> Image.Image:
 
 
 def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
-    """What a processor resizes and crops a picture to."""
+    """Return an image after the resizing and cropping of a processor."""
     return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
 
 
 def _normalised(shown: Sequence[Image.Image], processor: Any) -> Tensor:
-    """`(n, 3, H, W)` of cropped pictures: what the processor makes of the whole ones."""
+    """Return normalized pixels `(n, 3, H, W)` of cropped images, as the processor makes from the whole images."""
     return processor(images=list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
 
@@ -263,10 +266,10 @@ class _Parts(NamedTuple):
 
 
 def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
-    """k-NN on the labelled validation part of the data or, where there is none, on a quarter of the training part."""
+    """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
 
     def cropped(records: Iterable[ImageRecord]) -> list[_Labelled]:
-        # They take little memory, and no evaluation decodes them again.
+        # Cropped images take little memory, and evaluations need not decode them again.
         return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
 
     is_stream = isinstance(dataset, MultiCropStream)
@@ -275,13 +278,14 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
         return None
     if not (parts.neighbours and parts.judged):
         logger.info(
-            "Too few labelled images can be used (--knn_max_images %d): no k-NN accuracy.", args.knn_max_images
+            "k-NN accuracy is disabled: there are too few usable labeled images (--knn_max_images %d).",
+            args.knn_max_images,
         )
         return None
-    if not parts.is_held_out:  # enough to follow a run; as a result it would flatter, the network has seen them
+    if not parts.is_held_out:  # sufficient to follow a run, but too optimistic as a result
         logger.info(
-            "The data has no validation part: k-NN is judged on a quarter of the training images, which the run "
-            "sees without their labels."
+            "The data has no validation split, so k-NN is evaluated on a quarter of the training images, which the "
+            "run sees without their labels."
         )
     processor = copy.deepcopy(image_processor)
     processor.do_resize = processor.do_center_crop = False
@@ -309,14 +313,14 @@ def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
         neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
         train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
     if not heldout.labels or heldout.label_names != train.label_names:
-        logger.info("The classes of the validation part are not those of the training part: no k-NN accuracy.")
+        logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
         return None
     wanted = args.knn_max_images
     return _Parts(cropped(_readable(train, wanted * 3 // 4)), cropped(_readable(heldout, wanted // 4)), is_held_out)
 
 
 def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
-    """From the beginnings of shards, spread evenly: a stream can be read from there only."""
+    """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
     columns = {"image_column": args.image_column, "label_column": args.label_column}
@@ -326,7 +330,7 @@ def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts
             heldout.append(stream_images(one, split="validation", **columns))
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
-        logger.info("The streams do not name the same classes, so a label may mean two things: no k-NN accuracy.")
+        logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
         return None
     wanted, shards = args.knn_max_images, 32
     if heldout:

@@ -1,6 +1,6 @@
-"""What changes over a run and per parameter: schedules, and the learning-rate and weight-decay rules.
+"""Schedules of a run, and the learning-rate and weight-decay rules of the parameters.
 
-Every time-dependent number is a pure function of the optimizer step, so that resuming needs no state of its own.
+Every time-dependent number is a pure function of the optimizer step, so that resuming needs no extra state.
 """
 
 import math
@@ -24,19 +24,19 @@ def cosine_schedule(
     warmup_start: float = 0.0,
     freeze_steps: int = 0,
 ) -> float:
-    """Zeros, then a linear warm-up, then half a cosine period; a pure function of the step.
+    """Return the value of a schedule: zeros, then a linear warm-up, then half a cosine period.
 
     The warm-up includes both ends, so its last value is already `base`, and the cosine starts at `base` again. The
-    cosine comes near `final` at `total_steps - 1` and is exactly `final` from `total_steps` on.
+    cosine is close to `final` at `total_steps - 1` and exactly `final` from `total_steps` on.
 
     Args:
         step: 0-based optimizer step.
-        base: value at the top.
-        final: value at and after the end.
-        total_steps: length of the whole schedule.
-        warmup_steps: steps from `warmup_start` to `base`.
-        warmup_start: first value of the warm-up.
-        freeze_steps: leading steps with the value 0.
+        base: Value at the end of the warm-up.
+        final: Value at and after the end.
+        total_steps: Length of the whole schedule in steps.
+        warmup_steps: Number of steps from `warmup_start` to `base`.
+        warmup_start: First value of the warm-up.
+        freeze_steps: Number of initial steps with the value 0.
 
     Returns:
         The value at `step`.
@@ -55,7 +55,7 @@ def cosine_schedule(
 
 
 class StepValues(NamedTuple):
-    """What the schedules say for one step."""
+    """Values of the schedules at one step."""
 
     learning_rate: float
     last_layer_learning_rate: float
@@ -66,7 +66,7 @@ class StepValues(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedules:
-    """Every number of a run that depends on time. All durations are optimizer steps.
+    """Schedules of all numbers that change during a run. Durations are in optimizer steps.
 
     Source: released DINOv2 training code and `vitl16_short` / `vitl14` configurations.
     """
@@ -86,7 +86,7 @@ class Schedules:
     freeze_backbone_steps: int = 0
 
     def at(self, step: int) -> StepValues:
-        """Values at the 0-based optimizer step; after the last step the final ones."""
+        """Return the values at a 0-based optimizer step; after the last step, the final values."""
         learning_rate = cosine_schedule(
             step,
             base=self.learning_rate,
@@ -103,7 +103,7 @@ class Schedules:
             teacher_momentum=cosine_schedule(
                 step, base=self.teacher_momentum, final=self.teacher_momentum_end, total_steps=self.total_steps
             ),
-            # A warm-up as long as the schedule itself: linear, then constant.
+            # The warm-up is as long as the schedule itself, so the value rises linearly and then stays constant.
             teacher_temperature=cosine_schedule(
                 step,
                 base=self.teacher_temperature,
@@ -127,7 +127,7 @@ class ParameterRule(NamedTuple):
 
 
 def _backbone_depth(name: str, num_layers: int) -> int:
-    """0 for everything before the blocks, i + 1 for block i, L + 1 after them."""
+    """Return the depth of a parameter: 0 before the blocks, i + 1 in block i, L + 1 after the blocks."""
     first, *rest = name.split(".")
     if first == "embeddings":
         return 0
@@ -136,8 +136,8 @@ def _backbone_depth(name: str, num_layers: int) -> int:
     if first == "layernorm":
         return num_layers + 1
     raise ValueError(
-        f"no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.* or "
-        "layernorm.*. Pretraining supports the plain RegViT backbone, without an extra pooler or norm."
+        f"There is no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.* or "
+        "layernorm.*. Use a plain RegViT backbone without an extra pooler or norm."
     )
 
 
@@ -148,23 +148,24 @@ def parameter_rules(
     layer_decay: float = 1.0,
     patch_embed_lr_multiplier: float = 1.0,
 ) -> dict[str, ParameterRule]:
-    """Learning-rate and weight-decay multiplier of every student parameter, by explicit rules on its name.
+    """Return the learning-rate and weight-decay multipliers of every student parameter, by rules on its name.
 
-    Weight decay is 0 for biases, norms and LayerScale gains, and 1 for everything else, the CLS token, registers,
-    mask token, positions and prototypes included. The learning rate of the backbone falls by `layer_decay` per block
-    towards the input; final norm and heads keep 1; the patch embedding is slowed down once more.
+    The weight-decay multiplier is 0 for biases, norms and LayerScale gains, and 1 for everything else, including the
+    CLS token, registers, mask token, positions and prototypes. The learning rate of the backbone decreases by
+    `layer_decay` per block toward the input; the final norm and the heads keep 1; the patch embedding gets an extra
+    factor.
 
     Args:
-        names: parameter names with the submodule in front: `backbone.*`, `dino_head.*`, `ibot_head.*`.
-        num_layers: L, blocks of the backbone.
-        layer_decay: factor per block, 1 for none.
-        patch_embed_lr_multiplier: extra factor of patch projection weight and bias.
+        names: Parameter names that start with the submodule: `backbone.*`, `dino_head.*`, `ibot_head.*`.
+        num_layers: Number of blocks L of the backbone.
+        layer_decay: Factor per block; 1 for no decay.
+        patch_embed_lr_multiplier: Extra factor of the patch projection weight and bias.
 
     Returns:
         One rule per name, in the order of `names`.
 
     Raises:
-        ValueError: a backbone parameter that no rule covers.
+        ValueError: If no rule covers a backbone parameter.
 
     Source: released DINOv2 training code (`get_params_groups_with_decay`).
     """
@@ -182,15 +183,15 @@ def parameter_rules(
 
 
 def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> list[dict[str, Any]]:
-    """Optimizer groups of the trainable parameters of `student`, one per distinct rule, backbone and heads apart.
+    """Return optimizer groups of the trainable parameters, one per distinct rule, separate for backbone and heads.
 
     Args:
-        student: module whose `named_parameters` are the keys of `rules`.
-        rules: from `parameter_rules`.
+        student: Module whose parameter names are the keys of `rules`.
+        rules: Rules from `parameter_rules`.
 
     Returns:
-        Groups with `params`, `lr`, `weight_decay`, `is_backbone` and the fields of `ParameterRule`. The schedules set
-        `lr` and `weight_decay` before every step; until then nothing moves.
+        Groups with `params`, `lr`, `weight_decay`, `is_backbone` and the fields of `ParameterRule`. `lr` and
+        `weight_decay` are 0 until `set_rates` sets them before every step.
     """
     groups: dict[tuple[ParameterRule, bool], dict[str, Any]] = {}
     for name, parameter in student.named_parameters():
@@ -202,15 +203,15 @@ def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> lis
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: StepValues, *, freeze_backbone: bool = False) -> None:
-    """Writes learning rate and weight decay of one step into the groups made by `parameter_groups`.
+    """Set learning rate and weight decay of one step in the groups made by `parameter_groups`.
 
-    A frozen last layer has a learning rate of 0 and so no decay either, but its Adam moments keep accumulating, as in
-    the official code. A frozen backbone is the same: its moments are ready when it thaws.
+    A frozen last layer has a learning rate of 0 and therefore no weight decay, but its Adam moments keep accumulating,
+    as in the official code. The same holds for a frozen backbone.
 
     Args:
-        optimizer: with the groups of `parameter_groups`.
-        values: of the step.
-        freeze_backbone: whether the backbone stands still, as in the first steps of continued pretraining.
+        optimizer: Optimizer with the groups of `parameter_groups`.
+        values: Schedule values of the step.
+        freeze_backbone: Whether the backbone is frozen, as in the first steps of continued pretraining.
     """
     for group in optimizer.param_groups:
         rate = values.last_layer_learning_rate if group["is_last_layer"] else values.learning_rate

@@ -1,11 +1,11 @@
 """DINOv2-style self-supervised pretraining of a vision transformer with registers.
 
-`pretrain(args)` is the whole job. `DinoTrainer` is the thin layer between `transformers.Trainer` and the two modules
-that hold the recipe: `distillation` (student, teacher, heads, losses) and `optimization` (schedules, parameter rules).
+`pretrain(args)` runs the complete job. `DinoTrainer` connects `transformers.Trainer` to the two modules that implement
+the recipe: `distillation` (student, teacher, heads, losses) and `optimization` (schedules, parameter rules).
 
 Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
-code, whose divisors, orders of operations and schedules are followed exactly; Darcet et al., "Vision Transformers Need
-Registers" (2024) for the registers, which take part in attention everywhere and in no loss.
+code, whose divisors, order of operations and schedules are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss.
 """
 
 import copy
@@ -69,14 +69,14 @@ __all__ = ["DinoTrainer", "PretrainingArguments", "pretrain"]
 
 logger = logging.getLogger(__name__)
 
-EXPORTED = "teacher.backbone."  # the part of the network that is the result
+EXPORTED = "teacher.backbone."  # prefix of the tensors that are exported
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------------
 
 
 class _StepRules(TrainerCallback):
-    """What the recipe does around an optimizer step: schedules before it, the teacher's update after it."""
+    """Callback that applies the schedules before each optimizer step and updates the teacher after it."""
 
     schedules: Schedules
     values: StepValues
@@ -85,13 +85,13 @@ class _StepRules(TrainerCallback):
         self.schedules = args.schedules(state.max_steps)
         self.values = self.schedules.at(state.global_step)
         model = kwargs["model"]
-        if isinstance(model, FSDPModule):  # the method runs beside `forward` and needs the parameters gathered, too
+        if isinstance(model, FSDPModule):  # `joint_targets` runs outside `forward` and also needs gathered parameters
             register_fsdp_forward_method(cast(nn.Module, model), "joint_targets")
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.values = self.schedules.at(state.global_step)
-        # Drop path is the only draw of a step. As a function of (seed, step, process) it differs between processes,
-        # does not depend on what observers draw, and needs no state to be resumed.
+        # Drop path is the only random draw of a step. Seeding it by (seed, step, process) makes it differ between
+        # processes, independent of draws made by observers, and resumable without stored state.
         entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
         seed = int(entropy.generate_state(1, np.uint64)[0])
         torch.default_generator.manual_seed(seed)
@@ -103,14 +103,14 @@ class _StepRules(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kwargs["model"].update_teacher(self.values.teacher_momentum)
-        # The step that ends here is not counted yet.
+        # global_step does not include the step that ends here yet.
         if args.gram_loss_weight and (state.global_step + 1) % args.gram_refresh_steps == 0:
             kwargs["model"].refresh_gram_teacher()
 
 
 @dataclass
 class _Iterator:
-    """What an epoch's batches really come from: Trainer's iterator, or the one that took its place."""
+    """Source of the batches of an epoch: the iterator of Trainer, or its replacement after a worker restart."""
 
     of_epoch: Any
     batches: Any
@@ -119,25 +119,27 @@ class _Iterator:
 
 
 class DinoTrainer(CheckpointedTrainer):
-    """`transformers.Trainer` for `SelfDistillation`: everything of the recipe is elsewhere, this connects it.
+    """`transformers.Trainer` for `SelfDistillation`; connects the recipe, which other modules implement, to Trainer.
 
-    A checkpoint holds the whole module, so student, teacher, heads and centers; with the optimizer and the position
-    in the data a resumed run repeats the unbroken one bit for bit on a CPU, with any number of workers. The images of
-    a step, though not their split, are the same on any number of processes. A stream (`IterableDataset`) is read
-    again from the start of its epoch up to the position.
+    A checkpoint holds the whole module (student, teacher, heads and centers), the optimizer and the position in the
+    data. On a CPU, a resumed run reproduces the uninterrupted run bit for bit, with any number of workers. The set of
+    images of a step does not depend on the number of processes, but their assignment to processes does. A stream
+    (`IterableDataset`) is reread from the start of its epoch up to the position.
 
     Args:
-        model: student, teacher and losses.
-        args: arguments of the run.
-        train_dataset: map-style, indexed by `(epoch, index)` and with a length; see `hf_regvit.data.MultiCropDataset`.
-        data_collator: makes the keyword arguments of `SelfDistillation.forward` from a list of items.
-        high_resolution: data set and collator of the last `args.high_resolution_steps`, with the same images. The
-            position table is resampled in every forward pass, the optimizer and all schedules go on.
-        callbacks: observers.
-        image_processor: published with the teacher where checkpoints are pushed.
+        model: Student, teacher and losses.
+        args: Arguments of the run.
+        train_dataset: Map-style dataset with a length, indexed by `(epoch, index)`; see
+            `hf_regvit.data.MultiCropDataset`.
+        data_collator: Function that makes the keyword arguments of `SelfDistillation.forward` from a list of items.
+        high_resolution: Dataset and collator of the last `args.high_resolution_steps`, with the same images. The
+            position table is resampled in every forward pass; the optimizer and all schedules continue.
+        callbacks: Observers.
+        image_processor: Image processor that is published with the teacher when checkpoints are pushed.
 
     Raises:
-        ValueError: several GPUs in one process (`DataParallel`), or no data for the high-resolution steps.
+        ValueError: If one process has several GPUs (`DataParallel`), or there is no data for the high-resolution
+            steps.
     """
 
     model: SelfDistillation
@@ -156,13 +158,13 @@ class DinoTrainer(CheckpointedTrainer):
     ) -> None:
         if args.high_resolution_steps and high_resolution is None:
             raise ValueError(
-                f"high_resolution_steps is {args.high_resolution_steps}, but there is no data of that size; pass "
-                "high_resolution=(data set, collator)."
+                f"high_resolution_steps is {args.high_resolution_steps}, but no high-resolution data was given. Pass "
+                "high_resolution=(dataset, collator)."
             )
         if args.n_gpu > 1:
             raise ValueError(
-                f"{args.n_gpu} GPUs in one process: Trainer would use DataParallel, which breaks the teacher. "
-                "Start with `accelerate launch` or set CUDA_VISIBLE_DEVICES to one GPU."
+                f"There are {args.n_gpu} GPUs in one process, so Trainer would use DataParallel, which breaks the "
+                "teacher. Start the run with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
             )
         self._rules = _StepRules()
         self._sampler: EpochSampler | None = None
@@ -178,17 +180,17 @@ class DinoTrainer(CheckpointedTrainer):
                 parts=parts,
                 weights=args.data_weights,
             )
-        self._position, self._first_step = (0, 0), 0  # where a resumed run starts: epoch and images, optimizer step
+        self._position, self._first_step = (0, 0), 0  # start of a resumed run: (epoch, images), optimizer step
         self._high_resolution = high_resolution
         self._iterator: _Iterator | None = None
         self._targets: list[TeacherTargets] = []
         self._micro_batches: list[dict[str, Tensor]] = []
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
-        # Clock and step at the last log line; the clock starts with the first step, not with the set-up.
+        # Time and step at the last log line. The clock starts with the first step, so that setup is not counted.
         self._window = (0.0, -1)
         self._started = (0.0, 0)
-        self._waited = 0.0  # seconds for data since the last log line
-        # When training began, and the seconds that went into the checkpoint it goes on from.
+        self._waited = 0.0  # seconds spent waiting for data since the last log line
+        # Start time of training, and the training time of the checkpoint that it resumes from.
         self._began, self._seconds_before = time.perf_counter(), 0.0
         self._guard = FiniteGuard(cast(str, args.output_dir))
         self._image_processor = image_processor
@@ -200,34 +202,34 @@ class DinoTrainer(CheckpointedTrainer):
             callbacks=[self._rules, self._guard, *callbacks],
         )
         if args.torch_compile:
-            # The blocks instead of the whole module, whose number of masked patches changes with every batch.
+            # Compile the blocks only: the number of masked patches, a shape of the whole module, varies per batch.
             self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
             model.compile_blocks(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-        self._guard.check_gradients = self.accelerator.scaler is None  # a scaler skips steps that overflow by itself
-        # Trainer prints raw dictionaries; the progress bar and the metrics file say the same once.
+        self._guard.check_gradients = self.accelerator.scaler is None  # a scaler skips overflowing steps itself
+        # Trainer would print raw dictionaries, which the progress bar and the metrics file already cover.
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         if not args.disable_tqdm:
             self.add_callback(TrainingProgress())
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Accelerate's, with one precision for every kind of parallelism: autocast over float32 parameters.
+        """Create the accelerator with the same precision for every parallelism: autocast over float32 parameters.
 
-        For FSDP2 accelerate would also gather parameters, reduce gradients and hand over mask weights and the loss in
-        bf16. The prototypes, which run in float32, would be rounded before they are used. Parameters are gathered in
-        float32 instead, twice the bytes.
+        For FSDP2, accelerate would also use bf16 to gather parameters, reduce gradients, and pass mask weights and the
+        loss. This would round the prototypes, which run in float32. Parameters are gathered in float32 instead, at
+        twice the number of bytes.
         """
         super().create_accelerator_and_postprocess()
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
 
-    # The data: every process takes its share of one order, from any position in it.
+    # Data: each process reads its portion of one common order, starting at any position.
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's, with a time limit for workers."""
+        """Return the training data loader, with a timeout for workers."""
         if self._stream_sampler is not None:
             return self._data_loader(self._stream_sampler)
         if self._sampler is None:
@@ -252,17 +254,18 @@ class DinoTrainer(CheckpointedTrainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             multiprocessing_context=args.dataloader_multiprocessing_context,
         )
-        if isinstance(sampler, StreamSampler):  # holds the share of this process already
+        if isinstance(sampler, StreamSampler):  # already restricted to this process
             from accelerate.data_loader import prepare_data_loader
 
             return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=True)
         return self.accelerator.prepare(loader)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Trainer's, timed, and with a second chance for workers that hang or die.
+        """Return the micro-batches of one step; measure the waiting time and restart failed workers once.
 
         Raises:
-            RuntimeError: a worker hangs or dies a second time; names the images it may have been reading.
+            RuntimeError: If a worker hangs or dies a second time. The message names the images that it may have been
+                reading.
         """
         started = time.perf_counter()
         if self._iterator is None or self._iterator.of_epoch is not epoch_iterator:
@@ -282,9 +285,9 @@ class DinoTrainer(CheckpointedTrainer):
                     raise
                 names = ", ".join(self._undelivered_images(len(batches)))
                 if self._iterator.failed:
-                    error.add_note(f"It happened twice. One of these images was being read: {names}.")
+                    error.add_note(f"This happened twice. One of these images was being read: {names}.")
                     raise
-                logger.warning("%s Workers are started again. Being read was one of: %s.", error, names)
+                logger.warning("%s Restarting the workers. One of these images was being read: %s.", error, names)
                 self._iterator.failed = True
                 self._restart_workers(self._iterator, len(batches))
         self._waited += time.perf_counter() - started
@@ -294,17 +297,17 @@ class DinoTrainer(CheckpointedTrainer):
     def _restart_workers(self, iterator: "_Iterator", micro_batches: int) -> None:
         sampler = self._sampler_after(micro_batches)
         loader = self._data_loader(sampler, high_resolution=iterator.high_resolution)
-        cast(Any, loader).set_epoch(sampler.epoch)  # accelerate's loader counts epochs itself, from 0
+        cast(Any, loader).set_epoch(sampler.epoch)  # accelerate's loader would count epochs from 0
         iterator.batches = iter(loader)
 
     def _is_high_resolution(self) -> bool:
-        """Whether the running step is one of the last ones, with larger crops."""
+        """Return True if the current step is one of the high-resolution steps."""
         if not self.args.high_resolution_steps:
             return False
         return self.state.global_step >= self.args.first_high_resolution_step(self.state.max_steps)
 
     def _sampler_after(self, micro_batches: int) -> EpochSampler:
-        """A sampler of the running epoch from the first image that no step has got, `micro_batches` on."""
+        """Return a sampler of the current epoch that starts `micro_batches` after the first image not yet used."""
         sampler = copy.copy(cast("EpochSampler", self._sampler))
         epoch, offset = sampler.position(self.state.global_step - self._first_step)
         per_micro_batch = self.args.per_device_train_batch_size * self.args.world_size
@@ -313,7 +316,7 @@ class DinoTrainer(CheckpointedTrainer):
         return sampler
 
     def _undelivered_images(self, micro_batches: int) -> list[str]:
-        """Names of the images of the next two micro-batches: the loader reads one ahead."""
+        """Return the image names of the next two micro-batches, because the loader reads one batch ahead."""
         args = self.args
         ahead = itertools.islice(
             self._sampler_after(micro_batches), 2 * args.per_device_train_batch_size * args.world_size
@@ -323,13 +326,13 @@ class DinoTrainer(CheckpointedTrainer):
 
     @property
     def seconds(self) -> float:
-        """Time of the training so far, that of the run it goes on from included."""
+        """Training time so far in seconds, including the run that was resumed."""
         return self._seconds_before + time.perf_counter() - self._began
 
-    # Resuming: what has to agree, and where to start.
+    # Resuming: settings that must match, and the position to start at.
 
     def resume_state(self) -> dict[str, Any]:
-        """Position in the data, recipe, size of a step, the data's fingerprint, versions and time so far."""
+        """Return data position, recipe, images per step, data fingerprint, package versions and time so far."""
         state = {
             "seconds": self.seconds,
             "images_per_step": self.args.images_per_step,
@@ -339,7 +342,7 @@ class DinoTrainer(CheckpointedTrainer):
         }
         if self._sampler is not None:
             state["position"] = self._sampler.position(self.state.global_step - self._first_step)
-        elif self._stream_sampler is not None:  # images of all processes since the beginning; no epochs
+        elif self._stream_sampler is not None:  # images of all processes since the start; a stream has no epochs
             steps = self.state.global_step - self._first_step
             state["position"] = (
                 0,
@@ -349,10 +352,11 @@ class DinoTrainer(CheckpointedTrainer):
         return state
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
-        """Logs what differs from the run that wrote a checkpoint, and refuses what changes its images.
+        """Log differences from the run that wrote the checkpoint, and reject those that change its images.
 
         Raises:
-            ValueError: other images per step without `allow_batch_change`, other images without `allow_data_change`.
+            ValueError: If the number of images per step differs without `allow_batch_change`, or the images differ
+                without `allow_data_change`.
         """
         now = self.resume_state()
         for part, unimportant in (("recipe", {"output_dir", "resume_from_checkpoint"}), ("packages", set())):
@@ -368,13 +372,13 @@ class DinoTrainer(CheckpointedTrainer):
             if name in saved and saved[name] != now[name] and not allowed:
                 option = {"images_per_step": "allow_batch_change", "data": "allow_data_change"}[name]
                 raise ValueError(
-                    f"{name} is {now[name]}, the checkpoint was written with {saved[name]}. The run would see other "
-                    f"images per step than the unbroken one. Set it back, or accept that with --{option}."
+                    f"{name} is {now[name]}, but the checkpoint was written with {saved[name]}. The steps would see "
+                    f"other images than in an uninterrupted run. Restore the old value, or pass --{option}."
                 )
         if saved.get("processes", self.args.world_size) != self.args.world_size and self._stream_sampler is not None:
             logger.warning(
-                "The stream was read by %d processes, now by %d: images of the current pass may come twice or not at "
-                "all.", saved["processes"], self.args.world_size,
+                "The stream was read by %d processes and is now read by %d. Images of the current pass may be "
+                "repeated or skipped.", saved["processes"], self.args.world_size,
             )  # fmt: skip
         self._position = tuple(saved.get("position", (0, 0)))
         self._seconds_before = float(saved.get("seconds", 0.0))
@@ -393,12 +397,12 @@ class DinoTrainer(CheckpointedTrainer):
         if self._sampler is None:
             return start
         self._sampler.start_at(*self._position)
-        self._sampler.start_at(*self._sampler.position(0))  # the end of an epoch is the start of the next
+        self._sampler.start_at(*self._sampler.position(0))  # turns the end of an epoch into the start of the next
         self._position, self._first_step = (0, 0), self.state.global_step
         return self._sampler.start[0], 0
 
     def _announce(self, total_steps: int) -> None:
-        """How long the run is in every unit, what the learning rate comes to, and what does not fit its length."""
+        """Log the length of the run and the peak learning rate, and warn of durations that exceed the run."""
         schedules, per_step = self.args.schedules(total_steps), self.args.images_per_step
         epochs = "" if self._sampler is None else f", {total_steps * per_step / len(self._sampler):.4g} epochs"
         logger.info(
@@ -409,17 +413,17 @@ class DinoTrainer(CheckpointedTrainer):
         for name in names:
             if getattr(schedules, name) > total_steps:
                 logger.warning(
-                    "%s is %d, longer than the run of %d steps. A number below 1 is a share of the run.",
+                    "%s is %d, longer than the run of %d steps. Use a value below 1 to give a fraction of the run.",
                     name, getattr(schedules, name), total_steps,
                 )  # fmt: skip
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
-        """Trainer's, with as many epochs as a resumed run may need: the number of steps ends it."""
+        """Return Trainer's initial values, with enough epochs for a resumed run, which ends by its step count."""
         epochs, *others = super().set_initial_training_values(args, dataloader)
         return (epochs + (self._position != (0, 0)) * (self._position[0] + 1), *others)
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        if self._sampler is not None:  # Trainer counts from where it started
+        if self._sampler is not None:  # Trainer would count from the step at which the run was resumed
             epoch, offset = self._sampler.position(self.state.global_step - self._first_step)
             self.state.epoch = epoch + offset / len(self._sampler)
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -427,7 +431,7 @@ class DinoTrainer(CheckpointedTrainer):
     # The step.
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with one parameter group per pair of multipliers."""
+        """Create the AdamW optimizer, with one parameter group per pair of multipliers."""
         if self.optimizer is None:
             student = self.model.student
             rules = parameter_rules(
@@ -441,11 +445,11 @@ class DinoTrainer(CheckpointedTrainer):
         return self.optimizer
 
     def _get_learning_rate(self) -> float:
-        # The optimizer's first group is the slowest one; the log shows the rate of a multiplier of 1.
+        # The first group of the optimizer has the smallest rate; the log shows the rate for a multiplier of 1.
         return self._rules.values.learning_rate
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
-        # Once, before the separate clips: a second unscaling under fp16 raises.
+        # Unscale once, before the parts are clipped separately: a second unscaling under fp16 raises an error.
         self.accelerator.unscale_gradients()
         norms = self.model.clip_gradients(self.args.max_grad_norm)
         self._guard.see_gradients(norms)
@@ -461,9 +465,9 @@ class DinoTrainer(CheckpointedTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Loss of one micro-batch. Whether it is finite, `FiniteGuard` asks once per step for all processes."""
+        """Compute the loss of one micro-batch; `FiniteGuard` checks once per step that it is finite everywhere."""
         tensors: dict[str, Any] = without_ids(inputs)
-        if self._micro_batches:  # the first of several: all their targets are solved together
+        if self._micro_batches:  # first micro-batch of a step: compute the targets of all of them jointly
             batches = [self._prepare_inputs(without_ids(batch)) for batch in self._micro_batches]
             self._micro_batches = []
             with self.accelerator.autocast():
@@ -477,19 +481,19 @@ class DinoTrainer(CheckpointedTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """One forward and backward pass; the clock starts with the first."""
+        """Run one forward and backward pass; the first call starts the clock."""
         if self._window[1] < 0:
-            self.log({})  # what observers have measured before the first step
+            self.log({})  # log what the observers have measured before the first step
             self._window = self._started = (time.perf_counter(), self.state.global_step)
-            self._waited = 0.0  # the first wait is the start of the workers
+            self._waited = 0.0  # the first wait is the startup of the workers
         return super().training_step(model, inputs, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Trainer's, with an error that helps where the memory does not suffice.
+        """Train the network, and report an out-of-memory error with advice.
 
         Raises:
-            NonFiniteError: a loss or gradient that is NaN or infinite.
-            torch.OutOfMemoryError: with the measured peak and what to change.
+            NonFiniteError: If a loss or gradient is NaN or infinite.
+            torch.OutOfMemoryError: If memory runs out; the message has the measured peak and the options to change.
         """
         self._began = time.perf_counter()
         try:
@@ -498,32 +502,32 @@ class DinoTrainer(CheckpointedTrainer):
             raise out_of_memory(error, self.args, step=self.state.global_step) from error
 
     def _record(self, terms: dict[str, Tensor]) -> None:
-        """Sums terms on the device; their means are read once per log line, not once per step."""
+        """Sum terms on the device, so that their means are read once per log line instead of once per step."""
         for name, value in terms.items():
             total, count = self._terms.get(name, (0.0, 0))
             self._terms[name] = (total + value.detach(), count + 1)
 
     def _mean_terms(self) -> dict[str, float]:
-        """Mean of every recorded term over the steps since the last log line and over the processes."""
+        """Return the mean of every recorded term over the steps since the last log line and over the processes."""
         means = torch.stack([torch.as_tensor(total).float() / count for total, count in self._terms.values()])
         return dict(zip(self._terms, self.accelerator.reduce(means, reduction="mean").tolist(), strict=True))
 
-    # What pushes publish: the teacher's backbone, as at the end of the run.
+    # Pushes publish the backbone of the teacher, as at the end of the run.
 
     def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
-        """The teacher's backbone among the tensors of a checkpoint."""
+        """Return the teacher backbone from the tensors of a checkpoint."""
         return _teacher(self.model.student_backbone.config, state)
 
     def hub_processor(self) -> Any:
-        """That of the run."""
+        """Return the image processor of the run."""
         return self._image_processor
 
     def hub_facts(self) -> dict[str, Any]:
-        """The recipe."""
+        """Return the recipe as fields of the model card."""
         return pretraining_facts(public_recipe(self.args.resolved()))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds the named loss terms, schedules, speed, memory and what observers have measured."""
+        """Log with the loss terms, schedules, speed, memory and measurements of the observers added."""
         measured, measuring = {}, 0.0
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Observer):
@@ -542,7 +546,7 @@ class DinoTrainer(CheckpointedTrainer):
         super().log(logs, start_time)
 
     def _speed(self, measuring: float) -> dict[str, float]:
-        """Speed of the steps since the last log line, without what observers took; remaining time with it."""
+        """Return speed since the last log line (excluding observers), remaining time (including them) and memory."""
         now, step = time.perf_counter(), self.state.global_step
         steps, seconds = step - self._window[1], max(now - self._window[0] - measuring, 1e-9)
         per_step = (now - self._started[0]) / max(step - self._started[1], 1)
@@ -571,34 +575,34 @@ def pretrain(
     image_processor: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> RegViTModel:
-    """Pretrains a backbone on images without labels and returns the EMA teacher.
+    """Pretrain a backbone on unlabeled images and return the EMA teacher.
 
-    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor and a card, for
-    `AutoModel.from_pretrained`), `training/` (student, heads and centers as safetensors, for continued pretraining),
-    `metrics.jsonl`, `panels/`, `curves.png`, `resolved_recipe.yaml` (every argument, readable as a recipe),
-    `environment.json`, `report.json` and Trainer's checkpoints. A run that an alarm has stopped leaves all but
-    `backbone/` and `training/`.
+    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor and a model card,
+    for `AutoModel.from_pretrained`), `training/` (student, heads and centers as safetensors, for continued
+    pretraining), `metrics.jsonl`, `panels/`, `curves.png`, `resolved_recipe.yaml` (all arguments, readable as a
+    recipe), `environment.json`, `report.json` and the checkpoints of Trainer. A run that was stopped by an alarm
+    writes everything except `backbone/` and `training/`.
 
     Args:
-        args: the run. `resume_from_checkpoint` takes a checkpoint folder, or `"last"` for the newest one in
-            `output_dir` that verifies, if there is any.
-        model: configuration of the backbone, or a backbone to continue from (it is copied, not changed); default:
-            what `args` describe.
-        train_dataset: indexed by `(epoch, index)`, giving `global_crops` (2, 3, S, S), `local_crops` (L, 3, s, s),
-            `sample_id` and `epoch`; default: multi-crop views of `args.data`.
-        data_collator: from a list of such items to the arguments of `SelfDistillation.forward`; default: stacks them
-            and draws block masks.
-        image_processor: saved beside the backbone; default: resize, centre crop to `args.evaluation_size` or
-            `args.global_crop_size`, ImageNet statistics.
-        callbacks: observers, such as `hf_regvit.callbacks.OnlineKNN`.
+        args: Arguments of the run. `resume_from_checkpoint` is a checkpoint folder, or `"last"` for the newest valid
+            checkpoint in `output_dir`, if there is one.
+        model: Configuration of the backbone, or a backbone to continue from (copied, not modified); default: the
+            backbone that `args` describe.
+        train_dataset: Dataset indexed by `(epoch, index)` whose items hold `global_crops` (2, 3, S, S), `local_crops`
+            (L, 3, s, s), `sample_id` and `epoch`; default: multi-crop views of `args.data`.
+        data_collator: Function from a list of such items to the arguments of `SelfDistillation.forward`; default:
+            stacks the items and draws block masks.
+        image_processor: Image processor that is saved with the backbone; default: resize, center crop to
+            `args.evaluation_size` or `args.global_crop_size`, ImageNet statistics.
+        callbacks: Observers, such as `hf_regvit.callbacks.OnlineKNN`.
 
     Returns:
-        The teacher's backbone in eval mode.
+        The teacher backbone in eval mode.
 
     Raises:
-        ValueError: arguments that do not fit together, or fewer images than one batch.
-        NonFiniteError: a loss or gradient that is NaN or infinite.
-        CollapseError: an alarm of collapse, with `args.stop_on_collapse`.
+        ValueError: If arguments contradict each other, or there are fewer images than one step needs.
+        NonFiniteError: If a loss or gradient is NaN or infinite.
+        CollapseError: If a collapse alarm is raised and `args.stop_on_collapse` is set.
     """
     from .images import default_image_processor
 
@@ -612,12 +616,15 @@ def pretrain(
         train_dataset = _build_dataset(args, config)
     if isinstance(train_dataset, MultiCropStream):
         if args.max_steps <= 0:
-            raise ValueError("a stream has no length, so no number of epochs ends the run. Set --max_steps.")
+            raise ValueError(
+                f"max_steps is {args.max_steps}, but a stream has no length, so epochs cannot end the run. Set "
+                "--max_steps to at least 1."
+            )
     elif (num_images := len(cast(Sized, train_dataset))) < args.images_per_step:
         raise ValueError(
-            f"there are {num_images} images for steps of {args.images_per_step}; expected at least one full "
-            "step per epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, "
-            "or give more images (--data takes several sources)."
+            f"There are {num_images} images for steps of {args.images_per_step}; expected at least one full step per "
+            "epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, or add "
+            "images (--data accepts several sources)."
         )
     if data_collator is None:
         data_collator = _build_collator(args, config, args.global_crop_size)
@@ -626,7 +633,7 @@ def pretrain(
         size = args.evaluation_size
         last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
         image_processor = default_image_processor(size or last, resize=size)
-    output = Path(cast(str, args.output_dir))  # Trainer's own default if it was not given
+    output = Path(cast(str, args.output_dir))  # Trainer sets a default if it was not given
     watching = observers(
         args,
         train_dataset,
@@ -664,7 +671,7 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
     if args.init_from is None:
         return None
     if model is not None:
-        raise ValueError(f"both init_from ('{args.init_from}') and a model were given; expected one of them.")
+        raise ValueError(f"Got both init_from='{args.init_from}' and a model; expected only one. Remove one of them.")
     start = starting_point(
         args.init_from,
         num_register_tokens=args.num_register_tokens,
@@ -677,12 +684,12 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
         if ignored := _ignored_fields(args, start.student.config):
-            logger.warning("The backbone is that of '%s'. Not used: %s.", args.init_from, ", ".join(ignored))
+            logger.warning("The backbone comes from '%s'. Ignored: %s.", args.init_from, ", ".join(ignored))
     return start
 
 
 def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[str]:
-    """Options of the backbone that were given and that a backbone to start from has otherwise."""
+    """Return the backbone options that were given but differ from the backbone to start from."""
     names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
     defaults = {item.name: item.default for item in dataclasses.fields(args)}
     given = {name: getattr(args, name) for name in (*names, "layerscale_value")}
@@ -705,11 +712,11 @@ def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
 
 
 def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
-    """Trains, and writes report and curves however it ends.
+    """Train, and write the report and the curves even if an alarm stops the run.
 
     Raises:
-        NonFiniteError: a loss or gradient that is NaN or infinite.
-        CollapseError: an alarm of collapse that was asked to stop the run.
+        NonFiniteError: If a loss or gradient is NaN or infinite.
+        CollapseError: If a collapse alarm is raised and alarms stop the run.
     """
     started = time.perf_counter()
     stopped: Exception | None = None
@@ -717,7 +724,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
         trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
         if alarms.stop and alarms.raised:
             last = alarms.raised[-1]
-            stopped = CollapseError(f"stopped at step {last.step}, {last.name}: {last.message}")
+            stopped = CollapseError(f"Stopped at step {last.step} by the alarm {last.name}: {last.message}")
     except NonFiniteError as error:
         alarms.record(Alarm("not_finite", trainer.state.global_step, str(error)), trainer.state)
         stopped = error
@@ -732,15 +739,18 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
 
 
 def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> SelfDistillation:
-    """Student from a configuration, a backbone or the arguments, with everything around it."""
+    """Build the network, with the student from a configuration, a backbone or the arguments."""
     if isinstance(model, RegViTModel):
         backbone = copy.deepcopy(model)
         if not model.config.use_mask_token:
             backbone = RegViTModel(_with_mask_token(model.config))
             missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
             if missing != ["embeddings.mask_token"] or unexpected:
-                raise ValueError(f"the backbone to continue from lacks {missing} and has in addition {unexpected}.")
-        # Loading under from_pretrained leaves a model in eval mode and a caller may have frozen parts of it.
+                raise ValueError(
+                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
+                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
+                )
+        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
         backbone.train().requires_grad_(True)
     else:
         backbone = RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
@@ -751,8 +761,8 @@ def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel
     ratio = shape.num_prototypes / (2 * args.per_device_train_batch_size * args.world_size)
     if ratio > 32:
         logger.warning(
-            "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch; small runs learn with a "
-            "ratio of 32 or less, e.g. head_num_prototypes=%d.",
+            "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch. Small runs need a ratio of at "
+            "most 32; set, for example, head_num_prototypes=%d.",
             shape.num_prototypes,
             ratio,
             shape.num_prototypes // ratio,
@@ -781,7 +791,7 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 
 
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
-    """Multi-crop views of `args.data`."""
+    """Build the dataset of multi-crop views of `args.data`."""
     from .data import BadImages
     from .images import load_images, stream_images
 
@@ -789,7 +799,7 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
     record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
     if args.process_index == 0 and not args.resume_from_checkpoint:
-        record.unlink(missing_ok=True)  # of an earlier run, whose images may have been repaired
+        record.unlink(missing_ok=True)  # left by an earlier run, whose images may have been repaired since
     if args.streaming:
         streams = [stream_images(one, **columns) for one in args.data]
         bad_images = BadImages(record, max_bad_share=args.max_bad_share)
@@ -823,11 +833,11 @@ def _build_collator(args: PretrainingArguments, config: RegViTConfig, global_siz
 
 
 def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset) -> tuple[Dataset, DinoCollator]:
-    """The same images with the crops of the high-resolution steps."""
+    """Return a dataset of the same images, and its collator, with the crops of the high-resolution steps."""
     if not isinstance(dataset, MultiCropDataset):
         raise ValueError(
-            f"high_resolution_steps works on a MultiCropDataset, not on {type(dataset).__name__}; use DinoTrainer "
-            "with its high_resolution argument."
+            f"high_resolution_steps requires a MultiCropDataset, not {type(dataset).__name__}. Use DinoTrainer and "
+            "its high_resolution argument instead."
         )
     size, local_size = args.high_resolution_size, args.high_resolution_local_size or args.local_crop_size
     larger = copy.copy(dataset)  # shares the cache of decoded images
@@ -836,19 +846,19 @@ def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset
 
 
 def _whole_state(network: SelfDistillation) -> dict[str, Tensor]:
-    """Every tensor of the network on the CPU of every process, gathered where FSDP2 has sharded it."""
+    """Return all tensors of the network on the CPU of every process; tensors sharded by FSDP2 are gathered."""
     return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in network.state_dict().items()}
 
 
 def _teacher(config: RegViTConfig, state: Mapping[str, Tensor]) -> RegViTModel:
-    """The result of a run, from the tensors of the whole network."""
+    """Return the teacher backbone from the tensors of the whole network."""
     backbone = RegViTModel(copy.deepcopy(config))
     backbone.load_state_dict({name.removeprefix(EXPORTED): state[name] for name in state if name.startswith(EXPORTED)})
     return backbone.eval()
 
 
 def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
-    """What continued pretraining needs beside the backbone: one file each for student, teacher heads and centers."""
+    """Save student, teacher heads and centers, one file each, for continued pretraining."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = {
         "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
@@ -865,7 +875,7 @@ def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def _fingerprint(dataset: Any) -> dict[str, Any]:
-    """How many images there are, and a hash of their names in order where they have names."""
+    """Return the number of images and a hash of their names in order, or None if they have no names."""
     ids = getattr(getattr(dataset, "source", None), "ids", None)
     count = len(dataset) if isinstance(dataset, Sized) else None
     if isinstance(dataset, MultiCropStream):
@@ -879,7 +889,7 @@ def _fingerprint(dataset: Any) -> dict[str, Any]:
 
 
 def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
-    """Summary of a run."""
+    """Return the summary of a run."""
     watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
@@ -887,7 +897,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
-        # A stream has no length; Trainer counts the share of the run instead.
+        # A stream has no length; there, Trainer counts the fraction of the run instead.
         "epochs": None
         if isinstance(trainer.train_dataset, IterableDataset | MultiCropStream)
         else trainer.state.epoch,

@@ -1,8 +1,8 @@
-"""Pushes from a running training, for every `hub_strategy` of transformers.
+"""Pushes to the Hub during training, for every `hub_strategy` of transformers.
 
-Trainer's own send the run folder as it is: without code files and card before the end of the run, with a pickle that
-holds the token, in one attempt whose error is lost. Here a push is a folder made for it, with everything that loading
-needs from the first one on; it is tried again after faults, and what fails is told at the end and hurts nothing.
+Trainer itself pushes the run folder unchanged: without code files and model card before the end of the run, with a
+pickle that contains the token, and in a single attempt whose error is lost. Here, every push sends a separate folder
+with everything that loading needs. A failed push is retried; failures are reported at the end and never stop the run.
 """
 
 import copy
@@ -27,20 +27,20 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
 MANIFEST = "manifest.json"
-TRAINING_ARGS = "training_args.bin"  # a pickle, with the token of the Hub in it: it is never pushed
-PUSHING = ".pushing"  # folders inside the run folder of what is being sent
+TRAINING_ARGS = "training_args.bin"  # a pickle that contains the Hub token, so it is never pushed
+PUSHING = ".pushing"  # prefix of the folders inside the run folder that hold the files being pushed
 
 
 class PushingTrainer(Trainer):
-    """`transformers.Trainer` with pushes that a stranger can load.
+    """`transformers.Trainer` whose pushes can be loaded without this package.
 
-    Subclasses say what is published: `hub_model`, `hub_processor`, `hub_facts`.
+    Subclasses define the published content: `hub_model`, `hub_processor`, `hub_facts`.
 
     Attributes:
-        pushes: What was sent and what failed.
+        pushes: Completed and failed pushes.
     """
 
-    hub_model_id: Any  # Trainer types it as None
+    hub_model_id: Any  # Trainer declares it as None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.pushes = BackgroundPushes()
@@ -48,45 +48,45 @@ class PushingTrainer(Trainer):
 
     @property
     def is_hurried(self) -> bool:
-        """Whether the process has to end soon."""
+        """True if the process must end soon."""
         return False
 
     def hub_model(self, state: Mapping[str, torch.Tensor]) -> Any:
-        """The model to publish, from the tensors of a checkpoint; default: the trained one."""
+        """Return the model to publish, from the tensors of a checkpoint; default: the trained model."""
         model = cast(Any, self.accelerator.unwrap_model(self.model))
         published = type(model)(copy.deepcopy(model.config))
         published.load_state_dict(state)
         return published
 
     def hub_processor(self) -> Any:
-        """The image processor to publish beside it; None if there is none."""
+        """Return the image processor to publish with the model, or None."""
         return self.processing_class
 
     def hub_facts(self) -> dict[str, Any]:
-        """Fields of `model_card.CardFacts` that are known while the run goes on."""
+        """Return the fields of `model_card.CardFacts` that are known during the run."""
         return {"limits": ("Its training is not finished.",)}
 
     def hub_names(self) -> dict[str, str]:
-        """What the card calls the model, and what it tells people to load."""
+        """Return the model name for the card and, if known, the repository id to load."""
         if not self.hub_model_id:
             return {"name": Path(cast(str, self.args.output_dir)).absolute().name}
         return {"name": self.hub_model_id.split("/")[-1], "repo_id": self.hub_model_id}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Makes the repository, private unless `hub_private_repo` says otherwise; called on every process.
+        """Create the repository, private unless `hub_private_repo` is False; called on every process.
 
         Raises:
-            RefusedError: On every process: the Hub does not take this token or name. Better now than after training.
+            RefusedError: If the Hub rejects the token or the name; raised on every process, before training starts.
         """
         from accelerate.utils import broadcast_object_list
 
-        answer: list[Any] = [None, None]  # name of the repository, reason of a refusal
+        answer: list[Any] = [None, None]  # name of the repository, reason for a rejection
         if self.is_world_process_zero():
             try:
                 answer[0] = self._make_repository(token, private)
             except RefusedError as error:
                 answer[1] = str(error)
-        if self.args.world_size > 1:  # or the others would wait for the first one until a timeout
+        if self.args.world_size > 1:  # otherwise the other processes would wait until a timeout
             broadcast_object_list(answer)
         self.hub_model_id, refusal = answer
         if refusal is not None:
@@ -103,19 +103,22 @@ class PushingTrainer(Trainer):
         except RefusedError:
             raise
         except PushError as error:
-            logger.warning("Training starts all the same, and pushes will try again. %s", error)
+            logger.warning("The repository could not be created. Training starts, and pushes will retry. %s", error)
             return wanted
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing: the folder has a hidden name now. `push_checkpoint` comes when it is finished."""
+        """Do nothing, because the folder is not finished yet; `push_checkpoint` is called later."""
 
     def push_checkpoint(self, checkpoint: Path) -> None:
-        """Sends a finished checkpoint in the background, as `hub_strategy` says; raises nothing."""
+        """Push a finished checkpoint in the background, according to `hub_strategy`; errors are only logged."""
         args = self.args
         if not args.push_to_hub or args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
             return
         if self.pushes.busy and not args.hub_always_push:
-            logger.info("%s is not pushed: the push before it is not finished (hub_always_push).", checkpoint.name)
+            logger.info(
+                "%s is not pushed, because the previous push is not finished. Set hub_always_push to push it anyway.",
+                checkpoint.name,
+            )
             return
         beside = {
             HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name
@@ -125,8 +128,8 @@ class PushingTrainer(Trainer):
         def prepare() -> None:
             if not (checkpoint / WEIGHTS).is_file():
                 raise ValueError(
-                    f"it has no {WEIGHTS}, its weights are in pieces of the processes. Set the state_dict_type of "
-                    "fsdp_config to FULL_STATE_DICT, or push at the end only (--hub_strategy end)."
+                    f"It has no {WEIGHTS}, because its weights are sharded by process. Set the state_dict_type of "
+                    "fsdp_config to FULL_STATE_DICT, or push only at the end (--hub_strategy end)."
                 )
             names = self._write_hub_folder(folder, load_file(checkpoint / WEIGHTS))
             if beside:
@@ -138,9 +141,9 @@ class PushingTrainer(Trainer):
             shutil.rmtree(folder, ignore_errors=True)
 
     def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor], **card: Any) -> list[str]:
-        """Model, code files, processor and card; returns what of it may be sent."""
+        """Write model, code files, processor and card; return the names of the files to push."""
         shutil.rmtree(folder, ignore_errors=True)
-        with torch.random.fork_rng(devices=[]):  # its first weights are drawn, and the run's own draws must stay
+        with torch.random.fork_rng(devices=[]):  # initializing the model must not change the random state of the run
             model = self.hub_model(state)
         model.save_pretrained(folder)
         if (processor := self.hub_processor()) is not None:
@@ -164,14 +167,14 @@ class PushingTrainer(Trainer):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _finish_current_push(self) -> None:
-        """Waits for what is being sent: not long if the machine is about to be taken away."""
+        """Wait for the current push, but only briefly if the process must end soon."""
         if self.pushes.busy:
-            logger.info("Waiting for the push that is under way.")
+            logger.info("Waiting for the current push to finish.")
         self.pushes.wait(10.0 if self.is_hurried else 3600.0)
         if self.pushes.failures:
-            logger.warning("The Hub has %d of %d pushes.", len(self.pushes.sent), self.pushes.count)
+            logger.warning("%d of %d pushes succeeded.", len(self.pushes.sent), self.pushes.count)
 
-    def push_to_hub(  # type: ignore[override]  # what arrived is told in more words than CommitInfo has
+    def push_to_hub(  # type: ignore[override]  # the result has more fields than CommitInfo
         self,
         commit_message: str | None = "End of training",
         blocking: bool = True,
@@ -180,21 +183,21 @@ class PushingTrainer(Trainer):
         private: bool | None = None,
         **card: Any,
     ) -> Any:
-        """Sends the model as it is now, with code files, processor and card, after the pushes under way.
+        """Push the current model with code files, processor and card, after all current pushes.
 
         Args:
-            commit_message: of the commit.
-            blocking: False: in the background, to be waited for by the next push or the end of `train`.
-            token: overrides `args.hub_token`.
-            revision: overrides `args.hub_revision`.
-            private: overrides `args.hub_private_repo`, for a repository that does not exist yet.
-            card: fields of `model_card.CardFacts`, or `finetuned_from` and `model_name` of Trainer's own method.
+            commit_message: Message of the commit.
+            blocking: Whether to wait for the push. Otherwise, the next push or the end of `train` waits for it.
+            token: Token that overrides `args.hub_token`.
+            revision: Revision that overrides `args.hub_revision`.
+            private: Visibility that overrides `args.hub_private_repo`, for a repository that does not exist yet.
+            card: Fields of `model_card.CardFacts`, or `finetuned_from` and `model_name` of the method of Trainer.
 
         Returns:
-            `upload.Sent`; None in the background and in all processes but the first.
+            `upload.Sent`; None in the background and on all processes except the first.
 
         Raises:
-            PushError: It did not arrive.
+            PushError: If the push failed.
         """
         names_of_trainer = {"finetuned_from": "base_model", "model_name": "name"}
         card = {names_of_trainer.get(name, name): value for name, value in card.items()}
@@ -215,7 +218,7 @@ class PushingTrainer(Trainer):
         return self.pushes.start(send, label="the end of training")
 
     def push_result(self, folder: Path) -> None:
-        """Sends the finished folder of a run if `push_to_hub` is set. A failure is logged, never raised."""
+        """Push the finished folder of a run if `push_to_hub` is set; failures are only logged."""
         if not self.args.push_to_hub or not self.is_world_process_zero():
             return
         self._finish_current_push()
@@ -226,15 +229,15 @@ class PushingTrainer(Trainer):
             self._send(folder, names, "End of training")
 
         if self.pushes.note(send, label="the result"):
-            logger.info("Sent to %s.", self.hub_model_id)
+            logger.info("Pushed the result to %s.", self.hub_model_id)
         for failure in self.pushes.failures:
-            logger.warning("NOT on the Hub: %s", failure)
+            logger.warning("This push did not reach the Hub: %s", failure)
         if self.pushes.failures:
-            logger.warning("`regvit publish --model %s --repo_id %s --push` sends it.", folder, self.hub_model_id)
+            logger.warning("To retry, run: regvit publish --model %s --repo_id %s --push", folder, self.hub_model_id)
 
 
 def _link_checkpoint(checkpoint: Path, target: Path) -> list[str]:
-    """A checkpoint under another name, without the pickle of arguments; its rotation does not touch these links."""
+    """Link a checkpoint to another folder, without the pickle of arguments, so that rotation cannot delete it."""
     names = []
     for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
         name = path.relative_to(checkpoint).as_posix()
@@ -248,8 +251,8 @@ def _link_checkpoint(checkpoint: Path, target: Path) -> list[str]:
         else:
             try:
                 os.link(path, target / name)
-            except OSError:  # a file system without links
+            except OSError:  # file systems without hard links
                 shutil.copy2(path, target / name)
         names.append(name)
-    scan(target, names, paths=False)  # a checkpoint is for the owner of the run, whose paths it holds
+    scan(target, names, paths=False)  # a checkpoint may contain paths, because it is meant for the owner of the run
     return [f"{target.name}/{name}" for name in names]

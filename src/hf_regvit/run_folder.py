@@ -1,8 +1,8 @@
-"""The folder of a pretraining run: what it may start from, and what it leaves for people to read.
+"""Folder of a pretraining run: starting points of continued pretraining, and output files.
 
-- `backbone/`: EMA teacher for `AutoModel.from_pretrained`, image processor, card.
-- `training/`: student, teacher heads and centers as safetensors, to go on from here (`--init_from`).
-- `panels/`: the same pictures through the run; `curves.png`: its learning curves.
+- `backbone/`: EMA teacher for `AutoModel.from_pretrained`, image processor, model card.
+- `training/`: student, teacher heads and centers as safetensors, for continued pretraining (`--init_from`).
+- `panels/`: PCA and attention of fixed images during the run; `curves.png`: learning curves.
 - `metrics.jsonl`, `report.json`, `resolved_recipe.yaml`, `environment.json`, and checkpoints.
 """
 
@@ -31,18 +31,18 @@ logger = logging.getLogger(__name__)
 BACKBONE, TRAINING = "backbone", "training"
 
 
-# ---- Starting from something -------------------------------------------------------------------------------------
+# ---- Starting points ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where continued pretraining starts.
+    """Starting point of continued pretraining.
 
     Attributes:
-        student: the student's backbone, ready to train: with mask token, registers and positions of the training grid.
-        teacher: the teacher's; the same object where the source has no student of its own.
-        training: `training/` of the run to go on from, with heads and centers; None where heads start new.
-        changes: what was added or changed, in sentences.
+        student: Student backbone, ready to train: with mask token, registers and positions of the training grid.
+        teacher: Teacher backbone; the same object if the source has no separate student.
+        training: Folder `training/` of the previous run, with heads and centers; None if the heads are new.
+        changes: Sentences that describe the changes made to the source.
     """
 
     student: RegViTModel
@@ -61,28 +61,29 @@ def starting_point(
     drop_path_mode: str = "batch_subset",
     seed: int = 0,
 ) -> StartingPoint:
-    """Open what `--init_from` names.
+    """Open the source given as `--init_from`.
 
     Args:
-        source: folder of a pretraining run (student, teacher, heads and centers are taken over), folder or Hub id of
-            a RegViT, or anything that `hf_regvit.convert` reads (its classifier and pooler are left out).
-        num_register_tokens: registers to add to a model that has none; one that has keeps its own.
-        image_size: side of the training images in pixels; stored positions are resampled to their grid.
-        register_init_std: spread of registers that are added.
-        drop_path_rate: of the student in training.
-        drop_path_mode: as in `RegViTConfig`.
-        seed: of the registers that are added.
+        source: Folder of a pretraining run (student, teacher, heads and centers are loaded), folder or Hub id of a
+            RegViT, or any model that `hf_regvit.convert` reads (its classifier and pooler are dropped).
+        num_register_tokens: Number of registers to add to a model that has none; existing registers are kept.
+        image_size: Side of the training images in pixels; stored positions are resampled to their grid.
+        register_init_std: Standard deviation of registers that are added.
+        drop_path_rate: Drop path rate of the student in training.
+        drop_path_mode: Drop path mode, as in `RegViTConfig`.
+        seed: Random seed for registers that are added.
 
     Raises:
-        ValueError: a side that is no multiple of the patch, a model whose tokens have no final norm, or a checkpoint
-            of an unfinished run.
-        OSError: nothing can be read there.
+        ValueError: If the side is not a multiple of the patch size, the tokens of the model have no final norm, or
+            the source is a checkpoint of an unfinished run.
+        OSError: If the source cannot be read.
     """
     folder = Path(source)
     if (folder / "trainer_state.json").is_file() and not (folder / "config.json").is_file():
         raise ValueError(
-            f"'{source}' is a checkpoint of a run that has to be finished first. Resume it "
-            f"(resume_from_checkpoint={source}, perhaps with max_steps at its step), then start from the run's folder."
+            f"'{source}' is a checkpoint of a run that must be finished first. Resume it with "
+            f"resume_from_checkpoint={source} (set max_steps to its step to finish at once), then start from the run "
+            "folder."
         )
     run = folder if (folder / BACKBONE / "config.json").is_file() else None
     teacher = _open_backbone(
@@ -103,12 +104,12 @@ def starting_point(
             seed=seed,
         )
     if training is None:
-        changes.append("The heads are new: --freeze_backbone_steps keeps the backbone still while they learn.")
+        changes.append("The heads are new; use --freeze_backbone_steps to freeze the backbone until they are trained.")
     return StartingPoint(student, teacher, training, tuple(changes))
 
 
 def _open_backbone(source: str, **changes: Any) -> RegViTModel:
-    """A RegViT as it is, anything else through `convert`; heads and poolers are left out."""
+    """Load a RegViT, or convert any other model to one; heads and poolers are dropped."""
     from transformers import PreTrainedConfig
 
     from .conversion import check_source, convert
@@ -125,8 +126,8 @@ def _open_backbone(source: str, **changes: Any) -> RegViTModel:
     config = copy.deepcopy(model.config)
     if config.final_norm != "tokens":
         raise ValueError(
-            f"'{source}' has final_norm='{config.final_norm}': its tokens are not normed one by one, which the "
-            "losses need. Start from a model that pools CLS."
+            f"'{source}' has final_norm='{config.final_norm}', but the losses need a final norm of each token "
+            "(final_norm='tokens'). Start from a model that pools CLS."
         )
     changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None}
     for name, value in changes.items():
@@ -135,10 +136,12 @@ def _open_backbone(source: str, **changes: Any) -> RegViTModel:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
     missing, unexpected = backbone.load_state_dict(state, strict=False)
     if set(missing) - {"embeddings.mask_token"} or unexpected:
-        raise ValueError(f"'{source}' lacks {missing} and has in addition {unexpected}; expected a plain backbone.")
+        raise ValueError(
+            f"'{source}' has missing tensors {missing} and unexpected tensors {unexpected}; expected a plain backbone."
+        )
     if missing:
         nn.init.zeros_(cast(Tensor, backbone.embeddings.mask_token))
-    # A model that was loaded for use is in eval mode; this one is going to be trained.
+    # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
 
 
@@ -146,7 +149,7 @@ def _open_backbone(source: str, **changes: Any) -> RegViTModel:
 def _prepare(
     backbone: RegViTModel, *, num_register_tokens: int, image_size: int, register_init_std: float, seed: int
 ) -> list[str]:
-    """Adds registers where there are none and brings the positions to the training grid; says what it did."""
+    """Add registers if there are none, resample positions to the training grid, and describe the changes."""
     config = backbone.config
     changes: list[str] = []
     if not config.num_register_tokens and num_register_tokens:
@@ -154,28 +157,28 @@ def _prepare(
         backbone.resize_register_tokens(num_register_tokens, seed=seed)
         changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
     elif config.num_register_tokens != num_register_tokens:
-        changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is not used.")
+        changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is ignored.")
     return changes + fit_positions(backbone, image_size, option="global_crop_size")
 
 
 @torch.no_grad()
 def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> list[str]:
-    """Resamples the stored positions to the grid of square images of this side, in place; says so if it had to.
+    """Resample the stored positions in place to the grid of square images, and describe the change, if any.
 
     Args:
-        backbone: of any image size.
-        image_size: side in pixels.
-        option: what an error calls it.
+        backbone: Backbone of any image size.
+        image_size: Side of the images in pixels.
+        option: Name of the option for the image size, for the error message.
 
     Raises:
-        ValueError: a side that is no multiple of the patch.
+        ValueError: If the side is not a multiple of the patch size.
     """
     config, embeddings = backbone.config, backbone.embeddings
     rows, columns = config.patch_shape
     if image_size % rows or image_size % columns:
         raise ValueError(
-            f"{option} is {image_size}, but the patches of the model to start from are {rows} x {columns} pixels; "
-            "expected a multiple of them."
+            f"{option} is {image_size}, but the patches of the model to start from have {rows} x {columns} pixels. "
+            f"Set {option} to a multiple of the patch size."
         )
     grid, before = (image_size // rows, image_size // columns), config.grid
     if grid == before:
@@ -184,17 +187,17 @@ def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> lis
     table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(table.contiguous())
     config.image_size = image_size
-    embeddings.train(embeddings.training)  # forgets resampled tables of the old one
+    embeddings.train(embeddings.training)  # clears resampled tables that are cached from the old one
     return [f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches."]
 
 
 def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
-    """Puts teacher, heads and centers of a starting point into a network built on its student.
+    """Load teacher, heads and centers of a starting point into a network that was built from its student.
 
-    What Gram anchoring holds on to is the teacher, not the student that the network was built on.
+    The Gram teacher is set to the loaded teacher instead of the student.
 
     Raises:
-        ValueError: heads of other sizes than the network's.
+        ValueError: If the sizes of the heads differ from the network.
     """
     network.teacher_backbone.load_state_dict(start.teacher.state_dict())
     if network.gram_teacher is not None:
@@ -207,8 +210,8 @@ def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
     found = sorted({name.split(".")[0] for name in student if not name.startswith("backbone.")})
     if found != sorted(heads):
         raise ValueError(
-            f"'{start.training}' holds {', '.join(found)}, these arguments ask for {', '.join(heads)}. Set "
-            f"separate_ibot_head as there, or start from '{start.training.parent / BACKBONE}' with new heads."
+            f"'{start.training}' holds {', '.join(found)}, but the arguments require {', '.join(heads)}. Set "
+            f"separate_ibot_head as in that run, or start from '{start.training.parent / BACKBONE}' with new heads."
         )
     for name in heads:
         _load_part(network.student[name], student, f"{name}.", str(start.training))
@@ -220,7 +223,7 @@ def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
         if center is not None and any(key.startswith(f"{name}.") for key in saved):
             _load_part(center, saved, f"{name}.", str(centers))
         elif center is not None:
-            logger.warning("'%s' has no %s: it starts at zero.", start.training, name)
+            logger.warning("'%s' has no %s, so it starts at zero.", start.training, name)
 
 
 def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
@@ -231,30 +234,30 @@ def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, wh
         name = next(n for n in {**expected, **actual} if expected.get(n) != actual.get(n))
         raise ValueError(
             f"'{prefix}{name}' in '{where}' has shape {actual.get(name)}, expected {expected.get(name)}. Set the "
-            f"sizes of the heads (--head_*) as in resolved_recipe.yaml of that run, or start from its '{BACKBONE}' "
-            "folder with new heads."
+            f"sizes of the heads (--head_*) as in the resolved_recipe.yaml of that run, or start from its "
+            f"'{BACKBONE}' folder with new heads."
         )
     module.load_state_dict(part)
 
 
-# ---- Leaving something -------------------------------------------------------------------------------------------
+# ---- Output files ------------------------------------------------------------------------------------------------
 
 
 class RunRecord(TrainerCallback):
-    """Writes `resolved_recipe.yaml` and `environment.json` when a run begins.
+    """Write `resolved_recipe.yaml` and `environment.json` when training starts.
 
-    Not before: resuming may be refused, and the folder has to keep the record of the run that is in it.
+    They are not written earlier, because a rejected attempt to resume must not overwrite the files of the run.
 
     Args:
-        folder: of the run.
-        recipe: all its options.
+        folder: Run folder.
+        recipe: Options of the run.
     """
 
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any]) -> None:
         self.folder, self.recipe = Path(folder), dict(recipe)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Writes both files."""
+        """Write both files."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
@@ -262,12 +265,12 @@ class RunRecord(TrainerCallback):
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a dictionary so that a person can read it."""
+    """Write a dictionary as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what a run depends on."""
+    """Return the versions of the packages that a run depends on."""
     from importlib.metadata import version
 
     names = ("hf_regvit", "torch", "torchvision", "transformers", "accelerate", "safetensors", "numpy", "pillow")
@@ -275,7 +278,7 @@ def package_versions() -> dict[str, str]:
 
 
 def run_environment(args: TrainingArguments) -> dict[str, Any]:
-    """What one needs to know to compare two runs; no host names, no paths."""
+    """Return the environment of a run for comparison with other runs, without host names and paths."""
     return {
         "packages": package_versions(),
         "python": platform.python_version(),
@@ -287,7 +290,7 @@ def run_environment(args: TrainingArguments) -> dict[str, Any]:
 
 
 def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Path | None:
-    """`curves.png` of a run, from its `metrics.jsonl`; None if the run was too short to log a loss."""
+    """Draw `curves.png` of a run from its `metrics.jsonl`; return None if the run was too short to log a loss."""
     from .figures import curves_figure, save_figure
 
     lines = read_metrics(Path(folder) / "metrics.jsonl")

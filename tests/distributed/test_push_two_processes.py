@@ -54,7 +54,7 @@ def test_every_save_is_one_commit_and_the_last_is_the_teacher(run, name, tmp_pat
 def test_weights_in_pieces_are_not_pushed_before_the_end_and_the_log_says_why(run):
     assert messages(run.hub, "pieces") == ["End of training"]
     first, second = (result["log"] for result in run("pieces"))
-    told = [line for line in first if line.startswith("NOT on the Hub")]
+    told = [line for line in first if line.startswith("This push did not reach the Hub")]
     assert [line.split(": ")[1] for line in told] == ["checkpoint-2", "checkpoint-4"]
     assert all("FULL_STATE_DICT" in line for line in told)
     assert not [line for line in second if "Hub" in line]
@@ -63,7 +63,7 @@ def test_weights_in_pieces_are_not_pushed_before_the_end_and_the_log_says_why(ru
 def test_f65_a_hub_that_is_down_is_told_once_at_the_end_and_changes_no_weight(run):
     assert messages(run.hub, "broken") == []
     first, second = run("broken")
-    told = [line.split(": ")[1] for line in first["log"] if line.startswith("NOT on the Hub")]
+    told = [line.split(": ")[1] for line in first["log"] if line.startswith("This push did not reach the Hub")]
     assert told == ["checkpoint-2", "checkpoint-4", "the result"]
     assert "regvit publish --model" in first["log"][-1]
     assert not [line for line in second["log"] if "Hub" in line]

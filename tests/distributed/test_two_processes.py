@@ -155,7 +155,7 @@ def test_f58_one_process_meets_a_full_disk_and_both_go_on(run, name):
 def test_f55_a_nan_in_one_process_stops_both_and_names_it(run, name):
     """The average of the gradients is NaN everywhere; the losses tell where it came from."""
     for result in run(name):
-        assert "the loss is nan at step 2 on rank 1" in result["message"]
+        assert "The loss is nan at step 2 on rank 1" in result["message"]
     (process,) = json.loads((run.folder / name / "nan_batch.json").read_text())["processes"]
     assert process["rank"] == 1
     # Steps of six images, of which the second process has the last three.

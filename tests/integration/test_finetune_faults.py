@@ -91,7 +91,7 @@ def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, 
     run(tmp_path, callbacks=[At(s3=fill, s4=free)], **EVERY_TWO | {"load_best_model_at_end": False})
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
     assert not (tmp_path / STAGING).exists()
-    assert "ALARM: the checkpoint of step 4" in caplog.text
+    assert "ALARM: The checkpoint of step 4" in caplog.text
     assert RegViTForImageClassification.from_pretrained(tmp_path).config.num_labels == 3
 
 
@@ -218,7 +218,7 @@ def test_f66_no_memory_says_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as stopped:
         run(tmp_path, eval_strategy="no", save_strategy="no", bf16=True)
     message = str(stopped.value)
-    assert message.startswith("Out of memory at step 0: this process took ")
+    assert message.startswith("Out of memory at step 0: this process used ")
     for advice in (
         "--per_device_train_batch_size 4 --gradient_accumulation_steps 2", "checkpointing True", "--mode linear",
     ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs that are stopped in every way there is, in processes of their own, and go on as if nothing had happened."""
+"""Runs in separate processes that are stopped in many ways and resumed, compared with an uninterrupted run."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from hf_regvit.pretraining import PretrainingArguments, pretrain
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "run_dino_pretraining.py"
-# The embedded digits through the real augmentation: 1,797 images, so an epoch is 18 steps of 96.
+# Built-in digits through the real augmentation: 1,797 images, so an epoch is 18 steps of 96.
 RECIPE = {
     "data": "digits", "preset": "tiny", "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
     "patch_size": 8, "global_crop_size": 24, "local_crop_size": 16, "num_local_crops": 1, "drop_path_rate": 0.3,
@@ -30,7 +30,7 @@ RECIPE = {
 
 
 def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint: student, teacher, heads, centers, moments."""
+    """Return all tensors of a checkpoint: student, teacher, heads, centers, moments."""
     moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
     flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
     return load_file(checkpoint / "model.safetensors") | flat
@@ -58,7 +58,7 @@ def command(folder: Path, **overrides) -> list[str]:
 
 
 def start(folder: Path, *, launcher: tuple[str, ...] = (), code: str | None = None, **overrides) -> subprocess.Popen:
-    """A run in a process of its own. `code` runs in it before the script does."""
+    """Run the script in a separate process; `code` runs in it before the script."""
     arguments = command(folder, **overrides)
     if code is not None:
         hook = folder.with_suffix(".py")
@@ -148,9 +148,9 @@ SelfDistillation.begin_step = killed
 
 
 def test_f61_a_killed_process_is_named_and_the_run_starts_again_from_its_checkpoint(tmp_path, monkeypatch):
-    """`torchrun --max-restarts` with `resume_from_checkpoint: last` is all it takes."""
+    """Recovery with `torchrun --max-restarts` and `resume_from_checkpoint: last`."""
     monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    # torch 2.15: gloo finds the addresses of the dead processes in the launcher's store, and so cannot connect.
+    # torch 2.15: gloo finds addresses of dead processes in the store of the launcher and cannot connect.
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     folder, launcher = tmp_path / "run", ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     fields = {"per_device_train_batch_size": 48, "max_steps": 8, "save_steps": 3, "resume_from_checkpoint": "last"}

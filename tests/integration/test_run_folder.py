@@ -1,4 +1,4 @@
-"""The folder of a run as its owner uses it: repeat it, load it, go on from it, start from somebody else's model."""
+"""Folder of a run: repeating the run, loading it, continuing from it, and starting from a third-party model."""
 
 import json
 import re
@@ -55,7 +55,7 @@ seed: 3
 
 
 def images_folder(root, *, count=12):
-    """Two classes of small pictures with a validation part."""
+    """Two classes of small images with a validation split."""
     generator = torch.Generator().manual_seed(0)
     for split, number in (("train", count), ("validation", 4)):
         for label in (0, 1):
@@ -70,7 +70,7 @@ def images_folder(root, *, count=12):
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
-    """A run through the command line, and what it printed."""
+    """A run through the command line, and its output."""
     root = tmp_path_factory.mktemp("run")
     data = images_folder(root / "pictures")
     (root / "recipe.yaml").write_text(RECIPE)
@@ -137,7 +137,7 @@ def test_the_resolved_recipe_repeats_the_run(first_run):
     assert {key for key in first if first[key] != second[key]} == {"output_dir"}
 
 
-# ---- Going on from a run ----
+# ---- Continuing from a run ----
 
 
 def trained_run(folder, **overrides):
@@ -165,7 +165,7 @@ def test_a_run_starts_from_another_one_bit_for_bit(tmp_path):
     expected |= {f"teacher.backbone.{name}": tensor for name, tensor in teacher.items()}
     expected |= {f"teacher.{name}": tensor for name, tensor in heads.items()} | centers
     assert same_state(before, expected)
-    # Student and teacher had parted, or this would say little.
+    # Student and teacher must differ for a meaningful test.
     name = "backbone.layers.0.mlp.fc1.weight"
     assert not torch.equal(before[f"student.{name}"], before[f"teacher.{name}"])
     assert before["dino_center.center"].any()
@@ -177,7 +177,9 @@ def test_gram_anchoring_holds_on_to_the_teacher_that_a_run_starts_from(tmp_path)
     network.student_backbone.load_state_dict(start.student.state_dict())
     restore_training(network, start)
     assert same_state(network.gram_teacher.state_dict(), start.teacher.state_dict())
-    assert not same_state(start.student.state_dict(), start.teacher.state_dict())  # or this would say little
+    assert not same_state(
+        start.student.state_dict(), start.teacher.state_dict()
+    )  # they must differ for a meaningful test
 
 
 @pytest.mark.slow
@@ -185,7 +187,7 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=1)
     with pytest.raises(ValueError, match=r"weight_g' in .* has shape \(12, 1\), expected \(24, 1\).*'backbone'"):
         pretrain(arguments(tmp_path / "b", init_from=str(run), head_num_prototypes=24), train_dataset=Crops())
-    with pytest.raises(ValueError, match="these arguments ask for dino_head, ibot_head"):
+    with pytest.raises(ValueError, match="but the arguments require dino_head, ibot_head"):
         pretrain(arguments(tmp_path / "b", init_from=str(run), separate_ibot_head=True), train_dataset=Crops())
     args = arguments(tmp_path / "c", init_from=str(run / "backbone"), head_num_prototypes=24, max_steps=1)
     teacher = pretrain(args, train_dataset=Crops())
@@ -196,10 +198,12 @@ def test_other_heads_are_refused_and_new_ones_are_possible(tmp_path):
 def test_a_checkpoint_is_finished_before_another_run_starts_from_it(tmp_path):
     run = trained_run(tmp_path / "a", max_steps=4, save_strategy="steps", save_steps=2)
     shutil.rmtree(run / "backbone")
-    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of a run .* perhaps with max_steps"):
+    with pytest.raises(ValueError, match=r"checkpoint-2' is a checkpoint of a run .* \(set max_steps to its step"):
         starting_point(run / "checkpoint-2", num_register_tokens=4, image_size=16)
     resume = {"resume_from_checkpoint": str(run / "checkpoint-2"), "max_steps": 2}
-    teacher = pretrain(arguments(run, **resume), train_dataset=Crops())  # no step is left, the result is written
+    teacher = pretrain(
+        arguments(run, **resume), train_dataset=Crops()
+    )  # no step is left, so only the result is written
     stored = load_file(run / "checkpoint-2" / "model.safetensors")
     assert all(
         torch.equal(stored[f"teacher.backbone.{name}"], tensor) for name, tensor in teacher.state_dict().items()
@@ -213,7 +217,7 @@ def test_other_centering_starts_with_centers_of_zero(tmp_path, caplog):
     start = starting_point(run, num_register_tokens=4, image_size=16)
     network = tiny_network()
     restore_training(network, start)
-    assert "no dino_center: it starts at zero" in caplog.text
+    assert "no dino_center, so it starts at zero" in caplog.text
     assert not network.dino_center.center.any()
 
 
@@ -259,7 +263,7 @@ def test_frozen_backbone_stands_still_and_then_moves(tmp_path):
     assert set(moved) == set(before)
 
 
-# ---- Starting from somebody else's model ----
+# ---- Starting from a third-party model ----
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -314,7 +318,7 @@ def test_a_model_without_registers_gets_some(make, tmp_path, caplog):
         teacher = pretrain(args, train_dataset=Crops32())
     assert "no registers; 3 new ones are added" in caplog.text
     assert "The heads are new" in caplog.text
-    assert "Not used: patch_size 4 (it has 8), hidden_size 16 (it has 32)" in caplog.text
+    assert "Ignored: patch_size 4 (it has 8), hidden_size 16 (it has 32)" in caplog.text
     assert teacher.embeddings.register_tokens.shape == (1, 3, 32)
     assert 0.2 < teacher.embeddings.register_tokens.std() < 0.8
     assert teacher.config.use_mask_token
@@ -335,7 +339,7 @@ def test_registers_that_are_there_stay(tmp_path):
     model = RegViTForImageClassification(tiny_config(use_mask_token=False, num_register_tokens=2, num_labels=3))
     model.save_pretrained(tmp_path / "source")
     start = starting_point(tmp_path / "source", num_register_tokens=4, image_size=16, drop_path_rate=0.3)
-    assert start.changes[0] == "It keeps its 2 registers; --num_register_tokens is not used."
+    assert start.changes[0] == "It keeps its 2 registers; --num_register_tokens is ignored."
     assert torch.equal(start.student.embeddings.register_tokens, model.regvit.embeddings.register_tokens)
     assert not start.student.embeddings.mask_token.any()
     assert start.student.training
@@ -354,7 +358,7 @@ def test_the_same_seed_draws_the_same_registers(tmp_path):
 
 
 def test_what_cannot_be_started_from_is_said(tmp_path):
-    with pytest.raises(ValueError, match="both init_from"):
+    with pytest.raises(ValueError, match="both init_from="):
         pretrain(arguments(tmp_path, init_from="x"), model=tiny_config(), train_dataset=Crops())
     with pytest.raises(OSError, match="nowhere"):
         pretrain(arguments(tmp_path, init_from=str(tmp_path / "nowhere")), train_dataset=Crops())
@@ -383,5 +387,5 @@ def test_continued_pretraining_of_the_real_vit_tiny(tmp_path):
     assert loaded.config.num_register_tokens == 4
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["knn"][0]["step"] == 0
-    assert report["knn"][0]["eval_knn_10"] > 0.4  # 21 photographs; chance is below 0.1
+    assert report["knn"][0]["eval_knn_10"] > 0.4  # 21 images; chance is below 0.1
     assert all(torch.isfinite(tensor).all() for tensor in loaded.state_dict().values())

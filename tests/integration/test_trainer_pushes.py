@@ -104,7 +104,7 @@ def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
     assert messages(hub) == ["End of training"]
-    assert "NOT on the Hub" not in caplog.text
+    assert "This push did not reach the Hub" not in caplog.text
     assert "Attempt 2 of 3" in caplog.text
 
 
@@ -116,7 +116,9 @@ def test_f65_a_hub_that_is_down_hurts_nothing_and_is_told_at_the_end(hub, tmp_pa
     quiet = pushed(tmp_path / "quiet", push_to_hub=False, hub_model_id=None)
     assert all((a == b).all() for a, b in zip(backbone.parameters(), quiet.parameters(), strict=True))
     assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 6
-    told = [record.message for record in caplog.records if record.message.startswith("NOT on the Hub")]
+    told = [
+        record.message for record in caplog.records if record.message.startswith("This push did not reach the Hub")
+    ]
     assert [line.split(": ")[1] for line in told] == ["checkpoint-2", "checkpoint-4", "checkpoint-6", "the result"]
     assert "regvit publish --model" in caplog.text
     assert not list((tmp_path / "run").glob(".pushing*"))
@@ -126,7 +128,7 @@ def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_pa
     hub.fail("/api/repos/create", "reset", times=3)
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
-    assert "Training starts all the same" in caplog.text
+    assert "Training starts, and pushes will retry." in caplog.text
     assert messages(hub) == ["End of training"]
 
 
@@ -147,7 +149,7 @@ def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch
     monkeypatch.setattr(upload.BackgroundPushes, "busy", property(lambda self: self._thread is not None))
     with caplog.at_level(logging.INFO, logger="hf_regvit"):
         pushed(tmp_path / "run", hub_strategy="every_save")
-    assert "is not pushed: the push before it is not finished" in caplog.text
+    assert "is not pushed, because the previous push is not finished" in caplog.text
     assert messages(hub) == ["Training in progress, step 2", "End of training"]
 
 

@@ -1,4 +1,4 @@
-"""NaN, memory and collapse: when an alarm goes off, what it says and what it leaves behind."""
+"""NaN, memory and collapse: when an alarm is raised, its message and its files."""
 
 import json
 import logging
@@ -50,7 +50,7 @@ def test_f54_a_loss_that_is_nan_stops_the_run_and_names_the_images(tmp_path):
     with pytest.raises(NonFiniteError) as stopped:
         trained(tmp_path, dataset=dataset, save_strategy="steps", save_steps=1, save_total_limit=1)
     step = step_of_image(dataset, 4)
-    assert step > 0  # or there would be no checkpoint to keep
+    assert step > 0  # otherwise there would be no checkpoint
     capture = json.loads((tmp_path / "nan_batch.json").read_text())
     assert (capture["step"], capture["where"]) == (step, "loss")
     (process,) = capture["processes"]
@@ -59,7 +59,7 @@ def test_f54_a_loss_that_is_nan_stops_the_run_and_names_the_images(tmp_path):
     assert list(zip(batch["epochs"], batch["sample_ids"], strict=True)) == expected
     assert batch["terms"]["loss"] == "nan"
     message = str(stopped.value)
-    assert f"the loss is nan at step {step} (" in message
+    assert f"The loss is nan at step {step} (" in message
     assert f"Resume from checkpoint-{step} with --learning_rate 0.001 (now 0.002)" in message
     assert "nan_batch.json" in message
     # Nothing of the step was applied: the weights are those of the last checkpoint, and finite.
@@ -77,13 +77,13 @@ def test_f54_the_capture_replays_the_step(tmp_path):
         trained(tmp_path, dataset=dataset, **options)
     capture = json.loads((tmp_path / "nan_batch.json").read_text())
     network = tiny_network(config=config, seed=5)
-    torch.manual_seed(99)  # of another process, on another day
+    torch.manual_seed(99)  # the replay must not depend on the current random state
     collate = DinoCollator((GRID, GRID), mask_probability=1.0, seed=7)
     outputs = replay_nan_batch(tmp_path, network, dataset, collate)
     for replayed, batch in zip(outputs, capture["processes"][0]["micro_batches"], strict=True):
         for name, value in batch["terms"].items():
             assert str(replayed[name].item()) == str(value), name
-    # The numbers that drop path drew matter: with others the half without the NaN has another loss.
+    # The draws of drop path matter: with others, the half without the NaN has another loss.
     (finite,) = [b for b in capture["processes"][0]["micro_batches"] if b["terms"]["loss"] != "nan"]
     items = [dataset[key] for key in zip(finite["epochs"], finite["sample_ids"], strict=True)]
     losses = set()
@@ -100,7 +100,9 @@ def test_f54_a_gradient_that_is_infinite_stops_the_run(tmp_path):
                 model.student["dino_head"].mlp[0].weight.register_hook(lambda gradient: gradient * math.inf)
 
     for clip in (3.0, 0.0):
-        with pytest.raises(NonFiniteError, match=r"finite at step 2, but its gradient is not .*dino_head=(nan|inf)"):
+        with pytest.raises(
+            NonFiniteError, match=r"The loss is finite at step 2, but its gradient is not .*dino_head=(nan|inf)"
+        ):
             trained(tmp_path / str(clip), callbacks=[Poison()], max_grad_norm=clip)
         assert json.loads((tmp_path / str(clip) / "nan_batch.json").read_text())["where"] == "gradient"
 
@@ -121,15 +123,15 @@ def test_f54_a_gradient_scaler_may_overflow(tmp_path):
     guard, args, state = guard_with(tmp_path, [1.0], math.inf, check_gradients=False)
     guard.on_pre_optimizer_step(args, state, None, model=network)
     guard, args, state = guard_with(tmp_path, [1.0, math.inf], 1.0, check_gradients=False)
-    with pytest.raises(NonFiniteError, match="the loss is inf at step 7"):
+    with pytest.raises(NonFiniteError, match="The loss is inf at step 7"):
         guard.on_pre_optimizer_step(args, state, None, model=network)
 
 
 def test_f55_the_process_with_the_nan_is_named(tmp_path, monkeypatch):
-    """Two processes, of which this one is fine; what the other one would send is put in by hand."""
+    """Two processes; this one is fine, and the messages of the other one are set by hand."""
     import accelerate.utils
 
-    guard, args, state = guard_with(tmp_path, [1.0], math.nan)  # the backward pass has spread it
+    guard, args, state = guard_with(tmp_path, [1.0], math.nan)  # the backward pass has spread the NaN
     args.world_size = 2
     other = json.loads(json.dumps(guard._record(args, state, {})))
     other |= {"rank": 1}
@@ -138,7 +140,7 @@ def test_f55_the_process_with_the_nan_is_named(tmp_path, monkeypatch):
         accelerate.utils, "gather", lambda flags: torch.cat([flags, torch.tensor([[0, 0]], dtype=flags.dtype)])
     )
     monkeypatch.setattr(accelerate.utils, "gather_object", lambda records: [*records, other])
-    with pytest.raises(NonFiniteError, match="the loss is nan at step 7 on rank 1"):
+    with pytest.raises(NonFiniteError, match="The loss is nan at step 7 on rank 1"):
         guard.on_pre_optimizer_step(args, state, None, model=tiny_network())
     (process,) = json.loads((tmp_path / "nan_batch.json").read_text())["processes"]
     assert (process["rank"], process["micro_batches"][0]["sample_ids"]) == (1, [8, 9])
@@ -182,7 +184,7 @@ def test_f66_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as stopped:
         trained(tmp_path, per_device_train_batch_size=8)
     message = str(stopped.value)
-    assert message.startswith("Out of memory at step 0: this process took ")
+    assert message.startswith("Out of memory at step 0: this process used ")
     assert float(message.split(" GiB at the peak")[0].split()[-1]) > 0.05
     for flag in (
         "--per_device_train_batch_size 4 --gradient_accumulation_steps 2",
@@ -257,7 +259,7 @@ def test_f56_an_alarm_needs_several_lines_on_end():
     sick = HEALTHY | SICK["uniform_targets"][0]
     assert alarms_after([sick, sick, HEALTHY, sick, sick])[0].raised == []
     assert [alarm.step for alarm in alarms_after([sick, sick, HEALTHY, sick, sick, sick])[0].raised] == [50]
-    # A line without the value, such as one of k-NN alone, neither counts nor breaks the row.
+    # A line without the value, such as one with k-NN only, neither counts nor resets the count.
     assert len(alarms_after([sick, {"eval_knn_10": 0.5}, sick, sick])[0].raised) == 1
 
 
@@ -274,7 +276,7 @@ def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
 
 
 def test_f56_stop_on_collapse_ends_the_run(tmp_path):
-    """Uniform for ever: prototypes of length zero."""
+    """Prototypes of length zero keep the targets uniform."""
 
     class Uniform(TrainerCallback):
         def on_step_begin(self, args, state, control, model=None, **kwargs):
@@ -282,7 +284,7 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
                 torch.nn.init.zeros_(half["dino_head"].last_layer.weight_g)
 
     options = {"logging_steps": 1, "warmup_steps": 0, "max_steps": 8, "koleo_loss_weight": 0.0}
-    with pytest.raises(CollapseError, match=r"stopped at step 3, .*--learning_rate"):
+    with pytest.raises(CollapseError, match=r"Stopped at step 3 by the alarm .*--learning_rate"):
         pretrain(
             arguments(tmp_path / "stop", stop_on_collapse=True, **options),
             train_dataset=Crops(),
@@ -298,7 +300,7 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
     assert {alarm["name"] for alarm in warned["alarms"]} == {"uniform_targets", "loss_at_ln_k"}
     assert {alarm["step"] for alarm in warned["alarms"]} == {3}
     card = (tmp_path / "warn" / "backbone" / "README.md").read_text()
-    assert "step 3: the targets say nothing" in card
+    assert "step 3: The targets are almost uniform" in card
 
 
 def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
@@ -354,7 +356,7 @@ def test_f47_a_run_with_identical_registers_raises_the_alarm(tmp_path):
         callbacks=[Same()],
     )
     registers = teacher.embeddings.register_tokens[0]
-    assert torch.equal(registers[0], registers[1])  # equal gradients never parted them
+    assert torch.equal(registers[0], registers[1])  # identical gradients keep them identical
     (alarm,) = [
         a for a in json.loads((tmp_path / "report.json").read_text())["alarms"] if a["name"] == "same_registers"
     ]

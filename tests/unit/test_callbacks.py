@@ -1,4 +1,4 @@
-"""Observers of a run: when they measure, what they measure against slow twins, and that they change nothing."""
+"""Observers of a run: their schedule, their values compared with slow implementations, and no side effects."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def pixels_of(count: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
 
 
-# ---- When ----
+# ---- Schedule ----
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def pixels_of(count: int, seed: int = 0) -> torch.Tensor:
         ({"every_steps": 0.01, "at_least": 20, "at_most": 100}, 400, 20),
         ({"every_steps": 0.01, "at_least": 20, "at_most": 100}, 3000, 30),
         ({"every_steps": 0.01, "at_least": 20, "at_most": 100}, 125_000, 100),
-        ({"every_steps": 500, "at_most": 100}, 125_000, 500),  # what was asked for in steps is kept
+        ({"every_steps": 500, "at_most": 100}, 125_000, 500),  # a number of steps is not limited
     ],
 )
 def test_intervals(options, total, expected):
@@ -55,7 +55,7 @@ def test_an_interval_of_nothing_is_refused():
 
 
 class Clock(Observer):
-    """Measures the step itself, slowly."""
+    """Slow observer that measures the step number."""
 
     def measure(self, model, step):
         time.sleep(0.05)
@@ -75,7 +75,7 @@ def test_measurements_get_their_lines_and_their_time(tmp_path):
 
 
 def test_speed_leaves_out_what_observers_took(tmp_path, monkeypatch):
-    """Time is counted by hand: every step 1 s, every measurement 10 s."""
+    """Simulated time: every step takes 1 s, every measurement 10 s."""
     from hf_regvit import callbacks, pretraining
 
     now = [0.0]
@@ -127,11 +127,11 @@ def test_own_lines_of_the_metrics_file(tmp_path):
     assert [json.loads(line)["alarm"] for line in metrics.path.read_text().splitlines()] == ["x", "y"]
 
 
-# ---- What ----
+# ---- Values ----
 
 
 def test_targets_equal_their_loops():
-    """KL(teacher || student) of the global crops, and how many prototypes are the largest of some target."""
+    """KL(teacher || student) of the global crops, and the number of prototypes that are the maximum of a target."""
     network, batch = tiny_network(), tiny_batch()
     network.begin_step(0.05)
     targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"]).cls
@@ -238,7 +238,7 @@ def test_f58_a_full_disk_costs_metrics_and_panels_but_not_the_run(tmp_path, capl
     trainer = trained(tmp_path, callbacks=[MetricsFile(tmp_path / "metrics.jsonl"), panels])
     assert trainer.state.global_step == 6
     assert caplog.text.count("metrics.jsonl' cannot be written ([Errno 28] No space left on device)") == 1
-    assert "the panel of step 4 cannot be written" in caplog.text
+    assert "The panel of step 4 cannot be written" in caplog.text
 
 
 def test_f58_lines_that_were_cut_off_are_left_out(tmp_path):
@@ -257,13 +257,13 @@ def test_f58_lines_that_were_cut_off_are_left_out(tmp_path):
 
 
 def leave_one_out_error(features: torch.Tensor, targets: torch.Tensor, penalty: float) -> float:
-    """Refits without each image in turn, on features that stay standardised by all, as the closed form does."""
+    """Refit without each image in turn, on features standardized by all images, as in the closed form."""
     errors = []
     for left_out in range(len(features)):
         rows = [i for i in range(len(features)) if i != left_out]
         x = torch.cat([features[rows], torch.ones(len(rows), 1, dtype=torch.float64)], dim=1)
         shrink = torch.eye(x.shape[1], dtype=torch.float64) * penalty * len(features)
-        shrink[-1, -1] = 0  # a bias is not shrunk
+        shrink[-1, -1] = 0  # the bias is not penalized
         weights = torch.linalg.solve(x.T @ x + shrink, x.T @ targets[rows])
         here = torch.cat([features[left_out], torch.ones(1, dtype=torch.float64)])
         errors.append((targets[left_out] - here @ weights).square().mean().item())
@@ -312,7 +312,7 @@ def test_online_linear_probe_is_logged_beside_knn(tmp_path):
     assert all(entry["eval_knn_1"] == 1 and 0 <= entry["eval_linear"] <= 1 for entry in lines)
 
 
-# ---- What a run observes ----
+# ---- Observers of a run ----
 
 
 def images_folder(root, *, with_validation=True, count=12):
@@ -350,12 +350,12 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     assert len(knn.heldout_images) == 8
     assert knn.linear_probe
     assert knn.is_held_out
-    # Pictures that were cropped before give the pixels of the processor itself.
+    # Images that were cropped before give the same pixels as the full processor.
     record = load_images(data, split="validation")[0]
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
     actual = knn.image_processor(images=[knn.heldout_images[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0  # two plain colours
+    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0  # two plain colors
 
 
 def test_limits_and_switches(tmp_path):
@@ -364,14 +364,14 @@ def test_limits_and_switches(tmp_path):
     assert (len(knn.train_images), len(knn.heldout_images)) == (12, 4)
     assert sorted(set(knn.train_labels.tolist())) == [0, 1]  # evenly spread, so both classes are there
     assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_steps=0) == []
-    assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=3) == []  # nobody to judge
+    assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=3) == []  # no held-out images
 
 
 def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_images(tmp_path, caplog):
     data = images_folder(tmp_path / "data", with_validation=False)
     with caplog.at_level("INFO", logger="hf_regvit"):
         *_, knn = found(tmp_path, data)
-    assert "which the run sees without their labels" in caplog.text
+    assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
     assert (len(knn.train_images), len(knn.heldout_images)) == (18, 6)
     assert not knn.is_held_out
     assert sorted(knn.heldout_labels.tolist()) == [0, 0, 0, 1, 1, 1]
@@ -459,7 +459,7 @@ def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folde
 def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, table_folder, caplog):
     with caplog.at_level("INFO", logger="hf_regvit"):
         (knn,) = knn_of_stream(tmp_path, labelled_tables(table_folder, ("train",)), knn_max_images=32)
-    assert "which the run sees without their labels" in caplog.text
+    assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
     assert not knn.is_held_out
     assert sorted(knn.heldout_labels.tolist()) == [0] * 4 + [1] * 4
     seen = {image.tobytes() for image in knn.train_images}
@@ -474,7 +474,7 @@ def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, tabl
     labelled_tables(other, ("train",), names=("cat", "dog"))
     with caplog.at_level("INFO", logger="hf_regvit"):
         assert knn_of_stream(tmp_path, data, str(other)) == []
-    assert "a label may mean two things" in caplog.text
+    assert "so class ids are ambiguous" in caplog.text
     bare = tmp_path / "bare"
     bare.mkdir()
     datasets.load_dataset("parquet", data_files=f"{data}/train-dark.parquet", split="train").remove_columns(
@@ -484,7 +484,7 @@ def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, tabl
 
 
 def test_one_picture_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
-    """1,000 photographs of 12 megapixels are 36 GB."""
+    """1,000 images of 12 megapixels take 36 GB."""
     data = images_folder(tmp_path / "data")
     read, alive = [], []
     inner = images.ImageSource.__getitem__

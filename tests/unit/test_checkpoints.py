@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, verified before they are used; stops and starts. Rows F42, F43, F57 to F64."""
+"""Atomic checkpoints that are verified before use; stopping and resuming. Rows F42, F43, F57 to F64."""
 
 import errno
 import json
@@ -63,7 +63,7 @@ def final_state(run: Path) -> dict:
     return state | {f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
 
 
-# ---- What is on the disk ----
+# ---- Checkpoint files ----
 
 
 def test_a_checkpoint_lists_all_its_files_and_verifies(saved):
@@ -132,7 +132,7 @@ def test_f59_a_checkpoint_saved_without_optimizer_is_not_resumed_and_not_called_
         with pytest.raises(CheckpointIncompleteError, match=r"has no optimizer\.pt.*save_only_model"):
             trained(run.parent / "new", resume=resume)
     shutil.copytree(run.parent / "new" / "checkpoint-1", run / "checkpoint-7")
-    assert newest_checkpoint(run) == run / "checkpoint-6"  # an older one that has everything
+    assert newest_checkpoint(run) == run / "checkpoint-6"  # an older checkpoint that is complete
     assert names(run)[-1] == "checkpoint-7"
 
 
@@ -174,9 +174,11 @@ def test_weights_of_other_sizes_are_refused_in_one_line(run):
 
 
 def test_what_is_no_checkpoint_is_not_called_a_broken_one(run, tmp_path):
-    with pytest.raises(CheckpointCorruptError, match=r"There is no folder '.*nowhere'.* 'last'"):
+    with pytest.raises(CheckpointCorruptError, match=r"The folder '.*nowhere' does not exist\..* 'last'"):
         trained(tmp_path, resume=str(tmp_path / "nowhere"))
-    with pytest.raises(CheckpointCorruptError, match=r"is a run, not a checkpoint\. .* checkpoint-6: give one"):
+    with pytest.raises(
+        CheckpointCorruptError, match=r"is a run folder, not a checkpoint\. .* checkpoint-6\. Pass one"
+    ):
         trained(tmp_path, resume=str(run))
 
 
@@ -197,7 +199,7 @@ def test_save_total_limit(tmp_path):
 
 
 def test_rotation_never_deletes_the_checkpoint_just_written(run):
-    """Resumed at step 2 while checkpoints of a later step lie around."""
+    """Resume at step 2 while checkpoints of later steps exist."""
     for step in (4, 6):
         (run / f"checkpoint-{step}").rename(run / f"checkpoint-{step + 10}")
     trained(
@@ -215,7 +217,7 @@ def full_disk(*args, **kwargs):
 
 @pytest.mark.parametrize("what", ["torch.save", "safetensors.torch.save_file", "os.fsync"])
 def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
-    """The second of three checkpoints cannot be written: nothing of it stays, the run goes on, the rest is whole."""
+    """The second of three checkpoints cannot be written: it is removed, the run continues, the others are intact."""
 
     class DiskFull(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
@@ -228,7 +230,7 @@ def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
     assert trainer.state.global_step == 6
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
     assert not (tmp_path / STAGING).exists()
-    assert "ALARM: the checkpoint of step 4" in caplog.text
+    assert "ALARM: The checkpoint of step 4" in caplog.text
     assert "No space left" in caplog.text
     assert [entry.get("failed_checkpoints") for entry in trainer.state.log_history if "loss" in entry] == [
         None,
@@ -248,7 +250,7 @@ def test_f58_space_is_checked_before_writing(tmp_path, monkeypatch, caplog):
 
 
 def test_f58_the_system_refuses_to_write_a_file(tmp_path, caplog):
-    """No simulation: files may not grow beyond 16 KiB, so torch.save and safetensors meet a real error."""
+    """Files cannot grow beyond 16 KiB, so torch.save and safetensors meet a real error instead of a simulated one."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     class SmallFiles(TrainerCallback):
@@ -288,7 +290,7 @@ def test_what_a_killed_run_left_is_cleared_away(run, caplog):
 def test_f60_a_signal_saves_stops_and_the_run_resumes_exactly(tmp_path, saved, number):
     class Scheduler(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2:  # inside of the third step
+            if state.global_step == 2:  # within the third step
                 os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
@@ -313,7 +315,7 @@ def test_f60_a_signal_in_the_last_step_changes_nothing(tmp_path):
 def test_f60_a_run_that_is_through_and_is_queued_again_makes_no_further_step(run, saved, caplog):
     with caplog.at_level("INFO", logger="hf_regvit"):
         trainer = trained(run, resume="last", **SAVING)
-    assert "6 of 6 steps are done: nothing is left to train." in caplog.text
+    assert "6 of 6 steps are done. There is nothing left to train." in caplog.text
     assert trainer.state.global_step == 6
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert same_state(trainer.model.state_dict(), load_file(saved / "checkpoint-6" / "model.safetensors"))
@@ -334,7 +336,7 @@ def test_f62_another_batch_is_refused_unless_allowed(run):
         allow_batch_change=True,
         max_steps=9,
     )
-    # 2 steps of 3 images were consumed; what is left of the epoch follows, and then whole epochs of other orders.
+    # 2 steps of 3 images were used; the rest of the epoch follows, and then complete epochs in other orders.
     first = Crops()
     trained(run / "first", dataset=first, max_steps=2)
     assert trainer.state.global_step == 9
@@ -391,7 +393,7 @@ def test_f63_the_names_of_the_images_count(tmp_path):
 
 
 class Failing(Crops):
-    """A data set whose worker dies or hangs at one image, the first so many times."""
+    """Dataset whose worker dies or hangs at one image, for a limited number of times."""
 
     def __init__(self, folder: Path, how: str, times: int) -> None:
         super().__init__()
@@ -415,7 +417,7 @@ def test_f64_workers_are_started_again_once(tmp_path, saved, caplog, how):
     (tmp_path / "marks").mkdir()
     options = {"dataloader_num_workers": 2, "dataloader_timeout": 4, **SAVING}
     trained(tmp_path / "run", dataset=Failing(tmp_path / "marks", how, 1), **options)
-    assert "Workers are started again. Being read was one of:" in caplog.text
+    assert "Restarting the workers. One of these images was being read:" in caplog.text
     assert same_state(final_state(tmp_path / "run"), final_state(saved))
 
 
@@ -429,7 +431,7 @@ def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_pa
 
 @pytest.fixture
 def deaths():
-    """`WorkerDeaths` around a handler that tells of every death once, as torch's does."""
+    """`WorkerDeaths` around a handler that reports every death once, as the handler of torch does."""
     news = [RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")]
 
     def torchs_handler(number, frame):
@@ -458,9 +460,9 @@ def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
     with pytest.raises(RuntimeError, match="pid 1") as failure, deaths.waiting():
         broken_connection().recv()
     assert isinstance(failure.value.__cause__, EOFError)
-    with deaths.waiting():  # the connection and the signal told of one death
+    with deaths.waiting():  # the connection and the signal report the same death
         pass
-    with pytest.raises(FileNotFoundError), deaths.waiting():  # of a picture: the data set's own error
+    with pytest.raises(FileNotFoundError), deaths.waiting():  # an error of the dataset itself
         Path("no such picture").stat()
 
 
@@ -497,7 +499,7 @@ def test_arguments_refuse_batches_that_are_split_or_sent_around(tmp_path):
 @pytest.mark.parametrize("images_per_step", [1, 3, 4])
 @pytest.mark.parametrize("num_images", [4, 10, 12])
 def test_positions_equal_a_loop(num_images, images_per_step):
-    """From any step on, a sampler that starts there yields what is left of the order, epoch after epoch."""
+    """A sampler that starts at any step yields the rest of the order, epoch after epoch."""
 
     def order(start, epochs):
         sampler = EpochSampler(num_images, seed=1, images_per_step=images_per_step)

@@ -146,7 +146,7 @@ def test_recipe_values_that_yaml_reads_as_something_else(tmp_path) -> None:
     read = {name: parser.get_default(name) for name in ("save_strategy", "save_total_limit", "data", "report_to")}
     assert read == {"save_strategy": "no", "save_total_limit": None, "data": ["photos"], "report_to": ["none"]}
     # The option itself rejects one number instead of two, rather than failing with a TypeError.
-    with pytest.raises(ValueError, match=r"global_crop_scale is \[0\.4\]; expected two shares"):
+    with pytest.raises(ValueError, match=r"global_crop_scale is \[0\.4\]; expected two numbers"):
         RecipeParser(PretrainingArguments).parse(["--config", str(recipe), "--output_dir", str(tmp_path)])
 
 

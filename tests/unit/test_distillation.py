@@ -1,4 +1,4 @@
-"""The training step: the same numbers as a plain forward and plain losses, with less work and memory."""
+"""Training step: the same numbers as a plain forward and plain losses, with less computation and memory."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ def gradients(loss, module):
     return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
-# ---- Only the tokens that a loss reads ----
+# ---- Tokens that a loss reads ----
 
 
 @pytest.mark.parametrize(("mode", "rate"), MODES)
@@ -84,7 +84,7 @@ def test_backbones_whose_cls_is_something_else_are_refused(fields):
 
 
 def test_targets_can_be_used_where_gradients_are_recorded():
-    """The teacher runs in inference mode, whose tensors no backward pass accepts; its targets are ordinary ones."""
+    """The teacher runs in inference mode, whose tensors a backward pass rejects; its targets are ordinary tensors."""
     network, batch = tiny_network(), tiny_batch()
     one = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
     (joint,) = network.joint_targets([batch])
@@ -199,7 +199,7 @@ def test_every_setting_of_the_losses_reaches_them():
 
 def test_a_network_without_any_loss_is_refused():
     off = {f"{name}_loss_weight": 0.0 for name in ("dino", "ibot", "koleo")}
-    with pytest.raises(ValueError, match=r"\(0.0, 0.0, 0.0, 0.0\); expected none below 0 and one above 0"):
+    with pytest.raises(ValueError, match=r"\(0.0, 0.0, 0.0, 0.0\); expected none below 0 and at least one above 0"):
         tiny_network(**off)
     with pytest.raises(ValueError, match="none below 0"):
         tiny_network(ibot_loss_weight=-1.0)
@@ -218,7 +218,7 @@ def test_koleo_is_told_to_look_at_other_processes(monkeypatch):
 def test_what_is_told_of_the_targets_equals_its_loop():
     network, batch = tiny_network(), tiny_batch(num_local=3)
     generator = torch.Generator().manual_seed(0)
-    probabilities = (4 * torch.randn(2, 3, 12, generator=generator)).softmax(-1)  # sharp, and unlike each other
+    probabilities = (4 * torch.randn(2, 3, 12, generator=generator)).softmax(-1)  # sharp and distinct
     student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]}).global_logits
     told = network(**batch, targets=TeacherTargets(probabilities, torch.full((5, 12), 1 / 12)))
 
@@ -261,7 +261,7 @@ def test_autocast_leaves_losses_targets_and_last_layer_in_float32():
     with torch.autocast("cpu", torch.bfloat16):
         targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
         outputs = network(**batch)
-    assert seen == [torch.bfloat16]  # what comes in is rounded, what is done with it is not
+    assert seen == [torch.bfloat16]  # the input is rounded, but the computation is not
     assert all(tensor.dtype == torch.float32 for tensor in (*targets, *outputs.values()))
     torch.testing.assert_close(targets.cls.sum(-1), torch.ones(2, 3))
     for name, value in outputs.items():
@@ -319,7 +319,7 @@ def test_compiled_blocks_give_the_same_numbers_under_the_same_names():
 
 @pytest.mark.slow
 def test_the_option_for_compiling_compiles_the_blocks_and_nothing_else(tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the argument writes it; afterwards it is as it was
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # the argument sets it; the fixture restores it
     plain = trained(tmp_path / "plain", max_steps=2)
     compiled = trained(tmp_path / "compiled", max_steps=2, torch_compile=True, torch_compile_backend="aot_eager")
     assert type(compiled.model_wrapped) is SelfDistillation

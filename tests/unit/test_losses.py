@@ -1,4 +1,4 @@
-"""Losses and targets: loop twins, limits and bad input."""
+"""Losses and targets: comparison with loop implementations, limits, and invalid input."""
 
 import math
 
@@ -235,7 +235,7 @@ def test_koleo_equals_its_loop():
 def test_koleo_of_several_neighbours_equals_its_loop(neighbours):
     features = normal(9, 5)
     expected = oracles.koleo_loss(features, neighbours=neighbours)
-    # Without a process group there is nobody to gather from.
+    # Without a process group there is nothing to gather.
     for gathered in (False, True):
         actual = koleo_loss(features, neighbours=neighbours, gathered=gathered)
         assert actual.item() == pytest.approx(expected, rel=1e-5)
@@ -312,7 +312,7 @@ def test_sinkhorn_ignores_an_added_constant():
 def test_sinkhorn_neither_overflows_nor_vanishes(scale):
     logits = scale * normal(6, 9)
     logits[0] -= 5 * scale  # a sample far below all others
-    logits[:, 1] -= 5 * scale  # a prototype that nobody is near
+    logits[:, 1] -= 5 * scale  # a prototype that no sample is near
     targets = sinkhorn_knopp(logits, temperature=0.04)
     assert torch.isfinite(targets).all()
     torch.testing.assert_close(targets.sum(1), torch.ones(6))
@@ -394,5 +394,5 @@ def test_a_checkpoint_keeps_what_is_pending():
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0])
 def test_center_momentum_is_checked(momentum):
-    with pytest.raises(ValueError, match="center momentum"):
+    with pytest.raises(ValueError, match="The center momentum is"):
         SoftmaxCenter(4, momentum=momentum)

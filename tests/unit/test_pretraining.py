@@ -1,4 +1,4 @@
-"""Head, schedules, parameter rules, the self-distillation module, the trainer and the whole job on tiny data."""
+"""Head, schedules, parameter rules, the self-distillation module, the trainer and the complete job on tiny data."""
 
 import copy
 import json
@@ -187,7 +187,7 @@ def test_terms_equal_their_loops(centering, num_local):
     targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
     student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]})
     outputs = network(**batch)
-    # Without local crops the official divisor is 3: it counts one term that is not there.
+    # Without local crops the official divisor is 3: it counts one term too many.
     divisor = {0: 3, 2: 6}[num_local]
     if num_local:
         local = oracles.dino_loss(student.local_logits, targets.cls)
@@ -206,7 +206,7 @@ def test_terms_equal_their_loops(centering, num_local):
 
 
 def test_uniform_outputs_give_the_known_losses():
-    """All logits equal: H = ln K for every term, times the shares of the divisor; half of the crops masked."""
+    """All logits are equal, so H = ln K for every term, divided by the divisor; half of the crops are masked."""
     network = tiny_network(koleo_loss_weight=0)
     for head in (network.student["dino_head"], network.teacher["dino_head"]):
         torch.nn.init.zeros_(head.last_layer.weight_g)
@@ -271,7 +271,7 @@ def test_a_weight_of_zero_switches_a_loss_off(name):
 
 
 def test_local_crops_do_not_influence_one_another():
-    """Crop-major order: with one image changed, only that image's rows change."""
+    """Crop-major order: changing one image changes only the rows of that image."""
     network = tiny_network()
     batch = tiny_batch()
     other = {**batch, "local_crops": batch["local_crops"].clone()}
@@ -336,7 +336,7 @@ def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path, resume_at, c
     run["logging_steps"] = 1
     whole = trained(tmp_path / "whole", **run)
     checkpoint = tmp_path / "whole" / f"checkpoint-{resume_at}"
-    # Another start, so that nothing but the checkpoint can make the two runs equal.
+    # Other initial weights, so that only the checkpoint can make the two runs equal.
     torch.manual_seed(99)
     resumed = trained(tmp_path / "resumed", resume=str(checkpoint), **run)
     assert resumed.state.global_step == whole.state.global_step == 6
@@ -348,7 +348,7 @@ def test_resumed_run_repeats_the_unbroken_one_bit_for_bit(tmp_path, resume_at, c
 def test_data_order_follows_seed_and_epoch(tmp_path):
     dataset = Crops()
     trained(tmp_path, dataset=dataset)
-    assert [epoch for epoch, _ in dataset.seen[:9]] == [0] * 9  # the tenth image would make a short batch
+    assert [epoch for epoch, _ in dataset.seen[:9]] == [0] * 9  # the tenth image would make an incomplete batch
     assert len({index for _, index in dataset.seen[:9]}) == 9
     again = Crops()
     trained(tmp_path, dataset=again)
@@ -387,7 +387,7 @@ def test_accumulated_micro_batches_equal_the_mean_of_their_gradients(tmp_path):
 
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
 def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centering):
-    """2 micro-batches of 3, or one of 6, for two epochs; without KoLeo and drop path, which see the micro-batch."""
+    """2 micro-batches of 3, or one of 6, for two epochs; no KoLeo or drop path, which depend on the micro-batch."""
     states, gradients = [], []
 
     class Spy(TrainerCallback):
@@ -418,7 +418,7 @@ def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centerin
 
 
 def test_joint_targets_are_those_of_the_whole_batch():
-    """And not those of its halves: Sinkhorn-Knopp depends on the rows it sees."""
+    """Targets differ from those of the halves, because Sinkhorn-Knopp depends on its rows."""
     network = tiny_network(centering="sinkhorn")
     halves = [tiny_batch(seed=seed) for seed in (0, 1)]
     whole = torch.cat([half["global_crops"] for half in halves], dim=1)
@@ -435,7 +435,7 @@ def test_joint_targets_are_those_of_the_whole_batch():
 
 
 class Sizes(TrainerCallback):
-    """Sides of the global crops that the student gets in each step."""
+    """Return the sides of the global crops that the student gets in each step."""
 
     def __init__(self):
         self.seen = []
@@ -448,7 +448,7 @@ class Sizes(TrainerCallback):
 
 @pytest.mark.slow
 def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path):
-    """3 steps per epoch; the phase begins with step 4, inside of the second epoch, and goes on in the third."""
+    """3 steps per epoch; the phase begins with step 4, within the second epoch, and continues in the third."""
     small, large, sizes, plain = Crops(), Crops(global_size=6 * PATCH), Sizes(), Crops()
     run = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "high_resolution_steps": 4}
     larger = (large, DinoCollator((6, 6), mask_probability=1.0, seed=7))
@@ -468,7 +468,7 @@ def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path
 def test_high_resolution_steps_need_data(tmp_path):
     with pytest.raises(ValueError, match="high_resolution_steps is 2"):
         trained(tmp_path, high_resolution_steps=2)
-    with pytest.raises(ValueError, match="MultiCropDataset, not on Crops"):
+    with pytest.raises(ValueError, match="requires a MultiCropDataset, not Crops"):
         pretrain(arguments(tmp_path, high_resolution_steps=2), train_dataset=Crops())
     with pytest.raises(ValueError, match="streaming has none"):
         arguments(tmp_path, high_resolution_steps=2, streaming=True)
@@ -545,7 +545,9 @@ def test_a_frozen_backbone_shares_no_group_with_the_heads(tmp_path):
     network.student_backbone.embeddings.cls_token.requires_grad_(False)
     names = dict(network.student.named_parameters())
     groups = parameter_groups(network.student, parameter_rules(names, num_layers=2))  # one rate for everything
-    assert sum(len(group["params"]) for group in groups) == len(names) - 1  # what takes no gradient is in no group
+    assert (
+        sum(len(group["params"]) for group in groups) == len(names) - 1
+    )  # parameters without gradient are in no group
     optimizer = torch.optim.AdamW(groups)
     set_rates(optimizer, arguments(tmp_path, warmup_steps=0).schedules(10).at(2), freeze_backbone=True)
     rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
@@ -642,7 +644,7 @@ def test_pretrain_continues_from_a_backbone_without_mask_token(tmp_path):
     before = copy.deepcopy(backbone.state_dict())
     teacher = pretrain(arguments(tmp_path, max_steps=1, warmup_steps=0), model=backbone, train_dataset=Crops())
     assert same_state(before, backbone.state_dict())
-    # One step at momentum 0.992 moves the teacher by next to nothing.
+    # One step at momentum 0.992 hardly moves the teacher.
     torch.testing.assert_close(
         teacher.embeddings.register_tokens, before["embeddings.register_tokens"], atol=1e-4, rtol=0
     )
@@ -695,17 +697,18 @@ def test_a_run_says_how_long_it_is_and_what_does_not_fit_its_length(tmp_path, ca
     rate = 0.5 * (3 / 1024) ** 0.5
     expected = f"4 steps of 3 images, 1.333 epochs. The learning rate rises to {rate:.4g} within 50 steps."
     assert expected in caplog.messages
-    assert "warmup_steps is 50, longer than the run of 4 steps. A number below 1 is a share of the run." in caplog.text
+    warning = "warmup_steps is 50, longer than the run of 4 steps. Use a value below 1 to give a fraction of the run."
+    assert warning in caplog.text
     assert "freeze_last_layer_steps is" not in caplog.text
 
 
 def test_pretrain_refuses_less_than_one_batch(tmp_path):
-    with pytest.raises(ValueError, match="2 images for steps of 3"):
+    with pytest.raises(ValueError, match="There are 2 images for steps of 3"):
         pretrain(arguments(tmp_path), train_dataset=Crops(2))
 
 
 def test_pretrain_builds_its_own_data(tmp_path):
-    """The embedded digits, through the real multi-crop and mask code."""
+    """Built-in digits through the real multi-crop and mask code."""
     args = arguments(
         tmp_path,
         data="digits",
@@ -771,7 +774,7 @@ def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     )
     with_knn = trained(tmp_path / "a", callbacks=[knn, MetricsFile(tmp_path / "metrics.jsonl")])
     measured = [(entry["step"], entry["eval_knn_1"]) for entry in with_knn.state.log_history if "eval_knn_1" in entry]
-    # Held-out images are the training images: the nearest neighbour is the image itself.
+    # Held-out images are the training images: the nearest neighbor is the image itself.
     assert measured == [(0, 1.0), (4, 1.0), (6, 1.0)]
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_knn_1" in line] == [0, 4, 6]
