@@ -52,7 +52,7 @@ def test_what_is_documented_exists_under_that_path(name):
 
 
 def test_every_hyperparameter_has_a_source():
-    _, _, rest = text_of(DOCS / "papers.md").partition("## Which option is whose")
+    _, _, rest = text_of(DOCS / "papers.md").partition("## Source of each option")
     table, _, _ = rest.partition("## Evaluation")
     named = re.findall(r"`(\w+)`", table)
     assert len(named) == len(set(named)), "an option has one source"
