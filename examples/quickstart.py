@@ -1,9 +1,9 @@
-"""Registers in a few lines: a model that knows them, dense features, a converted model, and where it looks.
+"""Build a model with registers, read dense features, convert an existing ViT, and draw attention maps.
 
     python examples/quickstart.py
 
-Runs in half a minute on a CPU, without a network: photographs come from scikit-image, weights are random. Put the id
-of a real checkpoint into `convert` to see something.
+The script runs in half a minute on a CPU without a network connection. Images come from scikit-image, and weights are
+random. Pass the id of a real checkpoint to `convert` for meaningful maps.
 """
 
 import tempfile
@@ -19,7 +19,7 @@ from hf_regvit.images import default_image_processor, photographs
 torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="regvit_"))
 
-# 1. A model with four registers. Sides are multiples of the patch, in any proportion.
+# 1. Build a model with four registers. The sides of an image must be multiples of the patch size.
 config = hf_regvit.RegViTConfig.from_preset("tiny", num_register_tokens=4, num_hidden_layers=4)
 model = hf_regvit.RegViTModel(config).eval()
 picture = fit_to_patches(photographs()["chelsea"], patch=config.patch_shape, short_side=224)
@@ -32,7 +32,7 @@ print("CLS            ", tuple(output.pooler_output.shape))
 print("registers      ", tuple(output.register_tokens.shape))
 print("dense features ", tuple(output.patch_tokens.unflatten(1, (rows, columns)).shape), "without the registers")
 
-# 2. Saved and loaded as any model of transformers.
+# 2. Save and load it like any model of transformers.
 model.save_pretrained(folder / "regvit")
 processor.save_pretrained(folder / "regvit")
 again = AutoModel.from_pretrained(folder / "regvit").eval()
@@ -40,13 +40,13 @@ AutoImageProcessor.from_pretrained(folder / "regvit")
 with torch.inference_mode():
     assert torch.equal(again(pixels).last_hidden_state, output.last_hidden_state)
 
-# 3. A plain ViT as a RegViT, exactly (random weights here; an id of the Hub works as well), then four registers.
+# 3. Convert a plain ViT exactly (random weights here; a Hub id works as well), then add four registers.
 vit = ViTModel(ViTConfig(hidden_size=96, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192))
 converted = hf_regvit.convert(vit)
 converted.resize_register_tokens(4)
 print("converted      ", type(converted).__name__, "with", converted.config.num_register_tokens, "registers")
 
-# 4. What it looks at: attention of CLS and of each register, PCA of the patches, norms.
+# 4. Draw the attention of CLS and of each register, PCA of the patches, and norms.
 (maps,) = read_token_maps(model, pixels)
 save_figure(overview_figure(picture, maps), folder / "overview.png")
 print("figure         ", folder / "overview.png")
