@@ -1,11 +1,11 @@
-"""From pixels to a published-form checkpoint in a few minutes on two CPU cores.
+"""Pretrain, evaluate and draw a small RegViT in a few minutes on two CPU cores.
 
-    make demo                        the photographs inside scikit-image and scikit-learn, cut into tiles
+    make demo                        images that come with scikit-image and scikit-learn, cut into tiles
     DATA=path/to/folder make demo    your own images (a folder, class folders, parquet)
 
-Pretrains a small RegViT with four registers without labels, compares its features with plain ones by k nearest
-neighbours, saves and reloads it as a user would, and draws what CLS and the registers look at. A finished run is
-reused, an interrupted one continues; `--fresh` starts over.
+The script pretrains a small RegViT with four registers without labels, compares its features with simple ones by k
+nearest neighbors, saves and reloads it as a user would, and draws the attention of CLS and of the registers. A
+finished run is reused and an interrupted run continues; `--fresh` starts over.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from hf_regvit.images import (
 )
 
 HERE = Path(__file__).resolve().parent
-MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, prepared in a minute or two
-SHORT_SIDE = 256  # of their prepared copies, pixels: four times the largest crop
+MAX_IMAGES = 2000  # from a user's folder: enough for the steps of a demo, and prepared in a minute or two
+SHORT_SIDE = 256  # shorter side of the prepared copies in pixels: four times the largest crop
 NEIGHBOURS = 10
 
 
@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", default="photos", help="'photos', 'digits', or a folder of images or parquet files")
     parser.add_argument(
-        "--config", type=Path, default=HERE / "photos_cpu.yaml", help="recipe; default photos_cpu.yaml"
+        "--config", type=Path, default=HERE / "photos_cpu.yaml", help="recipe (default: photos_cpu.yaml)"
     )
-    parser.add_argument("--output_dir", type=Path, help="default runs/demo-<data>")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run in this folder")
+    parser.add_argument("--output_dir", type=Path, help="folder for the run (default: runs/demo-<data>)")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run in this folder and start over")
     options = parser.parse_args(argv)
     run = options.output_dir or Path("runs") / f"demo-{slug(options.data)}"
     try:
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
-    # Trainer's own bar stays; these would come for every file that is read or written.
+    # These bars would appear for every file that is read or written; the bar of Trainer stays.
     transformers.logging.disable_progress_bar()
     if fresh:
         forget(run)
@@ -74,18 +74,18 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     arguments = read_recipe(recipe, folder, run, num_images=len(train))
     seconds = pretrain_or_reuse(arguments, run)
     backbone = run / "backbone"
-    with step("As a user loads it"):
+    with step("Loading the result"):
         model, processor = load_and_compare(backbone, train[0].image)
     scores = neighbour_scores(train, held_out, arguments, model, processor, run / "scores.json")
     table = score_table(scores, train, held_out, seconds) if scores else ""
     write_card(backbone, model, data=data, seconds=seconds, table=table)
     page = run / "figures" / "index.html"
     if not page.exists() or page.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
-        with step("Figures of whole pictures"):
+        with step("Figures of whole images"):
             from hf_regvit.figures import overview_page
 
             pictures = whole_pictures(data, train)
-            title = f"RegViT on {len(pictures)} pictures after {seconds / 60:.1f} minutes"
+            title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes"
             overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
     print()
     print(table or "No held-out labels (class folders, two classes or more), so there is no kNN comparison.\n")
@@ -97,10 +97,10 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
 
 
 def prepare_images(data: str, run: Path) -> str:
-    """What to train on: an embedded set as it is, anything else as a shrunken copy that decodes fast.
+    """Return the data to train on: an embedded set unchanged, anything else as a smaller copy that decodes fast.
 
-    The 12 megapixels of a camera take a hundred times longer to decode than to augment. Unreadable images are left out
-    and named. Images that came or went since the last time start the run over.
+    An image of 12 megapixels takes a hundred times longer to decode than to augment. Unreadable images are skipped and
+    listed. If images were added or removed since the last call, the run starts over.
     """
     if data in EMBEDDED_SOURCES:
         return data
@@ -128,13 +128,13 @@ def prepare_images(data: str, run: Path) -> str:
         raise ValueError(f"None of the {len(source)} images of '{data}' can be read.")
     for group in sorted((folder / "validation").glob("*")):
         if not (folder / "train" / group.name).exists():
-            shutil.rmtree(group)  # nothing readable to learn this class from was drawn
-    listing.write_text(names)  # last: without it the copy is not complete
+            shutil.rmtree(group)  # no readable training image of this class was drawn
+    listing.write_text(names)  # written last, because it marks the copy as complete
     return str(folder)
 
 
 def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
-    """Write small copies in one sub-folder per class; returns what could not be read."""
+    """Write small copies into one subfolder per class and return the errors of unreadable images."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:MAX_IMAGES])
     if len(source) > MAX_IMAGES:
         print(f"  {folder.name}: {MAX_IMAGES} of {len(source)} images, drawn at random")
@@ -145,7 +145,7 @@ def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
         except BadImageError as error:
             bad.append(error)
             continue
-        # The number keeps the order of the classes, and apart what differs only in special characters.
+        # The number keeps the order of the classes and separates names that differ only in special characters.
         group = "all" if record.label is None else f"{record.label:04d} {slug(source.label_names[record.label])}"
         path = folder / group / f"{index:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ def shrink(image: Image.Image) -> Image.Image:
 
 
 def open_parts(data: str) -> tuple[ImageSource, ImageSource | None]:
-    """Training images, and held-out ones with labels to score by, or None."""
+    """Return the training images, and held-out images with labels or None."""
     train = load_images(data)
     try:
         held_out = load_images(data, split="validation")
@@ -182,16 +182,16 @@ def whole_pictures(data: str, train: ImageSource, limit: int = 21) -> dict[str, 
 
 
 def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
-    """The recipe's arguments for this data; a small folder gets smaller batches, never more steps."""
+    """Read the recipe for this data; a small folder gets smaller batches, but never more steps."""
     from hf_regvit.arguments import RecipeParser
     from hf_regvit.pretraining import PretrainingArguments
 
     flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
-    flags += ["--knn_steps", "0"]  # the table below says it once, on all images
+    flags += ["--knn_steps", "0"]  # the table below reports the accuracy once, on all images
     (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
     if num_images < 2:
         raise ValueError(
-            f"'{data}' has {num_images} readable training image; pretraining compares images, so give more."
+            f"'{data}' has {num_images} readable training image, but pretraining needs at least 2. Add more images."
         )
     if num_images < arguments.per_device_train_batch_size:
         arguments.per_device_train_batch_size = num_images
@@ -200,51 +200,51 @@ def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
 
 
 def pretrain_or_reuse(arguments, run: Path) -> float:
-    """Train unless this very recipe is finished; returns the seconds that training took."""
+    """Train unless a run with the same recipe is finished, and return the training time in seconds."""
     from hf_regvit.pretraining import pretrain
 
     recipe, report = run / "resolved_recipe.yaml", run / "report.json"
     if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
-        print("The earlier run followed another recipe: starting over.")
+        print("The earlier run used another recipe: starting over.")
         forget(run, keep="images")
     if report.exists() and (run / "backbone" / "model.safetensors").exists():
         print(f"Pretraining   reusing the finished run in {run} (--fresh starts over)")
         return json.loads(report.read_text())["seconds"]
-    # "last" takes the newest checkpoint that verifies, and starts over where there is none.
+    # "last" resumes from the newest valid checkpoint, and starts over if there is none.
     print("Pretraining   continuing" if list(run.glob("checkpoint-*")) else "Pretraining")
     arguments.resume_from_checkpoint = "last"
     pretrain(arguments)
     for folder in run.glob("checkpoint-*"):
-        shutil.rmtree(folder)  # backbone/ and training/ hold what is needed from here on
+        shutil.rmtree(folder)  # the following steps only need backbone/ and training/
     return json.loads(report.read_text())["seconds"]
 
 
 def comparable(recipe: dict) -> dict:
-    """A recipe without what may differ between two starts of the same run."""
+    """Return a recipe without the options that may differ between two starts of the same run."""
     return {key: value for key, value in recipe.items() if key not in ("output_dir", "resume_from_checkpoint")}
 
 
 def forget(run: Path, *, keep: str = "") -> None:
-    """Empty a run folder, if it is one."""
+    """Empty a folder after checking that it is a run folder."""
     if not run.exists():
         return
     found = {path.name for path in run.iterdir()}
     if found and not found & {"images", "resolved_recipe.yaml"}:
-        raise ValueError(f"'{run}' holds other things than a demo run. Choose another --output_dir.")
+        raise ValueError(f"'{run}' contains other things than a demo run. Choose another --output_dir.")
     for path in run.iterdir():
         if path.name == keep:
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-# --- What it is worth
+# --- Evaluation
 
 
 def load_and_compare(folder: Path, image: Image.Image):
-    """Load the folder through AutoModel and through the pipeline; both must give the same tokens."""
+    """Load the folder with AutoModel and with the pipeline, and check that both return the same tokens."""
     from transformers import AutoImageProcessor, AutoModel, pipeline
 
-    import hf_regvit  # noqa: F401 - registers the classes, so no trust_remote_code
+    import hf_regvit  # noqa: F401 - registers the classes, so trust_remote_code is not needed
 
     model = AutoModel.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
@@ -264,7 +264,7 @@ def load_and_compare(folder: Path, image: Image.Image):
 
 
 def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
-    """Accuracy of 10-NN on held-out images for plain features, the untrained and the trained network."""
+    """Compute the 10-NN accuracy on held-out images for simple features, the untrained and the trained network."""
     from hf_regvit.callbacks import backbone_features
     from hf_regvit.modeling_regvit import RegViTModel
 
@@ -272,7 +272,7 @@ def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -
         return None
     if file.exists():
         return json.loads(file.read_text())
-    with step("Nearest neighbours"):
+    with step("Nearest neighbors"):
         images = [[source[i].image for i in range(len(source))] for source in (train, held_out)]
         torch.manual_seed(arguments.seed)
         untrained = RegViTModel(arguments.backbone_config()).eval()
@@ -299,7 +299,7 @@ def colour_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_labels) -> dict[str, float]:
-    """Share of right answers, with DINOv2's vote by cosine and with the plain vote by Euclidean distance."""
+    """Return the accuracy with DINOv2's weighted vote by cosine and with a plain vote by Euclidean distance."""
     from sklearn.neighbors import KNeighborsClassifier
 
     from hf_regvit.probes import knn_accuracy
@@ -321,7 +321,7 @@ def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: f
     }
     lines = [
         f"{NEIGHBOURS}-NN accuracy on {len(held_out)} held-out images of {len(train.label_names)} classes "
-        f"(always the largest class: {counts.max() / counts.sum():.1%}).",
+        f"(always predicting the largest class: {counts.max() / counts.sum():.1%}).",
         "Network features: CLS and mean patch token; registers are left out.",
         "",
         f"| {'features':<28} | cosine | Euclidean |",
@@ -352,9 +352,9 @@ tags:
 
 # RegViT with {config.num_register_tokens} registers, {config.num_hidden_layers} blocks, width {config.hidden_size}
 
-Made by `make demo` of hf_regvit: pretrained without labels (DINOv2 losses) on {source}, {seconds / 60:.1f} minutes on
-a CPU, patches of {config.patch_shape[0]} px, crops of {config.image_size} px. It shows how the pieces fit together; it
-is not a general-purpose model.
+This model was created by `make demo` of hf_regvit. It was pretrained without labels (DINOv2 losses) on {source}, for
+{seconds / 60:.1f} minutes on a CPU, with patches of {config.patch_shape[0]} px and crops of {config.image_size} px. It
+demonstrates the package and is not a general-purpose model.
 
 ```python
 import hf_regvit  # or trust_remote_code=True without the package
@@ -363,11 +363,12 @@ from transformers import AutoImageProcessor, AutoModel
 
 model = AutoModel.from_pretrained("path/to/this/folder")
 processor = AutoImageProcessor.from_pretrained("path/to/this/folder")
-output = model(**processor(Image.open("picture.jpg").convert("RGB"), return_tensors="pt"))
+output = model(**processor(Image.open("image.jpg").convert("RGB"), return_tensors="pt"))
 output.pooler_output, output.patch_tokens, output.register_tokens
 ```
 
-Tokens are `[CLS | registers | patches]`; `output.output_mask` is False at the registers, which carry no local content.
+The token order is `[CLS | registers | patches]`. `output.output_mask` is False at the registers, which have no
+position in the image.
 
 {table}
 """,
@@ -384,7 +385,7 @@ def step(name: str) -> Iterator[None]:
 
 
 def slug(text: str) -> str:
-    """A name for a folder; paths get a checksum, because the last part alone is rarely unique."""
+    """Return a folder name for a text; paths get a checksum, because their last part alone is rarely unique."""
     name = "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in Path(text).name)[:40].strip("-")
     return name if name == text else f"{name}-{zlib.crc32(str(Path(text).absolute()).encode()):08x}"
 
