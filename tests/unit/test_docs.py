@@ -1,4 +1,4 @@
-"""The documentation says what there is: every public name, only real options, every source, small figures."""
+"""Check the documentation: public names, options, sources of defaults, questions, figures, and the site."""
 
 import ast
 import contextlib
@@ -24,7 +24,7 @@ from hf_regvit import PretrainingArguments, cli
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # tutorials are executed by a test of their own
+OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # another test executes the tutorials
 
 
 def text_of(page):
@@ -137,8 +137,8 @@ def test_questions_have_answers_and_threads():
     assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
 
 
-# What users asked in the issues of other projects, as two lists of the specification number it, and where it is
-# answered. None: nobody who uses this package can meet it.
+# Questions from the issues of other projects, numbered as in two lists of the specification, and the anchors of their
+# answers.
 ANSWERS_TO_PAPER_USERS = {
     1: "how-do-i-draw-the-attention-maps-of-the-paper", 2: "i-cannot-find-the-high-norm-tokens",
     3: "my-lost-numbers-differ-from-the-registers-paper", 4: "how-do-i-pretrain-with-registers",
@@ -214,7 +214,7 @@ def test_nothing_comes_from_elsewhere():
 
 
 class Assets(HTMLParser):
-    """What a browser would load of a page, as opposed to links that a reader may follow."""
+    """Collect what a browser loads with a page, as opposed to links that a reader may follow."""
 
     def __init__(self):
         super().__init__()
