@@ -1,4 +1,7 @@
-"""A Space that shows a model with registers beside one without. Two variables of the Space choose the models."""
+"""Run `regvit demo` as a Space that compares a model with registers and one without.
+
+The variables `REGVIT_MODEL` and `REGVIT_COMPARE` of the Space choose the models.
+"""
 
 import os
 
@@ -11,5 +14,5 @@ WITHOUT = os.environ.get("REGVIT_COMPARE", "facebook/dinov2-small")
 app = build_app({name: load_model(name) for name in (WITHOUT, WITH)}, compare=WITH)
 
 if __name__ == "__main__":
-    # A Space is reached through its own proxy, so it has to listen on all addresses of its container.
+    # A proxy forwards requests to the Space, so the app has to listen on all addresses of its container.
     app.launch(**launch_options(port=7860) | {"server_name": "0.0.0.0"})

@@ -1,4 +1,4 @@
-"""`examples/quickstart.py` as a reader runs it: one command, no network, a figure at the end."""
+"""Run `examples/quickstart.py` as a reader would: one command, no network, a figure at the end."""
 
 import os
 import re

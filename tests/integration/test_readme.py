@@ -1,4 +1,4 @@
-"""The README's Python blocks run in order, as a reader would paste them."""
+"""Run the Python blocks of the README in order, as a reader would paste them."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The tutorials of `docs/`: every bash and Python block runs in order, in one folder, as a reader would type it."""
+"""Run every bash and Python block of the tutorials in order, in one folder, as a reader would type it."""
 
 import os
 import re
@@ -20,7 +20,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def workplace(tmp_path) -> Path:
-    """A folder with 48 pictures cut from real photographs, and the recipe shrunk to seconds."""
+    """Create a folder with 48 images cut from the embedded ones, and a recipe that takes seconds."""
     from hf_regvit.images import photographs
 
     folder = tmp_path / "my_photos"
@@ -42,7 +42,7 @@ def workplace(tmp_path) -> Path:
     for option, value in shrink.items():
         recipe, count = re.subn(rf"^{option}: .*$", f"{option}: {value}", recipe, flags=re.M)
         assert count == 1, option
-    # One bad file in 49 is above the one per cent that a real run tolerates.
+    # One bad file in 49 is above the one percent that a real run tolerates.
     (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\n")
     make_classes(tmp_path / "my_classes")
     make_backbone(tmp_path / "backbone")
@@ -50,7 +50,7 @@ def workplace(tmp_path) -> Path:
 
 
 def make_classes(root: Path) -> None:
-    """Three classes of twelve small pictures, cut from three photographs."""
+    """Create three classes of twelve small images, cut from three of the embedded ones."""
     from hf_regvit.images import photographs
 
     photos = photographs()
@@ -62,7 +62,7 @@ def make_classes(root: Path) -> None:
 
 
 def make_backbone(folder: Path) -> None:
-    """A backbone without any training, as `regvit pretrain` leaves one."""
+    """Save an untrained backbone in the layout of `regvit pretrain`."""
     import torch
 
     from hf_regvit import RegViTConfig, RegViTModel
@@ -75,7 +75,7 @@ def make_backbone(folder: Path) -> None:
 
 
 def make_dinov2(folder: Path) -> None:
-    """A model of transformers, without any training."""
+    """Save an untrained model of transformers."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
     from hf_regvit.images import default_image_processor
@@ -107,7 +107,7 @@ def test_tutorial_runs(tutorial, workplace):
 
 @pytest.mark.slow
 def test_the_quickstart_runs(workplace):
-    """All but installation, the page that waits for visitors, and ids of the Hub, for which a folder stands in."""
+    """Run the quickstart without the installation and the demo server, with a local folder in place of Hub ids."""
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     make_dinov2(workplace / "dinov2")
@@ -129,7 +129,7 @@ def test_the_quickstart_runs(workplace):
 
 
 def check_run_folder(folder: Path, text: str) -> None:
-    """What the tutorial's table promises is there; what it promises for some runs only is not looked for."""
+    """Check that the run folder has the files of the tutorial's table, except those that only some runs have."""
     names = re.findall(r"^\| (`.*?`) \|(?!.*if there were any)", text, flags=re.M)
     for name in re.findall(r"`([^`]+)`", " ".join(names)):
         assert list(folder.glob(name.rstrip("/"))), name

@@ -1,4 +1,4 @@
-"""The documentation says what there is: every public name, only real options, every source, small figures."""
+"""Check the documentation: public names, options, sources of defaults, questions, figures, and the site."""
 
 import ast
 import contextlib
@@ -24,7 +24,7 @@ from hf_regvit import PretrainingArguments, cli
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # tutorials are executed by a test of their own
+OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # another test executes the tutorials
 
 
 def text_of(page):
@@ -52,7 +52,7 @@ def test_what_is_documented_exists_under_that_path(name):
 
 
 def test_every_hyperparameter_has_a_source():
-    _, _, rest = text_of(DOCS / "papers.md").partition("## Which option is whose")
+    _, _, rest = text_of(DOCS / "papers.md").partition("## Source of each option")
     table, _, _ = rest.partition("## Evaluation")
     named = re.findall(r"`(\w+)`", table)
     assert len(named) == len(set(named)), "an option has one source"
@@ -137,8 +137,8 @@ def test_questions_have_answers_and_threads():
     assert len(re.findall(r"https://github\.com/[\w-]+/[\w-]+/(?:issues|pull)/\d+", page)) >= 20
 
 
-# What users asked in the issues of other projects, as two lists of the specification number it, and where it is
-# answered. None: nobody who uses this package can meet it.
+# Questions from the issues of other projects, numbered as in two lists of the specification, and the anchors of their
+# answers.
 ANSWERS_TO_PAPER_USERS = {
     1: "how-do-i-draw-the-attention-maps-of-the-paper", 2: "i-cannot-find-the-high-norm-tokens",
     3: "my-lost-numbers-differ-from-the-registers-paper", 4: "how-do-i-pretrain-with-registers",
@@ -148,23 +148,23 @@ ANSWERS_TO_PAPER_USERS = {
     11: "how-do-i-add-registers-to-a-pretrained-model-or-change-their-number",
     12: "why-do-registers-start-at-random-and-not-at-zero",
     13: "do-small-models-need-registers-do-artifacts-come-from-fine-tuning-or-from-training-too-long",
-    14: "where-are-clip-and-deit-iii-with-registers", 15: "the-colours-of-pca-differ-between-pictures",
+    14: "where-are-clip-and-deit-iii-with-registers", 15: "the-colors-of-pca-differ-between-images",
     16: "why-four-why-not-one", 17: "can-i-continue-from-dinov2-on-my-own-domain",
     18: "may-i-drop-the-registers-after-training", 19: "do-registers-help-or-hurt-depth",
-    20: "should-intermediate-features-be-normalised",
+    20: "should-intermediate-features-be-normalized",
 }  # fmt: skip
 ANSWERS_TO_LIBRARY_USERS = {
     1: "registers-were-averaged-into-my-features", 2: "do-registers-have-a-position",
-    3: "my-picture-is-not-square-or-no-multiple-of-the-patch",
+    3: "my-image-is-not-square-or-not-a-multiple-of-the-patch",
     4: "is-a-feature-map-rows-by-columns-or-columns-by-rows",
-    5: "my-picture-is-not-square-or-no-multiple-of-the-patch", 6: "why-is-outputattentions-empty",
-    7: "can-i-use-flash-attention", 8: "which-token-is-the-feature-of-a-picture",
+    5: "my-image-is-not-square-or-not-a-multiple-of-the-patch", 6: "why-is-outputattentions-empty",
+    7: "can-i-use-flash-attention", 8: "which-token-is-the-feature-of-an-image",
     9: "autobackbone-does-not-know-my-folder", 10: "are-there-heads-for-segmentation-and-depth-that-fit",
     11: "ddp-reports-unused-parameters",
-    12: "is-drop-path-really-applied-are-weights-initialised-as-in-the-original",
+    12: "is-drop-path-really-applied-are-weights-initialized-as-in-the-original",
     13: "lora-targets-or-hooks-broke-after-an-upgrade",
-    14: "the-image-processor-of-a-checkpoint-is-not-recognised-or-resizes-differently",
-    15: "the-image-processor-of-a-checkpoint-is-not-recognised-or-resizes-differently",
+    14: "the-image-processor-of-a-checkpoint-is-not-recognized-or-resizes-differently",
+    15: "the-image-processor-of-a-checkpoint-is-not-recognized-or-resizes-differently",
     16: "trust_remote_code-fails-offline-or-after-save_pretrained",
     17: "after-moving-to-transformers-5-loading-fails-on-the-meta-device",
     18: "trust_remote_code-fails-offline-or-after-save_pretrained",
@@ -214,7 +214,7 @@ def test_nothing_comes_from_elsewhere():
 
 
 class Assets(HTMLParser):
-    """What a browser would load of a page, as opposed to links that a reader may follow."""
+    """Collect what a browser loads with a page, as opposed to links that a reader may follow."""
 
     def __init__(self):
         super().__init__()
