@@ -93,6 +93,23 @@ class TestColour:
             assert np.abs(difference).max() <= 1
             assert (difference != 0).mean() < 1e-3
 
+    @pytest.mark.parametrize("shape", [(16, 16), (2, 3), (7, 30), (25, 14)])
+    def test_a_mean_gray_of_one_half_is_rounded_up(self, shape):
+        """Factor 0 leaves the mean gray level alone; a tie must not depend on the processor's order of summation."""
+        for low in range(255):
+            pixels = np.full((*shape, 3), low, np.uint8)
+            pixels.reshape(-1, 3)[::2] += 1
+            assert (A.adjust_contrast(pixels, 0.0) == low + 1).all()
+            expected = TF.adjust_contrast(Image.fromarray(pixels), 0.0)
+            assert (levels(A.adjust_contrast(pixels, 0.0), expected) == 0).all()
+
+    def test_contrast_leaves_a_flat_image_alone(self):
+        """Float32 adds up to whole numbers only nearly, and how nearly depends on the processor."""
+        factors = np.random.default_rng(0).uniform(0.0, 2.0, 16)
+        for level in range(256):
+            flat = np.full((4, 4, 3), level, np.uint8)
+            assert all((A.adjust_contrast(flat, factor) == level).all() for factor in factors)
+
     @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
     def test_saturation(self, photo, factor):
         difference = levels(A.adjust_saturation(np.asarray(photo), factor), TF.adjust_saturation(photo, factor))
