@@ -323,8 +323,10 @@ def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the image's mean grey: 0 is flat grey, 1 the image."""
     import cv2
 
-    # The weight of the second image is 0: no other fast operation of OpenCV adds a number and clips at 0.
-    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * _mean_gray(pixels) - _CUT_OFF_OF_SUMS)
+    # A table of all 256 levels in Pillow's arithmetic: OpenCV's weighted sum rounds differently on other processors.
+    gray = np.float32(_mean_gray(pixels))
+    blended = gray + np.float32(factor) * (np.arange(256, dtype=np.float32) - gray)
+    return cv2.LUT(pixels, blended.clip(0, 255).astype(np.uint8))
 
 
 def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -377,9 +379,6 @@ _LUMA_16_BITS = (19595, 38470, 7471)  # Pillow's integers for it; they add up to
 # Pillow cuts fractions off where OpenCV rounds: less half a grey level it is the same but for whole numbers, which
 # rounding half to even would lose. Float32 resolves the difference at 255.
 _CUT_OFF = 0.5 - 2e-5
-# Contrast adds products in float32, whose rounding depends on the processor. Its error of up to 5e-5 must not turn a
-# whole number into the next lower one: a flat image does not change.
-_CUT_OFF_OF_SUMS = 0.5 - 1e-4
 _SOLARIZED = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
 
 
