@@ -22,6 +22,7 @@ CACHE = Path(__file__).resolve().parents[2] / ".cache" / "hf_common"
 DIGESTS = {
     "5.15.1": "27c996bd9075ddc82d40f8590dfdc81ea45f611bfca477e0db5d7fd257a482f7",
     "5.23.0": "19d647a4d5d903a7c644ca5cde2d86efc3dde7d8c687ae7988806ff2205efa71",
+    "5.24.0": "906cb8c3cb2123575e263962586a4d21a979ce97feeb95fe6aaf66fe6ae88bf3",
 }
 
 

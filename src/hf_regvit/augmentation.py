@@ -324,9 +324,10 @@ def adjust_contrast(pixels: np.ndarray, factor: float) -> np.ndarray:
     """Blend with the image's mean gray: 0 is flat gray, 1 the image."""
     import cv2
 
-    gray = int(np.dot(_LUMA, cv2.mean(pixels)[:3]) + 0.5)
-    # The second image counts nothing: this is the only fast operation of OpenCV that adds a number and clips at 0.
-    return cv2.addWeighted(pixels, factor, pixels, 0, (1 - factor) * gray - _CUT_OFF)
+    # A table of all 256 levels in Pillow's arithmetic: OpenCV's weighted sum rounds differently on other processors.
+    gray = np.float32(_mean_gray(pixels))
+    blended = gray + np.float32(factor) * (np.arange(256, dtype=np.float32) - gray)
+    return cv2.LUT(pixels, blended.clip(0, 255).astype(np.uint8))
 
 
 def adjust_saturation(pixels: np.ndarray, factor: float) -> np.ndarray:
@@ -375,10 +376,25 @@ _ADJUST = {
     "hue": adjust_hue,
 }
 _LUMA = np.array([0.299, 0.587, 0.114])  # of Rec. 601, as Pillow's "L"
+_LUMA_16_BITS = (19595, 38470, 7471)  # Pillow's integers for it; they add up to 2^16
 # Pillow cuts fractions off where OpenCV rounds: less half a grey level it is the same but for whole numbers, which
 # rounding half to even would lose. Float32 resolves the difference at 255.
 _CUT_OFF = 0.5 - 2e-5
 _SOLARIZED = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)
+
+
+def _mean_gray(pixels: np.ndarray) -> int:
+    """Return the mean gray level of (H, W, 3) uint8, rounded half up; exact, hence the same on every processor.
+
+    Source: Pillow's "L" and `ImageEnhance.Contrast`, which also rounds the gray level of each pixel.
+    """
+    import cv2
+
+    # The sums are whole numbers below 2^53, which float64 holds exactly. `cv2.mean` would multiply by 1 / (H * W).
+    sums = (int(value) for value in cv2.sumElems(pixels)[:3])
+    weighted = sum(weight * value for weight, value in zip(_LUMA_16_BITS, sums, strict=True))
+    whole = pixels.shape[0] * pixels.shape[1] << 16  # the weighted sum of an image in which every value is 1
+    return (2 * weighted + whole) // (2 * whole)
 
 
 def _four_channels(image: Image.Image) -> np.ndarray:

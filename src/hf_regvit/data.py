@@ -370,7 +370,7 @@ def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
         raise ValueError(
             f"data_weights={list(weights)}: expected one positive number for each of the {num_sources} sources."
         )
-    return values / values.sum()
+    return values / math.fsum(values)  # exact, so that a tie in the number of images per source is the same everywhere
 
 
 # --- Streams

@@ -81,17 +81,34 @@ class TestColour:
 
     @pytest.mark.parametrize("seed", range(3))
     def test_brightness_and_contrast_of_every_value(self, seed):
-        """All 256 values under random factors: cutting off fractions is right to a share of 1e-4."""
+        """All 256 values under random factors: brightness is right to a share of 1e-4, contrast everywhere."""
         rng = np.random.default_rng(seed)
         values = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
-        brightness, contrast = [], []
+        brightness = []
         for factor in rng.uniform(0.6, 1.4, 60):
             pixels = np.asarray(values)
             brightness.append(levels(A.adjust_brightness(pixels, factor), TF.adjust_brightness(values, factor)))
-            contrast.append(levels(A.adjust_contrast(pixels, factor), TF.adjust_contrast(values, factor)))
-        for difference in map(np.array, (brightness, contrast)):
-            assert np.abs(difference).max() <= 1
-            assert (difference != 0).mean() < 1e-3
+            assert (levels(A.adjust_contrast(pixels, factor), TF.adjust_contrast(values, factor)) == 0).all()
+        difference = np.array(brightness)
+        assert np.abs(difference).max() <= 1
+        assert (difference != 0).mean() < 1e-3
+
+    @pytest.mark.parametrize("shape", [(16, 16), (2, 3), (7, 30), (25, 14)])
+    def test_a_mean_gray_of_one_half_is_rounded_up(self, shape):
+        """Factor 0 leaves the mean gray level alone; a tie must not depend on the processor's order of summation."""
+        for low in range(255):
+            pixels = np.full((*shape, 3), low, np.uint8)
+            pixels.reshape(-1, 3)[::2] += 1
+            assert (A.adjust_contrast(pixels, 0.0) == low + 1).all()
+            expected = TF.adjust_contrast(Image.fromarray(pixels), 0.0)
+            assert (levels(A.adjust_contrast(pixels, 0.0), expected) == 0).all()
+
+    def test_contrast_leaves_a_flat_image_alone(self):
+        """A blend of equal levels is that level, whatever the rounding of the processor."""
+        factors = np.random.default_rng(0).uniform(0.0, 2.0, 16)
+        for level in range(256):
+            flat = np.full((4, 4, 3), level, np.uint8)
+            assert all((A.adjust_contrast(flat, factor) == level).all() for factor in factors)
 
     @pytest.mark.parametrize("factor", [0.8, 1.0, 1.2])
     def test_saturation(self, photo, factor):

@@ -153,6 +153,14 @@ class TestWeights:
     def test_without_weights_sources_are_one_after_another(self):
         assert list(data.EpochSampler(50, seed=3, parts=(40, 10))) == list(data.EpochSampler(50, seed=3))
 
+    def test_the_order_of_sources_does_not_change_their_shares(self):
+        """A tie in the number of images must not depend on the order in which a processor adds the weights."""
+        weights = np.array([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1])
+        shares = data.checked_weights(weights, 10)
+        orders = [np.random.default_rng(seed).permutation(10) for seed in range(40)]
+        assert len({weights[order].sum() for order in orders}) > 1
+        assert all((data.checked_weights(weights[order], 10) == shares[order]).all() for order in orders)
+
     @pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, 1, 1]])
     def test_weights_that_cannot_be_meant(self, weights):
         with pytest.raises(ValueError, match=r"data_weights=.*one positive number for each of the 2 sources"):

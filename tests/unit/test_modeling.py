@@ -33,12 +33,17 @@ TINY = {
 
 
 def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """Create a model in eval mode without parameters near 0, so that ignoring any of them changes the output."""
+    """Create a model in eval mode without parameters near 0, so that ignoring any of them changes the output.
+
+    Weights shrink with the number of inputs: activations stay near 1, and float32 resolves them to 1e-6.
+    """
     model = cls(RegViTConfig(**{**TINY, **fields})).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            is_matrix = name.endswith("weight") and parameter.ndim > 1
+            scale = 0.5 / math.sqrt(parameter[0].numel()) if is_matrix else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
             if ("norm" in name and name.endswith("weight")) or name.endswith("lambda1"):
                 parameter.add_(1.0)
     return model
