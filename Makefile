@@ -48,7 +48,7 @@ docs: $(VENV)/installed-dev ## build the documentation in site/ (warnings are er
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/installed-dev ## compare the speed of RegViT, transformers and timm (slow; ARGS="--models small" is faster)
-	$(BIN)/python scripts/bench_inference.py $(ARGS)
+	$(BIN)/python benchmarks/bench_inference.py $(ARGS)
 
 clean: ## remove the environment, caches and runs
 	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .mypy_cache runs site build dist

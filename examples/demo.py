@@ -25,15 +25,11 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from hf_regvit.image_guard import BadImageError
-from hf_regvit.images import (
-    EMBEDDED_SOURCES,
-    ImageSource,
-    MissingSplitError,
-    load_images,
-    photographs,
-    stratified_split,
-)
+from hf_regvit.data.builtin import photographs
+from hf_regvit.data.decoding import BadImageError
+from hf_regvit.data.files import EMBEDDED_SOURCES, stratified_split
+from hf_regvit.data.loading import load_images
+from hf_regvit.data.source import ImageSource, MissingSplitError
 
 HERE = Path(__file__).resolve().parent
 MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, and ready in a minute or two
@@ -88,7 +84,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     page = run / "figures" / "index.html"
     if not page.exists() or page.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
         with step("Figures"):
-            from hf_regvit.figures import overview_page
+            from hf_regvit.figures.overview_page import overview_page
 
             pictures = whole_pictures(data, train)
             title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
@@ -192,8 +188,8 @@ def whole_pictures(data: str, train: ImageSource, limit: int = 21) -> dict[str, 
 
 def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
     """Return the recipe's arguments for this data. A small folder gets smaller batches, but not more steps."""
-    from hf_regvit.arguments import RecipeParser
-    from hf_regvit.pretraining import PretrainingArguments
+    from hf_regvit.app.recipes import RecipeParser
+    from hf_regvit.pretraining.arguments import PretrainingArguments
 
     flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
     flags += ["--knn_steps", "0"]  # the final table reports kNN once, on all images
@@ -208,7 +204,7 @@ def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
 
 def pretrain_or_reuse(arguments, run: Path) -> float:
     """Train unless a run of the same recipe is finished, and return the training time in seconds."""
-    from hf_regvit.pretraining import pretrain
+    from hf_regvit.pretraining.run import pretrain
 
     recipe, report = run / "resolved_recipe.yaml", run / "report.json"
     if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
@@ -272,8 +268,8 @@ def load_and_compare(folder: Path, image: Image.Image):
 
 def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
     """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
-    from hf_regvit.callbacks import backbone_features
-    from hf_regvit.modeling_regvit import RegViTModel
+    from hf_regvit.models.modeling_regvit import RegViTModel
+    from hf_regvit.pretraining.monitors import backbone_features
 
     if held_out is None:
         return None
@@ -309,7 +305,7 @@ def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_label
     """Return the accuracy with DINOv2's weighted vote by cosine and with the plain vote by Euclidean distance."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    from hf_regvit.probes import knn_accuracy
+    from hf_regvit.evaluation.knn import knn_accuracy
 
     labels = torch.tensor(train_labels), torch.tensor(test_labels)
     k = min(NEIGHBOURS, len(train))

@@ -13,8 +13,9 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 
 import hf_regvit
-from hf_regvit.figures import fit_to_patches, overview_figure, read_token_maps, save_figure
-from hf_regvit.images import default_image_processor, photographs
+from hf_regvit.data.builtin import photographs
+from hf_regvit.figures.maps import fit_to_patches, overview_figure, read_token_maps, save_figure
+from hf_regvit.models.processing import default_image_processor
 
 torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="regvit_"))

@@ -17,8 +17,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_regvit.arguments import RecipeError, RecipeParser
-from hf_regvit.pretraining import PretrainingArguments, pretrain
+from hf_regvit.app.recipes import RecipeError, RecipeParser
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.run import pretrain
 
 
 def main(argv: Sequence[str]) -> int:

@@ -12,8 +12,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from hf_regvit.arguments import ExtractArguments, RecipeError, RecipeParser
-from hf_regvit.extraction import extract_to_folder
+from hf_regvit.app.arguments import ExtractArguments
+from hf_regvit.app.recipes import RecipeError, RecipeParser
+from hf_regvit.evaluation.extraction import extract_to_folder
 
 
 def main(argv: Sequence[str]) -> int:

@@ -2,9 +2,11 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -19,3 +21,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
     if os.environ.get("CI") and not os.environ.get("REGVIT_WITHOUT_SHARED") and shared_dir() is None:
         pytest.exit("../shared is missing. Set REGVIT_WITHOUT_SHARED=1 where that is meant.", returncode=4)
+
+
+# Folders of the unit tests, one a room of the package.
+ROOMS = {
+    "models", "data", "evaluation", "diagnosis", "figures", "hub", "training", "pretraining", "finetuning", "app",
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run unit tests on one thread: two threads only wait for each other on tensors as small as these."""
+    threads = torch.get_num_threads()
+    if request.path.parent.name in ROOMS:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

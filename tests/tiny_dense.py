@@ -9,7 +9,8 @@ from datasets import Image as ImageFeature
 from PIL import Image
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.finetuning import FinetuningArguments, finetune
+from hf_regvit.finetuning.arguments import FinetuningArguments
+from hf_regvit.finetuning.run import finetune
 
 TINY = {
     "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,

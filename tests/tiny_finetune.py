@@ -7,10 +7,11 @@ import torch
 from PIL import Image
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.classification import ImageClassification
-from hf_regvit.finetuning import FinetuningArguments, finetune
-from hf_regvit.image_guard import BadImageError
-from hf_regvit.images import ImageSource
+from hf_regvit.data.decoding import BadImageError
+from hf_regvit.data.source import ImageSource
+from hf_regvit.finetuning.arguments import FinetuningArguments
+from hf_regvit.finetuning.classification import ImageClassification
+from hf_regvit.finetuning.run import finetune
 
 NAMES = ("blue", "green", "red")
 SIDE = 16

@@ -7,9 +7,10 @@ import torch
 from torch.utils.data import Dataset
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.data import DinoCollator, masked_positions
-from hf_regvit.distillation import HeadShape, SelfDistillation
-from hf_regvit.pretraining import DinoTrainer, PretrainingArguments
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.crops import DinoCollator, masked_positions
+from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
+from hf_regvit.pretraining.trainer import DinoTrainer
 
 # Trainer collects garbage at the start of every run; without the imported modules that is a tenth of the work.
 gc.freeze()

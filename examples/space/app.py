@@ -5,8 +5,8 @@ The variables `REGVIT_MODEL` and `REGVIT_COMPARE` of the Space choose the models
 
 import os
 
-from hf_regvit.demo import build_app, launch_options
-from hf_regvit.features import load_model
+from hf_regvit.app.demo import build_app, launch_options
+from hf_regvit.models.loading import load_model
 
 WITH = os.environ.get("REGVIT_MODEL", "facebook/dinov2-with-registers-small")
 WITHOUT = os.environ.get("REGVIT_COMPARE", "facebook/dinov2-small")

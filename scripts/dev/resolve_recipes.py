@@ -12,9 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def resolved(recipe: Path) -> str:
     """Return all options of a recipe as YAML text, in the order of the dataclass."""
-    from hf_regvit.arguments import RecipeParser
-    from hf_regvit.finetuning import FinetuningArguments
-    from hf_regvit.pretraining import PretrainingArguments
+    from hf_regvit.app.recipes import RecipeParser
+    from hf_regvit.finetuning.arguments import FinetuningArguments
+    from hf_regvit.pretraining.arguments import PretrainingArguments
 
     values = yaml.safe_load(recipe.read_text())
     arguments_class = FinetuningArguments if "mode" in values else PretrainingArguments

@@ -20,8 +20,8 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from .configuration_regvit import ConfigError, RegViTConfig, __version__
-from .modeling_regvit import (
+from .models.configuration_regvit import ConfigError, RegViTConfig, __version__
+from .models.modeling_regvit import (
     CheckpointCorruptError,
     CheckpointError,
     ImageTooSmallError,
@@ -58,27 +58,27 @@ AutoImageProcessor.register(
 
 # Importing Trainer, datasets and similar modules takes seconds, so these names are imported on first use.
 _ON_FIRST_USE = {
-    "ArtifactReport": "artifacts",
-    "diagnose": "artifacts",
-    "discover_objects": "lost",
-    "EvaluationReport": "evaluation_report",
-    "compare_backbones": "evaluation",
-    "evaluate_backbone": "evaluation",
-    "RegisterNeurons": "retrofit",
-    "RetrofitError": "retrofit",
-    "add_test_time_registers": "retrofit",
-    "find_register_neurons": "retrofit",
-    "ConversionError": "conversion",
-    "convert": "conversion",
-    "FinetuningArguments": "finetuning",
-    "PretrainingArguments": "pretraining",
-    "finetune": "finetuning",
-    "pretrain": "pretraining",
-    "load_images": "images",
-    "read_tokens": "features",
-    "TokenFeatures": "extraction",
-    "extract_features": "extraction",
-    "knn_classify": "probes",
+    "ArtifactReport": "diagnosis.report",
+    "diagnose": "diagnosis.diagnose",
+    "discover_objects": "evaluation.lost",
+    "EvaluationReport": "evaluation.report",
+    "compare_backbones": "evaluation.run",
+    "evaluate_backbone": "evaluation.run",
+    "RegisterNeurons": "diagnosis.register_neurons",
+    "RetrofitError": "diagnosis.register_neurons",
+    "add_test_time_registers": "diagnosis.register_neurons",
+    "find_register_neurons": "diagnosis.register_neurons",
+    "ConversionError": "models.foreign_weights",
+    "convert": "models.conversion",
+    "FinetuningArguments": "finetuning.arguments",
+    "PretrainingArguments": "pretraining.arguments",
+    "finetune": "finetuning.run",
+    "pretrain": "pretraining.run",
+    "load_images": "data.loading",
+    "read_tokens": "models.tokens",
+    "TokenFeatures": "evaluation.extraction",
+    "extract_features": "evaluation.extraction",
+    "knn_classify": "evaluation.knn",
 }
 
 

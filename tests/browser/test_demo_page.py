@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 from playwright.sync_api import expect
 
-from hf_regvit import RegViTConfig, RegViTModel, demo
-from hf_regvit.demo import build_app, launch_options
-from hf_regvit.extraction import TokenFeatures
-from hf_regvit.images import default_image_processor
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.app import demo_page as demo
+from hf_regvit.app.demo import build_app, launch_options
+from hf_regvit.evaluation.extraction import TokenFeatures
+from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.browser
 

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.artifacts import diagnose
-from hf_regvit.report import write_report
+from hf_regvit.diagnosis.diagnose import diagnose
+from hf_regvit.figures.diagnosis_page import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -8,7 +8,8 @@ import torch
 import two_processes
 from transformers import AutoModel
 
-from hf_regvit.checkpoints import list_checkpoints, verify_checkpoint
+from hf_regvit.models.manifest import verify_checkpoint
+from hf_regvit.training.checkpoints import list_checkpoints
 from tiny_run import same_state
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ import torch.multiprocessing as mp
 from transformers import TrainerCallback
 from two_processes import sharding
 
-from hf_regvit.checkpoints import TrainingInterrupted
-from hf_regvit.finetuning import FinetuningTrainer
+from hf_regvit.finetuning.trainer import FinetuningTrainer
+from hf_regvit.training.signals import TrainingInterrupted
 from tiny_dense import dense_run
 from tiny_finetune import backbone, run, source
 

@@ -15,10 +15,12 @@ import torch
 import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
-from hf_regvit.alarms import NonFiniteError
-from hf_regvit.checkpoints import TrainingInterrupted, list_checkpoints
-from hf_regvit.distillation import full_tensor
-from hf_regvit.pretraining import DinoTrainer, pretrain
+from hf_regvit.pretraining.run import pretrain
+from hf_regvit.pretraining.trainer import DinoTrainer
+from hf_regvit.training.checkpoints import list_checkpoints
+from hf_regvit.training.distributed import full_tensor
+from hf_regvit.training.finite import NonFiniteError
+from hf_regvit.training.signals import TrainingInterrupted
 from tiny_run import Crops, MasksOfTheImage, arguments, tiny_config, trained
 
 PER_PROCESS = 3

@@ -15,9 +15,9 @@ from two_processes import COMMON, IMAGES, PER_PROCESS, sharding
 import tiny_finetune
 import tiny_run
 from fake_hub import READ_TOKEN
-from hf_regvit import upload
-from hf_regvit.images import default_image_processor
-from hf_regvit.pretraining import pretrain
+from hf_regvit.hub import upload
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.pretraining.run import pretrain
 
 SECOND_TOKEN = "hf_" + "s" * 34
 QUICK = upload.RetryPolicy(attempts=2, first_wait=0.01, longest_wait=1.0, timeout=5.0)

@@ -21,8 +21,8 @@ from hf_regvit import (
     load_images,
     pretrain,
 )
-from hf_regvit.distillation import HeadShape, SelfDistillation
-from hf_regvit.features import read_tokens
+from hf_regvit.models.tokens import read_tokens
+from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
 
 DEVICE = os.environ.get("REGVIT_GPU_TEST_DEVICE", "cuda")
 

@@ -16,15 +16,9 @@ import torch
 from hf_suite import MODEL_CLASSES, PIPELINES
 from transformers.testing_utils import torch_device
 
-from hf_regvit import (
-    CheckpointError,
-    RegViTBackbone,
-    RegViTConfig,
-    RegViTForDepthEstimation,
-    RegViTModel,
-    modeling_regvit,
-)
-from hf_regvit.modeling_regvit import RegViTEmbeddings, RegViTPreTrainedModel
+from hf_regvit import CheckpointError, RegViTBackbone, RegViTConfig, RegViTForDepthEstimation, RegViTModel
+from hf_regvit.models import modeling_regvit
+from hf_regvit.models.modeling_regvit import RegViTEmbeddings, RegViTPreTrainedModel
 
 hf_suite.stop_without_suite()
 

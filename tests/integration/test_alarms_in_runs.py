@@ -7,7 +7,8 @@ import pytest
 import torch
 import yaml
 
-from hf_regvit.pretraining import PretrainingArguments, pretrain
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.run import pretrain
 
 pytestmark = pytest.mark.slow
 

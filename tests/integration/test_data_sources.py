@@ -11,10 +11,14 @@ import yaml
 from safetensors.torch import load_file
 
 from helpers import requires_shared, shared_dir
-from hf_regvit import data, image_guard, images
-from hf_regvit.cli import main
-from hf_regvit.images import load_images, stream_images
-from hf_regvit.pretraining import PretrainingArguments, pretrain
+from hf_regvit.app.cli import main
+from hf_regvit.data import bad_images as bad_images_module
+from hf_regvit.data import decoding as image_guard
+from hf_regvit.data import source as images
+from hf_regvit.data.loading import load_images, stream_images
+from hf_regvit.pretraining import samplers
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.run import pretrain
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -112,8 +116,8 @@ class TestSources:
     def test_f38_truncated_shards_in_a_stream(self, shards):
         path = sorted(shards.iterdir())[1]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-        bad = data.BadImages(shards.parent / "bad_images.jsonl")
-        sampler = data.StreamSampler([stream_images(shards)], seed=0, bad_images=bad)
+        bad = bad_images_module.BadImages(shards.parent / "bad_images.jsonl")
+        sampler = samplers.StreamSampler([stream_images(shards)], seed=0, bad_images=bad)
         keys = []
         for key in sampler:
             if key[0] == 1:

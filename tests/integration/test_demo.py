@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_regvit.images import load_images
+from hf_regvit.data.loading import load_images
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 TINY = """
@@ -97,7 +97,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert not list(run.glob("checkpoint-*"))
 
     # A second call does not train, score or draw again.
-    from hf_regvit import pretraining
+    from hf_regvit.pretraining import run as pretraining
 
     monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     before = files_and_times(run)
@@ -126,7 +126,7 @@ class Stop:
     """Simulate Ctrl-C in the middle of step `at`."""
 
     def __init__(self, monkeypatch, at: int) -> None:
-        from hf_regvit.pretraining import DinoTrainer
+        from hf_regvit.pretraining.trainer import DinoTrainer
 
         self.count, self.at, self.step = 0, at, DinoTrainer.training_step
         monkeypatch.setattr(DinoTrainer, "training_step", lambda trainer, *args: self(trainer, *args))

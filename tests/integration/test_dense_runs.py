@@ -15,20 +15,14 @@ from transformers import (
 )
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.cli import main
-from hf_regvit.dense import DenseDataError, load_depth, load_masks
-from hf_regvit.dense_transforms import resize_map
-from hf_regvit.finetuning import FinetuningArguments
-from hf_regvit.finetuning_dense import (
-    DepthEstimation,
-    SemanticSegmentation,
-    class_colours,
-    dense_processor,
-    pixel_weights,
-    typical_size,
-)
-from hf_regvit.images import default_image_processor
-from hf_regvit.metrics import DepthErrors, MeanIoU
+from hf_regvit.app.cli import main
+from hf_regvit.data.joint_transform import resize_map
+from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
+from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
+from hf_regvit.figures.masks import class_colours
+from hf_regvit.finetuning.arguments import FinetuningArguments
+from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, pixel_weights, typical_size
+from hf_regvit.models.processing import default_image_processor, dense_processor
 from tiny_dense import TINY, dense_run, scene, write_depths, write_masks
 from tiny_run import same_state
 
@@ -256,8 +250,8 @@ class StopAt(TrainerCallback):
 @pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
 def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
     """Includes batch norm statistics and the seeds of augmentation and drop path; step 2 is within an epoch."""
-    monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr("hf_regvit.finetuning_dense._DenseTask._panel_rows", lambda self, model, processor: [])
+    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
+    monkeypatch.setattr("hf_regvit.finetuning.dense._DenseTask._panel_rows", lambda self, model, processor: [])
     data = masks if task == "semantic-segmentation" else depths
     options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "drop_path_rate": 0.3}
     options |= {"load_best_model_at_end": False}

@@ -14,15 +14,16 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_regvit import RegViTConfig, RegViTModel, cli
-from hf_regvit.extraction import (
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.app import cli
+from hf_regvit.evaluation.extraction import (
     ExtractionSettings,
     TokenFeatures,
     extract_features,
     extract_to_folder,
     iterate_shards,
 )
-from hf_regvit.images import default_image_processor
+from hf_regvit.models.processing import default_image_processor
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}

@@ -15,12 +15,13 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_regvit.alarms import NonFiniteError
-from hf_regvit.checkpoints import STAGING, list_checkpoints, verify_checkpoint
-from hf_regvit.classification import ImageClassification
-from hf_regvit.finetuning_data import TrainSampler
-from hf_regvit.images import ImageSource
-from hf_regvit.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
+from hf_regvit.data.source import ImageSource
+from hf_regvit.finetuning.classification import ImageClassification
+from hf_regvit.finetuning.data import TrainSampler
+from hf_regvit.models.manifest import verify_checkpoint
+from hf_regvit.models.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
+from hf_regvit.training.checkpoints import STAGING, list_checkpoints
+from hf_regvit.training.finite import NonFiniteError
 from tiny_finetune import NAMES, Pictures, run
 from tiny_run import same_state
 
@@ -32,7 +33,7 @@ EVERY_TWO = {
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
     """Drawing takes ten times as long as a run of two blocks."""
-    monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
+    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
     monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 
 
@@ -122,8 +123,8 @@ KILLED = """
     import os, signal, sys
     sys.path[:0] = {paths!r}
     import torch; torch.set_num_threads(1)
-    import hf_regvit.checkpoints as checkpoints
-    from hf_regvit.classification import ImageClassification
+    from hf_regvit.models import manifest as checkpoints
+    from hf_regvit.finetuning.classification import ImageClassification
     from tiny_finetune import run
     write = checkpoints.write_manifest
     def die(folder):  # everything is written except the list that completes a checkpoint

@@ -20,15 +20,15 @@ from transformers import (
     pipeline,
 )
 
-import hf_regvit.upload as upload
 from fake_hub import FakeHub, connect
 from hf_regvit import RegViTForImageClassification
-from hf_regvit.checkpoints import TrainingInterrupted
-from hf_regvit.classification import ImageClassification
-from hf_regvit.cli import main
-from hf_regvit.hub import bundle
-from hf_regvit.images import default_image_processor
-from hf_regvit.model_card import card_header, check_card
+from hf_regvit.app.cli import main
+from hf_regvit.finetuning.classification import ImageClassification
+from hf_regvit.hub import upload
+from hf_regvit.hub.bundle import bundle
+from hf_regvit.hub.card import card_header, check_card
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.training.signals import TrainingInterrupted
 from tiny_finetune import SIDE, backbone, picture, run
 from tiny_run import same_state
 
@@ -40,7 +40,7 @@ FLAGS = [
 
 @pytest.fixture(autouse=True)
 def without_pictures(monkeypatch):
-    monkeypatch.setattr("hf_regvit.finetuning.draw_finetuning_curves", lambda folder, shown: None)
+    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
     monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 
 

@@ -14,7 +14,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import DPTImageProcessor
 
-import hf_regvit.hub as hub_module
 from fake_hub import FakeHub, connect, sha256
 from hf_regvit import (
     RegViTConfig,
@@ -22,12 +21,15 @@ from hf_regvit import (
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
     RegViTModel,
-    cli,
 )
-from hf_regvit.hub import BundleError, bundle, verify
-from hf_regvit.images import default_image_processor
-from hf_regvit.model_card import card_snippets
-from hf_regvit.upload import RetryPolicy, send_folder
+from hf_regvit.app import cli
+from hf_regvit.hub import bundle as hub_module
+from hf_regvit.hub.bundle import bundle
+from hf_regvit.hub.card import card_snippets
+from hf_regvit.hub.upload import RetryPolicy, send_folder
+from hf_regvit.hub.verify import verify
+from hf_regvit.models.loading import BundleError
+from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.slow
 
@@ -119,7 +121,7 @@ def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
     bundle(folder, tmp_path / "bundle", card={"license": "mit"})
     path = tmp_path / "bundle" / "modeling_regvit.py"
     path.write_text("from hf_regvit import RegViTModel\n" + path.read_text())
-    from hf_regvit.checkpoints import write_manifest
+    from hf_regvit.models.manifest import write_manifest
 
     write_manifest(tmp_path / "bundle")
     with pytest.raises(BundleError, match=r"modeling_regvit\.py' differs from this version of hf_regvit"):
@@ -134,7 +136,7 @@ def hub(monkeypatch):
     with FakeHub() as hub:
         connect(monkeypatch, hub)
         monkeypatch.setattr(
-            "hf_regvit.upload.RetryPolicy", lambda: RetryPolicy(attempts=3, first_wait=0.01, timeout=5)
+            "hf_regvit.hub.upload.RetryPolicy", lambda: RetryPolicy(attempts=3, first_wait=0.01, timeout=5)
         )
         yield hub
 
@@ -202,7 +204,8 @@ def test_f65_publish_fails_with_one_line_and_keeps_the_bundle(hub, tmp_path, cap
 
 SENDER = """
     import sys
-    from hf_regvit.upload import public_files, send_folder
+    from hf_regvit.hub.scan import public_files
+    from hf_regvit.hub.upload import send_folder
 
     folder = sys.argv[1]
     send_folder(folder, "someone/tiny", names=[*public_files(folder)], message="first", private=True)

@@ -40,7 +40,9 @@ from hf_regvit import (
     RegViTModel,
 )
 
-CODE_FILES = [Path(hf_regvit.__file__).parent / name for name in ("configuration_regvit.py", "modeling_regvit.py")]
+CODE_FILES = [
+    Path(hf_regvit.__file__).parent / "models" / name for name in ("configuration_regvit.py", "modeling_regvit.py")
+]
 
 # Modules of every installation of transformers with torch, limited to those parts of transformers that are stable.
 ALLOWED_IMPORTS = {

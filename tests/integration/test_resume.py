@@ -13,8 +13,10 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from hf_regvit.checkpoints import STAGING, list_checkpoints, verify_checkpoint
-from hf_regvit.pretraining import PretrainingArguments, pretrain
+from hf_regvit.models.manifest import verify_checkpoint
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.run import pretrain
+from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -134,7 +136,7 @@ def test_f60_sigterm_saves_and_asks_to_be_queued_again(unbroken, tmp_path):
 KILL_ONE_PROCESS = """
 import os, signal
 from pathlib import Path
-from hf_regvit.distillation import SelfDistillation
+from hf_regvit.pretraining.distillation import SelfDistillation
 begin, mark = SelfDistillation.begin_step, Path(os.environ["MARK"])
 steps = []
 def killed(self, temperature):

@@ -20,9 +20,11 @@ from transformers import (
 )
 
 from helpers import requires_shared, shared_dir
-from hf_regvit import RegViTForImageClassification, RegViTModel, cli
-from hf_regvit.pretraining import PretrainingArguments, pretrain
-from hf_regvit.run_folder import restore_training, starting_point
+from hf_regvit import RegViTForImageClassification, RegViTModel
+from hf_regvit.app import cli
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.run import pretrain
+from hf_regvit.pretraining.starting_point import restore_training, starting_point
 from tiny_run import Crops, arguments, same_state, tiny_config, tiny_network
 
 RECIPE = """

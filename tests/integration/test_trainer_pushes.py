@@ -5,13 +5,15 @@ import logging
 
 import pytest
 
-import hf_regvit.upload as upload
 from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub, connect
 from hf_regvit import RegViTModel
-from hf_regvit.checkpoints import CheckpointedTrainer, verify_checkpoint
-from hf_regvit.images import default_image_processor
-from hf_regvit.model_card import CardError, check_card
-from hf_regvit.pretraining import DinoTrainer, pretrain
+from hf_regvit.hub import upload
+from hf_regvit.hub.card import CardError, check_card
+from hf_regvit.models.manifest import verify_checkpoint
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.pretraining.run import pretrain
+from hf_regvit.pretraining.trainer import DinoTrainer
+from hf_regvit.training.trainer import CheckpointedTrainer
 from tiny_run import Crops, arguments, trained
 
 MODEL_FILES = {

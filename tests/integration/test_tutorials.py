@@ -21,7 +21,7 @@ def blocks(text: str) -> list[tuple[str, str]]:
 @pytest.fixture
 def workplace(tmp_path) -> Path:
     """Create a folder with 48 images cut from the embedded ones, and a recipe that takes seconds."""
-    from hf_regvit.images import photographs
+    from hf_regvit.data.builtin import photographs
 
     folder = tmp_path / "my_photos"
     folder.mkdir()
@@ -51,7 +51,7 @@ def workplace(tmp_path) -> Path:
 
 def make_classes(root: Path) -> None:
     """Create three classes of twelve small images, cut from three of the embedded ones."""
-    from hf_regvit.images import photographs
+    from hf_regvit.data.builtin import photographs
 
     photos = photographs()
     for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
@@ -66,7 +66,7 @@ def make_backbone(folder: Path) -> None:
     import torch
 
     from hf_regvit import RegViTConfig, RegViTModel
-    from hf_regvit.images import default_image_processor
+    from hf_regvit.models.processing import default_image_processor
 
     torch.manual_seed(0)
     config = RegViTConfig.from_preset("tiny", num_hidden_layers=2, image_size=32, patch_size=8)
@@ -78,7 +78,7 @@ def make_dinov2(folder: Path) -> None:
     """Save an untrained model of transformers."""
     from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-    from hf_regvit.images import default_image_processor
+    from hf_regvit.models.processing import default_image_processor
 
     config = Dinov2WithRegistersConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14

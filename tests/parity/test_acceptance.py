@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.optimization import parameter_rules
-from hf_regvit.pretraining import PretrainingArguments
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.training.parameter_groups import parameter_rules
 from tiny_run import tiny_config
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -34,36 +34,36 @@ INDEX = {
         "parity/test_dinov2_golden.py::test_position_table_at_every_grid",
     ],
     "3 initialisation": [
-        "unit/test_modeling.py::test_initialisation_has_the_statistics_of_dinov2",
-        "unit/test_modeling.py::test_f47_registers_differ_after_initialisation_and_stay_different",
+        "models/test_modeling.py::test_initialisation_has_the_statistics_of_dinov2",
+        "models/test_modeling.py::test_f47_registers_differ_after_initialisation_and_stay_different",
     ],
     "4 masks": [
-        "unit/test_data.py::test_total_is_stratified_below_its_bound",
-        "unit/test_data.py::test_nothing_masked",
-        "unit/test_pretraining.py::test_every_student_parameter_gets_a_gradient_even_without_masks",
+        "pretraining/test_data.py::test_total_is_stratified_below_its_bound",
+        "pretraining/test_data.py::test_nothing_masked",
+        "pretraining/test_pretraining.py::test_every_student_parameter_gets_a_gradient_even_without_masks",
     ],
     "5 drop path": [
-        "unit/test_drop_path.py::test_batch_subset_keeps_this_many_and_scales_by_their_share",
-        "unit/test_drop_path.py::test_batch_subset_expects_the_full_residual",
+        "models/test_drop_path.py::test_batch_subset_keeps_this_many_and_scales_by_their_share",
+        "models/test_drop_path.py::test_batch_subset_expects_the_full_residual",
         "parity/test_dinov2_golden.py::test_batch_subset_drop_path",
     ],
-    "6 uniform outputs": ["unit/test_pretraining.py::test_uniform_outputs_give_the_known_losses"],
+    "6 uniform outputs": ["pretraining/test_pretraining.py::test_uniform_outputs_give_the_known_losses"],
     "7 Sinkhorn": [
-        "unit/test_losses.py::test_sinkhorn_balances_prototypes",
-        "unit/test_losses.py::test_sinkhorn_ignores_an_added_constant",
-        "unit/test_losses.py::test_sinkhorn_neither_overflows_nor_vanishes",
+        "pretraining/test_losses.py::test_sinkhorn_balances_prototypes",
+        "pretraining/test_losses.py::test_sinkhorn_ignores_an_added_constant",
+        "pretraining/test_losses.py::test_sinkhorn_neither_overflows_nor_vanishes",
         "parity/test_losses_golden.py::test_one_process_on_the_concatenation_equals_two",
         "parity/test_losses_golden.py::test_two_processes",
     ],
     "8 centers": [
-        "unit/test_losses.py::test_center_equals_its_loop_and_lags_by_one_step",
-        "unit/test_losses.py::test_no_rows_leave_the_center_as_it_is",
+        "pretraining/test_losses.py::test_center_equals_its_loop_and_lags_by_one_step",
+        "pretraining/test_losses.py::test_no_rows_leave_the_center_as_it_is",
         "parity/test_losses_golden.py::test_ibot_centers_and_targets_step_by_step",
         "parity/test_losses_golden.py::test_two_processes",
     ],
     "9 KoLeo": [
-        "unit/test_losses.py::test_koleo_of_identical_rows_is_finite_under_autocast",
-        "unit/test_losses.py::test_koleo_of_an_orthonormal_batch",
+        "pretraining/test_losses.py::test_koleo_of_identical_rows_is_finite_under_autocast",
+        "pretraining/test_losses.py::test_koleo_of_an_orthonormal_batch",
     ],
     "10 parameter groups": [
         HERE + "test_learning_rates_of_a_network_of_24_blocks",
@@ -75,20 +75,20 @@ INDEX = {
         "parity/test_ssl_golden.py::test_schedules",
     ],
     "12 moving average": [
-        "unit/test_pretraining.py::test_teacher_update_equals_the_closed_form",
-        "unit/test_pretraining.py::test_teacher_starts_as_the_student_and_stays_in_eval_mode",
+        "pretraining/test_pretraining.py::test_teacher_update_equals_the_closed_form",
+        "pretraining/test_pretraining.py::test_teacher_starts_as_the_student_and_stays_in_eval_mode",
         "distributed/test_two_processes.py::test_two_processes_equal_one_with_the_doubled_batch",
     ],
     "13 two processes": [
         "distributed/test_two_processes.py::test_two_processes_equal_one_with_the_doubled_batch",
-        "unit/test_pretraining.py::test_local_crops_do_not_influence_one_another",
+        "pretraining/test_pretraining.py::test_local_crops_do_not_influence_one_another",
     ],
     "14 accumulation": [
         "distributed/test_two_processes.py::test_accumulated_sinkhorn_targets_equal_those_of_one_big_batch",
-        "unit/test_pretraining.py::test_accumulated_micro_batches_equal_the_mean_of_their_gradients",
+        "pretraining/test_pretraining.py::test_accumulated_micro_batches_equal_the_mean_of_their_gradients",
     ],
     "15 resume": [
-        "unit/test_pretraining.py::test_resumed_run_repeats_the_unbroken_one_bit_for_bit",
+        "pretraining/test_pretraining.py::test_resumed_run_repeats_the_unbroken_one_bit_for_bit",
         "distributed/test_two_processes.py::test_fsdp_resumes_bit_for_bit",
     ],
     "16 smoke run": [HERE + "test_smoke_run_learns_and_does_not_collapse"],
@@ -219,11 +219,11 @@ def test_schedules_of_the_short_recipe_at_their_corners(tmp_path):
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
 def test_smoke_run_learns_and_does_not_collapse(tmp_path, centering):
     """64 tiles of photographs: below the loss of uniform outputs, many prototypes in use, CLS tokens that differ."""
-    from hf_regvit.augmentation import MultiCrop
-    from hf_regvit.data import DinoCollator, MultiCropDataset
-    from hf_regvit.distillation import HeadShape, SelfDistillation
-    from hf_regvit.images import load_images
-    from hf_regvit.pretraining import DinoTrainer
+    from hf_regvit.data.augmentation import MultiCrop
+    from hf_regvit.data.loading import load_images
+    from hf_regvit.pretraining.crops import DinoCollator, MultiCropDataset
+    from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
+    from hf_regvit.pretraining.trainer import DinoTrainer
 
     prototypes, width = 64, 48
     torch.manual_seed(0)

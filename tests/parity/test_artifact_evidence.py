@@ -1,7 +1,7 @@
 """Real weights that show the phenomenon: a ViT-Tiny whose corner patches turn into outliers in block 8.
 
 What the data sheet of the weights says by hand has to come out of the diagnosis, told nothing. Smaller samples than in
-`scripts/artifact_evidence.py`, which prints the published numbers.
+`benchmarks/artifact_evidence.py`, which prints the published numbers.
 """
 
 import numpy as np
@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from helpers import requires_shared, shared_dir
-from hf_regvit.artifacts import diagnose
-from hf_regvit.features import load_model
-from hf_regvit.images import load_images
-from hf_regvit.probes import token_probes
+from hf_regvit.data.loading import load_images
+from hf_regvit.diagnosis.diagnose import diagnose
+from hf_regvit.diagnosis.token_probes import token_probes
+from hf_regvit.models.loading import load_model
 
 pytestmark = [pytest.mark.slow, requires_shared]
 

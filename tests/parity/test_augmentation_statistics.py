@@ -22,9 +22,9 @@ from scipy import stats
 from torchvision import transforms
 
 from helpers import requires_shared, shared_dir
-from hf_regvit import augmentation as A
-from hf_regvit import images
-from hf_regvit.augmentation import MultiCrop, ViewParameters
+from hf_regvit.data import augmentation as A
+from hf_regvit.data import builtin, loading
+from hf_regvit.data.augmentation import MultiCrop, ViewParameters
 
 GLOBAL_0, GLOBAL_1, LOCAL = 0, 1, 2  # the three kinds of views
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -61,7 +61,7 @@ def official_pixels(image: Image.Image, parameters: ViewParameters, size: int) -
 def embedded_photographs(size: tuple[int, int], count: int) -> list[Image.Image]:
     """Colour photographs from inside scikit-image and scikit-learn."""
     names = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
-    return [images.photographs()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
+    return [builtin.photographs()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
 
 
 # --- Parameters
@@ -348,7 +348,7 @@ class TestPairedPixels:
     @pytest.mark.slow
     @requires_shared
     def test_photographs_of_coco(self):
-        source = images.load_images(shared_dir() / "data" / "coco_boxes" / "validation.parquet", split=None)
+        source = loading.load_images(shared_dir() / "data" / "coco_boxes" / "validation.parquet", split=None)
         photographs = [source[i].image for i in range(40)]
         assert_agrees(compare(photographs, draws=2, num_local_crops=8), **ALL_BOUNDS)
 

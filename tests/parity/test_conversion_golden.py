@@ -8,7 +8,8 @@ from safetensors.torch import load_file
 
 from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTBackbone, RegViTConfig, RegViTForImageClassification, RegViTModel
-from hf_regvit.conversion import ConversionError, convert
+from hf_regvit.models.conversion import convert
+from hf_regvit.models.foreign_weights import ConversionError
 
 pytestmark = requires_shared
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers import load_golden, requires_shared, shared_dir
-from hf_regvit.data import batch_masks, block_mask, masked_positions
+from hf_regvit.pretraining.crops import batch_masks, block_mask, masked_positions
 
 pytestmark = requires_shared
 

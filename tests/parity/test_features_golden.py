@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from helpers import assert_golden, load_golden, requires_shared, shared_dir, subtree
-from hf_regvit.families import describe_model, final_norm
-from hf_regvit.features import read_many, read_tokens
+from hf_regvit.models.families import describe_model, final_norm
+from hf_regvit.models.tokens import read_many, read_tokens
 
 pytestmark = requires_shared
 

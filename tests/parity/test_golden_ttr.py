@@ -6,8 +6,8 @@ from torch import nn
 
 from helpers import assert_golden, load_golden, requires_shared, subtree
 from hf_regvit import RegViTConfig, RegViTModel, convert
-from hf_regvit.features import read_many
-from hf_regvit.retrofit import RegisterNeurons, add_test_time_registers, score_neurons
+from hf_regvit.diagnosis.register_neurons import RegisterNeurons, add_test_time_registers, score_neurons
+from hf_regvit.models.tokens import read_many
 
 pytestmark = requires_shared
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the golden files' own

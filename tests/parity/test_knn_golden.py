@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import golden_files, load_golden, requires_shared
-from hf_regvit.probes import knn_accuracy, knn_classify
+from hf_regvit.evaluation.knn import knn_accuracy, knn_classify
 
 pytestmark = requires_shared
 

@@ -5,8 +5,8 @@ import torch
 import torch.multiprocessing as mp
 
 from helpers import load_golden, requires_shared, subtree
-from hf_regvit.distillation import HeadShape, PrototypeHead
-from hf_regvit.losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead
+from hf_regvit.pretraining.losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
 
 pytestmark = requires_shared
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import golden_files, load_golden, requires_shared
-from hf_regvit.lost import affinity, lost_box
+from hf_regvit.evaluation.lost import affinity, lost_box
 
 pytestmark = requires_shared
 

@@ -7,9 +7,10 @@ import torch
 
 from helpers import load_golden, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.distillation import HeadShape, PrototypeHead, SelfDistillation
-from hf_regvit.optimization import Schedules, StepValues, cosine_schedule, parameter_groups, parameter_rules, set_rates
-from hf_regvit.pretraining import PretrainingArguments
+from hf_regvit.pretraining.arguments import PretrainingArguments
+from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
+from hf_regvit.pretraining.schedules import Schedules, StepValues, cosine_schedule, parameter_groups, set_rates
+from hf_regvit.training.parameter_groups import parameter_rules
 
 pytestmark = requires_shared
 

@@ -1,0 +1,216 @@
+"""Compare the speed of RegViT, transformers' Dinov2WithRegistersModel and timm's reg4 ViT with the same weights.
+
+    python benchmarks/bench_inference.py                   # all cases on the CPU (long), or the GPU with --device cuda
+    python benchmarks/bench_inference.py --models small --sizes 224 --dtypes float32 --batches 1 8
+
+Every case runs the three systems in turn, A B C A B C ..., so that drifting machine speed affects them equally. Prints
+medians in milliseconds, medians of the ratios of each round (above 1: RegViT is faster), and the memory that a forward
+pass adds, measured in a new process per system (peak resident memory on a CPU under Linux, peak of the allocator on a
+GPU). 518 pixels is the native size of the position embeddings; 224 pixels requires resampling.
+"""
+
+import argparse
+import ctypes
+import gc
+import itertools
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+SYSTEMS = ("regvit", "transformers", "timm")
+
+
+def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a system with the same random weights as a function from pixels to normalized tokens."""
+    from hf_regvit import RegViTConfig, RegViTModel
+
+    torch.manual_seed(0)
+    reference = RegViTModel(RegViTConfig.from_preset(size, patch_size=14, image_size=518, layerscale_value=1.0)).eval()
+    config = reference.config
+    state = reference.state_dict()
+    if system == "regvit":
+        model = reference.to(device, dtype)
+        return lambda pixels: model(pixels).last_hidden_state
+    if system == "transformers":
+        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens", "image_size")
+        peer = Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(patch_size=14, **{name: getattr(config, name) for name in names})
+        )
+        renamed = {}
+        for key, value in state.items():
+            key = re.sub(r"^layers\.", "encoder.layer.", key)
+            if ".qkv." in key:
+                for name, part in zip("qkv", value.chunk(3)):
+                    renamed[key.replace(".qkv.", f".{name}_proj.")] = part
+            else:
+                renamed[key] = value
+        renamed["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
+        peer.load_state_dict(renamed)
+        model = peer.eval().to(device, dtype)
+        return lambda pixels: model(pixels).last_hidden_state
+    import timm
+
+    model = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", img_size=518, dynamic_img_size=True)
+    rules = (
+        (r"^layers\.", "blocks."), (r"\.attention\.qkv", ".attn.qkv"), (r"\.attention\.o_proj", ".attn.proj"),
+        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"), (r"^layernorm", "norm"),
+        (r"^embeddings\.register_tokens", "reg_token"),
+        (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"), (r"^embeddings\.cls_token", "cls_token"),
+        (r"^embeddings\.position_embeddings", "pos_embed"),
+    )  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        for pattern, replacement in rules:
+            key = re.sub(pattern, replacement, key)
+        renamed[key] = value
+    table = renamed["pos_embed"]
+    renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
+    renamed["pos_embed"] = table[:, 1:]
+    model.load_state_dict(renamed)
+    model = model.eval().to(device, dtype)
+    return model.forward_features
+
+
+def cpu_name() -> str:
+    """Return the model name of the processor, or its architecture if the system does not provide it."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    return names[0] if names else platform.machine()
+
+
+def synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+@torch.inference_mode()
+def time_case(
+    args: argparse.Namespace, size: str, pixels: int, batch: int, dtype: torch.dtype
+) -> dict[str, list[float]]:
+    """Return the seconds of every round for each system."""
+    models = {system: build(system, size, dtype, args.device) for system in SYSTEMS}
+    images = torch.randn(batch, 3, pixels, pixels, device=args.device, dtype=dtype)
+    outputs = {
+        system: model(images).float() for system, model in models.items()
+    }  # warm-up, and check of equal outputs
+    limit = 1e-3 if dtype == torch.float32 else 0.3
+    for system in SYSTEMS[1:]:
+        difference = (outputs["regvit"] - outputs[system]).abs().max().item()
+        if not difference < limit:
+            raise SystemExit(f"The outputs of {system} differ from those of RegViT by up to {difference:.1e}.")
+    times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    end = time.perf_counter() + args.seconds
+    order = list(SYSTEMS)
+    while len(times["timm"]) < args.min_rounds or time.perf_counter() < end:
+        order.append(order.pop(0))  # rotate, so that no system always runs first
+        for system in order:
+            synchronise(args.device)
+            start = time.perf_counter()
+            models[system](images)
+            synchronise(args.device)
+            times[system].append(time.perf_counter() - start)
+    return times
+
+
+def resident_kib(field: str) -> int:
+    """Return the resident memory of this process, current (VmRSS) or peak (VmHWM); Linux only."""
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str) -> None:
+    """Print the MiB that a forward pass adds to a process that holds the model."""
+    dtype = getattr(torch, dtype_name)
+    model = build(system, size, dtype, device)
+    images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
+    with torch.inference_mode():
+        model(images[:1, :, :28, :28])  # load kernels first
+        if device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(images)
+            added = torch.cuda.max_memory_allocated() - before
+        else:
+            # Building the model had a peak of its own, and left free pages that the forward pass would reuse unseen.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            before = resident_kib("VmRSS")
+            model(images)
+            added = (resident_kib("VmHWM") - before) * 1024
+    print(json.dumps(added / 2**20))
+
+
+def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str) -> dict[str, float]:
+    """Return the median MiB over three new processes per system."""
+    result = {}
+    for system in SYSTEMS:
+        command = [sys.executable, __file__, "--child", system, size, str(pixels), str(batch), dtype, device]
+        runs = [
+            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+            for _ in range(3)
+        ]
+        result[system] = statistics.median(runs)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["small", "base"], choices=["small", "base", "large"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518], help="sides of the images in pixels")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--seconds", type=float, default=20, help="time per case")
+    parser.add_argument("--min_rounds", type=int, default=5)
+    parser.add_argument("--no_memory", action="store_true")
+    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        system, size, pixels, batch, dtype, device = args.child
+        memory_child(system, size, int(pixels), int(batch), dtype, device)
+        return
+
+    import timm
+    import transformers
+
+    name = torch.cuda.get_device_name() if args.device == "cuda" else cpu_name()
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, timm {timm.__version__}"
+    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads; {versions}")
+    print("\nMilliseconds per forward pass (medians), and ratios other / RegViT (medians of paired rounds):\n")
+    print("| model | pixels | batch | dtype | RegViT | transformers | timm | / transformers | / timm | rounds |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    cases = list(itertools.product(args.models, args.sizes, args.batches, args.dtypes))
+    for size, pixels, batch, dtype in cases:
+        times = time_case(args, size, pixels, batch, getattr(torch, dtype))
+        medians = {system: statistics.median(values) * 1e3 for system, values in times.items()}
+        ratios = {
+            system: statistics.median(theirs / ours for theirs, ours in zip(times[system], times["regvit"]))
+            for system in SYSTEMS[1:]
+        }
+        cells = [f"{medians[system]:.1f}" for system in SYSTEMS] + [f"{ratios[system]:.3f}" for system in SYSTEMS[1:]]
+        print(f"| {size} | {pixels} | {batch} | {dtype} | {' | '.join(cells)} | {len(times['timm'])} |", flush=True)
+    if args.no_memory:
+        return
+    print("\nMiB that a forward pass adds (medians of 3 processes):\n")
+    print("| model | pixels | batch | dtype | RegViT | transformers | timm |\n|---|---|---|---|---|---|---|")
+    for size, pixels, batch, dtype in cases:
+        memory = memory_case(size, pixels, batch, dtype, args.device)
+        print(
+            f"| {size} | {pixels} | {batch} | {dtype} | {' | '.join(f'{memory[s]:.0f}' for s in SYSTEMS)} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

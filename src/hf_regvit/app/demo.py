@@ -1,0 +1,395 @@
+"""Interactive demo: a web page to explore one vision transformer, or two of them side by side.
+
+A single HTML component shows all maps. A map is a small image with one pixel per patch that the browser lays over the
+input image, so that a click needs no drawing. The page loads nothing from elsewhere: no fonts, scripts or analytics.
+"""
+
+import html
+import importlib.util
+import logging
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ..data.builtin import photographs
+from ..data.decoding import ImageLimits, open_image
+from ..figures.maps import attention_overlay_figure, lost_figure, overview_figure, save_figure
+from ..models.loading import load_model
+from .demo_page import _HELP, _LEAD, _MEAN, _NOBODY, _TEMPLATES, _TITLE, Question, _jpeg, look, results_page
+from .exploration import Explorer, Picture, View
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
+MAX_UPLOAD = "20mb"
+_LIMITS = ImageLimits(max_pixels=50_000_000)
+
+
+# --- Files ---
+
+
+def write_figures(views: Mapping[str, View], picture: Picture, question: Question, folder: Path) -> Path:
+    """Write the maps as figures for a paper: a ZIP archive of PNG files, drawn by `hf_regvit.figures`."""
+    path, names = folder / f"{_file_name(picture.name)}_figures.zip", _file_names(views)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, view in views.items():
+            row, column = cell = view.cell(question.place)
+            heads = torch.stack([view.attention_from(cell, head=i) for i in range(view.description.num_heads)])
+            maps = view.maps()
+            figures = {
+                "overview": overview_figure(view.image, maps),
+                f"patch_{row}_{column}_heads": attention_overlay_figure(
+                    view.image, heads, name=f"patch {row}, {column}", cell=cell
+                ),
+                "object": lost_figure(view.image, view.object),
+            }  # fmt: skip
+            for label, figure in figures.items():
+                file = folder / "figure.png"
+                save_figure(figure, file)
+                archive.write(file, f"{names[name]}/block_{view.layer}_{label}.png")
+                file.unlink()
+    return path
+
+
+def write_features(views: Mapping[str, View], picture: Picture, folder: Path) -> Path:
+    """Write CLS, registers and patches as a safetensors file; for two models, as a ZIP archive of two files."""
+    paths, names = [], _file_names(views)
+    for name, view in views.items():
+        path = folder / f"{_file_name(picture.name)}_{names[name]}_block_{view.layer}.safetensors"
+        view.features(picture.name).save(path)
+        paths.append(path)
+    if len(paths) == 1:
+        return paths[0]
+    archive_path = folder / f"{_file_name(picture.name)}_features.zip"
+    with zipfile.ZipFile(archive_path, "w") as archive:
+        for path in paths:
+            archive.write(path, path.name)
+    return archive_path
+
+
+def _file_name(name: str) -> str:
+    """Return a safe name of at most 80 bytes, so that two of them fit into the 255 bytes that file systems allow."""
+    plain = "".join(letter if letter.isalnum() or letter in "-_" else "_" for letter in name)
+    return plain.encode()[:80].decode(errors="ignore")
+
+
+def _file_names(views: Mapping[str, View]) -> dict[str, str]:
+    """Return file names for the models; names that would collide get the letters A and B that the page uses."""
+    names = {name: _file_name(name) for name in views}
+    if len(set(names.values())) == len(names):
+        return names
+    return {name: f"{letter}_{file}" for letter, (name, file) in zip("AB", names.items())}
+
+
+# --- The page ---
+
+
+def build_app(
+    models: Mapping[str, tuple[nn.Module, Any]],
+    *,
+    compare: str | None = None,
+    cache_bytes: int = 512 << 20,
+    reference: Sequence[Image.Image] | None = None,
+) -> "gr.Blocks":
+    """Build the demo as a Gradio app; start it with `app.launch(**launch_options())`.
+
+    Args:
+        models: Model and image processor by name, as returned by `features.load_model`. The first is shown.
+        compare: Name of the model to show beside it.
+        cache_bytes: Memory for the readings of images, in bytes.
+        reference: Images that show which norms are usual in a model; default the built-in images.
+
+    Raises:
+        ImportError: Gradio is missing.
+        ValueError: No models, a model of an unknown family, or a name in `compare` that is not in `models`.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise ImportError("The demo needs Gradio. Run: pip install 'hf_regvit[demo]'")
+    if compare is not None and compare not in models:
+        raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
+    reference = list(photographs().values()) if reference is None else list(reference)
+    return _Page(Explorer(models, cache_bytes=cache_bytes, reference=reference), compare, len(reference)).app
+
+
+def launch_options(*, port: int | None = None) -> dict[str, Any]:
+    """Return options for `app.launch`: local machine only, no sharing, no files of the disk, no external fonts.
+
+    Args:
+        port: Port to listen on; 0 or None selects the first free one from 7860 on.
+    """
+    import gradio as gr
+
+    theme = gr.themes.Default(
+        primary_hue="orange", neutral_hue="stone", radius_size="md", font=["system-ui", "sans-serif"],
+        font_mono=["ui-monospace", "monospace"],
+    )  # fmt: skip
+    return {
+        "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True,
+        "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
+        "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
+        "footer_links": [], "quiet": True, "theme": theme,
+        "css": (_TEMPLATES / "demo.css").read_text(encoding="utf-8"),
+    }  # fmt: skip
+
+
+def serve(
+    model_name_or_path: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str | None
+) -> dict[str, Any]:
+    """Load models, serve the page on this machine, and wait for Ctrl-C.
+
+    Args:
+        model_name_or_path: Folders or Hub ids, as for `features.load_model`.
+        compare: Folder or Hub id of another model to show beside the first.
+        port: Port to listen on; 0 selects the first free one from 7860 on.
+        cache_mib: Memory for the readings of images, in MiB.
+        device: Device to compute on.
+
+    Returns:
+        Dictionary with the `address` of the page.
+    """
+    names = list(dict.fromkeys([*model_name_or_path, *([compare] if compare else [])]))
+    shown = {name: _name_of(name, names) for name in names}
+    models = {shown[name]: load_model(name, device=device) for name in names}
+    app = build_app(models, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
+    try:
+        _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+    except OSError as error:
+        if "empty port" not in str(error):
+            raise
+        raise OSError(
+            f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
+            "--port 0 for the first free one."
+        ) from error
+    logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
+    try:
+        app.block_thread()
+    finally:
+        app.close()
+    return {"address": address}
+
+
+def _name_of(source: str, others: Sequence[str]) -> str:
+    """Return the last two parts of a folder (the last is often `backbone`), or all if another model ends the same."""
+    last = "/".join(Path(source).resolve().parts[-2:])
+    alike = [other for other in others if "/".join(Path(other).resolve().parts[-2:]) == last]
+    return last if Path(source).is_dir() and len(alike) == 1 else source
+
+
+class _Page:
+    """Components of the page and their event handlers."""
+
+    def __init__(self, explorer: Explorer, compare: str | None, num_reference: int) -> None:
+        import gradio as gr
+
+        self.explorer = explorer
+        self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # removed when the program ends
+        chosen = photographs()
+        self.examples = {name: Picture.of(chosen[name], name) for name in EXAMPLES}
+        # Gradio's copies of uploads and downloads are deleted after an hour.
+        self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
+        with self.app:
+            # None until the page has loaded: Gradio resets an expired state to it, which must not show an example.
+            self.picture = gr.State(None, time_to_live=3600)
+            self.place = gr.State((0.5, 0.5))
+            gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")
+            with gr.Row(elem_id="layout", equal_height=False):
+                with gr.Column(elem_id="choose", min_width=0):
+                    self._choose(compare)
+                with gr.Column(elem_id="results", min_width=0):
+                    script = (_TEMPLATES / "demo_maps.js").read_text(encoding="utf-8")
+                    self.results = gr.HTML(js_on_load=script, elem_id="maps", min_height=400)
+                    with gr.Row():
+                        self.figures = gr.Button("Download figures (PNG)", size="md", elem_id="get-figures")
+                        self.features = gr.Button("Download features (safetensors)", size="md", elem_id="get-features")
+                    self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
+                    with gr.Accordion("How to read the maps", open=False):
+                        gr.Markdown(_HELP.format(reference=num_reference))
+            self._connect()
+        self.app.queue(max_size=32, default_concurrency_limit=2, api_open=False)
+
+    def _choose(self, compare: str | None) -> None:
+        import gradio as gr
+
+        names = list(self.explorer.models)
+        description = self.explorer.descriptions[names[0]]
+        self.upload = gr.File(
+            label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
+        )  # fmt: skip
+        thumbnails = "".join(
+            f'<button type=button title="{name}" data-name="{name}" aria-pressed={str(name == EXAMPLES[0]).lower()}>'
+            f'<img alt="{name}" '
+            f'src="data:image/jpeg;base64,{_jpeg(_thumbnail(picture.image))}"></button>'
+            for name, picture in self.examples.items()
+        )
+        self.gallery = gr.HTML(f"<div class=thumbs>{thumbnails}</div>", js_on_load=_PICK, elem_id="examples")
+        with gr.Accordion("Model, resolution, block, head", open=True, elem_id="settings"):
+            self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
+            self.compare = gr.Dropdown(
+                [_NOBODY, *names], value=compare or _NOBODY, label="Compare with", elem_id="compare"
+            )
+            step = max(description.patch_size)
+            low, high = self._sides(names[0])
+            self.side = gr.Slider(
+                low, high, value=self.explorer.default_side(names[0]), step=step, elem_id="side",
+                label="Resolution: shorter side in pixels",
+            )  # fmt: skip
+            self.layer = gr.Slider(step=1, label="Block", elem_id="layer", **_blocks(description.num_layers))
+            self.head = gr.Dropdown(
+                _heads(description.num_heads), value=0, label="Attention head", elem_id="head-choice"
+            )
+
+    def _connect(self) -> None:
+        import gradio as gr
+
+        def pick(event: gr.EventData) -> Picture:
+            return self.examples[event.name]
+
+        def point(event: gr.EventData) -> tuple[float, float]:
+            return float(event.x), float(event.y)
+
+        asked = [self.picture, self.place, self.model, self.compare, self.side, self.layer, self.head]
+        # One reading at a time. Of several requests during a reading (a moving slider, repeated clicks), the last one
+        # is served; by default Gradio would drop them all. The place of each click must be stored, and in order.
+        common: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "api_visibility": "private"}
+        quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        show: dict[str, Any] = {
+            "fn": _told("The maps could not be computed", self._show), "inputs": asked, "outputs": self.results,
+            "show_progress": "minimal", "trigger_mode": "always_last", **common,
+        }  # fmt: skip
+        stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
+        self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.picture, **quick).success(**show)
+        self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
+        read = _told("This file cannot be used", self._open)
+        opened = self.upload.upload(read, self.upload, self.picture, **quick)
+        opened.success(**show)
+        opened.success(None, js=_NONE_PICKED, api_visibility="private")
+        for ended in (opened.success, opened.failure):  # clear the field for the next file in both cases
+            ended(lambda: None, None, self.upload, **quick)
+        self.gallery.select(pick, None, self.picture, **stored).success(**show)
+        self.results.select(point, None, self.place, **stored).success(**show)
+        self.model.input(
+            self._adapt, [self.model, self.side], [self.side, self.layer, self.head], trigger_mode="always_last",
+            **quick,
+        ).success(**show)  # fmt: skip
+        for setting in (self.compare, self.side, self.layer, self.head):
+            setting.input(**show)
+        for button, write in ((self.figures, self._figures), (self.features, self._features)):
+            done = button.click(
+                _told("The file could not be created", write), asked, self.file, show_progress_on=[button], **common
+            )
+            done.success(None, js=_PRESS, api_visibility="private")
+
+    def _views(self, picture: Picture | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
+        if picture is None:
+            raise ValueError(
+                "The image is no longer available: images are kept for an hour at most. Select or upload it again."
+            )
+        model, compare, side, layer, head = settings
+        names = (model,) if compare in (_NOBODY, model) else (model, compare)
+        question = Question(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
+        return look(self.explorer, picture, question), question
+
+    def _show(self, picture: Picture, place: Any, *settings: Any) -> str:
+        views, question = self._views(picture, place, *settings)
+        return results_page(views, question)
+
+    def _open(self, path: str) -> Picture:
+        name = Path(path).name
+        return Picture.of(open_image(path, name=name, limits=_LIMITS), Path(name).stem)
+
+    def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
+        """Adapt the controls to another model: a similar resolution, the last block, the mean over heads."""
+        import gradio as gr
+
+        description = self.explorer.descriptions[model]
+        step, (low, high) = max(description.patch_size), self._sides(model)
+        value = min(max(round(side / step) * step, low), high)
+        return (
+            gr.update(minimum=low, maximum=high, step=step, value=value),
+            gr.update(**_blocks(description.num_layers)),
+            gr.update(choices=_heads(description.num_heads), value=0),
+        )
+
+    def _sides(self, model: str) -> tuple[int, int]:
+        """Return the range of the resolution: 4 to 48 patches, extended to the image size of the model if outside."""
+        step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
+        return min(4 * step, usual), max(48 * step, usual)
+
+    def _figures(self, picture: Picture, place: Any, *settings: Any) -> str:
+        views, question = self._views(picture, place, *settings)
+        return str(write_figures(views, picture, question, self._folder()))
+
+    def _features(self, picture: Picture, place: Any, *settings: Any) -> str:
+        views, _ = self._views(picture, place, *settings)
+        return str(write_features(views, picture, self._folder()))
+
+    def _folder(self) -> Path:
+        """Create a folder for a download and delete old ones; Gradio has copied the files that it serves from them."""
+        folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime)
+        for old in folders[:-4]:
+            shutil.rmtree(old)
+        return Path(tempfile.mkdtemp(dir=self.downloads.name))
+
+
+def _told(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a handler so that its errors appear on the page. Details of unexpected errors go to the log only."""
+    import gradio as gr
+
+    @wraps(function)
+    def told(*args: Any) -> Any:
+        try:
+            return function(*args)
+        except ValueError as error:  # unusable images and settings; the message says what to do
+            raise gr.Error(html.escape(f"{title}. {error}"), duration=20, print_exception=False) from error
+        except (RuntimeError, OSError, MemoryError) as error:
+            logger.exception("%s", title)
+            words = f"{title}. The log of the server contains the reason. A lower resolution may help."
+            raise gr.Error(words, duration=20, print_exception=False) from error
+
+    return told
+
+
+def _blocks(count: int) -> dict[str, Any]:
+    """Return options of the block slider, set to the last block. Its range must not be empty, even for one block."""
+    return {"minimum": 1, "maximum": max(count, 2), "value": count, "interactive": count > 1}
+
+
+def _heads(count: int) -> list[tuple[str, int]]:
+    return [(_MEAN, 0), *((f"head {i + 1}", i + 1) for i in range(count))]
+
+
+def _thumbnail(image: Image.Image) -> Image.Image:
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((112, 112), Image.Resampling.LANCZOS)
+
+
+_PICK = """
+element.addEventListener('click', (event) => {
+  const button = event.target.closest('button');
+  if (!button) return;
+  for (const each of element.querySelectorAll('button')) each.setAttribute('aria-pressed', each === button);
+  trigger('select', {name: button.dataset.name});
+});
+"""
+
+_NONE_PICKED = (
+    "() => document.querySelectorAll('.thumbs button').forEach((b) => b.setAttribute('aria-pressed', false))"
+)
+
+# On a phone, open settings would push the maps off the screen.
+_ON_A_PHONE = "() => { if (innerWidth < 768) document.querySelector('#settings button').click(); }"
+
+# The file is ready only after the handler has returned, so a script must click the download link.
+_PRESS = "() => setTimeout(() => (document.querySelector('#file a') || document.querySelector('#file')).click(), 100)"

@@ -1,0 +1,1 @@
+"""Images, masks and depth maps from folders, tables, archives and the Hub."""

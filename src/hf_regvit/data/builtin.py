@@ -1,0 +1,110 @@
+"""The built-in image sets, made from images that ship inside scikit-image and scikit-learn."""
+
+import importlib.util
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from .decoding import open_image
+from .files import stratified_split
+from .source import ImageSource, Split
+
+# Images that are part of the two wheels. They are read directly, because `skimage.data` may download files.
+_PHOTOGRAPHS = {
+    "astronaut": "skimage/data/astronaut.png",
+    "brick": "skimage/data/brick.png",
+    "camera": "skimage/data/camera.png",
+    "cell": "skimage/data/cell.png",
+    "chelsea": "skimage/data/chelsea.png",
+    "coffee": "skimage/data/coffee.png",
+    "coins": "skimage/data/coins.png",
+    "grass": "skimage/data/grass.png",
+    "gravel": "skimage/data/gravel.png",
+    "horse": "skimage/data/horse.png",
+    "hubble": "skimage/data/hubble_deep_field.jpg",
+    "ihc": "skimage/data/ihc.png",
+    "moon": "skimage/data/moon.png",
+    "motorcycle": "skimage/data/motorcycle_left.png",
+    "page": "skimage/data/page.png",
+    "retina": "skimage/data/retina.jpg",
+    "rocket": "skimage/data/rocket.jpg",
+    "text": "skimage/data/text.png",
+    "clock": "skimage/data/clock_motion.png",
+    "china": "sklearn/datasets/images/china.jpg",
+    "flower": "sklearn/datasets/images/flower.jpg",
+}
+
+
+def photographs() -> dict[str, Image.Image]:
+    """Return the 21 full images behind `photos` by name, RGB at their original size. No network is needed.
+
+    Raises:
+        ImportError: scikit-image or scikit-learn is not installed.
+        BadImageError: An installed version does not include one of the files.
+    """
+    roots = {}
+    for package in ("skimage", "sklearn"):
+        spec = importlib.util.find_spec(package)  # avoids the import, which takes seconds
+        if spec is None or not spec.submodule_search_locations:
+            raise ImportError(
+                "The built-in images ('photos') need scikit-image and scikit-learn. "
+                "Run: pip install scikit-image scikit-learn"
+            )
+        roots[package] = Path(spec.submodule_search_locations[0]).parent
+    return {name: open_image(roots[file.split("/")[0]] / file) for name, file in _PHOTOGRAPHS.items()}
+
+
+@cache
+def _photographs_384() -> dict[str, Image.Image]:
+    resized = {}
+    for name, image in photographs().items():
+        scale = 384 / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        resized[name] = image.resize(size, Image.Resampling.BICUBIC)
+    return resized
+
+
+def _photo_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train_share: float = 0.7) -> ImageSource:
+    ids, boxes, labels = [], [], []
+    photos = _photographs_384()
+    for label, (name, image) in enumerate(photos.items()):
+        border = train_share * image.width
+        for top in range(0, image.height - tile + 1, stride):
+            for left in range(0, image.width - tile + 1, stride):
+                # A tile that crosses the border is in neither split, so that no pixel is in both.
+                part = "train" if left + tile <= border else "validation" if left >= border else None
+                if part is not None and split in (None, part):
+                    ids.append(f"{name}/{part}/{top:03d}_{left:03d}")
+                    boxes.append((label, (left, top, left + tile, top + tile)))
+                    labels.append(label)
+    read = partial(_read_tile, tuple(photos.values()), boxes)
+    return ImageSource(name="photos", ids=ids, read=read, labels=labels, label_names=tuple(photos))
+
+
+def _read_tile(photos: tuple[Image.Image, ...], boxes: list[tuple[int, tuple]], index: int) -> Image.Image:
+    photo, box = boxes[index]
+    return photos[photo].crop(box)
+
+
+def _digits(split: Split | None, *, size: int = 32) -> ImageSource:
+    from sklearn.datasets import load_digits
+
+    scans = load_digits()
+    # 8 x 8 pixels with 17 gray levels, 0 to 16.
+    pixels = np.rint(scans.images * (255 / 16)).astype(np.uint8)
+    names = tuple(str(digit) for digit in range(10))
+    labels = scans.target.tolist()
+    ids = [f"digit/{i:04d}" for i in range(len(labels))]
+    source = ImageSource(
+        name="digits", ids=ids, read=partial(_read_digit, pixels, size), labels=labels, label_names=names
+    )
+    if split is None:
+        return source
+    train, held_out = stratified_split(labels, held_out_share=0.2, seed=0)
+    return source.subset(train if split == "train" else held_out)
+
+
+def _read_digit(pixels: np.ndarray, size: int, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index]).resize((size, size), Image.Resampling.BICUBIC).convert("RGB")

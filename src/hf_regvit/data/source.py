@@ -1,0 +1,155 @@
+"""An image source: random access to the images of a data set, with names, ids and classes."""
+
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+
+from .decoding import BadImageError, ImageLimits, open_image
+
+if TYPE_CHECKING:
+    import datasets
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "validation"]
+
+
+class MissingSplitError(ValueError):
+    """The source exists, but it does not have the requested split."""
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """Image of a source with its metadata: RGB image, class id or None, and an id unique within the source."""
+
+    image: Image.Image
+    label: int | None
+    id: str
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """Images by index, decoded on access. `labels` and `label_names` are None if the source has no classes.
+
+    `table` holds the other columns of a parquet file or Hub data set (boxes, masks), in the same row order as the
+    images. `encoded` returns the stored bytes of an image; it is None if the images are generated. `parts` are the
+    sizes of the sources that were joined into this one, in order. `problems` describes what could not be listed:
+    unreadable folders, truncated shards.
+    """
+
+    name: str
+    ids: Sequence[str]
+    read: Callable[[int], Image.Image]
+    labels: Sequence[int] | None = None
+    label_names: tuple[str, ...] | None = None
+    table: "datasets.Dataset | None" = None
+    encoded: Callable[[int], bytes] | None = None
+    parts: tuple[int, ...] = ()
+    problems: tuple[BadImageError, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"Image index {index} is out of range: '{self.name}' has {len(self)} images.")
+        index %= len(self)
+        label = None if self.labels is None else self.labels[index]
+        return ImageRecord(image=self.read(index), label=label, id=self.ids[index])
+
+    def subset(self, indices: Sequence[int]) -> "ImageSource":
+        """Return the images at `indices`, in that order, with the same label names."""
+        indices = [int(i) for i in indices]
+        return replace(
+            self,
+            ids=[self.ids[i] for i in indices],
+            read=partial(_read_at, self.read, indices),
+            labels=None if self.labels is None else [self.labels[i] for i in indices],
+            table=None if self.table is None else self.table.select(indices),
+            encoded=None if self.encoded is None else partial(_read_at, self.encoded, indices),
+            parts=(),
+        )
+
+
+def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
+    """Concatenate several sources.
+
+    Each id is prefixed with the name of its source. Labels are kept if every source has the same label names in the
+    same order; otherwise a class id would be ambiguous, so the result has no labels.
+    """
+    names = sources[0].label_names
+    same = names is not None and all(source.label_names == names for source in sources)
+    if not same and any(source.labels is not None for source in sources):
+        logger.info("The sources have different classes, so the joined source has no labels.")
+    starts = [0, *accumulate(len(source) for source in sources)][:-1]
+    encoded = [source.encoded for source in sources if source.encoded is not None]
+    return ImageSource(
+        name=" + ".join(source.name for source in sources),
+        ids=[f"{source.name}/{id}" for source in sources for id in source.ids],
+        read=partial(_read_joined, [source.read for source in sources], starts),
+        labels=[label for source in sources for label in source.labels or ()] if same else None,
+        label_names=names if same else None,
+        encoded=partial(_read_joined, encoded, starts) if len(encoded) == len(sources) else None,
+        parts=tuple(len(source) for source in sources),
+        problems=tuple(problem for source in sources for problem in source.problems),
+    )
+
+
+def _read_joined(reads: Sequence[Callable[[int], Any]], starts: list[int], index: int) -> Any:
+    part = bisect_right(starts, index) - 1
+    return reads[part](index - starts[part])
+
+
+def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
+    return read(indices[index])
+
+
+@dataclass(frozen=True)
+class _FileNames:
+    """Name of image i in error messages: its full path."""
+
+    root: Path
+    ids: list[str]
+
+    def __call__(self, index: int) -> str:
+        return str(self.root / self.ids[index])
+
+
+@dataclass(frozen=True)
+class _RowNames:
+    """Name of image i of a table or shard in error messages."""
+
+    source: str
+    ids: Sequence[str]
+
+    def __call__(self, index: int) -> str:
+        return f"{self.source}, {self.ids[index].replace('row/', 'row ')}"
+
+
+def _stored_images(
+    name: str,
+    ids: Sequence[str],
+    encoded: Callable[[int], bytes],
+    called: Callable[[int], str],
+    limits: ImageLimits,
+    labels: Sequence[int] | None,
+    label_names: tuple[str, ...] | None,
+    *,
+    problems: tuple[BadImageError, ...] = (),
+) -> ImageSource:
+    """Create a source whose images are decoded from stored bytes with `open_image`."""
+    read = partial(_decode, encoded, called, limits)
+    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems)
+
+
+def _decode(
+    encoded: Callable[[int], bytes], called: Callable[[int], str], limits: ImageLimits, index: int
+) -> Image.Image:
+    return open_image(encoded(index), name=called(index), limits=limits)

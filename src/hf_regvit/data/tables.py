@@ -1,0 +1,203 @@
+"""Images in tables: parquet files, data sets of the Hub, streams."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .decoding import BadImageError, ImageLimits, read_bytes
+from .files import _PART_NAMES, _does_not_exist, _Files, _without_lonely_test, part_meant
+from .source import ImageSource, MissingSplitError, Split, _RowNames, _stored_images
+
+if TYPE_CHECKING:
+    import datasets
+
+
+def _parquet(found: _Files, *, image_column: str | None, label_column: str | None, limits: ImageLimits) -> ImageSource:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    name = str(found.root)
+    try:
+        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory.
+        table = load_dataset("parquet", data_files=[str(file) for file in found.files], split="train")
+    except (DatasetGenerationError, ValueError) as error:
+        files = ", ".join(file.name for file in found.files[:8])
+        raise ValueError(f"'{name}' cannot be read as parquet ({files}): {error.__cause__ or error}") from error
+    source = table_images(table, name, image_column=image_column, label_column=label_column, limits=limits)
+    return replace(source, problems=found.problems)
+
+
+def _hub(
+    data: str, split: Split | None, *, image_column: str | None, label_column: str | None, limits: ImageLimits
+) -> ImageSource:
+    try:
+        tables = _hub_tables(data)
+    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise FileNotFoundError(
+            f"{_does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
+        ) from error
+    except RuntimeError as error:  # data sets with a loading script, which is never run
+        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
+    table = _hub_part(tables, data, split)
+    return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
+
+
+def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
+    """Load all splits of `name` or `name:config`.
+
+    Raises:
+        ValueError: The configuration is missing or unknown; the message lists the known ones.
+    """
+    from datasets import get_dataset_config_names, load_dataset
+
+    name, _, config = data.partition(":")
+    try:
+        return load_dataset(name, config or None, **options)
+    except ValueError as error:
+        if not str(error).startswith(("Config name is missing", "BuilderConfig")):
+            raise
+        known = ", ".join(f"'{name}:{one}'" for one in get_dataset_config_names(name))
+        problem = f"has no configuration '{config}'" if config else "has several configurations"
+        raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
+
+
+def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+    """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
+
+    Raises:
+        MissingSplitError: There is no such split; the message lists the existing ones.
+    """
+    from datasets import concatenate_datasets
+
+    named = [next((p for p, names in _PART_NAMES.items() if name.lower() in names), None) for name in tables]
+    parts = _without_lonely_test(named)
+    wanted = part_meant(parts, split, data) if split else None
+    chosen = [table for table, part in zip(tables.values(), parts, strict=True) if split is None or part == wanted]
+    if not chosen:
+        raise MissingSplitError(
+            f"The Hub data set '{data}' has no {split} split. Its splits are {', '.join(map(repr, tables))}. Use "
+            "split=None for all images."
+        )
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+
+
+def _choose_columns(
+    features: Any, name: str, *, image_column: str | None, label_column: str | None
+) -> tuple[str, str | None]:
+    """Return the names of the image column and of the label column, if any.
+
+    Raises:
+        ValueError: The column does not exist or is ambiguous; the message lists the columns.
+    """
+    from datasets import ClassLabel, Value
+    from datasets import Image as ImageFeature
+
+    candidates = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, ImageFeature) or (isinstance(feature, Value) and feature.dtype.endswith("binary"))
+    ]
+    column = image_column or ("image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None)
+    if column is None or column not in candidates:
+        raise ValueError(
+            f"'{name}': {'no unique image column' if column is None else f'column {column!r} does not hold images'}. "
+            f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}. Set image_column."
+        )
+    # A text column called "label" is not an error: the data set may be meant for pretraining, which needs no labels.
+    integers = [
+        column
+        for column, feature in features.items()
+        if isinstance(feature, ClassLabel) or (isinstance(feature, Value) and "int" in feature.dtype)
+    ]
+    if label_column is not None and label_column not in integers:
+        raise ValueError(
+            f"'{name}': label column {label_column!r} has type {features.get(label_column)}, expected integers or "
+            f"ClassLabel. Such columns: {', '.join(integers) or 'none'}. All columns: {', '.join(features)}. Set "
+            "label_column."
+        )
+    return column, label_column or ("label" if "label" in integers else None)
+
+
+def table_images(
+    table: "datasets.Dataset",
+    name: str,
+    *,
+    image_column: str | None,
+    label_column: str | None,
+    limits: ImageLimits | None = None,
+) -> ImageSource:
+    """Create a source from a `datasets` table whose encoded images are decoded with `open_image`."""
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    features = table.features
+    column, label_column = _choose_columns(features, name, image_column=image_column, label_column=label_column)
+    labels = names = None
+    if label_column is not None:
+        feature = features[label_column]
+        labels = [-1 if value is None else value for value in table[label_column]]
+        # On the Hub, unlabeled rows (in most test splits) have the label -1.
+        labels = labels if min(labels, default=-1) >= 0 else None
+        if labels is not None:
+            is_named = isinstance(feature, ClassLabel)
+            names = tuple(feature.names) if is_named else tuple(str(i) for i in range(max(labels) + 1))
+    if isinstance(features[column], ImageFeature):
+        table = table.cast_column(column, ImageFeature(decode=False))
+    ids = [f"row/{i}" for i in range(len(table))]
+    encoded = partial(_read_row, table.select_columns([column]), column, name)
+    source = _stored_images(name, ids, encoded, _RowNames(name, ids), limits or ImageLimits(), labels, names)
+    others = table.remove_columns([column])
+    return replace(source, table=others if others.column_names else None)
+
+
+def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> bytes:
+    return _cell_bytes(table[index][column], f"{name}, row {index}")
+
+
+def _cell_bytes(cell: Any, name: str) -> bytes:
+    if isinstance(cell, dict):
+        cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+    if cell is None:
+        raise BadImageError(name, "the cell is empty", "empty")
+    return cell if isinstance(cell, bytes) else read_bytes(cell, name)
+
+
+# --- Streams: sequential reading, for data that does not fit on this machine
+
+
+@dataclass(frozen=True)
+class StreamRecord:
+    """Image of a stream: an id that is the same in every pass, and the stored bytes (None for an empty cell)."""
+
+    id: str
+    data: bytes | None
+    label: int | None = None
+
+
+@dataclass(frozen=True)
+class ImageStream:
+    """Images in order, shard by shard. `open_shard(i)` reads shard i from its beginning, always in the same order."""
+
+    name: str
+    num_shards: int
+    open_shard: Callable[[int], Iterator[StreamRecord]]
+    label_names: tuple[str, ...] | None = None
+
+
+def _stream_shard(
+    table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, shard: int
+) -> Iterator[StreamRecord]:
+    rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
+    for number, row in enumerate(rows):
+        id = f"{name}#shard{shard}/row{number}"
+        if "__key__" in row:  # a tar file: the member's name does not change when shards are added
+            id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
+        label = row[label_column] if label_column else None
+        label = int(label) if isinstance(label, int) and label >= 0 else None
+        try:
+            data = _cell_bytes(row[column], id)
+        except BadImageError:
+            data = None
+        yield StreamRecord(id, data, label)

@@ -1,0 +1,1 @@
+"""Diagnosis of artifact tokens and their repair without training."""

@@ -1,0 +1,152 @@
+"""Controls for the claim that a model uses its registers: replace them and measure what changes."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..evaluation.knn import knn_accuracy
+from ..models.families import FAMILIES, describe_model, final_norm, find_tower
+from ..models.tokens import TokenReading, read_many
+
+REGISTER_CONTROLS = ("mean", "shuffle", "noise", "zero")
+
+
+@contextmanager
+def _registers_replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+    """Overwrite the registers in the outputs of blocks within a `with` statement; `values` is {layer: (B, R, D)}."""
+    tower, name = find_tower(model)
+    description = describe_model(tower)
+    start, count = description.num_prefix_tokens - description.num_register_tokens, description.num_register_tokens
+
+    def replace(layer: int) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
+            tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+            tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, start + count :]), dim=1)
+            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+        return hook
+
+    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
+    with ExitStack() as stack:
+        for layer in values:
+            stack.callback(blocks[layer - 1].register_forward_hook(replace(layer)).remove)
+        yield
+
+
+def register_controls(
+    model: nn.Module,
+    pixel_values: Tensor,
+    *,
+    labels: Tensor | None = None,
+    kinds: Sequence[str] = REGISTER_CONTROLS,
+    batch_size: int = 32,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Measure the effect of replacing the registers between blocks (at the outputs of blocks 1 to L - 1).
+
+    Registers are replaced by their average over the images ("mean"), by those of another image ("shuffle"), by
+    Gaussian noise with the same mean and variance per channel ("noise"), or by zeros ("zero"). Zeros alone overstate
+    the role of registers, because the model never saw such inputs; "mean" and "shuffle" show whether the
+    image-specific content of registers matters.
+
+    Args:
+        model: Model with registers; not modified.
+        pixel_values: (n, 3, H, W) pixels of at least two images; their order determines the pairs of "shuffle".
+        labels: (n,) class ids. If given, the accuracy of 5 nearest neighbors on CLS is measured too, with each half of
+            the images classified by the other half. This needs at least 20 images whose class is in both halves.
+        kinds: Names of the controls.
+        batch_size: Number of images per forward pass.
+        seed: Random seed for noise and shuffling.
+
+    Returns:
+        Dictionary with `num_images`, `blocks`, `clean` and one entry per kind. `clean` and each kind have `knn` (None
+        without labels); each kind also has `cls_cosine` and `patch_cosine`, the mean cosine with the tokens of the
+        unmodified model after the final norm.
+
+    Raises:
+        ValueError: A model without registers, fewer than two images, or an unknown kind.
+
+    Source: arXiv 2604.14433.
+    """
+    description = describe_model(model)
+    if not description.num_register_tokens:
+        raise ValueError(f"'{description.name}' has no registers to replace. Use a model with registers.")
+    if len(pixel_values) < 2:
+        raise ValueError(f"Register controls need at least two images, got {len(pixel_values)}.")
+    if unknown := sorted(set(kinds) - set(REGISTER_CONTROLS)):
+        raise ValueError(f"Unknown kinds {unknown}. Choose from {REGISTER_CONTROLS}.")
+    inner = range(1, description.num_layers)
+    clean: dict[int, list[Tensor]] = {layer: [] for layer in inner}
+    clean_tokens: list[Tensor] = []
+    for batch in pixel_values.split(batch_size):
+        reading = read_many(model, batch, {"residual": [*inner, description.num_layers]})["residual"]
+        for layer in inner:
+            clean[layer].append(reading.registers(layer).cpu())
+        clean_tokens.append(_final_tokens(model, reading))
+    recorded = {layer: torch.cat(values) for layer, values in clean.items()}  # (n, R, D)
+    undisturbed = torch.cat(clean_tokens)  # (n, T - R, D)
+    result: dict[str, Any] = {
+        "num_images": len(pixel_values),
+        "blocks": [1, description.num_layers - 1],
+        "clean": {"knn": _knn(undisturbed, labels) if description.has_cls else None},
+    }
+    prefix = description.num_prefix_tokens - description.num_register_tokens
+    for kind in kinds:
+        replacement = {layer: _replacement(kind, values, layer, seed) for layer, values in recorded.items()}
+        parts = []
+        for start in range(0, len(pixel_values), batch_size):
+            part = slice(start, start + batch_size)
+            with _registers_replaced(model, {layer: values[part] for layer, values in replacement.items()}):
+                reading = read_many(model, pixel_values[part], {"residual": (-1,)})["residual"]
+            parts.append(_final_tokens(model, reading))
+        cosine = F.cosine_similarity(torch.cat(parts), undisturbed, dim=-1)  # (n, T - R)
+        result[kind] = {
+            "cls_cosine": cosine[:, 0].mean().item() if description.has_cls else None,
+            "patch_cosine": cosine[:, prefix:].mean().item(),
+            "knn": _knn(torch.cat(parts), labels) if description.has_cls else None,
+        }
+    return result
+
+
+def _final_tokens(model: nn.Module, reading: TokenReading) -> Tensor:
+    """Return the tokens after the last block and the final norm, without registers, (B, T - R, D)."""
+    with torch.no_grad():
+        tokens = final_norm(model)(reading.at(-1)).float().cpu()
+    first = reading.num_prefix_tokens - reading.num_register_tokens
+    return torch.cat((tokens[:, :first], tokens[:, reading.num_prefix_tokens :]), dim=1)
+
+
+def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
+    """Return the replacement for the registers (n, R, D) of one layer."""
+    if kind == "zero":
+        return torch.zeros_like(registers)
+    mean = registers.float().mean(dim=0, keepdim=True)
+    if kind == "mean":
+        return mean.to(registers.dtype).expand_as(registers)
+    if kind == "shuffle":  # the same partner in every layer, never the image itself
+        order = torch.randperm(len(registers), generator=torch.Generator().manual_seed(seed))
+        partner = torch.empty_like(order)
+        partner[order] = order.roll(1)
+        return registers[partner]
+    generator = torch.Generator().manual_seed(seed * 1000 + layer)
+    noise = torch.randn(registers.shape, generator=generator)
+    return (mean + noise * registers.float().std(dim=0, keepdim=True, correction=0)).to(registers.dtype)
+
+
+def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20) -> float | None:
+    """Return the k-NN accuracy on CLS (first token); even images are classified by odd ones and vice versa."""
+    if labels is None:
+        return None
+    shared = np.intersect1d(labels[0::2].numpy(), labels[1::2].numpy())
+    if np.isin(labels.numpy(), shared).sum() < fewest:  # a half cannot predict a class that it does not contain
+        return None
+    halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
+    accuracies = [
+        knn_accuracy(*halves[bank], *halves[1 - bank], k=(k,))[k] * len(halves[1 - bank][1]) for bank in (0, 1)
+    ]
+    return sum(accuracies) / len(labels)

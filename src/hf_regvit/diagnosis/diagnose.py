@@ -1,0 +1,498 @@
+"""Diagnosis of artifact tokens in a vision transformer, after the protocols of the registers paper.
+
+An *outlier* is a patch token whose L2 norm, read on the raw residual stream before any final norm, lies above a
+cut-off; an *attention map* is the attention that CLS pays to the patches in the last block. `diagnose` reads the norms
+of all blocks in one pass over the images, decides whether the norms have two modes and where to cut between them, and
+describes the outliers on a sample of the images.
+
+Shape letters: n images, N patches in a grid of (rows, columns), R registers, T = prefix + N tokens, D width, L blocks.
+Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
+"""
+
+import base64
+import logging
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..data.loading import load_images
+from ..data.preparation import SkippedImage, prepare_images
+from ..data.source import ImageSource
+from ..evaluation.metrics import effective_rank, register_cosine
+from ..models.configuration_regvit import __version__
+from ..models.families import FAMILIES, describe_model, final_norm, find_tower
+from ..models.loading import weights_fingerprint
+from ..models.processing import EvaluationTransform
+from ..models.tokens import Layers, Site, read_many
+from .controls import register_controls
+from .outliers import (
+    MAX_SHARE,
+    MAX_VALLEY,
+    MIN_RATIO,
+    MIN_SEPARATION,
+    MIN_SHARE,
+    Cutoff,
+    attention_statistics,
+    channel_outliers,
+    compare_values,
+    direction_spread,
+    find_cutoff,
+    reported_layer,
+)
+from .readings import _RANK_IMAGES, ENOUGH_IMAGES, MIN_IMAGES, _cls_row, _first_reason, _read, _Readings, _token_norms
+from .report import ArtifactReport, emergence_layer
+from .token_probes import token_probes
+
+logger = logging.getLogger(__name__)
+
+
+def diagnose(
+    model: nn.Module,
+    images: Any,
+    *,
+    layers: Layers = "all",
+    cutoff: float | str = "auto",
+    max_images: int = 1000,
+    seed: int = 0,
+    processor: Any = None,
+    batch_size: int = 32,
+    detail_images: int = 128,
+    probes: bool = False,
+    progress: bool = True,
+) -> ArtifactReport:
+    """Measure whether a model has artifact tokens, where they are, and what they are like.
+
+    One pass over the images keeps norms, neighbor similarities and the attention of CLS. A second pass, over at most
+    `detail_images` of them, reads the tokens of two layers. Images of a single color are skipped and listed as such.
+
+    Args:
+        model: Model of a family in `families.FAMILIES`; not modified. Without CLS, `attention` is None.
+        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        layers: Layers to read, each 0 to L; "all" reads all of them.
+        cutoff: "auto", or a norm to use as the cut-off of every layer.
+        max_images: Maximum number of images, drawn at random; the first ones of a stream.
+        seed: Random seed for all draws.
+        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        batch_size: Number of images per forward pass.
+        detail_images: Number of images for direction, channels, rank and register controls; their pixels stay in
+            memory.
+        probes: Whether to fit linear probes on single tokens too, which takes another pass (minutes).
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: Fewer than 8 usable images, images on different grids, tokens that are not finite, or an
+            unsupported model.
+
+    Source: arXiv 2309.16588; the individual functions describe the protocols.
+    """
+    if detail_images < 2 or max_images < MIN_IMAGES:
+        raise ValueError(
+            f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
+        )
+    watch = _Watch()
+    transform = EvaluationTransform.for_model(model, processor)
+    source = load_images(images, split=None) if isinstance(images, str | Path) else images
+    prepared = prepare_images(source, transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    readings, skipped = _read(
+        model,
+        prepared,
+        tuple(range(describe_model(model).num_layers + 1)) if layers == "all" else layers,
+        num_details=detail_images,
+        max_images=max_images,
+        progress=progress,
+    )
+    watch.lap("reading")
+    cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
+    layer = reported_layer(cutoffs)
+    chosen = cutoffs[layer]
+    is_outlier = readings.norms[layer] > chosen.cutoff  # (n, N)
+    watch.lap("cut-offs")
+    details = _details(model, readings, layer, is_outlier, transform=transform, batch_size=batch_size, seed=seed)
+    watch.lap("details")
+    controls = _controls(model, source, readings, batch_size=batch_size, seed=seed)
+    watch.lap("controls")
+    common: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    tables = None
+    if probes:
+        tables = token_probes(
+            model, source, cutoff=chosen.cutoff, cutoff_layer=layer, processor=transform, **common
+        ).to_dict()
+        watch.lap("probes")
+    edges = _histogram_edges(readings.norms)
+    return ArtifactReport(
+        cutoff=chosen.cutoff,
+        bimodal=chosen.bimodal,
+        outlier_share=chosen.share,
+        norm_ratio=chosen.ratio,
+        layer=layer,
+        emergence_layer=emergence_layer(cutoffs, layer),
+        num_images=len(readings.ids),
+        separation=chosen.separation,
+        method=chosen.method,
+        reason=chosen.reason,
+        model=_model_record(model, readings.grid),
+        layers=[_layer_record(readings, i, cutoffs[i], edges) for i in readings.norms],
+        histogram_edges=edges.tolist(),
+        outliers=_outlier_record(is_outlier, readings.grid) | details["outliers"],
+        neighbours=_neighbour_record(readings.neighbours, is_outlier),
+        attention=_attention_record(readings, is_outlier),
+        registers=details["registers"],
+        patches=details["patches"],
+        controls=controls,
+        probes=tables,
+        examples=details["examples"],
+        skipped=[asdict(image) for image in skipped],
+        warnings=_warnings(len(readings.ids), skipped),
+        settings=_settings(transform, cutoff, list(readings.norms)) | common | {"detail_images": len(readings.kept)},
+        versions=_versions(),
+        seconds=watch.laps | {"total": watch.total},
+    )
+
+
+class _Watch:
+    """Stopwatch for consecutive steps."""
+
+    def __init__(self) -> None:
+        self.start = self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+    @property
+    def total(self) -> float:
+        return round(time.perf_counter() - self.start, 2)
+
+
+# --- Parts of the report ---
+
+
+def _histogram_edges(norms: Mapping[int, NDArray[np.float32]], bins: int = 80) -> NDArray[np.float64]:
+    """Return logarithmic bin edges that span the norms of all layers."""
+    low = min(float(np.quantile(values, 0.0001)) for values in norms.values())
+    high = max(float(values.max()) for values in norms.values())
+    low = max(low, 1e-4 * high, 1e-12)
+    return np.geomspace(low, max(high, 1.001 * low) * 1.001, bins + 1)
+
+
+def _layer_record(readings: _Readings, layer: int, found: Cutoff, edges: NDArray[np.float64]) -> dict[str, Any]:
+    norms = readings.norms[layer]
+    quantiles = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
+    record: dict[str, Any] = {
+        "layer": layer,
+        "median": float(np.median(norms)),
+        "mean": float(norms.mean(dtype=np.float64)),
+        "max": float(norms.max()),
+        "quantiles": {str(q): float(np.quantile(norms, q)) for q in quantiles},
+        "histogram": np.histogram(np.clip(norms, edges[0], edges[-1]), bins=edges)[0].tolist(),
+    }
+    record |= found.to_dict()
+    if layer in readings.cls_norms:
+        record["cls_norm"] = float(np.median(readings.cls_norms[layer]))
+    if layer in readings.register_norms:
+        record["register_norms"] = np.median(readings.register_norms[layer], axis=0).tolist()
+    return record
+
+
+def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> dict[str, Any]:
+    share = is_outlier.mean(axis=0)  # (N,)
+    border = np.ones(grid, dtype=bool)
+    border[1:-1, 1:-1] = False
+    total = int(is_outlier.sum())
+    top = [int(cell) for cell in np.argsort(-share, kind="stable")[:5] if share[cell] > 0]
+    return {
+        "grid": list(grid),
+        "total": total,
+        "per_image": float(is_outlier.sum(axis=1).mean()),
+        "images_with": float(is_outlier.any(axis=1).mean()),
+        "most_in_one_image": int(is_outlier.sum(axis=1).max()),
+        "position_map": np.round(share.reshape(grid), 5).tolist(),
+        "top_cells": [{"row": cell // grid[1], "column": cell % grid[1], "share": float(share[cell])} for cell in top],
+        "border_share": float(is_outlier[:, border.ravel()].sum() / total) if total else None,
+        "border_cells": float(border.mean()),
+    }
+
+
+def _neighbour_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
+    edges = np.linspace(-1, 1, 81)
+    return compare_values(similarity, is_outlier) | {
+        "site": "output of the patch embedding, before positions",
+        "histogram_edges": np.round(edges, 4).tolist(),
+        "histogram_normal": np.histogram(np.clip(similarity[~is_outlier], -1, 1), bins=edges)[0].tolist(),
+        "histogram_outlier": np.histogram(np.clip(similarity[is_outlier], -1, 1), bins=edges)[0].tolist(),
+    }
+
+
+def _attention_record(readings: _Readings, is_outlier: NDArray[np.bool_]) -> dict[str, Any] | None:
+    if readings.attention is None:
+        return None
+    on_outliers = (readings.attention * is_outlier).sum(axis=1)
+    statistics = readings.attention_statistics | {"mass_on_outliers": on_outliers}
+    return {
+        "query": "CLS, last block, mean over heads",
+        "statistics": {
+            name: {"mean": float(value.mean()), "std": float(value.std())} for name, value in statistics.items()
+        },
+        "mean_map": np.round(readings.attention.mean(axis=0).reshape(readings.grid), 6).tolist(),
+    }
+
+
+def _details(
+    model: nn.Module,
+    readings: _Readings,
+    layer: int,
+    is_outlier: NDArray[np.bool_],
+    *,
+    transform: EvaluationTransform,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
+    norm = final_norm(model)
+    num_layers = describe_model(model).num_layers
+    tokens: list[Tensor] = []
+    registers: list[Tensor] = []
+    ranks: list[Tensor] = []
+    for batch in readings.pixels.split(batch_size):
+        reading = read_many(model, batch, {"residual": sorted({layer, num_layers})})["residual"]
+        tokens.append(reading.patches(layer).float().cpu())
+        with torch.no_grad():
+            final = norm(reading.at(num_layers)).float().cpu()  # (B, T, D)
+        registers.append(final[:, reading.num_prefix_tokens - reading.num_register_tokens : reading.num_prefix_tokens])
+        if sum(map(len, ranks)) < _RANK_IMAGES:
+            ranks.append(effective_rank(final[:, reading.num_prefix_tokens :]))
+    rank, patches = torch.cat(ranks), torch.cat(tokens)  # (n,), (n, N, D)
+    mask = torch.from_numpy(is_outlier[readings.kept])
+    image = torch.arange(len(mask))[:, None].expand(mask.shape)
+    groups: dict[str, Any] = {"direction": {}, "channels": {}}
+    for name, chosen in (("outlier", mask), ("normal", ~mask)):
+        groups["direction"][name] = direction_spread(patches[chosen], image[chosen], seed=seed)
+        groups["channels"][name] = channel_outliers(patches[chosen]) if chosen.any() else None
+    return {
+        "outliers": groups,
+        "patches": {
+            "effective_rank": {
+                "mean": float(rank.mean()),
+                "std": float(rank.std(correction=0)),
+                "num_images": len(rank),
+            }
+        },
+        "registers": _register_record(readings, layer, torch.cat(registers)),
+        "examples": _examples(model, readings, layer, is_outlier, transform),
+    }
+
+
+def _register_record(readings: _Readings, layer: int, registers: Tensor) -> dict[str, Any] | None:
+    """Describe registers after the final norm (n, R, D), and the norms of the raw ones."""
+    if not readings.register_norms:
+        return None
+    norms = readings.register_norms[layer]
+    unit = F.normalize(registers, dim=-1)  # (n, R, D)
+    total = unit.sum(dim=0).square().sum(dim=-1)  # (R,)
+    count = len(unit)
+    return {
+        "count": registers.shape[1],
+        "norms": np.median(norms, axis=0).tolist(),
+        "norm_ratio": float(np.median(norms) / max(float(np.median(readings.norms[layer])), 1e-12)),
+        "cosine": float(register_cosine(registers).mean()) if registers.shape[1] > 1 else None,
+        "cosine_across_images": float((total - count).mean() / (count * (count - 1))),
+        "cosine_of": "registers after the final norm",
+    }
+
+
+def _examples(
+    model: nn.Module,
+    readings: _Readings,
+    layer: int,
+    is_outlier: NDArray[np.bool_],
+    transform: EvaluationTransform,
+    count: int = 6,
+) -> list[dict[str, Any]]:
+    """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
+    last = describe_model(model).num_layers
+    examples = []
+    for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
+        index = readings.kept[place]
+        maps: dict[str, Any] = {
+            "norms": readings.norms[layer][index],
+            "norms_last": readings.norms[last][index] if last in readings.norms else None,
+            "attention_cls": None if readings.attention is None else readings.attention[index],
+        }
+        registers = []
+        if readings.register_norms:
+            reading = read_many(model, readings.pixels[place : place + 1], {"attention": (-1,)})["attention"]
+            rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
+            registers = [_map(row, readings.grid) for row in rows.cpu().numpy()]
+        picture = BytesIO()
+        transform.picture(readings.pixels[place]).save(picture, format="JPEG", quality=85)
+        examples.append(
+            {
+                "id": readings.ids[index],
+                "grid": list(readings.grid),
+                "picture": base64.b64encode(picture.getvalue()).decode("ascii"),
+                "num_outliers": int(is_outlier[index].sum()),
+                **{name: None if values is None else _map(values, readings.grid) for name, values in maps.items()},
+                "attention_registers": registers,
+            }
+        )
+    return examples
+
+
+def _map(values: NDArray[Any], grid: tuple[int, int]) -> list[list[float]]:
+    """Convert (N,) values to rows of the grid, rounded to four significant digits."""
+    return [[float(f"{value:.4g}") for value in row] for row in values.reshape(grid).tolist()]
+
+
+def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
+    description = describe_model(model)
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(description).items()} | {
+        "parameters": sum(parameter.numel() for parameter in find_tower(model)[0].parameters()),
+        "gmacs": count_macs(model, grid[0] * grid[1]) / 1e9,
+        "weights": weights_fingerprint(model),
+    }
+
+
+def count_macs(model: nn.Module, num_patches: int) -> int:
+    """Count the multiply-adds of one image: linear layers of the blocks, both attention products, patch embedding.
+
+    For an MLP ratio of 4 and patches of p x p pixels this is L (12 D² T + 2 D T²) + N D 3 p².
+    """
+    tower, name = find_tower(model)
+    description = describe_model(tower)
+    tokens = description.num_prefix_tokens + num_patches
+    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
+    weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
+    attention = 2 * description.num_layers * description.hidden_size * tokens**2
+    pixels = 3 * description.patch_size[0] * description.patch_size[1]
+    return weights * tokens + attention + num_patches * description.hidden_size * pixels
+
+
+def _settings(transform: EvaluationTransform, cutoff: float | str, layers: list[int]) -> dict[str, Any]:
+    return {
+        "cutoff": cutoff,
+        "layers": layers,
+        "preprocessing": transform.description,
+        "gate": {
+            "separation": MIN_SEPARATION,
+            "share": [MIN_SHARE, MAX_SHARE],
+            "ratio": MIN_RATIO,
+            "valley": MAX_VALLEY,
+        },
+    }
+
+
+def _warnings(num_images: int, skipped: Sequence[SkippedImage]) -> list[str]:
+    found = []
+    if num_images < ENOUGH_IMAGES:
+        found.append(
+            f"The diagnosis used only {num_images} images. With fewer than {ENOUGH_IMAGES}, another sample may give "
+            "different numbers."
+        )
+    if skipped:
+        found.append(f"{len(skipped)} images were skipped{_first_reason(skipped)}.")
+    for text in found:
+        logger.warning("%s", text)
+    return found
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "hf_regvit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _controls(
+    model: nn.Module, source: Any, readings: _Readings, *, batch_size: int, seed: int
+) -> dict[str, Any] | None:
+    if not readings.register_norms:
+        return None
+    labels = _labels_of(source, [readings.ids[i] for i in readings.kept])
+    return register_controls(model, readings.pixels, labels=labels, batch_size=batch_size, seed=seed)
+
+
+def _labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
+    """Return the class ids of these images, or None if the source has none."""
+    if not isinstance(source, ImageSource) or source.labels is None:
+        return None
+    by_id = dict(zip(source.ids, source.labels))
+    return torch.tensor([by_id[name] for name in ids])
+
+
+# --- During training ---
+
+
+def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float]:
+    """Return the main numbers of a diagnosis for a training log, from one forward pass over one batch.
+
+    Args:
+        model: Model as for `diagnose`; its training mode is restored.
+        pixel_values: (B, 3, H, W) pixels; 32 images of 196 patches are enough to detect an outlier share of 0.2 %.
+
+    Returns:
+        Dictionary with `outlier_share`, `separation` and `bimodal` (0 or 1) of the reported layer, that `layer`, its
+        `cutoff`, `norm_median` and `norm_max`; `norm_ratio` if there are outliers; `effective_rank` of the patches
+        after the final norm; with registers, `register_norm` (reported layer) and, with two or more,
+        `register_cosine` (after the final norm); with CLS, `attention_entropy` (relative to uniform) and, with
+        registers, `attention_registers`.
+    """
+    description = describe_model(model)
+    layers = list(range(1, description.num_layers + 1))
+    last: dict[str, Tensor] = {}
+
+    def keep_norms(tokens: Tensor, layer: int) -> Tensor:
+        if layer == description.num_layers:
+            last["tokens"] = tokens[:_RANK_IMAGES]
+        return _token_norms(tokens, layer)
+
+    sites: dict[Site, Layers] = {"residual": layers}
+    if description.has_cls:
+        sites["attention"] = (-1,)
+    reading = read_many(model, pixel_values, sites, reduce={"residual": keep_norms, "attention": _cls_row})
+    residual = reading["residual"]
+    cutoffs = {layer: find_cutoff(residual.patches(layer).numpy()) for layer in layers}
+    layer = reported_layer(cutoffs)
+    found, norms = cutoffs[layer], residual.patches(layer)
+    with torch.no_grad():
+        final = final_norm(model)(last["tokens"]).float().cpu()
+    values = {
+        "outlier_share": found.share,
+        "separation": found.separation,
+        "bimodal": float(found.bimodal),
+        "layer": float(layer),
+        "cutoff": found.cutoff,
+        "norm_median": float(np.median(norms)),
+        "norm_max": norms.max().item(),
+        "effective_rank": effective_rank(final[:, residual.num_prefix_tokens :]).mean().item(),
+    }
+    if found.ratio is not None:
+        values["norm_ratio"] = found.ratio
+    count, prefix = residual.num_register_tokens, residual.num_prefix_tokens
+    if count:
+        values["register_norm"] = residual.registers(layer).flatten().quantile(0.5).item()
+    if count > 1:
+        values["register_cosine"] = register_cosine(final[:, prefix - count : prefix]).mean().item()
+    if description.has_cls:
+        statistics = attention_statistics(
+            reading["attention"].values[0], num_prefix_tokens=prefix, num_register_tokens=count
+        )
+        values["attention_entropy"] = statistics["entropy_share"].mean().item()
+        if count:
+            values["attention_registers"] = statistics["mass_on_registers"].mean().item()
+    return values

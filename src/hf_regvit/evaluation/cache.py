@@ -1,0 +1,231 @@
+"""Cache of image features: one vector per image and block of a frozen model, computed once and shared by all tasks.
+
+The file name is a fingerprint of everything the features depend on: weights and configuration of the model, content
+and order of the images, transform, blocks, device type and library versions. If any of these changes, the file is not
+found and the features are computed again, so outdated features are never used.
+
+Shape letters: n images, B blocks, D width.
+"""
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..data.decoding import BadImageError
+from ..data.preparation import SkippedImage, prepare_images, report_skipped
+from ..data.source import ImageSource
+from ..models.configuration_regvit import __version__
+from ..models.families import describe_model, final_norm
+from ..models.loading import model_fingerprint
+from ..models.processing import EvaluationTransform
+from ..models.tokens import read_tokens, resolve_layers
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenFeatures:
+    """Features for tasks on whole images, on the CPU and after the final norm.
+
+    Args:
+        vectors: (n, B, D) float32, CLS of every block that was read, or the mean patch for a model without CLS.
+        mean_patch: (n, D) mean patch of the last block that was read.
+        layers: Blocks that were read, 1 to L.
+        kind: Kind of the vectors: "CLS" or "mean patch".
+        ids: Ids of the n images that could be read, in the order of the source.
+        skipped: Images that could not be read.
+        seconds: Wall time of computing the features (of the original run, if they come from the cache).
+        from_cache: Whether the features come from the cache.
+    """
+
+    vectors: Tensor
+    mean_patch: Tensor
+    layers: tuple[int, ...]
+    kind: str
+    ids: tuple[str, ...]
+    skipped: tuple[SkippedImage, ...]
+    seconds: float
+    from_cache: bool = False
+
+    @property
+    def last(self) -> Tensor:
+        """Vectors (n, D) of the last block that was read."""
+        return self.vectors[:, -1]
+
+
+def image_digests(source: ImageSource) -> list[bytes]:
+    """Return a digest of 16 bytes for every image that changes with its content.
+
+    The stored bytes are hashed, because modification times and sizes of files could miss a change. Images that are
+    generated rather than stored are generated for this.
+    """
+    digests = []
+    for i in range(len(source)):
+        try:
+            content = source.read(i).tobytes() if source.encoded is None else source.encoded(i)
+        except BadImageError as error:
+            content = str(error).encode()
+        digests.append(hashlib.blake2b(content, digest_size=16).digest())
+    return digests
+
+
+def data_fingerprint(source: ImageSource, digests: Sequence[bytes] | None = None) -> str:
+    """Return 32 hexadecimal digits that change with the name, the content or the order of the images.
+
+    Args:
+        source: Images.
+        digests: Digests of the images, if they are already known; see `image_digests`.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, content in zip(source.ids, image_digests(source) if digests is None else digests):
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
+    return digest.hexdigest()
+
+
+def read_features(
+    model: nn.Module,
+    source: ImageSource,
+    *,
+    transform: EvaluationTransform,
+    layers: Sequence[int] = (-4, -3, -2, -1),
+    batch_size: int = 32,
+    cache_dir: str | Path | None = None,
+    digests: Sequence[bytes] | None = None,
+    label: str | None = None,
+) -> FrozenFeatures:
+    """Read the features of all images in order, from the cache if available.
+
+    Args:
+        model: Model of a family in `families.FAMILIES`. It is not changed.
+        source: Images.
+        transform: Transform of the images.
+        layers: Blocks to read; negative numbers that a shallow model does not have are left out.
+        batch_size: Number of images per forward pass.
+        cache_dir: Folder of the cache, or None to use no cache.
+        digests: Digests of the images, if they are already known; see `image_digests`.
+        label: Label of the progress bar.
+
+    Raises:
+        ValueError: No image could be used.
+    """
+    description = describe_model(model)
+    resolved = resolve_layers([layer for layer in layers if layer >= -description.num_layers], description.num_layers)
+    path = None
+    if cache_dir is not None:
+        identity = {
+            "model": model_fingerprint(model),
+            "data": data_fingerprint(source, digests),
+            "transform": transform.description,
+            "layers": resolved,
+            "device": next(model.parameters()).device.type,
+            "versions": [__version__, torch.__version__, transformers.__version__],
+        }
+        key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
+        path = Path(cache_dir) / f"features-{key}.safetensors"
+        if path.is_file() and (cached := _load(path)) is not None:
+            return cached
+    started = time.perf_counter()
+    features = _read(model, source, transform, resolved, batch_size, label)
+    features = replace(features, seconds=time.perf_counter() - started)
+    if path is not None:
+        _save(features, path)
+    return features
+
+
+def _read(
+    model: nn.Module,
+    source: ImageSource,
+    transform: EvaluationTransform,
+    layers: tuple[int, ...],
+    batch_size: int,
+    label: str | None,
+) -> FrozenFeatures:
+    from tqdm.auto import tqdm
+
+    reader = VectorReader(model, layers)
+    prepared = prepare_images(source, transform, batch_size=batch_size)
+    ids: list[str] = []
+    vectors, means = [], []
+    with tqdm(total=len(source), desc=label, unit="image", disable=None) as bar:
+        for names, pixel_values in prepared:
+            one, mean = reader.read(pixel_values)
+            ids += names
+            vectors.append(one)
+            means.append(mean)
+            bar.update(len(names))
+    report_skipped(len(ids), prepared.skipped, source.name)
+    return FrozenFeatures(
+        torch.cat(vectors), torch.cat(means), layers, reader.kind, tuple(ids), tuple(prepared.skipped), 0.0
+    )
+
+
+class VectorReader:
+    """Reader of the vectors of some blocks, with one ordinary forward pass per batch.
+
+    The final norm is applied only to the tokens that are kept: CLS, and the patches of the last block for their mean.
+    """
+
+    def __init__(self, model: nn.Module, layers: tuple[int, ...]) -> None:
+        description = describe_model(model)
+        self.model, self.layers, self.norm = model, layers, final_norm(model)
+        self.kind = "CLS" if description.has_cls else "mean patch"
+        self.prefix, self.has_cls = description.num_prefix_tokens, description.has_cls
+
+    def read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the vectors (b, B, D) and the mean patch (b, D) of the last block, float32 on the CPU."""
+        kept = read_tokens(self.model, pixel_values, layers=self.layers, reduce=self._reduce).values
+        vectors = torch.stack([values[:, 0] for values in kept], dim=1)  # (b, B, D)
+        return vectors, kept[-1][:, -1].clone()
+
+    def _reduce(self, tokens: Tensor, layer: int) -> Tensor:
+        """Reduce (b, T, D) to (b, 1 or 2, D): the vector and, for the last block, the mean patch."""
+        parts = [self.norm(tokens[:, :1])] if self.has_cls else []
+        if not self.has_cls or layer == self.layers[-1]:
+            parts.append(self.norm(tokens[:, self.prefix :]).mean(dim=1, keepdim=True))
+        return torch.cat(parts, dim=1).float().cpu()
+
+
+def _save(features: FrozenFeatures, path: Path) -> None:
+    """Write the features atomically to one file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes = {
+        "layers": features.layers,
+        "kind": features.kind,
+        "ids": features.ids,
+        "skipped": [[image.id, image.reason] for image in features.skipped],
+        "seconds": features.seconds,
+    }
+    unfinished = path.with_name(f".{path.name}.partial")
+    save_file(
+        {"vectors": features.vectors, "mean_patch": features.mean_patch},
+        unfinished,
+        metadata={"hf_regvit": json.dumps(notes)},
+    )
+    unfinished.replace(path)
+
+
+def _load(path: Path) -> FrozenFeatures | None:
+    """Load a file written by `_save`; warn and return None if it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads((file.metadata() or {})["hf_regvit"])
+            vectors, mean_patch = file.get_tensor("vectors"), file.get_tensor("mean_patch")
+    except (SafetensorError, KeyError, OSError) as error:
+        logger.warning("The cached features '%s' cannot be read (%s). Computing them again.", path, error)
+        return None
+    skipped = tuple(SkippedImage(*pair) for pair in notes["skipped"])
+    report_skipped(len(notes["ids"]), skipped, str(path))
+    return FrozenFeatures(
+        vectors, mean_patch, tuple(notes["layers"]), notes["kind"], tuple(notes["ids"]), skipped, notes["seconds"],
+        from_cache=True,
+    )  # fmt: skip

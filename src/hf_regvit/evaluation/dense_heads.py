@@ -1,0 +1,687 @@
+"""Linear segmentation and linear depth on frozen features: the official heads, trained on stored features.
+
+    train, test = (read_dense_features(model, part.images, flip=True) for part in (train_set, test_set))
+    result = linear_segmentation(train, train_set.targets, test, test_set.targets, class_names=names)
+
+The model runs once over every image (twice with `flip`, the second time mirrored); only one linear layer is trained
+afterwards. Every model family that `read_tokens` supports is evaluated by the same code, and two models are compared
+on the same images, steps and random numbers.
+
+The differences from the official protocols follow from extracting the features once: whole images at one scale instead
+of random crops and scales, no photometric distortion, whole-image instead of sliding-window testing, and fewer steps.
+Heads, losses, optimizers, schedules and the testing of depth are the official ones.
+
+Shape letters: n images, B of a batch, (rows, columns) grid of patches, D width, l blocks read, F = l D features of a
+patch, C classes, (H, W) pixels of a target, K bins of depth.
+
+Source: arXiv 2304.07193 section 7.4 and facebookresearch/dinov2 `eval/segmentation`, `eval/depth`.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..models.modeling_regvit import scale_invariant_log_loss
+from .dense_features import DenseFeatures
+
+Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
+
+IGNORE = 255
+_EIGEN_SIZE, _EIGEN_ROWS, _EIGEN_COLUMNS = (480, 640), slice(45, 471), slice(41, 601)
+_FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
+
+
+# --- Settings
+
+
+@dataclass(frozen=True)
+class SegmentationSettings:
+    """Training settings of the segmentation head.
+
+    The defaults are for a few hundred images on a CPU; `OFFICIAL_SEGMENTATION` holds the published values.
+
+    Args:
+        num_steps: Number of optimizer steps.
+        warmup_ratio: Share of the steps in which the learning rate rises from nearly 0.
+        batch_size: Number of images per step.
+        learning_rate: Peak learning rate of AdamW; it decreases linearly to 0.
+        weight_decay: Weight decay of AdamW, on all parameters as in the original.
+        flip_probability: Probability of using the flipped features of an image.
+    """
+
+    num_steps: int = 500
+    warmup_ratio: float = 0.0375
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    flip_probability: float = 0.5
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+
+
+@dataclass(frozen=True)
+class DepthSettings:
+    """Training and test settings of the depth head; `OFFICIAL_DEPTH` holds the published values.
+
+    Args:
+        num_steps: Number of optimizer steps.
+        warmup_ratio: Share of the steps in which the learning rate rises linearly from a thousandth of its peak.
+        batch_size: Number of images per step.
+        learning_rate: Peak learning rate of AdamW; it follows a cosine to 0. The published 1e-4 is for 38,400 steps.
+        weight_decay: Weight decay of AdamW.
+        flip_probability: Probability of using the flipped features of an image.
+        mean_only_ratio: Share of the steps at the beginning in which the loss consists of its mean term only.
+        max_grad_norm: Maximum gradient norm for clipping.
+        num_bins: Number of depth bins, K.
+        min_depth: Center of the first bin in meters; predictions are clamped to it.
+        max_depth: Center of the last bin in meters. Pixels farther away are ignored in training and test.
+        upsample: Factor by which the grid is upsampled before depth is computed.
+        average_flip: Whether to test with the mean of the predictions for the image and for its mirror image.
+        eigen_crop: Whether to test on rows 45 to 470 and columns 41 to 600 only, for images of 480 x 640 pixels
+            (NYUd).
+    """
+
+    num_steps: int = 300
+    warmup_ratio: float = 1 / 3
+    batch_size: int = 8
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.01
+    flip_probability: float = 0.5
+    mean_only_ratio: float = 100 / 38_400
+    max_grad_norm: float = 35.0
+    num_bins: int = 256
+    min_depth: float = 0.001
+    max_depth: float = 10.0
+    upsample: int = 4
+    average_flip: bool = True
+    eigen_crop: bool = False
+
+    def __post_init__(self) -> None:
+        _check_settings(self)
+        if not 0 < self.min_depth < self.max_depth:
+            raise ValueError(f"min_depth={self.min_depth} must be above 0 and below max_depth={self.max_depth}.")
+        if self.num_bins < 2 or self.upsample < 1:
+            raise ValueError(f"num_bins={self.num_bins} must be at least 2 and upsample={self.upsample} at least 1.")
+
+
+def _check_settings(settings: Any) -> None:
+    for name in ("num_steps", "batch_size"):
+        if getattr(settings, name) < 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1.")
+    for name in ("warmup_ratio", "flip_probability"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise ValueError(f"{name}={getattr(settings, name)} must lie in [0, 1].")
+    if not settings.learning_rate > 0:
+        raise ValueError(f"learning_rate={settings.learning_rate} must be above 0.")
+
+
+OFFICIAL_SEGMENTATION = SegmentationSettings(num_steps=40_000, batch_size=16)
+OFFICIAL_DEPTH = DepthSettings(num_steps=38_400, batch_size=16, learning_rate=1e-4)
+
+
+# --- Results
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSegmentationResult:
+    """Scores of one linear segmentation head.
+
+    Args:
+        mean_iou: Intersection over union over all test pixels, averaged over the classes that occur.
+        mean_accuracy: Share of the pixels of a class that are predicted correctly, averaged over classes.
+        overall_accuracy: Share of all pixels that are predicted correctly.
+        per_class_iou: Intersection over union by class name; NaN if a class neither occurs nor is predicted.
+        counts: (n, 3, C) numbers of agreeing, predicted and true pixels for every test image and class;
+            `intervals.mean_iou` scores any resample of them.
+        ids: Names of the n test images.
+        num_train: Number of training images.
+        layers: Blocks read.
+        protocol: Description of the protocol in one line.
+        settings: Training settings.
+        seed: Random seed for the order, the flips and the head.
+        train_loss: Mean cross-entropy over the last tenth of the steps.
+        seconds: Wall time of training and test, without feature extraction.
+        head: Weights `head_norm.*` and `classifier.*`; `RegViTForSemanticSegmentation` predicts the same with them.
+    """
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    per_class_iou: dict[str, float]
+    counts: NDArray[np.float64]
+    ids: tuple[str, ...]
+    num_train: int
+    layers: tuple[int, ...]
+    protocol: str
+    settings: SegmentationSettings
+    seed: int
+    train_loss: float
+    seconds: float
+    head: dict[str, Tensor]
+
+    @property
+    def num_test(self) -> int:
+        """Return the number of test images."""
+        return len(self.ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serializable dict without the weights, with the counts summed over images."""
+        return _to_dict(self, leave_out=("head", "counts")) | {"counts": self.counts.sum(0).astype(int).tolist()}
+
+
+@dataclass(frozen=True, eq=False)
+class LinearDepthResult:
+    """Scores of one linear depth head: errors over the measured pixels of an image, averaged over test images.
+
+    Args:
+        rmse: Root mean square error in meters.
+        abs_rel: Absolute error relative to the true depth.
+        delta1: Share of pixels within a factor of 1.25 of the true depth.
+        delta2: Share of pixels within a factor of 1.25 squared.
+        delta3: Share of pixels within a factor of 1.25 cubed.
+        errors: (n, 5) values of these five metrics for every test image, in this order.
+        ids: Names of the n test images.
+        num_train: Number of training images.
+        layers: Blocks read.
+        protocol: Description of the protocol in one line.
+        settings: Training and test settings.
+        seed: Random seed for the order, the flips and the head.
+        train_loss: Mean loss over the last tenth of the steps.
+        seconds: Wall time of training and test, without feature extraction.
+        head: Weights `classifier.*`; `RegViTForDepthEstimation` predicts the same with them.
+    """
+
+    rmse: float
+    abs_rel: float
+    delta1: float
+    delta2: float
+    delta3: float
+    errors: NDArray[np.float64]
+    ids: tuple[str, ...]
+    num_train: int
+    layers: tuple[int, ...]
+    protocol: str
+    settings: DepthSettings
+    seed: int
+    train_loss: float
+    seconds: float
+    head: dict[str, Tensor]
+
+    @property
+    def num_test(self) -> int:
+        """Return the number of test images."""
+        return len(self.ids)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serializable dict without the weights."""
+        return _to_dict(self, leave_out=("head", "errors")) | {"errors": self.errors.tolist()}
+
+
+def _to_dict(result: Any, *, leave_out: tuple[str, ...]) -> dict[str, Any]:
+    kept = {name: getattr(result, name) for name in result.__dataclass_fields__ if name not in leave_out}
+    return kept | {
+        "ids": list(result.ids),
+        "layers": list(result.layers),
+        "settings": asdict(result.settings),
+        "num_test": result.num_test,
+    }
+
+
+# --- Segmentation
+
+
+def linear_segmentation(
+    train: DenseFeatures,
+    train_masks: Maps,
+    test: DenseFeatures,
+    test_masks: Maps,
+    *,
+    class_names: Sequence[str],
+    settings: SegmentationSettings | None = None,
+    seed: int = 0,
+) -> LinearSegmentationResult:
+    """Train batch norm and one linear layer on every patch with cross-entropy, and score them with mean IoU.
+
+    Logits are upsampled bilinearly to the size at which the image was read; the training masks are resized to it by
+    nearest neighbor. In the test the logits are resized once more to the mask's own size before the argmax.
+
+    Args:
+        train: Features of the training images; flipped features are used if they were read.
+        train_masks: (H, W) class ids for every training image; 255 is ignored.
+        test: Features of the test images.
+        test_masks: (H, W) class ids for every test image; 255 is ignored.
+        class_names: Names of the C classes.
+        settings: Training settings.
+        seed: Random seed for the order of the images, the flips and the weights of the head.
+
+    Raises:
+        ValueError: Features and masks do not match, or a mask contains a value that is not a class id.
+    """
+    from .metrics import MeanIoU
+
+    started = time.perf_counter()
+    settings = settings or SegmentationSettings()
+    num_classes = len(class_names)
+    _check_parts(train, train_masks, test, test_masks)
+    targets = [_mask_at_input(train, train_masks, i, num_classes) for i in range(len(train))]
+    head = _SegmentationHead(train.width, num_classes, seed)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
+    )
+
+    def loss(batch: "_Batch") -> Tensor:
+        pairs = batch.split(head(batch.tokens))
+        summed = []
+        for maps, truth in pairs:
+            logits = _resize(maps, tuple(truth.shape[1:]))
+            summed.append(F.cross_entropy(logits, truth.long(), ignore_index=IGNORE, reduction="sum"))
+        return torch.stack(summed).sum() / max(1, sum(int((truth != IGNORE).sum()) for _, truth in pairs))
+
+    losses = _fit(
+        train,
+        targets,
+        loss,
+        optimizer,
+        settings,
+        lambda step: poly_with_warmup(step, settings.num_steps, settings.warmup_ratio),
+        seed=seed,
+    )
+    metric = MeanIoU(num_classes=num_classes, ignore_index=IGNORE)
+    rows: list[Any] = []
+    head.eval()
+    with torch.no_grad():
+        for i, features in enumerate(test.maps):
+            truth = _checked_mask(test_masks[i], num_classes, test.ids[i])
+            logits = head(features.flatten(0, 1)).T.unflatten(1, features.shape[:2])[None]  # (1, C, rows, columns)
+            logits = _resize(_resize(logits, test.input_size(i)), tuple(truth.shape))
+            rows.extend(metric.reduce([logits[0].argmax(0)], [truth]))
+    counts = np.asarray(rows)
+    scores = metric.result(counts)
+    return LinearSegmentationResult(
+        mean_iou=scores["mean_iou"],
+        mean_accuracy=scores["mean_accuracy"],
+        overall_accuracy=scores["overall_accuracy"],
+        per_class_iou=dict(zip(class_names, scores["per_category_iou"])),
+        counts=counts.reshape(-1, 3, num_classes),
+        ids=test.ids,
+        num_train=len(train),
+        layers=train.layers,
+        protocol="linear segmentation: " + _protocol(train, settings) + "; mIoU at the size of the mask",
+        settings=settings,
+        seed=seed,
+        train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+        seconds=time.perf_counter() - started,
+        head={name: value.detach().clone() for name, value in head.state_dict().items()},
+    )
+
+
+class _SegmentationHead(nn.Module):
+    """Batch norm over all patches of a batch, then a linear layer: (patches, F) to (patches, C)."""
+
+    def __init__(self, width: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.head_norm = nn.BatchNorm1d(width)
+        self.classifier = nn.Linear(width, num_classes)
+        generator = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
+        nn.init.normal_(self.classifier.weight, std=0.01, generator=generator)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.classifier(self.head_norm(tokens))
+
+
+def poly_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-6) -> float:
+    """Return the learning rate factor: a linear decay from 1 to 0 with a linear warm-up from `start`."""
+    factor = 1 - step / num_steps
+    warmup = round(num_steps * warmup_ratio)
+    return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
+
+
+def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
+    """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
+    values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
+    if values.ndim != 2 or values.is_floating_point():
+        raise ValueError(
+            f"The mask of '{name}' has shape {tuple(values.shape)} and type {values.dtype}. Give (H, W) integer class "
+            "ids."
+        )
+    values = values.long()
+    wrong = values[(values != IGNORE) & ((values < 0) | (values >= num_classes))]
+    if len(wrong):
+        raise ValueError(
+            f"The mask of '{name}' contains {int(wrong[0])}; expected class ids 0 to {num_classes - 1}, or {IGNORE} "
+            "for ignored pixels. Correct the mask or class_names."
+        )
+    return values
+
+
+def _mask_at_input(features: DenseFeatures, masks: Maps, index: int, num_classes: int) -> Tensor:
+    mask = _checked_mask(masks[index], num_classes, features.ids[index])
+    size = features.input_size(index)
+    # One byte per pixel while stored; class ids below 255 fit.
+    dtype = torch.uint8 if num_classes <= IGNORE else torch.int64
+    return F.interpolate(mask[None, None].float(), size=size, mode="nearest-exact")[0, 0].to(dtype)
+
+
+# --- Depth
+
+
+def linear_depth(
+    train: DenseFeatures,
+    train_depths: Maps,
+    test: DenseFeatures,
+    test_depths: Maps,
+    *,
+    settings: DepthSettings | None = None,
+    seed: int = 0,
+) -> LinearDepthResult:
+    """Train one linear layer from a patch with the CLS token to depth bins, with the scale-invariant log loss.
+
+    Args:
+        train: Features of the training images; flipped features are used if they were read.
+        train_depths: (H, W) meters for every training image; 0, negative and non-finite values are not measured.
+        test: Features of the test images; `average_flip` also needs the flipped features.
+        test_depths: (H, W) meters for every test image.
+        settings: Training and test settings.
+        seed: Random seed for the order of the images, the flips and the weights of the head.
+
+    Raises:
+        ValueError: Features and depth maps do not match, an image has no measured depth, or `eigen_crop` is used for
+            images of another size.
+    """
+    from .metrics import DepthErrors
+
+    started = time.perf_counter()
+    settings = settings or DepthSettings()
+    _check_parts(train, train_depths, test, test_depths)
+    if settings.average_flip and test.flipped is None:
+        raise ValueError(
+            "average_flip needs flipped test features. Read the features with flip=True, or set average_flip=False."
+        )
+    targets = [_depth_at_input(train, train_depths, i, settings) for i in range(len(train))]
+    with_cls = _with_cls(train), _with_cls(test)
+    torch_state = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
+    head = nn.Linear(with_cls[0].width, settings.num_bins)
+    bound = 1 / math.sqrt(with_cls[0].width)  # torch's initialization of a linear layer, but seeded
+    for parameter in head.parameters():
+        nn.init.uniform_(parameter, -bound, bound, generator=torch_state)
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
+    )
+    mean_only = round(settings.num_steps * settings.mean_only_ratio)
+
+    def loss(batch: "_Batch") -> Tensor:
+        maps = batch.split(head(batch.tokens))
+        pairs = [(bins_to_metres(bins, tuple(truth.shape[1:]), settings), truth) for bins, truth in maps]
+        predicted = torch.cat([depth.flatten() for depth, _ in pairs])
+        true = torch.cat([truth.flatten() for _, truth in pairs])
+        if batch.step < mean_only:
+            error = (torch.log(predicted + 1e-3) - torch.log(true + 1e-3))[true > 0]
+            return math.sqrt(0.15) * error.mean().abs()
+        return scale_invariant_log_loss(predicted, true, true > 0)
+
+    losses = _fit(
+        with_cls[0],
+        targets,
+        loss,
+        optimizer,
+        settings,
+        lambda step: cosine_with_warmup(step, settings.num_steps, settings.warmup_ratio),
+        seed=seed,
+        max_grad_norm=settings.max_grad_norm,
+    )
+    metric = DepthErrors(min_depth=settings.min_depth, max_depth=settings.max_depth)
+    errors = []
+    with torch.no_grad():
+        for i in range(len(test)):
+            truth = _checked_depth(test_depths[i], settings, test.ids[i])
+            depth = _predict_depth(head, with_cls[1], i, tuple(truth.shape), settings)
+            if settings.eigen_crop:
+                depth, truth = (_eigen_crop(values, test.ids[i]) for values in (depth, truth))
+            rows = list(metric.reduce([depth], [truth]))
+            if not rows:
+                raise ValueError(
+                    f"The depth of '{test.ids[i]}' has no measured pixel in the Eigen crop. Remove the image, or set "
+                    "eigen_crop=False."
+                )
+            errors.extend(rows)
+    values = np.asarray(errors)
+    return LinearDepthResult(
+        **metric.result(values),
+        errors=values,
+        ids=test.ids,
+        num_train=len(train),
+        layers=train.layers,
+        protocol="linear depth: " + _protocol(train, settings) + _depth_protocol(settings, train),
+        settings=settings,
+        seed=seed,
+        train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+        seconds=time.perf_counter() - started,
+        head={f"classifier.{name}": value.detach().clone() for name, value in head.state_dict().items()},
+    )
+
+
+def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-3) -> float:
+    """Return the learning rate factor: half a cosine from 1 to 0 with a linear warm-up from `start`."""
+    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    warmup = round(num_steps * warmup_ratio)
+    return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
+
+
+def bins_to_metres(bins: Tensor, size: tuple[int, ...], settings: DepthSettings) -> Tensor:
+    """Convert bin scores (B, K, rows, columns) to depth (B, H, W) in meters at `size`.
+
+    The linear layer commutes with bilinear upsampling of the features, so the scores are upsampled. The depth is the
+    mean of evenly spaced bin centers, weighted by "linear norm" (relu + 0.1, divided by their sum).
+    """
+    grid = tuple(settings.upsample * side for side in bins.shape[-2:])
+    weights = F.relu(_resize(bins, grid)) + 0.1
+    centers = torch.linspace(settings.min_depth, settings.max_depth, settings.num_bins)
+    depth = torch.einsum("bkij,k->bij", weights, centers) / weights.sum(1)
+    return _resize(depth[:, None], size)[:, 0]
+
+
+def _with_cls(features: DenseFeatures) -> DenseFeatures:
+    """Concatenate each block's CLS to its patches, in the order of `RegViTForDepthEstimation`."""
+    if features.cls is None:
+        return features
+    blocks, width = len(features.layers), features.cls.shape[1] // len(features.layers)
+
+    def beside(index: int) -> Tensor:
+        patches = features.maps[index].unflatten(-1, (blocks, width))  # (rows, columns, l, D)
+        cls_token = features.cls[index].view(blocks, width).expand_as(patches)  # type: ignore[index]
+        return torch.stack([patches, cls_token], dim=-2).flatten(-3)  # (rows, columns, 2 l D)
+
+    return DenseFeatures(
+        **{name: getattr(features, name) for name in features.__dataclass_fields__ if name not in ("maps", "flipped")},
+        maps=_LazyMaps(beside, len(features)),  # type: ignore[arg-type]  # twice the size, so computed on demand
+        flipped=None if features.flipped is None else _with_cls(features.flipped),
+    )
+
+
+class _LazyMaps:
+    """Maps that are computed on demand."""
+
+    def __init__(self, make: Callable[[int], Tensor], length: int) -> None:
+        self.make, self.length = make, length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.length:
+            raise IndexError(index)
+        return self.make(index)
+
+
+def _predict_depth(
+    head: nn.Module, features: DenseFeatures, index: int, size: tuple[int, ...], settings: DepthSettings
+) -> Tensor:
+    """Return (H, W) meters, averaged with the mirror image if set, clamped to the range of the bins."""
+
+    def one(tokens: Tensor) -> Tensor:
+        bins = head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]  # (1, K, rows, columns)
+        return bins_to_metres(bins, size, settings)[0]
+
+    depth = one(features.maps[index])
+    if settings.average_flip and features.flipped is not None:
+        depth = (depth + one(features.flipped.maps[index]).flip(-1)) / 2
+    return depth.clamp(settings.min_depth, settings.max_depth)
+
+
+def _checked_depth(depth: Any, settings: DepthSettings, name: str) -> Tensor:
+    """Return (H, W) float32 meters, 0 where nothing is measured."""
+    values = torch.as_tensor(np.asarray(depth) if not isinstance(depth, Tensor) else depth).cpu().float()
+    if values.ndim != 2:
+        raise ValueError(f"The depth of '{name}' has shape {tuple(values.shape)}. Give one (H, W) map in meters.")
+    values = torch.where(
+        values.isfinite() & (values >= settings.min_depth) & (values <= settings.max_depth), values, 0
+    )
+    if not values.any():
+        raise ValueError(
+            f"The depth of '{name}' has no pixel between {settings.min_depth} and {settings.max_depth} meters. Check "
+            "that it is in meters and that max_depth is large enough, or remove the image from the data."
+        )
+    return values
+
+
+def _depth_at_input(features: DenseFeatures, depths: Maps, index: int, settings: DepthSettings) -> Tensor:
+    depth = _checked_depth(depths[index], settings, features.ids[index])
+    return F.interpolate(depth[None, None], size=features.input_size(index), mode="nearest-exact")[0, 0]
+
+
+def _eigen_crop(values: Tensor, name: str) -> Tensor:
+    if tuple(values.shape) != _EIGEN_SIZE:
+        raise ValueError(
+            f"eigen_crop needs depth maps of {_EIGEN_SIZE[0]} x {_EIGEN_SIZE[1]} pixels, but that of '{name}' is "
+            f"{values.shape[0]} x {values.shape[1]}. Set eigen_crop=False."
+        )
+    return values[_EIGEN_ROWS, _EIGEN_COLUMNS]
+
+
+# --- Shared by both
+
+
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """Patches of a batch of images, concatenated in groups of equal grids.
+
+    `tokens` is (patches of all images, F); `groups` holds for every group its grid and its targets (B, H, W).
+    """
+
+    step: int
+    tokens: Tensor
+    groups: tuple[tuple[tuple[int, int], Tensor], ...]
+
+    def split(self, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Reshape a head's outputs for `tokens` to maps (B, C, rows, columns), paired with targets, for every grid."""
+        pairs, start = [], 0
+        for (rows, columns), truth in self.groups:
+            count = len(truth) * rows * columns
+            maps = outputs[start : start + count].view(len(truth), rows, columns, -1).permute(0, 3, 1, 2)
+            pairs.append((maps, truth))
+            start += count
+        return pairs
+
+
+def _fit(
+    features: DenseFeatures,
+    targets: Sequence[Tensor],
+    loss: Callable[[_Batch], Tensor],
+    optimizer: torch.optim.Optimizer,
+    settings: Any,
+    schedule: Callable[[int], float],
+    *,
+    seed: int,
+    max_grad_norm: float | None = None,
+) -> list[float]:
+    """Train and return the loss of every step; epochs are permutations, and batches may span two epochs."""
+    rng = np.random.default_rng([seed, _ORDER_DRAWS])
+    flips = np.random.default_rng([seed, _FLIP_DRAWS])
+    queue: list[int] = []
+    losses = []
+    batch_size = min(settings.batch_size, len(features))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for step in range(settings.num_steps):
+        while len(queue) < batch_size:
+            queue.extend(rng.permutation(len(features)).tolist())
+        chosen, queue = queue[:batch_size], queue[batch_size:]
+        mirrored = (flips.random(len(chosen)) < settings.flip_probability) & (features.flipped is not None)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.learning_rate * schedule(step)
+        with torch.enable_grad():
+            value = loss(_batch(features, targets, chosen, mirrored.tolist(), step))
+            optimizer.zero_grad()
+            value.backward()
+        if not math.isfinite(value.item()):
+            raise ValueError(
+                f"The loss is {value.item()} at step {step}. Check the features for NaN or infinite values, or lower "
+                "learning_rate."
+            )
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def _batch(
+    features: DenseFeatures, targets: Sequence[Tensor], chosen: Sequence[int], mirrored: Sequence[bool], step: int
+) -> _Batch:
+    by_grid: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
+    for index, flip in zip(chosen, mirrored):
+        source = features.flipped if flip and features.flipped is not None else features
+        tokens = source.maps[index]
+        truth = targets[index].flip(-1) if flip else targets[index]
+        by_grid.setdefault(tuple(tokens.shape[:2]), []).append((tokens, truth))  # type: ignore[arg-type]
+    return _Batch(
+        step,
+        torch.cat([tokens.flatten(0, 1) for group in by_grid.values() for tokens, _ in group]),
+        tuple((grid, torch.stack([truth for _, truth in group])) for grid, group in by_grid.items()),
+    )
+
+
+def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resize (B, C, h, w) to (B, C, *size), bilinear without aligned corners, as in the protocols."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures, test_targets: Maps) -> None:
+    for name, features, targets in (("training", train, train_targets), ("test", test, test_targets)):
+        if not len(features) or len(features) != len(targets):
+            raise ValueError(
+                f"{len(features)} {name} images have {len(targets)} targets. Give one target per image, and at least "
+                "one image."
+            )
+    if (train.layers, train.final_norm, train.width) != (test.layers, test.final_norm, test.width):
+        raise ValueError(
+            f"Training features are of blocks {list(train.layers)} with width {train.width}, but test features are of "
+            f"blocks {list(test.layers)} with width {test.width}. Read both with the same model and options."
+        )
+
+
+def _protocol(train: DenseFeatures, settings: Any) -> str:
+    height, width = train.input_size(0)
+    norm = "final norm" if train.final_norm else "no final norm"
+    flips = "with flips" if train.flipped is not None and settings.flip_probability else "without flips"
+    return (
+        f"frozen blocks {list(train.layers)}, {norm}, whole images at one scale ({height} x {width} pixels for the "
+        f"first), {settings.num_steps} steps of {settings.batch_size} images {flips}, AdamW {settings.learning_rate:g}"
+    )
+
+
+def _depth_protocol(settings: DepthSettings, train: DenseFeatures) -> str:
+    return (
+        f"; {settings.num_bins} bins{'' if train.cls is None else ', CLS concatenated'}, x{settings.upsample}, "
+        f"{'averaged with mirror image' if settings.average_flip else 'no mirror image'}, clamped to "
+        f"[{settings.min_depth:g}, {settings.max_depth:g}] m{', Eigen crop' if settings.eigen_crop else ''}"
+    )

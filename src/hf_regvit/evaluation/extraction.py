@@ -1,0 +1,472 @@
+"""Extract features of many images: in memory with `extract_features`, or to files with `extract_to_folder`.
+
+The folder contains shards `features-00000.safetensors`, ..., each with tokens, ids and reasons for skipped images; an
+`extraction.json` with everything the features depend on; and, once all shards exist, an `index.json`. Shards are
+written atomically, and their content depends neither on the number of processes nor on interruptions.
+
+Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
+from ..models.families import describe_model, final_norm, find_tower
+from ..models.loading import load_model, weights_fingerprint
+from ..models.processing import EvaluationTransform
+from ..models.tokens import read_tokens, resolve_layers
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFeatures:
+    """Tokens of many images after one block, on the CPU.
+
+    Args:
+        cls: (n, D) CLS tokens, or None for a model without CLS.
+        registers: (n, R, D) registers; R may be 0.
+        patches: (n, N, D) patches, row-major over the grid; (n, 0, D) if they were not kept.
+        grid: (rows, columns) of the patches.
+        ids: Ids of the n images.
+        skipped: Images that could not be used.
+    """
+
+    cls: torch.Tensor | None
+    registers: torch.Tensor
+    patches: torch.Tensor
+    grid: tuple[int, int]
+    ids: tuple[str, ...]
+    skipped: tuple[SkippedImage, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file atomically."""
+        path = Path(path)
+        tensors = {"registers": self.registers, "patches": self.patches}
+        if self.cls is not None:
+            tensors["cls"] = self.cls
+        skipped = [[image.id, image.reason] for image in self.skipped]
+        notes = {"grid": list(self.grid), "ids": list(self.ids), "skipped": skipped}
+        unfinished = path.with_name(f".{path.name}.partial")
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            unfinished,
+            metadata={"hf_regvit": json.dumps(notes)},
+        )
+        _put_in_place(unfinished, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "TokenFeatures":
+        """Load a file written by `save`, or all shards of a folder written by `extract_to_folder`.
+
+        Raises:
+            FileNotFoundError: The path does not exist, or the extraction is not finished.
+            ValueError: The file does not contain token features.
+        """
+        path = Path(path)
+        if path.is_dir():
+            skipped = [SkippedImage(*pair) for shard in _read_index(path)["shards"] for pair in shard["skipped"]]
+            return replace(_join(list(iterate_shards(path))), skipped=tuple(skipped))
+        notes = _read_notes(path)
+        tensors = load_file(path)
+        rows, columns = notes["grid"]
+        return cls(
+            cls=tensors.get("cls"),
+            registers=tensors["registers"],
+            patches=tensors["patches"],
+            grid=(rows, columns),
+            ids=tuple(notes["ids"]),
+            skipped=tuple(SkippedImage(*pair) for pair in notes["skipped"]),
+        )
+
+
+def _read_notes(path: Path) -> dict[str, Any]:
+    """Read the metadata of a features file without reading the features."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return json.loads((file.metadata() or {})["hf_regvit"])
+    except (SafetensorError, KeyError) as error:
+        raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
+
+
+def _put_in_place(unfinished: Path, path: Path) -> None:
+    """Rename a finished file; a crash leaves the old file, the new file or none, but never a partial one."""
+    with unfinished.open("rb") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _join(parts: Sequence[TokenFeatures]) -> TokenFeatures:
+    """Concatenate several parts."""
+    skipped = tuple(image for part in parts for image in part.skipped)
+    used = [part for part in parts if len(part)] or list(parts)
+    _check_grids({part.grid for part in used})
+    cls = [part.cls for part in used if part.cls is not None]
+    return TokenFeatures(
+        cls=torch.cat(cls) if cls else None,
+        registers=torch.cat([part.registers for part in used]),
+        patches=torch.cat([part.patches for part in used]),
+        grid=used[0].grid,
+        ids=tuple(name for part in used for name in part.ids),
+        skipped=skipped,
+    )
+
+
+def _check_grids(grids: set[tuple[int, int]]) -> None:
+    if len(grids) > 1:
+        raise ValueError(
+            f"The images have different grids of patches, {sorted(grids)[:4]}, and cannot be stored in one tensor. "
+            "Use a processor that resizes to one size (the default), or call read_tokens for each batch."
+        )
+
+
+@dataclass(frozen=True)
+class ExtractionSettings:
+    """Settings of an extraction: the features to read from every image and how to write them.
+
+    Args:
+        layer: Block whose output is kept: 1 to L, 0 for the embedding, negative numbers to count from the end.
+        final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to keep the raw
+            residual stream.
+        patches: Whether to keep patch tokens; CLS and registers are always kept.
+        dtype: Data type of the files: "float32", "float16" or "bfloat16".
+        batch_size: Number of images per forward pass. It affects only the last digits.
+        shard_size: Number of images per file, including skipped ones; each process holds one shard in memory.
+        image_size: Side of the input image in pixels, or None for the size of the processor.
+        max_images: Maximum number of images, counted from the first, or None for all.
+    """
+
+    layer: int = -1
+    final_norm: bool = True
+    patches: bool = True
+    dtype: str = "float32"
+    batch_size: int = 32
+    shard_size: int = 256
+    image_size: int | None = None
+    max_images: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype={self.dtype!r} is unknown, expected one of {', '.join(_DTYPES)}.")
+        if self.shard_size < 1:
+            raise ValueError(f"shard_size={self.shard_size} is too small. Use at least 1.")
+
+
+class _Reader:
+    """Reader of features for one model, block and dtype."""
+
+    def __init__(self, model: nn.Module, settings: ExtractionSettings) -> None:
+        self.model, self.settings = model, settings
+        self.norm = final_norm(model) if settings.final_norm else nn.Identity()
+        self.dtype = _DTYPES[settings.dtype]
+
+    def read(self, images: PreparedImages, bar: Any) -> TokenFeatures:
+        """Read the features of all images of a part in order; there may be none."""
+        parts, reported = [], 0
+        for ids, pixel_values in images.batches():
+            parts.append(self._read_batch(ids, pixel_values))
+            bar.update(len(ids) + len(images.skipped) - reported)
+            reported = len(images.skipped)
+        bar.update(len(images.skipped) - reported)
+        return replace(_join(parts or [self._of_no_image()]), skipped=tuple(images.skipped))
+
+    def _read_batch(self, ids: Sequence[str], pixel_values: torch.Tensor) -> TokenFeatures:
+        reading = read_tokens(self.model, pixel_values, layers=(self.settings.layer,), reduce=self._keep)
+        patches = reading.patches()
+        return TokenFeatures(
+            cls=reading.cls(),
+            registers=reading.registers(),
+            patches=patches if self.settings.patches else patches[:, :0],
+            grid=reading.grid,
+            ids=tuple(ids),
+        )
+
+    def _keep(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        tokens = self.norm(tokens)
+        if not tokens.isfinite().all():
+            raise ValueError(
+                f"The model gives NaN or infinity at block {layer}. Check its weights. If it runs in float16, large "
+                "activations may overflow; use bfloat16 or float32."
+            )
+        kept = tokens.to(self.dtype)
+        if not kept.isfinite().all():
+            raise ValueError(
+                f"Features up to {tokens.abs().max():.3g} do not fit into {self.settings.dtype}. Use bfloat16 or "
+                "float32."
+            )
+        return kept.cpu()
+
+    def _of_no_image(self) -> TokenFeatures:
+        description = describe_model(self.model)
+        none = torch.zeros(0, description.num_register_tokens, description.hidden_size, dtype=self.dtype)
+        return TokenFeatures(none[:, 0] if description.has_cls else None, none, none[:, :0], (0, 0), ())
+
+
+def extract_features(
+    model: nn.Module,
+    images: Any,
+    *,
+    processor: Any = None,
+    layer: int = -1,
+    final_norm: bool = True,
+    batch_size: int = 32,
+    device: str | torch.device | None = None,
+) -> TokenFeatures:
+    """Extract CLS, registers and patches of all images after one block, in memory.
+
+    Use `extract_to_folder` for datasets that do not fit into memory.
+
+    Args:
+        model: Model of a family in `families.FAMILIES`. It is not changed.
+        images: Folder, list of paths or Pillow images, `ImageSource` or `datasets` dataset. Sizes may differ, because
+            the processor resizes the images.
+        processor: Image processor; see `EvaluationTransform.for_model`.
+        layer: Block to read: 1 to L, 0 for the embedding, negative numbers to count from the end.
+        final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to return the raw
+            residual stream.
+        batch_size: Number of images per forward pass.
+        device: Device to compute on; by default, the device of the model.
+
+    Raises:
+        ValueError: The family or block is unknown, or no image could be used.
+    """
+    settings = ExtractionSettings(layer=layer, final_norm=final_norm)
+    prepared = prepare_images(images, EvaluationTransform.for_model(model, processor), batch_size=batch_size)
+    with _placed(model, device), _progress(prepared.total, show=None) as bar:
+        features = _Reader(model, settings).read(prepared, bar)
+    report_skipped(len(features), features.skipped, prepared.name)
+    return features
+
+
+@contextmanager
+def _placed(model: nn.Module, device: str | torch.device | None) -> Iterator[None]:
+    """Move the model to a device for the duration of the `with` block and back afterwards."""
+    home = next(model.parameters()).device
+    try:
+        if device is not None:
+            model.to(device)
+        yield
+    finally:
+        model.to(home)
+
+
+def _progress(total: int | None, *, show: bool | None) -> Any:
+    """Create a progress bar on stderr; with `show=None`, only on a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=" images", disable=None if show is None else not show, mininterval=0.5)
+
+
+# --- To files ---
+
+
+@dataclass(frozen=True)
+class ExtractionReport:
+    """Result of `extract_to_folder`; images are counted over the whole folder once it is complete (0 before)."""
+
+    output_dir: str
+    complete: bool
+    num_images: int
+    num_skipped: int
+    num_shards: int
+    num_shards_written: int
+    images_per_second: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+
+def extract_to_folder(
+    model: nn.Module | str | Path,
+    images: Any,
+    output_dir: str | Path,
+    *,
+    processor: Any = None,
+    settings: ExtractionSettings | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> ExtractionReport:
+    """Extract features of any number of images to safetensors shards with an `index.json`; a rerun resumes.
+
+    Shard i contains images i * shard_size to (i + 1) * shard_size - 1 of the source. Under `accelerate launch` or
+    `torchrun` with n processes, each process computes every n-th shard, so the files are the same as those of a single
+    process. Existing shards are not computed again. The process that finds all shards complete writes the index, so no
+    process waits for another. Memory use is one shard and one batch. On CPUs, use `torchrun` or `accelerate launch
+    --multi_gpu`, because `accelerate launch --cpu` starts only one process.
+
+    Args:
+        model: Model, or the name of a model for `load_model`.
+        images: Images as for `extract_features`, or a stream. Every process iterates over the whole stream, but opens
+            only its own images.
+        output_dir: Output folder, either new or from an earlier run with the same model, images and settings.
+        processor: Image processor; see `EvaluationTransform.for_model`.
+        settings: Settings of the extraction; see `ExtractionSettings`.
+        device: Device to compute on; by default, the device of the model or that of the process.
+        progress: Whether to show a progress bar (first process only).
+
+    Raises:
+        ValueError: The folder contains features of another extraction, or no image could be used.
+    """
+    from accelerate import PartialState
+
+    # Without `cpu`, a group of processes on a machine without accelerator would count as a single process.
+    state, settings = PartialState(cpu=not torch.accelerator.is_available()), settings or ExtractionSettings()
+    if isinstance(model, str | Path):
+        model, saved = load_model(model)
+        processor, device = processor or saved, device or state.device
+    elif state.num_processes > 1:
+        device = device or state.device
+    transform = EvaluationTransform.for_model(model, processor, image_size=settings.image_size)
+    prepared = prepare_images(images, transform, batch_size=settings.batch_size, max_images=settings.max_images)
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    identity = _identity(model, prepared, settings)
+    _claim(folder, identity)
+
+    start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
+    total = _share(prepared.total, settings.shard_size, state.process_index, state.num_processes)
+    show = progress and state.is_main_process
+    with _placed(model, device), _progress(total, show=show) as bar:
+        reader = _Reader(model, settings)
+        for index, part in enumerate(prepared.parts(settings.shard_size)):
+            num_shards += 1
+            if index % state.num_processes != state.process_index:
+                continue
+            path = folder / _shard_name(index)
+            if _is_done(path, part):
+                bar.update(part.total)
+                continue
+            shard = reader.read(part, bar)
+            shard.save(path)
+            num_used, num_written = num_used + len(shard), num_written + 1
+    seconds = time.perf_counter() - start
+    written = _write_index(folder, num_shards, identity, prepared.name)
+    return ExtractionReport(
+        output_dir=str(output_dir),
+        complete=written is not None,
+        num_images=written["num_images"] if written else 0,
+        num_skipped=written["num_skipped"] if written else 0,
+        num_shards=num_shards,
+        num_shards_written=num_written,
+        images_per_second=round(num_used / seconds, 2),
+    )
+
+
+def _share(total: int | None, shard_size: int, process: int, num_processes: int) -> int | None:
+    """Count the images in the shards of one process."""
+    if total is None:
+        return None
+    starts = range(process * shard_size, total, num_processes * shard_size)
+    return sum(min(shard_size, total - start) for start in starts)
+
+
+def _shard_name(index: int) -> str:
+    return f"features-{index:05d}.safetensors"
+
+
+def _is_done(path: Path, part: PreparedImages) -> bool:
+    """Return True if an earlier run wrote this shard; raise if it contains other images."""
+    if not path.is_file():
+        return False
+    notes = _read_notes(path)
+    if {*notes["ids"], *(name for name, _ in notes["skipped"])} != set(part.ids()):
+        raise ValueError(f"'{path}' contains other images than this part of the source. Use an empty folder.")
+    return True
+
+
+def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
+    """Collect everything the features depend on: two runs with the same identity write the same files."""
+    names = hashlib.blake2b(digest_size=16)
+    for name in images.ids() if images.total is not None else ():
+        names.update(name.encode("utf-8", "surrogateescape") + b"\0")
+    chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
+    return {
+        **chosen,
+        "layer": resolve_layers((settings.layer,), describe_model(model).num_layers)[0],
+        "family": find_tower(model)[1],
+        "weights": weights_fingerprint(model),
+        "images": None if images.total is None else names.hexdigest(),
+        "transform": images.transform.description,
+    }
+
+
+def _claim(folder: Path, identity: dict[str, Any]) -> None:
+    """Write the identity of the extraction to the folder, or check that an existing one is the same."""
+    path = folder / "extraction.json"
+    if not path.is_file():
+        _write_json(path, identity)
+        return
+    known = json.loads(path.read_text(encoding="utf-8"))
+    differing = [key for key in identity if known.get(key) != identity[key]]
+    if differing:
+        changes = ", ".join(f"{key}: {known.get(key)!r}, now {identity[key]!r}" for key in differing)
+        raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    # Several processes may write the same content; with separate files, none renames another's partial file.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _put_in_place(unfinished, path)
+
+
+def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Write `index.json` and return it, or return None while other processes are still writing shards."""
+    found = {path.name for path in folder.glob("features-*.safetensors")}
+    expected = [_shard_name(index) for index in range(num_shards)]
+    if extra := sorted(found.difference(expected)):
+        raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
+    if not found.issuperset(expected):
+        return None
+    shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
+    skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
+    num_images = sum(len(shard["ids"]) for shard in shards)
+    report_skipped(num_images, skipped, name)
+    grids = {tuple(shard.pop("grid")) for shard in shards if shard["ids"]}
+    _check_grids(grids)
+    index = {
+        "num_images": num_images,
+        "num_skipped": len(skipped),
+        "grid": list(grids.pop()),
+        **identity,
+        "shards": shards,
+    }
+    _write_json(folder / "index.json", index)
+    return index
+
+
+def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
+    """Iterate over the non-empty shards of a finished extraction, in the order of the source.
+
+    Raises:
+        FileNotFoundError: The folder has no `index.json`.
+    """
+    for shard in _read_index(Path(folder))["shards"]:
+        if shard["ids"]:
+            yield TokenFeatures.load(Path(folder, shard["file"]))
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"'{folder}' has no index.json, so there is no finished extraction. Run the extraction again; it resumes "
+            "where it stopped."
+        )
+    return json.loads(path.read_text(encoding="utf-8"))

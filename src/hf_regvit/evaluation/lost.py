@@ -1,0 +1,585 @@
+"""Object discovery without labels: LOST, an attention baseline, and CorLoc.
+
+LOST assumes that the patch with the fewest similar patches belongs to an object that is small compared with its
+background. It collects patches similar to this seed, and predicts the box of the connected component around the seed
+(arXiv 2109.14279). Vanilla settings are those of the paper. The others exist because vanilla settings fail with
+high-norm tokens and with features that all point in one direction (arXiv 2309.16588, whose bias was not published).
+
+Shape letters: N patches of a grid of (rows, columns), D width, n and m boxes. A box is (x1, y1, x2, y2), the last two
+exclusive, in pixels of the stored image unless stated otherwise.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.preparation import prepare_images
+from ..models.families import ModelDescription, describe_model
+from ..models.processing import EvaluationTransform
+from ..models.tokens import Site, TokenReading, read_many, resolve_layers
+from .boxes import Box
+
+logger = logging.getLogger(__name__)
+
+Feature = Literal["q", "k", "v", "out"]
+Center = Literal["none", "image", "row"]
+
+# Above this share, many patches have the smallest degree, so it says little about objects.
+DEGENERATE_SHARE = 0.95
+_ROWS_AT_ONCE = 1024  # of the N x N affinity; an image of 12 megapixels has 47,000 patches
+
+
+@dataclass(frozen=True)
+class LostSettings:
+    """Settings of LOST. The defaults are vanilla LOST.
+
+    Args:
+        feature: Queries, keys or values of the attention (heads concatenated), or `out`, the raw output of the block.
+        layer: Block, 1 to L, or negative from the end.
+        center: Centering. `image` subtracts the mean patch of the image from every feature. `row` subtracts from every
+            row of the affinity its mean, diagonal included; the matrix is then no longer symmetric, and row i holds
+            the similarities of i to the others.
+        l2norm: Whether to use cosines instead of dot products, after centering by image.
+        bias: Number added to every entry of the affinity, in its units. Use a negative one if nearly all entries are
+            positive.
+        k: Number of patches of lowest degree that can join the seed; N if the image has fewer.
+    """
+
+    feature: Feature = "k"
+    layer: int = -1
+    center: Center = "none"
+    l2norm: bool = False
+    bias: float = 0.0
+    k: int = 100
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("feature", self.feature, ("q", "k", "v", "out")),
+            ("center", self.center, ("none", "image", "row")),
+        ):
+            if value not in known:
+                raise ValueError(f"Unknown {name}={value!r}. Use one of {', '.join(known)}.")
+        if self.k < 1:
+            raise ValueError(f"k={self.k} must be at least 1, because it includes the seed.")
+        if not np.isfinite(self.bias):
+            raise ValueError(f"bias={self.bias} must be a finite number.")
+
+    def __str__(self) -> str:
+        return (
+            f"feature={self.feature} layer={self.layer} center={self.center} l2norm={self.l2norm} "
+            f"bias={self.bias:g} k={self.k}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class LostResult:
+    """Result of LOST for one image, with all stages. Grids are (rows, columns).
+
+    Args:
+        seed: Index of the patch of lowest degree, row by row; the first one in a tie.
+        degrees: int64 grid: number of other patches to which a patch has a positive affinity.
+        seed_similarity: float32 grid: the seed's row of the affinity.
+        expansion: (s,) int64, ascending: patches of low degree with a positive similarity to the seed.
+        scores: float32 grid: sum of the affinities of a patch to all of `expansion`.
+        foreground: bool grid: `scores` above 0.
+        mask: bool grid: the component of `foreground` that contains the seed, connected by edges; only the seed if its
+            own score is not above 0.
+        cells: Box around `mask` in patches, (x1, y1, x2, y2), the last two exclusive; not clipped.
+        positive_share: Share of positive off-diagonal entries, in [0, 1].
+        tied_seeds: Number of patches that have the seed's degree, including the seed.
+    """
+
+    seed: int
+    degrees: Tensor
+    seed_similarity: Tensor
+    expansion: Tensor
+    scores: Tensor
+    foreground: Tensor
+    mask: Tensor
+    cells: tuple[int, int, int, int]
+    positive_share: float
+    tied_seeds: int
+
+    @property
+    def degenerate(self) -> bool:
+        """True for an arbitrary seed: over 95 % of the affinities are positive, or over half of the patches tie."""
+        return self.positive_share > DEGENERATE_SHARE or 2 * self.tied_seeds > self.degrees.numel()
+
+    @property
+    def seed_cells(self) -> tuple[int, int, int, int]:
+        """Box before expansion, in patches: the component around the seed that is similar to the seed itself."""
+        return _bounds(_component_of(self.seed_similarity > 0, self.seed))
+
+    def box(self, patch_size: int | tuple[int, int], image_size: tuple[int, int]) -> Box:
+        """Return the box in pixels, clipped to the image without padding.
+
+        Args:
+            patch_size: Patch size in pixels, one side or (height, width).
+            image_size: (height, width) in pixels, without the padding.
+        """
+        return cells_to_pixels(self.cells, patch_size=patch_size, image_size=image_size)
+
+
+@dataclass(frozen=True)
+class AttentionSettings:
+    """Settings of the baseline: a box around the patches to which CLS attends.
+
+    Args:
+        head: Index of the head from 0, or `mean` of all heads.
+        layer: Block, 1 to L, or negative from the end.
+        mass: Share of the attention to keep.
+    """
+
+    head: int | Literal["mean"] = "mean"
+    layer: int = -1
+    mass: float = 0.6
+
+    def __str__(self) -> str:
+        return f"CLS attention head={self.head} layer={self.layer} mass={self.mass:g}"
+
+
+Method = LostSettings | AttentionSettings
+
+
+# --- LOST on features
+
+
+def affinity(
+    features: Tensor, *, center: Center = "none", l2norm: bool = False, bias: float = 0.0, rows: Tensor | None = None
+) -> Tensor:
+    """Compute the similarity of every patch to every other.
+
+    Args:
+        features: Patch features, (N, D).
+        center: As in `LostSettings`.
+        l2norm: As in `LostSettings`.
+        bias: As in `LostSettings`.
+        rows: Indices of the rows to compute, (r,). Default: all.
+
+    Returns:
+        (N, N) or (r, N) float32.
+    """
+    settings = LostSettings(center=center, l2norm=l2norm, bias=bias)
+    return _rows(_prepare(features, settings), rows, settings) + bias
+
+
+def lost_box(
+    features: Tensor,
+    grid: tuple[int, int],
+    *,
+    k: int = 100,
+    center: Center = "none",
+    l2norm: bool = False,
+    bias: float = 0.0,
+) -> LostResult:
+    """Find one object in an image.
+
+    Patches of equal degree are ranked by their position, row by row, so the result does not depend on the sorting
+    algorithm. At most 1,024 rows of the affinity are in memory at once.
+
+    Args:
+        features: Patch features without CLS and registers, row-major, (N, D).
+        grid: (rows, columns) with rows * columns = N.
+        k: As in `LostSettings`.
+        center: As in `LostSettings`.
+        l2norm: As in `LostSettings`.
+        bias: As in `LostSettings`.
+
+    Raises:
+        ValueError: The features do not match the grid or are not finite, or a setting is invalid.
+
+    Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Slow twin: tests/unit/test_lost.py.
+    """
+    settings = LostSettings(k=k, center=center, l2norm=l2norm, bias=bias)
+    return lost_boxes(features, grid, [settings])[0]
+
+
+def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostSettings]) -> list[LostResult]:
+    """Run `lost_box` with many settings; those that differ only in bias or k share one affinity.
+
+    `feature` and `layer` of the settings are ignored.
+
+    Args:
+        features: Patch features, row-major, (N, D).
+        grid: (rows, columns).
+        settings: Settings to run.
+
+    Returns:
+        One result for each of `settings`, in their order.
+
+    Raises:
+        ValueError: As in `lost_box`.
+    """
+    if features.ndim != 2 or len(features) != grid[0] * grid[1] or min(grid) < 1:
+        raise ValueError(
+            f"features have shape {tuple(features.shape)}, expected (patches, width) for a {grid[0]} x {grid[1]} grid."
+        )
+    if not torch.isfinite(features).all():
+        raise ValueError("features contain NaN or infinity, but must be finite. Check the model and its precision.")
+    results: dict[int, LostResult] = {}
+    order = sorted(range(len(settings)), key=lambda i: _product(settings[i]))
+    for _, members in groupby(order, key=lambda i: _product(settings[i])):
+        same = {i: settings[i] for i in members}
+        prepared = _prepare(features, next(iter(same.values())))
+        variants = {_variant(one): one for one in same.values()}
+        degrees = dict(zip(variants, _degrees(prepared, list(variants.values()))))
+        results |= {i: _discover(prepared, grid, degrees[_variant(one)], one) for i, one in same.items()}
+    return [results[i] for i in range(len(settings))]
+
+
+def _product(settings: LostSettings) -> tuple[bool, bool]:
+    """Return a key that is equal for settings which need the same products of features."""
+    return settings.center == "image", settings.l2norm
+
+
+def _variant(settings: LostSettings) -> tuple[bool, float]:
+    """Return a key that is equal for settings which need the same degrees, given the same products."""
+    return settings.center == "row", settings.bias
+
+
+def _prepare(features: Tensor, settings: LostSettings) -> Tensor:
+    features = features.detach().float()
+    if settings.center == "image":
+        features = features - features.mean(0)
+    return F.normalize(features, dim=1) if settings.l2norm else features
+
+
+def _rows(prepared: Tensor, index: Tensor | None, settings: LostSettings) -> Tensor:
+    """Compute rows of the affinity without bias, (r, N)."""
+    rows = (prepared if index is None else prepared[index]) @ prepared.T
+    return rows - rows.mean(1, keepdim=True) if settings.center == "row" else rows
+
+
+def _degrees(prepared: Tensor, variants: Sequence[LostSettings]) -> Tensor:
+    """Count the other patches with positive affinity to each patch, for each variant, (variants, N) int64."""
+    degrees = torch.empty(len(variants), len(prepared), dtype=torch.int64, device=prepared.device)
+    for index in torch.arange(len(prepared), device=prepared.device).split(_ROWS_AT_ONCE):
+        products = prepared[index] @ prepared.T
+        means = products.mean(1, keepdim=True)
+        for i, settings in enumerate(variants):
+            rows = products - means if settings.center == "row" else products
+            positive = rows > -settings.bias  # equal to rows + bias > 0 in floating point, without a copy
+            own = positive[torch.arange(len(index)), index]  # a patch does not count itself
+            degrees[i, index] = positive.sum(1) - own.long()
+    return degrees
+
+
+def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings: LostSettings) -> LostResult:
+    num_patches = len(prepared)
+    lowest = degrees.argsort(stable=True)[: settings.k]
+    rows = _rows(prepared, lowest, settings) + settings.bias  # (k, N), the seed's first
+    similar = rows[0, lowest] > 0
+    scores = rows[similar].sum(0).view(grid).cpu()
+    seed = int(lowest[0])
+    foreground = scores > 0
+    mask = _component_of(foreground, seed)
+    return LostResult(
+        seed=seed,
+        degrees=degrees.view(grid).cpu(),
+        seed_similarity=rows[0].view(grid).cpu(),
+        expansion=lowest[similar].sort().values.cpu(),
+        scores=scores,
+        foreground=foreground,
+        mask=mask,
+        cells=_bounds(mask),
+        positive_share=int(degrees.sum()) / max(num_patches * (num_patches - 1), 1),
+        tied_seeds=int((degrees == degrees[seed]).sum()),
+    )
+
+
+def _components(mask: Tensor) -> tuple[int, np.ndarray]:
+    """Return the number of components and, for every cell, its component from 1 or 0; diagonals do not connect."""
+    import cv2
+
+    count, labels = cv2.connectedComponents(mask.numpy().astype(np.uint8), connectivity=4)
+    return count - 1, labels
+
+
+def _component_of(mask: Tensor, seed: int) -> Tensor:
+    """Return the component of `mask` that contains cell `seed`, or only that cell if it is not in `mask`."""
+    row, column = divmod(seed, mask.shape[1])
+    if not mask[row, column]:  # the reference implementation raises an error here
+        alone = torch.zeros_like(mask)
+        alone[row, column] = True
+        return alone
+    labels = _components(mask)[1]
+    return torch.from_numpy(labels == labels[row, column])
+
+
+def _bounds(mask: Tensor) -> tuple[int, int, int, int]:
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def cells_to_pixels(
+    cells: tuple[int, int, int, int], *, patch_size: int | tuple[int, int], image_size: tuple[int, int]
+) -> Box:
+    """Convert a box from patches to pixels, with x2 and y2 clipped to `image_size` (height, width)."""
+    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    x1, y1, x2, y2 = cells
+    return (
+        float(x1 * width),
+        float(y1 * height),
+        float(min(x2 * width, image_size[1])),
+        float(min(y2 * height, image_size[0])),
+    )
+
+
+# --- The baseline
+
+
+def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> Tensor:
+    """Return the largest connected component of the patches that receive most of the attention.
+
+    The patches of highest attention are kept until the others together hold at most `1 - mass` of it. The first of
+    equally large components, row by row, is used. (The reference implementation never considers the last component.)
+
+    Args:
+        attention: Attention of CLS to the patches, of one head or a mean of heads, with any positive sum, (N,).
+        grid: (rows, columns).
+        mass: Share of the attention to keep, in (0, 1].
+
+    Returns:
+        (rows, columns) bool.
+
+    Raises:
+        ValueError: The attention does not match the grid, is negative, not finite or zero everywhere, or the mass is
+            outside (0, 1].
+
+    Source: valeoai/LOST `object_discovery.py`, DINO's segmentation from attention (arXiv 2104.14294).
+    """
+    if attention.shape != (grid[0] * grid[1],):
+        raise ValueError(
+            f"attention has shape {tuple(attention.shape)}, expected one number per patch of a {grid[0]} x {grid[1]} "
+            "grid."
+        )
+    if not 0 < mass <= 1:
+        raise ValueError(f"mass={mass} must be in (0, 1].")
+    attention = attention.detach().double().cpu()
+    total = attention.sum()
+    if not torch.isfinite(total) or total <= 0 or (attention < 0).any():
+        raise ValueError(f"attention must be finite, not negative and not all zero; its sum is {total.item()}.")
+    values, order = attention.sort(stable=True)
+    kept = torch.empty(len(values), dtype=torch.bool)
+    kept[order] = (values / total).cumsum(0) > 1 - mass
+    kept = kept.view(grid)
+    count, labels = _components(kept)
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    # OpenCV does not number components in a defined order, so ties are resolved by raster order.
+    first = {part: int(np.argmax(labels.ravel() == part)) for part in range(1, count + 1)}
+    biggest = min(first, key=lambda part: (-sizes[part - 1], first[part]))
+    return torch.from_numpy(labels == biggest)
+
+
+def attention_cells(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> tuple[int, int, int, int]:
+    """Return the box around `attention_mask`, in patches, (x1, y1, x2, y2)."""
+    return _bounds(attention_mask(attention, grid, mass=mass))
+
+
+# --- A model and its images
+
+
+@dataclass(frozen=True, eq=False)
+class Proposals:
+    """Boxes that several methods propose for one image.
+
+    Args:
+        id: Id of the image.
+        image_size: (height, width) of the stored image in pixels.
+        boxes: One box per method, in pixels of the stored image.
+        results: One result per method: a `LostResult`, or the mask from `attention_mask`.
+    """
+
+    id: str
+    image_size: tuple[int, int]
+    boxes: tuple[Box, ...]
+    results: tuple[LostResult | Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class DiscoveredObject:
+    """Object found in one image: its box in pixels of the stored image, and all stages of LOST for figures."""
+
+    id: str
+    image_size: tuple[int, int]
+    box: Box
+    result: LostResult
+
+
+def discover_objects(
+    model: nn.Module,
+    images: Any,
+    *,
+    feature: Feature = "k",
+    layer: int = -1,
+    center: Center = "none",
+    l2norm: bool = False,
+    bias: float = 0.0,
+    k: int = 100,
+    processor: Any = None,
+    max_side: int = 640,
+) -> list[DiscoveredObject]:
+    """Find one object in every image; images that cannot be read are left out with a warning.
+
+    Args:
+        model: Any model that `features.read_tokens` supports.
+        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        feature: As in `LostSettings`.
+        layer: As in `LostSettings`.
+        center: As in `LostSettings`.
+        l2norm: As in `LostSettings`.
+        bias: As in `LostSettings`.
+        k: As in `LostSettings`.
+        processor: Image processor whose mean and std are used. Default: the model's own.
+        max_side: Longer side in pixels to which larger images are reduced; boxes refer to the original size.
+
+    Raises:
+        ValueError: The model or a setting is not supported, or there are no usable images.
+    """
+    settings = LostSettings(feature=feature, layer=layer, center=center, l2norm=l2norm, bias=bias, k=k)
+    objects = []
+    for proposal in propose(model, images, [settings], processor=processor, max_side=max_side):
+        result = proposal.results[0]
+        assert isinstance(result, LostResult)
+        objects.append(DiscoveredObject(proposal.id, proposal.image_size, proposal.boxes[0], result))
+    warn_if_degenerate([found.result for found in objects], settings)
+    return objects
+
+
+def warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -> None:
+    """Log a warning if images have no distinct seed, with advice."""
+    count = sum(result.degenerate for result in results)
+    if count:
+        share = np.mean([result.positive_share for result in results])
+        ties = np.median([result.tied_seeds for result in results])
+        logger.warning(
+            "%d of %d images have a degenerate affinity with %s: on average %.1f %% of its entries are positive, and "
+            "%.0f patches (median) tie for the seed. Center the features, or use l2norm and a negative bias.",
+            count, len(results), settings, 100 * share, ties,
+        )  # fmt: skip
+
+
+def propose(
+    model: nn.Module,
+    images: Any,
+    methods: Sequence[Method],
+    *,
+    processor: Any = None,
+    max_side: int = 640,
+) -> Iterator[Proposals]:
+    """Yield the boxes of several methods image by image, running the model only once for each image.
+
+    Images keep their size and are padded with zeros on the right and bottom to whole patches after normalization, as
+    in the reference implementation; padded patches are included in the computation.
+
+    Args:
+        model: As in `discover_objects`.
+        images: As in `discover_objects`.
+        methods: Methods to run.
+        processor: As in `discover_objects`.
+        max_side: As in `discover_objects`.
+
+    Raises:
+        ValueError: As in `discover_objects`; or a method needs the attention of CLS and the model has no CLS token, or
+            not this head.
+    """
+    description = describe_model(model)
+    methods = [_checked(method, description) for method in methods]
+    sites: dict[Site, list[int]] = {}
+    for method in methods:
+        sites[_site(method)] = sorted({*sites.get(_site(method), []), method.layer})
+    statistics = EvaluationTransform.for_model(model, processor)
+    sizes: list[tuple[int, int, float]] = []  # height, width, scale of the images in reading order
+
+    def pad(image: Image.Image) -> Tensor:
+        pixels, scale = _padded(image, statistics, description.patch_size, max_side)
+        sizes.append((image.height, image.width, scale))
+        return pixels
+
+    words = f"own size up to {max_side} pixels, zero-padded, mean {statistics.mean}, std {statistics.std}"
+    transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
+    for i, (ids, pixel_values) in enumerate(prepare_images(images, transform, batch_size=1)):
+        # Only the row of CLS is kept, because all attention weights of a large image may not fit in memory.
+        readings = read_many(model, pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
+        height, width, scale = sizes[i]
+        boxes, results = _propose_for_one(methods, readings)
+        pixels = [
+            _scaled(
+                cells_to_pixels(
+                    cells,
+                    patch_size=description.patch_size,
+                    image_size=(round(height * scale), round(width * scale)),
+                ),
+                (height, width),
+                scale,
+            )
+            for cells in boxes
+        ]
+        yield Proposals(ids[0], (height, width), tuple(pixels), tuple(results))
+
+
+def _site(method: Method) -> Site:
+    if isinstance(method, AttentionSettings):
+        return "attention"
+    return "residual" if method.feature == "out" else method.feature
+
+
+def _checked(method: Method, description: ModelDescription) -> Method:
+    """Return the method with its layer counted from 1; raise an error if the model does not support it."""
+    if isinstance(method, AttentionSettings):
+        if not description.has_cls:
+            raise ValueError(f"{description.name} has no CLS token, so the CLS attention baseline cannot be used.")
+        if method.head != "mean" and not 0 <= method.head < description.num_heads:
+            raise ValueError(f"head={method.head} does not exist. Use 0 to {description.num_heads - 1}, or 'mean'.")
+    return replace(method, layer=resolve_layers((method.layer,), description.num_layers, _site(method))[0])
+
+
+def _propose_for_one(
+    methods: Sequence[Method], readings: Mapping[Site, TokenReading]
+) -> tuple[list[tuple[int, int, int, int]], list[LostResult | Tensor]]:
+    results: dict[int, LostResult | Tensor] = {}
+    grid = next(iter(readings.values())).grid
+    by_tokens: dict[tuple[Site, int], list[int]] = {}
+    for i, method in enumerate(methods):
+        if isinstance(method, LostSettings):
+            by_tokens.setdefault((_site(method), method.layer), []).append(i)
+        else:
+            reading = readings["attention"]
+            heads = reading[method.layer][0, :, 0, reading.num_prefix_tokens :]  # (heads, N)
+            attention = heads.mean(0) if method.head == "mean" else heads[method.head]
+            results[i] = attention_mask(attention, grid, mass=method.mass)
+    for (site, layer), members in by_tokens.items():
+        settings = [method for method in (methods[i] for i in members) if isinstance(method, LostSettings)]
+        results.update(zip(members, lost_boxes(readings[site].patches(layer)[0], grid, settings)))
+    ordered = [results[i] for i in range(len(methods))]
+    return [result.cells if isinstance(result, LostResult) else _bounds(result) for result in ordered], ordered
+
+
+def _padded(
+    image: Image.Image, statistics: EvaluationTransform, patch_size: tuple[int, int], max_side: int
+) -> tuple[Tensor, float]:
+    """Return normalized pixels (3, H, W) padded to whole patches, and the scale of the image, at most 1."""
+    scale = min(1.0, max_side / max(image.size))
+    if scale < 1:
+        size = (max(round(image.width * scale), 1), max(round(image.height * scale), 1))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    values = np.asarray(image, dtype=np.float32) / 255
+    values = (values - np.array(statistics.mean, np.float32)) / np.array(statistics.std, np.float32)
+    below, right = -image.height % patch_size[0], -image.width % patch_size[1]
+    return torch.from_numpy(np.pad(values, ((0, below), (0, right), (0, 0)))).permute(2, 0, 1), scale
+
+
+def _scaled(box: Box, image_size: tuple[int, int], scale: float) -> Box:
+    """Convert a box from pixels of the rescaled image to pixels of the stored image."""
+    if scale == 1:
+        return box
+    x1, y1, x2, y2 = (side / scale for side in box)
+    return x1, y1, min(x2, float(image_size[1])), min(y2, float(image_size[0]))

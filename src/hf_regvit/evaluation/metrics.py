@@ -1,0 +1,647 @@
+"""Metrics of the package as `evaluate.Metric`, for Trainer, `evaluate.combine` and several processes; all offline.
+
+    from hf_regvit.metrics import CorLoc
+    CorLoc().compute(predictions=boxes, references=boxes_of_every_image)
+
+Settings of a metric (k, classes, cutoff) are arguments of its constructor, so that `compute` takes only data and
+metrics can be combined. Inputs are lists, NumPy arrays or tensors on any device. They are checked, and invalid values
+raise an error that names them; nothing is rounded.
+
+`evaluate` would write every number to an Arrow buffer: 16 bytes per pixel for a pair of masks, as Python objects on
+the way. Here every batch is reduced to the few sums that the result needs before it is stored, so masks and depth maps
+are released when `add_batch` returns. Processes are merged by `evaluate` itself: give each process its `process_id`,
+and all processes the same `num_process`, `experiment_id` and a shared `cache_dir`; process 0 gets the result, the
+others None. A single process keeps the sums in memory and writes no file.
+
+Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import evaluate
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .boxes import best_iou
+
+Array = NDArray[Any]
+Rows = Iterable[Sequence[float] | Array]
+
+
+class _SumsMetric(evaluate.Metric):
+    """Base of the metrics: checks and reduces every batch, and lets `evaluate` store and gather the rows.
+
+    A subclass names its inputs, reduces a batch of them to rows of numbers, and computes the result from all rows.
+    """
+
+    inputs: ClassVar[tuple[str, ...]] = ("predictions", "references")
+    about: ClassVar[str]  # one sentence, then the inputs
+    citation_key: ClassVar[str] = ""
+    stored: ClassVar[str] = "float64"  # exact for counts up to 2^53
+
+    def __init__(self, *, num_process: int = 1, keep_in_memory: bool | None = None, **kwargs: Any) -> None:
+        # Accept only the options of `evaluate.Metric`, which would silently ignore a misspelled one.
+        unknown = set(kwargs) - {
+            "config_name", "cache_dir", "process_id", "seed", "experiment_id", "max_concurrent_cache_files", "timeout"
+        }  # fmt: skip
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}. Check the spelling."
+            )
+        super().__init__(
+            num_process=num_process,
+            keep_in_memory=num_process == 1 if keep_in_memory is None else keep_in_memory,
+            **kwargs,
+        )
+
+    def reduce(self, *batch: Any) -> Rows:
+        """Reduce a batch of inputs, in the order of `inputs`, to rows of numbers."""
+        raise NotImplementedError
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the values of the metric from all rows, (rows, numbers)."""
+        raise NotImplementedError
+
+    def _info(self) -> evaluate.MetricInfo:
+        from datasets import Features, List, Value
+
+        # The rows are stored in the first column. The other columns stay empty but must exist, because
+        # `evaluate.combine` passes every metric the inputs that match its column names.
+        return evaluate.MetricInfo(
+            description=self.about,
+            inputs_description=f"\n\n        {self.about}\n",
+            citation=self.citation_key,
+            features=Features({name: List(Value(self.stored)) for name in self.inputs}),
+        )
+
+    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+        """Add a batch; it is reduced immediately and not kept."""
+        given = {"predictions": predictions, "references": references, **kwargs}
+        given = {name: value for name, value in given.items() if value is not None}
+        if set(given) != set(self.inputs):
+            raise ValueError(
+                f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(given) or 'nothing'}."
+            )
+        rows = [np.asarray(row, dtype=self.stored) for row in self.reduce(*(given[name] for name in self.inputs))]
+        if rows:
+            first, *others = self.inputs
+            super().add_batch(**{first: rows}, **{name: [[]] * len(rows) for name in others})
+
+    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+        """Add one sample, without the batch axis."""
+        given = {"predictions": prediction, "references": reference, **kwargs}
+        self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
+
+    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+        """Return the result over all samples and reset the metric; None in processes other than the first."""
+        given = {"predictions": predictions, "references": references, **kwargs}
+        mine = {name: given[name] for name in self.inputs if given.get(name) is not None}
+        others = [name for name in given if name not in self.inputs and given[name] is not None]
+        if unknown := [name for name in others if name not in _INPUTS]:
+            raise TypeError(
+                f"{type(self).__name__}.compute() got {', '.join(unknown)}, but takes {' and '.join(self.inputs)}. "
+                "Pass settings to the constructor."
+            )
+        if mine:
+            self.add_batch(**mine)
+        if self.writer is None:
+            if others:
+                raise TypeError(
+                    f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(others)}."
+                )
+            if self.num_process == 1:
+                raise ValueError(
+                    f"{type(self).__name__} has no data to compute from: no sample was added, or all were ignored. "
+                    "Call add_batch first."
+                )
+            # A process without samples must still take part in the gathering, with an empty file.
+            self.selected_feature_format = self.features
+            self._init_writer()
+        return super().compute()
+
+    def _compute(self, **columns: list[list[float]]) -> dict[str, Any]:
+        rows = columns[self.inputs[0]]
+        if not rows:
+            raise ValueError(
+                f"{type(self).__name__} has no data to compute from: no process added a sample, or all were ignored. "
+                "Call add_batch first."
+            )
+        return self.result(np.asarray(rows, dtype=np.float64))
+
+
+# --- Checks
+
+
+def _array(name: str, value: Any) -> Array:
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # NumPy has no bfloat16
+    if isinstance(value, list | tuple) and any(isinstance(item, torch.Tensor) for item in value):
+        value = [_array(name, item) for item in value]
+    try:
+        array = np.asarray(value)
+    except ValueError as error:
+        raise ValueError(f"{name} have rows of different lengths. Give rows of one shape.") from error
+    if array.dtype.kind not in "iufb":
+        raise TypeError(f"{name} are of type {array.dtype}, but must be numbers.")
+    return array
+
+
+def _integers(name: str, value: Any) -> Array:
+    array = _array(name, value)
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(
+            f"{name} are of type {array.dtype} (such as {array.flat[0]}), but must be integer class ids. They are "
+            "not rounded: take the argmax of scores, or cast labels to integers."
+        )
+    return array.astype(np.int64)
+
+
+def _numbers(name: str, value: Any) -> Array:
+    array = _array(name, value)
+    if array.dtype.kind == "b":
+        raise TypeError(f"{name} are booleans, but must be numbers.")
+    return array.astype(np.float64)
+
+
+def _finite(name: str, value: Any) -> Array:
+    array = _numbers(name, value)
+    if not np.isfinite(array).all():
+        where = np.argwhere(~np.isfinite(array))[0].tolist()
+        raise ValueError(f"{name} contain {array[tuple(where)]} at {where}, but must be finite numbers.")
+    return array
+
+
+def _maps(name: str, value: Any, *, example: str) -> list[Any]:
+    """Return a batch of maps as a list, from an array (B, H, W) or a list of (H, W) of different sizes."""
+    maps = list(value)
+    for i, one in enumerate(maps):
+        shape = tuple(np.shape(one) if not isinstance(one, torch.Tensor) else one.shape)
+        if len(shape) != 2:
+            raise ValueError(f"{name}[{i}] has shape {shape}, but must be (height, width): {example}.")
+    return maps
+
+
+def _pairs(predictions: list[Any], references: list[Any]) -> None:
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"Got {len(predictions)} predictions for {len(references)} references. Give one prediction per reference."
+        )
+    for i, (one, other) in enumerate(zip(predictions, references)):
+        if tuple(one.shape) != tuple(other.shape):
+            raise ValueError(
+                f"predictions[{i}] {tuple(one.shape)} and references[{i}] {tuple(other.shape)} differ in shape. "
+                "Resize the prediction to the size of the reference first."
+            )
+
+
+# --- Labels
+
+
+class TopKAccuracy(_SumsMetric):
+    """Share of samples whose class is among the k highest scores: `top1`, `top5`, ..., in [0, 1].
+
+    Among equal scores the class with the lower id ranks first, as in argmax.
+
+    Args:
+        k: Value or values of k. Values above 1 require scores as predictions.
+        prefix: Prefix of the names of the results, such as `knn` for `knn_top1`, to distinguish several classifiers.
+        options: Options of `evaluate.Metric`.
+    """
+
+    about = (
+        "Top-k accuracy. predictions: (n, C) scores, or (n,) integer class ids for k = 1. references: (n,) integer "
+        "class ids in [0, C)."
+    )
+
+    def __init__(self, *, k: int | Sequence[int] = (1,), prefix: str = "", **options: Any) -> None:
+        self.k = (k,) if isinstance(k, int) else tuple(k)
+        if not self.k or min(self.k) < 1:
+            raise ValueError(f"k={self.k} must be one or more integers of at least 1.")
+        self.prefix = prefix
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return for every sample the number of classes that rank before its own."""
+        truth = _integers("references", references)
+        scores = _array("predictions", predictions)
+        if truth.ndim != 1 or len(scores) != len(truth) or scores.ndim not in (1, 2):
+            raise ValueError(
+                f"predictions {scores.shape} must be (n, classes) or (n,), with references (n,), not {truth.shape}."
+            )
+        if not len(truth):
+            return []
+        if truth.min() < 0:
+            raise ValueError(f"references contain {truth.min()}, but class ids start at 0. Remove unlabeled samples.")
+        if scores.ndim == 1:
+            if max(self.k) > 1:
+                raise ValueError(
+                    f"k={self.k} needs scores (n, classes), but predictions {scores.shape} are class ids. Pass scores "
+                    "or use k=1."
+                )
+            return np.where(_integers("predictions", predictions) == truth, 0.0, np.inf)[:, None]
+        scores = _finite("predictions", scores)
+        if max(self.k) > scores.shape[1] or truth.max() >= scores.shape[1]:
+            raise ValueError(
+                f"The scores are of {scores.shape[1]} classes, but k={self.k} and references go up to {truth.max()}. "
+                "Pass scores of all classes."
+            )
+        own = np.take_along_axis(scores, truth[:, None], axis=1)
+        earlier = np.arange(scores.shape[1]) < truth[:, None]
+        return ((scores > own) | ((scores == own) & earlier)).sum(1, keepdims=True)
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the accuracies by name."""
+        return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
+
+
+class ClassScores(_SumsMetric):
+    """Mean class accuracy and macro F1 of a classifier, in [0, 1], and the confusion matrix they are computed from.
+
+    `mean_class_accuracy` and `f1` are means over the classes that occur in the references. `per_class` is the accuracy
+    of each class, NaN for a class without samples. Among equal scores the class with the lower id is predicted, as in
+    `TopKAccuracy`.
+
+    Args:
+        num_classes: Number of classes, C; class ids are 0 to C - 1.
+        options: Options of `evaluate.Metric`.
+    """
+
+    about = (
+        "Mean class accuracy and macro F1. predictions: (n, C) scores or (n,) integer class ids. references: (n,) "
+        "integer class ids in [0, C)."
+    )
+
+    def __init__(self, *, num_classes: int, **options: Any) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2.")
+        self.num_classes = num_classes
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return the true and the predicted class id of every sample."""
+        truth, said = _integers("references", references), _array("predictions", predictions)
+        if said.ndim == 2 and said.shape[1] == self.num_classes:
+            said = _finite("predictions", said).argmax(axis=1)
+        if truth.ndim != 1 or said.shape != truth.shape:
+            raise ValueError(
+                f"predictions {said.shape} must be (n, {self.num_classes}) or (n,), with references (n,), not "
+                f"{truth.shape}."
+            )
+        said = _integers("predictions", said)
+        for name, classes in (("predictions", said), ("references", truth)):
+            if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
+                raise ValueError(f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1}.")
+        return np.stack([truth, said], axis=1)
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the means over classes, the accuracy of each class, and (C, C) counts with true classes as rows."""
+        places = rows.astype(np.int64) @ np.array([self.num_classes, 1])
+        confusion = np.bincount(places, minlength=self.num_classes**2).reshape(self.num_classes, -1)
+        right, true, said = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
+        present = true > 0
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class without samples
+            found = right / true
+        return {
+            "mean_class_accuracy": float(found[present].mean()),
+            "f1": float((2 * right[present] / (true + said)[present]).mean()),
+            "per_class": found.tolist(),
+            "confusion_matrix": confusion.tolist(),
+        }
+
+
+class MeanAveragePrecision(_SumsMetric):
+    """Mean average precision of retrieval: `map`, the mean over queries of the average precision, in [0, 1].
+
+    The average precision of a query is the mean of the precisions at the ranks of its relevant images. Among equal
+    scores the image with the lower index ranks first.
+    """
+
+    about = (
+        "Mean average precision. predictions: (n, gallery) scores, higher is closer. references: (n, gallery) true "
+        "for relevant images, at least one per query."
+    )
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return the average precision of every query."""
+        scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
+        if scores.ndim != 2 or scores.shape != relevant.shape:
+            raise ValueError(
+                f"predictions {scores.shape} and references {relevant.shape} must have the same shape (n, gallery)."
+            )
+        if not relevant.any(axis=1).all():
+            query = int(np.flatnonzero(~relevant.any(axis=1))[0])
+            raise ValueError(f"No image of the gallery is relevant to query {query}. Remove such queries.")
+        order = np.argsort(-scores, axis=1, kind="stable")
+        hits = np.take_along_axis(relevant, order, axis=1)  # (n, gallery), best first
+        precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
+        return ((precision * hits).sum(axis=1) / hits.sum(axis=1))[:, None]
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the mean over queries."""
+        return {"map": float(rows[:, 0].mean())}
+
+
+# --- Maps and boxes
+
+
+class MeanIoU(_SumsMetric):
+    """Mean intersection over union of segmentation: overlap of every class over all pixels, averaged over classes.
+
+    A class that occurs in neither predictions nor references is NaN and left out of the means; a class that is only
+    predicted counts as 0. Names follow the metric `mean_iou` of `evaluate`.
+
+    Args:
+        num_classes: Number of classes, C; class ids are 0 to C - 1.
+        ignore_index: Value of reference pixels to ignore, whatever is predicted there; None counts all pixels.
+        options: Options of `evaluate.Metric`.
+    """
+
+    about = (
+        "Mean intersection over union. predictions and references: (B, H, W) integer class ids, or lists of (H, W) of "
+        "different sizes."
+    )
+
+    def __init__(self, *, num_classes: int, ignore_index: int | None = 255, **options: Any) -> None:
+        if num_classes < 2:
+            raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts).")
+        if ignore_index is not None and 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f"ignore_index={ignore_index} is one of the {num_classes} class ids. Use another value or None."
+            )
+        self.num_classes, self.ignore_index = num_classes, ignore_index
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return one row: the numbers of agreeing, predicted and true pixels of every class."""
+        example = "class ids instead of scores (take the argmax), without a channel axis"
+        predicted = [_integers("predictions", one) for one in _maps("predictions", predictions, example=example)]
+        true = [_integers("references", one) for one in _maps("references", references, example=example)]
+        _pairs(predicted, true)
+        sums = np.zeros((3, self.num_classes))
+        for one, truth in zip(predicted, true):
+            counted = np.ones(truth.shape, dtype=bool) if self.ignore_index is None else truth != self.ignore_index
+            one, truth = one[counted], truth[counted]
+            for name, classes in (("predictions", one), ("references", truth)):
+                if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
+                    wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
+                    raise ValueError(
+                        f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1} or, in references, "
+                        f"ignore_index={self.ignore_index}."
+                    )
+            for row, classes in zip(sums, (truth[one == truth], one, truth)):
+                row += np.bincount(classes, minlength=self.num_classes)
+        return [sums.ravel()] if predicted else []
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the means and the values of every class."""
+        both, predicted, true = rows.sum(0).reshape(3, self.num_classes)
+        if not true.sum():
+            raise ValueError(
+                f"Every reference pixel is ignore_index={self.ignore_index}, so there is nothing to score. Add images "
+                "with labeled pixels."
+            )
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that does not occur
+            iou, accuracy = both / (predicted + true - both), both / true
+        return {
+            "mean_iou": float(np.nanmean(iou)),
+            "mean_accuracy": float(np.nanmean(accuracy)),
+            "overall_accuracy": float(both.sum() / true.sum()),
+            "per_category_iou": iou.tolist(),
+            "per_category_accuracy": accuracy.tolist(),
+        }
+
+
+class DepthErrors(_SumsMetric):
+    """Depth errors: `rmse` (in the unit of the maps), `abs_rel`, and `delta1` to `delta3`, shares in [0, 1].
+
+    Every metric is computed over the valid pixels of an image and then averaged over images with equal weight.
+    Delta i is the share of pixels with max(prediction / truth, truth / prediction) below 1.25^i.
+
+    Args:
+        min_depth: Minimum valid depth; reference pixels below are ignored, and predictions are clipped to it.
+        max_depth: Maximum valid depth; reference pixels above are ignored, and predictions are clipped to it. None
+            disables the limit.
+        options: Options of `evaluate.Metric`.
+
+    Source: arXiv 1406.2283 for the metrics.
+    """
+
+    about = (
+        "Depth errors. predictions and references: (B, H, W) depths, or lists of (H, W) of different sizes. "
+        "References that are 0, negative or not finite are not measured and are ignored."
+    )
+
+    def __init__(self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Any) -> None:
+        if not 0 < min_depth < (np.inf if max_depth is None else max_depth):
+            raise ValueError(f"min_depth={min_depth} must be above 0 and below max_depth={max_depth}.")
+        self.min_depth, self.max_depth = min_depth, max_depth
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return rmse, abs_rel and the three deltas of every image with valid pixels."""
+        example = "depths without a channel axis"
+        predicted = [_numbers("predictions", one) for one in _maps("predictions", predictions, example=example)]
+        true = [_numbers("references", one) for one in _maps("references", references, example=example)]
+        _pairs(predicted, true)
+        rows = []
+        far = np.inf if self.max_depth is None else self.max_depth
+        for i, (one, truth) in enumerate(zip(predicted, true)):
+            valid = np.isfinite(truth) & (truth >= self.min_depth) & (truth <= far)
+            if not valid.any():
+                continue
+            one, truth = one[valid], truth[valid]
+            if not np.isfinite(one).all():
+                raise ValueError(
+                    f"predictions[{i}] contains NaN or infinite values at pixels with a measured depth. Predictions "
+                    "must be finite there."
+                )
+            one = one.clip(self.min_depth, far)
+            ratio = np.maximum(one / truth, truth / one)
+            rows.append(
+                [
+                    np.sqrt(np.square(one - truth).mean()),
+                    (np.abs(one - truth) / truth).mean(),
+                    *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
+                ]
+            )
+        return rows
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the means over images."""
+        return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))
+
+
+class CorLoc(_SumsMetric):
+    """CorLoc of object discovery: share of images whose box overlaps any ground-truth box by at least `threshold`.
+
+    Args:
+        threshold: Minimum intersection over union of a correct box.
+        options: Options of `evaluate.Metric`.
+
+    Source: valeoai/LOST `main_lost.py`; the overlap is `hf_regvit.lost.box_iou`.
+    """
+
+    about = (
+        "CorLoc. predictions: (n, 4), one box (x1, y1, x2, y2) per image. references: a list of boxes for every "
+        "image, at least one."
+    )
+
+    def __init__(self, *, threshold: float = 0.5, **options: Any) -> None:
+        if not 0 < threshold <= 1:
+            raise ValueError(f"threshold={threshold} must be in (0, 1].")
+        self.threshold = threshold
+        super().__init__(**options)
+
+    def reduce(self, predictions: Any, references: Any) -> Rows:
+        """Return the overlap of every image's box with its best ground-truth box."""
+        boxes = _finite("predictions", predictions)
+        if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
+            raise ValueError(f"predictions {boxes.shape} must be (images, 4), one box (x1, y1, x2, y2) per image.")
+        truth = [_finite(f"references[{i}]", one) for i, one in enumerate(references)]
+        for i, one in enumerate(truth):
+            if one.size and (one.ndim != 2 or one.shape[1] != 4):
+                raise ValueError(f"references[{i}] {one.shape} must be (boxes, 4), a list of boxes per image.")
+        return best_iou(list(boxes), truth).double().numpy()[:, None]
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return CorLoc and the mean overlap."""
+        return {"corloc": float((rows[:, 0] >= self.threshold).mean()), "mean_best_iou": float(rows[:, 0].mean())}
+
+
+# --- Tokens
+
+
+class OutlierShare(_SumsMetric):
+    """Share of patch tokens whose norm is above a cutoff, in [0, 1].
+
+    Args:
+        cutoff: Norm above which a token is an outlier; `hf_regvit.outliers.find_cutoff` finds one.
+        options: Options of `evaluate.Metric`.
+    """
+
+    inputs = ("norms",)
+    about = (
+        "Share of outlier tokens. norms: (B, N) or a list of (N,) of different lengths, L2 norms of patch tokens "
+        "before the final norm."
+    )
+
+    def __init__(self, *, cutoff: float, **options: Any) -> None:
+        if not (np.isfinite(cutoff) and cutoff > 0):
+            raise ValueError(f"cutoff={cutoff} must be a norm above 0.")
+        self.cutoff = cutoff
+        super().__init__(**options)
+
+    def reduce(self, norms: Any) -> Rows:
+        """Return the number of tokens above the cutoff and the number of all tokens for every image."""
+        rows = []
+        for i, one in enumerate(norms):
+            values = _finite(f"norms[{i}]", one)
+            if values.ndim != 1 or (values < 0).any():
+                raise ValueError(
+                    f"norms[{i}] {values.shape} must be one number of at least 0 per patch, as from "
+                    "tokens.norm(dim=-1)."
+                )
+            rows.append([(values > self.cutoff).sum(), values.size])
+        return rows
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the share over all tokens."""
+        above, total = rows.sum(0)
+        if not total:
+            raise ValueError("norms are empty for all images. Pass the norms of at least one patch token.")
+        return {"outlier_share": float(above / total)}
+
+
+class RegisterDiversity(_SumsMetric):
+    """Diversity of the registers of an image: mean cosine over pairs, and effective rank of at most R.
+
+    Both are means over images; `hf_regvit.artifacts` has the formulas. Identical registers have cosine 1 and rank 1.
+    """
+
+    inputs = ("registers",)
+    about = "Diversity of registers. registers: (B, R, D), R at least 2."
+
+    def reduce(self, registers: Any) -> Rows:
+        """Return the cosine and the rank of every image."""
+        tokens = _finite("registers", registers)
+        if tokens.ndim != 3 or tokens.shape[1] < 2:
+            raise ValueError(f"registers {tokens.shape} must be (images, registers, width) with at least 2 registers.")
+        if (np.abs(tokens).sum(-1) == 0).any():
+            raise ValueError("A register is zero in every channel, so its cosine is undefined. Remove such registers.")
+        values = torch.from_numpy(tokens)
+        return torch.stack([register_cosine(values).double(), effective_rank(values)], dim=1).numpy()
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the means over images."""
+        cosine, rank = rows.mean(0).tolist()
+        return {"register_cosine": cosine, "register_effective_rank": rank}
+
+
+class EffectiveRank(_SumsMetric):
+    """Effective number of directions that the features of a data set use; a drop indicates collapse.
+
+    Features are scaled to unit length but not centered; the formula is `hf_regvit.outliers.effective_rank`. The rank
+    cannot exceed the number of samples, so compare equal numbers of samples. All features are stored, in float32.
+    """
+
+    inputs = ("features",)
+    about = "Effective rank. features: (n, D), one row per sample."
+    stored = "float32"
+
+    def reduce(self, features: Any) -> Rows:
+        """Return the features themselves; their Gram matrix would be larger for usual batch sizes."""
+        values = _finite("features", features)
+        if values.ndim != 2:
+            raise ValueError(f"features {values.shape} must be (samples, width).")
+        if (np.abs(values).sum(-1) == 0).any():
+            raise ValueError(
+                "A feature is zero in every channel and cannot be scaled to unit length. Remove such rows."
+            )
+        return values
+
+    def result(self, rows: Array) -> dict[str, Any]:
+        """Return the effective rank of all features."""
+        return {"effective_rank": float(effective_rank(torch.from_numpy(rows)[None]))}
+
+
+_METRICS = (
+    TopKAccuracy, ClassScores, MeanAveragePrecision, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity,
+    EffectiveRank,
+)  # fmt: skip
+_INPUTS = frozenset(name for metric in _METRICS for name in metric.inputs)
+
+
+def effective_rank(tokens: Tensor) -> Tensor:
+    """Return the effective number of directions of the tokens of an image: exp(entropy of the Gram eigenvalues).
+
+    Tokens are scaled to unit length and not centered. The result is 1 if all tokens are alike, and min(N, D) if they
+    are spread evenly.
+
+    Args:
+        tokens: (B, N, D) tokens, N and D at least 1.
+
+    Returns:
+        (B,) float64.
+
+    Source: Roy and Vetterli 2007 for the effective rank; arXiv 2604.14433 for patches.
+    """
+    unit = F.normalize(tokens.double(), dim=-1)
+    small = unit if unit.shape[1] <= unit.shape[2] else unit.mT  # the smaller Gram matrix has the same eigenvalues
+    eigenvalues = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0)  # (B, min(N, D))
+    weight = eigenvalues / eigenvalues.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return torch.special.entr(weight).sum(dim=1).exp()
+
+
+def register_cosine(registers: Tensor) -> Tensor:
+    """Return the mean cosine over all pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
+    unit = F.normalize(registers.float(), dim=-1)
+    count = unit.shape[1]
+    if count < 2:
+        raise ValueError(f"Got {count} registers, but at least 2 are needed for a pair.")
+    return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))

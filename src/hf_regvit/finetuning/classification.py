@@ -1,0 +1,499 @@
+"""Image classification as a task of `finetune`: label checks, augmentation, loss and metrics.
+
+Shape letters: B images, C classes, S side of an image in pixels.
+"""
+
+import csv
+import logging
+import math
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..data.source import ImageRecord, ImageSource
+from ..figures.masks import confusion_figure
+from ..models.modeling_regvit import RegViTForImageClassification
+from .arguments import FinetuningArguments
+from .data import (
+    IGNORED,
+    EvaluationImages,
+    LabelError,
+    MixingCollator,
+    TrainImages,
+    bad_images,
+    hold_out,
+    limited,
+    open_parts,
+    stack,
+    weights_of_classes,
+)
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Labels ------------------------------------------------------------------------------------------------------
+
+
+def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
+    """Load training and validation images with checked labels and the same class ids.
+
+    Raises:
+        LabelError: Labels are missing, a class id is out of range, there is a single class, or validation has classes
+            without training images.
+    """
+    train, validation = open_parts(args)
+    names = _checked_names(train, "training", args)
+    if validation is not None:
+        _checked_names(validation, "validation", args, single_is_fine=True)
+        validation = _in_classes_of(validation, train, names, args)
+    elif args.eval_strategy != "no":
+        train, validation = hold_out(train, args, train.labels)
+    train = limited(train, args.max_train_samples, seed=args.seed)
+    validation = None if validation is None else limited(validation, args.max_eval_samples, seed=args.seed)
+    present = Counter(train.labels or ())
+    if len(present) < 2:
+        only = ", ".join(repr(names[label]) for label in present)
+        raise LabelError(
+            f"'{train.name}': all {len(train)} training images are of one class, {only}; a classifier needs at least "
+            "two. Check that there is one folder per class, or check --label_column."
+        )
+    if empty := [name for label, name in enumerate(names) if not present[label]]:
+        logger.warning("%d of %d classes have no training images: %s.", len(empty), len(names), _some(empty))
+    return train, validation
+
+
+def _checked_names(
+    source: ImageSource, part: str, args: FinetuningArguments, *, single_is_fine: bool = False
+) -> tuple[str, ...]:
+    if source.labels is None or source.label_names is None:
+        raise LabelError(_why_no_labels(source, part, args))
+    names = source.label_names
+    wrong = [row for row, label in enumerate(source.labels) if not 0 <= label < len(names)]
+    if wrong:
+        rows = "; ".join(f"{source.ids[row]} has {source.labels[row]}" for row in wrong[:5])
+        raise LabelError(
+            f"'{source.name}': {len(wrong)} {part} images have a class id outside of 0 to {len(names) - 1} "
+            f"({len(names)} classes): {rows}{' and others' if len(wrong) > 5 else ''}. Correct or remove these rows."
+        )
+    if len(names) < 2 and not single_is_fine:
+        raise LabelError(
+            f"'{source.name}' has a single class, '{names[0]}'; a classifier needs at least two. Give a folder with "
+            "one subfolder per class, or name the label column with --label_column."
+        )
+    return names
+
+
+def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) -> str:
+    start = f"'{source.name}' has no labels in its {part} split"
+    column = args.label_column or "label"
+    if source.table is not None and column in source.table.column_names:
+        values = source.table[column]
+        missing = [row for row, value in enumerate(values) if value is None or (isinstance(value, int) and value < 0)]
+        if missing:
+            rows = ", ".join(source.ids[row] for row in missing[:5])
+            return (
+                f"{start}: {len(missing)} of {len(values)} rows of column '{column}' are empty or negative, for "
+                f"example {rows}. Remove these rows, or use another split or --label_column."
+            )
+        return (
+            f"{start}: column '{column}' holds {source.table.features[column]}; expected integers or ClassLabel. "
+            "Convert it with datasets' class_encode_column, or name another --label_column."
+        )
+    if source.table is not None or "row/0" in source.ids[:1]:
+        columns = "" if source.table is None else f" Columns: {', '.join(source.table.column_names)}."
+        return f"{start}: there is no column 'label'.{columns} Name the label column with --label_column."
+    loose = [name for name in source.ids if "/" not in name]
+    if loose:
+        where = f"{len(loose)} images are not in a subfolder, for example '{loose[0]}'"
+    else:
+        folder = source.ids[0].split("/")[0]
+        where = f"there are no class folders in '{folder}', whose name is that of a split and not of a class"
+    return f"{start}: {where}. Use one subfolder per class and place every image in one of them."
+
+
+def _in_classes_of(
+    validation: ImageSource, train: ImageSource, names: tuple[str, ...], args: FinetuningArguments
+) -> ImageSource:
+    """Return the validation split with the class ids of the training split."""
+    theirs, labels = validation.label_names or (), list(validation.labels or ())
+    used = {theirs[label] for label in labels}
+    trained = {names[label] for label in train.labels or ()}
+    if extra := sorted(used - trained):
+        if not args.ignore_extra_classes:
+            lacking = sorted(trained - used)
+            also = (
+                f" {len(lacking)} training classes are missing from validation: {_some(lacking)}." if lacking else ""
+            )
+            raise LabelError(
+                f"'{validation.name}' has {len(extra)} classes without training images: {_some(extra)}.{also} Use the "
+                "same class names in both splits, or ignore these images with --ignore_extra_classes."
+            )
+        kept = [row for row, label in enumerate(labels) if theirs[label] in trained]
+        logger.warning(
+            "%d validation images of %d classes without training images are ignored: %s.",
+            len(labels) - len(kept), len(extra), _some(extra),
+        )  # fmt: skip
+        validation, labels = validation.subset(kept), [labels[row] for row in kept]
+    if not labels:
+        raise LabelError(
+            f"'{validation.name}' has no validation images of the {len(trained)} training classes. Use the same class "
+            "names in both splits."
+        )
+    if lacking := sorted(trained - used):
+        logger.warning("%d of %d classes have no validation images: %s.", len(lacking), len(trained), _some(lacking))
+    position = {name: label for label, name in enumerate(names)}
+    return replace(validation, labels=[position[theirs[label]] for label in labels], label_names=names)
+
+
+def _some(names: Sequence[str], limit: int = 8) -> str:
+    return ", ".join(repr(name) for name in names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
+
+
+def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
+    """Return (C,) weights whose mean over the training images is 1; `balanced` is inverse to the image counts."""
+    return weights_of_classes(wanted, np.bincount(np.asarray(labels, dtype=int), minlength=len(names)), names)
+
+
+# ---- Augmentation ------------------------------------------------------------------------------------------------
+
+
+def training_transform(
+    args: FinetuningArguments, *, image_size: int, mean: Sequence[float], std: Sequence[float]
+) -> Any:
+    """Build the transform of an image to (3, S, S) normalized pixels; torchvision draws from torch's generator.
+
+    Source: the training scripts of DeiT (arXiv 2012.12877) and DeiT-III (arXiv 2204.07118): random resized crop and
+    horizontal flip first, then RandAugment, or one of grayscale, solarize and blur followed by color jitter; random
+    erasing last.
+    """
+    from torchvision.transforms import InterpolationMode, v2
+
+    steps: list[Any] = [
+        v2.RandomResizedCrop(image_size, scale=tuple(args.crop_scale), interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(args.flip_probability),
+    ]
+    if args.augmentation == "randaugment":
+        fill = [round(255 * value) for value in mean]
+        steps.append(
+            v2.RandAugment(
+                args.randaugment_num_ops,
+                args.randaugment_magnitude,
+                interpolation=InterpolationMode.BILINEAR,
+                fill=fill,
+            )
+        )
+    elif args.augmentation == "three_augment":
+        blur = v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))
+        steps.append(v2.RandomChoice([v2.RandomGrayscale(p=1.0), v2.RandomSolarize(threshold=128, p=1.0), blur]))
+    if args.color_jitter:
+        steps.append(v2.ColorJitter(args.color_jitter, args.color_jitter, args.color_jitter))
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
+    if args.random_erasing:
+        steps.append(v2.RandomErasing(p=args.random_erasing))
+    return v2.Compose(steps)
+
+
+class ClassificationTrainItem:
+    """Conversion of an image to a training item of `TrainImages`; a class, so that spawned workers can pickle it."""
+
+    def __init__(self, args: FinetuningArguments, processor: Any) -> None:
+        self.args, self.processor = args, processor
+        size = output_size(processor)
+        self.transform = None
+        if args.augmentation != "none":
+            self.transform = training_transform(
+                args, image_size=size[0], mean=processor.image_mean, std=processor.image_std
+            )
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """Return `pixel_values` (3, S, S) and `labels`."""
+        if self.transform is None:
+            return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
+        return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
+
+
+class ClassificationEvalItem:
+    """Conversion of an image to an item of `EvaluationImages`, exactly as the saved processor does it."""
+
+    def __init__(self, processor: Any) -> None:
+        self.processor = processor
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """Return `pixel_values` (3, S, S) and `labels`."""
+        return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
+
+    def blank(self) -> dict[str, Any]:
+        """Return a placeholder for an unusable image."""
+        return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
+
+
+def processed(processor: Any, image: Image.Image) -> Tensor:
+    """Return the processed pixels of one image, (3, H, W)."""
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
+def output_size(processor: Any) -> tuple[int, int]:
+    """Return the (height, width) of a processor's output.
+
+    Raises:
+        ValueError: The output size depends on the image.
+    """
+    size = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
+    height, width = (size.get(name) if hasattr(size, "get") else getattr(size, name) for name in ("height", "width"))
+    if not height or not width:
+        raise ValueError(
+            f"The image processor returns images of different sizes (size {dict(size)}, no center crop), which cannot "
+            "be batched. Set --image_size."
+        )
+    return int(height), int(width)
+
+
+# ---- Loss and metrics --------------------------------------------------------------------------------------------
+
+
+def classification_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    kind: str = "cross_entropy",
+    smoothing: float = 0.0,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Return the mean loss over the images, weighted by class without dividing by the sum of the weights.
+
+    The loss of a batch is therefore the mean of the losses of its parts, on any number of processes and
+    micro-batches.
+
+    Args:
+        logits: (B, C) class logits.
+        targets: (B,) class ids, or (B, C) class probabilities of mixed images.
+        kind: `cross_entropy`, or `bce` (binary cross-entropy per class), in which every class of a mixed image is a
+            full positive and the loss is also averaged over the classes.
+        smoothing: Share of the target that is spread over all classes.
+        weights: (C,) class weights with mean 1 over the images.
+
+    Source: arXiv 2204.07118 and the released DeiT-III code for `bce`; Szegedy et al. 2016 for smoothing.
+    """
+    logits = logits.float()
+    num_classes = logits.shape[-1]
+    if targets.ndim == 1:
+        targets = F.one_hot(targets, num_classes)
+    shares = targets.to(logits)  # (B, C)
+    asked = (shares > 0).to(shares) if kind == "bce" else shares
+    asked = asked * (1 - smoothing) + smoothing / num_classes
+    if kind == "bce":
+        losses = F.binary_cross_entropy_with_logits(logits, asked, reduction="none").mean(-1)  # (B,)
+    else:
+        losses = -(asked * logits.log_softmax(-1)).sum(-1)  # (B,)
+    if weights is not None:
+        losses = losses * (shares @ weights.to(shares))
+    return losses.mean()
+
+
+def wilson_interval(share: float, n: float, *, z: float = 1.959964) -> tuple[float, float]:
+    """Return the Wilson 95 % confidence interval of a share of n images.
+
+    Source: Wilson, "Probable inference", 1927.
+    """
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Rounding could leave [0, 1] at its ends.
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+class ClassificationMetrics:
+    """Accumulator of top-1, top-5 and mean class accuracy and macro F1, based on the metrics of `metrics`.
+
+    Args:
+        num_classes: Number of classes, C.
+
+    Attributes:
+        confusion: (C, C) counts of the last `compute`; rows are true classes, columns are predicted classes.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        from ..evaluation.metrics import ClassScores, TopKAccuracy
+
+        self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+        self.skipped = self.counted = 0
+        self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else 1)
+        self._classes = ClassScores(num_classes=num_classes)
+
+    def update(self, logits: Any, labels: Any) -> None:
+        """Add one batch of (B, C) scores and (B,) class ids; images with label -100 are ignored."""
+        scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
+        use = truth != IGNORED
+        self.skipped += int((~use).sum())
+        self.counted += int(use.sum())
+        for metric in (self._top, self._classes):
+            metric.add_batch(predictions=scores[use], references=truth[use])
+
+    def compute(self) -> dict[str, float]:
+        """Return metrics in [0, 1], with a 95 % interval of the accuracy; class means skip classes without images.
+
+        Raises:
+            ValueError: No image had a label.
+        """
+        top, classes = cast(dict[str, Any], self._top.compute()), cast(dict[str, Any], self._classes.compute())
+        self.confusion = torch.tensor(classes["confusion_matrix"])
+        metrics: dict[str, float] = {"accuracy": top["top1"]}
+        metrics |= {name: classes[name] for name in ("mean_class_accuracy", "f1")}
+        metrics["accuracy_low"], metrics["accuracy_high"] = wilson_interval(top["top1"], self.counted)
+        if "top5" in top:
+            metrics["top5_accuracy"] = top["top5"]
+        return metrics | ({"skipped_images": float(self.skipped)} if self.skipped else {})
+
+
+# ---- The task ----------------------------------------------------------------------------------------------------
+
+
+class ImageClassification:
+    """Image classification task for `finetune`; see `hf_regvit.finetuning.Task`.
+
+    Args:
+        args: Arguments of the run.
+        train: Labeled training images, used instead of those that `args` names.
+        validation: Labeled validation images that belong to `train`.
+
+    Raises:
+        LabelError: The labels cannot be used.
+    """
+
+    name = "image-classification"
+    model_class = RegViTForImageClassification
+    metric, greater_is_better = "accuracy", True
+    shown = ("accuracy", "f1")
+
+    def __init__(
+        self, args: FinetuningArguments, train: ImageSource | None = None, validation: ImageSource | None = None
+    ) -> None:
+        self.args = args
+        if train is None:
+            train, validation = labelled_parts(args)
+        self.train, self.validation = train, validation
+        self.names = train.label_names or ()
+        self.weights = class_weights(args.class_weights, train.labels or (), self.names)
+        self._metrics = ClassificationMetrics(len(self.names))
+        self._last: dict[str, float] = {}
+
+    def config_fields(self) -> dict[str, Any]:
+        """Return the class names, and the pooling of the head if it was given."""
+        fields: dict[str, Any] = {
+            "id2label": dict(enumerate(self.names)),
+            "label2id": {name: label for label, name in enumerate(self.names)},
+        }
+        return fields | ({"pooling": self.args.pooling} if self.args.pooling else {})
+
+    def fits_head(self, config: Any) -> bool:
+        """Return True if a classifier with this configuration has the same classes in the same order."""
+        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+
+    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
+        """Return the training and validation images as model inputs."""
+        args = self.args
+        train = TrainImages(
+            self.train,
+            ClassificationTrainItem(args, processor),
+            seed=args.seed,
+            bad_images=bad_images(args, self.train),
+        )
+        if self.validation is None:
+            return train, None
+        item = ClassificationEvalItem(processor)
+        guard = bad_images(args, self.validation)
+        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+
+    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+        """Return the collator, with mixup and CutMix if they are enabled."""
+        args = self.args
+        if not args.mixup_alpha and not args.cutmix_alpha:
+            return stack
+        return MixingCollator(
+            len(self.names),
+            mixup_alpha=args.mixup_alpha,
+            cutmix_alpha=args.cutmix_alpha,
+            probability=args.mixup_probability,
+            seed=args.seed,
+        )
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
+        labels = batch["labels"]
+        outputs = model(pixel_values=batch["pixel_values"])
+        if training:
+            return classification_loss(
+                outputs.logits,
+                labels,
+                kind=self.args.loss,
+                smoothing=self.args.label_smoothing_factor,
+                weights=self.weights,
+            ), outputs
+        use = labels != IGNORED
+        if not use.any():
+            return outputs.logits.sum() * 0.0, outputs
+        return classification_loss(outputs.logits[use], labels[use], kind=self.args.loss), outputs
+
+    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the logits in float32, to be gathered from all processes for the metrics."""
+        return logits.float()
+
+    def start_metrics(self) -> None:
+        """Reset the metrics."""
+        self._metrics = ClassificationMetrics(len(self.names))
+
+    def update_metrics(self, predictions: Any, labels: Any) -> None:
+        """Add one gathered batch."""
+        self._metrics.update(predictions, labels)
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Return the metrics of all batches since `start_metrics`."""
+        self._last = self._metrics.compute()
+        return self._last
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Return the Wilson interval of the accuracy."""
+        return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
+
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+        """Write the confusion matrix of the last evaluation as PNG and CSV; return the titles of the figures."""
+        from ..figures.maps import save_figure
+
+        matrix = self._metrics.confusion
+        if not self._last:
+            return {}
+        with (folder / "confusion_matrix.csv").open("w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file, lineterminator="\n")  # class names may contain commas
+            table.writerow(["true\\predicted", *self.names])
+            table.writerows([name, *row] for name, row in zip(self.names, matrix.tolist(), strict=True))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            save_figure(confusion_figure(matrix, self.names), folder / "confusion_matrix.png")
+        for warning in said:
+            if "missing from font" not in str(warning.message):
+                warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+        if any("missing from font" in str(warning.message) for warning in said):
+            logger.warning(
+                "The font of matplotlib lacks characters of the class names in confusion_matrix.png; see "
+                "confusion_matrix.csv for the full names."
+            )
+        return {"confusion_matrix.png": "Confusion matrix"}
+
+    def describe(self) -> dict[str, str]:
+        """Return nothing; the card reads the classes from the configuration."""
+        return {}
+
+    def protocol(self) -> tuple[str, str]:
+        """Return descriptions of the evaluation protocol and of the interval."""
+        return "One view per image, as the saved image processor produces it", "Wilson score"

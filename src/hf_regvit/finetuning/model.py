@@ -1,0 +1,228 @@
+"""Initial model and trained parameters of a fine-tuning run: weights, head, registers, low-rank updates."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import set_seed
+
+from ..models.configuration_regvit import RegViTConfig
+from ..models.loading import BACKBONE, fit_positions
+from ..models.modeling_regvit import RegViTModel
+from ..models.processing import default_image_processor, resized_processor
+from .arguments import FinetuningArguments
+from .data import Task
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """Initial model of a run.
+
+    Attributes:
+        network: Model with the head of the task, in training mode.
+        processor: Image processor of the model.
+        changes: Differences from the model that was named, as sentences.
+        new_registers: Whether registers were added.
+    """
+
+    network: nn.Module
+    processor: Any
+    changes: list[str]
+    new_registers: bool
+
+
+def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | nn.Module | None = None) -> OpenedModel:
+    """Load or create the model of a run, with the head of its task.
+
+    Args:
+        args: Arguments of the run.
+        task: Task to train for.
+        model: RegViT of any class, or a configuration to start from scratch. Default: the model that `args` names.
+
+    Raises:
+        ValueError: No model is given, the model already has a different number of registers, or the image size is not
+            a multiple of the patch size.
+        OSError: The model cannot be read.
+    """
+    changes: list[str] = []
+    new_registers = False
+    processor = None
+    source: Any = model
+    if model is None:
+        source, processor = _open_source(args)
+    from_scratch = isinstance(source, RegViTConfig)
+    backbone, head = _backbone_and_head(source, seed=args.seed)
+    config = backbone.config
+    if args.num_register_tokens is not None and args.num_register_tokens != config.num_register_tokens:
+        if config.num_register_tokens:
+            raise ValueError(
+                f"num_register_tokens is {args.num_register_tokens}, but the model was trained with "
+                f"{config.num_register_tokens} registers. Leave the option out, or call resize_register_tokens first."
+            )
+        backbone.resize_register_tokens(args.num_register_tokens, seed=args.seed)
+        new_registers = True
+        changes.append(
+            f"The model had no registers; {args.num_register_tokens} trainable registers were added "
+            "(--num_register_tokens). They start untrained, so accuracy may drop at first."
+        )
+    if args.image_size is not None:
+        changes += fit_positions(backbone, args.image_size, option="image_size")
+    processor = processor or default_image_processor(config.image_shape)
+    if args.image_size is not None:
+        processor = resized_processor(processor, args.image_size)
+    fields = {"use_mask_token": False, "pooler_act": None, "discard_registers": False, "drop_path_mode": "sample"}
+    fields |= {"drop_path_rate": args.drop_path_rate} | task.config_fields()
+    whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
+    set_seed(args.seed)
+    network = task.model_class(whole)
+    if hasattr(task, "image_processor"):  # dense tasks read whole images, without a crop
+        processor = task.image_processor(processor, whole)
+    state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
+    network.regvit.load_state_dict(state)
+    if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
+        network.load_state_dict(head["state"], strict=False)
+        changes.append("Its head matches the task and is kept.")
+    elif not from_scratch:
+        changes.append("The head is newly initialized.")
+    return OpenedModel(network.train(), processor, changes, new_registers)
+
+
+def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
+    """Return the model or configuration that the arguments name, and its image processor."""
+    source = args.model_name_or_path
+    if source is None:
+        if args.preset is None:
+            raise ValueError(
+                "There is no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or "
+                "giant to train from scratch."
+            )
+        size = args.image_size or 224
+        registers = 4 if args.num_register_tokens is None else args.num_register_tokens
+        return RegViTConfig.from_preset(
+            args.preset,
+            image_size=size,
+            patch_size=args.patch_size,
+            num_register_tokens=registers,
+            layerscale_value=args.layerscale_value,
+        ), default_image_processor(size)
+    if (Path(source) / BACKBONE / "config.json").is_file():  # the folder of a pretraining run
+        source = str(Path(source) / BACKBONE)
+    from transformers import AutoImageProcessor, PreTrainedConfig
+
+    from ..models import modeling_regvit
+    from ..models.conversion import convert, image_processor_of
+    from ..models.foreign_weights import check_source
+
+    check_source(source)
+    fields: dict[str, Any] = {}
+    if not Path(source).is_file():
+        fields, _ = PreTrainedConfig.get_config_dict(source)
+    if fields.get("model_type") != "regvit":
+        model = convert(source)
+        return model, image_processor_of(source, model.config)
+    # Load the saved class, because its head may be for the same task.
+    saved = next(iter(fields.get("architectures") or []), "RegViTModel")
+    model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
+    try:
+        return model, AutoImageProcessor.from_pretrained(source)
+    except OSError:
+        logger.warning(
+            "'%s' has no image processor; ImageNet mean and standard deviation and a center crop are used. Save an "
+            "image processor beside the model to change this.",
+            source,
+        )
+        return model, default_image_processor(model.config.image_shape)
+
+
+def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
+    """Return a copy of the backbone, and the state and configuration of its head, if any."""
+    if isinstance(source, RegViTConfig):
+        set_seed(seed)
+        return RegViTModel(copy.deepcopy(source), add_pooling_layer=False), {}
+    if isinstance(source, RegViTModel):
+        return copy.deepcopy(source), {}
+    if not isinstance(getattr(source, "regvit", None), RegViTModel):
+        raise TypeError(f"model is a {type(source).__name__}. Pass a RegViT of any class or a RegViTConfig.")
+    state = {name: value.clone() for name, value in source.state_dict().items() if not name.startswith("regvit.")}
+    return copy.deepcopy(source.regvit), {"state": state, "config": source.config}
+
+
+def _same_shapes(network: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    own = {name: value.shape for name, value in network.state_dict().items() if not name.startswith("regvit.")}
+    return own == {name: value.shape for name, value in state.items()}
+
+
+def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registers: bool) -> nn.Module:
+    """Freeze the parameters that the mode does not train, insert low-rank updates, and return the network.
+
+    Added registers are trained in every mode, because untrained registers would remain noise.
+
+    Raises:
+        ImportError: The mode is lora and peft is not installed.
+        ValueError: `lora_target_modules` names an unknown linear layer.
+    """
+    if args.mode == "full":
+        return network
+    network.requires_grad_(False)
+    if args.mode == "lora":
+        network = inject_lora(network, args)
+    for name, parameter in network.named_parameters():
+        is_head = not name.startswith("regvit.")
+        if is_head or (new_registers and name.endswith("register_tokens")):
+            parameter.requires_grad_(True)
+    return network
+
+
+def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
+    """Insert low-rank updates into the selected linear layers, in place; the class of the network does not change."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("--mode lora needs peft. Run: pip install 'hf_regvit[peft]'") from error
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if name.startswith("regvit.layers.") and isinstance(module, nn.Linear)
+    }
+    if unknown := sorted(set(args.lora_target_modules) - linear):
+        raise ValueError(
+            f"lora_target_modules names {unknown}, which the blocks do not have. Choose from {sorted(linear)}."
+        )
+    names = "|".join(args.lora_target_modules)
+    config = LoraConfig(
+        r=args.lora_r,
+        lora_alpha=cast(int, args.lora_alpha),
+        lora_dropout=args.lora_dropout,
+        target_modules=rf"regvit\.layers\..*\.({names})",
+    )
+    return inject_adapter_in_model(config, network)
+
+
+def merge_lora(network: nn.Module) -> nn.Module:
+    """Merge the low-rank updates into their linear layers and remove the adapters, in place."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, module in list(network.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge(safe_merge=True)
+            parent, _, child = name.rpartition(".")
+            setattr(network.get_submodule(parent), child, module.get_base_layer())
+    return network.requires_grad_(True)
+
+
+def _whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
+    """Return a plain model with the tensors of a trained one, low-rank updates merged."""
+    result = task.model_class(copy.deepcopy(cast(Any, trained).config))
+    if args.mode == "lora":
+        result = inject_lora(result, args)
+    result.load_state_dict(state)
+    if args.mode == "lora":
+        result = merge_lora(result)
+    return result.eval()

@@ -1,0 +1,220 @@
+"""Table of the supported families of vision transformers: where each keeps its blocks, projections and norms.
+
+All differences between models are data in this table, one record per family; `features` does the reading.
+
+Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+_TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+
+
+def _family_name(module: nn.Module) -> str | None:
+    """Return the family key of this module itself, ignoring its submodules."""
+    for cls in type(module).__mro__:
+        if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
+            return _TIMM_CLASSES[cls.__name__]
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    return model_type if model_type in FAMILIES else None
+
+
+def has_part(module: nn.Module, path: str) -> bool:
+    """Return True if `module.get_submodule(path)` exists."""
+    try:
+        module.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
+    """Find the vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
+
+    Raises:
+        TypeError: `model` is not a torch module.
+        ValueError: No module of the model belongs to a family of the table.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}, expected a torch module. To load a folder or Hub id, use load_model."
+        )
+    for module in model.modules():  # outermost first: parts of a tower share its config but lack some of its paths
+        name = _family_name(module)
+        if name and has_part(module, FAMILIES[name].blocks) and has_part(module, FAMILIES[name].patch_projection):
+            return module, name
+    raise unknown_family(getattr(getattr(model, "config", None), "model_type", None) or type(model).__name__)
+
+
+def unknown_family(kind: str) -> ValueError:
+    """Create the error for a model whose kind is not in the family table."""
+    return ValueError(
+        f"model_type '{kind}' is not in the family table ({', '.join(FAMILIES)}). Use a plain vision transformer of "
+        "one of these families; models with windows, stages or convolutions have no global patch tokens to read."
+    )
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """Sizes and token layout of a model; `patch_size` and `image_size` are (height, width) in pixels."""
+
+    name: str
+    family: str
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    patch_size: tuple[int, int]
+    image_size: tuple[int, int]
+    has_cls: bool
+    num_distillation_tokens: int
+    num_register_tokens: int
+
+    @property
+    def is_timm(self) -> bool:
+        """True for timm models, which have their own transforms and resizing options."""
+        return self.family in _TIMM_CLASSES.values()
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Number of tokens before the patches."""
+        return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    height, width = (value, value) if isinstance(value, int) else value
+    return int(height), int(width)
+
+
+def describe_model(model: nn.Module) -> ModelDescription:
+    """Describe the sizes and the token layout of any model that `read_tokens` supports.
+
+    Raises:
+        ValueError: The model does not belong to a family of the table.
+    """
+    tower, name = find_tower(model)
+    return describe_tower(tower, name)
+
+
+def describe_tower(tower: Any, name: str) -> ModelDescription:
+    """Describe a tower and family name as returned by `find_tower`; see `describe_model`."""
+    family = FAMILIES[name]
+    blocks = tower.get_submodule(family.blocks)
+    if name not in _TIMM_CLASSES.values():
+        config = tower.config
+        return ModelDescription(
+            name=_name_of(config.name_or_path) or type(tower).__name__,
+            family=name,
+            num_layers=len(blocks),
+            hidden_size=config.hidden_size,
+            num_heads=config.num_attention_heads,
+            patch_size=_pair(config.patch_size),
+            image_size=_pair(config.image_size),
+            has_cls=bool(family.has_cls),
+            num_distillation_tokens=family.num_distillation_tokens,
+            num_register_tokens=getattr(config, "num_register_tokens", 0),
+        )
+    image_size = _pair(tower.patch_embed.img_size)
+    registers = 0 if tower.reg_token is None else tower.reg_token.shape[1]
+    has_cls = tower.cls_token is not None
+    return ModelDescription(
+        name=(getattr(tower, "pretrained_cfg", None) or {}).get("architecture") or type(tower).__name__,
+        family=name,
+        num_layers=len(blocks),
+        hidden_size=tower.embed_dim,
+        num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
+        # Do not use `patch_embed.patch_size`: after a CNN stem it counts cells of the feature map, not pixels.
+        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
+        image_size=image_size,
+        has_cls=has_cls,
+        num_distillation_tokens=tower.num_prefix_tokens - registers - int(has_cls),
+        num_register_tokens=registers,
+    )
+
+
+def _name_of(source: str) -> str:
+    """Return a Hub id unchanged and a folder without its parents, since names appear in published reports."""
+    return Path(source).name if Path(source).is_dir() or Path(source).is_absolute() else source
+
+
+def final_norm(model: nn.Module) -> nn.Module:
+    """Return the norm that the model applies to the tokens of its last block, or the identity.
+
+    The identity is returned for models that only normalize a pooled vector. CLIP normalizes only CLS, but its norm is
+    returned nevertheless, as is usual for dense features.
+    """
+    tower, name = find_tower(model)
+    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
+        return nn.Identity()
+    return tower.get_submodule(FAMILIES[name].final_norm)
+
+
+@dataclass(frozen=True)
+class Family:
+    """Record of the modules that `read_tokens` reads in one family of models; paths are as in `get_submodule`.
+
+    Args:
+        blocks: Path from the tower to the list of its blocks.
+        patch_projection: Path from the tower to the convolution that creates the patch tokens.
+        final_norm: Path from the tower to the norm of the last block's tokens.
+        attention: Path from a block to its attention.
+        projections: Paths from the attention to the linear layers of query, key and value. Each has several candidate
+            names, because they changed between releases of transformers; the first that exists is used. An attention
+            with one fused layer has it under the name `qkv` instead.
+        mlp_output: Paths from a block to the linear layer that reads the MLP activations; the first that exists is
+            used.
+        has_cls: Whether a CLS token comes first, or None if the tower itself provides this information (timm).
+        num_distillation_tokens: Number of tokens between CLS and registers.
+        rotary: Name of the argument that passes the rotary angles for queries and keys of patches to the attention,
+            or None if the family has no rotary positions. An attention that receives no angles does not rotate.
+        qk_norms: Paths from the attention to the norms of queries and keys, which are applied per head.
+        resize_switch: Whether sizes other than the native one need `interpolate_pos_encoding=True`.
+    """
+
+    blocks: str
+    patch_projection: str
+    final_norm: str
+    attention: str = "attention"
+    projections: tuple[tuple[str, ...], ...] = (("q_proj",), ("k_proj",), ("v_proj",))
+    mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
+    has_cls: bool | None = True
+    num_distillation_tokens: int = 0
+    rotary: Literal["position_embeddings", "rope"] | None = None
+    qk_norms: tuple[str, str] | None = None
+    resize_switch: bool = False
+
+
+_VIT = Family("layers", "embeddings.patch_embeddings.projection", "layernorm", resize_switch=True)
+_DINOV2 = Family(
+    "encoder.layer",
+    "embeddings.patch_embeddings.projection",
+    "layernorm",
+    projections=(("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value")),
+    mlp_output=("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
+)
+_CLIP = Family("encoder.layers", "embeddings.patch_embedding", "post_layernorm", "self_attn", resize_switch=True)
+_TIMM = Family("blocks", "patch_embed.proj", "norm", "attn", has_cls=None, qk_norms=("q_norm", "k_norm"))
+
+FAMILIES: dict[str, Family] = {
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm"),
+    "dinov2": _DINOV2,
+    "dinov2_with_registers": _DINOV2,
+    "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary="position_embeddings"),
+    "vit": _VIT,
+    "vit_mae": _VIT,
+    "vit_msn": _VIT,
+    "deit": replace(_VIT, num_distillation_tokens=1),
+    "ijepa": replace(_VIT, has_cls=False),
+    "clip_vision_model": _CLIP,
+    "metaclip_2_vision_model": _CLIP,
+    "siglip_vision_model": replace(_CLIP, has_cls=False),
+    "aimv2_vision_model": Family(
+        "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
+    ),
+    "timm": _TIMM,
+    "timm_eva": replace(_TIMM, rotary="rope"),
+}

@@ -1,0 +1,237 @@
+"""Alarms of a pretraining run: non-finite numbers, collapse, identical registers, and running out of memory.
+
+A loss or gradient that is not finite always stops the run, because all later results would be meaningless. Signs of
+collapse log a warning, and stop the run only with `--stop_on_collapse`: their thresholds are heuristic, and a false
+alarm must not stop an unattended run. Every message names the options to change.
+
+The origin of the thresholds is documented above `RULES`.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerControl, TrainerState
+
+from ..figures.curves import read_metrics
+from ..training.callbacks import MetricsFile
+
+logger = logging.getLogger(__name__)
+
+
+class CollapseError(RuntimeError):
+    """Stop of a run whose representation collapses."""
+
+
+# ---- Collapse ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """Raised alarm: its name, the optimizer step, and a message with advice."""
+
+    name: str
+    step: int
+    message: str
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of a run that the rules read.
+
+    Attributes:
+        num_prototypes: Number of prototypes K of the DINO head.
+        images: Number of images B per process and micro-batch.
+        num_local_crops: Number of local crops L.
+        dino_loss_weight: Weight of the DINO terms.
+        num_register_tokens: Number of registers R.
+        width: Width D of the backbone.
+    """
+
+    num_prototypes: int
+    images: int
+    num_local_crops: int
+    dino_loss_weight: float
+    num_register_tokens: int
+    width: int
+
+    @property
+    def ln_k(self) -> float:
+        """Entropy of a uniform target, in nats."""
+        return math.log(self.num_prototypes)
+
+    @property
+    def uniform_loss(self) -> float:
+        """Sum of the DINO terms of a student that assigns equal probability to all prototypes, in nats."""
+        terms = 2 * self.num_local_crops + 2
+        return self.dino_loss_weight * self.ln_k * terms / (max(2 * self.num_local_crops, 1) + 2)
+
+
+Rule = Callable[[Mapping[str, float], Recipe], str | None]
+
+
+def _uniform_targets(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    share = values["teacher_entropy"] / recipe.ln_k
+    if share < UNIFORM_SHARE:
+        return None
+    return (
+        f"The targets are almost uniform: their entropy is {values['teacher_entropy']:.3f} nats, {share:.1%} of ln K "
+        f"= {recipe.ln_k:.3f}. Lower --teacher_temperature and --warmup_teacher_temperature (usual: 0.04 to 0.07), or "
+        "lower --head_num_prototypes."
+    )
+
+
+def _loss_at_ln_k(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    if not recipe.dino_loss_weight:
+        return None
+    loss = values.get("dino_local_loss", 0.0) + values["dino_global_loss"]
+    if abs(loss / recipe.uniform_loss - 1) > LOSS_MARGIN:
+        return None
+    return (
+        f"The DINO loss is {loss:.3f}, which is the loss of an untrained network ({recipe.uniform_loss:.3f}, from ln "
+        "K). Lower the teacher temperatures or raise --learning_rate. In a short run, lower --teacher_momentum; in a "
+        "run of a few hundred steps, set --layerscale_value 1."
+    )
+
+
+def _one_prototype(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    marginal = values["teacher_marginal_entropy"]
+    most = min(recipe.ln_k, math.log(2 * recipe.images))
+    if marginal >= FEW_PROTOTYPES * most:
+        return None
+    return (
+        f"All images are assigned to few prototypes: the mean target of a batch has an entropy of {marginal:.3f} "
+        f"nats, but {most:.3f} is possible. Lower --center_momentum (usual: 0.9) or set --centering sinkhorn; raise "
+        "--teacher_temperature if it is below 0.04."
+    )
+
+
+def _same_features(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    std, rank = values["feature_std"], values["effective_rank"]
+    if std >= SMALLEST_STD and rank >= SMALLEST_RANK:
+        return None
+    return (
+        f"The teacher has almost the same features for all images: the standard deviation of CLS is {std:.3f} (1 if "
+        f"features point in all directions) and the effective rank is {rank:.2f} of {recipe.width} dimensions. Raise "
+        "--koleo_loss_weight (usual: 0.1), lower --learning_rate, and check the other alarms; in a run of a few "
+        "hundred steps, set --layerscale_value 1."
+    )
+
+
+def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
+    if values["register_cosine"] <= SAME_REGISTERS:
+        return None
+    return (
+        f"The {recipe.num_register_tokens} registers are identical: their mean cosine is "
+        f"{values['register_cosine']:.5f}. Identical registers get identical gradients and never diverge. Raise "
+        "--register_init_std (default: 0.02; use 1 in a run of a few hundred steps), or set --num_register_tokens 1."
+    )
+
+
+# Measured on builtin:photos with a ViT of 2 blocks and width 96, K = 256, B = 16, 60 steps; smallest and largest
+# value from step 5 on, with the recipe of tests/integration/test_alarms_in_runs.py and several seeds:
+#
+#                                           entropy/ln K  loss/ln K   marginal/ln 2B  std of CLS  effective rank
+#   healthy, softmax centering, 5 seeds     0.13 - 0.41   0.32 - 0.69   0.55 - 1.03   0.69 - 0.80   3.1 - 3.6
+#   healthy, Sinkhorn, 2 seeds              0.77 - 0.83   0.91 - 1.10   1.59 - 1.60   0.73 - 0.86   3.2 - 3.7
+#   no centering, temperatures 1, 3 seeds   0.997         0.998 - 1.000 1.60          0.73 - 0.88   3.7 - 6.4
+#   no centering, 2 seeds, from step 30 on  0.02 - 0.06   0.08 - 0.19   0.22 - 0.35   0.70 - 0.76   3.0 - 3.2
+#   LayerScale 1e-5, K = 2048, from step 20 0.98 - 0.999  1.02 - 1.05   2.17 - 2.20   0.01 - 0.09   1.00 - 1.05
+#
+# With a warm-up of 3 steps and a log line every 5 steps, the third row raises its alarm at step 15, the fourth (4
+# seeds) at step 25 or 30, and the healthy rows never. The last row learns nothing in so few steps, so its alarm is
+# correct. The entropy of Sinkhorn cannot fall below about ln(K / 2B): the official ratio of 21 with K = 131072 starts
+# near 0.8. Its loss passes through ln K while it decreases, so a rule must hold for several log lines.
+UNIFORM_SHARE = 0.98
+LOSS_MARGIN = 0.01
+FEW_PROTOTYPES = 0.4
+# Below the final values of the last row and far below a healthy run: CLS is the same for all images.
+SMALLEST_STD = 0.05
+SMALLEST_RANK = 1.2
+# Registers with the default initial spread of 0.02 reach a cosine of 0.89 in these 60 steps and exceed 0.95 in 400;
+# identical registers have a cosine of 1 to the last digit.
+SAME_REGISTERS = 0.999
+
+# Name, values that the rule reads, rule, and a flag to check it from the first line on. An untrained network also has
+# uniform targets, so the other rules wait for the end of the learning-rate warm-up.
+RULES: tuple[tuple[str, tuple[str, ...], Rule, bool], ...] = (
+    ("uniform_targets", ("teacher_entropy",), _uniform_targets, False),
+    ("loss_at_ln_k", ("dino_global_loss",), _loss_at_ln_k, False),
+    ("one_prototype", ("teacher_marginal_entropy",), _one_prototype, False),
+    ("same_features", ("feature_std", "effective_rank"), _same_features, False),
+    ("same_registers", ("register_cosine",), _same_registers, True),
+)
+
+
+class CollapseAlarms(TrainerCallback):
+    """Check every log line against `RULES`, and raise an alarm once per rule that holds for several lines in a row.
+
+    Alarms are logged as warnings, written to the metrics file, and kept in `raised` for the report.
+
+    Args:
+        recipe: Settings of the run that the rules read.
+        first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
+            warm-up.
+        patience: Number of consecutive lines for which a rule must hold.
+        stop: Whether an alarm stops the run.
+        metrics: Metrics file that alarms are written to.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        first_step: int | None = None,
+        patience: int = 3,
+        stop: bool = False,
+        metrics: MetricsFile | None = None,
+    ) -> None:
+        self.recipe, self.first_step, self.patience = recipe, first_step, patience
+        self.stop, self.metrics = stop, metrics
+        self.raised: list[Alarm] = []
+        self._in_a_row: dict[str, int] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Read the length of the warm-up and, in a resumed run, the earlier alarms."""
+        if self.first_step is None:
+            self.first_step = args.schedules(state.max_steps).warmup_steps
+        if state.global_step and self.metrics is not None and self.metrics.path.exists():
+            lines = read_metrics(self.metrics.path)
+            self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Check one log line; a line without the values of a rule does not affect its count."""
+        for name, keys, rule, at_once in RULES:
+            if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):
+                continue
+            asked = at_once or state.global_step >= (self.first_step or 0)
+            message = rule(logs or {}, self.recipe) if asked else None
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if message else 0
+            if message and self._in_a_row[name] >= self.patience:
+                self.record(Alarm(name, state.global_step, message), state)
+        stop = self.stop and bool(self.raised)
+        if self.stop and args.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            stop = broadcast_object_list([stop])[0]  # measurements may differ between processes in the last digit
+        if stop:
+            control.should_training_stop = True
+
+    def record(self, alarm: Alarm, state: TrainerState) -> None:
+        """Keep an alarm for the report, log it and write it to the metrics file."""
+        self.raised.append(alarm)
+        if not state.is_world_process_zero:
+            return
+        logger.warning("Alarm at step %d, %s: %s", alarm.step, alarm.name, alarm.message)
+        if self.metrics is not None:
+            self.metrics.append({"step": alarm.step, "alarm": alarm.name, "message": alarm.message})

@@ -1,0 +1,596 @@
+"""Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
+
+Shape letters: B images, G global crops (2), L local crops, N patches of a global crop, M masked patches, D width,
+K prototypes. Flattened crops are crop-major: crop 0 of all images first.
+
+Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
+code, whose divisors and order of operations are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..models.modeling_regvit import RegViTModel
+from ..training.distributed import full_tensor
+from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
+
+# ---- Projection head ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Sizes of one projection head: D -> hidden -> ... -> bottleneck -> prototypes.
+
+    Attributes:
+        num_prototypes: Number of output logits K.
+        hidden_size: Width of the hidden layers.
+        bottleneck_size: Width of the bottleneck, which is L2-normalized and compared with the prototypes.
+        num_layers: Number of linear layers before the prototypes, at least 1.
+    """
+
+    num_prototypes: int = 65536
+    hidden_size: int = 2048
+    bottleneck_size: int = 256
+    num_layers: int = 3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} of a projection head is {value}; expected at least 1.")
+
+
+class _Prototypes(nn.Module):
+    """Weight-normalized linear layer without bias: row k is `g_k * v_k / |v_k|`.
+
+    Does not use `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
+    """
+
+    def __init__(self, in_features: int, num_prototypes: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1))
+        self.weight_v = nn.Parameter(torch.empty(num_prototypes, in_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        # The bf16 spacing of a logit near 1, divided by a temperature of 0.04, is 0.1 nat. Therefore this layer runs
+        # in full precision, whatever the precision of the rest of the head.
+        with torch.autocast(x.device.type, enabled=False):
+            v, g = (p if p.dtype == torch.float64 else p.float() for p in (self.weight_v, self.weight_g))
+            # A fused kernel for `g * v / |v|`: separate operations on K x 256 values take a tenth of a small step.
+            weight = torch._weight_norm(v, g, 0)
+            x = x.to(weight.dtype)
+            return F.linear(x, weight) if objective is None else objective(x, weight)
+
+
+class PrototypeHead(nn.Module):
+    """Projection head of DINO and iBOT: MLP, L2 normalization, then the scaled cosine to each of K prototypes.
+
+    Parameters are named `mlp.0|2|4.weight|bias`, `last_layer.weight_g` and `last_layer.weight_v`, as in released
+    checkpoints; with a single layer, `mlp.weight` and `mlp.bias`.
+
+    Args:
+        in_features: Width D of a token.
+        shape: Sizes of the head.
+        bias: Whether the MLP layers have a bias.
+
+    Source: the released DINOv2 head; initialization trunc-normal 0.02 and zero bias in the MLP, uniform
+    +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
+    """
+
+    def __init__(self, in_features: int, shape: HeadShape, *, bias: bool = True) -> None:
+        super().__init__()
+        inner = [shape.hidden_size] * (shape.num_layers - 1)
+        widths = [in_features, *inner, shape.bottleneck_size]
+        layers: list[nn.Module] = []
+        for index in range(shape.num_layers):
+            linear = nn.Linear(widths[index], widths[index + 1], bias=bias)
+            nn.init.trunc_normal_(linear.weight, std=0.02)
+            if bias:
+                nn.init.zeros_(linear.bias)
+            layers += [linear, nn.GELU()]
+        # No activation after the last layer. A single layer is not wrapped, so that its name has no index.
+        self.mlp = layers[0] if shape.num_layers == 1 else nn.Sequential(*layers[:-1])
+        self.last_layer = _Prototypes(shape.bottleneck_size, shape.num_prototypes)
+
+    def forward(self, x: Tensor, objective: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
+        """Return float32 logits `(n, K)` of features `(n, D)`, or the value of `objective`; n may be 0.
+
+        `objective` is called with the unit-length bottleneck `(n, bottleneck)` and the prototypes `(K, bottleneck)`.
+        It serves losses that do not store all logits at once, and is called here because the parameters of a sharded
+        head are gathered only inside of `forward`.
+        """
+        x = self.mlp(x)
+        # An epsilon of 1e-12 underflows in fp16.
+        x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
+        return self.last_layer(x, objective)
+
+
+# ---- Student, teacher, losses ------------------------------------------------------------------------------------
+
+
+class StudentOutput(NamedTuple):
+    """Student outputs that enter the losses. K and K' are the numbers of prototypes of the DINO and the iBOT head."""
+
+    cls_features: Tensor  # (G, B, D) CLS tokens of the global crops after the final norm
+    global_logits: Tensor  # (G, B, K)
+    local_logits: Tensor  # (L, B, K)
+    masked_logits: Tensor  # (M, K')
+
+
+class TeacherTargets(NamedTuple):
+    """Target probabilities; each row sums to 1 and has no gradient."""
+
+    cls: Tensor  # (G, B, K)
+    masked: Tensor  # (M, K')
+
+
+class SelfDistillation(nn.Module):
+    """Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
+
+    Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
+    with softmax centering also `dino_center` and `ibot_center`. The teacher starts as a copy of the student, has no
+    gradients, stays in eval mode and changes only through `update_teacher`.
+
+    Order of calls per optimizer step: `begin_step(temperature)` once, forward and backward per micro-batch,
+    `clip_gradients`, the optimizer, `update_teacher(momentum)`.
+
+    Args:
+        backbone: Student backbone with `config.use_mask_token=True`. It is not copied.
+        dino_head: Sizes of the head on CLS tokens.
+        ibot_head: Sizes of the head on masked patches; None ties it to the DINO head.
+        centering: `"softmax"` (running center) or `"sinkhorn"` (Sinkhorn-Knopp over the global batch).
+        center_momentum: Share of the previous center that is kept per step; softmax centering only.
+        student_temperature: Temperature that divides the student logits.
+        dino_loss_weight: Weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
+        ibot_loss_weight: Weight of the iBOT term; 0 skips its logits.
+        koleo_loss_weight: Weight of the KoLeo term of each global crop; 0 skips it.
+        koleo_gathered: Whether KoLeo searches neighbors in all processes instead of only the current one.
+        koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
+        gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
+            teacher backbone that changes only through `refresh_gram_teacher`.
+
+    Raises:
+        ValueError: If the backbone has no mask token or has a pooler or norm of another family, the centering is
+            unknown, a weight is negative, or all weights are 0.
+    """
+
+    # Without this, Trainer guesses from the signature if the loss is already divided by the accumulation steps.
+    accepts_loss_kwargs = False
+    # Modules that FSDP2 shards as one group, in student and teacher; the remainder belongs to the root.
+    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
+
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict
+    dino_center: SoftmaxCenter | None
+    ibot_center: SoftmaxCenter | None
+    gram_teacher: RegViTModel | None
+
+    def __init__(
+        self,
+        backbone: RegViTModel,
+        *,
+        dino_head: HeadShape,
+        ibot_head: HeadShape | None = None,
+        centering: str = "softmax",
+        center_momentum: float = 0.9,
+        student_temperature: float = 0.1,
+        dino_loss_weight: float = 1.0,
+        ibot_loss_weight: float = 1.0,
+        koleo_loss_weight: float = 0.1,
+        koleo_gathered: bool = False,
+        koleo_neighbours: int = 1,
+        gram_loss_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if not backbone.config.use_mask_token:
+            raise ValueError(
+                "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
+            )
+        if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
+            raise ValueError(
+                f"The backbone has final_norm={backbone.config.final_norm!r} and "
+                f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
+                "Build it with final_norm='tokens' and add_pooling_layer=False."
+            )
+        if centering not in ("softmax", "sinkhorn"):
+            raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
+        weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"The loss weights (DINO, iBOT, KoLeo, Gram) are {weights}; expected none below 0 and at least one "
+                "above 0."
+            )
+        self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
+        self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
+        self.student_temperature = student_temperature
+        self.teacher_temperature = 0.07
+        width = backbone.config.hidden_size
+        self.student = nn.ModuleDict({"backbone": backbone, "dino_head": PrototypeHead(width, dino_head)})
+        if ibot_head is not None:
+            self.student["ibot_head"] = PrototypeHead(width, ibot_head)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        self.gram_teacher = copy.deepcopy(self.teacher_backbone) if gram_loss_weight else None
+        self.dino_center = self.ibot_center = None
+        if centering == "softmax":
+            masked_head = dino_head if ibot_head is None else ibot_head
+            self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)
+            self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
+        self.train()
+
+    @property
+    def student_backbone(self) -> RegViTModel:
+        """Backbone that is trained."""
+        return cast(RegViTModel, self.student["backbone"])
+
+    @property
+    def teacher_backbone(self) -> RegViTModel:
+        """Backbone that is exported: the moving average of the student backbone."""
+        return cast(RegViTModel, self.teacher["backbone"])
+
+    def whole_teacher_backbone(self) -> RegViTModel:
+        """Return the teacher backbone for standalone use; if FSDP2 has sharded it, a gathered copy (a collective)."""
+        teacher = self.teacher_backbone
+        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+            return teacher
+        whole = RegViTModel(teacher.config).eval()
+        whole.to(device=next(teacher.parameters()).device)
+        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
+        return whole
+
+    def train(self, mode: bool = True) -> "SelfDistillation":
+        """Set the mode of the student only; the teacher stays in eval mode, because it must never drop paths."""
+        super().train(mode)
+        self.teacher.eval()
+        if self.gram_teacher is not None:
+            self.gram_teacher.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Enable recomputation of the student blocks in the backward pass. Arguments are those of transformers."""
+        self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Enable gradient checkpointing under the name that newer releases of transformers use."""
+        self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks of all backbones in place, so that parameter names and checkpoints do not change.
+
+        Args:
+            **options: Keyword arguments of `torch.compile`.
+        """
+        for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
+            for layer in [] if backbone is None else backbone.layers:
+                layer.compile(**options)
+
+    def begin_step(self, teacher_temperature: float) -> None:
+        """Set the teacher temperature and commit the centers; call once before the first forward of every step."""
+        self.teacher_temperature = teacher_temperature
+        for center in (self.dino_center, self.ibot_center):
+            if center is not None:
+                center.commit()
+
+    def _logits(self, network: nn.ModuleDict, cls: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+        """Return head outputs of CLS rows and masked-patch rows; a disabled loss gets no rows and costs nothing."""
+        cls = cls if self.dino_loss_weight else cls[:0]
+        masked = masked if self.ibot_loss_weight else masked[:0]
+        if "ibot_head" in network:
+            return network["dino_head"](cls), network["ibot_head"](masked)
+        logits = network["dino_head"](torch.cat([cls, masked]))
+        return logits[: len(cls)], logits[len(cls) :]
+
+    def _probabilities(self, logits: Tensor, center: SoftmaxCenter | None) -> Tensor:
+        if center is None:
+            return sinkhorn_knopp(logits, temperature=self.teacher_temperature)
+        probabilities = center(logits, temperature=self.teacher_temperature)
+        if self.training:
+            center.accumulate(logits)
+        return probabilities
+
+    def _teacher_logits(self, global_crops: Tensor, mask_indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Return teacher head outputs of the CLS tokens `(G * B, K)` and of the masked patches `(M, K')`."""
+        # Inference mode launches kernels faster, but FSDP2 gathers parameters into buffers that outlive the mode.
+        sharded = any(isinstance(parameter, DTensor) for parameter in self.teacher.parameters())
+        with torch.no_grad() if sharded else torch.inference_mode():
+            tokens = self._tokens(self.teacher_backbone, global_crops.flatten(0, 1), mask_indices)
+            return self._logits(self.teacher, *tokens)
+
+    def _targets(self, cls_logits: Tensor, masked_logits: Tensor, num_global: int) -> TeacherTargets:
+        cls = self._probabilities(cls_logits, self.dino_center)
+        cls = cls.reshape(num_global, -1, cls.shape[-1])
+        return TeacherTargets(cls, self._probabilities(masked_logits, self.ibot_center))
+
+    @torch.no_grad()
+    def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
+        """Compute targets from the unmasked global crops.
+
+        Args:
+            global_crops: Pixels `(G, B, 3, S, S)`.
+            mask_indices: Positions `(M,)` of the masked patches in the flattened (G, B, N).
+
+        Returns:
+            Probabilities of the CLS tokens, crop by crop, and of the patches that are masked for the student.
+        """
+        return self._targets(*self._teacher_logits(global_crops, mask_indices), num_global=global_crops.shape[0])
+
+    @torch.no_grad()
+    def joint_targets(self, batches: Sequence[Mapping[str, Tensor]]) -> list[TeacherTargets]:
+        """Compute the targets of all micro-batches of an optimizer step jointly, for the `targets` of `forward`.
+
+        Sinkhorn-Knopp distributes its rows evenly over the prototypes, so two halves of a batch have other targets
+        than the whole batch. (Softmax centering does not need this: a center depends on previous steps only.)
+        All logits are in memory at once: 4 bytes * prototypes * (global crops + masked patches) of the whole step.
+
+        Args:
+            batches: Micro-batches with the `global_crops` and `mask_indices` of `forward`.
+        """
+        rows = [self._teacher_logits(batch["global_crops"], batch["mask_indices"]) for batch in batches]
+        cls_rows, masked_rows = ([pair[part] for pair in rows] for part in (0, 1))
+        cls, masked = self._targets(torch.cat(cls_rows), torch.cat(masked_rows), num_global=1)
+        return [
+            TeacherTargets(one.reshape(batch["global_crops"].shape[0], -1, one.shape[-1]), other)
+            for batch, one, other in zip(
+                batches,
+                cls[0].split([len(logits) for logits in cls_rows]),
+                masked.split([len(logits) for logits in masked_rows]),
+                strict=True,
+            )
+        ]
+
+    @staticmethod
+    def _tokens(
+        backbone: RegViTModel, pixels: Tensor, patches: Tensor, masks: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Compute the tokens that the losses read, after the final norm.
+
+        The last block computes these tokens only and uses the others as keys and values. If half of the crops are
+        masked, this saves most of that block.
+
+        Args:
+            backbone: Backbone of the student or the teacher.
+            pixels: Pixels `(crops, 3, S, S)`.
+            patches: Positions `(m,)` in the flattened (crops, N).
+            masks: Boolean masks `(crops, N)`.
+
+        Returns:
+            CLS tokens `(crops, D)` and patch tokens `(m, D)`.
+        """
+        hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
+        *blocks, last = backbone.layers
+        for block in blocks:
+            hidden_states, _ = block(hidden_states)
+        num_crops, num_tokens, _ = hidden_states.shape
+        prefix = backbone.config.num_prefix_tokens
+        first = torch.arange(num_crops, device=pixels.device) * num_tokens
+        behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
+        rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]))[0])
+        return rows[:num_crops], rows[num_crops:]
+
+    def _student_tokens(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, patches: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return CLS tokens `(G * B + L * B, D)`, global crops first, and the global crops' patches at `patches`."""
+        backbone = self.student_backbone
+        cls, rows = self._tokens(backbone, global_crops.flatten(0, 1), patches, masks.flatten(0, 1))
+        if self.dino_loss_weight and local_crops.shape[0]:
+            # A separate forward: packing both resolutions into one sequence is slower on a CPU.
+            local_cls, _ = self._tokens(backbone, local_crops.flatten(0, 1), patches[:0])
+            cls = torch.cat([cls, local_cls])
+        return cls, rows
+
+    def student_outputs(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
+    ) -> StudentOutput:
+        """Run the student on masked global and unmasked local crops and keep all logits, which `forward` never stores.
+
+        Args:
+            global_crops: Pixels `(G, B, 3, S, S)`.
+            local_crops: Pixels `(L, B, 3, s, s)`; L may be 0.
+            masks: Boolean masks `(G, B, N)`, True where the mask token replaces the patch.
+            mask_indices: Positions `(M,)` of the True entries.
+
+        Returns:
+            Features and logits, crop-major.
+        """
+        num_global, batch = global_crops.shape[:2]
+        cls, masked = self._student_tokens(global_crops, local_crops, masks, mask_indices)
+        cls_logits, masked_logits = self._logits(self.student, cls, masked)
+        cls_logits = cls_logits.reshape(-1, batch, cls_logits.shape[-1])
+        cls = cls[: num_global * batch].reshape(num_global, batch, -1)
+        return StudentOutput(cls, cls_logits[:num_global], cls_logits[num_global:], masked_logits)
+
+    def _prototype_losses(
+        self, cls: Tensor, masked: Tensor, targets: TeacherTargets, mask_weights: Tensor, batch: int
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Return the sum of the DINO and iBOT losses, its weighted terms, and the cross-entropy of each CLS row.
+
+        A disabled loss gets no rows, but its head stays in the graph, because DDP waits for every gradient.
+        """
+        num_global = targets.cls.shape[0]
+        num_local = cls.shape[0] // batch - num_global
+        # The official divisor: without local crops it counts one term too many.
+        divisor = max(num_global * num_local, 1) + num_global
+        # Each global crop learns from the other one. Each local crop learns from all global crops, which equals
+        # num_global times their mean, because a cross-entropy is linear in its target.
+        rows = torch.arange(num_global * batch + batch, device=cls.device)
+        rows = torch.cat([rows[: num_global * batch], rows[num_global * batch :].repeat(num_local)])
+        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=torch.float32)
+        weights[num_global * batch :] *= num_global
+        if not self.dino_loss_weight:
+            cls, rows, weights = cls[:0], rows[:0], weights[:0]
+        if not self.ibot_loss_weight:
+            masked, mask_weights = masked[:0], mask_weights[:0]
+        dino = partial(
+            prototype_cross_entropy,
+            targets=torch.cat([targets.cls.flip(0).flatten(0, 1), targets.cls.mean(0)]),
+            target_rows=rows,
+            weights=weights,
+            temperature=self.student_temperature,
+        )
+        ibot_weights = mask_weights * (self.ibot_loss_weight / (num_global * batch))
+        ibot = partial(
+            prototype_cross_entropy,
+            targets=targets.masked,
+            weights=ibot_weights,
+            temperature=self.student_temperature,
+        )
+        if "ibot_head" in self.student:
+            dino_loss, of_cls = self.student["dino_head"](cls, dino)
+            ibot_loss, of_masked = self.student["ibot_head"](masked, ibot)
+        else:
+            count = len(cls)
+            (dino_loss, of_cls), (ibot_loss, of_masked) = self.student["dino_head"](
+                torch.cat([cls, masked]), lambda x, w: (dino(x[:count], w), ibot(x[count:], w))
+            )
+        terms = {}
+        if self.dino_loss_weight:
+            across, local = (of_cls * weights).split([num_global * batch, num_local * batch])
+            if num_local:
+                terms["dino_local_loss"] = local.sum()
+            terms["dino_global_loss"] = across.sum()
+        if self.ibot_loss_weight:
+            terms["ibot_loss"] = (of_masked * ibot_weights).sum()
+        return dino_loss + ibot_loss, terms, of_cls
+
+    @torch.no_grad()
+    def _gram_patches(self, crops: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Return patch tokens `(crops, N, D)` of the Gram teacher, resampled to the student grid if they differ."""
+        teacher = cast(RegViTModel, self.gram_teacher)
+        patches = teacher(crops).patch_tokens
+        own = teacher.embeddings.patch_embeddings.grid_of(crops)
+        if own == grid:
+            return patches
+        maps = patches.float().mT.unflatten(2, own)  # (crops, D, rows, columns)
+        return F.interpolate(maps, size=grid, mode="bicubic", align_corners=False).flatten(2).mT
+
+    def forward(
+        self,
+        global_crops: Tensor,
+        local_crops: Tensor,
+        masks: Tensor,
+        mask_indices: Tensor,
+        mask_weights: Tensor,
+        targets: TeacherTargets | None = None,
+        gram_crops: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Compute the losses of one micro-batch.
+
+        Args:
+            global_crops: Normalized pixels `(2, B, 3, S, S)`, two global crops of B images.
+            local_crops: Normalized pixels `(L, B, 3, s, s)`; L may be 0.
+            masks: Boolean masks `(2, B, N)` over the N patches of a global crop.
+            mask_indices: Positions `(M,)` (int64) of the True entries in the flattened masks, ascending; M may be 0.
+            mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
+            targets: Targets of this micro-batch, from `joint_targets`; default: computed from this batch alone.
+            gram_crops: Global crops `(2, B, 3, S', S')` of another size for the Gram teacher; default: `global_crops`.
+
+        Returns:
+            `loss` (the scalar to differentiate), its detached weighted terms `dino_local_loss`, `dino_global_loss`,
+            `ibot_loss`, `koleo_loss` and `gram_loss`, which add up to it, and `teacher_entropy` and
+            `teacher_marginal_entropy` in nats: the entropy of a single DINO target, and of the mean target of the
+            batch. Both near ln K means uniform collapse; both near 0 means that one prototype takes everything.
+            `teacher_student_kl` is KL(teacher || student) of the global crops in nats; `used_prototypes` is the number
+            of prototypes that are the largest entry of at least one target of the batch.
+
+        Raises:
+            ValueError: If the tensors do not match, or the number of global crops is not 2.
+        """
+        self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
+        targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
+        num_global, batch = global_crops.shape[:2]
+        patches = mask_indices
+        if self.gram_loss_weight:
+            patches = torch.arange(masks.numel(), device=masks.device)
+        cls, rows = self._student_tokens(global_crops, local_crops, masks, patches)
+        masked = rows[mask_indices] if self.gram_loss_weight else rows
+        loss, terms, of_cls = self._prototype_losses(cls, masked, targets, mask_weights, batch)
+        if self.koleo_loss_weight:
+            spread = partial(koleo_loss, gathered=self.koleo_gathered, neighbours=self.koleo_neighbours)
+            koleo = torch.stack([spread(crop) for crop in cls[: num_global * batch].split(batch)])
+            terms["koleo_loss"] = self.koleo_loss_weight * koleo.sum()
+            loss = loss + terms["koleo_loss"]
+        if self.gram_loss_weight:
+            grid = self.student_backbone.embeddings.patch_embeddings.grid_of(global_crops[0])
+            anchor = self._gram_patches((global_crops if gram_crops is None else gram_crops).flatten(0, 1), grid)
+            terms["gram_loss"] = self.gram_loss_weight * gram_loss(rows.unflatten(0, anchor.shape[:2]), anchor)
+            loss = loss + terms["gram_loss"]
+        outputs = {"loss": loss, **{name: term.detach() for name, term in terms.items()}}
+        if self.dino_loss_weight:
+            probabilities = targets.cls.flatten(0, 1)
+            outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
+            outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
+            # The global cross-entropy is H(t) + KL(t || s); its second term is the distance of the student.
+            outputs["teacher_student_kl"] = of_cls[: num_global * batch].mean() - outputs["teacher_entropy"]
+            used = probabilities.new_zeros(probabilities.shape[-1])
+            outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
+        return outputs
+
+    def _check_batch(
+        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
+    ) -> None:
+        if global_crops.ndim != 5 or global_crops.shape[0] != 2:
+            raise ValueError(
+                f"global_crops has shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
+                "B images, crop-major."
+            )
+        if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
+            raise ValueError(
+                f"local_crops has shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
+                "local crops of the same images, crop-major."
+            )
+        if masks.dtype != torch.bool or masks.shape[:2] != global_crops.shape[:2]:
+            raise ValueError(
+                f"masks has shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
+                f"(2, {global_crops.shape[1]}, N)."
+            )
+        if mask_indices.shape != mask_weights.shape or mask_indices.ndim != 1:
+            raise ValueError(
+                f"mask_indices has shape {tuple(mask_indices.shape)} and mask_weights has shape "
+                f"{tuple(mask_weights.shape)}; expected (M,) for both, one entry per masked patch."
+            )
+
+    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
+        """Clip the gradients of backbone, DINO head and iBOT head separately, as in the official code.
+
+        Args:
+            max_norm: Largest gradient norm of each submodule.
+
+        Returns:
+            Norms before clipping, by name of the submodule; computed over all shards if parameters are sharded.
+        """
+        return {
+            name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
+            for name, part in self.student.items()
+        }
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step.
+
+        Also reduces the centers over the processes, so that all processes hold the same state between steps.
+        """
+        student = dict(self.student.named_parameters())
+        teacher = dict(self.teacher.named_parameters())
+        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+        for center in (self.dino_center, self.ibot_center):
+            if center is not None:
+                center.reduce()
+
+    @torch.no_grad()
+    def refresh_gram_teacher(self) -> None:
+        """Copy the current teacher backbone to the Gram teacher."""
+        if self.gram_teacher is None:
+            raise RuntimeError(
+                "There is no Gram teacher to refresh. Build SelfDistillation with gram_loss_weight > 0."
+            )
+        torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher_backbone.parameters()))

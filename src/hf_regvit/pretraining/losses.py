@@ -1,0 +1,456 @@
+"""Self-supervised losses of DINOv2: DINO, iBOT, KoLeo, the two kinds of teacher targets, and Gram anchoring.
+
+All computations run in float32, whatever the dtype of the inputs: at a temperature of 0.04, the rounding of a bf16
+logit alone changes a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
+
+All collectives of the losses are in this module, which uses `torch.distributed` directly. Without a process group, or
+with one process, every collective is skipped.
+
+Source: Oquab et al., "DINOv2" (2023); Caron et al., "DINO" (2021); Zhou et al., "iBOT" (2021); Sablayrolles et al.,
+"Spreading vectors for similarity search" (2018); Siméoni et al., "DINOv3" (2025) for Gram anchoring and the gathered
+KoLeo. Divisors and the order of operations follow the released training code.
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.nn.functional
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
+    """Reduce `tensor` in place over all processes; return it unchanged if there is only one."""
+    if _num_processes() > 1:
+        dist.all_reduce(tensor, op=op)
+    return tensor
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    # Keep float64, which gradient checks and reference runs need.
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _check_temperature(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(
+            f"{name} is {value}; expected a temperature above 0. "
+            "Usual values are 0.1 for the student and 0.04 to 0.07 for the teacher."
+        )
+
+
+def _row_cross_entropy(student_logits: Tensor, target_sum: Tensor, num_targets: int, temperature: float) -> Tensor:
+    """Compute the cross-entropy of each row, summed over its targets.
+
+    `-sum_k t_k log_softmax(s)_k = logsumexp(s) - sum_k t_k s_k` because every target sums to 1. In this form, neither
+    the log-softmax nor a product of target and logit is stored, and several targets of a row need only one pass,
+    because only their sum enters.
+
+    Args:
+        student_logits: Logits `(..., K)`.
+        target_sum: Sum `(..., K)` of `num_targets` probability vectors, broadcastable to the logits.
+        num_targets: Number of probability vectors in the sum.
+        temperature: Student temperature.
+
+    Returns:
+        Cross-entropies `(...)` in nats.
+    """
+    scaled = _float32(student_logits) / temperature
+    dot = torch.einsum("...k,...k->...", scaled, _float32(target_sum))
+    return num_targets * torch.logsumexp(scaled, dim=-1) - dot
+
+
+def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temperature: float = 0.1) -> Tensor:
+    """Compute the cross-entropy between every student crop and every teacher crop, summed over the pairs.
+
+    The caller divides by the number of terms: local and global crops share one divisor (`2 * num_local_crops + 2`, 18
+    in the official recipe).
+
+    Args:
+        student_logits: Head outputs `(S, B, K)` of S student crops of B images.
+        teacher_probs: Target probabilities `(T, B, K)` of T teacher crops of the same images; each row sums to 1.
+            They are constants: no gradient flows into them.
+        student_temperature: Temperature that divides the student logits.
+
+    Returns:
+        Scalar in nats: the sum over all S * T pairs of the mean over the B images.
+
+    Raises:
+        ValueError: If shapes do not match, or the temperature is not positive.
+    """
+    _check_temperature("student_temperature", student_temperature)
+    if student_logits.ndim != 3 or teacher_probs.ndim != 3 or student_logits.shape[1:] != teacher_probs.shape[1:]:
+        raise ValueError(
+            f"Student logits have shape {tuple(student_logits.shape)} and teacher probabilities have shape "
+            f"{tuple(teacher_probs.shape)}; expected (S, B, K) and (T, B, K) with the same images and prototypes."
+        )
+    target_sum = teacher_probs.detach().sum(dim=0)
+    per_image = _row_cross_entropy(student_logits, target_sum, teacher_probs.shape[0], student_temperature)
+    return per_image.mean(dim=1).sum()
+
+
+def ibot_loss(
+    student_logits: Tensor,
+    teacher_probs: Tensor,
+    mask_weights: Tensor,
+    *,
+    num_crops: int,
+    student_temperature: float = 0.1,
+) -> Tensor:
+    """Compute the cross-entropy at the masked patches between the student, which saw the mask token, and the teacher.
+
+    Args:
+        student_logits: Head outputs `(M, K)` at the masked positions. M = 0 gives 0, still attached to the graph.
+        teacher_probs: Target probabilities `(M, K)` for the same crops and positions; constants.
+        mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
+        num_crops: Number of global crops in the batch, masked or not. The official denominator also counts unmasked
+            crops, so the term has about half of its nominal weight if half of the crops are masked.
+        student_temperature: Temperature that divides the student logits.
+
+    Returns:
+        Scalar in nats: `sum_j w_j H(t_j, s_j) / num_crops`.
+
+    Raises:
+        ValueError: If shapes do not match, `num_crops` is below 1, or the temperature is not positive.
+    """
+    _check_temperature("student_temperature", student_temperature)
+    if student_logits.shape != teacher_probs.shape or mask_weights.shape != student_logits.shape[:1]:
+        raise ValueError(
+            f"Student logits have shape {tuple(student_logits.shape)}, teacher probabilities "
+            f"{tuple(teacher_probs.shape)} and mask weights {tuple(mask_weights.shape)}; "
+            "expected (M, K), (M, K) and (M,) for the same M masked patches."
+        )
+    if num_crops < 1:
+        raise ValueError(f"num_crops is {num_crops}; expected the number of global crops in the batch, at least 1.")
+    per_patch = _row_cross_entropy(student_logits, teacher_probs.detach(), 1, student_temperature)
+    return (per_patch * mask_weights).sum() / num_crops
+
+
+class _PrototypeCrossEntropy(torch.autograd.Function):
+    """Loss and gradients of `prototype_cross_entropy` in one pass over chunks of rows.
+
+    The gradient of a cross-entropy follows from its softmax, so both matrix products of the backward pass run while
+    the logits of a chunk are still in the cache. No tensor of size (n, K) is stored.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        prototypes: Tensor,
+        targets: Tensor,
+        target_rows: Tensor | None,
+        weights: Tensor,
+        temperature: float,
+        chunk_rows: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        num_rows = features.shape[0]
+        scaled = features / temperature
+        per_row = features.new_empty(num_rows)
+        if with_gradients:
+            feature_gradient, prototype_gradient = torch.empty_like(features), torch.zeros_like(prototypes)
+        buffer = features.new_empty(min(chunk_rows, num_rows), prototypes.shape[0])
+        for start in range(0, num_rows, chunk_rows):
+            rows = slice(start, start + chunk_rows)
+            target = targets[rows] if target_rows is None else targets.index_select(0, target_rows[rows])
+            target = target.to(features.dtype)
+            logits = torch.mm(scaled[rows], prototypes.T, out=buffer[: len(target)])
+            dot = torch.einsum("nk,nk->n", logits, target)
+            top = logits.amax(dim=1, keepdim=True)
+            masses = logits.sub_(top).exp_().sum(dim=1)
+            per_row[rows] = masses.log() + top.squeeze(1) - dot
+            if with_gradients:
+                weight = weights[rows, None]
+                gradient = logits.mul_(weight / masses[:, None]).addcmul_(target, -weight)
+                torch.mm(gradient, prototypes, out=feature_gradient[rows])
+                prototype_gradient.addmm_(gradient.T, scaled[rows])
+        if with_gradients:
+            ctx.save_for_backward(feature_gradient.div_(temperature), prototype_gradient)
+        ctx.mark_non_differentiable(per_row)
+        return (per_row * weights).sum(), per_row
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        feature_gradient, prototype_gradient = ctx.saved_tensors
+        return feature_gradient * gradient, prototype_gradient * gradient, *(None,) * 6
+
+
+# Largest number of logits that `prototype_cross_entropy` holds at a time: on a CPU the capacity of a cache, elsewhere
+# enough rows to make the cost of kernel launches negligible.
+_CHUNK_LOGITS = {"cpu": 2**23, "other": 2**26}
+
+
+def prototype_cross_entropy(
+    features: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    *,
+    weights: Tensor,
+    temperature: float = 0.1,
+    target_rows: Tensor | None = None,
+    chunk_rows: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute a weighted sum of cross-entropies without storing all logits `features @ prototypes.T` at once.
+
+    Equals `dino_loss` and `ibot_loss` on those logits, in float32, with less memory: for 65,536 prototypes, the logits
+    and their gradients are the largest tensors of a training step.
+
+    Args:
+        features: Bottleneck outputs `(n, d)` of a head, unit length. n may be 0.
+        prototypes: Weight `(K, d)` of the last layer of the head.
+        targets: Target probabilities `(m, K)`, each row summing to 1; constants.
+        weights: Weight `(n,)` of each row in the sum; constants.
+        temperature: Student temperature.
+        target_rows: Index `(n,)` (int64) of the row of `targets` for each row of `features`; None for the same row.
+        chunk_rows: Number of rows processed at a time; None for a default that depends on the device.
+
+    Returns:
+        The scalar `sum_i w_i H(t_i, s_i)`, and the cross-entropy `(n,)` of each row in nats, without a gradient.
+
+    Raises:
+        ValueError: If shapes do not match, or the temperature is not positive.
+    """
+    _check_temperature("temperature", temperature)
+    rows = features.shape[0] if target_rows is None else targets.shape[0]
+    if (
+        features.ndim != 2
+        or features.shape[1:] != prototypes.shape[1:]
+        or targets.shape != (rows, prototypes.shape[0])
+        or weights.shape != features.shape[:1]
+        or (target_rows is not None and target_rows.shape != weights.shape)
+    ):
+        raise ValueError(
+            f"The shapes of features {tuple(features.shape)}, prototypes {tuple(prototypes.shape)}, targets "
+            f"{tuple(targets.shape)}, weights {tuple(weights.shape)} and target_rows "
+            f"{None if target_rows is None else tuple(target_rows.shape)} do not match; expected (n, d), (K, d), "
+            "(n, K) and (n,), or any number of targets if target_rows (n,) is given."
+        )
+    if chunk_rows is None:
+        kind = "cpu" if features.device.type == "cpu" else "other"
+        chunk_rows = max(_CHUNK_LOGITS[kind] // prototypes.shape[0], 1)
+    with torch.autocast(features.device.type, enabled=False):
+        features, prototypes = _float32(features), _float32(prototypes)
+        return _PrototypeCrossEntropy.apply(
+            features,
+            prototypes,
+            targets.detach(),
+            target_rows,
+            weights.detach().to(features.dtype),
+            temperature,
+            chunk_rows,
+            torch.is_grad_enabled() and (features.requires_grad or prototypes.requires_grad),
+        )
+
+
+def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbours: int = 1) -> Tensor:
+    """Compute the KoLeo regularizer, which pushes every feature away from its nearest neighbors in the batch.
+
+    Rows are L2-normalized. The neighbors of a row are the other rows with the largest dot products. Their indices are
+    constants, but the gradient flows through both rows. One global crop is one batch.
+
+    Args:
+        features: Unnormalized CLS features `(B, D)` (after the final norm, before the head).
+        eps: Constant added to every coordinate of the difference and to the distance; also the floor of the norm.
+        gathered: Whether to search neighbors among the rows of all processes, which then need equal B. Otherwise, the
+            batch is local to the process, as in DINOv2.
+        neighbours: Number of neighbors, all weighted equally; 1 in DINOv2.
+
+    Returns:
+        Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbors. Identical
+        rows give about 16, not infinity.
+
+    Raises:
+        ValueError: If there are too few rows for the number of neighbors.
+    """
+    if features.ndim != 2 or features.shape[0] < 2:
+        raise ValueError(
+            f"KoLeo features have shape {tuple(features.shape)}; expected (B, D) with B of at least 2, because every "
+            "image is compared with its nearest neighbor. Raise the batch size or set koleo_loss_weight=0."
+        )
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(_float32(features), dim=-1, eps=eps)
+        others, offset = unit, 0
+        if gathered and _num_processes() > 1:
+            others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
+            offset = dist.get_rank() * unit.shape[0]
+        if not 1 <= neighbours < others.shape[0]:
+            raise ValueError(
+                f"neighbours is {neighbours}; expected 1 to {others.shape[0] - 1}, the number of other rows."
+            )
+        with torch.no_grad():
+            similarity = unit @ others.T
+            similarity.diagonal(offset).fill_(-1)
+            nearest = similarity.topk(neighbours, dim=1).indices  # (B, neighbours)
+        distance = F.pairwise_distance(unit[:, None], others[nearest], p=2, eps=eps)
+        return -torch.log(distance + eps).mean()
+
+
+def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
+    """Compute the Gram anchoring loss, which keeps patch similarities close to those of an earlier teacher.
+
+    Patch features may drift together; only the similarities between the patches of an image are constrained. Both
+    sides are L2-normalized, so the compared P x P matrices hold cosines.
+
+    Args:
+        student_patches: Patch features `(crops, P, D)` after the final norm.
+        teacher_patches: Patch features `(crops, P, D')` of the Gram teacher on the same grid; constants.
+
+    Returns:
+        Scalar: the mean squared difference over all entries of all matrices.
+
+    Raises:
+        ValueError: If the numbers of crops or patches differ.
+
+    Source: Siméoni et al., "DINOv3" (2025), section 4; weight 2 there.
+    """
+    if (
+        student_patches.ndim != 3
+        or teacher_patches.ndim != 3
+        or student_patches.shape[:2] != teacher_patches.shape[:2]
+    ):
+        raise ValueError(
+            f"Student patches have shape {tuple(student_patches.shape)} and teacher patches have shape "
+            f"{tuple(teacher_patches.shape)}; expected (crops, P, D) and (crops, P, D') on the same grid. Resample "
+            "the teacher patches first."
+        )
+    with torch.autocast(student_patches.device.type, enabled=False):
+        student = F.normalize(_float32(student_patches), dim=-1)
+        teacher = F.normalize(_float32(teacher_patches.detach()), dim=-1)
+        return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 3) -> Tensor:
+    """Compute teacher targets that use all prototypes equally over the global batch.
+
+    Alternately scales prototypes and samples of `exp(logits / temperature)` to equal mass. Processes may hold
+    different numbers of samples, including none: only one vector of size K per iteration is communicated, plus one for
+    the maximum.
+
+    The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential, the
+    largest logit of each prototype over all processes is subtracted, then the largest remaining value of each sample.
+    Both cancel in the scalings, and every row and every column keeps an entry of exactly 1, so no sum can overflow or
+    vanish for finite logits. The released code subtracts nothing and overflows above 88 temperatures.
+
+    Args:
+        logits: Teacher head outputs `(n, K)` of this process. Remove padding rows first.
+        temperature: Teacher temperature.
+        num_iterations: Number of pairs of scalings; 3 in the official recipe.
+
+    Returns:
+        Float32 probabilities `(n, K)`; every row sums to 1.
+
+    Raises:
+        ValueError: If the logits are not a matrix, the temperature is not positive, or there are no iterations.
+    """
+    _check_temperature("temperature", temperature)
+    if logits.ndim != 2:
+        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (n, K) with one row per sample.")
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations is {num_iterations}; expected at least 1. The official recipe uses 3.")
+    # The only new tensor of this size; all further operations modify it in place.
+    kernel = _float32(logits) / temperature
+    # A process without rows takes part in every collective with the neutral element.
+    top = kernel.amax(dim=0) if len(kernel) else kernel.new_full((kernel.shape[1],), -torch.inf)
+    kernel.sub_(_all_reduce(top, dist.ReduceOp.MAX))
+    shift = kernel.amax(dim=1, keepdim=True)
+    kernel.sub_(shift).exp_()
+    # Undo the shift of each sample in the first prototype sums; afterward, the sample scalings absorb it.
+    sample_scale = shift.squeeze(1).exp_()
+    prototype_scale = kernel.new_ones(kernel.shape[1])
+    for _ in range(num_iterations):
+        masses = _all_reduce(sample_scale @ kernel)
+        # A common factor cancels in the next line; this one prevents a growth of n / K per iteration.
+        prototype_scale = masses.mean() / masses
+        sample_scale = 1 / (kernel @ prototype_scale)
+    return kernel.mul_(prototype_scale).mul_(sample_scale[:, None])
+
+
+class SoftmaxCenter(nn.Module):
+    """Teacher targets by centering: `softmax((logits - center) / temperature)`, with a running mean as center.
+
+    The update is lazy, as in the released code: the rows accumulated in step k enter the center at the start of step
+    k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once at
+    the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the center
+    thus still moves once per step. Between steps, all processes hold the same state, so any of them can write the
+    checkpoint.
+
+    With several processes, the center moves toward the mean of the per-process means (the official rule: processes
+    have equal weight, whatever their number of masked patches). Processes without rows are ignored, so an empty batch
+    of masks cannot turn the center into NaN.
+
+    Args:
+        num_prototypes: Number of prototypes K.
+        momentum: Share of the previous center that is kept per step.
+
+    Raises:
+        ValueError: If the momentum is outside [0, 1).
+    """
+
+    center: Tensor
+    pending_sum: Tensor
+    pending_count: Tensor
+
+    def __init__(self, num_prototypes: int, *, momentum: float = 0.9) -> None:
+        super().__init__()
+        if not 0 <= momentum < 1:
+            raise ValueError(
+                f"The center momentum is {momentum}; expected a number from 0 to below 1. The official value is 0.9."
+            )
+        self.momentum = momentum
+        # All three are persistent: without the pending sums, a resumed run would skip one update.
+        self.register_buffer("center", torch.zeros(num_prototypes))
+        self.register_buffer("pending_sum", torch.zeros(num_prototypes))
+        self.register_buffer("pending_count", torch.zeros(()))
+
+    @torch.no_grad()
+    def forward(self, logits: Tensor, *, temperature: float) -> Tensor:
+        """Compute target probabilities with the current center.
+
+        Args:
+            logits: Teacher head outputs `(..., K)`.
+            temperature: Teacher temperature.
+
+        Returns:
+            Float32 probabilities `(..., K)`.
+
+        Raises:
+            ValueError: If the temperature is not positive.
+        """
+        _check_temperature("temperature", temperature)
+        return torch.softmax((_float32(logits) - self.center).div_(temperature), dim=-1)
+
+    @torch.no_grad()
+    def accumulate(self, logits: Tensor) -> None:
+        """Add the rows of `logits` `(..., K)` to the pending sum that the next `commit` uses."""
+        rows = _float32(logits).reshape(-1, logits.shape[-1])
+        self.pending_sum += rows.sum(dim=0)
+        self.pending_count += rows.shape[0]
+
+    @torch.no_grad()
+    def reduce(self) -> None:
+        """Replace the accumulated rows of each process by the mean over all processes (a collective)."""
+        has_rows = (self.pending_count > 0).to(self.pending_sum.dtype)
+        mean = self.pending_sum / self.pending_count.clamp(min=1)
+        reduced = _all_reduce(torch.cat([mean, has_rows[None]]))
+        self.pending_sum.copy_(reduced[:-1] / reduced[-1].clamp(min=1))
+        self.pending_count.copy_(reduced[-1].clamp(max=1))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """Move the center toward the mean of the accumulated rows; do nothing if there are none."""
+        mean = self.pending_sum / self.pending_count.clamp(min=1)
+        # A branch on the value of a tensor would force a GPU synchronization.
+        self.center.lerp_(mean, (1 - self.momentum) * (self.pending_count > 0).to(mean.dtype))
+        self.pending_sum.zero_()
+        self.pending_count.zero_()
+
+    def extra_repr(self) -> str:
+        """Return the settings that `print(module)` shows."""
+        return f"num_prototypes={self.center.numel()}, momentum={self.momentum}"

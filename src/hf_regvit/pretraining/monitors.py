@@ -1,0 +1,443 @@
+"""Monitoring of pretraining: statistics of the teacher that distinguish a healthy run from a collapsing one.
+
+The loss is not a reliable indicator: it may rise while the features improve, because targets get sharper, and it falls
+to 0 in one kind of collapse. The statistics here are computed from the tokens of a fixed set of images, so that values
+from different steps of a run are comparable.
+
+Shape letters: n images, D width.
+"""
+
+import contextlib
+import copy
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from ..data.decoding import BadImageError
+from ..data.files import stratified_split
+from ..data.loading import load_images, stream_images
+from ..data.source import ImageRecord, MissingSplitError
+from ..diagnosis.diagnose import artifact_snapshot
+from ..evaluation.knn import knn_accuracy
+from ..evaluation.linear import ridge_accuracy
+from ..evaluation.metrics import effective_rank
+from ..models.modeling_regvit import RegViTModel
+from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
+from ..training.callbacks import Observer
+from ..training.distributed import full_tensor
+from .crops import MultiCropStream
+from .distillation import SelfDistillation
+
+logger = logging.getLogger(__name__)
+
+BATCH = 64  # images per forward pass
+SNAPSHOT_IMAGES = 32  # images for the artifact statistics, which use all of their patches
+
+# Keys of `artifact_snapshot` and the corresponding names in the log.
+_ARTIFACTS = {
+    "outlier_share": "outlier_share",
+    "layer": "outlier_layer",
+    "separation": "outlier_separation",
+    "norm_median": "patch_norm",
+    "norm_max": "patch_norm_max",
+    "register_norm": "register_norm",
+    "register_cosine": "register_cosine",
+    "attention_registers": "cls_to_register_attention",
+    "attention_entropy": "cls_attention_entropy",
+    "effective_rank": "patch_effective_rank",
+}
+
+
+@torch.no_grad()
+def feature_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
+    """Measure the spread of the CLS tokens of different images.
+
+    Args:
+        backbone: RegViT in eval mode.
+        pixel_values: Normalized pixels `(n, 3, H, W)`, n at least 2.
+
+    Returns:
+        `feature_std`: standard deviation over the images of the L2-normalized CLS token, mean over its D channels,
+        times sqrt(D): 1 if the tokens are spread evenly over all directions, 0 if all images have the same token.
+        `effective_rank` of the same (n, D) matrix: 1 to min(n, D).
+
+    Source: Chen and He 2021 (SimSiam) for the standard deviation; Garrido et al. 2023 (RankMe) for the rank of
+    features as a measure.
+    """
+    cls = torch.cat([backbone(pixels).pooler_output for pixels in pixel_values.split(BATCH)])
+    unit = F.normalize(cls.double(), dim=-1)  # (n, D)
+    std = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
+    return {"feature_std": std.item(), "effective_rank": effective_rank(unit[None]).item()}
+
+
+def artifact_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
+    """Return `artifact_snapshot` under the names of the log: registers, CLS attention and patch outliers.
+
+    Args:
+        backbone: RegViT.
+        pixel_values: Normalized pixels `(n, 3, H, W)`.
+
+    Returns:
+        `outlier_share` of the patches, by the norm before the final norm, with `outlier_layer` and
+        `outlier_separation` (Ashman's D) of the block where it is largest; `patch_norm` (median) and `patch_norm_max`
+        of that block; `patch_effective_rank`; `cls_attention_entropy` relative to uniform attention; and with
+        registers `register_norm`, `register_cosine` (at least two registers) and `cls_to_register_attention`, the
+        share of the attention of CLS in the last block, mean over heads.
+    """
+    snapshot = artifact_snapshot(backbone, pixel_values[:SNAPSHOT_IMAGES])
+    return {name: snapshot[key] for key, name in _ARTIFACTS.items() if key in snapshot}
+
+
+@torch.no_grad()
+def network_statistics(network: SelfDistillation) -> dict[str, float]:
+    """Measure the distance between teacher and student and the norm of the DINO center.
+
+    Returns:
+        `teacher_student_distance`: |teacher - student| / |student| over all backbone and head parameters.
+        `center_norm`: L2 norm of the DINO center, with softmax centering.
+    """
+    student = dict(network.student.named_parameters())
+    teacher = dict(network.teacher.named_parameters())
+    # Sharded parameters are subtracted shard by shard; only the sums are gathered.
+    distance = sum(full_tensor((teacher[name] - value).float().square().sum()) for name, value in student.items())
+    size = sum(full_tensor(value.float().square().sum()) for value in student.values())
+    values = {"teacher_student_distance": math.sqrt(float(distance) / max(float(size), 1e-30))}
+    if network.dino_center is not None:
+        values["center_norm"] = network.dino_center.center.norm().item()
+    return values
+
+
+class Monitor(Observer):
+    """Measure statistics of features, artifacts and network of the teacher on a fixed set of images.
+
+    All processes measure the same images, because a sharded teacher needs all processes.
+
+    Args:
+        pixel_values: Normalized pixels `(n, 3, H, W)`; 64 images take about half the time of a step with 32.
+        every_steps: Number of optimizer steps between two measurements, or a fraction of the run, limited to 20 to
+            100 steps.
+    """
+
+    def __init__(self, pixel_values: Tensor, *, every_steps: float = 0.025) -> None:
+        super().__init__(every_steps, at_least=20, at_most=100)
+        if len(pixel_values) < 2:
+            raise ValueError(f"The monitor got {len(pixel_values)} images, but it compares images. Pass at least 2.")
+        self.pixel_values = pixel_values
+
+    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+        """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
+        backbone = model.whole_teacher_backbone()
+        pixels = self.pixel_values.to(next(backbone.parameters()).device)
+        return {
+            **feature_statistics(backbone, pixels),
+            **artifact_statistics(backbone, pixels),
+            **network_statistics(model),
+        }
+
+
+class Panels(Observer):
+    """Save PNG panels of a fixed set of images: image, PCA of the patch tokens, attention of CLS.
+
+    Args:
+        images: PIL images of the same size.
+        pixel_values: Pixels `(n, 3, H, W)` of the same images, as input of the backbone.
+        folder: Output folder for `step_000100.png` and so on.
+        every_steps: Number of optimizer steps between two panels, or a fraction of the run, limited to 5000 steps.
+    """
+
+    def __init__(
+        self, images: Sequence[Any], pixel_values: Tensor, *, folder: str | Path, every_steps: float = 0.25
+    ) -> None:
+        super().__init__(every_steps, at_most=5000)
+        self.images, self.pixel_values, self.folder = images, pixel_values, Path(folder)
+
+    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+        """Save a panel; return no measurements."""
+        from ..figures.maps import progress_picture, read_token_maps
+
+        backbone = model.whole_teacher_backbone()  # a collective if the teacher is sharded, so on every process
+        if self.is_main_process:
+            maps = read_token_maps(backbone, self.pixel_values)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
+            except OSError as error:  # a full disk must not stop the run
+                logger.error("ALARM: The panel of step %d cannot be written (%s). Training continues.", step, error)
+        return {}
+
+
+def observers(
+    args: Any, dataset: Any, *, image_processor: Any, folder: str | Path, image_size: int, panel_size: int
+) -> list[Observer]:
+    """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy.
+
+    Monitor and panels read 64 and 8 images spread over the training data. k-NN reads the labeled validation split or,
+    if there is none, a quarter of the labeled training images. Images are resized and cropped once; unreadable images
+    are skipped.
+
+    Args:
+        args: Arguments of the run: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and
+            `data`.
+        dataset: Dataset of training crops. If it has no `source` of whole images, crops of the first epoch are used;
+            for streams, the first images of some shards.
+        image_processor: Image processor that the backbone is saved with, used for k-NN.
+        folder: Run folder.
+        image_size: Side of the images of the monitor in pixels.
+        panel_size: Side of the images in the panels in pixels.
+    """
+    found: list[Observer] = []
+    small, large = default_image_processor(image_size), default_image_processor(panel_size)
+    # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
+    looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_pictures(dataset, 64)]
+    if len(looks) < 2:
+        logger.info("The monitor and the panels need at least two training images, so they are disabled in this run.")
+    else:
+        if args.monitor_steps:
+            found.append(Monitor(_normalised([look for look, _ in looks], small), every_steps=args.monitor_steps))
+        if args.panel_steps:
+            shown = [looks[index][1] for index in _spread(len(looks), 8)]
+            panels = Path(folder) / "panels"
+            found.append(Panels(shown, _normalised(shown, large), folder=panels, every_steps=args.panel_steps))
+    if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
+        found.append(knn)
+    return found
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Return evenly spaced indices, so that sorted data contributes images of all classes."""
+    wanted = min(wanted, count)
+    return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
+
+
+def _training_pictures(dataset: Any, wanted: int) -> Iterator[Image.Image]:
+    source: Any = getattr(dataset, "source", None)
+    if hasattr(source, "__getitem__"):
+        yield from (record.image for record in _readable(source, wanted))
+    elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        yield from (_picture(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
+    elif isinstance(dataset, MultiCropStream):
+        yield from (record.image for record in dataset.first_records(wanted))
+
+
+def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
+    for index in _spread(len(source), wanted):
+        try:
+            yield source[index]
+        except BadImageError as error:
+            logger.info("The monitors skip an image: %s", error)
+
+
+def _picture(crop: Tensor) -> Image.Image:
+    """Convert a crop (3, S, S), uint8 or normalized with ImageNet statistics, to a PIL image."""
+    if crop.is_floating_point():
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        crop = ((crop * std + mean).clamp(0, 1) * 255).round().byte()
+    return Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
+
+
+def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
+    """Return an image after the resizing and cropping of a processor."""
+    return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
+
+
+def _normalised(shown: Sequence[Image.Image], processor: Any) -> Tensor:
+    """Return normalized pixels `(n, 3, H, W)` of cropped images, as the processor makes from the whole images."""
+    return processor(images=list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+
+
+_Labelled = tuple[Image.Image, int]
+_Crop = Callable[[Iterable[ImageRecord]], list[_Labelled]]
+
+
+class _Parts(NamedTuple):
+    neighbours: list[_Labelled]
+    judged: list[_Labelled]
+    is_held_out: bool
+
+
+def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
+    train: Any = getattr(dataset, "source", None)
+    is_held_out = True
+    if not getattr(train, "labels", None):
+        return None
+    try:
+        heldout = load_images(
+            args.data, split="validation", image_column=args.image_column, label_column=args.label_column
+        )
+    except MissingSplitError:
+        neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
+        train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
+    if not heldout.labels or heldout.label_names != train.label_names:
+        logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
+        return None
+    wanted = args.knn_max_images
+    return _Parts(cropped(_readable(train, wanted * 3 // 4)), cropped(_readable(heldout, wanted // 4)), is_held_out)
+
+
+def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
+    """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
+    if all(record.label is None for record in dataset.first_records(4, shards=1)):
+        return None
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
+    heldout = []
+    for one in args.data:
+        with contextlib.suppress(MissingSplitError):
+            heldout.append(stream_images(one, split="validation", **columns))
+    names = {stream.label_names for stream in (*dataset.streams, *heldout)}
+    if len(names) > 1 or (None in names and len(dataset.streams) > 1):
+        logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
+        return None
+    wanted, shards = args.knn_max_images, 32
+    if heldout:
+        judged = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
+        return _Parts(
+            cropped(dataset.first_records(wanted * 3 // 4, shards=shards)),
+            cropped(judged.first_records(wanted // 4, shards=shards)),
+            is_held_out=True,
+        )
+    train = cropped(dataset.first_records(wanted, shards=shards))
+    first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
+    return _Parts([train[index] for index in first], [train[index] for index in second], is_held_out=False)
+
+
+@torch.no_grad()
+def backbone_features(
+    backbone: nn.Module, images: Sequence[Any], *, image_processor: Any, batch_size: int = 256
+) -> Tensor:
+    """Extract the CLS token and the mean patch token of every image, concatenated; registers are not used.
+
+    Both parts are tokens after the final norm, as in the linear probe of DINOv2. For small backbones, the mean patch
+    token contains color and texture that CLS lacks.
+
+    Args:
+        backbone: RegViT in eval mode; the mode is not changed here.
+        images: Sequence of n PIL images.
+        image_processor: Processor that makes `pixel_values` from a list of images.
+        batch_size: Number of images per forward pass.
+
+    Returns:
+        Features `(n, 2 * D)`, float32 on the CPU.
+    """
+    device = next(backbone.parameters()).device
+    rows = []
+    for start in range(0, len(images), batch_size):
+        batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
+        pixels = image_processor(images=batch, return_tensors="pt")["pixel_values"]
+        outputs = backbone(pixels.to(device))
+        rows.append(torch.cat([outputs.pooler_output, outputs.patch_tokens.mean(dim=1)], dim=-1).float().cpu())
+    return torch.cat(rows)
+
+
+class OnlineKNN(Observer):
+    """Measure the weighted k-NN accuracy of the teacher on held-out images, and optionally a linear probe.
+
+    Args:
+        train_images: PIL images that serve as neighbors.
+        train_labels: Class ids of `train_images`.
+        heldout_images: PIL images to classify.
+        heldout_labels: Class ids of `heldout_images`.
+        image_processor: Image processor that the backbone will be saved with.
+        every_steps: Number of optimizer steps between two evaluations, or a fraction of the run, limited to 200 to
+            5000 steps; the first evaluation is before step 0, the last after the last step.
+        k: Numbers of neighbors.
+        linear_probe: Whether to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
+        is_held_out: Whether the images to classify are excluded from training; False if the run trains on them without
+            their labels, which reports mention.
+
+    Raises:
+        ValueError: If the numbers of images and labels differ, or `every_steps` is not positive.
+
+    Source: the k-NN protocol of DINOv2 (votes weighted by softmax of similarity / 0.07).
+    """
+
+    def __init__(
+        self,
+        train_images: Sequence[Any],
+        train_labels: Sequence[int],
+        heldout_images: Sequence[Any],
+        heldout_labels: Sequence[int],
+        *,
+        image_processor: Any,
+        every_steps: float,
+        k: Sequence[int] = (10,),
+        linear_probe: bool = False,
+        is_held_out: bool = True,
+    ) -> None:
+        super().__init__(every_steps, at_least=200, at_most=5000)
+        for images, labels, name in (
+            (train_images, train_labels, "training"),
+            (heldout_images, heldout_labels, "held-out"),
+        ):
+            if len(images) != len(labels):
+                raise ValueError(
+                    f"{len(images)} {name} images have {len(labels)} labels; expected one label per image."
+                )
+        self.train_images, self.heldout_images = train_images, heldout_images
+        self.train_labels, self.heldout_labels = torch.as_tensor(train_labels), torch.as_tensor(heldout_labels)
+        self.image_processor, self.k, self.linear_probe = image_processor, tuple(k), linear_probe
+        self.is_held_out = is_held_out
+
+    def accuracy(self, backbone: nn.Module) -> dict[int, float]:
+        """Return the accuracy in [0, 1] of a backbone in eval mode, by number of neighbors."""
+        train, heldout = self._features(backbone)
+        return knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
+
+    def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
+        train, heldout = (
+            backbone_features(backbone, images, image_processor=self.image_processor)
+            for images in (self.train_images, self.heldout_images)
+        )
+        return train, heldout
+
+    def measure(self, model: Any, step: int) -> dict[str, float]:
+        """Return `eval_knn_K` for every number of neighbors K, and `eval_linear` if enabled."""
+        train, heldout = self._features(model.whole_teacher_backbone())
+        if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
+            return {}  # FiniteGuard is about to stop the run, with a better message than a probe could give
+        accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
+        measured = {f"eval_knn_{k}": accuracy for k, accuracy in accuracies.items()}
+        if self.linear_probe:
+            measured["eval_linear"] = ridge_accuracy(train, self.train_labels, heldout, self.heldout_labels)
+        return measured
+
+
+def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
+    """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
+
+    def cropped(records: Iterable[ImageRecord]) -> list[_Labelled]:
+        # Cropped images take little memory, and evaluations need not decode them again.
+        return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
+
+    is_stream = isinstance(dataset, MultiCropStream)
+    parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
+    if parts is None:
+        return None
+    if not (parts.neighbours and parts.judged):
+        logger.info(
+            "k-NN accuracy is disabled: there are too few usable labeled images (--knn_max_images %d).",
+            args.knn_max_images,
+        )
+        return None
+    if not parts.is_held_out:  # sufficient to follow a run, but too optimistic as a result
+        logger.info(
+            "The data has no validation split, so k-NN is evaluated on a quarter of the training images, which the "
+            "run sees without their labels."
+        )
+    processor = copy.deepcopy(image_processor)
+    processor.do_resize = processor.do_center_crop = False
+    return OnlineKNN(
+        *zip(*parts.neighbours, strict=True),
+        *zip(*parts.judged, strict=True),
+        image_processor=processor,
+        every_steps=args.knn_steps,
+        k=(min(10, len(parts.neighbours)),),
+        linear_probe=args.linear_probe,
+        is_held_out=parts.is_held_out,
+    )

@@ -1,0 +1,384 @@
+"""DINOv2-style self-supervised pretraining of a vision transformer with registers.
+
+`pretrain(args)` runs the complete job. `DinoTrainer` connects `transformers.Trainer` to the two modules that implement
+the recipe: `distillation` (student, teacher, heads, losses) and `optimization` (schedules, parameter rules).
+
+Source: Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision" (2023), and the released training
+code, whose divisors, order of operations and schedules are followed exactly; Darcet et al., "Vision Transformers Need
+Registers" (2024) for the registers, which take part in attention in every block but do not enter any loss.
+"""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence, Sized
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers import TrainerCallback, set_seed
+
+from ..data.augmentation import MultiCrop
+from ..figures.curves import draw_curves
+from ..hub.card import write_card_file
+from ..hub.facts import pretraining_facts, public_recipe
+from ..models.configuration_regvit import RegViTConfig
+from ..models.loading import BACKBONE
+from ..models.modeling_regvit import RegViTModel
+from ..training.callbacks import MetricsFile, Observer
+from ..training.distributed import _whole_state
+from ..training.finite import NonFiniteError, peak_memory_mib
+from ..training.run_folder import RunRecord, run_environment, write_json
+from .arguments import PretrainingArguments
+from .collapse import Alarm, CollapseAlarms, CollapseError, Recipe
+from .crops import DinoCollator, MultiCropDataset, MultiCropStream
+from .distillation import HeadShape, SelfDistillation
+from .monitors import OnlineKNN, observers
+from .starting_point import StartingPoint, restore_training, starting_point
+from .trainer import DinoTrainer, _teacher
+
+logger = logging.getLogger(__name__)
+
+
+# ---- The job -----------------------------------------------------------------------------------------------------
+
+
+def pretrain(
+    args: PretrainingArguments,
+    *,
+    model: RegViTConfig | RegViTModel | None = None,
+    train_dataset: Dataset | None = None,
+    data_collator: Any = None,
+    image_processor: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> RegViTModel:
+    """Pretrain a backbone on unlabeled images and return the EMA teacher.
+
+    Writes to `args.output_dir`: `backbone/` (the teacher as a RegViTModel with its image processor and a model card,
+    for `AutoModel.from_pretrained`), `training/` (student, heads and centers as safetensors, for continued
+    pretraining), `metrics.jsonl`, `panels/`, `curves.png`, `resolved_recipe.yaml` (all arguments, readable as a
+    recipe), `environment.json`, `report.json` and the checkpoints of Trainer. A run that was stopped by an alarm
+    writes everything except `backbone/` and `training/`.
+
+    Args:
+        args: Arguments of the run. `resume_from_checkpoint` is a checkpoint folder, or `"last"` for the newest valid
+            checkpoint in `output_dir`, if there is one.
+        model: Configuration of the backbone, or a backbone to continue from (copied, not modified); default: the
+            backbone that `args` describe.
+        train_dataset: Dataset indexed by `(epoch, index)` whose items hold `global_crops` (2, 3, S, S), `local_crops`
+            (L, 3, s, s), `sample_id` and `epoch`; default: multi-crop views of `args.data`.
+        data_collator: Function from a list of such items to the arguments of `SelfDistillation.forward`; default:
+            stacks the items and draws block masks.
+        image_processor: Image processor that is saved with the backbone; default: resize, center crop to
+            `args.evaluation_size` or `args.global_crop_size`, ImageNet statistics.
+        callbacks: Observers, such as `hf_regvit.callbacks.OnlineKNN`.
+
+    Returns:
+        The teacher backbone in eval mode.
+
+    Raises:
+        ValueError: If arguments contradict each other, or there are fewer images than one step needs.
+        NonFiniteError: If a loss or gradient is NaN or infinite.
+        CollapseError: If a collapse alarm is raised and `args.stop_on_collapse` is set.
+    """
+    from ..models.processing import default_image_processor
+
+    set_seed(args.seed)
+    start = _starting_point(args, model)
+    network = _build_network(args, start.student if start else model)
+    if start:
+        restore_training(network, start)
+    config = network.student_backbone.config
+    if train_dataset is None:
+        train_dataset = _build_dataset(args, config)
+    if isinstance(train_dataset, MultiCropStream):
+        if args.max_steps <= 0:
+            raise ValueError(
+                f"max_steps is {args.max_steps}, but a stream has no length, so epochs cannot end the run. Set "
+                "--max_steps to at least 1."
+            )
+    elif (num_images := len(cast(Sized, train_dataset))) < args.images_per_step:
+        raise ValueError(
+            f"There are {num_images} images for steps of {args.images_per_step}; expected at least one full step per "
+            "epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, or add "
+            "images (--data accepts several sources)."
+        )
+    if data_collator is None:
+        data_collator = _build_collator(args, config, args.global_crop_size)
+    high_resolution = _enlarged(args, config, train_dataset) if args.high_resolution_steps else None
+    if image_processor is None:
+        size = args.evaluation_size
+        last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
+        image_processor = default_image_processor(size or last, resize=size)
+    output = Path(cast(str, args.output_dir))  # Trainer sets a default if it was not given
+    watching = observers(
+        args,
+        train_dataset,
+        image_processor=image_processor,
+        folder=output,
+        image_size=args.global_crop_size,
+        panel_size=args.panel_size or args.global_crop_size,
+    )
+    metrics = MetricsFile(output / "metrics.jsonl")
+    alarms = CollapseAlarms(_recipe_of(args, config), stop=args.stop_on_collapse, metrics=metrics)
+    trainer = DinoTrainer(
+        network,
+        args,
+        train_dataset=train_dataset,
+        data_collator=data_collator,
+        high_resolution=high_resolution,
+        callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms],
+        image_processor=image_processor,
+    )
+    _train(trainer, alarms)
+    state = _whole_state(network)
+    backbone = _teacher(config, state)
+    if trainer.is_world_process_zero():
+        backbone.save_pretrained(output / "backbone")
+        image_processor.save_pretrained(output / "backbone")
+        _save_training_state(state, output / "training")
+        report = json.loads((output / "report.json").read_text())
+        facts = pretraining_facts(public_recipe(args.resolved()), report, run_environment(args))
+        write_card_file(output / BACKBONE, parameters=backbone.num_parameters(), **trainer.hub_names(), **facts)
+        trainer.push_result(output / BACKBONE)
+    return backbone
+
+
+def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> StartingPoint | None:
+    if args.init_from is None:
+        return None
+    if model is not None:
+        raise ValueError(f"Got both init_from='{args.init_from}' and a model; expected only one. Remove one of them.")
+    start = starting_point(
+        args.init_from,
+        num_register_tokens=args.num_register_tokens,
+        image_size=args.global_crop_size,
+        register_init_std=args.register_init_std,
+        drop_path_rate=args.drop_path_rate,
+        drop_path_mode=args.drop_path_mode,
+        seed=args.seed,
+    )
+    if args.process_index == 0:
+        logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
+        if ignored := _ignored_fields(args, start.student.config):
+            logger.warning("The backbone comes from '%s'. Ignored: %s.", args.init_from, ", ".join(ignored))
+    return start
+
+
+def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[str]:
+    """Return the backbone options that were given but differ from the backbone to start from."""
+    names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
+    defaults = {item.name: item.default for item in dataclasses.fields(args)}
+    given = {name: getattr(args, name) for name in (*names, "layerscale_value")}
+    return [
+        f"{name} {value} (it has {getattr(config, name)})"
+        for name, value in given.items()
+        if value != defaults[name] and value != getattr(config, name)
+    ]
+
+
+def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
+    return Recipe(
+        num_prototypes=args.head_num_prototypes,
+        images=args.per_device_train_batch_size,
+        num_local_crops=args.num_local_crops,
+        dino_loss_weight=args.dino_loss_weight,
+        num_register_tokens=config.num_register_tokens,
+        width=config.hidden_size,
+    )
+
+
+def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
+    """Train, and write the report and the curves even if an alarm stops the run.
+
+    Raises:
+        NonFiniteError: If a loss or gradient is NaN or infinite.
+        CollapseError: If a collapse alarm is raised and alarms stop the run.
+    """
+    started = time.perf_counter()
+    stopped: Exception | None = None
+    try:
+        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        if alarms.stop and alarms.raised:
+            last = alarms.raised[-1]
+            stopped = CollapseError(f"Stopped at step {last.step} by the alarm {last.name}: {last.message}")
+    except NonFiniteError as error:
+        alarms.record(Alarm("not_finite", trainer.state.global_step, str(error)), trainer.state)
+        stopped = error
+    output = Path(cast(str, trainer.args.output_dir))
+    if trainer.is_world_process_zero():
+        report = _report(trainer, since_start=time.perf_counter() - started)
+        report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
+        write_json(output / "report.json", report)
+        draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
+    if stopped is not None:
+        raise stopped
+
+
+def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> SelfDistillation:
+    """Build the network, with the student from a configuration, a backbone or the arguments."""
+    if isinstance(model, RegViTModel):
+        backbone = copy.deepcopy(model)
+        if not model.config.use_mask_token:
+            backbone = RegViTModel(_with_mask_token(model.config))
+            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
+            if missing != ["embeddings.mask_token"] or unexpected:
+                raise ValueError(
+                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
+                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
+                )
+        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
+        backbone.train().requires_grad_(True)
+    else:
+        backbone = RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
+    shape = HeadShape(args.head_num_prototypes, args.head_hidden_size, args.head_bottleneck_size, args.head_num_layers)
+    ibot_shape = dataclasses.replace(
+        shape, num_prototypes=args.ibot_head_num_prototypes, bottleneck_size=args.ibot_head_bottleneck_size
+    )
+    ratio = shape.num_prototypes / (2 * args.per_device_train_batch_size * args.world_size)
+    if ratio > 32:
+        logger.warning(
+            "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch. Small runs need a ratio of at "
+            "most 32; set, for example, head_num_prototypes=%d.",
+            shape.num_prototypes,
+            ratio,
+            shape.num_prototypes // ratio,
+            16 * shape.num_prototypes // ratio,
+        )
+    return SelfDistillation(
+        backbone,
+        dino_head=shape,
+        ibot_head=ibot_shape if args.separate_ibot_head else None,
+        centering=args.centering,
+        center_momentum=args.center_momentum,
+        student_temperature=args.student_temperature,
+        dino_loss_weight=args.dino_loss_weight,
+        ibot_loss_weight=args.ibot_loss_weight,
+        koleo_loss_weight=args.koleo_loss_weight,
+        koleo_gathered=args.koleo_gathered,
+        koleo_neighbours=args.koleo_neighbours,
+        gram_loss_weight=args.gram_loss_weight,
+    )
+
+
+def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
+    config = copy.deepcopy(config)
+    config.use_mask_token = True
+    return config
+
+
+def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
+    """Build the dataset of multi-crop views of `args.data`."""
+    from ..data.bad_images import BadImages
+    from ..data.loading import load_images, stream_images
+
+    multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
+    columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
+    record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
+    if args.process_index == 0 and not args.resume_from_checkpoint:
+        record.unlink(missing_ok=True)  # left by an earlier run, whose images may have been repaired since
+    if args.streaming:
+        streams = [stream_images(one, **columns) for one in args.data]
+        bad_images = BadImages(record, max_bad_share=args.max_bad_share)
+        return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
+    source = load_images(args.data, split="train", **columns)
+    bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
+    return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
+
+
+def _build_multi_crop(
+    args: PretrainingArguments, config: RegViTConfig, global_size: int, local_size: int
+) -> MultiCrop:
+    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
+    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
+    same_name += ["flip_probability", "share_jitter", "locals_from_globals"]
+    return MultiCrop(
+        global_size=global_size,
+        local_size=local_size,
+        global_scale=args.global_crop_scale,
+        local_scale=args.local_crop_scale,
+        patch_size=math.lcm(*config.patch_shape),
+        **{name: getattr(args, name) for name in same_name},
+    )
+
+
+def _build_collator(args: PretrainingArguments, config: RegViTConfig, global_size: int) -> DinoCollator:
+    rows, columns = (global_size // side for side in config.patch_shape)
+    return DinoCollator(
+        (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
+    )
+
+
+def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset) -> tuple[Dataset, DinoCollator]:
+    """Return a dataset of the same images, and its collator, with the crops of the high-resolution steps."""
+    if not isinstance(dataset, MultiCropDataset):
+        raise ValueError(
+            f"high_resolution_steps requires a MultiCropDataset, not {type(dataset).__name__}. Use DinoTrainer and "
+            "its high_resolution argument instead."
+        )
+    size, local_size = args.high_resolution_size, args.high_resolution_local_size or args.local_crop_size
+    larger = copy.copy(dataset)  # shares the cache of decoded images
+    larger.multi_crop = _build_multi_crop(args, config, size, local_size)
+    return larger, _build_collator(args, config, size)
+
+
+def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
+    """Save student, teacher heads and centers, one file each, for continued pretraining."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {
+        "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
+        "teacher_heads": {
+            name.removeprefix("teacher."): state[name]
+            for name in state
+            if name.startswith("teacher.") and "_head." in name
+        },
+        "centers": {name: state[name] for name in state if "_center." in name},
+    }
+    for name, tensors in parts.items():
+        if tensors:
+            save_file(tensors, folder / f"{name}.safetensors", metadata={"format": "pt"})
+
+
+def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
+    """Return the summary of a run."""
+    watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
+    history = trainer.state.log_history
+    losses = [entry for entry in history if "loss" in entry]
+    judges = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
+    return {
+        "steps": trainer.state.global_step,
+        "images_seen": trainer.state.global_step * trainer.args.images_per_step,
+        # A stream has no length; there, Trainer counts the fraction of the run instead.
+        "epochs": None
+        if isinstance(trainer.train_dataset, IterableDataset | MultiCropStream)
+        else trainer.state.epoch,
+        "seconds": trainer.seconds,
+        "monitor_share": watching / max(since_start, 1e-9),
+        "peak_memory_mib": peak_memory_mib(),
+        "parameters": {
+            name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.student.items()
+        },
+        "final": losses[-1] if losses else {},
+        "knn": [
+            {
+                key: value
+                for key, value in entry.items()
+                if key.startswith(("eval_knn", "eval_linear")) or key == "step"
+            }
+            for entry in history
+            if any(key.startswith("eval_knn") for key in entry)
+        ],
+        "knn_images": [
+            {
+                "fitted_on": len(judge.train_images),
+                "judged": len(judge.heldout_images),
+                "held_out": judge.is_held_out,
+            }
+            for judge in judges
+        ],
+    }

@@ -1,0 +1,159 @@
+"""Start pretraining from an earlier run or from a model that is not ours."""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from ..models.loading import BACKBONE, TRAINING, _open_backbone, fit_positions
+from ..models.modeling_regvit import RegViTModel
+from .distillation import SelfDistillation
+
+logger = logging.getLogger(__name__)
+
+
+# ---- Starting points ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Starting point of continued pretraining.
+
+    Attributes:
+        student: Student backbone, ready to train: with mask token, registers and positions of the training grid.
+        teacher: Teacher backbone; the same object if the source has no separate student.
+        training: Folder `training/` of the previous run, with heads and centers; None if the heads are new.
+        changes: Sentences that describe the changes made to the source.
+    """
+
+    student: RegViTModel
+    teacher: RegViTModel
+    training: Path | None
+    changes: tuple[str, ...]
+
+
+def starting_point(
+    source: str | Path,
+    *,
+    num_register_tokens: int,
+    image_size: int,
+    register_init_std: float = 0.02,
+    drop_path_rate: float = 0.0,
+    drop_path_mode: str = "batch_subset",
+    seed: int = 0,
+) -> StartingPoint:
+    """Open the source given as `--init_from`.
+
+    Args:
+        source: Folder of a pretraining run (student, teacher, heads and centers are loaded), folder or Hub id of a
+            RegViT, or any model that `hf_regvit.convert` reads (its classifier and pooler are dropped).
+        num_register_tokens: Number of registers to add to a model that has none; existing registers are kept.
+        image_size: Side of the training images in pixels; stored positions are resampled to their grid.
+        register_init_std: Standard deviation of registers that are added.
+        drop_path_rate: Drop path rate of the student in training.
+        drop_path_mode: Drop path mode, as in `RegViTConfig`.
+        seed: Random seed for registers that are added.
+
+    Raises:
+        ValueError: If the side is not a multiple of the patch size, the tokens of the model have no final norm, or
+            the source is a checkpoint of an unfinished run.
+        OSError: If the source cannot be read.
+    """
+    folder = Path(source)
+    if (folder / "trainer_state.json").is_file() and not (folder / "config.json").is_file():
+        raise ValueError(
+            f"'{source}' is a checkpoint of a run that must be finished first. Resume it with "
+            f"resume_from_checkpoint={source} (set max_steps to its step to finish at once), then start from the run "
+            "folder."
+        )
+    run = folder if (folder / BACKBONE / "config.json").is_file() else None
+    teacher = _open_backbone(
+        str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode
+    )
+    training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
+    student = teacher
+    if training is not None:
+        student = copy.deepcopy(teacher)
+        _load_part(student, load_file(training / "student.safetensors"), "backbone.", str(training))
+    changes: list[str] = []
+    for backbone in [student] if student is teacher else [student, teacher]:
+        changes = _prepare(
+            backbone,
+            num_register_tokens=num_register_tokens,
+            image_size=image_size,
+            register_init_std=register_init_std,
+            seed=seed,
+        )
+    if training is None:
+        changes.append("The heads are new; use --freeze_backbone_steps to freeze the backbone until they are trained.")
+    return StartingPoint(student, teacher, training, tuple(changes))
+
+
+@torch.no_grad()
+def _prepare(
+    backbone: RegViTModel, *, num_register_tokens: int, image_size: int, register_init_std: float, seed: int
+) -> list[str]:
+    """Add registers if there are none, resample positions to the training grid, and describe the changes."""
+    config = backbone.config
+    changes: list[str] = []
+    if not config.num_register_tokens and num_register_tokens:
+        config.register_init_std = register_init_std
+        backbone.resize_register_tokens(num_register_tokens, seed=seed)
+        changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
+    elif config.num_register_tokens != num_register_tokens:
+        changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is ignored.")
+    return changes + fit_positions(backbone, image_size, option="global_crop_size")
+
+
+def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
+    """Load teacher, heads and centers of a starting point into a network that was built from its student.
+
+    The Gram teacher is set to the loaded teacher instead of the student.
+
+    Raises:
+        ValueError: If the sizes of the heads differ from the network.
+    """
+    network.teacher_backbone.load_state_dict(start.teacher.state_dict())
+    if network.gram_teacher is not None:
+        network.refresh_gram_teacher()
+    if start.training is None:
+        return
+    student = load_file(start.training / "student.safetensors")
+    teacher = load_file(start.training / "teacher_heads.safetensors")
+    heads = [name for name in network.student if name.endswith("_head")]
+    found = sorted({name.split(".")[0] for name in student if not name.startswith("backbone.")})
+    if found != sorted(heads):
+        raise ValueError(
+            f"'{start.training}' holds {', '.join(found)}, but the arguments require {', '.join(heads)}. Set "
+            f"separate_ibot_head as in that run, or start from '{start.training.parent / BACKBONE}' with new heads."
+        )
+    for name in heads:
+        _load_part(network.student[name], student, f"{name}.", str(start.training))
+        _load_part(network.teacher[name], teacher, f"{name}.", str(start.training))
+    centers = start.training / "centers.safetensors"
+    saved = load_file(centers) if centers.is_file() else {}
+    for name in ("dino_center", "ibot_center"):
+        center = getattr(network, name)
+        if center is not None and any(key.startswith(f"{name}.") for key in saved):
+            _load_part(center, saved, f"{name}.", str(centers))
+        elif center is not None:
+            logger.warning("'%s' has no %s, so it starts at zero.", start.training, name)
+
+
+def _load_part(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str, where: str) -> None:
+    part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    expected = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    actual = {name: tuple(value.shape) for name, value in part.items()}
+    if actual != expected:
+        name = next(n for n in {**expected, **actual} if expected.get(n) != actual.get(n))
+        raise ValueError(
+            f"'{prefix}{name}' in '{where}' has shape {actual.get(name)}, expected {expected.get(name)}. Set the "
+            f"sizes of the heads (--head_*) as in the resolved_recipe.yaml of that run, or start from its "
+            f"'{BACKBONE}' folder with new heads."
+        )
+    module.load_state_dict(part)

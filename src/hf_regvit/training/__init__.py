@@ -1,0 +1,1 @@
+"""Parts that pretraining and fine-tuning share."""

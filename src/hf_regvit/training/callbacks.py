@@ -1,0 +1,174 @@
+"""Observers of a training run: progress bar, metrics file, k-NN and linear accuracy. They do not change the run."""
+
+import json
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback, TrainerControl, TrainerState
+
+from ..figures.curves import read_metrics
+
+logger = logging.getLogger(__name__)
+
+
+class Observer(TrainerCallback):
+    """Callback that takes measurements, which the trainer adds to its next log line.
+
+    The log of the trainer passes every measurement to the metrics file and to all trackers in `report_to`.
+    Measurements taken before the first step get a separate line.
+
+    Args:
+        every_steps: Number of optimizer steps between two measurements; a value below 1 is a fraction of the run. The
+            first measurement is before step 0, the last after the last step.
+        at_least: Smallest interval in steps if `every_steps` is a fraction.
+        at_most: Largest interval in steps if `every_steps` is a fraction.
+
+    Attributes:
+        seconds: Time spent on measurements so far.
+        is_main_process: Whether this process writes files.
+
+    Raises:
+        ValueError: If `every_steps` is not positive.
+    """
+
+    def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
+        if not every_steps > 0:
+            raise ValueError(
+                f"every_steps is {every_steps}; expected the number of steps between two measurements (at least 1), "
+                "or a fraction of the run above 0."
+            )
+        self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
+        self.seconds = 0.0
+        self.is_main_process = True
+        self._seconds_told = 0.0
+        self._measured: dict[str, float] = {}
+
+    def take(self) -> dict[str, float]:
+        """Return the measurements since the last call."""
+        measured, self._measured = self._measured, {}
+        return measured
+
+    def take_seconds(self) -> float:
+        """Return the seconds spent on measurements since the last call."""
+        seconds, self._seconds_told = self.seconds - self._seconds_told, self.seconds
+        return seconds
+
+    def measure(self, model: Any, step: int) -> dict[str, float]:
+        """Return the measurements for a `SelfDistillation` by name; implemented by subclasses."""
+        raise NotImplementedError
+
+    def interval(self, total_steps: int) -> int:
+        """Return the number of steps between two measurements in a run of `total_steps`."""
+        if self.every_steps >= 1:
+            return int(self.every_steps)
+        return max(self.at_least, min(math.ceil(self.every_steps * total_steps), self.at_most or total_steps))
+
+    def _observe(self, model: Any, step: int) -> None:
+        if torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # do not count the time of the previous step, which may still be running
+        started = time.perf_counter()
+        self._measured.update(self.measure(model, step))
+        self.seconds += time.perf_counter() - started
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure the untrained network, except in a resumed run."""
+        self.is_main_process = state.is_world_process_zero
+        if state.global_step == 0:
+            self._observe(kwargs["model"], 0)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Measure if the step is due, and request a log line."""
+        step = state.global_step
+        if step % self.interval(state.max_steps) == 0 or step == state.max_steps:
+            self._observe(kwargs["model"], step)
+            control.should_log = True
+
+
+class TrainingProgress(ProgressCallback):
+    """Progress bar of Trainer with loss and images per second added, and without printed dictionaries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: dict[str, str] = {}
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Open the bar at the step at which the run starts."""
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None and state.global_step:
+            # Counting the steps of an earlier process would overestimate the speed.
+            self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
+            self.training_bar.refresh()
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
+        if self.training_bar is None or not logs:
+            return
+        shown = {"loss": "{:.3f}", "images_per_second": "{:.0f}"}
+        names = {"images_per_second": "images/s"}
+        values = {names.get(key, key): text.format(logs[key]) for key, text in shown.items() if key in logs}
+        values |= {
+            key.removeprefix("eval_"): f"{logs[key]:.1%}"
+            for key in logs
+            if key.startswith(("eval_knn", "eval_linear"))
+        }
+        self._shown |= values
+        self.training_bar.set_postfix(self._shown)
+
+
+class MetricsFile(TrainerCallback):
+    """Append every log line to a JSON Lines file, with `step` as the first key.
+
+    Args:
+        path: Path of the file. A resumed run removes the lines after the step it starts from, so that no step occurs
+            twice. If the file cannot be written, for example on a full disk, lines are lost and training continues.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self._is_torn = False  # True if the last line may be incomplete
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Clear the file; a resumed run keeps the lines up to its step."""
+        if not state.is_world_process_zero:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        lines = read_metrics(self.path) if self.path.exists() and state.global_step else []
+        kept = [line for line in lines if line["step"] <= state.global_step]
+        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write one log line."""
+        if state.is_world_process_zero and logs:
+            self.append({"step": state.global_step, **logs})
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Append a line."""
+        try:
+            with self.path.open("a") as file:
+                file.write("\n" * self._is_torn + json.dumps(line) + "\n")
+        except OSError as error:
+            if not self._is_torn:
+                logger.error("ALARM: '%s' cannot be written (%s). Training continues without it.", self.path, error)
+            self._is_torn = True
+        else:
+            self._is_torn = False

@@ -1,0 +1,72 @@
+"""Helpers for several processes: gathered tensors, batch norm over all processes."""
+
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+# ---- Several processes -------------------------------------------------------------------------------------------
+
+
+def _num_processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _from_first(value: Any) -> Any:
+    """Return the value of process 0 on every process."""
+    if _num_processes() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Gather a tensor that FSDP2 has sharded (a collective); return any other tensor unchanged."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole_state(trained: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor on the CPU of every process, gathered if FSDP2 has sharded it."""
+    return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
+
+
+# ---- Several processes -------------------------------------------------------------------------------------------
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """Differentiable sum of a tensor over all processes; gradients are summed over all processes as well."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return cast(Tensor, _SumOverProcesses.apply(gradient))
+
+
+class SharedBatchNorm(nn.BatchNorm1d):
+    """Batch norm with statistics over all processes, the same as if one process saw the whole batch.
+
+    torch's `SyncBatchNorm` supports GPUs only. The tensors and their names are those of `BatchNorm1d`.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (n, F) to the same shape; n may differ between processes."""
+        if not self.training:
+            return super().forward(input)
+        values = input.float()
+        count = _SumOverProcesses.apply(values.new_tensor([float(len(values))]))
+        mean = _SumOverProcesses.apply(values.sum(0)) / count
+        variance = _SumOverProcesses.apply((values - mean).square().sum(0)) / count
+        with torch.no_grad():
+            running_mean, running_variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
+            running_mean.lerp_(mean, cast(float, self.momentum))
+            running_variance.lerp_(variance * count / (count - 1), cast(float, self.momentum))
+            cast(Tensor, self.num_batches_tracked).add_(1)
+        return ((values - mean) * torch.rsqrt(variance + self.eps) * self.weight + self.bias).to(input)

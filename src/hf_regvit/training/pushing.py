@@ -1,0 +1,259 @@
+"""Pushes to the Hub during training, for every `hub_strategy` of transformers.
+
+Trainer itself pushes the run folder unchanged: without code files and model card before the end of the run, with a
+pickle that contains the token, and in a single attempt whose error is lost. Here, every push sends a separate folder
+with everything that loading needs. A failed push is retried; failures are reported at the end and never stop the run.
+"""
+
+import copy
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file
+from transformers import Trainer
+from transformers.trainer_utils import HubStrategy
+
+from ..hub.card import write_card_file
+from ..hub.scan import public_files, scan
+from ..hub.upload import BackgroundPushes, PushError, RefusedError, create_repository, send_folder
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "model.safetensors"
+MANIFEST = "manifest.json"
+TRAINING_ARGS = "training_args.bin"  # a pickle that contains the Hub token, so it is never pushed
+PUSHING = ".pushing"  # prefix of the folders inside the run folder that hold the files being pushed
+
+
+class PushingTrainer(Trainer):
+    """`transformers.Trainer` whose pushes can be loaded without this package.
+
+    Subclasses define the published content: `hub_model`, `hub_processor`, `hub_facts`.
+
+    Attributes:
+        pushes: Completed and failed pushes.
+    """
+
+    hub_model_id: Any  # Trainer declares it as None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.pushes = BackgroundPushes()
+        super().__init__(*args, **kwargs)
+
+    @property
+    def is_hurried(self) -> bool:
+        """True if the process must end soon."""
+        return False
+
+    def hub_model(self, state: Mapping[str, torch.Tensor]) -> Any:
+        """Return the model to publish, from the tensors of a checkpoint; default: the trained model."""
+        model = cast(Any, self.accelerator.unwrap_model(self.model))
+        published = type(model)(copy.deepcopy(model.config))
+        published.load_state_dict(state)
+        return published
+
+    def hub_processor(self) -> Any:
+        """Return the image processor to publish with the model, or None."""
+        return self.processing_class
+
+    def hub_facts(self) -> dict[str, Any]:
+        """Return the fields of `model_card.CardFacts` that are known during the run."""
+        return {"limits": ("Its training is not finished.",)}
+
+    def hub_names(self) -> dict[str, str]:
+        """Return the model name for the card and, if known, the repository id to load."""
+        if not self.hub_model_id:
+            return {"name": Path(cast(str, self.args.output_dir)).absolute().name}
+        return {"name": self.hub_model_id.split("/")[-1], "repo_id": self.hub_model_id}
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, private unless `hub_private_repo` is False; called on every process.
+
+        Raises:
+            RefusedError: If the Hub rejects the token or the name; raised on every process, before training starts.
+        """
+        from accelerate.utils import broadcast_object_list
+
+        answer: list[Any] = [None, None]  # name of the repository, reason for a rejection
+        if self.is_world_process_zero():
+            try:
+                answer[0] = self._make_repository(token, private)
+            except RefusedError as error:
+                answer[1] = str(error)
+        if self.args.world_size > 1:  # otherwise the other processes would wait until a timeout
+            broadcast_object_list(answer)
+        self.hub_model_id, refusal = answer
+        if refusal is not None:
+            raise RefusedError(refusal)
+
+    def _make_repository(self, token: str | None, private: bool | None) -> str:
+        wanted = self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.push_in_progress = None
+        for left_over in Path(cast(str, self.args.output_dir)).glob(f"{PUSHING}-*"):
+            shutil.rmtree(left_over, ignore_errors=True)
+        try:
+            return create_repository(wanted, private=private is not False, token=token or self.args.hub_token)
+        except RefusedError:
+            raise
+        except PushError as error:
+            logger.warning("The repository could not be created. Training starts, and pushes will retry. %s", error)
+            return wanted
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Do nothing, because the folder is not finished yet; `push_checkpoint` is called later."""
+
+    def push_checkpoint(self, checkpoint: Path) -> None:
+        """Push a finished checkpoint in the background, according to `hub_strategy`; errors are only logged."""
+        args = self.args
+        if not args.push_to_hub or args.hub_strategy == HubStrategy.END or not self.is_world_process_zero():
+            return
+        if self.pushes.busy and not args.hub_always_push:
+            logger.info(
+                "%s is not pushed, because the previous push is not finished. Set hub_always_push to push it anyway.",
+                checkpoint.name,
+            )
+            return
+        beside = {
+            HubStrategy.CHECKPOINT: "last-checkpoint", HubStrategy.ALL_CHECKPOINTS: checkpoint.name
+        }.get(HubStrategy(args.hub_strategy))  # fmt: skip
+        folder = checkpoint.with_name(f"{PUSHING}-{self.state.global_step}")
+
+        def prepare() -> None:
+            if not (checkpoint / WEIGHTS).is_file():
+                raise ValueError(
+                    f"It has no {WEIGHTS}, because its weights are sharded by process. Set the state_dict_type of "
+                    "fsdp_config to FULL_STATE_DICT, or push only at the end (--hub_strategy end)."
+                )
+            names = self._write_hub_folder(folder, load_file(checkpoint / WEIGHTS))
+            if beside:
+                names += _link_checkpoint(checkpoint, folder / beside)
+            message = f"Training in progress, step {self.state.global_step}"
+            self.pushes.start(partial(self._send, folder, names, message), label=f"{checkpoint.name}")
+
+        if not self.pushes.prepare(prepare, label=checkpoint.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor], **card: Any) -> list[str]:
+        """Write model, code files, processor and card; return the names of the files to push."""
+        shutil.rmtree(folder, ignore_errors=True)
+        with torch.random.fork_rng(devices=[]):  # initializing the model must not change the random state of the run
+            model = self.hub_model(state)
+        model.save_pretrained(folder)
+        if (processor := self.hub_processor()) is not None:
+            processor.save_pretrained(folder)
+        facts = {**self.hub_names(), **self.hub_facts(), **card}
+        write_card_file(folder, parameters=model.num_parameters(), **facts)
+        names = public_files(folder)
+        scan(folder, names)
+        return names
+
+    def _send(self, folder: Path, names: Sequence[str], message: str) -> Any:
+        args = self.args
+        private = args.hub_private_repo is not False
+        try:
+            return send_folder(
+                folder, str(self.hub_model_id), names=names, message=message, private=private, token=args.hub_token,
+                revision=args.hub_revision,
+            )  # fmt: skip
+        finally:
+            if folder.name.startswith(PUSHING):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _finish_current_push(self) -> None:
+        """Wait for the current push, but only briefly if the process must end soon."""
+        if self.pushes.busy:
+            logger.info("Waiting for the current push to finish.")
+        self.pushes.wait(10.0 if self.is_hurried else 3600.0)
+        if self.pushes.failures:
+            logger.warning("%d of %d pushes succeeded.", len(self.pushes.sent), self.pushes.count)
+
+    def push_to_hub(  # type: ignore[override]  # the result has more fields than CommitInfo
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **card: Any,
+    ) -> Any:
+        """Push the current model with code files, processor and card, after all current pushes.
+
+        Args:
+            commit_message: Message of the commit.
+            blocking: Whether to wait for the push. Otherwise, the next push or the end of `train` waits for it.
+            token: Token that overrides `args.hub_token`.
+            revision: Revision that overrides `args.hub_revision`.
+            private: Visibility that overrides `args.hub_private_repo`, for a repository that does not exist yet.
+            card: Fields of `model_card.CardFacts`, or `finetuned_from` and `model_name` of the method of Trainer.
+
+        Returns:
+            `upload.Sent`; None in the background and on all processes except the first.
+
+        Raises:
+            PushError: If the push failed.
+        """
+        names_of_trainer = {"finetuned_from": "base_model", "model_name": "name"}
+        card = {names_of_trainer.get(name, name): value for name, value in card.items()}
+        args = self.args
+        args.hub_token, args.hub_revision = token or args.hub_token, revision or args.hub_revision
+        args.hub_private_repo = args.hub_private_repo if private is None else private
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        state = self.accelerator.get_state_dict(self.model)
+        if not self.is_world_process_zero():
+            return None
+        self._finish_current_push()
+        folder = Path(cast(str, self.args.output_dir)) / f"{PUSHING}-end"
+        names = self._write_hub_folder(folder, state, **card)
+        send = partial(self._send, folder, names, commit_message or "End of training")
+        if blocking:
+            return send()
+        return self.pushes.start(send, label="the end of training")
+
+    def push_result(self, folder: Path) -> None:
+        """Push the finished folder of a run if `push_to_hub` is set; failures are only logged."""
+        if not self.args.push_to_hub or not self.is_world_process_zero():
+            return
+        self._finish_current_push()
+        names = public_files(folder)
+
+        def send() -> None:
+            scan(folder, names)
+            self._send(folder, names, "End of training")
+
+        if self.pushes.note(send, label="the result"):
+            logger.info("Pushed the result to %s.", self.hub_model_id)
+        for failure in self.pushes.failures:
+            logger.warning("This push did not reach the Hub: %s", failure)
+        if self.pushes.failures:
+            logger.warning("To retry, run: regvit publish --model %s --repo_id %s --push", folder, self.hub_model_id)
+
+
+def _link_checkpoint(checkpoint: Path, target: Path) -> list[str]:
+    """Link a checkpoint to another folder, without the pickle of arguments, so that rotation cannot delete it."""
+    names = []
+    for path in sorted(path for path in checkpoint.rglob("*") if path.is_file()):
+        name = path.relative_to(checkpoint).as_posix()
+        if name == TRAINING_ARGS:
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name == MANIFEST:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            content["files"].pop(TRAINING_ARGS, None)
+            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+        else:
+            try:
+                os.link(path, target / name)
+            except OSError:  # file systems without hard links
+                shutil.copy2(path, target / name)
+        names.append(name)
+    scan(target, names, paths=False)  # a checkpoint may contain paths, because it is meant for the owner of the run
+    return [f"{target.name}/{name}" for name in names]

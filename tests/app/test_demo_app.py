@@ -1,0 +1,447 @@
+"""The demo without a browser: reading and caching, content of maps and files, and what the server exposes."""
+
+import importlib.util
+import re
+import socket
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.app import cli
+from hf_regvit.app.demo import build_app, launch_options, write_features, write_figures
+from hf_regvit.app.demo_page import Question, look, results_page
+from hf_regvit.app.exploration import Explorer, Picture
+from hf_regvit.evaluation.extraction import TokenFeatures
+from hf_regvit.figures.maps import read_attention
+from hf_regvit.models.processing import EvaluationTransform, default_image_processor
+from hf_regvit.models.tokens import read_many
+
+SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
+
+
+def noise(width=60, height=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pixels = torch.randint(0, 256, (height // 4, width // 4, 3), generator=generator, dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def regvit(registers=2, **changes):
+    torch.manual_seed(1)
+    return RegViTModel(RegViTConfig(**SIZES | changes, num_register_tokens=registers)).eval()
+
+
+def with_artifacts():
+    """Return a model with planted outliers: after the last block, one patch in 64 is multiplied by 100."""
+    model = regvit(registers=0)
+
+    def blow_up(module, args, output):
+        tokens = output[0] if isinstance(output, tuple) else output
+        tokens = tokens.clone()
+        tokens[:, 1 + 9] *= 100
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    model.layers[-1].register_forward_hook(blow_up)
+    return model
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    processor = default_image_processor(32)
+    models = {"plain": with_artifacts(), "registers": regvit()}
+    reference = [noise(seed=seed) for seed in range(20)]
+    return Explorer({name: (model, processor) for name, model in models.items()}, reference=reference)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return Picture.of(noise(seed=99), "noise")
+
+
+# --- Reading ---
+
+
+def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer, picture):
+    before = explorer.num_passes
+    for layer in (1, 2, 3, -1):
+        for place in ((0.1, 0.1), (0.9, 0.5)):
+            for head in (0, 1, 2):
+                question = Question(("registers",), side=32, layer=layer if layer > 0 else 3, head=head, place=place)
+                results_page(look(explorer, picture, question), question)
+    assert explorer.num_passes == before + 1
+    explorer.view(picture, "registers", side=48)
+    assert explorer.num_passes == before + 2
+
+
+def test_the_same_name_with_other_pixels_is_another_picture(explorer):
+    one, other = Picture.of(noise(seed=5), "x"), Picture.of(noise(seed=6), "x")
+    assert one.key != other.key
+    assert one.key == Picture.of(noise(seed=5), "y").key
+    first, second = (explorer.view(each, "registers", side=32).tokens for each in (one, other))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("query", ["cls", 1, (2, 3)])
+@pytest.mark.parametrize("head", [None, 1])
+def test_attention_is_the_one_of_the_figures(explorer, picture, query, head):
+    view = explorer.view(picture, "registers", side=32, layer=2)
+    model, processor = explorer.models["registers"]
+    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(picture.image)[None]
+    expected = read_attention(model, pixels, query=query, layer=2)[0]
+    expected = expected.mean(0) if head is None else expected[head]
+    torch.testing.assert_close(view.attention_from(query, head=head), expected, atol=1e-3, rtol=1e-3)  # float16 kept
+
+
+def test_similarity_norms_and_place_against_loops(explorer, picture):
+    view = explorer.view(picture, "registers", side=32)
+    model, processor = explorer.models["registers"]
+    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(picture.image)[None]
+    raw = read_many(model, pixels, {"residual": (3,)})["residual"].patches()[0]
+    rows, columns = view.grid
+    assert (rows, columns) == (8, 12)
+    cell = view.cell((0.51, 0.26))
+    assert cell == (2, 6)
+    assert view.cell((1.0, 1.0)) == (7, 11)
+    with torch.no_grad():
+        normed = model.layernorm(raw)
+    similarity = view.similarity_to(cell)
+    for row in range(rows):
+        for column in range(columns):
+            a, b = normed[row * columns + column], normed[cell[0] * columns + cell[1]]
+            assert similarity[row, column].item() == pytest.approx((a @ b / (a.norm() * b.norm())).item(), abs=1e-5)
+            assert view.norms[row, column].item() == pytest.approx(raw[row * columns + column].norm().item(), rel=1e-5)
+
+
+def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, picture):
+    view = explorer.view(picture, "plain", side=32)
+    assert view.outliers.sum() == 1
+    assert view.outliers.flatten()[9]
+    assert explorer.view(picture, "plain", side=32, layer=2).cutoff is None
+    assert not explorer.view(picture, "registers", side=32).outliers.any()
+    question = Question(("plain",), side=32, layer=3)
+    page = results_page({"plain": view}, question)
+    assert "1 of 96 patches is an artifact" in page
+    assert page.count("class=outlier") == 2  # in the image and in the norms
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first():
+    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000)
+    pictures = [Picture.of(noise(seed=seed), str(seed)) for seed in range(6)]
+    for each in pictures:
+        explorer.view(each, "m", side=32)
+    held = sum(view.num_bytes for view in explorer._kept.values())
+    assert 0 < held <= 200_000
+    passes = explorer.num_passes
+    explorer.view(pictures[-1], "m", side=32)
+    assert explorer.num_passes == passes
+    explorer.view(pictures[0], "m", side=32)
+    assert explorer.num_passes == passes + 1
+
+
+def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
+    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000)
+    explorer.view(Picture.of(noise(), "x"), "m", side=32, layer=2)
+    assert [key[-1] for key in explorer._kept] == [2]
+
+
+def test_a_strip_is_read_at_fewer_patches():
+    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100)
+    for size in ((60, 40), (400, 24), (24, 400)):
+        view = explorer.view(Picture.of(noise(*size), "x"), "m", side=128)
+        assert view.norms.numel() <= 110, size
+
+
+def test_a_model_without_cls_and_registers():
+    torch.manual_seed(0)
+    config = SiglipVisionConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
+    )
+    models = {"siglip": (SiglipVisionModel(config).eval(), default_image_processor(32))}
+    explorer, picture = Explorer(models, reference=[noise()]), Picture.of(noise(), "x")
+    question = Question(("siglip",), side=32, layer=2)
+    views = look(explorer, picture, question)
+    page = results_page(views, question)
+    assert "This model has no CLS token." in page
+    assert "Register 1" not in page
+
+
+def test_nan_is_named():
+    model = regvit()
+    model.layers[1].mlp.fc1.weight.data[:] = float("nan")
+    with pytest.raises(ValueError, match="'broken' produces NaN"):
+        Explorer({"broken": (model, default_image_processor(32))}, reference=[noise()])
+
+
+def test_layer_and_empty_models_are_refused(explorer, picture):
+    with pytest.raises(ValueError, match="blocks 1 to 3"):
+        explorer.view(picture, "plain", side=32, layer=4)
+    with pytest.raises(ValueError, match="at least one model"):
+        Explorer({})
+
+
+# --- The page and the files ---
+
+
+def test_two_models_side_by_side(explorer, picture):
+    question = Question(("plain", "registers"), side=32, layer=2, head=2)
+    page = results_page(look(explorer, picture, question), question)
+    assert "models-2" in page
+    assert page.count("<article>") == 7 + 2
+    assert page.count("<figure>") == 2 * 7 + 2  # registers: only the model that has them
+    assert "head 2" in page
+    assert "block 2 of 3" in page
+
+
+def test_names_of_models_are_text_not_markup(picture):
+    explorer = Explorer({"<script>": (regvit(), default_image_processor(32))}, reference=[noise()])
+    question = Question(("<script>",), side=32, layer=3)
+    page = results_page(look(explorer, picture, question), question)
+    assert "<script>" not in page
+    assert "&lt;script&gt;" in page
+
+
+def test_a_deeper_model_is_read_as_far_from_the_end(picture):
+    processor = default_image_processor(32)
+    models = {"three": (regvit(), processor), "five": (regvit(num_hidden_layers=5), processor)}
+    explorer = Explorer(models, reference=[noise()])
+    views = look(explorer, picture, Question(("three", "five"), side=32, layer=2))
+    assert [view.layer for view in views.values()] == [2, 4]
+    views = look(explorer, picture, Question(("five", "three"), side=32, layer=1))
+    assert [view.layer for view in views.values()] == [1, 1]
+
+
+def test_features_are_those_of_extraction(explorer, picture, tmp_path):
+    views = look(explorer, picture, Question(("registers",), side=32, layer=3))
+    path = write_features(views, picture, tmp_path)
+    assert path.suffix == ".safetensors"
+    stored = TokenFeatures.load(path)
+    assert stored.grid == (8, 12)
+    assert stored.registers.shape == (1, 2, 24)
+    assert torch.equal(stored.patches[0], views["registers"].patches)
+    both = look(explorer, picture, Question(("plain", "registers"), side=32, layer=3))
+    with zipfile.ZipFile(write_features(both, picture, tmp_path)) as archive:
+        assert len(archive.namelist()) == 2
+
+
+@pytest.mark.parametrize("names", [("owner/vit", "owner_vit"), (f"{'long/' * 20}a", f"{'long/' * 20}b")])
+def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
+    """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
+    processor = default_image_processor(32)
+    explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
+    picture = Picture.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    path = write_features(look(explorer, picture, Question(names, side=32, layer=3)), picture, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "out")
+    stored = [TokenFeatures.load(file) for file in sorted((tmp_path / "out").iterdir())]
+    assert [features.registers.shape[1] for features in stored] == [0, 1]
+
+
+@pytest.mark.slow
+def test_figures_are_pictures(explorer, picture, tmp_path):
+    question = Question(("plain",), side=32, layer=3)
+    path = write_figures(look(explorer, picture, question), picture, question, tmp_path)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        assert len(names) == 3
+        for name in names:
+            with archive.open(name) as file:
+                assert Image.open(file).size[0] > 300
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+# --- What is exposed ---
+
+
+@pytest.fixture(scope="module")
+def app():
+    processor = default_image_processor(32)
+    return build_app({"a": (regvit(), processor), "b": (regvit(0), processor)}, compare="b", reference=[noise()])
+
+
+def test_the_server_is_for_this_machine_and_serves_no_files(app):
+    options = launch_options(port=7860)
+    assert options["server_name"] == "127.0.0.1"
+    assert options["share"] is False
+    assert options["strict_cors"] is True
+    assert options["allowed_paths"] == []
+    assert options["show_error"] is False
+    assert options["max_file_size"] == "20mb"
+    assert not options["enable_monitoring"]
+    assert not options["mcp_server"]
+    assert app.analytics_enabled is False
+    assert app._queue.max_size == 32
+    assert all(function.api_visibility == "private" for function in app.fns.values())
+    assert not re.search(r"https?://", options["css"])
+    assert not [font for font in options["theme"]._stylesheets if "//" in font]
+
+
+def test_heavy_functions_share_one_place(app):
+    reading = [function for function in app.fns.values() if function.concurrency_id == "read"]
+    assert len(reading) >= 8
+    assert {function.concurrency_limit for function in reading} == {1}
+
+
+def handler(app, name):
+    return next(f.fn for f in app.fns.values() if f.fn is not None and f.fn.__name__ == name)
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "words"),
+    [
+        (b"", "empty.png", "empty.png"),
+        (b"no picture at all", "notes.png", "notes.png"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing.png", "drawing.png"),
+    ],
+)
+def test_a_wrong_file_is_a_message_without_paths(app, tmp_path, content, name, words):
+    from gradio import Error
+
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(Error) as caught:
+        handler(app, "_open")(str(tmp_path / name))
+    assert words in caught.value.message
+    assert str(tmp_path) not in caught.value.message
+    assert caught.value.print_exception is False
+
+
+def test_a_bomb_is_refused_from_its_header(app, tmp_path):
+    from gradio import Error
+
+    Image.new("1", (8_000, 8_000)).save(tmp_path / "bomb.png")
+    with pytest.raises(Error, match="8000x8000"):
+        handler(app, "_open")(str(tmp_path / "bomb.png"))
+
+
+def test_failures_of_the_machine_do_not_reach_the_visitor(app, monkeypatch, caplog):
+    from gradio import Error
+
+    from hf_regvit.app import demo
+
+    def fail(*args):
+        raise RuntimeError("out of memory at /secret/place")
+
+    monkeypatch.setattr(demo, "look", fail)
+    with pytest.raises(Error) as caught:
+        handler(app, "_show")(Picture.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
+    assert "secret" not in caught.value.message
+    assert "secret" in caplog.text
+
+
+def test_sliders_follow_the_model(app):
+    page = SimpleNamespace()
+    side, layer, head = handler(app, "_adapt")("b", 30)
+    page.side = side
+    assert (side["minimum"], side["step"], side["value"]) == (16, 4, 32)
+    assert layer["maximum"] == layer["value"] == 3
+    assert [value for _, value in head["choices"]] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sides"),
+    [
+        ({}, (16, 192)),
+        ({"image_size": 8}, (8, 192)),
+        ({"image_size": 224}, (16, 224)),
+        ({"patch_size": 32}, (32, 1536)),
+    ],
+)
+def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
+    """The server refuses values outside of the slider, so the page would show nothing at all."""
+    app = build_app({"a": (regvit(**changes), default_image_processor(32))}, reference=[noise()])
+    side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
+    assert (side.minimum, side.maximum) == sides
+    assert side.minimum <= side.value <= side.maximum
+    assert side.preprocess(side.value) == side.value
+    update, _, _ = handler(app, "_adapt")("a", 4000)
+    assert update["minimum"] <= update["value"] <= update["maximum"]
+
+
+def test_a_model_of_one_block_has_a_page():
+    models = {
+        "one": (regvit(num_hidden_layers=1), default_image_processor(32)),
+        "three": (regvit(), default_image_processor(32)),
+    }
+    app = build_app(models, reference=[noise()])
+    layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
+    assert (layer.value, layer.interactive) == (1, False)
+    _, layer, _ = handler(app, "_adapt")("three", 32)
+    assert (layer["maximum"], layer["value"], layer["interactive"]) == (3, 3, True)
+
+
+def test_a_forgotten_picture_is_said_to_be(app):
+    """Gradio resets an expired state to its initial value, so that must not be an image."""
+    from gradio import Error, State
+
+    pictures = [block for block in app.blocks.values() if isinstance(block, State) and block.time_to_live == 3600]
+    assert [block.value for block in pictures] == [None]
+    with pytest.raises(Error, match="no longer available"):
+        handler(app, "_show")(None, (0.5, 0.5), "a", "none", 32, 3, 0)
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
+    regvit().save_pretrained(tmp_path)
+    default_image_processor(32).save_pretrained(tmp_path)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert cli.main(["demo", "--model", str(tmp_path), "--port", str(port)]) == 1
+    assert f"error: Port {port} is already in use" in capsys.readouterr().err
+
+
+def test_compare_must_be_one_of_the_models():
+    with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
+        build_app({"a": (regvit(), default_image_processor(32))}, compare="c")
+
+
+def test_dry_run_of_the_command(capsys):
+    assert cli.main(["demo", "--model", "x", "--compare", "y", "--dry_run", "--json"]) == 0
+    assert '"compare": "y"' in capsys.readouterr().out
+
+
+# --- The Space ---
+
+
+def test_header_of_the_space():
+    _, header, text = (SPACE / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    card = yaml.safe_load(header)
+    assert card["sdk"] == "gradio"
+    assert (SPACE / card["app_file"]).is_file()
+    assert card["license"] == "apache-2.0"
+    colors = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {card["colorFrom"], card["colorTo"]} <= colors
+    assert len(card["title"]) <= 60
+    assert len(card["short_description"]) <= 60
+    assert re.fullmatch(r"\d+\.\d+\.\d+", card["sdk_version"])
+    import gradio
+
+    assert gradio.__version__.split(".")[0] == card["sdk_version"].split(".")[0]
+    assert (SPACE / "requirements.txt").read_text().split() == ["hf_regvit[demo]"]
+    assert "REGVIT_MODEL" in text
+
+
+@pytest.mark.slow
+def test_the_space_builds(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
+    for name, model in (
+        ("with", regvit()),
+        ("without", ViTModel(ViTConfig(**sizes, num_hidden_layers=2, intermediate_size=48))),
+    ):
+        model.save_pretrained(tmp_path / name)
+        default_image_processor(32).save_pretrained(tmp_path / name)
+    monkeypatch.setenv("REGVIT_MODEL", str(tmp_path / "with"))
+    monkeypatch.setenv("REGVIT_COMPARE", str(tmp_path / "without"))
+    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.app.title.startswith("What does a vision transformer")
+    assert len(module.app.fns) >= 8

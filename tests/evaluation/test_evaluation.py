@@ -1,0 +1,799 @@
+"""Evaluation: scores against the plain functions, cached features, tables of models, reports, cards, errors."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from PIL import Image as Pillow
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from hf_regvit import RegViTConfig, RegViTModel, extract_features
+from hf_regvit.app import cli
+from hf_regvit.data.files import stratified_split
+from hf_regvit.data.loading import load_images
+from hf_regvit.data.parts import _of_every_class
+from hf_regvit.data.source import join_sources
+from hf_regvit.evaluation.cache import FrozenFeatures, data_fingerprint, read_features
+from hf_regvit.evaluation.image_tasks import score_features
+from hf_regvit.evaluation.intervals import bootstrap_interval, mean_iou, paired_difference
+from hf_regvit.evaluation.knn import few_shot_indices, knn_accuracy
+from hf_regvit.evaluation.linear import LinearGrid, logistic_path, train_linear_heads
+from hf_regvit.evaluation.lost import LostSettings
+from hf_regvit.evaluation.object_discovery import CorLocScore, LostEvaluation
+from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable, Score, fingerprint_of_names
+from hf_regvit.evaluation.run import _lost_score, compare_backbones, evaluate_backbone
+from hf_regvit.evaluation.tasks import LabelledFeatures, Protocol
+from hf_regvit.models.loading import model_fingerprint, short_names
+from hf_regvit.models.processing import EvaluationTransform, default_image_processor
+
+CLASSES = ("blue", "green", "red")
+QUICK = Protocol(linear=LinearGrid((0.1, 10.0), num_steps=20), logistic_cs=(0.1, 10.0), num_tries=2, shots=(1, 2))
+
+
+def picture(channel, seed):
+    pixels = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
+    pixels[..., channel] += 60
+    return Pillow.fromarray(pixels)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tinted noise: 24 training and 12 validation images of three classes, in class folders."""
+    root = tmp_path_factory.mktemp("data")
+    for part, count in (("train", 8), ("validation", 4)):
+        for channel, name in enumerate(CLASSES):
+            (root / part / name).mkdir(parents=True)
+            for i in range(count):
+                picture(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
+    return root
+
+
+def new_model(seed=0, **changes):
+    torch.manual_seed(seed)
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+    return RegViTModel(RegViTConfig(**config | changes)).eval()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return new_model()
+
+
+PROCESSOR = default_image_processor(32)
+
+
+def evaluate(model, data, **options):
+    return evaluate_backbone(model, data, **{"processor": PROCESSOR, "protocol": QUICK} | options)
+
+
+@pytest.fixture(scope="module")
+def report(model, data):
+    return evaluate(model, data, tasks=["retrieval", "few_shot", "logistic", "linear", "knn", "robustness"], seed=1)
+
+
+def score_of(report, task, variant=""):
+    (score,) = [score for score in report.scores if (score.task, score.variant) == (task, variant)]
+    return score
+
+
+# --- Scores
+
+
+def features_of(model, data, part):
+    source = load_images(data, split=part)
+    return extract_features(model, source, processor=PROCESSOR).cls, torch.tensor(source.labels)
+
+
+def test_knn_is_that_of_the_plain_functions(model, data, report):
+    train, judged = features_of(model, data, "train"), features_of(model, data, "validation")
+    assert [score.variant for score in report.scores if score.task == "knn"] == ["k=10", "k=20", "k=24"]
+    for k, accuracy in knn_accuracy(*train, *judged, k=(10, 20, 24)).items():
+        score = score_of(report, "knn", f"k={k}")
+        assert score.value == pytest.approx(accuracy)
+        assert score.interval[0] <= score.value <= score.interval[1]
+        assert (score.num_train, score.num_images, score.seed) == (24, 12, 1)
+        assert score.settings == {"layer": 2, "k": k, "temperature": 0.07}
+
+
+def test_few_shot_is_the_mean_of_its_draws(model, data, report):
+    train, labels = features_of(model, data, "train")
+    judged = features_of(model, data, "validation")
+    for n in (1, 2):
+        tries = []
+        for seed in (1, 2):
+            rows = few_shot_indices(labels, n, seed=seed)
+            tries.append(knn_accuracy(train[rows], labels[rows], *judged, k=(n,))[n])
+        score = score_of(report, "few_shot", f"n={n}")
+        assert score.value == pytest.approx(np.mean(tries))
+        assert score.settings["std_over_tries"] == pytest.approx(np.std(tries, ddof=1), abs=1e-4)
+
+
+def test_retrieval_is_the_mean_of_average_precisions(model, data, report):
+    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+    cosines = torch.nn.functional.normalize(judged, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+    expected = []
+    for row, label in zip(cosines.tolist(), truth, strict=True):
+        found, precisions = 0, []
+        for rank, i in enumerate(sorted(range(len(row)), key=lambda i: -row[i]), start=1):
+            if labels[i] == label:
+                found += 1
+                precisions.append(found / rank)
+        expected.append(np.mean(precisions))
+    assert score_of(report, "retrieval").value == pytest.approx(np.mean(expected), abs=1e-6)
+
+
+def test_logistic_regression_is_chosen_on_a_tenth_and_fitted_on_everything(model, data, report):
+    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+    score = score_of(report, "logistic")
+    assert score.settings["num_images_to_choose"] == 3
+    c = float(score.settings["chosen"].split()[1])
+    assert c in QUICK.logistic_cs
+    (fitted,) = logistic_path(train, labels, num_classes=3, cs=(c,))
+    assert score.value == pytest.approx((fitted(judged).argmax(1) == truth).float().mean().item())
+
+
+def test_sizes_of_robustness(report):
+    sizes = [score.variant for score in report.scores if score.task == "robustness"]
+    assert sizes == ["16 px", "24 px", "40 px"]
+
+
+def test_at_its_own_size_robustness_is_knn(model, data):
+    protocol = Protocol(image_sizes=(32,), knn_ks=(5,))
+    scores = evaluate(model, data, tasks=["knn", "robustness"], protocol=protocol).scores
+    assert scores[0].value == scores[1].value
+    assert scores[0].columns == scores[1].columns
+
+
+def clusters(count, seed, kind="CLS", num_blocks=2):
+    """Features that separate three classes perfectly."""
+    labels = torch.arange(count) % 3
+    generator = torch.Generator().manual_seed(seed)
+    vectors = 10 * torch.eye(8)[labels][:, None] + torch.rand(count, num_blocks, 8, generator=generator)
+    features = FrozenFeatures(vectors, vectors[:, -1], (1, 2), kind, tuple(f"{seed}/{i}" for i in range(count)), (), 0)
+    return LabelledFeatures(features, labels, 3, "clusters")
+
+
+@pytest.mark.parametrize("kind", ["CLS", "mean patch"])
+def test_every_task_tells_clusters_apart(kind):
+    scores = list(score_features(clusters(30, 0, kind), clusters(12, 1, kind), protocol=QUICK))
+    assert {score.task for score in scores} == {"knn", "linear", "logistic", "few_shot", "retrieval"}
+    assert all(score.value == 1 and score.interval == (1, 1) for score in scores)
+    assert all(kind in score.protocol for score in scores)
+    linear = next(score for score in scores if score.task == "linear")
+    # The model has two blocks instead of the official four; the mean patch is added only to CLS vectors.
+    assert linear.settings["chosen"].endswith(f"(of {2 * 2 * (2 if kind == 'CLS' else 1)})")
+
+
+def test_scores_go_through_the_metrics_of_the_package():
+    from hf_regvit.evaluation.metrics import TopKAccuracy
+
+    judged = clusters(12, 1)
+    wrong = LabelledFeatures(judged.features, (judged.labels + (torch.arange(12) < 3)) % 3, 3, "clusters")
+    (score,) = score_features(clusters(30, 0), wrong, tasks=["knn"], protocol=Protocol(knn_ks=(3,)))
+    votes = torch.nn.functional.one_hot(judged.labels, 3).float()
+    assert score.value == TopKAccuracy().compute(predictions=votes, references=wrong.labels)["top1"] == 0.75
+
+
+def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
+    protocol = Protocol(select_on="judged", linear=QUICK.linear, logistic_cs=QUICK.logistic_cs)
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=protocol):
+        assert "on the test images themselves (official protocol, optimistic)" in score.protocol
+        assert score.settings["num_images_to_choose"] == 12
+        assert score.settings["accuracy_where_chosen"] == score.value
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=QUICK):
+        assert "selected on a held-out tenth of the training images" in score.protocol
+        assert score.settings["num_images_to_choose"] == 3
+
+
+def blurred(count, seed):
+    """Three overlapping classes, so that every detail of a classifier matters."""
+    labels = torch.arange(count) % 3
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.eye(8)[labels][:, None] + 0.8 * torch.randn(count, 2, 8, generator=generator)
+    ids = tuple(f"{seed}/{i}" for i in range(count))
+    features = FrozenFeatures(vectors, vectors.mean(1), (1, 2), "CLS", ids, (), 0)
+    return LabelledFeatures(features, labels, 3, "blurred")
+
+
+def test_shots_are_the_official_ones_as_far_as_every_class_has_them():
+    for count, shots in ((14, ["n=1"]), (15, ["n=1", "n=5"]), (30, ["n=1", "n=5", "n=10"])):  # of three classes
+        scores = score_features(blurred(count, 0), blurred(6, 1), tasks=["few_shot"], protocol=Protocol(num_tries=1))
+        assert [score.variant for score in scores] == shots
+
+
+def test_few_shot_votes_at_the_temperature_that_is_said():
+    train, judged = blurred(30, 0), blurred(150, 1)
+    found = {}
+    for temperature in (0.02, 5.0):
+        protocol = Protocol(shots=(4,), num_tries=1, temperature=temperature)
+        (score,) = score_features(train, judged, tasks=["few_shot"], protocol=protocol, seed=3)
+        rows = few_shot_indices(train.labels, 4, seed=3)
+        expected = knn_accuracy(
+            train.features.last[rows], train.labels[rows], judged.features.last, judged.labels, k=(4,),
+            temperature=temperature,
+        )[4]  # fmt: skip
+        assert score.value == pytest.approx(expected)
+        found[temperature] = score.columns
+    assert found[0.02] != found[5.0]
+
+
+def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
+    train, judged = blurred(40, 0), blurred(300, 1)
+    protocol = Protocol(linear=LinearGrid((0.05, 1.0), (1, 2), (False, True), 60, 16), logistic_cs=(0.1, 1.0, 10.0))
+    fitted, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=2)
+    features, everything = train.features, list(range(40))
+
+    def heads(rows, grid):
+        parts = features.vectors[rows], features.mean_patch[rows], train.labels[rows]
+        return train_linear_heads(*parts, num_classes=3, grid=grid, seed=2)
+
+    def best_c():
+        for model in logistic_path(features.last[fitted], train.labels[fitted], num_classes=3, cs=(0.1, 1.0, 10.0)):
+            scores = model(features.last[held])
+            right = (scores.argmax(1) == train.labels[held]).float().mean().item()
+            yield (right, -torch.nn.functional.cross_entropy(scores, train.labels[held]).item()), model.c
+
+    head, _ = heads(fitted, protocol.linear).best(
+        features.vectors[held], features.mean_patch[held], train.labels[held]
+    )
+    (_, linear), (_, partial) = (
+        next(heads(rows, protocol.linear.only(head)).scores(judged.features.vectors, judged.features.mean_patch))
+        for rows in (everything, fitted)
+    )
+    c = max(best_c())[1]
+    (logistic,) = logistic_path(features.last, train.labels, num_classes=3, cs=(c,))
+    scores = list(score_features(train, judged, tasks=["linear", "logistic"], protocol=protocol, seed=2))
+    for score, votes in zip(scores, (linear, logistic(judged.features.last)), strict=True):
+        assert score.columns == (tuple((votes.argmax(1) == judged.labels).double().tolist()),)
+    assert scores[0].settings["chosen"].startswith(str(head))
+    assert not torch.equal(linear.argmax(1), partial.argmax(1))  # refitting on a tenth more images changes predictions
+
+
+def test_models_without_cls_read_the_mean_patch(data):
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    siglip = SiglipVisionModel(SiglipVisionConfig(**config, image_size=32, patch_size=8)).eval()
+    report = evaluate(siglip, data, tasks=["knn"])
+    assert "no CLS token, so tasks on whole images use the mean of its patch tokens" in report.notes[0]
+    patches = [extract_features(siglip, load_images(data, split=part), processor=PROCESSOR).patches.mean(1)
+               for part in ("train", "validation")]  # fmt: skip
+    labels = [torch.tensor(load_images(data, split=part).labels) for part in ("train", "validation")]
+    expected = knn_accuracy(patches[0], labels[0], patches[1], labels[1], k=(10,))[10]
+    assert score_of(report, "knn", "k=10").value == pytest.approx(expected)
+
+
+# --- Intervals
+
+
+@pytest.mark.parametrize("confidence", [0.95, 0.5])
+def test_interval_of_a_mean_equals_its_loop(confidence):
+    values = np.random.default_rng(3).normal(2.0, 1.0, (30, 1))
+    rng, means = np.random.default_rng(5), []
+    for _ in range(2000):
+        means.append(sum(values[i, 0] for i in rng.integers(0, 30, 30).tolist()) / 30)
+    means.sort()
+
+    def quantile(share):
+        place = share * (len(means) - 1)
+        below = int(place)
+        return means[below] + (place - below) * (means[min(below + 1, len(means) - 1)] - means[below])
+
+    tail = (1 - confidence) / 2
+    low, high = bootstrap_interval(values, seed=5, confidence=confidence)
+    assert (low, high) == pytest.approx((quantile(tail), quantile(1 - tail)))
+    assert confidence == pytest.approx(np.mean([low <= mean <= high for mean in means]), abs=1e-3)
+
+
+def test_the_default_interval_is_one_of_95_percent_of_as_many_images():
+    values = np.random.default_rng(3).normal(2.0, 1.0, 400)
+    low, high = bootstrap_interval(values, seed=0)
+    error = values.std() / 20  # of a mean of 400
+    assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
+
+
+def test_a_method_is_not_ahead_of_itself():
+    rows = np.random.default_rng(0).random((20, 1))
+    assert paired_difference(rows, rows, seed=0) == (0, (0, 0))
+    ahead, (low, high) = paired_difference(rows, rows + 0.1, seed=0)
+    assert ahead == pytest.approx(0.1) == pytest.approx(low) == pytest.approx(high)  # paired, so no spread remains
+    with pytest.raises(ValueError, match="not of the same images"):
+        paired_difference(rows, rows[:5], seed=0)
+
+
+def test_mean_iou_of_rows_is_that_of_the_metric():
+    from hf_regvit.evaluation.metrics import MeanIoU
+
+    rng = np.random.default_rng(0)
+    predicted, true = rng.integers(0, 3, (2, 6, 5, 5))
+    metric = MeanIoU(num_classes=4)
+    rows = np.concatenate([np.array(metric.reduce(p[None], t[None])) for p, t in zip(predicted, true, strict=True)])
+    assert mean_iou(rows) == pytest.approx(metric.compute(predictions=predicted, references=true)["mean_iou"])
+    rows[:, 4:8] += [0, 0, 0, 3]  # a class that is only predicted counts as missed, as in the metric
+    assert mean_iou(rows) == pytest.approx(metric.result(rows)["mean_iou"])
+    low, high = bootstrap_interval(rows, seed=0, statistic=mean_iou)
+    drawn = [mean_iou(rows[rng.integers(0, 6, 6)]) for _ in range(2000)]
+    assert low == pytest.approx(np.quantile(drawn, 0.025), abs=0.02)
+    assert high == pytest.approx(np.quantile(drawn, 0.975), abs=0.02)
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("rmse", -1), ("abs_rel", -1), ("delta1", 1)])
+def test_ahead_of_turns_errors_round_and_keeps_its_interval_in_order(metric, sign):
+    what = {"task": "depth", "variant": "", "metric": metric, "protocol": "p", "settings": {}, "num_train": 3}
+    rng = np.random.default_rng(0)
+    first = rng.random((20, 1))
+    second = first + 0.3 + rng.normal(0, 0.1, (20, 1))
+    ids = [str(i) for i in range(20)]
+    one, two = (Score.measured(rows, ids=ids, data="d", seed=0, seconds=0.0, **what) for rows in (first, second))
+    gain, (low, high) = paired_difference(first, second, seed=0)
+    assert two.difference(one) == (gain, (low, high))
+    assert low < gain < high
+    expected = (gain, (low, high)) if sign > 0 else (-gain, (-high, -low))
+    assert two.ahead_of(one)[0] == pytest.approx(expected[0])
+    assert two.ahead_of(one)[1] == pytest.approx(expected[1])
+    assert two.ahead_of(one)[1][0] < two.ahead_of(one)[1][1]
+
+
+def test_two_segmentations_differ_by_their_mean_iou():
+    rng = np.random.default_rng(0)
+    rows = []
+    for wrong in (0.1, 0.4):
+        true = rng.integers(20, 60, (12, 3)).astype(float)
+        both = np.round(true * (1 - wrong))
+        rows.append(np.concatenate([both, both + rng.integers(0, 9, (12, 3)), true], axis=1))
+    what = {"task": "segmentation", "variant": "", "metric": "mean_iou", "protocol": "p", "settings": {}}
+    better, worse = (
+        Score.measured(one, ids=list("abcdefghijkl"), data="d", seed=0, statistic="mean_iou", num_train=3, seconds=0.0,
+                       **what) for one in rows
+    )  # fmt: skip
+    gain, (low, high) = better.difference(worse)
+    assert gain == pytest.approx(mean_iou(rows[0]) - mean_iou(rows[1]))
+    assert gain == pytest.approx(better.value - worse.value)
+    assert low < gain < high
+
+
+def test_the_model_index_keeps_data_sets_apart():
+    what = {"task": "knn", "metric": "top1", "protocol": "p", "settings": {}, "num_train": 3, "seconds": 0.0}
+    scores = tuple(
+        Score.measured(np.full((4, 1), value), ids=list("abcd"), data=data, seed=0, variant=variant, **what)
+        for value, data, variant in ((0.5, "birds", "k=10"), (0.25, "birds", "k=20"), (1.0, "cars", "k=10"))
+    )
+    (entry,) = EvaluationReport("m", "birds", 0, {}, scores).model_index("m")
+    found = {
+        result["dataset"]["name"]: [metric["value"] for metric in result["metrics"]] for result in entry["results"]
+    }
+    assert found == {"birds": [0.5, 0.25], "cars": [1.0]}
+
+
+def test_names_run_together_are_other_names():
+    assert len({fingerprint_of_names(names) for names in (["ab", "c"], ["a", "bc"], ["abc"], ["c", "ab"])}) == 4
+
+
+def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
+    overlaps = (0.5, 0.4999, 0.8)
+    score = CorLocScore("LOST", 2 / 3, (0.0, 1.0), (0.0, (0.0, 0.0)), overlaps)
+    protocol = {"iou_threshold": 0.5, "max_side": 640, "padding": "zeros"}
+    lost = LostEvaluation(LostSettings(), {"lost": score}, None, protocol, ("a", "b", "c"), 0, 0, 1.0)
+    assert _lost_score(lost, "d", 0).value == pytest.approx(2 / 3)
+
+
+# --- Cache
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """A model, and a list of the numbers of images it has processed."""
+    model, seen = new_model(), []
+    model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
+    return model, seen
+
+
+def read(model, source, cache_dir, size=32, **options):
+    transform = EvaluationTransform.for_model(model, PROCESSOR, image_size=size)
+    return read_features(model, source, transform=transform, cache_dir=cache_dir, **options)
+
+
+def test_features_are_read_once(counted, data, tmp_path):
+    model, seen = counted
+    first = evaluate(model, data, tasks=["knn", "linear", "few_shot"], cache_dir=tmp_path)
+    assert sum(seen) == 24 + 12
+    second = evaluate(model, data, tasks=["knn", "linear", "few_shot"], cache_dir=tmp_path)
+    assert sum(seen) == 24 + 12
+    assert [score.columns for score in second.scores] == [score.columns for score in first.scores]
+    assert (first.cached_seconds, second.reading_seconds) == (0, 0)
+    assert second.cached_seconds == pytest.approx(first.reading_seconds, abs=0.01)
+
+
+def test_what_changed_is_read_again(counted, data, tmp_path):
+    model, seen = counted
+    source = load_images(data, split="validation")
+    first = read(model, source, tmp_path)
+
+    def again(expected, model=model, source=source, **options):
+        before = sum(seen)
+        features = read(model, source, tmp_path, **options)
+        assert sum(seen) - before == expected
+        return features
+
+    again(0)
+    again(11, source=source.subset(range(11)))
+    again(12, source=source.subset([*range(1, 12), 0]))  # the same images in another order
+    again(12, source=replace(source, ids=[f"new/{name}" for name in source.ids]))  # features carry the names
+    again(12, size=24)
+    again(12, layers=(-1,))
+    again(0, layers=(1, 2))  # the last four of two
+    with torch.no_grad():
+        model.layers[1].mlp.fc2.bias[3] += 1e-4
+    changed = again(12)
+    assert not torch.equal(changed.vectors, first.vectors)
+    model.config.layer_norm_eps *= 2
+    again(12)
+
+
+def test_a_changed_image_is_read_again(counted, tmp_path):
+    model, seen = counted
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        picture(i, i).save(tmp_path / "a" / f"{i}.png")
+    read(model, load_images(tmp_path / "a"), tmp_path / "cache")
+    before = data_fingerprint(load_images(tmp_path / "a"))
+    picture(2, 7).save(tmp_path / "a" / "1.png")
+    assert data_fingerprint(load_images(tmp_path / "a")) != before
+    read(model, load_images(tmp_path / "a"), tmp_path / "cache")
+    assert seen == [3, 3]
+
+
+def test_a_broken_cache_is_not_used(counted, data, tmp_path, caplog):
+    model, seen = counted
+    source = load_images(data, split="validation")
+    first = read(model, source, tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    second = read(model, source, tmp_path)
+    assert "cannot be read" in caplog.text
+    assert seen == [12, 12]
+    assert torch.equal(first.vectors, second.vectors)
+    third = read(model, source, tmp_path)
+    assert third.from_cache
+    assert (third.ids, third.layers, third.kind) == (first.ids, (1, 2), "CLS")
+
+
+def test_the_name_of_a_model_is_no_part_of_it(model):
+    other = new_model()
+    other.config.name_or_path = "somewhere/else"
+    assert model_fingerprint(other) == model_fingerprint(model)
+    assert model_fingerprint(new_model(seed=1)) != model_fingerprint(model)
+
+
+def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(model, data):
+    source = load_images(data, split="validation")
+    features = read(model, source, None, layers=(1, 2))
+    for block in (1, 2):
+        tokens = extract_features(model, source, processor=PROCESSOR, layer=block)
+        torch.testing.assert_close(features.vectors[:, block - 1], tokens.cls)
+    torch.testing.assert_close(features.mean_patch, tokens.patches.mean(1))
+
+
+# --- Reports
+
+
+def test_a_report_comes_back_from_its_file(report, tmp_path):
+    report.save(tmp_path / "out" / "report.json")
+    assert EvaluationReport.load(tmp_path / "out") == report
+    assert EvaluationReport.load(tmp_path / "out" / "report.json", model=report.model) == report
+    # The contributions of all images are on one line, not one line each.
+    assert len((tmp_path / "out" / "report.json").read_text().splitlines()) < 40 * len(report.scores)
+    with pytest.raises(FileNotFoundError, match="There is no evaluation report at"):
+        EvaluationReport.load(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text('{"reports": [{"model": 1}]}')
+    with pytest.raises(ValueError, match="is not an evaluation report that this version can read"):
+        EvaluationReport.load(tmp_path / "other.json")
+
+
+def test_model_index_is_what_the_hub_reads(report, data):
+    index = report.model_index("someone/model")
+    assert index[0]["name"] == "someone/model"
+    card = ModelCardData(model_name="model", eval_results=model_index_to_eval_results(index)[1])
+    results = {(one.task_type, one.metric_type, one.metric_name): one for one in card.eval_results}
+    knn = results["image-classification", "accuracy", "Weighted kNN, top1, k=10"]
+    assert knn.metric_value == pytest.approx(score_of(report, "knn", "k=10").value, abs=1e-4)
+    assert knn.dataset_name == data.name  # not the path on this machine
+    assert knn.metric_args["num_train_images"] == 24
+    assert ("image-feature-extraction", "mean_average_precision", "Retrieval, map") in results
+    assert len(results) == len(report.scores)
+    assert str(data.parent) not in json.dumps(index)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    for name, seed in (("a", 0), ("b", 1)):
+        new_model(seed).save_pretrained(tmp_path / name)
+        PROCESSOR.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def test_models_are_compared_on_the_same_images(folders, data):
+    seen = []
+    models = [folders / "a", folders / "b"]
+    options = {"tasks": ["knn"], "protocol": Protocol(knn_ks=(3,))}
+    table = compare_backbones(models, data, on_report=lambda table: seen.append(len(table.reports)), **options)
+    assert seen == [1, 2]
+    (first, _, none), (second, report, reference) = table.rows()
+    assert none is None
+    assert reference is first
+    assert report.model == "b"
+    hits = [np.array(score.columns[0]) for score in (first, second)]
+    ahead, (low, high) = second.difference(first)
+    assert ahead == pytest.approx(hits[1].mean() - hits[0].mean()) == pytest.approx(second.value - first.value)
+    assert (low, high) == pytest.approx(bootstrap_interval(hits[1] - hits[0], seed=0))
+    markdown = table.markdown()
+    assert "| ahead of a |" in markdown
+    assert second.show(ahead, (low, high), signed=True) in markdown
+    loaded = EvaluationTable.load(table.save(folders / "out"))
+    assert loaded == table
+    with pytest.raises(ValueError, match="holds the models a, b; model=None must be one of them"):
+        EvaluationReport.load(folders / "out")
+    assert EvaluationReport.load(folders / "out", model="b") == report
+
+
+def test_other_images_are_not_compared(model, data):
+    source = load_images(data, split="validation")
+    train = load_images(data, split="train")
+    one, two = (
+        evaluate(model, source.subset(rows), train=train, tasks=["retrieval"]).scores[0]
+        for rows in (range(11), range(1, 12))
+    )
+    with pytest.raises(ValueError, match="cannot be compared pairwise"):
+        one.difference(two)
+
+
+@pytest.mark.parametrize(("metric", "shown"), [("rmse", "+0.100 m [+0.100, +0.100]"), ("delta1", "-10.0 % [")])
+def test_the_model_of_smaller_error_is_the_one_ahead(metric, shown):
+    what = {"task": "depth", "variant": "", "metric": metric, "protocol": "p", "settings": {}, "num_train": 3}
+    errors = np.linspace(0.2, 0.6, 5)
+    reports = []
+    for name, rows in (("a", errors), ("b", errors - 0.1)):
+        score = Score.measured(rows, ids="vwxyz", data="d", seed=0, seconds=1.0, **what)
+        reports.append(EvaluationReport(name, "d", 0, {}, (score,)))
+    second, first = reports[1].scores[0], reports[0].scores[0]
+    assert second.difference(first)[0] == pytest.approx(-0.1)
+    assert second.ahead_of(first)[0] == pytest.approx(0.1 if metric == "rmse" else -0.1)
+    assert first.ahead_of(first) == (0.0, (0.0, 0.0))
+    markdown = EvaluationTable(tuple(reports)).markdown()
+    (line,) = [line for line in markdown.splitlines() if "| b |" in line]
+    assert f"| {shown}" in line
+    assert ("above 0 is better" in markdown) == (metric == "rmse")
+
+
+def test_models_are_called_by_what_tells_them_apart(tmp_path):
+    for name in ("x/backbone", "y/backbone", "z"):
+        (tmp_path / name).mkdir(parents=True)
+    assert short_names([tmp_path / "x/backbone", "org/model"]) == ["backbone", "org/model"]
+    assert short_names([tmp_path / "x/backbone", tmp_path / "y/backbone"]) == ["x/backbone", "y/backbone"]
+
+
+# --- Dense tasks
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory):
+    """Six images with masks, or depths, of their brighter half."""
+    root = tmp_path_factory.mktemp("dense")
+
+    def png(array):
+        data = io.BytesIO()
+        Pillow.fromarray(array).save(data, "PNG")
+        return {"bytes": data.getvalue(), "path": None}
+
+    for kind in ("mask", "depth"):
+        for part, count in (("train", 4), ("validation", 2)):
+            rows = {"image": [], kind: []}
+            for i in range(count):
+                pixels = np.random.default_rng(i + 10 * count).integers(0, 90, (32, 32, 3)).astype(np.uint8)
+                half = np.zeros((32, 32), dtype=np.uint8)
+                half[:, 16:] = 1
+                pixels[half == 1] += 150
+                rows["image"].append(png(pixels))
+                rows[kind].append(
+                    png(half if kind == "mask" else (1000 + 2000 * half.astype(np.int32)).astype(np.uint16))
+                )
+            folder = root / kind
+            folder.mkdir(exist_ok=True)
+            Dataset.from_dict(rows, Features({"image": Image(), kind: Image()})).to_parquet(folder / f"{part}.parquet")
+    return root
+
+
+def test_segmentation_and_depth(model, data, dense):
+    from hf_regvit.data.maps import load_depth
+    from hf_regvit.evaluation.dense_features import read_dense_features
+    from hf_regvit.evaluation.dense_heads import DepthSettings, SegmentationSettings, linear_depth
+
+    protocol = Protocol(
+        segmentation=SegmentationSettings(num_steps=40, learning_rate=0.05, batch_size=4),
+        depth=DepthSettings(num_steps=4, batch_size=2),
+    )
+    task_data = {"segmentation": dense / "mask", "depth": dense / "depth"}
+    report = evaluate(model, data, tasks=["depth", "segmentation"], task_data=task_data, protocol=protocol)
+    scores = {score.metric: score for score in report.scores}
+    assert list(scores) == ["mean_iou", "rmse", "abs_rel", "delta1"]
+    assert scores["mean_iou"].value > 0.9
+    assert (scores["mean_iou"].data, scores["rmse"].data) == ("mask", "depth")
+    assert all((score.num_train, score.num_images) == (4, 2) for score in scores.values())
+    assert scores["rmse"].show(0.5, (0.4, 0.6)) == "0.500 m [0.400, 0.600]"
+    assert report.reading_seconds > 0
+    parts = [load_depth(dense / "depth", split=split) for split in ("train", "validation")]
+    features = [read_dense_features(model, part, processor=PROCESSOR) for part in parts]
+    plain = linear_depth(features[0], parts[0].targets, features[1], parts[1].targets, settings=protocol.depth)
+    for metric in ("rmse", "abs_rel", "delta1"):
+        assert scores[metric].value == pytest.approx(getattr(plain, metric), rel=1e-4), metric
+
+
+# --- What cannot be evaluated
+
+
+def test_unknown_tasks_are_answered_with_the_nearest(model, data):
+    with pytest.raises(ValueError, match=r"Unknown task 'linaer'. Did you mean 'linear'\? Choose from knn, linear"):
+        evaluate(model, data, tasks=["linaer"])
+    with pytest.raises(ValueError, match="tasks is empty"):
+        evaluate(model, data, tasks=[])
+    with pytest.raises(ValueError, match=r"task_data names \['depth'\]"):
+        evaluate(model, data, tasks=["knn"], task_data={"depth": data})
+
+
+def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
+    """With the seed and share of the run, as in the tutorial; any other seed would test on training images."""
+    from hf_regvit import FinetuningArguments, load_images
+    from hf_regvit.evaluation.report import fingerprint_of_names
+    from hf_regvit.finetuning.data import hold_out
+
+    folder = data / "train"
+    args = FinetuningArguments(output_dir="unused", data=str(folder), use_cpu=True, seed=42, train_val_split=0.25)
+    images = load_images(str(folder))
+    _, held = hold_out(images, args, labels=images.labels)
+    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
+    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=42).scores
+    assert score.num_images == len(held)
+    assert score.images == fingerprint_of_names(held.ids)
+    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=0).scores
+    assert score.images != fingerprint_of_names(held.ids)
+
+
+def test_missing_validation_part(model, data):
+    with pytest.raises(ValueError, match=r"has no validation split.*give train_data, or a train_val_split such as"):
+        evaluate(model, data / "validation")
+    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
+    (score,) = evaluate(model, data / "train", protocol=protocol, tasks=["knn"]).scores
+    assert (score.num_train, score.num_images) == (18, 6)
+
+
+def test_more_neighbours_than_images(model, data):
+    with pytest.raises(ValueError, match=r"k=\[5, 25\]: every k must be .* at most 24"):
+        evaluate(model, data, tasks=["knn"], protocol=Protocol(knn_ks=(5, 25)))
+    with pytest.raises(ValueError, match="has 8 training images, but 9 per class were requested"):
+        evaluate(model, data, tasks=["few_shot"], protocol=Protocol(shots=(9,)))
+
+
+def test_images_without_labels(model, tmp_path):
+    for i in range(4):
+        picture(0, i).save(tmp_path / f"{i}.png")
+    source = load_images(tmp_path)
+    with pytest.raises(ValueError, match="has no labels, which tasks on whole images need"):
+        evaluate(model, source.subset([0, 1]), train=source.subset([2, 3]))
+
+
+def test_one_class_and_unseen_classes(model, data):
+    train, judged = (load_images(data, split=part) for part in ("train", "validation"))
+    of = {label: [i for i, one in enumerate(train.labels) if one == label] for label in range(3)}
+    with pytest.raises(ValueError, match=r"All 8 training images .* are of one class"):
+        evaluate(model, judged, train=train.subset(of[0]))
+    with pytest.raises(ValueError, match=r"1 classes of the test images of .* have no training images: red"):
+        evaluate(model, judged, train=train.subset(of[0] + of[1]))
+
+
+def test_other_classes_in_the_training_images(model, data, tmp_path):
+    for name in ("blue", "yellow"):
+        (tmp_path / name).mkdir()
+        picture(0, 1).save(tmp_path / name / "1.png")
+    with pytest.raises(ValueError, match=r"has 2 classes and .* has 3; they differ in: green, red, yellow"):
+        evaluate(model, data, train=tmp_path)
+
+
+def test_judged_folders_that_lack_a_class_are_numbered_by_name(model, data):
+    train = load_images(data / "train", split=None)
+    whole = load_images(data / "validation", split=None)
+    part = replace(whole.subset(range(4, 12)), labels=[0] * 4 + [1] * 4, label_names=("green", "red"))
+    (score,) = evaluate(model, part, train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))).scores
+    (same,) = evaluate(
+        model, whole.subset(range(4, 12)), train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))
+    ).scores
+    assert score.columns == same.columns
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 20, 29, 30])
+def test_a_draw_has_so_many_images_and_every_class_that_fits(count):
+    labels = [0] * 16 + [1] * 10 + [2] * 3 + [3]  # the last class has a single image
+    drawn = _of_every_class(labels, count, seed=4)
+    assert drawn == sorted(set(drawn))
+    assert len(drawn) == count
+    found = np.bincount([labels[i] for i in drawn], minlength=4)
+    assert (found > 0).sum() == min(4, count)
+    share = np.array([16, 10, 3, 1]) * count / 30
+    assert (np.abs(found - np.maximum(share, count >= 4)) <= 1.5).all()
+    assert _of_every_class(labels, count, seed=4) == drawn
+
+
+def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
+    train, judged = (load_images(data, split=part) for part in ("train", "validation"))
+    single = judged.subset([0, 4, 8])
+    protocol = Protocol(knn_ks=(3,), max_images=2)
+    (score,) = evaluate(model, single, train=train, tasks=["knn"], protocol=protocol).scores
+    assert (score.num_train, score.num_images) == (3, 2)  # one training image per class
+
+
+def test_judged_images_that_are_fitted_on(model, data, caplog):
+    source = load_images(data, split="validation")
+    with pytest.raises(ValueError, match=r"12 of the 12 test images .* are identical to training images"):
+        evaluate(model, source, train=source)
+    train = load_images(data / "train", split=None)
+    joined = join_sources([train, load_images(data / "validation", split=None).subset([0, 4])])
+    report = evaluate(model, load_images(data / "validation", split=None), train=joined, tasks=["retrieval"])
+    assert report.notes == ("2 of 12 test images are identical to training images, byte for byte.",)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"select_on": "test"}, "select_on='test' is unknown"),
+        ({"train_val_split": 1.0}, r"train_val_split=1.0 must lie between"),
+        ({"num_tries": 0}, "num_tries=0"),
+        ({"num_dense_blocks": 2}, "num_dense_blocks=2 must be 1 or 4"),
+    ],
+)
+def test_settings_out_of_range(change, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol(**change)
+
+
+def test_a_model_is_named_once(data):
+    with pytest.raises(ValueError, match="Name each once"):
+        compare_backbones(["a", "a"], data)
+
+
+# --- Command line
+
+
+@pytest.mark.slow
+def test_two_models_on_the_command_line(folders, data, capsys):
+    args = ["evaluate", "--model", str(folders / "a"), "--model", str(folders / "b"), "--tasks", "knn", "linear"]
+    args += ["--data", str(data), "--knn_k", "3", "5", "--linear_steps", "5", "--output_dir", str(folders / "out")]
+    assert cli.main(args) == 0
+    printed = capsys.readouterr().out
+    assert "| knn | top1 | k=5 | b |" in printed
+    assert "linear heads on CLS, 5 SGD steps" in printed
+    assert printed.replace("\n\nreport", "\nreport").startswith((folders / "out" / "report.md").read_text()[14:90])
+    assert len(list((folders / "out" / "features").glob("*.safetensors"))) == 4
+    assert cli.main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [len(one["scores"]) for one in result["results"]] == [3, 3]
+    assert "columns" not in result["results"][0]["scores"][0]
+    table = EvaluationTable.load(folders / "out")
+    assert table.reports[0].cached_seconds > 0  # of the second run
+    assert cli.main([*args, "--tasks", "knm"]) == 1
+    assert "Did you mean 'knn'?" in capsys.readouterr().err
+
+
+def test_protocols_of_models_that_differ_stand_apart():
+    tables = []
+    for kind in ("CLS", "mean patch"):
+        scores = tuple(score_features(clusters(30, 0, kind), clusters(12, 1, kind), tasks=["knn", "retrieval"]))
+        tables.append(EvaluationReport(f"model with {kind}", "clusters", 0, {}, scores))
+    text = EvaluationTable(tuple(tables)).markdown()
+    assert "- knn (model with CLS): weighted votes of the k nearest CLS vectors" in text
+    assert "- knn (model with mean patch): weighted votes of the k nearest mean patch vectors" in text
+    alone = EvaluationTable((tables[0],)).markdown()
+    assert "- knn: weighted votes of the k nearest CLS vectors" in alone
