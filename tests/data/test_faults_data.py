@@ -80,76 +80,81 @@ def lines_of(path: Path) -> list[dict]:
 # --- Images
 
 
-class TestTruncated:
-    def test_F01_jpeg_cut_in_half_names_its_path(self, photo, tmp_path):
-        content = encode(photo, "JPEG")
-        (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
-        with pytest.raises(BadImageError, match="truncated") as caught:
-            open_image(tmp_path / "cut.jpg")
-        assert caught.value.path == str(tmp_path / "cut.jpg")
-        assert caught.value.kind == "truncated"
+def test_truncated_F01_jpeg_cut_in_half_names_its_path(photo, tmp_path):
+    content = encode(photo, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    with pytest.raises(BadImageError, match="truncated") as caught:
+        open_image(tmp_path / "cut.jpg")
+    assert caught.value.path == str(tmp_path / "cut.jpg")
+    assert caught.value.kind == "truncated"
 
-    def test_F01_is_skipped_and_recorded_in_training(self, photo, tmp_path):
-        make_folder(tmp_path, [f"{i}.png" for i in range(5)])
-        content = encode(photo, "JPEG")
-        (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
-        source = load_images(tmp_path)
-        dataset = crops_of(
-            source, bad_images_module.BadImages(tmp_path / "run" / "bad_images.jsonl", num_images=len(source))
-        )
-        item = dataset[(3, source.ids.index("cut.jpg"))]
-        assert item["global_crops"].shape == (2, 3, 16, 16)
-        (record,) = lines_of(tmp_path / "run" / "bad_images.jsonl")
-        assert record["path"] == str(tmp_path / "cut.jpg")
-        assert (record["kind"], record["epoch"]) == ("truncated", 3)
-        assert "truncated" in record["reason"]
-        with pytest.raises(BadImageError, match=r"cut\.jpg"):
-            crops_of(source)[(3, source.ids.index("cut.jpg"))]
 
-    @pytest.mark.parametrize("missing", [1, 2, 5, 10])
-    def test_F02_last_bytes_missing_is_skipped_by_default(self, photo, missing):
-        content = encode(photo, "JPEG", quality=95)[:-missing]
-        # An image without its end marker (2 bytes) counts as truncated, although all pixels are there.
-        with pytest.raises(BadImageError, match="truncated"):
-            open_image(content)
+def test_truncated_F01_is_skipped_and_recorded_in_training(photo, tmp_path):
+    make_folder(tmp_path, [f"{i}.png" for i in range(5)])
+    content = encode(photo, "JPEG")
+    (tmp_path / "cut.jpg").write_bytes(content[: len(content) // 2])
+    source = load_images(tmp_path)
+    dataset = crops_of(
+        source, bad_images_module.BadImages(tmp_path / "run" / "bad_images.jsonl", num_images=len(source))
+    )
+    item = dataset[(3, source.ids.index("cut.jpg"))]
+    assert item["global_crops"].shape == (2, 3, 16, 16)
+    (record,) = lines_of(tmp_path / "run" / "bad_images.jsonl")
+    assert record["path"] == str(tmp_path / "cut.jpg")
+    assert (record["kind"], record["epoch"]) == ("truncated", 3)
+    assert "truncated" in record["reason"]
+    with pytest.raises(BadImageError, match=r"cut\.jpg"):
+        crops_of(source)[(3, source.ids.index("cut.jpg"))]
 
-    @pytest.mark.parametrize("missing", [2, 5, 10, 60])
-    @pytest.mark.parametrize("name", ["chelsea", "hubble", "rocket", "coffee"])  # 300 to 872 rows
-    def test_F02_salvage_keeps_only_rows_of_the_file_itself(self, missing, name):
-        whole = builtin.photographs()[name]
-        content = encode(whole, "JPEG", quality=90)
-        salvaged = open_image(content[:-missing], limits=ImageLimits(on_truncated="salvage"))
-        expected = np.asarray(open_image(content))
-        assert salvaged.width == whole.width
-        assert 0.95 * whole.height <= salvaged.height <= whole.height
-        assert (np.asarray(salvaged) == expected[: salvaged.height]).all()
 
-    def test_F02_salvage_refuses_progressive_files(self):
-        """A later scan over all rows is missing, so no row is complete."""
-        content = encode(builtin.photographs()["chelsea"], "JPEG", progressive=True)[:-10]
-        with pytest.raises(BadImageError, match="truncated"):
-            open_image(content, limits=ImageLimits(on_truncated="salvage"))
+@pytest.mark.parametrize("missing", [1, 2, 5, 10])
+def test_truncated_F02_last_bytes_missing_is_skipped_by_default(photo, missing):
+    content = encode(photo, "JPEG", quality=95)[:-missing]
+    # An image without its end marker (2 bytes) counts as truncated, although all pixels are there.
+    with pytest.raises(BadImageError, match="truncated"):
+        open_image(content)
 
-    @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-    def test_F02_salvage_refuses_what_lacks_more_than_a_twentieth(self, share):
-        content = encode(builtin.photographs()["chelsea"], "JPEG", quality=90)
-        with pytest.raises(BadImageError, match=r"truncated|cannot identify") as caught:
-            open_image(content[: int(share * len(content))], limits=ImageLimits(on_truncated="salvage"))
-        assert caught.value.kind == "truncated"
 
-    def test_F03_flipped_bits_in_jpeg_data_decode_and_nobody_can_tell(self, photo):
-        content = bytearray(encode(photo, "JPEG", quality=95))
-        start = content.rindex(b"\xff\xda") + 200
-        whole = np.asarray(open_image(bytes(content)))
-        changed = 0
-        for position in range(start, start + 200, 10):
-            damaged = bytearray(content)
-            damaged[position] ^= 0x04
-            if damaged[position] == 0xFF or content[position] == 0xFF:
-                continue
-            changed += (np.asarray(open_image(bytes(damaged))) != whole).any()
-        assert changed > 5
-        assert "is not detected" in " ".join(open_image.__doc__.split())
+@pytest.mark.parametrize("missing", [2, 5, 10, 60])
+@pytest.mark.parametrize("name", ["chelsea", "hubble", "rocket", "coffee"])  # 300 to 872 rows
+def test_truncated_F02_salvage_keeps_only_rows_of_the_file_itself(missing, name):
+    whole = builtin.photographs()[name]
+    content = encode(whole, "JPEG", quality=90)
+    salvaged = open_image(content[:-missing], limits=ImageLimits(on_truncated="salvage"))
+    expected = np.asarray(open_image(content))
+    assert salvaged.width == whole.width
+    assert 0.95 * whole.height <= salvaged.height <= whole.height
+    assert (np.asarray(salvaged) == expected[: salvaged.height]).all()
+
+
+def test_truncated_F02_salvage_refuses_progressive_files():
+    """A later scan over all rows is missing, so no row is complete."""
+    content = encode(builtin.photographs()["chelsea"], "JPEG", progressive=True)[:-10]
+    with pytest.raises(BadImageError, match="truncated"):
+        open_image(content, limits=ImageLimits(on_truncated="salvage"))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_truncated_F02_salvage_refuses_what_lacks_more_than_a_twentieth(share):
+    content = encode(builtin.photographs()["chelsea"], "JPEG", quality=90)
+    with pytest.raises(BadImageError, match=r"truncated|cannot identify") as caught:
+        open_image(content[: int(share * len(content))], limits=ImageLimits(on_truncated="salvage"))
+    assert caught.value.kind == "truncated"
+
+
+def test_truncated_F03_flipped_bits_in_jpeg_data_decode_and_nobody_can_tell(photo):
+    content = bytearray(encode(photo, "JPEG", quality=95))
+    start = content.rindex(b"\xff\xda") + 200
+    whole = np.asarray(open_image(bytes(content)))
+    changed = 0
+    for position in range(start, start + 200, 10):
+        damaged = bytearray(content)
+        damaged[position] ^= 0x04
+        if damaged[position] == 0xFF or content[position] == 0xFF:
+            continue
+        changed += (np.asarray(open_image(bytes(damaged))) != whole).any()
+    assert changed > 5
+    assert "is not detected" in " ".join(open_image.__doc__.split())
 
 
 def flip_one_bit_after_another(content: bytes) -> None:
@@ -261,27 +266,29 @@ def test_F07_twelve_bits_in_sixteen_are_told_once(white, told, caplog):
     assert sum("no value above 4095" in message for message in caplog.messages) == told
 
 
-class TestFloatImages:
-    @pytest.fixture
-    def values(self):
-        return np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
+@pytest.fixture
+def values():
+    return np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
 
-    def test_F08_float_has_no_defined_range(self, values):
-        with pytest.raises(BadImageError, match=r"its mode F.*set value_range") as caught:
-            open_image(encode(Image.fromarray(values), "TIFF"))
-        assert caught.value.kind == "value range"
 
-    def test_F08_with_a_range_it_is_scaled(self, values):
-        image = open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
-        assert (np.asarray(image)[:, :, 1] == np.rint(255 * values.astype(np.float64))).all()
-        with pytest.raises(BadImageError, match=r"0 to 1 exceed value_range=\(0, 0.5\)"):
-            open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
+def test_float_images_F08_float_has_no_defined_range(values):
+    with pytest.raises(BadImageError, match=r"its mode F.*set value_range") as caught:
+        open_image(encode(Image.fromarray(values), "TIFF"))
+    assert caught.value.kind == "value range"
 
-    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-    def test_F21_nan_or_infinite_pixels_are_rejected(self, values, value):
-        values[3, 4] = value
-        with pytest.raises(BadImageError, match="1 of 600 values are NaN or infinite"):
-            open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+
+def test_float_images_F08_with_a_range_it_is_scaled(values):
+    image = open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+    assert (np.asarray(image)[:, :, 1] == np.rint(255 * values.astype(np.float64))).all()
+    with pytest.raises(BadImageError, match=r"0 to 1 exceed value_range=\(0, 0.5\)"):
+        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_float_images_F21_nan_or_infinite_pixels_are_rejected(values, value):
+    values[3, 4] = value
+    with pytest.raises(BadImageError, match="1 of 600 values are NaN or infinite"):
+        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -369,49 +376,53 @@ def test_F12_unreadable_exif_is_no_reason_to_lose_a_picture(photo):
     assert open_image(content).size == photo.size
 
 
-class TestSize:
-    def test_F13_tiny(self):
-        with pytest.raises(BadImageError, match="it has 1x1 pixels, below min_side=16") as caught:
-            open_image(encode(Image.new("RGB", (1, 1)), "PNG"))
-        assert caught.value.kind == "too small"
-        assert open_image(encode(Image.new("RGB", (16, 30)), "PNG")).size == (16, 30)
-        assert open_image(encode(Image.new("RGB", (1, 1)), "PNG"), limits=ImageLimits(min_side=1)).size == (1, 1)
+def test_size_F13_tiny():
+    with pytest.raises(BadImageError, match="it has 1x1 pixels, below min_side=16") as caught:
+        open_image(encode(Image.new("RGB", (1, 1)), "PNG"))
+    assert caught.value.kind == "too small"
+    assert open_image(encode(Image.new("RGB", (16, 30)), "PNG")).size == (16, 30)
+    assert open_image(encode(Image.new("RGB", (1, 1)), "PNG"), limits=ImageLimits(min_side=1)).size == (1, 1)
 
-    def test_F13_pillow_images_pass_the_same_guard(self):
-        with pytest.raises(BadImageError, match=r"image in memory.*8x9"):
-            open_image(Image.new("RGB", (8, 9)))
 
-    @pytest.mark.parametrize("size", [(20, 401), (401, 20)])
-    def test_F14_extreme_aspect(self, size):
-        with pytest.raises(BadImageError, match="are 20:1, above max_aspect=20") as caught:
-            open_image(encode(Image.new("RGB", size), "PNG"))
-        assert caught.value.kind == "too elongated"
-        open_image(encode(Image.new("RGB", (20, 400)), "PNG"))
+def test_size_F13_pillow_images_pass_the_same_guard():
+    with pytest.raises(BadImageError, match=r"image in memory.*8x9"):
+        open_image(Image.new("RGB", (8, 9)))
 
-    def test_F15_more_than_max_pixels(self, photo):
-        with pytest.raises(BadImageError, match="it has 120x80 pixels, above max_pixels=9599") as caught:
-            open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9599))
-        assert caught.value.kind == "too large"
-        assert open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9600)).size == (120, 80)
 
-    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before our refusal
-    @pytest.mark.parametrize("claimed", [10_000, 13_500, 20_000])
-    def test_F16_bomb_is_refused_before_decoding(self, claimed, monkeypatch):
-        content = bytearray(encode(Image.new("L", (10, 10)), "PNG"))
-        content[16:24] = claimed.to_bytes(4, "big") * 2
-        content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
-        monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("was decoded"))
-        with pytest.raises(BadImageError, match=r"pixels|bomb") as caught:
-            open_image(bytes(content), name="bomb.png")
-        assert caught.value.kind == "too large"
+@pytest.mark.parametrize("size", [(20, 401), (401, 20)])
+def test_size_F14_extreme_aspect(size):
+    with pytest.raises(BadImageError, match="are 20:1, above max_aspect=20") as caught:
+        open_image(encode(Image.new("RGB", size), "PNG"))
+    assert caught.value.kind == "too elongated"
+    open_image(encode(Image.new("RGB", (20, 400)), "PNG"))
 
-    def test_limits_that_cannot_be_meant(self):
-        for options in (
-            {"min_side": 0}, {"max_aspect": 0.5}, {"max_pixels": 10**10}, {"on_truncated": "guess"},
-            {"value_range": (1.0, 1.0)},
-        ):  # fmt: skip
-            with pytest.raises(ValueError, match=next(iter(options))):
-                ImageLimits(**options)
+
+def test_size_F15_more_than_max_pixels(photo):
+    with pytest.raises(BadImageError, match="it has 120x80 pixels, above max_pixels=9599") as caught:
+        open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9599))
+    assert caught.value.kind == "too large"
+    assert open_image(encode(photo, "PNG"), limits=ImageLimits(max_pixels=9600)).size == (120, 80)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, before our refusal
+@pytest.mark.parametrize("claimed", [10_000, 13_500, 20_000])
+def test_size_F16_bomb_is_refused_before_decoding(claimed, monkeypatch):
+    content = bytearray(encode(Image.new("L", (10, 10)), "PNG"))
+    content[16:24] = claimed.to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", lambda self: pytest.fail("was decoded"))
+    with pytest.raises(BadImageError, match=r"pixels|bomb") as caught:
+        open_image(bytes(content), name="bomb.png")
+    assert caught.value.kind == "too large"
+
+
+def test_size_limits_that_cannot_be_meant():
+    for options in (
+        {"min_side": 0}, {"max_aspect": 0.5}, {"max_pixels": 10**10}, {"on_truncated": "guess"},
+        {"value_range": (1.0, 1.0)},
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(options))):
+            ImageLimits(**options)
 
 
 def test_F17_png_text_bomb(photo):
@@ -563,146 +574,155 @@ def test_F33_names_and_link_loops(tmp_path):
         source[1]
 
 
-class TestWhileTraining:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        return make_folder(tmp_path / "set", [f"{i:03d}.png" for i in range(40)])
+@pytest.fixture
+def folder(tmp_path):
+    return make_folder(tmp_path / "set", [f"{i:03d}.png" for i in range(40)])
 
-    def run(self, tmp_path, source, **options):
-        bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=len(source), **options)
-        dataset = crops_of(source, bad, cache_bytes=0)
-        return [dataset[key] for key in samplers.EpochSampler(len(source), seed=0)]
 
-    def test_F34_file_deleted_during_training(self, folder, tmp_path):
-        source = load_images(folder)
-        (folder / "007.png").unlink()
-        items = self.run(tmp_path, source)
-        assert len(items) == 40
-        (record,) = lines_of(tmp_path / "bad_images.jsonl")
-        assert (record["kind"], record["path"]) == ("missing", str(folder / "007.png"))
-        # All other items are unchanged, and the replaced one has crops of another image with its own parameters.
-        place = next(item for item in items if item["sample_id"] == 7)
-        others = {item["sample_id"]: item["global_crops"] for item in items if item["sample_id"] != 7}
-        assert not any(torch.equal(place["global_crops"], crops) for crops in others.values())
-        (folder / "007.png").write_bytes((folder / "008.png").read_bytes())
-        whole = self.run(tmp_path, load_images(folder))
-        for item in whole:
-            if item["sample_id"] != 7:
-                assert torch.equal(item["global_crops"], others[item["sample_id"]])
+def while_training_run(tmp_path, source, **options):
+    bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=len(source), **options)
+    dataset = crops_of(source, bad, cache_bytes=0)
+    return [dataset[key] for key in samplers.EpochSampler(len(source), seed=0)]
 
-    def test_F34_file_changed_during_training(self, folder, tmp_path):
-        source = load_images(folder)
-        (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
-        self.run(tmp_path, source)
-        assert [record["kind"] for record in lines_of(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
-    def test_F35_permission_denied(self, folder, tmp_path, monkeypatch):
-        # The tests may run as root, whom permissions do not stop, so the error is simulated.
-        reading = Path.read_bytes
+def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
+    source = load_images(folder)
+    (folder / "007.png").unlink()
+    items = while_training_run(tmp_path, source)
+    assert len(items) == 40
+    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    assert (record["kind"], record["path"]) == ("missing", str(folder / "007.png"))
+    # All other items are unchanged, and the replaced one has crops of another image with its own parameters.
+    place = next(item for item in items if item["sample_id"] == 7)
+    others = {item["sample_id"]: item["global_crops"] for item in items if item["sample_id"] != 7}
+    assert not any(torch.equal(place["global_crops"], crops) for crops in others.values())
+    (folder / "007.png").write_bytes((folder / "008.png").read_bytes())
+    whole = while_training_run(tmp_path, load_images(folder))
+    for item in whole:
+        if item["sample_id"] != 7:
+            assert torch.equal(item["global_crops"], others[item["sample_id"]])
 
-        def read_bytes(path):
-            if path.name == "003.png":
-                raise PermissionError(13, "Permission denied", str(path))
-            return reading(path)
 
-        monkeypatch.setattr(Path, "read_bytes", read_bytes)
-        self.run(tmp_path, load_images(folder))
-        (record,) = lines_of(tmp_path / "bad_images.jsonl")
-        assert (record["kind"], record["reason"]) == ("permission", "Permission denied")
+def test_while_training_F34_file_changed_during_training(folder, tmp_path):
+    source = load_images(folder)
+    (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
+    while_training_run(tmp_path, source)
+    assert [record["kind"] for record in lines_of(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
-    def test_F35_folder_that_cannot_be_listed(self, folder, tmp_path, monkeypatch, caplog):
-        make_folder(folder, ["secret/x.png"])
-        listing = os.scandir
 
-        def scandir(path):
-            if str(path).endswith("secret"):
-                raise PermissionError(13, "Permission denied", str(path))
-            return listing(path)
+def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
+    # The tests may run as root, whom permissions do not stop, so the error is simulated.
+    reading = Path.read_bytes
 
-        monkeypatch.setattr(os, "scandir", scandir)
-        source = load_images(folder)
-        assert len(source) == 40
-        assert "secret" in caplog.text
-        self.run(tmp_path, source)
-        (record,) = lines_of(tmp_path / "bad_images.jsonl")
-        assert record["path"].endswith("secret")
+    def read_bytes(path):
+        if path.name == "003.png":
+            raise PermissionError(13, "Permission denied", str(path))
+        return reading(path)
 
-    def test_F36_too_many_bad_images_stop_with_a_summary(self, folder, tmp_path):
-        for name in ("001.png", "002.png", "003.png"):
-            (folder / name).write_bytes(b"")
-        (folder / "004.png").write_bytes(b"<html>")
-        source = load_images(folder)
-        with pytest.raises(bad_images_module.TooManyBadImagesError) as caught:
-            self.run(tmp_path, source, max_bad_share=0.05)  # 2 of 40
-        message = str(caught.value)
-        assert "more than max_bad_share=0.05" in message
-        assert "3 of the " in message
-        assert "empty" in message
-        assert str(tmp_path / "bad_images.jsonl") in message
-        assert "regvit data-check" in message
-        items = self.run(tmp_path, source, max_bad_share=0.1)
-        assert len(items) == 40
-        assert len(lines_of(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    while_training_run(tmp_path, load_images(folder))
+    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    assert (record["kind"], record["reason"]) == ("permission", "Permission denied")
 
-    def test_F36_share_zero_is_strict_and_one_never_stops(self, folder, tmp_path):
-        (folder / "001.png").write_bytes(b"")
-        with pytest.raises(bad_images_module.TooManyBadImagesError, match="1 of the"):
-            self.run(tmp_path, load_images(folder), max_bad_share=0.0)
-        for i in range(30):
-            (folder / f"{i:03d}.png").write_bytes(b"")
-        assert len(self.run(tmp_path, load_images(folder), max_bad_share=1.0)) == 40
-        with pytest.raises(ValueError, match=r"max_bad_share=1\.5"):
-            bad_images_module.BadImages(max_bad_share=1.5)
 
-    @pytest.mark.slow  # torch waits five seconds for each worker of an abandoned loader
-    def test_F36_worker_processes_report_too(self, folder, tmp_path):
-        for name in ("001.png", "002.png"):
-            (folder / name).write_bytes(b"")
-        source = load_images(folder)
-        bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=40, max_bad_share=0.05)
-        loader = torch.utils.data.DataLoader(
-            crops_of(source, bad), batch_size=4, sampler=samplers.EpochSampler(40, seed=0), num_workers=2,
-            collate_fn=crops_module.DinoCollator((2, 2), seed=0),
-        )  # fmt: skip
-        for epoch in range(2):
-            loader.sampler.set_epoch(epoch)
-            assert len([batch["masks"] for batch in loader]) == 10
-        records = lines_of(tmp_path / "bad_images.jsonl")
-        assert sorted(record["path"] for record in records) == [str(folder / name) for name in ("001.png", "002.png")]
-        (folder / "003.png").write_bytes(b"")
-        with pytest.raises(bad_images_module.TooManyBadImagesError, match=r"^3 of the \d+ images"):
-            list(loader)
+def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monkeypatch, caplog):
+    make_folder(folder, ["secret/x.png"])
+    listing = os.scandir
 
-    @pytest.mark.slow
-    def test_F36_replacements_do_not_depend_on_workers_or_position(self, folder, tmp_path):
-        for name in ("001.png", "002.png"):
-            (folder / name).write_bytes(b"")
-        source = load_images(folder)
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
 
-        def batches(num_workers, skip=0):
-            dataset = crops_of(source, bad_images_module.BadImages(num_images=40, max_bad_share=0.1))
-            keys = list(samplers.EpochSampler(40, seed=0))[skip:]
-            collator = crops_module.DinoCollator((2, 2), seed=0)
-            return list(
-                torch.utils.data.DataLoader(
-                    dataset, batch_size=4, sampler=keys, num_workers=num_workers, collate_fn=collator
-                )
+    monkeypatch.setattr(os, "scandir", scandir)
+    source = load_images(folder)
+    assert len(source) == 40
+    assert "secret" in caplog.text
+    while_training_run(tmp_path, source)
+    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    assert record["path"].endswith("secret")
+
+
+def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_path):
+    for name in ("001.png", "002.png", "003.png"):
+        (folder / name).write_bytes(b"")
+    (folder / "004.png").write_bytes(b"<html>")
+    source = load_images(folder)
+    with pytest.raises(bad_images_module.TooManyBadImagesError) as caught:
+        while_training_run(tmp_path, source, max_bad_share=0.05)  # 2 of 40
+    message = str(caught.value)
+    assert "more than max_bad_share=0.05" in message
+    assert "3 of the " in message
+    assert "empty" in message
+    assert str(tmp_path / "bad_images.jsonl") in message
+    assert "regvit data-check" in message
+    items = while_training_run(tmp_path, source, max_bad_share=0.1)
+    assert len(items) == 40
+    assert len(lines_of(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
+
+
+def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp_path):
+    (folder / "001.png").write_bytes(b"")
+    with pytest.raises(bad_images_module.TooManyBadImagesError, match="1 of the"):
+        while_training_run(tmp_path, load_images(folder), max_bad_share=0.0)
+    for i in range(30):
+        (folder / f"{i:03d}.png").write_bytes(b"")
+    assert len(while_training_run(tmp_path, load_images(folder), max_bad_share=1.0)) == 40
+    with pytest.raises(ValueError, match=r"max_bad_share=1\.5"):
+        bad_images_module.BadImages(max_bad_share=1.5)
+
+
+@pytest.mark.slow  # torch waits five seconds for each worker of an abandoned loader
+def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
+    for name in ("001.png", "002.png"):
+        (folder / name).write_bytes(b"")
+    source = load_images(folder)
+    bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=40, max_bad_share=0.05)
+    loader = torch.utils.data.DataLoader(
+        crops_of(source, bad), batch_size=4, sampler=samplers.EpochSampler(40, seed=0), num_workers=2,
+        collate_fn=crops_module.DinoCollator((2, 2), seed=0),
+    )  # fmt: skip
+    for epoch in range(2):
+        loader.sampler.set_epoch(epoch)
+        assert len([batch["masks"] for batch in loader]) == 10
+    records = lines_of(tmp_path / "bad_images.jsonl")
+    assert sorted(record["path"] for record in records) == [str(folder / name) for name in ("001.png", "002.png")]
+    (folder / "003.png").write_bytes(b"")
+    with pytest.raises(bad_images_module.TooManyBadImagesError, match=r"^3 of the \d+ images"):
+        list(loader)
+
+
+@pytest.mark.slow
+def test_while_training_F36_replacements_do_not_depend_on_workers_or_position(folder, tmp_path):
+    for name in ("001.png", "002.png"):
+        (folder / name).write_bytes(b"")
+    source = load_images(folder)
+
+    def batches(num_workers, skip=0):
+        dataset = crops_of(source, bad_images_module.BadImages(num_images=40, max_bad_share=0.1))
+        keys = list(samplers.EpochSampler(40, seed=0))[skip:]
+        collator = crops_module.DinoCollator((2, 2), seed=0)
+        return list(
+            torch.utils.data.DataLoader(
+                dataset, batch_size=4, sampler=keys, num_workers=num_workers, collate_fn=collator
             )
+        )
 
-        alone = batches(0)
-        for one, other in zip(alone, batches(2), strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
-        for one, other in zip(alone[5:], batches(0, skip=20), strict=True):
-            assert all(torch.equal(one[name], other[name]) for name in one)
+    alone = batches(0)
+    for one, other in zip(alone, batches(2), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    for one, other in zip(alone[5:], batches(0, skip=20), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one)
 
-    def test_F36_distinct_images_count_once(self):
-        bad = bad_images_module.BadImages(num_images=1000, max_bad_share=0.002)
-        error = BadImageError("a.jpg", "empty", "empty")
-        for epoch in range(50):
-            bad.bad(error, epoch=epoch, index=3)
-        bad.bad(BadImageError("b.jpg"), epoch=0, index=4)
-        with pytest.raises(bad_images_module.TooManyBadImagesError, match="3 of the 3 images"):
-            bad.bad(BadImageError("c.jpg"), epoch=0, index=5)
+
+def test_while_training_F36_distinct_images_count_once():
+    bad = bad_images_module.BadImages(num_images=1000, max_bad_share=0.002)
+    error = BadImageError("a.jpg", "empty", "empty")
+    for epoch in range(50):
+        bad.bad(error, epoch=epoch, index=3)
+    bad.bad(BadImageError("b.jpg"), epoch=0, index=4)
+    with pytest.raises(bad_images_module.TooManyBadImagesError, match="3 of the 3 images"):
+        bad.bad(BadImageError("c.jpg"), epoch=0, index=5)
 
 
 @pytest.fixture(scope="module")
@@ -715,127 +735,136 @@ def arrow_cache(tmp_path_factory):
     datasets.config.HF_DATASETS_CACHE = before
 
 
+def tables_write(path, cells, **options):
+    import datasets
+
+    feature = datasets.Features({"image": datasets.Image(), "n": datasets.Value("int64")})
+    rows = {"image": cells, "n": list(range(len(cells)))}
+    datasets.Dataset.from_dict(rows, features=feature).to_parquet(str(path))
+
+
 @pytest.mark.usefixtures("arrow_cache")
-class TestTables:
-    def write(self, path, cells, **options):
-        import datasets
-
-        feature = datasets.Features({"image": datasets.Image(), "n": datasets.Value("int64")})
-        rows = {"image": cells, "n": list(range(len(cells)))}
-        datasets.Dataset.from_dict(rows, features=feature).to_parquet(str(path))
-
-    def test_F37_wrong_columns(self, tmp_path, photo):
-        self.write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
-        with pytest.raises(ValueError, match=r"'pixels' does not hold images.*Columns: image, n; with images: image"):
-            load_images(tmp_path, image_column="pixels")
-        with pytest.raises(
-            ValueError, match=r"label column 'breed' has type None, expected integers or ClassLabel. Such columns: n"
-        ):
-            load_images(tmp_path, label_column="breed")
-        with pytest.raises(ValueError, match=r"'pixels' does not hold images"):
-            loading_module.stream_images(tmp_path, image_column="pixels")
-
-    def test_F37_empty_cell(self, tmp_path, photo):
-        whole = {"bytes": encode(photo, "PNG"), "path": None}
-        self.write(tmp_path / "a.parquet", [None, whole])
-        with pytest.raises(BadImageError, match=r"row 0.*empty"):
-            load_images(tmp_path)[0]
-        bad = bad_images_module.BadImages(num_images=2)
-        assert crops_of(load_images(tmp_path), bad)[(0, 0)]["sample_id"] == 0
-
-    def test_F37_cut_parquet_file_is_named(self, tmp_path, photo):
-        self.write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
-        content = (tmp_path / "a.parquet").read_bytes()
-        (tmp_path / "a.parquet").write_bytes(content[: len(content) // 2])
-        with pytest.raises(ValueError, match=r"cannot be read as parquet \(a\.parquet\)"):
-            load_images(tmp_path)
+def test_tables_F37_wrong_columns(tmp_path, photo):
+    tables_write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
+    with pytest.raises(ValueError, match=r"'pixels' does not hold images.*Columns: image, n; with images: image"):
+        load_images(tmp_path, image_column="pixels")
+    with pytest.raises(
+        ValueError, match=r"label column 'breed' has type None, expected integers or ClassLabel. Such columns: n"
+    ):
+        load_images(tmp_path, label_column="breed")
+    with pytest.raises(ValueError, match=r"'pixels' does not hold images"):
+        loading_module.stream_images(tmp_path, image_column="pixels")
 
 
-class TestTar:
-    @pytest.fixture
-    def shards(self, tmp_path, photo):
-        content = encode(photo, "JPEG")
-        for shard in range(2):
-            members = {}
-            for i in range(3):
-                members |= {f"{3 * shard + i:06d}.jpg": content, f"{3 * shard + i:06d}.cls": b"%d" % i}
-            make_tar(tmp_path / f"train-{shard}.tar", members)
-        return tmp_path
+@pytest.mark.usefixtures("arrow_cache")
+def test_tables_F37_empty_cell(tmp_path, photo):
+    whole = {"bytes": encode(photo, "PNG"), "path": None}
+    tables_write(tmp_path / "a.parquet", [None, whole])
+    with pytest.raises(BadImageError, match=r"row 0.*empty"):
+        load_images(tmp_path)[0]
+    bad = bad_images_module.BadImages(num_images=2)
+    assert crops_of(load_images(tmp_path), bad)[(0, 0)]["sample_id"] == 0
 
-    def test_whole_shards(self, shards, photo):
-        source = load_images(shards)
-        assert source.ids == [f"train-{i // 3}.tar#{i:06d}.jpg" for i in range(6)]
-        assert source.labels == [0, 1, 2] * 2
-        assert source.label_names == ("0", "1", "2")
-        assert source[4].image == open_image(encode(photo, "JPEG"))
-        assert source.problems == ()
-        assert len(load_images(shards / "train-1.tar")) == 3
-        assert load_images(str(shards / "train-*.tar")).ids == source.ids
 
-    @pytest.mark.parametrize("cut", ["data", "header", "end"])
-    def test_F38_truncated_shard_keeps_what_is_whole(self, shards, cut, tmp_path, caplog):
-        path = shards / "train-0.tar"
+@pytest.mark.usefixtures("arrow_cache")
+def test_tables_F37_cut_parquet_file_is_named(tmp_path, photo):
+    tables_write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"cannot be read as parquet \(a\.parquet\)"):
+        load_images(tmp_path)
+
+
+@pytest.fixture
+def shards(tmp_path, photo):
+    content = encode(photo, "JPEG")
+    for shard in range(2):
+        members = {}
+        for i in range(3):
+            members |= {f"{3 * shard + i:06d}.jpg": content, f"{3 * shard + i:06d}.cls": b"%d" % i}
+        make_tar(tmp_path / f"train-{shard}.tar", members)
+    return tmp_path
+
+
+def test_tar_whole_shards(shards, photo):
+    source = load_images(shards)
+    assert source.ids == [f"train-{i // 3}.tar#{i:06d}.jpg" for i in range(6)]
+    assert source.labels == [0, 1, 2] * 2
+    assert source.label_names == ("0", "1", "2")
+    assert source[4].image == open_image(encode(photo, "JPEG"))
+    assert source.problems == ()
+    assert len(load_images(shards / "train-1.tar")) == 3
+    assert load_images(str(shards / "train-*.tar")).ids == source.ids
+
+
+@pytest.mark.parametrize("cut", ["data", "header", "end"])
+def test_tar_F38_truncated_shard_keeps_what_is_whole(shards, cut, tmp_path, caplog):
+    path = shards / "train-0.tar"
+    with tarfile.open(path) as archive:
+        last_image = archive.getmember("000002.jpg")
+    size = {"data": last_image.offset_data + 100, "header": last_image.offset + 100, "end": 0}[cut]
+    if cut == "end":  # all members are there, but not the end marker
         with tarfile.open(path) as archive:
-            last_image = archive.getmember("000002.jpg")
-        size = {"data": last_image.offset_data + 100, "header": last_image.offset + 100, "end": 0}[cut]
-        if cut == "end":  # all members are there, but not the end marker
-            with tarfile.open(path) as archive:
-                last = archive.getmembers()[-1]
-            size = last.offset_data + 512
-        path.write_bytes(path.read_bytes()[:size])
-        source = load_images(shards)
-        assert len(source) == (6 if cut == "end" else 5)
-        assert source.problems
-        assert all(problem.kind == "archive" for problem in source.problems)
-        assert "train-0.tar" in caplog.text
-        assert source[len(source) - 1].image.mode == "RGB"
-        crops_of(source, bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=len(source)))
-        assert lines_of(tmp_path / "bad_images.jsonl")[0]["kind"] == "archive"
+            last = archive.getmembers()[-1]
+        size = last.offset_data + 512
+    path.write_bytes(path.read_bytes()[:size])
+    source = load_images(shards)
+    assert len(source) == (6 if cut == "end" else 5)
+    assert source.problems
+    assert all(problem.kind == "archive" for problem in source.problems)
+    assert "train-0.tar" in caplog.text
+    assert source[len(source) - 1].image.mode == "RGB"
+    crops_of(source, bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=len(source)))
+    assert lines_of(tmp_path / "bad_images.jsonl")[0]["kind"] == "archive"
 
-    def test_F38_damaged_header_in_the_middle_is_no_end(self, shards):
-        path = shards / "train-0.tar"
-        content = bytearray(path.read_bytes())
-        with tarfile.open(path) as archive:
-            content[archive.getmember("000001.jpg").offset + 150] ^= 0x01  # its checksum
-        path.write_bytes(bytes(content))
-        source = load_images(shards)
-        assert len(source) == 1 + 3
-        assert "damaged header after 1 images" in source.problems[0].reason
 
-    def test_F38_shard_that_shrinks_later(self, shards):
-        source = load_images(shards)
-        (shards / "train-1.tar").write_bytes((shards / "train-1.tar").read_bytes()[:3000])
-        with pytest.raises(BadImageError, match="archive ends inside") as caught:
-            source[5]
-        assert caught.value.kind == "archive"
+def test_tar_F38_damaged_header_in_the_middle_is_no_end(shards):
+    path = shards / "train-0.tar"
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        content[archive.getmember("000001.jpg").offset + 150] ^= 0x01  # its checksum
+    path.write_bytes(bytes(content))
+    source = load_images(shards)
+    assert len(source) == 1 + 3
+    assert "damaged header after 1 images" in source.problems[0].reason
 
-    def test_F40_members_that_lead_out_are_blocked(self, tmp_path, photo):
-        content = encode(photo, "JPEG")
-        (tmp_path / "set").mkdir()
-        with tarfile.open(tmp_path / "set" / "evil.tar", "w") as archive:
-            for name in ("../outside.jpg", "/absolute.jpg", "a/../../b.jpg", "fine.jpg"):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-            for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE):
-                info = tarfile.TarInfo(f"link{kind.decode()}.jpg")
-                info.type, info.linkname = kind, "/etc/passwd"
-                archive.addfile(info)
-        before = sorted(tmp_path.rglob("*"))
-        source = load_images(tmp_path / "set")
-        assert source.ids == ["evil.tar#fine.jpg"]
-        assert [problem.kind for problem in source.problems] == ["blocked"] * 6
-        assert source[0].image.size == photo.size
-        assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked, anywhere
-        assert not Path("/absolute.jpg").exists()
 
-    def test_F40_other_archives_are_not_opened(self, tmp_path):
-        (tmp_path / "images.zip").write_bytes(b"PK\x03\x04")
-        with pytest.raises(ValueError, match=r"file of type '\.zip'"):
-            load_images(tmp_path / "images.zip")
-        (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
-        with pytest.raises(ValueError, match="is compressed"):
-            load_images(tmp_path / "a.tar.gz")
+def test_tar_F38_shard_that_shrinks_later(shards):
+    source = load_images(shards)
+    (shards / "train-1.tar").write_bytes((shards / "train-1.tar").read_bytes()[:3000])
+    with pytest.raises(BadImageError, match="archive ends inside") as caught:
+        source[5]
+    assert caught.value.kind == "archive"
+
+
+def test_tar_F40_members_that_lead_out_are_blocked(tmp_path, photo):
+    content = encode(photo, "JPEG")
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "evil.tar", "w") as archive:
+        for name in ("../outside.jpg", "/absolute.jpg", "a/../../b.jpg", "fine.jpg"):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE):
+            info = tarfile.TarInfo(f"link{kind.decode()}.jpg")
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    before = sorted(tmp_path.rglob("*"))
+    source = load_images(tmp_path / "set")
+    assert source.ids == ["evil.tar#fine.jpg"]
+    assert [problem.kind for problem in source.problems] == ["blocked"] * 6
+    assert source[0].image.size == photo.size
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is unpacked, anywhere
+    assert not Path("/absolute.jpg").exists()
+
+
+def test_tar_F40_other_archives_are_not_opened(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match=r"file of type '\.zip'"):
+        load_images(tmp_path / "images.zip")
+    (tmp_path / "a.tar.gz").write_bytes(b"\x1f\x8b")
+    with pytest.raises(ValueError, match="is compressed"):
+        load_images(tmp_path / "a.tar.gz")
 
 
 def test_F39_data_set_smaller_than_one_global_batch():

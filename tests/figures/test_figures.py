@@ -109,32 +109,34 @@ def test_register_similarity_equals_the_slow_twin():
     assert random_maps(registers=0).register_similarity() is None
 
 
-class TestPca:
-    def test_recovers_known_directions(self):
-        generator = torch.Generator().manual_seed(0)
-        basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3]
-        scores = torch.randn(400, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
-        colors = F.pca_colors(scores @ basis + 5)
-        assert colors.shape == (400, 3)
-        assert colors.min() == 0
-        assert colors.max() == 1
-        for i in range(3):
-            correlation = np.corrcoef(colors[:, i].numpy(), scores[:, i].numpy())[0, 1]
-            assert abs(correlation) > 0.97  # not one: the outer percentiles are cut off
+def test_pca_recovers_known_directions():
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3]
+    scores = torch.randn(400, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
+    colors = F.pca_colors(scores @ basis + 5)
+    assert colors.shape == (400, 3)
+    assert colors.min() == 0
+    assert colors.max() == 1
+    for i in range(3):
+        correlation = np.corrcoef(colors[:, i].numpy(), scores[:, i].numpy())[0, 1]
+        assert abs(correlation) > 0.97  # not one: the outer percentiles are cut off
 
-    def test_shape_scale_and_sign_do_not_matter(self):
-        tokens = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
-        colors = F.pca_colors(tokens)
-        assert colors.shape == (4, 6, 3)
-        torch.testing.assert_close(F.pca_colors(tokens.flatten(0, 1) * 7 - 3), colors.flatten(0, 1))
-        assert torch.equal(F.pca_colors(tokens.clone()), colors)
 
-    def test_constant_tokens_have_one_colour(self):
-        assert torch.isfinite(F.pca_colors(torch.ones(5, 5, 4))).all()
+def test_pca_shape_scale_and_sign_do_not_matter():
+    tokens = torch.randn(4, 6, 10, generator=torch.Generator().manual_seed(0))
+    colors = F.pca_colors(tokens)
+    assert colors.shape == (4, 6, 3)
+    torch.testing.assert_close(F.pca_colors(tokens.flatten(0, 1) * 7 - 3), colors.flatten(0, 1))
+    assert torch.equal(F.pca_colors(tokens.clone()), colors)
 
-    def test_too_few(self):
-        with pytest.raises(ValueError, match=r"\(1, 4\)"):
-            F.pca_colors(torch.ones(1, 4))
+
+def test_pca_constant_tokens_have_one_colour():
+    assert torch.isfinite(F.pca_colors(torch.ones(5, 5, 4))).all()
+
+
+def test_pca_too_few():
+    with pytest.raises(ValueError, match=r"\(1, 4\)"):
+        F.pca_colors(torch.ones(1, 4))
 
 
 @pytest.mark.parametrize(

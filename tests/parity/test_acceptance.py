@@ -38,8 +38,8 @@ INDEX = {
         "models/test_modeling.py::test_f47_registers_differ_after_initialisation_and_stay_different",
     ],
     "4 masks": [
-        "pretraining/test_data.py::test_total_is_stratified_below_its_bound",
-        "pretraining/test_data.py::test_nothing_masked",
+        "pretraining/test_data.py::test_masks_total_is_stratified_below_its_bound",
+        "pretraining/test_data.py::test_masks_nothing_masked",
         "pretraining/test_pretraining.py::test_every_student_parameter_gets_a_gradient_even_without_masks",
     ],
     "5 drop path": [

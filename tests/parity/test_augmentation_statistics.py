@@ -166,52 +166,55 @@ def recorded() -> list[Draws]:
         return [official_draws(monkeypatch, view, COUNT, SIZE) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
 
 
-class TestParameters:
-    @pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
-    def test_official_distributions(self, recorded, view):
-        assert_same_distributions(our_draws(MultiCrop(), view, COUNT, SIZE), recorded[view])
+@pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
+def test_parameters_official_distributions(recorded, view):
+    assert_same_distributions(our_draws(MultiCrop(), view, COUNT, SIZE), recorded[view])
 
-    @pytest.mark.parametrize("view", [GLOBAL_0, LOCAL])
-    def test_boxes_of_a_strip(self, monkeypatch, view):
-        """On an elongated image most tries fail and the central box is common."""
-        theirs = official_draws(monkeypatch, view, 700, (300, 100))
-        assert_same_distributions(our_draws(MultiCrop(), view, 700, (300, 100)), theirs)
 
-    @pytest.mark.parametrize(
-        ("view", "wrong", "message"),
-        [
-            (GLOBAL_0, {"blur": "as_written"}, "blur"),
-            (GLOBAL_1, {"blur": "as_written"}, "blur"),
-            (LOCAL, {"blur_sigma": (0.1, 1.6)}, "sigma"),
-            (LOCAL, {"local_scale": (0.05, 0.4)}, "area"),
-            (GLOBAL_0, {"aspect_ratio": (2 / 3, 3 / 2)}, "aspect"),
-            (LOCAL, {"hue": 0.13}, "hue"),
-            (LOCAL, {"saturation": 0.26}, "saturation"),
-            (GLOBAL_1, {"solarize_probability": 0.27}, "solarize"),
-            (LOCAL, {"jitter_probability": 0.87}, "jitter"),
-        ],
-    )
-    def test_a_wrong_recipe_is_noticed(self, recorded, view, wrong, message):
-        with pytest.raises(AssertionError, match=message):
-            assert_same_distributions(our_draws(MultiCrop(**wrong), view, COUNT, SIZE), recorded[view])
+@pytest.mark.parametrize("view", [GLOBAL_0, LOCAL])
+def test_parameters_boxes_of_a_strip(monkeypatch, view):
+    """On an elongated image most tries fail and the central box is common."""
+    theirs = official_draws(monkeypatch, view, 700, (300, 100))
+    assert_same_distributions(our_draws(MultiCrop(), view, 700, (300, 100)), theirs)
 
-    def test_orders_that_never_come_are_noticed(self, recorded, monkeypatch):
-        monkeypatch.setattr(A, "_JITTER_ORDERS", A._JITTER_ORDERS[:23])
-        with pytest.raises(AssertionError, match="orders"):
-            assert_same_distributions(our_draws(MultiCrop(), LOCAL, COUNT, SIZE), recorded[LOCAL])
 
-    def test_numbers_are_independent(self):
-        """Of each other within a view, of the views beside, of the next image, epoch and seed."""
-        count = 3000
-        rows = np.stack([A.random_numbers(0, 0, i, rows=3)[:, 36:52] for i in range(count)])  # (count, 3, 16)
-        others = [
-            np.stack([A.random_numbers(s, e, i, rows=1)[0, 36:52] for i in range(count)]) for s, e in ((1, 0), (0, 1))
-        ]
-        columns = np.concatenate([rows.reshape(count, -1), np.roll(rows[:, 0], 1, axis=0), *others], axis=1)
-        correlation = np.corrcoef(columns.T)
-        np.fill_diagonal(correlation, 0)
-        assert np.abs(correlation).max() < 5 / np.sqrt(count)  # 4,560 pairs
-        assert stats.kstest(columns.ravel()[:100_000], "uniform").pvalue > SIGNIFICANCE
+@pytest.mark.parametrize(
+    ("view", "wrong", "message"),
+    [
+        (GLOBAL_0, {"blur": "as_written"}, "blur"),
+        (GLOBAL_1, {"blur": "as_written"}, "blur"),
+        (LOCAL, {"blur_sigma": (0.1, 1.6)}, "sigma"),
+        (LOCAL, {"local_scale": (0.05, 0.4)}, "area"),
+        (GLOBAL_0, {"aspect_ratio": (2 / 3, 3 / 2)}, "aspect"),
+        (LOCAL, {"hue": 0.13}, "hue"),
+        (LOCAL, {"saturation": 0.26}, "saturation"),
+        (GLOBAL_1, {"solarize_probability": 0.27}, "solarize"),
+        (LOCAL, {"jitter_probability": 0.87}, "jitter"),
+    ],
+)
+def test_parameters_a_wrong_recipe_is_noticed(recorded, view, wrong, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_same_distributions(our_draws(MultiCrop(**wrong), view, COUNT, SIZE), recorded[view])
+
+
+def test_parameters_orders_that_never_come_are_noticed(recorded, monkeypatch):
+    monkeypatch.setattr(A, "_JITTER_ORDERS", A._JITTER_ORDERS[:23])
+    with pytest.raises(AssertionError, match="orders"):
+        assert_same_distributions(our_draws(MultiCrop(), LOCAL, COUNT, SIZE), recorded[LOCAL])
+
+
+def test_parameters_numbers_are_independent():
+    """Of each other within a view, of the views beside, of the next image, epoch and seed."""
+    count = 3000
+    rows = np.stack([A.random_numbers(0, 0, i, rows=3)[:, 36:52] for i in range(count)])  # (count, 3, 16)
+    others = [
+        np.stack([A.random_numbers(s, e, i, rows=1)[0, 36:52] for i in range(count)]) for s, e in ((1, 0), (0, 1))
+    ]
+    columns = np.concatenate([rows.reshape(count, -1), np.roll(rows[:, 0], 1, axis=0), *others], axis=1)
+    correlation = np.corrcoef(columns.T)
+    np.fill_diagonal(correlation, 0)
+    assert np.abs(correlation).max() < 5 / np.sqrt(count)  # 4,560 pairs
+    assert stats.kstest(columns.ravel()[:100_000], "uniform").pvalue > SIGNIFICANCE
 
 
 # --- Pixels, paired
@@ -314,43 +317,46 @@ def area_or_cubic(pixels: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(pixels, (size, size), interpolation=mode)
 
 
-class TestPairedPixels:
-    def test_geometry(self, photographs):
-        assert_agrees(compare(photographs, **GEOMETRY), **GEOMETRY_BOUNDS)
+def test_paired_pixels_geometry(photographs):
+    assert_agrees(compare(photographs, **GEOMETRY), **GEOMETRY_BOUNDS)
 
-    def test_all_operations(self, photographs):
-        assert_agrees(compare(photographs), **ALL_BOUNDS)
 
-    @pytest.mark.parametrize("resize", [without_antialias, bilinear, area_or_cubic])
-    def test_another_filter_is_noticed(self, photographs, monkeypatch, resize):
-        """Even under all the other operations."""
-        monkeypatch.setattr(A, "resize", resize)
-        agreement = compare(photographs)
-        assert np.abs(agreement.spectrum - 1).max() > 5 * ALL_BOUNDS["spectrum"]
-        with pytest.raises(AssertionError):
-            assert_agrees(agreement, **ALL_BOUNDS)
+def test_paired_pixels_all_operations(photographs):
+    assert_agrees(compare(photographs), **ALL_BOUNDS)
 
-    @pytest.mark.parametrize(
-        "change",
-        [
-            lambda view: replace(view, jitter=view.jitter[::-1]),
-            lambda view: replace(view, jitter=tuple(sorted(view.jitter))),
-            lambda view: replace(view, sigma=view.sigma and 0.9 * view.sigma),
-            lambda view: replace(view, jitter=tuple((n, a + 0.01) for n, a in view.jitter)),
-            lambda view: replace(view, box=(view.box[0] + 1, *view.box[1:])),
-        ],
-        ids=["order reversed", "order fixed", "less blur", "amounts off", "box off"],
-    )
-    def test_a_wrong_step_is_noticed(self, photographs, change):
-        with pytest.raises(AssertionError):
-            assert_agrees(compare(photographs, change), **ALL_BOUNDS)
 
-    @pytest.mark.slow
-    @requires_shared
-    def test_photographs_of_coco(self):
-        source = loading.load_images(shared_dir() / "data" / "coco_boxes" / "validation.parquet", split=None)
-        photographs = [source[i].image for i in range(40)]
-        assert_agrees(compare(photographs, draws=2, num_local_crops=8), **ALL_BOUNDS)
+@pytest.mark.parametrize("resize", [without_antialias, bilinear, area_or_cubic])
+def test_paired_pixels_another_filter_is_noticed(photographs, monkeypatch, resize):
+    """Even under all the other operations."""
+    monkeypatch.setattr(A, "resize", resize)
+    agreement = compare(photographs)
+    assert np.abs(agreement.spectrum - 1).max() > 5 * ALL_BOUNDS["spectrum"]
+    with pytest.raises(AssertionError):
+        assert_agrees(agreement, **ALL_BOUNDS)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda view: replace(view, jitter=view.jitter[::-1]),
+        lambda view: replace(view, jitter=tuple(sorted(view.jitter))),
+        lambda view: replace(view, sigma=view.sigma and 0.9 * view.sigma),
+        lambda view: replace(view, jitter=tuple((n, a + 0.01) for n, a in view.jitter)),
+        lambda view: replace(view, box=(view.box[0] + 1, *view.box[1:])),
+    ],
+    ids=["order reversed", "order fixed", "less blur", "amounts off", "box off"],
+)
+def test_paired_pixels_a_wrong_step_is_noticed(photographs, change):
+    with pytest.raises(AssertionError):
+        assert_agrees(compare(photographs, change), **ALL_BOUNDS)
+
+
+@pytest.mark.slow
+@requires_shared
+def test_paired_pixels_photographs_of_coco():
+    source = loading.load_images(shared_dir() / "data" / "coco_boxes" / "validation.parquet", split=None)
+    photographs = [source[i].image for i in range(40)]
+    assert_agrees(compare(photographs, draws=2, num_local_crops=8), **ALL_BOUNDS)
 
 
 # --- Pixels, unpaired
@@ -400,26 +406,27 @@ def official(small: list[Image.Image]) -> list[np.ndarray]:
     return [official_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
 
 
-class TestUnpairedPixels:
-    @pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
-    def test_official_features(self, small, official, view):
-        assert_same_features(our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[view])
+@pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
+def test_unpaired_pixels_official_features(small, official, view):
+    assert_same_features(our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[view])
 
-    @pytest.mark.parametrize(
-        ("view", "options"),
-        [
-            (GLOBAL_0, {"blur": "as_written"}),
-            (GLOBAL_1, {"blur": "as_written"}),
-            (LOCAL, {"grayscale_probability": 0.5}),
-            (GLOBAL_1, {"solarize_probability": 0.6}),
-        ],
-    )
-    def test_a_wrong_recipe_is_noticed(self, small, official, view, options):
-        ours = our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE, **options)
-        with pytest.raises(AssertionError, match="feature"):
-            assert_same_features(ours, official[view])
 
-    def test_a_missing_antialias_is_noticed(self, small, official, monkeypatch):
-        monkeypatch.setattr(A, "resize", without_antialias)
-        with pytest.raises(AssertionError, match="feature"):
-            assert_same_features(our_features(small, GLOBAL_0, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[GLOBAL_0])
+@pytest.mark.parametrize(
+    ("view", "options"),
+    [
+        (GLOBAL_0, {"blur": "as_written"}),
+        (GLOBAL_1, {"blur": "as_written"}),
+        (LOCAL, {"grayscale_probability": 0.5}),
+        (GLOBAL_1, {"solarize_probability": 0.6}),
+    ],
+)
+def test_unpaired_pixels_a_wrong_recipe_is_noticed(small, official, view, options):
+    ours = our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE, **options)
+    with pytest.raises(AssertionError, match="feature"):
+        assert_same_features(ours, official[view])
+
+
+def test_unpaired_pixels_a_missing_antialias_is_noticed(small, official, monkeypatch):
+    monkeypatch.setattr(A, "resize", without_antialias)
+    with pytest.raises(AssertionError, match="feature"):
+        assert_same_features(our_features(small, GLOBAL_0, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[GLOBAL_0])
