@@ -18,8 +18,8 @@ import torch
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app.demo import EXAMPLES, write_features, write_figures
 from hf_regvit.app.demo_page import Question, look, results_page
-from hf_regvit.app.exploration import Explorer, Picture, View
-from hf_regvit.data.builtin import photographs
+from hf_regvit.app.exploration import Explorer, InputImage, View
+from hf_regvit.data.builtin import builtin_images
 from hf_regvit.models.processing import default_image_processor
 
 
@@ -31,18 +31,18 @@ def timed(function: Callable[[], object]) -> tuple[float, float]:
 
 
 def measure(explorer: Explorer, name: str, side: int, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    photos = photographs()
+    photos = builtin_images()
     times: dict[str, list[tuple[float, float]]] = {}
     depth = explorer.descriptions[name].num_layers
     for photo in EXAMPLES:
         question = Question((name,), side=side, layer=depth)
 
-        def show(picture: Picture, question: Question) -> dict[str, View]:
+        def show(picture: InputImage, question: Question) -> dict[str, View]:
             views = look(explorer, picture, question)
             results_page(views, question)
             return views
 
-        picture = Picture.of(photos[photo], photo)
+        picture = InputImage.of(photos[photo], photo)
         asked = {
             "new image": question,
             "click on a patch": Question((name,), side=side, layer=depth, place=(0.2, 0.8)),

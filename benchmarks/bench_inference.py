@@ -89,7 +89,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def synchronise(device: str) -> None:
+def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -115,10 +115,10 @@ def time_case(
     while len(times["timm"]) < args.min_rounds or time.perf_counter() < end:
         order.append(order.pop(0))  # rotate, so that no system always runs first
         for system in order:
-            synchronise(args.device)
+            synchronize(args.device)
             start = time.perf_counter()
             models[system](images)
-            synchronise(args.device)
+            synchronize(args.device)
             times[system].append(time.perf_counter() - start)
     return times
 

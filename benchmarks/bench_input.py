@@ -37,7 +37,7 @@ from torchvision import transforms
 from torchvision.transforms import v2
 
 from hf_regvit.data.augmentation import MultiCrop, normalize_pixels
-from hf_regvit.data.builtin import photographs
+from hf_regvit.data.builtin import builtin_images
 from hf_regvit.data.decoding import open_image
 from hf_regvit.data.loading import load_images
 from hf_regvit.models.processing import IMAGENET_MEAN, IMAGENET_STD
@@ -173,7 +173,7 @@ def as_jpeg(image: Image.Image, args: argparse.Namespace) -> bytes:
 
 def read_photographs(args: argparse.Namespace) -> list[bytes]:
     if args.data is None:
-        images = list(photographs().values())
+        images = list(builtin_images().values())
     else:
         source = load_images(args.data, split=None)
         images = [source[i].image for i in np.linspace(0, len(source) - 1, min(args.images, len(source)), dtype=int)]

@@ -49,7 +49,7 @@ def constant_depth(train: DenseSource, test: DenseSource) -> dict[str, float]:
     return metric.compute()
 
 
-def parts_of(load: Any, data: str, **options: Any) -> tuple[DenseSource, DenseSource]:
+def splits_of(load: Any, data: str, **options: Any) -> tuple[DenseSource, DenseSource]:
     train = load(data, split="train", **options)
     same = {"mask_format": train.format} if train.kind == "masks" else {}
     test = load(data, split="validation", **same)
@@ -59,7 +59,7 @@ def parts_of(load: Any, data: str, **options: Any) -> tuple[DenseSource, DenseSo
 
 
 def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: argparse.Namespace) -> dict[str, Any]:
-    train, test = parts_of(load_masks, data, ignore_values=ignore or None)
+    train, test = splits_of(load_masks, data, ignore_values=ignore or None)
     settings = SegmentationSettings(num_steps=args.segmentation_steps)
     results, rows = {}, {}
     for name, (model, processor) in models.items():
@@ -93,7 +93,7 @@ def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: arg
 
 
 def depth(models: dict[str, Any], data: str, args: argparse.Namespace) -> dict[str, Any]:
-    train, test = parts_of(load_depth, data)
+    train, test = splits_of(load_depth, data)
     settings = DepthSettings(num_steps=args.depth_steps)
     results, rows = {}, {}
     for name, (model, processor) in models.items():

@@ -28,7 +28,7 @@ from hf_regvit.evaluation.image_tasks import score_features
 from hf_regvit.evaluation.linear import LinearGrid
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable
 from hf_regvit.evaluation.run import evaluate_backbone
-from hf_regvit.evaluation.tasks import LabelledFeatures, Protocol
+from hf_regvit.evaluation.tasks import LabeledFeatures, Protocol
 from hf_regvit.models.loading import load_model
 
 TASKS = ("knn", "linear", "few_shot")
@@ -84,7 +84,7 @@ def report_on(
 ) -> EvaluationReport:
     """Run the tasks on given features."""
     num_classes = 1 + max(*sources[0].labels, *sources[1].labels)
-    train, judged = (LabelledFeatures.of(part, source, num_classes) for part, source in zip(parts, sources))
+    train, judged = (LabeledFeatures.of(part, source, num_classes) for part, source in zip(parts, sources))
     scores = tuple(score_features(train, judged, tasks=tasks, **options))
     return EvaluationReport(
         name, Path(judged.data).name, options["seed"], {}, scores, reading_seconds=sum(part.seconds for part in parts)

@@ -25,7 +25,7 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
-from hf_regvit.data.builtin import photographs
+from hf_regvit.data.builtin import builtin_images
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.files import EMBEDDED_SOURCES, stratified_split
 from hf_regvit.data.loading import load_images
@@ -65,7 +65,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     # Hide the progress bars for every file that is read or written. The bar of Trainer stays.
     transformers.logging.disable_progress_bar()
     if fresh:
-        forget(run)
+        clear_run(run)
     with step("Images"):
         folder = prepare_images(data, run)
         train, held_out = open_parts(folder)
@@ -78,7 +78,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     backbone = run / "backbone"
     with step("Loading the saved model"):
         model, processor = load_and_compare(backbone, train[0].image)
-    scores = neighbour_scores(train, held_out, arguments, model, processor, run / "scores.json")
+    scores = neighbor_scores(train, held_out, arguments, model, processor, run / "scores.json")
     table = score_table(scores, train, held_out, seconds) if scores else ""
     write_card(backbone, model, data=data, seconds=seconds, table=table)
     page = run / "figures" / "index.html"
@@ -86,7 +86,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
         with step("Figures"):
             from hf_regvit.figures.overview_page import overview_page
 
-            pictures = whole_pictures(data, train)
+            pictures = whole_images(data, train)
             title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
             overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
     print()
@@ -123,7 +123,7 @@ def prepare_images(data: str, run: Path) -> str:
         return str(folder)
     if listing.exists():
         print("  The images have changed, so the run starts over.")
-    forget(run)
+    clear_run(run)
     bad = [error for name, part in parts.items() for error in copy_images(part, folder / name)]
     for error in bad[:5]:
         print(f"  Skipped: {error}", file=sys.stderr)
@@ -176,9 +176,9 @@ def open_parts(data: str) -> tuple[ImageSource, ImageSource | None]:
     return train, (held_out if scorable else None)
 
 
-def whole_pictures(data: str, train: ImageSource, limit: int = 21) -> dict[str, Image.Image]:
+def whole_images(data: str, train: ImageSource, limit: int = 21) -> dict[str, Image.Image]:
     if data == "photos":
-        return photographs()
+        return builtin_images()
     chosen = np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int)
     return {train[i].id: train[i].image for i in chosen.tolist()}
 
@@ -209,7 +209,7 @@ def pretrain_or_reuse(arguments, run: Path) -> float:
     recipe, report = run / "resolved_recipe.yaml", run / "report.json"
     if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
         print("The earlier run used another recipe, so the run starts over.")
-        forget(run, keep="images")
+        clear_run(run, keep="images")
     if report.exists() and (run / "backbone" / "model.safetensors").exists():
         print(f"Pretraining   reusing the finished run in {run} (use --fresh to start over)")
         return json.loads(report.read_text())["seconds"]
@@ -227,7 +227,7 @@ def comparable(recipe: dict) -> dict:
     return {key: value for key, value in recipe.items() if key not in ("output_dir", "resume_from_checkpoint")}
 
 
-def forget(run: Path, *, keep: str = "") -> None:
+def clear_run(run: Path, *, keep: str = "") -> None:
     """Delete the contents of a run folder, and refuse to delete other folders."""
     if not run.exists():
         return
@@ -266,7 +266,7 @@ def load_and_compare(folder: Path, image: Image.Image):
     return model, processor
 
 
-def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
+def neighbor_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
     """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
     from hf_regvit.models.modeling_regvit import RegViTModel
     from hf_regvit.pretraining.monitors import backbone_features
@@ -281,7 +281,7 @@ def neighbour_scores(train, held_out, arguments, model, processor, file: Path) -
         untrained = RegViTModel(arguments.backbone_config()).eval()
         features = {
             "raw 16x16 pixels": [raw_pixels(part) for part in images],
-            "colour mean and deviation": [colour_statistics(part) for part in images],
+            "colour mean and deviation": [color_statistics(part) for part in images],
         }
         for name, network in (("untrained", untrained), ("trained", model)):
             with torch.no_grad():
@@ -296,7 +296,7 @@ def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
     return torch.from_numpy(np.stack(small)).flatten(1) / 255
 
 
-def colour_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
+def color_statistics(images: Sequence[Image.Image]) -> torch.Tensor:
     pixels = [np.asarray(image, dtype=np.float32).reshape(-1, 3) / 255 for image in images]
     return torch.from_numpy(np.stack([np.concatenate([p.mean(0), p.std(0)]) for p in pixels]))
 

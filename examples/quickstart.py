@@ -13,7 +13,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
 
 import hf_regvit
-from hf_regvit.data.builtin import photographs
+from hf_regvit.data.builtin import builtin_images
 from hf_regvit.figures.maps import fit_to_patches, overview_figure, read_token_maps, save_figure
 from hf_regvit.models.processing import default_image_processor
 
@@ -23,7 +23,7 @@ folder = Path(tempfile.mkdtemp(prefix="regvit_"))
 # 1. Create a model with four registers. Image sides are multiples of the patch size, with any aspect ratio.
 config = hf_regvit.RegViTConfig.from_preset("tiny", num_register_tokens=4, num_hidden_layers=4)
 model = hf_regvit.RegViTModel(config).eval()
-picture = fit_to_patches(photographs()["chelsea"], patch=config.patch_shape, short_side=224)
+picture = fit_to_patches(builtin_images()["chelsea"], patch=config.patch_shape, short_side=224)
 processor = default_image_processor(224)
 pixels = processor(images=picture, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():

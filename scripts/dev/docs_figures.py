@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch
 from PIL import Image
 
-from hf_regvit.app.exploration import Explorer, Picture
-from hf_regvit.data.builtin import photographs
+from hf_regvit.app.exploration import Explorer, InputImage
+from hf_regvit.data.builtin import builtin_images
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.diagnosis.register_neurons import add_test_time_registers, find_register_neurons
 from hf_regvit.figures.maps import (
@@ -66,7 +66,7 @@ def stack(paths: list[Path], out: Path) -> None:
 def overviews(explorer: Explorer, name: str, names: list[str], out: Path, *, side: int) -> None:
     parts = []
     for photo in names:
-        view = explorer.view(Picture.of(photographs()[photo], photo), name, side=side)
+        view = explorer.view(InputImage.of(builtin_images()[photo], photo), name, side=side)
         parts.append(out.with_name(f"part_{photo}.png"))
         save_figure(overview_figure(view.image, view.maps()), parts[-1])
     stack(parts, out)
@@ -77,10 +77,10 @@ def before_after(folder: str, names: list[str], out: Path) -> None:
     """Draw a model before and after adding the two neurons and four test-time registers that `retrofit` selects."""
     source = convert(folder)
     _, processor = load_model(folder)
-    neurons = find_register_neurons(source, list(photographs().values()), processor=processor)
+    neurons = find_register_neurons(source, list(builtin_images().values()), processor=processor)
     made = add_test_time_registers(source, neurons.best(2), num_register_tokens=4)
     transform = EvaluationTransform.for_model(source, processor, image_size=224)
-    pixels = torch.stack([transform(photographs()[name]) for name in names])
+    pixels = torch.stack([transform(builtin_images()[name]) for name in names])
     maps = [read_token_maps(model, pixels) for model in (source, made)]
     save_figure(before_after_figure([transform.picture(each) for each in pixels], *maps), out)
     keep(out)
@@ -151,12 +151,12 @@ def main() -> None:
 
     before_after(arguments.model, ["china", "chelsea", "flower"], arguments.out_dir / "test_time_registers.png")
 
-    view = explorer.view(Picture.of(photographs()["china"], "china"), plain, side=224)
+    view = explorer.view(InputImage.of(builtin_images()["china"], "china"), plain, side=224)
     save_figure(lost_figure(view.image, view.object), arguments.out_dir / "lost.png")
     keep(arguments.out_dir / "lost.png")
 
     model, processor = models[plain]
-    report = diagnose(model, list(photographs().values()), processor=processor, progress=False)
+    report = diagnose(model, list(builtin_images().values()), processor=processor, progress=False)
     save_figure(layer_norm_figure(report), arguments.out_dir / "norms_by_layer.png")
     keep(arguments.out_dir / "norms_by_layer.png")
 

@@ -17,7 +17,7 @@ from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.app.demo import build_app, launch_options, write_features, write_figures
 from hf_regvit.app.demo_page import Question, look, results_page
-from hf_regvit.app.exploration import Explorer, Picture
+from hf_regvit.app.exploration import Explorer, InputImage
 from hf_regvit.evaluation.extraction import TokenFeatures
 from hf_regvit.figures.maps import read_attention
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
@@ -62,7 +62,7 @@ def explorer():
 
 @pytest.fixture(scope="module")
 def picture():
-    return Picture.of(noise(seed=99), "noise")
+    return InputImage.of(noise(seed=99), "noise")
 
 
 # --- Reading ---
@@ -81,9 +81,9 @@ def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer, picture):
 
 
 def test_the_same_name_with_other_pixels_is_another_picture(explorer):
-    one, other = Picture.of(noise(seed=5), "x"), Picture.of(noise(seed=6), "x")
+    one, other = InputImage.of(noise(seed=5), "x"), InputImage.of(noise(seed=6), "x")
     assert one.key != other.key
-    assert one.key == Picture.of(noise(seed=5), "y").key
+    assert one.key == InputImage.of(noise(seed=5), "y").key
     first, second = (explorer.view(each, "registers", side=32).tokens for each in (one, other))
     assert not torch.equal(first, second)
 
@@ -133,7 +133,7 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, picture):
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
     explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000)
-    pictures = [Picture.of(noise(seed=seed), str(seed)) for seed in range(6)]
+    pictures = [InputImage.of(noise(seed=seed), str(seed)) for seed in range(6)]
     for each in pictures:
         explorer.view(each, "m", side=32)
     held = sum(view.num_bytes for view in explorer._kept.values())
@@ -147,14 +147,14 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
 
 def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
     explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000)
-    explorer.view(Picture.of(noise(), "x"), "m", side=32, layer=2)
+    explorer.view(InputImage.of(noise(), "x"), "m", side=32, layer=2)
     assert [key[-1] for key in explorer._kept] == [2]
 
 
 def test_a_strip_is_read_at_fewer_patches():
     explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100)
     for size in ((60, 40), (400, 24), (24, 400)):
-        view = explorer.view(Picture.of(noise(*size), "x"), "m", side=128)
+        view = explorer.view(InputImage.of(noise(*size), "x"), "m", side=128)
         assert view.norms.numel() <= 110, size
 
 
@@ -164,7 +164,7 @@ def test_a_model_without_cls_and_registers():
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
     )
     models = {"siglip": (SiglipVisionModel(config).eval(), default_image_processor(32))}
-    explorer, picture = Explorer(models, reference=[noise()]), Picture.of(noise(), "x")
+    explorer, picture = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
     question = Question(("siglip",), side=32, layer=2)
     views = look(explorer, picture, question)
     page = results_page(views, question)
@@ -235,7 +235,7 @@ def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
     processor = default_image_processor(32)
     explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
-    picture = Picture.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    picture = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
     path = write_features(look(explorer, picture, Question(names, side=32, layer=3)), picture, tmp_path)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "out")
@@ -329,7 +329,7 @@ def test_failures_of_the_machine_do_not_reach_the_visitor(app, monkeypatch, capl
 
     monkeypatch.setattr(demo, "look", fail)
     with pytest.raises(Error) as caught:
-        handler(app, "_show")(Picture.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
+        handler(app, "_show")(InputImage.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
     assert "secret" not in caught.value.message
     assert "secret" in caplog.text
 

@@ -23,7 +23,7 @@ NAMES = ("brightness", "contrast", "saturation", "hue")
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return builtin.photographs()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
+    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def levels(actual: np.ndarray, expected: Image.Image | np.ndarray) -> np.ndarray
      ((1500, 1100), 96), ((200, 150), 14)],
 )  # fmt: skip
 def test_resize_pillow_bicubic_with_antialias(size, to):
-    image = builtin.photographs()["chelsea"].resize(size)
+    image = builtin.builtin_images()["chelsea"].resize(size)
     rgb = np.asarray(image)
     rgbx = np.dstack([rgb, np.full(rgb.shape[:2], 255, np.uint8)])
     difference = levels(A.resize(rgbx, to)[:, :, :3], image.resize((to, to), Image.Resampling.BICUBIC))
@@ -56,7 +56,7 @@ def test_resize_pillow_bicubic_with_antialias(size, to):
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (2, 2)])
 def test_resize_tiny_crops(size):
-    image = builtin.photographs()["chelsea"].resize(size)
+    image = builtin.builtin_images()["chelsea"].resize(size)
     difference = levels(A.resize(np.asarray(image), 16), image.resize((16, 16), Image.Resampling.BICUBIC))
     assert np.abs(difference).max() <= 1
 

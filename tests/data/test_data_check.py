@@ -16,7 +16,7 @@ from hf_regvit.data.check import check_data, difference_hash, near_pairs
 
 @pytest.fixture(scope="module")
 def photos() -> dict[str, Image.Image]:
-    return {name: image.resize((150, 100)) for name, image in images.photographs().items()}
+    return {name: image.resize((150, 100)) for name, image in images.builtin_images().items()}
 
 
 def thumbnail(image: Image.Image) -> Image.Image:

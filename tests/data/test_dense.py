@@ -294,20 +294,20 @@ def test_a_broken_mask_is_named_and_does_not_hide_the_others(tmp_path):
 def test_depth_in_millimetres_metres_and_other_units(tmp_path):
     millimetres = np.random.default_rng(0).integers(500, 4000, (20, 24)).astype(np.uint16)
     millimetres[0, 0], millimetres[0, 1] = 0, 65535
-    metres = millimetres.astype(np.float32) / 1000
+    meters = millimetres.astype(np.float32) / 1000
     whole = load_depth(folder_of(tmp_path / "a", [millimetres], kind="depth"))
-    expected = np.where(metres > 10, 0, metres)
+    expected = np.where(meters > 10, 0, meters)
     np.testing.assert_allclose(whole.target(0), expected, rtol=1e-6)
     assert whole.target(0).dtype == np.float32
     assert whole.target(0)[0, 0] == 0
     assert whole.target(0)[0, 1] == 0
-    metres[1, 1], metres[1, 2] = np.nan, -1
+    meters[1, 1], meters[1, 2] = np.nan, -1
     stream = io.BytesIO()
-    np.save(stream, metres)
+    np.save(stream, meters)
     arrays = load_depth(folder_of(tmp_path / "b", [stream.getvalue()], kind="depth", suffix=".npy"))
     expected[1, 1:3] = 0
     np.testing.assert_allclose(arrays.target(0), expected, rtol=1e-6)
-    floats = folder_of(tmp_path / "c", [encoded(metres, "TIFF")], kind="depth", suffix=".tif")
+    floats = folder_of(tmp_path / "c", [encoded(meters, "TIFF")], kind="depth", suffix=".tif")
     np.testing.assert_allclose(load_depth(floats).target(0), expected, rtol=1e-6)
     kitti = load_depth(tmp_path / "a", depth_scale=1 / 256, max_depth=80)
     np.testing.assert_allclose(kitti.target(0), np.where(millimetres < 65535, millimetres / 256, 0), rtol=1e-6)
@@ -424,7 +424,7 @@ def test_the_shorter_side_is_that_of_the_picture_before_the_crop():
 
 def test_what_is_no_measurement_has_no_metres_and_what_is_no_class_no_id():
     stored = np.array([[np.inf, -np.inf, np.nan, -1.0, 0.0, 2.5]])
-    assert DepthFormat().metres(stored).tolist() == [[0, 0, 0, 0, 0, 2.5]]
+    assert DepthFormat().meters(stored).tolist() == [[0, 0, 0, 0, 0, 2.5]]
     marked = MaskFormat(("a", "b"), (0, 7), ignore_values=(255, -1, 70_000))  # beyond 16 bits
     assert marked.ids(np.array([[0, 7, 255, -1, 70_000]])).tolist() == [[0, 1, 255, 255, 255]]
     with pytest.raises(DenseDataError, match=r"holds the values \[70001\]"):

@@ -38,7 +38,7 @@ SOURCE_CODE = Path(hf_regvit.__file__).parent
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return builtin.photographs()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
+    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
 
 
 def encode(image: Image.Image, format: str, **options) -> bytes:
@@ -118,7 +118,7 @@ def test_truncated_F02_last_bytes_missing_is_skipped_by_default(photo, missing):
 @pytest.mark.parametrize("missing", [2, 5, 10, 60])
 @pytest.mark.parametrize("name", ["chelsea", "hubble", "rocket", "coffee"])  # 300 to 872 rows
 def test_truncated_F02_salvage_keeps_only_rows_of_the_file_itself(missing, name):
-    whole = builtin.photographs()[name]
+    whole = builtin.builtin_images()[name]
     content = encode(whole, "JPEG", quality=90)
     salvaged = open_image(content[:-missing], limits=ImageLimits(on_truncated="salvage"))
     expected = np.asarray(open_image(content))
@@ -129,14 +129,14 @@ def test_truncated_F02_salvage_keeps_only_rows_of_the_file_itself(missing, name)
 
 def test_truncated_F02_salvage_refuses_progressive_files():
     """A later scan over all rows is missing, so no row is complete."""
-    content = encode(builtin.photographs()["chelsea"], "JPEG", progressive=True)[:-10]
+    content = encode(builtin.builtin_images()["chelsea"], "JPEG", progressive=True)[:-10]
     with pytest.raises(BadImageError, match="truncated"):
         open_image(content, limits=ImageLimits(on_truncated="salvage"))
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_truncated_F02_salvage_refuses_what_lacks_more_than_a_twentieth(share):
-    content = encode(builtin.photographs()["chelsea"], "JPEG", quality=90)
+    content = encode(builtin.builtin_images()["chelsea"], "JPEG", quality=90)
     with pytest.raises(BadImageError, match=r"truncated|cannot identify") as caught:
         open_image(content[: int(share * len(content))], limits=ImageLimits(on_truncated="salvage"))
     assert caught.value.kind == "truncated"
@@ -327,8 +327,8 @@ def test_F11_other_modes(photo, mode):
 
 
 def test_F11_grey_with_alpha(photo):
-    grey = photo.convert("LA")
-    assert (np.asarray(open_image(encode(grey, "PNG"))) == np.asarray(photo.convert("L").convert("RGB"))).all()
+    gray = photo.convert("LA")
+    assert (np.asarray(open_image(encode(gray, "PNG"))) == np.asarray(photo.convert("L").convert("RGB"))).all()
 
 
 def stored_for(upright: np.ndarray, orientation: int) -> np.ndarray:
@@ -436,7 +436,7 @@ def test_F17_png_text_bomb(photo):
 
 @pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG"])
 def test_F18_animation_gives_its_first_frame(format):
-    frames = [Image.new("RGB", (18, 18), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (18, 18), color) for color in ("red", "blue")]
     options = {"lossless": True} if format == "WEBP" else {}
     content = encode(frames[0], format, save_all=True, append_images=frames[1:], **options)
     pixels = np.asarray(open_image(content))

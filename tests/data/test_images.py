@@ -23,7 +23,7 @@ from hf_regvit.models import processing
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return builtin.photographs()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
+    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_photos_counts_and_names(tiles):
     held_out = load_images("photos", split="validation")
     assert (len(tiles), len(held_out)) == (2214, 719)
     assert len(load_images("photos", split=None)) == 2214 + 719
-    assert tiles.label_names == held_out.label_names == tuple(builtin.photographs())
+    assert tiles.label_names == held_out.label_names == tuple(builtin.builtin_images())
     assert set(tiles.labels) == set(held_out.labels) == set(range(21))
     assert len(set(tiles.ids) | set(held_out.ids)) == 2214 + 719
 
@@ -87,13 +87,13 @@ def test_photos_a_tile_is_64_px_of_its_photograph(tiles):
     name, _, place = record.id.split("/")
     assert tiles.label_names[record.label] == name
     top, left = map(int, place.split("_"))
-    whole = builtin._photographs_384()[name]
+    whole = builtin._builtin_images_384()[name]
     assert min(whole.size) == 384
     assert record.image == whole.crop((left, top, left + 64, top + 64))
 
 
 def test_photos_no_pixel_is_in_both_parts(tiles):
-    widths = {name: image.width for name, image in builtin._photographs_384().items()}
+    widths = {name: image.width for name, image in builtin._builtin_images_384().items()}
     for source, inside in (
         (tiles, lambda left, width: left + 64 <= 0.7 * width),
         (load_images("photos", split="validation"), lambda left, width: left >= 0.7 * width),
@@ -107,7 +107,7 @@ def test_photos_photographs_are_whole_and_need_no_network(monkeypatch):
     import socket
 
     monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went to the network"))
-    photos = builtin.photographs()
+    photos = builtin.builtin_images()
     assert len(photos) == 21
     assert photos["astronaut"].size == (512, 512)
     assert all(image.mode == "RGB" for image in photos.values())

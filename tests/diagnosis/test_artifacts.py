@@ -21,7 +21,7 @@ from hf_regvit.diagnosis.diagnose import artifact_snapshot, count_macs, diagnose
 from hf_regvit.diagnosis.outliers import (
     Cutoff,
     TwoModes,
-    _objections,
+    _failed_conditions,
     attention_statistics,
     channel_outliers,
     compare_values,
@@ -29,7 +29,7 @@ from hf_regvit.diagnosis.outliers import (
     find_cutoff,
     fit_two_modes,
     log_norms,
-    neighbour_similarity,
+    neighbor_similarity,
     reported_layer,
 )
 from hf_regvit.diagnosis.report import ArtifactReport, emergence_layer
@@ -243,7 +243,7 @@ def two_groups(modes, *, low=2000, high=40, valley=0):
 )
 def test_every_part_of_the_gate_by_itself(modes, groups, reason):
     fit = TwoModes(**{"low_mean": 0.0, "low_std": 0.1, "high_mean": 2.4, "high_std": 0.1, "high_share": 0.02} | modes)
-    found = _objections(fit, two_groups(fit, **groups))
+    found = _failed_conditions(fit, two_groups(fit, **groups))
     if reason is None:
         assert found == []
     else:
@@ -256,7 +256,7 @@ def test_the_window_of_the_valley_is_half_a_deviation_to_either_side():
     for distance, counted in ((0.19, True), (0.21, False)):
         near = np.full(30, math.log(fit.boundary) - distance)
         values = np.concatenate([two_groups(fit, high=40), near])
-        assert bool(_objections(fit, values)) == counted
+        assert bool(_failed_conditions(fit, values)) == counted
 
 
 def test_a_norm_at_the_cutoff_is_no_outlier_of_a_layer():
@@ -319,7 +319,7 @@ def test_reported_layer_is_the_first_of_the_plateau():
 def test_neighbour_similarity_equals_its_slow_twin():
     rows, columns = 3, 5
     embeddings = torch.randn(2, rows * columns, 4, generator=torch.Generator().manual_seed(0))
-    actual = neighbour_similarity(embeddings, (rows, columns))
+    actual = neighbor_similarity(embeddings, (rows, columns))
     for image in range(2):
         for row in range(rows):
             for column in range(columns):
@@ -335,12 +335,12 @@ def test_neighbour_similarity_equals_its_slow_twin():
 
 
 def test_neighbours_of_odd_grids():
-    assert neighbour_similarity(torch.ones(1, 4, 2), (1, 4)).tolist() == [[pytest.approx(1.0)] * 4]
-    assert neighbour_similarity(torch.zeros(1, 4, 2), (2, 2)).tolist() == [[0.0] * 4]
+    assert neighbor_similarity(torch.ones(1, 4, 2), (1, 4)).tolist() == [[pytest.approx(1.0)] * 4]
+    assert neighbor_similarity(torch.zeros(1, 4, 2), (2, 2)).tolist() == [[0.0] * 4]
     with pytest.raises(ValueError, match="1 patches"):
-        neighbour_similarity(torch.ones(1, 1, 2), (1, 1))
+        neighbor_similarity(torch.ones(1, 1, 2), (1, 1))
     with pytest.raises(ValueError, match="6 patches on a grid of 2 x 2"):
-        neighbour_similarity(torch.ones(1, 6, 2), (2, 2))
+        neighbor_similarity(torch.ones(1, 6, 2), (2, 2))
 
 
 def test_group_comparison_equals_its_slow_twin():
@@ -1036,6 +1036,6 @@ def test_command_compares_models(checkpoints, picture_folder, tmp_path, capsys):
 def test_command_with_wrong_values(checkpoints, picture_folder, capsys):
     args = ["diagnose", "--model", str(checkpoints[0]), "--data", str(picture_folder)]
     assert cli.main([*args, "--cutoff", "high"]) == 1
-    assert "--cutoff high is neither" in capsys.readouterr().err
+    assert "--cutoff high is not a number" in capsys.readouterr().err
     assert cli.main([*args, "--dry_run", "--max_images", "50"]) == 0
     assert "max_images: 50" in capsys.readouterr().out

@@ -28,7 +28,14 @@ from hf_regvit.diagnosis.register_neurons import (
     score_neurons,
     silence_neurons,
 )
-from hf_regvit.diagnosis.retrofit import RetrofitReport, _least_change, _search_in_part, _Seen, _Tally, retrofit
+from hf_regvit.diagnosis.retrofit import (
+    RetrofitReport,
+    _least_change,
+    _search_in_part,
+    _SearchReadings,
+    _Tally,
+    retrofit,
+)
 from hf_regvit.figures.maps import TokenMaps, before_after_figure
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.models.modeling_regvit import move_to_registers
@@ -182,7 +189,7 @@ def test_training_on_with_checkpointing_and_batch_subsets():
 
 def test_pretraining_blocks_refuse_a_part_of_the_tokens():
     model = add_test_time_registers(build(), NEURONS)
-    with pytest.raises(NotImplementedError, match="needs all tokens"):
+    with pytest.raises(NotImplementedError, match="must compute all tokens"):
         model.layers[-1](torch.randn(1, 18, 32), tokens=torch.tensor([0]))
 
 
@@ -386,7 +393,7 @@ def test_what_is_told_of_a_variant_equals_its_loop():
             return torch.rand(*shape, generator=generator)
 
         attention = random(3, 1 + registers + 6).softmax(dim=-1)
-        return _Seen(random(3, 3, 6), random(3, 4) - 0.5, random(3, 6, 4) - 0.5, attention)
+        return _SearchReadings(random(3, 3, 6), random(3, 4) - 0.5, random(3, 6, 4) - 0.5, attention)
 
     before, after = seen(0), seen(2)
     tally = _Tally(1, 0.6, 2)

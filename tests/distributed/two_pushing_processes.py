@@ -45,7 +45,7 @@ def pushed(folder: Path, name: str, **overrides) -> dict:
     logging.getLogger("hf_regvit").addHandler(heard)
     try:
         teacher = pretrain(args, train_dataset=tiny_run.Crops(IMAGES), image_processor=default_image_processor(16))
-    except upload.RefusedError as error:
+    except upload.PermanentPushError as error:
         return {"refused": str(error)}
     finally:
         logging.getLogger("hf_regvit").removeHandler(heard)

@@ -18,7 +18,7 @@ from hf_regvit.evaluation.dense_heads import (
     SegmentationSettings,
     _depth_at_input,
     _mask_at_input,
-    bins_to_metres,
+    bins_to_meters,
     cosine_with_warmup,
     linear_depth,
     linear_segmentation,
@@ -417,7 +417,7 @@ def test_bins_equal_the_slow_twin_with_features_enlarged_first():
             scores = [max(0.0, float(weight[k] @ large[0, :, i, j] + bias[k])) + 0.1 for k in range(8)]
             centers = [0.5 + k * 3.5 / 7 for k in range(8)]
             expected[i, j] = sum(s * c for s, c in zip(scores, centers)) / sum(scores)
-    torch.testing.assert_close(bins_to_metres(bins, (12, 8), settings)[0], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(bins_to_meters(bins, (12, 8), settings)[0], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_the_first_steps_of_depth_see_the_mean_alone(measured):
@@ -441,7 +441,7 @@ def test_the_first_steps_of_depth_see_the_mean_alone(measured):
         side = train.flipped if flips[place] else train
         tokens = torch.cat([side.maps[index], side.cls[index].expand(4, 4, 16)], dim=-1)  # (4, 4, 32)
         bins = (tokens @ weight.T + bias).permute(2, 0, 1)[None]
-        depth = bins_to_metres(bins, (32, 32), settings)[0]
+        depth = bins_to_meters(bins, (32, 32), settings)[0]
         truth = torch.tensor(depths[index].copy()).nan_to_num(0)
         truth = torch.where(truth > 10, 0, truth)
         truth = truth.flip(-1) if flips[place] else truth

@@ -28,7 +28,7 @@ from hf_regvit.evaluation.lost import LostSettings
 from hf_regvit.evaluation.object_discovery import CorLocScore, LostEvaluation
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable, Score, fingerprint_of_names
 from hf_regvit.evaluation.run import _lost_score, compare_backbones, evaluate_backbone
-from hf_regvit.evaluation.tasks import LabelledFeatures, Protocol
+from hf_regvit.evaluation.tasks import LabeledFeatures, Protocol
 from hf_regvit.models.loading import model_fingerprint, short_names
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
 
@@ -156,7 +156,7 @@ def clusters(count, seed, kind="CLS", num_blocks=2):
     generator = torch.Generator().manual_seed(seed)
     vectors = 10 * torch.eye(8)[labels][:, None] + torch.rand(count, num_blocks, 8, generator=generator)
     features = FrozenFeatures(vectors, vectors[:, -1], (1, 2), kind, tuple(f"{seed}/{i}" for i in range(count)), (), 0)
-    return LabelledFeatures(features, labels, 3, "clusters")
+    return LabeledFeatures(features, labels, 3, "clusters")
 
 
 @pytest.mark.parametrize("kind", ["CLS", "mean patch"])
@@ -174,7 +174,7 @@ def test_scores_go_through_the_metrics_of_the_package():
     from hf_regvit.evaluation.metrics import TopKAccuracy
 
     judged = clusters(12, 1)
-    wrong = LabelledFeatures(judged.features, (judged.labels + (torch.arange(12) < 3)) % 3, 3, "clusters")
+    wrong = LabeledFeatures(judged.features, (judged.labels + (torch.arange(12) < 3)) % 3, 3, "clusters")
     (score,) = score_features(clusters(30, 0), wrong, tasks=["knn"], protocol=Protocol(knn_ks=(3,)))
     votes = torch.nn.functional.one_hot(judged.labels, 3).float()
     assert score.value == TopKAccuracy().compute(predictions=votes, references=wrong.labels)["top1"] == 0.75
@@ -198,7 +198,7 @@ def blurred(count, seed):
     vectors = torch.eye(8)[labels][:, None] + 0.8 * torch.randn(count, 2, 8, generator=generator)
     ids = tuple(f"{seed}/{i}" for i in range(count))
     features = FrozenFeatures(vectors, vectors.mean(1), (1, 2), "CLS", ids, (), 0)
-    return LabelledFeatures(features, labels, 3, "blurred")
+    return LabeledFeatures(features, labels, 3, "blurred")
 
 
 def test_shots_are_the_official_ones_as_far_as_every_class_has_them():

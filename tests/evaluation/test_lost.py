@@ -488,7 +488,7 @@ def test_the_model_is_left_as_it_was(model, processor):
 
 def test_settings_that_a_model_has_not_are_named(model, processor):
     image = picture(32, 24)
-    with pytest.raises(ValueError, match="layer 4"):
+    with pytest.raises(ValueError, match="Block 4"):
         discover_objects(model, [image], layer=4, processor=processor)
     with pytest.raises(ValueError, match=r"head=4 does not exist\. Use 0 to 3"):
         list(propose(model, [image], [AttentionSettings(4)], processor=processor))

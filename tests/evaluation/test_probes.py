@@ -300,7 +300,7 @@ def test_probes_repeat_themselves_and_follow_the_seed(coloured_images, toy_probe
 
 
 def test_images_are_never_on_both_sides(coloured_images):
-    chosen = probes._three_in_ten(torch.tensor(coloured_images.labels), 60)
+    chosen = probes._draw_test_images(torch.tensor(coloured_images.labels), 60)
     assert int(chosen.sum()) == 18
     assert coloured_images.labels.count(0) * 0.3 == sum(
         label == 0 for label, test in zip(coloured_images.labels, chosen.tolist(), strict=True) if test

@@ -283,7 +283,7 @@ def test_progress_of_a_run_in_one_picture(picture):
     attention = torch.zeros(5, 3, 5)
     attention[0, 2, 0] = 1  # lower left
     maps[1] = F.TokenMaps(attention, maps[1].patch_tokens, maps[1].norms, maps[1].registers)
-    page = F.progress_picture([picture, picture], maps, title="step 7")
+    page = F.progress_figure([picture, picture], maps, title="step 7")
     assert page.size == (2 * (300 + 6) + 6, 3 * (180 + 24) + 6)
     pixels = np.asarray(page).astype(int)
     column = pixels[:, 312:612]
@@ -294,7 +294,7 @@ def test_progress_of_a_run_in_one_picture(picture):
     assert below[150:, :30].mean() > 3 * below[:90, 150:].mean()
     assert pixels[2:20, 6:80].min() < 100  # the title
     with pytest.raises(ValueError, match="1 images for 2"):
-        F.progress_picture([picture], maps)
+        F.progress_figure([picture], maps)
 
 
 def test_learning_curves_draw_what_was_logged():

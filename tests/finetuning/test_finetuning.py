@@ -24,7 +24,7 @@ from hf_regvit.finetuning.classification import (
     ImageClassification,
     class_weights,
     classification_loss,
-    labelled_parts,
+    labeled_parts,
     training_transform,
     wilson_interval,
 )
@@ -80,14 +80,14 @@ def table_of(path, labels, names=None, column="label"):
 def test_f27_a_single_class_is_refused_with_its_name(tmp_path):
     root = folder_of(tmp_path / "one", cat=6)
     with pytest.raises(LabelError, match=r"single class, 'cat'; a classifier needs at least two"):
-        labelled_parts(arguments(tmp_path / "run", data=str(root)))
+        labeled_parts(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_f27_a_single_class_that_is_left_of_several(tmp_path):
     folder_of(tmp_path / "data", cat=6, dog=6)
     args = arguments(tmp_path / "run", data=str(tmp_path / "data"), max_train_samples=1)
     with pytest.raises(LabelError, match=r"all 1 training images are of one class"):
-        labelled_parts(args)
+        labeled_parts(args)
 
 
 def test_f28_classes_of_validation_that_training_lacks_are_listed(tmp_path):
@@ -98,9 +98,9 @@ def test_f28_classes_of_validation_that_training_lacks_are_listed(tmp_path):
         match=r"1 classes without training images: 'horse'.*1 training classes are missing from validation: 'dog'"
         r".*ignore_extra",
     ):
-        labelled_parts(args)
+        labeled_parts(args)
     args.ignore_extra_classes = True
-    _, kept = labelled_parts(args)
+    _, kept = labeled_parts(args)
     assert (kept.labels, kept.label_names) == ([0, 0], ("cat", "dog"))
 
 
@@ -109,49 +109,49 @@ def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path
     folder_of(tmp_path / "validation", ant=1, dog=2)
     args = arguments(tmp_path / "run", data=str(tmp_path))
     with pytest.raises(ValueError, match=r"only in its validation split: \['ant'\].*--ignore_extra_classes"):
-        labelled_parts(args)
+        labeled_parts(args)
     args.ignore_extra_classes = True
-    _, kept = labelled_parts(args)
+    _, kept = labeled_parts(args)
     assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
     assert "1 validation images belong to classes without training images and are left out: 'ant'" in caplog.text
     (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
     with pytest.raises(ValueError, match="only in its validation split"):
-        labelled_parts(args)
+        labeled_parts(args)
 
 
 def test_f28_class_numbers_follow_the_names_of_training(tmp_path):
     train, validation = folder_of(tmp_path / "a", ant=2, bee=2, cow=2), folder_of(tmp_path / "b", bee=1, cow=2)
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))
-    _, validation = labelled_parts(args)
+    _, validation = labeled_parts(args)
     assert validation.labels == [1, 2, 2]
 
 
 def test_f29_class_numbers_out_of_range_are_named_with_their_rows(tmp_path):
     path = table_of(tmp_path / "data" / "train.parquet", [0, 1, 2, 1, 7], names=["a", "b"])
     with pytest.raises(LabelError, match=r"2 training images have a class id outside of 0 to 1.*row/2 has 2; row/4"):
-        labelled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_f29_rows_without_a_label_are_named(tmp_path):
     path = table_of(tmp_path / "data" / "train.parquet", [0, -1, 1, 1])
     with pytest.raises(LabelError, match=r"1 of 4 rows of column 'label' are empty or negative, for example row/1"):
-        labelled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_labels_as_text_and_without_a_column(tmp_path):
     path = table_of(tmp_path / "text" / "train.parquet", ["cat", "dog"])
     with pytest.raises(LabelError, match=r"column 'label' holds.*string.*class_encode_column"):
-        labelled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
     path = table_of(tmp_path / "other" / "train.parquet", [0, 1], column="kind")
     with pytest.raises(LabelError, match=r"there is no column 'label'.*Columns: kind.*--label_column"):
-        labelled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_images_outside_of_class_folders_are_named(tmp_path):
     root = folder_of(tmp_path / "data", cat=2, dog=2)
     picture(0, 0).save(root / "loose.png")
     with pytest.raises(LabelError, match=r"1 images are not in a subfolder, for example 'loose.png'"):
-        labelled_parts(arguments(tmp_path / "run", data=str(root)))
+        labeled_parts(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_a_class_that_is_called_as_a_part_is_told_so(tmp_path):
@@ -159,18 +159,18 @@ def test_a_class_that_is_called_as_a_part_is_told_so(tmp_path):
     with pytest.raises(
         LabelError, match=r"there are no class folders in 'train', whose name is that of a split and not of a class"
     ):
-        labelled_parts(arguments(tmp_path / "run", data=str(root)))
+        labeled_parts(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_a_share_of_every_class_is_held_out_and_the_seed_decides(tmp_path):
     root = folder_of(tmp_path / "data", cat=20, dog=10)
     args = arguments(tmp_path / "run", data=str(root), train_val_split=0.2)
-    train, validation = labelled_parts(args)
+    train, validation = labeled_parts(args)
     assert not set(train.ids) & set(validation.ids)
     assert (validation.labels.count(0), validation.labels.count(1), len(train)) == (4, 2, 24)
-    assert labelled_parts(args)[1].ids == validation.ids
+    assert labeled_parts(args)[1].ids == validation.ids
     args.seed = 6
-    assert labelled_parts(args)[1].ids != validation.ids
+    assert labeled_parts(args)[1].ids != validation.ids
 
 
 def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
@@ -178,14 +178,14 @@ def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no train split. .*Use --train_dir instead of --data to train on all images"
     ):
-        labelled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
-    train, validation = labelled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
+        labeled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
+    train, validation = labeled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
     assert (len(train), len(validation)) == (2, 2)
 
 
 def test_nothing_to_train_on_says_which_options(tmp_path):
     with pytest.raises(ValueError, match=r"--data .* or --train_dir"):
-        labelled_parts(arguments(tmp_path))
+        labeled_parts(arguments(tmp_path))
 
 
 def test_balanced_weights_are_inverse_to_the_counts_with_mean_one():

@@ -90,8 +90,8 @@ class RegViTModelTest(suite.ModelTesterMixin, suite.PipelineTesterMixin, unittes
         inputs = super()._prepare_for_class(inputs_dict, model_class, return_labels=return_labels)
         if return_labels and model_class is RegViTForDepthEstimation:
             batch_size, _, height, width = inputs["pixel_values"].shape
-            metres = torch.linspace(1, 5, height * width, device=inputs["pixel_values"].device)
-            inputs["labels"] = metres.view(1, height, width).repeat(batch_size, 1, 1)
+            meters = torch.linspace(1, 5, height * width, device=inputs["pixel_values"].device)
+            inputs["labels"] = meters.view(1, height, width).repeat(batch_size, 1, 1)
         return inputs
 
     def test_config(self):

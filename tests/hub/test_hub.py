@@ -15,7 +15,14 @@ from hf_regvit.hub.bundle import bundle, read_bundle
 from hf_regvit.hub.card import CardError, card_header
 from hf_regvit.hub.publish import publish
 from hf_regvit.hub.scan import PrivateContentError, may_be_published, scan
-from hf_regvit.hub.upload import BackgroundPushes, PushError, RefusedError, RetryPolicy, send_folder, with_retries
+from hf_regvit.hub.upload import (
+    BackgroundPushes,
+    PermanentPushError,
+    PushError,
+    RetryPolicy,
+    send_folder,
+    with_retries,
+)
 from hf_regvit.models.loading import BundleError, checkpoint_folder
 from hf_regvit.models.processing import default_image_processor
 
@@ -338,13 +345,13 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
 
 
 def test_preprocessing_in_words():
-    from hf_regvit.hub.facts import _preprocessing_words
+    from hf_regvit.hub.facts import _describe_preprocessing
 
     processor = {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "image_mean": [0.5],
                  "crop_size": {"height": 224, "width": 200}, "image_std": [0.2]}  # fmt: skip
-    words = _preprocessing_words(json.dumps(processor))
+    words = _describe_preprocessing(json.dumps(processor))
     assert words == "resized to 256, cropped to 224 x 200, mean [0.5], standard deviation [0.2]"
-    assert _preprocessing_words("center crop 224") == "center crop 224"
+    assert _describe_preprocessing("center crop 224") == "center crop 224"
 
 
 # --- Pushes
@@ -470,24 +477,24 @@ def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
 )  # fmt: skip
 def test_f65_lasting_errors_are_told_at_once(hub, folder, status, said):
     hub.fail("/commit/", status, times=9)
-    with pytest.raises(RefusedError, match=said):
+    with pytest.raises(PermanentPushError, match=said):
         send(folder)
     assert len(hub.sent("/commit/")) == 1
 
 
 def test_f65_tokens_that_may_not_write(hub, folder):
-    with pytest.raises(RefusedError, match="has no write access"):
+    with pytest.raises(PermanentPushError, match="has no write access"):
         send(folder, token=READ_TOKEN)
-    with pytest.raises(RefusedError, match="does not accept the token") as error:
+    with pytest.raises(PermanentPushError, match="does not accept the token") as error:
         send(folder, token="hf_" + "q" * 34)
     assert "qqq" not in str(error.value)
 
 
 def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
-    with pytest.raises(RefusedError, match="'a/b/c' is not a valid Hub repository id"):
+    with pytest.raises(PermanentPushError, match="'a/b/c' is not a valid Hub repository id"):
         send(folder, name="a/b/c")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RefusedError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(PermanentPushError, match="HF_HUB_OFFLINE is set"):
         send(folder)
 
 
@@ -504,7 +511,7 @@ def test_a_private_repository_that_stays_private_is_told(hub, folder, caplog):
 def test_a_public_repository_is_only_used_if_that_was_said(hub, folder):
     send(folder, private=False)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(RefusedError, match="exists and is public"):
+    with pytest.raises(PermanentPushError, match="exists and is public"):
         send(folder, accept_public=False)
     assert send(folder, accept_public=True).changed
 
@@ -624,10 +631,10 @@ def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
 @pytest.mark.slow
 def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, tmp_path):
     from hf_regvit import diagnose
-    from hf_regvit.data.builtin import photographs
+    from hf_regvit.data.builtin import builtin_images
 
     model = RegViTForImageClassification.from_pretrained(checkpoint).eval()
-    pictures = [picture.resize((24, 24)) for picture in list(photographs().values())[:8]]
+    pictures = [picture.resize((24, 24)) for picture in list(builtin_images().values())[:8]]
     report = diagnose(model, pictures, processor=default_image_processor(16), progress=False)
     report.save(tmp_path / "diagnosis")
     for wanted in (False, True):

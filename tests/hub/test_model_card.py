@@ -18,8 +18,8 @@ from hf_regvit.hub.facts import (
     CardFigure,
     CardScore,
     finetuning_facts,
-    own_name,
     pretraining_facts,
+    public_name,
     public_recipe,
 )
 
@@ -259,7 +259,7 @@ def test_a_recipe_is_published_without_places_and_tokens(tmp_path, monkeypatch):
     assert recipe["init_from"] == "x"
     assert not {"output_dir", "hub_token", "run_name"} & set(recipe)
     (tmp_path / "owner" / "set").mkdir(parents=True)
-    assert own_name("owner/set") == "set"  # a local folder, not an id
+    assert public_name("owner/set") == "set"  # a local folder, not an id
 
 
 def test_the_template_is_in_the_package():

@@ -60,8 +60,8 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
 @pytest.fixture
 def one_picture(demo, monkeypatch):
     """Draw one image instead of up to 21; the page has its own tests."""
-    draw = demo.whole_pictures
-    monkeypatch.setattr(demo, "whole_pictures", lambda data, train: draw(data, train, limit=1))
+    draw = demo.whole_images
+    monkeypatch.setattr(demo, "whole_images", lambda data, train: draw(data, train, limit=1))
 
 
 def files_and_times(folder: Path) -> dict[str, int]:
@@ -205,7 +205,7 @@ def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
 
 
 def test_pictures_of_the_default_data_are_whole(demo):
-    pictures = demo.whole_pictures("photos", load_images("photos"))
+    pictures = demo.whole_images("photos", load_images("photos"))
     assert len(pictures) == 21
     assert pictures["astronaut"].size == (512, 512)
 

@@ -19,7 +19,7 @@ from hf_regvit.app.cli import main
 from hf_regvit.data.joint_transform import resize_map
 from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
-from hf_regvit.figures.masks import class_colours
+from hf_regvit.figures.masks import class_colors
 from hf_regvit.finetuning.arguments import FinetuningArguments
 from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, pixel_weights, typical_size
 from hf_regvit.models.processing import default_image_processor, dense_processor
@@ -232,8 +232,8 @@ def test_options_of_other_tasks_are_refused(masks, tmp_path):
 
 
 def test_colours_are_all_unlike():
-    colours = class_colours(40)
-    assert len({tuple(c) for c in colours.tolist()}) == 40
+    colors = class_colors(40)
+    assert len({tuple(c) for c in colors.tolist()}) == 40
 
 
 class StopAt(TrainerCallback):

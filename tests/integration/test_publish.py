@@ -35,7 +35,7 @@ pytestmark = pytest.mark.slow
 
 REPO = "someone/tiny"
 # Importing hf_regvit fails, as in an installation without it. Run the card's snippet, and again with a pinned commit.
-STRANGER = """
+CLEAN_PROCESS = """
     import importlib.abc, sys
 
     class Hide(importlib.abc.MetaPathFinder):
@@ -148,7 +148,7 @@ def load_as_stranger(hub, home: Path, revision: str, *, offline: bool = False) -
     if offline:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STRANGER), revision],
+        [sys.executable, "-c", textwrap.dedent(CLEAN_PROCESS), revision],
         env=environment, cwd=home, capture_output=True, text=True, timeout=300, check=False, stdin=subprocess.DEVNULL,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

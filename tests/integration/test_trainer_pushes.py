@@ -141,7 +141,7 @@ def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_pa
 )
 def test_f65_a_token_that_may_not_write_is_refused_before_training(hub, tmp_path, monkeypatch, token, said):
     monkeypatch.setenv("HF_TOKEN", token)
-    with pytest.raises(upload.RefusedError, match=said):
+    with pytest.raises(upload.PermanentPushError, match=said):
         pushed(tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoint*"))
 
@@ -210,7 +210,7 @@ def test_a_push_takes_no_random_number_from_the_run(hub, classifier):
 def test_an_own_call_of_push_to_hub_raises(hub, classifier):
     trainer = classifier(hub_strategy="end")
     hub.fail("/commit/", 403, times=1)
-    with pytest.raises(upload.RefusedError, match="has no write access to 'someone/tiny'"):
+    with pytest.raises(upload.PermanentPushError, match="has no write access to 'someone/tiny'"):
         trainer.push_to_hub()
     with pytest.raises(TypeError, match="tasks"):
         trainer.push_to_hub(tasks="image-classification")

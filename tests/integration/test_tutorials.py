@@ -21,11 +21,11 @@ def blocks(text: str) -> list[tuple[str, str]]:
 @pytest.fixture
 def workplace(tmp_path) -> Path:
     """Create a folder with 48 images cut from the embedded ones, and a recipe that takes seconds."""
-    from hf_regvit.data.builtin import photographs
+    from hf_regvit.data.builtin import builtin_images
 
     folder = tmp_path / "my_photos"
     folder.mkdir()
-    photos = photographs()
+    photos = builtin_images()
     photos["chelsea"].save(folder / "cat.png")
     for number in range(47):
         name = list(photos)[number % len(photos)]
@@ -51,9 +51,9 @@ def workplace(tmp_path) -> Path:
 
 def make_classes(root: Path) -> None:
     """Create three classes of twelve small images, cut from three of the embedded ones."""
-    from hf_regvit.data.builtin import photographs
+    from hf_regvit.data.builtin import builtin_images
 
-    photos = photographs()
+    photos = builtin_images()
     for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
         (root / name).mkdir(parents=True)
         for number in range(12):

@@ -61,7 +61,7 @@ def official_pixels(image: Image.Image, parameters: ViewParameters, size: int) -
 def embedded_photographs(size: tuple[int, int], count: int) -> list[Image.Image]:
     """Colour photographs from inside scikit-image and scikit-learn."""
     names = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
-    return [builtin.photographs()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
+    return [builtin.builtin_images()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
 
 
 # --- Parameters
@@ -251,7 +251,7 @@ class Agreement:
 
 
 def compare(
-    photographs: list[Image.Image],
+    builtin_images: list[Image.Image],
     change: Callable[[ViewParameters], ViewParameters] = lambda view: view,
     draws: int = 1,
     **options: int,
@@ -259,7 +259,7 @@ def compare(
     """`change` alters the parameters on our side only."""
     multi_crop = MultiCrop(**{"num_local_crops": 4} | options)
     bias, absolute, largest, variances, powers = [], [], [], [], []
-    for i, photo in enumerate(photographs * draws):
+    for i, photo in enumerate(builtin_images * draws):
         whole, views = multi_crop.parameters(photo.size, seed=2, epoch=0, sample_id=i)
         crops = multi_crop.render(photo, whole, [change(view) for view in views])
         for crop, view in zip([*crops["global_crops"], *crops["local_crops"]], views, strict=True):
@@ -297,7 +297,7 @@ ALL_BOUNDS = {"bias": 0.3, "mean_difference": 0.5, "spectrum": 0.01}
 
 
 @pytest.fixture(scope="module")
-def photographs() -> list[Image.Image]:
+def builtin_images() -> list[Image.Image]:
     return embedded_photographs((500, 375), 6)
 
 
@@ -317,19 +317,19 @@ def area_or_cubic(pixels: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(pixels, (size, size), interpolation=mode)
 
 
-def test_paired_pixels_geometry(photographs):
-    assert_agrees(compare(photographs, **GEOMETRY), **GEOMETRY_BOUNDS)
+def test_paired_pixels_geometry(builtin_images):
+    assert_agrees(compare(builtin_images, **GEOMETRY), **GEOMETRY_BOUNDS)
 
 
-def test_paired_pixels_all_operations(photographs):
-    assert_agrees(compare(photographs), **ALL_BOUNDS)
+def test_paired_pixels_all_operations(builtin_images):
+    assert_agrees(compare(builtin_images), **ALL_BOUNDS)
 
 
 @pytest.mark.parametrize("resize", [without_antialias, bilinear, area_or_cubic])
-def test_paired_pixels_another_filter_is_noticed(photographs, monkeypatch, resize):
+def test_paired_pixels_another_filter_is_noticed(builtin_images, monkeypatch, resize):
     """Even under all the other operations."""
     monkeypatch.setattr(A, "resize", resize)
-    agreement = compare(photographs)
+    agreement = compare(builtin_images)
     assert np.abs(agreement.spectrum - 1).max() > 5 * ALL_BOUNDS["spectrum"]
     with pytest.raises(AssertionError):
         assert_agrees(agreement, **ALL_BOUNDS)
@@ -346,17 +346,17 @@ def test_paired_pixels_another_filter_is_noticed(photographs, monkeypatch, resiz
     ],
     ids=["order reversed", "order fixed", "less blur", "amounts off", "box off"],
 )
-def test_paired_pixels_a_wrong_step_is_noticed(photographs, change):
+def test_paired_pixels_a_wrong_step_is_noticed(builtin_images, change):
     with pytest.raises(AssertionError):
-        assert_agrees(compare(photographs, change), **ALL_BOUNDS)
+        assert_agrees(compare(builtin_images, change), **ALL_BOUNDS)
 
 
 @pytest.mark.slow
 @requires_shared
 def test_paired_pixels_photographs_of_coco():
     source = loading.load_images(shared_dir() / "data" / "coco_boxes" / "validation.parquet", split=None)
-    photographs = [source[i].image for i in range(40)]
-    assert_agrees(compare(photographs, draws=2, num_local_crops=8), **ALL_BOUNDS)
+    builtin_images = [source[i].image for i in range(40)]
+    assert_agrees(compare(builtin_images, draws=2, num_local_crops=8), **ALL_BOUNDS)
 
 
 # --- Pixels, unpaired
@@ -369,10 +369,10 @@ def crop_features(crop: np.ndarray) -> np.ndarray:
     return np.array([*pixels.mean((0, 1)), *pixels.std((0, 1)), saturation, *np.log(band_power(pixels, 6) + 1)])
 
 
-def our_features(photographs: list[Image.Image], view: int, draws: int, size: int, **options: object) -> np.ndarray:
+def our_features(builtin_images: list[Image.Image], view: int, draws: int, size: int, **options: object) -> np.ndarray:
     multi_crop = MultiCrop(global_size=size, local_size=size, num_local_crops=1, **options)
     rows = []
-    for i, photo in enumerate(photographs * draws):
+    for i, photo in enumerate(builtin_images * draws):
         whole, views = multi_crop.parameters(photo.size, seed=4, epoch=0, sample_id=i)
         crops = multi_crop.render(photo, whole, views)
         crop = crops["local_crops"][0] if view == LOCAL else crops["global_crops"][view]
@@ -380,10 +380,10 @@ def our_features(photographs: list[Image.Image], view: int, draws: int, size: in
     return np.array(rows)
 
 
-def official_features(photographs: list[Image.Image], view: int, draws: int, size: int) -> np.ndarray:
+def official_features(builtin_images: list[Image.Image], view: int, draws: int, size: int) -> np.ndarray:
     torch.manual_seed(20 + view)
     transform = official_view(view, size)
-    return np.array([crop_features(np.asarray(transform(photo))) for photo in photographs * draws])
+    return np.array([crop_features(np.asarray(transform(photo))) for photo in builtin_images * draws])
 
 
 def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -22,7 +22,7 @@ from hf_regvit.pretraining import samplers
 
 @pytest.fixture(scope="module")
 def photo() -> Image.Image:
-    return builtin.photographs()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
+    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")

@@ -749,7 +749,7 @@ def test_pretrain_ends_on_larger_crops(tmp_path):
 # ---- Observers ----
 
 
-def photographs(count, seed=0):
+def builtin_images(count, seed=0):
     from PIL import Image
 
     generator = torch.Generator().manual_seed(seed)
@@ -760,7 +760,7 @@ def photographs(count, seed=0):
 def test_features_are_cls_and_mean_patch():
     from hf_regvit.models.processing import default_image_processor
 
-    backbone, images = tiny_network().teacher["backbone"], photographs(5)
+    backbone, images = tiny_network().teacher["backbone"], builtin_images(5)
     processor = default_image_processor(16)
     features = backbone_features(backbone, images, image_processor=processor, batch_size=2)
     outputs = backbone(processor(images=images[3:4], return_tensors="pt")["pixel_values"])
@@ -772,7 +772,7 @@ def test_features_are_cls_and_mean_patch():
 def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     from hf_regvit.models.processing import default_image_processor
 
-    images = photographs(8)
+    images = builtin_images(8)
     knn = OnlineKNN(
         images, [0, 1] * 4, images, [0, 1] * 4, image_processor=default_image_processor(16), every_steps=4, k=(1,)
     )
@@ -788,9 +788,9 @@ def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
 
 def test_online_knn_checks_its_lists():
     with pytest.raises(ValueError, match="2 training images have 1 labels"):
-        OnlineKNN(photographs(2), [0], photographs(1), [0], image_processor=None, every_steps=1)
+        OnlineKNN(builtin_images(2), [0], builtin_images(1), [0], image_processor=None, every_steps=1)
     with pytest.raises(ValueError, match="every_steps is 0"):
-        OnlineKNN(photographs(1), [0], photographs(1), [0], image_processor=None, every_steps=0)
+        OnlineKNN(builtin_images(1), [0], builtin_images(1), [0], image_processor=None, every_steps=0)
 
 
 def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):

@@ -56,7 +56,7 @@ def pretrain_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
     parser = RecipeParser(PretrainingArguments, prog="regvit pretrain")
     if switches["dry_run"]:
-        return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
+        return _resolved(*parser.parse([*args, *_dry_run_device_options()]))
     (arguments,) = parser.parse(args)
     _check_output(arguments.output_dir)
     model = pretrain(arguments)
@@ -71,7 +71,7 @@ def finetune_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 
     parser = RecipeParser(FinetuningArguments, prog="regvit finetune")
     if switches["dry_run"]:
-        return _resolved(*parser.parse([*args, *_as_if_at_hand()]))
+        return _resolved(*parser.parse([*args, *_dry_run_device_options()]))
     (arguments,) = parser.parse(args)
     _check_output(arguments.output_dir)
     finetune(arguments)
@@ -289,7 +289,7 @@ COMMANDS: dict[str, Callable[[Sequence[str], dict[str, bool]], dict[str, Any]]] 
 }
 
 
-def _as_if_at_hand() -> list[str]:
+def _dry_run_device_options() -> list[str]:
     """Return the options that let a dry run resolve a bfloat16 recipe on a machine without an accelerator."""
     import torch
 

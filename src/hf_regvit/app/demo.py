@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ..data.builtin import photographs
+from ..data.builtin import builtin_images
 from ..data.decoding import ImageLimits, open_image
 from ..figures.maps import attention_overlay_figure, lost_figure, overview_figure, save_figure
 from ..models.loading import load_model
-from .demo_page import _HELP, _LEAD, _MEAN, _NOBODY, _TEMPLATES, _TITLE, Question, _jpeg, look, results_page
-from .exploration import Explorer, Picture, View
+from .demo_page import _HELP, _LEAD, _MEAN, _NO_COMPARISON, _TEMPLATES, _TITLE, Question, _jpeg, look, results_page
+from .exploration import Explorer, InputImage, View
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
 MAX_UPLOAD = "20mb"
-_LIMITS = ImageLimits(max_pixels=50_000_000)
+_UPLOAD_LIMITS = ImageLimits(max_pixels=50_000_000)
 
 
 # --- Files ---
 
 
-def write_figures(views: Mapping[str, View], picture: Picture, question: Question, folder: Path) -> Path:
+def write_figures(views: Mapping[str, View], picture: InputImage, question: Question, folder: Path) -> Path:
     """Write the maps as figures for a paper: a ZIP archive of PNG files, drawn by `hf_regvit.figures`."""
     path, names = folder / f"{_file_name(picture.name)}_figures.zip", _file_names(views)
     with zipfile.ZipFile(path, "w") as archive:
@@ -62,7 +62,7 @@ def write_figures(views: Mapping[str, View], picture: Picture, question: Questio
     return path
 
 
-def write_features(views: Mapping[str, View], picture: Picture, folder: Path) -> Path:
+def write_features(views: Mapping[str, View], picture: InputImage, folder: Path) -> Path:
     """Write CLS, registers and patches as a safetensors file; for two models, as a ZIP archive of two files."""
     paths, names = [], _file_names(views)
     for name, view in views.items():
@@ -118,7 +118,7 @@ def build_app(
         raise ImportError("The demo needs Gradio. Run: pip install 'hf_regvit[demo]'")
     if compare is not None and compare not in models:
         raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
-    reference = list(photographs().values()) if reference is None else list(reference)
+    reference = list(builtin_images().values()) if reference is None else list(reference)
     return _Page(Explorer(models, cache_bytes=cache_bytes, reference=reference), compare, len(reference)).app
 
 
@@ -194,8 +194,8 @@ class _Page:
 
         self.explorer = explorer
         self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # removed when the program ends
-        chosen = photographs()
-        self.examples = {name: Picture.of(chosen[name], name) for name in EXAMPLES}
+        chosen = builtin_images()
+        self.examples = {name: InputImage.of(chosen[name], name) for name in EXAMPLES}
         # Gradio's copies of uploads and downloads are deleted after an hour.
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
@@ -236,7 +236,7 @@ class _Page:
         with gr.Accordion("Model, resolution, block, head", open=True, elem_id="settings"):
             self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
             self.compare = gr.Dropdown(
-                [_NOBODY, *names], value=compare or _NOBODY, label="Compare with", elem_id="compare"
+                [_NO_COMPARISON, *names], value=compare or _NO_COMPARISON, label="Compare with", elem_id="compare"
             )
             step = max(description.patch_size)
             low, high = self._sides(names[0])
@@ -252,7 +252,7 @@ class _Page:
     def _connect(self) -> None:
         import gradio as gr
 
-        def pick(event: gr.EventData) -> Picture:
+        def pick(event: gr.EventData) -> InputImage:
             return self.examples[event.name]
 
         def point(event: gr.EventData) -> tuple[float, float]:
@@ -264,13 +264,13 @@ class _Page:
         common: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "api_visibility": "private"}
         quick: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
         show: dict[str, Any] = {
-            "fn": _told("The maps could not be computed", self._show), "inputs": asked, "outputs": self.results,
+            "fn": _show_errors("The maps could not be computed", self._show), "inputs": asked, "outputs": self.results,
             "show_progress": "minimal", "trigger_mode": "always_last", **common,
         }  # fmt: skip
         stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
         self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.picture, **quick).success(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
-        read = _told("This file cannot be used", self._open)
+        read = _show_errors("This file cannot be used", self._open)
         opened = self.upload.upload(read, self.upload, self.picture, **quick)
         opened.success(**show)
         opened.success(None, js=_NONE_PICKED, api_visibility="private")
@@ -286,27 +286,31 @@ class _Page:
             setting.input(**show)
         for button, write in ((self.figures, self._figures), (self.features, self._features)):
             done = button.click(
-                _told("The file could not be created", write), asked, self.file, show_progress_on=[button], **common
+                _show_errors("The file could not be created", write),
+                asked,
+                self.file,
+                show_progress_on=[button],
+                **common,
             )
             done.success(None, js=_PRESS, api_visibility="private")
 
-    def _views(self, picture: Picture | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
+    def _views(self, picture: InputImage | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
         if picture is None:
             raise ValueError(
                 "The image is no longer available: images are kept for an hour at most. Select or upload it again."
             )
         model, compare, side, layer, head = settings
-        names = (model,) if compare in (_NOBODY, model) else (model, compare)
+        names = (model,) if compare in (_NO_COMPARISON, model) else (model, compare)
         question = Question(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
         return look(self.explorer, picture, question), question
 
-    def _show(self, picture: Picture, place: Any, *settings: Any) -> str:
+    def _show(self, picture: InputImage, place: Any, *settings: Any) -> str:
         views, question = self._views(picture, place, *settings)
         return results_page(views, question)
 
-    def _open(self, path: str) -> Picture:
+    def _open(self, path: str) -> InputImage:
         name = Path(path).name
-        return Picture.of(open_image(path, name=name, limits=_LIMITS), Path(name).stem)
+        return InputImage.of(open_image(path, name=name, limits=_UPLOAD_LIMITS), Path(name).stem)
 
     def _adapt(self, model: str, side: float) -> tuple[Any, Any, Any]:
         """Adapt the controls to another model: a similar resolution, the last block, the mean over heads."""
@@ -326,11 +330,11 @@ class _Page:
         step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
         return min(4 * step, usual), max(48 * step, usual)
 
-    def _figures(self, picture: Picture, place: Any, *settings: Any) -> str:
+    def _figures(self, picture: InputImage, place: Any, *settings: Any) -> str:
         views, question = self._views(picture, place, *settings)
         return str(write_figures(views, picture, question, self._folder()))
 
-    def _features(self, picture: Picture, place: Any, *settings: Any) -> str:
+    def _features(self, picture: InputImage, place: Any, *settings: Any) -> str:
         views, _ = self._views(picture, place, *settings)
         return str(write_features(views, picture, self._folder()))
 
@@ -342,7 +346,7 @@ class _Page:
         return Path(tempfile.mkdtemp(dir=self.downloads.name))
 
 
-def _told(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a handler so that its errors appear on the page. Details of unexpected errors go to the log only."""
     import gradio as gr
 

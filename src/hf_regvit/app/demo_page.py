@@ -14,10 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from .exploration import Explorer, Picture, View
+from .exploration import Explorer, InputImage, View
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_NOBODY = "none"
+_NO_COMPARISON = "none"
 _MEAN = "mean over heads"
 _SMOOTH = 4  # pixels per patch and side; the browser enlarges further
 
@@ -59,7 +59,7 @@ class Question:
 # --- The page without Gradio: questions in, HTML and files out ---
 
 
-def look(explorer: Explorer, picture: Picture, question: Question) -> dict[str, View]:
+def look(explorer: Explorer, picture: InputImage, question: Question) -> dict[str, View]:
     """Return the view of each model. In the second model, the block is as far from the last one as in the first."""
     depth = explorer.descriptions[question.models[0]].num_layers
     views = {}
@@ -164,10 +164,10 @@ def _kind(title: str, text: str, shown: Mapping[str, View], draw: Callable[[View
 
 
 def _figure(
-    view: View, letter: str, label: str, *, layers: str = "", note: str = "", grey: bool = False, keys: bool = False
+    view: View, letter: str, label: str, *, layers: str = "", note: str = "", gray: bool = False, keys: bool = False
 ) -> str:
     """Return the input image with `layers` (images, drawings) over it and a note below; `keys`: accepts arrow keys."""
-    base = "base grey" if grey else "base"
+    base = "base grey" if gray else "base"
     role = "role=application tabindex=0" if keys else "role=img"
     return (
         f'<figure><div class=map {role} aria-label="{html.escape(label)}"><div class="{base}"></div>{layers}'
@@ -212,7 +212,7 @@ def _attention(view: View, letter: str, name: str, query: Any, head: int | None)
     layers = _image(_overlay(shade)) + marks
     # Each map has its own scale; the note tells a map with a peak from a flat one.
     note = f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g} x mean"
-    return _figure(view, letter, f"attention of {name}", layers=layers, note=note, grey=True)
+    return _figure(view, letter, f"attention of {name}", layers=layers, note=note, gray=True)
 
 
 def _similar(question: Question, view: View, letter: str) -> str:

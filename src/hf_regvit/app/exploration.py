@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.builtin import photographs
+from ..data.builtin import builtin_images
 from ..data.preparation import prepare_images
 from ..diagnosis.outliers import Cutoff, find_cutoff
 from ..evaluation.extraction import TokenFeatures
@@ -37,7 +37,7 @@ _STORED_SIDE = 1536  # pixels; no image is read at a higher resolution
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
+class InputImage:
     """Image that a user selected. `key` identifies its pixels, independent of its name."""
 
     name: str
@@ -45,7 +45,7 @@ class Picture:
     key: str
 
     @classmethod
-    def of(cls, image: Image.Image, name: str) -> "Picture":
+    def of(cls, image: Image.Image, name: str) -> "InputImage":
         """Create a `Picture` from an RGB image, reduced to the largest size that can be read."""
         if max(image.size) > _STORED_SIDE:
             image = image.copy()
@@ -206,7 +206,7 @@ class Explorer:
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
         self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
         self.num_passes = 0
-        pictures = list(photographs().values()) if reference is None else list(reference)
+        pictures = list(builtin_images().values()) if reference is None else list(reference)
         self._cutoffs = {name: self._find_cutoffs(name, pictures) for name in self.models}
 
     def default_side(self, name: str) -> int:
@@ -222,7 +222,7 @@ class Explorer:
         most = math.floor(math.sqrt(self.max_patches / aspect)) * min(patch)
         return max(min(round(side / step) * step, most // step * step), step)
 
-    def view(self, picture: Picture, name: str, *, side: int, layer: int = -1) -> View:
+    def view(self, picture: InputImage, name: str, *, side: int, layer: int = -1) -> View:
         """Return the view of an image after one block of one model; the model runs only if it is not cached.
 
         Args:

@@ -76,7 +76,7 @@ class RecipeParser(HfArgumentParser):
         Raises:
             RecipeError: The recipe is missing, is not flat YAML, or has an unknown key or a value of the wrong type.
         """
-        args = [_at_home(argument) for argument in args]
+        args = [_expand_home(argument) for argument in args]
         recipe = _take_config(args)
         if recipe is not None:
             self._use_recipe(Path(recipe))
@@ -150,11 +150,11 @@ class RecipeParser(HfArgumentParser):
         if isinstance(value, bool) and action.type is None:
             return value
         if isinstance(value, list):
-            return [convert(_at_home(item) if isinstance(item, str) else str(item)) for item in value]
-        return convert(_at_home(value) if isinstance(value, str) else str(value))
+            return [convert(_expand_home(item) if isinstance(item, str) else str(item)) for item in value]
+        return convert(_expand_home(value) if isinstance(value, str) else str(value))
 
 
-def _at_home(argument: str) -> str:
+def _expand_home(argument: str) -> str:
     """Expand `~/x` from a recipe or from `--option=~/x`, which shells do not expand."""
     name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
     return name + equals + (str(Path(value).expanduser()) if value.startswith("~/") else value)

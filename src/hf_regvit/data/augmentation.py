@@ -154,7 +154,7 @@ class MultiCrop:
     ) -> tuple[ViewParameters, list[ViewParameters]]:
         """Draw the parameters for an image of `size` (width, height) as a whole, and for each of its 2 + L crops."""
         first, *rows = random_numbers(seed, epoch, sample_id, rows=3 + self.num_local_crops).tolist()
-        whole = ViewParameters(box=(0, 0, *size), **self._colour(first) if self.share_jitter else {})
+        whole = ViewParameters(box=(0, 0, *size), **self._distort_color(first) if self.share_jitter else {})
         return whole, [self._view_parameters(size, view, numbers) for view, numbers in enumerate(rows)]
 
     def render(self, image: Image.Image, whole: ViewParameters, views: Sequence[ViewParameters]) -> dict[str, Tensor]:
@@ -196,10 +196,10 @@ class MultiCrop:
             flip=flip,
             sigma=_between(numbers[_SIGMA], *self.blur_sigma) if has_blur else None,
             solarize=view == 1 and numbers[_SOLARIZE] < self.solarize_probability,
-            **{} if self.share_jitter else self._colour(numbers),
+            **{} if self.share_jitter else self._distort_color(numbers),
         )
 
-    def _colour(self, numbers: Sequence[float]) -> dict[str, Any]:
+    def _distort_color(self, numbers: Sequence[float]) -> dict[str, Any]:
         """Return the fields `jitter` and `grayscale`."""
         jitter: tuple[tuple[str, float], ...] = ()
         if numbers[_JITTER] < self.jitter_probability:

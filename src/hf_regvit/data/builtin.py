@@ -12,7 +12,7 @@ from .files import stratified_split
 from .source import ImageSource, Split
 
 # Images that are part of the two wheels. They are read directly, because `skimage.data` may download files.
-_PHOTOGRAPHS = {
+_BUILTIN_IMAGES = {
     "astronaut": "skimage/data/astronaut.png",
     "brick": "skimage/data/brick.png",
     "camera": "skimage/data/camera.png",
@@ -37,7 +37,7 @@ _PHOTOGRAPHS = {
 }
 
 
-def photographs() -> dict[str, Image.Image]:
+def builtin_images() -> dict[str, Image.Image]:
     """Return the 21 full images behind `photos` by name, RGB at their original size. No network is needed.
 
     Raises:
@@ -53,22 +53,22 @@ def photographs() -> dict[str, Image.Image]:
                 "Run: pip install scikit-image scikit-learn"
             )
         roots[package] = Path(spec.submodule_search_locations[0]).parent
-    return {name: open_image(roots[file.split("/")[0]] / file) for name, file in _PHOTOGRAPHS.items()}
+    return {name: open_image(roots[file.split("/")[0]] / file) for name, file in _BUILTIN_IMAGES.items()}
 
 
 @cache
-def _photographs_384() -> dict[str, Image.Image]:
+def _builtin_images_384() -> dict[str, Image.Image]:
     resized = {}
-    for name, image in photographs().items():
+    for name, image in builtin_images().items():
         scale = 384 / min(image.size)
         size = (round(image.width * scale), round(image.height * scale))
         resized[name] = image.resize(size, Image.Resampling.BICUBIC)
     return resized
 
 
-def _photo_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train_share: float = 0.7) -> ImageSource:
+def _image_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train_share: float = 0.7) -> ImageSource:
     ids, boxes, labels = [], [], []
-    photos = _photographs_384()
+    photos = _builtin_images_384()
     for label, (name, image) in enumerate(photos.items()):
         border = train_share * image.width
         for top in range(0, image.height - tile + 1, stride):

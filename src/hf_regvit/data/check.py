@@ -29,7 +29,7 @@ _BLACK = f"nearly black (nothing above {_NEARLY_BLACK} of 255; 12-bit values in 
 _FLAT = 8  # gray levels between the darkest and the brightest cell; below this, a hash is only noise
 # Hashes alone confuse bright objects on a dark background: among 27,499 images of 64 px, 66 pairs differed by
 # at most 3 bits, and none of those inspected was a true duplicate. The colors of the thumbnails separate them.
-_SAME_COLOURS = 7
+_SAME_COLORS = 7
 _MOST_PAIRS = 5_000_000
 
 
@@ -48,10 +48,10 @@ def difference_hash(thumbnail: Image.Image) -> int | None:
 
     Source: the "dHash" of N. Krawetz, "Kind of Like That" (2013).
     """
-    grey = np.asarray(thumbnail.convert("L"), dtype=np.int16)  # (8, 9)
-    if int(grey.max() - grey.min()) < _FLAT:
+    gray = np.asarray(thumbnail.convert("L"), dtype=np.int16)  # (8, 9)
+    if int(gray.max() - gray.min()) < _FLAT:
         return None
-    return int.from_bytes(np.packbits(grey[:, :-1] > grey[:, 1:] + _STEP).tobytes(), "big")
+    return int.from_bytes(np.packbits(gray[:, :-1] > gray[:, 1:] + _STEP).tobytes(), "big")
 
 
 def near_pairs(hashes: np.ndarray, limit: int) -> np.ndarray:
@@ -258,7 +258,7 @@ class DataReport:
                 lines.append(f"  {span:>10} {count:>8} {'#' * round(40 * count / most)}")
         lines.append(_duplicate_lines("exact duplicates (sha256 of the stored bytes)", self.exact_duplicates))
         near = (
-            f"near duplicates (hashes within {self.near_limit_bits} of 64 bits, colors within {_SAME_COLOURS} of 255)"
+            f"near duplicates (hashes within {self.near_limit_bits} of 64 bits, colors within {_SAME_COLORS} of 255)"
         )
         lines.append(_duplicate_lines(near, self.near_duplicates))
         kinds = Counter(record["kind"] for record in self.bad)
@@ -352,7 +352,7 @@ def check_data(
     return DataReport(
         data=[str(data)] if isinstance(data, str | Path) else [str(one) for one in data],
         splits={split: _split_report(split, source, findings) for split, source in sources.items()},
-        **_picture_facts(findings),
+        **_image_record(findings),
         **_sizes(good),
         bad=[_record(finding.error) for finding in findings if finding.error],
         problems=[_record(problem) for problem in _problems(sources)],
@@ -381,7 +381,7 @@ def _split_report(split: str, source: ImageSource, findings: Sequence[_Finding])
     return SplitReport(len(source), usable, classes)
 
 
-def _picture_facts(findings: Sequence[_Finding]) -> dict[str, Any]:
+def _image_record(findings: Sequence[_Finding]) -> dict[str, Any]:
     facts = [finding.facts for finding in findings if finding.facts is not None]
     traits = {
         "animated (first frame counts)": sum(fact.animated for fact in facts),
@@ -434,7 +434,7 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
     distinct = {finding.digest: finding for finding in reversed(good)}
     hashed = [finding for finding in reversed(distinct.values()) if finding.hash is not None]
     pairs = near_pairs(np.array([finding.hash for finding in hashed], dtype=np.uint64), limit)
-    pairs = pairs[_have_same_colours([finding.thumbnail for finding in hashed], pairs)]
+    pairs = pairs[_have_same_colors([finding.thumbnail for finding in hashed], pairs)]
     # Groups are the connected components of the pairs, so a chain of small changes is one group.
     parent = list(range(len(hashed)))
 
@@ -457,13 +457,13 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
     return _duplicates(list(members.values()), len(twins))
 
 
-def _have_same_colours(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
+def _have_same_colors(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
     """Test if the thumbnails of each pair differ by at most `_SAME_COLOURS` levels on average, (pairs,) bool."""
     pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(len(thumbnails), -1)
     same = [np.empty(0, dtype=bool)]
     for start in range(0, len(pairs), chunk):
         one, other = (pixels[pairs[start : start + chunk, side]].astype(np.int16) for side in (0, 1))
-        same.append(np.abs(one - other).mean(axis=1) <= _SAME_COLOURS)
+        same.append(np.abs(one - other).mean(axis=1) <= _SAME_COLORS)
     return np.concatenate(same)
 
 

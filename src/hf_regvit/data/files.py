@@ -18,8 +18,10 @@ EMBEDDED_SOURCES = ("photos", "digits")
 
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
 # Image formats that this package does not decode; files of these types are left out with a warning, not silently.
-_OTHER_PICTURES = frozenset({".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"})
-_PART_NAMES = {
+_UNSUPPORTED_SUFFIXES = frozenset(
+    {".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"}
+)
+_SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
@@ -48,7 +50,7 @@ def _kind_of(file: Path) -> str:
     suffix = file.suffix.lower()
     if suffix in _SUFFIXES:
         return "images"
-    if suffix in _OTHER_PICTURES:
+    if suffix in _UNSUPPORTED_SUFFIXES:
         return "unsupported image format"
     # Compressed archives do not allow random access; they count as tar here so that opening them raises an error.
     return suffix[1:] if suffix in (".parquet", ".tar") else "tar" if _is_compressed_tar(file) else "other"
@@ -102,18 +104,18 @@ def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
     return sorted(files), tuple(problems)
 
 
-def parts_of(files: Sequence[Path], root: Path) -> list[str | None]:
+def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
     """Return the split of each file: `train`, `validation`, `test` or None.
 
     It is recognized by the outermost folder below `root` or, for parquet and tar files, by the beginning of the file
     name. `test` is a split only if there is also `train`; otherwise it is an ordinary name.
     """
-    return _without_lonely_test([_part_named(file, root) for file in files])
+    return _without_lonely_test([_split_named(file, root) for file in files])
 
 
-def _part_named(file: Path, root: Path) -> str | None:
+def _split_named(file: Path, root: Path) -> str | None:
     parts = file.relative_to(root).parts
-    for part, names in _PART_NAMES.items():
+    for part, names in _SPLIT_NAMES.items():
         if len(parts) > 1 and parts[0].lower() in names:
             return part
         named = _kind_of(file) in ("parquet", "tar")
@@ -126,7 +128,7 @@ def _without_lonely_test(parts: list[str | None]) -> list[str | None]:
     return parts if "train" in parts else [None if part == "test" else part for part in parts]
 
 
-def part_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
+def split_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
     """Return the value of `parts_of` that a split of the data called `name` corresponds to.
 
     Without a training split, training images are those in no split. Without a validation split, `test` is used.
@@ -143,14 +145,14 @@ def _part(root: Path, files: list[Path], parts: list[str | None], split: Split |
     """Return the files of one split, possibly none; `parts` are the results of `parts_of` for `files`."""
     if split is None:
         return files
-    wanted = part_meant(parts, split, str(root))
+    wanted = split_meant(parts, split, str(root))
     return [file for file, part in zip(files, parts, strict=True) if part == wanted]
 
 
 def _select_split(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
     selected = _part(root, files, parts, split)
     if split is not None and not selected:
-        looked = "', '".join(_PART_NAMES[split])
+        looked = "', '".join(_SPLIT_NAMES[split])
         raise MissingSplitError(
             f"'{root}' has no {split} split. Looked for '{looked}', found {_outermost(root, files)}. "
             "Add such a subfolder, or use split=None for all images."

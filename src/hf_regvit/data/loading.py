@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from .builtin import _digits, _photo_tiles
+from .builtin import _digits, _image_tiles
 from .decoding import ImageLimits, read_bytes, say_once
 from .files import (
     _SUFFIXES,
@@ -21,10 +21,10 @@ from .files import (
     _part,
     _select_split,
     _walk,
-    parts_of,
+    splits_of,
 )
 from .source import ImageSource, MissingSplitError, Split, _FileNames, _stored_images, join_sources
-from .tables import ImageStream, _choose_columns, _hub, _hub_part, _hub_tables, _parquet, _stream_shard
+from .tables import ImageStream, _choose_columns, _hub, _hub_split, _hub_tables, _parquet, _stream_shard
 from .tar import _tar
 
 logger = logging.getLogger(__name__)
@@ -115,7 +115,7 @@ def _load_one(
     if data in EMBEDDED_SOURCES and Path(data).exists():
         say_once(f"'{data}' refers to the built-in data set, not to the local path. For the path, use './{data}'.")
     if data == "photos":
-        return _photo_tiles(split)
+        return _image_tiles(split)
     if data == "digits":
         return _digits(split)
     found = _find_files(data, split)
@@ -150,7 +150,7 @@ def _find_files(data: str | Path, split: Split | None) -> _Files | None:
         if kind == "images":  # `_image_folder` selects the split, because class ids cover both splits
             return _Files(path, kind, by_kind[kind], every, problems)
         files = by_kind[kind]
-        return _Files(path, kind, _select_split(path, files, parts_of(files, path), split), every, problems)
+        return _Files(path, kind, _select_split(path, files, splits_of(files, path), split), every, problems)
     if path.is_file():
         return _one_file(data, path, [path], split)
     if any(sign in str(data) for sign in "*?["):
@@ -191,7 +191,7 @@ def _image_folder(
             f"There are no images in '{root}' or its subfolders. Looked for {' '.join(sorted(_SUFFIXES))}, .parquet "
             f"and .tar; found {listing}."
         )
-    parts = parts_of(images, root)
+    parts = splits_of(images, root)
     selected = _select_split(root, images, parts, split)
     class_of = {
         file: _class_of(file, root, below_part=part is not None) for file, part in zip(images, parts, strict=True)
@@ -266,7 +266,7 @@ def stream_images(
         )
     try:
         if found is None:
-            table = _hub_part(_hub_tables(str(data), streaming=True), str(data), split)
+            table = _hub_split(_hub_tables(str(data), streaming=True), str(data), split)
         else:
             files = [str(file) for file in found.files]
             kind = "webdataset" if found.kind == "tar" else "parquet"

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoding import BadImageError, ImageLimits, image_facts, open_map
-from .files import part_meant, parts_of
+from .files import split_meant, splits_of
 from .loading import load_images
 from .source import ImageSource, MissingSplitError, Split
 
@@ -125,7 +125,7 @@ class DepthFormat:
         if not self.max_depth > 0:
             raise ValueError(f"max_depth={self.max_depth} must be above 0; it is in meters.")
 
-    def metres(self, stored: Array) -> Array:
+    def meters(self, stored: Array) -> Array:
         """Convert stored values to (H, W) float32 meters; 0 where there is no depth. `max_depth` is not applied."""
         scale = self.scale if self.scale is not None else (0.001 if stored.dtype.kind in "iu" else 1.0)
         values = stored.astype(np.float32) * np.float32(scale)
@@ -160,8 +160,8 @@ class DenseSource(ImageSource):
         stored = self.stored(index)
         if isinstance(self.format, MaskFormat):
             return self.format.ids(stored)
-        metres = self.format.metres(stored)
-        return np.where(metres <= self.format.max_depth, metres, np.float32(0))
+        meters = self.format.meters(stored)
+        return np.where(meters <= self.format.max_depth, meters, np.float32(0))
 
     @property
     def targets(self) -> Sequence[Array]:
@@ -321,7 +321,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
             pairs[id] = Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix()
     maps = dict(_maps_by_key(root, kind))
     part_of = _parts_by_key(root, [*pairs.values(), *maps])
-    wanted = part_meant({part_of[key] for key in pairs.values()}, split, str(root)) if split else None
+    wanted = split_meant({part_of[key] for key in pairs.values()}, split, str(root)) if split else None
     if split is not None:
         pairs = {id: key for id, key in pairs.items() if part_of[key] == wanted}
         if not pairs:
@@ -355,7 +355,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
 def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
     """Return the split of each file, given by a folder above or below `images/`."""
     files = [root.joinpath(*(part for part in Path(key).parts if part != "*")) for key in keys]
-    return dict(zip(keys, parts_of(files, root), strict=True))
+    return dict(zip(keys, splits_of(files, root), strict=True))
 
 
 def _maps_by_key(root: Path, kind: Kind) -> Iterator[tuple[str, Path]]:
@@ -598,11 +598,11 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
             images += counts > 0
             counted += int(counts.sum())
             continue
-        metres = source.format.metres(stored)
-        known = metres[(metres > 0) & (metres <= source.format.max_depth)]
+        meters = source.format.meters(stored)
+        known = meters[(meters > 0) & (meters <= source.format.max_depth)]
         if not known.size:
-            beyond = metres.max(initial=0)
-            text = f"'{name}' {f'begins at {metres[metres > 0].min():.4g} m' if beyond else 'is 0 everywhere'}"
+            beyond = meters.max(initial=0)
+            text = f"'{name}' {f'begins at {meters[meters > 0].min():.4g} m' if beyond else 'is 0 everywhere'}"
             faults.setdefault(f"have no depth up to {source.format.max_depth:g} m", []).append(text)
             continue
         counted += known.size

@@ -30,7 +30,7 @@ class SkippedImage:
 
 
 @dataclass(frozen=True)
-class _Pictures:
+class _ImageItems:
     """Ordered images that are opened one at a time; `total` is None for a stream."""
 
     name: str
@@ -38,7 +38,7 @@ class _Pictures:
     total: int | None
 
 
-def _pictures(images: Any) -> _Pictures:
+def _pictures(images: Any) -> _ImageItems:
     """Wrap any supported kind of input in one interface."""
     if isinstance(images, str | Path):
         images = load_images(images, split=None)
@@ -47,21 +47,23 @@ def _pictures(images: Any) -> _Pictures:
         images = table_images(images, "the dataset", image_column=None, label_column=None)
     if isinstance(images, ImageSource):
         source = images
-        return _Pictures(
+        return _ImageItems(
             source.name,
-            lambda: ((source.ids[i], partial(_picture_of, source, i)) for i in range(len(source))),
+            lambda: ((source.ids[i], partial(_image_of, source, i)) for i in range(len(source))),
             len(source),
         )
     if isinstance(images, ImageStream):
-        return _Pictures(images.name, partial(_stream_items, images), None)
+        return _ImageItems(images.name, partial(_stream_items, images), None)
     if library == "datasets" and not isinstance(images, dict):
-        return _Pictures("the stream", partial(_row_items, images), None)
+        return _ImageItems("the stream", partial(_row_items, images), None)
     if isinstance(images, Sequence):
         wrong = next((image for image in images if not isinstance(image, str | Path | Image.Image)), None)
         if wrong is None:
             names = [f"image/{i}" if isinstance(x, Image.Image) else str(x) for i, x in enumerate(images)]
             listed = list(zip(names, images))
-            return _Pictures("the list", lambda: ((n, partial(open_image, x, name=n)) for n, x in listed), len(images))
+            return _ImageItems(
+                "the list", lambda: ((n, partial(open_image, x, name=n)) for n, x in listed), len(images)
+            )
         images = wrong
     raise TypeError(
         f"images holds a {type(images).__name__}, expected a folder, a list of paths or Pillow images, an "
@@ -69,7 +71,7 @@ def _pictures(images: Any) -> _Pictures:
     )
 
 
-def _picture_of(source: ImageSource, index: int) -> Image.Image:
+def _image_of(source: ImageSource, index: int) -> Image.Image:
     return source[index].image
 
 
@@ -106,7 +108,7 @@ class PreparedImages:
     Images that cannot be used are left out and listed in `skipped`. Only one batch is in memory at a time.
     """
 
-    def __init__(self, pictures: _Pictures, transform: EvaluationTransform, batch_size: int) -> None:
+    def __init__(self, pictures: _ImageItems, transform: EvaluationTransform, batch_size: int) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small. Use at least 1.")
         self._pictures, self.transform, self.batch_size = pictures, transform, batch_size
@@ -128,7 +130,7 @@ class PreparedImages:
         """Split the images into portions of `size`, which are opened only when a portion is iterated."""
         items = self._pictures.items()
         while portion := list(islice(items, size)):
-            pictures = _Pictures(self.name, partial(iter, portion), len(portion))
+            pictures = _ImageItems(self.name, partial(iter, portion), len(portion))
             yield PreparedImages(pictures, self.transform, self.batch_size)
 
     def batches(self) -> Iterator[tuple[list[str], torch.Tensor]]:
@@ -202,11 +204,11 @@ def prepare_images(
     return PreparedImages(pictures, transform, batch_size)
 
 
-def _some(pictures: _Pictures, max_images: int, seed: int | None) -> _Pictures:
+def _some(pictures: _ImageItems, max_images: int, seed: int | None) -> _ImageItems:
     if pictures.total is None or pictures.total <= max_images or seed is None:
         total = None if pictures.total is None else min(pictures.total, max_images)
-        return _Pictures(pictures.name, lambda: islice(pictures.items(), max_images), total)
+        return _ImageItems(pictures.name, lambda: islice(pictures.items(), max_images), total)
     drawn = set(np.random.default_rng(seed).permutation(pictures.total)[:max_images].tolist())
-    return _Pictures(
+    return _ImageItems(
         pictures.name, lambda: (item for i, item in enumerate(pictures.items()) if i in drawn), max_images
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .decoding import BadImageError, ImageLimits, read_bytes
-from .files import _PART_NAMES, _does_not_exist, _Files, _without_lonely_test, part_meant
+from .files import _SPLIT_NAMES, _does_not_exist, _Files, _without_lonely_test, split_meant
 from .source import ImageSource, MissingSplitError, Split, _RowNames, _stored_images
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _hub(
         ) from error
     except RuntimeError as error:  # data sets with a loading script, which is never run
         raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
-    table = _hub_part(tables, data, split)
+    table = _hub_split(tables, data, split)
     return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
 
 
@@ -63,7 +63,7 @@ def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
         raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
 
 
-def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
     """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
 
     Raises:
@@ -71,9 +71,9 @@ def _hub_part(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
     """
     from datasets import concatenate_datasets
 
-    named = [next((p for p, names in _PART_NAMES.items() if name.lower() in names), None) for name in tables]
+    named = [next((p for p, names in _SPLIT_NAMES.items() if name.lower() in names), None) for name in tables]
     parts = _without_lonely_test(named)
-    wanted = part_meant(parts, split, data) if split else None
+    wanted = split_meant(parts, split, data) if split else None
     chosen = [table for table, part in zip(tables.values(), parts, strict=True) if split is None or part == wanted]
     if not chosen:
         raise MissingSplitError(

@@ -99,7 +99,7 @@ def diagnose(
         raise ValueError(
             f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
-    watch = _Watch()
+    watch = _Stopwatch()
     transform = EvaluationTransform.for_model(model, processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
     prepared = prepare_images(source, transform, batch_size=batch_size, max_images=max_images, seed=seed)
@@ -144,7 +144,7 @@ def diagnose(
         layers=[_layer_record(readings, i, cutoffs[i], edges) for i in readings.norms],
         histogram_edges=edges.tolist(),
         outliers=_outlier_record(is_outlier, readings.grid) | details["outliers"],
-        neighbours=_neighbour_record(readings.neighbours, is_outlier),
+        neighbours=_neighbor_record(readings.neighbours, is_outlier),
         attention=_attention_record(readings, is_outlier),
         registers=details["registers"],
         patches=details["patches"],
@@ -159,7 +159,7 @@ def diagnose(
     )
 
 
-class _Watch:
+class _Stopwatch:
     """Stopwatch for consecutive steps."""
 
     def __init__(self) -> None:
@@ -224,7 +224,7 @@ def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> dic
     }
 
 
-def _neighbour_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
+def _neighbor_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
     edges = np.linspace(-1, 1, 81)
     return compare_values(similarity, is_outlier) | {
         "site": "output of the patch embedding, before positions",

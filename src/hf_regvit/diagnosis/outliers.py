@@ -177,7 +177,7 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
     else:
         values = log_norms(norms)
         fits = fit_two_modes(values)
-        passing = [fit for fit in fits if not _objections(fit, values)]
+        passing = [fit for fit in fits if not _failed_conditions(fit, values)]
         modes = next(iter(passing or fits), None)
         distinct = bool(passing)
         if modes is None:
@@ -185,7 +185,7 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
         elif distinct:
             reason = f"two modes: separation D={modes.separation:.1f}, centers {modes.ratio:.1f} times apart"
         else:
-            reason = "; ".join(_objections(modes, values))
+            reason = "; ".join(_failed_conditions(modes, values))
         automatic = modes.boundary if modes is not None and distinct else _fallback(values)
     used = automatic if cutoff == "auto" else float(cutoff)
     above, below = norms[norms > used], norms[norms <= used]
@@ -202,7 +202,7 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
     )
 
 
-def _objections(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
+def _failed_conditions(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
     """Return the reasons against a distinct outlier population; empty if the modes are one."""
     found = []
     if modes.separation <= MIN_SEPARATION:
@@ -235,7 +235,7 @@ def _fallback(values: NDArray[np.float64]) -> float:
 # --- Properties of outliers ---
 
 
-def neighbour_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
+def neighbor_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return the mean cosine of every patch with the patches above, below, left and right of it, as far as they exist.
 
     Args:

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ..data.preparation import PreparedImages, SkippedImage
 from ..models.families import ModelDescription, describe_model
 from ..models.tokens import Layers, Site, read_many
-from .outliers import attention_statistics, neighbour_similarity
+from .outliers import attention_statistics, neighbor_similarity
 from .report import _by
 
 MIN_IMAGES = 8  # with fewer, `diagnose` raises an error
@@ -137,7 +137,7 @@ def _reduce_batch(
         "norms": {layer: residual.patches(layer).numpy() for layer in residual.layers},
         "cls_norms": {},
         "register_norms": {},
-        "neighbours": neighbour_similarity(embedding.values[0].cpu(), residual.grid).numpy(),
+        "neighbours": neighbor_similarity(embedding.values[0].cpu(), residual.grid).numpy(),
         "attention": {},
         "statistics": {},
     }

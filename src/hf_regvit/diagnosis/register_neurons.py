@@ -207,8 +207,8 @@ def add_test_time_registers(
     """
     if not isinstance(model, RegViTPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, but a RegViT is required. Convert it with convert().")
-    _refuse_registers(model)
-    return copy.deepcopy(_on_the_same_weights(model, neurons, num_register_tokens))
+    _check_no_registers(model)
+    return copy.deepcopy(_with_shared_weights(model, neurons, num_register_tokens))
 
 
 def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
@@ -216,7 +216,7 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
 
     All other weights are shared with `model`, not copied.
     """
-    made = _on_the_same_weights(model, [], 0)
+    made = _with_shared_weights(model, [], 0)
     with torch.no_grad():
         for block, neuron in neurons:
             mlp = getattr(made, "regvit", made).layers[block].mlp
@@ -226,7 +226,7 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
     return made
 
 
-def _refuse_registers(model: Any) -> None:
+def _check_no_registers(model: Any) -> None:
     if model.config.num_register_tokens:
         raise RetrofitError(
             f"The model already has registers (num_register_tokens={model.config.num_register_tokens}). Test-time "
@@ -234,7 +234,7 @@ def _refuse_registers(model: Any) -> None:
         )
 
 
-def _on_the_same_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
+def _with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
     """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
     config.num_register_tokens = num_register_tokens

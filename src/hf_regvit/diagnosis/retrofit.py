@@ -34,10 +34,10 @@ from .outliers import find_cutoff
 from .register_neurons import (
     RegisterNeurons,
     RetrofitError,
+    _check_no_registers,
     _find_outliers,
-    _on_the_same_weights,
     _read_norms,
-    _refuse_registers,
+    _with_shared_weights,
     add_test_time_registers,
     score_neurons,
     silence_neurons,
@@ -48,10 +48,10 @@ CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate r
 
 TOP_KS = (1, 2, 3, 5, 10, 20, 50)  # candidate numbers of neurons; published: 10 for OpenCLIP B/16, 50 for DINOv2 L/14
 REGISTERS = (1, 2, 4, 8)
-GONE = 0.05  # largest share of the outliers that may remain if a candidate counts as removing them
+MAX_REMAINING_SHARE = 0.05  # largest share of the outliers that may remain if a candidate counts as removing them
 EXAMPLES = 4  # test images that are returned, for figures
-NEGLIGIBLE = 0.001  # gain in mean cosine that does not justify more neurons or registers
-WORTHLESS = 0.5  # if the best candidate leaves a larger share of the outliers, the retrofit fails
+NEGLIGIBLE_COSINE_GAIN = 0.001  # gain in mean cosine that does not justify more neurons or registers
+FAILURE_SHARE = 0.5  # if the best candidate leaves a larger share of the outliers, the retrofit fails
 
 
 # --- Search, choice and test ---
@@ -225,7 +225,7 @@ def retrofit(
     """
     started = time.perf_counter()
     model = _open(source)
-    _refuse_registers(model)
+    _check_no_registers(model)
     _check_ranges(model, num_register_tokens, top_k, highest_block)
     if device is not None:
         model = model.to(device)
@@ -254,7 +254,7 @@ def retrofit(
 
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
-    judged = _judge(model, made, chain([first], batches), neurons, seed)
+    judged = _measure_on_test_images(model, made, chain([first], batches), neurons, seed)
     description = describe_model(model)
     seconds = {"search": searched - started, "choice": chose - searched, "judgement": time.perf_counter() - chose}
     report = RetrofitReport(
@@ -329,7 +329,7 @@ def _rows(images: PreparedImages, wanted: NDArray[np.bool_]) -> Iterator[Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class _Seen:
+class _SearchReadings:
     """Readings of a model on a batch."""
 
     norms: Tensor  # (L + 1, B, N) norms of the patches; layer 0 is the embedding
@@ -338,7 +338,7 @@ class _Seen:
     attention: Tensor  # (B, T) attention of CLS in the last block, mean over heads
 
 
-def _see(model: nn.Module, pixel_values: Tensor) -> _Seen:
+def _see(model: nn.Module, pixel_values: Tensor) -> _SearchReadings:
     last = describe_model(model).num_layers
 
     def norms_or_tokens(tokens: Tensor, layer: int) -> Tensor:
@@ -358,7 +358,7 @@ def _see(model: nn.Module, pixel_values: Tensor) -> _Seen:
         tokens = final_norm(model)(residual.at()).float()  # (B, T, D)
     norms = [residual.patches(layer) for layer in residual.layers[:-1]]
     norms.append(residual.patches().float().norm(dim=-1))
-    return _Seen(
+    return _SearchReadings(
         torch.stack(norms).cpu(),
         tokens[:, 0].cpu(),
         tokens[:, residual.num_prefix_tokens :].cpu(),
@@ -374,7 +374,7 @@ class _Tally:
         self.norms: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {}
 
-    def add(self, before: _Seen, after: _Seen) -> None:
+    def add(self, before: _SearchReadings, after: _SearchReadings) -> None:
         """Add the readings of the model and of the variant on the same batch."""
         outlier = before.norms[self.layer] > self.cutoff  # (B, N)
         attention = after.attention[:, 1 + self.registers :]
@@ -412,7 +412,7 @@ def _try_candidates(
 
     def attempt(top_k: int, registers: int) -> None:
         pairs = neurons.best(top_k, highest_block=settings["highest_block"])
-        candidate = _on_the_same_weights(model, pairs, registers)
+        candidate = _with_shared_weights(model, pairs, registers)
         tally = _Tally(neurons.layer, neurons.cutoff, registers)
         for batch, seen in zip(pixels, before, strict=True):
             tally.add(seen, _see(candidate, batch))
@@ -427,7 +427,7 @@ def _try_candidates(
         for registers in REGISTERS[1:]:
             attempt(best["top_k"], registers)
     chosen = _least_change(tried, share)
-    if chosen["outlier_share"] > WORTHLESS * share:
+    if chosen["outlier_share"] > FAILURE_SHARE * share:
         raise RetrofitError(
             f"The {chosen['top_k']} neurons found do not carry the outliers: {share:.2%} of the patches are outliers "
             f"before, and {chosen['outlier_share']:.2%} after. Try a higher highest_block or another cut-off."
@@ -439,15 +439,15 @@ def _try_candidates(
 
 def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
     """Return the smallest candidate that removes the outliers and changes little, else the one that removes most."""
-    removing = [record for record in tried if record["outlier_share"] <= GONE * share]
+    removing = [record for record in tried if record["outlier_share"] <= MAX_REMAINING_SHARE * share]
     if removing:
         kept = [(record["cls_cosine"] + record["patch_cosine"]) / 2 for record in removing]
         # The order is that of the trials: fewer neurons and fewer registers first.
-        return next(record for record, cosine in zip(removing, kept) if cosine >= max(kept) - NEGLIGIBLE)
+        return next(record for record, cosine in zip(removing, kept) if cosine >= max(kept) - NEGLIGIBLE_COSINE_GAIN)
     return min(tried, key=lambda record: record["outlier_share"])
 
 
-def _judge(
+def _measure_on_test_images(
     model: Any, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Compare the retrofitted model and its controls with the model on the test images."""
@@ -456,8 +456,8 @@ def _judge(
     variants = {
         "before": model,
         "after": made,
-        "registers alone": _on_the_same_weights(model, [], registers),
-        "random neurons": _on_the_same_weights(model, random, registers),
+        "registers alone": _with_shared_weights(model, [], registers),
+        "random neurons": _with_shared_weights(model, random, registers),
         "neurons silenced, no register": silence_neurons(model, pairs),
     }
     tallies = {

@@ -180,7 +180,7 @@ def token_probes(
 
     sample, image = collect(images)
     if test_images is None:
-        is_test = _three_in_ten(sample.labels, len(sample.present["normal"]))
+        is_test = _draw_test_images(sample.labels, len(sample.present["normal"]))
         train, test = sample.part(~is_test, image), sample.part(is_test, image)
     else:
         train, (test, _) = sample, collect(test_images)
@@ -214,7 +214,7 @@ def token_probes(
     )
 
 
-def _three_in_ten(labels: Tensor | None, count: int) -> Tensor:
+def _draw_test_images(labels: Tensor | None, count: int) -> Tensor:
     """Select three of every ten images, counted per class if there are labels, as a mask (count,)."""
     seen: dict[int, int] = {}
     chosen = torch.zeros(count, dtype=torch.bool)

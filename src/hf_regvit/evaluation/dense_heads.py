@@ -421,7 +421,7 @@ def linear_depth(
 
     def loss(batch: "_Batch") -> Tensor:
         maps = batch.split(head(batch.tokens))
-        pairs = [(bins_to_metres(bins, tuple(truth.shape[1:]), settings), truth) for bins, truth in maps]
+        pairs = [(bins_to_meters(bins, tuple(truth.shape[1:]), settings), truth) for bins, truth in maps]
         predicted = torch.cat([depth.flatten() for depth, _ in pairs])
         true = torch.cat([truth.flatten() for _, truth in pairs])
         if batch.step < mean_only:
@@ -477,7 +477,7 @@ def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start:
     return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
 
 
-def bins_to_metres(bins: Tensor, size: tuple[int, ...], settings: DepthSettings) -> Tensor:
+def bins_to_meters(bins: Tensor, size: tuple[int, ...], settings: DepthSettings) -> Tensor:
     """Convert bin scores (B, K, rows, columns) to depth (B, H, W) in meters at `size`.
 
     The linear layer commutes with bilinear upsampling of the features, so the scores are upsampled. The depth is the
@@ -530,7 +530,7 @@ def _predict_depth(
 
     def one(tokens: Tensor) -> Tensor:
         bins = head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]  # (1, K, rows, columns)
-        return bins_to_metres(bins, size, settings)[0]
+        return bins_to_meters(bins, size, settings)[0]
 
     depth = one(features.maps[index])
     if settings.average_flip and features.flipped is not None:

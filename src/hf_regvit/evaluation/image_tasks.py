@@ -16,7 +16,7 @@ from ..data.files import stratified_split
 from .knn import few_shot_indices, knn_classify
 from .linear import LinearGrid, logistic_path, merit, train_linear_heads
 from .report import Score
-from .tasks import ON_FEATURES, LabelledFeatures, Measured, Protocol, Task
+from .tasks import ON_FEATURES, LabeledFeatures, Measured, Protocol, Task
 
 _OFFICIAL_KS = (10, 20, 100, 200)
 _OFFICIAL_SHOTS = (1, 5, 10)
@@ -24,8 +24,8 @@ _QUERIES = 256  # number of retrieval queries ranked at once
 
 
 def score_features(
-    train: LabelledFeatures,
-    judged: LabelledFeatures,
+    train: LabeledFeatures,
+    judged: LabeledFeatures,
     *,
     tasks: Sequence[Task] = ON_FEATURES,
     protocol: Protocol | None = None,
@@ -50,8 +50,8 @@ def score_features(
             _knn_scores,
             f"weighted votes of the k nearest {kind} vectors by cosine similarity, T={protocol.temperature:g}",
         ),
-        "linear": (_linear_scores, _linear_words(protocol, kind)),
-        "logistic": (_logistic_scores, _logistic_words(protocol, kind)),
+        "linear": (_linear_scores, _linear_protocol(protocol, kind)),
+        "logistic": (_logistic_scores, _logistic_protocol(protocol, kind)),
         "few_shot": (
             _few_shot_scores,
             f"n training images per class, mean of {protocol.num_tries} draws; kNN with k=n on {kind} vectors",
@@ -102,7 +102,7 @@ def neighbours(protocol: Protocol, num_train: int) -> tuple[int, ...]:
 
 
 def knn_votes(
-    train: LabelledFeatures, judged: LabelledFeatures, ks: Sequence[int], temperature: float
+    train: LabeledFeatures, judged: LabeledFeatures, ks: Sequence[int], temperature: float
 ) -> dict[int, Tensor]:
     """Return the class scores of the test images for each k, (m, C), from the last block read."""
     return knn_classify(
@@ -115,14 +115,12 @@ def knn_votes(
     )
 
 
-def _knn_scores(
-    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
-) -> Iterator[Measured]:
+def _knn_scores(train: LabeledFeatures, judged: LabeledFeatures, protocol: Protocol, seed: int) -> Iterator[Measured]:
     for k, votes in knn_votes(train, judged, neighbours(protocol, len(train)), protocol.temperature).items():
         yield f"k={k}", "top1", hits(votes, judged.labels), {"k": k, "temperature": protocol.temperature}
 
 
-def _held_out(train: LabelledFeatures, seed: int) -> tuple[Tensor, Tensor]:
+def _held_out(train: LabeledFeatures, seed: int) -> tuple[Tensor, Tensor]:
     """Return the indices of nine tenths of the training images and of the other tenth, stratified by class."""
     fit, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=seed)
     if not held:
@@ -133,29 +131,29 @@ def _held_out(train: LabelledFeatures, seed: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(fit), torch.tensor(held)
 
 
-def _choice_words(protocol: Protocol) -> str:
+def _selection_description(protocol: Protocol) -> str:
     if protocol.select_on == "judged":
         return "selected on the test images themselves (official protocol, optimistic)"
     return "selected on a held-out tenth of the training images, then refitted on all of them"
 
 
-def _linear_words(protocol: Protocol, kind: str) -> str:
+def _linear_protocol(protocol: Protocol, kind: str) -> str:
     grid = protocol.linear
     return (
         f"linear heads on {kind}, {grid.num_steps} SGD steps of {grid.batch_size} images, momentum 0.9, cosine "
-        f"schedule to 0, no augmentation; {_choice_words(protocol)}"
+        f"schedule to 0, no augmentation; {_selection_description(protocol)}"
     )
 
 
-def _logistic_words(protocol: Protocol, kind: str) -> str:
+def _logistic_protocol(protocol: Protocol, kind: str) -> str:
     return (
         f"L-BFGS on unscaled {kind} vectors, best of {len(protocol.logistic_cs)} values of C; "
-        f"{_choice_words(protocol)}"
+        f"{_selection_description(protocol)}"
     )
 
 
 def _linear_scores(
-    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+    train: LabeledFeatures, judged: LabeledFeatures, protocol: Protocol, seed: int
 ) -> Iterator[Measured]:
     grid, features = protocol.linear, train.features
     available = features.vectors.shape[1]
@@ -205,7 +203,7 @@ def _linear_scores(
 
 
 def _logistic_scores(
-    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+    train: LabeledFeatures, judged: LabeledFeatures, protocol: Protocol, seed: int
 ) -> Iterator[Measured]:
     vectors, labels, cs = train.features.last, train.labels, protocol.logistic_cs
     everything = torch.arange(len(train))
@@ -235,7 +233,7 @@ def _logistic_scores(
 
 
 def _few_shot_scores(
-    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+    train: LabeledFeatures, judged: LabeledFeatures, protocol: Protocol, seed: int
 ) -> Iterator[Measured]:
     fewest = int(torch.bincount(train.labels)[train.labels.unique()].min())
     shots = protocol.shots or [n for n in _OFFICIAL_SHOTS if n <= fewest]
@@ -263,7 +261,7 @@ def _few_shot_scores(
 
 
 def _retrieval_scores(
-    train: LabelledFeatures, judged: LabelledFeatures, protocol: Protocol, seed: int
+    train: LabeledFeatures, judged: LabeledFeatures, protocol: Protocol, seed: int
 ) -> Iterator[Measured]:
     from .metrics import MeanAveragePrecision
 

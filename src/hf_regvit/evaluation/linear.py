@@ -349,7 +349,7 @@ class LinearModel:
         return (features.float() - self.mean) / self.std @ self.weight + self.bias
 
 
-def _standardise(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _standardize(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Standardize each channel; return features, mean and standard deviation. Constant channels become 0."""
     features = features.float()
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
@@ -379,7 +379,7 @@ def softmax_regression(
         raise ValueError(
             f"labels has shape {tuple(labels.shape)} for features of shape {tuple(features.shape)}, expected one each."
         )
-    x, mean, std = _standardise(features)
+    x, mean, std = _standardize(features)
     weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
     bias = x.new_zeros(num_classes, requires_grad=True)
     solver = torch.optim.LBFGS(
@@ -410,7 +410,7 @@ def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> 
     """
     if len(features) == 0 or len(features) != len(targets):
         raise ValueError(f"There are {len(targets)} targets for {len(features)} features, expected one each.")
-    x, mean, std = _standardise(features)
+    x, mean, std = _standardize(features)
     bias = targets.float().mean(dim=0)
     x = x.double()
     penalty = l2 * len(x) * torch.eye(x.shape[1], dtype=torch.float64, device=x.device)

@@ -29,9 +29,9 @@ _TASKS = {
     "lost": ("Object discovery", "object-detection"),
 }
 _HUB_METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "map": "mean_average_precision"}
-_IN_METRES = ("rmse",)
+_IN_METERS = ("rmse",)
 _RATIOS = ("abs_rel",)
-_LOWER_IS_BETTER = (*_IN_METRES, *_RATIOS)
+_LOWER_IS_BETTER = (*_IN_METERS, *_RATIOS)
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Score:
         """Format a value of this metric with its interval: `89.8 % [87.2, 92.4]`."""
         sign = "+" if signed else ""
         if self.metric in _LOWER_IS_BETTER:
-            unit = " m" if self.metric in _IN_METRES else ""
+            unit = " m" if self.metric in _IN_METERS else ""
             return f"{value:{sign}.3f}{unit} [{interval[0]:{sign}.3f}, {interval[1]:{sign}.3f}]"
         return f"{100 * value:{sign}.1f} % [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
 

@@ -34,7 +34,7 @@ from .dense_heads import LinearDepthResult, LinearSegmentationResult, linear_dep
 from .image_tasks import hits, knn_votes, neighbours, score_features
 from .object_discovery import LostEvaluation, evaluate_lost, ground_truth_boxes
 from .report import EvaluationReport, EvaluationTable, Score
-from .tasks import ON_FEATURES, TASKS, LabelledFeatures, Protocol, Task
+from .tasks import ON_FEATURES, TASKS, LabeledFeatures, Protocol, Task
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class _Evaluation:
 
     def _labelled(
         self, source: ImageSource, side: int, num_classes: int, label: str, digests: Sequence[bytes]
-    ) -> LabelledFeatures:
+    ) -> LabeledFeatures:
         features = read_features(
             self.model,
             source,
@@ -240,10 +240,10 @@ class _Evaluation:
             self.reading_seconds += features.seconds
         if features.skipped:
             self.notes.append(f"{len(features.skipped)} of {len(source)} {label} could not be read and were skipped.")
-        return LabelledFeatures.of(features, source, num_classes)
+        return LabeledFeatures.of(features, source, num_classes)
 
     def _robustness(
-        self, train: LabelledFeatures, judged_images: ImageSource, digests: Sequence[bytes], side: int
+        self, train: LabeledFeatures, judged_images: ImageSource, digests: Sequence[bytes], side: int
     ) -> list[Score]:
         patch = max(describe_model(self.model).patch_size)
         sizes = self.protocol.image_sizes or [

@@ -97,7 +97,7 @@ class Protocol:
 
 
 @dataclass(frozen=True, eq=False)
-class LabelledFeatures:
+class LabeledFeatures:
     """Features of a set of images with their labels.
 
     Args:
@@ -113,7 +113,7 @@ class LabelledFeatures:
     data: str
 
     @classmethod
-    def of(cls, features: FrozenFeatures, source: ImageSource, num_classes: int) -> "LabelledFeatures":
+    def of(cls, features: FrozenFeatures, source: ImageSource, num_classes: int) -> "LabeledFeatures":
         """Combine features with the labels of the images that could be read."""
         assert source.labels is not None
         by_id = dict(zip(source.ids, source.labels))

@@ -45,7 +45,7 @@ def report_page(report: ArtifactReport) -> str:
     sections = [
         _head(report),
         _section("Norms by block", _NORMS_TEXT, _norms(report)),
-        _section("Example images", _PICTURES_TEXT, _pictures(report)),
+        _section("Example images", _IMAGES_TEXT, _pictures(report)),
         _section("Positions of the outliers", _places_text(report), _places(report)),
         _section("Properties of the outliers", "", _signs(report)),
     ]
@@ -187,7 +187,7 @@ def _histogram(record: Mapping[str, Any], edges: np.ndarray, report: ArtifactRep
     return _svg(left + width + 14, top + height + 44, parts, f"patch norms of block {record['layer']}")
 
 
-_PICTURES_TEXT = (
+_IMAGES_TEXT = (
     "A few images as the model received them. Norms are those of the reported block, with an orange frame around each "
     "outlier. Attention is that of the last block, averaged over heads; each map has its own color scale. One square "
     "is one patch."
@@ -198,7 +198,7 @@ def _pictures(report: ArtifactReport) -> str:
     rows = []
     for example in report.examples:
         norms = np.asarray(example["norms"], dtype=float)
-        panels = [_picture_panel(example["picture"], "image", f"{example['num_outliers']} outliers")]
+        panels = [_image_panel(example["picture"], "image", f"{example['num_outliers']} outliers")]
         outlined = norms > report.cutoff if report.bimodal else np.zeros_like(norms, dtype=bool)
         panels.append(_map_panel(norms, "viridis", f"norm, block {report.layer}", outlined, log=True))
         if example["attention_cls"] is not None:
@@ -213,7 +213,7 @@ def _pictures(report: ArtifactReport) -> str:
     return f"<div class=examples>{''.join(rows)}</div>" if rows else "<p>The report contains no example images.</p>"
 
 
-def _picture_panel(picture: str, label: str, note: str) -> str:
+def _image_panel(picture: str, label: str, note: str) -> str:
     return (
         f'<figure><img alt="{label}" src="data:image/jpeg;base64,{picture}">'
         f"<figcaption>{label}<i>{note}</i></figcaption></figure>"

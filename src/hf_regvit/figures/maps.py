@@ -268,7 +268,7 @@ def before_after_figure(
     return figure
 
 
-def progress_picture(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> Image.Image:
+def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *, title: str = "") -> Image.Image:
     """Draw images, PCA of their patches and attention of CLS at one step of a training run.
 
     The panels are pasted with Pillow, because matplotlib takes a second for this many panels and would delay the run.

@@ -54,16 +54,16 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
 # ---- Panels ------------------------------------------------------------------------------------------------------
 
 # Palette of Okabe and Ito, then Tol's "muted": distinguishable with every common kind of color blindness.
-_COLOURS = (
+_COLORS = (
     "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#332288", "#999933", "#882255",
     "#555555", "#117733", "#DDCC77", "#AA4499", "#88CCEE", "#CC6677",
 )  # fmt: skip
 _NOT_COUNTED = (255, 255, 255)
 
 
-def class_colours(num_classes: int) -> Array:
+def class_colors(num_classes: int) -> Array:
     """Return (C, 3) uint8 colors; from the 17th class on the palette repeats, darker each time."""
-    base = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _COLOURS])
+    base = np.array([[int(code[i : i + 2], 16) for i in (1, 3, 5)] for code in _COLORS])
     rounds = -(-num_classes // len(base))
     return np.concatenate([base * 0.65**i for i in range(rounds)])[:num_classes].round().astype(np.uint8)
 
@@ -78,7 +78,7 @@ def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) 
     from matplotlib.patches import Patch
 
     table = np.zeros((256, 3), dtype=np.uint8)
-    table[: len(names)] = class_colours(len(names))
+    table[: len(names)] = class_colors(len(names))
     table[IGNORE] = _NOT_COUNTED
     figure, axes = _three_columns(rows)
     for beside, (_, truth, predicted) in zip(axes, rows):

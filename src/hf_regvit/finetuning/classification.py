@@ -32,9 +32,9 @@ from .data import (
     TrainImages,
     bad_images,
     hold_out,
-    limited,
     open_parts,
     stack,
+    subsample,
     weights_of_classes,
 )
 
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # ---- Labels ------------------------------------------------------------------------------------------------------
 
 
-def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
+def labeled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
     """Load training and validation images with checked labels and the same class ids.
 
     Raises:
@@ -58,8 +58,8 @@ def labelled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource 
         validation = _in_classes_of(validation, train, names, args)
     elif args.eval_strategy != "no":
         train, validation = hold_out(train, args, train.labels)
-    train = limited(train, args.max_train_samples, seed=args.seed)
-    validation = None if validation is None else limited(validation, args.max_eval_samples, seed=args.seed)
+    train = subsample(train, args.max_train_samples, seed=args.seed)
+    validation = None if validation is None else subsample(validation, args.max_eval_samples, seed=args.seed)
     present = Counter(train.labels or ())
     if len(present) < 2:
         only = ", ".join(repr(names[label]) for label in present)
@@ -381,7 +381,7 @@ class ImageClassification:
     ) -> None:
         self.args = args
         if train is None:
-            train, validation = labelled_parts(args)
+            train, validation = labeled_parts(args)
         self.train, self.validation = train, validation
         self.names = train.label_names or ()
         self.weights = class_weights(args.class_weights, train.labels or (), self.names)

@@ -191,7 +191,7 @@ def hold_out(
     return train.subset(kept), train.subset(held)
 
 
-def limited(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
+def subsample(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
     """Return at most `count` images, sampled with the seed."""
     if count is None or count >= len(source):
         return source

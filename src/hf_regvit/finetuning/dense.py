@@ -39,7 +39,7 @@ from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemantic
 from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import EvaluationImages, TrainImages, bad_images, hold_out, limited, stack, weights_of_classes
+from .data import EvaluationImages, TrainImages, bad_images, hold_out, stack, subsample, weights_of_classes
 
 logger = logging.getLogger(__name__)
 
@@ -85,11 +85,11 @@ def open_dense_parts(
         pass
     if validation is None and args.eval_strategy != "no":
         train, validation = cast(tuple[DenseSource, DenseSource], hold_out(train, args))
-    train = cast(DenseSource, limited(train, args.max_train_samples, seed=args.seed))
+    train = cast(DenseSource, subsample(train, args.max_train_samples, seed=args.seed))
     report = check_targets(train)
     logger.info("Training: %s.", report.summary())
     if validation is not None:
-        validation = cast(DenseSource, limited(validation, args.max_eval_samples, seed=args.seed))
+        validation = cast(DenseSource, subsample(validation, args.max_eval_samples, seed=args.seed))
         other = check_targets(validation, several_classes=False)
         logger.info("Validation: %s.", other.summary())
         _compare_classes(report, other, validation, args)

@@ -112,7 +112,7 @@ def bundle(
             _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
         _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
         write_manifest(staged)
-        options = _sums_of_options(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
+        options = _option_hashes(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
         manifest = {**(_json_of(staged / "manifest.json") or {}), "options": options}
         (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
         read_bundle(staged)
@@ -141,7 +141,7 @@ def _save_processor(checkpoint: Path, output: Path) -> None:
     AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output)
 
 
-def _sums_of_options(
+def _option_hashes(
     card: Mapping[str, Any] | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
 ) -> dict[str, str]:
     """Return a short hash of every non-default option, to detect a request for a different bundle."""

@@ -56,7 +56,7 @@ def render_card(facts: CardFacts) -> str:
         artifacts=facts.artifacts,
         intended_use=_intended_use(facts),
         limits=_limits(facts),
-        licences=_licences(facts),
+        licenses=_licenses(facts),
         version=__version__,
         environment=facts.environment,
     )
@@ -229,7 +229,7 @@ def _limits(facts: CardFacts) -> list[str]:
     return limits
 
 
-def _licences(facts: CardFacts) -> list[tuple[str, str]]:
+def _licenses(facts: CardFacts) -> list[tuple[str, str]]:
     weights = facts.license or "not stated"
     if facts.license_name:
         weights += f" ({facts.license_name})"
@@ -287,12 +287,12 @@ def check_card(
     wrong = []
     header = card_header(text)
     wrong += [f"the header has no '{name}'" for name in (*required, "library_name", "tags") if not header.get(name)]
-    if (licence := header.get("license")) and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(licence)):
+    if (license := header.get("license")) and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
         wrong.append(
-            f"license '{licence}' is not a Hub license id; use a lower-case id such as apache-2.0, or 'other' with "
+            f"license '{license}' is not a Hub license id; use a lower-case id such as apache-2.0, or 'other' with "
             "license_name and license_link"
         )
-    if licence == "other" and not (header.get("license_name") and header.get("license_link")):
+    if license == "other" and not (header.get("license_name") and header.get("license_link")):
         wrong.append("license is 'other', which requires license_name and license_link in the header")
     body = re.sub(r"^---\r?\n.*?\r?\n---\r?\n", "", text, count=1, flags=re.DOTALL)
     prose = re.sub(r"^```.*?^```", "", body, flags=re.DOTALL | re.MULTILINE)

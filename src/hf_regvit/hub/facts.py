@@ -138,7 +138,7 @@ def _add_report(path: Path, output: Path, facts: dict[str, Any], *, model: Any, 
         )
 
 
-def _preprocessing_words(text: str) -> str:
+def _describe_preprocessing(text: str) -> str:
     """Return the processor settings that `diagnose` stores as JSON, as part of a sentence."""
     try:
         processor = json.loads(text)
@@ -262,7 +262,7 @@ def _add_diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bo
         verdict=report.verdict,
         summary=report.summary(),
         num_images=report.num_images,
-        preprocessing=_preprocessing_words(str(report.settings.get("preprocessing", ""))),
+        preprocessing=_describe_preprocessing(str(report.settings.get("preprocessing", ""))),
         figures=tuple(figures),
         has_outliers=report.bimodal,
     )
@@ -345,7 +345,7 @@ _PRIVATE = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resu
 _PATH_FIELDS = ("data", "init_from", "model_name_or_path", "train_dir", "validation_dir", "processor")
 
 
-def own_name(source: object) -> str:
+def public_name(source: object) -> str:
     """Return the last part of a path, or a whole Hub id that is not a local folder. Local paths are private."""
     text = str(source)
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", text) is not None and not Path(text).exists()
@@ -359,7 +359,7 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, list):
             return [public(name, item) for item in value]
         looks = isinstance(value, str) and (name in _PATH_FIELDS or Path(value).is_absolute() or value[:1] == "~")
-        return own_name(value) if looks else value
+        return public_name(value) if looks else value
 
     return {name: public(name, value) for name, value in recipe.items() if name not in _PRIVATE}
 
@@ -367,10 +367,10 @@ def public_recipe(recipe: Mapping[str, Any]) -> dict[str, Any]:
 def _names(recipe: Mapping[str, Any], *fields: str) -> str:
     found = next((recipe[name] for name in fields if recipe.get(name)), None)
     sources = found if isinstance(found, list) else [found] if found else []
-    return ", ".join(f"`{own_name(source)}`" for source in sources) or "Images passed in Python"
+    return ", ".join(f"`{public_name(source)}`" for source in sources) or "Images passed in Python"
 
 
-def environment_words(environment: Mapping[str, Any]) -> str:
+def describe_environment(environment: Mapping[str, Any]) -> str:
     """Return the content of `environment.json` as part of a sentence."""
     if not environment:
         return ""
@@ -396,7 +396,7 @@ def pretraining_facts(
     facts: dict[str, Any] = {
         "origin": "pretrained",
         "data": f"{_names(recipe, 'data')}, without labels.",
-        "environment": environment_words(environment or {}),
+        "environment": describe_environment(environment or {}),
     }
     local, size = recipe["num_local_crops"], recipe["local_crop_size"]
     rows = [
@@ -408,7 +408,7 @@ def pretraining_facts(
         ("seed", str(recipe.get("seed", 42))),
     ]
     if recipe.get("init_from"):
-        facts["base_model"] = own_name(recipe["init_from"])
+        facts["base_model"] = public_name(recipe["init_from"])
     if report is None:
         facts["limits"] = ("The training of this model is not finished.",)
     else:
@@ -491,11 +491,11 @@ def finetuning_facts(
         report: Content of `metrics.json`.
         environment: Content of `environment.json`.
     """
-    facts: dict[str, Any] = {"origin": "finetuned", "environment": environment_words(environment or {})}
+    facts: dict[str, Any] = {"origin": "finetuned", "environment": describe_environment(environment or {})}
     data = _names(recipe, "data", "train_dir")
     facts["data"] = f"{data}, with labels."
     if recipe.get("model_name_or_path"):
-        facts["base_model"] = own_name(recipe["model_name_or_path"])
+        facts["base_model"] = public_name(recipe["model_name_or_path"])
     rows = []
     for name, (words, silent) in _SETTINGS.items():
         value = recipe.get(name)
@@ -521,7 +521,7 @@ def finetuning_facts(
     if "parameters" in report:
         counts = report["parameters"]
         rows.append(("trained parameters", f"{counts['trained']:,} of {counts['all']:,}"))
-    validation = next((own_name(recipe[name]) for name in ("validation_dir", "data") if recipe.get(name)), "images")
+    validation = next((public_name(recipe[name]) for name in ("validation_dir", "data") if recipe.get(name)), "images")
     return {**facts, "recipe": tuple(rows), **_finetuning_scores(recipe, report, str(validation))}
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from ..models.loading import BundleError, _json_of
-from .bundle import SHARD_SIZE, Bundle, _sums_of_options, bundle, read_bundle
+from .bundle import SHARD_SIZE, Bundle, _option_hashes, bundle, read_bundle
 from .facts import ANY_FOLDER
-from .upload import RetryPolicy, Sent, send_folder
+from .upload import PushResult, RetryPolicy, send_folder
 from .verify import Verification, verify
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Publication:
 
     bundle: Bundle
     verification: Verification
-    sent: Sent | None
+    sent: PushResult | None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as a dict for JSON."""
@@ -135,7 +135,7 @@ def publish(
     }  # fmt: skip
     if (output / "manifest.json").is_file():
         made = read_bundle(output)
-        _check_same_options(output, _sums_of_options(**asked))
+        _check_same_options(output, _option_hashes(**asked))
         logger.info("'%s' already contains a bundle, which is verified and used.", output)
     else:
         made = bundle(model_folder, output, **asked)

@@ -61,7 +61,7 @@ _PATHS = {
     "a path in a home directory": r"(?<!\w)~/\w+|file:/",
 }
 # Images encoded as text in pages and reports: base64 of a JPEG begins like a path.
-_PICTURES = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+|(?<=\")[A-Za-z0-9+/]{400,}={0,2}(?=\")")
+_INLINE_IMAGES = re.compile(r"data:[\w/+.-]+;base64,[A-Za-z0-9+/=]+|(?<=\")[A-Za-z0-9+/]{400,}={0,2}(?=\")")
 _TEXT = {".json", ".jsonl", ".yaml", ".yml", ".md", ".txt", ".html", ".svg", ""}
 
 
@@ -99,7 +99,7 @@ def _text_of(path: Path) -> list[str]:
     if path.suffix in _TEXT:
         text = path.read_text(encoding="utf-8", errors="replace")
         # JSON may escape the slashes of a path.
-        return _PICTURES.sub("", text.replace("\\/", "/")).splitlines()
+        return _INLINE_IMAGES.sub("", text.replace("\\/", "/")).splitlines()
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 

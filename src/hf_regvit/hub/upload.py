@@ -40,7 +40,7 @@ class PushError(RuntimeError):
     """A push that failed. The message says what to do."""
 
 
-class RefusedError(PushError):
+class PermanentPushError(PushError):
     """A permanent failure: retrying will not help."""
 
 
@@ -62,7 +62,7 @@ class RetryPolicy:
 
 
 @dataclass(frozen=True)
-class Sent:
+class PushResult:
     """Result of a successful push.
 
     Attributes:
@@ -91,7 +91,7 @@ def send_folder(
     token: str | None = None,
     revision: str | None = None,
     retry: RetryPolicy | None = None,
-) -> Sent:
+) -> PushResult:
     """Upload files of a folder in one commit, and create the repository if it does not exist.
 
     The commit also deletes weights of earlier commits that the new weights replace under other names (one file instead
@@ -119,7 +119,7 @@ def send_folder(
         accept_public=accept_public, revision=revision,
     )  # fmt: skip
     sent, tries = with_retries(attempt, what=repo_id, retry=retry)
-    return Sent(**sent, tries=tries)
+    return PushResult(**sent, tries=tries)
 
 
 def create_repository(
@@ -153,7 +153,7 @@ def _commit(
         api.create_branch(whole_id, branch=revision, exist_ok=True)
     head = api.model_info(whole_id, revision=revision)
     if not head.private and not accept_public:
-        raise RefusedError(
+        raise PermanentPushError(
             f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or use another name."
         )
     if head.private and private is False:
@@ -193,21 +193,23 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
         except (_HTTPError, OSError, RuntimeError, ValueError) as error:
             if isinstance(error, PushError):
                 raise
-            reason = _of_the_hub(error)
+            reason = _hub_error(error)
             if reason is None:
                 raise
             if not _is_transient(reason):
-                raise RefusedError(_advice(reason, what)) from error
+                raise PermanentPushError(_advice(reason, what)) from error
             wait = retry.first_wait * 2 ** (tries - 1) * (1 + jitter.random() / 2)
             wait = max(min(wait, retry.longest_wait), _retry_after(reason))
             if tries == retry.attempts or wait > retry.longest_wait:
                 raise PushError(
                     f"'{what}' was not uploaded after {tries} {'attempt' if tries == 1 else 'attempts'}: "
-                    f"{_short(reason)}. "
+                    f"{_summarize_error(reason)}. "
                     + (f"The Hub asks to wait {wait:.0f} s. " if wait > retry.longest_wait else "")
                     + "Run the same command again later; uploaded files are not sent again."
                 ) from error
-            logger.warning("Hub: %s. Attempt %d of %d in %.1f s.", _short(reason), tries + 1, retry.attempts, wait)
+            logger.warning(
+                "Hub: %s. Attempt %d of %d in %.1f s.", _summarize_error(reason), tries + 1, retry.attempts, wait
+            )
             time.sleep(wait)
     raise AssertionError("unreachable: the last attempt returns or raises")
 
@@ -224,7 +226,7 @@ def _time_limit(seconds: float) -> Iterator[None]:
         client.timeout = before
 
 
-def _of_the_hub(error: BaseException | None) -> BaseException | None:
+def _hub_error(error: BaseException | None) -> BaseException | None:
     """Return the server or network error behind `error`, which uploads of large files wrap, or None."""
     while error is not None:
         if isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError | TimeoutError):
@@ -252,7 +254,7 @@ def _retry_after(error: BaseException) -> float:
     return float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0.0
 
 
-def _short(error: BaseException) -> str:
+def _summarize_error(error: BaseException) -> str:
     if isinstance(error, HfHubHTTPError):
         said = error.server_message or error.response.reason_phrase
         return f"{_status(error)} {said}".splitlines()[0][:200]
@@ -273,7 +275,7 @@ def _advice(error: BaseException, what: str) -> str:
         413: "A file is too large for the Hub. Use smaller shards (--max_shard_size)",
     }
     said = advice.get(_status(error) or 0, f"The Hub rejected the request for '{what}'")
-    return f"{said}. Response of the Hub: {_short(error)}"
+    return f"{said}. Response of the Hub: {_summarize_error(error)}"
 
 
 # ---- In the background -------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from ..models.loading import BundleError, checkpoint_folder
 from .bundle import read_bundle
 from .facts import TASKS
 
-STRANGER = Path(__file__).parent / "templates" / "stranger.py"
+CLEAN_PROCESS = Path(__file__).parent / "templates" / "clean_process.py"
 TOLERANCE = 1e-5  # both absolute and relative
 
 
@@ -71,14 +71,14 @@ def verify(bundle_folder: str | Path, *, original: str | Path | None = None, tim
             "images": list(pictures), "auto_classes": sorted({"AutoModel", auto_class}), "pipelines": pipelines
         }  # fmt: skip
         (folder / "questions.json").write_text(json.dumps(questions))
-        answers, facts = _ask_a_stranger(made.folder.resolve(), folder, timeout=timeout)
+        answers, facts = _run_clean_process(made.folder.resolve(), folder, timeout=timeout)
         expected, words = _expected(source, list(pictures.values()), questions)
     strangers = {name: ".".join(found) for name, found in facts["classes"].items()}
     for name, found in strangers.items():
         if not found.startswith("transformers_modules."):
             raise BundleError(f"{name} loaded {found} instead of a class from the code files of the bundle.")
     compared = _compare(answers, expected, "")
-    compared |= _compare_words(facts["pipelines"], words)
+    compared |= _compare_labels(facts["pipelines"], words)
     return Verification(compared, strangers, not_run)
 
 
@@ -118,7 +118,9 @@ def _pictures(folder: Path) -> dict[str, Any]:
     return pictures
 
 
-def _ask_a_stranger(bundle_folder: Path, folder: Path, *, timeout: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _run_clean_process(
+    bundle_folder: Path, folder: Path, *, timeout: float
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
     # Exclude the user's settings, caches, network and token.
@@ -127,7 +129,7 @@ def _ask_a_stranger(bundle_folder: Path, folder: Path, *, timeout: float) -> tup
         "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
     }  # fmt: skip
-    command = [sys.executable, "-P", str(STRANGER), str(bundle_folder), str(folder), str(torch.get_num_threads())]
+    command = [sys.executable, "-P", str(CLEAN_PROCESS), str(bundle_folder), str(folder), str(torch.get_num_threads())]
     try:
         done = subprocess.run(
             command, env=environment, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False,
@@ -151,7 +153,7 @@ def _expected(
     words: dict[str, Any] = {}
     processor = transformers.AutoImageProcessor.from_pretrained(source)
     for auto_class in questions["auto_classes"]:
-        with _without_remarks():  # AutoModel reports that it does not load the head of a classifier
+        with _silence_transformers():  # AutoModel reports that it does not load the head of a classifier
             model = _in_fresh_memory(getattr(transformers, auto_class).from_pretrained(source))
         for number, image in enumerate(images):
             inputs = processor(image, return_tensors="pt")
@@ -161,7 +163,7 @@ def _expected(
                     if isinstance(value, Tensor):
                         tensors[f"{number}.{auto_class}.{key}"] = value
     for task in questions["pipelines"]:
-        with _without_remarks():
+        with _silence_transformers():
             tool: Any = transformers.pipeline(task, model=str(source))
         _in_fresh_memory(tool.model)
         for number, image in enumerate(images):
@@ -178,7 +180,7 @@ def _expected(
 
 
 @contextmanager
-def _without_remarks() -> Iterator[None]:
+def _silence_transformers() -> Iterator[None]:
     """Silence the reports on weights that are not loaded on purpose and on model types unknown to transformers."""
     from transformers.utils import logging as transformers_logging
 
@@ -191,7 +193,7 @@ def _without_remarks() -> Iterator[None]:
 
 
 def _in_fresh_memory(model: Any) -> Any:
-    """Copy the weights as in `templates/stranger.py`: kernels round differently for addresses in a mapped file."""
+    """Copy the weights as `clean_process.py` does: kernels round differently for addresses in a mapped file."""
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
@@ -217,7 +219,7 @@ def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where:
     return differences
 
 
-def _compare_words(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
+def _compare_labels(found: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float]:
     """Compare the labels in their order, and their scores or pixel counts."""
     differences = {}
     for name, entries in expected.items():

@@ -705,7 +705,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
     def _finish(self, output: ModelOutput, return_dict: bool | None) -> ModelOutput | tuple:
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
-    def _asked_states(self, output: RegViTModelOutput, output_hidden_states: bool | None) -> tuple | None:
+    def _requested_hidden_states(self, output: RegViTModelOutput, output_hidden_states: bool | None) -> tuple | None:
         """Return the hidden states if the caller asked for them (dense heads always compute them)."""
         wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         return output.hidden_states if wanted else None
@@ -1052,7 +1052,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         result = SemanticSegmenterOutput(
             loss=loss,
             logits=logits,
-            hidden_states=self._asked_states(output, output_hidden_states),
+            hidden_states=self._requested_hidden_states(output, output_hidden_states),
             attentions=output.attentions,
         )
         return self._finish(result, return_dict)
@@ -1084,7 +1084,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         output = self._run_backbone(pixel_values, pixel_mask, output_attentions, True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
-        depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_metres)[:, 0]  # (B, H, W)
+        depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_meters)[:, 0]  # (B, H, W)
         loss = None
         if labels is not None:
             valid = (labels > 0) & labels.isfinite()
@@ -1094,12 +1094,12 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         result = DepthEstimatorOutput(
             loss=loss,
             predicted_depth=depth,
-            hidden_states=self._asked_states(output, output_hidden_states),
+            hidden_states=self._requested_hidden_states(output, output_hidden_states),
             attentions=output.attentions,
         )
         return self._finish(result, return_dict)
 
-    def _bins_to_metres(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    def _bins_to_meters(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Decode (B, bins, rows, columns) to depth (B, 1, H, W): mean of bin centers, weighted by "linear norm"."""
         dtype = bins.dtype
         bins = bins.to(at_least_float32(bins))  # in float16, the sum over the bins overflows
@@ -1168,7 +1168,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
             feature_maps.append(tokens)
         result = BackboneOutput(
             feature_maps=tuple(feature_maps),
-            hidden_states=self._asked_states(output, output_hidden_states),
+            hidden_states=self._requested_hidden_states(output, output_hidden_states),
             attentions=output.attentions,
         )
         return self._finish(result, return_dict)

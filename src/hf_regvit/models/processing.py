@@ -83,7 +83,7 @@ class EvaluationTransform:
             mean, std = tuple(processor.image_mean), tuple(processor.image_std)
         if keep_aspect:
             side = image_size or min(description.image_size)
-            apply: Callable = partial(_whole_picture, side=side, patch=description.patch_size, mean=mean, std=std)
+            apply: Callable = partial(_whole_image, side=side, patch=description.patch_size, mean=mean, std=std)
             return cls(apply, mean, std, f"whole picture, shorter side {side}, mean {mean}, std {std}")
         if image_size is not None:
             processor = default_image_processor(image_size)
@@ -103,7 +103,7 @@ def _process(processor: Any, image: Image.Image) -> torch.Tensor:
     return pixel_values[0]
 
 
-def _whole_picture(
+def _whole_image(
     image: Image.Image, *, side: int, patch: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> torch.Tensor:
     scale = side / min(image.size)

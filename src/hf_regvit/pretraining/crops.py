@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 _REPLACEMENT_TRIES = 100
 
 
-class _OneThreadOfOpenCV:
+class _SingleThreadedDataset:
     """Base class of data sets for loader workers: disable OpenCV's thread pool, because a worker uses one core.
 
     The pool is disabled when the data set is created, before workers are forked from that process. In a forked worker
@@ -45,11 +45,11 @@ class _OneThreadOfOpenCV:
         cv2.setNumThreads(0)
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # for a worker that is spawned, not forked
-        _OneThreadOfOpenCV.__init__(self)
+        _SingleThreadedDataset.__init__(self)
         self.__dict__.update(state)
 
 
-class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
+class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
     """Crops of the images of a source, indexed by `(epoch, index)` as `EpochSampler` yields them.
 
     Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) uint8, `sample_id` and `epoch` int.
@@ -121,7 +121,7 @@ class MultiCropDataset(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
         return image
 
 
-class MultiCropStream(_OneThreadOfOpenCV, Dataset[dict[str, Any]]):
+class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
     """Crops of the images of streams, indexed by the keys of a `StreamSampler`; items as in `MultiCropDataset`.
 
     An image that cannot be used is replaced by another one of the same batch, drawn from (seed, pass, id), with the

@@ -160,14 +160,14 @@ class Panels(Observer):
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
         """Save a panel; return no measurements."""
-        from ..figures.maps import progress_picture, read_token_maps
+        from ..figures.maps import progress_figure, read_token_maps
 
         backbone = model.whole_teacher_backbone()  # a collective if the teacher is sharded, so on every process
         if self.is_main_process:
             maps = read_token_maps(backbone, self.pixel_values)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                progress_picture(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
+                progress_figure(self.images, maps, title=f"step {step}").save(self.folder / f"step_{step:06d}.png")
             except OSError as error:  # a full disk must not stop the run
                 logger.error("ALARM: The panel of step %d cannot be written (%s). Training continues.", step, error)
         return {}
@@ -195,16 +195,16 @@ def observers(
     found: list[Observer] = []
     small, large = default_image_processor(image_size), default_image_processor(panel_size)
     # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
-    looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_pictures(dataset, 64)]
+    looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_images(dataset, 64)]
     if len(looks) < 2:
         logger.info("The monitor and the panels need at least two training images, so they are disabled in this run.")
     else:
         if args.monitor_steps:
-            found.append(Monitor(_normalised([look for look, _ in looks], small), every_steps=args.monitor_steps))
+            found.append(Monitor(_normalized([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
             panels = Path(folder) / "panels"
-            found.append(Panels(shown, _normalised(shown, large), folder=panels, every_steps=args.panel_steps))
+            found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
     return found
@@ -216,7 +216,7 @@ def _spread(count: int, wanted: int) -> list[int]:
     return [round(index * (count - 1) / max(wanted - 1, 1)) for index in range(wanted)]
 
 
-def _training_pictures(dataset: Any, wanted: int) -> Iterator[Image.Image]:
+def _training_images(dataset: Any, wanted: int) -> Iterator[Image.Image]:
     source: Any = getattr(dataset, "source", None)
     if hasattr(source, "__getitem__"):
         yield from (record.image for record in _readable(source, wanted))
@@ -247,18 +247,18 @@ def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
     return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
 
 
-def _normalised(shown: Sequence[Image.Image], processor: Any) -> Tensor:
+def _normalized(shown: Sequence[Image.Image], processor: Any) -> Tensor:
     """Return normalized pixels `(n, 3, H, W)` of cropped images, as the processor makes from the whole images."""
     return processor(images=list(shown), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
 
 
-_Labelled = tuple[Image.Image, int]
-_Crop = Callable[[Iterable[ImageRecord]], list[_Labelled]]
+_Labeled = tuple[Image.Image, int]
+_Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 
 
 class _Parts(NamedTuple):
-    neighbours: list[_Labelled]
-    judged: list[_Labelled]
+    neighbours: list[_Labeled]
+    judged: list[_Labeled]
     is_held_out: bool
 
 
@@ -411,7 +411,7 @@ class OnlineKNN(Observer):
 def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
 
-    def cropped(records: Iterable[ImageRecord]) -> list[_Labelled]:
+    def cropped(records: Iterable[ImageRecord]) -> list[_Labeled]:
         # Cropped images take little memory, and evaluations need not decode them again.
         return [(_cropped(record.image, image_processor), r) for record in records if (r := record.label) is not None]
 

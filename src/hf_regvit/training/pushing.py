@@ -22,7 +22,7 @@ from transformers.trainer_utils import HubStrategy
 
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
-from ..hub.upload import BackgroundPushes, PushError, RefusedError, create_repository, send_folder
+from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
 
 logger = logging.getLogger(__name__)
 
@@ -85,13 +85,13 @@ class PushingTrainer(Trainer):
         if self.is_world_process_zero():
             try:
                 answer[0] = self._make_repository(token, private)
-            except RefusedError as error:
+            except PermanentPushError as error:
                 answer[1] = str(error)
         if self.args.world_size > 1:  # otherwise the other processes would wait until a timeout
             broadcast_object_list(answer)
         self.hub_model_id, refusal = answer
         if refusal is not None:
-            raise RefusedError(refusal)
+            raise PermanentPushError(refusal)
 
     def _make_repository(self, token: str | None, private: bool | None) -> str:
         wanted = self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
@@ -101,7 +101,7 @@ class PushingTrainer(Trainer):
             shutil.rmtree(left_over, ignore_errors=True)
         try:
             return create_repository(wanted, private=private is not False, token=token or self.args.hub_token)
-        except RefusedError:
+        except PermanentPushError:
             raise
         except PushError as error:
             logger.warning("The repository could not be created. Training starts, and pushes will retry. %s", error)
