@@ -1,6 +1,6 @@
 """Load a bundle in a clean process, where hf_regvit cannot be imported and there is no network.
 
-`hf_regvit.hub.verify` runs it in a new process: `python -P clean_process.py BUNDLE FOLDER THREADS`. FOLDER holds images
+`hf_regvit.hub.verify` runs it in a new process: `python -P clean_process.py BUNDLE FOLDER THREADS`. FOLDER has images
 and `questions.json`; the results are written to `answers.safetensors` and `answers.json` in the same folder.
 """
 
