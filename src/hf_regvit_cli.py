@@ -121,7 +121,9 @@ class OptionParser(argparse.ArgumentParser):
         sections = {title: [self.options[self.names[name]] for name in names.split()] for title, names in groups}
         shown = {option["name"] for options in sections.values() for option in options}
         others = [option for name, option in self.options.items() if name not in shown]
-        page = argparse.ArgumentParser(add_help=False, prog=self.prog, formatter_class=_HelpFormatter)
+        page = argparse.ArgumentParser(
+            add_help=False, prog=self.prog, formatter_class=_HelpFormatter, conflict_handler="resolve"
+        )
         page.usage = "%(prog)s [--config RECIPE.yaml] [--option value ...]"
         if self.command:
             page.description = f"{self.command.summary[0].upper()}{self.command.summary[1:]}."
