@@ -26,13 +26,14 @@ from hf_regvit.diagnosis.outliers import (
     channel_outliers,
     compare_values,
     direction_spread,
+    emergence_layer,
     find_cutoff,
     fit_two_modes,
     log_norms,
     neighbor_similarity,
     reported_layer,
 )
-from hf_regvit.diagnosis.report import ArtifactReport, emergence_layer
+from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.evaluation.metrics import effective_rank, register_cosine
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
 from hf_regvit.models.tokens import read_many
@@ -420,10 +421,7 @@ def test_attention_statistics_equal_their_slow_twin():
     heads, prefix, registers, patches = 3, 4, 3, 60
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, heads, prefix + patches, generator=generator).pow(3).softmax(dim=-1)
-    outliers = torch.rand(2, patches, generator=generator) < 0.1
-    actual = attention_statistics(
-        attention, num_prefix_tokens=prefix, num_register_tokens=registers, outliers=outliers
-    )
+    actual = attention_statistics(attention, num_prefix_tokens=prefix, num_register_tokens=registers)
     for image in range(2):
         mean = [sum(attention[image, h, t].item() for h in range(heads)) / heads for t in range(prefix + patches)]
         on_patches = sum(mean[prefix:])
@@ -435,7 +433,6 @@ def test_attention_statistics_equal_their_slow_twin():
         expected = {
             "mass_on_patches": on_patches,
             "mass_on_registers": sum(mean[1:4]),
-            "mass_on_outliers": sum(mean[prefix + i] for i in range(patches) if outliers[image, i]),
             "entropy": entropy,
             "entropy_share": entropy / math.log(patches),
             "head_entropy": sum(head_entropies) / heads,

@@ -1,11 +1,10 @@
 """Comparison of several checkpoints, e.g. with 0, 1, 2, 4 and 8 registers: diagnoses on the same images in a table."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,16 +13,18 @@ from ..models.families import describe_model
 from ..models.loading import load_model, short_names
 from ..models.tokens import read_many
 from .diagnose import diagnose
-from .report import ArtifactReport
+from .report import ArtifactReport, Result, html_table, markdown_table
 
 
-@dataclass(frozen=True)
-class ComparisonReport:
+@dataclass(frozen=True, repr=False)
+class ComparisonReport(Result):
     """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
 
     rows: list[dict[str, Any]]
     reports: dict[str, ArtifactReport]
     settings: dict[str, Any]
+
+    file_name: ClassVar = "comparison.json"
 
     def to_dict(self) -> dict[str, Any]:
         """Return rows and settings; the reports are saved separately."""
@@ -42,9 +43,12 @@ class ComparisonReport:
             Path(folder, name).unlink(missing_ok=True)
         for name, report in self.folders().items():
             report.save(Path(folder) / name)
-        path = Path(folder) / "comparison.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+        return super().save(folder)
+
+    @property
+    def verdict(self) -> str:
+        """Number of the checkpoints with artifact tokens."""
+        return f"{sum(row['bimodal'] for row in self.rows)} of {len(self.rows)} checkpoints have artifact tokens."
 
     def summary(self) -> str:
         """Return the table, followed by the verdict on each checkpoint."""
@@ -52,17 +56,13 @@ class ComparisonReport:
 
     def table(self) -> str:
         """Return the rows as a Markdown table."""
-        names = list(self.rows[0])
-        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-        for row in self.rows:
-            lines.append(f"| {' | '.join(_cell(row[name]) for name in names)} |")
-        return "\n".join(lines)
+        return markdown_table(self._cells())
 
+    def _repr_html_(self) -> str:
+        return html_table(self._cells())
 
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    def _cells(self) -> list[list[Any]]:
+        return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
 
 
 def compare_checkpoints(
@@ -102,27 +102,24 @@ def compare_checkpoints(
             read_many(model, torch.zeros(8, 3, height, width), {"patch_embedding": (0,)})
             speeds[name].append(8 / (time.perf_counter() - start))
     baseline = reports[called[0]].model["gmacs"]
-    rows = []
-    for name, report in reports.items():
-        attention = report.attention["statistics"] if report.attention else {}
-        rows.append(
-            {
-                "model": name,
-                "registers": report.model["num_register_tokens"],
-                "bimodal": report.bimodal,
-                "layer": report.layer,
-                "outlier_share": report.outlier_share,
-                "norm_ratio": report.norm_ratio,
-                "separation": report.separation,
-                "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
-                "attention_entropy": attention.get("entropy_share", {}).get("mean"),
-                "register_cosine": report.registers["cosine"] if report.registers else None,
-                "effective_rank": report.patches["effective_rank"]["mean"],
-                "parameters": report.model["parameters"],
-                "gmacs": report.model["gmacs"],
-                "gmacs_delta": report.model["gmacs"] / baseline - 1,
-                "images_per_second": float(np.median(speeds[name][1:])),
-            }
-        )
+    rows = [
+        {"model": name, **_row(report, baseline), "images_per_second": float(np.median(speeds[name][1:]))}
+        for name, report in reports.items()
+    ]
     threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
     return ComparisonReport(rows=rows, reports=reports, settings=next(iter(reports.values())).settings | threads)
+
+
+def _row(report: ArtifactReport, baseline: float) -> dict[str, Any]:
+    attention = report.attention["statistics"] if report.attention else {}
+    return {
+        "registers": report.model["num_register_tokens"],
+        **{name: getattr(report, name) for name in ("bimodal", "layer", "outlier_share", "norm_ratio", "separation")},
+        "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
+        "attention_entropy": attention.get("entropy_share", {}).get("mean"),
+        "register_cosine": report.registers["cosine"] if report.registers else None,
+        "effective_rank": report.patches["effective_rank"]["mean"],
+        "parameters": report.model["parameters"],
+        "gmacs": report.model["gmacs"],
+        "gmacs_delta": report.model["gmacs"] / baseline - 1,
+    }

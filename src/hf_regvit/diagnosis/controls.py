@@ -146,7 +146,5 @@ def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20)
     if np.isin(labels.numpy(), shared).sum() < fewest:  # a half cannot predict a class that it does not contain
         return None
     halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
-    accuracies = [
-        knn_accuracy(*halves[bank], *halves[1 - bank], k=(k,))[k] * len(halves[1 - bank][1]) for bank in (0, 1)
-    ]
-    return sum(accuracies) / len(labels)
+    right = [knn_accuracy(*bank, *test, k=(k,))[k] * len(test[1]) for bank, test in (halves, halves[::-1])]
+    return sum(right) / len(labels)

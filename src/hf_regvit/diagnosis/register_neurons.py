@@ -15,8 +15,8 @@ from ..data.preparation import PreparedImages, prepare_images
 from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import EvaluationTransform
 from ..models.tokens import read_tokens
-from .outliers import Cutoff, find_cutoff, reported_layer
-from .report import emergence_layer
+from .outliers import Cutoff, emergence_layer, find_cutoff, reported_layer
+from .readings import check_grid
 
 
 class RetrofitError(ValueError):
@@ -149,15 +149,13 @@ def score_neurons(
 def _read_norms(model: nn.Module, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[np.float32]]:
     """Return the norms of the patches at every layer, `{layer: (n, N)}`; layer 0 is the embedding."""
     batches: list[dict[int, Tensor]] = []
+    grid: tuple[int, int] | None = None
     with tqdm(total=images.total, desc="norms", unit="img", disable=not progress) as bar:
         for ids, pixels in images:
             reading = read_tokens(model, pixels, layers="all", reduce=lambda tokens, _: tokens.float().norm(dim=-1))
             batches.append({layer: reading.patches(layer).cpu() for layer in reading.layers})
-            if batches[-1][0].shape[1] != batches[0][0].shape[1]:
-                raise ValueError(
-                    f"Image '{ids[0]}' has {batches[-1][0].shape[1]} patches, but the images before it have "
-                    f"{batches[0][0].shape[1]}. Use an image processor that crops to one size."
-                )
+            grid = grid or reading.grid
+            check_grid(ids[0], reading.grid, grid)
             bar.update(len(ids))
     return {layer: torch.cat([batch[layer] for batch in batches]).numpy() for layer in batches[0]}
 

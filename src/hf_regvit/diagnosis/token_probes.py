@@ -214,6 +214,14 @@ def token_probes(
     )
 
 
+def labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
+    """Return the class ids of these images, or None if the source has none."""
+    if not isinstance(source, ImageSource) or source.labels is None:
+        return None
+    by_id = dict(zip(source.ids, source.labels))
+    return torch.tensor([by_id[name] for name in ids])
+
+
 def _draw_test_images(labels: Tensor | None, count: int) -> Tensor:
     """Select three of every ten images, counted per class if there are labels, as a mask (count,)."""
     seen: dict[int, int] = {}
@@ -264,10 +272,7 @@ class _SampleReader:
             name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("single_") else 0)
             for name in parts[0]
         }
-        labels = None
-        if isinstance(source, ImageSource) and source.labels is not None:
-            by_id = dict(zip(source.ids, source.labels))
-            labels = torch.tensor([by_id[name] for name in ids])
+        labels = labels_of(source, ids)
         sample = _Sample(
             tokens=joined["tokens"],
             cells=joined["cells"],
