@@ -29,17 +29,11 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.metrics import effective_rank, register_cosine
 from ..models.configuration_regvit import __version__
-from ..models.families import FAMILIES, describe_model, final_norm, find_tower
-from ..models.loading import weights_fingerprint
-from ..models.processing import EvaluationTransform
-from ..models.tokens import Layers, Site, read_many
+from ..models.loading import open_model, weights_fingerprint
+from ..models.tokens import Layers, TokenReader
 from .controls import register_controls
 from .outliers import (
-    MAX_SHARE,
-    MAX_VALLEY,
-    MIN_RATIO,
-    MIN_SEPARATION,
-    MIN_SHARE,
+    GATE,
     Cutoff,
     attention_statistics,
     channel_outliers,
@@ -49,9 +43,9 @@ from .outliers import (
     find_cutoff,
     reported_layer,
 )
-from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, cls_row, first_reason, read_images, token_norms
+from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
 from .report import ArtifactReport
-from .token_probes import labels_of, token_probes
+from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +53,7 @@ _RANK_IMAGES = 64  # enough for a mean; eigenvalues of large grids are slow
 
 
 def diagnose(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     layers: Layers = "all",
@@ -67,6 +61,7 @@ def diagnose(
     max_images: int = 1000,
     seed: int = 0,
     processor: Any = None,
+    device: str | torch.device = "auto",
     batch_size: int = 32,
     detail_images: int = 128,
     probes: bool = False,
@@ -78,13 +73,14 @@ def diagnose(
     `detail_images` of them, reads the tokens of two layers. Images of a single color are skipped and listed as such.
 
     Args:
-        model: Model of a family in `families.FAMILIES`; not modified. Without CLS, `attention` is None.
-        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        model: Model, its name, or a reader; see `open_model`. It is not modified.
+        images: Folder or other source that `load_images` can open, list of images, or data set of `datasets`.
         layers: Layers to read, each 0 to L; "all" reads all of them.
         cutoff: "auto", or a norm to use as the cut-off of every layer.
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
         seed: Random seed for all draws.
-        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        processor: Image processor, which must return images of one size; default the model's own.
+        device: Device to compute on; see `open_model`.
         batch_size: Number of images per forward pass.
         detail_images: Number of images for direction, channels, rank and register controls; their pixels stay in
             memory.
@@ -92,6 +88,7 @@ def diagnose(
         progress: Whether to show a progress bar.
 
     Raises:
+        UnknownProcessorError: No image processor is given, and the model has none.
         ValueError: Fewer than 8 usable images, images on different grids, tokens that are not finite, or an
             unsupported model.
 
@@ -102,38 +99,40 @@ def diagnose(
             f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
     watch = _Stopwatch()
-    transform = EvaluationTransform.for_model(model, processor)
+    reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
-    prepared = prepare_images(source, transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    layers = range(describe_model(model).num_layers + 1) if layers == "all" else layers
+    prepared = prepare_images(source, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
     readings = read_images(
-        model, prepared, tuple(layers), num_details=detail_images, max_images=max_images, progress=progress
+        reader, prepared, layers, num_details=detail_images, max_images=max_images, progress=progress
     )
     watch.lap("reading")
     cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
     layer = reported_layer(cutoffs)
-    case = _Case(model, transform, readings, layer, readings.norms[layer] > cutoffs[layer].cutoff, batch_size, seed)
+    case = _Case(reader, readings, layer, readings.norms[layer] > cutoffs[layer].cutoff, batch_size, seed)
     watch.lap("cut-offs")
     details = _details(case)
     watch.lap("details")
-    controls = _controls(case, source)
+    controls = None
+    if readings.register_norms:
+        labels = labels_of(source, [readings.ids[i] for i in readings.kept])
+        controls = register_controls(reader, readings.pixels, labels=labels, batch_size=batch_size, seed=seed)
     watch.lap("controls")
     common: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
     tables = None
     if probes:
-        given: dict[str, Any] = {"cutoff": cutoffs[layer].cutoff, "cutoff_layer": layer, "processor": transform}
-        tables = token_probes(model, source, **given, **common).to_dict()
+        found = token_probes(reader, source, cutoff=cutoffs[layer].cutoff, cutoff_layer=layer, **common)
+        tables = found.to_dict()
         watch.lap("probes")
     edges = _histogram_edges(readings.norms)
-    found = cutoffs[layer].to_dict()
+    chosen = cutoffs[layer].to_dict()
     return ArtifactReport(
-        **{name: found[name] for name in ("cutoff", "bimodal", "separation", "method", "reason")},
-        outlier_share=found["share"],
-        norm_ratio=found["ratio"],
+        **{name: chosen[name] for name in ("cutoff", "bimodal", "separation", "method", "reason")},
+        outlier_share=chosen["share"],
+        norm_ratio=chosen["ratio"],
         layer=layer,
         emergence_layer=emergence_layer(cutoffs, layer),
         num_images=len(readings.ids),
-        model=_model_record(model, readings.grid),
+        model=_model_record(reader, readings.grid),
         layers=[_layer_record(readings, i, cutoffs[i], edges) for i in readings.norms],
         histogram_edges=edges.tolist(),
         outliers=_outlier_record(case.is_outlier, readings.grid) | details.pop("outliers"),
@@ -147,13 +146,8 @@ def diagnose(
         settings={
             "cutoff": cutoff,
             "layers": list(readings.norms),
-            "preprocessing": transform.description,
-            "gate": {
-                "separation": MIN_SEPARATION,
-                "share": [MIN_SHARE, MAX_SHARE],
-                "ratio": MIN_RATIO,
-                "valley": MAX_VALLEY,
-            },
+            "preprocessing": reader.transform.description,
+            "gate": GATE,
             **common,
             "detail_images": len(readings.kept),
         },
@@ -178,8 +172,7 @@ class _Stopwatch:
 class _Case:
     """Model and readings of a diagnosis, with the outliers of the reported layer."""
 
-    model: nn.Module
-    transform: EvaluationTransform
+    reader: TokenReader
     readings: Readings
     layer: int
     is_outlier: NDArray[np.bool_]  # (n, N)
@@ -266,15 +259,14 @@ def _attention_record(case: _Case) -> dict[str, Any] | None:
 
 def _details(case: _Case) -> dict[str, Any]:
     """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
-    norm, last = final_norm(case.model), describe_model(case.model).num_layers
+    last = case.reader.description.num_layers
     tokens: list[Tensor] = []
     registers: list[Tensor] = []
     ranks: list[Tensor] = []
     for batch in case.readings.pixels.split(case.batch_size):
-        reading = read_many(case.model, batch, {"residual": sorted({case.layer, last})})["residual"]
+        reading = case.reader.read(batch, layers=sorted({case.layer, last}))
         tokens.append(reading.patches(case.layer).float().cpu())
-        with torch.no_grad():
-            final = norm(reading.at(last)).float().cpu()  # (B, T, D)
+        final = normalized(case.reader, reading.at(last))  # (B, T, D)
         prefix = reading.num_prefix_tokens
         registers.append(final[:, prefix - reading.num_register_tokens : prefix])
         if sum(map(len, ranks)) < _RANK_IMAGES:
@@ -324,17 +316,17 @@ def _register_record(case: _Case, registers: Tensor) -> dict[str, Any] | None:
 
 def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
-    readings, last = case.readings, describe_model(case.model).num_layers
+    readings, last = case.readings, case.reader.description.num_layers
     examples = []
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
         index = readings.kept[place]
         registers: Any = []
         if readings.register_norms:
-            reading = read_many(case.model, readings.pixels[place : place + 1], {"attention": (-1,)})["attention"]
+            reading = case.reader.read(readings.pixels[place : place + 1], site="attention")
             rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
             registers = rows.cpu().numpy()
         image = BytesIO()
-        case.transform.picture(readings.pixels[place]).save(image, format="JPEG", quality=85)
+        case.reader.transform.picture(readings.pixels[place]).save(image, format="JPEG", quality=85)
         examples.append(
             {
                 "id": readings.ids[index],
@@ -357,23 +349,22 @@ def _map(values: NDArray[Any], grid: tuple[int, int]) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in values.reshape(grid).tolist()]
 
 
-def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(describe_model(model)).items()} | {
-        "parameters": sum(parameter.numel() for parameter in find_tower(model)[0].parameters()),
-        "gmacs": count_macs(model, grid[0] * grid[1]) / 1e9,
-        "weights": weights_fingerprint(model),
+def _model_record(reader: TokenReader, grid: tuple[int, int]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(reader.description).items()} | {
+        "parameters": sum(parameter.numel() for parameter in reader.tower.parameters()),
+        "gmacs": count_macs(reader, grid[0] * grid[1]) / 1e9,
+        "weights": weights_fingerprint(reader.tower),
     }
 
 
-def count_macs(model: nn.Module, num_patches: int) -> int:
+def count_macs(reader: TokenReader, num_patches: int) -> int:
     """Count the multiply-adds of one image: linear layers of the blocks, both attention products, patch embedding.
 
     For an MLP ratio of 4 and patches of p x p pixels this is L (12 D² T + 2 D T²) + N D 3 p².
     """
-    tower, name = find_tower(model)
-    description = describe_model(tower)
+    description = reader.description
     tokens = description.num_prefix_tokens + num_patches
-    blocks = tower.get_submodule(FAMILIES[name].blocks)
+    blocks = reader.tower.get_submodule(reader.family.blocks)
     weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
     attention = 2 * description.num_layers * description.hidden_size * tokens**2
     pixels = 3 * description.patch_size[0] * description.patch_size[1]
@@ -397,28 +388,14 @@ def _warnings(readings: Readings) -> list[str]:
 def _versions() -> dict[str, str]:
     import transformers
 
-    return {
-        "hf_regvit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _controls(case: _Case, source: Any) -> dict[str, Any] | None:
-    if not case.readings.register_norms:
-        return None
-    labels = labels_of(source, [case.readings.ids[i] for i in case.readings.kept])
-    return register_controls(
-        case.model, case.readings.pixels, labels=labels, batch_size=case.batch_size, seed=case.seed
-    )
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
 
 
 # --- During training ---
 
 
-def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float]:
+def artifact_snapshot(model: TokenReader | nn.Module, pixel_values: Tensor) -> dict[str, float]:
     """Return the main numbers of a diagnosis for a training log, from one forward pass over one batch.
 
     Args:
@@ -432,23 +409,13 @@ def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float
         `register_cosine` (after the final norm); with CLS, `attention_entropy` (relative to uniform) and, with
         registers, `attention_registers`.
     """
-    last = describe_model(model).num_layers
-    kept: dict[str, Tensor] = {}
-
-    def keep_norms(tokens: Tensor, layer: int) -> Tensor:
-        if layer == last:
-            kept["tokens"] = tokens[:_RANK_IMAGES]
-        return token_norms(tokens, layer)
-
-    sites: dict[Site, Layers] = {"residual": range(1, last + 1)}
-    sites |= {"attention": (-1,)} if describe_model(model).has_cls else {}
-    reading = read_many(model, pixel_values, sites, reduce={"residual": keep_norms, "attention": cls_row})
+    reader = open_model(model)
+    blocks = range(1, reader.description.num_layers + 1)
+    reading, final = read_norms(reader, pixel_values, blocks, num_last=_RANK_IMAGES)
     residual = reading["residual"]
     cutoffs = {layer: find_cutoff(residual.patches(layer).numpy()) for layer in residual.layers}
     layer = reported_layer(cutoffs)
     found, norms = cutoffs[layer], residual.patches(layer)
-    with torch.no_grad():
-        final = final_norm(model)(kept["tokens"]).float().cpu()
     count, prefix = residual.num_register_tokens, residual.num_prefix_tokens
     values = {
         "outlier_share": found.share,

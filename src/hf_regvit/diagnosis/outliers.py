@@ -24,6 +24,7 @@ MIN_SHARE, MAX_SHARE = 0.001, 0.15  # share of the tokens in the upper mode
 MIN_RATIO = 3.0  # between the centers of the two modes
 MAX_VALLEY = 0.5  # tokens around the cut-off, relative to an equal window around the upper mode
 MIN_OUTLIERS = 10  # fewer tokens do not count as a population
+GATE = {"separation": MIN_SEPARATION, "share": [MIN_SHARE, MAX_SHARE], "ratio": MIN_RATIO, "valley": MAX_VALLEY}
 
 _BINS = 500  # bins of log norms; the mixture is fitted to their counts
 _STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode

@@ -2,16 +2,17 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.preparation import PreparedImages, SkippedImage
-from ..models.families import describe_model
-from ..models.tokens import Layers, Site, TokenReading, read_many
+from ..data.source import ImageSource
+from ..models.tokens import Layers, Reduction, Site, TokenReader, TokenReading
 from .outliers import attention_statistics, neighbor_similarity
 
 MIN_IMAGES = 8  # with fewer, `diagnose` raises an error
@@ -37,18 +38,41 @@ class Readings:
     skipped: list[SkippedImage]
 
 
-def cls_row(attention: Tensor, layer: int) -> Tensor:
-    """Reduce attention weights to those of CLS, (B, heads, T)."""
-    return attention[:, :, 0].float().cpu()
-
-
 def token_norms(tokens: Tensor, layer: int) -> Tensor:
     """Reduce tokens to their norms, (B, T)."""
     return tokens.float().norm(dim=-1).cpu()
 
 
+def normalized(reader: TokenReader, tokens: Tensor) -> Tensor:
+    """Return raw tokens of the last block (B, T, D) after the final norm, float32 on the CPU."""
+    with torch.no_grad():
+        return reader.final_norm(tokens).float().cpu()
+
+
+def read_norms(
+    reader: TokenReader, pixel_values: Tensor, layers: Layers, *, num_last: int = 0
+) -> tuple[dict[Site, TokenReading], Tensor]:
+    """Read token norms (B, T), patch embeddings and, with CLS, its attention (B, heads, T) in one forward pass.
+
+    Returns:
+        The readings, and the tokens of the last block after the final norm for the first `num_last` images, (b, T, D).
+    """
+    last: list[Tensor] = []
+
+    def norms(tokens: Tensor, layer: int) -> Tensor:
+        if num_last and layer == reader.description.num_layers:
+            last.append(tokens[:num_last])
+        return token_norms(tokens, layer)
+
+    sites: dict[Site, Layers] = {"residual": layers, "patch_embedding": (0,)}
+    sites |= {"attention": (-1,)} if reader.description.has_cls else {}
+    reduce: dict[Site, Reduction] = {"residual": norms, "attention": lambda rows, _: rows[:, :, 0].float().cpu()}
+    read = reader.read_many(pixel_values, sites, reduce=reduce)
+    return read, normalized(reader, last[0]) if last else torch.empty(0)
+
+
 def read_images(
-    model: nn.Module, images: PreparedImages, layers: Layers, *, num_details: int, max_images: int, progress: bool
+    reader: TokenReader, images: PreparedImages, layers: Layers, *, num_details: int, max_images: int, progress: bool
 ) -> Readings:
     """Run one forward pass over every image; images of a single color are skipped."""
     stride = max(1, min(images.total or max_images, max_images) // num_details)
@@ -65,7 +89,7 @@ def read_images(
             ids, batch = [name for name, keep in zip(names, varied) if keep], batch[varied]
             if not ids:
                 continue
-            reading, values = _read_batch(model, batch, ids, layers)
+            reading, values = _read_batch(reader, batch, ids, layers)
             residual.append(reading)
             others.append(values)
             check_grid(ids[0], reading.grid, residual[0].grid)
@@ -101,6 +125,14 @@ def read_images(
     )
 
 
+def labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
+    """Return the class ids of these images, or None if the source has none."""
+    if not isinstance(source, ImageSource) or source.labels is None:
+        return None
+    by_id = dict(zip(source.ids, source.labels))
+    return torch.tensor([by_id[name] for name in ids])
+
+
 def check_grid(name: str, grid: tuple[int, int], expected: tuple[int, int]) -> None:
     """Raise if an image has another grid of patches than the images before it."""
     if grid != expected:
@@ -116,13 +148,10 @@ def first_reason(skipped: Sequence[SkippedImage]) -> str:
 
 
 def _read_batch(
-    model: nn.Module, pixel_values: Tensor, ids: Sequence[str], layers: Layers
+    reader: TokenReader, pixel_values: Tensor, ids: Sequence[str], layers: Layers
 ) -> tuple[TokenReading, dict[str, Tensor]]:
-    """Return token norms; neighbor similarities, the attention of CLS to patches, and its statistics, each (B, ...)."""
-    has_cls = describe_model(model).has_cls
-    sites: dict[Site, Layers] = {"residual": layers, "patch_embedding": (0,)}
-    sites |= {"attention": (-1,)} if has_cls else {}
-    reading = read_many(model, pixel_values, sites, reduce={"residual": token_norms, "attention": cls_row})
+    """Return token norms, and per image: neighbor similarities, the attention of CLS to patches, its statistics."""
+    reading, _ = read_norms(reader, pixel_values, layers)
     residual, embedding = reading["residual"], reading["patch_embedding"]
     for layer, norms in zip(residual.layers, residual.values):
         if not torch.isfinite(norms).all():
@@ -131,7 +160,7 @@ def _read_batch(
                 f"Image '{worst}' has NaN or infinite tokens at block {layer}. Check the weights and the pixels."
             )
     values = {"neighbors": neighbor_similarity(embedding.values[0].cpu(), residual.grid)}
-    if has_cls:
+    if residual.has_cls:
         row, prefix = reading["attention"].values[0], residual.num_prefix_tokens  # (B, heads, T)
         values["attention"] = row.mean(dim=1)[:, prefix:]
         values |= attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=residual.num_register_tokens)

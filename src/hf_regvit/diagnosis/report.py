@@ -156,10 +156,10 @@ class ArtifactReport(Result):
             self.emergence_layer, f"at the output of block {self.emergence_layer}"
         )
         cells = [f"({c['row']}, {c['column']}) in {c['share']:.0%} of images" for c in outliers["top_cells"][:3]]
-        direction, rows, columns = outliers["direction"], *outliers["grid"]
+        direction, (rows, columns) = outliers["direction"], outliers["grid"]
         lines = {
-            "model": f"{model['name']}: {model['family']}, {model['num_layers']} blocks, width {model['hidden_size']}, "
-            f"{model['num_register_tokens']} registers, {self.num_images} images of {rows} x {columns} patches",
+            "model": f"{model['name']}: {model['family']}, {model['num_layers']} blocks, width "
+            f"{model['hidden_size']}, {model['num_register_tokens']} registers, {self.num_images} images of {rows} x {columns} patches",
             "verdict": self.verdict,
             "cut-off": f"{self.cutoff:.1f} at block {self.layer} (method {self.method}; median norm "
             f"{record['median']:.1f}, largest norm {record['max']:.1f}); {self.reason}",
