@@ -36,7 +36,7 @@ from hf_regvit.diagnosis.outliers import (
 from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.evaluation.metrics import effective_rank, register_cosine
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import read_many
+from hf_regvit.models.tokens import TokenReader, read_many
 
 # --- Two modes and a cut-off ---
 
@@ -458,7 +458,7 @@ def test_cost_equals_the_published_table(size, patch, giga, more):
             model = RegViTModel(
                 RegViTConfig.from_preset(size, patch_size=patch, image_size=224, num_register_tokens=registers)
             )
-        macs[registers] = count_macs(model, (224 // patch) ** 2)
+        macs[registers] = count_macs(TokenReader(model), (224 // patch) ** 2)
     assert macs[0] / 1e9 == pytest.approx(giga, rel=0.006)
     assert macs[4] / macs[0] - 1 == pytest.approx(more, abs=0.0003)
 
@@ -913,7 +913,7 @@ def test_controls_that_cannot_be_made():
 
 def test_hooks_are_gone_after_an_error(monkeypatch):
     model = tiny_model()
-    with pytest.raises(RuntimeError), _registers_replaced(model, {1: torch.zeros(3, 5, 7)}):
+    with pytest.raises(RuntimeError), _registers_replaced(TokenReader(model), {1: torch.zeros(3, 5, 7)}):
         model(random_pixels())
     assert not any(module._forward_hooks for module in model.modules())
 

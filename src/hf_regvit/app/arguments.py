@@ -328,7 +328,8 @@ class DiagnoseArguments:
         """
         cutoff = _cutoff(self.cutoff)
         names = ("max_images", "detail_images", "batch_size", "probes", "seed")
-        return {name: getattr(self, name) for name in names} | {"layers": self.layers or "all", "cutoff": cutoff}
+        own = {"layers": self.layers or "all", "cutoff": cutoff, "device": self.device or "cpu"}
+        return {name: getattr(self, name) for name in names} | own
 
 
 @dataclass
@@ -375,8 +376,9 @@ class RetrofitArguments:
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `retrofit`."""
-        names = ("num_register_tokens", "top_k", "highest_block", "max_images", "batch_size", "seed", "device")
-        return {name: getattr(self, name) for name in names} | {"cutoff": _cutoff(self.cutoff)}
+        names = ("num_register_tokens", "top_k", "highest_block", "max_images", "batch_size", "seed")
+        own = {"cutoff": _cutoff(self.cutoff), "device": self.device or "cpu"}
+        return {name: getattr(self, name) for name in names} | own
 
 
 def _cutoff(text: str) -> float | str:

@@ -126,7 +126,6 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     from ..diagnosis.diagnose import diagnose
     from ..figures.diagnosis_page import write_report
     from ..figures.maps import write_report_figures
-    from ..models.loading import load_model
     from .arguments import DiagnoseArguments
     from .recipes import RecipeParser
 
@@ -137,11 +136,10 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     _check_output(arguments.output_dir)
     images = load_images(arguments.data, split=arguments.split)
     if len(arguments.model_name_or_path) == 1:
-        model, processor = load_model(arguments.model_name_or_path[0], device=arguments.device)
-        outcome: Any = diagnose(model, images, processor=processor, **settings)
+        outcome: Any = diagnose(arguments.model_name_or_path[0], images, **settings)
         reports = {".": outcome}
     else:
-        outcome = compare_checkpoints(arguments.model_name_or_path, images, device=arguments.device, **settings)
+        outcome = compare_checkpoints(arguments.model_name_or_path, images, **settings)
         reports = outcome.folders()
     path = outcome.save(arguments.output_dir)
     for folder, report in reports.items():
@@ -156,7 +154,7 @@ def diagnose_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
 def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str, Any]:
     """Run `regvit retrofit --model SOURCE --data FOLDER --output_dir FOLDER`."""
     from ..data.loading import load_images
-    from ..diagnosis.retrofit import retrofit_to_folder
+    from ..diagnosis.retrofit import retrofit
     from ..figures.maps import before_after_figure, read_token_maps, save_figure
     from .arguments import RetrofitArguments
     from .recipes import RecipeParser
@@ -167,7 +165,7 @@ def retrofit_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
         return _resolved(arguments)
     _check_output(arguments.output_dir)
     images = load_images(arguments.data, split=arguments.split)
-    result = retrofit_to_folder(arguments.model_name_or_path, images, arguments.output_dir, **settings)
+    result = retrofit(arguments.model_name_or_path, images, output_dir=arguments.output_dir, **settings)
     pictures = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
     path = f"{arguments.output_dir}/before_after.png"

@@ -159,7 +159,8 @@ class ArtifactReport(Result):
         direction, (rows, columns) = outliers["direction"], outliers["grid"]
         lines = {
             "model": f"{model['name']}: {model['family']}, {model['num_layers']} blocks, width "
-            f"{model['hidden_size']}, {model['num_register_tokens']} registers, {self.num_images} images of {rows} x {columns} patches",
+            f"{model['hidden_size']}, {model['num_register_tokens']} registers, {self.num_images} images of "
+            f"{rows} x {columns} patches",
             "verdict": self.verdict,
             "cut-off": f"{self.cutoff:.1f} at block {self.layer} (method {self.method}; median norm "
             f"{record['median']:.1f}, largest norm {record['max']:.1f}); {self.reason}",
