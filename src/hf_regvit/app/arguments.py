@@ -287,12 +287,12 @@ class _ArtifactArguments(_ImageArguments):
     seed: int = _option(0, "Random seed.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of the public function, except for the device.
+        """Return the keyword arguments of the public function.
 
         Raises:
             ValueError: `cutoff` is neither "auto" nor a number.
         """
-        names = {f.name for f in fields(self)} - {"model", "data", "split", "output_dir", "device"}
+        names = {f.name for f in fields(self)} - {"model", "data", "split", "output_dir"}
         given = {name: getattr(self, name) for name in names}
         try:
             return given | {"cutoff": self.cutoff if self.cutoff == "auto" else float(self.cutoff)}
@@ -312,7 +312,7 @@ class DiagnoseArguments(_ArtifactArguments):
     probes: bool = _option(False, "Also fit linear probes on single tokens; the class probe needs labeled images.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of `diagnose`, except for the device."""
+        """Return the keyword arguments of `diagnose`."""
         return super().settings() | {"layers": self.layers or "all"}
 
 

@@ -81,16 +81,14 @@ def _diagnose(arguments: Any) -> Outcome:
     from ..diagnosis.diagnose import diagnose
     from ..figures.diagnosis_page import write_report
     from ..figures.maps import write_report_figures
-    from ..models.loading import load_model
 
     settings = arguments.settings()
     images = load_images(arguments.data, split=arguments.split)
     if len(arguments.model) == 1:
-        model, processor = load_model(arguments.model[0], device=arguments.device)
-        outcome: Any = diagnose(model, images, processor=processor, **settings)
+        outcome: Any = diagnose(arguments.model[0], images, **settings)
         reports = {".": outcome}
     else:
-        outcome = compare_checkpoints(arguments.model, images, device=arguments.device, **settings)
+        outcome = compare_checkpoints(arguments.model, images, **settings)
         reports = outcome.folders()
     path = outcome.save(arguments.output_dir)
     for folder, report in reports.items():
@@ -101,12 +99,12 @@ def _diagnose(arguments: Any) -> Outcome:
 
 def _retrofit(arguments: Any) -> Outcome:
     from ..data.loading import load_images
-    from ..diagnosis.retrofit import retrofit_to_folder
+    from ..diagnosis.retrofit import retrofit
     from ..figures.maps import before_after_figure, read_token_maps, save_figure
 
     settings = arguments.settings()
     images = load_images(arguments.data, split=arguments.split)
-    result = retrofit_to_folder(arguments.model, images, arguments.output_dir, **settings)
+    result = retrofit(arguments.model, images, output_dir=arguments.output_dir, **settings)
     pictures = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
     path = f"{arguments.output_dir}/before_after.png"
