@@ -377,7 +377,6 @@ def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: 
 
     penalties = len(train_features) * np.array([1e-3, 1e-2, 1e-1, 1.0, 10.0])
     x, y, test, truth = (
-        values.cpu().numpy()
-        for values in (train_features.double(), train_labels, test_features.double(), test_labels)
+        values.cpu().numpy() for values in (train_features.double(), train_labels, test_features.double(), test_labels)
     )
     return float(make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=penalties)).fit(x, y).score(test, truth))
