@@ -8,7 +8,7 @@ neither torch nor transformers, because the command line builds its options from
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
 from .image_tasks import FewShot, Knn, Linear, Logistic, Retrieval, Robustness, option
 from .patch_tasks import Depth, Lost, Segmentation
@@ -88,17 +88,18 @@ def select_tasks(names: Sequence[str]) -> list[type[Task]]:
     return [task for name, task in TASKS.items() if name in names]
 
 
-def task_options() -> dict[str, "Field[Any]"]:
-    """Return the fields of `Sampling` and of the settings of all tasks by name.
+def task_options() -> dict[str, tuple[Any, "Field[Any]"]]:
+    """Return type and field of every option of `Sampling` and of the settings of all tasks, by name.
 
     Raises:
         ValueError: Two tasks give one option different defaults.
     """
-    options: dict[str, Field[Any]] = {}
+    options: dict[str, tuple[Any, Field[Any]]] = {}
     for settings in (Sampling, *(task.Settings for task in TASKS.values())):
+        hints = get_type_hints(settings)
         for one in fields(settings):
-            known = options.setdefault(one.name, one)
-            if (known.default, known.default_factory) != (one.default, one.default_factory):
+            _, known = options.setdefault(one.name, (hints[one.name], one))
+            if known.default != one.default:
                 raise ValueError(f"Two tasks give the option '{one.name}' different defaults. Rename one of them.")
     return options
 
