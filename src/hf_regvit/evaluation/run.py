@@ -78,10 +78,8 @@ def evaluate_backbone(
             f"task_data names {sorted(unknown)}, which are not among the tasks {list(tasks)}. Add these tasks or "
             "remove their data."
         )
+    shared = {"sampling": settings_from(Sampling, options), "cache_dir": cache_dir, "seed": seed}
     reader = open_model(model, device=device)
-    shared: dict[str, Any] = {
-        "sampling": settings_from(Sampling, options), "cache_dir": cache_dir, "seed": seed
-    }  # fmt: skip
     common = TaskParts(data, train, **shared)
     parts = {task.name: TaskParts(own[task.name], **shared) if task.name in own else common for task in chosen}
     scores = [score for task in chosen for score in task.run(reader, parts[task.name], seed=seed)]
@@ -128,7 +126,6 @@ def compare_backbones(
     if not models or len({str(one) if isinstance(one, str | Path) else id(one) for one in models}) < len(models):
         named = [str(one) if isinstance(one, str | Path) else type(one).__name__ for one in models]
         raise ValueError(f"models={named}: expected at least one model. Name each once.")
-    select_tasks(options.get("tasks", ("knn",)))  # before the first model is loaded
     table = EvaluationTable(())
     for model, name in zip(models, _names(models)):
         report = evaluate_backbone(model, data, **{"name": name} | options)
