@@ -133,10 +133,7 @@ def _evaluate(arguments: Any) -> Outcome:
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
         table.save(arguments.output_dir)
 
-    settings = arguments.settings()
-    table = compare_backbones(
-        arguments.model_name_or_path, arguments.data, device=arguments.device, on_report=keep, **settings
-    )
+    table = compare_backbones(arguments.model, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
     path = {"report": f"{arguments.output_dir}/report.json"}
     result = path | {"results": [report.summary() for report in table.reports]}

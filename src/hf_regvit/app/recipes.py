@@ -8,7 +8,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import transformers
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from hf_regvit_cli import COMMANDS, OPTIONS, OptionParser, RecipeError
 
@@ -34,7 +34,8 @@ class RecipeParser(OptionParser):
 def arguments_class(command: str) -> Any:
     """Return the class of the arguments of a command."""
     module, _, name = COMMANDS[command].arguments.rpartition(".")
-    return getattr(import_module(f"hf_regvit.{module}"), name)
+    found = getattr(import_module(f"hf_regvit.{module}"), name)
+    return found if isinstance(found, type) else found()  # the options of an evaluation are those of its tasks
 
 
 def options_of_command(command: str) -> list[dict[str, Any]]:
@@ -52,8 +53,9 @@ def options_of(arguments_class: Any) -> list[dict[str, Any]]:
     type of a value, all types that a recipe may give ("kinds"), and whether the option is inherited from transformers.
     """
     hints = get_type_hints(arguments_class)
-    own = {name for one in arguments_class.__mro__ if one.__module__.startswith("hf_regvit")
-           for name in vars(one).get("__annotations__", ())}  # fmt: skip
+    above = arguments_class.__mro__
+    above = above[: above.index(TrainingArguments)] if issubclass(arguments_class, TrainingArguments) else above
+    own = {name for one in above for name in vars(one).get("__annotations__", ())}
     records: dict[str, dict[str, Any]] = {}
     for action in HfArgumentParser(arguments_class)._actions:
         if action.dest == "help" or action.dest in records:  # the second action of a name is --no_option

@@ -13,10 +13,9 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from ..data.source import ImageSource
-from ..models.families import describe_model
+from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
 from .intervals import bootstrap_interval
 from .lost import AttentionSettings, Center, Feature, LostResult, LostSettings, Method, Proposals, propose
@@ -216,49 +215,46 @@ def halves(count: int, *, seed: int) -> tuple[list[int], list[int]]:
 
 
 def evaluate_lost(
-    model: nn.Module,
-    judged: ImageSource,
+    reader: TokenReader,
+    images: ImageSource,
     truth: Sequence[Sequence[Box]],
     *,
     train: tuple[ImageSource, Sequence[Sequence[Box]]] | None = None,
     grid: LostGrid | None = None,
-    processor: Any = None,
     max_side: int = 640,
     seed: int = 0,
 ) -> LostEvaluation:
     """Compute the CorLoc of LOST and of its baselines.
 
     Args:
-        model: Any model that `features.read_tokens` supports.
-        judged: Test images.
+        reader: Reader of the model.
+        images: Test images.
         truth: Boxes of every image.
-        train: Images to choose settings on, and their boxes. Default: half of `judged`; the other half is the test
+        train: Images to choose settings on, and their boxes. Default: half of `images`; the other half is the test
             images.
-        grid: Settings to choose from. With a single setting, all of `judged` are test images.
-        processor: Image processor. Default: the model's own.
+        grid: Settings to choose from. With a single setting, all of `images` are test images.
         max_side: Longer side in pixels to which larger images are reduced.
         seed: Random seed for the halves and the confidence intervals.
 
     Raises:
         ValueError: There are fewer than two images with boxes.
     """
-    started = time.perf_counter()
-    description = describe_model(model)
+    started, description = time.perf_counter(), reader.description
     settings = (grid or LostGrid()).settings(description.num_layers)
     heads: list[Method] = []
     if description.has_cls:
         heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
-    options = {"processor": processor, "max_side": max_side}
-    judged, truth, without = images_with_boxes(judged, truth)
+    images, truth, without = images_with_boxes(images, truth)
     choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())
     if len(settings) > 1:
         if train is None:
-            first, second = halves(len(judged), seed=seed)
-            train = judged.subset(first), [truth[i] for i in first]
-            judged, truth = judged.subset(second), [truth[i] for i in second]
-        images, boxes, _ = images_with_boxes(*train)
-        choice = choose(measure_overlaps(model, images, boxes, [*settings, *heads], label="choosing", **options))
-    measured = measure_overlaps(model, judged, truth, choice.methods, label="testing", **options)
+            first, second = halves(len(images), seed=seed)
+            train = images.subset(first), [truth[i] for i in first]
+            images, truth = images.subset(second), [truth[i] for i in second]
+        known, boxes, _ = images_with_boxes(*train)
+        seen = measure_overlaps(reader, known, boxes, [*settings, *heads], label="choosing", max_side=max_side)
+        choice = choose(seen)
+    measured = measure_overlaps(reader, images, truth, choice.methods, label="testing", max_side=max_side)
     return LostEvaluation(
         settings=choice.settings,
         scores=score_methods(measured, center=choice.center, seed=seed),
@@ -266,7 +262,7 @@ def evaluate_lost(
         protocol={"iou_threshold": _THRESHOLD, "max_side": max_side, "padding": "zeros, right and below"},
         ids=measured.ids,
         num_without_boxes=without,
-        num_skipped=len(judged) - len(measured.ids),
+        num_skipped=len(images) - len(measured.ids),
         seconds=round(time.perf_counter() - started, 1),
     )
 
@@ -322,23 +318,21 @@ class Overlaps:
 
 
 def measure_overlaps(
-    model: nn.Module,
+    reader: TokenReader,
     source: ImageSource,
     truth: Sequence[Sequence[Box]],
     methods: Sequence[Method],
     *,
-    processor: Any = None,
     max_side: int = 640,
     label: str | None = None,
 ) -> Overlaps:
     """Run methods on images with boxes; the model sees each image once.
 
     Args:
-        model: As in `evaluate_lost`.
+        reader: As in `evaluate_lost`.
         source: Images.
         truth: Boxes of every image, at least one each.
         methods: Methods to run.
-        processor: As in `evaluate_lost`.
         max_side: As in `evaluate_lost`.
         label: Label of the progress bar.
     """
@@ -347,19 +341,16 @@ def measure_overlaps(
     boxes_of = dict(zip(source.ids, truth))
     found: list[Proposals] = []
     rows, degenerate = [], []
-    proposals = propose(model, source, methods, processor=processor, max_side=max_side)
+    proposals = propose(reader, source, methods, max_side=max_side)
     for proposal in tqdm(proposals, total=len(source), desc=label, unit="image", disable=None):
-        boxes = boxes_of[proposal.id]
-        rows.append(best_iou(proposal.boxes, [boxes] * len(methods)).double().numpy())
+        rows.append(best_iou(proposal.boxes, [boxes_of[proposal.id]] * len(methods)).double().numpy())
         degenerate.append([isinstance(result, LostResult) and result.degenerate for result in proposal.results])
-        found.append(Proposals(proposal.id, proposal.image_size, proposal.boxes, ()))
+        found.append(replace(proposal, results=()))
     beyond = [
-        proposal.id
-        for proposal in found
-        if any(
-            x2 > proposal.image_size[1] + 2 or y2 > proposal.image_size[0] + 2
-            for _, _, x2, y2 in boxes_of[proposal.id]
-        )
+        one.id
+        for one in found
+        for height, width in [one.image_size]
+        if any(x2 > width + 2 or y2 > height + 2 for _, _, x2, y2 in boxes_of[one.id])
     ]
     if beyond:
         logger.warning(

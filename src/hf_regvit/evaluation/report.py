@@ -15,19 +15,8 @@ import numpy as np
 
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
 from .object_discovery import LostEvaluation
+from .tasks import TASKS
 
-# task: (name for readers, task type on the Hub)
-_TASKS = {
-    "knn": ("Weighted kNN", "image-classification"),
-    "linear": ("Linear probe", "image-classification"),
-    "logistic": ("Logistic regression", "image-classification"),
-    "few_shot": ("Few-shot kNN", "image-classification"),
-    "robustness": ("kNN at other sizes", "image-classification"),
-    "retrieval": ("Retrieval", "image-feature-extraction"),
-    "segmentation": ("Linear segmentation", "image-segmentation"),
-    "depth": ("Linear depth", "depth-estimation"),
-    "lost": ("Object discovery", "object-detection"),
-}
 _HUB_METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "map": "mean_average_precision"}
 _IN_METERS = ("rmse",)
 _RATIOS = ("abs_rel",)
@@ -105,7 +94,8 @@ class Score:
     @property
     def name(self) -> str:
         """Return the name shown to readers, such as `Weighted kNN, top1, k=10`."""
-        return ", ".join(part for part in (_TASKS[self.task][0], self.metric, self.variant) if part)
+        title = TASKS[self.task].title if self.task in TASKS else self.task
+        return ", ".join(part for part in (title, self.metric, self.variant) if part)
 
     def difference(self, other: "Score") -> tuple[float, tuple[float, float]]:
         """Return this score minus another on the same images, with the paired 95 % confidence interval.
@@ -236,7 +226,7 @@ class EvaluationReport:
         """
         results: dict[tuple[str, str], dict[str, Any]] = {}
         for score in self.scores:
-            kind = _TASKS[score.task][1]
+            kind = TASKS[score.task].hub_type if score.task in TASKS else "image-feature-extraction"
             key = (kind, score.data)
             result = results.setdefault(
                 key,
