@@ -170,17 +170,19 @@ def evaluate_arguments() -> type[EvaluateArguments]:
         by_need.setdefault(task.needs, []).append(name)
     listed = "; ".join(f"{', '.join(names)} (with {need})" for need, names in by_need.items())
     hints = get_type_hints(EvaluateArguments)
-    options = {one.name: (hints[one.name], one.default, one.metadata) for one in fields(EvaluateArguments)}
+    options: dict[str, tuple[Any, Any, Any]] = {
+        one.name: (hints[one.name], one.default, one.metadata) for one in fields(EvaluateArguments)
+    }
     options["tasks"] = (list[str], lambda: ["knn", "linear"], {"help": f"Tasks to run: {listed}."})
-    for task, need in _own_data().items():
-        help_text = f"Images with {need} for the task {task}. Default: --data."
-        options[f"{task}_data"] = (str | None, None, {"help": help_text})
+    for name, need in _own_data().items():
+        help_text = f"Images with {need} for the task {name}. Default: --data."
+        options[f"{name}_data"] = (str | None, None, {"help": help_text})
     for name, (kind, one) in task_options().items():
         options[name] = (kind, one.default if one.default is not MISSING else one.default_factory, one.metadata)
-    made = []
+    made: list[Any] = []
     for name, (kind, default, metadata) in options.items():
-        key = "default_factory" if callable(default) else "default"
-        made.append((name, kind, field(**{key: default}, metadata=dict(metadata))))
+        given: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+        made.append((name, kind, field(**given, metadata=dict(metadata))))
     own = {"settings": EvaluateArguments.settings, "__doc__": EvaluateArguments.__doc__}
     return make_dataclass("EvaluateArguments", made, namespace=own)
 
