@@ -696,7 +696,7 @@ def test_images_without_labels(model, tmp_path):
 def test_one_class_and_unseen_classes(model, data):
     train, judged = (load_images(data, split=part) for part in ("train", "validation"))
     of = {label: [i for i, one in enumerate(train.labels) if one == label] for label in range(3)}
-    with pytest.raises(ValueError, match=r"all 8 training images are of one class, blue"):
+    with pytest.raises(ValueError, match=r"all 8 training images are of one class, 'blue'"):
         evaluate(model, judged.subset(range(4)), train=train.subset(of[0]))
     with pytest.raises(ValueError, match=r"has 1 classes without training images: 'red'"):
         evaluate(model, judged, train=train.subset(of[0] + of[1]))
@@ -872,7 +872,7 @@ def test_every_option_has_a_help_text_and_a_task():
             "d",
         ]
     )
-    assert arguments.model_name_or_path == ["a", "b"]
+    assert arguments.model == ["a", "b"]
     assert arguments.do_reduce_labels
     settings = arguments.settings()
     assert settings["task_data"] == {"lost": "d"}

@@ -151,8 +151,8 @@ def evaluate_arguments() -> type[EvaluateArguments]:
     from ..evaluation.tasks import TASKS, task_options
 
     by_need: dict[str, list[str]] = {}
-    for name, task in TASKS.items():
-        by_need.setdefault(task.needs, []).append(name)
+    for title, one_task in TASKS.items():
+        by_need.setdefault(one_task.needs, []).append(title)
     listed = "; ".join(f"{', '.join(names)} (with {need})" for need, names in by_need.items())
     made: list[Any] = [("tasks", list[str], _option(["knn", "linear"], f"Tasks to run: {listed}."))]
     for task, need in _own_data().items():

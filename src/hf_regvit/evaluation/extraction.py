@@ -383,6 +383,8 @@ def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: 
         raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
+    for path in folder.glob(".features-*.partial"):  # left by an interrupted run; all shards are finished
+        path.unlink(missing_ok=True)
     shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
     skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
     num_images = sum(len(shard["ids"]) for shard in shards)

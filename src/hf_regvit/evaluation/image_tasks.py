@@ -351,8 +351,8 @@ def _votes(
     """Return the class scores of the test images for each k, (m, C), from the last block read."""
     from .knn import knn_classify
 
-    vectors, options = (train.features.last, train.labels, test.features.last), {"temperature": temperature}
-    return knn_classify(*vectors, k=ks, num_classes=train.num_classes, **options)
+    vectors = train.features.last, train.labels, test.features.last
+    return knn_classify(*vectors, k=ks, temperature=temperature, num_classes=train.num_classes)
 
 
 def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int) -> dict[str, Any]:

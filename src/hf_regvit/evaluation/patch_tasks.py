@@ -164,15 +164,15 @@ class Lost:
         max_side: int = option(640, "Maximum longer side for object discovery in pixels; larger images are resized.")
 
         def __post_init__(self) -> None:
-            if unknown := set(self.lost_l2norm or ()) - {"true", "false"}:
-                raise ValueError(f"lost_l2norm={self.lost_l2norm} contains {unknown}. Choose from true, false.")
+            if set(self.lost_l2norm or ()) - {"true", "false"}:
+                raise ValueError(f"lost_l2norm={self.lost_l2norm} contains an unknown value. Choose from true, false.")
 
         def grid(self) -> "LostGrid":
             """Return the candidates; options that were not given keep the defaults of the grid."""
             from .object_discovery import LostGrid
 
             norms = self.lost_l2norm
-            given = {
+            given: dict[str, Any] = {
                 "features": self.lost_features,
                 "layers": self.lost_layers,
                 "centers": self.lost_centers,
@@ -192,8 +192,9 @@ class Lost:
 
         settings = self.settings
         train, (images, truth) = parts.boxes(column=settings.boxes, box_format=settings.box_format)
-        options = {"grid": settings.grid(), "max_side": settings.max_side, "seed": seed}
-        parts.lost = evaluate_lost(reader, images, truth, train=train, **options)
+        parts.lost = evaluate_lost(
+            reader, images, truth, train=train, grid=settings.grid(), max_side=settings.max_side, seed=seed
+        )
         return [lost_score(parts.lost, parts.name, seed)]
 
 

@@ -52,9 +52,8 @@ class Task(Protocol):
         ...
 
 
-TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Knn, Linear, Logistic, FewShot, Retrieval, Robustness, Segmentation, Depth, Lost)
-}
+_ALL: tuple[Any, ...] = (Knn, Linear, Logistic, FewShot, Retrieval, Robustness, Segmentation, Depth, Lost)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
 
 
 @dataclass
