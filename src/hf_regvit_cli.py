@@ -303,7 +303,7 @@ def _go_offline_if_unreachable(values: Mapping[str, Any], *, seconds: float = 3.
         return
     named = [value for name, value in values.items() if re.search(r"^(model|init_from|compare)|data$", name)]
     words = [word for value in named for word in (value if isinstance(value, list) else [value])]
-    remote = r"([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.-]+)?"
+    remote = r"(?!(?:photos|digits)$)([\w-][\w.-]*/)?[\w-][\w.-]*(:[\w.-]+)?"
     if not any(isinstance(word, str) and re.fullmatch(remote, word) and not Path(word).exists() for word in words):
         return
     import socket
@@ -336,14 +336,14 @@ def parser_of(name: str) -> OptionParser:
 
 
 def _values(name: str, args: Sequence[str]) -> tuple[OptionParser, dict[str, Any]]:
-    """Parse the options of a command, whose inherited options depend on the version of transformers."""
+    """Parse the options of a command, and ask the installed transformers for an option that the file does not list."""
     from importlib.metadata import version
 
     parser = parser_of(name)
+    inherits = any(option["inherited"] for option in parser.options.values())
+    words = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args if word.startswith("--")}
     known = json.loads(OPTIONS.read_text(encoding="utf-8"))["transformers"]
-    unknown = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args if word.startswith("--")}
-    unknown -= {*parser.names, "config"}
-    if "TrainingArguments" in COMMANDS[name].arguments and unknown and version("transformers") != known:
+    if inherits and words - {*parser.names, "config"} and version("transformers") != known:
         from hf_regvit.app.recipes import options_of_command
 
         parser = OptionParser(options_of_command(name), COMMANDS[name], prog=f"regvit {name}")
