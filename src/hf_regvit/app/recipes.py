@@ -1,18 +1,16 @@
 """Options of the argument classes: as records for the command line, and as a parser that returns an instance."""
 
-import json
 from collections.abc import Sequence
 from enum import Enum
 from importlib import import_module
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-import transformers
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_regvit_cli import COMMANDS, OPTIONS, OptionParser, RecipeError
+from hf_regvit_cli import COMMANDS, OptionParser, RecipeError
 
-__all__ = ["RecipeError", "RecipeParser", "options_of", "options_of_command", "write_options"]
+__all__ = ["RecipeError", "RecipeParser", "arguments_class", "options_of", "options_of_command"]
 
 
 class RecipeParser(OptionParser):
@@ -78,14 +76,3 @@ def options_of(arguments_class: Any) -> list[dict[str, Any]]:
             "inherited": action.dest not in own,
         }
     return list(records.values())
-
-
-def write_options() -> None:
-    """Write the options of all commands to the file that the command line reads."""
-    commands = {name: options_of_command(name) for name in COMMANDS}
-    lines = [
-        f'"{name}": [\n' + ",\n".join(json.dumps(option) for option in options) + "\n]"
-        for name, options in commands.items()
-    ]
-    text = f'{{"transformers": "{transformers.__version__}", "commands": {{\n' + ",\n".join(lines) + "\n}}\n"
-    OPTIONS.write_text(text, encoding="utf-8")
