@@ -857,28 +857,15 @@ def test_every_option_has_a_help_text_and_a_task():
         assert (task.name, task.needs) == (name, task.needs)
         assert task.title
     assert all(one.metadata["help"].endswith(".") for _, one in task_options().values())
-    (arguments,) = RecipeParser(evaluate_arguments(), prog="x").parse(
-        [
-            "--model",
-            "a",
-            "--model",
-            "b",
-            "--data",
-            "c",
-            "--reduce_labels",
-            "--lost_l2norm",
-            "false",
-            "--lost_data",
-            "d",
-        ]
-    )
+    given = ["--model", "a", "--model", "b", "--data", "c", "--reduce_labels", "--lost_l2norm", "false", "--lost_data", "d"]
+    (arguments,) = RecipeParser(evaluate_arguments(), prog="x").parse(given)
     assert arguments.model == ["a", "b"]
     assert arguments.do_reduce_labels
     settings = arguments.settings()
     assert settings["task_data"] == {"lost": "d"}
-    assert settings_from(
-        TASKS["lost"].Settings, {"lost_l2norm": ["false"], "lost_biases": [1.0]}
-    ).grid().raw_biases == [1.0]
+    lost = settings_from(TASKS["lost"].Settings, {"lost_l2norm": ["false"], "lost_biases": [1.0]})
+    assert {one.bias for one in lost.candidates(12)} == {1.0}
+    assert len(TASKS["lost"].Settings().candidates(12)) == 4 * 4 * 3 * (1 + 5)
 
 
 def test_modules_and_names_are_compared(folders, data, model):

@@ -17,7 +17,6 @@ from hf_regvit.evaluation.boxes import corloc
 from hf_regvit.evaluation.intervals import bootstrap_interval
 from hf_regvit.evaluation.lost import AttentionSettings, LostSettings, discover_objects
 from hf_regvit.evaluation.object_discovery import (
-    LostGrid,
     Overlaps,
     choose,
     ground_truth_boxes,
@@ -28,6 +27,7 @@ from hf_regvit.evaluation.object_discovery import (
 )
 from hf_regvit.evaluation.report import EvaluationReport
 from hf_regvit.evaluation.run import evaluate_backbone
+from hf_regvit.evaluation.tasks import TASKS, settings_from
 from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import default_image_processor
 
@@ -147,11 +147,15 @@ def test_boxes_in_the_wrong_format_are_noticed(tmp_path, reader, caplog):
 # --- Choice and judgement
 
 
-def table(hits, sizes=None):
+def table(hits, sizes=None, methods=None):
     """Overlaps of LOST with k = 1, 2, ..., then two heads, each 0.5 or 0."""
     iou = np.array(hits, dtype=float) / 2
     count, num_methods = iou.shape
-    methods = [*(LostSettings(k=k) for k in range(1, num_methods - 1)), AttentionSettings(0), AttentionSettings(1)]
+    methods = methods or [
+        *(LostSettings(k=k) for k in range(1, num_methods - 1)),
+        AttentionSettings(0),
+        AttentionSettings(1),
+    ]
     return Overlaps(
         methods=tuple(methods),
         ids=tuple(str(i) for i in range(count)),
@@ -180,8 +184,8 @@ def test_middle_boxes_cover_what_they_say():
 
 
 def test_scores_compare_on_the_same_images():
-    measured = table([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]])
-    measured = measured.only([LostSettings(k=1), AttentionSettings(0), AttentionSettings(1)])
+    methods = [LostSettings(k=1), AttentionSettings(0), AttentionSettings(1)]
+    measured = table([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]], methods=methods)
     scores = score_methods(measured, center=1.0, seed=0)
     assert scores["lost"].corloc == 0.75
     assert scores["attention"].corloc == 0.5
@@ -235,8 +239,7 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, reader, tmp_p
     assert lost.corloc == pytest.approx(corloc([o.box for o in objects], [truth[name] for name in judged]))
     # These settings are the best on the images used for choosing.
     others = source.subset([kept[i] for i in first])
-    grid = LostGrid(features=("k", "out"), layers=(-1, -2), centers=("none", "image"), biases=(0.0, -0.2))
-    settings = grid.settings(2)
+    settings = settings_from(TASKS["lost"].Settings, {k: v for k, v in OPTIONS.items() if k != "tasks"}).candidates(2)
     boxes = [truth[name] for name in others.ids]
     seen = measure_overlaps(reader, others, boxes, settings)
     assert lost.settings == settings[int(seen.corloc().argmax())]
@@ -295,8 +298,8 @@ def test_what_cannot_be_evaluated_is_named(data, reader, change, message):
 
 
 def test_layers_that_a_shallow_model_has_not_are_left_out():
-    assert {settings.layer for settings in LostGrid().settings(2)} == {-1, -2}
-    assert LostGrid().settings(12)[0] == LostSettings()
+    assert {settings.layer for settings in TASKS["lost"].Settings().candidates(2)} == {-1, -2}
+    assert TASKS["lost"].Settings().candidates(12)[0] == LostSettings()
 
 
 # --- Command line

@@ -1,6 +1,7 @@
 """Evaluation tasks on patch tokens: linear segmentation, linear depth and object discovery."""
 
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from .image_tasks import option
@@ -9,7 +10,8 @@ if TYPE_CHECKING:
     from ..data.maps import DenseSource
     from ..models.tokens import TokenReader
     from .dense_features import DenseFeatures
-    from .object_discovery import LostEvaluation, LostGrid
+    from .lost import LostSettings
+    from .object_discovery import LostEvaluation
     from .report import Score
     from .run import TaskParts
 
@@ -143,45 +145,53 @@ class Lost:
 
     @dataclass
     class Settings:
-        """Settings of the boxes and candidates for LOST; see `object_discovery.LostGrid`."""
+        """Settings of the boxes, and the values of LOST's settings: all combinations are candidates."""
 
         boxes: str | None = option(None, "Column with ground-truth boxes. Default: objects, bbox or boxes.")
         box_format: str = option("xywh", "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners).")
-        lost_features: list[str] | None = option(None, "Features for object discovery, among q k v out. Default: all.")
-        lost_layers: list[int] | None = option(
-            None, "Blocks for object discovery, counted from the end. Default: -1 to -4."
+        lost_features: list[str] = option(
+            lambda: ["k", "q", "v", "out"], "Features for object discovery, among q k v out."
         )
-        lost_centers: list[str] | None = option(
-            None, "Centering for object discovery, among none image row. Default: all."
+        lost_layers: list[int] = option(
+            lambda: [-1, -2, -3, -4],
+            "Blocks for object discovery, counted from the end. A shallow model uses those that it has.",
         )
-        lost_l2norm: list[str] | None = option(
-            None, "L2 normalization for object discovery, among false true. Default: both."
+        lost_centers: list[str] = option(
+            lambda: ["none", "image", "row"], "Centering for object discovery, among none image row."
+        )
+        lost_l2norm: list[str] = option(
+            lambda: ["false", "true"], "L2 normalization for object discovery, among false true."
         )
         lost_biases: list[float] | None = option(
-            None, "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."
+            None,
+            "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false. Default: 0 "
+            "-0.1 -0.2 -0.4 -0.6 for cosines and 0 for dot products, whose scale depends on the model.",
         )
-        lost_k: list[int] | None = option(None, "Numbers of candidate patches for seed expansion. Default: 100.")
+        lost_k: list[int] = option(lambda: [100], "Numbers of candidate patches for seed expansion.")
         max_side: int = option(640, "Maximum longer side for object discovery in pixels; larger images are resized.")
 
         def __post_init__(self) -> None:
-            if set(self.lost_l2norm or ()) - {"true", "false"}:
+            if set(self.lost_l2norm) - {"true", "false"}:
                 raise ValueError(f"lost_l2norm={self.lost_l2norm} contains an unknown value. Choose from true, false.")
 
-        def grid(self) -> "LostGrid":
-            """Return the candidates; options that were not given keep the defaults of the grid."""
-            from .object_discovery import LostGrid
+        def candidates(self, num_layers: int) -> "list[LostSettings]":
+            """Return the combinations for a model of that many blocks, in order of preference for ties."""
+            from .lost import LostSettings
 
-            norms = self.lost_l2norm
-            given: dict[str, Any] = {
-                "features": self.lost_features,
-                "layers": self.lost_layers,
-                "centers": self.lost_centers,
-                "l2norms": None if norms is None else [norm == "true" for norm in norms],
-                "biases": self.lost_biases,
-                "raw_biases": self.lost_biases if norms == ["false"] else None,
-                "ks": self.lost_k,
-            }
-            return LostGrid(**{name: value for name, value in given.items() if value is not None})
+            cosine = (0.0, -0.1, -0.2, -0.4, -0.6) if self.lost_biases is None else self.lost_biases
+            raw = cosine if self.lost_biases is not None and self.lost_l2norm == ["false"] else (0.0,)
+            layers = [layer for layer in self.lost_layers if layer >= -num_layers]
+            values: Any = product(self.lost_features, layers, self.lost_centers, self.lost_l2norm, self.lost_k)
+            found = [
+                LostSettings(feature, layer, center, norm == "true", bias, k)
+                for feature, layer, center, norm, k in values
+                for bias in (cosine if norm == "true" else raw)
+            ]
+            if not found:
+                raise ValueError(
+                    f"{self} has no setting for a model of {num_layers} blocks. Add layers or other values."
+                )
+            return found
 
     settings: Settings
     name, title, hub_type, needs = "lost", "Object discovery", "object-detection", "boxes"
@@ -192,8 +202,9 @@ class Lost:
 
         settings = self.settings
         train, (images, truth) = parts.boxes(column=settings.boxes, box_format=settings.box_format)
+        candidates = settings.candidates(reader.description.num_layers)
         parts.lost = evaluate_lost(
-            reader, images, truth, train=train, grid=settings.grid(), max_side=settings.max_side, seed=seed
+            reader, images, truth, train=train, settings=candidates, max_side=settings.max_side, seed=seed
         )
         return [lost_score(parts.lost, parts.name, seed)]
 
