@@ -91,7 +91,8 @@ def test_a_pattern_still_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("name", "split"),
     [
-        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("TRAIN_01", "train"), ("val", "validation"),
+        ("train", "train"), ("Training", "train"), ("train2017", "train"), ("TRAIN_01", "train"),
+        ("val", "validation"),
         ("valid", "validation"), ("Validation", "validation"), ("val2017", "validation"), ("dev-2", "validation"),
         ("test", "test"), ("Testing", "test"), ("test2019", "test"), ("trains", None), ("testament", None),
         ("valley", None), ("training set", None), ("unlabeled", None), ("device", None), ("2017", None),
