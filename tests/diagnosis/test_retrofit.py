@@ -479,7 +479,7 @@ def test_retrofit_moves_the_outliers_and_says_so(planted, pictures, processor, t
     norms = read_tokens(model, noise(2, side=64), layers=(2,))
     assert norms.registers().norm(dim=-1).min() > report.cutoff  # where they went
     assert [record["chosen"] for record in report.tried].count(True) == 1
-    assert len(report.summary().splitlines()) == 12
+    assert len(report.summary().splitlines()) == 13
     path = report.save(tmp_path)
     assert RetrofitReport(**json.loads(path.read_text())) == report
 

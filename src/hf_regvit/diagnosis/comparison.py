@@ -13,7 +13,7 @@ from torch import nn
 from ..models.loading import open_model, short_names
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
-from .report import ArtifactReport, Result, html_table, markdown_table
+from .report import ArtifactReport, Result, markdown_table
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,12 +56,9 @@ class ComparisonReport(Result):
 
     def table(self) -> str:
         """Return the rows as a Markdown table."""
-        return markdown_table(self._cells())
+        return markdown_table(self._rows())
 
-    def _repr_html_(self) -> str:
-        return html_table(self._cells())
-
-    def _cells(self) -> list[list[Any]]:
+    def _rows(self) -> list[list[Any]]:
         return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
 
 

@@ -1,7 +1,8 @@
 """Controls for the claim that a model uses its registers: replace them and measure what changes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,15 @@ def _registers_replaced(reader: TokenReader, values: Mapping[int, Tensor]) -> It
     stop = reader.description.num_prefix_tokens
     start = stop - reader.description.num_register_tokens
 
-    def replace(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
-            tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, stop:]), dim=1)
-            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-        return hook
+    def replace(module: nn.Module, args: tuple, output: Any, *, layer: int) -> Any:
+        tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+        tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, stop:]), dim=1)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     blocks: Any = reader.tower.get_submodule(reader.family.blocks)
     with ExitStack() as stack:
         for layer in values:
-            stack.callback(blocks[layer - 1].register_forward_hook(replace(layer)).remove)
+            stack.callback(blocks[layer - 1].register_forward_hook(partial(replace, layer=layer)).remove)
         yield
 
 

@@ -12,7 +12,6 @@ Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
 import base64
 import logging
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -44,7 +43,7 @@ from .outliers import (
     reported_layer,
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
-from .report import ArtifactReport
+from .report import ArtifactReport, Stopwatch
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -98,13 +97,12 @@ def diagnose(
         raise ValueError(
             f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
-    watch = _Stopwatch()
+    watch = Stopwatch()
     reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
     prepared = prepare_images(source, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    readings = read_images(
-        reader, prepared, layers, num_details=detail_images, max_images=max_images, progress=progress
-    )
+    limits = {"num_details": detail_images, "max_images": max_images}
+    readings = read_images(reader, prepared, layers, **limits, progress=progress)
     watch.lap("reading")
     cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
     layer = reported_layer(cutoffs)
@@ -152,20 +150,8 @@ def diagnose(
             "detail_images": len(readings.kept),
         },
         versions=_versions(),
-        seconds=watch.laps | {"total": round(sum(watch.laps.values()), 2)},
+        seconds=watch.seconds,
     )
-
-
-class _Stopwatch:
-    """Stopwatch for consecutive steps."""
-
-    def __init__(self) -> None:
-        self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = round(now - self.last, 2), now
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,7 +302,7 @@ def _register_record(case: _Case, registers: Tensor) -> dict[str, Any] | None:
 
 def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
-    readings, last = case.readings, case.reader.description.num_layers
+    readings, last, grid = case.readings, case.reader.description.num_layers, case.readings.grid
     examples = []
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
         index = readings.kept[place]
@@ -330,15 +316,13 @@ def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
         examples.append(
             {
                 "id": readings.ids[index],
-                "grid": list(readings.grid),
+                "grid": list(grid),
                 "picture": base64.b64encode(image.getvalue()).decode("ascii"),
                 "num_outliers": int(case.is_outlier[index].sum()),
-                "norms": _map(readings.norms[case.layer][index], readings.grid),
-                "norms_last": _map(readings.norms[last][index], readings.grid) if last in readings.norms else None,
-                "attention_cls": None
-                if readings.attention is None
-                else _map(readings.attention[index], readings.grid),
-                "attention_registers": [_map(row, readings.grid) for row in registers],
+                "norms": _map(readings.norms[case.layer][index], grid),
+                "norms_last": _map(readings.norms[last][index], grid) if last in readings.norms else None,
+                "attention_cls": None if readings.attention is None else _map(readings.attention[index], grid),
+                "attention_registers": [_map(row, grid) for row in registers],
             }
         )
     return examples
@@ -426,17 +410,13 @@ def artifact_snapshot(model: TokenReader | nn.Module, pixel_values: Tensor) -> d
         "norm_median": float(np.median(norms)),
         "norm_max": norms.max().item(),
         "effective_rank": effective_rank(final[:, prefix:]).mean().item(),
+        "norm_ratio": found.ratio,
+        "register_norm": residual.registers(layer).flatten().quantile(0.5).item() if count else None,
+        "register_cosine": register_cosine(final[:, prefix - count : prefix]).mean().item() if count > 1 else None,
     }
-    if found.ratio is not None:
-        values["norm_ratio"] = found.ratio
-    if count:
-        values["register_norm"] = residual.registers(layer).flatten().quantile(0.5).item()
-    if count > 1:
-        values["register_cosine"] = register_cosine(final[:, prefix - count : prefix]).mean().item()
     if residual.has_cls:
         row = reading["attention"].values[0]
         statistics = attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=count)
         values["attention_entropy"] = statistics["entropy_share"].mean().item()
-        if count:
-            values["attention_registers"] = statistics["mass_on_registers"].mean().item()
-    return values
+        values["attention_registers"] = statistics["mass_on_registers"].mean().item() if count else None
+    return {name: value for name, value in values.items() if value is not None}

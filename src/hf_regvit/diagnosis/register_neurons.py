@@ -94,24 +94,21 @@ def find_register_neurons(
     """
     reader = open_model(model, device=device, processor=processor)
     prepared = prepare_images(images, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    return _search(reader, prepared, _all_norms(reader, prepared), cutoff)
+    norms = _all_norms(reader, prepared)
+    return _search(reader, prepared, norms, cutoff, np.ones(len(norms[0]), dtype=bool))
 
 
 def _search(
     reader: TokenReader,
     images: PreparedImages,
-    norms: dict[int, NDArray[np.float32]],
+    norms: dict[int, NDArray[Any]],
     cutoff: float | str,
-    rows: NDArray[np.bool_] | slice = slice(None),
+    part: NDArray[Any],
 ) -> RegisterNeurons:
-    """Search some rows of the images, whose norms are `{layer: (n, N)}`."""
-    found, layer, emergence = _find_outliers({i: values[rows] for i, values in norms.items()}, cutoff)
-    is_outlier = np.zeros(norms[layer].shape, dtype=bool)
-    is_outlier[rows] = norms[layer][rows] > found.cutoff
-    num_images = len(norms[layer][rows])
-    return RegisterNeurons(
-        score_neurons(reader, images, is_outlier), layer, found.cutoff, emergence, found.share, num_images
-    )
+    """Search in a part of the images, a mask (n,); `norms` are those of all images, `{layer: (n, N)}`."""
+    found, layer, emergence = _find_outliers({i: values[part] for i, values in norms.items()}, cutoff)
+    scores = score_neurons(reader, images, (norms[layer] > found.cutoff) & part[:, None])
+    return RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, int(part.sum()))
 
 
 def score_neurons(
@@ -259,4 +256,5 @@ def _with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_regis
         zeros = state[cls_name].new_zeros(1, num_register_tokens, config.hidden_size)
         state = state | {cls_name.replace("cls_token", "register_tokens"): zeros}
     made.load_state_dict(state, assign=True)
+    made.image_processor = getattr(model, "image_processor", None)
     return made.eval()

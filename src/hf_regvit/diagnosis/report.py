@@ -1,6 +1,7 @@
 """The report of a diagnosis, and the form that all results of this room share."""
 
 import html
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,25 +12,41 @@ from ..models.saving import read_json, write_json
 # --- The form of all results ---
 
 
-def show(value: object, digits: int | str = ".4g", *, missing: str = "-") -> str:
-    """Return a value as text: numbers with so many decimals or in this format, None as `missing`."""
-    if value is None:
-        return missing
-    return (
-        f"{value:{f'.{digits}f' if isinstance(digits, int) else digits}}" if isinstance(value, float) else str(value)
-    )
+def show(value: object, form: str = ".4g", *, missing: str = "-") -> str:
+    """Return a value as text: floats in the given format, None as `missing`."""
+    return missing if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
 def markdown_table(rows: Iterable[Sequence[object]]) -> str:
-    """Return rows of cells as a Markdown table; the first row is the head."""
-    head, *body = ([show(cell) for cell in row] for row in rows)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body))
+    """Return rows of cells as an aligned Markdown table; the first row is the head."""
+    cells = [[show(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells)
 
 
 def html_table(rows: Iterable[Sequence[object]]) -> str:
     """Return rows of cells as an HTML table; the first row is the head."""
     lines = ["".join(f"<td>{html.escape(show(cell))}</td>" for cell in row) for row in rows]
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+class Stopwatch:
+    """Stopwatch for consecutive steps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a step."""
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each step, and their sum."""
+        return self.laps | {"total": round(sum(self.laps.values()), 2)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -41,9 +58,16 @@ class Result:
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {self.verdict}>"
 
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
     @property
     def verdict(self) -> str:
         """Conclusion in one sentence."""
+        raise NotImplementedError
+
+    def _rows(self) -> Sequence[Sequence[Any]]:
+        """Return the rows of a table for people."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,18 +162,15 @@ class ArtifactReport(Result):
         if self.bimodal:
             return (
                 f"This model has artifact tokens: at {where}, {self.outlier_share:.2%} of the patch tokens form a "
-                f"distinct group with {show(self.norm_ratio, 1)} times the median norm of the others."
+                f"distinct group with {show(self.norm_ratio, '.1f')} times the median norm of the others."
             )
         return f"No distinct outliers: no block has patch norms with two distinct modes ({self.reason} at {where})."
 
     def summary(self) -> str:
         """Return a summary of ten lines for a terminal, plus one line per warning."""
-        return "\n".join(f"{name:12}{text}" for name, text in self._summary_rows())
+        return "\n".join(f"{name:12}{text}" for name, text in self._rows())
 
-    def _repr_html_(self) -> str:
-        return html_table(self._summary_rows())
-
-    def _summary_rows(self) -> list[tuple[str, str]]:
+    def _rows(self) -> list[tuple[str, str]]:
         model, outliers, neighbors, rank = self.model, self.outliers, self.neighbours, self.patches["effective_rank"]
         record = next(entry for entry in self.layers if entry["layer"] == self.layer)
         born = {None: "none", 0: "in the embedding, before the first block"}.get(
@@ -168,10 +189,10 @@ class ArtifactReport(Result):
             "outliers": f"{outliers['per_image']:.2f} per image, in {outliers['images_with']:.0%} of the images; "
             f"{show(outliers['border_share'], '.0%', missing='none')} of them on the border, which has "
             f"{outliers['border_cells']:.0%} of the cells; most frequent cells: {', '.join(cells) or 'none'}",
-            "direction": f"mean |cosine| between images: {show(direction['outlier'], 2)} for outliers, "
-            f"{show(direction['normal'], 2)} for other patches",
-            "neighbors": f"median cosine at the input: {show(neighbors['median_outlier'], 2)} for outliers, "
-            f"{show(neighbors['median_normal'], 2)} for other patches; AUROC {show(neighbors['auroc'], 2)}",
+            "direction": f"mean |cosine| between images: {show(direction['outlier'], '.2f')} for outliers, "
+            f"{show(direction['normal'], '.2f')} for other patches",
+            "neighbors": f"median cosine at the input: {show(neighbors['median_outlier'], '.2f')} for outliers, "
+            f"{show(neighbors['median_normal'], '.2f')} for other patches; AUROC {show(neighbors['auroc'], '.2f')}",
             "attention": self._attention_text(),
             "registers": self._register_text(),
             "rank": f"effective rank of the patch tokens {rank['mean']:.1f} ± {rank['std']:.1f}; took "
@@ -194,6 +215,6 @@ class ArtifactReport(Result):
             return "none"
         return (
             f"{self.registers['norm_ratio']:.1f} times the median patch norm at block {self.layer}; cosine between "
-            f"registers {show(self.registers['cosine'], 2)}, of one register between images "
-            f"{show(self.registers['cosine_across_images'], 2)}"
+            f"registers {show(self.registers['cosine'], '.2f')}, of one register between images "
+            f"{show(self.registers['cosine_across_images'], '.2f')}"
         )

@@ -10,8 +10,7 @@ blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The 
 as in `model.layers`.
 """
 
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit
-from ..models.processing import EvaluationTransform
+from ..models.processing import EvaluationTransform, known_processor
 from ..models.saving import whole_folder
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
@@ -40,7 +39,7 @@ from .register_neurons import (
     add_test_time_registers,
     silence_neurons,
 )
-from .report import Result, html_table
+from .report import Result, Stopwatch, markdown_table
 
 MIN_IMAGES = 32  # 16 for the search, 8 for the choice, 8 for the test
 CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate reads them
@@ -128,8 +127,6 @@ class RetrofitReport(Result):
 
     def summary(self) -> str:
         """Return a summary for a terminal."""
-        (_, *names), *rows = self._rows()
-        head = f"{self.images['judged']} held-out images"
         lines = [
             f"model      {self.model['name']}: {self.model['num_layers']} blocks, {self.model['num_neurons']:,} "
             "neurons",
@@ -139,16 +136,9 @@ class RetrofitReport(Result):
             f"neurons    {len(self.neurons)}, as block.neuron counted from 0 (mean activation at outliers): "
             f"{self._neuron_text(5, scores=True)}",
             f"registers  {self.num_register_tokens}",
-            f"{head:31}" + "".join(f"{name:>{len(name) + 2}}" for name in names),
-            *(
-                f"  {name:29}" + "".join(f"{cell:>{len(head) + 2}}" for head, cell in zip(names, cells))
-                for name, *cells in rows
-            ),
+            markdown_table(self._rows()),
         ]
         return "\n".join([*lines, f"verdict    {self.verdict}", f"took       {self.seconds['total']:.0f} s"])
-
-    def _repr_html_(self) -> str:
-        return html_table(self._rows())
 
     def _rows(self) -> list[list[str]]:
         """Return the measurements on the test images as a table."""
@@ -161,7 +151,7 @@ class RetrofitReport(Result):
             "registers": ("attention_on_registers", ".1%"),
         }
         rows = [[name, *(f"{row[key]:{form}}" for key, form in columns.values())] for name, row in self.judged.items()]
-        return [["model", *columns], *rows]
+        return [[f"{self.images['judged']} held-out images", *columns], *rows]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -174,7 +164,6 @@ class RetrofitResult:
         report: Report with all measurements.
         examples: (4, 3, H, W) pixels of test images.
         transform: Transform that produced these pixels and can convert them back to images.
-        processor: Image processor of the model.
     """
 
     model: Any
@@ -182,7 +171,6 @@ class RetrofitResult:
     report: RetrofitReport
     examples: Tensor
     transform: EvaluationTransform
-    processor: Any
 
     def __repr__(self) -> str:
         return f"<RetrofitResult: {self.report.verdict}>"
@@ -207,8 +195,8 @@ class RetrofitResult:
         _check_new(folder)
         with whole_folder(folder) as staged:
             self.model.save_pretrained(staged)
-            if hasattr(self.processor, "save_pretrained"):
-                self.processor.save_pretrained(staged)
+            if (processor := known_processor(self.model)) is not None:
+                processor.save_pretrained(staged)
             self.report.save(staged)
         return Path(folder)
 
@@ -264,16 +252,9 @@ def retrofit(
     Source: arXiv 2506.08010.
     """
     _check_new(output_dir)
-    watch = [time.perf_counter()]
+    watch = Stopwatch()
     reader = _open(model, device, processor)
-    source: Any = reader.model
-    _check_ranges(reader, num_register_tokens, top_k, highest_block)
-    prepared = prepare_images(images, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    norms = _all_norms(reader, prepared, progress=progress)
-    parts = _divide(len(norms[0]), seed)
-    neurons = _search(reader, prepared, norms, cutoff, parts["search"])
-    watch.append(time.perf_counter())
-
+    description, transform = reader.description, reader.transform
     settings = {
         "num_register_tokens": num_register_tokens,
         "top_k": top_k,
@@ -282,20 +263,28 @@ def retrofit(
         "max_images": max_images,
         "batch_size": batch_size,
         "seed": seed,
-        "preprocessing": reader.transform.description,
+        "preprocessing": transform.description,
     }
+    _check_ranges(settings, description.num_layers)
+    prepared = prepare_images(images, transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    norms = _all_norms(reader, prepared, progress=progress)
+    parts = _divide(len(norms[0]), seed)
+    neurons = _search(reader, prepared, norms, cutoff, parts["search"])
+    watch.lap("search")
+
     tried = _try_candidates(reader, list(_rows(prepared, parts["choice"])), neurons, settings)
     chosen = next(record for record in tried if record["chosen"])
     pairs, registers = neurons.best(chosen["top_k"], highest_block=highest_block), chosen["num_register_tokens"]
+    source: Any = reader.model
     made = add_test_time_registers(source, pairs, num_register_tokens=registers)
-    watch.append(time.perf_counter())
+    if hasattr(reader.processor, "save_pretrained"):
+        made.image_processor = reader.processor
+    watch.lap("choice")
 
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
     judged = _measure_on_test_images(reader, made, chain([first], batches), neurons, seed)
-    watch.append(time.perf_counter())
-    seconds = dict(zip(("search", "choice", "judgement"), np.diff(watch).tolist()))
-    description = reader.description
+    watch.lap("judgement")
     report = RetrofitReport(
         model={
             "name": Path(model).name if isinstance(model, str | Path) else description.name,
@@ -313,9 +302,9 @@ def retrofit(
         tried=tried,
         judged=judged,
         settings=settings,
-        seconds={name: round(value, 2) for name, value in (seconds | {"total": watch[-1] - watch[0]}).items()},
+        seconds=watch.seconds,
     )
-    result = RetrofitResult(made, source, report, first[:EXAMPLES], reader.transform, reader.processor)
+    result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
     return result
@@ -337,17 +326,11 @@ def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.devic
     return open_model(source, device=device, processor=processor)
 
 
-def _check_ranges(
-    reader: TokenReader, num_register_tokens: int | None, top_k: int | None, highest_block: int | None
-) -> None:
-    last = reader.description.num_layers - 1
-    for name, value, low, high in (
-        ("num_register_tokens", num_register_tokens, 1, 1024),
-        ("top_k", top_k, 1, 10**6),
-        ("highest_block", highest_block, 0, last),
-    ):
-        if value is not None and not low <= value <= high:
-            raise RetrofitError(f"{name}={value} is out of range. Expected a value in [{low}, {high}].")
+def _check_ranges(settings: Mapping[str, Any], num_layers: int) -> None:
+    limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1)}
+    for name, (low, high) in limits.items():
+        if settings[name] is not None and not low <= settings[name] <= high:
+            raise RetrofitError(f"{name}={settings[name]} is out of range. Expected a value in [{low}, {high}].")
 
 
 def _divide(num_images: int, seed: int) -> dict[str, NDArray[np.bool_]]:
