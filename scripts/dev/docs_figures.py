@@ -109,7 +109,7 @@ def token_figure() -> Figure:
     return figure
 
 
-def demo_picture(explorer_models: dict, out: Path, *, compare: str | None = None) -> None:
+def demo_screenshot(explorer_models: dict, out: Path, *, compare: str | None = None) -> None:
     """Take a screenshot of the demo page; for two models, of their maps only."""
     from playwright.sync_api import sync_playwright
 
@@ -121,13 +121,13 @@ def demo_picture(explorer_models: dict, out: Path, *, compare: str | None = None
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 960})
         page.goto(address)
-        page.locator(".looks .card").first.wait_for(timeout=120_000)
+        page.locator(".maps .card").first.wait_for(timeout=120_000)
         page.wait_for_timeout(1000)
         if compare is None:
             page.screenshot(path=out)
         else:
-            page.locator(".looks section").last.evaluate("section => section.remove()")  # the registers
-            page.locator(".looks").screenshot(path=out)
+            page.locator(".maps section").last.evaluate("section => section.remove()")  # the registers
+            page.locator(".maps").screenshot(path=out)
         browser.close()
     app.close()
     keep(out)
@@ -163,10 +163,10 @@ def main() -> None:
     save_figure(token_figure(), arguments.out_dir / "tokens.png")
     keep(arguments.out_dir / "tokens.png")
     if shutil.which("chromium"):
-        demo_picture({plain: models[plain]}, arguments.out_dir / "demo.png")
+        demo_screenshot({plain: models[plain]}, arguments.out_dir / "demo.png")
         if arguments.retrofitted:
             both = {plain: models[plain], "with_registers": load_model(arguments.retrofitted)}
-            demo_picture(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
+            demo_screenshot(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
 
 
 if __name__ == "__main__":

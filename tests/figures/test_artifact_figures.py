@@ -75,7 +75,7 @@ def drawn_size(figure) -> tuple[int, int]:
     return figure.canvas.get_width_height()
 
 
-def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_picture(regvit, pixels):
+def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_image(regvit, pixels):
     image = Image.new("RGB", (48, 32), "gray")
     figure = F.attention_overlay_figure(image, F.read_attention(regvit, pixels)[0], name="CLS")
     shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
@@ -102,7 +102,7 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
 
 
 @pytest.mark.slow
-def test_pictures_of_a_report(regvit, tmp_path):
+def test_images_of_a_report(regvit, tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
     report = diagnose(regvit, images, progress=False)
     files = F.write_report_figures(report, tmp_path / "figures")

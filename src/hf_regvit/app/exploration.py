@@ -46,7 +46,7 @@ class InputImage:
 
     @classmethod
     def of(cls, image: Image.Image, name: str) -> "InputImage":
-        """Create a `Picture` from an RGB image, reduced to the largest size that can be read."""
+        """Create an `InputImage` from an RGB image, reduced to the largest size that can be read."""
         if max(image.size) > _STORED_SIDE:
             image = image.copy()
             image.thumbnail((_STORED_SIDE, _STORED_SIDE), Image.Resampling.LANCZOS)
@@ -206,8 +206,8 @@ class Explorer:
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
         self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
         self.num_passes = 0
-        pictures = list(builtin_images().values()) if reference is None else list(reference)
-        self._cutoffs = {name: self._find_cutoffs(name, pictures) for name in self.models}
+        images = list(builtin_images().values()) if reference is None else list(reference)
+        self._cutoffs = {name: self._find_cutoffs(name, images) for name in self.models}
 
     def default_side(self, name: str) -> int:
         """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
@@ -222,11 +222,11 @@ class Explorer:
         most = math.floor(math.sqrt(self.max_patches / aspect)) * min(patch)
         return max(min(round(side / step) * step, most // step * step), step)
 
-    def view(self, picture: InputImage, name: str, *, side: int, layer: int = -1) -> View:
+    def view(self, image: InputImage, name: str, *, side: int, layer: int = -1) -> View:
         """Return the view of an image after one block of one model; the model runs only if it is not cached.
 
         Args:
-            picture: Image to read, created with `Picture.of`.
+            image: Image to read, created with `InputImage.of`.
             name: Name of the model.
             side: Length of the shorter side in pixels, rounded to whole patches, and reduced if there are too many.
             layer: Number of the block, 1 to L, or negative from the end.
@@ -238,11 +238,11 @@ class Explorer:
         layer = layer + description.num_layers + 1 if layer < 0 else layer
         if not 1 <= layer <= description.num_layers:
             raise ValueError(f"layer={layer} does not exist. '{name}' has blocks 1 to {description.num_layers}.")
-        side = self.short_side(picture.image, name, side)
-        key = (picture.key, name, side, layer)
+        side = self.short_side(image.image, name, side)
+        key = (image.key, name, side, layer)
         with self._busy:
             if key not in self._kept:
-                for number, view in self._read(picture.image, name, side, layer).items():
+                for number, view in self._read(image.image, name, side, layer).items():
                     self._kept[*key[:3], number] = view
                 self._kept.move_to_end(key)
             self._kept.move_to_end(key)
@@ -276,7 +276,7 @@ class Explorer:
                 "k": lambda values, _: values[0, first:].float().cpu(),
             },
         )
-        picture, norm = transform.picture(pixels), final_norm(model).eval()
+        shown, norm = transform.picture(pixels), final_norm(model).eval()
         views = {}
         for number in layers:
             residual = reading["residual"].at(number)  # (T, D)
@@ -285,7 +285,7 @@ class Explorer:
             with torch.no_grad():
                 tokens = norm(residual).cpu()
             views[number] = View(
-                image=picture,
+                image=shown,
                 layer=number,
                 description=description,
                 grid=reading["residual"].grid,
@@ -297,16 +297,16 @@ class Explorer:
             )
         return views
 
-    def _find_cutoffs(self, name: str, pictures: Sequence[Image.Image]) -> dict[int, float]:
+    def _find_cutoffs(self, name: str, images: Sequence[Image.Image]) -> dict[int, float]:
         """Return the cut-off of each block with a distinct group of high norms, over several images."""
         model, description = self.models[name][0], self.descriptions[name]
-        logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(pictures), name)
+        logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(images), name)
         layers = tuple(range(1, description.num_layers + 1))
         transform = self._transform(name, self.default_side(name), keep_aspect=False)
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         first = description.num_prefix_tokens
         keep: Callable = lambda values, _: values[:, first:].float().norm(dim=-1).cpu()  # noqa: E731
-        for _, pixels in prepare_images(list(pictures), transform, batch_size=4):
+        for _, pixels in prepare_images(list(images), transform, batch_size=4):
             reading = read_many(model, pixels, {"residual": layers}, reduce={"residual": keep})["residual"]
             for layer, values in zip(layers, reading.values):
                 norms[layer].append(values)

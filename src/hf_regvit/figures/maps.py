@@ -1,4 +1,4 @@
-"""Figures of attention maps, PCA of patch tokens, norms, LOST and training curves, and an HTML overview page.
+"""Maps of attention, PCA of patch tokens, norms and LOST, and the figures that show them.
 
 Shape letters: T = 1 + R + N tokens, R registers, N patches in a grid of (rows, columns), D width. All maps keep the
 true grid of the image; nothing is cropped to a square.
@@ -173,6 +173,34 @@ def pca_colors(tokens: Tensor) -> Tensor:
     return colors.float().reshape(*tokens.shape[:-1], 3)
 
 
+def attention_limits(attention: Tensor) -> tuple[float, float]:
+    """Return the range of an attention map to draw; a few patches with most of the attention would hide the rest."""
+    low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995], dtype=attention.dtype)).tolist()
+    return low, max(high, low + 1e-12)
+
+
+def stretch(values: Tensor, low: float, high: float) -> Tensor:
+    """Map [low, high] to [0, 1], and clip values outside."""
+    return ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+
+def colored(shade: Tensor, colors: str) -> Image.Image:
+    """Return (rows, columns) values in [0, 1] as an image with one pixel per value.
+
+    Args:
+        shade: Values to color.
+        colors: Name of a colormap of matplotlib.
+    """
+    import matplotlib
+
+    return color_image(torch.from_numpy(matplotlib.colormaps[colors](shade.numpy())[..., :3]))
+
+
+def color_image(colors: Tensor) -> Image.Image:
+    """Return (rows, columns, 3 or 4) colors in [0, 1] as an image with one pixel per cell."""
+    return Image.fromarray((colors * 255).round().byte().numpy())
+
+
 def attention_map_figure(image: Image.Image, attention: Tensor) -> "Figure":
     """Draw the image and the attention maps of CLS and of each register.
 
@@ -285,23 +313,19 @@ def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *,
         raise ValueError(
             f"Got {len(images)} images for {len(maps)} token maps. Pass one map per image, and at least one."
         )
-    import matplotlib
     from PIL import ImageDraw, ImageFont
 
     colors = pca_colors(torch.cat([each.patch_tokens.flatten(0, 1) for each in maps]))
     split = colors.split([each.norms.numel() for each in maps])
-    magma = matplotlib.colormaps[_ATTENTION_COLORS]
-    rows: list[tuple[str, list[Image.Image]]] = [
-        (title, list(images)),
-        ("PCA of patches", []),
-        ("attention of CLS", []),
+    attention = [each.attention[0] for each in maps]
+    rows = [
+        (title, images),
+        ("PCA of patches", [color_image(part.unflatten(0, each.norms.shape)) for part, each in zip(split, maps)]),
+        (
+            "attention of CLS",
+            [colored(stretch(each, *attention_limits(each)), _ATTENTION_COLORS) for each in attention],
+        ),
     ]
-    for each, patches in zip(maps, split, strict=True):
-        rows[1][1].append(_pixels(patches.unflatten(0, each.norms.shape)))
-        attention = each.attention[0]
-        low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        shade = ((attention - low) / max(high - low, 1e-12)).clamp(0, 1)
-        rows[2][1].append(_pixels(torch.from_numpy(magma(shade.numpy())[..., :3])))
     height, gap, head = 180, 6, 24  # pixels
     width = round(height * images[0].width / images[0].height)
     page = Image.new("RGB", (len(images) * (width + gap) + gap, len(rows) * (height + head) + gap), "white")
@@ -336,10 +360,9 @@ def attention_overlay_figure(
     for axis, title, map_ in zip(axes[1:], titles, maps):
         # The image is drawn in gray, so that color shows attention only.
         axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
-        low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
-        _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=max(high, low + 1e-12),
-                  alpha=_smooth(0.9 * shade.sqrt(), image))  # fmt: skip
+        low, high = attention_limits(map_)
+        _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=high,
+                  alpha=_smooth(0.9 * stretch(map_, low, high).sqrt(), image))  # fmt: skip
     if cell is not None:
         height, width = image.height / attention.shape[1], image.width / attention.shape[2]
         for axis in axes[: heads + 2]:
@@ -357,25 +380,42 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
     """
     import matplotlib
     import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     edges = np.asarray(report.histogram_edges)
     counts = np.asarray([record["histogram"] for record in report.layers], dtype=float)  # (layers, bins)
     shade = np.log1p(counts) / np.log1p(counts.max(axis=1, keepdims=True)).clip(min=1e-9)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 0.9 + 0.17 * len(counts)), layout="constrained")
+    # More tokens make a cell less transparent, which works on light and dark pages.
+    blues = LinearSegmentedColormap.from_list("blues", ["#0072b210", "#0072b2"])
+    with matplotlib.rc_context(_STYLE | {"axes.edgecolor": _INK}):
+        figure = Figure(figsize=(4.6, 0.9 + 0.17 * len(counts)), layout="constrained")
         axis = figure.add_subplot()
         rows = np.asarray([record["layer"] for record in report.layers])
         # matplotlib expects the edges of the rows, not their centers.
-        axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap="Blues",
-                        vmin=-0.1, vmax=1)  # fmt: skip
+        axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap=blues,
+                        vmin=0, vmax=1, rasterized=True)  # fmt: skip
         for record in report.layers:
             if record["bimodal"]:
-                axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2)
+                words = (
+                    f"hover:block {record['layer']}: {record['share']:.2%} above the cut-off {record['cutoff']:.4g}"
+                )
+                axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2,
+                            gid=words)  # fmt: skip
         axis.set(xscale="log", xlabel="norm of patch tokens before the final norm", ylabel="block")
+        norm_ticks(axis)
         axis.set_title(f"outliers: {report.outlier_share:.2%} at block {report.layer}" if report.bimodal else
                        "no distinct outliers", color=_INK)  # fmt: skip
     return figure
+
+
+def norm_ticks(axis: "Axes") -> None:
+    """Label a logarithmic x-axis at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[Path]:
@@ -441,9 +481,7 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
     _draw_image(axes[5], image, "box")
     seed_row, seed_column = divmod(result.seed, columns)
     for axis in axes[1:5]:
-        axis.plot(
-            (seed_column + 0.5) * width, (seed_row + 0.5) * height, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5
-        )
+        _mark(axis, (seed_column + 0.5) * width, (seed_row + 0.5) * height)
     x1, y1, x2, y2 = result.box((round(height), round(width)), (image.height, image.width))
     boxes = [((x1, y1, x2, y2), _MARK, "-"), *((tuple(box), "#ffffff", "--") for box in truth)]
     for (left, top, right, bottom), color, style in boxes:
@@ -527,21 +565,14 @@ def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tenso
     """Draw the maps of CLS and registers in order; use `first=1` if there is no CLS."""
     names = ["CLS", *(f"register {i + 1}" for i in range(len(attention)))][first : first + len(attention)]
     for axis, name, map_ in zip(axes, names, attention, strict=True):
-        # Clip, or a few patches with most of the attention would leave the rest of the map black.
-        low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        limits = {"vmin": low, "vmax": max(high, low + 1e-12)}
-        _draw_map(axis, image, map_, f"attention of {name}", cmap=_ATTENTION_COLORS, **limits)
+        low, high = attention_limits(map_)
+        _draw_map(axis, image, map_, f"attention of {name}", cmap=_ATTENTION_COLORS, vmin=low, vmax=high)
         axis.set_xlabel(f"{map_.sum().item():.1%} on patches", fontsize=7, labelpad=2)
 
 
 def _draw_colors(axis: "Axes", image: Image.Image, colors: Tensor, title: str) -> None:
     # Bicubic upsampling overshoots the range of colors in matplotlib; Pillow clips it.
-    _draw_image(axis, _pixels(colors).resize(image.size, Image.Resampling.BICUBIC), title)
-
-
-def _pixels(colors: Tensor) -> Image.Image:
-    """Return (rows, columns, 3) colors in [0, 1] as an image with one pixel per cell."""
-    return Image.fromarray((colors * 255).round().byte().numpy())
+    _draw_image(axis, color_image(colors).resize(image.size, Image.Resampling.BICUBIC), title)
 
 
 def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tensor) -> None:
