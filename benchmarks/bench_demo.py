@@ -21,6 +21,7 @@ from hf_regvit.app.demo_page import MapRequest, read_views, results_page
 from hf_regvit.app.exploration import Explorer, InputImage, View
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
@@ -67,7 +68,7 @@ def main() -> None:
     for patch in (16, 14):
         torch.manual_seed(0)
         config = RegViTConfig.from_preset("small", patch_size=patch, num_register_tokens=4)
-        models[f"ViT-S/{patch}"] = (RegViTModel(config).eval(), default_image_processor(224))
+        models[f"ViT-S/{patch}"] = TokenReader(RegViTModel(config).eval(), default_image_processor(224))
     print(f"shorter side {arguments.side} pixels, {arguments.threads} threads; seconds, median (worst)\n")
     print("| model | action | wall | processor |\n|---|---|---:|---:|")
     explorer = Explorer(models)

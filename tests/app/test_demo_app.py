@@ -19,9 +19,8 @@ from hf_regvit.app.demo import build_app, launch_options, write_features, write_
 from hf_regvit.app.demo_page import MapRequest, read_views, results_page
 from hf_regvit.app.exploration import Explorer, InputImage
 from hf_regvit.evaluation.extraction import TokenFeatures
-from hf_regvit.figures.maps import read_attention
-from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import read_many
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
 SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
@@ -57,7 +56,7 @@ def explorer():
     processor = default_image_processor(32)
     models = {"plain": with_artifacts(), "registers": regvit()}
     reference = [noise(seed=seed) for seed in range(20)]
-    return Explorer({name: (model, processor) for name, model in models.items()}, reference=reference)
+    return Explorer({name: TokenReader(model, processor) for name, model in models.items()}, reference=reference)
 
 
 @pytest.fixture(scope="module")
@@ -88,29 +87,30 @@ def test_the_same_name_with_other_pixels_is_another_image(explorer):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("query", ["cls", 1, (2, 3)])
+@pytest.mark.parametrize("query", ["cls", ("register", 1), ("patch", 2, 3)])
 @pytest.mark.parametrize("head", [None, 1])
 def test_attention_is_the_one_of_the_figures(explorer, image, query, head):
     view = explorer.view(image, "registers", side=32, layer=2)
-    model, processor = explorer.models["registers"]
-    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(image.image)[None]
-    expected = read_attention(model, pixels, query=query, layer=2)[0]
+    reader = explorer.readers["registers"]
+    whole = reader.transform_for(image_size=32, keep_aspect=True)
+    reader = TokenReader(reader.model, whole)
+    expected = torch.from_numpy(reader.attention_maps(image.image, query=query, layer=2)[0])
     expected = expected.mean(0) if head is None else expected[head]
     torch.testing.assert_close(view.attention_from(query, head=head), expected, atol=1e-3, rtol=1e-3)  # float16 kept
 
 
 def test_similarity_norms_and_place_against_loops(explorer, image):
     view = explorer.view(image, "registers", side=32)
-    model, processor = explorer.models["registers"]
-    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(image.image)[None]
-    raw = read_many(model, pixels, {"residual": (3,)})["residual"].patches()[0]
+    reader = explorer.readers["registers"]
+    pixels = reader.transform_for(image_size=32, keep_aspect=True)(image.image)[None]
+    raw = reader.read(pixels).patches()[0]
     rows, columns = view.grid
     assert (rows, columns) == (8, 12)
     cell = view.cell((0.51, 0.26))
     assert cell == (2, 6)
     assert view.cell((1.0, 1.0)) == (7, 11)
     with torch.no_grad():
-        normed = model.layernorm(raw)
+        normed = reader.model.layernorm(raw)
     similarity = view.similarity_to(cell)
     for row in range(rows):
         for column in range(columns):
@@ -132,7 +132,9 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, image):
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000)
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000
+    )
     images = [InputImage.of(noise(seed=seed), str(seed)) for seed in range(6)]
     for each in images:
         explorer.view(each, "m", side=32)
@@ -146,13 +148,17 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
 
 
 def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000)
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000
+    )
     explorer.view(InputImage.of(noise(), "x"), "m", side=32, layer=2)
     assert [key[-1] for key in explorer._kept] == [2]
 
 
 def test_a_strip_is_read_at_fewer_patches():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100)
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100
+    )
     for size in ((60, 40), (400, 24), (24, 400)):
         view = explorer.view(InputImage.of(noise(*size), "x"), "m", side=128)
         assert view.norms.numel() <= 110, size
@@ -163,7 +169,7 @@ def test_a_model_without_cls_and_registers():
     config = SiglipVisionConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
     )
-    models = {"siglip": (SiglipVisionModel(config).eval(), default_image_processor(32))}
+    models = {"siglip": TokenReader(SiglipVisionModel(config).eval(), default_image_processor(32))}
     explorer, image = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
     request = MapRequest(("siglip",), side=32, layer=2)
     views = read_views(explorer, image, request)
@@ -176,7 +182,7 @@ def test_nan_is_named():
     model = regvit()
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="'broken' produces NaN"):
-        Explorer({"broken": (model, default_image_processor(32))}, reference=[noise()])
+        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise()])
 
 
 def test_layer_and_empty_models_are_refused(explorer, image):
@@ -200,7 +206,7 @@ def test_two_models_side_by_side(explorer, image):
 
 
 def test_names_of_models_are_text_not_markup(image):
-    explorer = Explorer({"<script>": (regvit(), default_image_processor(32))}, reference=[noise()])
+    explorer = Explorer({"<script>": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()])
     request = MapRequest(("<script>",), side=32, layer=3)
     page = results_page(read_views(explorer, image, request), request)
     assert "<script>" not in page
@@ -209,7 +215,7 @@ def test_names_of_models_are_text_not_markup(image):
 
 def test_a_deeper_model_is_read_as_far_from_the_end(image):
     processor = default_image_processor(32)
-    models = {"three": (regvit(), processor), "five": (regvit(num_hidden_layers=5), processor)}
+    models = {"three": TokenReader(regvit(), processor), "five": TokenReader(regvit(num_hidden_layers=5), processor)}
     explorer = Explorer(models, reference=[noise()])
     views = read_views(explorer, image, MapRequest(("three", "five"), side=32, layer=2))
     assert [view.layer for view in views.values()] == [2, 4]
@@ -234,7 +240,7 @@ def test_features_are_those_of_extraction(explorer, image, tmp_path):
 def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
     processor = default_image_processor(32)
-    explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
+    explorer = Explorer({name: TokenReader(regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
     image = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
     path = write_features(read_views(explorer, image, MapRequest(names, side=32, layer=3)), image, tmp_path)
     with zipfile.ZipFile(path) as archive:
@@ -262,7 +268,11 @@ def test_figures_are_images(explorer, image, tmp_path):
 @pytest.fixture(scope="module")
 def app():
     processor = default_image_processor(32)
-    return build_app({"a": (regvit(), processor), "b": (regvit(0), processor)}, compare="b", reference=[noise()])
+    return build_app(
+        {"a": TokenReader(regvit(), processor), "b": TokenReader(regvit(0), processor)},
+        compare="b",
+        reference=[noise()],
+    )
 
 
 def test_the_server_is_for_this_machine_and_serves_no_files(app):
@@ -354,7 +364,7 @@ def test_sliders_follow_the_model(app):
 )
 def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
     """The server refuses values outside of the slider, so the page would show nothing at all."""
-    app = build_app({"a": (regvit(**changes), default_image_processor(32))}, reference=[noise()])
+    app = build_app({"a": TokenReader(regvit(**changes), default_image_processor(32))}, reference=[noise()])
     side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
     assert (side.minimum, side.maximum) == sides
     assert side.minimum <= side.value <= side.maximum
@@ -365,8 +375,8 @@ def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
 
 def test_a_model_of_one_block_has_a_page():
     models = {
-        "one": (regvit(num_hidden_layers=1), default_image_processor(32)),
-        "three": (regvit(), default_image_processor(32)),
+        "one": TokenReader(regvit(num_hidden_layers=1), default_image_processor(32)),
+        "three": TokenReader(regvit(), default_image_processor(32)),
     }
     app = build_app(models, reference=[noise()])
     layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
@@ -399,7 +409,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
 
 def test_compare_must_be_one_of_the_models():
     with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
-        build_app({"a": (regvit(), default_image_processor(32))}, compare="c")
+        build_app({"a": TokenReader(regvit(), default_image_processor(32))}, compare="c")
 
 
 def test_dry_run_of_the_command(capsys):

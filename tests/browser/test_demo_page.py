@@ -15,6 +15,7 @@ from hf_regvit.app import demo_page as demo
 from hf_regvit.app.demo import build_app, launch_options
 from hf_regvit.evaluation.extraction import TokenFeatures
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 pytestmark = pytest.mark.browser
 
@@ -37,7 +38,7 @@ def model(registers, *, artifact=None):
 
     if artifact is not None:
         made.layers[-1].register_forward_hook(blow_up)
-    return made, default_image_processor(64)
+    return TokenReader(made, default_image_processor(64))
 
 
 @pytest.fixture(scope="module")

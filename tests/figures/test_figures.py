@@ -13,6 +13,7 @@ from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
 from hf_regvit.figures import overview_page as overview_page_module
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 
 def tiny_model(**overrides) -> RegViTModel:
@@ -35,6 +36,11 @@ def tiny_model(**overrides) -> RegViTModel:
 @pytest.fixture(scope="module")
 def model() -> RegViTModel:
     return tiny_model().eval()
+
+
+@pytest.fixture
+def reader(model) -> TokenReader:
+    return TokenReader(model, default_image_processor(32))
 
 
 @pytest.fixture
@@ -227,12 +233,11 @@ def test_no_global_state(image):
     assert dict(matplotlib.rcParams) == before
 
 
-def test_overview_page(model, image, tmp_path):
+def test_overview_page(reader, image, tmp_path):
     images = {"a <b>": image, "a ?b?": image.resize((24, 40)).convert("L")}
     page = overview_page_module.overview_page(
-        model,
+        reader,
         images,
-        image_processor=default_image_processor(32),
         out_dir=tmp_path / "new" / "page",
         title="Registers & maps",
         short_side=32,
@@ -251,20 +256,16 @@ def test_overview_page(model, image, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
     assert "http" not in text
     # Writing it again overwrites it, no more.
-    overview_page_module.overview_page(
-        model, images, image_processor=default_image_processor(32), out_dir=page.parent, short_side=32
-    )
+    overview_page_module.overview_page(reader, images, out_dir=page.parent, short_side=32)
     assert sorted(page.parent.glob("*.png")) == files
 
 
-def test_page_uses_the_statistics_of_the_processor_and_no_crop(model, image, monkeypatch, tmp_path):
+def test_page_uses_the_statistics_of_the_processor_and_no_crop(reader, image, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
         overview_page_module, "read_token_maps", lambda _, pixels: seen.append(pixels) or [random_maps()]
     )
-    overview_page_module.overview_page(
-        model, {"x": image}, image_processor=default_image_processor(32), out_dir=tmp_path, short_side=24
-    )
+    overview_page_module.overview_page(reader, {"x": image}, out_dir=tmp_path, short_side=24)
     processor = default_image_processor(32)
     expected = (
         torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)
@@ -272,9 +273,9 @@ def test_page_uses_the_statistics_of_the_processor_and_no_crop(model, image, mon
     torch.testing.assert_close(seen[0][0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_images(model, tmp_path):
+def test_no_images(reader, tmp_path):
     with pytest.raises(ValueError, match="at least one image"):
-        overview_page_module.overview_page(model, {}, image_processor=default_image_processor(32), out_dir=tmp_path)
+        overview_page_module.overview_page(reader, {}, out_dir=tmp_path)
 
 
 def test_progress_of_a_run_in_one_image(image):

@@ -23,7 +23,7 @@ from ..data.builtin import builtin_images
 from ..data.decoding import ImageLimits, open_image
 from ..figures.maps import attention_overlay_figure, lost_figure, overview_figure, save_figure
 from ..figures.pages import data_url, render
-from ..models.loading import load_model
+from ..models.tokens import TokenReader
 from .demo_page import TEMPLATES, MapRequest, read_views, results_page
 from .exploration import Explorer, InputImage, View
 
@@ -48,7 +48,9 @@ def write_figures(views: Mapping[str, View], image: InputImage, request: MapRequ
     with zipfile.ZipFile(path, "w") as archive:
         for name, view in views.items():
             row, column = cell = view.cell(request.place)
-            heads = torch.stack([view.attention_from(cell, head=i) for i in range(view.description.num_heads)])
+            heads = torch.stack(
+                [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
+            )
             maps = view.maps()
             figures = {
                 "overview": overview_figure(view.image, maps),
@@ -99,8 +101,9 @@ def _file_names(views: Mapping[str, View]) -> dict[str, str]:
 
 
 def build_app(
-    models: Mapping[str, tuple[nn.Module, Any]],
+    models: Mapping[str, TokenReader | nn.Module | str | Path],
     *,
+    device: str = "auto",
     compare: str | None = None,
     cache_bytes: int = 512 << 20,
     reference: Sequence[Image.Image] | None = None,
@@ -108,7 +111,8 @@ def build_app(
     """Build the demo as a Gradio app; start it with `app.launch(**launch_options())`.
 
     Args:
-        models: Model and image processor by name, as returned by `features.load_model`. The first is shown.
+        models: Models by the name to show: name to open, module or reader; see `open_model`. The first is shown.
+        device: Device for models given by name; "auto" is the first of cuda, mps, xpu and cpu that exists.
         compare: Name of the model to show beside it.
         cache_bytes: Memory for the readings of images, in bytes.
         reference: Images that show which norms are usual in a model; default the built-in images.
@@ -122,7 +126,9 @@ def build_app(
     if compare is not None and compare not in models:
         raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
     reference = list(builtin_images().values()) if reference is None else list(reference)
-    return _Page(Explorer(models, cache_bytes=cache_bytes, reference=reference), compare, len(reference)).app
+    return _Page(
+        Explorer(models, device=device, cache_bytes=cache_bytes, reference=reference), compare, len(reference)
+    ).app
 
 
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
@@ -147,24 +153,24 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
 
 
 def serve(
-    model_name_or_path: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str | None
+    model: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str = "auto"
 ) -> dict[str, Any]:
     """Load models, serve the page on this machine, and wait for Ctrl-C.
 
     Args:
-        model_name_or_path: Folders or Hub ids, as for `features.load_model`.
+        model: Names of the models to choose from, as for `open_model`.
         compare: Folder or Hub id of another model to show beside the first.
         port: Port to listen on; 0 selects the first free one from 7860 on.
         cache_mib: Memory for the readings of images, in MiB.
-        device: Device to compute on.
+        device: Device to compute on; "auto" is the first of cuda, mps, xpu and cpu that exists.
 
     Returns:
         Dictionary with the `address` of the page.
     """
-    names = list(dict.fromkeys([*model_name_or_path, *([compare] if compare else [])]))
+    names = list(dict.fromkeys([*model, *([compare] if compare else [])]))
     shown = {name: _name_of(name, names) for name in names}
-    models = {shown[name]: load_model(name, device=device) for name in names}
-    app = build_app(models, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
+    models = {shown[name]: name for name in names}
+    app = build_app(models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
     try:
         _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
     except OSError as error:
@@ -223,7 +229,7 @@ class _Page:
     def _choose(self, compare: str | None) -> None:
         import gradio as gr
 
-        names = list(self.explorer.models)
+        names = list(self.explorer.readers)
         description = self.explorer.descriptions[names[0]]
         self.upload = gr.File(
             label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..figures.maps import attention_limits, color_image, colored, stretch
 from ..figures.pages import data_url, render
+from ..models.tokens import Query
 from .exploration import Explorer, InputImage, View
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -49,7 +50,7 @@ class _Panel:
     gray: bool = False  # input image in gray below the layer
     keys: bool = False  # accepts the arrow keys
     outliers: Any = ()  # cells
-    query: tuple[int, int] | None = None  # selected cell
+    query: Any = None  # selected cell
     box: tuple[int, ...] | None = None  # corners in cells
     missing: str = ""
 
@@ -85,7 +86,7 @@ def results_page(views: Mapping[str, View], request: MapRequest) -> str:
         maps={kind: [(letter, draw(view, request)) for letter, view in shown.items()] for kind, draw in kinds.items()},
         registers=[
             [
-                (letter, _attention(view, request, i, f"register {i + 1}"))
+                (letter, _attention(view, request, ("register", i), f"register {i + 1}"))
                 for letter, view in shown.items()
                 if i < counts[letter]
             ]
@@ -128,7 +129,7 @@ def _image(view: View, request: MapRequest) -> _Panel:
 
 
 def _patch(view: View, request: MapRequest) -> _Panel:
-    return _attention(view, request, view.cell(request.place), "the selected patch")
+    return _attention(view, request, ("patch", *view.cell(request.place)), "the selected patch")
 
 
 def _cls(view: View, request: MapRequest) -> _Panel:
@@ -137,18 +138,18 @@ def _cls(view: View, request: MapRequest) -> _Panel:
     return _attention(view, request, "cls", "CLS")
 
 
-def _attention(view: View, request: MapRequest, query: Any, name: str) -> _Panel:
+def _attention(view: View, request: MapRequest, query: Query, name: str) -> _Panel:
     if request.head > view.description.num_heads:
         return _Panel(missing=f"This model has only {view.description.num_heads} heads.")
     map_ = view.attention_from(query, head=request.head - 1 if request.head else None)
     return _Panel(
         label=f"attention of {name}",
         # Each map has its own scale; the note tells a map with a peak from a flat one.
-        note=f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g} x mean",
+        note=f"{map_.sum():.1%} on patches, peak {map_.max() / map_.mean():.2g}x",
         grid=view.grid,
         image=data_url(_overlay(stretch(map_, *attention_limits(map_)))),
         gray=True,
-        query=query if isinstance(query, tuple) else None,
+        query=query[1:] if query[0] == "patch" else None,
     )
 
 

@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..models.families import final_norm
-from ..models.tokens import read_many
+from ..models.loading import open_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..diagnosis.report import ArtifactReport
     from ..evaluation.lost import LostResult
+    from ..models.tokens import TokenReader
 
 # Perceptually uniform, and readable in gray and for color-blind readers.
 _ATTENTION_COLORS = "magma"
@@ -74,21 +74,21 @@ class TokenMaps:
         return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
 
 
-def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
+def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values: Tensor) -> list[TokenMaps]:
     """Run a model once and arrange its tokens on the grid; the model is not modified.
 
     Args:
-        model: Model of any family that `hf_regvit.features.read_tokens` supports. Without CLS, the attention rows
-            start with the registers.
+        model: Name, module or reader; see `open_model`. Without CLS, the attention rows start with the registers.
         pixel_values: (B, 3, H, W) normalized pixels; sides are multiples of the patch size, with any aspect ratio.
 
     Returns:
         Maps of each image, on the CPU.
     """
-    readings = read_many(model, pixel_values, {"residual": (-1,), "attention": (-1,)})
+    reader = open_model(model)
+    readings = reader.read_many(pixel_values, {"residual": (-1,), "attention": (-1,)})
     residual, attention = readings["residual"], readings["attention"]
     with torch.no_grad():
-        final = final_norm(model)(residual.at())  # (B, T, D)
+        final = reader.final_norm(residual.at())  # (B, T, D)
     first = residual.num_prefix_tokens
     rows = [attention.registers()]  # (B, heads, R, T)
     if (cls_row := attention.cls()) is not None:
@@ -104,45 +104,6 @@ def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
         )
         for i in range(len(pixel_values))
     ]
-
-
-def read_attention(
-    model: nn.Module, pixel_values: Tensor, *, query: str | int | tuple[int, int] = "cls", layer: int = -1
-) -> Tensor:
-    """Return the attention from one token to every patch, for each head.
-
-    Args:
-        model: Model of any family that `hf_regvit.features.read_tokens` supports.
-        pixel_values: (B, 3, H, W) normalized pixels.
-        query: `"cls"`, the index of a register from 0, or the (row, column) of a patch.
-        layer: Number of the block, 1 to L, or negative from the end.
-
-    Returns:
-        (B, heads, rows, columns) attention from the query to every patch, on the CPU. The sum over a map is the share
-        of attention on patches.
-
-    Raises:
-        ValueError: The model has no such token; the message lists the valid ones.
-    """
-    reading = read_many(model, pixel_values, {"attention": (layer,)})["attention"]
-    rows, columns = reading.grid
-    if query == "cls":
-        row = reading.cls()
-        if row is None:
-            raise ValueError("query='cls', but the model has no CLS token. Use the (row, column) of a patch.")
-    elif isinstance(query, int):
-        if not 0 <= query < reading.num_register_tokens:
-            raise ValueError(
-                f"query={query} does not exist: the model has {reading.num_register_tokens} registers, counted from 0."
-            )
-        row = reading.registers()[:, :, query]
-    elif isinstance(query, tuple) and 0 <= query[0] < rows and 0 <= query[1] < columns:
-        row = reading.patches()[:, :, query[0] * columns + query[1]]
-    else:
-        raise ValueError(
-            f"query={query!r} is not valid. Use 'cls', a register index, or a cell of the {rows} x {columns} grid."
-        )
-    return row[..., reading.num_prefix_tokens :].float().unflatten(-1, reading.grid).cpu()  # (B, heads, rows, columns)
 
 
 def pca_colors(tokens: Tensor) -> Tensor:
@@ -346,7 +307,7 @@ def attention_overlay_figure(
 
     Args:
         image: Input image, with the aspect ratio of the grid.
-        attention: (heads, rows, columns) attention, one entry of `read_attention`.
+        attention: (heads, rows, columns) attention, such as one entry of `TokenReader.attention_maps`.
         name: Name of the query, for the titles.
         cell: (row, column) to mark if the query is a patch.
     """

@@ -32,7 +32,7 @@ def render(template: str, *, folder: Path = TEMPLATES, **values: Any) -> str:
         folder: Folder of the template.
         **values: Values that the template uses; text is escaped, `Markup` is not.
     """
-    return _environment(folder).get_template(template).render(values)
+    return _environment(folder).get_template(template).render(values).strip() + "\n"
 
 
 @cache
