@@ -285,7 +285,8 @@ def test_code_lines_leaves_out_text(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    [*SOURCES, COMMAND_LINE, *sorted(p for f in ("scripts", "benchmarks", "examples") for p in (ROOT / f).rglob("*.py"))],
+    [*SOURCES, COMMAND_LINE,
+     *sorted(p for f in ("scripts", "benchmarks", "examples") for p in (ROOT / f).rglob("*.py"))],
     ids=lambda path: f"{path.parent.name}/{path.stem}",
 )  # fmt: skip
 def test_no_function_is_longer_than_a_page(path):

@@ -6,7 +6,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_regvit_cli import COMMANDS, main
@@ -27,12 +27,14 @@ class Outcome:
         text: Text to print otherwise.
         lines: Names and values to print after the text.
         status: Exit status.
+        shown: Whether this process prints the result; by default, the first one of several does.
     """
 
     result: Mapping[str, Any]
     text: str = ""
     lines: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
+    shown: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
 
 
 def _same(result: Mapping[str, Any]) -> Outcome:
@@ -127,7 +129,7 @@ def _extract(arguments: Any) -> Outcome:
         settings=arguments.settings(),
         device=arguments.device,
     )
-    return _same(report.to_dict())
+    return replace(_same(report.to_dict()), shown=report.complete)  # true in the process that finished last
 
 
 def _evaluate(arguments: Any) -> Outcome:
