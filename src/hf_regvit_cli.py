@@ -453,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("\n" * stderr.isatty() + "error: interrupted", file=sys.stderr)  # a terminal has shown ^C
         return 130
     finally:
         sys.stderr = stderr
