@@ -150,14 +150,14 @@ def test_softmax_regression_equals_scikit_learn():
     labels = (features[:, 0] + features[:, 1] / 10 + torch.randn(120, generator=generator)).round().long().clamp(3, 6)
     labels = labels - 3
     model = softmax_regression(features, labels, num_classes=4, l2=1e-2)
-    standard = ((features - features.mean(0)) / features.std(0, correction=0)).numpy()
+    standard = ((features - features.mean(0)) / features.std(0, correction=0)).double().numpy()
     reference = LogisticRegression(C=1 / (1e-2 * 120), tol=1e-8, max_iter=5000).fit(standard, labels.numpy())
 
     def objective(weight, bias):
         scores = torch.from_numpy(standard) @ weight + bias
         return (torch.nn.functional.cross_entropy(scores, labels) + 1e-2 / 2 * weight.square().sum()).item()
 
-    coefficients = [torch.from_numpy(values).float() for values in (reference.coef_.T, reference.intercept_)]
+    coefficients = [torch.from_numpy(values) for values in (reference.coef_.T, reference.intercept_)]
     assert objective(model.weight, model.bias) == pytest.approx(objective(*coefficients), abs=2e-6)
     assert (model(features).argmax(1).numpy() == reference.predict(standard)).all()
 

@@ -1,8 +1,8 @@
 """Arguments of the commands that do not train."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 
 @dataclass
@@ -132,150 +132,66 @@ class EvaluateArguments:
         default=None,
         metadata={"aliases": ["--train_dir"], "help": "Training images, for fitting and selecting probes."},
     )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={"help": "Share of the images of each class used as test images if --data has no validation split."},
-    )
-    segmentation_data: str | None = field(
-        default=None, metadata={"help": "Images with segmentation masks. Default: --data."}
-    )
-    depth_data: str | None = field(default=None, metadata={"help": "Images with depth maps. Default: --data."})
-    lost_data: str | None = field(default=None, metadata={"help": "Images with bounding boxes. Default: --data."})
-    tasks: list[str] = field(
-        default_factory=lambda: ["knn", "linear"],
-        metadata={
-            "help": "Tasks to run: knn linear logistic few_shot retrieval robustness (need labels), segmentation "
-            "(needs masks), depth (needs depth maps), lost (object discovery, needs boxes)."
-        },
-    )
+    tasks: list[str] = field(default_factory=lambda: ["knn", "linear"])  # the help lists the tasks of the table
     output_dir: str = field(default="evaluation", metadata={"help": "Output folder for report.json and report.md."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Cache folder for features. Default: features/ in --output_dir."}
     )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the center crop in pixels. Default: the model's image size."}
+    device: str = field(
+        default="auto", metadata={"help": "Device, such as cuda. auto is the first of cuda, mps, xpu and cpu."}
     )
-    image_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Image sizes of the robustness task in pixels."}
-    )
-    knn_k: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of nearest neighbors. Default: 10 20 100 200."}
-    )
-    linear_steps: int = field(default=2000, metadata={"help": "Number of SGD steps of the linear probe."})
-    select_on: str = field(
-        default="held_out",
-        metadata={
-            "help": "Images on which the linear probe is selected: held_out is a tenth of the training images; judged "
-            "is the test images, as in the official DINOv2 probe."
-        },
-    )
-    shots: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of few-shot images per class. Default: 1 5 10."}
-    )
-    num_tries: int = field(default=5, metadata={"help": "Number of random draws of the few-shot images."})
-    dense_steps: int = field(
-        default=1000, metadata={"help": "Number of training steps of the segmentation and depth heads."}
-    )
-    dense_image_size: int | None = field(
-        default=None,
-        metadata={"help": "Shorter image side for segmentation and depth in pixels. Default: the model's image size."},
-    )
-    num_dense_blocks: int = field(
-        default=1, metadata={"help": "Number of blocks that segmentation and depth read: 1 (the last one) or 4."}
-    )
-    ignore_values: list[int] | None = field(default=None, metadata={"help": "Mask values to ignore. Default: 255."})
-    reduce_labels: bool = field(
-        default=False, metadata={"help": "Treat mask value 0 as background to ignore, as in ADE20k."}
-    )
-    depth_scale: float | None = field(
-        default=None,
-        metadata={"help": "Meters per stored depth unit. Default: 0.001 for integers, 1 for floating-point values."},
-    )
-    max_depth: float = field(default=10.0, metadata={"help": "Maximum depth in meters; larger values are ignored."})
-    boxes: str | None = field(
-        default=None, metadata={"help": "Column with ground-truth boxes. Default: objects, bbox or boxes."}
-    )
-    box_format: str = field(
-        default="xywh",
-        metadata={"help": "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners)."},
-    )
-    lost_features: list[str] | None = field(
-        default=None, metadata={"help": "Features for object discovery, among q k v out. Default: all."}
-    )
-    lost_layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks for object discovery, counted from the end. Default: -1 to -4."}
-    )
-    lost_centers: list[str] | None = field(
-        default=None, metadata={"help": "Centering for object discovery, among none image row. Default: all."}
-    )
-    lost_l2norm: list[str] | None = field(
-        default=None, metadata={"help": "L2 normalization for object discovery, among false true. Default: both."}
-    )
-    lost_biases: list[float] | None = field(
-        default=None,
-        metadata={"help": "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."},
-    )
-    lost_k: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of candidate patches for seed expansion. Default: 100."}
-    )
-    max_side: int = field(
-        default=640,
-        metadata={"help": "Maximum longer side for object discovery in pixels; larger images are resized."},
-    )
-    max_images: int | None = field(
-        default=None,
-        metadata={"help": "Maximum number of images per split, drawn at random with --seed. Default: all."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
     seed: int = field(default=0, metadata={"help": "Random seed for splits, sampling and confidence intervals."})
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of `evaluate_backbone`."""
-        from ..evaluation.dense_heads import DepthSettings, SegmentationSettings
-        from ..evaluation.linear import LinearGrid
-        from ..evaluation.object_discovery import LostGrid
-        from ..evaluation.tasks import Protocol
+        """Return the keyword arguments of `compare_backbones`."""
+        from ..evaluation.tasks import Sampling, select_tasks, settings_from, task_options
 
-        same = (
-            "image_size", "image_sizes", "select_on", "shots", "num_tries", "boxes", "box_format", "max_side",
-            "max_images", "train_val_split", "batch_size", "dense_image_size", "num_dense_blocks", "ignore_values",
-            "reduce_labels", "depth_scale",
-        )  # fmt: skip
-        task_data = {
-            "segmentation": self.segmentation_data, "depth": self.depth_data, "lost": self.lost_data
-        }  # fmt: skip
+        options = {name: getattr(self, name) for name in task_options()}
+        for kind in (Sampling, *(task.Settings for task in select_tasks(self.tasks))):
+            settings_from(kind, options)  # raises for values out of range, before a model is loaded
+        own = {task: getattr(self, f"{task}_data") for task in _own_data()}
         return {
             "tasks": self.tasks,
             "train": self.train_data,
-            "task_data": {task: data for task, data in task_data.items() if data is not None},
-            "protocol": Protocol(
-                knn_ks=self.knn_k,
-                linear=LinearGrid(num_steps=self.linear_steps),
-                lost_grid=LostGrid(**self.grid()),
-                segmentation=SegmentationSettings(num_steps=self.dense_steps),
-                depth=DepthSettings(num_steps=self.dense_steps, max_depth=self.max_depth),
-                **{name: getattr(self, name) for name in same},
-            ),
+            "task_data": {task: data for task, data in own.items() if data is not None},
             "cache_dir": self.cache_dir or str(Path(self.output_dir, "features")),
+            "device": self.device,
             "seed": self.seed,
+            **options,
         }
 
-    def grid(self) -> dict[str, Any]:
-        """Return the options of `LostGrid` that were given."""
-        norms = self.lost_l2norm
-        if norms is not None and set(norms) - {"true", "false"}:
-            raise ValueError(f"lost_l2norm={norms} contains an unknown value. Choose from true, false.")
-        given = {
-            "features": self.lost_features,
-            "layers": self.lost_layers,
-            "centers": self.lost_centers,
-            "l2norms": None if norms is None else [norm == "true" for norm in norms],
-            "biases": self.lost_biases,
-            "raw_biases": self.lost_biases if norms == ["false"] else None,
-            "ks": self.lost_k,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+
+def evaluate_arguments() -> type[EvaluateArguments]:
+    """Return `EvaluateArguments` with the options of all tasks in the table."""
+    from ..evaluation.tasks import TASKS, task_options
+
+    by_need: dict[str, list[str]] = {}
+    for name, task in TASKS.items():
+        by_need.setdefault(task.needs, []).append(name)
+    listed = "; ".join(f"{', '.join(names)} (with {need})" for need, names in by_need.items())
+    hints = get_type_hints(EvaluateArguments)
+    options: dict[str, tuple[Any, Any, Any]] = {
+        one.name: (hints[one.name], one.default, one.metadata) for one in fields(EvaluateArguments)
+    }
+    options["tasks"] = (list[str], lambda: ["knn", "linear"], {"help": f"Tasks to run: {listed}."})
+    for name, need in _own_data().items():
+        help_text = f"Images with {need} for the task {name}. Default: --data."
+        options[f"{name}_data"] = (str | None, None, {"help": help_text})
+    for name, (kind, one) in task_options().items():
+        options[name] = (kind, one.default if one.default is not MISSING else one.default_factory, one.metadata)
+    made: list[Any] = []
+    for name, (kind, default, metadata) in options.items():
+        given: dict[str, Any] = {"default_factory" if callable(default) else "default": default}
+        made.append((name, kind, field(**given, metadata=dict(metadata))))
+    own = {"settings": EvaluateArguments.settings, "__doc__": EvaluateArguments.__doc__}
+    return make_dataclass("EvaluateArguments", made, namespace=own)
+
+
+def _own_data() -> dict[str, str]:
+    """Return the tasks that usually need other images than the rest, and what those images must have."""
+    from ..evaluation.tasks import TASKS
+
+    return {name: task.needs for name, task in TASKS.items() if task.needs != "labels"}
 
 
 @dataclass

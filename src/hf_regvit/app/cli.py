@@ -198,10 +198,10 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
     """Run `regvit evaluate --model A --model B --tasks knn linear --data FOLDER`."""
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
-    from .arguments import EvaluateArguments
+    from .arguments import evaluate_arguments
     from .recipes import RecipeParser
 
-    (arguments,) = RecipeParser(EvaluateArguments, prog="regvit evaluate").parse(args)
+    (arguments,) = RecipeParser(evaluate_arguments(), prog="regvit evaluate").parse(args)
     settings = arguments.settings()
     if switches["dry_run"]:
         return _resolved(arguments)
@@ -210,9 +210,7 @@ def evaluate_command(args: Sequence[str], switches: dict[str, bool]) -> dict[str
         table.save(arguments.output_dir)
 
     _check_output(arguments.output_dir)
-    table = compare_backbones(
-        arguments.model_name_or_path, arguments.data, device=arguments.device, on_report=keep, **settings
-    )
+    table = compare_backbones(arguments.model_name_or_path, arguments.data, on_report=keep, **settings)
     result: dict[str, Any] = {"report": f"{arguments.output_dir}/report.json"}
     if switches["json"]:
         return result | {"results": [report.summary() for report in table.reports]}
