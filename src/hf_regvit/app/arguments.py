@@ -333,9 +333,9 @@ class DataCheckArguments:
 class DemoArguments:
     """Options of `regvit demo`."""
 
-    model_name_or_path: list[str] = field(
+    model: list[str] = field(
         metadata={
-            "aliases": ["--model"],
+            "aliases": ["--model_name_or_path"],
             "action": "extend",
             "help": "One or more models: folders, Hub ids or timm/NAME. Select one of them on the page.",
         }
@@ -345,7 +345,7 @@ class DemoArguments:
         default=7860, metadata={"help": "Local port to listen on; 0 selects the first free port from 7860 on."}
     )
     cache_mib: int = field(default=512, metadata={"help": "Memory for cached images in MiB."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
+    device: str = field(default="auto", metadata={"help": "Device, such as cuda. Default: the first that exists."})
 
 
 @dataclass
