@@ -12,9 +12,9 @@ from typing import Any
 _LAST = "config.json"
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any], *, indent: int = 2) -> None:
     """Write a dictionary as indented JSON, whole or not at all. NaN and infinity are refused with a ValueError."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
