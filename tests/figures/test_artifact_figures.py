@@ -10,6 +10,7 @@ from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.evaluation.lost import lost_box
 from hf_regvit.figures import maps as F
+from hf_regvit.models.processing import default_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +94,7 @@ def test_overlay_marks_the_cell_of_the_query():
 
 def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     figure = F.layer_norm_figure(report)
     (axis,) = figure.axes
     assert axis.get_ylim() == (-0.5, 2.5)
@@ -104,7 +105,7 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
 @pytest.mark.slow
 def test_pictures_of_a_report(regvit, tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     files = F.write_report_figures(report, tmp_path / "figures")
     names = [file.name for file in files]
     assert names == [
