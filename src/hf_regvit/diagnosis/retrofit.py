@@ -98,14 +98,10 @@ class RetrofitReport(Result):
         """Conclusion in one sentence."""
         before, after = self.judged["before"], self.judged["after"]
         left = after["layers_with_outliers"]
-        rest = (
-            f"a diagnosis still finds outliers at blocks {left}"
-            if left
-            else "a diagnosis no longer finds any outliers"
-        )
+        rest = f"still finds outliers at blocks {left}" if left else "no longer finds any outliers"
         return (
             f"Outliers fell from {before['outlier_share']:.2%} to {after['outlier_share']:.2%} of the patches, and "
-            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
+            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; a diagnosis {rest}."
         )
 
     def _neuron_text(self, shown: int, *, scores: bool = False) -> str:
