@@ -266,7 +266,7 @@ def test_a_recipe_of_something_else_is_named(copy, tmp_path):
     with pytest.raises(BundleError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (copy / "resolved_recipe.yaml").write_text("data: x")
-    with pytest.raises(BundleError, match=r"is incomplete: 'num_local_crops' is missing"):
+    with pytest.raises(BundleError, match=r"is incomplete: 'global_crop_size' is missing"):
         bundle(copy, tmp_path / "bundle", card=CARD)
 
 
@@ -345,13 +345,13 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
 
 
 def test_preprocessing_in_words():
-    from hf_regvit.hub.facts import _describe_preprocessing
+    from hf_regvit.hub.bundle import describe_preprocessing
 
     processor = {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "image_mean": [0.5],
                  "crop_size": {"height": 224, "width": 200}, "image_std": [0.2]}  # fmt: skip
-    words = _describe_preprocessing(json.dumps(processor))
+    words = describe_preprocessing(json.dumps(processor))
     assert words == "resized to 256, cropped to 224 x 200, mean [0.5], standard deviation [0.2]"
-    assert _describe_preprocessing("center crop 224") == "center crop 224"
+    assert describe_preprocessing("center crop 224") == "center crop 224"
 
 
 # --- Pushes
