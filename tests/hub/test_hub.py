@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
+from transformers import ViTConfig, ViTModel
 
 import fake_hub
 from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
@@ -23,7 +24,7 @@ from hf_regvit.hub.upload import (
     send_folder,
     with_retries,
 )
-from hf_regvit.models.loading import BundleError, checkpoint_folder
+from hf_regvit.models.loading import BundleError, checkpoint_folder, open_model
 from hf_regvit.models.processing import default_image_processor
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
@@ -35,6 +36,11 @@ CARD = {"license": "mit"}
 def tiny_config(**overrides):
     sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return RegViTConfig(**{**sizes, **overrides})
+
+
+def tiny_vit():
+    config = ViTConfig(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    return ViTModel(config)
 
 
 @pytest.fixture(scope="module")
@@ -548,6 +554,28 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     assert set(hub.files("someone/tiny")) == {".gitattributes", *done.bundle.names}
     assert hub.repos["someone/tiny"].private
     assert 'name = "someone/tiny"' in hub.files("someone/tiny")["README.md"].decode()
+
+
+def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.chdir(tmp_path)
+    expected = bundle(checkpoint, tmp_path / "bundle", card=CARD)
+    loaded = RegViTForImageClassification.from_pretrained(checkpoint)
+    fresh = RegViTForImageClassification(tiny_config(id2label={0: "cat", 1: "dog"}))
+    fresh.load_state_dict(loaded.state_dict())
+    with pytest.raises(ValueError, match="No image processor was given and none is saved"):
+        publish(fresh, output_dir=tmp_path / "fresh", card=CARD)
+    reader = open_model(fresh, processor=default_image_processor(16))
+    for number, model in enumerate((loaded, reader, str(checkpoint))):
+        made = publish(model, "someone/tiny", output_dir=tmp_path / f"bundle{number}", card=CARD).bundle
+        assert made.files["model.safetensors"] == expected.files["model.safetensors"]
+        assert made.files["preprocessor_config.json"] == expected.files["preprocessor_config.json"]
+    assert publish(loaded, "someone/tiny", card=CARD).bundle.folder == Path("bundles/tiny")
+    assert publish(str(checkpoint), card=CARD).bundle.folder == Path("bundles") / checkpoint.name
+    with pytest.raises(BundleError, match=r"is a ViTModel, not a RegViT\. Call `hf_regvit\.convert"):
+        publish(tiny_vit(), output_dir=tmp_path / "vit", card=CARD)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a model that can be loaded from the Hub"):
+        publish("someone/missing", output_dir=tmp_path / "missing", card=CARD)
 
 
 def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp_path, monkeypatch):

@@ -23,21 +23,11 @@ from ..evaluation.report import EvaluationTable
 from ..models.loading import BundleError, checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
 from ..models.modeling_regvit import CheckpointCorruptError
-from ..models.saving import read_json, whole_file, whole_folder, write_json
+from ..models.processing import saved_processor
+from ..models.saving import read_json, whole_folder, write_json
+from . import facts as about
 from .card import check_card, write_card_file
-from .facts import (
-    ANY_FOLDER,
-    TASKS,
-    CardArtifacts,
-    CardFacts,
-    CardFigure,
-    CardScore,
-    Facts,
-    Json,
-    finetuning_facts,
-    pretraining_facts,
-    public_recipe,
-)
+from .facts import TASKS, CardFacts, CardFigure, CardScore, Facts, Json
 from .scan import CARD, CODE_FILES, may_be_published, scan
 
 logger = logging.getLogger(__name__)
@@ -126,15 +116,20 @@ def bundle(
         raise NotADirectoryError(f"'{output}' is a file. Choose a new folder for the bundle.")
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
-    model = load_checkpoint(checkpoint)
+    model, processor = load_checkpoint(checkpoint), saved_processor(checkpoint)
+    if processor is None:
+        raise BundleError(
+            f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
+            "image processor in the folder with processor.save_pretrained(folder)."
+        )
     with whole_folder(output.parent) as parent:  # the finished folder is moved at once
         staged = parent / output.name
-        for folder in (staged, staged / "reports", staged / "figures"):
-            folder.mkdir()
+        (staged / "reports").mkdir(parents=True)
+        (staged / "figures").mkdir()
         model.save_pretrained(staged, max_shard_size=max_shard_size)
         config = read_json(staged / "config.json")
         write_json(staged / "config.json", {k: v for k, v in config.items() if k not in _FORBIDDEN_FIELDS})
-        _save_processor(checkpoint, staged)
+        processor.save_pretrained(staged)
         facts = _run_facts(Path(model_folder), checkpoint, staged)
         for report in reports:
             _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
@@ -159,27 +154,14 @@ def option_hashes(
         "example_pictures": example_pictures,
         "max_shard_size": max_shard_size,
     }
-    said = {name: value for name, value in wishes.items() if value and value not in (ANY_FOLDER, SHARD_SIZE)}
+    said = {name: value for name, value in wishes.items() if value and value not in (about.ANY_FOLDER, SHARD_SIZE)}
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in sorted(said.items())}
 
 
-def _save_processor(checkpoint: Path, output: Path) -> None:
-    from transformers import AutoImageProcessor
-
-    if not (checkpoint / "preprocessor_config.json").is_file():
-        raise BundleError(
-            f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
-            "image processor in the folder with processor.save_pretrained(folder)."
-        )
-    AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output)
-
-
 def _write_card(model: nn.Module, output: Path, facts: Facts, measured: Facts) -> None:
-    known = {field.name for field in dataclasses.fields(CardFacts)}
-    if unknown := set(facts) - known:
-        raise BundleError(
-            f"The card has no field {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(known))}."
-        )
+    known = sorted(field.name for field in dataclasses.fields(CardFacts))
+    if unknown := sorted(set(facts).difference(known)):
+        raise BundleError(f"The card has no field {', '.join(unknown)}. Choose from {', '.join(known)}.")
     # The author's entries follow the measured ones.
     for name in ("limits", "intended_use", "scores", "evaluation_notes"):
         if facts.get(name) is not measured.get(name):
@@ -192,39 +174,40 @@ def _write_card(model: nn.Module, output: Path, facts: Facts, measured: Facts) -
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file, or None if the file does not exist.
+    """Return the content of a JSON or YAML file with names and values, or None if the file does not exist.
 
     Raises:
-        BundleError: The file is not valid JSON or holds another value.
+        BundleError: The file is not valid JSON or YAML, or holds another value.
     """
-    try:
-        content = read_json(path)
-    except FileNotFoundError:
+    import yaml
+
+    if not path.is_file():
         return None
+    try:
+        content = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else read_json(path)
+    except yaml.YAMLError as error:
+        raise BundleError(f"'{path}' is not valid YAML: {error}") from error
     except ValueError as error:
         raise BundleError(str(error)) from error
     if not isinstance(content, dict):
-        raise BundleError(f"'{path}' holds a {type(content).__name__}. Expected a JSON object.")
+        raise BundleError(f"'{path}' holds a {type(content).__name__}. Expected names with values.")
     return content
 
 
 def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
     """Copy recipe, report, environment and curves of a checkpoint's run, and return them as facts for the card."""
+    import yaml
+
     candidates = (folder, checkpoint.parent if checkpoint.name == "backbone" else checkpoint)
     run = next((place for place in candidates if (place / "resolved_recipe.yaml").is_file()), None)
     if run is None:
         return _retrofit_facts(checkpoint, output)
-    import yaml
-
-    recipe = public_recipe(_read_recipe(run / "resolved_recipe.yaml"))
-    with whole_file(output / "recipe.yaml") as unfinished:
-        unfinished.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-    fine_tuned, environment = read_object(run / "metrics.json"), read_object(run / "environment.json")
+    recipe = about.public_recipe(read_object(run / "resolved_recipe.yaml") or {})
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    fine_tuned = read_object(run / "metrics.json")
+    collect = about.finetuning_facts if fine_tuned else about.pretraining_facts
     try:
-        if fine_tuned:
-            facts = finetuning_facts(recipe, fine_tuned, environment)
-        else:
-            facts = pretraining_facts(recipe, read_object(run / "report.json"), environment)
+        facts = collect(recipe, fine_tuned or read_object(run / "report.json"), read_object(run / "environment.json"))
     except KeyError as error:
         raise BundleError(
             f"The recipe, report or environment in '{run}' is incomplete: {error} is missing. Publish a folder that "
@@ -242,29 +225,16 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
 
 def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
     """Return the facts from the report that `regvit retrofit` wrote into the checkpoint folder."""
-    content = read_object(checkpoint / "retrofit_report.json")
+    path = checkpoint / "retrofit_report.json"
+    content = read_object(path)
     if content is None:
         return {}
-    write_json(output / "reports" / "retrofit.json", content)
     try:
         report = RetrofitReport(**content)
     except TypeError as error:
-        raise BundleError(
-            f"'{checkpoint}/retrofit_report.json' is not a report of `regvit retrofit`: {error}."
-        ) from error
+        raise BundleError(f"'{path}' is not a report of `regvit retrofit`: {error}.") from error
+    shutil.copyfile(path, output / "reports" / "retrofit.json")
     return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
-
-
-def _read_recipe(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BundleError(f"'{path}' is not valid YAML: {error}") from error
-    if not isinstance(recipe, dict):
-        raise BundleError(f"'{path}' holds a {type(recipe).__name__}. Expected one 'option: value' per line.")
-    return recipe
 
 
 def _report_file(path: Path) -> Path:
@@ -273,9 +243,7 @@ def _report_file(path: Path) -> Path:
         raise BundleError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise BundleError(
-            f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `regvit evaluate`."
-        )
+        raise BundleError(f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `evaluate`.")
     return path
 
 
@@ -308,7 +276,7 @@ def _add_report(path: Path, output: Path, facts: Facts, *, model: nn.Module, exa
         )
 
 
-def _diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bool) -> CardArtifacts:
+def _diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bool) -> about.CardArtifacts:
     from ..figures.maps import write_report_figures
 
     # Image names and images belong to the data set, so they are private by default.
@@ -317,7 +285,7 @@ def _diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bool) 
     paths = write_report_figures(public, output / "figures")
     if not report.outliers["per_image"]:  # no outliers, so the map is empty
         (output / "figures" / "positions.png").unlink()
-    return CardArtifacts(
+    return about.CardArtifacts(
         verdict=report.verdict,
         summary=report.summary(),
         num_images=report.num_images,
@@ -361,15 +329,11 @@ def _evaluation_facts(table: EvaluationTable, path: Path, model: nn.Module) -> d
             path, ", ".join(report.model for report in table.reports),
         )  # fmt: skip
     rows = list(table.rows())
-    scores = [
-        CardScore(
-            score.name if report is own else f"{report.model}: {score.name}",
-            score.data,
-            score.show(score.value, score.interval),
-            f"{score.num_train:,} / {score.num_images:,}",
-        )
-        for score, report, _ in rows
-    ]
+    scores = []
+    for score, report, _ in rows:
+        name = score.name if report is own else f"{report.model}: {score.name}"
+        images = f"{score.num_train:,} / {score.num_images:,}"
+        scores.append(CardScore(name, score.data, score.show(score.value, score.interval), images))
     notes = [
         *(f"{score.task}: {score.protocol}" for score, _, _ in rows),
         *(note for report in table.reports for note in report.notes),
@@ -393,11 +357,10 @@ def read_bundle(folder: str | Path) -> Bundle:
     """
     folder = Path(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    strange = [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]
-    if strange:
+    if strange := [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]:
         raise BundleError(
-            f"'{folder}' contains {', '.join(strange)}, which {'is' if len(strange) == 1 else 'are'} not allowed in a "
-            "bundle. Bundle the checkpoint again in a new folder."
+            f"'{folder}' contains files that are not allowed in a bundle: {', '.join(strange)}. Bundle the checkpoint "
+            "again in a new folder."
         )
     try:
         verify_checkpoint(folder, required=("config.json", "preprocessor_config.json", CARD, *CODE_FILES))

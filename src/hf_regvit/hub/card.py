@@ -13,10 +13,7 @@ from ..models.saving import read_json, whole_file
 from .facts import ORIGINS, TASKS, CardFacts
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
-SECTIONS = (
-    "How to load", "Training data", "Training", "Evaluation", "Artifact tokens", "Intended use", "Limits", "License",
-    "How this was made",
-)  # fmt: skip
+SECTIONS = tuple(re.findall(r"^## (.+)$", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE))
 
 
 # ---- Writing -----------------------------------------------------------------------------------------------------
@@ -84,11 +81,9 @@ def _header(facts: CardFacts) -> str:
     # Only ids of the form "owner/name" are links on the Hub. Other names appear in the text only.
     base = facts.base_model if facts.base_model and re.fullmatch(r"[\w.-]+/[\w.-]+", facts.base_model) else None
     data = ModelCardData(
-        license=facts.license,
-        license_name=facts.license_name,
-        license_link=facts.license_link,
+        **{name: getattr(facts, name) for name in ("license", "license_name", "license_link")},
         library_name="transformers",  # required by the Hub's widget and snippet; hf_regvit is a tag
-        pipeline_tag=facts.pipeline_tag,
+        pipeline_tag=facts.task.pipeline_tag,
         base_model=base,
         datasets=list(facts.datasets) or None,
         tags=["regvit", "hf_regvit", "registers", "vision", "custom_code", facts.origin],

@@ -9,6 +9,7 @@ import importlib.abc
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,9 @@ class _Hide(importlib.abc.MetaPathFinder):
 
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Hide())
-    try:
+    with suppress(ModuleNotFoundError):
         import hf_regvit  # noqa: F401
-    except ModuleNotFoundError:
-        pass
-    else:
+
         raise SystemExit("hf_regvit can be imported in this process, so loading the bundle would not verify anything.")
 
 import torch  # noqa: E402

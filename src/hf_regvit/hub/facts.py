@@ -141,11 +141,6 @@ class CardFacts:
         return str((self.config.get("architectures") or ["RegViTModel"])[0])
 
     @property
-    def pipeline_tag(self) -> str:
-        """Task of the model on the Hub."""
-        return self.task.pipeline_tag
-
-    @property
     def task(self) -> Task:
         """Task of the model class."""
         return TASKS[self.model_class]
@@ -158,11 +153,15 @@ _PATH_FIELDS = ("data", "init_from", "model_name_or_path", "train_dir", "validat
 _UNFINISHED = ("The training of this model is not finished.",)
 
 
+def is_hub_id(text: str) -> bool:
+    """Return whether a text has the form of a Hub id, `owner/name` or `owner/name:config`, and is not a local path."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", text) is not None and not Path(text).exists()
+
+
 def public_name(source: object) -> str:
     """Return the last part of a path, or a whole Hub id that is not a local folder. Local paths are private."""
     text = str(source)
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", text) is not None and not Path(text).exists()
-    return text if is_id else Path(text).name or text
+    return text if is_hub_id(text) else Path(text).name or text
 
 
 def public_recipe(recipe: Json) -> dict[str, Any]:
@@ -200,11 +199,12 @@ def _describe_environment(environment: Json) -> str:
 
 
 # Keyed by whether the report says that the test images were held out; None for older reports, which do not say.
-_KNN_NOTES = {
-    True: "The scores are those of the last evaluation during training, on held-out labeled images.",
-    False: "The scores are those of the last evaluation during training, on images that the model was trained on "
-    "without their labels. They show progress during a run but overestimate the quality of the model.",
-    None: "The scores are those of the last evaluation during training, on labeled images.",
+_KNN_NOTE = "The scores are those of the last evaluation during training, on {}."
+_KNN_IMAGES = {
+    True: "held-out labeled images",
+    False: "images that the model was trained on without their labels. They show progress during a run but "
+    "overestimate the quality of the model",
+    None: "labeled images",
 }
 # setting of a pretraining run: its value, from the fields of the recipe.
 _PRETRAINING = {
@@ -244,7 +244,7 @@ def pretraining_facts(recipe: Json, report: Json | None = None, environment: Jso
             CardScore(name.removeprefix("eval_").replace("knn_", "k-NN, k = "), data, f"{100 * value:.1f} %", counts)
             for name, value in knn.items()
         ),
-        "evaluation_notes": (_KNN_NOTES[test.get("held_out")],) if knn else (),
+        "evaluation_notes": (_KNN_NOTE.format(_KNN_IMAGES[test.get("held_out")]),) if knn else (),
     }
 
 
@@ -290,7 +290,6 @@ _SETTINGS = {
     "bf16": ("bfloat16", False),
     "seed": ("seed", None),
 }
-_FEW_IMAGES = 100
 
 
 def finetuning_facts(recipe: Json, report: Json | None = None, environment: Json | None = None) -> Facts:
@@ -320,10 +319,8 @@ def finetuning_facts(recipe: Json, report: Json | None = None, environment: Json
     )
     if report.get("changes"):
         rows.insert(0, ("start", " ".join(report["changes"])))
-    length = f"{report['steps']:,} steps, {report['epochs']:.1f} epochs"
-    if "seconds" in report:
-        length += f", {_duration(report['seconds'])} including evaluations"
-    rows.append(("length", length))
+    time = f", {_duration(report['seconds'])} including evaluations" if "seconds" in report else ""
+    rows.append(("length", f"{report['steps']:,} steps, {report['epochs']:.1f} epochs{time}"))
     if counts := report.get("parameters"):
         rows.append(("trained parameters", f"{counts['trained']:,} of {counts['all']:,}"))
     validation = next((public_name(recipe[name]) for name in ("validation_dir", "data") if recipe.get(name)), "images")
@@ -333,11 +330,8 @@ def finetuning_facts(recipe: Json, report: Json | None = None, environment: Json
 def _finetuning_scores(recipe: Json, report: Json, data: str) -> Facts:
     """Return scores, notes, `model-index` results and limits from the content of `metrics.json`."""
     measured, intervals, images = report["eval"], report.get("intervals", {}), report["images"]
-    count, step, chosen = (
-        images["validation"],
-        report["step_of_the_result"],
-        bool(recipe.get("load_best_model_at_end")),
-    )
+    count, step = images["validation"], report["step_of_the_result"]
+    chosen = bool(recipe.get("load_best_model_at_end"))
     # Metrics of custom tasks follow the metrics that have a name here.
     others = [name for name, value in measured.items() if _is_other_score(name) and isinstance(value, int | float)]
     shown = [*(name for name in _SCORES if name in measured), *others]
@@ -347,8 +341,8 @@ def _finetuning_scores(recipe: Json, report: Json, data: str) -> Facts:
     for name in shown:
         words, kind, unit = _SCORES.get(name, (name.replace("_", " "), name, ""))
         value, interval = measured[name], intervals.get(name)
-        result = _with_interval(value, interval, unit)
-        scores.append(CardScore(words, f"{data}, validation", result, f"{images['train']:,} / {count:,}"))
+        both = f"{images['train']:,} / {count:,}"
+        scores.append(CardScore(words, f"{data}, validation", _with_interval(value, interval, unit), both))
         args = {"num_images": count, "seed": report.get("seed"), "step": step, "chosen_on_these_images": chosen}
         if interval:
             args["confidence_interval"] = [round(bound, 4) for bound in interval]
@@ -367,18 +361,15 @@ def _finetuning_scores(recipe: Json, report: Json, data: str) -> Facts:
     limits = [
         (chosen, "The step of the result was selected on the validation images, so its numbers are slightly too high. "
         "There is no separate test split."),
-        (count < _FEW_IMAGES, f"The model was evaluated on only {count} images."),
+        (count < 100, f"The model was evaluated on only {count} images."),
     ]  # fmt: skip
     task = str(report.get("task", "image-classification")).replace("semantic-segmentation", "image-segmentation")
-    result_of_all = {
-        "task": {"type": task, "name": task.replace("-", " ").capitalize()},
-        "dataset": {"name": data, "type": re.sub(r"[^\w./-]+", "-", data), "split": "validation"},
-        "metrics": metrics,
-    }
+    dataset = {"name": data, "type": re.sub(r"[^\w./-]+", "-", data), "split": "validation"}
+    named = {"type": task, "name": task.replace("-", " ").capitalize()}
     return {
         "scores": tuple(scores),
         "evaluation_notes": tuple(note for holds, note in notes if holds),
-        "results": (result_of_all,),
+        "results": ({"task": named, "dataset": dataset, "metrics": metrics},),
         "limits": tuple(limit for holds, limit in limits if holds),
     }
 

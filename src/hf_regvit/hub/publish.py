@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from ..models.loading import BundleError, load_model
+from ..models.loading import BundleError, open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
+from ..models.processing import unknown_processor
+from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
-from .facts import ANY_FOLDER, Json
+from .facts import ANY_FOLDER, Json, is_hub_id
 from .upload import PushResult, RetryPolicy, send_folder
 from .verify import Verification, verify
 
@@ -32,10 +34,8 @@ class Publication:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as a dict for JSON."""
         return {
+            **dataclasses.asdict(self.bundle),
             "folder": str(self.bundle.folder),
-            "files": self.bundle.files,
-            "model_class": self.bundle.model_class,
-            "parameters": self.bundle.parameters,
             "loaded_without_hf_regvit": self.verification.loaded,
             "largest_difference": self.verification.largest_difference,
             "pipelines_not_run": self.verification.not_run,
@@ -58,7 +58,7 @@ class Publication:
 
 
 def publish(
-    model: str | Path | nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     repo_id: str | None = None,
     *,
     output_dir: str | Path | None = None,
@@ -79,7 +79,7 @@ def publish(
     command continues an interrupted push.
 
     Args:
-        model: RegViT: a checkpoint or run folder (see `bundle`), a Hub id, or a module with its `image_processor`.
+        model: RegViT: a checkpoint or run folder (see `bundle`), a Hub id, a module, or a reader of `open_model`.
         repo_id: Hub repository id `owner/name`, from which the card loads the model. Required to push.
         output_dir: Folder for the bundle. Default: `bundles/` followed by the name of the repository or model.
         reports: Reports for the card, see `bundle`.
@@ -102,7 +102,7 @@ def publish(
         raise BundleError("Pushing requires a repository. Add --repo_id owner/name.")
     if repo_id:
         _check_repo_id(repo_id)
-    own_name = type(model).__name__ if isinstance(model, nn.Module) else Path(model).resolve().name
+    own_name = Path(model).resolve().name if isinstance(model, str | Path) else type(open_model(model).model).__name__
     output = Path(output_dir or f"bundles/{(repo_id or own_name).split('/')[-1]}")
     names = {"repo_id": repo_id, "name": repo_id.split("/")[-1]} if repo_id else {"repo_id": ANY_FOLDER}
     asked: dict[str, Any] = {
@@ -119,46 +119,35 @@ def publish(
         verification = verify(output, original=folder)
     if not push or not repo_id:
         return Publication(made, verification, None)
+    message = commit_message or f"Upload {made.model_class} with hf_regvit"
     sent = send_folder(
-        output,
-        repo_id,
-        names=made.names,
-        message=commit_message or f"Upload {made.model_class} with hf_regvit",
-        private=private,
-        accept_public=not private,
-        token=token,
-        revision=revision,
-        retry=retry,
-    )
+        output, repo_id, names=made.names, message=message, private=private, accept_public=not private, token=token,
+        revision=revision, retry=retry,
+    )  # fmt: skip
     return Publication(made, verification, sent)
 
 
 @contextmanager
-def _as_folder(model: str | Path | nn.Module) -> Iterator[Path]:
+def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
     """Yield the folder of a checkpoint: a local folder, or a temporary one for a module or a model from the Hub."""
-    if not isinstance(model, nn.Module) and Path(model).is_dir():
+    if isinstance(model, str | Path) and (Path(model).exists() or not is_hub_id(str(model))):
         yield Path(model)
         return
-    loaded = (model, getattr(model, "image_processor", None)) if isinstance(model, nn.Module) else load_model(model)
-    module, processor = loaded
-    if not isinstance(module, RegViTPreTrainedModel):
-        raise BundleError(f"A {type(module).__name__} is not a RegViT. Call `hf_regvit.convert(model)` first.")
-    if processor is None:
-        raise BundleError(
-            f"This {type(module).__name__} has no image processor, so users could not preprocess images for it. Set "
-            "`model.image_processor`, or publish a folder that contains the processor."
-        )
+    reader = open_model(model)
+    if not isinstance(reader.model, RegViTPreTrainedModel):
+        kind = type(reader.model).__name__
+        raise BundleError(f"The model is a {kind}, not a RegViT. Call `hf_regvit.convert(model)` first.")
+    if reader.processor is None:
+        raise unknown_processor(reader.model)
     with tempfile.TemporaryDirectory() as folder:
-        module.save_pretrained(folder)
-        processor.save_pretrained(folder)
+        reader.model.save_pretrained(folder)
+        reader.processor.save_pretrained(folder)
         yield Path(folder)
 
 
 def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
     """Check that an existing bundle was made with the options that are given. Omitted options are not compared."""
-    made_with = (read_object(output / "manifest.json") or {}).get("options")
-    if made_with is None:  # made before options were stored
-        return
+    made_with = (read_object(output / "manifest.json") or {}).get("options", wanted)  # absent in older bundles
     other = [name for name, value in wanted.items() if made_with.get(name) != value and name != "name"]
     if other:  # `name` follows from the repository
         raise BundleError(
@@ -177,6 +166,4 @@ def _check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise BundleError(f"'{repo_id}' is not a valid Hub repository id. Use owner/name. {error}") from error
     if "/" not in repo_id:
-        raise BundleError(
-            f"'{repo_id}' has no owner, so the code on the card could not load the model. Use owner/{repo_id}."
-        )
+        raise BundleError(f"'{repo_id}' has no owner, so the card's code could not load it. Use owner/{repo_id}.")

@@ -121,8 +121,7 @@ def send_folder(
         head = api.model_info(whole_id, revision=revision)
         if not head.private and not accept_public:
             raise PermanentPushError(
-                f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or use another "
-                "name."
+                f"'{whole_id}' exists and is public. Use --public (private=False), or another name."
             )
         if head.private and private is False:
             logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)
@@ -173,7 +172,9 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
         PushError: The last attempt failed.
     """
     jitter = random.Random()  # not seeded, so that runs that failed together do not retry together
-    for tries in range(1, retry.attempts + 1):
+    tries = 0
+    while True:
+        tries += 1
         try:
             with _time_limit(retry.timeout):
                 return attempt(), tries
@@ -186,7 +187,7 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
             said = _summarize_error(reason)
             wait = retry.first_wait * 2 ** (tries - 1) * (1 + jitter.random() / 2)
             wait = max(min(wait, retry.longest_wait), _retry_after(reason))
-            if tries == retry.attempts or wait > retry.longest_wait:
+            if tries >= retry.attempts or wait > retry.longest_wait:
                 longer = f"The Hub asks to wait {wait:.0f} s. " if wait > retry.longest_wait else ""
                 raise PushError(
                     f"'{what}' was not uploaded after {tries} {'attempt' if tries == 1 else 'attempts'}: {said}. "
@@ -194,7 +195,6 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
                 ) from error
             logger.warning("Hub: %s. Attempt %d of %d in %.1f s.", said, tries + 1, retry.attempts, wait)
             time.sleep(wait)
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 @contextmanager
@@ -237,10 +237,10 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _summarize_error(error: BaseException) -> str:
+    said = f"{type(error).__name__}: {error}"
     if isinstance(error, HfHubHTTPError):
-        said = error.server_message or error.response.reason_phrase
-        return f"{_status(error)} {said}".splitlines()[0][:200]
-    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0][:200]
+        said = f"{_status(error)} {error.server_message or error.response.reason_phrase}"
+    return said.splitlines()[0][:200]
 
 
 def _advice(error: BaseException, what: str) -> str:
