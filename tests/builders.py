@@ -1,4 +1,4 @@
-"""Builders of test data: images, class folders, tar and parquet files, made from numbers, never from the network."""
+"""Builders of test data, made from numbers, never from the network: images, folders, tar and parquet files, models."""
 
 import io
 import tarfile
@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from PIL import Image
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.models.processing import default_image_processor
 
 
 def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -58,3 +63,66 @@ def parquet_file(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+# --- Models ---
+
+# 4 x 4 patches. The other sizes are the smallest with several heads, blocks and features a head.
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_config(**fields: Any) -> RegViTConfig:
+    """Configuration of a RegViT with the sizes of `TINY`, unless a field is given."""
+    return RegViTConfig(**{**TINY, "num_depth_bins": 8, **fields})
+
+
+def tiny_model(model_class: type = RegViTModel, *, seed: int = 0, **fields: Any) -> Any:
+    """RegViT of a class with `tiny_config(**fields)`, from a seed, in eval mode."""
+    torch.manual_seed(seed)
+    return model_class(tiny_config(**fields)).eval()
+
+
+def tiny_source(class_name: str, *, seed: int = 0, **fields: Any) -> Any:
+    """Model of another family by the name of its class in transformers, such as `ViTModel`, in eval mode."""
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(seed)
+    return model_class(model_class.config_class(**{**TINY, **fields})).eval()
+
+
+def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, **changes: Any) -> Any:
+    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes, in eval mode."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    torch.manual_seed(seed)
+    model_class = {"VisionTransformer": VisionTransformer, "Eva": Eva}[kind]
+    return model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+
+
+def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
+    """Folder with the model and an image processor, by default the default one for its image size."""
+    model.save_pretrained(folder)
+    size = model.config.image_size
+    (processor or default_image_processor(size)).save_pretrained(folder)
+    return folder
+
+
+def pixels(count: int = 2, height: int = 32, width: int = 32, *, seed: int = 0) -> torch.Tensor:
+    """Random pixel values (count, 3, height, width)."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(width: int, height: int, *, seed: int = 0) -> Image.Image:
+    """RGB image of independent random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def in_fresh_memory(model: Any) -> Any:
+    """Copy the weights to memory that torch allocates, and switch to eval mode.
+
+    A loaded tensor may be at any offset of the mapped file, and the kernels for unaligned memory round differently.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()
