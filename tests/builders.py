@@ -1,6 +1,7 @@
 """Builders of test data, made from numbers, never from the network: images, folders, tar and parquet files, models."""
 
 import io
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -108,14 +109,33 @@ def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
     return folder
 
 
-def pixels(count: int = 2, height: int = 32, width: int = 32, *, seed: int = 0) -> torch.Tensor:
+def pixels(count: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
     """Random pixel values (count, 3, height, width)."""
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
-def noise(width: int, height: int, *, seed: int = 0) -> Image.Image:
-    """RGB image of independent random values."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+def noise(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """RGB image of `size` (width, height) of independent random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def randomized(model: Any, *, seed: int = 0, buffers: bool = False) -> Any:
+    """Move every parameter away from its initial value, so that ignoring any of them changes the outputs.
+
+    Weights shrink with the number of inputs: activations stay near 1, and float32 resolves them to 1e-6.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        is_matrix = name.endswith("weight") and parameter.ndim > 1
+        scale = 0.5 / math.sqrt(parameter[0].numel()) if is_matrix else 0.3
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
+            parameter.add_(1.0)
+    for buffer in model.buffers() if buffers else ():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model.eval()
 
 
 def in_fresh_memory(model: Any) -> Any:

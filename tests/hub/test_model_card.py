@@ -303,7 +303,7 @@ def test_the_snippet_of_a_committed_card_runs(path, tmp_path, monkeypatch):
     classifier = "ForImageClassification" in code
     model_class = RegViTForImageClassification if classifier else RegViTModel
     save_model(tiny_model(model_class, num_labels=7), tmp_path / "model")
-    noise(50, 40).save(tmp_path / "image.jpg")
+    noise(size=(50, 40)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     assert "path/to/this/folder" in code
     scope: dict = {}
