@@ -23,9 +23,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .decoding import BadImageError, ImageLimits, image_facts, open_map
-from .files import split_meant, splits_of
-from .loading import load_images
-from .source import ImageSource, MissingSplitError, Split
+from .files import split_meant, splits_of, walk
+from .labels import plain
+from .loading import load_images, open_source
+from .source import ImageSource, MissingSplitError, Reading, Split
+from .tables import holds_images
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +223,7 @@ def load_masks(
         class_names: Names by stored value: a mapping, or a list that begins at 0 (at 1 with `reduce_labels`). Default:
             `classes.json` or `id2label.json` in the folder; without such a file, the values that occur are the names.
         ignore_values: Stored values of ignored pixels. Default: 255, unless it has a name.
-        reduce_labels: Whether 0 is background to ignore, and the first class is stored as 1 (ADE20k).
+        reduce_labels: True if 0 is background to ignore, and the first class is stored as 1 (ADE20k).
         image_column: Image column. Default: the only image column, or `image`.
         mask_column: Mask column. Default: the only other image column, or one called `mask`, `annotation` or `label`.
         limits: Limits that images must satisfy.
@@ -312,13 +314,13 @@ def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
 
 def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimits | None) -> DenseSource:
     """Load a folder with `images/` next to `masks/`, or both inside `train/` and `validation/`."""
-    everything = load_images(root, split=None, limits=limits)
+    everything = open_source(root, None, Reading(limits=limits or ImageLimits()))
     pairs: dict[str, str] = {}  # from the id of an image to its path without suffix and without the folder "images"
     for id in everything.ids:
         parts = Path(id).parts
         place = next((i for i, part in enumerate(parts[:-1]) if part in _IMAGE_FOLDERS), None)
         if place is not None:
-            pairs[id] = Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix()
+            pairs[id] = _key(parts, place)
     maps = dict(_maps_by_key(root, kind))
     part_of = _parts_by_key(root, [*pairs.values(), *maps])
     wanted = split_meant({part_of[key] for key in pairs.values()}, split, str(root)) if split else None
@@ -348,7 +350,9 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
             f"'{root}': {len(left)} {kind} have no image of the same name, such as '{maps[left[0]].name}'. Remove "
             "them, or add the images."
         )
-    source = replace(source, labels=None, label_names=None)  # the folders "images" and "masks" are not classes
+    # The folders "images" and "masks" are not classes; maps, which may be .npy files, are not left out.
+    notes = tuple(note for note in source.notes if not note.startswith(f"'{root}' is read as a folder of"))
+    source = replace(source, labels=None, label_names=None, notes=notes)
     return _dense(source, kind, stored=partial(_read_file_map, files), map_name=partial(_name_of_file, files))
 
 
@@ -359,11 +363,16 @@ def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
 
 
 def _maps_by_key(root: Path, kind: Kind) -> Iterator[tuple[str, Path]]:
-    for file in sorted(root.rglob("*")):
+    for file in walk(root)[0]:
         parts = file.relative_to(root).parts
         place = next((i for i, part in enumerate(parts[:-1]) if part in _MAP_FOLDERS[kind]), None)
         if place is not None and file.suffix.lower() in _MAP_SUFFIXES:
-            yield Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix(), file
+            yield _key(parts, place), file
+
+
+def _key(parts: Sequence[str], place: int) -> str:
+    """Return the path that an image and its map share, without suffix and without the folder "images" or "masks"."""
+    return plain(Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix())
 
 
 def _name_of_file(files: Sequence[Path], index: int) -> str:
@@ -384,16 +393,11 @@ def _read_file_map(files: Sequence[Path], index: int) -> Array:
 
 def _from_table(source: ImageSource, kind: Kind, column: str | None, limits: ImageLimits | None) -> DenseSource:
     from datasets import Image as ImageFeature
-    from datasets import Value
 
     table: Any = source.table
     features = table.features
     candidates = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, ImageFeature)
-        or (isinstance(feature, Value) and feature.dtype.endswith("binary"))
-        or type(feature).__name__ == "Array2D"
+        name for name, feature in features.items() if holds_images(feature) or type(feature).__name__ == "Array2D"
     ]
     if column is None:
         column = next((name for name in _MAP_COLUMNS[kind] if name in candidates), None)

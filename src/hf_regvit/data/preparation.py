@@ -44,7 +44,7 @@ def _pictures(images: Any) -> _ImageItems:
         images = load_images(images, split=None)
     library = type(images).__module__.split(".")[0]
     if library == "datasets" and hasattr(images, "num_rows") and not isinstance(images, dict):
-        images = table_images(images, "the dataset", image_column=None, label_column=None)
+        images = table_images(images, "the dataset")
     if isinstance(images, ImageSource):
         source = images
         return _ImageItems(
