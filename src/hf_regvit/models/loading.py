@@ -383,16 +383,6 @@ def _compare_with_manifest(folder: Path) -> None:
             )
 
 
-def _json_of(path: Path) -> Any:
-    """Return the content of a JSON file, or None if the file does not exist."""
-    if not path.is_file():
-        return None
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
 _open = open_regvit
 
 
