@@ -857,19 +857,8 @@ def test_every_option_has_a_help_text_and_a_task():
         assert (task.name, task.needs) == (name, task.needs)
         assert task.title
     assert all(one.metadata["help"].endswith(".") for _, one in task_options().values())
-    given = [
-        "--model",
-        "a",
-        "--model",
-        "b",
-        "--data",
-        "c",
-        "--reduce_labels",
-        "--lost_l2norm",
-        "false",
-        "--lost_data",
-        "d",
-    ]
+    given = ["--model", "a", "--model", "b", "--data", "c", "--reduce_labels", "--lost_l2norm", "false"]
+    given += ["--lost_data", "d"]
     (arguments,) = RecipeParser(evaluate_arguments(), prog="x").parse(given)
     assert arguments.model == ["a", "b"]
     assert arguments.do_reduce_labels

@@ -17,7 +17,7 @@ from ..models.tokens import TokenReader
 from .decoding import BadImageError, open_image
 from .loading import load_images
 from .source import ImageSource
-from .tables import ImageStream, holds_images, table_images
+from .tables import ImageStream, table_images, table_stream
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _items_of(images: Any) -> _ImageItems:
     if isinstance(images, ImageStream):
         return _ImageItems(images.name, partial(_stream_items, images), None)
     if library == "datasets":
-        return _ImageItems("the stream", partial(_row_items, images), None)
+        return _ImageItems("the stream", partial(_row_items, table_stream(images, "the stream")), None)
     if isinstance(images, Sequence):
         kinds = str | Path | Image.Image | np.ndarray | torch.Tensor
         wrong = next((image for image in images if not isinstance(image, kinds)), None)
@@ -87,24 +87,8 @@ def _stream_items(stream: ImageStream) -> Iterator[Item]:
             yield record.id, partial(open_image, record.data or b"", name=record.id)
 
 
-def _row_items(stream: Any) -> Iterator[Item]:
-    from datasets import Image as ImageFeature
-
-    features = stream.features or {}
-    columns = [name for name, feature in features.items() if holds_images(feature)]
-    for column in columns:  # keep images encoded, so that a broken image does not stop the iteration
-        if isinstance(features[column], ImageFeature):
-            stream = stream.cast_column(column, ImageFeature(decode=False))
-    column = "image" if "image" in columns or not columns else columns[0]
-    for i, row in enumerate(stream):
-        if column not in row:
-            raise ValueError(
-                f"The stream has no image column; its columns are {', '.join(row)}. Rename one of them to 'image'."
-            )
-        cell = row[column]
-        if isinstance(cell, dict):
-            cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
-        yield f"row/{i}", partial(open_image, b"" if cell is None else cell, name=f"row/{i}")
+def _row_items(rows: ImageStream) -> Iterator[Item]:
+    return ((f"row/{i}", read) for i, (_, read) in enumerate(_stream_items(rows)))
 
 
 class PreparedImages:

@@ -100,7 +100,8 @@ def diagnose(
     watch = Stopwatch()
     reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
-    prepared = prepare_images(source, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    prepared = prepare_images(source, reader.transform, **drawn)
     limits = {"num_details": detail_images, "max_images": max_images}
     readings = read_images(reader, prepared, layers, **limits, progress=progress)
     watch.lap("reading")
@@ -110,25 +111,33 @@ def diagnose(
     watch.lap("cut-offs")
     details = _details(case)
     watch.lap("details")
-    controls = None
-    if readings.register_norms:
-        labels = labels_of(source, [readings.ids[i] for i in readings.kept])
-        controls = register_controls(reader, readings.pixels, labels=labels, batch_size=batch_size, seed=seed)
+    details["controls"] = _controls(case, source)
     watch.lap("controls")
-    common: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
-    tables = None
+    details["probes"] = None
     if probes:
-        found = token_probes(reader, source, cutoff=cutoffs[layer].cutoff, cutoff_layer=layer, **common)
-        tables = found.to_dict()
+        found = token_probes(reader, source, cutoff=cutoffs[layer].cutoff, cutoff_layer=layer, **drawn)
+        details["probes"] = found.to_dict()
         watch.lap("probes")
+    return _report(case, cutoffs, details, {"cutoff": cutoff, "layers": list(readings.norms)}, drawn, watch)
+
+
+def _report(
+    case: "_Case",
+    cutoffs: Mapping[int, Cutoff],
+    details: dict[str, Any],
+    asked: dict[str, Any],
+    drawn: dict[str, Any],
+    watch: Stopwatch,
+) -> ArtifactReport:
+    reader, readings, chosen = case.reader, case.readings, cutoffs[case.layer].to_dict()
     edges = _histogram_edges(readings.norms)
-    chosen = cutoffs[layer].to_dict()
+    settings = asked | {"preprocessing": reader.transform.description, "gate": GATE} | drawn
     return ArtifactReport(
         **{name: chosen[name] for name in ("cutoff", "bimodal", "separation", "method", "reason")},
         outlier_share=chosen["share"],
         norm_ratio=chosen["ratio"],
-        layer=layer,
-        emergence_layer=emergence_layer(cutoffs, layer),
+        layer=case.layer,
+        emergence_layer=emergence_layer(cutoffs, case.layer),
         num_images=len(readings.ids),
         model=_model_record(reader, readings.grid),
         layers=[_layer_record(readings, i, cutoffs[i], edges) for i in readings.norms],
@@ -137,18 +146,9 @@ def diagnose(
         neighbours=_neighbor_record(readings.neighbors, case.is_outlier),
         attention=_attention_record(case),
         **details,
-        controls=controls,
-        probes=tables,
         skipped=[asdict(image) for image in readings.skipped],
         warnings=_warnings(readings),
-        settings={
-            "cutoff": cutoff,
-            "layers": list(readings.norms),
-            "preprocessing": reader.transform.description,
-            "gate": GATE,
-            **common,
-            "detail_images": len(readings.kept),
-        },
+        settings=settings | {"detail_images": len(readings.kept)},
         versions=_versions(),
         seconds=watch.seconds,
     )
@@ -374,6 +374,14 @@ def _versions() -> dict[str, str]:
 
     libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
     return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
+
+
+def _controls(case: _Case, source: Any) -> dict[str, Any] | None:
+    readings = case.readings
+    if not readings.register_norms:
+        return None
+    labels = labels_of(source, [readings.ids[i] for i in readings.kept])
+    return register_controls(case.reader, readings.pixels, labels=labels, batch_size=case.batch_size, seed=case.seed)
 
 
 # --- During training ---

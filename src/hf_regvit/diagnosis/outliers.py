@@ -76,7 +76,7 @@ class Cutoff:
 
     Attributes:
         cutoff: Norm above which a token is an outlier.
-        bimodal: Whether the norms meet the conditions for two distinct modes.
+        bimodal: True if the norms meet the conditions for two distinct modes.
         method: "mixture" (two modes), "fallback" (no distinct population) or "fixed" (given by the caller).
         share: Share of the tokens above `cutoff`, in [0, 1].
         ratio: Median norm above the cut-off over the median norm below; None if one side is empty.

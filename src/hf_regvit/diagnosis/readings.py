@@ -95,7 +95,7 @@ def read_images(
             check_grid(ids[0], reading.grid, residual[0].grid)
             for i, pixels in enumerate(batch, start=len(used)):
                 if i % stride == 0 and len(details) < num_details:
-                    details[i] = pixels
+                    details[i] = pixels.clone()  # a view would keep the whole batch in memory
             used += ids
     skipped = [*images.skipped, *flat]
     if len(used) < MIN_IMAGES:

@@ -97,7 +97,7 @@ class ArtifactReport(Result):
 
     Attributes:
         cutoff: Norm above which a patch token is an outlier.
-        bimodal: Whether the outliers are a distinct population.
+        bimodal: True if the outliers are a distinct population.
         outlier_share: Share of all patch tokens that are outliers, in [0, 1].
         norm_ratio: Median norm of outliers over that of the other patches; None without outliers.
         layer: Reported layer; i is the output of block i. The last one if no layer has two modes.

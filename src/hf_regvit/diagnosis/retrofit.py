@@ -98,14 +98,10 @@ class RetrofitReport(Result):
         """Conclusion in one sentence."""
         before, after = self.judged["before"], self.judged["after"]
         left = after["layers_with_outliers"]
-        rest = (
-            f"a diagnosis still finds outliers at blocks {left}"
-            if left
-            else "a diagnosis no longer finds any outliers"
-        )
+        rest = f"still finds outliers at blocks {left}" if left else "no longer finds any outliers"
         return (
             f"Outliers fell from {before['outlier_share']:.2%} to {after['outlier_share']:.2%} of the patches, and "
-            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
+            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; a diagnosis {rest}."
         )
 
     def _neuron_text(self, shown: int, *, scores: bool = False) -> str:
@@ -255,18 +251,11 @@ def retrofit(
     watch = Stopwatch()
     reader = _open(model, device, processor)
     description, transform = reader.description, reader.transform
-    settings = {
-        "num_register_tokens": num_register_tokens,
-        "top_k": top_k,
-        "highest_block": highest_block,
-        "cutoff": cutoff,
-        "max_images": max_images,
-        "batch_size": batch_size,
-        "seed": seed,
-        "preprocessing": transform.description,
-    }
+    limits = {"num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block}
+    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    settings = limits | {"cutoff": cutoff} | drawn | {"preprocessing": transform.description}
     _check_ranges(settings, description.num_layers)
-    prepared = prepare_images(images, transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    prepared = prepare_images(images, transform, **drawn)
     norms = _all_norms(reader, prepared, progress=progress)
     parts = _divide(len(norms[0]), seed)
     neurons = _search(reader, prepared, norms, cutoff, parts["search"])
@@ -288,16 +277,13 @@ def retrofit(
     report = RetrofitReport(
         model={
             "name": Path(model).name if isinstance(model, str | Path) else description.name,
-            "num_layers": description.num_layers,
-            "hidden_size": description.hidden_size,
+            **{name: getattr(description, name) for name in ("num_layers", "hidden_size")},
             "num_neurons": neurons.scores.numel(),
         },
         neurons=pairs,
         scores=[float(neurons.scores[block, neuron]) for block, neuron in pairs],
         num_register_tokens=registers,
-        layer=neurons.layer,
-        cutoff=neurons.cutoff,
-        emergence=neurons.emergence,
+        **{name: getattr(neurons, name) for name in ("layer", "cutoff", "emergence")},
         images={name: int(rows.sum()) for name, rows in parts.items()},
         tried=tried,
         judged=judged,
