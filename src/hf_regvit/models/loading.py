@@ -342,16 +342,6 @@ def load_checkpoint(folder: Path) -> Any:
     return saved_class.from_pretrained(folder).eval()
 
 
-def _json_of(path: Path) -> Any:
-    """Return the content of a JSON file, or None if the file does not exist."""
-    if not path.is_file():
-        return None
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-
-
 def open_backbone(source: str, **changes: Any) -> RegViTModel:
     """Open a model as the backbone of a pretraining run; heads and poolers are dropped.
 
