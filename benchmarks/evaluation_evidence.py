@@ -29,7 +29,7 @@ from hf_regvit.evaluation.linear import LinearGrid
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable
 from hf_regvit.evaluation.run import evaluate_backbone
 from hf_regvit.evaluation.tasks import LabeledFeatures, Protocol
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import open_model
 
 TASKS = ("knn", "linear", "few_shot")
 
@@ -120,7 +120,8 @@ def main(argv: Sequence[str]) -> int:
         )
     options = {"protocol": Protocol(linear=LinearGrid(num_steps=args.linear_steps)), "seed": args.seed}
 
-    original, processor = load_model(args.model)
+    reader = open_model(args.model, device="cpu")
+    original, processor = reader.model, reader.processor
     regvit = convert(copy.deepcopy(original))
     regvit = getattr(regvit, "regvit", regvit)
     torch.manual_seed(args.seed)

@@ -19,7 +19,6 @@ from .families import FAMILIES, find_tower, unknown_family
 from .foreign_weights import check_source, import_timm
 from .manifest import check_weights
 from .modeling_regvit import CheckpointError, RegViTModel, RegViTPreTrainedModel, corrupt_weights
-from .processing import default_image_processor, unknown_processor
 from .saving import read_json
 from .tokens import TokenReader
 
@@ -147,14 +146,6 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     source = _checked(source)
     is_regvit = not Path(source).is_file() and _config_of(source).get("model_type") == "regvit"
     return _load(source) if is_regvit else convert(source)
-
-
-def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
-    """Load a model in eval mode and float32 together with its image processor, or the default one with a warning."""
-    reader = open_model(name_or_path, device=device or "cpu")
-    if reader.processor is None:
-        logger.warning("%s Using the default: center crop, ImageNet statistics.", unknown_processor(reader.model))
-    return reader.model, reader.processor or default_image_processor(reader.description.image_size)
 
 
 # --- Sources ---
@@ -371,7 +362,7 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     return backbone.train().requires_grad_(True)
 
 
-_open, _open_backbone = open_regvit, open_backbone  # names used by other rooms until they call the new ones
+_open_backbone = open_backbone  # the name by which pretraining calls it
 
 
 @torch.no_grad()
