@@ -18,6 +18,7 @@ from .files import (
     image_suffixes,
     of_split,
     outermost,
+    parts_below,
     select_split,
     split_folders,
     splits_of,
@@ -138,12 +139,13 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
         raise ValueError(_why_no_images(found))
     splits = splits_of(images, root)
     selected = select_split(root, images, splits, split)
-    by_folder = classes_by_folder([file.relative_to(root) for file in images], split_folders(images, root))
+    paths = parts_below(root, images)
+    by_folder = classes_by_folder(paths, split_folders(paths))
     class_of: dict[Path, int | str | None] = dict(zip(images, by_folder, strict=True))
     train = of_split(root, images, splits, "train") if split else selected
     notes = [*found.notes]
     if None not in by_folder:
-        notes += note_on_names(str(root), [part for file in selected for part in file.relative_to(root).parts[:-1]])
+        notes += note_on_names(str(root), {part for parts in parts_below(root, selected) for part in parts[:-1]})
     elif sides := {file for file in found.others if file.suffix in LABEL_SUFFIXES}:
         class_of = {file: _class_beside(file, sides, reading.label_column) for file in images}
     # Class ids must be the same in both splits, so the training split defines the classes if there is one.
@@ -163,7 +165,7 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
             )
             selected = kept
     labels, names = number_classes([class_of[file] for file in selected], sorted(known, key=str))
-    ids = [file.relative_to(root).as_posix() for file in selected]
+    ids = ["/".join(parts) for parts in parts_below(root, selected)]
     return _stored_images(
         str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
         problems=found.problems, notes=tuple(notes),

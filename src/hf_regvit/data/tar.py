@@ -24,7 +24,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     ids: list[str] = []
     places: list[tuple[int, int, int]] = []
     classes: list[int | str | None] = []
-    paths: list[PurePosixPath] = []
+    paths: list[tuple[str, ...]] = []
     problems = list(found.problems)
     for shard, file in enumerate(found.files):
         members, labels, faults = _index_tar(file, reading)
@@ -33,7 +33,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
             ids.append(f"{called}#{member}")
             places.append((shard, offset, size))
             classes.append(labels.get(sample_key(member)))
-            paths.append(PurePosixPath(member))
+            paths.append(PurePosixPath(member).parts)
         problems += faults
     if not ids:
         listing = "; ".join(problem.reason for problem in problems[:3]) or "they hold only other types of files"
@@ -44,7 +44,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     folders = classes_by_folder(paths, [None] * len(paths))
     if set(classes) == {None} and len(set(folders)) > 1 and None not in folders:  # an archive of class folders
         classes = list(folders)
-        notes += note_on_names(str(found.root), [path.parts[0] for path in paths])
+        notes += note_on_names(str(found.root), [path[0] for path in paths])
     elif None in classes and set(classes) != {None}:
         without = sum(one is None for one in classes)
         notes.append(f"'{found.root}': {without} of {len(ids)} images have no class, so none is used.")
