@@ -23,7 +23,7 @@ from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.data.preparation import prepare_images
 from hf_regvit.evaluation.dense_features import read_dense_features
 from hf_regvit.models.families import FAMILIES, describe_model, final_norm, find_tower, has_part
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import load_model, open_model
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
 from hf_regvit.models.tokens import TokenReader, TokenReading, read_many, read_tokens
 
@@ -825,7 +825,7 @@ def test_a_transform_gives_its_statistics_where_another_size_is_asked_for():
         given = EvaluationTransform.for_model(model, transform, **options)
         torch.testing.assert_close(given(image), torch.full(shape, 2.0))
         assert (given is transform) == (not options)
-    assert read_dense_features(model, [image], processor=transform).maps[0].shape == (4, 6, 24)
+    assert read_dense_features(open_model(model, processor=transform), [image]).maps[0].shape == (4, 6, 24)
 
 
 def test_processors_that_make_no_single_picture(caplog):
