@@ -360,6 +360,24 @@ def test_labels_beside_images_of_both_splits_share_their_numbers(tmp_path):
     assert (parts.train.labels, parts.heldout.labels) == ([0, 1, 2], [2, 1])
 
 
+def test_names_with_dots_keep_their_own_labels(tmp_path):
+    members = {}
+    for i in range(5):
+        members |= {f"img.{i:03d}.png": encoded(i), f"img.{i:03d}.cls": b"%d" % (4 - i)}
+    members |= {"one.left.png": encoded(7), "one.right.png": encoded(8), "one.cls": b"3", "one.json": b'{"label": 9}'}
+    tar_file(tmp_path / "x.tar", members)
+    for name, content in members.items():
+        write(tmp_path / "folder" / name, content)
+    expected = [4, 3, 2, 1, 0, 3, 3]
+    assert load_images(tmp_path / "folder").labels == load_images(tmp_path / "x.tar").labels == expected
+    assert [record.label for record in records(stream_images(tmp_path / "x.tar"))] == expected
+
+
+def test_a_long_shard_of_names_with_dots_is_streamed_in_pieces(tmp_path):
+    tar_file(tmp_path / "x.tar", {f"2024.01.05_{i:03d}.png": encoded(0) for i in range(150)})
+    assert len(records(stream_images(tmp_path / "x.tar"))) == 150
+
+
 def test_a_named_key_of_json_labels():
     assert label_in_file("a.json", b'{"breed": "pug", "label": 3}', "breed") == "pug"
     assert label_in_file("a.json", b'{"breed": "pug", "label": true}') is None

@@ -2,7 +2,7 @@
 
 import json
 import unicodedata
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 LABEL_SUFFIXES = (".cls", ".json")
 _KEYS = ("label", "cls", "class", "class_name", "target")  # of labels in a JSON file
@@ -31,6 +31,21 @@ def label_in_file(name: str, content: bytes, label_column: str | None = None) ->
         value = int(value)
     is_class = (isinstance(value, str) and value) or (isinstance(value, int) and not isinstance(value, bool))
     return value if is_class else None
+
+
+def add_label(labels: dict[str, int | str], name: str, content: bytes, label_column: str | None = None) -> None:
+    """Add the class in a `.cls` or `.json` file to `labels` by its name without suffix; `.cls` takes precedence."""
+    stem, label = name.rpartition(".")[0], label_in_file(name, content, label_column)
+    if label is not None and (stem not in labels or name.endswith(".cls")):
+        labels[stem] = label
+
+
+def label_of(name: str, labels: Mapping[str, int | str]) -> int | str | None:
+    """Return the class of an image: that of the longest name before one of its dots, as `0001` of `0001.seg.png`."""
+    folder, slash, file = name.rpartition("/")
+    parts = file.split(".")
+    stems = (folder + slash + ".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((labels[stem] for stem in stems if stem in labels), None)
 
 
 def number_classes(
