@@ -860,7 +860,7 @@ def test_every_option_has_a_help_text_and_a_task():
     given = ["--model", "a", "--model", "b", "--data", "c", "--reduce_labels", "--lost_l2norm", "false"]
     given += ["--lost_data", "d"]
     (arguments,) = RecipeParser(evaluate_arguments(), prog="x").parse(given)
-    assert arguments.model_name_or_path == ["a", "b"]
+    assert arguments.model == ["a", "b"]
     assert arguments.do_reduce_labels
     settings = arguments.settings()
     assert settings["task_data"] == {"lost": "d"}
