@@ -106,7 +106,7 @@ def test_overlay_marks_the_cell_of_the_query():
 
 def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     figure = F.layer_norm_figure(report)
     (axis,) = figure.axes
     assert axis.get_ylim() == (-0.5, 2.5)
@@ -117,7 +117,7 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
 @pytest.mark.slow
 def test_images_of_a_report(regvit, tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     files = F.write_report_figures(report, tmp_path / "figures")
     names = [file.name for file in files]
     assert names == [

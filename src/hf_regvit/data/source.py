@@ -3,7 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -21,8 +21,23 @@ logger = logging.getLogger(__name__)
 Split = Literal["train", "validation"]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Columns and limits with which a source is read; a column that is None is chosen by its type and name."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
+
+
 class MissingSplitError(ValueError):
     """The source exists, but it does not have the requested split."""
+
+
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names in quotation marks for a message, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
 
 
 @dataclass(frozen=True)
@@ -41,7 +56,7 @@ class ImageSource:
     `table` holds the other columns of a parquet file or Hub data set (boxes, masks), in the same row order as the
     images. `encoded` returns the stored bytes of an image; it is None if the images are generated. `parts` are the
     sizes of the sources that were joined into this one, in order. `problems` describes what could not be listed:
-    unreadable folders, truncated shards.
+    unreadable folders, truncated shards. `notes` are sentences on what was left out of the source, or taken in.
     """
 
     name: str
@@ -53,6 +68,7 @@ class ImageSource:
     encoded: Callable[[int], bytes] | None = None
     parts: tuple[int, ...] = ()
     problems: tuple[BadImageError, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,6 +115,7 @@ def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
         encoded=partial(_read_joined, encoded, starts) if len(encoded) == len(sources) else None,
         parts=tuple(len(source) for source in sources),
         problems=tuple(problem for source in sources for problem in source.problems),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
     )
 
 
@@ -111,26 +128,14 @@ def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
     return read(indices[index])
 
 
-@dataclass(frozen=True)
-class _FileNames:
-    """Name of image i in error messages: its full path."""
-
-    root: Path
-    ids: list[str]
-
-    def __call__(self, index: int) -> str:
-        return str(self.root / self.ids[index])
+def file_name(root: Path, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a folder in error messages: its full path."""
+    return str(root / ids[index])
 
 
-@dataclass(frozen=True)
-class _RowNames:
-    """Name of image i of a table or shard in error messages."""
-
-    source: str
-    ids: Sequence[str]
-
-    def __call__(self, index: int) -> str:
-        return f"{self.source}, {self.ids[index].replace('row/', 'row ')}"
+def row_name(source: str, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a table or shard in error messages."""
+    return f"{source}, {ids[index].replace('row/', 'row ')}"
 
 
 def _stored_images(
@@ -143,10 +148,11 @@ def _stored_images(
     label_names: tuple[str, ...] | None,
     *,
     problems: tuple[BadImageError, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> ImageSource:
     """Create a source whose images are decoded from stored bytes with `open_image`."""
     read = partial(_decode, encoded, called, limits)
-    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems)
+    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems, notes=notes)
 
 
 def _decode(
