@@ -88,7 +88,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
 
             pictures = whole_images(data, train)
             title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
-            overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
+            overview_page(backbone, pictures, out_dir=page.parent, title=title)
     print()
     print(
         table

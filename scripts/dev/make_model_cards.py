@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_regvit.app.cli import main as regvit
+from hf_regvit_cli import main as regvit
 
 ROOT = Path(__file__).resolve().parents[2]
 VIT_TERMS = "no license file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"

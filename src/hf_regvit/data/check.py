@@ -431,24 +431,19 @@ def _exact_duplicates(good: Sequence[_Finding]) -> Duplicates:
 
 def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
     """Group near duplicates; of byte-identical images only the first is compared, training images before others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     distinct = {finding.digest: finding for finding in reversed(good)}
     hashed = [finding for finding in reversed(distinct.values()) if finding.hash is not None]
     pairs = near_pairs(np.array([finding.hash for finding in hashed], dtype=np.uint64), limit)
     pairs = pairs[_have_same_colors([finding.thumbnail for finding in hashed], pairs)]
     # Groups are the connected components of the pairs, so a chain of small changes is one group.
-    parent = list(range(len(hashed)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for one, other in pairs.tolist():
-        parent[root(other)] = root(one)
+    links = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(hashed), len(hashed)))
     members = defaultdict(list)
+    component = connected_components(links, directed=False)[1] if len(hashed) else []
     for i in sorted(set(pairs.flatten().tolist())):
-        members[root(i)].append(hashed[i])
+        members[component[i]].append(hashed[i])
     twins = {
         j if hashed[j].split == "validation" else i
         for i, j in pairs.tolist()

@@ -5,7 +5,8 @@ import os
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
@@ -126,19 +127,12 @@ def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Im
     Raises:
         BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
     """
-    try:
-        with Image.open(BytesIO(data), formats=known_formats()) as picture:
-            if picture.format == "PNG":
-                _check_png(data, name)
-            _check_size(picture.size, name, limits or ImageLimits())
-            picture.load()
-            return picture
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
-    except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
-        raise
-    except _DECODER_ERRORS as error:
-        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
+    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
+        if image.format == "PNG":
+            _check_png(data, name)
+        _check_size(image.size, name, limits or ImageLimits())
+        image.load()
+        return image
 
 
 _POINTER = b"version https://git-lfs"
@@ -170,18 +164,28 @@ def read_bytes(path: str | Path, name: str) -> bytes:
 
 def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     try:
-        if opened is not None:
-            return _upright_rgb(opened, name, limits)
-        with Image.open(BytesIO(data), formats=known_formats()) as image:
-            if image.format == "PNG":
-                _check_png(data, name)
-            return _upright_rgb(image, name, limits)
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
+        with _bad_image(data, name):
+            if opened is not None:
+                return _upright_rgb(opened, name, limits)
+            with Image.open(BytesIO(data), formats=known_formats()) as image:
+                if image.format == "PNG":
+                    _check_png(data, name)
+                return _upright_rgb(image, name, limits)
     except BadImageError as error:
         if error.kind != "truncated" or limits.on_truncated != "salvage":
             raise
         return _salvage(data, error, limits)
+
+
+@contextmanager
+def _bad_image(data: bytes, name: str) -> Iterator[None]:
+    """Turn every error of Pillow's decoders into a `BadImageError`."""
+    try:
+        yield
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(name, *_describe_unknown(data)) from error
+    except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
+        raise
     except Image.DecompressionBombError as error:
         raise BadImageError(name, f"{error}".rstrip("."), "too large") from error
     except _DECODER_ERRORS as error:
@@ -435,23 +439,18 @@ def image_facts(data: bytes, *, name: str) -> ImageFacts:
     Raises:
         BadImageError: The data is not an image, or its header is damaged.
     """
-    try:
-        with Image.open(BytesIO(data), formats=known_formats()) as image:
-            bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
-            bits = _gray_range(image)[0].bit_length() or _tags(image).get(_BITS, (bits,))[0]
-            if image.format == "PNG":
-                bits = data[24]  # from the header chunk; Pillow reports 16-bit color as 8-bit
-            return ImageFacts(
-                format=image.format or "",
-                mode=image.mode,
-                bits=bits,
-                size=image.size,
-                orientation=_orientation(image),
-                animated=image.format != "MPO" and getattr(image, "is_animated", False),
-                transparent=image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info,
-                icc_profile="icc_profile" in image.info,
-            )
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
-    except _DECODER_ERRORS as error:
-        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
+    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
+        bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+        bits = _gray_range(image)[0].bit_length() or _tags(image).get(_BITS, (bits,))[0]
+        if image.format == "PNG":
+            bits = data[24]  # from the header chunk; Pillow reports 16-bit color as 8-bit
+        return ImageFacts(
+            format=image.format or "",
+            mode=image.mode,
+            bits=bits,
+            size=image.size,
+            orientation=_orientation(image),
+            animated=image.format != "MPO" and getattr(image, "is_animated", False),
+            transparent=image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info,
+            icc_profile="icc_profile" in image.info,
+        )

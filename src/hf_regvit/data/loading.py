@@ -23,8 +23,8 @@ from .files import (
     splits_of,
 )
 from .labels import LABEL_SUFFIXES, classes_by_folder, label_in_file, note_on_names, number_classes
-from .source import ImageSource, MissingSplitError, Reading, Split, _FileNames, _stored_images, join_sources, listed
-from .tables import ImageStream, choose_columns, hub_source, hub_split, hub_tables, parquet_source, stream_shard
+from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, file_name, join_sources, listed
+from .tables import ImageStream, hub_source, hub_split, hub_tables, parquet_source, table_stream
 from .tar import stream_tar, tar_source
 
 logger = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
     labels, names = number_classes([class_of[file] for file in selected], sorted(known, key=str))
     ids = [file.relative_to(root).as_posix() for file in selected]
     return _stored_images(
-        str(root), ids, partial(_read_file, root, ids), _FileNames(root, ids), reading.limits, labels, names,
+        str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
         problems=found.problems, notes=tuple(notes),
     )  # fmt: skip
 
@@ -214,8 +214,7 @@ def stream_images(
         MissingSplitError: The source does not have the split.
         ValueError: `data` is a folder of images or a built-in set, or the column does not exist.
     """
-    from datasets import ClassLabel, load_dataset
-    from datasets import Image as ImageFeature
+    from datasets import load_dataset
 
     reading = Reading(image_column, label_column)
     found = None if (builtin := _builtin_name(data)) else find_files(data, split)
@@ -241,11 +240,4 @@ def stream_images(
         raise
     except (RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"'{data}' cannot be streamed: {error}") from error
-    features = table.features or table._resolve_features().features
-    column, label_column = choose_columns(features, str(data), reading, lambda: next(iter(table), {}))
-    feature = features[label_column] if label_column else None
-    names = tuple(feature.names) if isinstance(feature, ClassLabel) else None
-    if isinstance(features[column], ImageFeature):
-        table = table.cast_column(column, ImageFeature(decode=False))
-    open_shard = partial(stream_shard, table, str(data), column, label_column)
-    return ImageStream(str(data), table.num_shards, open_shard, names)
+    return table_stream(table, str(data), reading)

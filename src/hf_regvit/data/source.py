@@ -128,26 +128,14 @@ def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
     return read(indices[index])
 
 
-@dataclass(frozen=True)
-class _FileNames:
-    """Name of image i in error messages: its full path."""
-
-    root: Path
-    ids: list[str]
-
-    def __call__(self, index: int) -> str:
-        return str(self.root / self.ids[index])
+def file_name(root: Path, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a folder in error messages: its full path."""
+    return str(root / ids[index])
 
 
-@dataclass(frozen=True)
-class _RowNames:
-    """Name of image i of a table or shard in error messages."""
-
-    source: str
-    ids: Sequence[str]
-
-    def __call__(self, index: int) -> str:
-        return f"{self.source}, {self.ids[index].replace('row/', 'row ')}"
+def row_name(source: str, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a table or shard in error messages."""
+    return f"{source}, {ids[index].replace('row/', 'row ')}"
 
 
 def _stored_images(

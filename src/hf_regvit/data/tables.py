@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .decoding import BadImageError, lfs_pointer, read_bytes, say_once
 from .files import Found, does_not_exist, image_suffixes, split_meant, split_named, without_lonely_test
 from .labels import plain
-from .source import ImageSource, MissingSplitError, Reading, Split, _RowNames, _stored_images, listed
+from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, listed, row_name
 
 if TYPE_CHECKING:
     import datasets
@@ -179,18 +179,23 @@ def table_images(table: "datasets.Dataset", name: str, reading: Reading | None =
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
     encoded = partial(_read_row, table.select_columns([column]), column, name)
-    source = _stored_images(name, ids, encoded, _RowNames(name, ids), reading.limits, labels, names)
+    source = _stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
     others = table.remove_columns([column])
     return replace(source, table=others if others.column_names else None)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> bytes:
-    return _cell_bytes(table[index][column], f"{name}, row {index}")
+    return cell_bytes(table[index][column], f"{name}, row {index}")
 
 
-def _cell_bytes(cell: Any, name: str) -> bytes:
+def cell_bytes(cell: Any, name: str) -> bytes:
+    """Return the encoded image in a cell: bytes, a path, or both as {bytes, path}.
+
+    Raises:
+        BadImageError: The cell is empty, or its file cannot be read.
+    """
     if isinstance(cell, dict):
-        cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+        cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
     if cell is None:
         raise BadImageError(name, "the cell is empty", "empty")
     return cell if isinstance(cell, bytes) else read_bytes(cell, name)
@@ -218,10 +223,23 @@ class ImageStream:
     label_names: tuple[str, ...] | None = None
 
 
-def stream_shard(
+def table_stream(table: "datasets.IterableDataset", name: str, reading: Reading | None = None) -> ImageStream:
+    """Create a stream of the images of a streamed table of `datasets`, which stay encoded."""
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    features = table.features or table._resolve_features().features
+    column, label_column = choose_columns(features, name, reading or Reading(), lambda: next(iter(table), {}))
+    feature = features[label_column] if label_column else None
+    names = tuple(map(plain, feature.names)) if isinstance(feature, ClassLabel) else None
+    if isinstance(features[column], ImageFeature):
+        table = table.cast_column(column, ImageFeature(decode=False))
+    return ImageStream(name, table.num_shards, partial(_stream_shard, table, name, column, label_column), names)
+
+
+def _stream_shard(
     table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, shard: int
 ) -> Iterator[StreamRecord]:
-    """Read one shard of a stream of `datasets`."""
     rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
     for number, row in enumerate(rows):
         id = f"{name}#shard{shard}/row{number}"
@@ -230,7 +248,7 @@ def stream_shard(
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
         try:
-            data = _cell_bytes(row[column], id)
+            data = cell_bytes(row[column], id)
         except BadImageError:
             data = None
         yield StreamRecord(id, data, label)

@@ -13,7 +13,7 @@ import numpy as np
 from .decoding import BadImageError, lfs_pointer
 from .files import Found, image_suffixes, is_compressed_tar, is_hidden
 from .labels import LABEL_SUFFIXES, classes_by_folder, label_in_file, note_on_names, number_classes, sample_key
-from .source import ImageSource, Reading, _RowNames, _stored_images
+from .source import ImageSource, Reading, _stored_images, row_name
 from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     positions = np.array(places, dtype=np.int64)
     encoded, name = partial(_read_member, found.files, positions), str(found.root)
     return _stored_images(
-        name, ids, encoded, _RowNames(name, ids), reading.limits, labels_, names,
+        name, ids, encoded, partial(row_name, name, ids), reading.limits, labels_, names,
         problems=tuple(problems), notes=tuple(notes),
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,20 @@ def open_model(
         )
     reader.model.to(None if device == "auto" else device, dtype)
     return reader
+
+
+def embed(
+    model: "TokenReader | nn.Module | str | Path", images: Any, *, normalize: bool = False, batch_size: int = 32
+) -> np.ndarray:
+    """Return one vector per image, (n, D) float32, of a model given in any way; see `TokenReader.embed`."""
+    return open_model(model).embed(images, normalize=normalize, batch_size=batch_size)
+
+
+def patch_maps(
+    model: "TokenReader | nn.Module | str | Path", images: Any, *, layer: int = -1, batch_size: int = 32
+) -> np.ndarray:
+    """Return the patches of one block, (n, rows, columns, D) float32; see `TokenReader.patch_maps`."""
+    return open_model(model).patch_maps(images, layer=layer, batch_size=batch_size)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:

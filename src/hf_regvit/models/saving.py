@@ -12,9 +12,10 @@ from typing import Any
 _LAST = "config.json"
 
 
-def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
+def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any], *, indent: int = 2) -> None:
     """Write a dictionary or list as indented JSON, whole or not at all; NaN and infinity raise a ValueError."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    text = json.dumps(content, indent=indent, allow_nan=False) + "
+"
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
