@@ -14,8 +14,7 @@ _LAST = "config.json"
 
 def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any], *, indent: int = 2) -> None:
     """Write a dictionary or list as indented JSON, whole or not at all; NaN and infinity raise a ValueError."""
-    text = json.dumps(content, indent=indent, allow_nan=False) + "
-"
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
