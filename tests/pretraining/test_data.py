@@ -17,7 +17,7 @@ from hf_regvit.data import source as source_module
 from hf_regvit.data.augmentation import MultiCrop, normalize_pixels
 from hf_regvit.data.loading import load_images
 from hf_regvit.pretraining import crops as crops_module
-from hf_regvit.pretraining import samplers
+from hf_regvit.training import samplers
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +119,7 @@ def test_sampler_is_a_permutation_per_epoch():
 
 
 def test_sampler_nothing_to_sample():
-    with pytest.raises(ValueError, match="num_samples=0"):
+    with pytest.raises(ValueError, match="There are 0 training images for steps of 1"):
         samplers.EpochSampler(0, seed=1)
 
 

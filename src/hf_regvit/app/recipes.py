@@ -51,10 +51,11 @@ class RecipeParser(HfArgumentParser):
 
     def format_help(self) -> str:
         """Return the help text: first the command's own options, then the roughly 120 inherited from transformers."""
-        of_base = {
-            name for one in self.dataclass_types for name in getattr(one.__mro__[1], "__dataclass_fields__", {})
-        }
-        redefined = {name for one in self.dataclass_types for name in one.__annotations__}
+        from transformers import TrainingArguments
+
+        runs = [one for one in self.dataclass_types if issubclass(one, TrainingArguments)]
+        of_base = set(TrainingArguments.__dataclass_fields__) if runs else set()
+        redefined = {name for one in runs for name in one.own_options()}
 
         def section(action: Any) -> int:
             if action.dest not in of_base:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..models.modeling_regvit import scale_invariant_log_loss
 from .dense_features import DenseFeatures
+from .schedules import cosine_with_warmup, poly_with_warmup
 
 Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
@@ -339,13 +340,6 @@ class _SegmentationHead(nn.Module):
         return self.classifier(self.head_norm(tokens))
 
 
-def poly_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-6) -> float:
-    """Return the learning rate factor: a linear decay from 1 to 0 with a linear warm-up from `start`."""
-    factor = 1 - step / num_steps
-    warmup = round(num_steps * warmup_ratio)
-    return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
-
-
 def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
     """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
     values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
@@ -468,13 +462,6 @@ def linear_depth(
         seconds=time.perf_counter() - started,
         head={f"classifier.{name}": value.detach().clone() for name, value in head.state_dict().items()},
     )
-
-
-def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-3) -> float:
-    """Return the learning rate factor: half a cosine from 1 to 0 with a linear warm-up from `start`."""
-    factor = 0.5 * (1 + math.cos(math.pi * step / num_steps))
-    warmup = round(num_steps * warmup_ratio)
-    return factor * (1 - (1 - step / warmup) * (1 - start)) if step < warmup else factor
 
 
 def bins_to_meters(bins: Tensor, size: tuple[int, ...], settings: DepthSettings) -> Tensor:

@@ -26,7 +26,7 @@ from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError, ImageLimits, open_image
 from ..data.source import ImageRecord, ImageSource
 from ..data.tables import ImageStream, StreamRecord
-from .samplers import _REPLACEMENTS, StreamSampler, stream_sample_id
+from ..training.samplers import REPLACEMENTS, StreamSampler, stream_sample_id
 
 logger = logging.getLogger(__name__)
 _REPLACEMENT_TRIES = 100
@@ -95,7 +95,7 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         """Return image `index` or, if it is bad, the first good one of a sequence set by (seed, epoch, index)."""
         if self.bad_images is None:
             return self._image(index)
-        others = np.random.default_rng([self.seed, epoch, index, _REPLACEMENTS])
+        others = np.random.default_rng([self.seed, epoch, index, REPLACEMENTS])
         for _ in range(_REPLACEMENT_TRIES):
             try:
                 image = self._image(index)
@@ -210,7 +210,7 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
                         f"None of the {len(keys)} images of a batch can be used; one of them is '{record.id}'. "
                         "Inspect the data with `regvit data-check`."
                     )
-                rng = np.random.default_rng([self.seed, epoch, sample_id, _REPLACEMENTS])
+                rng = np.random.default_rng([self.seed, epoch, sample_id, REPLACEMENTS])
                 image = good[int(rng.integers(len(good)))]
             crops = self.multi_crop(image, seed=self.seed, epoch=epoch, sample_id=sample_id)
             items.append({**crops, "sample_id": sample_id, "epoch": epoch})

@@ -18,14 +18,12 @@ import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from ..training.distributed import num_processes
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `tensor` in place over all processes; return it unchanged if there is only one."""
-    if _num_processes() > 1:
+    if num_processes() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
 
@@ -276,7 +274,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(_float32(features), dim=-1, eps=eps)
         others, offset = unit, 0
-        if gathered and _num_processes() > 1:
+        if gathered and num_processes() > 1:
             others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
             offset = dist.get_rank() * unit.shape[0]
         if not 1 <= neighbours < others.shape[0]:

@@ -32,6 +32,7 @@ from ..models.modeling_regvit import RegViTModel
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
+from .arguments import PretrainingArguments
 from .crops import MultiCropStream
 from .distillation import SelfDistillation
 
@@ -173,9 +174,7 @@ class Panels(Observer):
         return {}
 
 
-def observers(
-    args: Any, dataset: Any, *, image_processor: Any, folder: str | Path, image_size: int, panel_size: int
-) -> list[Observer]:
+def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any) -> list[Observer]:
     """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy.
 
     Monitor and panels read 64 and 8 images spread over the training data. k-NN reads the labeled validation split or,
@@ -183,17 +182,14 @@ def observers(
     are skipped.
 
     Args:
-        args: Arguments of the run: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and
-            `data`.
+        args: Arguments of the run.
         dataset: Dataset of training crops. If it has no `source` of whole images, crops of the first epoch are used;
             for streams, the first images of some shards.
         image_processor: Image processor that the backbone is saved with, used for k-NN.
-        folder: Run folder.
-        image_size: Side of the images of the monitor in pixels.
-        panel_size: Side of the images in the panels in pixels.
     """
     found: list[Observer] = []
-    small, large = default_image_processor(image_size), default_image_processor(panel_size)
+    small = default_image_processor(args.global_crop_size)
+    large = default_image_processor(args.panel_size or args.global_crop_size)
     # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
     looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_images(dataset, 64)]
     if len(looks) < 2:
@@ -203,7 +199,7 @@ def observers(
             found.append(Monitor(_normalized([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
-            panels = Path(folder) / "panels"
+            panels = Path(str(args.output_dir)) / "panels"
             found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
