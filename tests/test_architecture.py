@@ -29,6 +29,9 @@ MAY_IMPORT = {
         "models", "data", "evaluation", "diagnosis", "figures", "hub", "training", "pretraining", "finetuning",
     ),
 }  # fmt: skip
+# The one exception: opening a path or an image safely is the job of `data.decoding`, which imports nothing of the
+# package. A reader that embeds images needs it, and a second image guard in `models` would be worse.
+ALSO = {"models": {("data", "decoding")}}
 
 # Budgets. Growth in one place is paid for in another; raising a number is a decision that the CHANGELOG explains.
 FILES_IN_A_ROOM = 16
@@ -127,8 +130,14 @@ def test_the_rooms_are_those_of_the_table():
 )
 def test_rooms_import_only_rooms_above_them(path):
     room = room_of(path)
-    used = {module[0] for module in imported_modules(path)} - {room}
+    exceptions = ALSO.get(room, set())
+    used = {module[0] for module in imported_modules(path) if module[:2] not in exceptions} - {room}
     assert used <= set(MAY_IMPORT[room]), f"{room} may not import {used - set(MAY_IMPORT[room])}"
+
+
+def test_what_is_imported_against_the_order_imports_nothing_of_the_package():
+    for module in set().union(*ALSO.values()):
+        assert imported_modules(PACKAGE.joinpath(*module).with_suffix(".py")) == set()
 
 
 def test_the_table_is_an_order():

@@ -25,7 +25,7 @@ from hf_regvit.evaluation.dense_features import read_dense_features
 from hf_regvit.models.families import FAMILIES, describe_model, final_norm, find_tower, has_part
 from hf_regvit.models.loading import load_model
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import TokenReading, read_many, read_tokens
+from hf_regvit.models.tokens import TokenReader, TokenReading, read_many, read_tokens
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 WIDE = {**SIZES, "intermediate_size": 40}
@@ -604,8 +604,10 @@ def test_families_that_cannot_be_read():
         with pytest.raises(ValueError, match=rf"model_type '{kind}'.*regvit, dinov2.*Use a plain") as error:
             read_tokens(model, pixels())
         assert all(family in str(error.value) for family in FAMILIES)
-    with pytest.raises(TypeError, match="load_model"):
-        read_tokens("facebook/dinov2-small", pixels())
+    with pytest.raises(TypeError, match="To load a folder or Hub id, use open_model"):
+        TokenReader("facebook/dinov2-small")
+    with pytest.raises(FileNotFoundError, match="'facebook/dinov2-small' is neither a folder nor a model"):
+        read_tokens("facebook/dinov2-small", pixels())  # a name is opened
 
 
 @pytest.mark.parametrize(
@@ -779,10 +781,7 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     torch.testing.assert_close(EvaluationTransform.for_model(loaded)(image), expected, atol=0, rtol=0)
     assert not caplog.text
     transform = EvaluationTransform.for_model(model)
-    assert (
-        "none is saved with the model. Using the default: resize the shortest edge, center crop, ImageNet statistics"
-        in caplog.text
-    )
+    assert "none is saved with ViTModel, so the right size, mean and standard deviation are not known" in caplog.text
     assert transform.mean == (0.485, 0.456, 0.406)
 
     resized = EvaluationTransform.for_model(model, processor, image_size=48)
@@ -930,9 +929,9 @@ def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("file", "content", "said"),
     [
-        ("config.json", b"{", r"config\.json' is not valid JSON \(.*line 1"),
+        ("config.json", b"{", r"config\.json' is not valid JSON text \(.*line 1"),
         ("config.json", b"[1]", r"config\.json' holds a list, expected an object"),
-        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not valid JSON \(.*utf-8"),
+        ("config.json", b'{"model_type": "\xff"}', r"config\.json' is not valid JSON text \(.*utf-8"),
         # The default must not be used instead, because other statistics change the outputs.
         (
             "preprocessor_config.json",

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +38,10 @@ from .foreign_weights import (
     _read_weights,
     _rename,
     _Source,
+    _timm_processor,
 )
 from .modeling_regvit import RegViTBackbone, RegViTForImageClassification, RegViTModel
+from .processing import default_image_processor, known_processor
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,8 @@ def convert(
     model.eval()
     if verify:
         _verify(model, origin)
+    if (processor := _own_processor(source, model.config)) is not None:
+        model.image_processor = processor
     return model
 
 
@@ -117,7 +121,7 @@ def convert_to_folder(
         raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
     source = _local(source)
     model = convert(source, verify=verify, **config_overrides)
-    processor = _processor_of(source, model.config)
+    processor = image_processor_of(source, model.config)
     with whole_checkpoint(output) as staged:
         model.save_pretrained(staged)
         processor.save_pretrained(staged)
@@ -140,8 +144,22 @@ def whole_checkpoint(output: Path) -> Iterator[Path]:
 
 
 def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:
-    """Return the image processor saved with a model to convert, or that of DINOv2 for a bare weights file."""
-    return _processor_of(_local(source), config)
+    """Return the image processor saved with a model to convert; without one, that of DINOv2, with a warning."""
+    processor = _processor_of(_local(source), config)
+    if processor is None:
+        logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
+    return processor or default_image_processor(config.image_shape)
+
+
+def _own_processor(source: Any, config: RegViTConfig) -> Any:
+    """Return the image processor of a source, or None if none is known."""
+    if isinstance(source, dict):
+        return None
+    if not isinstance(source, nn.Module):
+        return _processor_of(_local(source), config)
+    processor: Any = known_processor(source)
+    # The transform of a timm model cannot be saved.
+    return _timm_processor(config, cast(Any, source).pretrained_cfg) if hasattr(processor, "apply") else processor
 
 
 # --- Reading ---

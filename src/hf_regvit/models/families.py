@@ -42,7 +42,7 @@ def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}, expected a torch module. To load a folder or Hub id, use load_model."
+            f"model is a {type(model).__name__}, expected a torch module. To load a folder or Hub id, use open_model."
         )
     for module in model.modules():  # outermost first: parts of a tower share its config but lack some of its paths
         name = _family_name(module)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .configuration_regvit import RegViTConfig
 from .modeling_regvit import CheckpointCorruptError
+from .processing import default_image_processor, saved_processor
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +52,12 @@ class _Source:
 
 
 def _processor_of(source: Path, config: RegViTConfig) -> Any:
-    from transformers import AutoImageProcessor
-
-    from .processing import default_image_processor
-
+    """Return the image processor saved with a model to convert, or None if there is none."""
     if (source / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(source)
+        return saved_processor(source)
     written = source / "config.json"
     settings = json.loads(written.read_text(encoding="utf-8")).get("pretrained_cfg") if written.is_file() else None
-    return _timm_processor(config, settings) if settings else default_image_processor(config.image_shape)
+    return _timm_processor(config, settings) if settings else None
 
 
 def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
@@ -68,8 +66,6 @@ def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
     Source: timm `data/transforms_factory.py`, `transforms_imagenet_eval`: the crop is `crop_pct` of the resized side.
     """
     from PIL.Image import Resampling
-
-    from .processing import default_image_processor
 
     share = settings.get("crop_pct") or 0.875
     height, width = (math.floor(side / share) for side in config.image_shape)

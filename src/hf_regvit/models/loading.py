@@ -1,8 +1,9 @@
-"""Open a model of any supported family by name; load and compare checkpoints of this package."""
+"""Open a model of any supported family: `open_model` for every source, `open_regvit` where a RegViT is needed."""
 
 import copy
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .conversion import convert
-from .families import FAMILIES, describe_model, find_tower, unknown_family
+from .families import FAMILIES, find_tower, unknown_family
+from .foreign_weights import check_source
 from .modeling_regvit import (
     CheckpointCorruptError,
+    CheckpointError,
     RegViTBackbone,
     RegViTForDepthEstimation,
     RegViTForImageClassification,
@@ -23,7 +26,11 @@ from .modeling_regvit import (
     RegViTModel,
     RegViTPreTrainedModel,
 )
-from .processing import _saved_processor, _timm_transform
+from .processing import default_image_processor, unknown_processor
+from .saving import read_json
+from .tokens import TokenReader
+
+logger = logging.getLogger(__name__)
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -45,39 +52,170 @@ def model_fingerprint(model: nn.Module) -> str:
     return hashlib.blake2b((weights_fingerprint(model) + text).encode(), digest_size=16).hexdigest()
 
 
-def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
-    """Load a model in eval mode and float32 together with its image processor (for timm, its transform).
+# Models with two towers, of which only the vision tower is loaded.
+_TWO_TOWERS = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
+    "aimv2": "Aimv2VisionModel",
+}
+BACKBONE, TRAINING = "backbone", "training"  # folders in the folder of a pretraining run
+
+
+def open_model(
+    source: "TokenReader | nn.Module | str | Path",
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    processor: Any = None,
+) -> TokenReader:
+    """Open a model and return its reader.
 
     Args:
-        name_or_path: Folder or Hub id of a transformers model, folder of a timm model, or `timm/NAME`.
-        device: Device of the model; the CPU by default.
+        source: Folder of a transformers or timm model, run folder (its `backbone/` is opened), bundle, weights file
+            that `convert` can read, Hub id, `timm/NAME`, module, or reader. Models opened by name are in eval mode.
+        device: Device of the model. "auto" is the first of cuda, mps, xpu and cpu that exists for a name; a module
+            stays where it is unless another device is given, which moves it.
+        dtype: Data type of the weights. Default: float32 for a name, unchanged for a module.
+        processor: Image processor. Default: the model's own, see `known_processor`.
 
     Raises:
-        FileNotFoundError: The folder or model does not exist.
-        ValueError: The family is not in the table, or weights are missing.
+        FileNotFoundError: The source does not exist, or a folder has no checkpoint.
+        CheckpointError: A file of the checkpoint cannot be read, weights are missing, or a checksum differs.
+        ValueError: The family is not in the table, or the file of the image processor cannot be read.
+        TypeError: `source` is of another type.
+
+    Example:
+    ```python
+    >>> open_model("facebook/dinov2-small").embed(images).shape
+    (2, 384)
+    ```
     """
-    source = str(name_or_path)
-    local = Path(source, "config.json")
-    is_folder = Path(source).is_dir()
-    if is_folder and not local.is_file():
-        raise FileNotFoundError(f"'{source}' has no config.json. Pass the folder that save_pretrained wrote.")
-    written = _read_config(local) if is_folder else {}
-    if source.startswith("timm/") or "architecture" in written:
-        model: nn.Module = _load_timm(source, is_folder=is_folder)
+    if isinstance(source, TokenReader):
+        reader = source if processor is None else TokenReader(source.model, processor)
+    elif isinstance(source, nn.Module):
+        reader = TokenReader(source, processor)
+    elif isinstance(source, str | Path):
+        model = _load(source).eval()
+        device = choose_device(device)
+        logger.info("'%s' runs on %s.", source, device)
+        reader = TokenReader(model, processor)
+        _ = reader.processor  # a damaged file is an error now, not at the first image
+        dtype = dtype or torch.float32
     else:
-        model = _load_transformers(source)
-    model = model.eval().to(device or "cpu")
-    return model, _timm_transform(model) if describe_model(model).is_timm else _saved_processor(model)
+        raise TypeError(
+            f"source is a {type(source).__name__}, expected a folder, a Hub id, timm/NAME, a weights file, a module "
+            "or a TokenReader. State dicts are read by convert."
+        )
+    reader.model.to(None if device == "auto" else device, dtype)
+    return reader
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def choose_device(device: str | torch.device = "auto") -> torch.device:
+    """Return a device; "auto" is the first of cuda, mps, xpu and cpu that exists."""
+    if device != "auto":
+        return torch.device(device)
+    available = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    return torch.device(next((name for name, kind in available.items() if kind.is_available()), "cpu"))
+
+
+def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
+    """Open a model as a RegViT on the CPU: with the class it was saved from, or converted.
+
+    Args:
+        source: As for `open_model`. A RegViT module is returned as it is.
+
+    Returns:
+        RegViT of any class. Its image processor is `known_processor(model)`.
+
+    Raises:
+        FileNotFoundError: The source does not exist, or a folder has no checkpoint.
+        CheckpointError: A file of the checkpoint cannot be read, or does not fit.
+        ConversionError: The source cannot be expressed as a RegViT.
+    """
+    if isinstance(source, TokenReader):
+        source = source.model
+    if isinstance(source, nn.Module):
+        return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
+    if (folder := _folder_of(source)) is not None:
+        source, kind = folder, read_config(folder).get("model_type")
+    else:
+        check_source(source)
+        kind = None if Path(source).is_file() else _hub_config(str(source)).get("model_type")
+    return _load_regvit(source) if kind == "regvit" else convert(source)
+
+
+def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
+    """Load a model in eval mode and float32 together with its image processor, or the default one with a warning."""
+    reader = open_model(name_or_path, device=device or "cpu")
+    if reader.processor is None:
+        logger.warning(
+            "%s Using the default: shortest edge, center crop, ImageNet statistics.", unknown_processor(reader.model)
+        )
+    return reader.model, reader.processor or default_image_processor(reader.description.image_size)
+
+
+# --- Sources ---
+
+
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the checkpoint of a folder: the folder itself, or its `backbone/` if it is a pretraining run.
+
+    Raises:
+        FileNotFoundError: The folder does not exist or has no checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
+    for candidate in (folder, folder / BACKBONE):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"'{folder}' has no config.json, and neither has a {BACKBONE}/ in it. Pass the folder that save_pretrained "
+        "wrote, or the folder of a finished run."
+    )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of the `config.json` of a folder.
+
+    Raises:
+        CheckpointError: The file is not a JSON object.
+    """
+    path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON or not UTF-8
-        raise ValueError(f"'{path}' is not valid JSON ({error}). Correct it, or save the model again.") from error
+        config = read_json(path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(config, dict):
-        raise ValueError(f"'{path}' holds a {type(config).__name__}, expected an object. Save the model again.")
+        raise CheckpointError(f"'{path}' holds a {type(config).__name__}, expected an object. Save the model again.")
     return config
+
+
+def _folder_of(source: str | Path) -> Path | None:
+    """Return the checkpoint of a local folder; None for a Hub id or a file."""
+    return find_checkpoint(source) if Path(source).is_dir() else None
+
+
+def _hub_config(source: str) -> dict[str, Any]:
+    from transformers import PreTrainedConfig
+
+    return PreTrainedConfig.get_config_dict(source)[0]
+
+
+def _load(source: str | Path) -> nn.Module:
+    """Load the model that a name stands for."""
+    if Path(source).is_file():
+        return convert(source)
+    folder, written = _folder_of(source), {}
+    if folder is not None:
+        written = read_config(folder)
+        _compare_with_manifest(folder)
+    if "architecture" in written or (folder is None and str(source).startswith("timm/")):
+        return _load_timm(str(folder or source), is_folder=folder is not None)
+    if folder is not None and written.get("model_type") not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
+        raise unknown_family(str(written.get("model_type")))
+    return _load_transformers(str(folder or source))
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -131,17 +269,10 @@ def _load_transformers(source: str) -> nn.Module:
         raise FileNotFoundError(
             f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
         ) from error
-    # For models with two towers, only the vision tower is loaded.
-    towers = {
-        "clip": "CLIPVisionModel",
-        "siglip": "SiglipVisionModel",
-        "metaclip_2": "MetaClip2VisionModel",
-        "aimv2": "Aimv2VisionModel",
-    }
-    if config.model_type not in (*FAMILIES, *towers, "timm_wrapper"):
+    if config.model_type not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
         raise unknown_family(config.model_type)
     # Use the class that was saved: a backbone class would warn about a missing pooler that is not used here.
-    name = towers.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
+    name = _TWO_TOWERS.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
     library: Any = modeling_regvit if config.model_type == "regvit" else transformers
     model_class: Any = getattr(library, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -158,12 +289,14 @@ def _load_transformers(source: str) -> nn.Module:
         if key.removeprefix(f"{path}.").startswith(read) and not key.endswith("mask_token")
     )
     if gaps:
-        raise ValueError(
+        raise CheckpointError(
             f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}, so the "
             "features would be random. Check that config.json and the weights belong together."
         )
     return model
 
+
+# --- RegViT ---
 
 MODEL_CLASSES: dict[str, Any] = {
     model_class.__name__: model_class
@@ -173,50 +306,44 @@ MODEL_CLASSES: dict[str, Any] = {
     )
 }  # fmt: skip
 
+BundleError = CheckpointError  # the name under which the hub room knows it
 
-class BundleError(ValueError):
-    """A model that cannot be bundled, or an invalid bundle. The message says what to do."""
+
+def _load_regvit(source: str | Path) -> Any:
+    config = read_config(Path(source)) if Path(source).is_dir() else _hub_config(str(source))
+    saved = next(iter(config.get("architectures") or []), "RegViTModel")
+    return MODEL_CLASSES.get(saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
-    """Return the checkpoint folder: the folder itself, or its `backbone/` if it is a pretraining run.
+    """Return the RegViT checkpoint of a folder; see `find_checkpoint`.
 
     Raises:
-        BundleError: The folder contains no RegViT checkpoint.
+        CheckpointError: The folder contains no RegViT checkpoint.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise BundleError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
-    for candidate in (folder, folder / "backbone"):
-        if (candidate / "config.json").is_file():
-            kind = _config_of(candidate).get("model_type")
-            if kind != "regvit":
-                raise BundleError(
-                    f"'{candidate}' contains a model of type '{kind}', not a RegViT. Run `regvit convert --model "
-                    f"{candidate} --output_dir ...` first."
-                )
-            return candidate
-    raise BundleError(f"'{folder}' has no config.json, and neither has a backbone/ in it. Pass a finished checkpoint.")
-
-
-def _config_of(folder: Path) -> dict[str, Any]:
-    config = _json_of(folder / "config.json")
-    if not isinstance(config, dict):
-        raise BundleError(f"'{folder}/config.json' holds a {type(config).__name__}. Expected a JSON object.")
-    return config
+    try:
+        found = find_checkpoint(folder)
+    except FileNotFoundError as error:
+        raise CheckpointError(str(error)) from error
+    kind = read_config(found).get("model_type")
+    if kind != "regvit":
+        raise CheckpointError(
+            f"'{found}' contains a model of type '{kind}', not a RegViT. Run `regvit convert --model {found} "
+            "--output_dir ...` first."
+        )
+    return found
 
 
 def load_checkpoint(folder: Path) -> Any:
-    """Load the model of a folder with the class from which it was saved.
+    """Load the RegViT of a folder with the class from which it was saved.
 
     Raises:
-        BundleError: The model class is not a RegViT class.
+        CheckpointError: The model class is not a RegViT class.
         CheckpointCorruptError: The checksum of the weights differs from the one in manifest.json.
     """
-    config = _config_of(folder)
-    name = (config.get("architectures") or ["RegViTModel"])[0]
+    name = (read_config(folder).get("architectures") or ["RegViTModel"])[0]
     if name not in MODEL_CLASSES:
-        raise BundleError(f"'{folder}' was saved from {name}. Supported classes: {', '.join(MODEL_CLASSES)}.")
+        raise CheckpointError(f"'{folder}' was saved from {name}. Supported classes: {', '.join(MODEL_CLASSES)}.")
     _compare_with_manifest(folder)
     return MODEL_CLASSES[name].from_pretrained(folder).eval()
 
@@ -246,40 +373,18 @@ def _json_of(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path)
     except ValueError as error:
-        raise BundleError(f"'{path}' is not valid JSON ({error}).") from error
+        raise CheckpointError(str(error)) from error
 
 
-def _open(source: str | Path | nn.Module) -> Any:
-    """Load the source as a RegViT, converted if needed."""
-    if isinstance(source, nn.Module):
-        return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
-    config = Path(source, "config.json")
-    if config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "regvit":
-        return load_model(source)[0]
-    return convert(source)
-
-
-BACKBONE, TRAINING = "backbone", "training"
+_open = open_regvit
 
 
 def _open_backbone(source: str, **changes: Any) -> RegViTModel:
     """Load a RegViT, or convert any other model to one; heads and poolers are dropped."""
-    from transformers import PreTrainedConfig
-
-    from .conversion import convert
-    from .foreign_weights import check_source
-
-    check_source(source)
-    fields: dict[str, Any] = {}
-    if not Path(source).is_file():
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") == "regvit":
-        model: Any = RegViTModel.from_pretrained(source, use_mask_token=True, discard_registers=False)
-    else:
-        model = convert(source)
-        model = getattr(model, "regvit", model)
+    model: Any = open_regvit(source)
+    model = getattr(model, "regvit", model)
     config = copy.deepcopy(model.config)
     if config.final_norm != "tokens":
         raise ValueError(

@@ -1,7 +1,7 @@
 """Image processors and the evaluation transform."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..data.decoding import open_image
 from .families import describe_model, find_tower
 
 if TYPE_CHECKING:
@@ -20,7 +21,73 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+class UnknownProcessorError(ValueError):
+    """Raised for a model whose image processor is not known; the message says how to give one."""
+
+
 # --- Images in ---
+
+_IMAGES = (
+    "Pillow images, paths, arrays (height, width, 3 or 1), tensors (3 or 1, height, width), or records with an "
+    "`image`; arrays and tensors hold uint8, or floats in [0, 1]"
+)
+
+
+def open_images(images: Any) -> Iterator[Image.Image]:
+    """Yield upright RGB images one at a time, from one image or a sequence of images.
+
+    Args:
+        images: Pillow images, paths, arrays (H, W, 3 or 1), tensors (3 or 1, H, W), or records with an `image` such as
+            those of an `ImageSource`. Arrays and tensors hold uint8, or floats in [0, 1]; a batch with one more
+            dimension is a sequence.
+
+    Raises:
+        TypeError: An entry is not an image.
+        ValueError: There is no image, or an array has values outside [0, 1].
+        BadImageError: An image cannot be decoded.
+    """
+    single = isinstance(images, str | Path | Image.Image) or hasattr(images, "image")
+    if single or (isinstance(images, np.ndarray | torch.Tensor) and images.ndim in (2, 3)):
+        images = [images]
+    if isinstance(images, Mapping | bytes) or not hasattr(images, "__getitem__") or not hasattr(images, "__len__"):
+        raise TypeError(f"images is a {type(images).__name__}, expected one image or a sequence of {_IMAGES}.")
+    if not len(images):
+        raise ValueError("images is empty. Give at least one image.")
+    for index in range(len(images)):
+        yield _open_one(images[index], index)
+
+
+def _open_one(image: Any, index: int) -> Image.Image:
+    image = getattr(image, "image", image)
+    if isinstance(image, str | Path):
+        if Path(image).is_dir():
+            raise TypeError(f"'{image}' is a folder, expected an image. Pass load_images('{image}') instead.")
+        return open_image(image)
+    if isinstance(image, np.ndarray | torch.Tensor):
+        image = _from_values(image, index)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"Image {index} is a {type(image).__name__}, expected one of {_IMAGES}.")
+    return open_image(image, name=f"image {index}")
+
+
+def _from_values(values: np.ndarray | torch.Tensor, index: int) -> Image.Image:
+    """Create an image from an array (H, W, 3 or 1) or a tensor (3 or 1, H, W)."""
+    given = f"a {type(values).__name__} of shape {tuple(values.shape)} and dtype {values.dtype}"
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().movedim(0, -1)
+        array = (values.float() if values.is_floating_point() else values).numpy()
+    else:
+        array = values
+    is_float = array.dtype.kind == "f"
+    if array.ndim != 3 or array.shape[2] not in (1, 3) or not (is_float or array.dtype == np.uint8):
+        raise TypeError(f"Image {index} is {given}, expected one of {_IMAGES}.")
+    if is_float and not (array.min() >= 0 and array.max() <= 1):
+        raise ValueError(
+            f"Image {index} has values from {array.min():g} to {array.max():g}, expected floats in [0, 1] or uint8. "
+            "Pixels that are already normalized are read with reader.read(pixel_values)."
+        )
+    levels = np.rint(array * 255).astype(np.uint8) if is_float else array
+    return Image.fromarray(levels.squeeze(2) if levels.shape[2] == 1 else levels)
 
 
 @dataclass(frozen=True)
@@ -65,16 +132,19 @@ class EvaluationTransform:
 
         Args:
             model: Model of a family in `FAMILIES`.
-            processor: Image processor, or a transform of this class, which `load_model` returns for timm models. By
-                default, the processor saved with the model; if there is none, the shortest edge is resized, the center
-                cropped and ImageNet statistics are used, with a warning.
+            processor: Image processor, or a transform of this class, such as that of a timm model. By default, the
+                processor saved with the model; if there is none, the shortest edge is resized, the center cropped and
+                ImageNet statistics are used, with a warning.
             image_size: Side of a square center crop in pixels; the shortest edge is first resized to 256/224 of it.
             keep_aspect: Whether to use the whole image instead of a crop, with a shorter side of about `image_size`
                 (default: the model's own size) and both sides rounded to whole patches. Image sizes then differ.
         """
         description = describe_model(model)
-        if processor is None:
-            processor = _timm_transform(model) if description.is_timm else _saved_processor(model)
+        if processor is None and (processor := known_processor(model)) is None:
+            logger.warning(
+                "%s Using the default: shortest edge, center crop, ImageNet statistics.", unknown_processor(model)
+            )
+            processor = default_image_processor(description.image_size)
         if isinstance(processor, EvaluationTransform):
             mean, std = processor.mean, processor.std
         elif not getattr(processor, "do_normalize", True):  # its statistics are unused and may be None
@@ -114,43 +184,67 @@ def _whole_image(
     return ((resized - torch.tensor(mean)) / torch.tensor(std)).permute(2, 0, 1).contiguous()  # (3, H, W)
 
 
-def _timm_transform(model: nn.Module) -> EvaluationTransform:
+def known_processor(model: nn.Module) -> Any:
+    """Return the image processor that belongs to a model, or None if none is known.
+
+    This is its attribute `image_processor`; for timm, the transform of its `pretrained_cfg`; otherwise the processor
+    that is saved beside the weights it was loaded from.
+
+    Raises:
+        ValueError: The saved processor cannot be read.
+    """
+    tower: Any = find_tower(model)[0]
+    for module in (model, tower):
+        if getattr(module, "image_processor", None) is not None:
+            return module.image_processor
+    if describe_model(tower).is_timm:
+        settings = getattr(tower, "pretrained_cfg", None)
+        return _timm_transform(tower, dict(settings)) if settings else None
+    for module in (model, tower):
+        if source := getattr(getattr(module, "config", None), "name_or_path", ""):
+            return saved_processor(source)
+    return None
+
+
+def saved_processor(source: str | Path) -> Any:
+    """Return the image processor of a folder or Hub id, or None if there is none.
+
+    Raises:
+        ValueError: The folder has a processor file that cannot be read.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        if (file := Path(source, "preprocessor_config.json")).is_file():
+            raise ValueError(
+                f"No image processor can be created from '{file}' ({error}). Correct the file, or remove it and pass "
+                "processor=..."
+            ) from error
+        logger.debug("No image processor in '%s': %s", source, error)
+        return None
+
+
+def unknown_processor(model: nn.Module) -> UnknownProcessorError:
+    """Create the error for a model whose image processor is not known."""
+    return UnknownProcessorError(
+        f"No image processor was given and none is saved with {describe_model(model).name}, so the right size, mean "
+        "and standard deviation are not known. Pass processor=..., e.g. "
+        "open_model(source, processor=AutoImageProcessor.from_pretrained(...)), or save it beside the weights."
+    )
+
+
+def _timm_transform(tower: Any, settings: dict[str, Any]) -> EvaluationTransform:
     from timm.data import create_transform, resolve_data_config
 
-    tower: Any = find_tower(model)[0]
-    config = resolve_data_config(
-        {"input_size": (3, *describe_model(tower).image_size)},
-        pretrained_cfg=getattr(tower, "pretrained_cfg", None) or {},
-    )
+    config = resolve_data_config({"input_size": (3, *describe_model(tower).image_size)}, pretrained_cfg=settings)
     return EvaluationTransform(
         create_transform(**config, is_training=False),
         tuple(config["mean"]),
         tuple(config["std"]),
         f"timm {sorted(config.items())}",
     )
-
-
-def _saved_processor(model: nn.Module) -> Any:
-    """Load the processor saved with a transformers model; if there is none, warn and return the default one."""
-    from transformers import AutoImageProcessor
-
-    source = getattr(getattr(model, "config", None), "name_or_path", "")
-    if source:
-        try:
-            return AutoImageProcessor.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            if (file := Path(source, "preprocessor_config.json")).is_file():
-                raise ValueError(
-                    f"No image processor can be created from '{file}' ({error}). Correct the file, or remove it to "
-                    "use the default: resize the shortest edge, center crop, ImageNet statistics."
-                ) from error
-            logger.debug("No image processor in '%s': %s", source, error)
-    logger.warning(
-        "No image processor was given and none is saved with %s. Using the default: resize the shortest edge, center "
-        "crop, ImageNet statistics. Pass processor=... if the model was trained with other preprocessing.",
-        f"'{source}'" if source else "the model",
-    )
-    return default_image_processor(describe_model(model).image_size)
 
 
 def dense_processor(processor: Any, size: tuple[int, int]) -> Any:

@@ -1,9 +1,9 @@
 """Read tokens from any plain vision transformer of transformers or timm.
 
-`read_tokens` returns the residual stream, attention weights, queries, keys, values, MLP activations or patch
-embeddings of chosen blocks. The family table says where each family keeps its blocks, projections and norms.
-Everything is read with hooks during one ordinary forward pass: the model's own code runs unchanged and keeps its
-attention implementation.
+A `TokenReader` knows one model: its tower, its family and its image transform. It returns the residual stream,
+attention weights, queries, keys, values, MLP activations or patch embeddings of chosen blocks. The family table says
+where each family keeps its blocks, projections and norms. Everything is read with hooks during one ordinary forward
+pass: the model's own code runs unchanged and keeps its attention implementation.
 
 Shapes: B images, R registers, N patches in a grid of (rows, columns), T = prefix + N tokens, D width, L blocks.
 Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
@@ -13,12 +13,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from torch import nn
 
-from .families import FAMILIES, Family, ModelDescription, describe_tower, find_tower, has_part
+from .families import FAMILIES, Family, ModelDescription, describe_tower, final_norm, find_tower, has_part
+from .processing import EvaluationTransform, known_processor, open_images, unknown_processor
 
 Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
 Layers = Sequence[int] | Literal["all"]
@@ -98,55 +101,299 @@ class TokenReading:
         return self._tokens(layer, self.num_prefix_tokens, None)
 
 
+Query = Literal["cls"] | tuple[Literal["register"], int] | tuple[Literal["patch"], int, int]
+
+
+class TokenReader:
+    """Reader of one model, which finds its tower, family, norm and image transform once.
+
+    Attributes:
+        model: Model that was given, without wrappers of `torch.compile` or data parallelism. It is not changed.
+        tower: Vision tower inside the model.
+        family_name: Name of its family in `FAMILIES`.
+        family: Record of its family.
+        description: Sizes and token layout.
+        final_norm: Norm of the last block's tokens, or the identity.
+        processor: Image processor or, for timm, transform; None if none is known.
+        transform: Transform from an image to pixels (3, H, W).
+        device: Device of the model.
+
+    Args:
+        model: Model of a family in `FAMILIES`, or a model that contains such a tower.
+        processor: Image processor. Default: the model's own, see `known_processor`.
+
+    Raises:
+        TypeError: `model` is not a torch module.
+        ValueError: No part of the model belongs to a known family.
+
+    Example:
+    ```python
+    >>> reader = open_model("facebook/dinov2-small")
+    >>> features = reader.embed(["a.jpg", "b.jpg"])  # (2, 384)
+    >>> norms = np.linalg.norm(reader.patch_maps("a.jpg"), axis=-1)  # (1, 16, 16)
+    ```
+    """
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        self.model = _unwrapped(model)
+        self.tower, self.family_name = find_tower(self.model)
+        self.family = FAMILIES[self.family_name]
+        self.description = describe_tower(self.tower, self.family_name)
+        self.final_norm = final_norm(self.tower)
+        self._given = processor
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return next(self.tower.parameters()).device
+
+    @cached_property
+    def processor(self) -> Any:
+        """Image processor or, for timm, transform; None if none is known."""
+        return self._given if self._given is not None else known_processor(self.model)
+
+    @cached_property
+    def transform(self) -> EvaluationTransform:
+        """Transform of the model's own preprocessing.
+
+        Raises:
+            UnknownProcessorError: No processor was given and none is known.
+        """
+        return self.transform_for()
+
+    def transform_for(self, *, image_size: int | None = None, keep_aspect: bool = False) -> EvaluationTransform:
+        """Return the transform for another image size or without a crop; see `EvaluationTransform.for_model`."""
+        if self.processor is None:
+            raise unknown_processor(self.model)
+        return EvaluationTransform.for_model(
+            self.tower, self.processor, image_size=image_size, keep_aspect=keep_aspect
+        )
+
+    def read(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        layers: Layers = (-1,),
+        site: Site = "residual",
+        reduce: Reduction | None = None,
+    ) -> TokenReading:
+        """Read one site of chosen blocks in one forward pass, without gradients and in eval mode.
+
+        Args:
+            pixel_values: (B, 3, H, W) normalized pixels; moved to the model's device and dtype.
+            layers: Block numbers 1 to L, 0 for the embedding (residual only), negative numbers to count from the end,
+                or "all". Only these blocks are kept.
+            site: "residual": output of the block, before any final norm. "q", "k", "v": outputs of the projections,
+                before rotation and norms. "attention": softmax weights. "mlp": input of the MLP's last linear layer,
+                i.e. after the nonlinearity. "patch_embedding": output of the patch convolution; `layers` is not used.
+            reduce: Function called as `reduce(values, layer)` during the forward pass. Its result is kept instead of
+                the values; for example, the norms of all blocks then need no more memory than one block.
+
+        Raises:
+            ValueError: The block or site is unknown, or the model cannot read pixels of this shape.
+
+        Example:
+        ```python
+        >>> reading = reader.read(pixel_values, layers="all")
+        >>> norms = [reading.patches(layer).norm(dim=-1) for layer in reading.layers]
+        ```
+        """
+        return self.read_many(pixel_values, {site: layers}, reduce={} if reduce is None else {site: reduce})[site]
+
+    def read_many(
+        self,
+        pixel_values: torch.Tensor,
+        sites: Mapping[Site, Layers],
+        *,
+        reduce: Mapping[Site, Reduction] | None = None,
+    ) -> dict[Site, TokenReading]:
+        """Read several sites in one forward pass, e.g. `{"residual": "all", "attention": (-1,)}`; see `read`."""
+        tower, name, description = self.tower, self.family_name, self.description
+        pixel_values = _checked_pixels(tower, description, pixel_values)
+        wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
+        collector = _Collector(self.family, description, wanted, dict(reduce or {}))
+        with torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), collector.attached(tower):
+            tower(pixel_values, **_forward_options(name, description, pixel_values))
+        return collector.readings()
+
+    def embed(self, images: Any, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
+        """Return one vector per image, (n, D) float32: CLS after the final norm.
+
+        For a model without CLS, it is the mean of the patches after the final norm. `extract_features` and the
+        evaluation tasks use the same vector.
+
+        Args:
+            images: One image or a sequence of images; see `open_images`. Their sizes may differ.
+            normalize: Whether to divide each vector by its L2 norm.
+            batch_size: Number of images per forward pass.
+
+        Raises:
+            UnknownProcessorError: The image processor of the model is not known.
+            BadImageError: An image cannot be used.
+        """
+        prefix = self.description.num_prefix_tokens
+
+        def keep(tokens: torch.Tensor, layer: int) -> torch.Tensor:
+            chosen = tokens[:, :1] if self.description.has_cls else tokens[:, prefix:]
+            return self.final_norm(chosen).mean(dim=1)
+
+        batches = self._batches(images, batch_size)
+        vectors = torch.cat([_finite(self.read(pixels, reduce=keep)) for pixels in batches])  # (n, D)
+        return (nn.functional.normalize(vectors, dim=1) if normalize else vectors).numpy()
+
+    def patch_maps(self, images: Any, *, layer: int = -1, batch_size: int = 32) -> np.ndarray:
+        """Return the patches of one block after the final norm, (n, rows, columns, D) float32.
+
+        Args:
+            images: One image or a sequence of images that have one size after the transform; see `open_images`.
+            layer: Block to read: 1 to L, 0 for the embedding, negative numbers to count from the end.
+            batch_size: Number of images per forward pass.
+
+        Raises:
+            UnknownProcessorError: The image processor of the model is not known.
+            ValueError: The block does not exist, or the images have several sizes.
+            BadImageError: An image cannot be used.
+        """
+        prefix, maps = self.description.num_prefix_tokens, []
+        for pixels in self._batches(images, batch_size, one_size=True):
+            reading = self.read(pixels, layers=(layer,), reduce=lambda tokens, _: self.final_norm(tokens[:, prefix:]))
+            maps.append(_finite(reading).unflatten(1, reading.grid))
+        return torch.cat(maps).numpy()
+
+    def attention_maps(
+        self, images: Any, *, query: Query = "cls", layer: int = -1, batch_size: int = 32
+    ) -> np.ndarray:
+        """Return the attention of one token to all patches, (n, heads, rows, columns) float32.
+
+        The weights are those of the model: over all tokens, each head sums to 1, over the patches to less.
+
+        Args:
+            images: One image or a sequence of images that have one size after the transform; see `open_images`.
+            query: Token that attends: "cls", ("register", i) or ("patch", row, column), counted from 0.
+            layer: Block to read, 1 to L; negative numbers count from the end.
+            batch_size: Number of images per forward pass.
+
+        Raises:
+            UnknownProcessorError: The image processor of the model is not known.
+            ValueError: The block or the token does not exist, or the images have several sizes.
+            BadImageError: An image cannot be used.
+        """
+        prefix, maps = self.description.num_prefix_tokens, []
+        for pixels in self._batches(images, batch_size, one_size=True):
+            rows, columns = (side // step for side, step in zip(pixels.shape[-2:], self.description.patch_size))
+            token = self._token_of(query, (rows, columns))
+
+            def keep(weights: torch.Tensor, layer: int, token: int = token) -> torch.Tensor:
+                return weights[:, :, token, prefix:]
+
+            reading = self.read(pixels, layers=(layer,), site="attention", reduce=keep)
+            maps.append(_finite(reading).unflatten(2, reading.grid))
+        return torch.cat(maps).numpy()
+
+    def _token_of(self, query: Query, grid: tuple[int, int]) -> int:
+        """Return the place of a token in the sequence."""
+        d = self.description
+        known = {"cls": (int(d.has_cls),), "register": (d.num_register_tokens,), "patch": grid}
+        kind, *place = (query,) if isinstance(query, str) else query
+        if kind == "cls" and not place:
+            place = [0]
+        inside = kind in known and len(place) == len(known[kind])
+        if not inside or not all(0 <= at < size for at, size in zip(place, known[kind])):
+            raise ValueError(
+                f"The model has no token query={query!r}. It has {'CLS' if d.has_cls else 'no CLS'}, "
+                f"{d.num_register_tokens} registers and {grid[0]} x {grid[1]} patches; expected 'cls', "
+                "('register', i) or ('patch', row, column), counted from 0."
+            )
+        first = {"cls": 0, "register": d.num_prefix_tokens - d.num_register_tokens, "patch": d.num_prefix_tokens}
+        return first[kind] + (place[0] * grid[1] + place[1] if kind == "patch" else place[0])
+
+    def _batches(self, images: Any, batch_size: int, *, one_size: bool = False) -> Iterator[torch.Tensor]:
+        """Yield pixels (b, 3, H, W) in the order of the images; a change of size starts a new batch."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size} is too small. Use at least 1.")
+        transform = self.transform
+        batch: list[torch.Tensor] = []
+        for image in open_images(images):
+            pixels = transform(image)
+            if batch and pixels.shape != batch[0].shape and one_size:
+                sizes = " and ".join(f"{side.shape[1]} x {side.shape[2]}" for side in (batch[0], pixels))
+                raise ValueError(
+                    f"The images have several sizes after the transform, {sizes} pixels, so their maps do not fit "
+                    "into one array. Pass images of one size, or a processor that resizes or crops to one size."
+                )
+            if batch and (len(batch) == batch_size or pixels.shape != batch[0].shape):
+                yield torch.stack(batch)
+                batch = []
+            batch.append(pixels)
+        yield torch.stack(batch)
+
+    def __repr__(self) -> str:
+        d = self.description
+        tokens = [*(["CLS"] if d.has_cls else []), f"{d.num_register_tokens} registers"]
+        patch = " x ".join(map(str, d.patch_size))
+        return (
+            f"TokenReader({d.name}: {d.family}, {d.num_layers} blocks, width {d.hidden_size}, {' + '.join(tokens)}, "
+            f"patches of {patch} pixels, {self.device})"
+        )
+
+
+def _unwrapped(model: Any) -> nn.Module:
+    """Return the module inside the wrappers of `torch.compile` and data parallelism."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
+            model = model._orig_mod
+        else:
+            return model
+
+
+def _finite(reading: TokenReading) -> torch.Tensor:
+    """Return the values of the only block, float32 on the CPU."""
+    values = reading.at().float().cpu()
+    if not values.isfinite().all():
+        raise ValueError(
+            f"The model gives NaN or infinity at block {reading.layers[0]}. Check its weights. If it runs in float16, "
+            "large activations may overflow; use bfloat16 or float32."
+        )
+    return values
+
+
+def _reader(model: Any) -> TokenReader:
+    from .loading import open_model
+
+    return open_model(model)
+
+
 def read_tokens(
-    model: nn.Module,
+    model: "TokenReader | nn.Module | str",
     pixel_values: torch.Tensor,
     *,
     layers: Layers = (-1,),
     site: Site = "residual",
     reduce: Reduction | None = None,
 ) -> TokenReading:
-    """Read one site of chosen blocks in one forward pass, without gradients and in eval mode.
+    """Read one site of chosen blocks in one forward pass; see `TokenReader.read`.
 
     Args:
-        model: Model of a family in `FAMILIES`, or a model that contains such a tower. It is not changed.
-        pixel_values: (B, 3, H, W) normalized pixels; moved to the model's device and dtype.
-        layers: Block numbers 1 to L, 0 for the embedding (residual only), negative numbers to count from the end, or
-            "all". Only these blocks are kept.
-        site: "residual": output of the block, before any final norm. "q", "k", "v": outputs of the projections,
-            before rotation and norms. "attention": softmax weights. "mlp": input of the MLP's last linear layer, i.e.
-            after the nonlinearity. "patch_embedding": output of the patch convolution; `layers` is not used.
-        reduce: Function called as `reduce(values, layer)` during the forward pass. Its result is kept instead of the
-            values; for example, the norms of all blocks then need no more memory than one block.
-
-    Raises:
-        ValueError: The family, block or site is unknown, or the model cannot read pixels of this shape.
-
-    Example:
-    ```python
-    >>> reading = read_tokens(model, pixel_values, layers="all")
-    >>> norms = [reading.patches(layer).norm(dim=-1) for layer in reading.layers]
-    ```
+        model: Reader, module or name; see `open_model`. To read more than one batch, open it once.
+        pixel_values: (B, 3, H, W) normalized pixels.
+        layers: Blocks to read.
+        site: Values to read.
+        reduce: Function whose result is kept instead of the values.
     """
-    return read_many(model, pixel_values, {site: layers}, reduce={} if reduce is None else {site: reduce})[site]
+    return _reader(model).read(pixel_values, layers=layers, site=site, reduce=reduce)
 
 
 def read_many(
-    model: nn.Module,
+    model: "TokenReader | nn.Module | str",
     pixel_values: torch.Tensor,
     sites: Mapping[Site, Layers],
     *,
     reduce: Mapping[Site, Reduction] | None = None,
 ) -> dict[Site, TokenReading]:
-    """Read several sites in one forward pass, e.g. `{"residual": "all", "attention": (-1,)}`; see `read_tokens`."""
-    tower, name = find_tower(model)
-    family, description = FAMILIES[name], describe_tower(tower, name)
-    pixel_values = _checked_pixels(tower, description, pixel_values)
-    wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
-    collector = _Collector(family, description, wanted, dict(reduce or {}))
-    with torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), collector.attached(tower):
-        tower(pixel_values, **_forward_options(name, description, pixel_values))
-    return collector.readings()
+    """Read several sites in one forward pass; see `TokenReader.read_many`."""
+    return _reader(model).read_many(pixel_values, sites, reduce=reduce)
 
 
 def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> tuple[int, ...]:
