@@ -647,14 +647,13 @@ def test_unknown_tasks_are_answered_with_the_nearest(model, data):
 
 def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
     """With the seed and share of the run, as in the tutorial; any other seed would test on training images."""
-    from hf_regvit import FinetuningArguments, load_images
+    from hf_regvit import FinetuningArguments
     from hf_regvit.evaluation.report import fingerprint_of_names
-    from hf_regvit.finetuning.data import hold_out
+    from hf_regvit.finetuning.data import open_data
 
     folder = data / "train"
     args = FinetuningArguments(output_dir="unused", data=str(folder), use_cpu=True, seed=42, train_val_split=0.25)
-    images = load_images(str(folder))
-    _, held = hold_out(images, args, labels=images.labels)
+    held = open_data(args).heldout
     protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
     (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=42).scores
     assert score.num_images == len(held)

@@ -24,11 +24,10 @@ from hf_regvit.finetuning.classification import (
     ImageClassification,
     class_weights,
     classification_loss,
-    labeled_parts,
     training_transform,
     wilson_interval,
 )
-from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, TrainSampler, bad_images, draws
+from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, TrainSampler, bad_images, draws, open_data
 from hf_regvit.finetuning.model import choose_trained, merge_lora, open_for_task
 from hf_regvit.finetuning.run import finetune
 from hf_regvit.finetuning.trainer import optimizer_groups
@@ -49,6 +48,11 @@ def without_pictures(monkeypatch, request):
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------------
+
+
+def labeled_parts(args):
+    parts = open_data(args)
+    return parts.train, parts.heldout
 
 
 def folder_of(root, **classes):

@@ -10,14 +10,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .decoding import BadImageError, ImageFacts, ImageLimits, image_facts
 from .loading import Data, load_images
-from .source import ImageSource, MissingSplitError, Split
+from .parts import open_parts
+from .source import ImageSource, MissingSplitError
 
 logger = logging.getLogger(__name__)
 
@@ -337,16 +338,12 @@ def check_data(
         raise ValueError(f"near_limit_bits={near_limit_bits} must be between 0 and 16.")
     if batch_size < 1 or image_size < 1:
         raise ValueError(f"batch_size={batch_size} and image_size={image_size} must be positive.")
-    sources = {}
-    for split in get_args(Split):
-        try:
-            sources[split] = load_images(
-                data, split=split, image_column=image_column, label_column=label_column, limits=limits
-            )
-        except MissingSplitError as error:
-            missing = error
-    if not sources:
-        raise missing
+    options: Any = {"image_column": image_column, "label_column": label_column, "limits": limits}
+    try:
+        parts = open_parts(data, kind="images", options=options)
+        sources = {"train": parts.train} | ({"validation": parts.heldout} if parts.heldout else {})
+    except MissingSplitError:
+        sources = {"validation": load_images(data, split="validation", **options)}
     findings = _inspect(sources, num_workers=num_workers, progress=progress)
     good = [finding for finding in findings if finding.error is None]
     return DataReport(

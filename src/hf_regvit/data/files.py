@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from .decoding import BadImageError, say_once
-from .source import MissingSplitError, Split
+from .source import MissingSplitError, Split, listed
 
 logger = logging.getLogger(__name__)
 EMBEDDED_SOURCES = ("photos", "digits")
@@ -160,8 +160,5 @@ def _select_split(root: Path, files: list[Path], parts: list[str | None], split:
     return selected
 
 
-def _outermost(root: Path, files: Sequence[Path], limit: int = 8) -> str:
-    names = sorted({file.relative_to(root).parts[0] for file in files})
-    return ", ".join(repr(name) for name in names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
+def _outermost(root: Path, files: Sequence[Path]) -> str:
+    return listed(sorted({file.relative_to(root).parts[0] for file in files}))

@@ -25,6 +25,12 @@ class MissingSplitError(ValueError):
     """The source exists, but it does not have the requested split."""
 
 
+def listed(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first names in quotation marks for a message, and the number of the others."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(map(repr, names[:limit])) + more
+
+
 @dataclass(frozen=True)
 class ImageRecord:
     """Image of a source with its metadata: RGB image, class id or None, and an id unique within the source."""
@@ -41,7 +47,7 @@ class ImageSource:
     `table` holds the other columns of a parquet file or Hub data set (boxes, masks), in the same row order as the
     images. `encoded` returns the stored bytes of an image; it is None if the images are generated. `parts` are the
     sizes of the sources that were joined into this one, in order. `problems` describes what could not be listed:
-    unreadable folders, truncated shards.
+    unreadable folders, truncated shards. `notes` are sentences on what was left out of the source, or taken in.
     """
 
     name: str
@@ -53,6 +59,7 @@ class ImageSource:
     encoded: Callable[[int], bytes] | None = None
     parts: tuple[int, ...] = ()
     problems: tuple[BadImageError, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -99,6 +106,7 @@ def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
         encoded=partial(_read_joined, encoded, starts) if len(encoded) == len(sources) else None,
         parts=tuple(len(source) for source in sources),
         problems=tuple(problem for source in sources for problem in source.problems),
+        notes=tuple(dict.fromkeys(note for source in sources for note in source.notes)),
     )
 
 

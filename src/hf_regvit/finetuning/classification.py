@@ -7,9 +7,7 @@ import csv
 import logging
 import math
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,14 +25,11 @@ from .arguments import FinetuningArguments
 from .data import (
     IGNORED,
     EvaluationImages,
-    LabelError,
     MixingCollator,
     TrainImages,
     bad_images,
-    hold_out,
-    open_parts,
+    open_data,
     stack,
-    subsample,
     weights_of_classes,
 )
 
@@ -42,123 +37,6 @@ logger = logging.getLogger(__name__)
 
 
 # ---- Labels ------------------------------------------------------------------------------------------------------
-
-
-def labeled_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
-    """Load training and validation images with checked labels and the same class ids.
-
-    Raises:
-        LabelError: Labels are missing, a class id is out of range, there is a single class, or validation has classes
-            without training images.
-    """
-    train, validation = open_parts(args)
-    names = _checked_names(train, "training", args)
-    if validation is not None:
-        _checked_names(validation, "validation", args, single_is_fine=True)
-        validation = _in_classes_of(validation, train, names, args)
-    elif args.eval_strategy != "no":
-        train, validation = hold_out(train, args, train.labels)
-    train = subsample(train, args.max_train_samples, seed=args.seed)
-    validation = None if validation is None else subsample(validation, args.max_eval_samples, seed=args.seed)
-    present = Counter(train.labels or ())
-    if len(present) < 2:
-        only = ", ".join(repr(names[label]) for label in present)
-        raise LabelError(
-            f"'{train.name}': all {len(train)} training images are of one class, {only}; a classifier needs at least "
-            "two. Check that there is one folder per class, or check --label_column."
-        )
-    if empty := [name for label, name in enumerate(names) if not present[label]]:
-        logger.warning("%d of %d classes have no training images: %s.", len(empty), len(names), _some(empty))
-    return train, validation
-
-
-def _checked_names(
-    source: ImageSource, part: str, args: FinetuningArguments, *, single_is_fine: bool = False
-) -> tuple[str, ...]:
-    if source.labels is None or source.label_names is None:
-        raise LabelError(_why_no_labels(source, part, args))
-    names = source.label_names
-    wrong = [row for row, label in enumerate(source.labels) if not 0 <= label < len(names)]
-    if wrong:
-        rows = "; ".join(f"{source.ids[row]} has {source.labels[row]}" for row in wrong[:5])
-        raise LabelError(
-            f"'{source.name}': {len(wrong)} {part} images have a class id outside of 0 to {len(names) - 1} "
-            f"({len(names)} classes): {rows}{' and others' if len(wrong) > 5 else ''}. Correct or remove these rows."
-        )
-    if len(names) < 2 and not single_is_fine:
-        raise LabelError(
-            f"'{source.name}' has a single class, '{names[0]}'; a classifier needs at least two. Give a folder with "
-            "one subfolder per class, or name the label column with --label_column."
-        )
-    return names
-
-
-def _why_no_labels(source: ImageSource, part: str, args: FinetuningArguments) -> str:
-    start = f"'{source.name}' has no labels in its {part} split"
-    column = args.label_column or "label"
-    if source.table is not None and column in source.table.column_names:
-        values = source.table[column]
-        missing = [row for row, value in enumerate(values) if value is None or (isinstance(value, int) and value < 0)]
-        if missing:
-            rows = ", ".join(source.ids[row] for row in missing[:5])
-            return (
-                f"{start}: {len(missing)} of {len(values)} rows of column '{column}' are empty or negative, for "
-                f"example {rows}. Remove these rows, or use another split or --label_column."
-            )
-        return (
-            f"{start}: column '{column}' holds {source.table.features[column]}; expected integers or ClassLabel. "
-            "Convert it with datasets' class_encode_column, or name another --label_column."
-        )
-    if source.table is not None or "row/0" in source.ids[:1]:
-        columns = "" if source.table is None else f" Columns: {', '.join(source.table.column_names)}."
-        return f"{start}: there is no column 'label'.{columns} Name the label column with --label_column."
-    loose = [name for name in source.ids if "/" not in name]
-    if loose:
-        where = f"{len(loose)} images are not in a subfolder, for example '{loose[0]}'"
-    else:
-        folder = source.ids[0].split("/")[0]
-        where = f"there are no class folders in '{folder}', whose name is that of a split and not of a class"
-    return f"{start}: {where}. Use one subfolder per class and place every image in one of them."
-
-
-def _in_classes_of(
-    validation: ImageSource, train: ImageSource, names: tuple[str, ...], args: FinetuningArguments
-) -> ImageSource:
-    """Return the validation split with the class ids of the training split."""
-    theirs, labels = validation.label_names or (), list(validation.labels or ())
-    used = {theirs[label] for label in labels}
-    trained = {names[label] for label in train.labels or ()}
-    if extra := sorted(used - trained):
-        if not args.ignore_extra_classes:
-            lacking = sorted(trained - used)
-            also = (
-                f" {len(lacking)} training classes are missing from validation: {_some(lacking)}." if lacking else ""
-            )
-            raise LabelError(
-                f"'{validation.name}' has {len(extra)} classes without training images: {_some(extra)}.{also} Use the "
-                "same class names in both splits, or ignore these images with --ignore_extra_classes."
-            )
-        kept = [row for row, label in enumerate(labels) if theirs[label] in trained]
-        logger.warning(
-            "%d validation images of %d classes without training images are ignored: %s.",
-            len(labels) - len(kept), len(extra), _some(extra),
-        )  # fmt: skip
-        validation, labels = validation.subset(kept), [labels[row] for row in kept]
-    if not labels:
-        raise LabelError(
-            f"'{validation.name}' has no validation images of the {len(trained)} training classes. Use the same class "
-            "names in both splits."
-        )
-    if lacking := sorted(trained - used):
-        logger.warning("%d of %d classes have no validation images: %s.", len(lacking), len(trained), _some(lacking))
-    position = {name: label for label, name in enumerate(names)}
-    return replace(validation, labels=[position[theirs[label]] for label in labels], label_names=names)
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(repr(name) for name in names[:limit]) + (
-        f" and {len(names) - limit} more" if len(names) > limit else ""
-    )
 
 
 def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
@@ -381,7 +259,8 @@ class ImageClassification:
     ) -> None:
         self.args = args
         if train is None:
-            train, validation = labeled_parts(args)
+            parts = open_data(args)
+            train, validation = parts.train, parts.heldout
         self.train, self.validation = train, validation
         self.names = train.label_names or ()
         self.weights = class_weights(args.class_weights, train.labels or (), self.names)

@@ -20,9 +20,8 @@ from torch.utils.data import Dataset, Sampler
 
 from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError
-from ..data.files import stratified_split
-from ..data.loading import load_images
-from ..data.source import ImageRecord, ImageSource, MissingSplitError
+from ..data.parts import LabelError, Parts, open_parts
+from ..data.source import ImageRecord, ImageSource, MissingSplitError, listed
 from ..models.configuration_regvit import RegViTConfig
 from .arguments import FinetuningArguments
 
@@ -31,8 +30,9 @@ logger = logging.getLogger(__name__)
 BAD_IMAGES = "bad_images.jsonl"  # in the run folder
 IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross-entropy
 
-_SUBSET, _REPLACEMENTS, _MIXING = 0x5E, 0xBAD, 0x313  # last numbers of seeds; they separate the random streams
+_REPLACEMENTS, _MIXING = 0xBAD, 0x313  # last numbers of seeds; they separate the random streams
 _REPLACEMENT_TRIES = 100
+_KINDS = {"image-classification": "classes", "semantic-segmentation": "masks", "depth-estimation": "depth"}
 
 
 class Task(Protocol):
@@ -96,10 +96,6 @@ class Task(Protocol):
         """Return descriptions of the evaluation protocol and of the intervals."""
 
 
-class LabelError(ValueError):
-    """Labels that cannot be used to train a classifier; the message names the classes or rows."""
-
-
 def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
     """Return (C,) class weights whose mean over the counts is 1, so that the learning rate keeps its meaning.
 
@@ -124,10 +120,9 @@ def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: 
                 f"class_weights is {list(wanted)}. Give 'balanced' or one number per class ({error})."
             ) from error
         if len(weights) != len(names) or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            shown = ", ".join(map(repr, names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
             raise LabelError(
                 f"class_weights holds {len(weights)} numbers, but {len(names)} are needed, one per class in this "
-                f"order: {shown}. The numbers must be finite and not negative, and at least one must be above 0."
+                f"order: {listed(names)}. They must be finite and not negative, and at least one must be above 0."
             )
     return torch.tensor(weights * counts.sum() / (weights * counts).sum(), dtype=torch.float32)
 
@@ -135,67 +130,40 @@ def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: 
 # ---- Splits ------------------------------------------------------------------------------------------------------
 
 
-def open_parts(args: FinetuningArguments) -> tuple[ImageSource, ImageSource | None]:
-    """Load the training and validation images that the arguments name, before anything is held out.
+def open_data(args: FinetuningArguments, **options: Any) -> Parts:
+    """Open the training and validation images that the arguments name, checked for their task.
 
-    Returns:
-        The training images and the validation images; the latter are None if the sources have no validation split.
+    Args:
+        args: Arguments of the run.
+        options: Arguments of `load_images`, `load_masks` or `load_depth` besides the columns.
 
     Raises:
-        ValueError: No source is given.
-        FileNotFoundError: The path or data set does not exist.
+        ValueError: No source is given, or the images, labels or maps cannot be used; see `open_parts`.
     """
-    columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
+    kind: Any = _KINDS[args.task]
     if args.data is None and args.train_dir is None:
+        what = "a folder" if kind == "classes" else "or a folder with images/ and masks/ or depth/"
         raise ValueError(
-            "There are no images to train on. Give --data (a folder, parquet files, a Hub data set) or --train_dir."
+            f"There are no images to train on. Give --data (parquet files, a Hub data set, {what}) or --train_dir."
         )
-    if args.data is not None:
-        try:
-            train = load_images(args.data, split="train", **columns)
-        except MissingSplitError as error:
-            raise MissingSplitError(f"{error} Use --train_dir instead of --data to train on all images.") from error
-        if args.validation_dir is None:
-            try:
-                return train, load_images(
-                    args.data, split="validation", ignore_extra_classes=args.ignore_extra_classes, **columns
-                )
-            except MissingSplitError:
-                return train, None
-    else:
-        train = load_images(str(args.train_dir), split=None, **columns)
-    if args.validation_dir is None:
-        return train, None
-    return train, load_images(args.validation_dir, split=None, **columns)
-
-
-def hold_out(
-    train: ImageSource, args: FinetuningArguments, labels: Sequence[int] | None = None
-) -> tuple[ImageSource, ImageSource]:
-    """Hold out `train_val_split` of the images, sampled with the seed and stratified by `labels` if given.
-
-    Raises:
-        ValueError: There are too few images to hold out any.
-    """
-    classes = labels if labels is not None else [0] * len(train)
-    kept, held = stratified_split(classes, held_out_share=args.train_val_split, seed=args.seed)
-    if not held or not kept:
-        raise ValueError(
-            f"'{train.name}' has {len(train)} images, too few to hold out {args.train_val_split:.0%} of every class. "
-            "Give more images, --validation_dir, or --eval_strategy no."
+    column = {"classes": "label_column", "masks": "mask_column", "depth": "depth_column"}[kind]
+    try:
+        parts = open_parts(
+            args.data,
+            train=args.train_dir,
+            heldout=args.validation_dir,
+            kind=kind,
+            heldout_share=None if args.eval_strategy == "no" else args.train_val_split,
+            seed=args.seed,
+            max_train=args.max_train_samples,
+            max_heldout=args.max_eval_samples,
+            ignore_extra_classes=args.ignore_extra_classes,
+            options={"image_column": args.image_column, column: args.label_column, **options},
         )
-    logger.info(
-        "There is no validation split; %d of %d images are held out (--train_val_split %g, seed %d).",
-        len(held), len(train), args.train_val_split, args.seed,
-    )  # fmt: skip
-    return train.subset(kept), train.subset(held)
-
-
-def subsample(source: ImageSource, count: int | None, *, seed: int) -> ImageSource:
-    """Return at most `count` images, sampled with the seed."""
-    if count is None or count >= len(source):
-        return source
-    return source.subset(np.random.default_rng([seed, _SUBSET]).permutation(len(source))[:count].tolist())
+    except MissingSplitError as error:
+        raise MissingSplitError(f"{error} Use --train_dir instead of --data to train on all images.") from error
+    parts.log()
+    return parts
 
 
 def fingerprint(source: ImageSource) -> dict[str, Any]:

@@ -22,24 +22,20 @@ from ..data.joint_transform import JointTransform, resize_map
 from ..data.maps import (
     IGNORE,
     Array,
-    DenseDataError,
     DenseSource,
-    MaskFormat,
     TargetReport,
     check_targets,
     image_size,
-    load_depth,
-    load_masks,
     read_class_names,
 )
-from ..data.source import ImageRecord, MissingSplitError
+from ..data.source import ImageRecord
 from ..evaluation.intervals import bootstrap_interval
 from ..figures.masks import depth_figure, mask_figure
 from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
 from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import EvaluationImages, TrainImages, bad_images, hold_out, stack, subsample, weights_of_classes
+from .data import EvaluationImages, TrainImages, bad_images, open_data, stack, weights_of_classes
 
 logger = logging.getLogger(__name__)
 
@@ -51,60 +47,6 @@ _FOR_CLASSES_OF_IMAGES = {
 
 
 # ---- Data --------------------------------------------------------------------------------------------------------
-
-
-def open_dense_parts(
-    args: FinetuningArguments, load: Callable[..., DenseSource]
-) -> tuple[DenseSource, DenseSource | None, TargetReport]:
-    """Load training and validation images with checked maps, and the report on the training maps.
-
-    Args:
-        args: Arguments of the run.
-        load: Function from a source, a split and, for the validation split, the training images, to images with maps.
-
-    Raises:
-        DenseDataError: The maps cannot be trained on, or only the validation split has some class.
-        ValueError: No source is given.
-    """
-    if args.data is None and args.train_dir is None:
-        raise ValueError(
-            "There are no images to train on. Give --data (parquet files, a Hub data set, or a folder with images/ "
-            "and masks/ or depth/) or --train_dir."
-        )
-    try:
-        train = load(args.data or args.train_dir, "train" if args.data else None, None)
-    except MissingSplitError as error:
-        raise MissingSplitError(f"{error} Use --train_dir instead of --data to train on all images.") from error
-    validation = None
-    try:
-        if args.validation_dir is not None:
-            validation = load(args.validation_dir, None, train)
-        elif args.data is not None:
-            validation = load(args.data, "validation", train)
-    except MissingSplitError:
-        pass
-    if validation is None and args.eval_strategy != "no":
-        train, validation = cast(tuple[DenseSource, DenseSource], hold_out(train, args))
-    train = cast(DenseSource, subsample(train, args.max_train_samples, seed=args.seed))
-    report = check_targets(train)
-    logger.info("Training: %s.", report.summary())
-    if validation is not None:
-        validation = cast(DenseSource, subsample(validation, args.max_eval_samples, seed=args.seed))
-        other = check_targets(validation, several_classes=False)
-        logger.info("Validation: %s.", other.summary())
-        _compare_classes(report, other, validation, args)
-    return train, validation, report
-
-
-def _compare_classes(
-    train: TargetReport, validation: TargetReport, source: DenseSource, args: FinetuningArguments
-) -> None:
-    extra = [name for name, count in validation.class_pixels.items() if count and not train.class_pixels[name]]
-    if extra and not args.ignore_extra_classes:
-        raise DenseDataError(
-            f"'{source.name}': the validation masks contain {len(extra)} classes without a training pixel: "
-            f"{', '.join(extra[:8])}. Give more training images, or ignore these pixels with --ignore_extra_classes."
-        )
 
 
 def _check_options(args: FinetuningArguments) -> None:
@@ -234,13 +176,15 @@ class _DenseTask:
         self.args = args
         _check_options(args)
         if train is None:
-            self.train, self.validation, self.report = open_dense_parts(args, self._load)
+            parts = open_data(args, **self._options())
+            self.train, self.validation = cast(DenseSource, parts.train), cast(DenseSource | None, parts.heldout)
+            self.report = cast(TargetReport, parts.targets)
         else:
             self.train, self.validation, self.report = train, validation, check_targets(train)
         self.start_metrics()
         self._read_at = (0, 0)
 
-    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
+    def _options(self) -> dict[str, Any]:
         raise NotImplementedError
 
     def _new_metric(self) -> Any:
@@ -383,28 +327,16 @@ class SemanticSegmentation(_DenseTask):
         network.head_norm = shared.train(own.training)
         return network
 
-    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
+    def _options(self) -> dict[str, Any]:
         args = self.args
-        if train is not None:
-            return load_masks(
-                data,
-                split=split,
-                mask_format=cast(MaskFormat, train.format),
-                image_column=args.image_column,
-                mask_column=args.label_column,
-            )
         names: Any = args.class_names
         if names and len(names) == 1 and names[0].endswith(".json"):
             names = read_class_names(names[0])
-        return load_masks(
-            data,
-            split=split,
-            class_names=names,
-            ignore_values=args.ignore_values,
-            reduce_labels=args.do_reduce_labels,
-            image_column=args.image_column,
-            mask_column=args.label_column,
-        )
+        return {
+            "class_names": names,
+            "ignore_values": args.ignore_values,
+            "reduce_labels": args.do_reduce_labels,
+        }
 
     def _new_metric(self) -> Any:
         from ..evaluation.metrics import MeanIoU
@@ -503,16 +435,8 @@ class DepthEstimation(_DenseTask):
     shown = ("abs_rel", "delta1")
     measures = ("rmse", "abs_rel", "delta1", "delta2", "delta3")
 
-    def _load(self, data: str, split: Any, train: DenseSource | None) -> DenseSource:
-        args = self.args
-        return load_depth(
-            data,
-            split=split,
-            depth_scale=args.depth_scale,
-            max_depth=args.max_depth,
-            image_column=args.image_column,
-            depth_column=args.label_column,
-        )
+    def _options(self) -> dict[str, Any]:
+        return {"depth_scale": self.args.depth_scale, "max_depth": self.args.max_depth}
 
     def _new_metric(self) -> Any:
         from ..evaluation.metrics import DepthErrors
