@@ -344,7 +344,9 @@ def images_folder(root, *, with_validation=True, count=12):
 
 def found(tmp_path, data, **overrides):
     args = arguments(
-        tmp_path / "run", data=data, **{"monitor_steps": 5, "panel_steps": 0.5, "knn_steps": 3, "panel_size": 32} | overrides
+        tmp_path / "run",
+        data=data,
+        **{"monitor_steps": 5, "panel_steps": 0.5, "knn_steps": 3, "panel_size": 32} | overrides,
     )
     dataset = SimpleNamespace(source=load_images(data, split="train"))
     return observers(args, dataset, image_processor=default_image_processor(16))

@@ -53,7 +53,7 @@ class RecipeParser(HfArgumentParser):
         """Return the help text: first the command's own options, then the roughly 120 inherited from transformers."""
         from transformers import TrainingArguments
 
-        runs = [one for one in self.dataclass_types if issubclass(one, TrainingArguments)]
+        runs: list[Any] = [one for one in self.dataclass_types if issubclass(one, TrainingArguments)]
         of_base = set(TrainingArguments.__dataclass_fields__) if runs else set()
         redefined = {name for one in runs for name in one.own_options()}
 

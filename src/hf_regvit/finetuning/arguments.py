@@ -33,8 +33,8 @@ _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
 class FinetuningArguments(RunArguments):
     """Arguments of a fine-tuning run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
 
-    `model` is another name of `model_name_or_path`. Shares and probabilities lie in [0, 1]. The default of `learning_rate` depends on the mode, that of
-    `metric_for_best_model` on the task.
+    `model` is another name of `model_name_or_path`. Shares and probabilities lie in [0, 1]. The default of
+    `learning_rate` depends on the mode, that of `metric_for_best_model` on the task.
     """
 
     # Task, model
@@ -171,7 +171,7 @@ class FinetuningArguments(RunArguments):
 
     model: InitVar[str | Path | None] = None
 
-    def __post_init__(self, model: str | Path | None = None) -> None:
+    def __post_init__(self, model: str | Path | None) -> None:
         if model is not None:
             if self.model_name_or_path is not None:
                 raise ValueError(

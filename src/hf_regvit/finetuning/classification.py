@@ -14,24 +14,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..data.source import ImageRecord, ImageSource
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
-from .data import (
-    IGNORED,
-    EvaluationImages,
-    MixingCollator,
-    TrainImages,
-    bad_images,
-    open_data,
-    stack,
-    weights_of_classes,
-)
+from .data import IGNORED, MixingCollator, open_data, processed, stack, weights_of_classes
+from .tasks import Task, class_fields, has_classes
 
 logger = logging.getLogger(__name__)
 
@@ -115,11 +105,6 @@ class ClassificationEvalItem:
     def blank(self) -> dict[str, Any]:
         """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
-
-
-def processed(processor: Any, image: Image.Image) -> Tensor:
-    """Return the processed pixels of one image, (3, H, W)."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def output_size(processor: Any) -> tuple[int, int]:
@@ -237,8 +222,8 @@ class ClassificationMetrics:
 # ---- The task ----------------------------------------------------------------------------------------------------
 
 
-class ImageClassification:
-    """Image classification task for `finetune`; see `hf_regvit.finetuning.Task`.
+class ImageClassification(Task):
+    """Image classification task for `finetune`.
 
     Args:
         args: Arguments of the run.
@@ -251,7 +236,6 @@ class ImageClassification:
 
     name = "image-classification"
     model_class = RegViTForImageClassification
-    metric, greater_is_better = "accuracy", True
     shown = ("accuracy", "f1")
 
     def __init__(
@@ -269,30 +253,19 @@ class ImageClassification:
 
     def config_fields(self) -> dict[str, Any]:
         """Return the class names, and the pooling of the head if it was given."""
-        fields: dict[str, Any] = {
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: label for label, name in enumerate(self.names)},
-        }
-        return fields | ({"pooling": self.args.pooling} if self.args.pooling else {})
+        return class_fields(self.names) | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
     def fits_head(self, config: Any) -> bool:
         """Return True if a classifier with this configuration has the same classes in the same order."""
-        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+        return has_classes(config, self.names)
 
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Return the training and validation images as model inputs."""
-        args = self.args
-        train = TrainImages(
-            self.train,
-            ClassificationTrainItem(args, processor),
-            seed=args.seed,
-            bad_images=bad_images(args, self.train),
-        )
-        if self.validation is None:
-            return train, None
-        item = ClassificationEvalItem(processor)
-        guard = bad_images(args, self.validation)
-        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+    def train_item(self, processor: Any) -> ClassificationTrainItem:
+        """Return the augmentation of a training image."""
+        return ClassificationTrainItem(self.args, processor)
+
+    def evaluation_item(self, processor: Any) -> ClassificationEvalItem:
+        """Return the preprocessing of a validation image."""
+        return ClassificationEvalItem(processor)
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
         """Return the collator, with mixup and CutMix if they are enabled."""
@@ -368,10 +341,6 @@ class ImageClassification:
                 "confusion_matrix.csv for the full names."
             )
         return {"confusion_matrix.png": "Confusion matrix"}
-
-    def describe(self) -> dict[str, str]:
-        """Return nothing; the card reads the classes from the configuration."""
-        return {}
 
     def protocol(self) -> tuple[str, str]:
         """Return descriptions of the evaluation protocol and of the interval."""

@@ -26,10 +26,9 @@ from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError, ImageLimits, open_image
 from ..data.source import ImageRecord, ImageSource
 from ..data.tables import ImageStream, StreamRecord
-from ..training.samplers import REPLACEMENTS, StreamSampler, stream_sample_id
+from ..training.samplers import REPLACEMENTS, StreamSampler, first_usable, stream_sample_id
 
 logger = logging.getLogger(__name__)
-_REPLACEMENT_TRIES = 100
 
 
 class _SingleThreadedDataset:
@@ -95,20 +94,8 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         """Return image `index` or, if it is bad, the first good one of a sequence set by (seed, epoch, index)."""
         if self.bad_images is None:
             return self._image(index)
-        others = np.random.default_rng([self.seed, epoch, index, REPLACEMENTS])
-        for _ in range(_REPLACEMENT_TRIES):
-            try:
-                image = self._image(index)
-            except BadImageError as error:
-                self.bad_images.bad(error, epoch=epoch, index=index)
-                index = int(others.integers(len(self)))
-            else:
-                self.bad_images.good(index)
-                return image
-        raise TooManyBadImagesError(
-            f"{_REPLACEMENT_TRIES} randomly drawn images of '{self.source.name}' in a row cannot be used. "
-            "Inspect the data with `regvit data-check`."
-        )
+        key, bad = (epoch, index), self.bad_images
+        return first_usable(self._image, key, seed=self.seed, count=len(self), bad_images=bad)[1]
 
     def _image(self, index: int) -> Image.Image:
         image = self._cache.get(index)

@@ -275,7 +275,7 @@ class DinoTrainer(RunTrainer):
             self._terms[name] = (total + value.detach(), count + 1)
 
     def step_values(self) -> Mapping[str, float]:
-        """Return the mean of every term over the steps since the last log line and the processes, and the schedules."""
+        """Return the mean of every term since the last log line, over steps and processes, and the schedules."""
         terms, self._terms = self._terms, {}
         means = torch.stack([torch.as_tensor(total).float() / count for total, count in terms.values()])
         means = self.accelerator.reduce(means, reduction="mean")

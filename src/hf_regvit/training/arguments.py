@@ -70,7 +70,7 @@ class RunArguments(TrainingArguments):
 
     @classmethod
     def own_options(cls) -> set[str]:
-        """Return the names of all options that this package defines, including those of Trainer with other defaults."""
+        """Return the names of all options that this package defines, also those of Trainer with other defaults."""
         own = cls.__mro__[: cls.__mro__.index(TrainingArguments)]
         return {name for one in own for name in one.__annotations__}
 

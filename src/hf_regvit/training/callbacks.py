@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -91,11 +91,15 @@ class Observer(TrainerCallback):
 
 
 class TrainingProgress(ProgressCallback):
-    """Progress bar of Trainer with loss and images per second added, and without printed dictionaries."""
+    """Progress bar of Trainer with loss, speed and accuracy added, and without printed dictionaries.
 
-    def __init__(self) -> None:
+    Args:
+        metric: Metric of an evaluation to show, without "eval_".
+    """
+
+    def __init__(self, metric: str | None = None) -> None:
         super().__init__()
-        self._shown: dict[str, str] = {}
+        self.metric, self._shown = metric, cast(dict[str, str], {})
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step at which the run starts."""
@@ -116,15 +120,15 @@ class TrainingProgress(ProgressCallback):
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
-        shown = {"loss": "{:.3f}", "images_per_second": "{:.0f}"}
-        names = {"images_per_second": "images/s"}
-        values = {names.get(key, key): text.format(logs[key]) for key, text in shown.items() if key in logs}
-        values |= {
-            key.removeprefix("eval_"): f"{logs[key]:.1%}"
-            for key in logs
-            if key.startswith(("eval_knn", "eval_linear"))
-        }
-        self._shown |= values
+        for key, value in logs.items():
+            name = key.removeprefix("eval_")
+            if key.startswith(("eval_knn", "eval_linear")):
+                self._shown[name] = f"{value:.1%}"
+            elif key == f"eval_{self.metric}":
+                self._shown[name] = f"{value:.4f}"
+            elif key in ("loss", "images_per_second"):
+                shown = f"{value:.3f}" if key == "loss" else f"{value:.0f}"
+                self._shown["loss" if key == "loss" else "images/s"] = shown
         self.training_bar.set_postfix(self._shown)
 
 

@@ -27,7 +27,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models.manifest import (
-    MANIFEST, OPTIMIZER, STATE, WEIGHTS, CheckpointIncompleteError, _flush, verify_checkpoint, write_manifest,
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    CheckpointIncompleteError,
+    _flush,
+    verify_checkpoint,
+    write_manifest,
 )  # fmt: skip
 from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.saving import apply_umask, read_json, write_json

@@ -124,7 +124,7 @@ def _holder(text: str) -> dict[str, Any]:
 def _process_namespace() -> str | None:
     """Return the name of the process namespace; containers may share a host name, but not their process ids."""
     with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
+        return str(Path("/proc/self/ns/pid").readlink())
     return None
 
 

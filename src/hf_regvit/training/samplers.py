@@ -9,12 +9,12 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, count, islice
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..data.bad_images import BadImages
+from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError
 from ..data.tables import ImageStream, StreamRecord
 
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 # Last entries of seeds, which keep the random streams of different purposes independent.
 REPLACEMENTS, _WEIGHTED_PASS, _SHARD_ORDER, _SHUFFLE, _MIXTURE = 0xBAD, 1, 2, 3, 4
+_REPLACEMENT_TRIES = 100
 
 
 class EpochSampler(Sampler[tuple[int, ...]]):
@@ -157,6 +158,37 @@ def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
             f"data_weights={list(weights)}: expected one positive number for each of the {num_sources} sources."
         )
     return values / math.fsum(values)  # exact, so that a tie in the number of images per source is the same everywhere
+
+
+def first_usable(
+    read: Callable[[int], Any], key: tuple[int, int], *, seed: int, count: int, bad_images: BadImages
+) -> tuple[int, Any]:
+    """Return an image, or the first usable one of a sequence that (seed, epoch, index) set, with its index.
+
+    Args:
+        read: Function from an index to the image, which raises `BadImageError` if it cannot be used.
+        key: Epoch and index of the image.
+        seed: Random seed of the run.
+        count: Number of images.
+        bad_images: Recorder of the images that cannot be used.
+
+    Raises:
+        TooManyBadImagesError: If too many images cannot be used.
+    """
+    (epoch, index), others = key, np.random.default_rng([seed, *key, REPLACEMENTS])
+    for _ in range(_REPLACEMENT_TRIES):
+        try:
+            found = read(index)
+        except BadImageError as error:
+            bad_images.bad(error, epoch=epoch, index=index)
+            index = int(others.integers(count))
+        else:
+            bad_images.good(index)
+            return index, found
+    raise TooManyBadImagesError(
+        f"{_REPLACEMENT_TRIES} randomly drawn images in a row cannot be used. Inspect the data with "
+        "`regvit data-check`."
+    )
 
 
 # --- Streams

@@ -42,7 +42,7 @@ class StepSeeds(TrainerCallback):
 
 @dataclass
 class _Batches:
-    """Source of the batches of an epoch: the iterator of Trainer, or its replacement after a restart of the workers."""
+    """Source of the batches of an epoch: the iterator of Trainer, or its replacement after a worker restart."""
 
     of_epoch: Any
     source: Iterator[dict[str, Tensor]]
@@ -211,7 +211,7 @@ class RunTrainer(CheckpointedTrainer):
     # Resuming: settings that must match, and the position to start at.
 
     def data_facts(self) -> dict[str, Any]:
-        """Return what a resumed run compares of the data, for example the number of images and a hash of their names."""
+        """Return what a resumed run compares of the data, such as the number of images and a hash of their names."""
         raise NotImplementedError
 
     def data_position(self) -> tuple[int, int]:
