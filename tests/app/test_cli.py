@@ -192,7 +192,7 @@ def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_f
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
         patched.setattr(BaseImageProcessor, "save_pretrained", stopped)
-        assert cli.main(args) == 1
+        assert cli.main(args) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []
     assert cli.main(args) == 0

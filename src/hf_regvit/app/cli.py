@@ -1,7 +1,7 @@
 """Command-line interface `regvit`: parse the options, call one public function, print the result.
 
-Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 wrong usage. To use several processes, run
-`accelerate launch -m hf_regvit pretrain ...`.
+Results go to stdout, logs to stderr. Exit status: 0 success, 1 failure, 2 wrong usage, 130 Ctrl-C. To use several
+processes, run `accelerate launch -m hf_regvit pretrain ...`.
 """
 
 import dataclasses
@@ -334,7 +334,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         result = COMMANDS[name](rest, switches)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return 1
+        return 130
     except SystemExit as stop:  # argparse has already printed its message
         return stop.code if isinstance(stop.code, int) else 2
     except (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError) as error:

@@ -7,13 +7,12 @@ from different steps of a run are comparable.
 Shape letters: n images, D width.
 """
 
-import contextlib
 import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
-from ..data.loading import load_images, stream_images
-from ..data.source import ImageRecord, MissingSplitError
+from ..data.parts import open_parts, open_streams
+from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
@@ -217,7 +216,7 @@ def _training_images(dataset: Any, wanted: int) -> Iterator[Image.Image]:
     if hasattr(source, "__getitem__"):
         yield from (record.image for record in _readable(source, wanted))
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        yield from (_picture(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
+        yield from (_image_of(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
     elif isinstance(dataset, MultiCropStream):
         yield from (record.image for record in dataset.first_records(wanted))
 
@@ -230,7 +229,7 @@ def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
             logger.info("The monitors skip an image: %s", error)
 
 
-def _picture(crop: Tensor) -> Image.Image:
+def _image_of(crop: Tensor) -> Image.Image:
     """Convert a crop (3, S, S), uint8 or normalized with ImageNet statistics, to a PIL image."""
     if crop.is_floating_point():
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -238,9 +237,9 @@ def _picture(crop: Tensor) -> Image.Image:
     return Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
 
 
-def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
+def _cropped(image: Image.Image, processor: Any) -> Image.Image:
     """Return an image after the resizing and cropping of a processor."""
-    return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
+    return _image_of(processor(images=[image], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
 
 
 def _normalized(shown: Sequence[Image.Image], processor: Any) -> Tensor:
@@ -254,50 +253,46 @@ _Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 
 class _Parts(NamedTuple):
     neighbours: list[_Labeled]
-    judged: list[_Labeled]
+    heldout: list[_Labeled]
     is_held_out: bool
 
 
 def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
-    train: Any = getattr(dataset, "source", None)
-    is_held_out = True
-    if not getattr(train, "labels", None):
+    source: Any = getattr(dataset, "source", None)
+    if not getattr(source, "labels", None):
         return None
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
     try:
-        heldout = load_images(
-            args.data, split="validation", image_column=args.image_column, label_column=args.label_column
-        )
-    except MissingSplitError:
-        neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
-        train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
-    if not heldout.labels or heldout.label_names != train.label_names:
+        parts = open_parts(args.data, train=source, kind="images", heldout_share=0.25, seed=args.seed, options=columns)
+    except ValueError as error:
+        logger.info("k-NN accuracy is disabled: %s", error)
+        return None
+    heldout = cast(ImageSource, parts.heldout)
+    if not heldout.labels or heldout.label_names != source.label_names:
         logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
         return None
-    wanted = args.knn_max_images
-    return _Parts(cropped(_readable(train, wanted * 3 // 4)), cropped(_readable(heldout, wanted // 4)), is_held_out)
+    return _Parts(
+        cropped(_readable(parts.train, args.knn_max_images * 3 // 4)),
+        cropped(_readable(heldout, args.knn_max_images // 4)),
+        not parts.held_out_from_train,
+    )
 
 
 def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    heldout = []
-    for one in args.data:
-        with contextlib.suppress(MissingSplitError):
-            heldout.append(stream_images(one, split="validation", **columns))
+    _, heldout = open_streams(args.data, image_column=args.image_column, label_column=args.label_column)
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
         logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
         return None
     wanted, shards = args.knn_max_images, 32
     if heldout:
-        judged = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
-        return _Parts(
-            cropped(dataset.first_records(wanted * 3 // 4, shards=shards)),
-            cropped(judged.first_records(wanted // 4, shards=shards)),
-            is_held_out=True,
-        )
+        test = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
+        counts = ((dataset, wanted * 3 // 4), (test, wanted // 4))
+        train, held = (cropped(one.first_records(count, shards=shards)) for one, count in counts)
+        return _Parts(train, held, is_held_out=True)
     train = cropped(dataset.first_records(wanted, shards=shards))
     first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
     return _Parts([train[index] for index in first], [train[index] for index in second], is_held_out=False)
@@ -367,10 +362,8 @@ class OnlineKNN(Observer):
         is_held_out: bool = True,
     ) -> None:
         super().__init__(every_steps, at_least=200, at_most=5000)
-        for images, labels, name in (
-            (train_images, train_labels, "training"),
-            (heldout_images, heldout_labels, "held-out"),
-        ):
+        pairs = (("training", train_images, train_labels), ("held-out", heldout_images, heldout_labels))
+        for name, images, labels in pairs:
             if len(images) != len(labels):
                 raise ValueError(
                     f"{len(images)} {name} images have {len(labels)} labels; expected one label per image."
@@ -415,7 +408,7 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
     if parts is None:
         return None
-    if not (parts.neighbours and parts.judged):
+    if not (parts.neighbours and parts.heldout):
         logger.info(
             "k-NN accuracy is disabled: there are too few usable labeled images (--knn_max_images %d).",
             args.knn_max_images,
@@ -430,7 +423,7 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     processor.do_resize = processor.do_center_crop = False
     return OnlineKNN(
         *zip(*parts.neighbours, strict=True),
-        *zip(*parts.judged, strict=True),
+        *zip(*parts.heldout, strict=True),
         image_processor=processor,
         every_steps=args.knn_steps,
         k=(min(10, len(parts.neighbours)),),
