@@ -47,7 +47,7 @@ class FinetuningArguments(RunArguments):
         "--model",
     )
     preset: str | None = option(
-        None, "Size of a model trained from scratch: tiny, small, base, large or giant. Excludes --model_name_or_path."
+        None, "Size of a model trained from scratch: tiny, small, base, large or giant. Excludes --model."
     )
     patch_size: int = option(16, "Side of a patch in pixels, only for a model from scratch.")
     layerscale_value: float = option(1e-4, "Initial LayerScale gain, only for a model from scratch. DeiT-III: 1e-4.")
@@ -57,17 +57,12 @@ class FinetuningArguments(RunArguments):
         "of the model, or 4 from scratch.",
     )
     image_size: int | None = option(
-        None,
-        "Side of the square images in pixels, a multiple of the patch size. Default: that of the image processor.",
+        None, "Side of the square images in pixels, a multiple of the patch size. Default: that of the processor."
     )
-    pooling: str | None = option(
-        None, "Input of the classifier: cls, mean_patch or cls_mean_patch. Default: the model's configuration."
-    )
+    pooling: str | None = option(None, "Classifier input: cls, mean_patch or cls_mean_patch. Default: as saved.")
 
     # Trained parameters
-    mode: str = option(
-        "full", "Parameters to train: all (full), low-rank updates and the head (lora), or the head only (linear)."
-    )
+    mode: str = option("full", "Trained parameters: all (full), low-rank updates and head (lora), head only (linear).")
     lora_r: int = option(8, "Rank of the low-rank updates.")
     lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
     lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
@@ -98,19 +93,13 @@ class FinetuningArguments(RunArguments):
         "or a mapping. Default: classes.json or id2label.json in the folder, otherwise the values themselves.",
     )
     ignore_values: list[int] | None = option(None, "Segmentation: stored mask values to ignore. Default: 255.")
-    do_reduce_labels: bool = option(
-        False, "Segmentation: whether 0 is ignored and the first class is stored as 1 (ADE20k)."
-    )
-    depth_scale: float | None = option(
-        None, "Depth: meters per stored unit. Default: 0.001 for integers, 1 for floating-point values."
-    )
+    do_reduce_labels: bool = option(False, "Segmentation: whether 0 is ignored and the first class is 1 (ADE20k).")
+    depth_scale: float | None = option(None, "Depth: meters per stored unit. Default: 0.001 for integers, else 1.")
     max_depth: float = option(10.0, "Depth: maximum depth in meters; pixels beyond it are ignored.")
     head_layers: list[int] | None = option(
         None, "Segmentation, depth: blocks that the head reads, counted from 0, or negative. Default: the last."
     )
-    ignore_extra_classes: bool = option(
-        False, "Whether to ignore validation images (or pixels) of classes that have no training images (or pixels)."
-    )
+    ignore_extra_classes: bool = option(False, "Whether to ignore validation images (or pixels) of untrained classes.")
 
     # Augmentation and loss
     augmentation: str = option(
@@ -118,9 +107,7 @@ class FinetuningArguments(RunArguments):
         "Augmentation of training images: none (as in evaluation), crop (random resized crop and horizontal flip), "
         "randaugment, or three_augment (DeiT-III: grayscale, solarize or blur).",
     )
-    crop_scale: list[float] = option(
-        [0.35, 1.0], "Minimum and maximum area of a training crop as a share. ImageNet recipes: 0.08 1.0."
-    )
+    crop_scale: list[float] = option([0.35, 1.0], "Range of the area share of a training crop. ImageNet: 0.08 1.0.")
     flip_probability: float = option(0.5, "Probability of a horizontal flip; use 0 if left and right carry meaning.")
     color_jitter: float = option(0.0, "Maximum relative change of brightness, contrast and saturation. DeiT-III: 0.3.")
     randaugment_num_ops: int = option(2, "Number of RandAugment operations per image.")
@@ -128,17 +115,13 @@ class FinetuningArguments(RunArguments):
     random_erasing: float = option(0.0, "Probability of erasing a random rectangle of an image. DeiT: 0.25.")
     mixup_alpha: float = option(0.0, "Alpha of mixup within a micro-batch; 0 disables it. DeiT: 0.8.")
     cutmix_alpha: float = option(0.0, "Alpha of CutMix within a micro-batch; 0 disables it. DeiT: 1.0.")
-    mixup_probability: float = option(
-        1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely if both are enabled."
-    )
+    mixup_probability: float = option(1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely.")
     repeated_augmentation: int = option(
         1,
         "Number of consecutive, differently augmented copies of each image; an epoch then covers that many times "
         "fewer images. DeiT: 3.",
     )
-    loss: str = option(
-        "cross_entropy", "Loss of a classifier: cross_entropy, or bce (binary cross-entropy per class)."
-    )
+    loss: str = option("cross_entropy", "Loss of a classifier: cross_entropy or bce (binary cross-entropy).")
     class_weights: list[str] | None = option(
         None,
         "Class weights: 'balanced' (inverse to the number of images or pixels), or one number per class, "
@@ -151,9 +134,7 @@ class FinetuningArguments(RunArguments):
 
     # Arguments of Trainer with other defaults for fine-tuning
     learning_rate: float | None = option(None, "Peak learning rate. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
-    weight_decay: float = option(
-        0.05, "Weight decay of matrices; biases, norms, gains, tokens and positions have none."
-    )
+    weight_decay: float = option(0.05, "Weight decay of matrices; biases, norms, gains and tokens have none.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule, as in transformers.")
     warmup_steps: float = option(0.1, "Number of linear warm-up steps; a value below 1 is a share of the run.")
     max_grad_norm: float = option(1.0, "Maximum gradient norm for clipping.")

@@ -28,26 +28,14 @@ class PretrainingArguments(RunArguments):
     data_weights: list[float] | None = option(
         None, "Relative weight of each source in an epoch; default: every image once per epoch."
     )
-    streaming: bool = option(
-        False, "Read parquet, tar or Hub data in order, without first copying it to a cache; requires max_steps."
-    )
-    global_crop_size: int = option(
-        224, "Side of the two global crops in pixels; a multiple of patch_size. Official: 224."
-    )
-    local_crop_size: int = option(
-        96, "Side of the local crops in pixels; a multiple of patch_size. Official: 96 (98 for patch size 14)."
-    )
+    streaming: bool = option(False, "Read parquet, tar or Hub data in order, without a copy; requires max_steps.")
+    global_crop_size: int = option(224, "Side of the global crops in pixels, a multiple of patch_size. Official: 224.")
+    local_crop_size: int = option(96, "Side of the local crops in pixels. Official: 96 (98 for patch size 14).")
     num_local_crops: int = option(8, "Number of local crops per image. Official: 8.")
-    high_resolution_steps: float = option(
-        0.0,
-        "Number of final steps (or fraction of the run) with larger crops; 0 for none. DINOv2: 10,000 steps at 518 "
-        "pixels.",
-    )
-    high_resolution_size: int = option(
-        518, "Side of the global crops in the high-resolution steps, in pixels. DINOv2: 518."
-    )
+    high_resolution_steps: float = option(0.0, "Final steps (or share) with larger crops; 0: none. DINOv2: 10,000.")
+    high_resolution_size: int = option(518, "Side of the high-resolution global crops in pixels. DINOv2: 518.")
     high_resolution_local_size: int | None = option(
-        None, "Side of the local crops in the high-resolution steps, in pixels; default: local_crop_size."
+        None, "Side of the high-resolution local crops in pixels; default: local_crop_size."
     )
     global_crop_scale: list[float] = option(
         [0.32, 1.0], "Smallest and largest share of the image area in a global crop. Official: 0.32 1.0."
@@ -62,21 +50,13 @@ class PretrainingArguments(RunArguments):
     hue: float = option(0.1, "Largest hue shift as a fraction of the color circle. Official: 0.1.")
     grayscale_probability: float = option(0.2, "Probability of conversion to grayscale per crop. Official: 0.2.")
     blur: str = option("as_trained", "Blur probabilities: 'as_trained' (0, 0.9, 0.5) or 'as_written' (1, 0.1, 0.5).")
-    blur_kernel_size: int = option(
-        9, "Size of the blur kernel in pixels, odd; 3 for crops of 32 pixels, 5 for crops of 96. Official: 9."
-    )
+    blur_kernel_size: int = option(9, "Side of the blur kernel in pixels, odd; about 1/20 of the crop. Official: 9.")
     blur_sigma: list[float] = option([0.1, 2.0], "Smallest and largest blur sigma in pixels. Official: 0.1 2.0.")
     solarize_probability: float = option(0.2, "Probability of solarization of the second global crop. Official: 0.2.")
     flip_probability: float = option(0.5, "Probability of a horizontal flip per crop. DINOv2: 0.5; DINOv3 7B: 0.")
-    share_jitter: bool = option(
-        False, "Apply the same color jitter to all crops of an image. Option of DINOv3; DINOv2: False."
-    )
-    locals_from_globals: bool = option(
-        False, "Cut the local crops out of the global crops. Option of DINOv3; DINOv2: False."
-    )
-    mask_ratio: list[float] = option(
-        [0.1, 0.5], "Smallest and largest share of masked patches in a masked crop. Official: 0.1 0.5."
-    )
+    share_jitter: bool = option(False, "Apply one color jitter to all crops of an image. DINOv3 only; DINOv2: False.")
+    locals_from_globals: bool = option(False, "Cut local crops out of the global ones. DINOv3 only; DINOv2: False.")
+    mask_ratio: list[float] = option([0.1, 0.5], "Range of the masked share of a masked crop. Official: 0.1 0.5.")
     mask_probability: float = option(0.5, "Share of the global crops that are masked. Official: 0.5.")
 
     evaluation_size: int | None = option(
@@ -87,9 +67,7 @@ class PretrainingArguments(RunArguments):
 
     # Backbone
     preset: str = option("small", "Backbone size: tiny, small, base, large or giant. The options below override it.")
-    num_register_tokens: int = option(
-        4, "Number of register tokens. 'Vision Transformers Need Registers' recommends 4."
-    )
+    num_register_tokens: int = option(4, "Number of registers. 'Vision Transformers Need Registers' recommends 4.")
     patch_size: int = option(16, "Side of a patch in pixels.")
     hidden_size: int | None = option(None, "Width D of the tokens; default: set by the preset.")
     num_hidden_layers: int | None = option(None, "Number of blocks; default: set by the preset.")
@@ -97,35 +75,20 @@ class PretrainingArguments(RunArguments):
     use_swiglu_ffn: bool | None = option(
         None, "Use SwiGLU instead of the MLP; default: set by the preset. Official full recipe: True."
     )
-    layerscale_value: float = option(
-        1e-5, "Initial LayerScale gain. Official: 1e-5; runs of a few hundred steps learn most with 1."
-    )
-    register_init_std: float = option(
-        0.02,
-        "Standard deviation of the initial registers. About 1 keeps them distinct in runs of a few hundred steps.",
-    )
-    drop_path_rate: float = option(
-        0.0, "Share of residual branches that are dropped. Official: 0.3 (ViT-L short), 0.4 (full)."
-    )
-    drop_path_mode: str = option(
-        "batch_subset", "'batch_subset' (official, skips the dropped computation) or 'sample' (for tiny batches)."
-    )
+    layerscale_value: float = option(1e-5, "Initial LayerScale gain; 1 for a few hundred steps. Official: 1e-5.")
+    register_init_std: float = option(0.02, "Initial spread of the registers; about 1 for a few hundred steps.")
+    drop_path_rate: float = option(0.0, "Share of residual branches to drop. Official: 0.3 (ViT-L short), 0.4 (full).")
+    drop_path_mode: str = option("batch_subset", "'batch_subset' (official, fast) or 'sample' (for tiny batches).")
 
     # Heads
     head_num_prototypes: int = option(
         65536, "Number of prototypes K of the DINO head. Official: 65536. Keep K / (2 * batch) below about 32."
     )
     head_hidden_size: int = option(2048, "Hidden width of the heads. Official: 2048.")
-    head_bottleneck_size: int = option(
-        256, "Bottleneck width of the DINO head. Official: 256 (384 in the full recipe)."
-    )
+    head_bottleneck_size: int = option(256, "Bottleneck width of the DINO head. Official: 256 (full recipe: 384).")
     head_num_layers: int = option(3, "Number of linear layers of each head before the prototypes. Official: 3.")
-    separate_ibot_head: bool = option(
-        False, "Use a separate head for the masked patches. Official: False (short), True (full)."
-    )
-    ibot_head_num_prototypes: int = option(
-        65536, "Number of prototypes of a separate iBOT head. Official full recipe: 131072."
-    )
+    separate_ibot_head: bool = option(False, "Separate head for masked patches. Official: False (short), True (full).")
+    ibot_head_num_prototypes: int = option(65536, "Prototypes of a separate iBOT head. Official full recipe: 131072.")
     ibot_head_bottleneck_size: int = option(256, "Bottleneck width of a separate iBOT head. Official: 256.")
 
     # Losses and targets
@@ -134,33 +97,25 @@ class PretrainingArguments(RunArguments):
     koleo_loss_weight: float = option(
         0.1, "Weight of the KoLeo term per global crop; use 0 below 16 images per process. Official: 0.1."
     )
-    koleo_gathered: bool = option(
-        False, "Search the KoLeo neighbors in all processes. Option of DINOv3; DINOv2: False."
-    )
-    koleo_neighbours: int = option(
-        1, "Number of nearest neighbors that KoLeo pushes each image away from. Official: 1."
-    )
+    koleo_gathered: bool = option(False, "Search the KoLeo neighbors in all processes. DINOv3 only; DINOv2: False.")
+    koleo_neighbours: int = option(1, "Number of neighbors that KoLeo pushes each image away from. Official: 1.")
     gram_loss_weight: float = option(
         0.0,
         "Weight of Gram anchoring, which keeps patch similarities close to those of an earlier teacher. Intended for "
         "the last part of a long run, with --init_from. DINOv3: 2; DINOv2: 0.",
     )
-    gram_refresh_steps: int = option(
-        10000, "Number of steps after which Gram anchoring switches to the current teacher. DINOv3: 10000."
-    )
+    gram_refresh_steps: int = option(10000, "Steps after which Gram anchoring takes the new teacher. DINOv3: 10000.")
     centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
     center_momentum: float = option(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
     student_temperature: float = option(0.1, "Temperature of the student softmax. Official: 0.1.")
     warmup_teacher_temperature: float = option(0.04, "Teacher temperature at the start. Official: 0.04.")
     teacher_temperature: float = option(0.07, "Teacher temperature after the warm-up. Official: 0.07.")
     warmup_teacher_temperature_steps: float = option(
-        0.3, "Steps (or fraction of the run) of the linear teacher-temperature warm-up. Official: 0.3."
+        0.3, "Steps (or fraction of the run) of the warm-up of the teacher temperature. Official: 0.3."
     )
 
     # Optimization
-    learning_rate: float = option(
-        4e-3, "Base learning rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3."
-    )
+    learning_rate: float = option(4e-3, "Rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3.")
     learning_rate_reference_batch: int = option(
         1024, "Number of images per step that learning_rate refers to; 0 disables the scaling. Official: 1024."
     )
@@ -170,12 +125,8 @@ class PretrainingArguments(RunArguments):
         "after the warm-ups, the *_end and min_* options are ignored, and the run can be extended later.",
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end. Official: 1e-6.")
-    warmup_steps: float = option(
-        0.1, "Steps (or fraction of the run) of the linear learning-rate warm-up. Official: 0.1."
-    )
-    freeze_last_layer_steps: float = option(
-        0.01, "Initial steps (or fraction of the run) in which the prototypes are frozen. Official: 0.01."
-    )
+    warmup_steps: float = option(0.1, "Steps (or fraction of the run) of the learning-rate warm-up. Official: 0.1.")
+    freeze_last_layer_steps: float = option(0.01, "Steps (or share) with frozen prototypes at first. Official: 0.01.")
     freeze_backbone_steps: float = option(
         0.0,
         "Initial steps (or fraction of the run) in which the backbone is frozen, for new heads on a trained backbone.",
@@ -184,13 +135,9 @@ class PretrainingArguments(RunArguments):
     weight_decay_end: float = option(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
     teacher_momentum: float = option(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
     teacher_momentum_end: float = option(1.0, "EMA momentum at the end. Official: 1.")
-    layer_decay: float = option(
-        0.9, "Learning-rate factor per block toward the input. Official: 0.9 (1 in the full recipe)."
-    )
+    layer_decay: float = option(0.9, "Learning-rate factor per block toward the input. Official: 0.9 (full: 1).")
     patch_embed_lr_multiplier: float = option(0.2, "Extra learning-rate factor of the patch embedding. Official: 0.2.")
-    max_grad_norm: float = option(
-        3.0, "Largest gradient norm, for the backbone and each head separately; 0 disables clipping. Official: 3."
-    )
+    max_grad_norm: float = option(3.0, "Largest gradient norm of backbone and heads; 0: no clipping. Official: 3.")
 
     # Monitoring
     monitor_steps: float = option(
@@ -204,9 +151,7 @@ class PretrainingArguments(RunArguments):
         "labeled training images. A value below 1 is a fraction of the run, limited to 200 to 5000 steps; 0 disables "
         "them.",
     )
-    knn_max_images: int = option(
-        1000, "Largest number of images for k-NN, three quarters of which serve as neighbors."
-    )
+    knn_max_images: int = option(1000, "Largest number of images for k-NN; three quarters of them are neighbors.")
     linear_probe: bool = option(False, "Also fit a linear classifier to the features used by k-NN.")
     panel_steps: float = option(
         0.25,
@@ -229,17 +174,11 @@ class PretrainingArguments(RunArguments):
     ddp_timeout: int = option(600, "Seconds after which a process stops waiting for another process.")
 
     # Defaults that differ from those of Trainer
-    ddp_broadcast_buffers: bool | None = option(
-        False, "Not needed: the centers are already identical on all processes."
-    )
-    ignore_data_skip: bool = option(
-        True, "The sampler starts at the position of the checkpoint, so no batches have to be skipped."
-    )
+    ddp_broadcast_buffers: bool | None = option(False, "Not needed: the centers are identical on all processes.")
+    ignore_data_skip: bool = option(True, "The sampler starts at the position of the checkpoint by itself.")
     per_device_train_batch_size: int = option(64, "Number of images per process and micro-batch. Official: 64.")
     dataloader_drop_last: bool = option(True, "Drop the last incomplete batch, so that all batches have equal size.")
-    lr_scheduler_type: str = option(
-        "constant", "Must stay 'constant': pretraining has its own schedules; see --schedule."
-    )
+    lr_scheduler_type: str = option("constant", "Must stay 'constant': pretraining has its own --schedule.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

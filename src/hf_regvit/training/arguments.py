@@ -44,24 +44,14 @@ class RunArguments(TrainingArguments):
         "those of an uninterrupted run.",
     )
     allow_data_change: bool = option(False, "Whether to resume with a different list of images than the checkpoint.")
-    dataloader_timeout: int = option(
-        600, "Seconds to wait for a batch before the data loader workers count as hung and are restarted, once."
-    )
+    dataloader_timeout: int = option(600, "Seconds to wait for a batch before the workers are restarted, once.")
 
     # Options of Trainer with other defaults
     logging_steps: float = option(10, "Number of steps between log lines.")
-    logging_nan_inf_filter: bool = option(
-        False, "Whether to hide NaN losses from the log. Off here, because a run stops at them."
-    )
-    remove_unused_columns: bool = option(
-        False, "Whether to drop columns that the model does not take. Off here, because the data sets have none."
-    )
-    dataloader_pin_memory: bool = option(
-        False, "Whether to pin memory in data loaders; useful with an accelerator only."
-    )
-    ddp_find_unused_parameters: bool | None = option(
-        False, "Whether DDP searches for unused parameters. Off here, because every trained parameter gets a gradient."
-    )
+    logging_nan_inf_filter: bool = option(False, "Whether to hide NaN losses from the log. Off: a run stops at them.")
+    remove_unused_columns: bool = option(False, "Whether to drop columns of the data. Off: there are none.")
+    dataloader_pin_memory: bool = option(False, "Whether to pin memory in data loaders; for accelerators only.")
+    ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters. Off.")
 
     @property
     def images_per_step(self) -> int:
