@@ -68,7 +68,8 @@ def test_dataset_plain_index_is_explained(tiles):
 
 @pytest.mark.parametrize("budget", [0, 3 * 64 * 64 * 4, 2**20])
 def test_dataset_cache_keeps_to_its_budget_and_changes_nothing(tiles, budget):
-    dataset = small_set(tiles, cache_bytes=budget)
+    dataset = small_set(tiles)
+    dataset.cache_bytes = budget
     first = [dataset[(0, i)]["global_crops"] for i in range(len(dataset))]
     assert dataset._cached_bytes <= budget
     assert len(dataset._cache) == min(len(dataset), budget // (64 * 64 * 4))

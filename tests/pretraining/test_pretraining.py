@@ -581,7 +581,7 @@ def test_arguments_are_checked(tmp_path):
         ({"per_device_train_batch_size": 1}, "koleo_loss_weight=0"),
         ({"lr_scheduler_type": "linear"}, "lr_scheduler_type is 'linear'; .* --schedule"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is best"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is 'best'"),
         ({"blur_sigma": [0.1]}, r"blur_sigma is \[0.1\]"),
         ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),

@@ -370,7 +370,7 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
     actual = knn.image_processor(images=[knn.heldout_images[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0  # two plain colors
+    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0  # two plain colors
 
 
 def test_limits_and_switches(tmp_path):
@@ -468,7 +468,7 @@ def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folde
     assert knn.is_held_out
     for image, label in zip(knn.train_images, knn.train_labels.tolist(), strict=True):
         assert image.getpixel((0, 0))[0] == label * 200
-    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0
+    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0
 
 
 def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, table_folder, caplog):

@@ -41,20 +41,18 @@ class FinetuningArguments(RunArguments):
     task: str = option("image-classification", f"Task to train for: {', '.join(TASKS)}.")
     model_name_or_path: str | None = option(
         None,
-        "Model to start from: a RegViT, a run folder of `regvit pretrain` or its backbone/, or any ViT that "
-        "`regvit convert` reads, as a folder, weights file or Hub id. Without it, a model of size --preset is trained "
-        "from scratch.",
+        "Model to start from: a RegViT, a run of `regvit pretrain`, or any ViT that `regvit convert` reads, as a "
+        "folder, weights file or Hub id. Without it, --preset is trained from scratch.",
         "--model",
     )
     preset: str | None = option(
-        None, "Size of a model trained from scratch: tiny, small, base, large or giant. Excludes --model."
+        None, "Size of a model from scratch, without --model: tiny, small, base, large, giant."
     )
     patch_size: int = option(16, "Side of a patch in pixels, only for a model from scratch.")
     layerscale_value: float = option(1e-4, "Initial LayerScale gain, only for a model from scratch. DeiT-III: 1e-4.")
     num_register_tokens: int | None = option(
         None,
-        "Number of registers to add to a model without registers; they are trained in every mode. Default: the number "
-        "of the model, or 4 from scratch.",
+        "Registers to add to a model without registers, trained in every mode. Default: its own, or 4 from scratch.",
     )
     image_size: int | None = option(
         None, "Side of the square images in pixels, a multiple of the patch size. Default: that of the processor."
@@ -77,9 +75,8 @@ class FinetuningArguments(RunArguments):
     # Data
     data: str | None = option(
         None,
-        "Labeled images: image folder, parquet file or folder, tar file, Hub data set, 'digits' or 'photos'. An "
-        "existing validation split is used; otherwise one is held out. Segmentation and depth need a column of maps, "
-        "or images/ beside masks/ or depth/.",
+        "Labeled images: folder, parquet, tar, Hub data set, 'digits' or 'photos'; without a validation split, one "
+        "is held out. Masks and depth: a column of maps, or images/ beside masks/ or depth/.",
         "--dataset_name",
     )
     train_dir: str | None = option(None, "Training images stored separately; same formats as --data, in place of it.")
@@ -89,8 +86,8 @@ class FinetuningArguments(RunArguments):
     max_eval_samples: int | None = option(None, "Maximum number of validation images, sampled with the seed.")
     class_names: list[str] | None = option(
         None,
-        "Segmentation: class names in the order of the stored values from 0, or one JSON file with a list "
-        "or a mapping. Default: classes.json or id2label.json in the folder, otherwise the values themselves.",
+        "Segmentation: class names in the order of the stored values, or one JSON file with a list or mapping. "
+        "Default: classes.json or id2label.json in the folder, else the values.",
     )
     ignore_values: list[int] | None = option(None, "Segmentation: stored mask values to ignore. Default: 255.")
     do_reduce_labels: bool = option(False, "Segmentation: whether 0 is ignored and the first class is 1 (ADE20k).")
@@ -104,8 +101,8 @@ class FinetuningArguments(RunArguments):
     # Augmentation and loss
     augmentation: str = option(
         "crop",
-        "Augmentation of training images: none (as in evaluation), crop (random resized crop and horizontal flip), "
-        "randaugment, or three_augment (DeiT-III: grayscale, solarize or blur).",
+        "Training images: none (as in evaluation), crop (random resized crop and flip), randaugment, or "
+        "three_augment (DeiT-III: grayscale, solarize or blur).",
     )
     crop_scale: list[float] = option([0.35, 1.0], "Range of the area share of a training crop. ImageNet: 0.08 1.0.")
     flip_probability: float = option(0.5, "Probability of a horizontal flip; use 0 if left and right carry meaning.")
@@ -117,15 +114,11 @@ class FinetuningArguments(RunArguments):
     cutmix_alpha: float = option(0.0, "Alpha of CutMix within a micro-batch; 0 disables it. DeiT: 1.0.")
     mixup_probability: float = option(1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely.")
     repeated_augmentation: int = option(
-        1,
-        "Number of consecutive, differently augmented copies of each image; an epoch then covers that many times "
-        "fewer images. DeiT: 3.",
+        1, "Consecutive, differently augmented copies of each image, in epochs of the same length. DeiT: 3."
     )
     loss: str = option("cross_entropy", "Loss of a classifier: cross_entropy or bce (binary cross-entropy).")
     class_weights: list[str] | None = option(
-        None,
-        "Class weights: 'balanced' (inverse to the number of images or pixels), or one number per class, "
-        "in class order.",
+        None, "'balanced' (inverse to the number of images or pixels), or one number per class, in class order."
     )
 
     # Stopping, resuming
@@ -145,9 +138,7 @@ class FinetuningArguments(RunArguments):
     save_strategy: str = option("epoch", "When to save checkpoints: epoch, steps, best or no.")
     save_total_limit: int | None = option(2, "Maximum number of checkpoints to keep; the best one is always kept.")
     load_best_model_at_end: bool = option(True, "Whether the result is the best checkpoint instead of the last.")
-    restore_callback_states_from_checkpoint: bool = option(
-        True, "Whether a resumed run restores the counters of early stopping."
-    )
+    restore_callback_states_from_checkpoint: bool = option(True, "Whether early stopping continues its counts.")
     hub_strategy: str = option("end", "When to push: end (only the finished folder), every_save, checkpoint, ...")
 
     model: InitVar[str | Path | None] = None
@@ -162,12 +153,7 @@ class FinetuningArguments(RunArguments):
         for name in ("model_name_or_path", "data", "train_dir", "validation_dir"):
             if isinstance(path := getattr(self, name), Path):
                 setattr(self, name, str(path))
-        for name, known in (
-            ("task", TASKS),
-            ("mode", MODES),
-            ("augmentation", AUGMENTATIONS),
-            ("loss", LOSSES),
-        ):
+        for name, known in (("task", TASKS), ("mode", MODES), ("augmentation", AUGMENTATIONS), ("loss", LOSSES)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}. Choose from {', '.join(known)}.")
         if self.learning_rate is None:

@@ -21,7 +21,7 @@ from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
 from .data import IGNORED, MixingCollator, open_data, processed, stack, weights_of_classes
-from .tasks import Task, class_fields, has_classes
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,9 @@ def training_transform(
         v2.RandomHorizontalFlip(args.flip_probability),
     ]
     if args.augmentation == "randaugment":
-        fill = [round(255 * value) for value in mean]
+        fill, bilinear = [round(255 * value) for value in mean], InterpolationMode.BILINEAR
         steps.append(
-            v2.RandAugment(
-                args.randaugment_num_ops,
-                args.randaugment_magnitude,
-                interpolation=InterpolationMode.BILINEAR,
-                fill=fill,
-            )
+            v2.RandAugment(args.randaugment_num_ops, args.randaugment_magnitude, interpolation=bilinear, fill=fill)
         )
     elif args.augmentation == "three_augment":
         blur = v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))
@@ -78,12 +73,10 @@ class ClassificationTrainItem:
 
     def __init__(self, args: FinetuningArguments, processor: Any) -> None:
         self.args, self.processor = args, processor
-        size = output_size(processor)
-        self.transform = None
+        size, self.transform = output_size(processor)[0], None
         if args.augmentation != "none":
-            self.transform = training_transform(
-                args, image_size=size[0], mean=processor.image_mean, std=processor.image_std
-            )
+            statistics = {"mean": processor.image_mean, "std": processor.image_std}
+            self.transform = training_transform(args, image_size=size, **statistics)
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
         """Return `pixel_values` (3, S, S) and `labels`."""
@@ -253,11 +246,7 @@ class ImageClassification(Task):
 
     def config_fields(self) -> dict[str, Any]:
         """Return the class names, and the pooling of the head if it was given."""
-        return class_fields(self.names) | ({"pooling": self.args.pooling} if self.args.pooling else {})
-
-    def fits_head(self, config: Any) -> bool:
-        """Return True if a classifier with this configuration has the same classes in the same order."""
-        return has_classes(config, self.names)
+        return super().config_fields() | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
     def train_item(self, processor: Any) -> ClassificationTrainItem:
         """Return the augmentation of a training image."""
@@ -272,26 +261,16 @@ class ImageClassification(Task):
         args = self.args
         if not args.mixup_alpha and not args.cutmix_alpha:
             return stack
-        return MixingCollator(
-            len(self.names),
-            mixup_alpha=args.mixup_alpha,
-            cutmix_alpha=args.cutmix_alpha,
-            probability=args.mixup_probability,
-            seed=args.seed,
-        )
+        alphas = args.subset("mixup_alpha", "cutmix_alpha")
+        return MixingCollator(len(self.names), probability=args.mixup_probability, seed=args.seed, **alphas)
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
         if training:
-            return classification_loss(
-                outputs.logits,
-                labels,
-                kind=self.args.loss,
-                smoothing=self.args.label_smoothing_factor,
-                weights=self.weights,
-            ), outputs
+            options: Any = {"smoothing": self.args.label_smoothing_factor, "weights": self.weights}
+            return classification_loss(outputs.logits, labels, kind=self.args.loss, **options), outputs
         use = labels != IGNORED
         if not use.any():
             return outputs.logits.sum() * 0.0, outputs

@@ -10,7 +10,7 @@ Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of 
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
 from .data import open_data, processed, weights_of_classes
-from .tasks import Task, class_fields, has_classes
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -145,11 +145,15 @@ def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[in
 # ---- Common base of both tasks -----------------------------------------------------------------------------------
 
 
-class _DenseTask(Task):
+class _DenseTask(Task, Protocol):
     """Base of tasks with one map per image; the subclasses define the kind of map."""
 
     measures: Sequence[str]  # metrics that get an interval
     panels: str  # file of the figure
+    report: TargetReport
+    _metric: Any
+    _rows: list[Array]  # metric rows of every image, for the intervals
+    _read_at: tuple[int, int]  # (height, width) of the input
     train: DenseSource
     validation: DenseSource | None
 
@@ -169,29 +173,21 @@ class _DenseTask(Task):
 
     # What the subclasses define.
 
-    def _options(self) -> dict[str, Any]:
-        """Return the options of loading the maps."""
-        raise NotImplementedError
+    def _options(self) -> dict[str, Any]: ...  # of loading the maps
 
-    def _new_metric(self) -> Any:
-        raise NotImplementedError
+    def _new_metric(self) -> Any: ...
 
-    def _transform(self, size: tuple[int, int]) -> JointTransform:
-        raise NotImplementedError
+    def _transform(self, size: tuple[int, int]) -> JointTransform: ...
 
-    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
-        """Return the output of the model (B, C, h, w)."""
-        raise NotImplementedError
+    def _target_fields(self) -> dict[str, Any]: ...  # of the configuration
 
-    def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor: ...  # output (B, C, h, w) of the model
 
-    def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the prediction (H, W) and the loss of one map (C, H, W) at the size of its target."""
-        raise NotImplementedError
+    def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor: ...
 
-    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
-        raise NotImplementedError
+    def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]: ...  # prediction (H, W) and loss of a map
+
+    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any: ...
 
     # What they share.
 
@@ -217,8 +213,8 @@ class _DenseTask(Task):
         return DenseEvalItem(cast(DenseSource, self.validation), processor, left_out=left_out)
 
     def config_fields(self) -> dict[str, Any]:
-        """Return the blocks that the head reads, if they were given."""
-        return {"head_layers": self.args.head_layers} if self.args.head_layers else {}
+        """Return the class names or the largest depth, and the blocks that the head reads if they were given."""
+        return self._target_fields() | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss of one batch and, in evaluation, predictions at the size of each target."""
@@ -234,8 +230,7 @@ class _DenseTask(Task):
 
     def start_metrics(self) -> None:
         """Reset the metrics."""
-        self._metric = self._new_metric()
-        self._rows: list[Array] = []  # metric rows of every image, for the intervals
+        self._metric, self._rows = self._new_metric(), []
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
         """Add one gathered batch, image by image."""
@@ -323,11 +318,9 @@ class SemanticSegmentation(_DenseTask):
             logger.warning(
                 "The batch norm of the head sees one micro-batch at a time, so %d micro-batches of %d images are not "
                 "equivalent to one batch of %d. To avoid this, use more processes instead of "
-                "gradient_accumulation_steps.",
-                args.gradient_accumulation_steps,
-                args.per_device_train_batch_size * args.world_size,
-                args.images_per_step,
-            )
+                "gradient_accumulation_steps.", args.gradient_accumulation_steps,
+                args.per_device_train_batch_size * args.world_size, args.images_per_step,
+            )  # fmt: skip
 
     def for_several_processes(self, network: Any) -> Any:
         """Replace the batch norm of the head by one with statistics over all processes."""
@@ -353,13 +346,8 @@ class SemanticSegmentation(_DenseTask):
     def _transform(self, size: tuple[int, int]) -> JointTransform:
         return JointTransform(size, flip_probability=self.args.flip_probability)
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the class names, and the blocks that the head reads if they were given."""
-        return class_fields(self.names) | {"semantic_loss_ignore_index": IGNORE} | super().config_fields()
-
-    def fits_head(self, config: Any) -> bool:
-        """Return True if a head with this configuration has the same classes in the same order."""
-        return has_classes(config, self.names)
+    def _target_fields(self) -> dict[str, Any]:
+        return Task.config_fields(self) | {"semantic_loss_ignore_index": IGNORE}
 
     def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
         return model(pixel_values=pixel_values).logits
@@ -426,9 +414,8 @@ class DepthEstimation(_DenseTask):
     def _transform(self, size: tuple[int, int]) -> JointTransform:
         return JointTransform.for_depth(size, flip_probability=self.args.flip_probability)
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the range of the bins, and the blocks that the head reads if they were given."""
-        return {"max_depth": self.args.max_depth} | super().config_fields()
+    def _target_fields(self) -> dict[str, Any]:
+        return {"max_depth": self.args.max_depth}
 
     def fits_head(self, config: Any) -> bool:
         """Return True if a head with this configuration has bins for the same depths."""

@@ -98,13 +98,8 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
                 "train from scratch."
             )
         registers = 4 if args.num_register_tokens is None else args.num_register_tokens
-        return RegViTConfig.from_preset(
-            args.preset,
-            image_size=args.image_size or 224,
-            patch_size=args.patch_size,
-            num_register_tokens=registers,
-            layerscale_value=args.layerscale_value,
-        ), None
+        sizes: Any = {"image_size": args.image_size or 224, "num_register_tokens": registers}
+        return RegViTConfig.from_preset(args.preset, **sizes, **args.subset("patch_size", "layerscale_value")), None
     model = open_regvit(source)  # of the saved class, because its head may be for the same task
     if (processor := known_processor(model)) is None:
         logger.warning(

@@ -86,47 +86,38 @@ def finetune(
         TrainingInterrupted: SIGTERM, SIGUSR1 or Ctrl-C was received; a checkpoint has been saved.
     """
     with run_lock(args):
-        return _finetune(args, model, task, callbacks)
-
-
-def _finetune(
-    args: FinetuningArguments,
-    model: RegViTConfig | nn.Module | None,
-    task: Task | None,
-    callbacks: Sequence[TrainerCallback],
-) -> nn.Module:
-    set_seed(args.seed)
-    output = Path(str(args.output_dir))
-    if args.process_index == 0 and not args.resume_from_checkpoint:
-        (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
-    if task is None:
-        task = _make_task(args)
-    opened = open_for_task(args, task, model)
-    processor, changes = opened.processor, opened.changes
-    network = choose_trained(opened.network, args, new_registers=opened.new_registers)
-    if args.world_size > 1:
-        network = task.for_several_processes(network)
-    if args.process_index == 0:
-        start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
-        logger.info("Starting from %s. %s", start, " ".join(changes))
-    observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
-    trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
-    started = time.perf_counter(), time.process_time()
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except NonFiniteError:
+        set_seed(args.seed)
+        output = Path(str(args.output_dir))
+        if args.process_index == 0 and not args.resume_from_checkpoint:
+            (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
+        if task is None:
+            task = _make_task(args)
+        opened = open_for_task(args, task, model)
+        processor, changes = opened.processor, opened.changes
+        network = choose_trained(opened.network, args, new_registers=opened.new_registers)
+        if args.world_size > 1:
+            network = task.for_several_processes(network)
+        if args.process_index == 0:
+            start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
+            logger.info("Starting from %s. %s", start, " ".join(changes))
+        observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
+        trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
+        started = time.perf_counter(), time.process_time()
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except NonFiniteError:
+            if trainer.is_world_process_zero():
+                draw_finetuning_curves(output, shown=task.shown)
+            raise
+        final = _final_evaluation(trainer)
+        result = whole_model(whole_state(trainer.model), trainer.model, task, args)
+        report = _report(trainer, final, started) | {"changes": changes}
+        report["parameters"]["result"] = cast(Any, result).num_parameters()
         if trainer.is_world_process_zero():
-            draw_finetuning_curves(output, shown=task.shown)
-        raise
-    final = _final_evaluation(trainer)
-    result = whole_model(whole_state(trainer.model), trainer.model, task, args)
-    report = _report(trainer, final, started) | {"changes": changes}
-    report["parameters"]["result"] = cast(Any, result).num_parameters()
-    if trainer.is_world_process_zero():
-        _write_folder(output, result, trainer, report)
-    trainer.accelerator.wait_for_everyone()
-    trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
-    return result
+            _write_folder(output, result, trainer, report)
+        trainer.accelerator.wait_for_everyone()
+        trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
+        return result
 
 
 def _make_task(args: FinetuningArguments) -> Task:

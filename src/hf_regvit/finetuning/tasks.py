@@ -23,6 +23,7 @@ class Task(Protocol):
         model_class: Model class with the backbone as attribute `regvit`.
         shown: Metrics whose curves are plotted, without "eval_".
         args: Arguments of the run.
+        names: Names of the classes, if there are any.
         train: Training images; their fingerprint is saved in checkpoints.
         validation: Validation images; None disables evaluation.
     """
@@ -31,16 +32,20 @@ class Task(Protocol):
     model_class: Any
     shown: Sequence[str]
     args: FinetuningArguments
+    names: Sequence[str] = ()
     train: ImageSource
     validation: ImageSource | None
 
     # The model.
 
     def config_fields(self) -> dict[str, Any]:
-        """Return fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
+        """Return fields of `RegViTConfig` for this task; by default the class names."""
+        names = self.names
+        return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
 
-    def fits_head(self, config: RegViTConfig) -> bool:
-        """Return True if the head of a model with this configuration can be reused."""
+    def fits_head(self, config: Any) -> bool:
+        """Return True if a head with this configuration can be reused; by default if it has the same classes."""
+        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
 
     def image_processor(self, processor: Any, config: RegViTConfig) -> Any:
         """Return the processor to train with and to save; by default that of the model."""
@@ -103,13 +108,3 @@ class Task(Protocol):
 
     def protocol(self) -> tuple[str, str]:
         """Return descriptions of the evaluation protocol and of the intervals."""
-
-
-def class_fields(names: Sequence[str]) -> dict[str, Any]:
-    """Return the fields of `RegViTConfig` for named classes."""
-    return {"id2label": dict(enumerate(names)), "label2id": {name: label for label, name in enumerate(names)}}
-
-
-def has_classes(config: Any, names: Sequence[str]) -> bool:
-    """Return True if a head with this configuration has the same classes in the same order."""
-    return [config.id2label.get(i) for i in range(config.num_labels)] == list(names)

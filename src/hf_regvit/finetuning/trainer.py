@@ -53,9 +53,7 @@ class FinetuningTrainer(RunTrainer):
     ) -> None:
         self.task, self.processor, self.evaluations = task, processor, 0
         train, validation = task.datasets(processor)
-        own: list[TrainerCallback] = []
-        if args.early_stopping_patience:
-            own.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
+        stopping = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
         super().__init__(
             model,
             args,
@@ -68,7 +66,7 @@ class FinetuningTrainer(RunTrainer):
                 repeats=args.repeated_augmentation,
             ),
             names=task.train.ids,
-            callbacks=[*own, *callbacks],
+            callbacks=[*([stopping] if args.early_stopping_patience else []), *callbacks],
             progress=TrainingProgress(metric=str(args.metric_for_best_model)),
             eval_dataset=cast(Dataset, validation),
             data_collator=stack,
@@ -100,11 +98,7 @@ class FinetuningTrainer(RunTrainer):
         return max(float(group["lr"]) for group in self.optimizer.param_groups)
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """Return the task's loss; `FiniteGuard` checks once per step over all processes that it is finite."""
         loss, outputs = self.task.loss(model, without_ids(inputs), training=self.model.training)

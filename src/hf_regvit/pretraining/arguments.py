@@ -22,8 +22,7 @@ class PretrainingArguments(RunArguments):
     # Data and crops
     data: list[str] = option(
         ["photos"],
-        "One or more sources: an image folder, parquet or tar files (or a folder or glob pattern of "
-        "them), a Hub dataset, or one of the built-in sets 'photos' and 'digits'.",
+        "Sources: image folder, parquet or tar files (or their folder or pattern), Hub dataset, 'photos' or 'digits'.",
     )
     data_weights: list[float] | None = option(
         None, "Relative weight of each source in an epoch; default: every image once per epoch."
@@ -60,9 +59,7 @@ class PretrainingArguments(RunArguments):
     mask_probability: float = option(0.5, "Share of the global crops that are masked. Official: 0.5.")
 
     evaluation_size: int | None = option(
-        None,
-        "Side in pixels that the saved image processor resizes and crops to; default: resize with a margin of 1/7, "
-        "then crop to global_crop_size.",
+        None, "Side in pixels of the saved image processor; default: global_crop_size, resized with a margin of 1/7."
     )
 
     # Backbone
@@ -72,9 +69,7 @@ class PretrainingArguments(RunArguments):
     hidden_size: int | None = option(None, "Width D of the tokens; default: set by the preset.")
     num_hidden_layers: int | None = option(None, "Number of blocks; default: set by the preset.")
     num_attention_heads: int | None = option(None, "Number of attention heads; default: set by the preset.")
-    use_swiglu_ffn: bool | None = option(
-        None, "Use SwiGLU instead of the MLP; default: set by the preset. Official full recipe: True."
-    )
+    use_swiglu_ffn: bool | None = option(None, "SwiGLU instead of the MLP; default: by preset. Official full: True.")
     layerscale_value: float = option(1e-5, "Initial LayerScale gain; 1 for a few hundred steps. Official: 1e-5.")
     register_init_std: float = option(0.02, "Initial spread of the registers; about 1 for a few hundred steps.")
     drop_path_rate: float = option(0.0, "Share of residual branches to drop. Official: 0.3 (ViT-L short), 0.4 (full).")
@@ -82,7 +77,7 @@ class PretrainingArguments(RunArguments):
 
     # Heads
     head_num_prototypes: int = option(
-        65536, "Number of prototypes K of the DINO head. Official: 65536. Keep K / (2 * batch) below about 32."
+        65536, "Prototypes K of the DINO head, below 64 times the batch. Official: 65536."
     )
     head_hidden_size: int = option(2048, "Hidden width of the heads. Official: 2048.")
     head_bottleneck_size: int = option(256, "Bottleneck width of the DINO head. Official: 256 (full recipe: 384).")
@@ -94,15 +89,13 @@ class PretrainingArguments(RunArguments):
     # Losses and targets
     dino_loss_weight: float = option(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
     ibot_loss_weight: float = option(1.0, "Weight of the iBOT term; 0 disables it. Official: 1.")
-    koleo_loss_weight: float = option(
-        0.1, "Weight of the KoLeo term per global crop; use 0 below 16 images per process. Official: 0.1."
-    )
+    koleo_loss_weight: float = option(0.1, "Weight of KoLeo, per crop; 0 below 16 images per process. Official: 0.1.")
     koleo_gathered: bool = option(False, "Search the KoLeo neighbors in all processes. DINOv3 only; DINOv2: False.")
     koleo_neighbours: int = option(1, "Number of neighbors that KoLeo pushes each image away from. Official: 1.")
     gram_loss_weight: float = option(
         0.0,
-        "Weight of Gram anchoring, which keeps patch similarities close to those of an earlier teacher. Intended for "
-        "the last part of a long run, with --init_from. DINOv3: 2; DINOv2: 0.",
+        "Weight of Gram anchoring to the patch similarities of an earlier teacher, for the last part of a long run, "
+        "with --init_from. DINOv3: 2; DINOv2: 0.",
     )
     gram_refresh_steps: int = option(10000, "Steps after which Gram anchoring takes the new teacher. DINOv3: 10000.")
     centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
@@ -121,15 +114,14 @@ class PretrainingArguments(RunArguments):
     )
     schedule: str = option(
         "cosine",
-        "'cosine' (DINOv2), or 'constant' (DINOv3): learning rate, weight_decay and teacher_momentum stay constant "
-        "after the warm-ups, the *_end and min_* options are ignored, and the run can be extended later.",
+        "'cosine' (DINOv2), or 'constant' (DINOv3): rate, weight decay and momentum stay after the warm-ups, *_end "
+        "and min_* are ignored, and the run can be extended.",
     )
     min_learning_rate: float = option(1e-6, "Learning rate at the end. Official: 1e-6.")
     warmup_steps: float = option(0.1, "Steps (or fraction of the run) of the learning-rate warm-up. Official: 0.1.")
     freeze_last_layer_steps: float = option(0.01, "Steps (or share) with frozen prototypes at first. Official: 0.01.")
     freeze_backbone_steps: float = option(
-        0.0,
-        "Initial steps (or fraction of the run) in which the backbone is frozen, for new heads on a trained backbone.",
+        0.0, "Initial steps (or fraction of the run) with a frozen backbone, for new heads on a trained backbone."
     )
     weight_decay: float = option(0.04, "AdamW weight decay at the start. Official: 0.04.")
     weight_decay_end: float = option(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
@@ -142,34 +134,31 @@ class PretrainingArguments(RunArguments):
     # Monitoring
     monitor_steps: float = option(
         0.025,
-        "Steps between measurements of collapse, registers and outliers on 64 images. A value below 1 is a fraction "
-        "of the run, limited to 20 to 100 steps; 0 disables them.",
+        "Steps between measurements of collapse, registers and outliers on 64 images; 0: none. A fraction of the "
+        "run is limited to 20 to 100 steps.",
     )
     knn_steps: float = option(
         0.25,
-        "Steps between k-NN evaluations on the labeled 'validation' split or, if there is none, on a quarter of the "
-        "labeled training images. A value below 1 is a fraction of the run, limited to 200 to 5000 steps; 0 disables "
-        "them.",
+        "Steps between k-NN evaluations on the labeled validation split, or else on a quarter of the training "
+        "images; 0: none. A fraction of the run is limited to 200 to 5000 steps.",
     )
     knn_max_images: int = option(1000, "Largest number of images for k-NN; three quarters of them are neighbors.")
     linear_probe: bool = option(False, "Also fit a linear classifier to the features used by k-NN.")
     panel_steps: float = option(
-        0.25,
-        "Steps between panels that show PCA and attention of 8 fixed images. A value below 1 is a fraction of the "
-        "run, limited to 5000 steps; 0 disables them.",
+        0.25, "Steps between panels of PCA and attention of 8 images; 0: none. A fraction is limited to 5000 steps."
     )
     panel_size: int | None = option(None, "Side of the images in the panels, in pixels; default: global_crop_size.")
     stop_on_collapse: bool = option(
         False,
-        "Stop the run when a collapse alarm is raised. By default, an alarm only logs a warning, because its "
-        "thresholds are heuristic. A loss or gradient that is NaN always stops the run.",
+        "Stop the run at a collapse alarm instead of only logging it; its thresholds are heuristic. A loss or "
+        "gradient that is NaN always stops the run.",
     )
 
     # Starting and resuming
     init_from: str | None = option(
         None,
-        "Start from a run folder (including its heads and centers), a RegViT, or any ViT that `regvit convert` reads. "
-        "Registers are added to a model that has none.",
+        "Start from a run folder (with its heads and centers), a RegViT, or any ViT that `regvit convert` reads; "
+        "registers are added to a model without them.",
     )
     ddp_timeout: int = option(600, "Seconds after which a process stops waiting for another process.")
 
@@ -239,20 +228,16 @@ class PretrainingArguments(RunArguments):
         ends = (self.min_learning_rate, self.weight_decay_end, self.teacher_momentum_end)
         if self.schedule == "constant":  # expressed as a cosine whose end equals its start
             ends = (learning_rate, self.weight_decay, self.teacher_momentum)
+        durations = ("warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
         return Schedules(
             total_steps=total_steps,
             learning_rate=learning_rate,
             min_learning_rate=ends[0],
-            warmup_steps=steps(self.warmup_steps),
-            freeze_last_layer_steps=steps(self.freeze_last_layer_steps),
-            weight_decay=self.weight_decay,
             weight_decay_end=ends[1],
-            teacher_momentum=self.teacher_momentum,
             teacher_momentum_end=ends[2],
-            warmup_teacher_temperature=self.warmup_teacher_temperature,
-            teacher_temperature=self.teacher_temperature,
             warmup_teacher_temperature_steps=steps(self.warmup_teacher_temperature_steps),
-            freeze_backbone_steps=steps(self.freeze_backbone_steps),
+            **{name: steps(value) for name, value in self.subset(*durations).items()},
+            **self.subset("weight_decay", "teacher_momentum", "warmup_teacher_temperature", "teacher_temperature"),
         )
 
     def first_high_resolution_step(self, total_steps: int) -> int:
@@ -262,20 +247,12 @@ class PretrainingArguments(RunArguments):
 
     def backbone_config(self) -> RegViTConfig:
         """Return the backbone configuration that the arguments describe."""
-        overrides = {
-            name: getattr(self, name)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
-            if getattr(self, name) is not None
-        }
+        sizes = self.subset("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
         return RegViTConfig.from_preset(
             self.preset,
-            num_register_tokens=self.num_register_tokens,
             image_size=self.global_crop_size,
-            patch_size=self.patch_size,
-            layerscale_value=self.layerscale_value,
-            register_init_std=self.register_init_std,
-            drop_path_rate=self.drop_path_rate,
-            drop_path_mode=self.drop_path_mode,
             use_mask_token=True,
-            **overrides,
+            **self.subset("num_register_tokens", "patch_size", "layerscale_value", "register_init_std"),
+            **self.subset("drop_path_rate", "drop_path_mode"),
+            **{name: value for name, value in sizes.items() if value is not None},
         )

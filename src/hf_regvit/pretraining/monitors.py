@@ -42,17 +42,11 @@ SNAPSHOT_IMAGES = 32  # images for the artifact statistics, which use all of the
 
 # Keys of `artifact_snapshot` and the corresponding names in the log.
 _ARTIFACTS = {
-    "outlier_share": "outlier_share",
-    "layer": "outlier_layer",
-    "separation": "outlier_separation",
-    "norm_median": "patch_norm",
-    "norm_max": "patch_norm_max",
-    "register_norm": "register_norm",
-    "register_cosine": "register_cosine",
-    "attention_registers": "cls_to_register_attention",
-    "attention_entropy": "cls_attention_entropy",
-    "effective_rank": "patch_effective_rank",
-}
+    "outlier_share": "outlier_share", "layer": "outlier_layer", "separation": "outlier_separation",
+    "norm_median": "patch_norm", "norm_max": "patch_norm_max", "register_norm": "register_norm",
+    "register_cosine": "register_cosine", "attention_registers": "cls_to_register_attention",
+    "attention_entropy": "cls_attention_entropy", "effective_rank": "patch_effective_rank",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -373,21 +367,11 @@ class OnlineKNN(Observer):
         self.image_processor, self.k, self.linear_probe = image_processor, tuple(k), linear_probe
         self.is_held_out = is_held_out
 
-    def accuracy(self, backbone: nn.Module) -> dict[int, float]:
-        """Return the accuracy in [0, 1] of a backbone in eval mode, by number of neighbors."""
-        train, heldout = self._features(backbone)
-        return knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
-
-    def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        train, heldout = (
-            backbone_features(backbone, images, image_processor=self.image_processor)
-            for images in (self.train_images, self.heldout_images)
-        )
-        return train, heldout
-
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Return `eval_knn_K` for every number of neighbors K, and `eval_linear` if enabled."""
-        train, heldout = self._features(model.whole_teacher_backbone())
+        backbone, processor = model.whole_teacher_backbone(), self.image_processor
+        train = backbone_features(backbone, self.train_images, image_processor=processor)
+        heldout = backbone_features(backbone, self.heldout_images, image_processor=processor)
         if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
             return {}  # FiniteGuard is about to stop the run, with a better message than a probe could give
         accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)

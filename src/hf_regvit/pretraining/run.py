@@ -23,6 +23,8 @@ from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ..data.augmentation import MultiCrop
+from ..data.bad_images import BadImages
+from ..data.loading import load_images, stream_images
 from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
@@ -91,21 +93,13 @@ def pretrain(
         TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint has been saved.
     """
     with run_lock(args):
-        trainer, alarms = _build_trainer(
-            args,
-            model=model,
-            train_dataset=train_dataset,
-            data_collator=data_collator,
-            image_processor=image_processor,
-            callbacks=callbacks,
-        )
+        trainer, alarms = _build_trainer(args, model, train_dataset, data_collator, image_processor, callbacks)
         _train(trainer, alarms)
         return _write_folder(trainer)
 
 
 def _build_trainer(
     args: PretrainingArguments,
-    *,
     model: RegViTConfig | RegViTModel | None,
     train_dataset: Dataset | None,
     data_collator: Any,
@@ -174,12 +168,8 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
         raise ValueError(f"Got both init_from='{args.init_from}' and a model; expected only one. Remove one of them.")
     start = starting_point(
         args.init_from,
-        num_register_tokens=args.num_register_tokens,
         image_size=args.global_crop_size,
-        register_init_std=args.register_init_std,
-        drop_path_rate=args.drop_path_rate,
-        drop_path_mode=args.drop_path_mode,
-        seed=args.seed,
+        **args.subset("num_register_tokens", "register_init_std", "drop_path_rate", "drop_path_mode", "seed"),
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
@@ -191,12 +181,10 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
 def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[str]:
     """Return the backbone options that were given but differ from the backbone to start from."""
     names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
-    defaults = {item.name: item.default for item in dataclasses.fields(args)}
-    given = {name: getattr(args, name) for name in (*names, "layerscale_value")}
     return [
         f"{name} {value} (it has {getattr(config, name)})"
-        for name, value in given.items()
-        if value != defaults[name] and value != getattr(config, name)
+        for name, value in args.subset(*names, "layerscale_value").items()
+        if value not in (getattr(PretrainingArguments, name), getattr(config, name))
     ]
 
 
@@ -204,10 +192,9 @@ def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
     return Recipe(
         num_prototypes=args.head_num_prototypes,
         images=args.per_device_train_batch_size,
-        num_local_crops=args.num_local_crops,
-        dino_loss_weight=args.dino_loss_weight,
         num_register_tokens=config.num_register_tokens,
         width=config.hidden_size,
+        **args.subset("num_local_crops", "dino_loss_weight"),
     )
 
 
@@ -263,24 +250,14 @@ def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel
         logger.warning(
             "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch. Small runs need a ratio of at "
             "most 32; set, for example, head_num_prototypes=%d.",
-            shape.num_prototypes,
-            ratio,
-            shape.num_prototypes // ratio,
-            16 * shape.num_prototypes // ratio,
-        )
+            shape.num_prototypes, ratio, shape.num_prototypes // ratio, 16 * shape.num_prototypes // ratio,
+        )  # fmt: skip
     return SelfDistillation(
         backbone,
         dino_head=shape,
         ibot_head=ibot_shape if args.separate_ibot_head else None,
-        centering=args.centering,
-        center_momentum=args.center_momentum,
-        student_temperature=args.student_temperature,
-        dino_loss_weight=args.dino_loss_weight,
-        ibot_loss_weight=args.ibot_loss_weight,
-        koleo_loss_weight=args.koleo_loss_weight,
-        koleo_gathered=args.koleo_gathered,
-        koleo_neighbours=args.koleo_neighbours,
-        gram_loss_weight=args.gram_loss_weight,
+        **args.subset("centering", "center_momentum", "student_temperature", "dino_loss_weight", "ibot_loss_weight"),
+        **args.subset("koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight"),
     )
 
 
@@ -292,9 +269,6 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Build the dataset of multi-crop views of `args.data`."""
-    from ..data.bad_images import BadImages
-    from ..data.loading import load_images, stream_images
-
     multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
     record = Path(str(args.output_dir)) / BAD_IMAGES
@@ -312,16 +286,15 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
 def _build_multi_crop(
     args: PretrainingArguments, config: RegViTConfig, global_size: int, local_size: int
 ) -> MultiCrop:
-    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
-    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
-    same_name += ["flip_probability", "share_jitter", "locals_from_globals"]
     return MultiCrop(
         global_size=global_size,
         local_size=local_size,
         global_scale=args.global_crop_scale,
         local_scale=args.local_crop_scale,
         patch_size=math.lcm(*config.patch_shape),
-        **{name: getattr(args, name) for name in same_name},
+        **args.subset("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"),
+        **args.subset("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"),
+        **args.subset("flip_probability", "share_jitter", "locals_from_globals"),
     )
 
 

@@ -247,11 +247,7 @@ class DinoTrainer(RunTrainer):
         return torch.stack(list(norms.values())).norm()
 
     def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """Compute the loss of one micro-batch; `FiniteGuard` checks once per step that it is finite everywhere."""
         tensors: dict[str, Any] = without_ids(inputs)

@@ -30,18 +30,12 @@ class RunArguments(TrainingArguments):
     )
     label_column: str | None = option(
         None,
-        "Column with the labels, masks or depth maps. Default: 'label' if it holds them; otherwise, for maps, the "
-        "only other image column, 'mask' or 'depth'.",
+        "Column with the labels, masks or depth maps. Default: 'label', or the only other image column.",
         "--label_column_name",
     )
-    max_bad_share: float = option(
-        0.01,
-        "Maximum share of unusable images, of those seen, before the run stops; bad_images.jsonl lists these images.",
-    )
+    max_bad_share: float = option(0.01, "Share of unusable images that stops the run; bad_images.jsonl lists them.")
     allow_batch_change: bool = option(
-        False,
-        "Whether to resume with a different number of images per step than the checkpoint. The steps then differ from "
-        "those of an uninterrupted run.",
+        False, "Whether to resume with another number of images per step, in steps unlike those of the earlier run."
     )
     allow_data_change: bool = option(False, "Whether to resume with a different list of images than the checkpoint.")
     dataloader_timeout: int = option(600, "Seconds to wait for a batch before the workers are restarted, once.")
@@ -76,6 +70,10 @@ class RunArguments(TrainingArguments):
             if item.name in own or (value != default and isinstance(value, bool | int | float | str | list)):
                 recipe[item.name] = value
         return recipe
+
+    def subset(self, *names: str) -> dict[str, Any]:
+        """Return the values of some options, as keyword arguments of the same names."""
+        return {name: getattr(self, name) for name in names}
 
     def _expect(self, name: str, holds: bool, expected: str) -> None:
         """Raise a ValueError that shows an option and what was expected, unless the condition holds."""

@@ -49,15 +49,11 @@ class Observer(TrainerCallback):
         self._seconds_told = 0.0
         self._measured: dict[str, float] = {}
 
-    def take(self) -> dict[str, float]:
-        """Return the measurements since the last call."""
-        measured, self._measured = self._measured, {}
-        return measured
-
-    def take_seconds(self) -> float:
-        """Return the seconds spent on measurements since the last call."""
-        seconds, self._seconds_told = self.seconds - self._seconds_told, self.seconds
-        return seconds
+    def take(self) -> tuple[dict[str, float], float]:
+        """Return the measurements since the last call, and the seconds that they took."""
+        taken = self._measured, self.seconds - self._seconds_told
+        self._measured, self._seconds_told = {}, self.seconds
+        return taken
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Return the measurements for a `SelfDistillation` by name; implemented by subclasses."""
@@ -109,14 +105,7 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
@@ -153,14 +142,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in lines if line["step"] <= state.global_step]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Write one log line."""
         if state.is_world_process_zero and logs:
             self.append({"step": state.global_step, **logs})

@@ -261,9 +261,8 @@ class CheckpointedTrainer(PushingTrainer):
                 logger.warning(
                     "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
                     "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
-                    run,
-                    old[-1].name,
-                )
+                    run, old[-1].name,
+                )  # fmt: skip
         answer = from_first(answer)
         if isinstance(answer, CheckpointCorruptError):
             raise answer
@@ -325,11 +324,9 @@ class CheckpointedTrainer(PushingTrainer):
             logger.error(
                 "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
                 "checkpoint is %s. Free some space in %s.",
-                self.state.global_step,
-                self._write_error or "the reason is in the log of another process",
-                max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime),
-                run,
-            )
+                self.state.global_step, self._write_error or "the reason is in the log of another process",
+                max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime), run,
+            )  # fmt: skip
         elif self.args.should_save:
             self.push_checkpoint(final)
             best = self.state.best_model_checkpoint

@@ -24,6 +24,9 @@ from .signals import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
+# Options of `DataLoader`, in Trainer with the prefix "dataloader_".
+_LOADER_OPTIONS = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context")
+
 
 class StepSeeds(TrainerCallback):
     """Callback that seeds the random draws of a step, such as drop path, by (seed, step, process).
@@ -144,13 +147,9 @@ class RunTrainer(CheckpointedTrainer):
             sampler=sampler,
             drop_last=True,
             collate_fn=collator,
-            num_workers=args.dataloader_num_workers,
             timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
             worker_init_fn=leave_signals_to_parent,
+            **{name: getattr(args, f"dataloader_{name}") for name in _LOADER_OPTIONS},
         )
         if isinstance(sampler, StreamSampler):  # already restricted to this process
             from accelerate.data_loader import prepare_data_loader
@@ -334,8 +333,9 @@ class RunTrainer(CheckpointedTrainer):
         measured, measuring = {}, 0.0
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, Observer):
-                measured.update(callback.take())
-                measuring += callback.take_seconds()
+                values, seconds = callback.take()
+                measured.update(values)
+                measuring += seconds
         if measured:
             measured["eval_seconds"] = measuring
         logs.update(measured)
