@@ -9,7 +9,6 @@ property reported in the paper with its numbers, and writes evidence.json.
 """
 
 import argparse
-import json
 import resource
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ from hf_regvit.data.loading import load_images
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.diagnosis.token_probes import TokenProbeReport, token_probes
-from hf_regvit.models.families import describe_model
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import open_model
+from hf_regvit.models.saving import write_json
 
 SHOWN = ("bimodal", "cutoff", "outlier_share", "norm_ratio", "layer", "emergence_layer", "separation", "num_images")
 
@@ -101,35 +100,37 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, processor = load_model(args.model)
+    reader = open_model(args.model)
     samples = load_images(args.samples, split=None)
 
-    whole = diagnose(model, samples, processor=processor)
+    whole = diagnose(reader, samples)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(whole.summary(), flush=True)
     result: dict[str, Any] = {"threads": args.threads, "peak_gib": peak, "whole": brief(whole)}
     for name, start in (("first half", 0), ("second half", 1)):
         half = samples.subset(range(start, len(samples), 2))
-        result[name] = brief(diagnose(model, half, processor=processor, detail_images=32))
+        result[name] = brief(diagnose(reader, half, detail_images=32))
         print(name, {key: result[name][key] for key in SHOWN}, flush=True)
     for seed in range(2):
-        report = diagnose(fresh(model, seed), samples, processor=processor, max_images=200, detail_images=32)
+        report = diagnose(
+            fresh(reader.model, seed), samples, processor=reader.processor, max_images=200, detail_images=32
+        )
         result[f"fresh weights {seed}"] = brief(report)
         print(f"fresh weights {seed}: {report.verdict}", flush=True)
 
     train, test = (load_images(args.labelled, split=split) for split in ("train", "validation"))
-    common = {"cutoff": whole.cutoff, "cutoff_layer": whole.layer, "test_images": test, "processor": processor}
-    last = describe_model(model).num_layers
+    common = {"cutoff": whole.cutoff, "cutoff_layer": whole.layer, "test_images": test}
+    last = reader.description.num_layers
     tables = {}
     for name, layer in (("after the last block", last), ("before the outliers", (whole.emergence_layer or last) - 1)):
-        tables[name] = token_probes(model, train, layer=layer, max_images=args.max_train, **common)
+        tables[name] = token_probes(reader, train, layer=layer, max_images=args.max_train, **common)
         result[f"probes {name}"] = tables[name].to_dict()
         print(f"\n{name} (layer {layer})\n{tables[name].table()}", flush=True)
     result["signs"] = signs(whole, *tables.values())
     for name, present, numbers in result["signs"]:
         print(f"{'yes' if present else 'NO '}  {name}: {numbers}")
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-    (Path(args.output_dir) / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_json(Path(args.output_dir) / "evidence.json", result)
     return 0
 
 

@@ -17,10 +17,11 @@ import torch
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app.demo import EXAMPLES, write_features, write_figures
-from hf_regvit.app.demo_page import Question, look, results_page
+from hf_regvit.app.demo_page import MapRequest, read_views, results_page
 from hf_regvit.app.exploration import Explorer, InputImage, View
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
@@ -35,25 +36,25 @@ def measure(explorer: Explorer, name: str, side: int, folder: Path) -> dict[str,
     times: dict[str, list[tuple[float, float]]] = {}
     depth = explorer.descriptions[name].num_layers
     for photo in EXAMPLES:
-        question = Question((name,), side=side, layer=depth)
+        request = MapRequest((name,), side=side, layer=depth)
 
-        def show(picture: InputImage, question: Question) -> dict[str, View]:
-            views = look(explorer, picture, question)
-            results_page(views, question)
+        def show(image: InputImage, request: MapRequest) -> dict[str, View]:
+            views = read_views(explorer, image, request)
+            results_page(views, request)
             return views
 
-        picture = InputImage.of(photos[photo], photo)
+        image = InputImage.of(photos[photo], photo)
         asked = {
-            "new image": question,
-            "click on a patch": Question((name,), side=side, layer=depth, place=(0.2, 0.8)),
-            "another head": Question((name,), side=side, layer=depth, head=2),
-            "another block": Question((name,), side=side, layer=depth // 2),
+            "new image": request,
+            "click on a patch": MapRequest((name,), side=side, layer=depth, place=(0.2, 0.8)),
+            "another head": MapRequest((name,), side=side, layer=depth, head=2),
+            "another block": MapRequest((name,), side=side, layer=depth // 2),
         }
         for label, each in asked.items():
-            times.setdefault(label, []).append(timed(lambda: show(picture, each)))  # noqa: B023 (called at once)
-    views = look(explorer, picture, question)
-    times["figures, ZIP of PNG"] = [timed(lambda: write_figures(views, picture, question, folder)) for _ in range(3)]
-    times["features, safetensors"] = [timed(lambda: write_features(views, picture, folder)) for _ in range(3)]
+            times.setdefault(label, []).append(timed(lambda: show(image, each)))  # noqa: B023 (called at once)
+    views = read_views(explorer, image, request)
+    times["figures, ZIP of PNG"] = [timed(lambda: write_figures(views, image, request, folder)) for _ in range(3)]
+    times["features, safetensors"] = [timed(lambda: write_features(views, image, folder)) for _ in range(3)]
     return times
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     for patch in (16, 14):
         torch.manual_seed(0)
         config = RegViTConfig.from_preset("small", patch_size=patch, num_register_tokens=4)
-        models[f"ViT-S/{patch}"] = (RegViTModel(config).eval(), default_image_processor(224))
+        models[f"ViT-S/{patch}"] = TokenReader(RegViTModel(config).eval(), default_image_processor(224))
     print(f"shorter side {arguments.side} pixels, {arguments.threads} threads; seconds, median (worst)\n")
     print("| model | action | wall | processor |\n|---|---|---:|---:|")
     explorer = Explorer(models)

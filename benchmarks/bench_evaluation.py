@@ -23,10 +23,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.evaluation.cache import VectorReader
+from hf_regvit.evaluation.cache import read_vectors
 from hf_regvit.evaluation.knn import knn_classify
-from hf_regvit.evaluation.linear import HeadSettings, LinearGrid, head_inputs, logistic_path, train_linear_heads
-from hf_regvit.models.families import describe_model
+from hf_regvit.evaluation.linear import (
+    LOGISTIC_CS,
+    HeadSettings,
+    LinearGrid,
+    head_inputs,
+    logistic_path,
+    ridge_accuracy,
+    train_linear_heads,
+)
+from hf_regvit.evaluation.run import TaskParts
+from hf_regvit.models.loading import open_model
 
 IMAGES, CLASSES, WIDTH, BLOCKS = 1800, 100, 192, 4
 
@@ -76,15 +85,15 @@ def reading(rounds: int, preset: str, image_size: int) -> dict[str, Any]:
     pixels = torch.randn(8, 3, image_size, image_size)
     results = {}
     for name, model in (("RegViT", own), ("transformers ViT", other)):
-        depth = describe_model(model).num_layers
-        reader = VectorReader(model, tuple(range(depth - 3, depth + 1)))
+        reader = open_model(model)
+        depth = reader.description.num_layers
 
         @torch.no_grad()
         def bare(model: nn.Module = model) -> Any:
             return model(pixel_values=pixels)
 
-        def read(reader: VectorReader = reader) -> Any:
-            return reader.read(pixels)
+        def read(reader: Any = reader, depth: int = depth) -> Any:
+            return read_vectors(reader, pixels, tuple(range(depth - 3, depth + 1)))
 
         # Time the forward pass twice: the difference is the noise of the machine.
         seconds = interleaved({"forward alone": bare, "reading": read, "forward alone, again": bare}, rounds)
@@ -208,43 +217,96 @@ def knn_memory() -> dict[str, float]:
     return added
 
 
-def logistic(rounds: int, cs: Sequence[float]) -> dict[str, Any]:
-    """Compare fits for one C from zero with scikit-learn, until both reach the same minimum."""
-    from sklearn.linear_model import LogisticRegression
-
-    vectors, _, labels = drawn_features()
-    x = vectors[:, -1]
-    results = {}
+def torch_path(x: Tensor, labels: Tensor, cs: Sequence[float]) -> list[Callable[[Tensor], Tensor]]:
+    """Fit logistic regression by torch's L-BFGS in double precision, each C from the previous solution."""
+    x, num_classes, models = x.double(), int(labels.max()) + 1, []
+    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
+    bias = x.new_zeros(num_classes, requires_grad=True)
     for c in cs:
-        peer = LogisticRegression(C=c, max_iter=1000, tol=1e-6)
+        solver = torch.optim.LBFGS(
+            [weight, bias], max_iter=1000, tolerance_grad=1e-12, tolerance_change=1e-12, history_size=10,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
 
-        def own(c: float = c) -> Tensor:
-            return next(logistic_path(x, labels, num_classes=CLASSES, cs=(c,)))(x).softmax(1)
+        def loss(solver: torch.optim.LBFGS = solver, c: float = c) -> Tensor:
+            solver.zero_grad()
+            fit = F.cross_entropy(torch.addmm(bias, x, weight), labels)
+            value = fit + weight.square().sum() / (2 * c * len(x))
+            value.backward()
+            return value
 
-        def other(peer: LogisticRegression = peer) -> Any:
-            return peer.fit(x.double().numpy(), labels.numpy())
+        solver.step(loss)
+        w, b = weight.detach().clone(), bias.detach().clone()
+        models.append(lambda features, w=w, b=b: torch.addmm(b, features.double(), w))
+    return models
 
-        apart = float(np.abs(own().numpy() - other().predict_proba(x.double().numpy())).max())
-        title = f"Logistic regression, C {c:g}, {IMAGES} x {WIDTH}, {CLASSES} classes"
-        results[f"{c:g}"] = show(title, interleaved({"here": own, "scikit-learn": other}, rounds), "here")
-        print(f"  probabilities differ by at most {apart:.1e}")
-        results[f"{c:g}"]["largest_difference"] = apart
-    started = time.process_time()
-    for _ in logistic_path(x, labels, num_classes=CLASSES):
-        pass
-    results["path_of_45"] = {"seconds": time.process_time() - started}
-    print(f"  all 45 C, each started from the previous one: {results['path_of_45']['seconds']:.0f} s")
+
+def torch_ridge(train: Tensor, labels: Tensor, test: Tensor, truth: Tensor) -> float:
+    """Return the accuracy of ridge regression in closed form, with the penalty of least leave-one-out error."""
+    mean, deviation = train.double().mean(0), train.double().std(0, correction=0).clamp(min=1e-6)
+    train, test = ((features.double() - mean) / deviation for features in (train, test))
+    targets = F.one_hot(labels, int(max(labels.max(), truth.max())) + 1).double()
+    offset = targets.mean(0)
+    eigenvalues, directions = torch.linalg.eigh(train.T @ train)
+    scores, best = train @ directions, (float("inf"), torch.empty(0))
+    for penalty in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
+        shrunk = 1 / (eigenvalues.clamp(min=0) + penalty * len(train))
+        weights = shrunk[:, None] * (scores.T @ (targets - offset))
+        leverage = (scores.square() * shrunk).sum(1, keepdim=True) + 1 / len(train)
+        error = ((targets - offset - scores @ weights) / (1 - leverage)).square().mean().item()
+        best = min(best, (error, directions @ weights), key=lambda pair: pair[0])
+    return ((test @ best[1] + offset).argmax(1) == truth).float().mean().item()
+
+
+def labeled_vectors(model: str | None, data: str | None) -> list[tuple[Tensor, Tensor]]:
+    """Return vectors and labels of training and test images: of a model on data, or random ones."""
+    if model is None or data is None:
+        vectors, _, labels = drawn_features()
+        return [(vectors[::2, -1], labels[::2]), (vectors[1::2, -1], labels[1::2])]
+    parts, reader = TaskParts(data), open_model(model)
+    read = [parts.features(reader, part) for part in ("train", "test")]
+    return [(part.features.last, part.labels) for part in read]
+
+
+def solvers(model: str | None, data: str | None, cs: Sequence[float]) -> dict[str, Any]:
+    """Compare the fits of scikit-learn with torch's L-BFGS and a closed form: accuracies and processor seconds."""
+    (train, labels), (test, truth) = labeled_vectors(model, data)
+    num_classes = int(max(labels.max(), truth.max())) + 1
+
+    def accuracy(scores: Tensor) -> float:
+        return (scores.argmax(1) == truth).float().mean().item()
+
+    ways: dict[str, Callable[[], list[float]]] = {
+        "logistic, scikit-learn": lambda: [
+            accuracy(fit(test)) for fit in logistic_path(train, labels, num_classes=num_classes, cs=cs)
+        ],
+        "logistic, torch": lambda: [accuracy(fit(test)) for fit in torch_path(train, labels, cs)],
+        "ridge, scikit-learn": lambda: [ridge_accuracy(train, labels, test, truth)],
+        "ridge, closed form in torch": lambda: [torch_ridge(train, labels, test, truth)],
+    }
+    print(f"\n{data or 'random features'}: {len(train)} training, {len(test)} test vectors of width {train.shape[1]}")
+    results = {}
+    for name, way in ways.items():
+        started = time.process_time()
+        found = way()
+        results[name] = {"accuracies": found, "seconds": time.process_time() - started}
+        print(f"  {name:28} {results[name]['seconds']:8.2f} s   best accuracy {100 * max(found):.2f} %")
+    pairs = zip(*(results[f"logistic, {solver}"]["accuracies"] for solver in ("scikit-learn", "torch")))
+    largest = max(abs(one - other) for one, other in pairs)
+    print(f"  largest difference between the accuracies at one of {len(cs)} values of C: {100 * largest:.2f} points")
     return results
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", nargs="+", default=["reading", "linear", "knn", "knn_memory", "logistic"])
+    parser.add_argument("--parts", nargs="+", default=["reading", "linear", "knn", "knn_memory", "solvers"])
     parser.add_argument("--preset", default="small")
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--linear_steps", type=int, default=10)
-    parser.add_argument("--logistic_cs", type=float, nargs="+", default=[1e-3, 1.0])
+    parser.add_argument("--logistic_cs", type=float, nargs="+", default=list(LOGISTIC_CS))
+    parser.add_argument("--model", help="Model whose vectors the solvers fit. Default: random vectors.")
+    parser.add_argument("--data", help="Labeled images for these vectors.")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
@@ -255,7 +317,7 @@ def main(argv: Sequence[str]) -> int:
         "linear": lambda: linear(few, args.linear_steps),
         "knn": lambda: knn(few),
         "knn_memory": knn_memory,
-        "logistic": lambda: logistic(1, args.logistic_cs),
+        "solvers": lambda: solvers(args.model, args.data, args.logistic_cs),
     }
     results: dict[str, Any] = {"threads": args.threads, "torch": torch.__version__}
     for part in args.parts:

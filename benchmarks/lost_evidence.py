@@ -13,7 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +21,8 @@ import torch
 
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.intervals import bootstrap_interval
-from hf_regvit.evaluation.lost import AttentionSettings
+from hf_regvit.evaluation.lost import AttentionSettings, Method
 from hf_regvit.evaluation.object_discovery import (
-    LostGrid,
     Overlaps,
     choose,
     ground_truth_boxes,
@@ -32,18 +31,32 @@ from hf_regvit.evaluation.object_discovery import (
     measure_overlaps,
     score_methods,
 )
-from hf_regvit.models.families import describe_model
-from hf_regvit.models.loading import load_model
+from hf_regvit.evaluation.patch_tasks import Lost
+from hf_regvit.models.loading import open_model
 
 
 def percent(value: float, interval: Sequence[float]) -> str:
     return f"{100 * value:5.1f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}]"
 
 
+def part_of(table: Overlaps, images: list[int], methods: Sequence[Method]) -> Overlaps:
+    """Return the overlaps of some images and methods."""
+    columns = [table.methods.index(method) for method in methods]
+    return replace(
+        table,
+        methods=tuple(methods),
+        ids=tuple(table.ids[i] for i in images),
+        iou=table.iou[images][:, columns],
+        degenerate=table.degenerate[images][:, columns],
+        sizes=tuple(table.sizes[i] for i in images),
+        truth=tuple(table.truth[i] for i in images),
+    )
+
+
 def judge(table: Overlaps, chosen_on: list[int], judged_on: list[int], seed: int) -> dict:
     """Select and test settings in one direction, as `evaluate_lost` does."""
-    choice = choose(table.subset(chosen_on))
-    scores = score_methods(table.subset(judged_on).only(choice.methods), center=choice.center, seed=seed)
+    choice = choose(part_of(table, chosen_on, table.methods))
+    scores = score_methods(part_of(table, judged_on, choice.methods), center=choice.center, seed=seed)
     return {"choice": choice.to_dict(), "images": judged_on, "scores": {k: asdict(v) for k, v in scores.items()}}
 
 
@@ -87,10 +100,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--max_images", type=int)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    model, processor = load_model(args.model)
-    description = describe_model(model)
+    reader = open_model(args.model)
+    description = reader.description
     heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
-    methods = [*LostGrid().settings(description.num_layers), *heads]
+    methods = [*Lost.Settings().candidates(description.num_layers), *heads]
     results = {"model": args.model, "seed": args.seed, "threads": torch.get_num_threads(), "data": {}}
     for name in args.data:
         source = load_images(name, split=None)
@@ -99,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
             source = source.subset(sorted(drawn.tolist()))
         source, truth, _ = images_with_boxes(source, ground_truth_boxes(source))
         started = time.perf_counter()
-        table = measure_overlaps(model, source, truth, methods, processor=processor, label=name)
+        table = measure_overlaps(reader, source, truth, methods, label=name)
         result = both_directions(table, args.seed)
         result["seconds"] = round(time.perf_counter() - started, 1)
         result["all_settings"] = {str(m): float(c) for m, c in zip(methods, table.corloc())}

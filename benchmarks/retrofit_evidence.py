@@ -11,7 +11,6 @@ The checkpoints `source` and `retrofitted` in `--output_dir` can be used by `reg
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -28,12 +27,13 @@ from hf_regvit.data.source import ImageSource
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.diagnosis.register_neurons import add_test_time_registers, find_register_neurons, silence_neurons
 from hf_regvit.diagnosis.report import ArtifactReport
-from hf_regvit.diagnosis.retrofit import retrofit_to_folder
+from hf_regvit.diagnosis.retrofit import retrofit
 from hf_regvit.evaluation.intervals import bootstrap_interval, paired_difference
 from hf_regvit.models import modeling_regvit
 from hf_regvit.models.conversion import convert_to_folder
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import EvaluationTransform
+from hf_regvit.models.saving import write_json
 
 
 def right(model: Any, images: ImageSource, processor: Any) -> np.ndarray:
@@ -154,11 +154,12 @@ def main(argv: Sequence[str]) -> int:
         convert_to_folder(args.model, folders["source"])
     if not (folders["retrofitted"] / "config.json").exists():
         found = load_images(args.search, split="train")
-        result = retrofit_to_folder(
-            folders["source"], found, folders["retrofitted"], max_images=args.max_images, seed=args.seed
+        result = retrofit(
+            folders["source"], found, output_dir=folders["retrofitted"], max_images=args.max_images, seed=args.seed
         )
-        print(result.report.summary(), flush=True)
-    (source, processor), (made, _) = (load_model(folder) for folder in folders.values())
+        print(result.summary(), flush=True)
+    readers = [open_model(folder) for folder in folders.values()]
+    (source, made), processor = (reader.model for reader in readers), readers[0].processor
     samples = load_images(args.samples, split=None)
     evidence: dict[str, Any] = {"threads": torch.get_num_threads(), "seed": args.seed}
     evidence["neurons"], evidence["registers"] = made.config.register_neurons, made.config.num_register_tokens
@@ -182,7 +183,7 @@ def main(argv: Sequence[str]) -> int:
     times = seconds_of({"before": source, "after": made})
     evidence["seconds"], evidence["time_ratio"] = times, times["after"] / times["before"]
     print(f"forward pass of 8 images, processor time, after / before: {evidence['time_ratio']:.3f}")
-    (args.output_dir / "evidence.json").write_text(json.dumps(evidence, indent=1) + "\n", encoding="utf-8")
+    write_json(args.output_dir / "evidence.json", evidence)
     return 0
 
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.data.decoding import BadImageError
-from hf_regvit.data.files import EMBEDDED_SOURCES, stratified_split
+from hf_regvit.data.files import BUILTIN_SETS, stratified_split
 from hf_regvit.data.loading import load_images
 from hf_regvit.data.source import ImageSource, MissingSplitError
 
@@ -88,7 +88,7 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
 
             pictures = whole_images(data, train)
             title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
-            overview_page(model, pictures, image_processor=processor, out_dir=page.parent, title=title)
+            overview_page(backbone, pictures, out_dir=page.parent, title=title)
     print()
     print(
         table
@@ -107,7 +107,7 @@ def prepare_images(data: str, run: Path) -> str:
     Decoding a 12-megapixel image takes a hundred times longer than augmenting it. Unreadable images are reported and
     skipped. If images were added or removed since the last call, the run starts over.
     """
-    if data in EMBEDDED_SOURCES:
+    if data in BUILTIN_SETS:
         return data
     parts = {"train": load_images(data)}
     source = parts["train"]

@@ -2,7 +2,7 @@
 
 import sys
 
-from hf_regvit.app.cli import main
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]]))

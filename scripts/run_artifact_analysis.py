@@ -9,7 +9,7 @@ writes comparison.json with cost and speed. `--help` lists all options.
 
 import sys
 
-from hf_regvit.app.cli import main
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["diagnose", *sys.argv[1:]]))

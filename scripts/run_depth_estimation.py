@@ -10,7 +10,7 @@ The options are those of `regvit finetune`; `--config` reads a recipe. To use se
 
 import sys
 
-from hf_regvit.app.cli import main
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["finetune", "--task", "depth-estimation", *sys.argv[1:]]))

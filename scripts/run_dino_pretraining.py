@@ -12,29 +12,9 @@ the same after a crash (with gloo, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, or 
 ones).
 """
 
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 
-from hf_regvit.app.recipes import RecipeError, RecipeParser
-from hf_regvit.pretraining.arguments import PretrainingArguments
-from hf_regvit.pretraining.run import pretrain
-
-
-def main(argv: Sequence[str]) -> int:
-    parser = RecipeParser(PretrainingArguments, description=__doc__.splitlines()[0])
-    try:
-        (args,) = parser.parse(argv)
-    except RecipeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    level = logging.INFO if args.process_index == 0 else logging.WARNING
-    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s")
-    pretrain(args)
-    print(f"The backbone was saved to {Path(args.output_dir) / 'backbone'}. Load it with AutoModel.from_pretrained.")
-    return 0
-
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(["pretrain", *sys.argv[1:]]))

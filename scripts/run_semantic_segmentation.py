@@ -10,7 +10,7 @@ reads a recipe. To use several processes, run the script with `accelerate launch
 
 import sys
 
-from hf_regvit.app.cli import main
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["finetune", "--task", "semantic-segmentation", *sys.argv[1:]]))

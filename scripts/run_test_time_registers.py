@@ -8,7 +8,7 @@ before_after.png. `--help` lists all options.
 
 import sys
 
-from hf_regvit.app.cli import main
+from hf_regvit_cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["retrofit", *sys.argv[1:]]))

@@ -1,12 +1,18 @@
-"""Builders of test data: images, class folders, tar and parquet files, made from numbers, never from the network."""
+"""Builders of test data, made from numbers, never from the network: images, folders, tar and parquet files, models."""
 
 import io
+import math
 import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import transformers
 from PIL import Image
+
+from hf_regvit import RegViTConfig, RegViTModel
+from hf_regvit.models.processing import default_image_processor
 
 
 def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
@@ -58,3 +64,85 @@ def parquet_file(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+# --- Models ---
+
+# 4 x 4 patches. The other sizes are the smallest with several heads, blocks and features a head.
+TINY = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+def tiny_config(**fields: Any) -> RegViTConfig:
+    """Configuration of a RegViT with the sizes of `TINY`, unless a field is given."""
+    return RegViTConfig(**{**TINY, "num_depth_bins": 8, **fields})
+
+
+def tiny_model(model_class: type = RegViTModel, *, seed: int = 0, **fields: Any) -> Any:
+    """RegViT of a class with `tiny_config(**fields)`, from a seed, in eval mode."""
+    torch.manual_seed(seed)
+    return model_class(tiny_config(**fields)).eval()
+
+
+def tiny_source(class_name: str, *, seed: int = 0, **fields: Any) -> Any:
+    """Model of another family by the name of its class in transformers, such as `ViTModel`, in eval mode."""
+    model_class = getattr(transformers, class_name)
+    torch.manual_seed(seed)
+    return model_class(model_class.config_class(**{**TINY, **fields})).eval()
+
+
+def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, **changes: Any) -> Any:
+    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes, in eval mode."""
+    from timm.models.eva import Eva
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
+    torch.manual_seed(seed)
+    model_class = {"VisionTransformer": VisionTransformer, "Eva": Eva}[kind]
+    return model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+
+
+def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
+    """Folder with the model and an image processor, by default the default one for its image size."""
+    model.save_pretrained(folder)
+    size = model.config.image_size
+    (processor or default_image_processor(size)).save_pretrained(folder)
+    return folder
+
+
+def pixels(count: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
+    """Random pixel values (count, 3, height, width)."""
+    return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
+    """RGB image of `size` (width, height) of independent random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8))
+
+
+@torch.no_grad()
+def randomized(model: Any, *, seed: int = 0, buffers: bool = False) -> Any:
+    """Move every parameter away from its initial value, so that ignoring any of them changes the outputs.
+
+    Weights shrink with the number of inputs: activations stay near 1, and float32 resolves them to 1e-6.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        is_matrix = name.endswith("weight") and parameter.ndim > 1
+        scale = 0.5 / math.sqrt(parameter[0].numel()) if is_matrix else 0.3
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+        if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
+            parameter.add_(1.0)
+    for buffer in model.buffers() if buffers else ():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
+    return model.eval()
+
+
+def in_fresh_memory(model: Any) -> Any:
+    """Copy the weights to memory that torch allocates, and switch to eval mode.
+
+    A loaded tensor may be at any offset of the mapped file, and the kernels for unaligned memory round differently.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model.eval()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,37 @@ def subtree(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Te
 def assert_golden(actual: torch.Tensor, expected: torch.Tensor, *, atol: float = 2e-5, rtol: float = 1e-5) -> None:
     """Compare tensors with the default tolerance of the golden files, which must not be increased."""
     torch.testing.assert_close(actual, expected, atol=atol, rtol=rtol)
+
+
+# Names of official DINOv2 weights and of RegViT: beginnings, then parts of blocks.
+_BEGINNINGS = (
+    ("cls_token", "embeddings.cls_token"),
+    ("register_tokens", "embeddings.register_tokens"),
+    ("mask_token", "embeddings.mask_token"),
+    ("pos_embed", "embeddings.position_embeddings"),
+    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
+    ("norm.", "layernorm."),
+    ("blocks.", "layers."),
+)
+_PARTS = {
+    ".attn.proj.": ".attention.o_proj.", ".attn.qkv.": ".attention.qkv.", ".ls1.gamma": ".layer_scale1.lambda1",
+    ".ls2.gamma": ".layer_scale2.lambda1", ".w12.": ".gate_up_proj.", ".w3.": ".down_proj.",
+}  # fmt: skip
+
+
+def regvit_name(official: str) -> str:
+    """Return the name in RegViT of a tensor of the official DINOv2 backbone."""
+    official = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", official)  # chunked blocks keep their global number
+    for old, new in _PARTS.items():
+        official = official.replace(old, new)
+    for old, new in _BEGINNINGS:
+        if official.startswith(old):
+            return new + official.removeprefix(old)
+    raise KeyError(official)
+
+
+def sizes_of(tensors: dict[str, torch.Tensor], prefix: str = "in.pixels.") -> list[str]:
+    """Return the image sizes of a golden file, one or more."""
+    sizes = sorted(key.removeprefix(prefix) for key in tensors if key.startswith(prefix))
+    assert sizes
+    return sizes

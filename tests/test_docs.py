@@ -21,6 +21,7 @@ import hf_regvit
 from helpers import requires_shared, shared_dir
 from hf_regvit import PretrainingArguments
 from hf_regvit.app import cli
+from hf_regvit_cli import parser_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -90,7 +91,7 @@ def commands_in(page):
 def help_of(command):
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        assert cli.main([command, "--help"]) == 0
+        assert cli.main([command, "--help_all"]) == 0
     return text.getvalue()
 
 
@@ -99,11 +100,11 @@ def test_commands_of_the_pages_exist_with_their_options():
     for page in OURS:
         for command, *words in commands_in(page):
             flags = {word.partition("=")[0] for word in words if word.startswith("--")}
-            used.setdefault(command, set()).update(flags - {"--help"})
+            used.setdefault(command, set()).update(flags - {"--help", "--help_all"})
     assert len(used) >= 6
     for command, flags in used.items():
         assert command in cli.COMMANDS
-        known = set(re.findall(r"--\w+", help_of(command)))
+        known = set(re.findall(r"--\w+", help_of(command))) | {f"--{name}" for name in parser_of(command).names}
         assert flags <= known, f"regvit {command} has no {flags - known}"
 
 

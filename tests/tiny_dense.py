@@ -1,21 +1,15 @@
 """Pictures of a few dozen pixels with masks or depth, and fine-tuning runs on them that take half a second."""
 
-import io
-
 import numpy as np
-import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import encoded, tiny_model
 from hf_regvit.finetuning.arguments import FinetuningArguments
 from hf_regvit.finetuning.run import finetune
 
-TINY = {
-    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_register_tokens": 2, "layerscale_value": 1.0,
-}  # fmt: skip
+TINY = {"num_register_tokens": 2, "layerscale_value": 1.0}  # changes of `builders.TINY`
 SIZES = [(64, 48), (48, 48), (80, 48)]
 
 
@@ -32,18 +26,14 @@ def scene(seed: int) -> tuple[Image.Image, np.ndarray]:
     return Image.fromarray(pixels.astype(np.uint8)), mask
 
 
-def encoded(picture) -> dict:
-    stream = io.BytesIO()
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(stream, "PNG")
-    return {"bytes": stream.getvalue(), "path": None}
-
-
 def write_parquet(folder, column: str, target) -> str:
     folder.mkdir(parents=True)
     features = Features({"image": ImageFeature(), column: ImageFeature()})
     for part, seeds in (("train", range(12)), ("validation", range(30, 35))):
         pairs = [scene(seed) for seed in seeds]
-        rows = {"image": [encoded(i) for i, _ in pairs], column: [encoded(target(m)) for _, m in pairs]}
+        targets = [Image.fromarray(target(mask)) for _, mask in pairs]
+        images = {"image": [image for image, _ in pairs], column: targets}
+        rows = {name: [{"bytes": encoded(image), "path": None} for image in all_] for name, all_ in images.items()}
         Dataset.from_dict(rows, features=features).to_parquet(folder / f"{part}.parquet")
     return str(folder)
 
@@ -58,8 +48,7 @@ def write_depths(folder) -> str:
 
 def dense_run(folder, data: str, task: str, *, callbacks=(), **overrides):
     """The whole job: three steps an epoch of four pictures, in training as one process or several."""
-    torch.manual_seed(0)
-    model = RegViTModel(RegViTConfig(**TINY))
+    model = tiny_model(**TINY)
     fields = {
         "output_dir": str(folder), "data": data, "task": task, "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4, "num_train_epochs": 2, "learning_rate": 3e-3, "warmup_steps": 0,

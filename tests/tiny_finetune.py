@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hf_regvit import RegViTConfig, RegViTModel
+import builders
+from hf_regvit import RegViTModel
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.arguments import FinetuningArguments
@@ -43,11 +44,8 @@ def source(count, *, start=0, names=NAMES, broken=(), labels=None):
 
 
 def tiny_config(**overrides):
-    fields = {
-        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8,
-        "num_register_tokens": 2, "layerscale_value": 1.0,
-    }  # fmt: skip
-    return RegViTConfig(**fields | overrides)
+    fields = {"hidden_size": 16, "image_size": SIDE, "num_register_tokens": 2, "layerscale_value": 1.0}
+    return builders.tiny_config(**fields | overrides)
 
 
 def backbone(seed=0, **overrides):

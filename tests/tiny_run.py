@@ -6,7 +6,8 @@ import gc
 import torch
 from torch.utils.data import Dataset
 
-from hf_regvit import RegViTConfig, RegViTModel
+import builders
+from hf_regvit import RegViTModel
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.crops import DinoCollator, masked_positions
 from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
@@ -22,16 +23,8 @@ SHAPE = HeadShape(num_prototypes=12, hidden_size=10, bottleneck_size=6, num_laye
 
 
 def tiny_config(**overrides):
-    fields = {
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "image_size": GRID * PATCH,
-        "patch_size": PATCH,
-        "layerscale_value": 0.1,
-        "use_mask_token": True,
-    }
-    return RegViTConfig(**fields | overrides)
+    fields = {"hidden_size": 16, "image_size": GRID * PATCH, "patch_size": PATCH, "layerscale_value": 0.1}
+    return builders.tiny_config(**fields | {"use_mask_token": True} | overrides)
 
 
 def tiny_network(*, seed=0, config=None, **options):

@@ -29,8 +29,8 @@ from hf_regvit.figures.maps import (
     save_figure,
 )
 from hf_regvit.models.conversion import convert
-from hf_regvit.models.loading import load_model
-from hf_regvit.models.processing import EvaluationTransform
+from hf_regvit.models.loading import open_model
+from hf_regvit.models.tokens import TokenReader
 
 LARGEST = 200_000  # bytes
 WIDEST = 1400  # pixels
@@ -75,11 +75,10 @@ def overviews(explorer: Explorer, name: str, names: list[str], out: Path, *, sid
 
 def before_after(folder: str, names: list[str], out: Path) -> None:
     """Draw a model before and after adding the two neurons and four test-time registers that `retrofit` selects."""
-    source = convert(folder)
-    _, processor = load_model(folder)
-    neurons = find_register_neurons(source, list(builtin_images().values()), processor=processor)
+    source, original = convert(folder), open_model(folder)
+    neurons = find_register_neurons(source, list(builtin_images().values()), processor=original.processor)
     made = add_test_time_registers(source, neurons.best(2), num_register_tokens=4)
-    transform = EvaluationTransform.for_model(source, processor, image_size=224)
+    transform = original.transform_for(image_size=224)
     pixels = torch.stack([transform(builtin_images()[name]) for name in names])
     maps = [read_token_maps(model, pixels) for model in (source, made)]
     save_figure(before_after_figure([transform.picture(each) for each in pixels], *maps), out)
@@ -109,25 +108,25 @@ def token_figure() -> Figure:
     return figure
 
 
-def demo_picture(explorer_models: dict, out: Path, *, compare: str | None = None) -> None:
+def demo_screenshot(models: dict[str, TokenReader], out: Path, *, compare: str | None = None) -> None:
     """Take a screenshot of the demo page; for two models, of their maps only."""
     from playwright.sync_api import sync_playwright
 
     from hf_regvit.app.demo import build_app, launch_options
 
-    app = build_app(explorer_models, compare=compare)
+    app = build_app(models, compare=compare)
     _, address, _ = app.launch(**launch_options(), prevent_thread_lock=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
         page = browser.new_page(viewport={"width": 1280, "height": 960})
         page.goto(address)
-        page.locator(".looks .card").first.wait_for(timeout=120_000)
+        page.locator(".maps .card").first.wait_for(timeout=120_000)
         page.wait_for_timeout(1000)
         if compare is None:
             page.screenshot(path=out)
         else:
-            page.locator(".looks section").last.evaluate("section => section.remove()")  # the registers
-            page.locator(".looks").screenshot(path=out)
+            page.locator(".maps section").last.evaluate("section => section.remove()")  # the registers
+            page.locator(".maps").screenshot(path=out)
         browser.close()
     app.close()
     keep(out)
@@ -142,7 +141,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     arguments.out_dir.mkdir(parents=True, exist_ok=True)
-    models = {Path(arguments.model).name: load_model(arguments.model), "registers": load_model(arguments.registers)}
+    models = {Path(arguments.model).name: open_model(arguments.model), "registers": open_model(arguments.registers)}
     plain = next(iter(models))
     explorer = Explorer(models)
 
@@ -155,18 +154,18 @@ def main() -> None:
     save_figure(lost_figure(view.image, view.object), arguments.out_dir / "lost.png")
     keep(arguments.out_dir / "lost.png")
 
-    model, processor = models[plain]
-    report = diagnose(model, list(builtin_images().values()), processor=processor, progress=False)
+    reader = models[plain]
+    report = diagnose(reader.model, list(builtin_images().values()), processor=reader.processor, progress=False)
     save_figure(layer_norm_figure(report), arguments.out_dir / "norms_by_layer.png")
     keep(arguments.out_dir / "norms_by_layer.png")
 
     save_figure(token_figure(), arguments.out_dir / "tokens.png")
     keep(arguments.out_dir / "tokens.png")
     if shutil.which("chromium"):
-        demo_picture({plain: models[plain]}, arguments.out_dir / "demo.png")
+        demo_screenshot({plain: models[plain]}, arguments.out_dir / "demo.png")
         if arguments.retrofitted:
-            both = {plain: models[plain], "with_registers": load_model(arguments.retrofitted)}
-            demo_picture(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
+            both = {plain: models[plain], "with_registers": open_model(arguments.retrofitted)}
+            demo_screenshot(both, arguments.out_dir / "demo_before_after.png", compare="with_registers")
 
 
 if __name__ == "__main__":

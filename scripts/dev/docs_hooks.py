@@ -1,13 +1,9 @@
 """Hooks of mkdocs: list the tutorials in the navigation and insert generated tables into pages."""
 
-import contextlib
 import dataclasses
-import io
-import os
 import re
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,49 +67,35 @@ def config_fields() -> str:
 
 
 def commands() -> str:
-    """Return a section for each command with its summary and a table of its options."""
-    from hf_regvit.app import cli
+    """Return a section for each command with its summary, its example and a table of its options."""
+    from hf_regvit_cli import COMMANDS, parser_of
 
-    sentences = dict(re.findall(r"^  ([a-z-]+) +(\w.+)$", cli.USAGE, flags=re.M))
     parts = []
-    for name in cli.COMMANDS:
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), mock.patch.dict(os.environ, COLUMNS="1000"):  # avoids line breaks
-            cli.main([name, "--help"])
-        words = re.sub(r"\x1b\[[0-9;]*m", "", text.getvalue())  # terminal colors
-        sentence = sentences[name][0].upper() + sentences[name][1:]
-        parts.append(f"## regvit {name}\n\n{sentence}.\n\n{own_options(words)}\n")
+    for name, command in COMMANDS.items():
+        options = parser_of(name).options.values()
+        rows = ["| option | default | description |", "|---|---|---|"]
+        rows += [row_of(option) for option in options if not option["inherited"] or option["name"] in COMMON]
+        summary = f"{command.summary[0].upper()}{command.summary[1:]}."
+        table = "\n".join(rows)
+        parts.append(f"## regvit {name}\n\n{summary}\n\n```bash\n{command.example}\n```\n\n{table}\n")
     return "\n".join(parts)
 
 
-def own_options(text: str) -> str:
-    """Return a table of a command's options, without those inherited from transformers and without aliases."""
-    from transformers import TrainingArguments
-
-    _, _, options = text.partition("options:\n")
-    inherited = set(TrainingArguments.__dataclass_fields__)
-    rows = ["| option | default | description |", "|---|---|---|"]
-    for entry in re.split(r"\n(?=  -)", "\n" + options.strip("\n")):
-        flags, _, what = re.sub(r"\n\s*|\s{2,}", "\t", entry.strip()).partition("\t")
-        found = re.match(r"--([a-z0-9_]+)([^,]*)", flags)
-        if found is None or found[1].startswith("no_") or found[1] == "config":
-            continue
-        if found[1] in inherited - OWN_MEANING:
-            continue
-        what = what.replace("\t", " ")
-        given = re.search(r" ?\(default: (.*)\)$", what)
-        what, default = (what[: given.start()], given[1]) if given else (what, "")
-        name = "model" if "--model " in flags else found[1]
-        value = re.sub(r" [A-Z0-9_]+", " ...", found[2].partition(" [")[0])  # "[" begins an optional part
-        default = "" if default in ("", "None", "False", "[]") else f"`{default}`"
-        what = what.replace("|", "\\|")
-        option = f"`--{name}`, `--no_{name}`" if default == "`True`" else f"`--{name}{value}`"
-        rows.append(f"| {option} | {default} | {what} |")
-    return "\n".join(rows)
+def row_of(option: dict[str, Any]) -> str:
+    """Return the row of an option, with its other spellings."""
+    first, *others = option["flags"]
+    value = "" if option["type"] == "bool" else " ..."
+    spellings = [f"`--{first}{value}`", *(f"`--{other}`" for other in others)]
+    default = option["default"]
+    if default is True:
+        spellings.append(f"`--no_{option['name']}`")
+    shown = " ".join(map(str, default)) if isinstance(default, list) else default
+    default = "" if default is None or default is False or shown == "" else f"`{shown}`"
+    return f"| {', '.join(spellings)} | {default} | {option['help'].replace('|', '&#124;')} |"
 
 
-# Options of Trainer to which this package gives another default or meaning.
-OWN_MEANING = {
-    "output_dir", "learning_rate", "warmup_steps", "weight_decay", "max_grad_norm", "per_device_train_batch_size",
-    "max_steps", "num_train_epochs", "seed", "save_steps", "logging_steps", "resume_from_checkpoint", "bf16",
+# Inherited options that many runs use.
+COMMON = {
+    "output_dir", "max_steps", "seed", "save_steps", "resume_from_checkpoint", "bf16", "num_train_epochs", "use_cpu",
+    "gradient_accumulation_steps", "dataloader_num_workers",
 }  # fmt: skip

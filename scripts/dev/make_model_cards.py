@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_regvit.app.cli import main as regvit
+from hf_regvit_cli import main as regvit
 
 ROOT = Path(__file__).resolve().parents[2]
 VIT_TERMS = "no license file at the source; presumably Apache-2.0 (augreg, arXiv 2106.10270)"
@@ -52,11 +52,11 @@ def photos(work: Path, cards: Path) -> None:
                   "--tasks", "knn", "linear", "few_shot")  # fmt: skip
     keep(
         work, cards, "regvit-photos-demo", run, diagnosis, scores, "--license", "apache-2.0",
-        "--data_license", "images from scikit-image and scikit-learn, whose documentation states the terms of "
-        "each image",
-        "--description", "Made by `make demo`, which takes five minutes on two idle cores. This model demonstrates "
-        "the workflow and is not meant for other images. It is evaluated on held-out tiles of the 21 images that it "
-        "was trained on.",
+        "--data_license", "the images that come with scikit-image and scikit-learn; their documentation states the "
+        "terms of each image",
+        "--description", "This model was created by `make demo`, which takes five minutes on two idle cores. It "
+        "demonstrates the package and is not meant for other images. It is evaluated on held-out tiles of the 21 "
+        "images on which it was trained.",
     )  # fmt: skip
 
 
@@ -76,8 +76,8 @@ def converted(work: Path, data: Path, cards: Path, few: str) -> None:
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data", f"{IMAGENET}, with labels, by the authors of the base model.",
         "--data_license", "ImageNet: non-commercial research",
-        "--description", "The base model, a ViT-Tiny, as a RegViT without registers: the same weights in a "
-        "different tensor layout. The diagnosis below shows why registers are useful.",
+        "--description", "This is the ViT-Tiny of the base model as a RegViT without registers: the same weights in "
+        "another layout of tensors. The diagnosis below shows why registers are useful.",
     )  # fmt: skip
 
 
@@ -124,9 +124,9 @@ def retrofitted(work: Path, data: Path, cards: Path, few: str, steps: int) -> No
         "--base_model", "vit_tiny_patch16_224", "--base_model_license", VIT_TERMS,
         "--data_license", "caltech101: CC BY 4.0; before that ImageNet: non-commercial research",
         "--description", f"Four registers were added to a trained ViT-Tiny, which was then fine-tuned for {steps} "
-        "steps of 16 images. Such a short training demonstrates the method but does not remove the artifacts: "
-        "compare the diagnosis below with that of the model without registers. The kNN classifier is fitted on images "
-        "used for fine-tuning.",
+        "steps of 16 images. This training is too short to remove artifacts and only demonstrates the procedure; "
+        "compare the diagnosis below with that of the model without registers. The kNN uses images of the fine-tuning "
+        "as its bank.",
     )  # fmt: skip
 
 

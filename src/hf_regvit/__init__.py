@@ -5,6 +5,7 @@
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from transformers import (
     AutoBackbone,
@@ -56,29 +57,68 @@ AutoImageProcessor.register(
     exist_ok=True,
 )
 
-# Importing Trainer, datasets and similar modules takes seconds, so these names are imported on first use.
+# Type checkers and editors see these names here; at run time they are imported on first use, because importing
+# Trainer, datasets and similar modules takes seconds.
+if TYPE_CHECKING:
+    from .data.check import check_data
+    from .data.loading import load_images
+    from .diagnosis.diagnose import diagnose
+    from .diagnosis.register_neurons import (
+        RegisterNeurons,
+        RetrofitError,
+        add_test_time_registers,
+        find_register_neurons,
+    )
+    from .diagnosis.report import ArtifactReport
+    from .diagnosis.retrofit import retrofit
+    from .evaluation.extraction import TokenFeatures, extract_features
+    from .evaluation.knn import knn_classify
+    from .evaluation.lost import discover_objects
+    from .evaluation.report import EvaluationReport, EvaluationTable
+    from .evaluation.run import compare_backbones, evaluate_backbone
+    from .finetuning.arguments import FinetuningArguments
+    from .finetuning.run import finetune
+    from .hub.publish import publish
+    from .models.conversion import convert
+    from .models.foreign_weights import ConversionError
+    from .models.loading import embed, open_model, patch_maps
+    from .models.processing import UnknownProcessorError
+    from .models.tokens import TokenReader, TokenReading, read_tokens
+    from .pretraining.arguments import PretrainingArguments
+    from .pretraining.run import pretrain
+
 _ON_FIRST_USE = {
-    "ArtifactReport": "diagnosis.report",
+    "check_data": "data.check",
+    "load_images": "data.loading",
     "diagnose": "diagnosis.diagnose",
-    "discover_objects": "evaluation.lost",
-    "EvaluationReport": "evaluation.report",
-    "compare_backbones": "evaluation.run",
-    "evaluate_backbone": "evaluation.run",
     "RegisterNeurons": "diagnosis.register_neurons",
     "RetrofitError": "diagnosis.register_neurons",
     "add_test_time_registers": "diagnosis.register_neurons",
     "find_register_neurons": "diagnosis.register_neurons",
-    "ConversionError": "models.foreign_weights",
-    "convert": "models.conversion",
-    "FinetuningArguments": "finetuning.arguments",
-    "PretrainingArguments": "pretraining.arguments",
-    "finetune": "finetuning.run",
-    "pretrain": "pretraining.run",
-    "load_images": "data.loading",
-    "read_tokens": "models.tokens",
+    "ArtifactReport": "diagnosis.report",
+    "retrofit": "diagnosis.retrofit",
     "TokenFeatures": "evaluation.extraction",
     "extract_features": "evaluation.extraction",
     "knn_classify": "evaluation.knn",
+    "discover_objects": "evaluation.lost",
+    "EvaluationReport": "evaluation.report",
+    "EvaluationTable": "evaluation.report",
+    "compare_backbones": "evaluation.run",
+    "evaluate_backbone": "evaluation.run",
+    "FinetuningArguments": "finetuning.arguments",
+    "finetune": "finetuning.run",
+    "publish": "hub.publish",
+    "convert": "models.conversion",
+    "ConversionError": "models.foreign_weights",
+    "embed": "models.loading",
+    "open_model": "models.loading",
+    "patch_maps": "models.loading",
+    "UnknownProcessorError": "models.processing",
+    "TokenReader": "models.tokens",
+    "TokenReading": "models.tokens",
+    "read_tokens": "models.tokens",
+    "PretrainingArguments": "pretraining.arguments",
+    "pretrain": "pretraining.run",
 }
 
 
@@ -88,6 +128,10 @@ def __getattr__(name: str) -> object:
     return getattr(import_module(f".{_ON_FIRST_USE[name]}", __name__), name)
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 __all__ = [
     "ArtifactReport",
     "CheckpointCorruptError",
@@ -95,6 +139,7 @@ __all__ = [
     "ConfigError",
     "ConversionError",
     "EvaluationReport",
+    "EvaluationTable",
     "FinetuningArguments",
     "ImageTooSmallError",
     "PretrainingArguments",
@@ -108,18 +153,27 @@ __all__ = [
     "RegisterNeurons",
     "RetrofitError",
     "TokenFeatures",
+    "TokenReader",
+    "TokenReading",
+    "UnknownProcessorError",
     "__version__",
     "add_test_time_registers",
+    "check_data",
     "compare_backbones",
     "convert",
     "diagnose",
     "discover_objects",
+    "embed",
     "evaluate_backbone",
     "extract_features",
     "find_register_neurons",
     "finetune",
     "knn_classify",
     "load_images",
+    "open_model",
+    "patch_maps",
     "pretrain",
+    "publish",
     "read_tokens",
+    "retrofit",
 ]

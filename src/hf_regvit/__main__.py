@@ -2,6 +2,6 @@
 
 import sys
 
-from .app.cli import main
+from hf_regvit_cli import main
 
 sys.exit(main())

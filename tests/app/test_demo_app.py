@@ -16,12 +16,11 @@ from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTMo
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.app.demo import build_app, launch_options, write_features, write_figures
-from hf_regvit.app.demo_page import Question, look, results_page
+from hf_regvit.app.demo_page import MapRequest, read_views, results_page
 from hf_regvit.app.exploration import Explorer, InputImage
 from hf_regvit.evaluation.extraction import TokenFeatures
-from hf_regvit.figures.maps import read_attention
-from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import read_many
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
 SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
@@ -57,30 +56,30 @@ def explorer():
     processor = default_image_processor(32)
     models = {"plain": with_artifacts(), "registers": regvit()}
     reference = [noise(seed=seed) for seed in range(20)]
-    return Explorer({name: (model, processor) for name, model in models.items()}, reference=reference)
+    return Explorer({name: TokenReader(model, processor) for name, model in models.items()}, reference=reference)
 
 
 @pytest.fixture(scope="module")
-def picture():
+def image():
     return InputImage.of(noise(seed=99), "noise")
 
 
 # --- Reading ---
 
 
-def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer, picture):
+def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer, image):
     before = explorer.num_passes
     for layer in (1, 2, 3, -1):
         for place in ((0.1, 0.1), (0.9, 0.5)):
             for head in (0, 1, 2):
-                question = Question(("registers",), side=32, layer=layer if layer > 0 else 3, head=head, place=place)
-                results_page(look(explorer, picture, question), question)
+                request = MapRequest(("registers",), side=32, layer=layer if layer > 0 else 3, head=head, place=place)
+                results_page(read_views(explorer, image, request), request)
     assert explorer.num_passes == before + 1
-    explorer.view(picture, "registers", side=48)
+    explorer.view(image, "registers", side=48)
     assert explorer.num_passes == before + 2
 
 
-def test_the_same_name_with_other_pixels_is_another_picture(explorer):
+def test_the_same_name_with_other_pixels_is_another_image(explorer):
     one, other = InputImage.of(noise(seed=5), "x"), InputImage.of(noise(seed=6), "x")
     assert one.key != other.key
     assert one.key == InputImage.of(noise(seed=5), "y").key
@@ -88,29 +87,30 @@ def test_the_same_name_with_other_pixels_is_another_picture(explorer):
     assert not torch.equal(first, second)
 
 
-@pytest.mark.parametrize("query", ["cls", 1, (2, 3)])
+@pytest.mark.parametrize("query", ["cls", ("register", 1), ("patch", 2, 3)])
 @pytest.mark.parametrize("head", [None, 1])
-def test_attention_is_the_one_of_the_figures(explorer, picture, query, head):
-    view = explorer.view(picture, "registers", side=32, layer=2)
-    model, processor = explorer.models["registers"]
-    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(picture.image)[None]
-    expected = read_attention(model, pixels, query=query, layer=2)[0]
+def test_attention_is_the_one_of_the_figures(explorer, image, query, head):
+    view = explorer.view(image, "registers", side=32, layer=2)
+    reader = explorer.readers["registers"]
+    whole = reader.transform_for(image_size=32, keep_aspect=True)
+    reader = TokenReader(reader.model, whole)
+    expected = torch.from_numpy(reader.attention_maps(image.image, query=query, layer=2)[0])
     expected = expected.mean(0) if head is None else expected[head]
     torch.testing.assert_close(view.attention_from(query, head=head), expected, atol=1e-3, rtol=1e-3)  # float16 kept
 
 
-def test_similarity_norms_and_place_against_loops(explorer, picture):
-    view = explorer.view(picture, "registers", side=32)
-    model, processor = explorer.models["registers"]
-    pixels = EvaluationTransform.for_model(model, processor, image_size=32, keep_aspect=True)(picture.image)[None]
-    raw = read_many(model, pixels, {"residual": (3,)})["residual"].patches()[0]
+def test_similarity_norms_and_place_against_loops(explorer, image):
+    view = explorer.view(image, "registers", side=32)
+    reader = explorer.readers["registers"]
+    pixels = reader.transform_for(image_size=32, keep_aspect=True)(image.image)[None]
+    raw = reader.read(pixels).patches()[0]
     rows, columns = view.grid
     assert (rows, columns) == (8, 12)
     cell = view.cell((0.51, 0.26))
     assert cell == (2, 6)
     assert view.cell((1.0, 1.0)) == (7, 11)
     with torch.no_grad():
-        normed = model.layernorm(raw)
+        normed = reader.model.layernorm(raw)
     similarity = view.similarity_to(cell)
     for row in range(rows):
         for column in range(columns):
@@ -119,40 +119,46 @@ def test_similarity_norms_and_place_against_loops(explorer, picture):
             assert view.norms[row, column].item() == pytest.approx(raw[row * columns + column].norm().item(), rel=1e-5)
 
 
-def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, picture):
-    view = explorer.view(picture, "plain", side=32)
+def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, image):
+    view = explorer.view(image, "plain", side=32)
     assert view.outliers.sum() == 1
     assert view.outliers.flatten()[9]
-    assert explorer.view(picture, "plain", side=32, layer=2).cutoff is None
-    assert not explorer.view(picture, "registers", side=32).outliers.any()
-    question = Question(("plain",), side=32, layer=3)
-    page = results_page({"plain": view}, question)
+    assert explorer.view(image, "plain", side=32, layer=2).cutoff is None
+    assert not explorer.view(image, "registers", side=32).outliers.any()
+    request = MapRequest(("plain",), side=32, layer=3)
+    page = results_page({"plain": view}, request)
     assert "1 of 96 patches is an artifact" in page
     assert page.count("class=outlier") == 2  # in the image and in the norms
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000)
-    pictures = [InputImage.of(noise(seed=seed), str(seed)) for seed in range(6)]
-    for each in pictures:
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000
+    )
+    images = [InputImage.of(noise(seed=seed), str(seed)) for seed in range(6)]
+    for each in images:
         explorer.view(each, "m", side=32)
     held = sum(view.num_bytes for view in explorer._kept.values())
     assert 0 < held <= 200_000
     passes = explorer.num_passes
-    explorer.view(pictures[-1], "m", side=32)
+    explorer.view(images[-1], "m", side=32)
     assert explorer.num_passes == passes
-    explorer.view(pictures[0], "m", side=32)
+    explorer.view(images[0], "m", side=32)
     assert explorer.num_passes == passes + 1
 
 
 def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000)
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000
+    )
     explorer.view(InputImage.of(noise(), "x"), "m", side=32, layer=2)
     assert [key[-1] for key in explorer._kept] == [2]
 
 
 def test_a_strip_is_read_at_fewer_patches():
-    explorer = Explorer({"m": (regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100)
+    explorer = Explorer(
+        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100
+    )
     for size in ((60, 40), (400, 24), (24, 400)):
         view = explorer.view(InputImage.of(noise(*size), "x"), "m", side=128)
         assert view.norms.numel() <= 110, size
@@ -163,11 +169,11 @@ def test_a_model_without_cls_and_registers():
     config = SiglipVisionConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
     )
-    models = {"siglip": (SiglipVisionModel(config).eval(), default_image_processor(32))}
-    explorer, picture = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
-    question = Question(("siglip",), side=32, layer=2)
-    views = look(explorer, picture, question)
-    page = results_page(views, question)
+    models = {"siglip": TokenReader(SiglipVisionModel(config).eval(), default_image_processor(32))}
+    explorer, image = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
+    request = MapRequest(("siglip",), side=32, layer=2)
+    views = read_views(explorer, image, request)
+    page = results_page(views, request)
     assert "This model has no CLS token." in page
     assert "Register 1" not in page
 
@@ -176,12 +182,12 @@ def test_nan_is_named():
     model = regvit()
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="'broken' produces NaN"):
-        Explorer({"broken": (model, default_image_processor(32))}, reference=[noise()])
+        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise()])
 
 
-def test_layer_and_empty_models_are_refused(explorer, picture):
+def test_layer_and_empty_models_are_refused(explorer, image):
     with pytest.raises(ValueError, match="blocks 1 to 3"):
-        explorer.view(picture, "plain", side=32, layer=4)
+        explorer.view(image, "plain", side=32, layer=4)
     with pytest.raises(ValueError, match="at least one model"):
         Explorer({})
 
@@ -189,9 +195,9 @@ def test_layer_and_empty_models_are_refused(explorer, picture):
 # --- The page and the files ---
 
 
-def test_two_models_side_by_side(explorer, picture):
-    question = Question(("plain", "registers"), side=32, layer=2, head=2)
-    page = results_page(look(explorer, picture, question), question)
+def test_two_models_side_by_side(explorer, image):
+    request = MapRequest(("plain", "registers"), side=32, layer=2, head=2)
+    page = results_page(read_views(explorer, image, request), request)
     assert "models-2" in page
     assert page.count("<article>") == 7 + 2
     assert page.count("<figure>") == 2 * 7 + 2  # registers: only the model that has them
@@ -199,34 +205,34 @@ def test_two_models_side_by_side(explorer, picture):
     assert "block 2 of 3" in page
 
 
-def test_names_of_models_are_text_not_markup(picture):
-    explorer = Explorer({"<script>": (regvit(), default_image_processor(32))}, reference=[noise()])
-    question = Question(("<script>",), side=32, layer=3)
-    page = results_page(look(explorer, picture, question), question)
+def test_names_of_models_are_text_not_markup(image):
+    explorer = Explorer({"<script>": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()])
+    request = MapRequest(("<script>",), side=32, layer=3)
+    page = results_page(read_views(explorer, image, request), request)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
-def test_a_deeper_model_is_read_as_far_from_the_end(picture):
+def test_a_deeper_model_is_read_as_far_from_the_end(image):
     processor = default_image_processor(32)
-    models = {"three": (regvit(), processor), "five": (regvit(num_hidden_layers=5), processor)}
+    models = {"three": TokenReader(regvit(), processor), "five": TokenReader(regvit(num_hidden_layers=5), processor)}
     explorer = Explorer(models, reference=[noise()])
-    views = look(explorer, picture, Question(("three", "five"), side=32, layer=2))
+    views = read_views(explorer, image, MapRequest(("three", "five"), side=32, layer=2))
     assert [view.layer for view in views.values()] == [2, 4]
-    views = look(explorer, picture, Question(("five", "three"), side=32, layer=1))
+    views = read_views(explorer, image, MapRequest(("five", "three"), side=32, layer=1))
     assert [view.layer for view in views.values()] == [1, 1]
 
 
-def test_features_are_those_of_extraction(explorer, picture, tmp_path):
-    views = look(explorer, picture, Question(("registers",), side=32, layer=3))
-    path = write_features(views, picture, tmp_path)
+def test_features_are_those_of_extraction(explorer, image, tmp_path):
+    views = read_views(explorer, image, MapRequest(("registers",), side=32, layer=3))
+    path = write_features(views, image, tmp_path)
     assert path.suffix == ".safetensors"
     stored = TokenFeatures.load(path)
     assert stored.grid == (8, 12)
     assert stored.registers.shape == (1, 2, 24)
     assert torch.equal(stored.patches[0], views["registers"].patches)
-    both = look(explorer, picture, Question(("plain", "registers"), side=32, layer=3))
-    with zipfile.ZipFile(write_features(both, picture, tmp_path)) as archive:
+    both = read_views(explorer, image, MapRequest(("plain", "registers"), side=32, layer=3))
+    with zipfile.ZipFile(write_features(both, image, tmp_path)) as archive:
         assert len(archive.namelist()) == 2
 
 
@@ -234,9 +240,9 @@ def test_features_are_those_of_extraction(explorer, picture, tmp_path):
 def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
     processor = default_image_processor(32)
-    explorer = Explorer({name: (regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
-    picture = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
-    path = write_features(look(explorer, picture, Question(names, side=32, layer=3)), picture, tmp_path)
+    explorer = Explorer({name: TokenReader(regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
+    image = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    path = write_features(read_views(explorer, image, MapRequest(names, side=32, layer=3)), image, tmp_path)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "out")
     stored = [TokenFeatures.load(file) for file in sorted((tmp_path / "out").iterdir())]
@@ -244,9 +250,9 @@ def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
 
 
 @pytest.mark.slow
-def test_figures_are_pictures(explorer, picture, tmp_path):
-    question = Question(("plain",), side=32, layer=3)
-    path = write_figures(look(explorer, picture, question), picture, question, tmp_path)
+def test_figures_are_images(explorer, image, tmp_path):
+    request = MapRequest(("plain",), side=32, layer=3)
+    path = write_figures(read_views(explorer, image, request), image, request, tmp_path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         assert len(names) == 3
@@ -262,7 +268,11 @@ def test_figures_are_pictures(explorer, picture, tmp_path):
 @pytest.fixture(scope="module")
 def app():
     processor = default_image_processor(32)
-    return build_app({"a": (regvit(), processor), "b": (regvit(0), processor)}, compare="b", reference=[noise()])
+    return build_app(
+        {"a": TokenReader(regvit(), processor), "b": TokenReader(regvit(0), processor)},
+        compare="b",
+        reference=[noise()],
+    )
 
 
 def test_the_server_is_for_this_machine_and_serves_no_files(app):
@@ -296,7 +306,7 @@ def handler(app, name):
     ("content", "name", "words"),
     [
         (b"", "empty.png", "empty.png"),
-        (b"no picture at all", "notes.png", "notes.png"),
+        (b"no image at all", "notes.png", "notes.png"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "drawing.png", "drawing.png"),
     ],
 )
@@ -327,7 +337,7 @@ def test_failures_of_the_machine_do_not_reach_the_visitor(app, monkeypatch, capl
     def fail(*args):
         raise RuntimeError("out of memory at /secret/place")
 
-    monkeypatch.setattr(demo, "look", fail)
+    monkeypatch.setattr(demo, "read_views", fail)
     with pytest.raises(Error) as caught:
         handler(app, "_show")(InputImage.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
     assert "secret" not in caught.value.message
@@ -354,7 +364,7 @@ def test_sliders_follow_the_model(app):
 )
 def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
     """The server refuses values outside of the slider, so the page would show nothing at all."""
-    app = build_app({"a": (regvit(**changes), default_image_processor(32))}, reference=[noise()])
+    app = build_app({"a": TokenReader(regvit(**changes), default_image_processor(32))}, reference=[noise()])
     side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
     assert (side.minimum, side.maximum) == sides
     assert side.minimum <= side.value <= side.maximum
@@ -365,8 +375,8 @@ def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
 
 def test_a_model_of_one_block_has_a_page():
     models = {
-        "one": (regvit(num_hidden_layers=1), default_image_processor(32)),
-        "three": (regvit(), default_image_processor(32)),
+        "one": TokenReader(regvit(num_hidden_layers=1), default_image_processor(32)),
+        "three": TokenReader(regvit(), default_image_processor(32)),
     }
     app = build_app(models, reference=[noise()])
     layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
@@ -375,12 +385,12 @@ def test_a_model_of_one_block_has_a_page():
     assert (layer["maximum"], layer["value"], layer["interactive"]) == (3, 3, True)
 
 
-def test_a_forgotten_picture_is_said_to_be(app):
+def test_a_forgotten_image_is_said_to_be(app):
     """Gradio resets an expired state to its initial value, so that must not be an image."""
     from gradio import Error, State
 
-    pictures = [block for block in app.blocks.values() if isinstance(block, State) and block.time_to_live == 3600]
-    assert [block.value for block in pictures] == [None]
+    images = [block for block in app.blocks.values() if isinstance(block, State) and block.time_to_live == 3600]
+    assert [block.value for block in images] == [None]
     with pytest.raises(Error, match="no longer available"):
         handler(app, "_show")(None, (0.5, 0.5), "a", "none", 32, 3, 0)
 
@@ -399,7 +409,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
 
 def test_compare_must_be_one_of_the_models():
     with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
-        build_app({"a": (regvit(), default_image_processor(32))}, compare="c")
+        build_app({"a": TokenReader(regvit(), default_image_processor(32))}, compare="c")
 
 
 def test_dry_run_of_the_command(capsys):

@@ -15,6 +15,7 @@ from hf_regvit.app import demo_page as demo
 from hf_regvit.app.demo import build_app, launch_options
 from hf_regvit.evaluation.extraction import TokenFeatures
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 pytestmark = pytest.mark.browser
 
@@ -37,7 +38,7 @@ def model(registers, *, artifact=None):
 
     if artifact is not None:
         made.layers[-1].register_forward_hook(blow_up)
-    return made, default_image_processor(64)
+    return TokenReader(made, default_image_processor(64))
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ class Visit:
             self.messages.append(f"{message.type}: {message.text}")
 
     def card(self, number):
-        return self.page.locator(".looks .card").nth(number)
+        return self.page.locator(".maps .card").nth(number)
 
     def map(self, title):
         return self.page.locator("article", has=self.page.get_by_role("heading", name=title, exact=True))
@@ -95,18 +96,18 @@ def visit(browser, address):
 def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, width, height):
     here = visit(width, height)
     expect(here.card(0)).to_contain_text("1 of 96 patches is an artifact")
-    assert here.page.locator(".looks .map").count() == 7
+    assert here.page.locator(".maps .map").count() == 7
     assert here.page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     broken = here.page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0
-    boxes = [here.page.locator(".looks .map").nth(i).bounding_box() for i in range(7)]
+    boxes = [here.page.locator(".maps .map").nth(i).bounding_box() for i in range(7)]
     assert all(box["width"] >= 140 and box["x"] + box["width"] <= width for box in boxes)
     here.page.screenshot(path=screenshots / f"demo_{name}.png", full_page=True)
     if width < 500:
         here.page.get_by_role("button", name="Model, resolution, block, head").click()
     here.choose("compare", "with registers")
     expect(here.card(1)).to_contain_text("with registers")
-    expect(here.page.locator(".looks .map")).to_have_count(2 * 7 + 3)
+    expect(here.page.locator(".maps .map")).to_have_count(2 * 7 + 3)
     assert here.page.evaluate("document.documentElement.scrollWidth") <= width
     here.page.screenshot(path=screenshots / f"demo_compare_{name}.png", full_page=True)
     assert here.messages == []
@@ -116,19 +117,19 @@ def test_page_is_whole_quiet_and_offline(visit, address, screenshots, name, widt
 
 def test_a_click_asks_about_that_patch(visit):
     here = visit()
-    picture, looks = here.map("Image"), here.map("Attention of the patch")
-    expect(picture).to_contain_text("patch 7, 5")  # the middle of 12 x 8
-    first = looks.locator("img").get_attribute("src")
-    box = picture.locator(".map").bounding_box()
-    picture.locator(".map").click(position={"x": box["width"] * 0.04, "y": box["height"] * 0.95})
-    expect(picture).to_contain_text("patch 1, 8")
-    assert looks.locator("img").get_attribute("src") != first
-    expect(looks.locator("rect.query")).to_have_attribute("y", "7")
+    image, map_ = here.map("Image"), here.map("Attention of the patch")
+    expect(image).to_contain_text("patch 7, 5")  # the middle of 12 x 8
+    first = map_.locator("img").get_attribute("src")
+    box = image.locator(".map").bounding_box()
+    image.locator(".map").click(position={"x": box["width"] * 0.04, "y": box["height"] * 0.95})
+    expect(image).to_contain_text("patch 1, 8")
+    assert map_.locator("img").get_attribute("src") != first
+    expect(map_.locator("rect.query")).to_have_attribute("y", "7")
     # Any map can be clicked, also one of the whole image.
     norms = here.map("Norms").locator(".map")
     box = norms.bounding_box()
     norms.click(position={"x": box["width"] * 0.54, "y": box["height"] * 0.05})
-    expect(picture).to_contain_text("patch 7, 1")
+    expect(image).to_contain_text("patch 7, 1")
     assert here.messages == []
 
 
@@ -141,7 +142,7 @@ def test_of_clicks_in_a_row_the_last_counts(visit, monkeypatch):
 
     here = visit()
     monkeypatch.setattr(demo, "results_page", slowly)
-    shown = here.page.locator(".looks .map").first
+    shown = here.page.locator(".maps .map").first
     for x, y in ((0.1, 0.9), (0.5, 0.5), (0.9, 0.05)):
         box = shown.bounding_box()
         shown.click(position={"x": box["width"] * x, "y": box["height"] * y})
@@ -160,7 +161,7 @@ def test_a_tap_on_a_phone_asks_too(visit):
     expect(here.map("Image")).to_contain_text("patch 1, 1")
 
 
-def test_pictures_are_chosen_and_uploaded(visit, tmp_path):
+def test_images_are_chosen_and_uploaded(visit, tmp_path):
     here = visit()
     here.page.get_by_role("button", name="astronaut").click()
     expect(here.card(0)).to_contain_text("64 x 64 px = 8 x 8 patches")
@@ -173,7 +174,7 @@ def test_pictures_are_chosen_and_uploaded(visit, tmp_path):
     assert here.messages == []
 
 
-@pytest.mark.parametrize("content", [b"this is no picture", b""], ids=["text", "empty"])
+@pytest.mark.parametrize("content", [b"this is no image", b""], ids=["text", "empty"])
 def test_a_wrong_file_gives_a_message_and_the_page_goes_on(visit, screenshots, tmp_path, content):
     here = visit()
     (tmp_path / "fake.png").write_bytes(content)
@@ -194,7 +195,7 @@ def test_model_block_head_and_resolution(visit):
     here = visit()
     here.choose("model", "with registers")
     expect(here.card(0)).to_contain_text("No distinct artifacts")
-    expect(here.page.locator(".looks .map")).to_have_count(7 + 3)
+    expect(here.page.locator(".maps .map")).to_have_count(7 + 3)
     cls = here.map("Attention of CLS").locator("img")
     before = cls.get_attribute("src")
     here.choose("head-choice", "head 2")
@@ -237,20 +238,20 @@ def test_files_of_the_machine_are_not_served(visit, address):
 
 def test_the_arrow_keys_choose_a_patch(visit):
     here = visit()
-    picture = here.map("Image").locator(".map[tabindex]")
+    image = here.map("Image").locator(".map[tabindex]")
     for _ in range(60):  # from the top of the page, by Tab alone
         here.page.keyboard.press("Tab")
         if here.page.evaluate("document.activeElement.matches('.map[tabindex]')"):
             break
-    expect(picture).to_be_focused()
-    looks = here.map("Attention of the patch").locator("img")
-    first = looks.get_attribute("src")
+    expect(image).to_be_focused()
+    map_ = here.map("Attention of the patch").locator("img")
+    first = map_.get_attribute("src")
     for key in ("ArrowLeft", "ArrowLeft", "ArrowUp"):
         here.page.keyboard.press(key)
     expect(here.map("Image")).to_contain_text("patch 5, 4")
-    expect(picture).to_be_focused()  # although all maps were replaced
-    expect(picture).to_have_accessible_name(re.compile("column 5, row 4"))
-    expect(looks).not_to_have_attribute("src", first)
+    expect(image).to_be_focused()  # although all maps were replaced
+    expect(image).to_have_accessible_name(re.compile("column 5, row 4"))
+    expect(map_).not_to_have_attribute("src", first)
     for _ in range(20):
         here.page.keyboard.press("ArrowLeft")
     expect(here.map("Image")).to_contain_text("patch 1, 4")
@@ -258,7 +259,7 @@ def test_the_arrow_keys_choose_a_patch(visit):
     here.page.mouse.click(5, 5)
     here.page.get_by_role("button", name="astronaut").click()
     expect(here.card(0)).to_contain_text("8 x 8 patches")
-    expect(picture).not_to_be_focused()  # the maps do not take the focus back after it moved elsewhere
+    expect(image).not_to_be_focused()  # the maps do not take the focus back after it moved elsewhere
     assert here.messages == []
 
 
@@ -269,7 +270,7 @@ def test_everything_that_can_be_used_has_a_name(visit):
             if control.is_visible():
                 expect(control).to_have_accessible_name(re.compile(r"\S"))
     for number in range(6):  # maps that are not controls; Gradio's own icons have no names
-        expect(here.page.locator(".looks").get_by_role("img").nth(number)).to_have_accessible_name(re.compile(r"\S"))
+        expect(here.page.locator(".maps").get_by_role("img").nth(number)).to_have_accessible_name(re.compile(r"\S"))
     chosen = here.page.locator(".thumbs button[aria-pressed=true]")
     expect(chosen).to_have_count(1)
     expect(chosen).to_have_accessible_name("china")

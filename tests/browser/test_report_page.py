@@ -10,6 +10,7 @@ from PIL import Image
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.figures.diagnosis_page import write_report
+from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.browser
 
@@ -22,7 +23,7 @@ def report():
         image_size=32, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_register_tokens=2
     )
     images = [Image.effect_noise((48, 40), 60).convert("RGB") for _ in range(12)]
-    return diagnose(RegViTModel(config).eval(), images, progress=False)
+    return diagnose(RegViTModel(config).eval(), images, processor=default_image_processor(32), progress=False)
 
 
 @pytest.mark.parametrize(("name", "width", "height"), [("desktop", 1280, 900), ("phone", 390, 844)])

@@ -420,7 +420,7 @@ def test_tables_hub_configurations_are_chosen_by_name(monkeypatch, tmp_path):
 
 @pytest.mark.usefixtures("arrow_cache")
 def test_tables_neither_path_nor_hub():
-    with pytest.raises(FileNotFoundError, match=r"Did you mean 'photos'.*Hub"):
+    with pytest.raises(FileNotFoundError, match=r"Did you mean 'builtin:photos'.*Hub"):
         load_images("photo")
     with pytest.raises(FileNotFoundError, match=r"nearest existing folder.*Hub"):
         load_images("nobody/nothing")
@@ -450,12 +450,14 @@ def test_default_image_processor(photo, tmp_path):
     assert (pixels[0] - expected).abs().mean() < 0.005
 
 
-def test_a_folder_called_like_an_embedded_data_set_is_not_overlooked_in_silence(tmp_path, monkeypatch, caplog):
+def test_a_folder_called_like_a_builtin_data_set_wins(tmp_path, monkeypatch, caplog):
     make_folder(tmp_path, ["digits/mine.png"])
     monkeypatch.chdir(tmp_path)
     image_guard.say_once.cache_clear()
+    for name in ("digits", "./digits"):
+        assert load_images(name, split=None).ids == ["mine.png"]
+    assert caplog.text == ""
+    assert len(load_images("builtin:digits", split=None)) == 1797
+    (tmp_path / "digits").rename(tmp_path / "mine")
     assert len(load_images("digits", split=None)) == 1797
-    assert (
-        "'digits' refers to the built-in data set, not to the local path. For the path, use './digits'." in caplog.text
-    )
-    assert load_images("./digits", split=None).ids == ["mine.png"]
+    assert "'digits' is the built-in data set, because there is no such path; 'builtin:digits' always" in caplog.text

@@ -26,16 +26,17 @@ from hf_regvit.diagnosis.outliers import (
     channel_outliers,
     compare_values,
     direction_spread,
+    emergence_layer,
     find_cutoff,
     fit_two_modes,
     log_norms,
     neighbor_similarity,
     reported_layer,
 )
-from hf_regvit.diagnosis.report import ArtifactReport, emergence_layer
+from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.evaluation.metrics import effective_rank, register_cosine
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import read_many
+from hf_regvit.models.tokens import TokenReader, read_many
 
 # --- Two modes and a cut-off ---
 
@@ -420,10 +421,7 @@ def test_attention_statistics_equal_their_slow_twin():
     heads, prefix, registers, patches = 3, 4, 3, 60
     generator = torch.Generator().manual_seed(0)
     attention = torch.rand(2, heads, prefix + patches, generator=generator).pow(3).softmax(dim=-1)
-    outliers = torch.rand(2, patches, generator=generator) < 0.1
-    actual = attention_statistics(
-        attention, num_prefix_tokens=prefix, num_register_tokens=registers, outliers=outliers
-    )
+    actual = attention_statistics(attention, num_prefix_tokens=prefix, num_register_tokens=registers)
     for image in range(2):
         mean = [sum(attention[image, h, t].item() for h in range(heads)) / heads for t in range(prefix + patches)]
         on_patches = sum(mean[prefix:])
@@ -435,7 +433,6 @@ def test_attention_statistics_equal_their_slow_twin():
         expected = {
             "mass_on_patches": on_patches,
             "mass_on_registers": sum(mean[1:4]),
-            "mass_on_outliers": sum(mean[prefix + i] for i in range(patches) if outliers[image, i]),
             "entropy": entropy,
             "entropy_share": entropy / math.log(patches),
             "head_entropy": sum(head_entropies) / heads,
@@ -461,7 +458,7 @@ def test_cost_equals_the_published_table(size, patch, giga, more):
             model = RegViTModel(
                 RegViTConfig.from_preset(size, patch_size=patch, image_size=224, num_register_tokens=registers)
             )
-        macs[registers] = count_macs(model, (224 // patch) ** 2)
+        macs[registers] = count_macs(TokenReader(model), (224 // patch) ** 2)
     assert macs[0] / 1e9 == pytest.approx(giga, rel=0.006)
     assert macs[4] / macs[0] - 1 == pytest.approx(more, abs=0.0003)
 
@@ -916,7 +913,7 @@ def test_controls_that_cannot_be_made():
 
 def test_hooks_are_gone_after_an_error(monkeypatch):
     model = tiny_model()
-    with pytest.raises(RuntimeError), _registers_replaced(model, {1: torch.zeros(3, 5, 7)}):
+    with pytest.raises(RuntimeError), _registers_replaced(TokenReader(model), {1: torch.zeros(3, 5, 7)}):
         model(random_pixels())
     assert not any(module._forward_hooks for module in model.modules())
 

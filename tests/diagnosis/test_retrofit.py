@@ -22,7 +22,9 @@ from hf_regvit.data.preparation import prepare_images
 from hf_regvit.diagnosis.register_neurons import (
     RegisterNeurons,
     RetrofitError,
+    _all_norms,
     _find_outliers,
+    _search,
     add_test_time_registers,
     find_register_neurons,
     score_neurons,
@@ -30,8 +32,8 @@ from hf_regvit.diagnosis.register_neurons import (
 )
 from hf_regvit.diagnosis.retrofit import (
     RetrofitReport,
+    _divide,
     _least_change,
-    _search_in_part,
     _SearchReadings,
     _Tally,
     retrofit,
@@ -40,7 +42,7 @@ from hf_regvit.figures.maps import TokenMaps, before_after_figure
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.models.modeling_regvit import move_to_registers
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import read_tokens
+from hf_regvit.models.tokens import TokenReader, read_tokens
 
 TINY = {
     "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
@@ -319,7 +321,9 @@ def test_scores_equal_a_loop(planted, pictures, processor):
     pixels = torch.stack([transform(picture) for picture in pictures[:5]])
     activations = read_tokens(planted, pixels, layers="all", site="mlp").values
     for quiet_share, quiet_below in ((0.5, 0.5), (0.98, 0.0), (0.0, 0.0)):
-        scores = score_neurons(planted, images, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below)
+        scores = score_neurons(
+            TokenReader(planted), images, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below
+        )
         assert scores.shape == (4, 192)
         for block in range(4):
             for neuron in (0, 9, 100):
@@ -341,7 +345,7 @@ def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(pi
     pixels = torch.stack([transform(picture) for picture in pictures[:4]])
     is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3
     is_outlier[:, 0] = True
-    scores = score_neurons(model, prepare_images(pictures[:4], transform, batch_size=4), is_outlier)
+    scores = score_neurons(TokenReader(model), prepare_images(pictures[:4], transform, batch_size=4), is_outlier)
     exactly_half = loud_below = 0
     for block, activations in enumerate(read_tokens(model, pixels, layers="all", site="mlp").values):
         for neuron in range(activations.shape[2]):
@@ -425,9 +429,9 @@ def test_what_is_told_of_a_variant_equals_its_loop():
 
 
 def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, pictures, processor):
-    transform = EvaluationTransform.for_model(planted, processor)
-    images = prepare_images(pictures, transform, batch_size=16)
-    found, parts = _search_in_part(planted, images, "auto", 3, progress=False)
+    reader = TokenReader(planted, processor)
+    images, parts = prepare_images(pictures, reader.transform, batch_size=16), _divide(64, 3)
+    found = _search(reader, images, _all_norms(reader, images), "auto", parts["search"])
     assert sum(mask.astype(int) for mask in parts.values()).tolist() == [1] * 64
     mine = [picture for picture, here in zip(pictures, parts["search"], strict=True) if here]
     alone = find_register_neurons(planted, mine, processor=processor)
@@ -475,7 +479,7 @@ def test_retrofit_moves_the_outliers_and_says_so(planted, pictures, processor, t
     norms = read_tokens(model, noise(2, side=64), layers=(2,))
     assert norms.registers().norm(dim=-1).min() > report.cutoff  # where they went
     assert [record["chosen"] for record in report.tried].count(True) == 1
-    assert len(report.summary().splitlines()) == 12
+    assert len(report.summary().splitlines()) == 13
     path = report.save(tmp_path)
     assert RetrofitReport(**json.loads(path.read_text())) == report
 

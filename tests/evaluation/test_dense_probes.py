@@ -26,6 +26,7 @@ from hf_regvit.evaluation.dense_heads import (
 )
 from hf_regvit.evaluation.intervals import mean_iou
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
+from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import EvaluationTransform
 
 TINY = {
@@ -66,7 +67,7 @@ def scenes(seeds, size=(32, 32)):
 
 
 def read(model, images, **options) -> DenseFeatures:
-    return read_dense_features(model, images, processor=Statistics(), **options)
+    return read_dense_features(open_model(model, processor=Statistics()), images, **options)
 
 
 # --- Features

@@ -2,7 +2,7 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -15,25 +15,31 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from hf_regvit import RegViTConfig, RegViTModel, extract_features
 from hf_regvit.app import cli
+from hf_regvit.app.arguments import evaluate_arguments
+from hf_regvit.app.recipes import RecipeParser
 from hf_regvit.data.files import stratified_split
 from hf_regvit.data.loading import load_images
-from hf_regvit.data.parts import _of_every_class
-from hf_regvit.data.source import join_sources
+from hf_regvit.data.parts import draw_images
+from hf_regvit.data.source import ImageSource, join_sources
 from hf_regvit.evaluation.cache import FrozenFeatures, data_fingerprint, read_features
-from hf_regvit.evaluation.image_tasks import score_features
+from hf_regvit.evaluation.image_tasks import VectorSettings, option
 from hf_regvit.evaluation.intervals import bootstrap_interval, mean_iou, paired_difference
 from hf_regvit.evaluation.knn import few_shot_indices, knn_accuracy
 from hf_regvit.evaluation.linear import LinearGrid, logistic_path, train_linear_heads
 from hf_regvit.evaluation.lost import LostSettings
 from hf_regvit.evaluation.object_discovery import CorLocScore, LostEvaluation
+from hf_regvit.evaluation.patch_tasks import lost_score
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable, Score, fingerprint_of_names
-from hf_regvit.evaluation.run import _lost_score, compare_backbones, evaluate_backbone
-from hf_regvit.evaluation.tasks import LabeledFeatures, Protocol
-from hf_regvit.models.loading import model_fingerprint, short_names
-from hf_regvit.models.processing import EvaluationTransform, default_image_processor
+from hf_regvit.evaluation.run import LabeledFeatures, compare_backbones, evaluate_backbone, score_features
+from hf_regvit.evaluation.tasks import TASKS, settings_from, task_options
+from hf_regvit.models.loading import model_fingerprint, open_model, short_names
+from hf_regvit.models.processing import default_image_processor
 
 CLASSES = ("blue", "green", "red")
-QUICK = Protocol(linear=LinearGrid((0.1, 10.0), num_steps=20), logistic_cs=(0.1, 10.0), num_tries=2, shots=(1, 2))
+QUICK = {
+    "linear_learning_rates": [0.1, 10.0], "linear_steps": 20, "logistic_cs": [0.1, 10.0], "num_tries": 2,
+    "shots": [1, 2],
+}  # fmt: skip
 
 
 def picture(channel, seed):
@@ -69,7 +75,7 @@ PROCESSOR = default_image_processor(32)
 
 
 def evaluate(model, data, **options):
-    return evaluate_backbone(model, data, **{"processor": PROCESSOR, "protocol": QUICK} | options)
+    return evaluate_backbone(open_model(model, processor=PROCESSOR), data, **QUICK | options)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +93,7 @@ def score_of(report, task, variant=""):
 
 def features_of(model, data, part):
     source = load_images(data, split=part)
-    return extract_features(model, source, processor=PROCESSOR).cls, torch.tensor(source.labels)
+    return extract_features(open_model(model, processor=PROCESSOR), source).cls, torch.tensor(source.labels)
 
 
 def test_knn_is_that_of_the_plain_functions(model, data, report):
@@ -133,7 +139,7 @@ def test_logistic_regression_is_chosen_on_a_tenth_and_fitted_on_everything(model
     score = score_of(report, "logistic")
     assert score.settings["num_images_to_choose"] == 3
     c = float(score.settings["chosen"].split()[1])
-    assert c in QUICK.logistic_cs
+    assert c in QUICK["logistic_cs"]
     (fitted,) = logistic_path(train, labels, num_classes=3, cs=(c,))
     assert score.value == pytest.approx((fitted(judged).argmax(1) == truth).float().mean().item())
 
@@ -144,8 +150,7 @@ def test_sizes_of_robustness(report):
 
 
 def test_at_its_own_size_robustness_is_knn(model, data):
-    protocol = Protocol(image_sizes=(32,), knn_ks=(5,))
-    scores = evaluate(model, data, tasks=["knn", "robustness"], protocol=protocol).scores
+    scores = evaluate(model, data, tasks=["knn", "robustness"], image_sizes=[32], knn_k=[5]).scores
     assert scores[0].value == scores[1].value
     assert scores[0].columns == scores[1].columns
 
@@ -161,7 +166,7 @@ def clusters(count, seed, kind="CLS", num_blocks=2):
 
 @pytest.mark.parametrize("kind", ["CLS", "mean patch"])
 def test_every_task_tells_clusters_apart(kind):
-    scores = list(score_features(clusters(30, 0, kind), clusters(12, 1, kind), protocol=QUICK))
+    scores = list(score_features(clusters(30, 0, kind), clusters(12, 1, kind), **QUICK))
     assert {score.task for score in scores} == {"knn", "linear", "logistic", "few_shot", "retrieval"}
     assert all(score.value == 1 and score.interval == (1, 1) for score in scores)
     assert all(kind in score.protocol for score in scores)
@@ -175,18 +180,18 @@ def test_scores_go_through_the_metrics_of_the_package():
 
     judged = clusters(12, 1)
     wrong = LabeledFeatures(judged.features, (judged.labels + (torch.arange(12) < 3)) % 3, 3, "clusters")
-    (score,) = score_features(clusters(30, 0), wrong, tasks=["knn"], protocol=Protocol(knn_ks=(3,)))
+    (score,) = score_features(clusters(30, 0), wrong, tasks=["knn"], knn_k=[3])
     votes = torch.nn.functional.one_hot(judged.labels, 3).float()
     assert score.value == TopKAccuracy().compute(predictions=votes, references=wrong.labels)["top1"] == 0.75
 
 
 def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
-    protocol = Protocol(select_on="judged", linear=QUICK.linear, logistic_cs=QUICK.logistic_cs)
-    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=protocol):
+    options = QUICK | {"select_on": "test"}
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], **options):
         assert "on the test images themselves (official protocol, optimistic)" in score.protocol
         assert score.settings["num_images_to_choose"] == 12
         assert score.settings["accuracy_where_chosen"] == score.value
-    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], protocol=QUICK):
+    for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], **QUICK):
         assert "selected on a held-out tenth of the training images" in score.protocol
         assert score.settings["num_images_to_choose"] == 3
 
@@ -203,7 +208,7 @@ def blurred(count, seed):
 
 def test_shots_are_the_official_ones_as_far_as_every_class_has_them():
     for count, shots in ((14, ["n=1"]), (15, ["n=1", "n=5"]), (30, ["n=1", "n=5", "n=10"])):  # of three classes
-        scores = score_features(blurred(count, 0), blurred(6, 1), tasks=["few_shot"], protocol=Protocol(num_tries=1))
+        scores = score_features(blurred(count, 0), blurred(6, 1), tasks=["few_shot"], num_tries=1)
         assert [score.variant for score in scores] == shots
 
 
@@ -211,8 +216,8 @@ def test_few_shot_votes_at_the_temperature_that_is_said():
     train, judged = blurred(30, 0), blurred(150, 1)
     found = {}
     for temperature in (0.02, 5.0):
-        protocol = Protocol(shots=(4,), num_tries=1, temperature=temperature)
-        (score,) = score_features(train, judged, tasks=["few_shot"], protocol=protocol, seed=3)
+        options = {"shots": [4], "num_tries": 1, "temperature": temperature}
+        (score,) = score_features(train, judged, tasks=["few_shot"], seed=3, **options)
         rows = few_shot_indices(train.labels, 4, seed=3)
         expected = knn_accuracy(
             train.features.last[rows], train.labels[rows], judged.features.last, judged.labels, k=(4,),
@@ -225,7 +230,11 @@ def test_few_shot_votes_at_the_temperature_that_is_said():
 
 def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
     train, judged = blurred(40, 0), blurred(300, 1)
-    protocol = Protocol(linear=LinearGrid((0.05, 1.0), (1, 2), (False, True), 60, 16), logistic_cs=(0.1, 1.0, 10.0))
+    grid = LinearGrid((0.05, 1.0), (1, 2), (False, True), 60, 16)
+    options = {
+        "linear_learning_rates": [0.05, 1.0], "linear_num_blocks": [1, 2], "linear_steps": 60,
+        "linear_batch_size": 16, "logistic_cs": [0.1, 1.0, 10.0],
+    }  # fmt: skip
     fitted, held = stratified_split(train.labels.tolist(), held_out_share=0.1, seed=2)
     features, everything = train.features, list(range(40))
 
@@ -239,16 +248,14 @@ def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
             right = (scores.argmax(1) == train.labels[held]).float().mean().item()
             yield (right, -torch.nn.functional.cross_entropy(scores, train.labels[held]).item()), model.c
 
-    head, _ = heads(fitted, protocol.linear).best(
-        features.vectors[held], features.mean_patch[held], train.labels[held]
-    )
+    head, _ = heads(fitted, grid).best(features.vectors[held], features.mean_patch[held], train.labels[held])
     (_, linear), (_, partial) = (
-        next(heads(rows, protocol.linear.only(head)).scores(judged.features.vectors, judged.features.mean_patch))
+        next(heads(rows, grid.only(head)).scores(judged.features.vectors, judged.features.mean_patch))
         for rows in (everything, fitted)
     )
     c = max(best_c())[1]
     (logistic,) = logistic_path(features.last, train.labels, num_classes=3, cs=(c,))
-    scores = list(score_features(train, judged, tasks=["linear", "logistic"], protocol=protocol, seed=2))
+    scores = list(score_features(train, judged, tasks=["linear", "logistic"], seed=2, **options))
     for score, votes in zip(scores, (linear, logistic(judged.features.last)), strict=True):
         assert score.columns == (tuple((votes.argmax(1) == judged.labels).double().tolist()),)
     assert scores[0].settings["chosen"].startswith(str(head))
@@ -261,7 +268,7 @@ def test_models_without_cls_read_the_mean_patch(data):
     siglip = SiglipVisionModel(SiglipVisionConfig(**config, image_size=32, patch_size=8)).eval()
     report = evaluate(siglip, data, tasks=["knn"])
     assert "no CLS token, so tasks on whole images use the mean of its patch tokens" in report.notes[0]
-    patches = [extract_features(siglip, load_images(data, split=part), processor=PROCESSOR).patches.mean(1)
+    patches = [extract_features(open_model(siglip, processor=PROCESSOR), load_images(data, split=part)).patches.mean(1)
                for part in ("train", "validation")]  # fmt: skip
     labels = [torch.tensor(load_images(data, split=part).labels) for part in ("train", "validation")]
     expected = knn_accuracy(patches[0], labels[0], patches[1], labels[1], k=(10,))[10]
@@ -379,7 +386,7 @@ def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
     score = CorLocScore("LOST", 2 / 3, (0.0, 1.0), (0.0, (0.0, 0.0)), overlaps)
     protocol = {"iou_threshold": 0.5, "max_side": 640, "padding": "zeros"}
     lost = LostEvaluation(LostSettings(), {"lost": score}, None, protocol, ("a", "b", "c"), 0, 0, 1.0)
-    assert _lost_score(lost, "d", 0).value == pytest.approx(2 / 3)
+    assert lost_score(lost, "d", 0).value == pytest.approx(2 / 3)
 
 
 # --- Cache
@@ -394,8 +401,10 @@ def counted(monkeypatch):
 
 
 def read(model, source, cache_dir, size=32, **options):
-    transform = EvaluationTransform.for_model(model, PROCESSOR, image_size=size)
-    return read_features(model, source, transform=transform, cache_dir=cache_dir, **options)
+    reader = open_model(model, processor=PROCESSOR)
+    return read_features(
+        reader, source, transform=reader.transform_for(image_size=size), cache_dir=cache_dir, **options
+    )
 
 
 def test_features_are_read_once(counted, data, tmp_path):
@@ -474,7 +483,7 @@ def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(model, data):
     source = load_images(data, split="validation")
     features = read(model, source, None, layers=(1, 2))
     for block in (1, 2):
-        tokens = extract_features(model, source, processor=PROCESSOR, layer=block)
+        tokens = extract_features(open_model(model, processor=PROCESSOR), source, layer=block)
         torch.testing.assert_close(features.vectors[:, block - 1], tokens.cls)
     torch.testing.assert_close(features.mean_patch, tokens.patches.mean(1))
 
@@ -520,7 +529,7 @@ def folders(tmp_path):
 def test_models_are_compared_on_the_same_images(folders, data):
     seen = []
     models = [folders / "a", folders / "b"]
-    options = {"tasks": ["knn"], "protocol": Protocol(knn_ks=(3,))}
+    options = {"tasks": ["knn"], "knn_k": [3]}
     table = compare_backbones(models, data, on_report=lambda table: seen.append(len(table.reports)), **options)
     assert seen == [1, 2]
     (first, _, none), (second, report, reference) = table.rows()
@@ -611,14 +620,11 @@ def dense(tmp_path_factory):
 def test_segmentation_and_depth(model, data, dense):
     from hf_regvit.data.maps import load_depth
     from hf_regvit.evaluation.dense_features import read_dense_features
-    from hf_regvit.evaluation.dense_heads import DepthSettings, SegmentationSettings, linear_depth
+    from hf_regvit.evaluation.dense_heads import DepthSettings, linear_depth
 
-    protocol = Protocol(
-        segmentation=SegmentationSettings(num_steps=40, learning_rate=0.05, batch_size=4),
-        depth=DepthSettings(num_steps=4, batch_size=2),
-    )
     task_data = {"segmentation": dense / "mask", "depth": dense / "depth"}
-    report = evaluate(model, data, tasks=["depth", "segmentation"], task_data=task_data, protocol=protocol)
+    options = {"dense_steps": 40, "dense_learning_rate": 0.05, "dense_batch_size": 4, "task_data": task_data}
+    report = evaluate(model, data, tasks=["depth", "segmentation"], **options)
     scores = {score.metric: score for score in report.scores}
     assert list(scores) == ["mean_iou", "rmse", "abs_rel", "delta1"]
     assert scores["mean_iou"].value > 0.9
@@ -627,8 +633,9 @@ def test_segmentation_and_depth(model, data, dense):
     assert scores["rmse"].show(0.5, (0.4, 0.6)) == "0.500 m [0.400, 0.600]"
     assert report.reading_seconds > 0
     parts = [load_depth(dense / "depth", split=split) for split in ("train", "validation")]
-    features = [read_dense_features(model, part, processor=PROCESSOR) for part in parts]
-    plain = linear_depth(features[0], parts[0].targets, features[1], parts[1].targets, settings=protocol.depth)
+    features = [read_dense_features(open_model(model, processor=PROCESSOR), part) for part in parts]
+    settings = DepthSettings(num_steps=40, learning_rate=0.05, batch_size=4)
+    plain = linear_depth(features[0], parts[0].targets, features[1], parts[1].targets, settings=settings)
     for metric in ("rmse", "abs_rel", "delta1"):
         assert scores[metric].value == pytest.approx(getattr(plain, metric), rel=1e-4), metric
 
@@ -654,43 +661,44 @@ def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
     folder = data / "train"
     args = FinetuningArguments(output_dir="unused", data=str(folder), use_cpu=True, seed=42, train_val_split=0.25)
     held = open_data(args).heldout
-    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
-    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=42).scores
+    options = {"train_val_split": 0.25, "knn_k": [3], "tasks": ("knn",)}
+    (score,) = evaluate(model, str(folder), seed=42, **options).scores
     assert score.num_images == len(held)
     assert score.images == fingerprint_of_names(held.ids)
-    (score,) = evaluate(model, str(folder), protocol=protocol, tasks=("knn",), seed=0).scores
+    (score,) = evaluate(model, str(folder), seed=0, **options).scores
     assert score.images != fingerprint_of_names(held.ids)
 
 
 def test_missing_validation_part(model, data):
-    with pytest.raises(ValueError, match=r"has no validation split.*give train_data, or a train_val_split such as"):
-        evaluate(model, data / "validation")
-    protocol = Protocol(train_val_split=0.25, knn_ks=(3,))
-    (score,) = evaluate(model, data / "train", protocol=protocol, tasks=["knn"]).scores
-    assert (score.num_train, score.num_images) == (18, 6)
+    for options, counts in (({"train_val_split": 0.25}, (18, 6)), ({}, (21, 3))):
+        report = evaluate(model, data / "train", tasks=["knn"], knn_k=[3], **options)
+        (score,) = report.scores
+        assert (score.num_train, score.num_images) == counts
+        assert report.notes[0].startswith(f"Held out: {counts[1]} of 24 training images")
+    assert not evaluate(model, data, tasks=["knn"], knn_k=[3]).notes
 
 
 def test_more_neighbours_than_images(model, data):
     with pytest.raises(ValueError, match=r"k=\[5, 25\]: every k must be .* at most 24"):
-        evaluate(model, data, tasks=["knn"], protocol=Protocol(knn_ks=(5, 25)))
+        evaluate(model, data, tasks=["knn"], knn_k=[5, 25])
     with pytest.raises(ValueError, match="has 8 training images, but 9 per class were requested"):
-        evaluate(model, data, tasks=["few_shot"], protocol=Protocol(shots=(9,)))
+        evaluate(model, data, tasks=["few_shot"], shots=[9])
 
 
 def test_images_without_labels(model, tmp_path):
     for i in range(4):
         picture(0, i).save(tmp_path / f"{i}.png")
     source = load_images(tmp_path)
-    with pytest.raises(ValueError, match="has no labels, which tasks on whole images need"):
+    with pytest.raises(ValueError, match="has no labels in its training split: 2 images are not in a subfolder"):
         evaluate(model, source.subset([0, 1]), train=source.subset([2, 3]))
 
 
 def test_one_class_and_unseen_classes(model, data):
     train, judged = (load_images(data, split=part) for part in ("train", "validation"))
     of = {label: [i for i, one in enumerate(train.labels) if one == label] for label in range(3)}
-    with pytest.raises(ValueError, match=r"All 8 training images .* are of one class"):
-        evaluate(model, judged, train=train.subset(of[0]))
-    with pytest.raises(ValueError, match=r"1 classes of the test images of .* have no training images: red"):
+    with pytest.raises(ValueError, match=r"all 8 training images are of one class, 'blue'"):
+        evaluate(model, judged.subset(range(4)), train=train.subset(of[0]))
+    with pytest.raises(ValueError, match=r"has 1 classes without training images: 'red'"):
         evaluate(model, judged, train=train.subset(of[0] + of[1]))
 
 
@@ -698,7 +706,7 @@ def test_other_classes_in_the_training_images(model, data, tmp_path):
     for name in ("blue", "yellow"):
         (tmp_path / name).mkdir()
         picture(0, 1).save(tmp_path / name / "1.png")
-    with pytest.raises(ValueError, match=r"has 2 classes and .* has 3; they differ in: green, red, yellow"):
+    with pytest.raises(ValueError, match=r"has 2 classes without training images: 'green', 'red'"):
         evaluate(model, data, train=tmp_path)
 
 
@@ -706,31 +714,30 @@ def test_judged_folders_that_lack_a_class_are_numbered_by_name(model, data):
     train = load_images(data / "train", split=None)
     whole = load_images(data / "validation", split=None)
     part = replace(whole.subset(range(4, 12)), labels=[0] * 4 + [1] * 4, label_names=("green", "red"))
-    (score,) = evaluate(model, part, train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))).scores
-    (same,) = evaluate(
-        model, whole.subset(range(4, 12)), train=train, tasks=["knn"], protocol=Protocol(knn_ks=(3,))
-    ).scores
+    (score,) = evaluate(model, part, train=train, tasks=["knn"], knn_k=[3]).scores
+    (same,) = evaluate(model, whole.subset(range(4, 12)), train=train, tasks=["knn"], knn_k=[3]).scores
     assert score.columns == same.columns
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 20, 29, 30])
 def test_a_draw_has_so_many_images_and_every_class_that_fits(count):
     labels = [0] * 16 + [1] * 10 + [2] * 3 + [3]  # the last class has a single image
-    drawn = _of_every_class(labels, count, seed=4)
+    source = ImageSource("", [str(i) for i in range(30)], lambda i: i, labels)
+    drawn = [int(name) for name in draw_images(source, count, seed=4, draw="every_class").ids]
     assert drawn == sorted(set(drawn))
     assert len(drawn) == count
     found = np.bincount([labels[i] for i in drawn], minlength=4)
     assert (found > 0).sum() == min(4, count)
     share = np.array([16, 10, 3, 1]) * count / 30
     assert (np.abs(found - np.maximum(share, count >= 4)) <= 1.5).all()
-    assert _of_every_class(labels, count, seed=4) == drawn
+    again = draw_images(source, count, seed=4, draw="every_class").ids
+    assert list(map(int, again)) == drawn
 
 
 def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
     train, judged = (load_images(data, split=part) for part in ("train", "validation"))
     single = judged.subset([0, 4, 8])
-    protocol = Protocol(knn_ks=(3,), max_images=2)
-    (score,) = evaluate(model, single, train=train, tasks=["knn"], protocol=protocol).scores
+    (score,) = evaluate(model, single, train=train, tasks=["knn"], knn_k=[3], max_images=2).scores
     assert (score.num_train, score.num_images) == (3, 2)  # one training image per class
 
 
@@ -747,20 +754,130 @@ def test_judged_images_that_are_fitted_on(model, data, caplog):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"select_on": "test"}, "select_on='test' is unknown"),
+        ({"select_on": "tests"}, "select_on='tests' is unknown"),
         ({"train_val_split": 1.0}, r"train_val_split=1.0 must lie between"),
         ({"num_tries": 0}, "num_tries=0"),
         ({"num_dense_blocks": 2}, "num_dense_blocks=2 must be 1 or 4"),
+        ({"lost_l2norm": ["yes"]}, "lost_l2norm=\\['yes'\\]"),
+        ({"knn_ks": [3]}, "Unknown option 'knn_ks'. Did you mean 'knn_k'"),
     ],
 )
 def test_settings_out_of_range(change, message):
     with pytest.raises(ValueError, match=message):
-        Protocol(**change)
+        evaluate_backbone("no model is opened", "no data are opened", tasks=list(TASKS), **change)
+
+
+def test_the_old_name_of_the_test_images_is_accepted():
+    old, new = (
+        list(score_features(clusters(30, 0), clusters(12, 1), tasks=["linear"], **QUICK | {"select_on": name}))
+        for name in ("judged", "test")
+    )
+    assert old[0].settings == new[0].settings
+    assert old[0].settings["select_on"] == "test"
 
 
 def test_a_model_is_named_once(data):
     with pytest.raises(ValueError, match="Name each once"):
         compare_backbones(["a", "a"], data)
+
+
+# --- Tasks
+
+
+@dataclass
+class Centroid:
+    """Nearest mean of a class: a task as a user would write it."""
+
+    @dataclass
+    class Settings(VectorSettings):
+        """Settings of the nearest mean."""
+
+        centroid_power: float = option(1.0, "Power of the distance to a mean.", "--power")
+
+        def __post_init__(self):
+            if self.centroid_power <= 0:
+                raise ValueError(f"centroid_power={self.centroid_power} must be above 0.")
+
+    settings: Settings
+    name, title, hub_type, needs = "centroid", "Nearest mean", "image-classification", "labels"
+
+    def run(self, reader, parts, *, seed):
+        train, test = (parts.features(reader, part, self.settings.image_size) for part in ("train", "test"))
+        means = torch.stack([train.features.last[train.labels == label].mean(0) for label in range(3)])
+        right = torch.cdist(test.features.last, means).pow(self.settings.centroid_power).argmin(1) == test.labels
+        score = Score.measured(
+            right.double().numpy(), ids=test.features.ids, data=test.data, seed=seed, task=self.name, variant="",
+            metric="top1", protocol="nearest mean of the training images of a class", settings={}, seconds=0.0,
+            num_train=len(train),
+        )  # fmt: skip
+        return [score]
+
+
+def test_a_task_is_one_class_and_one_entry_in_the_table(model, data, monkeypatch, tmp_path):
+    monkeypatch.setitem(TASKS, Centroid.name, Centroid)
+    report = evaluate(model, data, tasks=["centroid", "knn"], knn_k=[3], centroid_power=2.0, image_size=32)
+    score = score_of(report, "centroid")
+    assert score.value > 0.5
+    assert score.name == "Nearest mean, top1"
+    assert report.model_index("m")[0]["results"][0]["task"]["type"] == "image-classification"
+    assert "- centroid: nearest mean" in EvaluationTable((report,)).markdown()
+    report.save(tmp_path / "report.json")
+    with pytest.raises(ValueError, match=r"centroid_power=-1.0 must be above 0"):
+        evaluate(model, data, tasks=["centroid"], centroid_power=-1.0)
+    with pytest.raises(ValueError, match=r"Did you mean 'centroid_power'\?"):
+        evaluate(model, data, centroid_pow=1.0)
+    parser = RecipeParser(evaluate_arguments(), prog="regvit evaluate")
+    given = ["--model", "a", "--data", "b", "--tasks", "centroid", "--power", "3"]
+    (arguments,) = parser.parse(given)
+    assert arguments.settings()["centroid_power"] == 3
+    assert "Power of the distance to a mean." in parser.format_help()
+    assert "retrieval, robustness, centroid (with labels)" in " ".join(parser.format_help().split())
+    monkeypatch.delitem(TASKS, Centroid.name)
+    assert EvaluationReport.load(tmp_path / "report.json") == report  # a report outlives its task
+    assert score.name == "centroid, top1"
+    assert "--centroid_power" not in RecipeParser(evaluate_arguments(), prog="regvit evaluate").format_help()
+
+
+def test_two_tasks_cannot_disagree_on_an_option(monkeypatch):
+    @dataclass
+    class Other(Centroid):
+        @dataclass
+        class Settings:
+            num_tries: int = option(7, "Another default than few_shot.")
+
+        name = "other"
+
+    monkeypatch.setitem(TASKS, "other", Other)
+    with pytest.raises(ValueError, match="different defaults"):
+        evaluate_arguments()
+
+
+def test_every_option_has_a_help_text_and_a_task():
+    for name, task in TASKS.items():
+        assert (task.name, task.needs) == (name, task.needs)
+        assert task.title
+    assert all(one.metadata["help"].endswith(".") for _, one in task_options().values())
+    given = ["--model", "a", "--model", "b", "--data", "c", "--reduce_labels", "--lost_l2norm", "false"]
+    given += ["--lost_data", "d"]
+    (arguments,) = RecipeParser(evaluate_arguments(), prog="x").parse(given)
+    assert arguments.model == ["a", "b"]
+    assert arguments.do_reduce_labels
+    settings = arguments.settings()
+    assert settings["task_data"] == {"lost": "d"}
+    lost = settings_from(TASKS["lost"].Settings, {"lost_l2norm": ["false"], "lost_biases": [1.0]})
+    assert {one.bias for one in lost.candidates(12)} == {1.0}
+    assert len(TASKS["lost"].Settings().candidates(12)) == 4 * 4 * 3 * (1 + 5)
+
+
+def test_modules_and_names_are_compared(folders, data, model):
+    reader = open_model(model, processor=PROCESSOR)
+    table = compare_backbones([folders / "a", reader, open_model(new_model(1), processor=PROCESSOR)], str(data),
+                              tasks=["knn"], knn_k=[3])  # fmt: skip
+    assert table.reports[0].model == "a"
+    assert len({report.model for report in table.reports}) == 3
+    assert table.reports[0].scores[0].columns == table.reports[1].scores[0].columns  # the same weights
+    with pytest.raises(ValueError, match="Name each once"):
+        compare_backbones([reader, reader], data)
 
 
 # --- Command line

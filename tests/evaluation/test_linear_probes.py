@@ -116,17 +116,33 @@ def test_of_equally_right_heads_the_surer_one_is_chosen():
     assert (best.learning_rate, accuracy) == (0.2, 1.0)
 
 
+@pytest.mark.parametrize("num_classes", [2, CLASSES])
 @pytest.mark.parametrize("c", [1e-3, 0.1, 10.0])
-def test_logistic_regression_has_the_minimum_of_scikit_learn(features, c):
+def test_logistic_regression_is_at_the_minimum_of_its_objective(features, c, num_classes):
     from sklearn.linear_model import LogisticRegression
 
     vectors, _, labels = features
-    x = vectors[:, -1] * 3 + 1  # neither centered nor of unit length
-    (model,) = logistic_path(x, labels, num_classes=CLASSES, cs=(c,))
-    other = LogisticRegression(C=c, max_iter=2000, tol=1e-10).fit(x.double().numpy(), labels.numpy())
-    expected = torch.from_numpy(other.predict_proba(x.double().numpy())).float()
-    torch.testing.assert_close(model(x).softmax(1), expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.weight.T, torch.from_numpy(other.coef_).float(), atol=1e-3, rtol=1e-3)
+    x, labels = (vectors[:, -1] * 3 + 1).double(), labels % num_classes  # neither centered nor of unit length
+    (model,) = logistic_path(x, labels, num_classes=num_classes, cs=(c,), tolerance=1e-10)
+    weight, bias = model.weight.clone().requires_grad_(), model.bias.clone().requires_grad_()
+    objective = F.cross_entropy(x @ weight + bias, labels) + weight.square().sum() / (2 * c * len(x))
+    for slope in torch.autograd.grad(objective, (weight, bias)):
+        assert slope.abs().max() < 1e-6
+    torch.testing.assert_close(model(x), (x @ model.weight + model.bias).float())
+    if num_classes > 2:  # scikit-learn's own fit of two classes has another penalty
+        other = LogisticRegression(C=c, max_iter=2000, tol=1e-10).fit(x.numpy(), labels.numpy())
+        expected = torch.from_numpy(other.predict_proba(x.numpy())).float()
+        torch.testing.assert_close(model(x).softmax(1), expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(model.weight.T, torch.from_numpy(other.coef_), atol=1e-3, rtol=1e-3)
+
+
+def test_a_class_without_training_images_is_never_predicted(features):
+    vectors, _, labels = features
+    x, labels = vectors[:, -1], labels.clamp(max=2)
+    for present in (labels, labels[labels < 2], labels[labels == 1]):
+        (model,) = logistic_path(x[: len(present)], present, num_classes=5, cs=(1.0,))
+        assert set(model(x).argmax(1).tolist()) <= set(present.tolist())
+        assert torch.isfinite(model(x)[:, present.unique()]).all()
 
 
 def test_a_path_ends_where_each_c_alone_does(features):

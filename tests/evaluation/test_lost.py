@@ -17,7 +17,6 @@ from hf_regvit.evaluation.lost import (
     LostSettings,
     _padded,
     affinity,
-    attention_cells,
     attention_mask,
     cells_to_pixels,
     discover_objects,
@@ -25,8 +24,14 @@ from hf_regvit.evaluation.lost import (
     lost_boxes,
     propose,
 )
+from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
 from hf_regvit.models.tokens import read_tokens
+
+
+def attention_cells(attention, grid, *, mass):
+    """Box around the mask of the attention, in patches."""
+    return around({tuple(cell) for cell in attention_mask(attention, grid, mass=mass).nonzero().tolist()})
 
 
 def flood(cells, start):
@@ -400,7 +405,7 @@ def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor
         tokens = outputs.hidden_states[layer][0, 3:].detach()  # without CLS and two registers
         expected = lost_box(tokens, (4, 5), center="image", k=6)
         (found,) = discover_objects(
-            model, [image], feature="out", layer=layer, center="image", k=6, processor=processor
+            open_model(model, processor=processor), [image], feature="out", layer=layer, center="image", k=6
         )
         assert found.box == expected.box(8, (26, 37))
         torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-3, rtol=1e-3)
@@ -414,7 +419,7 @@ def test_queries_keys_and_values_are_the_projections(model, processor):
         tokens = read_tokens(model, pixels, layers=(2,), site=feature).values[0][0, 3:]
         expected = lost_box(tokens, (3, 4), l2norm=True, bias=-0.1)
         (found,) = discover_objects(
-            model, [image], feature=feature, layer=2, l2norm=True, bias=-0.1, processor=processor
+            open_model(model, processor=processor), [image], feature=feature, layer=2, l2norm=True, bias=-0.1
         )
         assert found.result.cells == expected.cells
         torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-4, rtol=1e-4)
@@ -426,7 +431,7 @@ def test_attention_boxes_read_the_row_of_cls(model, processor):
     attention = model(padded(image, 40, 32), output_attentions=True).attentions[-1][0, :, 0, 3:].detach()
     model.set_attn_implementation("sdpa")
     methods = [AttentionSettings(), AttentionSettings(head=2), AttentionSettings(head=3, mass=0.3)]
-    (proposal,) = propose(model, [image], methods, processor=processor)
+    (proposal,) = propose(open_model(model, processor=processor), [image], methods)
     rows = (attention.mean(0), attention[2], attention[3])
     for method, row, box, mask in zip(methods, rows, proposal.boxes, proposal.results, strict=True):
         cells = attention_cells(row, (4, 5), mass=method.mass)
@@ -441,18 +446,18 @@ def test_many_methods_in_one_pass_equal_one_by_one(model, processor):
         AttentionSettings(1),
         *(LostSettings(f, layer, center="row", bias=0.1) for f in ("q", "out") for layer in (2, -1)),
     ]
-    together = list(propose(model, images, methods, processor=processor))
+    together = list(propose(open_model(model, processor=processor), images, methods))
     assert [proposal.image_size for proposal in together] == [(26, 37), (26, 37), (24, 24)]
     for i, method in enumerate(methods):
-        alone = list(propose(model, images, [method], processor=processor))
+        alone = list(propose(open_model(model, processor=processor), images, [method]))
         assert [proposal.boxes[i] for proposal in together] == [proposal.boxes[0] for proposal in alone]
 
 
 def test_large_images_are_read_smaller_and_boxes_refer_to_the_original(model, processor):
     image = picture(90, 60)
-    (large,) = discover_objects(model, [image], processor=processor, center="image", max_side=45)
+    (large,) = discover_objects(open_model(model, processor=processor), [image], center="image", max_side=45)
     small = image.resize((45, 30), Image.Resampling.BICUBIC)
-    (same,) = discover_objects(model, [small], processor=processor, center="image")
+    (same,) = discover_objects(open_model(model, processor=processor), [small], center="image")
     assert large.image_size == (60, 90)
     assert large.box == tuple(2 * side for side in same.box)
     assert torch.equal(large.result.degrees, same.result.degrees)
@@ -462,25 +467,25 @@ def test_broken_images_are_left_out_and_names_kept(model, processor, tmp_path, c
     picture(32, 24).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not a picture")
     picture(40, 24).save(tmp_path / "c.png")
-    found = discover_objects(model, tmp_path, processor=processor, center="image")
+    found = discover_objects(open_model(model, processor=processor), tmp_path, center="image")
     assert [one.id for one in found] == ["a.png", "c.png"]
     assert [one.image_size for one in found] == [(24, 32), (24, 40)]
     assert "1 of 3 images were skipped" in caplog.text
 
 
 def test_a_degenerate_affinity_is_said_with_numbers(model, processor, caplog):
-    discover_objects(model, [picture(32, 24)], processor=processor, l2norm=True, bias=2.0)
+    discover_objects(open_model(model, processor=processor), [picture(32, 24)], l2norm=True, bias=2.0)
     assert "1 of 1 images have a degenerate affinity" in caplog.text
     assert "100.0 % of its entries are positive, and 12 patches (median) tie" in caplog.text
     caplog.clear()
-    discover_objects(model, [picture(32, 24)], processor=processor, center="image")
+    discover_objects(open_model(model, processor=processor), [picture(32, 24)], center="image")
     assert "degenerate" not in caplog.text
 
 
 def test_the_model_is_left_as_it_was(model, processor):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    list(propose(model, [picture(32, 24)], [LostSettings(), AttentionSettings()], processor=processor))
+    list(propose(open_model(model, processor=processor), [picture(32, 24)], [LostSettings(), AttentionSettings()]))
     assert model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -489,13 +494,13 @@ def test_the_model_is_left_as_it_was(model, processor):
 def test_settings_that_a_model_has_not_are_named(model, processor):
     image = picture(32, 24)
     with pytest.raises(ValueError, match="Block 4"):
-        discover_objects(model, [image], layer=4, processor=processor)
+        discover_objects(open_model(model, processor=processor), [image], layer=4)
     with pytest.raises(ValueError, match=r"head=4 does not exist\. Use 0 to 3"):
-        list(propose(model, [image], [AttentionSettings(4)], processor=processor))
+        list(propose(open_model(model, processor=processor), [image], [AttentionSettings(4)]))
     config = SiglipVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
     without_cls = SiglipVisionModel(config).eval()
-    assert len(discover_objects(without_cls, [image], processor=processor)) == 1
+    assert len(discover_objects(open_model(without_cls, processor=processor), [image])) == 1
     with pytest.raises(ValueError, match="no CLS token"):
-        list(propose(without_cls, [image], [AttentionSettings()], processor=processor))
+        list(propose(open_model(without_cls, processor=processor), [image], [AttentionSettings()]))

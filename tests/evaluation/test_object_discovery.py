@@ -17,7 +17,6 @@ from hf_regvit.evaluation.boxes import corloc
 from hf_regvit.evaluation.intervals import bootstrap_interval
 from hf_regvit.evaluation.lost import AttentionSettings, LostSettings, discover_objects
 from hf_regvit.evaluation.object_discovery import (
-    LostGrid,
     Overlaps,
     choose,
     ground_truth_boxes,
@@ -28,7 +27,8 @@ from hf_regvit.evaluation.object_discovery import (
 )
 from hf_regvit.evaluation.report import EvaluationReport
 from hf_regvit.evaluation.run import evaluate_backbone
-from hf_regvit.evaluation.tasks import Protocol
+from hf_regvit.evaluation.tasks import TASKS, settings_from
+from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import default_image_processor
 
 WIDTH, HEIGHT = 48, 32
@@ -73,9 +73,14 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def options():
-    grid = LostGrid(features=("k", "out"), layers=(-1, -2), centers=("none", "image"), biases=(0.0, -0.2))
-    return {"processor": default_image_processor(32), "protocol": Protocol(lost_grid=grid), "tasks": ["lost"]}
+def reader(model):
+    return open_model(model, processor=default_image_processor(32))
+
+
+OPTIONS = {
+    "lost_features": ["k", "out"], "lost_layers": [-1, -2], "lost_centers": ["none", "image"],
+    "lost_biases": [0.0, -0.2], "tasks": ["lost"],
+}  # fmt: skip
 
 
 # --- Ground truth
@@ -124,29 +129,33 @@ def test_wrong_boxes_are_named(tmp_path, feature, cells, change, message):
         ground_truth_boxes(source, **change)
 
 
-def test_folders_of_images_have_no_boxes(tmp_path, model):
+def test_folders_of_images_have_no_boxes(tmp_path, reader):
     (tmp_path / "a.png").write_bytes(scene(0)[0])
     with pytest.raises(ValueError, match="a folder of images has none; use parquet"):
-        evaluate_backbone(model, tmp_path, tasks=["lost"])
+        evaluate_backbone(reader, tmp_path, tasks=["lost"])
 
 
-def test_boxes_in_the_wrong_format_are_noticed(tmp_path, model, options, caplog):
+def test_boxes_in_the_wrong_format_are_noticed(tmp_path, reader, caplog):
     corners = [[20, 10, 44, 30], [24, 8, 40, 28]]
     path = write(tmp_path / "a.parquet", [scene(i)[0] for i in range(2)], corners, List(Value("int64")))
     source = load_images(path, split=None)
     truth = ground_truth_boxes(source)
-    measure_overlaps(model, source, truth, [LostSettings()], processor=options["processor"])
+    measure_overlaps(reader, source, truth, [LostSettings()])
     assert "In 2 of 2 images, such as 'row/0', a ground-truth box extends beyond the image" in caplog.text
 
 
 # --- Choice and judgement
 
 
-def table(hits, sizes=None):
+def table(hits, sizes=None, methods=None):
     """Overlaps of LOST with k = 1, 2, ..., then two heads, each 0.5 or 0."""
     iou = np.array(hits, dtype=float) / 2
     count, num_methods = iou.shape
-    methods = [*(LostSettings(k=k) for k in range(1, num_methods - 1)), AttentionSettings(0), AttentionSettings(1)]
+    methods = methods or [
+        *(LostSettings(k=k) for k in range(1, num_methods - 1)),
+        AttentionSettings(0),
+        AttentionSettings(1),
+    ]
     return Overlaps(
         methods=tuple(methods),
         ids=tuple(str(i) for i in range(count)),
@@ -175,8 +184,8 @@ def test_middle_boxes_cover_what_they_say():
 
 
 def test_scores_compare_on_the_same_images():
-    measured = table([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]])
-    measured = measured.only([LostSettings(k=1), AttentionSettings(0), AttentionSettings(1)])
+    methods = [LostSettings(k=1), AttentionSettings(0), AttentionSettings(1)]
+    measured = table([[1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 1, 0]], methods=methods)
     scores = score_methods(measured, center=1.0, seed=0)
     assert scores["lost"].corloc == 0.75
     assert scores["attention"].corloc == 0.5
@@ -211,8 +220,8 @@ def test_bootstrap_interval_is_that_of_a_proportion():
     assert bootstrap_interval(np.ones(5), seed=1) == (1.0, 1.0)
 
 
-def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, options, tmp_path):
-    report = evaluate_backbone(model, data, seed=1, **options)
+def test_settings_chosen_on_one_half_are_judged_on_the_other(data, reader, tmp_path):
+    report = evaluate_backbone(reader, data, seed=1, **OPTIONS)
     lost = report.lost
     source = load_images(data, split=None)
     truth = dict(zip(source.ids, ground_truth_boxes(source), strict=True))
@@ -226,13 +235,13 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     # The number equals that of the public function with these settings, on images not used for choosing.
     chosen = {name: getattr(lost.settings, name) for name in ("feature", "layer", "center", "l2norm", "bias", "k")}
     subset = source.subset([int(name.split("/")[1]) for name in judged])
-    objects = discover_objects(model, subset, processor=options["processor"], **chosen)
+    objects = discover_objects(reader, subset, **chosen)
     assert lost.corloc == pytest.approx(corloc([o.box for o in objects], [truth[name] for name in judged]))
     # These settings are the best on the images used for choosing.
     others = source.subset([kept[i] for i in first])
-    settings = options["protocol"].lost_grid.settings(2)
+    settings = settings_from(TASKS["lost"].Settings, {k: v for k, v in OPTIONS.items() if k != "tasks"}).candidates(2)
     boxes = [truth[name] for name in others.ids]
-    seen = measure_overlaps(model, others, boxes, settings, processor=options["processor"])
+    seen = measure_overlaps(reader, others, boxes, settings)
     assert lost.settings == settings[int(seen.corloc().argmax())]
     assert lost.choice["best"][0] == {"settings": str(lost.settings), "corloc": pytest.approx(seen.corloc().max())}
 
@@ -252,24 +261,24 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, model, option
     assert EvaluationReport.load(tmp_path / "new" / "report.json") == report
 
 
-def test_one_setting_is_judged_on_everything(data, model, options):
-    grid = LostGrid(("k",), (-1,), ("image",), (False,))
-    report = evaluate_backbone(model, data, **options | {"protocol": Protocol(lost_grid=grid)})
+def test_one_setting_is_judged_on_everything(data, reader):
+    one = {"lost_features": ["k"], "lost_layers": [-1], "lost_centers": ["image"], "lost_l2norm": ["false"]}
+    report = evaluate_backbone(reader, data, tasks=["lost"], **one)
     assert report.lost.choice is None
     assert len(report.lost.ids) == 9
     assert report.lost.settings == LostSettings(center="image")
     assert "settings as given" in report.lost.lines(0)[0]
 
 
-def test_training_images_of_their_own(data, model, options):
+def test_training_images_of_their_own(data, reader):
     source = load_images(data, split=None)
-    report = evaluate_backbone(model, source.subset([7, 8, 9]), train=source.subset([0, 1, 2, 3]), **options)
+    report = evaluate_backbone(reader, source.subset([7, 8, 9]), train=source.subset([0, 1, 2, 3]), **OPTIONS)
     assert report.lost.ids == ("row/7", "row/8", "row/9")
     assert report.lost.choice["num_images"] == 4
 
 
-def test_vanilla_is_there_to_compare_with(data, model, options):
-    scores = evaluate_backbone(model, data, **options).lost.scores
+def test_vanilla_is_there_to_compare_with(data, reader):
+    scores = evaluate_backbone(reader, data, **OPTIONS).lost.scores
     assert list(scores) == ["lost", "vanilla", "attention", "center_box", "full_image"]
     assert scores["vanilla"].method == str(LostSettings())
     assert all(len(score.overlaps) == len(scores["lost"].overlaps) for score in scores.values())
@@ -279,18 +288,18 @@ def test_vanilla_is_there_to_compare_with(data, model, options):
     ("change", "message"),
     [
         ({"max_images": 1}, "of 1 images, but at least 2"),
-        ({"lost_grid": LostGrid(layers=(-9,))}, "no setting for a model of 2 blocks"),
+        ({"lost_layers": [-9]}, "no setting for a model of 2 blocks"),
         ({"boxes": "number"}, "not a box of four numbers"),
     ],
 )
-def test_what_cannot_be_evaluated_is_named(data, model, options, change, message):
+def test_what_cannot_be_evaluated_is_named(data, reader, change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_backbone(model, data, **options | {"protocol": Protocol(**change)})
+        evaluate_backbone(reader, data, **OPTIONS | change)
 
 
 def test_layers_that_a_shallow_model_has_not_are_left_out():
-    assert {settings.layer for settings in LostGrid().settings(2)} == {-1, -2}
-    assert LostGrid().settings(12)[0] == LostSettings()
+    assert {settings.layer for settings in TASKS["lost"].Settings().candidates(2)} == {-1, -2}
+    assert TASKS["lost"].Settings().candidates(12)[0] == LostSettings()
 
 
 # --- Command line

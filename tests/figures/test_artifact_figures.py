@@ -1,15 +1,18 @@
 """Attention of any token, maps of any family, layer-by-norm histogram, LOST stages, on rectangular grids."""
 
+import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
-from transformers import SiglipVisionConfig, SiglipVisionModel
+from transformers import SiglipVisionConfig, SiglipVisionModel, ViTImageProcessor
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.evaluation.lost import lost_box
 from hf_regvit.figures import maps as F
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 
 @pytest.fixture(scope="module")
@@ -26,24 +29,35 @@ def pixels():
     return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
 
 
-def eager(model, pixels):
+@pytest.fixture(scope="module")
+def reader(regvit):
+    """Reader of images of 32 x 48 pixels, as they are."""
+    processor = ViTImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return TokenReader(regvit, processor)
+
+
+@pytest.fixture(scope="module")
+def image():
+    values = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def test_attention_of_every_kind_of_token(reader, image):
+    model, pixels = reader.model, reader.transform(image)[None]
     model.set_attn_implementation("eager")
-    attention = model(pixels, output_attentions=True).attentions[-1].detach()
+    expected = model(pixels, output_attentions=True).attentions[-1].detach()  # (1, heads, T, T), T = 1 + 2 + 4 * 6
     model.set_attn_implementation("sdpa")
-    return attention
-
-
-def test_attention_of_every_kind_of_token(regvit, pixels):
-    expected = eager(regvit, pixels)  # (B, heads, T, T), T = 1 + 2 + 4 * 6
-    for query, row in (("cls", 0), (0, 1), (1, 2), ((2, 3), 3 + 2 * 6 + 3)):
-        actual = F.read_attention(regvit, pixels, query=query)
+    for query, row in (("cls", 0), (("register", 0), 1), (("register", 1), 2), (("patch", 2, 3), 3 + 2 * 6 + 3)):
+        actual = torch.from_numpy(reader.attention_maps(image, query=query))
         torch.testing.assert_close(actual, expected[:, :, row, 3:].unflatten(-1, (4, 6)), atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("query", ["register", 2, -1, (4, 0), (0, 6), None])
-def test_attention_of_a_token_that_is_not_there(regvit, pixels, query):
+@pytest.mark.parametrize(
+    "query", ["register", ("register", 2), ("register", -1), ("patch", 4, 0), ("patch", 0, 6), "patch"]
+)
+def test_attention_of_a_token_that_is_not_there(reader, image, query):
     with pytest.raises(ValueError, match="query="):
-        F.read_attention(regvit, pixels, query=query)
+        reader.attention_maps(image, query=query)
 
 
 def test_maps_of_other_families(pixels):
@@ -66,8 +80,8 @@ def test_without_cls_the_maps_have_none():
     model = SiglipVisionModel(config).eval()
     (maps,) = F.read_token_maps(model, torch.randn(1, 3, 32, 32))
     assert maps.attention.shape == (0, 4, 4)
-    with pytest.raises(ValueError, match="no CLS token"):
-        F.read_attention(model, torch.randn(1, 3, 32, 32))
+    with pytest.raises(ValueError, match="no CLS"):
+        TokenReader(model, default_image_processor(32)).attention_maps(Image.new("RGB", (32, 32)))
 
 
 def drawn_size(figure) -> tuple[int, int]:
@@ -75,9 +89,8 @@ def drawn_size(figure) -> tuple[int, int]:
     return figure.canvas.get_width_height()
 
 
-def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_picture(regvit, pixels):
-    image = Image.new("RGB", (48, 32), "gray")
-    figure = F.attention_overlay_figure(image, F.read_attention(regvit, pixels)[0], name="CLS")
+def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_image(reader, image):
+    figure = F.attention_overlay_figure(image, torch.from_numpy(reader.attention_maps(image)[0]), name="CLS")
     shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert shown == ["image", "CLS, mean over 3 heads", "head 1", "head 2", "head 3"]
     box = figure.axes[1].get_position()
@@ -93,7 +106,7 @@ def test_overlay_marks_the_cell_of_the_query():
 
 def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     figure = F.layer_norm_figure(report)
     (axis,) = figure.axes
     assert axis.get_ylim() == (-0.5, 2.5)
@@ -102,9 +115,9 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
 
 
 @pytest.mark.slow
-def test_pictures_of_a_report(regvit, tmp_path):
+def test_images_of_a_report(regvit, tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, progress=False)
+    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
     files = F.write_report_figures(report, tmp_path / "figures")
     names = [file.name for file in files]
     assert names == [

@@ -13,6 +13,7 @@ from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
 from hf_regvit.figures import overview_page as overview_page_module
 from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
 
 
 def tiny_model(**overrides) -> RegViTModel:
@@ -38,7 +39,12 @@ def model() -> RegViTModel:
 
 
 @pytest.fixture
-def picture() -> Image.Image:
+def reader(model) -> TokenReader:
+    return TokenReader(model, default_image_processor(32))
+
+
+@pytest.fixture
+def image() -> Image.Image:
     pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
 
@@ -165,8 +171,8 @@ def titles(figure) -> list[str]:
     return [axis.get_title() for axis in figure.axes if axis.get_title()]
 
 
-def test_overview_has_one_panel_each(picture):
-    figure = F.overview_figure(picture, random_maps())
+def test_overview_has_one_panel_each(image):
+    figure = F.overview_figure(image, random_maps())
     registers = [f"attention of register {i}" for i in range(1, 5)]
     assert titles(figure) == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
     panels = figure.axes[:8]
@@ -182,11 +188,11 @@ def test_overview_has_one_panel_each(picture):
     assert drawn(figure).std() > 10
 
 
-def test_a_map_is_drawn_where_it_belongs(picture):
+def test_a_map_is_drawn_where_it_belongs(image):
     """A single bright patch in the last row and first column lights up the lower left corner of its panel."""
     attention = torch.zeros(1, 4, 6)
     attention[0, 3, 0] = 1
-    figure = F.attention_map_figure(picture, attention)
+    figure = F.attention_map_figure(image, attention)
     image, axis = drawn(figure).astype(int).sum(-1), figure.axes[1]
     box = axis.get_position()
     height, width = image.shape
@@ -198,51 +204,50 @@ def test_a_map_is_drawn_where_it_belongs(picture):
     assert axis.get_xlabel() == "100.0% on patches"
 
 
-def test_other_figures(picture):
+def test_other_figures(image):
     maps = random_maps()
-    assert titles(F.attention_map_figure(picture, maps.attention[:3])) == [
+    assert titles(F.attention_map_figure(image, maps.attention[:3])) == [
         "image",
         "attention of CLS",
         "attention of register 1",
         "attention of register 2",
     ]
-    assert titles(F.norm_map_figure(picture, maps.norms)) == ["image", "norm of patches"]
+    assert titles(F.norm_map_figure(image, maps.norms)) == ["image", "norm of patches"]
     wide = random_maps(2, 7)
-    figure = F.pca_figure([picture, picture], [maps.patch_tokens, wide.patch_tokens])
+    figure = F.pca_figure([image, image], [maps.patch_tokens, wide.patch_tokens])
     assert len(figure.axes) == 4
     assert drawn(figure).std() > 10
     with pytest.raises(ValueError, match="1 images for 2"):
-        F.pca_figure([picture], [maps.patch_tokens, wide.patch_tokens])
+        F.pca_figure([image], [maps.patch_tokens, wide.patch_tokens])
 
 
-def test_constant_attention_can_be_drawn(picture):
-    drawn(F.attention_map_figure(picture, torch.full((2, 3, 5), 1 / 20)))
+def test_constant_attention_can_be_drawn(image):
+    drawn(F.attention_map_figure(image, torch.full((2, 3, 5), 1 / 20)))
 
 
-def test_no_global_state(picture):
+def test_no_global_state(image):
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    drawn(F.overview_figure(picture, random_maps()))
+    drawn(F.overview_figure(image, random_maps()))
     assert dict(matplotlib.rcParams) == before
 
 
-def test_overview_page(model, picture, tmp_path):
-    images = {"a <b>": picture, "a ?b?": picture.resize((24, 40)).convert("L")}
+def test_overview_page(reader, image, tmp_path):
+    images = {"a <b>": image, "a ?b?": image.resize((24, 40)).convert("L")}
     page = overview_page_module.overview_page(
-        model,
+        reader,
         images,
-        image_processor=default_image_processor(32),
         out_dir=tmp_path / "new" / "page",
         title="Registers & maps",
         short_side=32,
     )
     assert page == tmp_path / "new" / "page" / "index.html"
     text = page.read_text(encoding="utf-8")
-    pictures = sorted(page.parent.glob("*.png"))
-    assert len(pictures) == 2
-    assert len({path.name for path in pictures}) == 2
-    assert all(Image.open(path).width > 500 for path in pictures)
+    files = sorted(page.parent.glob("*.png"))
+    assert len(files) == 2
+    assert len({path.name for path in files}) == 2
+    assert all(Image.open(path).width > 500 for path in files)
     assert "Registers &amp; maps" in text
     assert "a &lt;b&gt;" in text
     assert "56 x 32 px, 7 x 4 patches" in text
@@ -251,50 +256,46 @@ def test_overview_page(model, picture, tmp_path):
     assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
     assert "http" not in text
     # Writing it again overwrites it, no more.
-    overview_page_module.overview_page(
-        model, images, image_processor=default_image_processor(32), out_dir=page.parent, short_side=32
-    )
-    assert sorted(page.parent.glob("*.png")) == pictures
+    overview_page_module.overview_page(reader, images, out_dir=page.parent, short_side=32)
+    assert sorted(page.parent.glob("*.png")) == files
 
 
-def test_page_uses_the_statistics_of_the_processor_and_no_crop(model, picture, monkeypatch, tmp_path):
+def test_page_uses_the_statistics_of_the_processor_and_no_crop(reader, image, monkeypatch, tmp_path):
     seen = []
     monkeypatch.setattr(
         overview_page_module, "read_token_maps", lambda _, pixels: seen.append(pixels) or [random_maps()]
     )
-    overview_page_module.overview_page(
-        model, {"x": picture}, image_processor=default_image_processor(32), out_dir=tmp_path, short_side=24
-    )
+    overview_page_module.overview_page(reader, {"x": image}, out_dir=tmp_path, short_side=24)
     processor = default_image_processor(32)
     expected = (
-        torch.from_numpy(np.array(picture)).permute(2, 0, 1) / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)
+        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)
     ) / torch.tensor(processor.image_std).view(3, 1, 1)
     torch.testing.assert_close(seen[0][0], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_no_images(model, tmp_path):
+def test_no_images(reader, tmp_path):
     with pytest.raises(ValueError, match="at least one image"):
-        overview_page_module.overview_page(model, {}, image_processor=default_image_processor(32), out_dir=tmp_path)
+        overview_page_module.overview_page(reader, {}, out_dir=tmp_path)
 
 
-def test_progress_of_a_run_in_one_picture(picture):
+def test_progress_of_a_run_in_one_image(image):
     """One column per image and three rows, with every map in its place."""
     maps = [random_maps(), random_maps()]
     attention = torch.zeros(5, 3, 5)
     attention[0, 2, 0] = 1  # lower left
     maps[1] = F.TokenMaps(attention, maps[1].patch_tokens, maps[1].norms, maps[1].registers)
-    page = F.progress_figure([picture, picture], maps, title="step 7")
+    page = F.progress_figure([image, image], maps, title="step 7")
     assert page.size == (2 * (300 + 6) + 6, 3 * (180 + 24) + 6)
     pixels = np.asarray(page).astype(int)
     column = pixels[:, 312:612]
     top = column[24:204]
-    expected = np.asarray(picture.resize((300, 180), Image.Resampling.BICUBIC)).astype(int)
+    expected = np.asarray(image.resize((300, 180), Image.Resampling.BICUBIC)).astype(int)
     assert np.array_equal(top, expected)
     below = column[2 * 204 + 24 : 2 * 204 + 204].sum(-1)
     assert below[150:, :30].mean() > 3 * below[:90, 150:].mean()
     assert pixels[2:20, 6:80].min() < 100  # the title
     with pytest.raises(ValueError, match="1 images for 2"):
-        F.progress_figure([picture], maps)
+        F.progress_figure([image], maps)
 
 
 def test_learning_curves_draw_what_was_logged():

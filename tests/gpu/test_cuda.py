@@ -21,6 +21,7 @@ from hf_regvit import (
     load_images,
     pretrain,
 )
+from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import read_tokens
 from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
 
@@ -219,6 +220,7 @@ def test_a_diagnosis_on_the_device_equals_the_cpu() -> None:
     reports = []
     for device in (DEVICE, "cpu"):
         model = small_model(patch_size=16, num_hidden_layers=3, image_size=64).to(device)
-        reports.append(diagnose(model, source, max_images=16, detail_images=4, progress=False))
+        settings = {"processor": default_image_processor(64), "max_images": 16, "detail_images": 4}
+        reports.append(diagnose(model, source, **settings, progress=False))
     assert reports[0].layer == reports[1].layer
     assert reports[0].cutoff == pytest.approx(reports[1].cutoff, rel=1e-2)

@@ -9,8 +9,9 @@ import torch
 from PIL import Image, PngImagePlugin
 
 import fake_hub
+from builders import save_model, tiny_model, tiny_source
 from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
-from hf_regvit import CheckpointCorruptError, RegViTConfig, RegViTForImageClassification, RegViTModel
+from hf_regvit import CheckpointCorruptError, RegViTForImageClassification
 from hf_regvit.hub.bundle import bundle, read_bundle
 from hf_regvit.hub.card import CardError, card_header
 from hf_regvit.hub.publish import publish
@@ -23,7 +24,7 @@ from hf_regvit.hub.upload import (
     send_folder,
     with_retries,
 )
-from hf_regvit.models.loading import BundleError, checkpoint_folder
+from hf_regvit.models.loading import BundleError, checkpoint_folder, open_model
 from hf_regvit.models.processing import default_image_processor
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
@@ -32,19 +33,10 @@ HOME = "/" + "home/someone/secret"  # in two parts, because this file is scanned
 CARD = {"license": "mit"}
 
 
-def tiny_config(**overrides):
-    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return RegViTConfig(**{**sizes, **overrides})
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint")
-    torch.manual_seed(0)
-    config = tiny_config(id2label={0: "cat", 1: "dog"})
-    RegViTForImageClassification(config).save_pretrained(folder)
-    default_image_processor(16).save_pretrained(folder)
-    return folder
+    model = tiny_model(RegViTForImageClassification, id2label={0: "cat", 1: "dog"})
+    return save_model(model, tmp_path_factory.mktemp("checkpoint"))
 
 
 @pytest.fixture
@@ -266,7 +258,7 @@ def test_a_recipe_of_something_else_is_named(copy, tmp_path):
     with pytest.raises(BundleError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (copy / "resolved_recipe.yaml").write_text("data: x")
-    with pytest.raises(BundleError, match=r"is incomplete: 'num_local_crops' is missing"):
+    with pytest.raises(BundleError, match=r"is incomplete: 'global_crop_size' is missing"):
         bundle(copy, tmp_path / "bundle", card=CARD)
 
 
@@ -345,13 +337,13 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
 
 
 def test_preprocessing_in_words():
-    from hf_regvit.hub.facts import _describe_preprocessing
+    from hf_regvit.hub.bundle import describe_preprocessing
 
     processor = {"do_resize": True, "size": {"shortest_edge": 256}, "do_center_crop": True, "image_mean": [0.5],
                  "crop_size": {"height": 224, "width": 200}, "image_std": [0.2]}  # fmt: skip
-    words = _describe_preprocessing(json.dumps(processor))
+    words = describe_preprocessing(json.dumps(processor))
     assert words == "resized to 256, cropped to 224 x 200, mean [0.5], standard deviation [0.2]"
-    assert _describe_preprocessing("center crop 224") == "center crop 224"
+    assert describe_preprocessing("center crop 224") == "center crop 224"
 
 
 # --- Pushes
@@ -550,6 +542,27 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     assert 'name = "someone/tiny"' in hub.files("someone/tiny")["README.md"].decode()
 
 
+def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.chdir(tmp_path)
+    expected = bundle(checkpoint, tmp_path / "bundle", card=CARD)
+    loaded = RegViTForImageClassification.from_pretrained(checkpoint)
+    fresh = tiny_model(RegViTForImageClassification, id2label={0: "cat", 1: "dog"})
+    with pytest.raises(ValueError, match="No image processor was given and none is saved"):
+        publish(fresh, output_dir=tmp_path / "fresh", card=CARD)
+    reader = open_model(fresh, processor=default_image_processor(32))
+    for number, model in enumerate((loaded, reader, str(checkpoint))):
+        made = publish(model, "someone/tiny", output_dir=tmp_path / f"bundle{number}", card=CARD).bundle
+        assert made.files["model.safetensors"] == expected.files["model.safetensors"]
+        assert made.files["preprocessor_config.json"] == expected.files["preprocessor_config.json"]
+    assert publish(loaded, "someone/tiny", card=CARD).bundle.folder == Path("bundles/tiny")
+    assert publish(str(checkpoint), card=CARD).bundle.folder == Path("bundles") / checkpoint.name
+    with pytest.raises(BundleError, match=r"is a ViTModel, not a RegViT\. Call `hf_regvit\.convert"):
+        publish(tiny_source("ViTModel"), output_dir=tmp_path / "vit", card=CARD)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a model that can be loaded from the Hub"):
+        publish("someone/missing", output_dir=tmp_path / "missing", card=CARD)
+
+
 def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
     place = {"output_dir": tmp_path / "bundle"}
@@ -597,8 +610,7 @@ def test_a_push_that_does_not_end_is_given_up():
 
 
 def test_the_base_model_has_the_same_rules(tmp_path):
-    RegViTModel(tiny_config()).save_pretrained(tmp_path / "a" / "backbone")
-    default_image_processor(16).save_pretrained(tmp_path / "a" / "backbone")
+    save_model(tiny_model(), tmp_path / "a" / "backbone")
     made = bundle(tmp_path / "a", tmp_path / "bundle", card=CARD)  # the folder of a run
     assert made.model_class == "RegViTModel"
 
@@ -620,9 +632,7 @@ def test_the_token_never_shows(hub, folder, caplog):
      ({"num_register_tokens": 2, "discard_registers": True}, "the model returns `[CLS | patches]`")],
 )  # fmt: skip
 def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
-    RegViTModel(tiny_config(**fields)).save_pretrained(tmp_path / "model")
-    default_image_processor(16).save_pretrained(tmp_path / "model")
-    bundle(tmp_path / "model", tmp_path / "bundle", card=CARD)
+    bundle(save_model(tiny_model(**fields), tmp_path / "model"), tmp_path / "bundle", card=CARD)
     text = (tmp_path / "bundle" / "README.md").read_text()
     assert said in text
     assert text.count("output_mask") == ("False for registers" in said)
@@ -635,7 +645,7 @@ def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, 
 
     model = RegViTForImageClassification.from_pretrained(checkpoint).eval()
     pictures = [picture.resize((24, 24)) for picture in list(builtin_images().values())[:8]]
-    report = diagnose(model, pictures, processor=default_image_processor(16), progress=False)
+    report = diagnose(model, pictures, processor=default_image_processor(32), progress=False)
     report.save(tmp_path / "diagnosis")
     for wanted in (False, True):
         made = bundle(
@@ -660,9 +670,7 @@ def evaluated(models, folder):
 
 def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_stands(checkpoint, tmp_path, caplog):
     """Once, for a base model and its fine-tuned copy in this order, the numbers of the base model were published."""
-    torch.manual_seed(1)
-    RegViTForImageClassification(tiny_config(hidden_size=8)).save_pretrained(tmp_path / "base")
-    default_image_processor(16).save_pretrained(tmp_path / "base")
+    save_model(tiny_model(RegViTForImageClassification, seed=1, hidden_size=8), tmp_path / "base")
     table = evaluated([str(tmp_path / "base"), str(checkpoint)], tmp_path / "evaluation")
     values = [report.scores[0].value for report in table.reports]
     assert values[0] != values[1]

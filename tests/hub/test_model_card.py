@@ -8,6 +8,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
+from builders import noise, save_model, tiny_model
 from hf_regvit import RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.hub.card import SECTIONS, TEMPLATE, CardError, card_header, card_snippets, check_card, render_card
 from hf_regvit.hub.facts import (
@@ -297,19 +298,12 @@ def test_committed_cards_are_whole(path):
 @pytest.mark.parametrize("path", CARDS, ids=lambda path: path.stem)
 def test_the_snippet_of_a_committed_card_runs(path, tmp_path, monkeypatch):
     """Run the snippet on a small model of the same class, because the weights are not in the repository."""
-    from PIL import Image
-
-    from hf_regvit.models.processing import default_image_processor
-
     text = path.read_text()
     (code,) = card_snippets(text)
     classifier = "ForImageClassification" in code
-    config = RegViTConfig(
-        image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_labels=7
-    )
-    (RegViTForImageClassification if classifier else RegViTModel)(config).save_pretrained(tmp_path / "model")
-    default_image_processor(32).save_pretrained(tmp_path / "model")
-    Image.new("RGB", (50, 40), "red").save(tmp_path / "image.jpg")
+    model_class = RegViTForImageClassification if classifier else RegViTModel
+    save_model(tiny_model(model_class, num_labels=7), tmp_path / "model")
+    noise(size=(50, 40)).save(tmp_path / "image.jpg")
     monkeypatch.chdir(tmp_path)
     assert "path/to/this/folder" in code
     scope: dict = {}

@@ -10,15 +10,16 @@ from transformers import (
     UperNetForSemanticSegmentation,
 )
 
+from builders import in_fresh_memory, tiny_config
 from hf_regvit import RegViTBackbone, RegViTConfig
 
 SIZES = [(32, 32), (32, 48), (64, 16)]  # the native square, wide, tall: height and width in pixels
 
 
 def backbone_config(**overrides) -> RegViTConfig:
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
     # The default layerscale_value would leave the blocks of an untrained model without effect.
-    return RegViTConfig(**{**sizes, "layerscale_value": 1.0, "out_indices": [1, 2, 3, 4], **overrides})
+    fields = {"num_hidden_layers": 4, "num_attention_heads": 4, "layerscale_value": 1.0, "out_indices": [1, 2, 3, 4]}
+    return tiny_config(**fields | overrides)
 
 
 def build_dpt(**overrides) -> DPTForDepthEstimation:
@@ -41,12 +42,8 @@ def build_upernet(**overrides) -> UperNetForSemanticSegmentation:
 
 
 def outputs_of(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    for (
-        parameter
-    ) in model.parameters():  # weights in a mapped file are not aligned, and kernels then round differently
-        parameter.data = parameter.data.clone()
     with torch.inference_mode():
-        output = model.eval()(pixel_values)
+        output = in_fresh_memory(model)(pixel_values)
     return output.predicted_depth if "predicted_depth" in output else output.logits
 
 

@@ -14,7 +14,8 @@ from transformers import (
     pipeline,
 )
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import save_model, tiny_model
+from hf_regvit import RegViTModel
 from hf_regvit.app.cli import main
 from hf_regvit.data.joint_transform import resize_map
 from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
@@ -39,11 +40,7 @@ def depths(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory) -> str:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("backbone")
-    RegViTModel(RegViTConfig(**TINY)).save_pretrained(folder)
-    default_image_processor(32).save_pretrained(folder)
-    return str(folder)
+    return str(save_model(tiny_model(**TINY), tmp_path_factory.mktemp("backbone")))
 
 
 def options(backbone: str, data: str, output, **others) -> list[str]:

@@ -23,6 +23,7 @@ from hf_regvit.evaluation.extraction import (
     extract_to_folder,
     iterate_shards,
 )
+from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import default_image_processor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,7 +140,9 @@ def test_another_extraction_is_not_mixed_in(model, pictures, checkpoint, tmp_pat
     torch.manual_seed(1)
     other = RegViTModel(model.config).eval()
     with pytest.raises(ValueError, match=r"another extraction \(weights: "):
-        extract_to_folder(other, pictures, tmp_path, processor=default_image_processor(32), settings=SETTINGS)
+        extract_to_folder(
+            open_model(other, processor=default_image_processor(32)), pictures, tmp_path, settings=SETTINGS
+        )
     with pytest.raises(ValueError, match=r"another extraction \(images: "):
         extract_to_folder(model, [pictures / "000.png"], tmp_path, settings=SETTINGS)
     # The batch is no part of it: someone who ran out of memory goes on with smaller ones.
@@ -183,8 +186,8 @@ def test_a_damaged_model_writes_no_features(model, pictures, tmp_path):
     damaged.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"gives NaN or infinity at block 1\. Check its weights"):
         extract_to_folder(
-            damaged, pictures, tmp_path, settings=ExtractionSettings(layer=1), processor=default_image_processor(32),
-            progress=False,
+            open_model(damaged, processor=default_image_processor(32)), pictures, tmp_path,
+            settings=ExtractionSettings(layer=1), progress=False,
         )  # fmt: skip
     assert not list(tmp_path.glob("features-*"))
 
@@ -196,8 +199,8 @@ def test_numbers_that_do_not_fit_are_an_error(model, pictures, tmp_path):
     large.layernorm.weight.data *= 1e6
     with pytest.raises(ValueError, match=r"do not fit into float16\. Use bfloat16 or float32"):
         extract_to_folder(
-            large, pictures, tmp_path, settings=ExtractionSettings(dtype="float16"),
-            processor=default_image_processor(32), progress=False,
+            open_model(large, processor=default_image_processor(32)), pictures, tmp_path,
+            settings=ExtractionSettings(dtype="float16"), progress=False,
         )  # fmt: skip
     with pytest.raises(ValueError, match="dtype='int8' is unknown"):
         ExtractionSettings(dtype="int8")
@@ -209,7 +212,7 @@ def test_models_without_cls(pictures, tmp_path):
     from transformers import IJepaConfig, IJepaModel
 
     model = IJepaModel(IJepaConfig(**SIZES, intermediate_size=32)).eval()
-    features = extract_features(model, pictures, processor=default_image_processor(32))
+    features = extract_features(open_model(model, processor=default_image_processor(32)), pictures)
     assert features.cls is None
     features.save(tmp_path / "features.safetensors")
     loaded = TokenFeatures.load(tmp_path / "features.safetensors")
@@ -236,12 +239,13 @@ def test_processors_of_many_sizes_are_refused(model, pictures):
 
     processor = BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     images = [pictures / "002.png", pictures / "005.png", pictures / "003.png"]
-    assert extract_features(model, images[:2], processor=processor).grid == (4, 4)
+    reader = open_model(model, processor=processor)
+    assert extract_features(reader, images[:2]).grid == (4, 4)
+    other = open_model(model, processor=BitImageProcessor(size={"shortest_edge": 36}, do_center_crop=False))
     with pytest.raises(ValueError, match="not a multiple of the patch size"):  # 40 x 32 is kept, 64 x 64 is halved
-        extract_features(model, [pictures / "001.png", pictures / "007.png"], processor=BitImageProcessor(
-            size={"shortest_edge": 36}, do_center_crop=False))  # fmt: skip
+        extract_features(other, [pictures / "001.png", pictures / "007.png"])
     with pytest.raises(ValueError, match=r"different grids of patches, \[\(4, 4\), \(4, 5\)\]"):
-        extract_features(model, images, processor=processor)
+        extract_features(reader, images)
 
 
 def test_files_that_are_no_features(tmp_path):

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from transformers import BitImageProcessor, DPTImageProcessor, pipeline
 
+from builders import save_model, tiny_model
 from hf_regvit import (
-    RegViTConfig,
     RegViTForDepthEstimation,
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
@@ -18,11 +18,8 @@ GRID, REGISTERS, WIDTH = (4, 5), 3, 32
 STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
-def tiny_config(**overrides) -> RegViTConfig:
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
-    # The default layerscale_value would leave CLS of an untrained model nearly the same for every image.
-    fields = {"num_register_tokens": REGISTERS, "num_labels": 5, "layerscale_value": 1.0}
-    return RegViTConfig(**{**sizes, **fields, **overrides})
+# The default layerscale_value would leave CLS of an untrained model nearly the same for every image.
+FIELDS = {"hidden_size": WIDTH, "num_register_tokens": REGISTERS, "num_labels": 5, "layerscale_value": 1.0}
 
 
 def random_image(*shape: int, seed: int = 0) -> Image.Image:
@@ -38,8 +35,8 @@ def processor() -> BitImageProcessor:
 
 @pytest.fixture(scope="module")
 def classifier() -> RegViTForImageClassification:
-    torch.manual_seed(0)
-    model = RegViTForImageClassification(tiny_config(id2label={i: f"kind {i}" for i in range(5)})).eval()
+    fields = {**FIELDS, "id2label": {i: f"kind {i}" for i in range(5)}}
+    model = tiny_model(RegViTForImageClassification, **fields)
     with torch.no_grad():
         model.classifier.weight.mul_(50)  # probabilities that differ
     return model
@@ -47,10 +44,7 @@ def classifier() -> RegViTForImageClassification:
 
 @pytest.fixture(scope="module")
 def folder(classifier, processor, tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("classifier")
-    classifier.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
+    return str(save_model(classifier, tmp_path_factory.mktemp("classifier"), processor))
 
 
 def test_features_are_the_last_hidden_state(classifier, processor, folder):
@@ -77,7 +71,7 @@ def test_pooled_feature_is_the_pooler_output(classifier, processor, folder):
 
 def test_features_without_registers(processor):
     torch.manual_seed(0)
-    model = RegViTModel(tiny_config(discard_registers=True)).eval()
+    model = tiny_model(**FIELDS, discard_registers=True)
     found = pipeline("image-feature-extraction", model=model, image_processor=processor)(
         random_image(50, 64, 3), return_tensors=True
     )
@@ -97,7 +91,7 @@ def test_classes_are_the_softmax_of_the_logits(classifier, processor, folder):
 
 def test_several_labels_get_a_sigmoid(processor):
     torch.manual_seed(0)
-    model = RegViTForImageClassification(tiny_config(problem_type="multi_label_classification")).eval()
+    model = tiny_model(RegViTForImageClassification, **FIELDS, problem_type="multi_label_classification")
     image = random_image(50, 64, 3)
     found = pipeline("image-classification", model=model, image_processor=processor)(image, top_k=5)
     with torch.inference_mode():
@@ -121,7 +115,7 @@ def test_images_of_all_kinds_in_batches(folder, tmp_path):
 def test_depth_pipeline():
     # The stock processor of our checkpoints has no post-processing for depth; DPT's has.
     torch.manual_seed(0)
-    model = RegViTForDepthEstimation(tiny_config(num_depth_bins=16, min_depth=1, max_depth=9)).eval()
+    model = tiny_model(RegViTForDepthEstimation, **FIELDS, num_depth_bins=16, min_depth=1, max_depth=9)
     processor = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
     image = random_image(50, 64, 3)
     found = pipeline("depth-estimation", model=model, image_processor=processor)(image)
@@ -132,7 +126,7 @@ def test_depth_pipeline():
 
 def test_segmentation_pipeline():
     torch.manual_seed(0)
-    model = RegViTForSemanticSegmentation(tiny_config()).eval()
+    model = tiny_model(RegViTForSemanticSegmentation, **FIELDS)
     processor = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
     image = random_image(50, 64, 3)
     found = pipeline("image-segmentation", model=model, image_processor=processor)(image, subtask="semantic")

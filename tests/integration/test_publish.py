@@ -14,13 +14,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import DPTImageProcessor
 
+from builders import save_model, tiny_model
 from fake_hub import FakeHub, connect, sha256
 from hf_regvit import (
-    RegViTConfig,
     RegViTForDepthEstimation,
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
-    RegViTModel,
 )
 from hf_regvit.app import cli
 from hf_regvit.hub import bundle as hub_module
@@ -60,18 +59,6 @@ CLEAN_PROCESS = """
 """
 
 
-def tiny(model_class=RegViTModel, *, seed=0, **overrides):
-    torch.manual_seed(seed)
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    return model_class(RegViTConfig(**{**sizes, "num_labels": 4, "num_depth_bins": 8, **overrides})).eval()
-
-
-def saved(model, folder, processor=None):
-    model.save_pretrained(folder)
-    (processor or default_image_processor(32)).save_pretrained(folder)
-    return folder
-
-
 def dense_processor():
     statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
     return DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **statistics)
@@ -94,7 +81,9 @@ CHECKPOINTS = {
 def test_every_class_is_verified_by_a_stranger(tmp_path, name, capfd):
     model_class, processor, pipelines = CHECKPOINTS[name]
     registers = 0 if name == "RegViTForImageClassification" else 4
-    folder = saved(tiny(model_class, num_register_tokens=registers), tmp_path / "model", processor)
+    folder = save_model(
+        tiny_model(model_class, num_labels=4, num_register_tokens=registers), tmp_path / "model", processor
+    )
     bundle(folder, tmp_path / "bundle", card={"license": "mit"})
     found = verify(tmp_path / "bundle", original=folder)
     assert found.largest_difference <= 1e-5
@@ -107,7 +96,7 @@ def test_every_class_is_verified_by_a_stranger(tmp_path, name, capfd):
 
 
 def test_a_bundle_of_another_model_is_refused(tmp_path):
-    folder = saved(tiny(), tmp_path / "model")
+    folder = save_model(tiny_model(), tmp_path / "model")
     bundle(folder, tmp_path / "bundle", card={"license": "mit"})
     weights = load_file(folder / "model.safetensors")
     weights["layernorm.weight"] += 1e-3
@@ -117,7 +106,7 @@ def test_a_bundle_of_another_model_is_refused(tmp_path):
 
 
 def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
-    folder = saved(tiny(), tmp_path / "model")
+    folder = save_model(tiny_model(), tmp_path / "model")
     bundle(folder, tmp_path / "bundle", card={"license": "mit"})
     path = tmp_path / "bundle" / "modeling_regvit.py"
     path.write_text("from hf_regvit import RegViTModel\n" + path.read_text())
@@ -156,15 +145,15 @@ def load_as_stranger(hub, home: Path, revision: str, *, offline: bool = False) -
 
 
 def test_publish_then_load_pin_and_go_offline(hub, tmp_path, capsys):
-    first, second = tiny(seed=0), tiny(seed=1)
+    first, second = tiny_model(seed=0), tiny_model(seed=1)
     hub.fail("/commit/", 503, times=1)
     options = ["--license", "mit", "--repo_id", REPO, "--push", "--json"]
-    folder = str(saved(first, tmp_path / "first"))
+    folder = str(save_model(first, tmp_path / "first"))
     assert cli.main(["publish", "--model", folder, "--output_dir", str(tmp_path / "a"), *options]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["sent"]["tries"] == 2
     assert report["largest_difference"] <= 1e-5
-    folder = str(saved(second, tmp_path / "second"))
+    folder = str(save_model(second, tmp_path / "second"))
     assert cli.main(["publish", "--model", folder, "--output_dir", str(tmp_path / "b"), *options]) == 0
     assert hub.repos[REPO].private
 
@@ -187,7 +176,7 @@ def test_publish_then_load_pin_and_go_offline(hub, tmp_path, capsys):
 
 
 def test_f65_publish_fails_with_one_line_and_keeps_the_bundle(hub, tmp_path, capsys):
-    folder = saved(tiny(), tmp_path / "model")
+    folder = save_model(tiny_model(), tmp_path / "model")
     arguments = ["publish", "--model", str(folder), "--output_dir", str(tmp_path / "bundle"), "--license", "mit",
                  "--repo_id", REPO, "--push"]  # fmt: skip
     hub.fail("/commit/", 503, times=3)
@@ -215,7 +204,7 @@ SENDER = """
 @pytest.fixture
 def shards(hub, tmp_path, monkeypatch):
     """Return a function that uploads a bundle of several weights files in a process and kills the process."""
-    folder = saved(tiny(), tmp_path / "model")
+    folder = save_model(tiny_model(), tmp_path / "model")
     made = bundle(folder, tmp_path / "bundle", card={"license": "mit"}, max_shard_size="20KB")
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= hub.environment(str(tmp_path / "home"))

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import hf_regvit
+from builders import in_fresh_memory, save_model, tiny_model
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -130,22 +131,6 @@ CHILD = """
 """
 
 
-def in_fresh_memory(model: torch.nn.Module) -> torch.nn.Module:
-    """Copy the weights to memory that torch allocates.
-
-    A loaded tensor may be at any offset of the mapped file, and the kernels for unaligned memory round differently.
-    Without the copy, equal weights give outputs that differ in the last bit. The child has the same function.
-    """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-    return model.eval()
-
-
-def tiny_config(**overrides) -> RegViTConfig:
-    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return RegViTConfig(**{**sizes, "num_labels": 5, "num_depth_bins": 8, **overrides})
-
-
 def rectangular_processor() -> BitImageProcessor:
     return BitImageProcessor(
         size={"shortest_edge": 40},
@@ -159,16 +144,14 @@ def rectangular_processor() -> BitImageProcessor:
 def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
     """Return a folder with one checkpoint per class, an image and a table for the child, and the saved models."""
     folder = tmp_path_factory.mktemp("saved")
-    torch.manual_seed(0)
     models = {}
     for name, (model_class, _) in AUTO_CLASSES.items():
         neurons = [[0, 3], [1, 7]] if name == "segmenter" else None  # test-time registers
-        models[name] = model_class(tiny_config(register_neurons=neurons)).eval()
+        models[name] = tiny_model(model_class, num_labels=5, register_neurons=neurons)
         with torch.no_grad():  # spread registers and gains, so that a token that is not loaded changes the outputs
             for parameter in models[name].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        models[name].save_pretrained(folder / name)
-        rectangular_processor().save_pretrained(folder / name)
+        save_model(models[name], folder / name, rectangular_processor())
     pixels = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     table = {name: auto_class.__name__ for name, (_, auto_class) in AUTO_CLASSES.items()}

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from builders import tiny_model
 from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub, connect
 from hf_regvit import RegViTModel
 from hf_regvit.hub import upload
@@ -164,13 +165,9 @@ def classifier(tmp_path):
     import torch
     from transformers import TrainingArguments
 
-    from hf_regvit import RegViTConfig, RegViTForImageClassification
+    from hf_regvit import RegViTForImageClassification
 
-    torch.manual_seed(0)
-    config = RegViTConfig(
-        image_size=16, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=3
-    )
-    data = [{"pixel_values": torch.randn(3, 16, 16), "labels": i % 3} for i in range(6)]
+    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(6)]
 
     def make(**options):
         args = TrainingArguments(
@@ -178,8 +175,8 @@ def classifier(tmp_path):
             per_device_train_batch_size=2, report_to=[], disable_tqdm=True, **options,
         )  # fmt: skip
         return Classifier(
-            RegViTForImageClassification(config), args, train_dataset=data,
-            processing_class=default_image_processor(16),
+            tiny_model(RegViTForImageClassification, num_labels=3), args, train_dataset=data,
+            processing_class=default_image_processor(32),
         )  # fmt: skip
 
     return make

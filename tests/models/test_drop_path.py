@@ -5,19 +5,16 @@ import itertools
 import pytest
 import torch
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import tiny_model
+from hf_regvit import RegViTModel
 
 MODES = ("sample", "batch_subset")
 
 
 def tiny(**fields) -> RegViTModel:
     """Create a model with large branches: LayerScale 0.5 and wide weights."""
-    torch.manual_seed(0)
-    config = {
-        "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "num_register_tokens": 2, "layerscale_value": 0.5, "initializer_range": 0.3,
-    }  # fmt: skip
-    return RegViTModel(RegViTConfig(**{**config, **fields}))
+    wide = {"image_size": 16, "hidden_size": 16, "layerscale_value": 0.5, "initializer_range": 0.3}
+    return tiny_model(**wide | {"num_register_tokens": 2} | fields).train()
 
 
 def one_branch(branch: str, **fields) -> torch.nn.Module:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
+from builders import tiny_model
 from hf_regvit import (
     CheckpointCorruptError,
     CheckpointError,
@@ -43,15 +44,10 @@ CLASSES = [
     RegViTForDepthEstimation,
     RegViTBackbone,
 ]
-TINY = {
-    "image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_labels": 5, "num_depth_bins": 8,
-}  # fmt: skip
 
 
 def build(cls: type = RegViTModel, **fields):
-    torch.manual_seed(0)
-    return cls(RegViTConfig(**{**TINY, **fields}))
+    return tiny_model(cls, **{"image_size": 16, "num_labels": 5} | fields)
 
 
 @pytest.fixture

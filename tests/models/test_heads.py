@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
+from builders import pixels, randomized, tiny_config, tiny_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -18,30 +19,13 @@ from hf_regvit import (
 )
 from hf_regvit.models.modeling_regvit import scale_invariant_log_loss
 
-TINY = {
-    "image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
-    "num_register_tokens": 2, "num_labels": 5, "num_depth_bins": 8,
-}  # fmt: skip
+TINY = {"image_size": 16, "num_hidden_layers": 3, "num_register_tokens": 2, "num_labels": 5}
 SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 
 
 def build(cls: type, *, seed: int = 0, **fields):
     """Create a model in eval mode in which no parameter or statistic has its initial value."""
-    model = cls(RegViTConfig(**{**TINY, **fields})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-            if name.endswith("lambda1") or ("norm" in name and name.endswith("weight")):
-                parameter.add_(1.0)
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
-    return model
-
-
-def images(batch_size: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    return randomized(tiny_model(cls, **TINY | fields), seed=seed, buffers=True)
 
 
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
@@ -49,7 +33,7 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
     pixel_mask = torch.zeros(len(SIZES), height, width, dtype=torch.long)
     for i, (h, w) in enumerate(SIZES):
         pixel_mask[i, :h, :w] = 1
-    return images(len(SIZES), height, width), pixel_mask
+    return pixels(len(SIZES), height, width), pixel_mask
 
 
 def normed_maps(model, pixel_values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,7 +49,7 @@ def normed_maps(model, pixel_values: torch.Tensor, block: int) -> tuple[torch.Te
 
 @torch.no_grad()
 def test_classifier_reads_cls_the_mean_patch_or_both():
-    pixel_values = images(2, 16, 24)
+    pixel_values = pixels(2, 16, 24)
     for pooling in ("cls", "mean_patch", "cls_mean_patch"):
         model = build(RegViTForImageClassification, pooling=pooling)
         tokens = model.regvit(pixel_values).last_hidden_state
@@ -78,9 +62,9 @@ def test_classifier_reads_cls_the_mean_patch_or_both():
 @torch.no_grad()
 def test_classifier_on_a_norm_after_pooling():
     model = build(RegViTForImageClassification, final_norm="pooled", pooling="mean_patch")
-    mean = model.regvit(images()).last_hidden_state[:, 3:].mean(1)
+    mean = model.regvit(pixels()).last_hidden_state[:, 3:].mean(1)
     expected = model.classifier(model.regvit.layernorm(mean))
-    torch.testing.assert_close(model(images()).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(pixels()).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["cls", "cls_mean_patch"])
@@ -117,7 +101,7 @@ def test_the_mean_of_many_patches_fits_into_half_precision(fields, dtype):
     model = build(RegViTForImageClassification, num_hidden_layers=1, **fields)
     model.regvit.layernorm.bias[3] = 20.0
     model.regvit.embeddings.patch_embeddings.projection.bias[3] = 20.0
-    pixel_values = images(1, 512, 512)
+    pixel_values = pixels(1, 512, 512)
     expected = model(pixel_values).logits
     found = model.to(dtype)(pixel_values).logits
     assert (found.float() - expected).norm() / expected.norm() < 0.02
@@ -125,15 +109,15 @@ def test_the_mean_of_many_patches_fits_into_half_precision(fields, dtype):
 
 def test_classifier_losses():
     model = build(RegViTForImageClassification)
-    output = model(images(), labels=torch.tensor([1, 4]))
+    output = model(pixels(), labels=torch.tensor([1, 4]))
     rows = torch.log_softmax(output.logits, dim=1)
     assert output.loss.item() == pytest.approx(-(rows[0, 1] + rows[1, 4]).item() / 2, rel=1e-5)
     labels = torch.tensor([[1.0, 0, 0, 1, 0], [0, 0, 1, 0, 0]])
-    output = build(RegViTForImageClassification)(images(), labels=labels)
+    output = build(RegViTForImageClassification)(pixels(), labels=labels)
     chance = torch.sigmoid(output.logits)
     expected = -(labels * chance.log() + (1 - labels) * (1 - chance).log()).mean()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    output = build(RegViTForImageClassification, num_labels=1)(images(), labels=torch.tensor([0.5, -1.0]))
+    output = build(RegViTForImageClassification, num_labels=1)(pixels(), labels=torch.tensor([0.5, -1.0]))
     expected = ((output.logits[:, 0] - torch.tensor([0.5, -1.0])) ** 2).mean()
     assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
@@ -156,7 +140,7 @@ def segmentation_twin(model, pixel_values: torch.Tensor, *, training: bool = Fal
 @torch.no_grad()
 def test_segmentation_equals_its_twin_of_maps(head_layers):
     model = build(RegViTForSemanticSegmentation, head_layers=head_layers)
-    for pixel_values in (images(), images(2, 24, 32)):
+    for pixel_values in (pixels(), pixels(2, 24, 32)):
         logits = model(pixel_values).logits
         assert logits.shape == (2, 5, *pixel_values.shape[-2:])
         torch.testing.assert_close(logits, segmentation_twin(model, pixel_values), atol=1e-5, rtol=1e-5)
@@ -165,7 +149,7 @@ def test_segmentation_equals_its_twin_of_maps(head_layers):
 @torch.no_grad()
 def test_segmentation_in_training_uses_the_statistics_of_the_batch():
     model = build(RegViTForSemanticSegmentation)
-    pixel_values = images(3, 16, 24)
+    pixel_values = pixels(3, 16, 24)
     expected = segmentation_twin(model, pixel_values, training=True)
     before = model.head_norm.running_mean.clone()
     torch.testing.assert_close(model.train()(pixel_values).logits, expected, atol=1e-5, rtol=1e-4)
@@ -219,7 +203,7 @@ def test_segmentation_loss_ignores_one_label(ignore):
     model = build(RegViTForSemanticSegmentation, semantic_loss_ignore_index=ignore)
     labels = torch.randint(0, 5, (2, 16, 16), generator=torch.Generator().manual_seed(2))
     labels[0, :9] = ignore
-    output = model(images(), labels=labels)
+    output = model(pixels(), labels=labels)
     assert output.loss.item() == pytest.approx(cross_entropy_twin(output.logits, labels, ignore), rel=1e-5)
     changed = output.logits.detach().clone()
     changed[0, :, :9] = 7.0
@@ -239,7 +223,7 @@ def test_segmentation_loss_ignores_padding():
 
 def test_segmentation_loss_without_a_single_label_is_zero_not_nan():
     model = build(RegViTForSemanticSegmentation).train()
-    loss = model(images(), labels=torch.full((2, 16, 16), 255)).loss
+    loss = model(pixels(), labels=torch.full((2, 16, 16), 255)).loss
     loss.backward()
     assert loss.item() == 0
     assert all(not parameter.grad.any() for parameter in model.parameters())
@@ -270,7 +254,7 @@ def depth_twin(model, pixel_values: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_depth_equals_its_twin_of_maps(head_layers):
     model = build(RegViTForDepthEstimation, head_layers=head_layers, min_depth=0.5, max_depth=80.0)
-    for pixel_values in (images(), images(2, 24, 40)):
+    for pixel_values in (pixels(), pixels(2, 24, 40)):
         depth = model(pixel_values).predicted_depth
         assert depth.shape == (2, *pixel_values.shape[-2:])
         torch.testing.assert_close(depth, depth_twin(model, pixel_values), atol=1e-4, rtol=1e-5)
@@ -284,8 +268,8 @@ def test_depth_in_half_precision(dtype):
     """Check that the sum over 256 bins up to 80 m with weights of 30 does not overflow float16."""
     model = build(RegViTForDepthEstimation, num_depth_bins=256, max_depth=80.0)
     model.classifier.bias.add_(30.0)
-    expected = model(images()).predicted_depth
-    found = model.to(dtype)(images()).predicted_depth
+    expected = model(pixels()).predicted_depth
+    found = model.to(dtype)(pixels()).predicted_depth
     assert found.dtype == dtype
     assert ((found.float() - expected).abs() / expected).max() < 0.02
 
@@ -330,7 +314,7 @@ def depth_labels(*shape: int) -> torch.Tensor:
 def test_depth_loss_equals_its_twin_and_ignores_invalid_depth():
     model = build(RegViTForDepthEstimation)
     labels = depth_labels(2, 16, 16)
-    output = model(images(), labels=labels)
+    output = model(pixels(), labels=labels)
     assert output.loss.item() == pytest.approx(log_loss_twin(output.predicted_depth, labels), rel=1e-4)
     output.loss.backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -349,7 +333,7 @@ def test_depth_loss_ignores_padding():
 
 def test_depth_loss_without_valid_pixels_is_zero_not_nan():
     model = build(RegViTForDepthEstimation)
-    loss = model(images(), labels=torch.zeros(2, 16, 16)).loss
+    loss = model(pixels(), labels=torch.zeros(2, 16, 16)).loss
     loss.backward()
     assert loss.item() == 0
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -361,9 +345,9 @@ def test_depth_that_is_no_number_does_not_count(mark):
     model = build(RegViTForDepthEstimation)
     labels = torch.rand(2, 16, 16, generator=torch.Generator().manual_seed(0)) + 0.5
     labels[:, :4] = 0
-    expected = model(images(), labels=labels).loss
+    expected = model(pixels(), labels=labels).loss
     labels[:, :4] = mark
-    loss = model(images(), labels=labels).loss
+    loss = model(pixels(), labels=labels).loss
     loss.backward()
     torch.testing.assert_close(loss, expected, atol=0, rtol=0)
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -392,7 +376,7 @@ def test_depth_loss_does_not_mind_the_scale_as_much_as_the_shape():
 @torch.no_grad()
 def test_backbone_returns_true_rows_and_columns():
     model = build(RegViTBackbone, out_features=["stem", "stage1", "stage3"])
-    pixel_values = images(2, 24, 40)
+    pixel_values = pixels(2, 24, 40)
     output = model(pixel_values, output_hidden_states=True)
     assert model.channels == [32, 32, 32]
     assert [tuple(maps.shape) for maps in output.feature_maps] == [(2, 32, 3, 5)] * 3
@@ -406,7 +390,7 @@ def test_backbone_returns_true_rows_and_columns():
 
 @torch.no_grad()
 def test_backbone_options():
-    pixel_values = images(2, 16, 24)
+    pixel_values = pixels(2, 16, 24)
     states = build(RegViTBackbone)(pixel_values, output_hidden_states=True).hidden_states
     raw = build(RegViTBackbone, apply_layernorm=False, out_indices=[2])(pixel_values).feature_maps
     assert torch.equal(raw[0], states[2][:, 3:].mT.unflatten(2, (2, 3)))
@@ -437,19 +421,19 @@ def test_unknown_stage_names_the_known_ones():
 def test_upernet_of_transformers_builds_on_it():
     from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
-    backbone = RegViTConfig(**{**TINY, "out_features": ["stage1", "stage2", "stage3"]})
+    backbone = tiny_config(**TINY, out_features=["stage1", "stage2", "stage3"])
     config = UperNetConfig(
         backbone_config=backbone, hidden_size=16, num_labels=4, use_auxiliary_head=False, pool_scales=[1, 2]
     )
     model = UperNetForSemanticSegmentation(config).eval()
     assert isinstance(model.backbone, RegViTBackbone)
-    assert model(images(1, 32, 48)).logits.shape == (1, 4, 32, 48)
+    assert model(pixels(1, 32, 48)).logits.shape == (1, 4, 32, 48)
 
 
 def test_dpt_of_transformers_builds_on_it():
     from transformers import DPTConfig, DPTForDepthEstimation
 
-    backbone = RegViTConfig(
+    backbone = tiny_config(
         **{**TINY, "num_hidden_layers": 4, "reshape_hidden_states": False},
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
@@ -463,7 +447,7 @@ def test_dpt_of_transformers_builds_on_it():
     )
     model = DPTForDepthEstimation(config).eval()
     assert isinstance(model.backbone, RegViTBackbone)
-    assert model(images(1, 32, 32)).predicted_depth.isfinite().all()
+    assert model(pixels(1, 32, 32)).predicted_depth.isfinite().all()
 
 
 # --- All heads -------------------------------------------------------------------------------------------------------
@@ -488,18 +472,18 @@ def test_every_parameter_of_a_head_gets_a_gradient(cls):
     ]
     for fields in variants:
         model = build(cls, **fields).train()
-        model(images(), labels=LABELS[cls]).loss.backward()
+        model(pixels(), labels=LABELS[cls]).loss.backward()
         assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == [], fields
 
 
 @pytest.mark.parametrize("fields", [{}, {"use_mask_token": True}, {"pooler_act": "tanh"}, {"final_norm": "pooled"}])
 def test_every_parameter_of_the_backbone_gets_a_gradient(fields):
     model = build(RegViTModel, **fields).train()
-    output = model(images())
+    output = model(pixels())
     (output.pooler_output.sum() + output.patch_tokens.sum()).backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     model = build(RegViTBackbone, use_mask_token=True).train()
-    model(images()).feature_maps[0].sum().backward()
+    model(pixels()).feature_maps[0].sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
@@ -507,16 +491,16 @@ def test_every_parameter_of_the_backbone_gets_a_gradient(fields):
 @torch.no_grad()
 def test_tuples_and_hidden_states_on_request(cls):
     model = build(cls)
-    output = model(images(), labels=LABELS[cls], output_hidden_states=True)
-    loss, prediction, states = model(images(), labels=LABELS[cls], output_hidden_states=True, return_dict=False)
+    output = model(pixels(), labels=LABELS[cls], output_hidden_states=True)
+    loss, prediction, states = model(pixels(), labels=LABELS[cls], output_hidden_states=True, return_dict=False)
     assert torch.equal(loss, output[0])
     assert torch.equal(prediction, output[1])
     assert len(states) == len(output.hidden_states) == 4
-    without = model(images())
+    without = model(pixels())
     assert without.loss is None
     assert without.hidden_states is None
     model.set_attn_implementation("eager")
-    assert len(model(images(), output_attentions=True).attentions) == 3
+    assert len(model(pixels(), output_attentions=True).attentions) == 3
 
 
 @pytest.mark.parametrize("cls", [RegViTForSemanticSegmentation, RegViTForDepthEstimation])
@@ -537,7 +521,7 @@ class Photos(torch.utils.data.Dataset):
     """Create sixteen fixed noise images with labels."""
 
     def __init__(self, count: int = 16):
-        self.pixel_values = images(count, seed=8)
+        self.pixel_values = pixels(count, seed=8)
         self.labels = torch.arange(count) % 5
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers.utils import logging as hf_logging
 
+from builders import pixels, randomized, tiny_model
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -26,31 +27,12 @@ CLASSES = [
     RegViTForDepthEstimation,
     RegViTBackbone,
 ]
-TINY = {
-    "image_size": 16, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "num_labels": 5, "num_depth_bins": 8,
-}  # fmt: skip
+TINY = {"image_size": 16, "num_labels": 5}
 
 
 def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """Create a model in eval mode without parameters near 0, so that ignoring any of them changes the output.
-
-    Weights shrink with the number of inputs: activations stay near 1, and float32 resolves them to 1e-6.
-    """
-    model = cls(RegViTConfig(**{**TINY, **fields})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            is_matrix = name.endswith("weight") and parameter.ndim > 1
-            scale = 0.5 / math.sqrt(parameter[0].numel()) if is_matrix else 0.3
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-            if ("norm" in name and name.endswith("weight")) or name.endswith("lambda1"):
-                parameter.add_(1.0)
-    return model
-
-
-def images(batch_size: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
-    return torch.randn(batch_size, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    """Create a model in eval mode without parameters near 0, so that ignoring any of them changes the output."""
+    return randomized(tiny_model(cls, **TINY | fields), seed=seed)
 
 
 # --- Outputs ---------------------------------------------------------------------------------------------------------
@@ -61,7 +43,7 @@ def images(batch_size: int = 2, height: int = 16, width: int = 16, *, seed: int 
 @torch.no_grad()
 def test_outputs_are_what_the_decisions_say(registers, height, width):
     model = build(num_register_tokens=registers)
-    output = model(images(3, height, width), output_hidden_states=True)
+    output = model(pixels(3, height, width), output_hidden_states=True)
     patches = height * width // 64
     tokens = 1 + registers + patches
     assert list(output) == [
@@ -81,7 +63,7 @@ def test_outputs_are_what_the_decisions_say(registers, height, width):
 @torch.no_grad()
 def test_hidden_states_are_the_raw_stream():
     model = build(num_hidden_layers=3)
-    pixel_values = images()
+    pixel_values = pixels()
     output = model(pixel_values, output_hidden_states=True)
     assert len(output.hidden_states) == 3 + 1
     stream = model.embeddings(pixel_values)
@@ -96,7 +78,7 @@ def test_hidden_states_are_the_raw_stream():
 @torch.no_grad()
 def test_final_norm_pooled_leaves_the_sequence_raw():
     model = build(final_norm="pooled")
-    output = model(images(), output_hidden_states=True)
+    output = model(pixels(), output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
     expected = model.layernorm(output.hidden_states[-1][:, 5:].mean(1))
     torch.testing.assert_close(output.pooler_output, expected, atol=1e-6, rtol=1e-6)
@@ -105,7 +87,7 @@ def test_final_norm_pooled_leaves_the_sequence_raw():
 @torch.no_grad()
 def test_pooler_act_is_a_dense_layer_on_the_normed_cls():
     model = build(pooler_act="tanh")
-    output = model(images())
+    output = model(pixels())
     dense = model.pooler.dense
     expected = torch.tanh(functional.linear(output.last_hidden_state[:, 0], dense.weight, dense.bias))
     assert torch.equal(output.pooler_output, expected)
@@ -115,7 +97,7 @@ def test_pooler_act_is_a_dense_layer_on_the_normed_cls():
 def test_tuple_has_the_same_order():
     model = build(attn_implementation="eager")
     model.set_attn_implementation("eager")
-    pixel_values = images()
+    pixel_values = pixels()
     output = model(pixel_values, output_hidden_states=True, output_attentions=True)
     as_tuple = model(pixel_values, output_hidden_states=True, output_attentions=True, return_dict=False)
     assert len(as_tuple) == len(output) == 8
@@ -130,9 +112,9 @@ def test_tuple_has_the_same_order():
 @torch.no_grad()
 def test_discard_registers(registers, tmp_path):
     build(num_register_tokens=registers).save_pretrained(tmp_path)
-    kept = RegViTModel.from_pretrained(tmp_path)(images(), output_hidden_states=True)
+    kept = RegViTModel.from_pretrained(tmp_path)(pixels(), output_hidden_states=True)
     model = RegViTModel.from_pretrained(tmp_path, discard_registers=True)
-    output = model(images(), output_hidden_states=True)
+    output = model(pixels(), output_hidden_states=True)
     expected = torch.cat([kept.last_hidden_state[:, :1], kept.last_hidden_state[:, 1 + registers :]], dim=1)
     assert torch.equal(output.last_hidden_state, expected)
     assert output.output_mask.tolist() == [[True] * 5] * 2
@@ -145,7 +127,7 @@ def test_discard_registers(registers, tmp_path):
 
 @torch.no_grad()
 def test_eight_at_once_equal_eight_alone():
-    model, pixel_values = build(), images(8, 16, 24)
+    model, pixel_values = build(), pixels(8, 16, 24)
     together = model(pixel_values).last_hidden_state
     alone = torch.cat([model(image[None]).last_hidden_state for image in pixel_values])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
@@ -154,7 +136,7 @@ def test_eight_at_once_equal_eight_alone():
 @torch.no_grad()
 def test_attentions_are_the_softmax_of_the_book():
     model = build(num_register_tokens=2)
-    pixel_values = images(1)
+    pixel_values = pixels(1)
     by_sdpa = model(pixel_values)
     model.set_attn_implementation("eager")
     output = model(pixel_values, output_attentions=True, output_hidden_states=True)
@@ -177,7 +159,7 @@ def test_attentions_are_the_softmax_of_the_book():
 @torch.no_grad()
 def test_attentions_under_sdpa_are_empty_and_said_to_be(caplog):
     hf_logging.warning_once.cache_clear()  # another test of this process may have triggered the warning
-    output = build()(images(), output_attentions=True)
+    output = build()(pixels(), output_attentions=True)
     assert not output.attentions
     assert any("set_attn_implementation('eager')" in record.getMessage() for record in caplog.records)
 
@@ -205,9 +187,9 @@ def test_registers_reach_no_head_and_no_pooled_output(cls):
         {"reshape_hidden_states": False},
     ):
         model = build(cls, **fields)
-        before = model(images())
+        before = model(pixels())
         change_registers_after_the_last_block(model, 4)
-        after = model(images())
+        after = model(pixels())
         compared = 0
         for name in ("pooler_output", "patch_tokens", "logits", "predicted_depth", "feature_maps"):
             value = before.get(name)
@@ -221,17 +203,17 @@ def test_registers_reach_no_head_and_no_pooled_output(cls):
 @torch.no_grad()
 def test_registers_take_part_in_the_blocks():
     model = build()
-    before = model(images()).pooler_output
+    before = model(pixels()).pooler_output
     model.embeddings.register_tokens.mul_(2)
-    assert (model(images()).pooler_output - before).abs().max() > 1e-3
+    assert (model(pixels()).pooler_output - before).abs().max() > 1e-3
 
 
 @torch.no_grad()
 def test_permuting_registers_leaves_cls_and_patches():
     model, order = build(), [2, 0, 3, 1]
-    before = model(images())
+    before = model(pixels())
     model.embeddings.register_tokens.copy_(model.embeddings.register_tokens[:, order])
-    after = model(images())
+    after = model(pixels())
     torch.testing.assert_close(after.pooler_output, before.pooler_output, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after.patch_tokens, before.patch_tokens, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(after.register_tokens, before.register_tokens[:, order], atol=1e-5, rtol=1e-5)
@@ -240,7 +222,7 @@ def test_permuting_registers_leaves_cls_and_patches():
 @torch.no_grad()
 def test_registers_enter_without_a_position():
     model = build()
-    for pixel_values in (images(), images(2, 24, 8)):
+    for pixel_values in (pixels(), pixels(2, 24, 8)):
         tokens = model.embeddings(pixel_values)
         assert torch.equal(tokens[:, 1:5], model.embeddings.register_tokens.expand(2, -1, -1))
 
@@ -278,7 +260,7 @@ def plain_vit(state: dict[str, torch.Tensor], config: RegViTConfig, pixel_values
 def test_without_registers_it_is_a_plain_vit_bit_for_bit():
     model = build(num_register_tokens=0, layerscale_value=None)
     assert not [name for name in model.state_dict() if "register" in name]
-    pixel_values = images(4)
+    pixel_values = pixels(4)
     expected = plain_vit(model.state_dict(), model.config, pixel_values)
     assert torch.equal(model(pixel_values).last_hidden_state, expected)
 
@@ -287,7 +269,7 @@ def test_without_registers_it_is_a_plain_vit_bit_for_bit():
 def test_without_registers_but_with_layerscale_it_is_a_plain_vit():
     """Compare with a small tolerance, because gain and sum are one fused operation in the model."""
     model = build(num_register_tokens=0)
-    pixel_values = images(4)
+    pixel_values = pixels(4)
     expected = plain_vit(model.state_dict(), model.config, pixel_values)
     torch.testing.assert_close(model(pixel_values).last_hidden_state, expected, atol=2e-6, rtol=1e-5)
 
@@ -316,7 +298,7 @@ def test_resize_keeps_the_old_registers_and_draws_new_ones():
     assert not torch.equal(drawn[0], drawn[1])
     assert drawn.std().item() == pytest.approx(0.02, rel=0.4)
     assert model.config.num_register_tokens == 5
-    assert model(images()).register_tokens.shape == (2, 5, 32)
+    assert model(pixels()).register_tokens.shape == (2, 5, 32)
     again = build(num_register_tokens=3).resize_register_tokens(5).embeddings.register_tokens
     assert torch.equal(again, new)  # the same seed
     other = build(num_register_tokens=3).resize_register_tokens(5, seed=1).embeddings.register_tokens
@@ -331,12 +313,12 @@ def test_resize_downwards_from_nothing_and_to_nothing(tmp_path):
     model.resize_register_tokens(0)
     expected = build(num_register_tokens=0)
     expected.load_state_dict(model.state_dict())
-    assert torch.equal(model(images()).last_hidden_state, expected(images()).last_hidden_state)
+    assert torch.equal(model(pixels()).last_hidden_state, expected(pixels()).last_hidden_state)
     model.resize_register_tokens(2)
-    assert model(images()).register_tokens.shape == (2, 2, 32)
+    assert model(pixels()).register_tokens.shape == (2, 2, 32)
     model.save_pretrained(tmp_path)
     loaded = RegViTModel.from_pretrained(tmp_path)
-    assert torch.equal(loaded(images()).last_hidden_state, model(images()).last_hidden_state)
+    assert torch.equal(loaded(pixels()).last_hidden_state, model(pixels()).last_hidden_state)
 
 
 @torch.no_grad()
@@ -345,13 +327,13 @@ def test_two_models_of_one_config_object():
     student = build()
     teacher = RegViTModel(student.config).eval()
     student.resize_register_tokens(student.config.num_register_tokens + 2)
-    student(images())
+    student(pixels())
     with pytest.raises(ValueError, match=r"has 4 registers, but its config says num_register_tokens=6.*deepcopy"):
-        teacher(images())
+        teacher(pixels())
     plain = build(num_register_tokens=0)
     plain.config.num_register_tokens = 1
     with pytest.raises(ValueError, match="has 0 registers, but its config says num_register_tokens=1"):
-        plain(images())
+        plain(pixels())
 
 
 @torch.no_grad()
@@ -359,7 +341,7 @@ def test_resize_inside_a_classifier():
     model = build(RegViTForImageClassification)
     model.regvit.resize_register_tokens(6)
     assert model.config.num_register_tokens == 6
-    assert model(images()).logits.shape == (2, 5)
+    assert model(pixels()).logits.shape == (2, 5)
 
 
 @torch.no_grad()
@@ -367,20 +349,19 @@ def test_resize_inside_a_classifier():
 def test_every_class_resizes_its_registers(cls):
     """Regression test: only the backbone had the method, but `convert` may return a classifier."""
     model = build(cls, num_register_tokens=2)
-    before = model(images(), return_dict=False)
+    before = model(pixels(), return_dict=False)
     assert model.resize_register_tokens(5, seed=3) is model
     assert model.config.num_register_tokens == 5
     expected = build(RegViTModel, num_register_tokens=2).resize_register_tokens(5, seed=3).embeddings.register_tokens
     assert torch.equal(model.base_model.embeddings.register_tokens[:, 2:], expected[:, 2:])
-    torch.testing.assert_close(model.resize_register_tokens(2)(images(), return_dict=False), before, rtol=0, atol=0)
+    torch.testing.assert_close(model.resize_register_tokens(2)(pixels(), return_dict=False), before, rtol=0, atol=0)
 
 
 # --- Initialisation --------------------------------------------------------------------------------------------------
 
 
 def fresh(cls: type = RegViTModel, **fields):
-    torch.manual_seed(0)
-    return cls(RegViTConfig(**{**TINY, **fields}))
+    return tiny_model(cls, **TINY | fields).train()
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -447,7 +428,7 @@ def test_f47_registers_differ_after_initialisation_and_stay_different():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(5):
         optimizer.zero_grad()
-        model(images(4, seed=step)).patch_tokens[..., 0].square().mean().backward()
+        model(pixels(4, seed=step)).patch_tokens[..., 0].square().mean().backward()
         optimizer.step()
     assert not torch.equal(model.embeddings.register_tokens, before)
     gradient = model.embeddings.register_tokens.grad[0]
@@ -463,7 +444,7 @@ SIZES = [(16, 16), (8, 24), (24, 16), (8, 8), (32, 24)]
 def padded(sizes=SIZES, *, dtype: torch.dtype = torch.long) -> tuple[torch.Tensor, torch.Tensor]:
     """Create images of these sizes in the top left corner, with noise in the padding, and their mask."""
     height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    pixel_values = images(len(sizes), height, width)
+    pixel_values = pixels(len(sizes), height, width)
     pixel_mask = torch.zeros(len(sizes), height, width, dtype=dtype)
     for i, (h, w) in enumerate(sizes):
         pixel_mask[i, :h, :w] = 1
@@ -532,7 +513,7 @@ def test_padding_and_the_type_of_the_mask_do_not_matter(dtype):
 
 @torch.no_grad()
 def test_a_mask_of_ones_changes_nothing():
-    model, pixel_values = build(), images(2, 24, 16)
+    model, pixel_values = build(), pixels(2, 24, 16)
     output = model(pixel_values, pixel_mask=torch.ones(2, 24, 16))
     torch.testing.assert_close(output.last_hidden_state, model(pixel_values).last_hidden_state, atol=1e-5, rtol=1e-5)
     assert output.output_mask.sum() == 2 * (1 + 6)
@@ -579,8 +560,8 @@ def test_compiled_flex_attention_in_a_padded_batch():
 def test_masked_patches_are_replaced_before_positions_are_added():
     model = build(use_mask_token=True)
     masked = torch.tensor([[True, False, False, True], [False, False, True, False]])
-    tokens = model.embeddings(images(), masked)
-    plain = model.embeddings(images())
+    tokens = model.embeddings(pixels(), masked)
+    plain = model.embeddings(pixels())
     positions = model.embeddings.position_embeddings[0, 1:]
     for i in range(2):
         assert torch.equal(tokens[i, :5], plain[i, :5])
@@ -593,7 +574,7 @@ def test_masked_patches_are_replaced_before_positions_are_added():
 def test_what_lies_under_a_mask_does_not_matter():
     model = build(use_mask_token=True)
     masked = torch.tensor([[True, False, False, False]])
-    first, second = images(1), images(1)
+    first, second = pixels(1), pixels(1)
     second[:, :, :8, :8] = 100.0
     assert torch.equal(
         model(first, bool_masked_pos=masked).last_hidden_state, model(second, bool_masked_pos=masked).last_hidden_state
@@ -604,9 +585,9 @@ def test_what_lies_under_a_mask_does_not_matter():
 
 def test_a_mask_needs_a_mask_token_and_the_shape_of_the_patches():
     with pytest.raises(ValueError, match="use_mask_token=True"):
-        build()(images(), bool_masked_pos=torch.zeros(2, 4, dtype=torch.bool))
+        build()(pixels(), bool_masked_pos=torch.zeros(2, 4, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\(2, 8\).*\(2, 4\)"):
-        build(use_mask_token=True)(images(), bool_masked_pos=torch.zeros(2, 8, dtype=torch.bool))
+        build(use_mask_token=True)(pixels(), bool_masked_pos=torch.zeros(2, 8, dtype=torch.bool))
 
 
 # --- Positions -------------------------------------------------------------------------------------------------------
@@ -640,7 +621,7 @@ def test_rows_and_columns_are_not_swapped():
 @torch.no_grad()
 def test_rectangular_patches():
     model = build(image_size=(16, 16), patch_size=(8, 4))
-    output = model(images(2, 24, 12))
+    output = model(pixels(2, 24, 12))
     assert output.patch_tokens.shape == (2, 9, 32)
     assert model.config.grid == (2, 4)
 
@@ -662,7 +643,7 @@ def test_one_resample_per_grid_outside_training(context, monkeypatch):
     model, calls = build(), count_resamples(monkeypatch)
     with context():
         for height, width in [(16, 16), (24, 32), (24, 32), (32, 24), (24, 32), (32, 24), (16, 16)]:
-            model(images(2, height, width))
+            model(pixels(2, height, width))
         assert calls == [(3, 4), (4, 3)]
         model(padded()[0])
         model(padded()[0], pixel_mask=padded()[1])
@@ -673,22 +654,22 @@ def test_a_frozen_table_is_cached_even_where_gradients_are_on(monkeypatch):
     model, calls = build(), count_resamples(monkeypatch)
     model.embeddings.position_embeddings.requires_grad_(False)
     for _ in range(3):
-        model(images(1, 24, 32)).pooler_output.sum().backward()
+        model(pixels(1, 24, 32)).pooler_output.sum().backward()
     assert calls == [(3, 4)]
 
 
 def test_every_training_step_resamples(monkeypatch):
     model, calls = build().train(), count_resamples(monkeypatch)
     for _ in range(3):
-        model(images(1, 24, 32))
+        model(pixels(1, 24, 32))
     assert len(calls) == 3
 
 
 def test_gradients_reach_the_table_at_another_size_in_eval_mode():
     model = build()
     with torch.no_grad():
-        model(images(1, 24, 32))  # fills the cache
-    model(images(1, 24, 32)).patch_tokens.square().sum().backward()
+        model(pixels(1, 24, 32))  # fills the cache
+    model(pixels(1, 24, 32)).patch_tokens.square().sum().backward()
     gradient = model.embeddings.position_embeddings.grad
     assert (gradient[0, 1:].abs().amax(1) > 0).all()
 
@@ -697,7 +678,7 @@ def test_the_cache_forgets_the_oldest_grid_and_stays_small():
     model = build()
     with torch.no_grad():
         for rows in range(1, 14):
-            model(images(1, 8 * rows, 8))
+            model(pixels(1, 8 * rows, 8))
     assert len(model.embeddings._cached_positions) == model.embeddings.MAX_CACHED_GRIDS
 
 
@@ -743,7 +724,7 @@ def in_inference_mode(model):
 )
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_the_cache_notices_every_change_of_the_table(change, context):
-    model, pixel_values = build(), images(1, 24, 32)
+    model, pixel_values = build(), pixels(1, 24, 32)
     with context():
         before = model(pixel_values).last_hidden_state
     change(model)
@@ -759,7 +740,7 @@ def test_the_cache_notices_every_change_of_the_table(change, context):
 
 @torch.no_grad()
 def test_positions_cached_in_half_precision_do_not_serve_the_same_numbers_in_single():
-    model, pixel_values = build().to(torch.bfloat16), images(1, 24, 32)
+    model, pixel_values = build().to(torch.bfloat16), pixels(1, 24, 32)
     model(pixel_values)  # caches positions that were rounded to bfloat16
     model.to(torch.float32)
     clean = build()
@@ -773,7 +754,7 @@ def test_positions_cached_in_half_precision_do_not_serve_the_same_numbers_in_sin
 def test_every_parameter_gets_a_gradient_where_nothing_is_masked():
     # Otherwise data parallelism waits for the mask token's gradient or searches for unused parameters in every step.
     model = build(use_mask_token=True, num_register_tokens=2).train()
-    model(images()).last_hidden_state.sum().backward()
+    model(pixels()).last_hidden_state.sum().backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert not model.embeddings.mask_token.grad.any()
 
@@ -781,17 +762,17 @@ def test_every_parameter_gets_a_gradient_where_nothing_is_masked():
 @torch.no_grad()
 def test_a_copy_has_a_cache_of_its_own():
     model = build()
-    model(images(1, 24, 32))
+    model(pixels(1, 24, 32))
     teacher = copy.deepcopy(model)
     teacher.embeddings.position_embeddings.mul_(0.5)
-    assert not torch.equal(teacher(images(1, 24, 32)).pooler_output, model(images(1, 24, 32)).pooler_output)
+    assert not torch.equal(teacher(pixels(1, 24, 32)).pooler_output, model(pixels(1, 24, 32)).pooler_output)
     assert not [name for name in model.state_dict() if "cache" in name]
 
 
 @torch.no_grad()
 def test_copies_for_other_devices_share_no_cache():
     """Check replicas of `nn.DataParallel`, which share attributes but have tables on different devices."""
-    model, pixel_values = build(), images(1, 24, 32)
+    model, pixel_values = build(), pixels(1, 24, 32)
     model(pixel_values)
     kept = dict(model.embeddings._cached_positions)
     replica = model.embeddings._replicate_for_data_parallel()
@@ -804,7 +785,7 @@ def test_copies_for_other_devices_share_no_cache():
 @torch.no_grad()
 def test_an_ensemble_of_torch_func_at_another_size():
     """Check `vmap`, under which the position table has no values to compare with the cached ones."""
-    models, pixel_values = [build(seed=seed) for seed in range(2)], images(1, 24, 32)
+    models, pixel_values = [build(seed=seed) for seed in range(2)], pixels(1, 24, 32)
     parameters, buffers = torch.func.stack_module_state(models)
 
     def pooled(parameters, buffers):
@@ -816,7 +797,7 @@ def test_an_ensemble_of_torch_func_at_another_size():
 
 
 def test_positions_filled_in_inference_mode_serve_a_later_backward():
-    model, pixel_values = build(), images(1, 24, 32)
+    model, pixel_values = build(), pixels(1, 24, 32)
     model.embeddings.position_embeddings.requires_grad_(False)
     with torch.inference_mode():
         model(pixel_values)
@@ -851,7 +832,7 @@ def test_checkpointed_gradients_equal_the_plain_ones(reentrant, with_padding):
 @pytest.mark.parametrize("cls", [CLASSES[0], *(pytest.param(cls, marks=pytest.mark.slow) for cls in CLASSES[1:])])
 @torch.no_grad()
 def test_compiles_into_one_graph(cls):
-    model, pixel_values = build(cls, num_hidden_layers=1), images(2, 24, 32)
+    model, pixel_values = build(cls, num_hidden_layers=1), pixels(2, 24, 32)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     for ours, theirs in zip(compiled(pixel_values).values(), model(pixel_values).values(), strict=True):
@@ -867,7 +848,7 @@ def test_compiled_training_step_equals_the_plain_one():
     gradients = []
     for run in (model, compiled):
         model.zero_grad()
-        run(images(), bool_masked_pos=masked).patch_tokens.square().sum().backward()
+        run(pixels(), bool_masked_pos=masked).patch_tokens.square().sum().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-5, msg=name)
@@ -880,15 +861,15 @@ def test_compiles_with_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True)
     for size in ((16, 16), (24, 32)):
-        expected = model(images(2, *size)).last_hidden_state
-        torch.testing.assert_close(compiled(images(2, *size)).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
+        expected = model(pixels(2, *size)).last_hidden_state
+        torch.testing.assert_close(compiled(pixels(2, *size)).last_hidden_state, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
 @torch.no_grad()
 def test_half_precision_is_close_to_single(dtype, error):
     model = build()
-    for pixel_values in (images(), images(2, 24, 40)):
+    for pixel_values in (pixels(), pixels(2, 24, 40)):
         expected = model(pixel_values)
         half = copy.deepcopy(model).to(dtype)
         output = half(pixel_values)  # float32 pixels are cast, because every processor returns float32
@@ -956,7 +937,7 @@ def test_loading_builds_on_meta_and_leaves_nothing_there(cls, tmp_path, monkeypa
     assert devices == ["meta"]
     assert [name for name, tensor in model.state_dict().items() if tensor.is_meta] == []
     assert all(parameter.dtype == torch.bfloat16 for parameter in model.parameters())
-    model(images(2, 24, 16))
+    model(pixels(2, 24, 16))
 
 
 @torch.no_grad()
@@ -965,13 +946,13 @@ def test_a_classifier_gives_its_backbone_and_takes_one(tmp_path):
     classifier.save_pretrained(tmp_path / "classifier")
     backbone, info = RegViTModel.from_pretrained(tmp_path / "classifier", output_loading_info=True)
     assert not info["missing_keys"]
-    assert torch.equal(backbone(images()).pooler_output, classifier.regvit(images()).pooler_output)
+    assert torch.equal(backbone(pixels()).pooler_output, classifier.regvit(pixels()).pooler_output)
     backbone.save_pretrained(tmp_path / "backbone")
     model, info = RegViTForImageClassification.from_pretrained(
         tmp_path / "backbone", num_labels=3, output_loading_info=True
     )
     assert set(info["missing_keys"]) == {"classifier.weight", "classifier.bias"}
-    assert torch.equal(model.regvit(images()).pooler_output, backbone(images()).pooler_output)
+    assert torch.equal(model.regvit(pixels()).pooler_output, backbone(pixels()).pooler_output)
 
 
 def test_a_checkpoint_without_mask_token_serves_a_model_with_one_and_back(tmp_path):
@@ -988,11 +969,11 @@ def test_a_checkpoint_without_mask_token_serves_a_model_with_one_and_back(tmp_pa
 def test_weights_may_be_offloaded_to_the_disk(cls, tmp_path):
     """Check that every module with its own parameters is called, because accelerate hooks load them only then."""
     model = build(cls, layerscale_value=0.1)
-    expected = model(images(2, 24, 32)).to_tuple()
+    expected = model(pixels(2, 24, 32)).to_tuple()
     model.save_pretrained(tmp_path / "model")
     loaded = cls.from_pretrained(tmp_path / "model", device_map={"": "disk"}, offload_folder=tmp_path / "offload")
     assert {parameter.device.type for parameter in loaded.parameters()} == {"meta"}
-    for ours, theirs in zip(loaded.eval()(images(2, 24, 32)).to_tuple(), expected, strict=True):
+    for ours, theirs in zip(loaded.eval()(pixels(2, 24, 32)).to_tuple(), expected, strict=True):
         assert torch.equal(
             ours[0] if isinstance(ours, tuple) else ours, theirs[0] if isinstance(theirs, tuple) else theirs
         )

@@ -1,13 +1,12 @@
 """Pipelines of transformers on every head, as a person with `import hf_regvit` uses them."""
 
 import pytest
-import torch
 from PIL import Image
 from transformers import DPTImageProcessor, pipeline
 from transformers.pipelines import base
 
+from builders import tiny_model
 from hf_regvit import (
-    RegViTConfig,
     RegViTForDepthEstimation,
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
@@ -25,14 +24,11 @@ HEADS = {
 def test_a_pipeline_takes_batches_and_does_not_call_its_model_unsupported(task, monkeypatch):
     told = []
     monkeypatch.setattr(base.logger, "error", told.append)
-    torch.manual_seed(0)
-    config = RegViTConfig(
-        image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_register_tokens=2
-    )
+    model = tiny_model(HEADS[task], image_size=16, num_register_tokens=2)
     processor = default_image_processor(16, resize=16)
     if task != "image-classification":  # as fine-tuning on masks and depths writes it
         processor = DPTImageProcessor(size={"height": 16, "width": 16})
-    pipe = pipeline(task, model=HEADS[task](config).eval(), image_processor=processor, device="cpu")
+    pipe = pipeline(task, model=model, image_processor=processor, device="cpu")
     pictures = [Image.new("RGB", (30, 20), "red"), Image.new("RGB", (20, 40), "blue"), Image.new("RGB", (9, 9))]
     assert len(pipe(pictures, batch_size=2)) == 3
     assert not told

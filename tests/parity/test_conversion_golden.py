@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, subtree
+from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, sizes_of, subtree
 from hf_regvit import RegViTBackbone, RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert
 from hf_regvit.models.foreign_weights import ConversionError
@@ -20,12 +20,6 @@ TRANSFORMERS = {
 }  # fmt: skip
 REFUSED = {"deit": "distillation_token", "dinov3_vit": "dinov3_vit", "dinov3_vit_gated": "dinov3_vit",
            "clip_vision": "clip_vision", "siglip_vision": "siglip_vision"}  # fmt: skip
-
-
-def sizes_of(tensors: dict[str, torch.Tensor], prefix: str = "in.pixels.") -> list[str]:
-    sizes = [key.removeprefix(prefix) for key in tensors if key.startswith(prefix)]
-    assert sizes
-    return sizes
 
 
 def dinov2_overrides(model: dict) -> dict:

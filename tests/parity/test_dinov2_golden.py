@@ -8,37 +8,13 @@ import re
 import pytest
 import torch
 
-from helpers import assert_golden, golden_files, load_golden, requires_shared, subtree
+from helpers import assert_golden, golden_files, load_golden, regvit_name, requires_shared, sizes_of, subtree
 from hf_regvit import RegViTConfig, RegViTModel
 
 pytestmark = requires_shared
 
-NAMES = (
-    ("cls_token", "embeddings.cls_token"),
-    ("register_tokens", "embeddings.register_tokens"),
-    ("mask_token", "embeddings.mask_token"),
-    ("pos_embed", "embeddings.position_embeddings"),
-    ("patch_embed.proj.", "embeddings.patch_embeddings.projection."),
-    ("norm.", "layernorm."),
-    ("blocks.", "layers."),
-)
-INNER = {
-    ".attn.proj.": ".attention.o_proj.", ".attn.qkv.": ".attention.qkv.", ".ls1.gamma": ".layer_scale1.lambda1",
-    ".ls2.gamma": ".layer_scale2.lambda1", ".w12.": ".gate_up_proj.", ".w3.": ".down_proj.",
-}  # fmt: skip
-
 VIT_FILES = [name for name in golden_files("dinov2") if "/vit_" in name and not re.search("droppath|grad", name)]
 MASK_FILES = [name for name in VIT_FILES if name.endswith("masks_reg2.safetensors")]
-
-
-def our_name(official: str) -> str:
-    official = re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", official)  # chunked blocks keep their global number
-    for old, new in INNER.items():
-        official = official.replace(old, new)
-    for old, new in NAMES:
-        if official.startswith(old):
-            return new + official.removeprefix(old)
-    raise KeyError(official)
 
 
 def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViTModel:
@@ -62,12 +38,8 @@ def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViT
         **fields,
     )
     model = RegViTModel(config).eval()
-    model.load_state_dict({our_name(name): tensor for name, tensor in subtree(tensors, "sd.").items()}, strict=True)
+    model.load_state_dict({regvit_name(name): tensor for name, tensor in subtree(tensors, "sd.").items()}, strict=True)
     return model
-
-
-def sizes_of(tensors: dict[str, torch.Tensor]) -> list[str]:
-    return sorted(name.removeprefix("in.pixels.") for name in tensors if name.startswith("in.pixels."))
 
 
 def test_no_file_is_missing():
@@ -151,7 +123,7 @@ def test_gradient_of_every_parameter(attn_implementation):
     loss.backward()
     tolerance = {"atol": 1e-4, "rtol": 1e-4}  # stated by the file
     assert_golden(loss.detach()[None], tensors["out.loss"], **tolerance)
-    gradients = {our_name(name): tensor for name, tensor in subtree(tensors, "grad.").items()}
+    gradients = {regvit_name(name): tensor for name, tensor in subtree(tensors, "grad.").items()}
     assert set(gradients) == {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         assert_golden(parameter.grad, gradients[name], **tolerance)

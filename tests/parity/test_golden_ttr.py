@@ -7,7 +7,7 @@ from torch import nn
 from helpers import assert_golden, load_golden, requires_shared, subtree
 from hf_regvit import RegViTConfig, RegViTModel, convert
 from hf_regvit.diagnosis.register_neurons import RegisterNeurons, add_test_time_registers, score_neurons
-from hf_regvit.models.tokens import read_many
+from hf_regvit.models.tokens import TokenReader, read_many
 
 pytestmark = requires_shared
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the golden files' own
@@ -114,7 +114,7 @@ def test_the_search_gives_the_published_scores_and_order(tower):
         is_outlier = norms[:, block, 1:] > search["register_norm_threshold"]  # CLS is none in these files
         assert is_outlier.sum(1).tolist() == config["outliers_per_image"]
         share, below = QUIET[tag]
-        scores = score_neurons(model, images, is_outlier.numpy(), quiet_share=share, quiet_below=below)
+        scores = score_neurons(TokenReader(model), images, is_outlier.numpy(), quiet_share=share, quiet_below=below)
         assert_golden(scores.float(), tensors[f"out.search.{tag}.scores"], **TOLERANCE)
         top = tensors[f"out.search.{tag}.top"].tolist()
         found = RegisterNeurons(scores, layer=0, cutoff=0.0, emergence=0, outlier_share=0.0, num_images=6)

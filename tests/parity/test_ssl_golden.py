@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers import load_golden, requires_shared, shared_dir, subtree
+from helpers import load_golden, regvit_name, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
@@ -15,28 +15,12 @@ from hf_regvit.training.parameter_groups import parameter_rules
 pytestmark = requires_shared
 
 FILES = ["centering_shared_head", "sinkhorn_separate_heads"]
-RENAMED = {
-    "patch_embed.proj.": "embeddings.patch_embeddings.projection.",
-    "pos_embed": "embeddings.position_embeddings",
-    "cls_token": "embeddings.cls_token",
-    "register_tokens": "embeddings.register_tokens",
-    "mask_token": "embeddings.mask_token",
-    "blocks.": "layers.",
-    ".attn.proj.": ".attention.o_proj.",
-    ".attn.": ".attention.",
-    ".ls1.gamma": ".layer_scale1.lambda1",
-    ".ls2.gamma": ".layer_scale2.lambda1",
-}
 
 
 def our_name(official: str) -> str:
     """`backbone.blocks.0.ls1.gamma` -> `backbone.layers.0.layer_scale1.lambda1`; heads keep their names."""
-    if not official.startswith("backbone."):
-        return official
     name = official.removeprefix("backbone.")
-    for theirs, ours in RENAMED.items():
-        name = name.replace(theirs, ours)
-    return "backbone." + (name.replace("norm.", "layernorm.") if name.startswith("norm.") else name)
+    return official if name == official else "backbone." + regvit_name(name)
 
 
 def renamed(tensors: dict, prefix: str) -> dict:

@@ -154,10 +154,10 @@ def test_f54_pretrain_reports_the_alarm(tmp_path):
 def test_f54_the_command_line_says_it_in_one_line(monkeypatch, capsys):
     from hf_regvit.app import cli
 
-    def fail(args, switches):
+    def fail(arguments):
         raise NonFiniteError("the loss is nan at step 3")
 
-    monkeypatch.setitem(cli.COMMANDS, "pretrain", fail)
+    monkeypatch.setitem(cli.RUNS, "pretrain", fail)
     assert cli.main(["pretrain"]) == 1
     assert capsys.readouterr().err == "error: the loss is nan at step 3\n"
 

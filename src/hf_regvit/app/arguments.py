@@ -1,99 +1,99 @@
-"""Arguments of the commands that do not train."""
+"""Arguments of the commands that do not train.
 
-from dataclasses import dataclass, field, fields
+The first spelling of an option is the name of its field; further ones are aliases.
+"""
+
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
 
-@dataclass
+def _option(default: Any, help_text: str, *aliases: str, **metadata: Any) -> Any:
+    """Return a field of an argument class; `MISSING` as the default makes the option required."""
+    metadata |= {"help": help_text} | ({"aliases": list(aliases)} if aliases else {})
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+_IMAGES = "Images: a folder, a parquet or tar file, a folder of them, a Hub data set, photos or digits."
+_DEVICE = "Device to compute on, such as cuda, cuda:1, mps, xpu or cpu; auto selects the first of these that exists."
+
+
+def _model(help_text: str) -> Any:
+    return _option(MISSING, f"{help_text}: a folder, a run folder, a weights file, a Hub id or timm/NAME.",
+                   "--model_name_or_path")  # fmt: skip
+
+
+def _models(help_text: str) -> Any:
+    return _option(
+        MISSING,
+        f"One or more models: folders, run folders, weights files, Hub ids or timm/NAME. {help_text}",
+        "--model_name_or_path",
+        action="extend",
+    )
+
+
+@dataclass(kw_only=True)
 class ConvertArguments:
     """Options of `regvit convert`. The overrides set fields of `RegViTConfig` that a raw state dict lacks."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "aliases": ["--model"],
-            "help": "Model to convert: a folder, a weights file (.safetensors, .pth), a Hub id or timm/NAME.",
-        }
+    model: str = _model("Model to convert")
+    output_dir: str = _option(MISSING, "Output folder for the RegViT; must not contain a checkpoint yet.")
+    verify: bool = _option(True, "Compare the outputs with those of the source model, if it can be run.")
+    num_attention_heads: int | None = _option(None, "Number of attention heads, for raw state dicts.")
+    layer_norm_eps: float | None = _option(None, "LayerNorm epsilon, for raw state dicts.")
+    interpolate_antialias: bool | None = _option(None, "Antialias resampled position embeddings, for raw state dicts.")
+    interpolate_offset: float | None = _option(
+        None, "Offset added to the grid size when resampling position embeddings, for raw state dicts."
     )
-    output_dir: str = field(metadata={"help": "Output folder for the RegViT; must not contain a checkpoint yet."})
-    verify: bool = field(
-        default=True, metadata={"help": "Compare the outputs with those of the source model, if it can be run."}
+    image_size: list[int] | None = _option(
+        None, "Image size of the stored position embeddings in pixels: one side, or height and width."
     )
-    num_attention_heads: int | None = field(
-        default=None, metadata={"help": "Number of attention heads, for raw state dicts."}
-    )
-    layer_norm_eps: float | None = field(default=None, metadata={"help": "LayerNorm epsilon, for raw state dicts."})
-    interpolate_antialias: bool | None = field(
-        default=None, metadata={"help": "Antialias resampled position embeddings, for raw state dicts."}
-    )
-    interpolate_offset: float | None = field(
-        default=None,
-        metadata={"help": "Offset added to the grid size when resampling position embeddings, for raw state dicts."},
-    )
-    image_size: list[int] | None = field(
-        default=None,
-        metadata={"help": "Image size of the stored position embeddings in pixels: one side, or height and width."},
-    )
-    pooling: str | None = field(
-        default=None, metadata={"help": "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch."}
-    )
-    pooler_act: str | None = field(
-        default=None, metadata={"help": "Activation of the pooler (tanh in ViT), for raw state dicts that have one."}
+    pooling: str | None = _option(None, "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch.")
+    pooler_act: str | None = _option(
+        None, "Activation of the pooler (tanh in ViT), for raw state dicts that have one."
     )
 
     def overrides(self) -> dict[str, Any]:
         """Return the config fields that were given."""
-        names = [f.name for f in fields(self) if f.name not in ("model_name_or_path", "output_dir", "verify")]
+        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir", "verify")]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given.get("image_size", [])) == 1:
             given["image_size"] = given["image_size"][0]
         return given
 
 
-@dataclass
-class ExtractArguments:
+@dataclass(kw_only=True)
+class _ImageArguments:
+    """Options of the commands that read the tokens of images."""
+
+    data: str = _option(MISSING, _IMAGES, "--images")
+    split: str | None = _option(None, "Split to read: train or validation. Default: all images.")
+    batch_size: int = _option(32, "Number of images per forward pass and process.")
+    device: str = _option("auto", _DEVICE)
+
+
+@dataclass(kw_only=True)
+class ExtractArguments(_ImageArguments):
     """Options of `regvit extract`, with the defaults of `ExtractionSettings`."""
 
-    model_name_or_path: str = field(
-        metadata={"aliases": ["--model"], "help": "Model: a folder, a Hub id or timm/NAME."}
+    model: str = _model("Model")
+    output_dir: str = _option(MISSING, "Output folder for shards and index.json; an interrupted run is continued.")
+    streaming: bool = _option(
+        False, "Read parquet files or a Hub data set as a stream, without a local copy; the default split is train."
     )
-    data: str = field(
-        metadata={
-            "aliases": ["--images"],
-            "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits.",
-        }
+    layer: int = _option(
+        -1, "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."
     )
-    output_dir: str = field(
-        metadata={"help": "Output folder for shards and index.json; an interrupted run is continued."}
+    final_norm: bool = _option(True, "Apply the model's final norm; otherwise save the raw residual stream.")
+    patches: bool = _option(True, "Save patch tokens in addition to CLS and registers.")
+    dtype: str = _option("float32", "Data type of the saved tokens: float32, float16 or bfloat16.")
+    shard_size: int = _option(256, "Number of images per file, also held in memory, per process.")
+    image_size: int | None = _option(
+        None, "Side of the square input in pixels. Default: set by the model's processor."
     )
-    split: str | None = field(
-        default=None,
-        metadata={"help": "Split to read: train or validation. Default: all images; train with --streaming."},
-    )
-    streaming: bool = field(
-        default=False, metadata={"help": "Read parquet files or a Hub data set as a stream, without a local copy."}
-    )
-    layer: int = field(
-        default=-1,
-        metadata={"help": "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."},
-    )
-    final_norm: bool = field(
-        default=True, metadata={"help": "Apply the model's final norm; otherwise save the raw residual stream."}
-    )
-    patches: bool = field(default=True, metadata={"help": "Save patch tokens in addition to CLS and registers."})
-    dtype: str = field(
-        default="float32", metadata={"help": "Data type of the saved tokens: float32, float16 or bfloat16."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass and process."})
-    shard_size: int = field(
-        default=256, metadata={"help": "Number of images per file, also held in memory, per process."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the square input in pixels. Default: set by the model's processor."}
-    )
-    max_images: int | None = field(
-        default=None, metadata={"help": "Read at most this many images, from the first one on. Default: all."}
-    )
+    max_images: int | None = _option(None, "Read at most this many images, from the first one on. Default: all.")
 
     def images(self) -> Any:
         """Return the images for `extract_to_folder`, as a source or a stream."""
@@ -110,306 +110,141 @@ class ExtractArguments:
         return ExtractionSettings(**{f.name: getattr(self, f.name) for f in fields(ExtractionSettings)})
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EvaluateArguments:
     """Options of `regvit evaluate`. If `lost_` options have several values, the best combination is selected."""
 
-    model_name_or_path: list[str] = field(
-        metadata={
-            "aliases": ["--model"],
-            "action": "extend",
-            "help": "One or more models: folders, Hub ids or timm/NAME. The first one is the reference.",
-        }
+    model: list[str] = _models("The first one is the reference.")
+    data: str = _option(
+        MISSING,
+        f"Test {_IMAGES[0].lower()}{_IMAGES[1:]} Probes are fitted on its train split unless --train_data is given.",
+        "--validation_dir",
     )
-    data: str = field(
-        metadata={
-            "aliases": ["--validation_dir"],
-            "help": "Test images: a folder with class folders, a parquet file or folder, a Hub data set, photos or "
-            "digits. Probes are fitted on its train split unless --train_data is given.",
-        }
-    )
-    train_data: str | None = field(
-        default=None,
-        metadata={"aliases": ["--train_dir"], "help": "Training images, for fitting and selecting probes."},
-    )
-    train_val_split: float | None = field(
-        default=None,
-        metadata={"help": "Share of the images of each class used as test images if --data has no validation split."},
-    )
-    segmentation_data: str | None = field(
-        default=None, metadata={"help": "Images with segmentation masks. Default: --data."}
-    )
-    depth_data: str | None = field(default=None, metadata={"help": "Images with depth maps. Default: --data."})
-    lost_data: str | None = field(default=None, metadata={"help": "Images with bounding boxes. Default: --data."})
-    tasks: list[str] = field(
-        default_factory=lambda: ["knn", "linear"],
-        metadata={
-            "help": "Tasks to run: knn linear logistic few_shot retrieval robustness (need labels), segmentation "
-            "(needs masks), depth (needs depth maps), lost (object discovery, needs boxes)."
-        },
-    )
-    output_dir: str = field(default="evaluation", metadata={"help": "Output folder for report.json and report.md."})
-    cache_dir: str | None = field(
-        default=None, metadata={"help": "Cache folder for features. Default: features/ in --output_dir."}
-    )
-    image_size: int | None = field(
-        default=None, metadata={"help": "Side of the center crop in pixels. Default: the model's image size."}
-    )
-    image_sizes: list[int] | None = field(
-        default=None, metadata={"help": "Image sizes of the robustness task in pixels."}
-    )
-    knn_k: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of nearest neighbors. Default: 10 20 100 200."}
-    )
-    linear_steps: int = field(default=2000, metadata={"help": "Number of SGD steps of the linear probe."})
-    select_on: str = field(
-        default="held_out",
-        metadata={
-            "help": "Images on which the linear probe is selected: held_out is a tenth of the training images; judged "
-            "is the test images, as in the official DINOv2 probe."
-        },
-    )
-    shots: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of few-shot images per class. Default: 1 5 10."}
-    )
-    num_tries: int = field(default=5, metadata={"help": "Number of random draws of the few-shot images."})
-    dense_steps: int = field(
-        default=1000, metadata={"help": "Number of training steps of the segmentation and depth heads."}
-    )
-    dense_image_size: int | None = field(
-        default=None,
-        metadata={"help": "Shorter image side for segmentation and depth in pixels. Default: the model's image size."},
-    )
-    num_dense_blocks: int = field(
-        default=1, metadata={"help": "Number of blocks that segmentation and depth read: 1 (the last one) or 4."}
-    )
-    ignore_values: list[int] | None = field(default=None, metadata={"help": "Mask values to ignore. Default: 255."})
-    reduce_labels: bool = field(
-        default=False, metadata={"help": "Treat mask value 0 as background to ignore, as in ADE20k."}
-    )
-    depth_scale: float | None = field(
-        default=None,
-        metadata={"help": "Meters per stored depth unit. Default: 0.001 for integers, 1 for floating-point values."},
-    )
-    max_depth: float = field(default=10.0, metadata={"help": "Maximum depth in meters; larger values are ignored."})
-    boxes: str | None = field(
-        default=None, metadata={"help": "Column with ground-truth boxes. Default: objects, bbox or boxes."}
-    )
-    box_format: str = field(
-        default="xywh",
-        metadata={"help": "Box format: xywh (corner, width, height, as in COCO) or xyxy (two corners)."},
-    )
-    lost_features: list[str] | None = field(
-        default=None, metadata={"help": "Features for object discovery, among q k v out. Default: all."}
-    )
-    lost_layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks for object discovery, counted from the end. Default: -1 to -4."}
-    )
-    lost_centers: list[str] | None = field(
-        default=None, metadata={"help": "Centering for object discovery, among none image row. Default: all."}
-    )
-    lost_l2norm: list[str] | None = field(
-        default=None, metadata={"help": "L2 normalization for object discovery, among false true. Default: both."}
-    )
-    lost_biases: list[float] | None = field(
-        default=None,
-        metadata={"help": "Biases added to the cosine similarities, or to the dot products with --lost_l2norm false."},
-    )
-    lost_k: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of candidate patches for seed expansion. Default: 100."}
-    )
-    max_side: int = field(
-        default=640,
-        metadata={"help": "Maximum longer side for object discovery in pixels; larger images are resized."},
-    )
-    max_images: int | None = field(
-        default=None,
-        metadata={"help": "Maximum number of images per split, drawn at random with --seed. Default: all."},
-    )
-    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
-    seed: int = field(default=0, metadata={"help": "Random seed for splits, sampling and confidence intervals."})
+    train_data: str | None = _option(None, "Training images, for fitting and selecting probes.", "--train_dir")
+    tasks: list[str] = _option(["knn", "linear"], "Tasks to run.")
+    output_dir: str = _option("evaluation", "Output folder for report.json and report.md.")
+    cache_dir: str | None = _option(None, "Cache folder for features. Default: features/ in --output_dir.")
+    device: str = _option("auto", _DEVICE)
+    seed: int = _option(0, "Random seed for splits, sampling and confidence intervals.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of `evaluate_backbone`."""
-        from ..evaluation.dense_heads import DepthSettings, SegmentationSettings
-        from ..evaluation.linear import LinearGrid
-        from ..evaluation.object_discovery import LostGrid
-        from ..evaluation.tasks import Protocol
+        """Return the keyword arguments of `compare_backbones`."""
+        from ..evaluation.tasks import Sampling, select_tasks, settings_from, task_options
 
-        same = (
-            "image_size", "image_sizes", "select_on", "shots", "num_tries", "boxes", "box_format", "max_side",
-            "max_images", "train_val_split", "batch_size", "dense_image_size", "num_dense_blocks", "ignore_values",
-            "reduce_labels", "depth_scale",
-        )  # fmt: skip
-        task_data = {
-            "segmentation": self.segmentation_data, "depth": self.depth_data, "lost": self.lost_data
-        }  # fmt: skip
+        options = {name: getattr(self, name) for name in task_options()}
+        for kind in (Sampling, *(task.Settings for task in select_tasks(self.tasks))):
+            settings_from(kind, options)  # raises for values out of range, before a model is loaded
+        own = {task: getattr(self, f"{task}_data") for task in _own_data()}
         return {
             "tasks": self.tasks,
             "train": self.train_data,
-            "task_data": {task: data for task, data in task_data.items() if data is not None},
-            "protocol": Protocol(
-                knn_ks=self.knn_k,
-                linear=LinearGrid(num_steps=self.linear_steps),
-                lost_grid=LostGrid(**self.grid()),
-                segmentation=SegmentationSettings(num_steps=self.dense_steps),
-                depth=DepthSettings(num_steps=self.dense_steps, max_depth=self.max_depth),
-                **{name: getattr(self, name) for name in same},
-            ),
+            "task_data": {task: data for task, data in own.items() if data is not None},
             "cache_dir": self.cache_dir or str(Path(self.output_dir, "features")),
+            "device": self.device,
             "seed": self.seed,
+            **options,
         }
 
-    def grid(self) -> dict[str, Any]:
-        """Return the options of `LostGrid` that were given."""
-        norms = self.lost_l2norm
-        if norms is not None and set(norms) - {"true", "false"}:
-            raise ValueError(f"lost_l2norm={norms} contains an unknown value. Choose from true, false.")
-        given = {
-            "features": self.lost_features,
-            "layers": self.lost_layers,
-            "centers": self.lost_centers,
-            "l2norms": None if norms is None else [norm == "true" for norm in norms],
-            "biases": self.lost_biases,
-            "raw_biases": self.lost_biases if norms == ["false"] else None,
-            "ks": self.lost_k,
-        }
-        return {name: value for name, value in given.items() if value is not None}
+
+def evaluate_arguments() -> type[EvaluateArguments]:
+    """Return `EvaluateArguments` with the options of all tasks in the table."""
+    from ..evaluation.tasks import TASKS, task_options
+
+    by_need: dict[str, list[str]] = {}
+    for title, one_task in TASKS.items():
+        by_need.setdefault(one_task.needs, []).append(title)
+    listed = "; ".join(f"{', '.join(names)} (with {need})" for need, names in by_need.items())
+    made: list[Any] = [("tasks", list[str], _option(["knn", "linear"], f"Tasks to run: {listed}."))]
+    for task, need in _own_data().items():
+        option = _option(None, f"Images with {need} for the task {task}. Default: --data.")
+        made.append((f"{task}_data", str | None, option))
+    for name, (kind, one) in task_options().items():
+        made.append(
+            (name, kind, field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
+        )
+    return make_dataclass("EvaluateArguments", made, bases=(EvaluateArguments,), kw_only=True)
 
 
-@dataclass
-class DiagnoseArguments:
-    """Options of `regvit diagnose`."""
+def _own_data() -> dict[str, str]:
+    """Return the tasks that usually need other images than the rest, and what those images must have."""
+    from ..evaluation.tasks import TASKS
 
-    model_name_or_path: list[str] = field(
-        metadata={
-            "aliases": ["--model"],
-            "action": "extend",
-            "help": "One or more models: folders, Hub ids or timm/NAME. Several models are compared in a table.",
-        }
-    )
-    data: str = field(
-        metadata={
-            "aliases": ["--images"],
-            "help": "Images: a folder, a parquet file or folder, a Hub data set, photos or digits. Use at least 500.",
-        }
-    )
-    output_dir: str = field(
-        default="diagnosis", metadata={"help": "Output folder for report.json, report.html and figures."}
-    )
-    split: str | None = field(
-        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
-    )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Blocks to read: 1 to the depth, 0 for the embedding. Default: all."}
-    )
-    cutoff: str = field(
-        default="auto",
-        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
-    )
-    max_images: int = field(default=1000, metadata={"help": "Maximum number of images, drawn at random with --seed."})
-    detail_images: int = field(
-        default=128, metadata={"help": "Number of images for directions, ranks and register controls; held in memory."}
-    )
-    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
-    probes: bool = field(
-        default=False,
-        metadata={"help": "Also fit linear probes on single tokens; the class probe needs labeled images."},
-    )
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
+    return {name: task.needs for name, task in TASKS.items() if task.needs != "labels"}
+
+
+@dataclass(kw_only=True)
+class _ArtifactArguments(_ImageArguments):
+    """Options of the commands that find artifacts."""
+
+    cutoff: str = _option("auto", "Norm above which a patch token is an outlier; auto estimates it from the data.")
+    max_images: int = _option(1000, "Maximum number of images, drawn at random with --seed.")
+    seed: int = _option(0, "Random seed.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of `diagnose`.
+        """Return the keyword arguments of the public function.
 
         Raises:
             ValueError: `cutoff` is neither "auto" nor a number.
         """
-        cutoff = _cutoff(self.cutoff)
-        names = ("max_images", "detail_images", "batch_size", "probes", "seed")
-        return {name: getattr(self, name) for name in names} | {"layers": self.layers or "all", "cutoff": cutoff}
+        names = {f.name for f in fields(self)} - {"model", "data", "split", "output_dir"}
+        given = {name: getattr(self, name) for name in names}
+        try:
+            return given | {"cutoff": self.cutoff if self.cutoff == "auto" else float(self.cutoff)}
+        except ValueError as error:
+            raise ValueError(f"--cutoff {self.cutoff} is not a number. Use 'auto' or a norm such as 150.") from error
 
 
-@dataclass
-class RetrofitArguments:
-    """Options of `regvit retrofit`."""
+@dataclass(kw_only=True)
+class DiagnoseArguments(_ArtifactArguments):
+    """Options of `regvit diagnose`."""
 
-    model_name_or_path: str = field(
-        metadata={
-            "aliases": ["--model"],
-            "help": "RegViT without registers, or any model that `regvit convert` accepts: a folder, a Hub id or a "
-            "weights file.",
-        }
-    )
-    data: str = field(
-        metadata={
-            "aliases": ["--images"],
-            "help": "Images, without labels: a folder, a parquet file or folder, a Hub data set, photos or digits.",
-        }
-    )
-    output_dir: str = field(metadata={"help": "New output folder for the checkpoint, its report and figures."})
-    split: str | None = field(
-        default=None, metadata={"help": "Split to read: train or validation. Default: all images."}
-    )
-    num_register_tokens: int | None = field(
-        default=None, metadata={"help": "Number of registers to add. Default: the best of 1, 2, 4 and 8."}
-    )
-    top_k: int | None = field(
-        default=None, metadata={"help": "Number of neurons to move. Default: the best of 1 to 50."}
-    )
-    highest_block: int | None = field(
-        default=None,
-        metadata={
-            "help": "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
-        },
-    )
-    cutoff: str = field(
-        default="auto",
-        metadata={"help": "Norm above which a patch token is an outlier; auto estimates it from the data."},
-    )
-    max_images: int = field(default=500, metadata={"help": "Maximum number of images, drawn at random with --seed."})
-    batch_size: int = field(default=32, metadata={"help": "Number of images per forward pass."})
-    seed: int = field(default=0, metadata={"help": "Random seed."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
+    model: list[str] = _models("Several models are compared in a table.")
+    data: str = _option(MISSING, f"{_IMAGES} Use at least 500.", "--images")
+    output_dir: str = _option("diagnosis", "Output folder for report.json, report.html and figures.")
+    layers: list[int] | None = _option(None, "Blocks to read: 1 to the depth, 0 for the embedding. Default: all.")
+    detail_images: int = _option(128, "Number of images for directions, ranks and register controls; held in memory.")
+    probes: bool = _option(False, "Also fit linear probes on single tokens; the class probe needs labeled images.")
 
     def settings(self) -> dict[str, Any]:
-        """Return the keyword arguments of `retrofit`."""
-        names = ("num_register_tokens", "top_k", "highest_block", "max_images", "batch_size", "seed", "device")
-        return {name: getattr(self, name) for name in names} | {"cutoff": _cutoff(self.cutoff)}
+        """Return the keyword arguments of `diagnose`."""
+        return super().settings() | {"layers": self.layers or "all"}
 
 
-def _cutoff(text: str) -> float | str:
-    try:
-        return text if text == "auto" else float(text)
-    except ValueError as error:
-        raise ValueError(f"--cutoff {text} is not a number. Use 'auto' or a norm such as 150.") from error
+@dataclass(kw_only=True)
+class RetrofitArguments(_ArtifactArguments):
+    """Options of `regvit retrofit`."""
+
+    model: str = _model("RegViT without registers, or any model that `regvit convert` accepts")
+    output_dir: str = _option(MISSING, "New output folder for the checkpoint, its report and figures.")
+    num_register_tokens: int | None = _option(None, "Number of registers to add. Default: the best of 1, 2, 4 and 8.")
+    top_k: int | None = _option(None, "Number of neurons to move. Default: the best of 1 to 50.")
+    highest_block: int | None = _option(
+        None, "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
+    )
+    max_images: int = _option(500, "Maximum number of images, drawn at random with --seed.")
 
 
 @dataclass
 class DataCheckArguments:
     """Options of `regvit data-check`."""
 
-    data: list[str] = field(
-        metadata={"help": "Images: one or more folders, parquet or tar files, Hub data sets, photos or digits."}
+    data: list[str] = _option(
+        MISSING, "Images: one or more folders, parquet or tar files, Hub data sets, photos or digits."
     )
-    image_column: str | None = field(
-        default=None, metadata={"help": "Column with the images. Default: the only image column, or 'image'."}
+    image_column: str | None = _option(
+        None, "Column with the images. Default: the only image column, or 'image'.", "--image_column_name"
     )
-    label_column: str | None = field(
-        default=None, metadata={"help": "Column with the class ids. Default: 'label', if it holds class ids."}
+    label_column: str | None = _option(
+        None, "Column with the class ids. Default: 'label', if it holds class ids.", "--label_column_name"
     )
-    batch_size: int = field(default=64, metadata={"help": "Number of images per training step over all processes."})
-    image_size: int = field(default=224, metadata={"help": "Side of the global crops in pixels."})
-    max_bad_share: float = field(
-        default=0.01, metadata={"help": "Maximum share of unreadable images that training would accept, 0 to 1."}
+    batch_size: int = _option(64, "Number of images per training step over all processes.")
+    image_size: int = _option(224, "Side of the global crops in pixels.")
+    max_bad_share: float = _option(0.01, "Maximum share of unreadable images that training would accept, 0 to 1.")
+    near_limit_bits: int = _option(
+        6, "Maximum number of differing bits in the 64-bit image hashes of near duplicates, 0 to 16."
     )
-    near_limit_bits: int = field(
-        default=6,
-        metadata={"help": "Maximum number of differing bits in the 64-bit image hashes of near duplicates, 0 to 16."},
-    )
-    num_workers: int = field(
-        default=0, metadata={"help": "Number of processes that read images; 0 reads in the main process."}
+    num_workers: int = _option(
+        0, "Number of processes that read images; 0 reads in the main process.", "--dataloader_num_workers"
     )
 
 
@@ -417,99 +252,73 @@ class DataCheckArguments:
 class DemoArguments:
     """Options of `regvit demo`."""
 
-    model_name_or_path: list[str] = field(
-        metadata={
-            "aliases": ["--model"],
-            "action": "extend",
-            "help": "One or more models: folders, Hub ids or timm/NAME. Select one of them on the page.",
-        }
-    )
-    compare: str | None = field(default=None, metadata={"help": "Second model to show next to the first one."})
-    port: int = field(
-        default=7860, metadata={"help": "Local port to listen on; 0 selects the first free port from 7860 on."}
-    )
-    cache_mib: int = field(default=512, metadata={"help": "Memory for cached images in MiB."})
-    device: str | None = field(default=None, metadata={"help": "Device, such as cuda. Default: the CPU."})
+    model: list[str] = _models("Select one of them on the page.")
+    compare: str | None = _option(None, "Second model to show next to the first one.")
+    port: int = _option(7860, "Local port to listen on; 0 selects the first free port from 7860 on.")
+    cache_mib: int = _option(512, "Memory for cached images in MiB.")
+    device: str = _option("auto", _DEVICE)
 
 
 @dataclass
 class PublishArguments:
     """Options of `regvit publish`."""
 
-    model_name_or_path: str = field(
-        metadata={"aliases": ["--model"], "help": "Local RegViT checkpoint, or the folder of a training run."}
+    model: str = _option(MISSING, "Local RegViT checkpoint, or the folder of a training run.", "--model_name_or_path")
+    repo_id: str | None = _option(
+        None, "Hub repository id, owner/name. The model card loads the model from it.", "--hub_model_id"
     )
-    repo_id: str | None = field(
-        default=None, metadata={"help": "Hub repository id, owner/name. The model card loads the model from it."}
+    output_dir: str | None = _option(
+        None, "New folder for the bundle. Default: bundles/ followed by the repository name."
     )
-    output_dir: str | None = field(
-        default=None,
-        metadata={"help": "New folder for the bundle. Default: bundles/ followed by the repository name."},
+    push: bool = _option(False, "Upload the bundle. Without this option, nothing is uploaded.", "--push_to_hub")
+    public: bool = _option(
+        False, "Create a public repository instead of a private one, or upload to an existing public one."
     )
-    push: bool = field(
-        default=False, metadata={"help": "Upload the bundle. Without this option, nothing is uploaded."}
+    reports: list[str] = _option(
+        [], "Reports of `regvit diagnose` and `regvit evaluate` for the model card: files or folders."
     )
-    public: bool = field(
-        default=False,
-        metadata={"help": "Create a public repository instead of a private one, or upload to an existing public one."},
+    license: str | None = _option(
+        None, "License of the weights, as a Hub license id such as apache-2.0, cc-by-nc-4.0 or other."
     )
-    reports: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reports of `regvit diagnose` and `regvit evaluate` for the model card: files or folders."},
+    license_name: str | None = _option(None, "Name of the license. Required with --license other.")
+    license_link: str | None = _option(None, "URL of the license text. Required with --license other.")
+    data: str | None = _option(None, "Description of the training images. Default: taken from the run.")
+    data_license: str | None = _option(None, "License or terms of the training images.")
+    datasets: list[str] = _option([], "Hub ids of the training data sets.")
+    base_model: str | None = _option(
+        None, "Model that training or conversion started from. Default: taken from the run."
     )
-    license: str | None = field(
-        default=None,
-        metadata={"help": "License of the weights, as a Hub license id such as apache-2.0, cc-by-nc-4.0 or other."},
+    base_model_license: str | None = _option(None, "License or terms of the base model.")
+    origin: str | None = _option(
+        None,
+        "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the run, or "
+        "unknown.",
     )
-    license_name: str | None = field(
-        default=None, metadata={"help": "Name of the license. Required with --license other."}
+    description: str | None = _option(None, "Paragraph for the model card.")
+    example_pictures: bool = _option(
+        False, "Include the example figures of the diagnosis, which show images of the data set."
     )
-    license_link: str | None = field(
-        default=None, metadata={"help": "URL of the license text. Required with --license other."}
-    )
-    data: str | None = field(
-        default=None, metadata={"help": "Description of the training images. Default: taken from the run."}
-    )
-    data_license: str | None = field(default=None, metadata={"help": "License or terms of the training images."})
-    datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data sets."})
-    base_model: str | None = field(
-        default=None, metadata={"help": "Model that training or conversion started from. Default: taken from the run."}
-    )
-    base_model_license: str | None = field(default=None, metadata={"help": "License or terms of the base model."})
-    origin: str | None = field(
-        default=None,
-        metadata={
-            "help": "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the "
-            "run, or unknown."
-        },
-    )
-    description: str | None = field(default=None, metadata={"help": "Paragraph for the model card."})
-    example_pictures: bool = field(
-        default=False,
-        metadata={"help": "Include the example figures of the diagnosis, which show images of the data set."},
-    )
-    max_shard_size: str = field(
-        default="5GB", metadata={"help": "Maximum size of a weights file; larger weights are split."}
-    )
-    revision: str | None = field(default=None, metadata={"help": "Branch of the repository. Default: main."})
-    commit_message: str | None = field(default=None, metadata={"help": "Message of the commit."})
+    max_shard_size: str = _option("5GB", "Maximum size of a weights file; larger weights are split.")
+    revision: str | None = _option(None, "Branch of the repository. Default: main.")
+    commit_message: str | None = _option(None, "Message of the commit.")
 
-    def folder(self) -> str:
-        """Return the folder of the bundle."""
-        name = self.repo_id or Path(self.model_name_or_path).resolve().name
-        return self.output_dir or f"bundles/{name.split('/')[-1]}"
-
-    def card(self) -> dict[str, Any]:
-        """Return the fields of the model card that were given."""
-        names = ("license", "license_name", "license_link", "data", "data_license", "base_model", "base_model_license")
-        given = {name: getattr(self, name) for name in (*names, "origin", "description")}
-        given["datasets"] = tuple(self.datasets)
-        return {name: value for name, value in given.items() if value}
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `publish`, with the fields of the model card that were given."""
+        card = ("license", "license_name", "license_link", "data", "data_license", "datasets", "base_model",
+                "base_model_license", "origin", "description")  # fmt: skip
+        name = self.repo_id or Path(self.model).resolve().name
+        given = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in (*card, "public")}
+        del given["model"], given["repo_id"]
+        return given | {
+            "output_dir": self.output_dir or f"bundles/{name.split('/')[-1]}",
+            "card": {name: value for name in card if (value := getattr(self, name))},
+            "private": not self.public,
+        }
 
 
 @dataclass
 class DoctorArguments:
     """Options of `regvit doctor`."""
 
-    output_dir: str = field(default=".", metadata={"help": "Folder for runs, whose free disk space is checked."})
-    self_test: bool = field(default=True, metadata={"help": "Train, save and load a tiny model."})
+    output_dir: str = _option(".", "Folder for runs, whose free disk space is checked.")
+    self_test: bool = _option(True, "Train, save and load a tiny model.")

@@ -22,8 +22,9 @@ from torch import nn
 from ..data.builtin import builtin_images
 from ..data.decoding import ImageLimits, open_image
 from ..figures.maps import attention_overlay_figure, lost_figure, overview_figure, save_figure
-from ..models.loading import load_model
-from .demo_page import _HELP, _LEAD, _MEAN, _NO_COMPARISON, _TEMPLATES, _TITLE, Question, _jpeg, look, results_page
+from ..figures.pages import data_url, render
+from ..models.tokens import TokenReader
+from .demo_page import TEMPLATES, MapRequest, read_views, results_page
 from .exploration import Explorer, InputImage, View
 
 if TYPE_CHECKING:
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_TITLE = "What does a vision transformer look at?"
+_NO_COMPARISON = "none"
 EXAMPLES = ("china", "motorcycle", "chelsea", "flower", "coffee", "astronaut", "rocket", "camera")
 MAX_UPLOAD = "20mb"
 _UPLOAD_LIMITS = ImageLimits(max_pixels=50_000_000)
@@ -39,13 +42,15 @@ _UPLOAD_LIMITS = ImageLimits(max_pixels=50_000_000)
 # --- Files ---
 
 
-def write_figures(views: Mapping[str, View], picture: InputImage, question: Question, folder: Path) -> Path:
+def write_figures(views: Mapping[str, View], image: InputImage, request: MapRequest, folder: Path) -> Path:
     """Write the maps as figures for a paper: a ZIP archive of PNG files, drawn by `hf_regvit.figures`."""
-    path, names = folder / f"{_file_name(picture.name)}_figures.zip", _file_names(views)
+    path, names = folder / f"{_file_name(image.name)}_figures.zip", _file_names(views)
     with zipfile.ZipFile(path, "w") as archive:
         for name, view in views.items():
-            row, column = cell = view.cell(question.place)
-            heads = torch.stack([view.attention_from(cell, head=i) for i in range(view.description.num_heads)])
+            row, column = cell = view.cell(request.place)
+            heads = torch.stack(
+                [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
+            )
             maps = view.maps()
             figures = {
                 "overview": overview_figure(view.image, maps),
@@ -62,16 +67,16 @@ def write_figures(views: Mapping[str, View], picture: InputImage, question: Ques
     return path
 
 
-def write_features(views: Mapping[str, View], picture: InputImage, folder: Path) -> Path:
+def write_features(views: Mapping[str, View], image: InputImage, folder: Path) -> Path:
     """Write CLS, registers and patches as a safetensors file; for two models, as a ZIP archive of two files."""
     paths, names = [], _file_names(views)
     for name, view in views.items():
-        path = folder / f"{_file_name(picture.name)}_{names[name]}_block_{view.layer}.safetensors"
-        view.features(picture.name).save(path)
+        path = folder / f"{_file_name(image.name)}_{names[name]}_block_{view.layer}.safetensors"
+        view.features(image.name).save(path)
         paths.append(path)
     if len(paths) == 1:
         return paths[0]
-    archive_path = folder / f"{_file_name(picture.name)}_features.zip"
+    archive_path = folder / f"{_file_name(image.name)}_features.zip"
     with zipfile.ZipFile(archive_path, "w") as archive:
         for path in paths:
             archive.write(path, path.name)
@@ -96,8 +101,9 @@ def _file_names(views: Mapping[str, View]) -> dict[str, str]:
 
 
 def build_app(
-    models: Mapping[str, tuple[nn.Module, Any]],
+    models: Mapping[str, TokenReader | nn.Module | str | Path],
     *,
+    device: str = "auto",
     compare: str | None = None,
     cache_bytes: int = 512 << 20,
     reference: Sequence[Image.Image] | None = None,
@@ -105,7 +111,8 @@ def build_app(
     """Build the demo as a Gradio app; start it with `app.launch(**launch_options())`.
 
     Args:
-        models: Model and image processor by name, as returned by `features.load_model`. The first is shown.
+        models: Models by the name to show: name to open, module or reader; see `open_model`. The first is shown.
+        device: Device for models given by name; "auto" is the first of cuda, mps, xpu and cpu that exists.
         compare: Name of the model to show beside it.
         cache_bytes: Memory for the readings of images, in bytes.
         reference: Images that show which norms are usual in a model; default the built-in images.
@@ -119,7 +126,9 @@ def build_app(
     if compare is not None and compare not in models:
         raise ValueError(f"compare='{compare}' is not one of the models. Choose from {', '.join(models)}.")
     reference = list(builtin_images().values()) if reference is None else list(reference)
-    return _Page(Explorer(models, cache_bytes=cache_bytes, reference=reference), compare, len(reference)).app
+    return _Page(
+        Explorer(models, device=device, cache_bytes=cache_bytes, reference=reference), compare, len(reference)
+    ).app
 
 
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
@@ -139,29 +148,29 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
         "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
         "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
         "footer_links": [], "quiet": True, "theme": theme,
-        "css": (_TEMPLATES / "demo.css").read_text(encoding="utf-8"),
+        "css": _part("demo.css"),
     }  # fmt: skip
 
 
 def serve(
-    model_name_or_path: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str | None
+    model: Sequence[str], *, compare: str | None, port: int, cache_mib: int, device: str = "auto"
 ) -> dict[str, Any]:
     """Load models, serve the page on this machine, and wait for Ctrl-C.
 
     Args:
-        model_name_or_path: Folders or Hub ids, as for `features.load_model`.
+        model: Names of the models to choose from, as for `open_model`.
         compare: Folder or Hub id of another model to show beside the first.
         port: Port to listen on; 0 selects the first free one from 7860 on.
         cache_mib: Memory for the readings of images, in MiB.
-        device: Device to compute on.
+        device: Device to compute on; "auto" is the first of cuda, mps, xpu and cpu that exists.
 
     Returns:
         Dictionary with the `address` of the page.
     """
-    names = list(dict.fromkeys([*model_name_or_path, *([compare] if compare else [])]))
+    names = list(dict.fromkeys([*model, *([compare] if compare else [])]))
     shown = {name: _name_of(name, names) for name in names}
-    models = {shown[name]: load_model(name, device=device) for name in names}
-    app = build_app(models, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
+    models = {shown[name]: name for name in names}
+    app = build_app(models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
     try:
         _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
     except OSError as error:
@@ -200,39 +209,34 @@ class _Page:
         self.app = gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 3600))
         with self.app:
             # None until the page has loaded: Gradio resets an expired state to it, which must not show an example.
-            self.picture = gr.State(None, time_to_live=3600)
+            self.image = gr.State(None, time_to_live=3600)
             self.place = gr.State((0.5, 0.5))
-            gr.HTML(f"<header><h1>{_TITLE}</h1><p>{_LEAD}</p></header>", elem_id="head")
+            gr.HTML(_part("demo_head.html", title=_TITLE), elem_id="head")
             with gr.Row(elem_id="layout", equal_height=False):
                 with gr.Column(elem_id="choose", min_width=0):
                     self._choose(compare)
                 with gr.Column(elem_id="results", min_width=0):
-                    script = (_TEMPLATES / "demo_maps.js").read_text(encoding="utf-8")
-                    self.results = gr.HTML(js_on_load=script, elem_id="maps", min_height=400)
+                    self.results = gr.HTML(js_on_load=_part("demo_maps.js"), elem_id="maps", min_height=400)
                     with gr.Row():
                         self.figures = gr.Button("Download figures (PNG)", size="md", elem_id="get-figures")
                         self.features = gr.Button("Download features (safetensors)", size="md", elem_id="get-features")
                     self.file = gr.DownloadButton("File", visible="hidden", elem_id="file")
                     with gr.Accordion("How to read the maps", open=False):
-                        gr.Markdown(_HELP.format(reference=num_reference))
+                        gr.Markdown(_part("demo_help.md", num_reference=num_reference))
             self._connect()
         self.app.queue(max_size=32, default_concurrency_limit=2, api_open=False)
 
     def _choose(self, compare: str | None) -> None:
         import gradio as gr
 
-        names = list(self.explorer.models)
+        names = list(self.explorer.readers)
         description = self.explorer.descriptions[names[0]]
         self.upload = gr.File(
             label="Your image", show_label=False, file_types=["image"], height=132, elem_id="upload"
         )  # fmt: skip
-        thumbnails = "".join(
-            f'<button type=button title="{name}" data-name="{name}" aria-pressed={str(name == EXAMPLES[0]).lower()}>'
-            f'<img alt="{name}" '
-            f'src="data:image/jpeg;base64,{_jpeg(_thumbnail(picture.image))}"></button>'
-            for name, picture in self.examples.items()
-        )
-        self.gallery = gr.HTML(f"<div class=thumbs>{thumbnails}</div>", js_on_load=_PICK, elem_id="examples")
+        thumbs = {name: data_url(_thumbnail(each.image), "JPEG") for name, each in self.examples.items()}
+        script = _part("demo_thumbs.js")
+        self.gallery = gr.HTML(_part("demo_thumbs.html", images=thumbs), js_on_load=script, elem_id="examples")
         with gr.Accordion("Model, resolution, block, head", open=True, elem_id="settings"):
             self.model = gr.Dropdown(names, value=names[0], label="Model", elem_id="model")
             self.compare = gr.Dropdown(
@@ -258,7 +262,7 @@ class _Page:
         def point(event: gr.EventData) -> tuple[float, float]:
             return float(event.x), float(event.y)
 
-        asked = [self.picture, self.place, self.model, self.compare, self.side, self.layer, self.head]
+        asked = [self.image, self.place, self.model, self.compare, self.side, self.layer, self.head]
         # One reading at a time. Of several requests during a reading (a moving slider, repeated clicks), the last one
         # is served; by default Gradio would drop them all. The place of each click must be stored, and in order.
         common: dict[str, Any] = {"concurrency_id": "read", "concurrency_limit": 1, "api_visibility": "private"}
@@ -268,15 +272,15 @@ class _Page:
             "show_progress": "minimal", "trigger_mode": "always_last", **common,
         }  # fmt: skip
         stored: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, **quick}
-        self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.picture, **quick).success(**show)
+        self.app.load(lambda: self.examples[EXAMPLES[0]], None, self.image, **quick).success(**show)
         self.app.load(None, js=_ON_A_PHONE, api_visibility="private")
         read = _show_errors("This file cannot be used", self._open)
-        opened = self.upload.upload(read, self.upload, self.picture, **quick)
+        opened = self.upload.upload(read, self.upload, self.image, **quick)
         opened.success(**show)
         opened.success(None, js=_NONE_PICKED, api_visibility="private")
         for ended in (opened.success, opened.failure):  # clear the field for the next file in both cases
             ended(lambda: None, None, self.upload, **quick)
-        self.gallery.select(pick, None, self.picture, **stored).success(**show)
+        self.gallery.select(pick, None, self.image, **stored).success(**show)
         self.results.select(point, None, self.place, **stored).success(**show)
         self.model.input(
             self._adapt, [self.model, self.side], [self.side, self.layer, self.head], trigger_mode="always_last",
@@ -294,19 +298,19 @@ class _Page:
             )
             done.success(None, js=_PRESS, api_visibility="private")
 
-    def _views(self, picture: InputImage | None, place: Any, *settings: Any) -> tuple[dict[str, View], Question]:
-        if picture is None:
+    def _views(self, image: InputImage | None, place: Any, *settings: Any) -> tuple[dict[str, View], MapRequest]:
+        if image is None:
             raise ValueError(
                 "The image is no longer available: images are kept for an hour at most. Select or upload it again."
             )
         model, compare, side, layer, head = settings
         names = (model,) if compare in (_NO_COMPARISON, model) else (model, compare)
-        question = Question(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
-        return look(self.explorer, picture, question), question
+        request = MapRequest(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
+        return read_views(self.explorer, image, request), request
 
-    def _show(self, picture: InputImage, place: Any, *settings: Any) -> str:
-        views, question = self._views(picture, place, *settings)
-        return results_page(views, question)
+    def _show(self, image: InputImage, place: Any, *settings: Any) -> str:
+        views, request = self._views(image, place, *settings)
+        return results_page(views, request)
 
     def _open(self, path: str) -> InputImage:
         name = Path(path).name
@@ -330,13 +334,13 @@ class _Page:
         step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
         return min(4 * step, usual), max(48 * step, usual)
 
-    def _figures(self, picture: InputImage, place: Any, *settings: Any) -> str:
-        views, question = self._views(picture, place, *settings)
-        return str(write_figures(views, picture, question, self._folder()))
+    def _figures(self, image: InputImage, place: Any, *settings: Any) -> str:
+        views, request = self._views(image, place, *settings)
+        return str(write_figures(views, image, request, self._folder()))
 
-    def _features(self, picture: InputImage, place: Any, *settings: Any) -> str:
-        views, _ = self._views(picture, place, *settings)
-        return str(write_features(views, picture, self._folder()))
+    def _features(self, image: InputImage, place: Any, *settings: Any) -> str:
+        views, _ = self._views(image, place, *settings)
+        return str(write_features(views, image, self._folder()))
 
     def _folder(self) -> Path:
         """Create a folder for a download and delete old ones; Gradio has copied the files that it serves from them."""
@@ -344,6 +348,10 @@ class _Page:
         for old in folders[:-4]:
             shutil.rmtree(old)
         return Path(tempfile.mkdtemp(dir=self.downloads.name))
+
+
+def _part(template: str, **values: Any) -> str:
+    return render(template, folder=TEMPLATES, **values)
 
 
 def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -370,7 +378,7 @@ def _blocks(count: int) -> dict[str, Any]:
 
 
 def _heads(count: int) -> list[tuple[str, int]]:
-    return [(_MEAN, 0), *((f"head {i + 1}", i + 1) for i in range(count))]
+    return [("mean over heads", 0), *((f"head {i + 1}", i + 1) for i in range(count))]
 
 
 def _thumbnail(image: Image.Image) -> Image.Image:
@@ -378,15 +386,6 @@ def _thumbnail(image: Image.Image) -> Image.Image:
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side)).resize((112, 112), Image.Resampling.LANCZOS)
 
-
-_PICK = """
-element.addEventListener('click', (event) => {
-  const button = event.target.closest('button');
-  if (!button) return;
-  for (const each of element.querySelectorAll('button')) each.setAttribute('aria-pressed', each === button);
-  trigger('select', {name: button.dataset.name});
-});
-"""
 
 _NONE_PICKED = (
     "() => document.querySelectorAll('.thumbs button').forEach((b) => b.setAttribute('aria-pressed', false))"

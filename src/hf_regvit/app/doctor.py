@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -38,14 +38,14 @@ class Finding:
     """Result of one check.
 
     Attributes:
-        name: Name of the check.
         state: "ok", "note" (works, but worth knowing) or "bad" (something will fail).
         text: Result of the check and, if it is bad, the remedy.
+        name: Name of the check.
     """
 
-    name: str
     state: str
     text: str
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the diagnosis as a dict for JSON."""
-        return {"healthy": self.healthy, "findings": [asdict(finding) for finding in self.findings]}
+        findings = [{"name": one.name, "state": one.state, "text": one.text} for one in self.findings]
+        return {"healthy": self.healthy, "findings": findings}
 
 
 def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
@@ -97,16 +98,24 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
     findings = []
     for name, look in looks:
         try:
-            findings.append(look())
+            found = look()
         except (ImportError, OSError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
             # A broken library can fail in any of these ways. Report it and go on with the other checks.
-            first = str(error).splitlines()[0] if str(error) else ""
-            findings.append(Finding(name, _BAD, f"{type(error).__name__}: {first}"))
+            found = Finding(_BAD, f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        findings.append(replace(found, name=name))
     return Diagnosis(tuple(findings))
 
 
+def _version(name: str) -> str | None:
+    """Return the version of an installed package, or None."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
 def _python() -> Finding:
-    return Finding("python", _OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    return Finding(_OK, f"{platform.python_version()} on {platform.system()} {platform.machine()}")
 
 
 def _fits(found: str, bounds: str) -> bool:
@@ -125,19 +134,17 @@ def _packages() -> Finding:
 
     wrong, found = [], {}
     for name, bounds in {**dict.fromkeys(_PACKAGES, ""), **_required()}.items():
-        try:
-            number = version(name)
-        except PackageNotFoundError:
+        number = _version(name)
+        if number is None:
             wrong.append(f"{name} is not installed")
-            continue
-        if name in _PACKAGES:
-            found[name] = number
-        if not _fits(number, bounds):
+        elif not _fits(number, bounds):
             wrong.append(f"{name} {number} does not satisfy {bounds}")
+        elif name in _PACKAGES:
+            found[name] = number
     if wrong:
-        return Finding("packages", _BAD, f"{'; '.join(wrong)}. Run: pip install -U hf_regvit")
+        return Finding(_BAD, f"{'; '.join(wrong)}. Run: pip install -U hf_regvit")
     numbers = ", ".join(f"{name} {number}" for name, number in found.items())
-    return Finding("packages", _OK, f"hf_regvit {__version__}, {numbers}")
+    return Finding(_OK, f"hf_regvit {__version__}, {numbers}")
 
 
 def torch_for_torchvision() -> str:
@@ -151,89 +158,69 @@ def _torch_pair() -> Finding:
     pair = f"torch {torch_version} with torchvision {vision}"
     advice = "Install both together: pip install --force-reinstall torch torchvision"
     if not _fits(torch_version, wanted := torch_for_torchvision()):
-        return Finding("torch pair", _BAD, f"{pair}, which needs torch {wanted}. {advice}")
+        return Finding(_BAD, f"{pair}, which needs torch {wanted}. {advice}")
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError) as error:
         why = str(error).splitlines()[0]
-        return Finding("torch pair", _BAD, f"{pair} cannot be imported ({why}). {advice}")
+        return Finding(_BAD, f"{pair} cannot be imported ({why}). {advice}")
     if len({text.partition("+")[2] for text in (torch_version, vision)}) > 1:
-        return Finding("torch pair", _NOTE, f"{pair} are builds for different devices")
-    return Finding("torch pair", _OK, pair)
+        return Finding(_NOTE, f"{pair} are builds for different devices")
+    return Finding(_OK, pair)
 
 
 def _together() -> Finding:
     """Check the requirements of the large packages, as `pip check` does for all packages."""
     wrong: dict[str, str] = {}  # package name to its unmet requirement
-    looked = 0
-    for name in (*_PACKAGES, *_EXTRAS):
-        try:
-            wanted = [Requirement(line) for line in requires(name) or ()]
-        except PackageNotFoundError:
-            continue
-        looked += 1
-        for one in wanted:
+    packages = [name for name in (*_PACKAGES, *_EXTRAS) if _version(name)]
+    for name in packages:
+        for one in map(Requirement, requires(name) or ()):
             if one.marker is not None and not one.marker.evaluate({"extra": ""}):
                 continue
             if (name, one.name) == ("torchvision", "torch"):
                 continue  # `_torch_pair` reports it with its own advice
-            try:
-                number = version(one.name)
-            except PackageNotFoundError:
+            number = _version(one.name)
+            if number is None:
                 wrong[name] = f"needs {one.name}{one.specifier}, which is not installed"
-                continue
-            if not _fits(number, str(one.specifier)):
-                wrong[name] = f"{version(name)} needs {one.name}{one.specifier}, but {number} is installed"
+            elif not _fits(number, str(one.specifier)):
+                wrong[name] = f"{_version(name)} needs {one.name}{one.specifier}, but {number} is installed"
     if wrong:
         said = "; ".join(f"{name} {text}" for name, text in wrong.items())
-        return Finding("together", _BAD, f"{said}. Run: pip install -U hf_regvit {' '.join(wrong)}")
-    return Finding("together", _OK, f"the requirements of {looked} packages are met")
+        return Finding(_BAD, f"{said}. Run: pip install -U hf_regvit {' '.join(wrong)}")
+    return Finding(_OK, f"the requirements of {len(packages)} packages are met")
 
 
 def _opencv() -> Finding:
     """Check OpenCV: four distributions install the module `cv2`, the last one wins, and removing any breaks it."""
-    found = []
-    for name in _OPENCV:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+    found = [f"{name} {number}" for name in _OPENCV if (number := _version(name))]
     advice = f"Keep only one: pip uninstall -y {' '.join(_OPENCV)}; pip install opencv-python-headless"
     try:
         import cv2
     except ImportError as error:
         why = str(error).splitlines()[0]
-        return Finding("opencv", _BAD, f"cv2 cannot be imported ({why}). {advice}")
+        return Finding(_BAD, f"cv2 cannot be imported ({why}). {advice}")
     if len(found) > 1:
-        return Finding(
-            "opencv", _NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}"
-        )
-    return Finding("opencv", _OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
+        return Finding(_NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}")
+    return Finding(_OK, ", ".join(found) or f"cv2 {cv2.__version__}, not from pip")
 
 
 def _extras() -> Finding:
-    found, missing = [], []
-    for name in _EXTRAS:
-        try:
-            found.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            missing.append(name)
+    found = [f"{name} {number}" for name in _EXTRAS if (number := _version(name))]
+    missing = [name for name in _EXTRAS if _version(name) is None]
     text = ", ".join(found) or "none"
-    return Finding("extras", _OK, text + (f"; not installed: {', '.join(missing)}" if missing else ""))
+    return Finding(_OK, text + (f"; not installed: {', '.join(missing)}" if missing else ""))
 
 
 def _devices() -> Finding:
     import torch
 
     if torch.cuda.is_available():
-        names = []
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            names.append(f"{properties.name} {properties.total_memory / 2**30:.0f} GiB")
+        cards = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+        names = [f"{card.name} {card.total_memory / 2**30:.0f} GiB" for card in cards]
         torch.ones(2, device="cuda").sum().item()  # a driver that is too old fails here
-        return Finding("devices", _OK, f"{', '.join(names)}; CUDA {torch.version.cuda}")
-    if torch.backends.mps.is_available():
-        return Finding("devices", _OK, "Apple GPU (mps)")
+        return Finding(_OK, f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    if (other := torch.accelerator.current_accelerator(check_available=True)) is not None and other.type != "cuda":
+        return Finding(_OK, f"a device of type {other.type}")
     if shutil.which("nvidia-smi"):
         text = "an NVIDIA driver is installed, but torch finds no GPU"
         if torch.version.cuda is None:
@@ -242,8 +229,8 @@ def _devices() -> Finding:
             why = f"CUDA_VISIBLE_DEVICES is '{visible}', which hides all GPUs"
         else:
             why = f"the driver may be too old for CUDA {torch.version.cuda}, with which torch was built"
-        return Finding("devices", _NOTE, f"{text}: {why}")
-    return Finding("devices", _OK, "CPU only")
+        return Finding(_NOTE, f"{text}: {why}")
+    return Finding(_OK, "CPU only")
 
 
 def _threads() -> Finding:
@@ -253,56 +240,53 @@ def _threads() -> Finding:
     threads = torch.get_num_threads()
     text = f"{threads} threads on {cores} cores"
     if threads > cores:
-        return Finding(
-            "threads", _NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}"
-        )
-    return Finding("threads", _OK, text)
+        return Finding(_NOTE, f"{text}, which is slower than one thread per core. Set OMP_NUM_THREADS={cores}")
+    return Finding(_OK, text)
 
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
     """Check the shared memory through which loader workers pass batches; containers often have only 64 MiB."""
     if not folder.is_dir():
-        return Finding("memory", _OK, f"this system has no {folder}")
+        return Finding(_OK, f"this system has no {folder}")
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.1f} GiB of shared memory free"
     if free < _SHARED_NOTE:
         advice = "loader workers may crash with 'bus error'. Start the container with --shm-size 8g, or set "
-        return Finding("memory", _NOTE, f"{text}: {advice}--dataloader_num_workers 0")
-    return Finding("memory", _OK, text)
+        return Finding(_NOTE, f"{text}: {advice}--dataloader_num_workers 0")
+    return Finding(_OK, text)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the nearest existing folder at or above a path."""
+    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
 
 
 def _disk(folder: Path) -> Finding:
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
+    folder = _existing(folder)
     free = shutil.disk_usage(folder).free
     text = f"{free / 2**30:.1f} GiB free"
     if not os.access(folder, os.W_OK):
-        return Finding("disk", _BAD, f"{text}, but the folder is not writable. Choose another --output_dir")
+        return Finding(_BAD, f"{text}, but the folder is not writable. Choose another --output_dir")
     if free < _DISK_BAD:
-        return Finding("disk", _BAD, f"{text}, which is not enough for a checkpoint. Free some disk space")
+        return Finding(_BAD, f"{text}, which is not enough for a checkpoint. Free some disk space")
     if free < _DISK_NOTE:
-        return Finding("disk", _NOTE, f"{text}; a run with several checkpoints of a ViT-B needs 5 GiB")
-    return Finding("disk", _OK, text)
+        return Finding(_NOTE, f"{text}; a run with several checkpoints of a ViT-B needs 5 GiB")
+    return Finding(_OK, text)
 
 
 def _cache() -> Finding:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE).absolute()
-    there = folder
-    while not there.exists():
-        there = there.parent
+    there = _existing(folder)
     if not os.access(there, os.W_OK | os.X_OK):
         advice = "nothing can be downloaded. Set HF_HOME to a writable folder"
-        return Finding("cache", _BAD, f"{folder} is not writable, so {advice}")
+        return Finding(_BAD, f"{folder} is not writable, so {advice}")
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 2**30:.1f} GiB free"
     if free < _DISK_BAD:
-        return Finding(
-            "cache", _NOTE, f"{text}, which is too little to download a model. Free some disk space, or set HF_HOME"
-        )
-    return Finding("cache", _OK, text)
+        return Finding(_NOTE, f"{text}, which is too little to download a model. Free some disk space, or set HF_HOME")
+    return Finding(_OK, text)
 
 
 def _hub() -> Finding:
@@ -312,9 +296,9 @@ def _hub() -> Finding:
     if constants.HF_HUB_OFFLINE:
         names = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(name)]
         by = " and ".join(names) or "HF_HUB_OFFLINE"
-        return Finding("hub", _NOTE, f"offline ({by}): only cached models can be loaded, and nothing can be uploaded")
+        return Finding(_NOTE, f"offline ({by}): only cached models can be loaded, and nothing can be uploaded")
     token = "logged in" if get_token() else "no token, so only public models, and no uploads (run `hf auth login`)"
-    return Finding("hub", _OK, f"online{where} (not contacted); {token}")
+    return Finding(_OK, f"online{where} (not contacted); {token}")
 
 
 def _network() -> Finding:
@@ -322,15 +306,15 @@ def _network() -> Finding:
     settings = {name: os.environ.get(name) or os.environ.get(name.lower()) for name in _PROXIES}
     used = {name: re.sub(r"[^/@\s]*@", "...@", value) for name, value in settings.items() if value}
     if not used:
-        return Finding("network", _OK, "no proxy set")
+        return Finding(_OK, "no proxy set")
     for name, value in used.items():
         if not re.match(r"(https?|socks[45]h?)://[^/]", value):
-            return Finding("network", _BAD, f"{name} is '{value}', which is not a URL. Expected http://host:port")
+            return Finding(_BAD, f"{name} is '{value}', which is not a URL. Expected http://host:port")
     text = f"downloads and uploads use {', '.join(f'{name} {value}' for name, value in used.items())}"
     exempt = (os.environ.get("NO_PROXY") or os.environ.get("no_proxy") or "").split(",")
     if not {"*", "127.0.0.1", "localhost"} & {name.strip() for name in exempt}:
         text += ". NO_PROXY does not contain 127.0.0.1, so `regvit demo` may fail to start. Add 127.0.0.1 to NO_PROXY"
-    return Finding("network", _NOTE, text)
+    return Finding(_NOTE, text)
 
 
 _TEST = """
@@ -375,16 +359,12 @@ def _self_test(code: str = _TEST, *, seconds: float = 120.0) -> Finding:
                 timeout=seconds, check=False, stdin=subprocess.DEVNULL,
             )  # fmt: skip
     except subprocess.TimeoutExpired:
-        return Finding(
-            "self-test", _BAD, f"not finished after {seconds:.0f} s: the machine is overloaded, or the test hangs"
-        )
+        return Finding(_BAD, f"not finished after {seconds:.0f} s: the machine is overloaded, or the test hangs")
     took = time.perf_counter() - started
     if done.returncode < 0:
-        return Finding(
-            "self-test", _BAD, f"the process was killed by signal {-done.returncode}; the build of torch may be broken"
-        )
+        return Finding(_BAD, f"the process was killed by signal {-done.returncode}; the build of torch may be broken")
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        return Finding("self-test", _BAD, last)
+        return Finding(_BAD, last)
     text = "a tiny model was trained, saved and loaded"
-    return Finding("self-test", _OK, f"{text} in {done.stdout.strip()} s ({took:.1f} s with imports)")
+    return Finding(_OK, f"{text} in {done.stdout.strip()} s ({took:.1f} s with imports)")

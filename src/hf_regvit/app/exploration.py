@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -24,9 +24,9 @@ from ..diagnosis.outliers import Cutoff, find_cutoff
 from ..evaluation.extraction import TokenFeatures
 from ..evaluation.lost import LostResult, LostSettings, lost_box
 from ..figures.maps import TokenMaps, pca_colors
-from ..models.families import ModelDescription, describe_model, final_norm
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_many
+from ..models.families import ModelDescription
+from ..models.loading import open_model
+from ..models.tokens import Query, TokenReader
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class InputImage:
 
     @classmethod
     def of(cls, image: Image.Image, name: str) -> "InputImage":
-        """Create a `Picture` from an RGB image, reduced to the largest size that can be read."""
+        """Create an `InputImage` from an RGB image, reduced to the largest size that can be read."""
         if max(image.size) > _STORED_SIDE:
             image = image.copy()
             image.thumbnail((_STORED_SIDE, _STORED_SIDE), Image.Resampling.LANCZOS)
@@ -110,33 +110,25 @@ class View:
         (x, y), (rows, columns) = place, self.grid
         return min(max(int(y * rows), 0), rows - 1), min(max(int(x * columns), 0), columns - 1)
 
-    def attention_from(self, query: str | int | tuple[int, int], *, head: int | None = None) -> Tensor:
+    def attention_from(self, query: Query, *, head: int | None = None) -> Tensor:
         """Return the attention from one token to every patch; its sum is the share of attention on patches.
 
         Args:
-            query: "cls", the index of a register from 0, or the (row, column) of a patch.
+            query: "cls", ("register", i) or ("patch", row, column), counted from 0.
             head: Index of the head from 0; None is the mean over heads.
 
         Returns:
             (rows, columns) float32.
         """
-        row = self.attention_row(query, head=head)
-        return row[self.first_patch :].unflatten(0, self.grid)
-
-    def attention_row(self, query: str | int | tuple[int, int], *, head: int | None = None) -> Tensor:
-        """Return the attention from one token to every token, (T,) float32; see `attention_from`."""
-        if query == "cls":
+        kind, *at = (query,) if isinstance(query, str) else query
+        if kind == "cls":
             index = 0
-        elif isinstance(query, int):
-            index = self.first_patch - self.description.num_register_tokens + query
-        elif isinstance(query, tuple):
-            index = self.first_patch + query[0] * self.grid[1] + query[1]
+        elif kind == "register":
+            index = self.first_patch - self.description.num_register_tokens + at[0]
         else:
-            raise ValueError(
-                f"query={query!r} is not valid. Use 'cls', the index of a register, or the (row, column) of a patch."
-            )
-        rows = self.attention[:, index].float()  # (heads, T)
-        return rows.mean(0) if head is None else rows[head]
+            index = self.first_patch + at[0] * self.grid[1] + at[1]
+        rows = self.attention[:, index, self.first_patch :].float()  # (heads, N)
+        return (rows.mean(0) if head is None else rows[head]).unflatten(0, self.grid)
 
     def similarity_to(self, cell: tuple[int, int]) -> Tensor:
         """Return the cosine of every patch token with the one at `cell`, (rows, columns) in [-1, 1]."""
@@ -156,8 +148,8 @@ class View:
 
     def maps(self) -> TokenMaps:
         """Return the maps that `figures` draws: attention of CLS (if any) and registers is averaged over heads."""
-        queries: list[str | int] = ["cls"] if self.description.has_cls else []
-        queries += range(self.description.num_register_tokens)
+        queries: list[Query] = ["cls"] if self.description.has_cls else []
+        queries += [("register", i) for i in range(self.description.num_register_tokens)]
         rows = [self.attention_from(query) for query in queries]
         return TokenMaps(
             attention=torch.stack(rows) if rows else torch.empty(0, *self.grid),
@@ -181,33 +173,35 @@ class Explorer:
     """Reader of images in models with a cache of limited size; the oldest readings are dropped first.
 
     Args:
-        models: Model and image processor by name, as returned by `features.load_model`.
+        models: Models by the name to show: name to open, module or reader; see `open_model`.
+        device: Device for models given by name; "auto" is the first of cuda, mps, xpu and cpu that exists.
         cache_bytes: Memory for the readings of all models, in bytes.
         max_patches: Maximum number of patches; larger images are read at a lower resolution.
         reference: Images that show which norms are usual in a model; default the built-in images.
 
     Raises:
-        ValueError: No models, or a model of an unknown family.
+        ValueError: No models, a model of an unknown family, or one whose image processor is not known.
     """
 
     def __init__(
         self,
-        models: Mapping[str, tuple[nn.Module, Any]],
+        models: Mapping[str, TokenReader | nn.Module | str | Path],
         *,
+        device: str = "auto",
         cache_bytes: int = 512 << 20,
         max_patches: int = MAX_PATCHES,
         reference: Sequence[Image.Image] | None = None,
     ) -> None:
         if not models:
-            raise ValueError("models is empty. Pass at least one model with its image processor, by name.")
-        self.models = dict(models)
-        self.descriptions = {name: describe_model(model) for name, (model, _) in self.models.items()}
+            raise ValueError("models is empty. Pass at least one model by name.")
+        self.readers = {name: open_model(model, device=device) for name, model in models.items()}
+        self.descriptions = {name: reader.description for name, reader in self.readers.items()}
         self.cache_bytes, self.max_patches = cache_bytes, max_patches
         self._kept: OrderedDict[tuple[str, str, int, int], View] = OrderedDict()
         self._busy = threading.Lock()  # two passes at once would be slower than in sequence, and need more memory
         self.num_passes = 0
-        pictures = list(builtin_images().values()) if reference is None else list(reference)
-        self._cutoffs = {name: self._find_cutoffs(name, pictures) for name in self.models}
+        images = list(builtin_images().values()) if reference is None else list(reference)
+        self._cutoffs = {name: self._find_cutoffs(name, images) for name in self.readers}
 
     def default_side(self, name: str) -> int:
         """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
@@ -222,11 +216,11 @@ class Explorer:
         most = math.floor(math.sqrt(self.max_patches / aspect)) * min(patch)
         return max(min(round(side / step) * step, most // step * step), step)
 
-    def view(self, picture: InputImage, name: str, *, side: int, layer: int = -1) -> View:
+    def view(self, image: InputImage, name: str, *, side: int, layer: int = -1) -> View:
         """Return the view of an image after one block of one model; the model runs only if it is not cached.
 
         Args:
-            picture: Image to read, created with `Picture.of`.
+            image: Image to read, created with `InputImage.of`.
             name: Name of the model.
             side: Length of the shorter side in pixels, rounded to whole patches, and reduced if there are too many.
             layer: Number of the block, 1 to L, or negative from the end.
@@ -238,11 +232,11 @@ class Explorer:
         layer = layer + description.num_layers + 1 if layer < 0 else layer
         if not 1 <= layer <= description.num_layers:
             raise ValueError(f"layer={layer} does not exist. '{name}' has blocks 1 to {description.num_layers}.")
-        side = self.short_side(picture.image, name, side)
-        key = (picture.key, name, side, layer)
+        side = self.short_side(image.image, name, side)
+        key = (image.key, name, side, layer)
         with self._busy:
             if key not in self._kept:
-                for number, view in self._read(picture.image, name, side, layer).items():
+                for number, view in self._read(image.image, name, side, layer).items():
                     self._kept[*key[:3], number] = view
                 self._kept.move_to_end(key)
             self._kept.move_to_end(key)
@@ -251,14 +245,10 @@ class Explorer:
                 self._kept.popitem(last=False)
         return found
 
-    def _transform(self, name: str, side: int, *, keep_aspect: bool) -> EvaluationTransform:
-        model, processor = self.models[name]
-        return EvaluationTransform.for_model(model, processor, image_size=side, keep_aspect=keep_aspect)
-
     def _read(self, image: Image.Image, name: str, side: int, layer: int) -> dict[int, View]:
         """Run one forward pass; return all blocks if their attention fits well into the cache, else only `layer`."""
-        model, description = self.models[name][0], self.descriptions[name]
-        transform = self._transform(name, side, keep_aspect=True)
+        reader, description = self.readers[name], self.descriptions[name]
+        transform = reader.transform_for(image_size=side, keep_aspect=True)
         pixels = transform(image)  # (3, H, W)
         rows, columns = (s // p for s, p in zip(pixels.shape[-2:], description.patch_size))
         first = description.num_prefix_tokens
@@ -266,8 +256,7 @@ class Explorer:
         fits = of_one * description.num_layers <= self.cache_bytes // 4
         layers = tuple(range(1, description.num_layers + 1)) if fits else (layer,)
         self.num_passes += 1
-        reading = read_many(
-            model,
+        reading = reader.read_many(
             pixels[None],
             {"residual": layers, "attention": layers, "k": layers},
             reduce={
@@ -276,16 +265,15 @@ class Explorer:
                 "k": lambda values, _: values[0, first:].float().cpu(),
             },
         )
-        picture, norm = transform.picture(pixels), final_norm(model).eval()
-        views = {}
+        shown, views = transform.picture(pixels), {}
         for number in layers:
             residual = reading["residual"].at(number)  # (T, D)
             if not torch.isfinite(residual).all():
                 raise ValueError(f"'{name}' produces NaN or infinity in block {number}. Check its weights.")
             with torch.no_grad():
-                tokens = norm(residual).cpu()
+                tokens = reader.final_norm(residual).cpu()
             views[number] = View(
-                image=picture,
+                image=shown,
                 layer=number,
                 description=description,
                 grid=reading["residual"].grid,
@@ -297,18 +285,17 @@ class Explorer:
             )
         return views
 
-    def _find_cutoffs(self, name: str, pictures: Sequence[Image.Image]) -> dict[int, float]:
+    def _find_cutoffs(self, name: str, images: Sequence[Image.Image]) -> dict[int, float]:
         """Return the cut-off of each block with a distinct group of high norms, over several images."""
-        model, description = self.models[name][0], self.descriptions[name]
-        logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(pictures), name)
+        reader, description = self.readers[name], self.descriptions[name]
+        logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(images), name)
         layers = tuple(range(1, description.num_layers + 1))
-        transform = self._transform(name, self.default_side(name), keep_aspect=False)
+        transform = reader.transform_for(image_size=self.default_side(name))
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         first = description.num_prefix_tokens
         keep: Callable = lambda values, _: values[:, first:].float().norm(dim=-1).cpu()  # noqa: E731
-        for _, pixels in prepare_images(list(pictures), transform, batch_size=4):
-            reading = read_many(model, pixels, {"residual": layers}, reduce={"residual": keep})["residual"]
-            for layer, values in zip(layers, reading.values):
+        for _, pixels in prepare_images(list(images), transform, batch_size=4):
+            for layer, values in zip(layers, reader.read(pixels, layers=layers, reduce=keep).values):
                 norms[layer].append(values)
         found = {layer: _cutoff_of(values, name) for layer, values in norms.items()}
         return {layer: cutoff.cutoff for layer, cutoff in found.items() if cutoff.bimodal}

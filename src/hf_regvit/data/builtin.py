@@ -66,6 +66,11 @@ def _builtin_images_384() -> dict[str, Image.Image]:
     return resized
 
 
+def builtin_source(name: str, split: Split | None) -> ImageSource:
+    """Open `photos` or `digits`."""
+    return _image_tiles(split) if name == "photos" else _digits(split)
+
+
 def _image_tiles(split: Split | None, *, tile: int = 64, stride: int = 32, train_share: float = 0.7) -> ImageSource:
     ids, boxes, labels = [], [], []
     photos = _builtin_images_384()

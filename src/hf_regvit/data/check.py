@@ -210,7 +210,8 @@ class DataReport:
     """Result of `check_data`. Sizes are pixels of the upright image; counts are images of all splits together.
 
     `bad` lists every image that cannot be used, with path, kind and reason; `problems` lists problems that are not
-    single images. `upsampled_share` is the share of usable training images whose shorter side is below `image_size`.
+    single images; `notes` says what was left out of the data, or taken in.
+    `upsampled_share` is the share of usable training images whose shorter side is below `image_size`.
     """
 
     data: list[str]
@@ -225,6 +226,7 @@ class DataReport:
     shorter_side_histogram: dict[str, int]
     bad: list[dict[str, str]]
     problems: list[dict[str, str]]
+    notes: list[str]
     exact_duplicates: Duplicates
     near_duplicates: Duplicates
     near_limit_bits: int
@@ -241,7 +243,7 @@ class DataReport:
 
     def summary(self) -> str:
         """Return the report as text."""
-        lines = [f"data: {', '.join(self.data)}"]
+        lines = [f"data: {', '.join(self.data)}", *(f"note: {note}" for note in self.notes)]
         for name, part in self.splits.items():
             lines.append(f"{name}: {part.images} images, {part.usable} usable{_class_line(part.classes)}")
         lines += [
@@ -277,7 +279,7 @@ class DataReport:
 
 
 def _class_line(classes: dict[str, int] | None, most: int = 20) -> str:
-    if classes is None:
+    if not classes:
         return ", no labels"
     sizes = classes.values()
     line = f", {len(classes)} classes of {min(sizes)} to {max(sizes)} images"
@@ -353,6 +355,7 @@ def check_data(
         **_sizes(good),
         bad=[_record(finding.error) for finding in findings if finding.error],
         problems=[_record(problem) for problem in _problems(sources)],
+        notes=list(dict.fromkeys(note for source in sources.values() for note in source.notes)),
         exact_duplicates=_exact_duplicates(good),
         near_duplicates=_near_duplicates(good, near_limit_bits),
         near_limit_bits=near_limit_bits,
@@ -428,24 +431,19 @@ def _exact_duplicates(good: Sequence[_Finding]) -> Duplicates:
 
 def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
     """Group near duplicates; of byte-identical images only the first is compared, training images before others."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     distinct = {finding.digest: finding for finding in reversed(good)}
     hashed = [finding for finding in reversed(distinct.values()) if finding.hash is not None]
     pairs = near_pairs(np.array([finding.hash for finding in hashed], dtype=np.uint64), limit)
     pairs = pairs[_have_same_colors([finding.thumbnail for finding in hashed], pairs)]
     # Groups are the connected components of the pairs, so a chain of small changes is one group.
-    parent = list(range(len(hashed)))
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for one, other in pairs.tolist():
-        parent[root(other)] = root(one)
+    links = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(hashed), len(hashed)))
     members = defaultdict(list)
+    component = connected_components(links, directed=False)[1] if len(hashed) else []
     for i in sorted(set(pairs.flatten().tolist())):
-        members[root(i)].append(hashed[i])
+        members[component[i]].append(hashed[i])
     twins = {
         j if hashed[j].split == "validation" else i
         for i, j in pairs.tolist()
@@ -456,7 +454,7 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
 
 def _have_same_colors(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
     """Test if the thumbnails of each pair differ by at most `_SAME_COLOURS` levels on average, (pairs,) bool."""
-    pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(len(thumbnails), -1)
+    pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(-1, 8 * 9 * 3)
     same = [np.empty(0, dtype=bool)]
     for start in range(0, len(pairs), chunk):
         one, other = (pixels[pairs[start : start + chunk, side]].astype(np.int16) for side in (0, 1))

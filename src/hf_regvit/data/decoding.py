@@ -3,7 +3,10 @@
 import logging
 import os
 import struct
+import warnings
 import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from io import BytesIO
@@ -124,19 +127,22 @@ def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Im
     Raises:
         BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
     """
-    try:
-        with Image.open(BytesIO(data), formats=_known_formats()) as picture:
-            if picture.format == "PNG":
-                _check_png(data, name)
-            _check_size(picture.size, name, limits or ImageLimits())
-            picture.load()
-            return picture
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
-    except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
-        raise
-    except _DECODER_ERRORS as error:
-        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
+    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
+        if image.format == "PNG":
+            _check_png(data, name)
+        _check_size(image.size, name, limits or ImageLimits())
+        image.load()
+        return image
+
+
+_POINTER = b"version https://git-lfs"
+_POINTER_ADVICE = "it is a git-lfs pointer and not the file itself; run `git lfs pull`"
+
+
+def lfs_pointer(file: Path) -> str | None:
+    """Return a sentence if a file is only a pointer of git-lfs."""
+    with file.open("rb") as stream:
+        return _POINTER_ADVICE if stream.read(len(_POINTER)) == _POINTER else None
 
 
 def read_bytes(path: str | Path, name: str) -> bytes:
@@ -150,23 +156,36 @@ def read_bytes(path: str | Path, name: str) -> bytes:
     except PermissionError as error:
         raise BadImageError(name, f"{error.strerror}", "permission") from error
     except (OSError, ValueError) as error:  # a NUL character in a path raises ValueError
-        raise BadImageError(name, f"{getattr(error, 'strerror', None) or error}", "missing") from error
+        reason = f"{getattr(error, 'strerror', None) or error}"
+        if isinstance(error, FileNotFoundError) and Path(path).is_symlink():
+            reason = f"it is a link to '{Path(path).readlink()}', which does not exist"
+        raise BadImageError(name, reason, "missing") from error
 
 
 def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     try:
-        if opened is not None:
-            return _upright_rgb(opened, name, limits)
-        with Image.open(BytesIO(data), formats=_known_formats()) as image:
-            if image.format == "PNG":
-                _check_png(data, name)
-            return _upright_rgb(image, name, limits)
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
+        with _bad_image(data, name):
+            if opened is not None:
+                return _upright_rgb(opened, name, limits)
+            with Image.open(BytesIO(data), formats=known_formats()) as image:
+                if image.format == "PNG":
+                    _check_png(data, name)
+                return _upright_rgb(image, name, limits)
     except BadImageError as error:
         if error.kind != "truncated" or limits.on_truncated != "salvage":
             raise
         return _salvage(data, error, limits)
+
+
+@contextmanager
+def _bad_image(data: bytes, name: str) -> Iterator[None]:
+    """Turn every error of Pillow's decoders into a `BadImageError`."""
+    try:
+        yield
+    except Image.UnidentifiedImageError as error:
+        raise BadImageError(name, *_describe_unknown(data)) from error
+    except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
+        raise
     except Image.DecompressionBombError as error:
         raise BadImageError(name, f"{error}".rstrip("."), "too large") from error
     except _DECODER_ERRORS as error:
@@ -181,9 +200,11 @@ def _upright_rgb(image: Image.Image, name: str, limits: ImageLimits) -> Image.Im
         if "truncated" in str(error).lower():
             raise BadImageError(name, f"{error}".rstrip("."), "truncated") from error
         raise
-    is_png = image.format == "PNG"  # the transposed copy has no format
-    turn = _TURNS.get(_orientation(image))
-    rgb = _to_rgb(image if turn is None else image.transpose(turn), name, limits, is_png=is_png)
+    turn, white, zero_is_white = _TURNS.get(_orientation(image)), *_gray_range(image)
+    if image.mode == "RGBA" and image.format == "TIFF" and not _tags(image).get(_EXTRA_SAMPLES):
+        say_once("A TIFF of 4 channels does not call the fourth one transparency, so only the first three are used.")
+        image = Image.merge("RGB", image.split()[:3])
+    rgb = _to_rgb(image if turn is None else image.transpose(turn), name, limits, white, zero_is_white)
     rgb.info = {}  # with the EXIF block, the next reader would rotate the image again
     return rgb
 
@@ -279,15 +300,20 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
 
 
 @cache
-def _known_formats() -> tuple[str, ...]:
+def known_formats() -> tuple[str, ...]:
+    """Return Pillow's names of the formats that are decoded; some builds of Pillow do not read AVIF."""
     Image.init()
-    return tuple(name for name in _FORMATS if name in Image.OPEN)  # some builds of Pillow do not read AVIF
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 
 def _describe_unknown(data: bytes) -> tuple[str, str]:
     """Return the reason and kind of error for data that no allowed decoder recognizes."""
     if not data:
         return "the file is empty", "empty"
+    if data.startswith(_POINTER):
+        return _POINTER_ADVICE, "not an image"
+    if tiff := _describe_tiff(data):
+        return tiff, "not an image"
     head = data[:256].lstrip().lower()
     if head.startswith((b"<!doctype", b"<html", b"<?xml", b"<svg")):
         return "it looks like HTML, XML or SVG (a failed download?), expected a pixel image", "not an image"
@@ -301,20 +327,61 @@ def _describe_unknown(data: bytes) -> tuple[str, str]:
     known = data.startswith((b"\xff\xd8\xff", b"\x89PNG\r\n"))
     if known:
         return f"its header is damaged, although its first bytes {data[:8]!r} are those of an image", "corrupt"
-    formats = ", ".join(_known_formats())
+    formats = ", ".join(known_formats())
     return f"it is not in a supported format ({formats}); its first bytes are {data[:8]!r}", "not an image"
 
 
-def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
+# Tags of TIFF files. Source: TIFF 6.0 specification, section 8 and page 80.
+_BITS, _PHOTOMETRIC, _CHANNELS, _EXTRA_SAMPLES, _SAMPLE_FORMAT = 258, 262, 277, 338, 339
+_NUMBERS = {1: "unsigned integers", 2: "signed integers", 3: "floating-point numbers"}
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    return getattr(image, "tag_v2", {})
+
+
+def _gray_range(image: Image.Image) -> tuple[int, bool]:
+    """Return the white value of a gray image of more than 8 bits (0 for other images), and True if 0 means white."""
+    if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales any PGM to 65535
+        return 65535, False
+    if not image.mode.startswith("I;16"):
+        return 0, False
+    return 2 ** _tags(image).get(_BITS, (16,))[0] - 1, _tags(image).get(_PHOTOMETRIC) == 0
+
+
+def _describe_tiff(data: bytes) -> str | None:
+    """Return what a TIFF holds that no decoder reads; None if it is no TIFF or is damaged."""
+    from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+    if not data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return None
+    try:
+        tags = ImageFileDirectory_v2(data[: 16 if b"+" in data[:4] else 8])
+        stream = BytesIO(data)
+        stream.seek(tags.next)
+        with warnings.catch_warnings(action="ignore"):
+            tags.load(stream)
+        bits, numbers = tags[_BITS][0], _NUMBERS.get(tags.get(_SAMPLE_FORMAT, (1,))[0], "other numbers")
+        return (
+            f"it is a TIFF of {tags.get(_CHANNELS, 1)} channels of {bits} bits ({numbers}, photometric interpretation "
+            f"{tags.get(_PHOTOMETRIC)}), which is not supported; TIFF can be gray of 1 to 16 bits, or RGB of 8 or 16 "
+            "bits, with or without transparency. Save three of its channels as RGB"
+        )
+    except _DECODER_ERRORS:
+        return None
+
+
+def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, white: int, zero_is_white: bool) -> Image.Image:
+    if white:
         say_once("16-bit gray images are scaled by their bit depth, so 65535 becomes white.")
         values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255, to a white image
-        if 0 < values.max() < 4096:  # 12-bit values in a 16-bit file, as from X-ray and other scientific cameras
+        values = white - values if zero_is_white else values
+        if white == 65535 and 0 < values.max() < 4096:  # 12-bit values in 16 bits, as from X-ray and other cameras
             say_once(
                 "A 16-bit gray image has no value above 4095, so it becomes nearly black. If 4095 means white, "
                 "multiply the values in the files by 16. `regvit data-check` counts such images."
             )
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         return _scaled_to_range(image, name, limits)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
@@ -325,7 +392,11 @@ def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, *, is_png: bool)
 
 def _scaled_to_range(image: Image.Image, name: str, limits: ImageLimits) -> Image.Image:
     if limits.value_range is None:
-        reason = f"its mode {image.mode} has no defined value range; save it with 8 or 16 bits, or set value_range"
+        numbers = "32-bit floats" if image.mode == "F" else "signed or 32-bit integers"
+        reason = (
+            f"its mode {image.mode} ({numbers}) has no defined value range; save it with 8 or 16 bits, or set "
+            "value_range"
+        )
         raise BadImageError(name, reason, "value range")
     values = np.asarray(image, dtype=np.float64)
     if not np.isfinite(values).all():
@@ -368,22 +439,18 @@ def image_facts(data: bytes, *, name: str) -> ImageFacts:
     Raises:
         BadImageError: The data is not an image, or its header is damaged.
     """
-    try:
-        with Image.open(BytesIO(data), formats=_known_formats()) as image:
-            bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 16 if image.mode.startswith("I;16") else 8)
-            if image.format == "PNG":
-                bits = data[24]  # from the header chunk; Pillow reports 16-bit color as 8-bit
-            return ImageFacts(
-                format=image.format or "",
-                mode=image.mode,
-                bits=bits,
-                size=image.size,
-                orientation=_orientation(image),
-                animated=image.format != "MPO" and getattr(image, "is_animated", False),
-                transparent=image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info,
-                icc_profile="icc_profile" in image.info,
-            )
-    except Image.UnidentifiedImageError as error:
-        raise BadImageError(name, *_describe_unknown(data)) from error
-    except _DECODER_ERRORS as error:
-        raise BadImageError(name, f"{type(error).__name__}: {error}".rstrip("."), "corrupt") from error
+    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
+        bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
+        bits = _gray_range(image)[0].bit_length() or _tags(image).get(_BITS, (bits,))[0]
+        if image.format == "PNG":
+            bits = data[24]  # from the header chunk; Pillow reports 16-bit color as 8-bit
+        return ImageFacts(
+            format=image.format or "",
+            mode=image.mode,
+            bits=bits,
+            size=image.size,
+            orientation=_orientation(image),
+            animated=image.format != "MPO" and getattr(image, "is_animated", False),
+            transparent=image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info,
+            icc_profile="icc_profile" in image.info,
+        )

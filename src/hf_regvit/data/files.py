@@ -1,63 +1,209 @@
-"""Find the image files of a folder and decide which split each belongs to."""
+"""Find the files behind a path or pattern, and decide which split each belongs to."""
 
 import difflib
 import logging
 import os
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path, PurePath
 
 import numpy as np
+from PIL import Image
 
-from .decoding import BadImageError, say_once
+from .decoding import BadImageError, known_formats, say_once
 from .source import MissingSplitError, Split, listed
 
 logger = logging.getLogger(__name__)
-EMBEDDED_SOURCES = ("photos", "digits")
 
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif"})
-# Image formats that this package does not decode; files of these types are left out with a warning, not silently.
-_UNSUPPORTED_SUFFIXES = frozenset(
-    {".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".pdf", ".psd", ".dng", ".cr2", ".nef"}
-)
+BUILTIN = "builtin:"  # a colon cannot be part of a Hub id, and is unusual in the name of a folder
+BUILTIN_SETS = ("photos", "digits")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
-    "test": ("test",),
+    "test": ("test", "testing"),
 }
+_COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+# Files that only this package or `Trainer` writes: a folder with all files of a row is a run, a checkpoint, a bundle,
+# features or a report. Their panels and figures are images, but not data.
+_OUTPUTS = (
+    {"resolved_recipe.yaml"}, {"trainer_state.json"}, {"modeling_regvit.py"}, {"extraction.json"},
+    {"retrofit_report.json"}, {"report.json", "report.md"}, {"report.json", "report.html"}, {"comparison.json"},
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class _Files:
-    """Files behind a path or pattern: `kind` is "images", "parquet" or "tar"; `files` are those of the split."""
+class Found:
+    """Files behind a path or pattern: `kind` is "images", "parquet" or "tar"; `files` are those of the kind and split.
+
+    `others` are files of other types; `notes` say what was left out, or taken in.
+    """
 
     root: Path
     kind: str
     files: list[Path]
-    everything: list[Path]
+    others: list[Path] = field(default_factory=list)
     problems: tuple[BadImageError, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
-def _does_not_exist(data: str | Path) -> str:
-    parent = next(p for p in Path(data).expanduser().absolute().parents if p.is_dir())
-    message = f"'{data}' does not exist. The nearest existing folder is '{parent}'."
-    near = difflib.get_close_matches(str(data), EMBEDDED_SOURCES, n=1)
-    return f"{message} Did you mean '{near[0]}'?" if near else message
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Return the suffixes of the image formats that `open_image` decodes, as Pillow knows them, in lower case."""
+    formats = {*known_formats(), "MPO"}  # MPO: several JPEG images in one file, the first of which is read
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in formats)
 
 
-def _kind_of(file: Path) -> str:
+def kind_of(file: PurePath) -> str:
+    """Return "images", "parquet", "tar" or "other" by the suffix of a file."""
     suffix = file.suffix.lower()
-    if suffix in _SUFFIXES:
-        return "images"
-    if suffix in _UNSUPPORTED_SUFFIXES:
-        return "unsupported image format"
     # Compressed archives do not allow random access; they count as tar here so that opening them raises an error.
-    return suffix[1:] if suffix in (".parquet", ".tar") else "tar" if _is_compressed_tar(file) else "other"
+    if suffix == ".tar" or file.name.lower().endswith(_COMPRESSED_TAR):
+        return "tar"
+    return "images" if suffix in image_suffixes() else "parquet" if suffix == ".parquet" else "other"
 
 
-def _is_compressed_tar(file: Path) -> bool:
-    return file.name.lower().endswith((".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst"))
+def is_compressed_tar(file: Path) -> bool:
+    """Return True for a compressed archive, which can only be read from its beginning."""
+    return file.name.lower().endswith(_COMPRESSED_TAR)
+
+
+def is_hidden(name: str | PurePath) -> bool:
+    """Return True for names that are no data in any container: `.hidden`, `._photo.jpg` and `__MACOSX/` of a Mac."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in PurePath(name).parts if part != "..")
+
+
+# --- Finding
+
+
+def find_files(data: str | Path, split: Split | None) -> Found | None:
+    """Find the files behind a path or pattern; return None if `data` can only be the id of a Hub data set.
+
+    A path that exists is never a pattern, whatever characters it has.
+
+    Raises:
+        FileNotFoundError: `data` is neither an existing path nor a possible id.
+        MissingSplitError: The source does not have the split.
+        ValueError: There are no files of a supported kind.
+    """
+    path = Path(data).expanduser()
+    if path.is_dir():
+        return _in_folder(path, split)
+    if path.is_file():
+        return _single_files(data, path, [path], split)
+    if "://" in str(data):
+        raise ValueError(
+            f"'{data}' is an address, and only local files and data sets of the Hub are read. Download it first; for "
+            "a data set of the Hub give its id, owner/name."
+        )
+    if any(sign in str(data) for sign in "*?["):
+        anchor = next(parent for parent in path.parents if parent.is_dir())
+        matches = sorted(file for file in anchor.glob(str(path.relative_to(anchor))) if file.is_file())
+        matches = [file for file in matches if not is_hidden(file.relative_to(anchor))] or matches
+        if not matches:
+            raise FileNotFoundError(f"No file matches the pattern '{data}'.")
+        return _single_files(data, anchor, matches, split)
+    is_id = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?(:[\w.-]+)?", str(data)) is not None
+    if not is_id or path.is_symlink() or (os.sep in str(data) and path.parent.is_dir()):
+        raise FileNotFoundError(does_not_exist(data))
+    return None
+
+
+def does_not_exist(data: str | Path) -> str:
+    """Return the message for a path that does not exist."""
+    path = Path(data).expanduser().absolute()
+    if path.is_symlink():
+        return f"'{data}' is a link to '{path.readlink()}', which does not exist."
+    parent = next(p for p in path.parents if p.is_dir())
+    message = f"'{data}' does not exist. The nearest existing folder is '{parent}'."
+    near = difflib.get_close_matches(str(data).removeprefix(BUILTIN), BUILTIN_SETS, n=1)
+    return f"{message} Did you mean '{BUILTIN}{near[0]}'?" if near else message
+
+
+def _in_folder(root: Path, split: Split | None) -> Found:
+    every, problems, notes = walk(root)
+    by_kind: dict[str, list[Path]] = {"images": [], "parquet": [], "tar": [], "other": []}
+    for file in every:
+        by_kind[kind_of(file)].append(file)
+    kind = next((kind for kind, files in by_kind.items() if files and kind != "other"), "images")
+    others = [file for name, files in by_kind.items() if name != kind for file in files]
+    if by_kind[kind]:
+        notes += _notes_on_others(root, kind, others)
+    files = by_kind[kind]
+    splits = splits_of(files, root)
+    if split is not None:
+        notes += _note_on_splits(root, files)
+    if kind != "images":  # class ids of images cover both splits, so `loading` selects the split
+        files = select_split(root, files, splits, split)
+    return Found(root, kind, files, others, problems, tuple(notes))
+
+
+def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]:
+    notes = []
+    if links := [file for file in others if file.is_symlink() and not file.exists()]:
+        names = listed([str(file.relative_to(root)) for file in links])
+        notes.append(f"'{root}': {len(links)} links lead to files or folders that do not exist: {names}.")
+    if tables := [file.name for file in others if file.stem == "metadata" and kind == "images"]:
+        notes.append(
+            f"'{root}': '{tables[0]}' is not read; classes come from one sub-folder per class. To use its columns, "
+            "load the folder with datasets' `imagefolder` and save it as parquet."
+        )
+    counts = Counter(file.suffix.lower() or "without suffix" for file in others if file not in links)
+    if counts:
+        shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
+        notes.append(f"'{root}' is read as a folder of {kind} files. Files of other types are left out: {shown}.")
+    return notes
+
+
+def walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...], list[str]]:
+    """Return all files below `root` in a fixed order, the folders that could not be listed, and notes.
+
+    Symbolic links are followed; each folder is visited once, so loops end. Hidden files and folders are left out, and
+    folders that hold results of this package.
+    """
+    files: list[Path] = []
+    problems: list[BadImageError] = []
+    outputs: list[str] = []
+    seen = set()
+
+    def unreadable(error: OSError) -> None:
+        reason = f"the folder cannot be listed: {error.strerror}"
+        problems.append(BadImageError(str(error.filename), reason, "permission"))
+        logger.warning("%s", problems[-1])
+
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        status = os.stat(folder)  # noqa: PTH116 - os.walk returns strings, and names that are not UTF-8 stay intact
+        is_output = Path(folder) != root and any(marks <= set(names) for marks in _OUTPUTS)
+        if is_output:
+            outputs.append(str(Path(folder).relative_to(root)))
+        if is_output or (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        subfolders[:] = sorted(name for name in subfolders if not is_hidden(name))
+        files.extend(Path(folder, name) for name in names if not is_hidden(name))
+    notes = [f"'{root}': results of this package are not read as data: {listed(outputs)}."] if outputs else []
+    return sorted(files), tuple(problems), notes
+
+
+def _single_files(data: str | Path, root: Path, files: list[Path], split: Split | None) -> Found:
+    """Accept a single file or the files of a pattern; parquet and tar only, all of one kind."""
+    kinds = {kind_of(file) for file in files}
+    if kinds not in ({"parquet"}, {"tar"}):
+        found = sorted({file.suffix for file in files})
+        raise ValueError(
+            f"'{data}' is a file of type '{found[0]}'. Expected a folder of images, parquet files or tar files."
+        )
+    if split == "validation":
+        raise MissingSplitError(
+            f"'{data}' consists of single files and has no validation split. Give the folder, or use split=None."
+        )
+    return Found(root, kinds.pop(), files)
+
+
+# --- Splits
 
 
 def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -79,57 +225,82 @@ def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int)
     return [i for i in range(len(values)) if i not in held_out], sorted(held_out)
 
 
-def _walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...]]:
-    """Return all files below `root` in a fixed order, and the folders that could not be listed.
-
-    Symbolic links are followed; each folder is visited once, so loops end. Hidden files and folders are left out.
-    """
-    files: list[Path] = []
-    problems: list[BadImageError] = []
-    seen = set()
-
-    def unreadable(error: OSError) -> None:
-        reason = f"the folder cannot be listed: {error.strerror}"
-        problems.append(BadImageError(str(error.filename), reason, "permission"))
-        logger.warning("%s", problems[-1])
-
-    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)  # noqa: PTH116 - os.walk returns strings, and names that are not UTF-8 stay intact
-        if (status.st_dev, status.st_ino) in seen:
-            subfolders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files.extend(Path(folder, name) for name in names if not name.startswith("."))
-    return sorted(files), tuple(problems)
-
-
-def splits_of(files: Sequence[Path], root: Path) -> list[str | None]:
-    """Return the split of each file: `train`, `validation`, `test` or None.
-
-    It is recognized by the outermost folder below `root` or, for parquet and tar files, by the beginning of the file
-    name. `test` is a split only if there is also `train`; otherwise it is an ordinary name.
-    """
-    return _without_lonely_test([_split_named(file, root) for file in files])
-
-
-def _split_named(file: Path, root: Path) -> str | None:
-    parts = file.relative_to(root).parts
-    for part, names in _SPLIT_NAMES.items():
-        if len(parts) > 1 and parts[0].lower() in names:
-            return part
-        named = _kind_of(file) in ("parquet", "tar")
-        if named and re.match(rf"({'|'.join(names)})(?![a-z])", file.name.lower()):
-            return part
+@cache
+def split_named(name: str, *, only_beginning: bool = False) -> str | None:
+    """Return the split that a name stands for: `train2017`, `Testing`, `val_1`; or begins with: `train-00001.tar`."""
+    for split, names in _SPLIT_NAMES.items():
+        words = "|".join(names)
+        pattern = rf"({words})(?![a-z])" if only_beginning else rf"({words})([-_. ]?\d+)*$"
+        if re.match(pattern, name.lower()):
+            return split
     return None
 
 
-def _without_lonely_test(parts: list[str | None]) -> list[str | None]:
-    return parts if "train" in parts else [None if part == "test" else part for part in parts]
+def split_folders(files: Sequence[PurePath], root: PurePath) -> list[int | None]:
+    """Return for each file the depth of the folder below `root` that names its split; None if there is none.
+
+    Folders directly below `root` are split folders by their name. Deeper ones are only if there are both training and
+    held-out images in such folders; otherwise a class called `dev` would be taken for a split.
+    """
+    paths = [file.relative_to(root).parts for file in files]
+    depths = [next((i for i, part in enumerate(parts[:-1]) if split_named(part)), None) for parts in paths]
+    if 0 in depths:
+        return [0 if depth == 0 else None for depth in depths]
+    splits = {split_named(parts[depth]) for parts, depth in zip(paths, depths) if depth is not None}
+    return depths if "train" in splits and len(splits) > 1 else [None] * len(paths)
+
+
+def splits_of(files: Sequence[PurePath], root: PurePath) -> list[str | None]:
+    """Return the split of each file: `train`, `validation`, `test` or None.
+
+    It is recognized by a folder or, for parquet and tar files, by the beginning of the file name. `test` is a split
+    only if there is also `train`; otherwise it is an ordinary name.
+    """
+    return without_lonely_test([split_named(name, only_beginning=True) for name in _split_names(files, root)])
+
+
+def _split_names(files: Sequence[PurePath], root: PurePath) -> list[str]:
+    """Return for each file the name that tells its split: of a folder, or of a parquet or tar file."""
+    names = []
+    for file, depth in zip(files, split_folders(files, root), strict=True):
+        folder = "" if depth is None else file.relative_to(root).parts[depth]
+        names.append(folder or (file.name if kind_of(file) in ("parquet", "tar") else ""))
+    return names
+
+
+def without_lonely_test(splits: list[str | None]) -> list[str | None]:
+    """Return the splits, with `test` as no split if there is no `train`."""
+    return splits if "train" in splits else [None if split == "test" else split for split in splits]
+
+
+def _note_on_splits(root: Path, files: Sequence[Path]) -> list[str]:
+    """Return a sentence on what each split consists of, unless everything is in splits with the usual names."""
+    splits, depths = splits_of(files, root), split_folders(files, root)
+    places = []
+    for file, split, depth in zip(files, splits, depths, strict=True):
+        parts = file.relative_to(root).parts
+        by_name = split_named(file.name, only_beginning=True) if split and depth is None else None
+        places.append(by_name or "/".join(parts[: (depth or 0) + 1]))
+    counts = Counter(zip(splits, places))
+    heldout = "validation" if "validation" in splits else "test"
+
+    def shown(*wanted: str | None) -> str:
+        names = [f"'{place}' ({count})" for (split, place), count in counts.items() if split in wanted]
+        return ", ".join(names[:8]) + (" and others" if len(names) > 8 else "")
+
+    train = "train" if "train" in splits else None
+    left_out = shown(*({None, "test"} - {train, heldout}))
+    unusual = {place for split, place in counts if split} - {name for names in _SPLIT_NAMES.values() for name in names}
+    if not any(splits) or not (left_out or unusual):
+        return []
+    return [
+        f"'{root}': training images: {shown(train) or 'none'}; held-out images: {shown(heldout) or 'none'}; left out: "
+        f"{left_out or 'none'}."
+    ]
 
 
 def split_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
-    """Return the value of `parts_of` that a split of the data called `name` corresponds to.
+    """Return the value of `splits_of` that a split of the data called `name` corresponds to.
 
     Without a training split, training images are those in no split. Without a validation split, `test` is used.
     """
@@ -141,24 +312,30 @@ def split_meant(parts: Collection[str | None], split: Split, name: str) -> str |
     return "validation"
 
 
-def _part(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
-    """Return the files of one split, possibly none; `parts` are the results of `parts_of` for `files`."""
+def of_split(root: Path, files: list[Path], splits: list[str | None], split: Split | None) -> list[Path]:
+    """Return the files of one split, possibly none; `splits` are the results of `splits_of` for `files`."""
     if split is None:
         return files
-    wanted = split_meant(parts, split, str(root))
-    return [file for file, part in zip(files, parts, strict=True) if part == wanted]
+    wanted = split_meant(splits, split, str(root))
+    return [file for file, part in zip(files, splits, strict=True) if part == wanted]
 
 
-def _select_split(root: Path, files: list[Path], parts: list[str | None], split: Split | None) -> list[Path]:
-    selected = _part(root, files, parts, split)
+def select_split(root: Path, files: list[Path], splits: list[str | None], split: Split | None) -> list[Path]:
+    """Return the files of one split.
+
+    Raises:
+        MissingSplitError: There are none; the message lists the outermost names.
+    """
+    selected = of_split(root, files, splits, split)
     if split is not None and not selected:
         looked = "', '".join(_SPLIT_NAMES[split])
         raise MissingSplitError(
-            f"'{root}' has no {split} split. Looked for '{looked}', found {_outermost(root, files)}. "
+            f"'{root}' has no {split} split. Looked for '{looked}', found {outermost(root, files)}. "
             "Add such a subfolder, or use split=None for all images."
         )
     return selected
 
 
-def _outermost(root: Path, files: Sequence[Path]) -> str:
+def outermost(root: Path, files: Iterable[Path]) -> str:
+    """Return a list of the names directly below `root` for messages."""
     return listed(sorted({file.relative_to(root).parts[0] for file in files}))

@@ -22,10 +22,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .decoding import BadImageError, ImageLimits, image_facts, open_map
-from .files import split_meant, splits_of
-from .loading import load_images
-from .source import ImageSource, MissingSplitError, Split
+from .decoding import BadImageError, ImageLimits, image_facts, open_map, read_bytes
+from .files import split_meant, splits_of, walk
+from .labels import plain
+from .loading import load_images, open_source
+from .source import ImageSource, MissingSplitError, Reading, Split, _read_at, row_name
+from .tables import cell_bytes, holds_images
 
 logger = logging.getLogger(__name__)
 
@@ -176,7 +178,7 @@ class DenseSource(ImageSource):
     def subset(self, indices: Sequence[int]) -> "DenseSource":
         """Return the images at `indices`, in that order, with their maps."""
         indices = [int(i) for i in indices]
-        stored, named = partial(_at, self.stored, indices), partial(_at, self.map_name, indices)
+        stored, named = partial(_read_at, self.stored, indices), partial(_read_at, self.map_name, indices)
         return replace(super().subset(indices), stored=stored, map_name=named)  # type: ignore
 
 
@@ -191,10 +193,6 @@ class _Targets(Sequence[Array]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self.source.target(index % len(self))
-
-
-def _at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
-    return read(indices[index])
 
 
 def load_masks(
@@ -221,7 +219,7 @@ def load_masks(
         class_names: Names by stored value: a mapping, or a list that begins at 0 (at 1 with `reduce_labels`). Default:
             `classes.json` or `id2label.json` in the folder; without such a file, the values that occur are the names.
         ignore_values: Stored values of ignored pixels. Default: 255, unless it has a name.
-        reduce_labels: Whether 0 is background to ignore, and the first class is stored as 1 (ADE20k).
+        reduce_labels: True if 0 is background to ignore, and the first class is stored as 1 (ADE20k).
         image_column: Image column. Default: the only image column, or `image`.
         mask_column: Mask column. Default: the only other image column, or one called `mask`, `annotation` or `label`.
         limits: Limits that images must satisfy.
@@ -232,7 +230,7 @@ def load_masks(
         DenseDataError: There are no masks, or images and masks cannot be paired.
         ValueError: There are no usable images, or the names do not match the values.
     """
-    source = _load(data, "masks", split, image_column=image_column, map_column=mask_column, limits=limits)
+    source = _load(data, "masks", split, Reading(image_column, mask_column, limits or ImageLimits()))
     if mask_format is None:
         names = class_names if class_names is not None else _names_beside(Path(data))
         mask_format = _mask_format(source, names, ignore_values, reduce_labels=reduce_labels)
@@ -268,34 +266,26 @@ def load_depth(
         ValueError: There are no usable images.
     """
     meaning = DepthFormat(depth_scale, max_depth)
-    source = _load(data, "depth", split, image_column=image_column, map_column=depth_column, limits=limits)
+    source = _load(data, "depth", split, Reading(image_column, depth_column, limits or ImageLimits()))
     return replace(source, format=meaning)
 
 
-def _load(
-    data: str | Path,
-    kind: Kind,
-    split: Split | None,
-    *,
-    image_column: str | None,
-    map_column: str | None,
-    limits: ImageLimits | None,
-) -> DenseSource:
+def _load(data: str | Path, kind: Kind, split: Split | None, reading: Reading) -> DenseSource:
     root = Path(data).expanduser()
     folder = _first_folder(root, _IMAGE_FOLDERS)
     splits_have_folders = root.is_dir() and any(
         _first_folder(child, _IMAGE_FOLDERS) for child in root.iterdir() if child.is_dir()
     )
     if folder is not None or splits_have_folders:
-        return _from_folder(root, kind, split, limits)
-    source = load_images(data, split=split, image_column=image_column, limits=limits)
+        return _from_folder(root, kind, split, reading)
+    source = load_images(data, split=split, image_column=reading.image_column, limits=reading.limits)
     if source.table is None:
         maps = "/ or ".join(_MAP_FOLDERS[kind])
         raise DenseDataError(
             f"'{data}' has images but no {kind}. Expected a folder that contains images/ and {maps}/, or a parquet "
             "file or data set with a second image column."
         )
-    return _from_table(source, kind, map_column, limits)
+    return _from_table(source, kind, reading.label_column)
 
 
 def _dense(source: ImageSource, kind: Kind, **own: Any) -> DenseSource:
@@ -310,15 +300,15 @@ def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
     return next((root / name for name in names if (root / name).is_dir()), None)
 
 
-def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimits | None) -> DenseSource:
+def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) -> DenseSource:
     """Load a folder with `images/` next to `masks/`, or both inside `train/` and `validation/`."""
-    everything = load_images(root, split=None, limits=limits)
+    everything = open_source(root, None, reading)
     pairs: dict[str, str] = {}  # from the id of an image to its path without suffix and without the folder "images"
     for id in everything.ids:
         parts = Path(id).parts
         place = next((i for i, part in enumerate(parts[:-1]) if part in _IMAGE_FOLDERS), None)
         if place is not None:
-            pairs[id] = Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix()
+            pairs[id] = _key(parts, place)
     maps = dict(_maps_by_key(root, kind))
     part_of = _parts_by_key(root, [*pairs.values(), *maps])
     wanted = split_meant({part_of[key] for key in pairs.values()}, split, str(root)) if split else None
@@ -348,7 +338,9 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, limits: ImageLimit
             f"'{root}': {len(left)} {kind} have no image of the same name, such as '{maps[left[0]].name}'. Remove "
             "them, or add the images."
         )
-    source = replace(source, labels=None, label_names=None)  # the folders "images" and "masks" are not classes
+    # The folders "images" and "masks" are not classes; maps, which may be .npy files, are not left out.
+    notes = tuple(note for note in source.notes if not note.startswith(f"'{root}' is read as a folder of"))
+    source = replace(source, labels=None, label_names=None, notes=notes)
     return _dense(source, kind, stored=partial(_read_file_map, files), map_name=partial(_name_of_file, files))
 
 
@@ -359,11 +351,16 @@ def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
 
 
 def _maps_by_key(root: Path, kind: Kind) -> Iterator[tuple[str, Path]]:
-    for file in sorted(root.rglob("*")):
+    for file in walk(root)[0]:
         parts = file.relative_to(root).parts
         place = next((i for i, part in enumerate(parts[:-1]) if part in _MAP_FOLDERS[kind]), None)
         if place is not None and file.suffix.lower() in _MAP_SUFFIXES:
-            yield Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix(), file
+            yield _key(parts, place), file
+
+
+def _key(parts: Sequence[str], place: int) -> str:
+    """Return the path that an image and its map share, without suffix and without the folder "images" or "masks"."""
+    return plain(Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix())
 
 
 def _name_of_file(files: Sequence[Path], index: int) -> str:
@@ -371,29 +368,20 @@ def _name_of_file(files: Sequence[Path], index: int) -> str:
 
 
 def _read_file_map(files: Sequence[Path], index: int) -> Array:
-    file = files[index]
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise BadImageError(str(file), f"{error.strerror or error}", "missing") from error
-    return _decode_map(data, str(file))
+    name = str(files[index])
+    return _decode_map(read_bytes(name, name), name)
 
 
 # Tables
 
 
-def _from_table(source: ImageSource, kind: Kind, column: str | None, limits: ImageLimits | None) -> DenseSource:
+def _from_table(source: ImageSource, kind: Kind, column: str | None) -> DenseSource:
     from datasets import Image as ImageFeature
-    from datasets import Value
 
     table: Any = source.table
     features = table.features
     candidates = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, ImageFeature)
-        or (isinstance(feature, Value) and feature.dtype.endswith("binary"))
-        or type(feature).__name__ == "Array2D"
+        name for name, feature in features.items() if holds_images(feature) or type(feature).__name__ == "Array2D"
     ]
     if column is None:
         column = next((name for name in _MAP_COLUMNS[kind] if name in candidates), None)
@@ -412,18 +400,14 @@ def _from_table(source: ImageSource, kind: Kind, column: str | None, limits: Ima
 
 
 def _name_of_row(source: str, column: str, ids: Sequence[str], index: int) -> str:
-    return f"{source}, {ids[index].replace('row/', 'row ')}, column {column}"
+    return f"{row_name(source, ids, index)}, column {column}"
 
 
 def _read_cell_map(table: Any, column: str, called: Callable[[int], str], index: int) -> Array:
     cell = table[index][column]
-    if isinstance(cell, dict):
-        if cell["bytes"] is None and cell["path"]:
-            return _read_file_map([Path(cell["path"])], 0)
-        cell = cell["bytes"]
-    if cell is None:
-        raise BadImageError(called(index), "the cell is empty", "empty")
-    return _decode_map(cell, called(index)) if isinstance(cell, bytes) else np.asarray(cell)
+    if isinstance(cell, list):
+        return np.asarray(cell)
+    return _decode_map(cell_bytes(cell, called(index)), called(index))
 
 
 def _decode_map(data: bytes, name: str) -> Array:

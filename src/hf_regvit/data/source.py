@@ -3,7 +3,7 @@
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -19,6 +19,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Columns and limits with which a source is read; a column that is None is chosen by its type and name."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    limits: ImageLimits = field(default_factory=ImageLimits)
 
 
 class MissingSplitError(ValueError):
@@ -119,26 +128,14 @@ def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
     return read(indices[index])
 
 
-@dataclass(frozen=True)
-class _FileNames:
-    """Name of image i in error messages: its full path."""
-
-    root: Path
-    ids: list[str]
-
-    def __call__(self, index: int) -> str:
-        return str(self.root / self.ids[index])
+def file_name(root: Path, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a folder in error messages: its full path."""
+    return str(root / ids[index])
 
 
-@dataclass(frozen=True)
-class _RowNames:
-    """Name of image i of a table or shard in error messages."""
-
-    source: str
-    ids: Sequence[str]
-
-    def __call__(self, index: int) -> str:
-        return f"{self.source}, {self.ids[index].replace('row/', 'row ')}"
+def row_name(source: str, ids: Sequence[str], index: int) -> str:
+    """Return the name of image `index` of a table or shard in error messages."""
+    return f"{source}, {ids[index].replace('row/', 'row ')}"
 
 
 def _stored_images(
@@ -151,10 +148,11 @@ def _stored_images(
     label_names: tuple[str, ...] | None,
     *,
     problems: tuple[BadImageError, ...] = (),
+    notes: tuple[str, ...] = (),
 ) -> ImageSource:
     """Create a source whose images are decoded from stored bytes with `open_image`."""
     read = partial(_decode, encoded, called, limits)
-    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems)
+    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems, notes=notes)
 
 
 def _decode(

@@ -1,50 +1,54 @@
 """Images in tables: parquet files, data sets of the Hub, streams."""
 
+import glob
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from .decoding import BadImageError, ImageLimits, read_bytes
-from .files import _SPLIT_NAMES, _does_not_exist, _Files, _without_lonely_test, split_meant
-from .source import ImageSource, MissingSplitError, Split, _RowNames, _stored_images
+from .decoding import BadImageError, lfs_pointer, read_bytes, say_once
+from .files import Found, does_not_exist, image_suffixes, split_meant, split_named, without_lonely_test
+from .labels import plain
+from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, listed, row_name
 
 if TYPE_CHECKING:
     import datasets
 
 
-def _parquet(found: _Files, *, image_column: str | None, label_column: str | None, limits: ImageLimits) -> ImageSource:
+def parquet_source(found: Found, reading: Reading) -> ImageSource:
+    """Open parquet files as one source."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     name = str(found.root)
     try:
-        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory.
-        table = load_dataset("parquet", data_files=[str(file) for file in found.files], split="train")
+        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory. It takes names
+        # for patterns.
+        files = [glob.escape(str(file)) for file in found.files]
+        table = load_dataset("parquet", data_files=files, split="train")
     except (DatasetGenerationError, ValueError) as error:
-        files = ", ".join(file.name for file in found.files[:8])
-        raise ValueError(f"'{name}' cannot be read as parquet ({files}): {error.__cause__ or error}") from error
-    source = table_images(table, name, image_column=image_column, label_column=label_column, limits=limits)
-    return replace(source, problems=found.problems)
+        pointer = next((hint for file in found.files if (hint := lfs_pointer(file))), None)
+        listing = ", ".join(file.name for file in found.files[:8])
+        reason = pointer or error.__cause__ or error
+        raise ValueError(f"'{name}' cannot be read as parquet ({listing}): {reason}") from error
+    return replace(table_images(table, name, reading), problems=found.problems, notes=found.notes)
 
 
-def _hub(
-    data: str, split: Split | None, *, image_column: str | None, label_column: str | None, limits: ImageLimits
-) -> ImageSource:
+def hub_source(data: str, split: Split | None, reading: Reading) -> ImageSource:
+    """Open a data set of the Hub."""
     try:
-        tables = _hub_tables(data)
+        tables = hub_tables(data)
     except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
         raise FileNotFoundError(
-            f"{_does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
+            f"{does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
         ) from error
     except RuntimeError as error:  # data sets with a loading script, which is never run
         raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
-    table = _hub_split(tables, data, split)
-    return table_images(table, data, image_column=image_column, label_column=label_column, limits=limits)
+    return table_images(hub_split(tables, data, split), data, reading)
 
 
-def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
+def hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
     """Load all splits of `name` or `name:config`.
 
     Raises:
@@ -63,7 +67,7 @@ def _hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
         raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
 
 
-def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+def hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
     """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
 
     Raises:
@@ -71,9 +75,11 @@ def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any
     """
     from datasets import concatenate_datasets
 
-    named = [next((p for p, names in _SPLIT_NAMES.items() if name.lower() in names), None) for name in tables]
-    parts = _without_lonely_test(named)
+    parts = without_lonely_test([split_named(name) for name in tables])
     wanted = split_meant(parts, split, data) if split else None
+    used = {"train" if "train" in parts else None, "validation" if "validation" in parts else "test"}
+    if split and (left := [name for name, part in zip(tables, parts) if part not in used]):
+        say_once(f"'{data}': the splits {listed(left)} are left out.")
     chosen = [table for table, part in zip(tables.values(), parts, strict=True) if split is None or part == wanted]
     if not chosen:
         raise MissingSplitError(
@@ -83,8 +89,38 @@ def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
-def _choose_columns(
-    features: Any, name: str, *, image_column: str | None, label_column: str | None
+def holds_images(feature: Any) -> bool:
+    """Return True for a column of encoded images: of images, of bytes, or of {bytes, path} as pandas writes it."""
+    from datasets import Image as ImageFeature
+
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"} and holds_images(feature["bytes"])
+    return isinstance(feature, ImageFeature) or "binary" in str(getattr(feature, "dtype", ""))
+
+
+def _is_text(feature: Any) -> bool:
+    return str(getattr(feature, "dtype", "")).endswith("string")
+
+
+def _other_images(features: Any, first_row: Callable[[], Mapping[str, Any]]) -> str:
+    """Return sentences on columns that concern images but do not hold one per row."""
+    found = []
+    for column, feature in features.items():
+        inner = feature[0] if isinstance(feature, list) else getattr(feature, "feature", None)
+        if inner is not None and holds_images(inner):
+            found.append(f"Column '{column}' holds lists of images; write one image per row (`explode` of pandas).")
+        elif _is_text(feature):
+            value = first_row().get(column)
+            if isinstance(value, str) and PurePath(value).suffix.lower() in image_suffixes():
+                found.append(
+                    f"Column '{column}' holds paths such as '{value}', not images: give the folder of these files, or "
+                    "store their bytes in the table."
+                )
+    return " ".join(["", *found])
+
+
+def choose_columns(
+    features: Any, name: str, reading: Reading, first_row: Callable[[], Mapping[str, Any]]
 ) -> tuple[str, str | None]:
     """Return the names of the image column and of the label column, if any.
 
@@ -92,18 +128,16 @@ def _choose_columns(
         ValueError: The column does not exist or is ambiguous; the message lists the columns.
     """
     from datasets import ClassLabel, Value
-    from datasets import Image as ImageFeature
 
-    candidates = [
-        column
-        for column, feature in features.items()
-        if isinstance(feature, ImageFeature) or (isinstance(feature, Value) and feature.dtype.endswith("binary"))
-    ]
-    column = image_column or ("image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None)
+    candidates = [column for column, feature in features.items() if holds_images(feature)]
+    column, label_column = reading.image_column, reading.label_column
+    column = column or ("image" if "image" in candidates else candidates[0] if len(candidates) == 1 else None)
     if column is None or column not in candidates:
+        hint = "" if candidates else _other_images(features, first_row)
+        hint = hint or " Set image_column."
         raise ValueError(
             f"'{name}': {'no unique image column' if column is None else f'column {column!r} does not hold images'}. "
-            f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}. Set image_column."
+            f"Columns: {', '.join(features)}; with images: {', '.join(candidates) or 'none'}.{hint}"
         )
     # A text column called "label" is not an error: the data set may be meant for pretraining, which needs no labels.
     integers = [
@@ -120,20 +154,18 @@ def _choose_columns(
     return column, label_column or ("label" if "label" in integers else None)
 
 
-def table_images(
-    table: "datasets.Dataset",
-    name: str,
-    *,
-    image_column: str | None,
-    label_column: str | None,
-    limits: ImageLimits | None = None,
-) -> ImageSource:
+def table_images(table: "datasets.Dataset", name: str, reading: Reading | None = None) -> ImageSource:
     """Create a source from a `datasets` table whose encoded images are decoded with `open_image`."""
     from datasets import ClassLabel
     from datasets import Image as ImageFeature
 
-    features = table.features
-    column, label_column = _choose_columns(features, name, image_column=image_column, label_column=label_column)
+    features, reading = table.features, reading or Reading()
+    column, label_column = choose_columns(
+        features,
+        name,
+        reading,
+        lambda: table.select_columns([c for c in features if _is_text(features[c])])[0] if len(table) else {},
+    )
     labels = names = None
     if label_column is not None:
         feature = features[label_column]
@@ -142,23 +174,28 @@ def table_images(
         labels = labels if min(labels, default=-1) >= 0 else None
         if labels is not None:
             is_named = isinstance(feature, ClassLabel)
-            names = tuple(feature.names) if is_named else tuple(str(i) for i in range(max(labels) + 1))
+            names = tuple(map(plain, feature.names)) if is_named else tuple(str(i) for i in range(max(labels) + 1))
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
     encoded = partial(_read_row, table.select_columns([column]), column, name)
-    source = _stored_images(name, ids, encoded, _RowNames(name, ids), limits or ImageLimits(), labels, names)
+    source = _stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
     others = table.remove_columns([column])
     return replace(source, table=others if others.column_names else None)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> bytes:
-    return _cell_bytes(table[index][column], f"{name}, row {index}")
+    return cell_bytes(table[index][column], f"{name}, row {index}")
 
 
-def _cell_bytes(cell: Any, name: str) -> bytes:
+def cell_bytes(cell: Any, name: str) -> bytes:
+    """Return the encoded image in a cell: bytes, a path, or both as {bytes, path}.
+
+    Raises:
+        BadImageError: The cell is empty, or its file cannot be read.
+    """
     if isinstance(cell, dict):
-        cell = cell["bytes"] if cell["bytes"] is not None else cell["path"]
+        cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
     if cell is None:
         raise BadImageError(name, "the cell is empty", "empty")
     return cell if isinstance(cell, bytes) else read_bytes(cell, name)
@@ -186,18 +223,32 @@ class ImageStream:
     label_names: tuple[str, ...] | None = None
 
 
+def table_stream(table: "datasets.IterableDataset", name: str, reading: Reading | None = None) -> ImageStream:
+    """Create a stream of the images of a streamed table of `datasets`, which stay encoded."""
+    from datasets import ClassLabel
+    from datasets import Image as ImageFeature
+
+    features = table.features or table._resolve_features().features
+    column, label_column = choose_columns(features, name, reading or Reading(), lambda: next(iter(table), {}))
+    feature = features[label_column] if label_column else None
+    names = tuple(map(plain, feature.names)) if isinstance(feature, ClassLabel) else None
+    if isinstance(features[column], ImageFeature):
+        table = table.cast_column(column, ImageFeature(decode=False))
+    return ImageStream(name, table.num_shards, partial(_stream_shard, table, name, column, label_column), names)
+
+
 def _stream_shard(
     table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, shard: int
 ) -> Iterator[StreamRecord]:
     rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
     for number, row in enumerate(rows):
         id = f"{name}#shard{shard}/row{number}"
-        if "__key__" in row:  # a tar file: the member's name does not change when shards are added
+        if "__key__" in row:  # a tar file of the Hub: the member's name does not change when shards are added
             id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
         try:
-            data = _cell_bytes(row[column], id)
+            data = cell_bytes(row[column], id)
         except BadImageError:
             data = None
         yield StreamRecord(id, data, label)

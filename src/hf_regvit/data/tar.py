@@ -1,89 +1,133 @@
-"""Images in tar archives."""
+"""Images in tar archives in WebDataset format: the members of one sample share their name up to the first dot."""
 
 import logging
 import tarfile
 import zlib
+from collections.abc import Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from itertools import groupby
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .decoding import BadImageError, ImageLimits
-from .files import _SUFFIXES, _Files, _is_compressed_tar
-from .source import ImageSource, _RowNames, _stored_images
+from .decoding import BadImageError, lfs_pointer
+from .files import Found, image_suffixes, is_compressed_tar, is_hidden
+from .labels import LABEL_SUFFIXES, classes_by_folder, label_in_file, note_on_names, number_classes, sample_key
+from .source import ImageSource, Reading, _stored_images, row_name
+from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
 
 
-# --- Tar files in WebDataset format: members of one sample share their name up to the first dot
-
-
-def _tar(found: _Files, *, limits: ImageLimits) -> ImageSource:
+def tar_source(found: Found, reading: Reading) -> ImageSource:
+    """Open tar files for random access, by an index of byte positions."""
     ids: list[str] = []
     places: list[tuple[int, int, int]] = []
-    classes: list[int | None] = []
+    classes: list[int | str | None] = []
+    paths: list[PurePosixPath] = []
     problems = list(found.problems)
     for shard, file in enumerate(found.files):
-        members, labels, faults = _index_tar(file)
+        members, labels, faults = _index_tar(file, reading)
         called = file.relative_to(found.root).as_posix() if file != found.root else file.name
         for member, offset, size in members:
             ids.append(f"{called}#{member}")
             places.append((shard, offset, size))
-            classes.append(labels.get(_sample_key(member)))
+            classes.append(labels.get(sample_key(member)))
+            paths.append(PurePosixPath(member))
         problems += faults
     if not ids:
         listing = "; ".join(problem.reason for problem in problems[:3]) or "they hold only other types of files"
         raise ValueError(f"There are no images in the tar files of '{found.root}': {listing}.")
     for problem in problems:
         logger.warning("%s", problem)
-    known = [label for label in classes if label is not None]
-    labels_ = known if len(known) == len(classes) else None
-    names = tuple(str(i) for i in range(max(known) + 1)) if labels_ is not None else None
-    positions = np.array(places, dtype=np.int64)  # (images, 3): shard, first byte, number of bytes
-    encoded = partial(_read_member, found.files, positions)
-    name = str(found.root)
-    return _stored_images(name, ids, encoded, _RowNames(name, ids), limits, labels_, names, problems=tuple(problems))
+    notes = list(found.notes)
+    folders = classes_by_folder(paths, [None] * len(paths))
+    if set(classes) == {None} and len(set(folders)) > 1 and None not in folders:  # an archive of class folders
+        classes = list(folders)
+        notes += note_on_names(str(found.root), [path.parts[0] for path in paths])
+    elif None in classes and set(classes) != {None}:
+        without = sum(one is None for one in classes)
+        notes.append(f"'{found.root}': {without} of {len(ids)} images have no class, so none is used.")
+    labels_, names = number_classes(classes)
+    positions = np.array(places, dtype=np.int64)
+    encoded, name = partial(_read_member, found.files, positions), str(found.root)
+    return _stored_images(
+        name, ids, encoded, partial(row_name, name, ids), reading.limits, labels_, names,
+        problems=tuple(problems), notes=tuple(notes),
+    )  # fmt: skip
 
 
-def _sample_key(member: str) -> str:
-    folder, _, name = member.rpartition("/")
-    return f"{folder}/{name.split('.')[0]}"
+def _is_safe(member: tarfile.TarInfo) -> bool:
+    return member.isreg() and not member.name.startswith("/") and ".." not in member.name.split("/")
 
 
-def _index_tar(file: Path) -> tuple[list[tuple[str, int, int]], dict[str, int], list[BadImageError]]:
-    """Index one tar file: images as (name, first byte, number of bytes), class ids by sample, and problems.
+def _is_image(name: str, image_column: str | None) -> bool:
+    suffix = PurePosixPath(name).suffix.lower()
+    return suffix in image_suffixes() and image_column in (None, suffix[1:], name.partition(".")[2].lower())
+
+
+def stream_tar(name: str, files: Sequence[Path], reading: Reading) -> ImageStream:
+    """Open tar files for sequential reading, compressed ones too; each shard may hold other types of images.
+
+    Raises:
+        ValueError: There is no image in any shard.
+    """
+    stream = ImageStream(name, len(files), partial(_stream_samples, files, reading))
+    if not any(next(stream.open_shard(shard), None) for shard in range(len(files))):
+        column = f" of type '{reading.image_column}' (image_column)" if reading.image_column else ""
+        raise ValueError(f"'{name}' cannot be streamed: there are no images{column} in its {len(files)} tar files.")
+    return stream
+
+
+def _stream_samples(files: Sequence[Path], reading: Reading, shard: int) -> Iterator[StreamRecord]:
+    with tarfile.open(files[shard], "r|*") as archive:
+        members = (member for member in archive if _is_safe(member) and not is_hidden(member.name))
+        for _, sample in groupby(members, key=lambda member: sample_key(member.name)):
+            label: int | str | None = None
+            images = []
+            for member in sample:
+                content = archive.extractfile(member)
+                if content is not None and _is_image(member.name, reading.image_column):
+                    images.append((member.name, content.read()))
+                elif content is not None and member.name.endswith(LABEL_SUFFIXES):
+                    label = label_in_file(member.name, content.read(), reading.label_column)
+            number = label if isinstance(label, int) and label >= 0 else None  # names have no numbers in a stream
+            yield from (StreamRecord(f"{files[shard].name}#{member}", data, number) for member, data in images)
+
+
+def _index_tar(
+    file: Path, reading: Reading
+) -> tuple[list[tuple[str, int, int]], dict[str, int | str | None], list[BadImageError]]:
+    """Index one tar file: images as (name, first byte, number of bytes), classes by sample, and problems.
 
     Nothing is unpacked. Links, devices and paths that lead outside the archive are left out, as is everything after a
     damaged header.
     """
-    if _is_compressed_tar(file):
+    if is_compressed_tar(file):
         raise ValueError(
             f"'{file}' is compressed, so its images cannot be read at random. Decompress it to .tar, or stream it."
         )
     images: list[tuple[str, int, int]] = []
-    labels: dict[str, int] = {}
+    labels: dict[str, int | str | None] = {}
     problems: list[BadImageError] = []
     size = file.stat().st_size
     try:
         with tarfile.open(file, "r:") as archive:
             for member in archive:
                 name = member.name
-                if member.isdir():
+                if member.isdir() or is_hidden(name):
                     continue
-                if not member.isreg() or name.startswith("/") or ".." in name.split("/"):
+                if not _is_safe(member):
                     problems.append(BadImageError(f"{file}#{name}", "a link, or a path out of the archive", "blocked"))
                 elif member.offset_data + member.size > size:
                     problems.append(BadImageError(f"{file}#{name}", "the archive ends inside this file", "archive"))
-                elif Path(name).suffix.lower() in _SUFFIXES:
+                elif _is_image(name, None):
                     images.append((name, member.offset_data, member.size))
-                elif name.endswith(".cls"):
-                    content = archive.extractfile(member)
-                    text = content.read(32).strip() if content else b""
-                    if text.isdigit():
-                        labels[_sample_key(name)] = int(text)
+                elif name.endswith(LABEL_SUFFIXES) and (content := archive.extractfile(member)):
+                    labels[sample_key(name)] = label_in_file(name, content.read(), reading.label_column)
             end = archive.offset
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
-        reason = f"the archive is damaged after {len(images)} images: {error}"
+        reason = lfs_pointer(file) or f"the archive is damaged after {len(images)} images: {error}"
         return images, labels, [*problems, BadImageError(str(file), reason, "archive")]
     # `tarfile` treats any unreadable header except the first one as the end; a real end is a block of zeros.
     with file.open("rb") as stream:

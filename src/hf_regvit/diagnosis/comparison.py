@@ -1,29 +1,30 @@
 """Comparison of several checkpoints, e.g. with 0, 1, 2, 4 and 8 registers: diagnoses on the same images in a table."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from torch import nn
 
-from ..models.families import describe_model
-from ..models.loading import load_model, short_names
-from ..models.tokens import read_many
+from ..models.loading import open_model, short_names
+from ..models.tokens import TokenReader
 from .diagnose import diagnose
-from .report import ArtifactReport
+from .report import ArtifactReport, Result, markdown_table
 
 
-@dataclass(frozen=True)
-class ComparisonReport:
+@dataclass(frozen=True, repr=False)
+class ComparisonReport(Result):
     """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
 
     rows: list[dict[str, Any]]
     reports: dict[str, ArtifactReport]
     settings: dict[str, Any]
+
+    file_name: ClassVar = "comparison.json"
 
     def to_dict(self) -> dict[str, Any]:
         """Return rows and settings; the reports are saved separately."""
@@ -42,9 +43,12 @@ class ComparisonReport:
             Path(folder, name).unlink(missing_ok=True)
         for name, report in self.folders().items():
             report.save(Path(folder) / name)
-        path = Path(folder) / "comparison.json"
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+        return super().save(folder)
+
+    @property
+    def verdict(self) -> str:
+        """Number of the checkpoints with artifact tokens."""
+        return f"{sum(row['bimodal'] for row in self.rows)} of {len(self.rows)} checkpoints have artifact tokens."
 
     def summary(self) -> str:
         """Return the table, followed by the verdict on each checkpoint."""
@@ -52,77 +56,75 @@ class ComparisonReport:
 
     def table(self) -> str:
         """Return the rows as a Markdown table."""
-        names = list(self.rows[0])
-        lines = [f"| {' | '.join(names)} |", f"|{'---|' * len(names)}"]
-        for row in self.rows:
-            lines.append(f"| {' | '.join(_cell(row[name]) for name in names)} |")
-        return "\n".join(lines)
+        return markdown_table(self._rows())
 
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return "-" if value is None else str(value)
+    def _rows(self) -> list[list[Any]]:
+        return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
 
 
 def compare_checkpoints(
-    names: Sequence[str | Path],
+    models: Sequence[TokenReader | nn.Module | str | Path],
     images: Any,
     *,
     throughput_rounds: int = 5,
-    device: str | torch.device | None = None,
+    processor: Any = None,
+    device: str | torch.device = "auto",
     **settings: Any,
 ) -> ComparisonReport:
     """Diagnose several checkpoints, e.g. with 0, 1, 2, 4 and 8 registers, and tabulate results, cost and speed.
 
     Args:
-        names: Folders or Hub ids, as for `load_model`. All models are in memory at once, because their speed is
-            measured in alternation.
+        models: Models, their names, or readers; see `open_model`. All of them are in memory at once, because their
+            speed is measured in alternation.
         images: Images as for `diagnose`.
         throughput_rounds: Number of passes over 8 images per model, in alternation, after one pass to warm up; the
             median is reported.
-        device: Device to compute on; default the CPU.
+        processor: Image processor for all models; default the own one of each.
+        device: Device to compute on; see `open_model`.
         settings: Keyword arguments of `diagnose`.
 
     Raises:
-        ValueError: Fewer than two names, or the same one twice.
+        ValueError: Fewer than two models, or the same one twice.
+        UnknownProcessorError: No image processor is given, and a model has none.
     """
-    called = short_names(names)
-    if len(set(called)) < len(names) or len(names) < 2:
-        raise ValueError(f"names={[str(name) for name in names]} must contain at least two different checkpoints.")
-    loaded = {short: load_model(name, device=device) for short, name in zip(called, names)}
-    reports = {
-        name: diagnose(model, images, processor=processor, **settings) for name, (model, processor) in loaded.items()
-    }
-    speeds: dict[str, list[float]] = {name: [] for name in loaded}
+    readers = {name: open_model(model, device=device, processor=processor) for name, model in _named(models).items()}
+    reports = {name: diagnose(reader, images, **settings) for name, reader in readers.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(throughput_rounds + 1):
-        for name, (model, _) in loaded.items():
-            height, width = describe_model(model).image_size
+        for name, reader in readers.items():
             start = time.perf_counter()
-            read_many(model, torch.zeros(8, 3, height, width), {"patch_embedding": (0,)})
+            reader.read(torch.zeros(8, 3, *reader.description.image_size), site="patch_embedding")
             speeds[name].append(8 / (time.perf_counter() - start))
-    baseline = reports[called[0]].model["gmacs"]
-    rows = []
-    for name, report in reports.items():
-        attention = report.attention["statistics"] if report.attention else {}
-        rows.append(
-            {
-                "model": name,
-                "registers": report.model["num_register_tokens"],
-                "bimodal": report.bimodal,
-                "layer": report.layer,
-                "outlier_share": report.outlier_share,
-                "norm_ratio": report.norm_ratio,
-                "separation": report.separation,
-                "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
-                "attention_entropy": attention.get("entropy_share", {}).get("mean"),
-                "register_cosine": report.registers["cosine"] if report.registers else None,
-                "effective_rank": report.patches["effective_rank"]["mean"],
-                "parameters": report.model["parameters"],
-                "gmacs": report.model["gmacs"],
-                "gmacs_delta": report.model["gmacs"] / baseline - 1,
-                "images_per_second": float(np.median(speeds[name][1:])),
-            }
-        )
+    first = next(iter(reports.values()))
+    rows = [
+        {"model": name, **_row(report, first), "images_per_second": float(np.median(speeds[name][1:]))}
+        for name, report in reports.items()
+    ]
     threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
-    return ComparisonReport(rows=rows, reports=reports, settings=next(iter(reports.values())).settings | threads)
+    return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads)
+
+
+def _named(models: Sequence[Any]) -> dict[str, Any]:
+    """Return the models by a short name; a number tells models of the same name apart."""
+    short = iter(short_names([model for model in models if isinstance(model, str | Path)]))
+    keys = [next(short) if isinstance(model, str | Path) else model for model in models]
+    if len(set(keys)) < max(len(models), 2):
+        raise ValueError(f"models={[str(model) for model in models]} must hold at least two different checkpoints.")
+    names = [key if isinstance(key, str) else open_model(key).description.name for key in keys]
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return {f"{name}-{count + 1}" if count else name: model for name, count, model in zip(names, counts, models)}
+
+
+def _row(report: ArtifactReport, first: ArtifactReport) -> dict[str, Any]:
+    attention = report.attention["statistics"] if report.attention else {}
+    return {
+        "registers": report.model["num_register_tokens"],
+        **{name: getattr(report, name) for name in ("bimodal", "layer", "outlier_share", "norm_ratio", "separation")},
+        "cls_to_registers": attention.get("mass_on_registers", {}).get("mean"),
+        "attention_entropy": attention.get("entropy_share", {}).get("mean"),
+        "register_cosine": report.registers["cosine"] if report.registers else None,
+        "effective_rank": report.patches["effective_rank"]["mean"],
+        "parameters": report.model["parameters"],
+        "gmacs": report.model["gmacs"],
+        "gmacs_delta": report.model["gmacs"] / first.model["gmacs"] - 1,
+    }

@@ -1,7 +1,8 @@
 """Controls for the claim that a model uses its registers: replace them and measure what changes."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,36 +11,33 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..evaluation.knn import knn_accuracy
-from ..models.families import FAMILIES, describe_model, final_norm, find_tower
-from ..models.tokens import TokenReading, read_many
+from ..models.loading import open_model
+from ..models.tokens import TokenReader, TokenReading
+from .readings import normalized
 
 REGISTER_CONTROLS = ("mean", "shuffle", "noise", "zero")
 
 
 @contextmanager
-def _registers_replaced(model: nn.Module, values: Mapping[int, Tensor]) -> Iterator[None]:
+def _registers_replaced(reader: TokenReader, values: Mapping[int, Tensor]) -> Iterator[None]:
     """Overwrite the registers in the outputs of blocks within a `with` statement; `values` is {layer: (B, R, D)}."""
-    tower, name = find_tower(model)
-    description = describe_model(tower)
-    start, count = description.num_prefix_tokens - description.num_register_tokens, description.num_register_tokens
+    stop = reader.description.num_prefix_tokens
+    start = stop - reader.description.num_register_tokens
 
-    def replace(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> Any:
-            tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
-            tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, start + count :]), dim=1)
-            return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+    def replace(module: nn.Module, args: tuple, output: Any, *, layer: int) -> Any:
+        tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+        tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, stop:]), dim=1)
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
-        return hook
-
-    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
+    blocks: Any = reader.tower.get_submodule(reader.family.blocks)
     with ExitStack() as stack:
         for layer in values:
-            stack.callback(blocks[layer - 1].register_forward_hook(replace(layer)).remove)
+            stack.callback(blocks[layer - 1].register_forward_hook(partial(replace, layer=layer)).remove)
         yield
 
 
 def register_controls(
-    model: nn.Module,
+    model: TokenReader | nn.Module,
     pixel_values: Tensor,
     *,
     labels: Tensor | None = None,
@@ -55,7 +53,7 @@ def register_controls(
     image-specific content of registers matters.
 
     Args:
-        model: Model with registers; not modified.
+        model: Model with registers, or its reader; not modified.
         pixel_values: (n, 3, H, W) pixels of at least two images; their order determines the pairs of "shuffle".
         labels: (n,) class ids. If given, the accuracy of 5 nearest neighbors on CLS is measured too, with each half of
             the images classified by the other half. This needs at least 20 images whose class is in both halves.
@@ -73,52 +71,50 @@ def register_controls(
 
     Source: arXiv 2604.14433.
     """
-    description = describe_model(model)
+    reader = open_model(model)
+    description = reader.description
     if not description.num_register_tokens:
         raise ValueError(f"'{description.name}' has no registers to replace. Use a model with registers.")
     if len(pixel_values) < 2:
         raise ValueError(f"Register controls need at least two images, got {len(pixel_values)}.")
     if unknown := sorted(set(kinds) - set(REGISTER_CONTROLS)):
         raise ValueError(f"Unknown kinds {unknown}. Choose from {REGISTER_CONTROLS}.")
-    inner = range(1, description.num_layers)
-    clean: dict[int, list[Tensor]] = {layer: [] for layer in inner}
-    clean_tokens: list[Tensor] = []
+    inner, has_cls = range(1, description.num_layers), description.has_cls
+    recorded: dict[int, Tensor] = {}  # {layer: (n, R, D)}
+    parts = []
     for batch in pixel_values.split(batch_size):
-        reading = read_many(model, batch, {"residual": [*inner, description.num_layers]})["residual"]
+        reading = reader.read(batch, layers=[*inner, description.num_layers])
         for layer in inner:
-            clean[layer].append(reading.registers(layer).cpu())
-        clean_tokens.append(_final_tokens(model, reading))
-    recorded = {layer: torch.cat(values) for layer, values in clean.items()}  # (n, R, D)
-    undisturbed = torch.cat(clean_tokens)  # (n, T - R, D)
+            found = reading.registers(layer).cpu()
+            recorded[layer] = torch.cat([recorded[layer], found]) if layer in recorded else found
+        parts.append(_final_tokens(reader, reading))
+    undisturbed = torch.cat(parts)  # (n, T - R, D)
     result: dict[str, Any] = {
         "num_images": len(pixel_values),
         "blocks": [1, description.num_layers - 1],
-        "clean": {"knn": _knn(undisturbed, labels) if description.has_cls else None},
+        "clean": {"knn": _knn(undisturbed, labels) if has_cls else None},
     }
-    prefix = description.num_prefix_tokens - description.num_register_tokens
     for kind in kinds:
         replacement = {layer: _replacement(kind, values, layer, seed) for layer, values in recorded.items()}
         parts = []
         for start in range(0, len(pixel_values), batch_size):
             part = slice(start, start + batch_size)
-            with _registers_replaced(model, {layer: values[part] for layer, values in replacement.items()}):
-                reading = read_many(model, pixel_values[part], {"residual": (-1,)})["residual"]
-            parts.append(_final_tokens(model, reading))
-        cosine = F.cosine_similarity(torch.cat(parts), undisturbed, dim=-1)  # (n, T - R)
+            with _registers_replaced(reader, {layer: values[part] for layer, values in replacement.items()}):
+                parts.append(_final_tokens(reader, reader.read(pixel_values[part])))
+        tokens = torch.cat(parts)
+        cosine = F.cosine_similarity(tokens, undisturbed, dim=-1)  # (n, T - R)
         result[kind] = {
-            "cls_cosine": cosine[:, 0].mean().item() if description.has_cls else None,
-            "patch_cosine": cosine[:, prefix:].mean().item(),
-            "knn": _knn(torch.cat(parts), labels) if description.has_cls else None,
+            "cls_cosine": cosine[:, 0].mean().item() if has_cls else None,
+            "patch_cosine": cosine[:, description.num_prefix_tokens - description.num_register_tokens :].mean().item(),
+            "knn": _knn(tokens, labels) if has_cls else None,
         }
     return result
 
 
-def _final_tokens(model: nn.Module, reading: TokenReading) -> Tensor:
+def _final_tokens(reader: TokenReader, reading: TokenReading) -> Tensor:
     """Return the tokens after the last block and the final norm, without registers, (B, T - R, D)."""
-    with torch.no_grad():
-        tokens = final_norm(model)(reading.at(-1)).float().cpu()
-    first = reading.num_prefix_tokens - reading.num_register_tokens
-    return torch.cat((tokens[:, :first], tokens[:, reading.num_prefix_tokens :]), dim=1)
+    tokens, stop = normalized(reader, reading.at()), reading.num_prefix_tokens
+    return torch.cat((tokens[:, : stop - reading.num_register_tokens], tokens[:, stop:]), dim=1)
 
 
 def _replacement(kind: str, registers: Tensor, layer: int, seed: int) -> Tensor:
@@ -146,7 +142,5 @@ def _knn(tokens: Tensor, labels: Tensor | None, *, k: int = 5, fewest: int = 20)
     if np.isin(labels.numpy(), shared).sum() < fewest:  # a half cannot predict a class that it does not contain
         return None
     halves = [(tokens[start::2, 0], labels[start::2]) for start in (0, 1)]
-    accuracies = [
-        knn_accuracy(*halves[bank], *halves[1 - bank], k=(k,))[k] * len(halves[1 - bank][1]) for bank in (0, 1)
-    ]
-    return sum(accuracies) / len(labels)
+    right = [knn_accuracy(*bank, *test, k=(k,))[k] * len(test[1]) for bank, test in (halves, halves[::-1])]
+    return sum(right) / len(labels)

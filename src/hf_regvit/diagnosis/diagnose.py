@@ -12,9 +12,8 @@ Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
 import base64
 import logging
 import platform
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -26,38 +25,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.loading import load_images
-from ..data.preparation import SkippedImage, prepare_images
-from ..data.source import ImageSource
+from ..data.preparation import prepare_images
 from ..evaluation.metrics import effective_rank, register_cosine
 from ..models.configuration_regvit import __version__
-from ..models.families import FAMILIES, describe_model, final_norm, find_tower
-from ..models.loading import weights_fingerprint
-from ..models.processing import EvaluationTransform
-from ..models.tokens import Layers, Site, read_many
+from ..models.loading import open_model, weights_fingerprint
+from ..models.tokens import Layers, TokenReader
 from .controls import register_controls
 from .outliers import (
-    MAX_SHARE,
-    MAX_VALLEY,
-    MIN_RATIO,
-    MIN_SEPARATION,
-    MIN_SHARE,
+    GATE,
     Cutoff,
     attention_statistics,
     channel_outliers,
     compare_values,
     direction_spread,
+    emergence_layer,
     find_cutoff,
     reported_layer,
 )
-from .readings import _RANK_IMAGES, ENOUGH_IMAGES, MIN_IMAGES, _cls_row, _first_reason, _read, _Readings, _token_norms
-from .report import ArtifactReport, emergence_layer
+from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
+from .report import ArtifactReport, Stopwatch
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
 
+_RANK_IMAGES = 64  # enough for a mean; eigenvalues of large grids are slow
+
 
 def diagnose(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     layers: Layers = "all",
@@ -65,6 +60,7 @@ def diagnose(
     max_images: int = 1000,
     seed: int = 0,
     processor: Any = None,
+    device: str | torch.device = "auto",
     batch_size: int = 32,
     detail_images: int = 128,
     probes: bool = False,
@@ -76,13 +72,14 @@ def diagnose(
     `detail_images` of them, reads the tokens of two layers. Images of a single color are skipped and listed as such.
 
     Args:
-        model: Model of a family in `families.FAMILIES`; not modified. Without CLS, `attention` is None.
-        images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
+        model: Model, its name, or a reader; see `open_model`. It is not modified.
+        images: Folder or other source that `load_images` can open, list of images, or data set of `datasets`.
         layers: Layers to read, each 0 to L; "all" reads all of them.
         cutoff: "auto", or a norm to use as the cut-off of every layer.
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
         seed: Random seed for all draws.
-        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        processor: Image processor, which must return images of one size; default the model's own.
+        device: Device to compute on; see `open_model`.
         batch_size: Number of images per forward pass.
         detail_images: Number of images for direction, channels, rank and register controls; their pixels stay in
             memory.
@@ -90,6 +87,7 @@ def diagnose(
         progress: Whether to show a progress bar.
 
     Raises:
+        UnknownProcessorError: No image processor is given, and the model has none.
         ValueError: Fewer than 8 usable images, images on different grids, tokens that are not finite, or an
             unsupported model.
 
@@ -99,80 +97,73 @@ def diagnose(
         raise ValueError(
             f"detail_images={detail_images} must be at least 2, and max_images={max_images} at least {MIN_IMAGES}."
         )
-    watch = _Stopwatch()
-    transform = EvaluationTransform.for_model(model, processor)
+    watch = Stopwatch()
+    reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
-    prepared = prepare_images(source, transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    readings, skipped = _read(
-        model,
-        prepared,
-        tuple(range(describe_model(model).num_layers + 1)) if layers == "all" else layers,
-        num_details=detail_images,
-        max_images=max_images,
-        progress=progress,
-    )
+    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    prepared = prepare_images(source, reader.transform, **drawn)
+    limits = {"num_details": detail_images, "max_images": max_images}
+    readings = read_images(reader, prepared, layers, **limits, progress=progress)
     watch.lap("reading")
     cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
     layer = reported_layer(cutoffs)
-    chosen = cutoffs[layer]
-    is_outlier = readings.norms[layer] > chosen.cutoff  # (n, N)
+    case = _Case(reader, readings, layer, readings.norms[layer] > cutoffs[layer].cutoff, batch_size, seed)
     watch.lap("cut-offs")
-    details = _details(model, readings, layer, is_outlier, transform=transform, batch_size=batch_size, seed=seed)
+    details = _details(case)
     watch.lap("details")
-    controls = _controls(model, source, readings, batch_size=batch_size, seed=seed)
+    details["controls"] = _controls(case, source)
     watch.lap("controls")
-    common: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
-    tables = None
+    details["probes"] = None
     if probes:
-        tables = token_probes(
-            model, source, cutoff=chosen.cutoff, cutoff_layer=layer, processor=transform, **common
-        ).to_dict()
+        found = token_probes(reader, source, cutoff=cutoffs[layer].cutoff, cutoff_layer=layer, **drawn)
+        details["probes"] = found.to_dict()
         watch.lap("probes")
+    return _report(case, cutoffs, details, {"cutoff": cutoff, "layers": list(readings.norms)}, drawn, watch)
+
+
+def _report(
+    case: "_Case",
+    cutoffs: Mapping[int, Cutoff],
+    details: dict[str, Any],
+    asked: dict[str, Any],
+    drawn: dict[str, Any],
+    watch: Stopwatch,
+) -> ArtifactReport:
+    reader, readings, chosen = case.reader, case.readings, cutoffs[case.layer].to_dict()
     edges = _histogram_edges(readings.norms)
+    settings = asked | {"preprocessing": reader.transform.description, "gate": GATE} | drawn
     return ArtifactReport(
-        cutoff=chosen.cutoff,
-        bimodal=chosen.bimodal,
-        outlier_share=chosen.share,
-        norm_ratio=chosen.ratio,
-        layer=layer,
-        emergence_layer=emergence_layer(cutoffs, layer),
+        **{name: chosen[name] for name in ("cutoff", "bimodal", "separation", "method", "reason")},
+        outlier_share=chosen["share"],
+        norm_ratio=chosen["ratio"],
+        layer=case.layer,
+        emergence_layer=emergence_layer(cutoffs, case.layer),
         num_images=len(readings.ids),
-        separation=chosen.separation,
-        method=chosen.method,
-        reason=chosen.reason,
-        model=_model_record(model, readings.grid),
+        model=_model_record(reader, readings.grid),
         layers=[_layer_record(readings, i, cutoffs[i], edges) for i in readings.norms],
         histogram_edges=edges.tolist(),
-        outliers=_outlier_record(is_outlier, readings.grid) | details["outliers"],
-        neighbours=_neighbor_record(readings.neighbours, is_outlier),
-        attention=_attention_record(readings, is_outlier),
-        registers=details["registers"],
-        patches=details["patches"],
-        controls=controls,
-        probes=tables,
-        examples=details["examples"],
-        skipped=[asdict(image) for image in skipped],
-        warnings=_warnings(len(readings.ids), skipped),
-        settings=_settings(transform, cutoff, list(readings.norms)) | common | {"detail_images": len(readings.kept)},
+        outliers=_outlier_record(case.is_outlier, readings.grid) | details.pop("outliers"),
+        neighbours=_neighbor_record(readings.neighbors, case.is_outlier),
+        attention=_attention_record(case),
+        **details,
+        skipped=[asdict(image) for image in readings.skipped],
+        warnings=_warnings(readings),
+        settings=settings | {"detail_images": len(readings.kept)},
         versions=_versions(),
-        seconds=watch.laps | {"total": watch.total},
+        seconds=watch.seconds,
     )
 
 
-class _Stopwatch:
-    """Stopwatch for consecutive steps."""
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """Model and readings of a diagnosis, with the outliers of the reported layer."""
 
-    def __init__(self) -> None:
-        self.start = self.last = time.perf_counter()
-        self.laps: dict[str, float] = {}
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name], self.last = round(now - self.last, 2), now
-
-    @property
-    def total(self) -> float:
-        return round(time.perf_counter() - self.start, 2)
+    reader: TokenReader
+    readings: Readings
+    layer: int
+    is_outlier: NDArray[np.bool_]  # (n, N)
+    batch_size: int
+    seed: int
 
 
 # --- Parts of the report ---
@@ -186,18 +177,21 @@ def _histogram_edges(norms: Mapping[int, NDArray[np.float32]], bins: int = 80) -
     return np.geomspace(low, max(high, 1.001 * low) * 1.001, bins + 1)
 
 
-def _layer_record(readings: _Readings, layer: int, found: Cutoff, edges: NDArray[np.float64]) -> dict[str, Any]:
+def _histogram(values: NDArray[Any], edges: NDArray[np.float64]) -> list[int]:
+    return np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0].tolist()
+
+
+def _layer_record(readings: Readings, layer: int, found: Cutoff, edges: NDArray[np.float64]) -> dict[str, Any]:
     norms = readings.norms[layer]
-    quantiles = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)
     record: dict[str, Any] = {
         "layer": layer,
         "median": float(np.median(norms)),
         "mean": float(norms.mean(dtype=np.float64)),
         "max": float(norms.max()),
-        "quantiles": {str(q): float(np.quantile(norms, q)) for q in quantiles},
-        "histogram": np.histogram(np.clip(norms, edges[0], edges[-1]), bins=edges)[0].tolist(),
+        "quantiles": {str(q): float(np.quantile(norms, q)) for q in (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 0.999)},
+        "histogram": _histogram(norms, edges),
+        **found.to_dict(),
     }
-    record |= found.to_dict()
     if layer in readings.cls_norms:
         record["cls_norm"] = float(np.median(readings.cls_norms[layer]))
     if layer in readings.register_norms:
@@ -206,17 +200,17 @@ def _layer_record(readings: _Readings, layer: int, found: Cutoff, edges: NDArray
 
 
 def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> dict[str, Any]:
-    share = is_outlier.mean(axis=0)  # (N,)
+    share, counts = is_outlier.mean(axis=0), is_outlier.sum(axis=1)  # (N,), (n,)
     border = np.ones(grid, dtype=bool)
     border[1:-1, 1:-1] = False
-    total = int(is_outlier.sum())
+    total = int(counts.sum())
     top = [int(cell) for cell in np.argsort(-share, kind="stable")[:5] if share[cell] > 0]
     return {
         "grid": list(grid),
         "total": total,
-        "per_image": float(is_outlier.sum(axis=1).mean()),
-        "images_with": float(is_outlier.any(axis=1).mean()),
-        "most_in_one_image": int(is_outlier.sum(axis=1).max()),
+        "per_image": float(counts.mean()),
+        "images_with": float((counts > 0).mean()),
+        "most_in_one_image": int(counts.max()),
         "position_map": np.round(share.reshape(grid), 5).tolist(),
         "top_cells": [{"row": cell // grid[1], "column": cell % grid[1], "share": float(share[cell])} for cell in top],
         "border_share": float(is_outlier[:, border.ravel()].sum() / total) if total else None,
@@ -229,15 +223,16 @@ def _neighbor_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.boo
     return compare_values(similarity, is_outlier) | {
         "site": "output of the patch embedding, before positions",
         "histogram_edges": np.round(edges, 4).tolist(),
-        "histogram_normal": np.histogram(np.clip(similarity[~is_outlier], -1, 1), bins=edges)[0].tolist(),
-        "histogram_outlier": np.histogram(np.clip(similarity[is_outlier], -1, 1), bins=edges)[0].tolist(),
+        "histogram_normal": _histogram(similarity[~is_outlier], edges),
+        "histogram_outlier": _histogram(similarity[is_outlier], edges),
     }
 
 
-def _attention_record(readings: _Readings, is_outlier: NDArray[np.bool_]) -> dict[str, Any] | None:
+def _attention_record(case: _Case) -> dict[str, Any] | None:
+    readings = case.readings
     if readings.attention is None:
         return None
-    on_outliers = (readings.attention * is_outlier).sum(axis=1)
+    on_outliers = (readings.attention * case.is_outlier).sum(axis=1)
     statistics = readings.attention_statistics | {"mass_on_outliers": on_outliers}
     return {
         "query": "CLS, last block, mean over heads",
@@ -248,39 +243,34 @@ def _attention_record(readings: _Readings, is_outlier: NDArray[np.bool_]) -> dic
     }
 
 
-def _details(
-    model: nn.Module,
-    readings: _Readings,
-    layer: int,
-    is_outlier: NDArray[np.bool_],
-    *,
-    transform: EvaluationTransform,
-    batch_size: int,
-    seed: int,
-) -> dict[str, Any]:
+def _details(case: _Case) -> dict[str, Any]:
     """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
-    norm = final_norm(model)
-    num_layers = describe_model(model).num_layers
+    last = case.reader.description.num_layers
     tokens: list[Tensor] = []
     registers: list[Tensor] = []
     ranks: list[Tensor] = []
-    for batch in readings.pixels.split(batch_size):
-        reading = read_many(model, batch, {"residual": sorted({layer, num_layers})})["residual"]
-        tokens.append(reading.patches(layer).float().cpu())
-        with torch.no_grad():
-            final = norm(reading.at(num_layers)).float().cpu()  # (B, T, D)
-        registers.append(final[:, reading.num_prefix_tokens - reading.num_register_tokens : reading.num_prefix_tokens])
+    for batch in case.readings.pixels.split(case.batch_size):
+        reading = case.reader.read(batch, layers=sorted({case.layer, last}))
+        tokens.append(reading.patches(case.layer).float().cpu())
+        final = normalized(case.reader, reading.at(last))  # (B, T, D)
+        prefix = reading.num_prefix_tokens
+        registers.append(final[:, prefix - reading.num_register_tokens : prefix])
         if sum(map(len, ranks)) < _RANK_IMAGES:
-            ranks.append(effective_rank(final[:, reading.num_prefix_tokens :]))
+            ranks.append(effective_rank(final[:, prefix:]))
     rank, patches = torch.cat(ranks), torch.cat(tokens)  # (n,), (n, N, D)
-    mask = torch.from_numpy(is_outlier[readings.kept])
+    mask = torch.from_numpy(case.is_outlier[case.readings.kept])
     image = torch.arange(len(mask))[:, None].expand(mask.shape)
-    groups: dict[str, Any] = {"direction": {}, "channels": {}}
-    for name, chosen in (("outlier", mask), ("normal", ~mask)):
-        groups["direction"][name] = direction_spread(patches[chosen], image[chosen], seed=seed)
-        groups["channels"][name] = channel_outliers(patches[chosen]) if chosen.any() else None
+    groups = {"outlier": mask, "normal": ~mask}
     return {
-        "outliers": groups,
+        "outliers": {
+            "direction": {
+                name: direction_spread(patches[chosen], image[chosen], seed=case.seed)
+                for name, chosen in groups.items()
+            },
+            "channels": {
+                name: channel_outliers(patches[chosen]) if chosen.any() else None for name, chosen in groups.items()
+            },
+        },
         "patches": {
             "effective_rank": {
                 "mean": float(rank.mean()),
@@ -288,62 +278,51 @@ def _details(
                 "num_images": len(rank),
             }
         },
-        "registers": _register_record(readings, layer, torch.cat(registers)),
-        "examples": _examples(model, readings, layer, is_outlier, transform),
+        "registers": _register_record(case, torch.cat(registers)),
+        "examples": _examples(case),
     }
 
 
-def _register_record(readings: _Readings, layer: int, registers: Tensor) -> dict[str, Any] | None:
+def _register_record(case: _Case, registers: Tensor) -> dict[str, Any] | None:
     """Describe registers after the final norm (n, R, D), and the norms of the raw ones."""
-    if not readings.register_norms:
+    if not case.readings.register_norms:
         return None
-    norms = readings.register_norms[layer]
-    unit = F.normalize(registers, dim=-1)  # (n, R, D)
-    total = unit.sum(dim=0).square().sum(dim=-1)  # (R,)
-    count = len(unit)
+    norms = case.readings.register_norms[case.layer]
+    total = F.normalize(registers, dim=-1).sum(dim=0).square().sum(dim=-1)  # (R,)
+    count = len(registers)
     return {
         "count": registers.shape[1],
         "norms": np.median(norms, axis=0).tolist(),
-        "norm_ratio": float(np.median(norms) / max(float(np.median(readings.norms[layer])), 1e-12)),
+        "norm_ratio": float(np.median(norms) / max(float(np.median(case.readings.norms[case.layer])), 1e-12)),
         "cosine": float(register_cosine(registers).mean()) if registers.shape[1] > 1 else None,
         "cosine_across_images": float((total - count).mean() / (count * (count - 1))),
         "cosine_of": "registers after the final norm",
     }
 
 
-def _examples(
-    model: nn.Module,
-    readings: _Readings,
-    layer: int,
-    is_outlier: NDArray[np.bool_],
-    transform: EvaluationTransform,
-    count: int = 6,
-) -> list[dict[str, Any]]:
+def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
-    last = describe_model(model).num_layers
+    readings, last, grid = case.readings, case.reader.description.num_layers, case.readings.grid
     examples = []
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
         index = readings.kept[place]
-        maps: dict[str, Any] = {
-            "norms": readings.norms[layer][index],
-            "norms_last": readings.norms[last][index] if last in readings.norms else None,
-            "attention_cls": None if readings.attention is None else readings.attention[index],
-        }
-        registers = []
+        registers: Any = []
         if readings.register_norms:
-            reading = read_many(model, readings.pixels[place : place + 1], {"attention": (-1,)})["attention"]
+            reading = case.reader.read(readings.pixels[place : place + 1], site="attention")
             rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
-            registers = [_map(row, readings.grid) for row in rows.cpu().numpy()]
-        picture = BytesIO()
-        transform.picture(readings.pixels[place]).save(picture, format="JPEG", quality=85)
+            registers = rows.cpu().numpy()
+        image = BytesIO()
+        case.reader.transform.picture(readings.pixels[place]).save(image, format="JPEG", quality=85)
         examples.append(
             {
                 "id": readings.ids[index],
-                "grid": list(readings.grid),
-                "picture": base64.b64encode(picture.getvalue()).decode("ascii"),
-                "num_outliers": int(is_outlier[index].sum()),
-                **{name: None if values is None else _map(values, readings.grid) for name, values in maps.items()},
-                "attention_registers": registers,
+                "grid": list(grid),
+                "picture": base64.b64encode(image.getvalue()).decode("ascii"),
+                "num_outliers": int(case.is_outlier[index].sum()),
+                "norms": _map(readings.norms[case.layer][index], grid),
+                "norms_last": _map(readings.norms[last][index], grid) if last in readings.norms else None,
+                "attention_cls": None if readings.attention is None else _map(readings.attention[index], grid),
+                "attention_registers": [_map(row, grid) for row in registers],
             }
         )
     return examples
@@ -354,53 +333,37 @@ def _map(values: NDArray[Any], grid: tuple[int, int]) -> list[list[float]]:
     return [[float(f"{value:.4g}") for value in row] for row in values.reshape(grid).tolist()]
 
 
-def _model_record(model: nn.Module, grid: tuple[int, int]) -> dict[str, Any]:
-    description = describe_model(model)
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(description).items()} | {
-        "parameters": sum(parameter.numel() for parameter in find_tower(model)[0].parameters()),
-        "gmacs": count_macs(model, grid[0] * grid[1]) / 1e9,
-        "weights": weights_fingerprint(model),
+def _model_record(reader: TokenReader, grid: tuple[int, int]) -> dict[str, Any]:
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(reader.description).items()} | {
+        "parameters": sum(parameter.numel() for parameter in reader.tower.parameters()),
+        "gmacs": count_macs(reader, grid[0] * grid[1]) / 1e9,
+        "weights": weights_fingerprint(reader.tower),
     }
 
 
-def count_macs(model: nn.Module, num_patches: int) -> int:
+def count_macs(reader: TokenReader, num_patches: int) -> int:
     """Count the multiply-adds of one image: linear layers of the blocks, both attention products, patch embedding.
 
     For an MLP ratio of 4 and patches of p x p pixels this is L (12 D² T + 2 D T²) + N D 3 p².
     """
-    tower, name = find_tower(model)
-    description = describe_model(tower)
+    description = reader.description
     tokens = description.num_prefix_tokens + num_patches
-    blocks: Any = tower.get_submodule(FAMILIES[name].blocks)
+    blocks = reader.tower.get_submodule(reader.family.blocks)
     weights = sum(module.weight.numel() for module in blocks.modules() if isinstance(module, nn.Linear))
     attention = 2 * description.num_layers * description.hidden_size * tokens**2
     pixels = 3 * description.patch_size[0] * description.patch_size[1]
     return weights * tokens + attention + num_patches * description.hidden_size * pixels
 
 
-def _settings(transform: EvaluationTransform, cutoff: float | str, layers: list[int]) -> dict[str, Any]:
-    return {
-        "cutoff": cutoff,
-        "layers": layers,
-        "preprocessing": transform.description,
-        "gate": {
-            "separation": MIN_SEPARATION,
-            "share": [MIN_SHARE, MAX_SHARE],
-            "ratio": MIN_RATIO,
-            "valley": MAX_VALLEY,
-        },
-    }
-
-
-def _warnings(num_images: int, skipped: Sequence[SkippedImage]) -> list[str]:
+def _warnings(readings: Readings) -> list[str]:
     found = []
-    if num_images < ENOUGH_IMAGES:
+    if len(readings.ids) < ENOUGH_IMAGES:
         found.append(
-            f"The diagnosis used only {num_images} images. With fewer than {ENOUGH_IMAGES}, another sample may give "
-            "different numbers."
+            f"The diagnosis used only {len(readings.ids)} images. With fewer than {ENOUGH_IMAGES}, another sample may "
+            "give different numbers."
         )
-    if skipped:
-        found.append(f"{len(skipped)} images were skipped{_first_reason(skipped)}.")
+    if readings.skipped:
+        found.append(f"{len(readings.skipped)} images were skipped{first_reason(readings.skipped)}.")
     for text in found:
         logger.warning("%s", text)
     return found
@@ -409,36 +372,22 @@ def _warnings(num_images: int, skipped: Sequence[SkippedImage]) -> list[str]:
 def _versions() -> dict[str, str]:
     import transformers
 
-    return {
-        "hf_regvit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }
+    libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
+    return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
 
 
-def _controls(
-    model: nn.Module, source: Any, readings: _Readings, *, batch_size: int, seed: int
-) -> dict[str, Any] | None:
+def _controls(case: _Case, source: Any) -> dict[str, Any] | None:
+    readings = case.readings
     if not readings.register_norms:
         return None
-    labels = _labels_of(source, [readings.ids[i] for i in readings.kept])
-    return register_controls(model, readings.pixels, labels=labels, batch_size=batch_size, seed=seed)
-
-
-def _labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
-    """Return the class ids of these images, or None if the source has none."""
-    if not isinstance(source, ImageSource) or source.labels is None:
-        return None
-    by_id = dict(zip(source.ids, source.labels))
-    return torch.tensor([by_id[name] for name in ids])
+    labels = labels_of(source, [readings.ids[i] for i in readings.kept])
+    return register_controls(case.reader, readings.pixels, labels=labels, batch_size=case.batch_size, seed=case.seed)
 
 
 # --- During training ---
 
 
-def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float]:
+def artifact_snapshot(model: TokenReader | nn.Module, pixel_values: Tensor) -> dict[str, float]:
     """Return the main numbers of a diagnosis for a training log, from one forward pass over one batch.
 
     Args:
@@ -452,25 +401,14 @@ def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float
         `register_cosine` (after the final norm); with CLS, `attention_entropy` (relative to uniform) and, with
         registers, `attention_registers`.
     """
-    description = describe_model(model)
-    layers = list(range(1, description.num_layers + 1))
-    last: dict[str, Tensor] = {}
-
-    def keep_norms(tokens: Tensor, layer: int) -> Tensor:
-        if layer == description.num_layers:
-            last["tokens"] = tokens[:_RANK_IMAGES]
-        return _token_norms(tokens, layer)
-
-    sites: dict[Site, Layers] = {"residual": layers}
-    if description.has_cls:
-        sites["attention"] = (-1,)
-    reading = read_many(model, pixel_values, sites, reduce={"residual": keep_norms, "attention": _cls_row})
+    reader = open_model(model)
+    blocks = range(1, reader.description.num_layers + 1)
+    reading, final = read_norms(reader, pixel_values, blocks, num_last=_RANK_IMAGES)
     residual = reading["residual"]
-    cutoffs = {layer: find_cutoff(residual.patches(layer).numpy()) for layer in layers}
+    cutoffs = {layer: find_cutoff(residual.patches(layer).numpy()) for layer in residual.layers}
     layer = reported_layer(cutoffs)
     found, norms = cutoffs[layer], residual.patches(layer)
-    with torch.no_grad():
-        final = final_norm(model)(last["tokens"]).float().cpu()
+    count, prefix = residual.num_register_tokens, residual.num_prefix_tokens
     values = {
         "outlier_share": found.share,
         "separation": found.separation,
@@ -479,20 +417,14 @@ def artifact_snapshot(model: nn.Module, pixel_values: Tensor) -> dict[str, float
         "cutoff": found.cutoff,
         "norm_median": float(np.median(norms)),
         "norm_max": norms.max().item(),
-        "effective_rank": effective_rank(final[:, residual.num_prefix_tokens :]).mean().item(),
+        "effective_rank": effective_rank(final[:, prefix:]).mean().item(),
+        "norm_ratio": found.ratio,
+        "register_norm": residual.registers(layer).flatten().quantile(0.5).item() if count else None,
+        "register_cosine": register_cosine(final[:, prefix - count : prefix]).mean().item() if count > 1 else None,
     }
-    if found.ratio is not None:
-        values["norm_ratio"] = found.ratio
-    count, prefix = residual.num_register_tokens, residual.num_prefix_tokens
-    if count:
-        values["register_norm"] = residual.registers(layer).flatten().quantile(0.5).item()
-    if count > 1:
-        values["register_cosine"] = register_cosine(final[:, prefix - count : prefix]).mean().item()
-    if description.has_cls:
-        statistics = attention_statistics(
-            reading["attention"].values[0], num_prefix_tokens=prefix, num_register_tokens=count
-        )
+    if residual.has_cls:
+        row = reading["attention"].values[0]
+        statistics = attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=count)
         values["attention_entropy"] = statistics["entropy_share"].mean().item()
-        if count:
-            values["attention_registers"] = statistics["mass_on_registers"].mean().item()
-    return values
+        values["attention_registers"] = statistics["mass_on_registers"].mean().item() if count else None
+    return {name: value for name, value in values.items() if value is not None}

@@ -9,6 +9,7 @@ Shape letters: N patches in a grid of (rows, columns), R registers, T = prefix +
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ MIN_SHARE, MAX_SHARE = 0.001, 0.15  # share of the tokens in the upper mode
 MIN_RATIO = 3.0  # between the centers of the two modes
 MAX_VALLEY = 0.5  # tokens around the cut-off, relative to an equal window around the upper mode
 MIN_OUTLIERS = 10  # fewer tokens do not count as a population
+GATE = {"separation": MIN_SEPARATION, "share": [MIN_SHARE, MAX_SHARE], "ratio": MIN_RATIO, "valley": MAX_VALLEY}
 
 _BINS = 500  # bins of log norms; the mixture is fitted to their counts
 _STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode
@@ -74,7 +76,7 @@ class Cutoff:
 
     Attributes:
         cutoff: Norm above which a token is an outlier.
-        bimodal: Whether the norms meet the conditions for two distinct modes.
+        bimodal: True if the norms meet the conditions for two distinct modes.
         method: "mixture" (two modes), "fallback" (no distinct population) or "fixed" (given by the caller).
         share: Share of the tokens above `cutoff`, in [0, 1].
         ratio: Median norm above the cut-off over the median norm below; None if one side is empty.
@@ -171,22 +173,21 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
         )
     if cutoff != "auto" and (isinstance(cutoff, str) or not 0 < cutoff < math.inf):
         raise ValueError(f"cutoff={cutoff!r} is neither 'auto' nor a positive norm.")
+    modes, distinct, automatic = None, False, float(norms.max())
     if np.median(norms) <= 0:
-        modes, reason = None, "at least half of the tokens are zero"
-        automatic, distinct = float(norms.max()), False
+        reason = "at least half of the tokens are zero"
     else:
         values = log_norms(norms)
         fits = fit_two_modes(values)
-        passing = [fit for fit in fits if not _failed_conditions(fit, values)]
-        modes = next(iter(passing or fits), None)
-        distinct = bool(passing)
+        failed = {fit: _failed_conditions(fit, values) for fit in fits}
+        modes = next((fit for fit in fits if not failed[fit]), fits[0] if fits else None)
+        distinct = modes is not None and not failed[modes]
+        automatic = modes.boundary if modes is not None and distinct else _fallback(values)
         if modes is None:
             reason = "all tokens have the same norm"
-        elif distinct:
-            reason = f"two modes: separation D={modes.separation:.1f}, centers {modes.ratio:.1f} times apart"
         else:
-            reason = "; ".join(_failed_conditions(modes, values))
-        automatic = modes.boundary if modes is not None and distinct else _fallback(values)
+            found = f"two modes: separation D={modes.separation:.1f}, centers {modes.ratio:.1f} times apart"
+            reason = "; ".join(failed[modes]) or found
     used = automatic if cutoff == "auto" else float(cutoff)
     above, below = norms[norms > used], norms[norms <= used]
     middle = float(np.median(below)) if below.size else 0.0
@@ -273,19 +274,19 @@ def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[
     AUROC is the probability that the value of an outlier exceeds that of a normal patch, with ties counting half; 0.5
     means no difference. Entries that need an empty group are None.
     """
+    from scipy.stats import ks_2samp, mannwhitneyu
+
     values, is_outlier = np.asarray(values, dtype=np.float64).ravel(), np.asarray(is_outlier).ravel()
-    normal, outlier = np.sort(values[~is_outlier]), np.sort(values[is_outlier])
+    normal, outlier = values[~is_outlier], values[is_outlier]
     result: dict[str, Any] = {"num_normal": len(normal), "num_outlier": len(outlier)}
-    result |= {"median_normal": float(np.median(normal)) if len(normal) else None}
-    result |= {"median_outlier": float(np.median(outlier)) if len(outlier) else None}
+    for name, group in (("median_normal", normal), ("median_outlier", outlier)):
+        result[name] = float(np.median(group)) if len(group) else None
     if not len(normal) or not len(outlier):
         return result | {"ks": None, "auroc": None}
-    both = np.concatenate([normal, outlier])
-    below = [np.searchsorted(group, both, side="right") / len(group) for group in (normal, outlier)]
-    wins = np.searchsorted(normal, outlier, side="left") + np.searchsorted(normal, outlier, side="right")
+    wins = mannwhitneyu(outlier, normal, method="asymptotic").statistic
     return result | {
-        "ks": float(np.abs(below[0] - below[1]).max()),
-        "auroc": float(wins.mean() / 2 / len(normal)),
+        "ks": float(ks_2samp(normal, outlier, method="asymp").statistic),
+        "auroc": float(wins / len(outlier) / len(normal)),
     }
 
 
@@ -337,21 +338,18 @@ def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
     }
 
 
-def attention_statistics(
-    attention: Tensor, *, num_prefix_tokens: int, num_register_tokens: int, outliers: Tensor | None = None
-) -> dict[str, Tensor]:
+def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_register_tokens: int) -> dict[str, Tensor]:
     """Describe the attention of one query per image, averaged over heads.
 
     Args:
         attention: (B, heads, T) attention weights of the query, normally CLS, over all tokens.
         num_prefix_tokens: Number of tokens before the patches, with the registers as the last of them.
         num_register_tokens: Number of registers R.
-        outliers: (B, N) bool mask of the outliers.
 
     Returns:
-        Dictionary of (B,) tensors: `mass_on_patches`, `mass_on_registers`, `mass_on_outliers` (with `outliers`), and
-        for the attention to patches scaled to sum 1: `entropy` in nats, `entropy_share` relative to uniform attention,
-        `top_mass`, the share of the 2 % most attended patches, and `head_entropy`, the mean entropy of single heads.
+        Dictionary of (B,) tensors: `mass_on_patches`, `mass_on_registers`, and for the attention to patches scaled to
+        sum 1: `entropy` in nats, `entropy_share` relative to uniform attention, `top_mass`, the share of the 2 % most
+        attended patches, and `head_entropy`, the mean entropy of single heads.
     """
     mean = attention.float().mean(dim=1)  # (B, T)
     patches = mean[:, num_prefix_tokens:]  # (B, N)
@@ -361,7 +359,7 @@ def attention_statistics(
     heads = heads / heads.sum(dim=-1, keepdim=True).clamp(min=1e-30)
     entropy = torch.special.entr(scaled).sum(dim=1)
     count = patches.shape[1]
-    result = {
+    return {
         "mass_on_patches": mass,
         "mass_on_registers": mean[:, num_prefix_tokens - num_register_tokens : num_prefix_tokens].sum(dim=1),
         "entropy": entropy,
@@ -369,9 +367,6 @@ def attention_statistics(
         "head_entropy": torch.special.entr(heads).sum(dim=-1).mean(dim=1),
         "top_mass": scaled.topk(math.ceil(0.02 * count), dim=1).values.sum(dim=1),
     }
-    if outliers is not None:
-        result["mass_on_outliers"] = (patches * outliers).sum(dim=1)
-    return result
 
 
 _PLATEAU = 0.95  # layers whose mode ratio reaches this share of the largest count as equal; the first is reported
@@ -390,3 +385,9 @@ def reported_layer(cutoffs: Mapping[int, Cutoff]) -> int:
     if not ratios:
         return max(after_blocks)
     return min(layer for layer, ratio in ratios.items() if ratio >= _PLATEAU * max(ratios.values()))
+
+
+def emergence_layer(cutoffs: Mapping[int, Cutoff], layer: int) -> int | None:
+    """Return the first of the unbroken run of bimodal layers that ends at `layer`, or None if it is not bimodal."""
+    run = takewhile(lambda i: cutoffs[i].bimodal, sorted((i for i in cutoffs if i <= layer), reverse=True))
+    return min(run, default=None)

@@ -1,129 +1,157 @@
 """Read norms, attention and directions of tokens for a diagnosis, batch by batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..data.preparation import PreparedImages, SkippedImage
-from ..models.families import ModelDescription, describe_model
-from ..models.tokens import Layers, Site, read_many
+from ..data.source import ImageSource
+from ..models.tokens import Layers, Reduction, Site, TokenReader, TokenReading
 from .outliers import attention_statistics, neighbor_similarity
-from .report import _by
 
 MIN_IMAGES = 8  # with fewer, `diagnose` raises an error
 ENOUGH_IMAGES = 500  # with fewer, the report has a warning: the cut-offs of two samples may differ by over 10 %
 
-_RANK_IMAGES = 64  # enough for a mean; eigenvalues of large grids are slow
-
-
-# --- Reading the images once ---
+Array = NDArray[np.float32]
 
 
 @dataclass(eq=False)
-class _Readings:
+class Readings:
     """Result of one pass over n images: numbers per token, never whole tokens, and the pixels of a few images."""
 
     ids: list[str]
     grid: tuple[int, int]
-    norms: dict[int, NDArray[np.float32]]  # layer: (n, N)
-    cls_norms: dict[int, NDArray[np.float32]]  # layer: (n,)
-    register_norms: dict[int, NDArray[np.float32]]  # layer: (n, R)
-    neighbours: NDArray[np.float32]  # (n, N)
-    attention: NDArray[np.float32] | None  # (n, N) CLS -> patches in the last block, mean over heads
-    attention_statistics: dict[str, NDArray[np.float32]]  # each (n,)
+    norms: dict[int, Array]  # layer: (n, N)
+    cls_norms: dict[int, Array]  # layer: (n,); empty without CLS
+    register_norms: dict[int, Array]  # layer: (n, R); empty without registers
+    neighbors: Array  # (n, N)
+    attention: Array | None  # (n, N) CLS -> patches in the last block, mean over heads
+    attention_statistics: dict[str, Array]  # each (n,)
     kept: list[int]  # indices of the images in `pixels`
     pixels: Tensor  # (kept, 3, H, W)
+    skipped: list[SkippedImage]
 
 
-def _cls_row(attention: Tensor, layer: int) -> Tensor:
-    return attention[:, :, 0].float().cpu()  # (B, heads, T)
+def token_norms(tokens: Tensor, layer: int) -> Tensor:
+    """Reduce tokens to their norms, (B, T)."""
+    return tokens.float().norm(dim=-1).cpu()
 
 
-def _token_norms(tokens: Tensor, layer: int) -> Tensor:
-    return tokens.float().norm(dim=-1).cpu()  # (B, T)
+def normalized(reader: TokenReader, tokens: Tensor) -> Tensor:
+    """Return raw tokens of the last block (B, T, D) after the final norm, float32 on the CPU."""
+    with torch.no_grad():
+        return reader.final_norm(tokens).float().cpu()
 
 
-def _read(
-    model: nn.Module, images: PreparedImages, layers: Layers, *, num_details: int, max_images: int, progress: bool
-) -> tuple[_Readings, list[SkippedImage]]:
-    """Run one forward pass over every image; return the readings and the skipped images."""
-    description = describe_model(model)
+def read_norms(
+    reader: TokenReader, pixel_values: Tensor, layers: Layers, *, num_last: int = 0
+) -> tuple[dict[Site, TokenReading], Tensor]:
+    """Read token norms (B, T), patch embeddings and, with CLS, its attention (B, heads, T) in one forward pass.
+
+    Returns:
+        The readings, and the tokens of the last block after the final norm for the first `num_last` images, (b, T, D).
+    """
+    last: list[Tensor] = []
+
+    def norms(tokens: Tensor, layer: int) -> Tensor:
+        if num_last and layer == reader.description.num_layers:
+            last.append(tokens[:num_last])
+        return token_norms(tokens, layer)
+
     sites: dict[Site, Layers] = {"residual": layers, "patch_embedding": (0,)}
-    if description.has_cls:
-        sites["attention"] = (-1,)
-    expected = min(images.total or max_images, max_images)
-    stride = max(1, expected // num_details)
-    batches: list[dict[str, Any]] = []
-    kept: list[int] = []
-    pixels: list[Tensor] = []
+    sites |= {"attention": (-1,)} if reader.description.has_cls else {}
+    reduce: dict[Site, Reduction] = {"residual": norms, "attention": lambda rows, _: rows[:, :, 0].float().cpu()}
+    read = reader.read_many(pixel_values, sites, reduce=reduce)
+    return read, normalized(reader, last[0]) if last else torch.empty(0)
+
+
+def read_images(
+    reader: TokenReader, images: PreparedImages, layers: Layers, *, num_details: int, max_images: int, progress: bool
+) -> Readings:
+    """Run one forward pass over every image; images of a single color are skipped."""
+    stride = max(1, min(images.total or max_images, max_images) // num_details)
+    used: list[str] = []
     flat: list[SkippedImage] = []
-    bar = tqdm(total=images.total, desc="images", unit="img", disable=not progress)
-    with bar:
-        for ids, batch in images:
-            bar.update(len(ids))
+    residual: list[TokenReading] = []
+    others: list[dict[str, Tensor]] = []
+    details: dict[int, Tensor] = {}
+    with tqdm(total=images.total, desc="images", unit="img", disable=not progress) as bar:
+        for names, batch in images:
+            bar.update(len(names))
             varied = (batch.amax(dim=(2, 3)) - batch.amin(dim=(2, 3))).amax(dim=1) > 1e-6  # (B,)
-            flat += [SkippedImage(name, "single color") for name, keep in zip(ids, varied.tolist()) if not keep]
-            batch = batch[varied]
-            if not len(batch):
+            flat += [SkippedImage(name, "single color") for name, keep in zip(names, varied) if not keep]
+            ids, batch = [name for name, keep in zip(names, varied) if keep], batch[varied]
+            if not ids:
                 continue
-            seen = sum(len(entry["ids"]) for entry in batches)
-            used = [name for name, keep in zip(ids, varied.tolist()) if keep]
-            batches.append(_reduce_batch(model, batch, used, sites, description))
-            if batches[-1]["grid"] != batches[0]["grid"]:
-                raise ValueError(
-                    f"Image '{used[0]}' has {_by(batches[-1]['grid'])} patches, but the images before it have "
-                    f"{_by(batches[0]['grid'])}. A diagnosis needs a single grid. Use an image processor that crops "
-                    "to one size."
-                )
-            for i in range(len(used)):
-                if (seen + i) % stride == 0 and len(kept) < num_details:
-                    kept.append(seen + i)
-                    pixels.append(batch[i])
+            reading, values = _read_batch(reader, batch, ids, layers)
+            residual.append(reading)
+            others.append(values)
+            check_grid(ids[0], reading.grid, residual[0].grid)
+            for i, pixels in enumerate(batch, start=len(used)):
+                if i % stride == 0 and len(details) < num_details:
+                    details[i] = pixels.clone()  # a view would keep the whole batch in memory
+            used += ids
     skipped = [*images.skipped, *flat]
-    num_images = sum(len(entry["ids"]) for entry in batches)
-    if num_images < MIN_IMAGES:
+    if len(used) < MIN_IMAGES:
         raise ValueError(
-            f"{num_images} images can be used ({len(skipped)} were skipped{_first_reason(skipped)}). A diagnosis "
-            f"needs at least {MIN_IMAGES} images, and {ENOUGH_IMAGES} for reproducible numbers. Add more images."
+            f"{len(used)} images can be used ({len(skipped)} were skipped{first_reason(skipped)}). A diagnosis needs "
+            f"at least {MIN_IMAGES} images, and {ENOUGH_IMAGES} for reproducible numbers. Add more images."
         )
 
-    def joined(key: str) -> dict[Any, NDArray[np.float32]]:
-        return {name: np.concatenate([entry[key][name] for entry in batches]) for name in batches[0][key]}
+    def joined(part: Callable[[TokenReading, int], Tensor]) -> dict[int, Array]:
+        return {
+            layer: torch.cat([part(reading, layer) for reading in residual]).numpy() for layer in residual[0].layers
+        }
 
-    readings = _Readings(
-        ids=[name for entry in batches for name in entry["ids"]],
-        grid=batches[0]["grid"],
-        norms=joined("norms"),
-        cls_norms=joined("cls_norms"),
-        register_norms=joined("register_norms"),
-        neighbours=np.concatenate([entry["neighbours"] for entry in batches]),
-        attention=joined("attention").get("patches"),
-        attention_statistics=joined("statistics"),
-        kept=kept,
-        pixels=torch.stack(pixels),
+    values_of_all = {name: torch.cat([values[name] for values in others]).numpy() for name in others[0]}
+    return Readings(
+        ids=used,
+        grid=residual[0].grid,
+        norms=joined(TokenReading.patches),
+        cls_norms=joined(lambda reading, layer: reading.at(layer)[:, 0]) if residual[0].has_cls else {},
+        register_norms=joined(TokenReading.registers) if residual[0].num_register_tokens else {},
+        neighbors=values_of_all.pop("neighbors"),
+        attention=values_of_all.pop("attention", None),
+        attention_statistics=values_of_all,
+        kept=list(details),
+        pixels=torch.stack(list(details.values())),
+        skipped=skipped,
     )
-    return readings, skipped
 
 
-def _first_reason(skipped: Sequence[SkippedImage]) -> str:
+def labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
+    """Return the class ids of these images, or None if the source has none."""
+    if not isinstance(source, ImageSource) or source.labels is None:
+        return None
+    by_id = dict(zip(source.ids, source.labels))
+    return torch.tensor([by_id[name] for name in ids])
+
+
+def check_grid(name: str, grid: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Raise if an image has another grid of patches than the images before it."""
+    if grid != expected:
+        raise ValueError(
+            f"Image '{name}' has {grid[0]} x {grid[1]} patches, but the images before it have {expected[0]} x "
+            f"{expected[1]}. All images need the same grid. Use an image processor that crops to one size."
+        )
+
+
+def first_reason(skipped: Sequence[SkippedImage]) -> str:
+    """Return the first skipped image and its reason as a part of a sentence."""
     return f", e.g. '{skipped[0].id}': {skipped[0].reason}" if skipped else ""
 
 
-def _reduce_batch(
-    model: nn.Module,
-    pixel_values: Tensor,
-    ids: Sequence[str],
-    sites: Mapping[Site, Layers],
-    description: ModelDescription,
-) -> dict[str, Any]:
-    """Return token norms, neighbor similarities and the attention of CLS for one batch, as arrays."""
-    reading = read_many(model, pixel_values, sites, reduce={"residual": _token_norms, "attention": _cls_row})
+def _read_batch(
+    reader: TokenReader, pixel_values: Tensor, ids: Sequence[str], layers: Layers
+) -> tuple[TokenReading, dict[str, Tensor]]:
+    """Return token norms, and per image: neighbor similarities, the attention of CLS to patches, its statistics."""
+    reading, _ = read_norms(reader, pixel_values, layers)
     residual, embedding = reading["residual"], reading["patch_embedding"]
     for layer, norms in zip(residual.layers, residual.values):
         if not torch.isfinite(norms).all():
@@ -131,24 +159,9 @@ def _reduce_batch(
             raise ValueError(
                 f"Image '{worst}' has NaN or infinite tokens at block {layer}. Check the weights and the pixels."
             )
-    result: dict[str, Any] = {
-        "ids": list(ids),
-        "grid": residual.grid,
-        "norms": {layer: residual.patches(layer).numpy() for layer in residual.layers},
-        "cls_norms": {},
-        "register_norms": {},
-        "neighbours": neighbor_similarity(embedding.values[0].cpu(), residual.grid).numpy(),
-        "attention": {},
-        "statistics": {},
-    }
-    if description.num_register_tokens:
-        result["register_norms"] = {layer: residual.registers(layer).numpy() for layer in residual.layers}
-    if description.has_cls:
-        result["cls_norms"] = {layer: residual.at(layer)[:, 0].numpy() for layer in residual.layers}
-        row = reading["attention"].values[0]  # (B, heads, T)
-        result["attention"] = {"patches": row.mean(dim=1)[:, residual.num_prefix_tokens :].numpy()}
-        statistics = attention_statistics(
-            row, num_prefix_tokens=residual.num_prefix_tokens, num_register_tokens=residual.num_register_tokens
-        )
-        result["statistics"] = {name: value.numpy() for name, value in statistics.items()}
-    return result
+    values = {"neighbors": neighbor_similarity(embedding.values[0].cpu(), residual.grid)}
+    if residual.has_cls:
+        row, prefix = reading["attention"].values[0], residual.num_prefix_tokens  # (B, heads, T)
+        values["attention"] = row.mean(dim=1)[:, prefix:]
+        values |= attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=residual.num_register_tokens)
+    return residual, values

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..data.preparation import PreparedImages, prepare_images
+from ..models.loading import open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_tokens
-from .outliers import Cutoff, find_cutoff, reported_layer
-from .report import emergence_layer
+from ..models.tokens import TokenReader, TokenReading
+from .outliers import Cutoff, emergence_layer, find_cutoff, reported_layer
+from .readings import check_grid, token_norms
 
 
 class RetrofitError(ValueError):
@@ -61,44 +62,57 @@ class RegisterNeurons:
 
 
 def find_register_neurons(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     cutoff: float | str = "auto",
     max_images: int = 500,
     processor: Any = None,
+    device: str | torch.device = "auto",
     batch_size: int = 32,
     seed: int = 0,
 ) -> RegisterNeurons:
     """Search a model for the neurons that write its artifacts, in two passes over the images.
 
     Args:
-        model: Model of a family in `families.FAMILIES`; not modified.
+        model: Model, its name, or a reader; see `open_model`. It is not modified.
         images: Images as for `diagnose`; published searches used 100 to 500.
         cutoff: "auto" for the layer and cut-off of the diagnosis, or a norm to use at the layer that the diagnosis
             reports (the last one if no layer has two modes).
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
-        processor: Image processor, see `EvaluationTransform.for_model`; it must return images of one size.
+        processor: Image processor, which must return images of one size; default the model's own.
+        device: Device to compute on; see `open_model`.
         batch_size: Number of images per forward pass.
         seed: Random seed of the draw.
 
     Raises:
         RetrofitError: No distinct outlier population, or one that exists before the first block.
+        UnknownProcessorError: No image processor is given, and the model has none.
         ValueError: Images on different grids, or no usable image.
 
     Source: arXiv 2506.08010, section 3.
     """
-    transform = EvaluationTransform.for_model(model, processor)
-    prepared = prepare_images(images, transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    norms = _read_norms(model, prepared)
-    found, layer, emergence = _find_outliers(norms, cutoff)
-    is_outlier = norms[layer] > found.cutoff
-    scores = score_neurons(model, prepared, is_outlier)
-    return RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, len(is_outlier))
+    reader = open_model(model, device=device, processor=processor)
+    prepared = prepare_images(images, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    norms = _all_norms(reader, prepared)
+    return _search(reader, prepared, norms, cutoff, np.ones(len(norms[0]), dtype=bool))
+
+
+def _search(
+    reader: TokenReader,
+    images: PreparedImages,
+    norms: dict[int, NDArray[Any]],
+    cutoff: float | str,
+    part: NDArray[Any],
+) -> RegisterNeurons:
+    """Search in a part of the images, a mask (n,); `norms` are those of all images, `{layer: (n, N)}`."""
+    found, layer, emergence = _find_outliers({i: values[part] for i, values in norms.items()}, cutoff)
+    scores = score_neurons(reader, images, (norms[layer] > found.cutoff) & part[:, None])
+    return RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, int(part.sum()))
 
 
 def score_neurons(
-    model: nn.Module,
+    reader: TokenReader,
     images: PreparedImages,
     is_outlier: NDArray[np.bool_],
     *,
@@ -108,7 +122,7 @@ def score_neurons(
     """Return the mean |activation| of each neuron at the outliers of an image, averaged over images with outliers.
 
     Args:
-        model: Model of a family in `families.FAMILIES`.
+        reader: Reader of the model.
         images: The n prepared images.
         is_outlier: (n, N) mask; images without outliers are skipped.
         quiet_share: Share of all tokens at which the (signed) activation of a neuron must stay below `quiet_below`.
@@ -139,27 +153,22 @@ def score_neurons(
             quiet = (activations < quiet_below).float().mean(dim=1) >= quiet_share  # (B, H)
             return (mean * quiet).double().sum(dim=0).cpu()  # (H,)
 
-        total = total + torch.stack(read_tokens(model, pixel_values, layers="all", site="mlp", reduce=score).values)
+        total = total + torch.stack(reader.read(pixel_values, layers="all", site="mlp", reduce=score).values)
         num_counted += len(mask)
     if isinstance(total, float):
         raise RetrofitError("No image has an outlier, so no neuron can be scored. Use more images or a lower cut-off.")
     return total / num_counted
 
 
-def _read_norms(model: nn.Module, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[np.float32]]:
+def _all_norms(reader: TokenReader, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[Any]]:
     """Return the norms of the patches at every layer, `{layer: (n, N)}`; layer 0 is the embedding."""
-    batches: list[dict[int, Tensor]] = []
+    readings: list[TokenReading] = []
     with tqdm(total=images.total, desc="norms", unit="img", disable=not progress) as bar:
         for ids, pixels in images:
-            reading = read_tokens(model, pixels, layers="all", reduce=lambda tokens, _: tokens.float().norm(dim=-1))
-            batches.append({layer: reading.patches(layer).cpu() for layer in reading.layers})
-            if batches[-1][0].shape[1] != batches[0][0].shape[1]:
-                raise ValueError(
-                    f"Image '{ids[0]}' has {batches[-1][0].shape[1]} patches, but the images before it have "
-                    f"{batches[0][0].shape[1]}. Use an image processor that crops to one size."
-                )
+            readings.append(reader.read(pixels, layers="all", reduce=token_norms))
+            check_grid(ids[0], readings[-1].grid, readings[0].grid)
             bar.update(len(ids))
-    return {layer: torch.cat([batch[layer] for batch in batches]).numpy() for layer in batches[0]}
+    return {i: torch.cat([reading.patches(i) for reading in readings]).numpy() for i in readings[0].layers}
 
 
 def _find_outliers(norms: dict[int, NDArray[np.float32]], cutoff: float | str) -> tuple[Cutoff, int, int]:
@@ -247,4 +256,5 @@ def _with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_regis
         zeros = state[cls_name].new_zeros(1, num_register_tokens, config.hidden_size)
         state = state | {cls_name.replace("cls_token", "register_tokens"): zeros}
     made.load_state_dict(state, assign=True)
+    made.image_processor = getattr(model, "image_processor", None)
     return made.eval()

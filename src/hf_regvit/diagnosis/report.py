@@ -1,48 +1,103 @@
-"""The report of a diagnosis."""
+"""The report of a diagnosis, and the form that all results of this room share."""
 
-import json
-from collections.abc import Mapping
+import html
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from .outliers import Cutoff
+from ..models.saving import read_json, write_json
 
-
-def _by(grid: tuple[int, int]) -> str:
-    return f"{grid[0]} x {grid[1]}"
+# --- The form of all results ---
 
 
-def _number(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def show(value: object, form: str = ".4g", *, missing: str = "-") -> str:
+    """Return a value as text: floats in the given format, None as `missing`."""
+    return missing if value is None else f"{value:{form}}" if isinstance(value, float) else str(value)
 
 
-def _percent(value: float | None) -> str:
-    return "none" if value is None else f"{value:.0%}"
+def markdown_table(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows of cells as an aligned Markdown table; the first row is the head."""
+    cells = [[show(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, row, widths))} |" for row in cells)
 
 
-def emergence_layer(cutoffs: Mapping[int, Cutoff], layer: int) -> int | None:
-    """Return the first of the unbroken run of bimodal layers that ends at `layer`, or None if it is not bimodal."""
-    if not cutoffs[layer].bimodal:
-        return None
-    first = layer
-    for earlier in sorted((i for i in cutoffs if i < layer), reverse=True):
-        if not cutoffs[earlier].bimodal:
-            break
-        first = earlier
-    return first
+def html_table(rows: Iterable[Sequence[object]]) -> str:
+    """Return rows of cells as an HTML table; the first row is the head."""
+    lines = ["".join(f"<td>{html.escape(show(cell))}</td>" for cell in row) for row in rows]
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+
+
+class Stopwatch:
+    """Stopwatch for consecutive steps."""
+
+    def __init__(self) -> None:
+        self.last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """End a step."""
+        now = time.perf_counter()
+        self.laps[name], self.last = round(now - self.last, 2), now
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds of each step, and their sum."""
+        return self.laps | {"total": round(sum(self.laps.values()), 2)}
+
+
+@dataclass(frozen=True, repr=False)
+class Result:
+    """Base of the results: plain values, a JSON file, and short texts for a terminal and a notebook."""
+
+    file_name: ClassVar[str]
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return html_table(self._rows())
+
+    @property
+    def verdict(self) -> str:
+        """Conclusion in one sentence."""
+        raise NotImplementedError
+
+    def _rows(self) -> Sequence[Sequence[Any]]:
+        """Return the rows of a table for people."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return asdict(self)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the JSON file into `folder`, which is created if needed, and return its path."""
+        path = Path(folder) / self.file_name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, self.to_dict(), indent=1)
+        return path
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a report written by `save`; `path` is the file or its folder."""
+        path = Path(path)
+        return cls(**read_json(path / cls.file_name if path.is_dir() else path))
 
 
 # --- The diagnosis ---
 
 
-@dataclass(frozen=True)
-class ArtifactReport:
+@dataclass(frozen=True, repr=False)
+class ArtifactReport(Result):
     """Result of a diagnosis. The first fields describe the reported layer, where the modes are furthest apart.
 
     Attributes:
         cutoff: Norm above which a patch token is an outlier.
-        bimodal: Whether the outliers are a distinct population.
+        bimodal: True if the outliers are a distinct population.
         outlier_share: Share of all patch tokens that are outliers, in [0, 1].
         norm_ratio: Median norm of outliers over that of the other patches; None without outliers.
         layer: Reported layer; i is the output of block i. The last one if no layer has two modes.
@@ -98,22 +153,7 @@ class ArtifactReport:
     versions: dict[str, str]
     seconds: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `report.json` into `folder`, which is created if needed, and return its path."""
-        path = Path(folder) / "report.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
-
-    @classmethod
-    def load(cls, path: str | Path) -> "ArtifactReport":
-        """Read a report written by `save`; `path` is the file or its folder."""
-        path = Path(path)
-        return cls(**json.loads((path / "report.json" if path.is_dir() else path).read_text(encoding="utf-8")))
+    file_name: ClassVar = "report.json"
 
     @property
     def verdict(self) -> str:
@@ -122,58 +162,59 @@ class ArtifactReport:
         if self.bimodal:
             return (
                 f"This model has artifact tokens: at {where}, {self.outlier_share:.2%} of the patch tokens form a "
-                f"distinct group with {_number(self.norm_ratio)} times the median norm of the others."
+                f"distinct group with {show(self.norm_ratio, '.1f')} times the median norm of the others."
             )
         return f"No distinct outliers: no block has patch norms with two distinct modes ({self.reason} at {where})."
 
     def summary(self) -> str:
         """Return a summary of ten lines for a terminal, plus one line per warning."""
-        return "\n".join(_summary_lines(self))
+        return "\n".join(f"{name:12}{text}" for name, text in self._rows())
 
+    def _rows(self) -> list[tuple[str, str]]:
+        model, outliers, neighbors, rank = self.model, self.outliers, self.neighbours, self.patches["effective_rank"]
+        record = next(entry for entry in self.layers if entry["layer"] == self.layer)
+        born = {None: "none", 0: "in the embedding, before the first block"}.get(
+            self.emergence_layer, f"at the output of block {self.emergence_layer}"
+        )
+        cells = [f"({c['row']}, {c['column']}) in {c['share']:.0%} of images" for c in outliers["top_cells"][:3]]
+        direction, (rows, columns) = outliers["direction"], outliers["grid"]
+        lines = {
+            "model": f"{model['name']}: {model['family']}, {model['num_layers']} blocks, width "
+            f"{model['hidden_size']}, {model['num_register_tokens']} registers, {self.num_images} images of "
+            f"{rows} x {columns} patches",
+            "verdict": self.verdict,
+            "cut-off": f"{self.cutoff:.1f} at block {self.layer} (method {self.method}; median norm "
+            f"{record['median']:.1f}, largest norm {record['max']:.1f}); {self.reason}",
+            "emergence": born,
+            "outliers": f"{outliers['per_image']:.2f} per image, in {outliers['images_with']:.0%} of the images; "
+            f"{show(outliers['border_share'], '.0%', missing='none')} of them on the border, which has "
+            f"{outliers['border_cells']:.0%} of the cells; most frequent cells: {', '.join(cells) or 'none'}",
+            "direction": f"mean |cosine| between images: {show(direction['outlier'], '.2f')} for outliers, "
+            f"{show(direction['normal'], '.2f')} for other patches",
+            "neighbors": f"median cosine at the input: {show(neighbors['median_outlier'], '.2f')} for outliers, "
+            f"{show(neighbors['median_normal'], '.2f')} for other patches; AUROC {show(neighbors['auroc'], '.2f')}",
+            "attention": self._attention_text(),
+            "registers": self._register_text(),
+            "rank": f"effective rank of the patch tokens {rank['mean']:.1f} ± {rank['std']:.1f}; took "
+            f"{self.seconds['total']:.0f} s",
+        }
+        return [*lines.items(), *(("warning", text) for text in self.warnings)]
 
-def _summary_lines(report: ArtifactReport) -> list[str]:
-    model, outliers, neighbours = report.model, report.outliers, report.neighbours
-    record = next(entry for entry in report.layers if entry["layer"] == report.layer)
-    born = {None: "none", 0: "in the embedding, before the first block"}.get(
-        report.emergence_layer, f"at the output of block {report.emergence_layer}"
-    )
-    cells = ", ".join(f"({c['row']}, {c['column']}) in {c['share']:.0%} of images" for c in outliers["top_cells"][:3])
-    lines = [
-        f"model       {model['name']}: {model['family']}, {model['num_layers']} blocks, width {model['hidden_size']}, "
-        f"{model['num_register_tokens']} registers, {report.num_images} images of {_by(outliers['grid'])} patches",
-        f"verdict     {report.verdict}",
-        f"cut-off     {report.cutoff:.1f} at block {report.layer} (method {report.method}; median norm "
-        f"{record['median']:.1f}, largest norm {record['max']:.1f}); {report.reason}",
-        f"emergence   {born}",
-        f"outliers    {outliers['per_image']:.2f} per image, in {outliers['images_with']:.0%} of the images; "
-        f"{_percent(outliers['border_share'])} of them on the border, which has {outliers['border_cells']:.0%} of the "
-        f"cells; most frequent cells: {cells or 'none'}",
-        f"direction   mean |cosine| between images: {_number(outliers['direction']['outlier'], 2)} for outliers, "
-        f"{_number(outliers['direction']['normal'], 2)} for other patches",
-        f"neighbors   median cosine at the input: {_number(neighbours['median_outlier'], 2)} for outliers, "
-        f"{_number(neighbours['median_normal'], 2)} for other patches; AUROC {_number(neighbours['auroc'], 2)}",
-    ]
-    if report.attention is None:
-        lines.append("attention   not measured, because the model has no CLS token")
-    else:
-        mean = {name: entry["mean"] for name, entry in report.attention["statistics"].items()}
-        lines.append(
-            f"attention   CLS puts {mean['mass_on_patches']:.1%} on patches ({mean['mass_on_outliers']:.1%} on "
-            f"outliers) and {mean['mass_on_registers']:.1%} on registers; entropy is {mean['entropy_share']:.2f} of "
-            f"uniform; the top 2 % of patches get {mean['top_mass']:.1%} of the patch attention"
+    def _attention_text(self) -> str:
+        if self.attention is None:
+            return "not measured, because the model has no CLS token"
+        mean = {name: entry["mean"] for name, entry in self.attention["statistics"].items()}
+        return (
+            f"CLS puts {mean['mass_on_patches']:.1%} on patches ({mean['mass_on_outliers']:.1%} on outliers) and "
+            f"{mean['mass_on_registers']:.1%} on registers; entropy is {mean['entropy_share']:.2f} of uniform; the "
+            f"top 2 % of patches get {mean['top_mass']:.1%} of the patch attention"
         )
-    if report.registers is None:
-        lines.append("registers   none")
-    else:
-        r = report.registers
-        lines.append(
-            f"registers   {r['norm_ratio']:.1f} times the median patch norm at block {report.layer}; cosine between "
-            f"registers {_number(r['cosine'], 2)}, of one register between images "
-            f"{_number(r['cosine_across_images'], 2)}"
+
+    def _register_text(self) -> str:
+        if self.registers is None:
+            return "none"
+        return (
+            f"{self.registers['norm_ratio']:.1f} times the median patch norm at block {self.layer}; cosine between "
+            f"registers {show(self.registers['cosine'], '.2f')}, of one register between images "
+            f"{show(self.registers['cosine_across_images'], '.2f')}"
         )
-    rank = report.patches["effective_rank"]
-    lines.append(
-        f"rank        effective rank of the patch tokens {rank['mean']:.1f} ± {rank['std']:.1f}; "
-        f"took {report.seconds['total']:.0f} s" + "".join(f"\nwarning     {text}" for text in report.warnings)
-    )
-    return lines

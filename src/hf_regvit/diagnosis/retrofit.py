@@ -10,13 +10,11 @@ blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The 
 as in `model.layers`.
 """
 
-import json
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,23 +23,23 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..data.preparation import PreparedImages, prepare_images
-from ..models.conversion import image_processor_of, whole_checkpoint
-from ..models.families import describe_model, final_norm
-from ..models.loading import _open
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_many
+from ..models.loading import choose_device, open_model, open_regvit
+from ..models.processing import EvaluationTransform, known_processor
+from ..models.saving import whole_folder
+from ..models.tokens import TokenReader
 from .outliers import find_cutoff
+from .readings import read_norms
 from .register_neurons import (
     RegisterNeurons,
     RetrofitError,
+    _all_norms,
     _check_no_registers,
-    _find_outliers,
-    _read_norms,
+    _search,
     _with_shared_weights,
     add_test_time_registers,
-    score_neurons,
     silence_neurons,
 )
+from .report import Result, Stopwatch, markdown_table
 
 MIN_IMAGES = 32  # 16 for the search, 8 for the choice, 8 for the test
 CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate reads them
@@ -57,8 +55,8 @@ FAILURE_SHARE = 0.5  # if the best candidate leaves a larger share of the outlie
 # --- Search, choice and test ---
 
 
-@dataclass(frozen=True)
-class RetrofitReport:
+@dataclass(frozen=True, repr=False)
+class RetrofitReport(Result):
     """Neurons that `retrofit` found, candidates that it tried, and measurements on the test images.
 
     Attributes:
@@ -93,52 +91,38 @@ class RetrofitReport:
     settings: dict[str, Any]
     seconds: dict[str, float]
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
-
-    def save(self, folder: str | Path) -> Path:
-        """Write `retrofit_report.json` into `folder`, which is created if needed, and return its path."""
-        path = Path(folder) / "retrofit_report.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
-        return path
+    file_name: ClassVar = "retrofit_report.json"
 
     @property
     def verdict(self) -> str:
         """Conclusion in one sentence."""
         before, after = self.judged["before"], self.judged["after"]
         left = after["layers_with_outliers"]
-        rest = (
-            f"a diagnosis still finds outliers at blocks {left}"
-            if left
-            else "a diagnosis no longer finds any outliers"
-        )
+        rest = f"still finds outliers at blocks {left}" if left else "no longer finds any outliers"
         return (
             f"Outliers fell from {before['outlier_share']:.2%} to {after['outlier_share']:.2%} of the patches, and "
-            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; {rest}."
+            f"the largest norm fell from {before['max_norm']:.0f} to {after['max_norm']:.0f}; a diagnosis {rest}."
         )
+
+    def _neuron_text(self, shown: int, *, scores: bool = False) -> str:
+        names = [f"{b}.{n}" + f" ({s:.1f})" * scores for (b, n), s in zip(self.neurons[:shown], self.scores)]
+        return ", ".join(names) + f" and {len(self.neurons) - shown} more" * (len(self.neurons) > shown)
 
     @property
     def card_text(self) -> str:
         """Paragraph for a model card."""
-        names = ", ".join(f"{block}.{neuron}" for block, neuron in self.neurons[:10])
-        more = f" and {len(self.neurons) - 10} more" if len(self.neurons) > 10 else ""
         after = self.judged["after"]
         return (
             f"The model has test-time registers (arXiv 2506.08010), which need no training. {len(self.neurons)} of "
-            f"the {self.model['num_neurons']:,} MLP neurons ({names}{more}, as block.neuron counted from 0) write "
-            f"into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of into "
-            f"patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with the "
-            f"base model is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that were "
-            "not outliers."
+            f"the {self.model['num_neurons']:,} MLP neurons ({self._neuron_text(10)}, as block.neuron counted from 0) "
+            f"write into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of "
+            f"into patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with "
+            f"the base model is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that "
+            "were not outliers."
         )
 
     def summary(self) -> str:
         """Return a summary for a terminal."""
-        shown = ", ".join(f"{b}.{n} ({s:.1f})" for (b, n), s in zip(self.neurons[:5], self.scores))
-        more = f" and {len(self.neurons) - 5} more" if len(self.neurons) > 5 else ""
-        judged_on = f"{self.images['judged']} held-out images"
         lines = [
             f"model      {self.model['name']}: {self.model['num_layers']} blocks, {self.model['num_neurons']:,} "
             "neurons",
@@ -146,21 +130,28 @@ class RetrofitReport:
             f"{self.emergence} (counted from 1); {self.images['search']} images, and "
             f"{self.images['choice']} others for the choice",
             f"neurons    {len(self.neurons)}, as block.neuron counted from 0 (mean activation at outliers): "
-            f"{shown}{more}",
+            f"{self._neuron_text(5, scores=True)}",
             f"registers  {self.num_register_tokens}",
-            f"{judged_on:31}{'outliers':>9}{'largest norm':>14}{'cosine CLS':>12}{'patches':>9}"
-            f"{'CLS on outliers':>17}{'registers':>11}",
+            markdown_table(self._rows()),
         ]
-        for name, row in self.judged.items():
-            lines.append(
-                f"  {name:29}{row['outlier_share']:9.2%}{row['max_norm']:14.1f}{row['cls_cosine']:12.3f}"
-                f"{row['patch_cosine']:9.3f}{row['attention_on_outliers']:17.1%}{row['attention_on_registers']:11.1%}"
-            )
         return "\n".join([*lines, f"verdict    {self.verdict}", f"took       {self.seconds['total']:.0f} s"])
 
+    def _rows(self) -> list[list[str]]:
+        """Return the measurements on the test images as a table."""
+        columns = {
+            "outliers": ("outlier_share", ".2%"),
+            "largest norm": ("max_norm", ".1f"),
+            "cosine CLS": ("cls_cosine", ".3f"),
+            "patches": ("patch_cosine", ".3f"),
+            "CLS on outliers": ("attention_on_outliers", ".1%"),
+            "registers": ("attention_on_registers", ".1%"),
+        }
+        rows = [[name, *(f"{row[key]:{form}}" for key, form in columns.values())] for name, row in self.judged.items()]
+        return [[f"{self.images['judged']} held-out images", *columns], *rows]
 
-@dataclass(frozen=True, eq=False)
-class Retrofit:
+
+@dataclass(frozen=True, eq=False, repr=False)
+class RetrofitResult:
     """Result of `retrofit`.
 
     Attributes:
@@ -177,9 +168,37 @@ class Retrofit:
     examples: Tensor
     transform: EvaluationTransform
 
+    def __repr__(self) -> str:
+        return f"<RetrofitResult: {self.report.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+    def summary(self) -> str:
+        """Return a summary for a terminal."""
+        return self.report.summary()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain values for JSON."""
+        return self.report.to_dict()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint with code files, image processor and `retrofit_report.json`; return the folder.
+
+        Raises:
+            FileExistsError: The folder already contains a checkpoint.
+        """
+        _check_new(folder)
+        with whole_folder(folder) as staged:
+            self.model.save_pretrained(staged)
+            if (processor := known_processor(self.model)) is not None:
+                processor.save_pretrained(staged)
+            self.report.save(staged)
+        return Path(folder)
+
 
 def retrofit(
-    source: str | Path | nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     num_register_tokens: int | None = None,
@@ -190,9 +209,10 @@ def retrofit(
     processor: Any = None,
     batch_size: int = 32,
     seed: int = 0,
-    device: str | None = None,
+    device: str | torch.device = "auto",
     progress: bool = True,
-) -> Retrofit:
+    output_dir: str | Path | None = None,
+) -> RetrofitResult:
     """Add test-time registers to a trained model, with forward passes only.
 
     The images are split at random: at least half of them serve to search the neurons, up to a quarter (at most 64) to
@@ -202,7 +222,8 @@ def retrofit(
     outliers, one register may not suffice, because a single token cannot receive the attention of several.
 
     Args:
-        source: RegViT without registers, or anything that `convert` accepts.
+        model: Model without registers, its name, or a reader; see `open_model`. A model of another family is converted
+            to a RegViT.
         images: Images as for `diagnose`; at least 32, and 500 for reproducible numbers.
         num_register_tokens: Number of registers R; default chosen among 1, 2, 4 and 8.
         top_k: Number of neurons; default chosen among 1 to 50.
@@ -210,98 +231,92 @@ def retrofit(
             outliers.
         cutoff: "auto", or the norm above which a patch counts as an outlier.
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
-        processor: Image processor; default the one saved with the source.
+        processor: Image processor; default the model's own.
         batch_size: Number of images per forward pass.
         seed: Random seed for the draw, the splits and the random neurons.
-        device: Device to compute on; default that of a module, otherwise the CPU.
+        device: Device to compute on; see `open_model`.
         progress: Whether to show a progress bar.
+        output_dir: Folder in which to save the result, see `RetrofitResult.save`; by default, it is not saved.
 
     Raises:
+        FileExistsError: `output_dir` already contains a checkpoint.
         RetrofitError: No outliers to move, no neurons that carry at least half of them, too few images, a setting out
             of range, or a model that already has registers.
-        ConversionError: `source` cannot be expressed as a RegViT.
+        ConversionError: The model cannot be expressed as a RegViT.
+        UnknownProcessorError: No image processor is given, and the model has none.
 
     Source: arXiv 2506.08010.
     """
-    started = time.perf_counter()
-    model = _open(source)
-    _check_no_registers(model)
-    _check_ranges(model, num_register_tokens, top_k, highest_block)
-    if device is not None:
-        model = model.to(device)
-    if processor is None and not isinstance(source, nn.Module):
-        processor = image_processor_of(source, model.config)
-    transform = EvaluationTransform.for_model(model, processor)
-    prepared = prepare_images(images, transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    neurons, parts = _search_in_part(model, prepared, cutoff, seed, progress=progress)
-    searched = time.perf_counter()
+    _check_new(output_dir)
+    watch = Stopwatch()
+    reader = _open(model, device, processor)
+    description, transform = reader.description, reader.transform
+    limits = {"num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block}
+    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    settings = limits | {"cutoff": cutoff} | drawn | {"preprocessing": transform.description}
+    _check_ranges(settings, description.num_layers)
+    prepared = prepare_images(images, transform, **drawn)
+    norms = _all_norms(reader, prepared, progress=progress)
+    parts = _divide(len(norms[0]), seed)
+    neurons = _search(reader, prepared, norms, cutoff, parts["search"])
+    watch.lap("search")
 
-    settings = {
-        "num_register_tokens": num_register_tokens,
-        "top_k": top_k,
-        "highest_block": highest_block,
-        "cutoff": cutoff,
-        "max_images": max_images,
-        "batch_size": batch_size,
-        "seed": seed,
-        "preprocessing": transform.description,
-    }
-    tried = _try_candidates(model, list(_rows(prepared, parts["choice"])), neurons, settings)
+    tried = _try_candidates(reader, list(_rows(prepared, parts["choice"])), neurons, settings)
     chosen = next(record for record in tried if record["chosen"])
     pairs, registers = neurons.best(chosen["top_k"], highest_block=highest_block), chosen["num_register_tokens"]
-    made = add_test_time_registers(model, pairs, num_register_tokens=registers)
-    chose = time.perf_counter()
+    source: Any = reader.model
+    made = add_test_time_registers(source, pairs, num_register_tokens=registers)
+    if hasattr(reader.processor, "save_pretrained"):
+        made.image_processor = reader.processor
+    watch.lap("choice")
 
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
-    judged = _measure_on_test_images(model, made, chain([first], batches), neurons, seed)
-    description = describe_model(model)
-    seconds = {"search": searched - started, "choice": chose - searched, "judgement": time.perf_counter() - chose}
+    judged = _measure_on_test_images(reader, made, chain([first], batches), neurons, seed)
+    watch.lap("judgement")
     report = RetrofitReport(
         model={
-            "name": description.name if isinstance(source, nn.Module) else Path(source).name,
-            "num_layers": description.num_layers,
-            "hidden_size": description.hidden_size,
+            "name": Path(model).name if isinstance(model, str | Path) else description.name,
+            **{name: getattr(description, name) for name in ("num_layers", "hidden_size")},
             "num_neurons": neurons.scores.numel(),
         },
         neurons=pairs,
         scores=[float(neurons.scores[block, neuron]) for block, neuron in pairs],
         num_register_tokens=registers,
-        layer=neurons.layer,
-        cutoff=neurons.cutoff,
-        emergence=neurons.emergence,
+        **{name: getattr(neurons, name) for name in ("layer", "cutoff", "emergence")},
         images={name: int(rows.sum()) for name, rows in parts.items()},
         tried=tried,
         judged=judged,
         settings=settings,
-        seconds={name: round(value, 2) for name, value in (seconds | {"total": sum(seconds.values())}).items()},
+        seconds=watch.seconds,
     )
-    return Retrofit(made, model, report, first[:EXAMPLES], transform)
+    result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
+    if output_dir is not None:
+        result.save(output_dir)
+    return result
 
 
-def _check_ranges(
-    model: nn.Module, num_register_tokens: int | None, top_k: int | None, highest_block: int | None
-) -> None:
-    last = describe_model(model).num_layers - 1
-    for name, value, low, high in (
-        ("num_register_tokens", num_register_tokens, 1, 1024),
-        ("top_k", top_k, 1, 10**6),
-        ("highest_block", highest_block, 0, last),
-    ):
-        if value is not None and not low <= value <= high:
-            raise RetrofitError(f"{name}={value} is out of range. Expected a value in [{low}, {high}].")
+def _check_new(folder: str | Path | None) -> None:
+    if folder is not None and Path(folder, "config.json").exists():
+        raise FileExistsError(f"'{folder}' already contains a checkpoint. Choose another folder or delete it.")
 
 
-def _search_in_part(
-    model: nn.Module, images: PreparedImages, cutoff: float | str, seed: int, *, progress: bool
-) -> tuple[RegisterNeurons, dict[str, NDArray[np.bool_]]]:
-    """Run `find_register_neurons` on the search split; return its result and the masks of all splits."""
-    norms = _read_norms(model, images, progress=progress)
-    parts = _divide(len(norms[0]), seed)
-    search = parts["search"]
-    found, layer, emergence = _find_outliers({i: values[search] for i, values in norms.items()}, cutoff)
-    scores = score_neurons(model, images, (norms[layer] > found.cutoff) & search[:, None])
-    return RegisterNeurons(scores, layer, found.cutoff, emergence, found.share, int(search.sum())), parts
+def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: Any) -> TokenReader:
+    """Open a model as a RegViT without registers."""
+    if isinstance(model, TokenReader):
+        processor = model.processor if processor is None else processor
+    elif not isinstance(model, nn.Module):  # a name: the RegViT is on the CPU until now
+        device = choose_device(device)
+    source = open_regvit(model)
+    _check_no_registers(source)
+    return open_model(source, device=device, processor=processor)
+
+
+def _check_ranges(settings: Mapping[str, Any], num_layers: int) -> None:
+    limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1)}
+    for name, (low, high) in limits.items():
+        if settings[name] is not None and not low <= settings[name] <= high:
+            raise RetrofitError(f"{name}={settings[name]} is out of range. Expected a value in [{low}, {high}].")
 
 
 def _divide(num_images: int, seed: int) -> dict[str, NDArray[np.bool_]]:
@@ -338,32 +353,11 @@ class _SearchReadings:
     attention: Tensor  # (B, T) attention of CLS in the last block, mean over heads
 
 
-def _see(model: nn.Module, pixel_values: Tensor) -> _SearchReadings:
-    last = describe_model(model).num_layers
-
-    def norms_or_tokens(tokens: Tensor, layer: int) -> Tensor:
-        return tokens if layer == last else tokens.float().norm(dim=-1)
-
-    def cls_row(weights: Tensor, layer: int) -> Tensor:
-        return weights[:, :, 0].float().mean(dim=1)  # (B, T)
-
-    readings = read_many(
-        model,
-        pixel_values,
-        {"residual": "all", "attention": (-1,)},
-        reduce={"residual": norms_or_tokens, "attention": cls_row},
-    )
-    residual = readings["residual"]
-    with torch.no_grad():
-        tokens = final_norm(model)(residual.at()).float()  # (B, T, D)
-    norms = [residual.patches(layer) for layer in residual.layers[:-1]]
-    norms.append(residual.patches().float().norm(dim=-1))
-    return _SearchReadings(
-        torch.stack(norms).cpu(),
-        tokens[:, 0].cpu(),
-        tokens[:, residual.num_prefix_tokens :].cpu(),
-        readings["attention"].at().cpu(),
-    )
+def _see(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
+    read, tokens = read_norms(reader, pixel_values, "all", num_last=len(pixel_values))
+    residual, prefix = read["residual"], read["residual"].num_prefix_tokens
+    norms = torch.stack([residual.patches(layer) for layer in residual.layers])
+    return _SearchReadings(norms, tokens[:, 0], tokens[:, prefix:], read["attention"].at().mean(dim=1))
 
 
 class _Tally:
@@ -403,16 +397,16 @@ class _Tally:
 
 
 def _try_candidates(
-    model: Any, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: dict[str, Any]
+    reader: TokenReader, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Try each number of neurons with one register, then each number of registers with the best number of neurons."""
-    before = [_see(model, batch) for batch in pixels]
+    before = [_see(reader, batch) for batch in pixels]
     share = float(torch.cat([seen.norms[neurons.layer] for seen in before]).gt(neurons.cutoff).float().mean())
     tried: list[dict[str, Any]] = []
 
     def attempt(top_k: int, registers: int) -> None:
         pairs = neurons.best(top_k, highest_block=settings["highest_block"])
-        candidate = _with_shared_weights(model, pairs, registers)
+        candidate = TokenReader(_with_shared_weights(reader.model, pairs, registers))
         tally = _Tally(neurons.layer, neurons.cutoff, registers)
         for batch, seen in zip(pixels, before, strict=True):
             tally.add(seen, _see(candidate, batch))
@@ -448,26 +442,27 @@ def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, An
 
 
 def _measure_on_test_images(
-    model: Any, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
+    reader: TokenReader, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
 ) -> dict[str, dict[str, Any]]:
     """Compare the retrofitted model and its controls with the model on the test images."""
+    model: Any = reader.model
     registers, pairs = made.config.num_register_tokens, made.config.register_neurons
     random = _random_neurons(pairs, neurons.scores.shape[1], seed)
     variants = {
-        "before": model,
         "after": made,
         "registers alone": _with_shared_weights(model, [], registers),
         "random neurons": _with_shared_weights(model, random, registers),
         "neurons silenced, no register": silence_neurons(model, pairs),
     }
+    readers = {"before": reader} | {name: TokenReader(variant) for name, variant in variants.items()}
     tallies = {
-        name: _Tally(neurons.layer, neurons.cutoff, variant.config.num_register_tokens)
-        for name, variant in variants.items()
+        name: _Tally(neurons.layer, neurons.cutoff, variant.description.num_register_tokens)
+        for name, variant in readers.items()
     }
     for batch in batches:
-        before = _see(model, batch)
-        for name, variant in variants.items():
-            tallies[name].add(before, before if variant is model else _see(variant, batch))
+        before = _see(reader, batch)
+        for name, variant in readers.items():
+            tallies[name].add(before, before if variant is reader else _see(variant, batch))
     return {name: tally.row() for name, tally in tallies.items()}
 
 
@@ -480,26 +475,3 @@ def _random_neurons(pairs: Sequence[Sequence[int]], width: int, seed: int) -> li
         taken.add((block, neuron))
         found.append([block, neuron])
     return found
-
-
-def retrofit_to_folder(source: str | Path, images: Any, output_dir: str | Path, **settings: Any) -> Retrofit:
-    """Run `retrofit` and save a checkpoint with code files, image processor and `retrofit_report.json`.
-
-    Args:
-        source: Folder, file or Hub id of the model, as for `retrofit`.
-        images: Images as for `retrofit`.
-        output_dir: Folder for the checkpoint; it must not contain one yet.
-        settings: Keyword arguments of `retrofit`.
-
-    Raises:
-        FileExistsError: `output_dir` already contains a checkpoint.
-    """
-    output = Path(output_dir)
-    if (output / "config.json").exists():
-        raise FileExistsError(f"'{output}' already contains a checkpoint. Choose another output_dir or delete it.")
-    result = retrofit(source, images, **settings)
-    with whole_checkpoint(output) as staged:
-        result.model.save_pretrained(staged)
-        image_processor_of(source, result.model.config).save_pretrained(staged)
-        result.report.save(staged)
-    return result

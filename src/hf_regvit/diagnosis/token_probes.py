@@ -1,10 +1,6 @@
-"""Probe frozen tokens with small models, to measure what a backbone has learned.
+"""Linear probes on single tokens: the position of a patch, its pixels, and the class of its image.
 
-Contains weighted k-nearest-neighbor classification on image features, and linear probes on single tokens that predict
-the position of a patch, its pixels, and the class of its image.
-
-Shape letters: n training images, m test images, D width, C classes, K = max(k) neighbors, S seeds, t tokens, P pixel
-values of a patch.
+Shape letters: n images, B images of a batch, D width, S seeds, N patches, t tokens, P pixel values of a patch.
 """
 
 import statistics
@@ -19,11 +15,11 @@ from torch import Tensor, nn
 
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
-from ..data.source import ImageSource
 from ..evaluation.linear import ridge_regression, softmax_regression
-from ..models.families import describe_model, final_norm
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_many
+from ..models.loading import open_model
+from ..models.tokens import TokenReader
+from .readings import check_grid, labels_of, normalized
+from .report import markdown_table
 
 # --- Probes on single tokens ---
 
@@ -88,41 +84,39 @@ class TokenProbeReport:
 
     def table(self) -> str:
         """Return all results as a Markdown table, with one row per group of tokens."""
-        lines = ["| probe | tokens | result | test |", "|---|---|---|---|"]
+        rows = [["probe", "tokens", "result", "test"]]
         for probe, groups in (("position", self.position), ("pixels", self.pixels), ("class", self.image_class)):
             for name, metrics in groups.items():
-                shown = [
-                    f"{metric} {value['mean']:.3f} ± {value['std']:.3f}"
-                    for metric, value in metrics.items()
-                    if isinstance(value, dict)
-                ]
-                lines.append(f"| {probe} | {name} | {', '.join(shown)} | {metrics['num_test']} |")
-        return "\n".join(lines)
+                found = {metric: value for metric, value in metrics.items() if isinstance(value, dict)}
+                shown = [f"{metric} {value['mean']:.3f} ± {value['std']:.3f}" for metric, value in found.items()]
+                rows.append([probe, name, ", ".join(shown), str(metrics["num_test"])])
+        return markdown_table(rows)
 
 
 @dataclass(eq=False)
 class _Sample:
-    """Tokens of one set of images; the first five fields, with one row per token, are for position and pixels."""
+    """Tokens of one set of n images.
 
-    tokens: Tensor  # (t, D)
-    cells: Tensor  # (t,)
-    pixels: Tensor  # (t, P) float16 in [0, 1]
-    outlier: Tensor  # (t,) bool
-    uniform: Tensor  # (t,) bool: drawn at random, not added only because it is an outlier
-    single: dict[str, Tensor]  # group: (S, n, D), one token per image
-    present: dict[str, Tensor]  # group: (n,) bool, whether the image has such a token
-    labels: Tensor | None  # (n,)
+    Attributes:
+        rows: Values of t tokens for position and pixels: `tokens` (t, D), `cells` (t,), `pixels` (t, P) float16 in
+            [0, 1], `outlier` (t,) bool, `uniform` (t,) bool (drawn at random, not only added as an outlier), and
+            `image` (t,), the index of the image in the set that was read.
+        single: One token per image for the class, (S, n, D) for each group of tokens.
+        present: Mask (n,) of the images that have such a token, for each group.
+        labels: Class ids (n,), or None.
+        grid: (rows, columns) of the patches.
+    """
+
+    rows: dict[str, Tensor]
+    single: dict[str, Tensor]
+    present: dict[str, Tensor]
+    labels: Tensor | None
     grid: tuple[int, int]
 
-    def part(self, chosen: Tensor, image: Tensor) -> "_Sample":
-        """Select the images where `chosen` (n,) is True; `image` (t,) is the image index of each token."""
-        rows = chosen[image]
+    def part(self, chosen: Tensor) -> "_Sample":
+        """Select the images where `chosen` (n,) is True."""
         return _Sample(
-            tokens=self.tokens[rows],
-            cells=self.cells[rows],
-            pixels=self.pixels[rows],
-            outlier=self.outlier[rows],
-            uniform=self.uniform[rows],
+            rows={name: values[chosen[self.rows["image"]]] for name, values in self.rows.items()},
             single={name: values[:, chosen] for name, values in self.single.items()},
             present={name: values[chosen] for name, values in self.present.items()},
             labels=None if self.labels is None else self.labels[chosen],
@@ -131,7 +125,7 @@ class _Sample:
 
 
 def token_probes(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     cutoff: float,
@@ -153,7 +147,7 @@ def token_probes(
     group. Tokens are read at `layer`, after the final norm.
 
     Args:
-        model: Model of a family in `families.FAMILIES`.
+        model: Model, its name, or a reader; see `open_model`.
         images: Images as for `diagnose`; the class probe needs an `ImageSource` or dataset with labels.
         cutoff: Norm above which a patch is an outlier, on the raw tokens of `cutoff_layer`.
         cutoff_layer: Block whose raw tokens are compared with `cutoff`.
@@ -163,7 +157,7 @@ def token_probes(
         num_seeds: Number of seeds. Each seed draws half of the training patches, and the patch that represents an
             image.
         seed: First random seed.
-        processor: Image processor; see `EvaluationTransform.for_model`.
+        processor: Image processor; default the model's own.
         batch_size: Number of images per forward pass.
         max_tokens: Maximum number of patches to train the probes of position and pixels.
 
@@ -172,25 +166,21 @@ def token_probes(
 
     Source: arXiv 2309.16588, section 2.1 and table 1; tables 4 and 5 of its appendix.
     """
-    transform = EvaluationTransform.for_model(model, processor)
-
-    def collect(source: Any) -> tuple[_Sample, Tensor]:
-        reader = _SampleReader(model, transform, cutoff, (cutoff_layer, layer), num_seeds, seed)
-        return reader.read(source, max_images=max_images, batch_size=batch_size, max_tokens=max_tokens)
-
-    sample, image = collect(images)
+    sampler = _Sampler(open_model(model, processor=processor), cutoff, (cutoff_layer, layer), num_seeds, seed)
+    limits = {"max_images": max_images, "batch_size": batch_size, "max_tokens": max_tokens}
+    train = sampler.read(images, **limits)
     if test_images is None:
-        is_test = _draw_test_images(sample.labels, len(sample.present["normal"]))
-        train, test = sample.part(~is_test, image), sample.part(is_test, image)
+        is_test = _draw_test_images(train.labels, len(train.present["normal"]))
+        train, test = train.part(~is_test), train.part(is_test)
     else:
-        train, (test, _) = sample, collect(test_images)
+        test = sampler.read(test_images, **limits)
         if train.grid != test.grid:
             raise ValueError(
                 f"The grid of patches is {train.grid} for the training images but {test.grid} for the test images. "
                 "Use images or a processor with the same size for both."
             )
     notes: list[str] = []
-    if not test.outlier.any():
+    if not test.rows["outlier"].any():
         notes.append(f"No patch of the test images is above the cutoff {cutoff:.4g}, so outliers were not probed.")
     position, pixels = _local_probes(train, test, num_seeds, seed)
     return TokenProbeReport(
@@ -215,117 +205,84 @@ def token_probes(
 
 
 def _draw_test_images(labels: Tensor | None, count: int) -> Tensor:
-    """Select three of every ten images, counted per class if there are labels, as a mask (count,)."""
+    """Select three of every ten images as a mask (count,), counted per class if a class has three labeled images."""
     seen: dict[int, int] = {}
     chosen = torch.zeros(count, dtype=torch.bool)
     for i, label in enumerate([0] * count if labels is None else labels.tolist()):
         chosen[i] = seen.get(label, 0) % 10 in (2, 5, 8)
         seen[label] = seen.get(label, 0) + 1
-    return chosen
+    return chosen if labels is None or chosen.any() else _draw_test_images(None, count)
 
 
-class _SampleReader:
+class _Sampler:
     """Reader of a `_Sample` that keeps only the tokens the probes need."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        transform: EvaluationTransform,
-        cutoff: float,
-        layers: tuple[int, int],
-        num_seeds: int,
-        seed: int,
-    ) -> None:
-        self.model, self.transform, self.cutoff, self.num_seeds, self.seed = model, transform, cutoff, num_seeds, seed
-        self.description = describe_model(model)
-        count = self.description.num_layers + 1
-        self.cutoff_layer, self.layer = (layer + count if layer < 0 else layer for layer in layers)
-        self.norm = final_norm(model)
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, reader: TokenReader, cutoff: float, layers: tuple[int, int], num_seeds: int, seed: int) -> None:
+        self.reader, self.cutoff, self.layers, self.num_seeds, self.seed = reader, cutoff, layers, num_seeds, seed
+        self.generator = torch.Generator()
 
-    def read(self, source: Any, *, max_images: int, batch_size: int, max_tokens: int) -> tuple[_Sample, Tensor]:
-        """Read the sample; also return the image index (t,) of each token."""
+    def read(self, source: Any, *, max_images: int, batch_size: int, max_tokens: int) -> _Sample:
+        """Read the tokens of at most `max_images` images."""
+        self.generator.manual_seed(self.seed)
         source = load_images(source, split=None) if isinstance(source, str | Path) else source
-        prepared = prepare_images(source, self.transform, batch_size=batch_size, max_images=max_images, seed=self.seed)
+        prepared = prepare_images(
+            source, self.reader.transform, batch_size=batch_size, max_images=max_images, seed=self.seed
+        )
         per_image = max(8, max_tokens // min(prepared.total or max_images, max_images))
         ids: list[str] = []
-        parts: list[dict[str, Tensor]] = []
-        grids: set[tuple[int, int]] = set()
+        parts: list[_Sample] = []
         for names, batch in prepared:
-            parts.append(self._read_batch(batch, len(ids), per_image))
-            grids.add(self._grid(batch))
+            parts.append(self.read_batch(batch, len(ids), per_image))
+            check_grid(names[0], parts[-1].grid, parts[0].grid)
             ids += names
-        if len(grids) > 1:
-            raise ValueError(
-                f"The images have grids of {sorted(grids)} patches, but probes need one grid. Use a processor that "
-                "resizes all images to one size."
-            )
-        joined = {
-            name: torch.cat([part[name] for part in parts], dim=1 if name.startswith("single_") else 0)
-            for name in parts[0]
-        }
-        labels = None
-        if isinstance(source, ImageSource) and source.labels is not None:
-            by_id = dict(zip(source.ids, source.labels))
-            labels = torch.tensor([by_id[name] for name in ids])
-        sample = _Sample(
-            tokens=joined["tokens"],
-            cells=joined["cells"],
-            pixels=joined["pixels"],
-            outlier=joined["outlier"],
-            uniform=joined["uniform"],
-            single={n.removeprefix("single_"): values for n, values in joined.items() if n.startswith("single_")},
-            present={n.removeprefix("present_"): values for n, values in joined.items() if n.startswith("present_")},
-            labels=labels,
-            grid=grids.pop(),
+        return _Sample(
+            rows={name: torch.cat([part.rows[name] for part in parts]) for name in parts[0].rows},
+            single={name: torch.cat([part.single[name] for part in parts], dim=1) for name in parts[0].single},
+            present={name: torch.cat([part.present[name] for part in parts]) for name in parts[0].present},
+            labels=labels_of(source, ids),
+            grid=parts[0].grid,
         )
-        return sample, joined["image"]
 
-    def _read_batch(self, batch: Tensor, first: int, per_image: int) -> dict[str, Tensor]:
-        reading = read_many(self.model, batch, {"residual": (self.cutoff_layer, self.layer)})["residual"]
-        outlier = (
-            reading.values[0][:, reading.num_prefix_tokens :].float().norm(dim=-1) > self.cutoff
-        ).cpu()  # (B, N)
-        with torch.no_grad():
-            tokens = self.norm(reading.values[1]).float().cpu()  # (B, T, D)
-        patches = tokens[:, reading.num_prefix_tokens :]  # (B, N, D)
-        draw = torch.rand(outlier.shape, generator=self.generator)
-        rank = draw.argsort(dim=1).argsort(dim=1)
+    def read_batch(self, batch: Tensor, first: int, per_image: int) -> _Sample:
+        """Read the tokens of one batch, whose images are counted from `first`."""
+        reading = self.reader.read(batch, layers=self.layers)
+        prefix, registers = reading.num_prefix_tokens, reading.num_register_tokens
+        outlier = (reading.values[0][:, prefix:].float().norm(dim=-1) > self.cutoff).cpu()  # (B, N)
+        tokens = normalized(self.reader, reading.values[1])  # (B, T, D)
+        patches = tokens[:, prefix:]  # (B, N, D)
+        rank = torch.rand(outlier.shape, generator=self.generator).argsort(dim=1).argsort(dim=1)
         uniform = rank < per_image
         image, cell = (uniform | outlier).nonzero(as_tuple=True)  # (t,) each
-        result = {
-            "tokens": patches[image, cell],
-            "cells": cell,
-            "pixels": self._pixels(batch)[image, cell].half(),
-            "outlier": outlier[image, cell],
-            "uniform": uniform[image, cell],
-            "image": image + first,
-        }
-        groups = {"normal": ~outlier, "outlier": outlier}
-        for name, mask in groups.items():
+        single: dict[str, Tensor] = {}
+        present = {"normal": (~outlier).any(dim=1), "outlier": outlier.any(dim=1)}
+        each = torch.arange(len(batch))
+        for name, mask in (("normal", ~outlier), ("outlier", outlier)):
             draws = torch.rand(self.num_seeds, *mask.shape, generator=self.generator) * mask  # (S, B, N)
-            chosen = draws.argmax(dim=2)  # (S, B)
-            result[f"single_{name}"] = patches[torch.arange(len(batch)), chosen]  # (S, B, D)
-            result[f"present_{name}"] = mask.any(dim=1)
+            single[name] = patches[each, draws.argmax(dim=2)]  # (S, B, D)
         if reading.has_cls:
-            result["single_cls"] = tokens[None, :, 0].expand(self.num_seeds, -1, -1)
-            result["present_cls"] = torch.ones(len(batch), dtype=torch.bool)
-        if reading.num_register_tokens:
-            registers = tokens[:, reading.num_prefix_tokens - reading.num_register_tokens : reading.num_prefix_tokens]
-            which = torch.randint(registers.shape[1], (self.num_seeds, len(batch)), generator=self.generator)
-            result["single_register"] = registers[torch.arange(len(batch)), which]
-            result["present_register"] = torch.ones(len(batch), dtype=torch.bool)
-        return result
+            single["cls"] = tokens[None, :, 0].expand(self.num_seeds, -1, -1)
+        if registers:
+            which = torch.randint(registers, (self.num_seeds, len(batch)), generator=self.generator)
+            single["register"] = tokens[:, prefix - registers : prefix][each, which]
+        return _Sample(
+            rows={
+                "tokens": patches[image, cell],
+                "cells": cell,
+                "pixels": self.pixels(batch, reading.grid)[image, cell].half(),
+                "outlier": outlier[image, cell],
+                "uniform": uniform[image, cell],
+                "image": image + first,
+            },
+            single=single,
+            present=dict.fromkeys(single, torch.ones(len(batch), dtype=torch.bool)) | present,
+            labels=None,
+            grid=reading.grid,
+        )
 
-    def _grid(self, batch: Tensor) -> tuple[int, int]:
-        height, width = self.description.patch_size
-        return batch.shape[-2] // height, batch.shape[-1] // width
-
-    def _pixels(self, batch: Tensor) -> Tensor:
+    def pixels(self, batch: Tensor, grid: tuple[int, int]) -> Tensor:
         """Convert normalized images (B, 3, H, W) to patches (B, N, P) in [0, 1]; P runs over channel, row, column."""
-        mean, std = (torch.tensor(x)[:, None, None] for x in (self.transform.mean, self.transform.std))
-        height, width = self.description.patch_size
-        rows, columns = self._grid(batch)
+        mean, std = (torch.tensor(x)[:, None, None] for x in (self.reader.transform.mean, self.reader.transform.std))
+        (rows, columns), (height, width) = grid, self.reader.description.patch_size
         plain = (batch.float() * std + mean)[..., : rows * height, : columns * width]
         cells = plain.unflatten(3, (columns, width)).unflatten(2, (rows, height))  # (B, 3, rows, h, columns, w)
         return cells.permute(0, 2, 4, 1, 3, 5).reshape(len(batch), rows * columns, -1)
@@ -333,41 +290,32 @@ class _SampleReader:
 
 def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
     """Compute mean and sample standard deviation of each metric over seeds; the latter is 0 for a single seed."""
+    values = {name: [run[name] for run in runs] for name in runs[0]}
     return {
-        name: {
-            "mean": statistics.fmean(run[name] for run in runs),
-            "std": statistics.stdev(run[name] for run in runs) if len(runs) > 1 else 0.0,
-        }
-        for name in runs[0]
+        name: {"mean": statistics.fmean(all_), "std": statistics.stdev(all_) if len(runs) > 1 else 0.0}
+        for name, all_ in values.items()
     }
 
 
 def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Run the probes of position and pixels for the existing groups of test patches."""
+    masks = {"normal": test.rows["uniform"] & ~test.rows["outlier"], "outlier": test.rows["outlier"]}
     groups = {
-        name: rows
-        for name, rows in (("normal", test.uniform & ~test.outlier), ("outlier", test.outlier))
-        if rows.any()
+        name: {key: values[mask] for key, values in test.rows.items()} for name, mask in masks.items() if mask.any()
     }
-    uniform = train.uniform.nonzero()[:, 0]
+    uniform = train.rows["uniform"].nonzero()[:, 0]
     places: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
     pixels: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
     for run in range(num_seeds):
         order = torch.from_numpy(np.random.default_rng(seed + run).permutation(len(uniform)))
-        rows = uniform[order[: (len(uniform) + 1) // 2]]
-        where = softmax_regression(
-            train.tokens[rows],
-            train.cells[rows],
-            num_classes=train.grid[0] * train.grid[1],
-            l2=1e-4,
-            max_iterations=60,
-        )
-        what = ridge_regression(train.tokens[rows], train.pixels[rows])
-        for name, chosen in groups.items():
-            tokens = test.tokens[chosen]
-            places[name].append(position_scores(where(tokens).argmax(dim=1), test.cells[chosen], test.grid))
-            pixels[name].append(pixel_scores(what(tokens), test.pixels[chosen].float()))
-    counts = {name: {"num_test": int(rows.sum())} for name, rows in groups.items()}
+        fit = {key: values[uniform[order[: (len(uniform) + 1) // 2]]] for key, values in train.rows.items()}
+        num_cells = train.grid[0] * train.grid[1]
+        where = softmax_regression(fit["tokens"], fit["cells"], num_classes=num_cells, l2=1e-4, max_iterations=60)
+        what = ridge_regression(fit["tokens"], fit["pixels"])
+        for name, rows in groups.items():
+            places[name].append(position_scores(where(rows["tokens"]).argmax(dim=1), rows["cells"], test.grid))
+            pixels[name].append(pixel_scores(what(rows["tokens"]), rows["pixels"].float()))
+    counts = {name: {"num_test": len(rows["cells"])} for name, rows in groups.items()}
     return (
         {name: _over_seeds(runs) | counts[name] for name, runs in places.items()},
         {name: _over_seeds(runs) | counts[name] for name, runs in pixels.items()},
@@ -383,11 +331,11 @@ def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str
     for name in ("cls", "register", "normal", "outlier"):
         if name not in train.single:
             continue
-        fit, judge = train.present[name], test.present[name]
-        if int(fit.sum()) < 2 or not judge.any():
+        fit, held_out = train.present[name], test.present[name]
+        if int(fit.sum()) < 2 or not held_out.any():
             notes.append(
                 f"The class probe was skipped for tokens of kind '{name}': only {int(fit.sum())} training and "
-                f"{int(judge.sum())} test images have them."
+                f"{int(held_out.sum())} test images have them."
             )
             continue
         runs = []
@@ -395,7 +343,7 @@ def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str
             model = softmax_regression(
                 train.single[name][run, fit], train.labels[fit], num_classes=num_classes, l2=1e-2
             )
-            right = model(test.single[name][run, judge]).argmax(dim=1) == test.labels[judge]
+            right = model(test.single[name][run, held_out]).argmax(dim=1) == test.labels[held_out]
             runs.append({"top1": right.float().mean().item()})
-        result[name] = _over_seeds(runs) | {"num_train": int(fit.sum()), "num_test": int(judge.sum())}
+        result[name] = _over_seeds(runs) | {"num_train": int(fit.sum()), "num_test": int(held_out.sum())}
     return result

@@ -19,16 +19,16 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.decoding import BadImageError
 from ..data.preparation import SkippedImage, prepare_images, report_skipped
 from ..data.source import ImageSource
 from ..models.configuration_regvit import __version__
-from ..models.families import describe_model, final_norm
 from ..models.loading import model_fingerprint
 from ..models.processing import EvaluationTransform
-from ..models.tokens import read_tokens, resolve_layers
+from ..models.saving import whole_file
+from ..models.tokens import TokenReader, resolve_layers
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +62,12 @@ class FrozenFeatures:
         """Vectors (n, D) of the last block that was read."""
         return self.vectors[:, -1]
 
+    def subset(self, rows: Sequence[int]) -> "FrozenFeatures":
+        """Return the features of the images at these rows."""
+        chosen = list(rows)
+        ids = tuple(self.ids[row] for row in chosen)
+        return replace(self, vectors=self.vectors[chosen], mean_patch=self.mean_patch[chosen], ids=ids)
+
 
 def image_digests(source: ImageSource) -> list[bytes]:
     """Return a digest of 16 bytes for every image that changes with its content.
@@ -93,7 +99,7 @@ def data_fingerprint(source: ImageSource, digests: Sequence[bytes] | None = None
 
 
 def read_features(
-    model: nn.Module,
+    reader: TokenReader,
     source: ImageSource,
     *,
     transform: EvaluationTransform,
@@ -106,7 +112,7 @@ def read_features(
     """Read the features of all images in order, from the cache if available.
 
     Args:
-        model: Model of a family in `families.FAMILIES`. It is not changed.
+        reader: Reader of the model.
         source: Images.
         transform: Transform of the images.
         layers: Blocks to read; negative numbers that a shallow model does not have are left out.
@@ -118,16 +124,16 @@ def read_features(
     Raises:
         ValueError: No image could be used.
     """
-    description = describe_model(model)
-    resolved = resolve_layers([layer for layer in layers if layer >= -description.num_layers], description.num_layers)
+    num_layers = reader.description.num_layers
+    resolved = resolve_layers([layer for layer in layers if layer >= -num_layers], num_layers)
     path = None
     if cache_dir is not None:
         identity = {
-            "model": model_fingerprint(model),
+            "model": model_fingerprint(reader.model),
             "data": data_fingerprint(source, digests),
             "transform": transform.description,
             "layers": resolved,
-            "device": next(model.parameters()).device.type,
+            "device": reader.device.type,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
         key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
@@ -135,7 +141,7 @@ def read_features(
         if path.is_file() and (cached := _load(path)) is not None:
             return cached
     started = time.perf_counter()
-    features = _read(model, source, transform, resolved, batch_size, label)
+    features = _read(reader, source, transform, resolved, batch_size, label)
     features = replace(features, seconds=time.perf_counter() - started)
     if path is not None:
         _save(features, path)
@@ -143,7 +149,7 @@ def read_features(
 
 
 def _read(
-    model: nn.Module,
+    reader: TokenReader,
     source: ImageSource,
     transform: EvaluationTransform,
     layers: tuple[int, ...],
@@ -152,52 +158,40 @@ def _read(
 ) -> FrozenFeatures:
     from tqdm.auto import tqdm
 
-    reader = VectorReader(model, layers)
     prepared = prepare_images(source, transform, batch_size=batch_size)
     ids: list[str] = []
-    vectors, means = [], []
+    read: list[tuple[Tensor, Tensor]] = []
     with tqdm(total=len(source), desc=label, unit="image", disable=None) as bar:
         for names, pixel_values in prepared:
-            one, mean = reader.read(pixel_values)
+            read.append(read_vectors(reader, pixel_values, layers))
             ids += names
-            vectors.append(one)
-            means.append(mean)
             bar.update(len(names))
     report_skipped(len(ids), prepared.skipped, source.name)
-    return FrozenFeatures(
-        torch.cat(vectors), torch.cat(means), layers, reader.kind, tuple(ids), tuple(prepared.skipped), 0.0
-    )
+    vectors, means = (torch.cat(parts) for parts in zip(*read))
+    kind = "CLS" if reader.description.has_cls else "mean patch"
+    return FrozenFeatures(vectors, means, layers, kind, tuple(ids), tuple(prepared.skipped), 0.0)
 
 
-class VectorReader:
-    """Reader of the vectors of some blocks, with one ordinary forward pass per batch.
+def read_vectors(reader: TokenReader, pixel_values: Tensor, layers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the vectors (b, B, D) of some blocks and the mean patch (b, D) of the last one, float32 on the CPU.
 
-    The final norm is applied only to the tokens that are kept: CLS, and the patches of the last block for their mean.
+    They are read in one ordinary forward pass. The final norm is applied only to the tokens that are kept: CLS, and
+    the patches of the last block for their mean.
     """
+    has_cls, prefix = reader.description.has_cls, reader.description.num_prefix_tokens
 
-    def __init__(self, model: nn.Module, layers: tuple[int, ...]) -> None:
-        description = describe_model(model)
-        self.model, self.layers, self.norm = model, layers, final_norm(model)
-        self.kind = "CLS" if description.has_cls else "mean patch"
-        self.prefix, self.has_cls = description.num_prefix_tokens, description.has_cls
-
-    def read(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the vectors (b, B, D) and the mean patch (b, D) of the last block, float32 on the CPU."""
-        kept = read_tokens(self.model, pixel_values, layers=self.layers, reduce=self._reduce).values
-        vectors = torch.stack([values[:, 0] for values in kept], dim=1)  # (b, B, D)
-        return vectors, kept[-1][:, -1].clone()
-
-    def _reduce(self, tokens: Tensor, layer: int) -> Tensor:
+    def keep(tokens: Tensor, layer: int) -> Tensor:
         """Reduce (b, T, D) to (b, 1 or 2, D): the vector and, for the last block, the mean patch."""
-        parts = [self.norm(tokens[:, :1])] if self.has_cls else []
-        if not self.has_cls or layer == self.layers[-1]:
-            parts.append(self.norm(tokens[:, self.prefix :]).mean(dim=1, keepdim=True))
+        parts = [reader.final_norm(tokens[:, :1])] if has_cls else []
+        if not has_cls or layer == layers[-1]:
+            parts.append(reader.final_norm(tokens[:, prefix:]).mean(dim=1, keepdim=True))
         return torch.cat(parts, dim=1).float().cpu()
+
+    kept = reader.read(pixel_values, layers=layers, reduce=keep).values
+    return torch.stack([values[:, 0] for values in kept], dim=1), kept[-1][:, -1].clone()
 
 
 def _save(features: FrozenFeatures, path: Path) -> None:
-    """Write the features atomically to one file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     notes = {
         "layers": features.layers,
         "kind": features.kind,
@@ -205,13 +199,10 @@ def _save(features: FrozenFeatures, path: Path) -> None:
         "skipped": [[image.id, image.reason] for image in features.skipped],
         "seconds": features.seconds,
     }
-    unfinished = path.with_name(f".{path.name}.partial")
-    save_file(
-        {"vectors": features.vectors, "mean_patch": features.mean_patch},
-        unfinished,
-        metadata={"hf_regvit": json.dumps(notes)},
-    )
-    unfinished.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {"vectors": features.vectors, "mean_patch": features.mean_patch}
+    with whole_file(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
 
 
 def _load(path: Path) -> FrozenFeatures | None:

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..data.preparation import prepare_images
-from ..models.families import describe_model
-from ..models.families import final_norm as norm_of
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_tokens, resolve_layers
+from ..models.loading import open_model
+from ..models.tokens import TokenReader, resolve_layers
 
 _FOUR_BLOCKS = {12: (3, 6, 9, 12), 24: (5, 12, 18, 24), 40: (10, 20, 30, 40)}
 
@@ -72,11 +70,10 @@ def four_blocks(num_layers: int) -> tuple[int, ...]:
 
 
 def read_dense_features(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str,
     images: Any,
     *,
     layers: Sequence[int] = (-1,),
-    processor: Any = None,
     image_size: int | None = None,
     flip: bool = True,
     final_norm: bool = True,
@@ -85,11 +82,9 @@ def read_dense_features(
     """Read the patch tokens of every image once, from whole images with their own aspect ratio.
 
     Args:
-        model: Model of a family in `families.FAMILIES`; it is not modified.
+        model: Name, module or reader; see `open_model`. It is not modified.
         images: Images as for `prepare_images`: a folder, `ImageSource`, paths, Pillow images or `datasets` data set.
         layers: Blocks, from 1 to the depth, or negative from the end. `four_blocks` returns those of "lin-4".
-        processor: Image processor; only its mean and standard deviation are used. Default: the one saved with the
-            model.
         image_size: Shorter side in pixels; both sides are rounded to whole patches. Default: the model's own.
         flip: Whether to also read the flipped images, for training with flips and for the averaged test of depth.
         final_norm: Whether to apply the model's final norm to every block, as in the protocols.
@@ -98,20 +93,17 @@ def read_dense_features(
     Raises:
         ValueError: The family or block is unknown, or an image cannot be used, which would leave its target unpaired.
     """
-    started = time.perf_counter()
-    transform = EvaluationTransform.for_model(model, processor, image_size=image_size, keep_aspect=True)
-    description = describe_model(model)
-    blocks = resolve_layers(tuple(layers), description.num_layers)
-    norm = norm_of(model) if final_norm else nn.Identity()
+    started, reader = time.perf_counter(), open_model(model)
+    transform = reader.transform_for(image_size=image_size, keep_aspect=True)
+    blocks = resolve_layers(tuple(layers), reader.description.num_layers)
+    norm = reader.final_norm if final_norm else nn.Identity()
     prepared = prepare_images(images, transform, batch_size=batch_size)
     ids: list[str] = []
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept_cls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def read(pixel_values: Tensor, side: int) -> None:
-        reading = read_tokens(
-            model, pixel_values, layers=blocks, reduce=lambda tokens, layer: norm(tokens).float().cpu()
-        )
+        reading = reader.read(pixel_values, layers=blocks, reduce=lambda tokens, layer: norm(tokens).float().cpu())
         maps = torch.cat([reading.patches(layer) for layer in blocks], dim=-1)  # (B, N, F)
         kept[side].extend(maps.unflatten(1, reading.grid).unbind(0))
         if reading.has_cls:
@@ -136,7 +128,7 @@ def read_dense_features(
             cls=torch.cat(kept_cls[side]) if kept_cls[side] else None,
             flipped=mirrored,
             ids=tuple(ids),
-            patch_size=description.patch_size,
+            patch_size=reader.description.patch_size,
             layers=blocks,
             transform=transform.description,
             final_norm=final_norm,

@@ -20,7 +20,7 @@ Source: arXiv 2304.07193 section 7.4 and facebookresearch/dinov2 `eval/segmentat
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -66,11 +66,18 @@ class SegmentationSettings:
     flip_probability: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_settings(self)
+        if min(self.num_steps, self.batch_size) < 1:
+            raise ValueError(f"num_steps={self.num_steps} and batch_size={self.batch_size} must be at least 1.")
+        if not (0 <= self.warmup_ratio <= 1 and 0 <= self.flip_probability <= 1):
+            raise ValueError(
+                f"warmup_ratio={self.warmup_ratio} and flip_probability={self.flip_probability} must lie in [0, 1]."
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate={self.learning_rate} must be above 0.")
 
 
 @dataclass(frozen=True)
-class DepthSettings:
+class DepthSettings(SegmentationSettings):
     """Training and test settings of the depth head; `OFFICIAL_DEPTH` holds the published values.
 
     Args:
@@ -93,10 +100,8 @@ class DepthSettings:
 
     num_steps: int = 300
     warmup_ratio: float = 1 / 3
-    batch_size: int = 8
     learning_rate: float = 3e-3
     weight_decay: float = 0.01
-    flip_probability: float = 0.5
     mean_only_ratio: float = 100 / 38_400
     max_grad_norm: float = 35.0
     num_bins: int = 256
@@ -107,22 +112,11 @@ class DepthSettings:
     eigen_crop: bool = False
 
     def __post_init__(self) -> None:
-        _check_settings(self)
+        super().__post_init__()
         if not 0 < self.min_depth < self.max_depth:
             raise ValueError(f"min_depth={self.min_depth} must be above 0 and below max_depth={self.max_depth}.")
         if self.num_bins < 2 or self.upsample < 1:
             raise ValueError(f"num_bins={self.num_bins} must be at least 2 and upsample={self.upsample} at least 1.")
-
-
-def _check_settings(settings: Any) -> None:
-    for name in ("num_steps", "batch_size"):
-        if getattr(settings, name) < 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must be at least 1.")
-    for name in ("warmup_ratio", "flip_probability"):
-        if not 0 <= getattr(settings, name) <= 1:
-            raise ValueError(f"{name}={getattr(settings, name)} must lie in [0, 1].")
-    if not settings.learning_rate > 0:
-        raise ValueError(f"learning_rate={settings.learning_rate} must be above 0.")
 
 
 OFFICIAL_SEGMENTATION = SegmentationSettings(num_steps=40_000, batch_size=16)
@@ -133,63 +127,10 @@ OFFICIAL_DEPTH = DepthSettings(num_steps=38_400, batch_size=16, learning_rate=1e
 
 
 @dataclass(frozen=True, eq=False)
-class LinearSegmentationResult:
-    """Scores of one linear segmentation head.
+class LinearResult:
+    """Facts about one trained and tested head.
 
     Args:
-        mean_iou: Intersection over union over all test pixels, averaged over the classes that occur.
-        mean_accuracy: Share of the pixels of a class that are predicted correctly, averaged over classes.
-        overall_accuracy: Share of all pixels that are predicted correctly.
-        per_class_iou: Intersection over union by class name; NaN if a class neither occurs nor is predicted.
-        counts: (n, 3, C) numbers of agreeing, predicted and true pixels for every test image and class;
-            `intervals.mean_iou` scores any resample of them.
-        ids: Names of the n test images.
-        num_train: Number of training images.
-        layers: Blocks read.
-        protocol: Description of the protocol in one line.
-        settings: Training settings.
-        seed: Random seed for the order, the flips and the head.
-        train_loss: Mean cross-entropy over the last tenth of the steps.
-        seconds: Wall time of training and test, without feature extraction.
-        head: Weights `head_norm.*` and `classifier.*`; `RegViTForSemanticSegmentation` predicts the same with them.
-    """
-
-    mean_iou: float
-    mean_accuracy: float
-    overall_accuracy: float
-    per_class_iou: dict[str, float]
-    counts: NDArray[np.float64]
-    ids: tuple[str, ...]
-    num_train: int
-    layers: tuple[int, ...]
-    protocol: str
-    settings: SegmentationSettings
-    seed: int
-    train_loss: float
-    seconds: float
-    head: dict[str, Tensor]
-
-    @property
-    def num_test(self) -> int:
-        """Return the number of test images."""
-        return len(self.ids)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serializable dict without the weights, with the counts summed over images."""
-        return _to_dict(self, leave_out=("head", "counts")) | {"counts": self.counts.sum(0).astype(int).tolist()}
-
-
-@dataclass(frozen=True, eq=False)
-class LinearDepthResult:
-    """Scores of one linear depth head: errors over the measured pixels of an image, averaged over test images.
-
-    Args:
-        rmse: Root mean square error in meters.
-        abs_rel: Absolute error relative to the true depth.
-        delta1: Share of pixels within a factor of 1.25 of the true depth.
-        delta2: Share of pixels within a factor of 1.25 squared.
-        delta3: Share of pixels within a factor of 1.25 cubed.
-        errors: (n, 5) values of these five metrics for every test image, in this order.
         ids: Names of the n test images.
         num_train: Number of training images.
         layers: Blocks read.
@@ -198,24 +139,18 @@ class LinearDepthResult:
         seed: Random seed for the order, the flips and the head.
         train_loss: Mean loss over the last tenth of the steps.
         seconds: Wall time of training and test, without feature extraction.
-        head: Weights `classifier.*`; `RegViTForDepthEstimation` predicts the same with them.
+        head: Weights of the head.
     """
 
-    rmse: float
-    abs_rel: float
-    delta1: float
-    delta2: float
-    delta3: float
-    errors: NDArray[np.float64]
     ids: tuple[str, ...]
     num_train: int
     layers: tuple[int, ...]
     protocol: str
-    settings: DepthSettings
+    settings: SegmentationSettings
     seed: int
     train_loss: float
     seconds: float
-    head: dict[str, Tensor]
+    head: dict[str, Tensor] = field(repr=False)
 
     @property
     def num_test(self) -> int:
@@ -224,17 +159,60 @@ class LinearDepthResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serializable dict without the weights."""
-        return _to_dict(self, leave_out=("head", "errors")) | {"errors": self.errors.tolist()}
+        kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "head"}
+        lists = {"ids": list(self.ids), "layers": list(self.layers), "settings": asdict(self.settings)}
+        return kept | lists | {"num_test": self.num_test}
 
 
-def _to_dict(result: Any, *, leave_out: tuple[str, ...]) -> dict[str, Any]:
-    kept = {name: getattr(result, name) for name in result.__dataclass_fields__ if name not in leave_out}
-    return kept | {
-        "ids": list(result.ids),
-        "layers": list(result.layers),
-        "settings": asdict(result.settings),
-        "num_test": result.num_test,
-    }
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearSegmentationResult(LinearResult):
+    """Scores of one linear segmentation head; `RegViTForSemanticSegmentation` predicts the same with its weights.
+
+    Args:
+        mean_iou: Intersection over union over all test pixels, averaged over the classes that occur.
+        mean_accuracy: Share of the pixels of a class that are predicted correctly, averaged over classes.
+        overall_accuracy: Share of all pixels that are predicted correctly.
+        per_class_iou: Intersection over union by class name; NaN if a class neither occurs nor is predicted.
+        counts: (n, 3, C) numbers of agreeing, predicted and true pixels for every test image and class;
+            `intervals.mean_iou` scores any resample of them.
+    """
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    per_class_iou: dict[str, float]
+    counts: NDArray[np.float64] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serializable dict without the weights, with the counts summed over images."""
+        return super().to_dict() | {"counts": self.counts.sum(0).astype(int).tolist()}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LinearDepthResult(LinearResult):
+    """Scores of one linear depth head: errors over the measured pixels of an image, averaged over test images.
+
+    `RegViTForDepthEstimation` predicts the same with its weights.
+
+    Args:
+        rmse: Root mean square error in meters.
+        abs_rel: Absolute error relative to the true depth.
+        delta1: Share of pixels within a factor of 1.25 of the true depth.
+        delta2: Share of pixels within a factor of 1.25 squared.
+        delta3: Share of pixels within a factor of 1.25 cubed.
+        errors: (n, 5) values of these five metrics for every test image, in this order.
+    """
+
+    rmse: float
+    abs_rel: float
+    delta1: float
+    delta2: float
+    delta3: float
+    errors: NDArray[np.float64] = field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a JSON-serializable dict without the weights."""
+        return super().to_dict() | {"errors": self.errors.tolist()}
 
 
 # --- Segmentation
@@ -269,41 +247,27 @@ def linear_segmentation(
     """
     from .metrics import MeanIoU
 
-    started = time.perf_counter()
+    started, num_classes = time.perf_counter(), len(class_names)
     settings = settings or SegmentationSettings()
-    num_classes = len(class_names)
     _check_parts(train, train_masks, test, test_masks)
     targets = [_mask_at_input(train, train_masks, i, num_classes) for i in range(len(train))]
     head = _SegmentationHead(train.width, num_classes, seed)
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
-    )
 
-    def loss(batch: "_Batch") -> Tensor:
-        pairs = batch.split(head(batch.tokens))
+    def loss(pairs: _Pairs, step: int) -> Tensor:
         summed = []
         for maps, truth in pairs:
             logits = _resize(maps, tuple(truth.shape[1:]))
             summed.append(F.cross_entropy(logits, truth.long(), ignore_index=IGNORE, reduction="sum"))
         return torch.stack(summed).sum() / max(1, sum(int((truth != IGNORE).sum()) for _, truth in pairs))
 
-    losses = _fit(
-        train,
-        targets,
-        loss,
-        optimizer,
-        settings,
-        lambda step: poly_with_warmup(step, settings.num_steps, settings.warmup_ratio),
-        seed=seed,
-    )
+    train_loss = _fit(head, train, targets, loss, settings, poly_with_warmup, seed=seed)
     metric = MeanIoU(num_classes=num_classes, ignore_index=IGNORE)
     rows: list[Any] = []
     head.eval()
     with torch.no_grad():
         for i, features in enumerate(test.maps):
             truth = _checked_mask(test_masks[i], num_classes, test.ids[i])
-            logits = head(features.flatten(0, 1)).T.unflatten(1, features.shape[:2])[None]  # (1, C, rows, columns)
-            logits = _resize(_resize(logits, test.input_size(i)), tuple(truth.shape))
+            logits = _resize(_resize(_map_of(head, features), test.input_size(i)), tuple(truth.shape))
             rows.extend(metric.reduce([logits[0].argmax(0)], [truth]))
     counts = np.asarray(rows)
     scores = metric.result(counts)
@@ -313,15 +277,9 @@ def linear_segmentation(
         overall_accuracy=scores["overall_accuracy"],
         per_class_iou=dict(zip(class_names, scores["per_category_iou"])),
         counts=counts.reshape(-1, 3, num_classes),
-        ids=test.ids,
-        num_train=len(train),
-        layers=train.layers,
         protocol="linear segmentation: " + _protocol(train, settings) + "; mIoU at the size of the mask",
-        settings=settings,
-        seed=seed,
-        train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
-        seconds=time.perf_counter() - started,
         head={name: value.detach().clone() for name, value in head.state_dict().items()},
+        **_facts(train, test, settings, seed, train_loss, started),
     )
 
 
@@ -402,43 +360,32 @@ def linear_depth(
             "average_flip needs flipped test features. Read the features with flip=True, or set average_flip=False."
         )
     targets = [_depth_at_input(train, train_depths, i, settings) for i in range(len(train))]
-    with_cls = _with_cls(train), _with_cls(test)
-    torch_state = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
-    head = nn.Linear(with_cls[0].width, settings.num_bins)
-    bound = 1 / math.sqrt(with_cls[0].width)  # torch's initialization of a linear layer, but seeded
+    width = train.width * (1 if train.cls is None else 2)
+    head = nn.Linear(width, settings.num_bins)
+    generator = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
+    bound = 1 / math.sqrt(width)  # torch's initialization of a linear layer, but seeded
     for parameter in head.parameters():
-        nn.init.uniform_(parameter, -bound, bound, generator=torch_state)
-    optimizer = torch.optim.AdamW(
-        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
-    )
+        nn.init.uniform_(parameter, -bound, bound, generator=generator)
     mean_only = round(settings.num_steps * settings.mean_only_ratio)
 
-    def loss(batch: "_Batch") -> Tensor:
-        maps = batch.split(head(batch.tokens))
-        pairs = [(bins_to_meters(bins, tuple(truth.shape[1:]), settings), truth) for bins, truth in maps]
-        predicted = torch.cat([depth.flatten() for depth, _ in pairs])
-        true = torch.cat([truth.flatten() for _, truth in pairs])
-        if batch.step < mean_only:
+    def loss(pairs: _Pairs, step: int) -> Tensor:
+        depths = [bins_to_meters(bins, tuple(truth.shape[1:]), settings).flatten() for bins, truth in pairs]
+        predicted, true = torch.cat(depths), torch.cat([truth.flatten() for _, truth in pairs])
+        if step < mean_only:
             error = (torch.log(predicted + 1e-3) - torch.log(true + 1e-3))[true > 0]
             return math.sqrt(0.15) * error.mean().abs()
         return scale_invariant_log_loss(predicted, true, true > 0)
 
-    losses = _fit(
-        with_cls[0],
-        targets,
-        loss,
-        optimizer,
-        settings,
-        lambda step: cosine_with_warmup(step, settings.num_steps, settings.warmup_ratio),
-        seed=seed,
+    train_loss = _fit(
+        head, train, targets, loss, settings, cosine_with_warmup, seed=seed, tokens_of=_beside_cls,
         max_grad_norm=settings.max_grad_norm,
-    )
+    )  # fmt: skip
     metric = DepthErrors(min_depth=settings.min_depth, max_depth=settings.max_depth)
     errors = []
     with torch.no_grad():
         for i in range(len(test)):
             truth = _checked_depth(test_depths[i], settings, test.ids[i])
-            depth = _predict_depth(head, with_cls[1], i, tuple(truth.shape), settings)
+            depth = _predict_depth(head, test, i, tuple(truth.shape), settings)
             if settings.eigen_crop:
                 depth, truth = (_eigen_crop(values, test.ids[i]) for values in (depth, truth))
             rows = list(metric.reduce([depth], [truth]))
@@ -452,15 +399,9 @@ def linear_depth(
     return LinearDepthResult(
         **metric.result(values),
         errors=values,
-        ids=test.ids,
-        num_train=len(train),
-        layers=train.layers,
         protocol="linear depth: " + _protocol(train, settings) + _depth_protocol(settings, train),
-        settings=settings,
-        seed=seed,
-        train_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
-        seconds=time.perf_counter() - started,
         head={f"classifier.{name}": value.detach().clone() for name, value in head.state_dict().items()},
+        **_facts(train, test, settings, seed, train_loss, started),
     )
 
 
@@ -477,51 +418,24 @@ def bins_to_meters(bins: Tensor, size: tuple[int, ...], settings: DepthSettings)
     return _resize(depth[:, None], size)[:, 0]
 
 
-def _with_cls(features: DenseFeatures) -> DenseFeatures:
-    """Concatenate each block's CLS to its patches, in the order of `RegViTForDepthEstimation`."""
+def _beside_cls(features: DenseFeatures, index: int) -> Tensor:
+    """Return a map with each block's CLS beside its patches, in the order of `RegViTForDepthEstimation`."""
     if features.cls is None:
-        return features
-    blocks, width = len(features.layers), features.cls.shape[1] // len(features.layers)
-
-    def beside(index: int) -> Tensor:
-        patches = features.maps[index].unflatten(-1, (blocks, width))  # (rows, columns, l, D)
-        cls_token = features.cls[index].view(blocks, width).expand_as(patches)  # type: ignore[index]
-        return torch.stack([patches, cls_token], dim=-2).flatten(-3)  # (rows, columns, 2 l D)
-
-    return DenseFeatures(
-        **{name: getattr(features, name) for name in features.__dataclass_fields__ if name not in ("maps", "flipped")},
-        maps=_LazyMaps(beside, len(features)),  # type: ignore[arg-type]  # twice the size, so computed on demand
-        flipped=None if features.flipped is None else _with_cls(features.flipped),
-    )
-
-
-class _LazyMaps:
-    """Maps that are computed on demand."""
-
-    def __init__(self, make: Callable[[int], Tensor], length: int) -> None:
-        self.make, self.length = make, length
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self.length:
-            raise IndexError(index)
-        return self.make(index)
+        return features.maps[index]
+    blocks = len(features.layers)
+    patches = features.maps[index].unflatten(-1, (blocks, -1))  # (rows, columns, l, D)
+    cls_token = features.cls[index].view(blocks, -1).expand_as(patches)
+    return torch.stack([patches, cls_token], dim=-2).flatten(-3)  # (rows, columns, 2 l D)
 
 
 def _predict_depth(
     head: nn.Module, features: DenseFeatures, index: int, size: tuple[int, ...], settings: DepthSettings
 ) -> Tensor:
     """Return (H, W) meters, averaged with the mirror image if set, clamped to the range of the bins."""
-
-    def one(tokens: Tensor) -> Tensor:
-        bins = head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]  # (1, K, rows, columns)
-        return bins_to_meters(bins, size, settings)[0]
-
-    depth = one(features.maps[index])
+    depth = bins_to_meters(_map_of(head, _beside_cls(features, index)), size, settings)[0]
     if settings.average_flip and features.flipped is not None:
-        depth = (depth + one(features.flipped.maps[index]).flip(-1)) / 2
+        mirrored = bins_to_meters(_map_of(head, _beside_cls(features.flipped, index)), size, settings)[0]
+        depth = (depth + mirrored.flip(-1)) / 2
     return depth.clamp(settings.min_depth, settings.max_depth)
 
 
@@ -557,56 +471,46 @@ def _eigen_crop(values: Tensor, name: str) -> Tensor:
 
 # --- Shared by both
 
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    """Patches of a batch of images, concatenated in groups of equal grids.
-
-    `tokens` is (patches of all images, F); `groups` holds for every group its grid and its targets (B, H, W).
-    """
-
-    step: int
-    tokens: Tensor
-    groups: tuple[tuple[tuple[int, int], Tensor], ...]
-
-    def split(self, outputs: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Reshape a head's outputs for `tokens` to maps (B, C, rows, columns), paired with targets, for every grid."""
-        pairs, start = [], 0
-        for (rows, columns), truth in self.groups:
-            count = len(truth) * rows * columns
-            maps = outputs[start : start + count].view(len(truth), rows, columns, -1).permute(0, 3, 1, 2)
-            pairs.append((maps, truth))
-            start += count
-        return pairs
+_Pairs = list[tuple[Tensor, Tensor]]  # outputs of a head (B, C, rows, columns) and targets (B, H, W), for every grid
 
 
 def _fit(
+    head: nn.Module,
     features: DenseFeatures,
     targets: Sequence[Tensor],
-    loss: Callable[[_Batch], Tensor],
-    optimizer: torch.optim.Optimizer,
-    settings: Any,
-    schedule: Callable[[int], float],
+    loss: Callable[[_Pairs, int], Tensor],
+    settings: SegmentationSettings,
+    schedule: Callable[[int, int, float], float],
     *,
     seed: int,
-    max_grad_norm: float | None = None,
-) -> list[float]:
-    """Train and return the loss of every step; epochs are permutations, and batches may span two epochs."""
-    rng = np.random.default_rng([seed, _ORDER_DRAWS])
-    flips = np.random.default_rng([seed, _FLIP_DRAWS])
+    tokens_of: Callable[[DenseFeatures, int], Tensor] = lambda features, index: features.maps[index],
+    max_grad_norm: float = math.inf,
+) -> float:
+    """Train a head, and return the mean loss over the last tenth of the steps.
+
+    Epochs are permutations, and batches may span two epochs.
+    """
+    rng, flips = (np.random.default_rng([seed, draws]) for draws in (_ORDER_DRAWS, _FLIP_DRAWS))
+    optimizer = torch.optim.AdamW(
+        head.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.999)
+    )
     queue: list[int] = []
     losses = []
     batch_size = min(settings.batch_size, len(features))
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for step in range(settings.num_steps):
         while len(queue) < batch_size:
             queue.extend(rng.permutation(len(features)).tolist())
         chosen, queue = queue[:batch_size], queue[batch_size:]
-        mirrored = (flips.random(len(chosen)) < settings.flip_probability) & (features.flipped is not None)
+        by_grid: dict[tuple[int, ...], _Pairs] = {}
+        for index, draw in zip(chosen, flips.random(len(chosen))):
+            flip = draw < settings.flip_probability and features.flipped is not None
+            tokens = tokens_of(features.flipped if flip else features, index)  # type: ignore[arg-type]  # not None
+            truth = targets[index].flip(-1) if flip else targets[index]
+            by_grid.setdefault(tuple(tokens.shape[:2]), []).append((tokens, truth))
         for group in optimizer.param_groups:
-            group["lr"] = settings.learning_rate * schedule(step)
+            group["lr"] = settings.learning_rate * schedule(step, settings.num_steps, settings.warmup_ratio)
         with torch.enable_grad():
-            value = loss(_batch(features, targets, chosen, mirrored.tolist(), step))
+            value = loss(_outputs(head, by_grid), step)
             optimizer.zero_grad()
             value.backward()
         if not math.isfinite(value.item()):
@@ -614,27 +518,40 @@ def _fit(
                 f"The loss is {value.item()} at step {step}. Check the features for NaN or infinite values, or lower "
                 "learning_rate."
             )
-        if max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+        if math.isfinite(max_grad_norm):
+            nn.utils.clip_grad_norm_(head.parameters(), max_grad_norm)
         optimizer.step()
         losses.append(value.item())
-    return losses
+    return float(np.mean(losses[-max(1, len(losses) // 10) :]))
 
 
-def _batch(
-    features: DenseFeatures, targets: Sequence[Tensor], chosen: Sequence[int], mirrored: Sequence[bool], step: int
-) -> _Batch:
-    by_grid: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = {}
-    for index, flip in zip(chosen, mirrored):
-        source = features.flipped if flip and features.flipped is not None else features
-        tokens = source.maps[index]
-        truth = targets[index].flip(-1) if flip else targets[index]
-        by_grid.setdefault(tuple(tokens.shape[:2]), []).append((tokens, truth))  # type: ignore[arg-type]
-    return _Batch(
-        step,
-        torch.cat([tokens.flatten(0, 1) for group in by_grid.values() for tokens, _ in group]),
-        tuple((grid, torch.stack([truth for _, truth in group])) for grid, group in by_grid.items()),
-    )
+def _outputs(head: nn.Module, by_grid: dict[tuple[int, ...], _Pairs]) -> _Pairs:
+    """Run the head once on all patches of a batch, and pair its outputs with the targets of every grid."""
+    outputs = head(torch.cat([tokens.flatten(0, 1) for group in by_grid.values() for tokens, _ in group]))
+    counts = [len(group) * rows * columns for (rows, columns), group in by_grid.items()]
+    return [
+        (part.view(len(group), *grid, -1).permute(0, 3, 1, 2), torch.stack([truth for _, truth in group]))
+        for part, (grid, group) in zip(outputs.split(counts), by_grid.items())
+    ]
+
+
+def _map_of(head: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the outputs of a head for one map (rows, columns, F) as (1, C, rows, columns)."""
+    return head(tokens.flatten(0, 1)).T.unflatten(1, tokens.shape[:2])[None]
+
+
+def _facts(
+    train: DenseFeatures, test: DenseFeatures, settings: Any, seed: int, train_loss: float, started: float
+) -> dict[str, Any]:
+    return {
+        "ids": test.ids,
+        "num_train": len(train),
+        "layers": train.layers,
+        "settings": settings,
+        "seed": seed,
+        "train_loss": train_loss,
+        "seconds": time.perf_counter() - started,
+    }
 
 
 def _resize(maps: Tensor, size: tuple[int, ...]) -> Tensor:

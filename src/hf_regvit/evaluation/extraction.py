@@ -9,10 +9,8 @@ Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
-from ..models.families import describe_model, final_norm, find_tower
-from ..models.loading import load_model, weights_fingerprint
-from ..models.processing import EvaluationTransform
-from ..models.tokens import read_tokens, resolve_layers
+from ..models.loading import open_model, weights_fingerprint
+from ..models.saving import read_json, whole_file, write_json
+from ..models.tokens import TokenReader, resolve_layers
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,21 +51,22 @@ class TokenFeatures:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        cls, registers, patches = (
+            None if tokens is None else tuple(tokens.shape) for tokens in (self.cls, self.registers, self.patches)
+        )
+        return f"TokenFeatures({len(self)} images: cls {cls}, registers {registers}, patches {patches})"
+
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file atomically."""
-        path = Path(path)
+        """Write one safetensors file, whole or not at all."""
         tensors = {"registers": self.registers, "patches": self.patches}
         if self.cls is not None:
             tensors["cls"] = self.cls
         skipped = [[image.id, image.reason] for image in self.skipped]
         notes = {"grid": list(self.grid), "ids": list(self.ids), "skipped": skipped}
-        unfinished = path.with_name(f".{path.name}.partial")
-        save_file(
-            {name: tensor.contiguous() for name, tensor in tensors.items()},
-            unfinished,
-            metadata={"hf_regvit": json.dumps(notes)},
-        )
-        _put_in_place(unfinished, path)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        with whole_file(path) as unfinished:
+            save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenFeatures":
@@ -102,13 +100,6 @@ def _read_notes(path: Path) -> dict[str, Any]:
             return json.loads((file.metadata() or {})["hf_regvit"])
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
-
-
-def _put_in_place(unfinished: Path, path: Path) -> None:
-    """Rename a finished file; a crash leaves the old file, the new file or none, but never a partial one."""
-    with unfinished.open("rb") as file:
-        os.fsync(file.fileno())
-    unfinished.replace(path)
 
 
 def _join(parts: Sequence[TokenFeatures]) -> TokenFeatures:
@@ -167,102 +158,72 @@ class ExtractionSettings:
             raise ValueError(f"shard_size={self.shard_size} is too small. Use at least 1.")
 
 
-class _Reader:
-    """Reader of features for one model, block and dtype."""
+def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings, bar: Any) -> TokenFeatures:
+    """Read the features of all images of a part in order; there may be none."""
+    norm, dtype = reader.final_norm if settings.final_norm else nn.Identity(), _DTYPES[settings.dtype]
 
-    def __init__(self, model: nn.Module, settings: ExtractionSettings) -> None:
-        self.model, self.settings = model, settings
-        self.norm = final_norm(model) if settings.final_norm else nn.Identity()
-        self.dtype = _DTYPES[settings.dtype]
-
-    def read(self, images: PreparedImages, bar: Any) -> TokenFeatures:
-        """Read the features of all images of a part in order; there may be none."""
-        parts, reported = [], 0
-        for ids, pixel_values in images.batches():
-            parts.append(self._read_batch(ids, pixel_values))
-            bar.update(len(ids) + len(images.skipped) - reported)
-            reported = len(images.skipped)
-        bar.update(len(images.skipped) - reported)
-        return replace(_join(parts or [self._of_no_image()]), skipped=tuple(images.skipped))
-
-    def _read_batch(self, ids: Sequence[str], pixel_values: torch.Tensor) -> TokenFeatures:
-        reading = read_tokens(self.model, pixel_values, layers=(self.settings.layer,), reduce=self._keep)
-        patches = reading.patches()
-        return TokenFeatures(
-            cls=reading.cls(),
-            registers=reading.registers(),
-            patches=patches if self.settings.patches else patches[:, :0],
-            grid=reading.grid,
-            ids=tuple(ids),
-        )
-
-    def _keep(self, tokens: torch.Tensor, layer: int) -> torch.Tensor:
-        tokens = self.norm(tokens)
+    def keep(tokens: torch.Tensor, layer: int) -> torch.Tensor:
+        tokens = norm(tokens)
         if not tokens.isfinite().all():
             raise ValueError(
                 f"The model gives NaN or infinity at block {layer}. Check its weights. If it runs in float16, large "
                 "activations may overflow; use bfloat16 or float32."
             )
-        kept = tokens.to(self.dtype)
+        kept = tokens.to(dtype)
         if not kept.isfinite().all():
             raise ValueError(
-                f"Features up to {tokens.abs().max():.3g} do not fit into {self.settings.dtype}. Use bfloat16 or "
-                "float32."
+                f"Features up to {tokens.abs().max():.3g} do not fit into {settings.dtype}. Use bfloat16 or float32."
             )
         return kept.cpu()
 
-    def _of_no_image(self) -> TokenFeatures:
-        description = describe_model(self.model)
-        none = torch.zeros(0, description.num_register_tokens, description.hidden_size, dtype=self.dtype)
-        return TokenFeatures(none[:, 0] if description.has_cls else None, none, none[:, :0], (0, 0), ())
+    parts, reported = [], 0
+    for ids, pixel_values in images.batches():
+        reading = reader.read(pixel_values, layers=(settings.layer,), reduce=keep)
+        patches = reading.patches() if settings.patches else reading.patches()[:, :0]
+        parts.append(TokenFeatures(reading.cls(), reading.registers(), patches, reading.grid, tuple(ids)))
+        bar.update(len(ids) + len(images.skipped) - reported)
+        reported = len(images.skipped)
+    bar.update(len(images.skipped) - reported)
+    if not parts:
+        d = reader.description
+        none = torch.zeros(0, d.num_register_tokens, d.hidden_size, dtype=dtype)
+        cls = torch.zeros(0, d.hidden_size, dtype=dtype) if d.has_cls else None
+        parts.append(TokenFeatures(cls, none, none[:, :0], (0, 0), ()))
+    return replace(_join(parts), skipped=tuple(images.skipped))
 
 
 def extract_features(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
-    processor: Any = None,
     layer: int = -1,
     final_norm: bool = True,
     batch_size: int = 32,
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
 ) -> TokenFeatures:
     """Extract CLS, registers and patches of all images after one block, in memory.
 
     Use `extract_to_folder` for datasets that do not fit into memory.
 
     Args:
-        model: Model of a family in `families.FAMILIES`. It is not changed.
+        model: Name, module or reader; see `open_model`.
         images: Folder, list of paths or Pillow images, `ImageSource` or `datasets` dataset. Sizes may differ, because
             the processor resizes the images.
-        processor: Image processor; see `EvaluationTransform.for_model`.
         layer: Block to read: 1 to L, 0 for the embedding, negative numbers to count from the end.
         final_norm: Whether to apply the model's final norm, as for its own last hidden state, or to return the raw
             residual stream.
         batch_size: Number of images per forward pass.
-        device: Device to compute on; by default, the device of the model.
+        device: Device to compute on; see `open_model`.
 
     Raises:
         ValueError: The family or block is unknown, or no image could be used.
     """
-    settings = ExtractionSettings(layer=layer, final_norm=final_norm)
-    prepared = prepare_images(images, EvaluationTransform.for_model(model, processor), batch_size=batch_size)
-    with _placed(model, device), _progress(prepared.total, show=None) as bar:
-        features = _Reader(model, settings).read(prepared, bar)
+    reader = open_model(model, device=device)
+    prepared = prepare_images(images, reader.transform, batch_size=batch_size)
+    with _progress(prepared.total, show=None) as bar:
+        features = _read(reader, prepared, ExtractionSettings(layer=layer, final_norm=final_norm), bar)
     report_skipped(len(features), features.skipped, prepared.name)
     return features
-
-
-@contextmanager
-def _placed(model: nn.Module, device: str | torch.device | None) -> Iterator[None]:
-    """Move the model to a device for the duration of the `with` block and back afterwards."""
-    home = next(model.parameters()).device
-    try:
-        if device is not None:
-            model.to(device)
-        yield
-    finally:
-        model.to(home)
 
 
 def _progress(total: int | None, *, show: bool | None) -> Any:
@@ -293,13 +254,12 @@ class ExtractionReport:
 
 
 def extract_to_folder(
-    model: nn.Module | str | Path,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     output_dir: str | Path,
     *,
-    processor: Any = None,
     settings: ExtractionSettings | None = None,
-    device: str | torch.device | None = None,
+    device: str | torch.device = "auto",
     progress: bool = True,
 ) -> ExtractionReport:
     """Extract features of any number of images to safetensors shards with an `index.json`; a rerun resumes.
@@ -311,13 +271,12 @@ def extract_to_folder(
     --multi_gpu`, because `accelerate launch --cpu` starts only one process.
 
     Args:
-        model: Model, or the name of a model for `load_model`.
+        model: Name, module or reader; see `open_model`.
         images: Images as for `extract_features`, or a stream. Every process iterates over the whole stream, but opens
             only its own images.
         output_dir: Output folder, either new or from an earlier run with the same model, images and settings.
-        processor: Image processor; see `EvaluationTransform.for_model`.
         settings: Settings of the extraction; see `ExtractionSettings`.
-        device: Device to compute on; by default, the device of the model or that of the process.
+        device: Device to compute on. "auto" is that of the process, or that of a module in a single process.
         progress: Whether to show a progress bar (first process only).
 
     Raises:
@@ -327,23 +286,20 @@ def extract_to_folder(
 
     # Without `cpu`, a group of processes on a machine without accelerator would count as a single process.
     state, settings = PartialState(cpu=not torch.accelerator.is_available()), settings or ExtractionSettings()
-    if isinstance(model, str | Path):
-        model, saved = load_model(model)
-        processor, device = processor or saved, device or state.device
-    elif state.num_processes > 1:
-        device = device or state.device
-    transform = EvaluationTransform.for_model(model, processor, image_size=settings.image_size)
+    if device == "auto" and (state.num_processes > 1 or isinstance(model, str | Path)):
+        device = state.device
+    reader = open_model(model, device=device)
+    transform = reader.transform_for(image_size=settings.image_size)
     prepared = prepare_images(images, transform, batch_size=settings.batch_size, max_images=settings.max_images)
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    identity = _identity(model, prepared, settings)
+    identity = _identity(reader, prepared, settings)
     _claim(folder, identity)
 
     start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
     total = _share(prepared.total, settings.shard_size, state.process_index, state.num_processes)
     show = progress and state.is_main_process
-    with _placed(model, device), _progress(total, show=show) as bar:
-        reader = _Reader(model, settings)
+    with _progress(total, show=show) as bar:
         for index, part in enumerate(prepared.parts(settings.shard_size)):
             num_shards += 1
             if index % state.num_processes != state.process_index:
@@ -352,7 +308,7 @@ def extract_to_folder(
             if _is_done(path, part):
                 bar.update(part.total)
                 continue
-            shard = reader.read(part, bar)
+            shard = _read(reader, part, settings, bar)
             shard.save(path)
             num_used, num_written = num_used + len(shard), num_written + 1
     seconds = time.perf_counter() - start
@@ -390,7 +346,7 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
     return True
 
 
-def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
+def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
     """Collect everything the features depend on: two runs with the same identity write the same files."""
     names = hashlib.blake2b(digest_size=16)
     for name in images.ids() if images.total is not None else ():
@@ -398,9 +354,9 @@ def _identity(model: nn.Module, images: PreparedImages, settings: ExtractionSett
     chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
     return {
         **chosen,
-        "layer": resolve_layers((settings.layer,), describe_model(model).num_layers)[0],
-        "family": find_tower(model)[1],
-        "weights": weights_fingerprint(model),
+        "layer": resolve_layers((settings.layer,), reader.description.num_layers)[0],
+        "family": reader.family_name,
+        "weights": weights_fingerprint(reader.model),
         "images": None if images.total is None else names.hexdigest(),
         "transform": images.transform.description,
     }
@@ -410,20 +366,13 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
     """Write the identity of the extraction to the folder, or check that an existing one is the same."""
     path = folder / "extraction.json"
     if not path.is_file():
-        _write_json(path, identity)
+        write_json(path, identity)
         return
-    known = json.loads(path.read_text(encoding="utf-8"))
+    known = read_json(path)
     differing = [key for key in identity if known.get(key) != identity[key]]
     if differing:
         changes = ", ".join(f"{key}: {known.get(key)!r}, now {identity[key]!r}" for key in differing)
         raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    # Several processes may write the same content; with separate files, none renames another's partial file.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _put_in_place(unfinished, path)
 
 
 def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: str) -> dict[str, Any] | None:
@@ -434,6 +383,8 @@ def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: 
         raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
+    for path in folder.glob(".features-*.partial"):  # left by an interrupted run; all shards are finished
+        path.unlink(missing_ok=True)
     shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
     skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
     num_images = sum(len(shard["ids"]) for shard in shards)
@@ -447,7 +398,7 @@ def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: 
         **identity,
         "shards": shards,
     }
-    _write_json(folder / "index.json", index)
+    write_json(folder / "index.json", index)
     return index
 
 
@@ -469,4 +420,4 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"'{folder}' has no index.json, so there is no finished extraction. Run the extraction again; it resumes "
             "where it stopped."
         )
-    return json.loads(path.read_text(encoding="utf-8"))
+    return read_json(path)

@@ -6,9 +6,11 @@ Source: facebookresearch/dinov2 `eval/linear.py`, `eval/log_regression.py`, `eva
 """
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -221,20 +223,30 @@ def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
         )
 
 
-# --- Logistic regression ---
+# --- Fits of scikit-learn ---
 
 
 @dataclass(frozen=True, eq=False)
-class LogisticModel:
-    """Fitted model `features @ weight + bias`, (m, D) to (m, C), with its `c` as in scikit-learn and cuML."""
+class LinearModel:
+    """Linear model `(x - mean) / std @ weight + bias`, (m, D) to (m, outputs), in float64 until the result.
+
+    Args:
+        weight: (D, outputs) weights.
+        bias: (outputs,) bias; minus infinity for a class without training images.
+        mean: (D,) mean that is subtracted from the features.
+        std: (D,) standard deviation by which they are divided.
+        c: C of a logistic regression, as in scikit-learn and cuML.
+    """
 
     weight: Tensor
     bias: Tensor
-    c: float
+    mean: Tensor | float = 0.0
+    std: Tensor | float = 1.0
+    c: float = math.nan
 
     def __call__(self, features: Tensor) -> Tensor:
-        """Return the class scores, (m, C)."""
-        return torch.addmm(self.bias, features.float(), self.weight)
+        """Return class scores or predictions, float32."""
+        return ((features.double().cpu() - self.mean) / self.std @ self.weight + self.bias).float()
 
 
 def logistic_path(
@@ -244,13 +256,13 @@ def logistic_path(
     num_classes: int,
     cs: Sequence[float] = LOGISTIC_CS,
     max_iterations: int = 1000,
-    tolerance: float = 1e-12,
-) -> Iterator[LogisticModel]:
+    tolerance: float = 1e-6,
+) -> Iterator[LinearModel]:
     """Fit multinomial logistic regression for ascending values of C, each started from the previous solution.
 
     Minimizes C * sum of cross-entropies + ||weight||² / 2, without a penalty on the bias, on unscaled features, by
-    L-BFGS in double precision. The result is deterministic. The objective is convex, so the start affects the speed
-    and not the solution.
+    scikit-learn's L-BFGS in double precision. The result is deterministic. The objective is convex, so the start
+    affects the speed and not the solution.
 
     Args:
         features: (n, D) feature vectors.
@@ -258,40 +270,88 @@ def logistic_path(
         num_classes: Number of classes.
         cs: Values of C, ascending.
         max_iterations: Maximum number of L-BFGS iterations for each C.
-        tolerance: Threshold on the largest gradient entry and on the change of the mean loss, below which to stop.
+        tolerance: Threshold on the largest gradient entry of the mean loss, below which to stop.
 
     Raises:
         ValueError: A label is out of range, or `cs` is not ascending.
 
-    Source: dinov2 `eval/log_regression.py`: C = 10^linspace(-6, 5, 45), 1,000 iterations, tolerance 1e-12.
+    Source: dinov2 `eval/log_regression.py`: C = 10^linspace(-6, 5, 45), 1,000 iterations.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     _check_labels(labels, len(features), num_classes)
     if list(cs) != sorted(cs) or min(cs) <= 0:
         raise ValueError(f"cs={list(cs)} must be above 0 and in ascending order.")
-    # In single precision the line search stalls at gradients of about 1e-4, far from the minimum.
-    x = features.double()
-    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
-    bias = x.new_zeros(num_classes, requires_grad=True)
+    x, y = features.double().cpu().numpy(), labels.cpu().numpy()
+    present = np.unique(y)
+    solver = LogisticRegression(tol=tolerance, max_iter=max_iterations, warm_start=True)
     for c in cs:
-        solver = torch.optim.LBFGS(
-            [weight, bias],
-            max_iter=max_iterations,
-            tolerance_grad=tolerance,
-            tolerance_change=tolerance,
-            history_size=10,
-            line_search_fn="strong_wolfe",
-        )
+        weight, bias = np.zeros((x.shape[1], num_classes)), np.full(num_classes, -np.inf)
+        if len(present) == 1:
+            bias[present] = 0
+        else:
+            # For two classes scikit-learn fits their difference, whose penalty is twice that of two weight vectors.
+            pair = len(present) == 2
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # the protocol stops after max_iterations
+                solver.set_params(C=2 * c if pair else c).fit(x, y)
+            coefficients = np.column_stack([solver.coef_, solver.intercept_])
+            if pair:
+                coefficients = np.concatenate([-coefficients, coefficients]) / 2
+            weight[:, present], bias[present] = coefficients[:, :-1].T, coefficients[:, -1]
+        yield LinearModel(torch.from_numpy(weight), torch.from_numpy(bias), c=c)
 
-        def loss(solver: torch.optim.LBFGS = solver, c: float = c) -> Tensor:
-            solver.zero_grad()
-            fit = F.cross_entropy(torch.addmm(bias, x, weight), labels)
-            value = fit + weight.square().sum() / (2 * c * len(x))
-            value.backward()
-            return value
 
-        with torch.enable_grad():
-            solver.step(loss)
-        yield LogisticModel(weight.detach().float(), bias.detach().float(), c)
+def softmax_regression(
+    features: Tensor, labels: Tensor, *, num_classes: int, l2: float = 1e-3, max_iterations: int = 100
+) -> LinearModel:
+    """Fit multinomial logistic regression on standardized features; it is deterministic.
+
+    It minimizes mean cross-entropy + l2 / 2 * ||weight||², without a penalty on the bias.
+
+    Args:
+        features: (n, D) features.
+        labels: (n,) class ids in [0, num_classes).
+        num_classes: Number C of classes.
+        l2: L2 penalty, on standardized features.
+        max_iterations: Maximum number of iterations of L-BFGS.
+
+    Raises:
+        ValueError: There are no features, or not one label per feature.
+    """
+    x, mean, std = _standardize(features, labels)
+    options: dict[str, Any] = {"num_classes": num_classes, "max_iterations": max_iterations}
+    return replace(next(logistic_path(x, labels, cs=(1 / (l2 * len(x)),), **options)), mean=mean, std=std)
+
+
+def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> LinearModel:
+    """Fit least squares on standardized features with the penalty l2 * n * ||weight||², in closed form and float64.
+
+    Args:
+        features: (n, D) features.
+        targets: (n, outputs) targets; their mean is the bias.
+        l2: L2 penalty, on standardized features.
+
+    Raises:
+        ValueError: There are no features, or not one target per feature.
+    """
+    from sklearn.linear_model import Ridge
+
+    x, mean, std = _standardize(features, targets)
+    fitted = Ridge(alpha=l2 * len(x)).fit(x.numpy(), targets.double().cpu().numpy())
+    return LinearModel(torch.from_numpy(fitted.coef_.T), torch.from_numpy(fitted.intercept_), mean, std)
+
+
+def _standardize(features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Standardize each channel in float64; return features, mean and deviation. Constant channels become 0."""
+    from sklearn.preprocessing import StandardScaler
+
+    if len(features) == 0 or len(features) != len(targets):
+        raise ValueError(f"There are {len(targets)} targets for {len(features)} features, expected one each.")
+    scaler = StandardScaler().fit(features.double().cpu().numpy())
+    mean, std = torch.from_numpy(scaler.mean_), torch.from_numpy(scaler.scale_)
+    return (features.double().cpu() - mean) / std, mean, std
 
 
 def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
@@ -311,108 +371,12 @@ def ridge_accuracy(train_features: Tensor, train_labels: Tensor, test_features: 
 
     Source: Hastie, Tibshirani and Friedman 2009, sections 3.4.1 and 7.10 (leave-one-out error of a linear smoother).
     """
-    mean, deviation = train_features.double().mean(0), train_features.double().std(0, correction=0)
-    train, test = (
-        (features.double() - mean) / deviation.clamp(min=1e-6) for features in (train_features, test_features)
+    from sklearn.linear_model import RidgeClassifierCV
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    penalties = len(train_features) * np.array([1e-3, 1e-2, 1e-1, 1.0, 10.0])
+    x, y, test, truth = (
+        values.cpu().numpy() for values in (train_features.double(), train_labels, test_features.double(), test_labels)
     )
-    classes = int(max(train_labels.max(), test_labels.max())) + 1
-    targets = F.one_hot(train_labels.long(), classes).double()  # (n, C)
-    offset = targets.mean(0)  # equals an unpenalized bias, because the features have mean 0
-    eigenvalues, directions = torch.linalg.eigh(train.T @ train)  # (D,), (D, D)
-    scores = train @ directions  # (n, D)
-    projected = scores.T @ (targets - offset)
-    best_error, best_weights = math.inf, torch.empty(0)
-    for penalty in (1e-3, 1e-2, 1e-1, 1.0, 10.0):
-        shrunk = 1 / (eigenvalues.clamp(min=0) + penalty * len(train))
-        weights = shrunk[:, None] * projected
-        leverage = (scores.square() * shrunk).sum(1, keepdim=True) + 1 / len(train)  # (n, 1)
-        error = ((targets - offset - scores @ weights) / (1 - leverage)).square().mean().item()
-        if error < best_error:
-            best_error, best_weights = error, directions @ weights
-    return ((test @ best_weights + offset).argmax(1) == test_labels.to(test.device)).float().mean().item()
-
-
-# --- Linear models ---
-
-
-@dataclass(frozen=True, eq=False)
-class LinearModel:
-    """Linear model on standardized features: `(x - mean) / std @ weight + bias`, (.., D) to (.., outputs)."""
-
-    mean: Tensor
-    std: Tensor
-    weight: Tensor
-    bias: Tensor
-
-    def __call__(self, features: Tensor) -> Tensor:
-        """Return scores or predictions, float32."""
-        return (features.float() - self.mean) / self.std @ self.weight + self.bias
-
-
-def _standardize(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Standardize each channel; return features, mean and standard deviation. Constant channels become 0."""
-    features = features.float()
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    std = torch.where(std > 1e-6 * std.max().clamp(min=1e-30), std, torch.ones_like(std))
-    return (features - mean) / std, mean, std
-
-
-def softmax_regression(
-    features: Tensor, labels: Tensor, *, num_classes: int, l2: float = 1e-3, max_iterations: int = 100
-) -> LinearModel:
-    """Fit multinomial logistic regression on standardized features, with L-BFGS from zero; it is deterministic.
-
-    It minimizes mean cross-entropy + l2 / 2 * ||weight||², without a penalty on the bias.
-    `LogisticRegression(C=1 / (l2 * n))` of scikit-learn has the same minimum.
-
-    Args:
-        features: (n, D) features.
-        labels: (n,) class ids in [0, num_classes).
-        num_classes: Number C of classes.
-        l2: L2 penalty, on standardized features.
-        max_iterations: Maximum number of iterations of L-BFGS with a strong Wolfe line search.
-
-    Raises:
-        ValueError: There are no features, or not one label per feature.
-    """
-    if len(features) == 0 or labels.shape != features.shape[:1]:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)} for features of shape {tuple(features.shape)}, expected one each."
-        )
-    x, mean, std = _standardize(features)
-    weight = x.new_zeros(x.shape[1], num_classes, requires_grad=True)
-    bias = x.new_zeros(num_classes, requires_grad=True)
-    solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=max_iterations, tolerance_grad=1e-6, history_size=10, line_search_fn="strong_wolfe"
-    )
-
-    def loss() -> Tensor:
-        solver.zero_grad()
-        value = F.cross_entropy(x @ weight + bias, labels) + l2 / 2 * weight.square().sum()
-        value.backward()
-        return value
-
-    with torch.enable_grad():
-        solver.step(loss)
-    return LinearModel(mean, std, weight.detach(), bias.detach())
-
-
-def ridge_regression(features: Tensor, targets: Tensor, *, l2: float = 1e-3) -> LinearModel:
-    """Fit least squares on standardized features with the penalty l2 * n * ||weight||², in closed form and float64.
-
-    Args:
-        features: (n, D) features.
-        targets: (n, outputs) targets; their mean is the bias.
-        l2: L2 penalty, on standardized features.
-
-    Raises:
-        ValueError: There are no features, or not one target per feature.
-    """
-    if len(features) == 0 or len(features) != len(targets):
-        raise ValueError(f"There are {len(targets)} targets for {len(features)} features, expected one each.")
-    x, mean, std = _standardize(features)
-    bias = targets.float().mean(dim=0)
-    x = x.double()
-    penalty = l2 * len(x) * torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
-    weight = torch.linalg.solve(x.T @ x + penalty, x.T @ (targets.double() - bias.double()))
-    return LinearModel(mean, std, weight.float(), bias)
+    return float(make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=penalties)).fit(x, y).score(test, truth))

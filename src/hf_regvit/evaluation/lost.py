@@ -12,8 +12,9 @@ exclusive, in pixels of the stored image unless stated otherwise.
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, Literal
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,9 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.preparation import prepare_images
-from ..models.families import ModelDescription, describe_model
+from ..models.families import ModelDescription
+from ..models.loading import open_model
 from ..models.processing import EvaluationTransform
-from ..models.tokens import Site, TokenReading, read_many, resolve_layers
+from ..models.tokens import Site, TokenReader, TokenReading, resolve_layers
 from .boxes import Box
 
 logger = logging.getLogger(__name__)
@@ -61,12 +63,9 @@ class LostSettings:
     k: int = 100
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("feature", self.feature, ("q", "k", "v", "out")),
-            ("center", self.center, ("none", "image", "row")),
-        ):
-            if value not in known:
-                raise ValueError(f"Unknown {name}={value!r}. Use one of {', '.join(known)}.")
+        for name, known in (("feature", get_args(Feature)), ("center", get_args(Center))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"Unknown {name}={getattr(self, name)!r}. Use one of {', '.join(known)}.")
         if self.k < 1:
             raise ValueError(f"k={self.k} must be at least 1, because it includes the seed.")
         if not np.isfinite(self.bias):
@@ -224,25 +223,17 @@ def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostS
         )
     if not torch.isfinite(features).all():
         raise ValueError("features contain NaN or infinity, but must be finite. Check the model and its precision.")
-    results: dict[int, LostResult] = {}
-    order = sorted(range(len(settings)), key=lambda i: _product(settings[i]))
-    for _, members in groupby(order, key=lambda i: _product(settings[i])):
-        same = {i: settings[i] for i in members}
-        prepared = _prepare(features, next(iter(same.values())))
-        variants = {_variant(one): one for one in same.values()}
+    # Settings with equal products of features share them; of those, the ones with an equal affinity share degrees.
+    groups: dict[tuple[bool, bool], list[LostSettings]] = {}
+    for one in settings:
+        groups.setdefault((one.center == "image", one.l2norm), []).append(one)
+    results: dict[LostSettings, LostResult] = {}
+    for same in groups.values():
+        prepared = _prepare(features, same[0])
+        variants = {(one.center == "row", one.bias): one for one in same}
         degrees = dict(zip(variants, _degrees(prepared, list(variants.values()))))
-        results |= {i: _discover(prepared, grid, degrees[_variant(one)], one) for i, one in same.items()}
-    return [results[i] for i in range(len(settings))]
-
-
-def _product(settings: LostSettings) -> tuple[bool, bool]:
-    """Return a key that is equal for settings which need the same products of features."""
-    return settings.center == "image", settings.l2norm
-
-
-def _variant(settings: LostSettings) -> tuple[bool, float]:
-    """Return a key that is equal for settings which need the same degrees, given the same products."""
-    return settings.center == "row", settings.bias
+        results |= {one: _discover(prepared, grid, degrees[one.center == "row", one.bias], one) for one in same}
+    return [results[one] for one in settings]
 
 
 def _prepare(features: Tensor, settings: LostSettings) -> Tensor:
@@ -379,11 +370,6 @@ def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.
     return torch.from_numpy(labels == biggest)
 
 
-def attention_cells(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.6) -> tuple[int, int, int, int]:
-    """Return the box around `attention_mask`, in patches, (x1, y1, x2, y2)."""
-    return _bounds(attention_mask(attention, grid, mass=mass))
-
-
 # --- A model and its images
 
 
@@ -413,9 +399,17 @@ class DiscoveredObject:
     box: Box
     result: LostResult
 
+    def __repr__(self) -> str:
+        x1, y1, x2, y2 = self.box
+        return f"DiscoveredObject({self.id}: {x1:.0f}, {y1:.0f} to {x2:.0f}, {y2:.0f} of {self.image_size[::-1]})"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return id, image size and box as plain values, without the stages of LOST."""
+        return {"id": self.id, "image_size": list(self.image_size), "box": list(self.box)}
+
 
 def discover_objects(
-    model: nn.Module,
+    model: TokenReader | nn.Module | str | Path,
     images: Any,
     *,
     feature: Feature = "k",
@@ -424,13 +418,13 @@ def discover_objects(
     l2norm: bool = False,
     bias: float = 0.0,
     k: int = 100,
-    processor: Any = None,
     max_side: int = 640,
+    device: str | torch.device = "auto",
 ) -> list[DiscoveredObject]:
     """Find one object in every image; images that cannot be read are left out with a warning.
 
     Args:
-        model: Any model that `features.read_tokens` supports.
+        model: Name, module or reader; see `open_model`.
         images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
         feature: As in `LostSettings`.
         layer: As in `LostSettings`.
@@ -438,23 +432,23 @@ def discover_objects(
         l2norm: As in `LostSettings`.
         bias: As in `LostSettings`.
         k: As in `LostSettings`.
-        processor: Image processor whose mean and std are used. Default: the model's own.
         max_side: Longer side in pixels to which larger images are reduced; boxes refer to the original size.
+        device: Device to compute on; see `open_model`.
 
     Raises:
         ValueError: The model or a setting is not supported, or there are no usable images.
     """
     settings = LostSettings(feature=feature, layer=layer, center=center, l2norm=l2norm, bias=bias, k=k)
     objects = []
-    for proposal in propose(model, images, [settings], processor=processor, max_side=max_side):
+    for proposal in propose(open_model(model, device=device), images, [settings], max_side=max_side):
         result = proposal.results[0]
         assert isinstance(result, LostResult)
         objects.append(DiscoveredObject(proposal.id, proposal.image_size, proposal.boxes[0], result))
-    warn_if_degenerate([found.result for found in objects], settings)
+    _warn_if_degenerate([found.result for found in objects], settings)
     return objects
 
 
-def warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -> None:
+def _warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -> None:
     """Log a warning if images have no distinct seed, with advice."""
     count = sum(result.degenerate for result in results)
     if count:
@@ -468,12 +462,7 @@ def warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) ->
 
 
 def propose(
-    model: nn.Module,
-    images: Any,
-    methods: Sequence[Method],
-    *,
-    processor: Any = None,
-    max_side: int = 640,
+    reader: TokenReader, images: Any, methods: Sequence[Method], *, max_side: int = 640
 ) -> Iterator[Proposals]:
     """Yield the boxes of several methods image by image, running the model only once for each image.
 
@@ -481,22 +470,20 @@ def propose(
     in the reference implementation; padded patches are included in the computation.
 
     Args:
-        model: As in `discover_objects`.
+        reader: Reader of the model; only the mean and standard deviation of its processor are used.
         images: As in `discover_objects`.
         methods: Methods to run.
-        processor: As in `discover_objects`.
         max_side: As in `discover_objects`.
 
     Raises:
         ValueError: As in `discover_objects`; or a method needs the attention of CLS and the model has no CLS token, or
             not this head.
     """
-    description = describe_model(model)
+    description, statistics = reader.description, reader.transform
     methods = [_checked(method, description) for method in methods]
     sites: dict[Site, list[int]] = {}
     for method in methods:
         sites[_site(method)] = sorted({*sites.get(_site(method), []), method.layer})
-    statistics = EvaluationTransform.for_model(model, processor)
     sizes: list[tuple[int, int, float]] = []  # height, width, scale of the images in reading order
 
     def pad(image: Image.Image) -> Tensor:
@@ -508,22 +495,17 @@ def propose(
     transform = EvaluationTransform(pad, statistics.mean, statistics.std, words)
     for i, (ids, pixel_values) in enumerate(prepare_images(images, transform, batch_size=1)):
         # Only the row of CLS is kept, because all attention weights of a large image may not fit in memory.
-        readings = read_many(model, pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
+        readings = reader.read_many(pixel_values, sites, reduce={"attention": lambda values, layer: values[:, :, :1]})
         height, width, scale = sizes[i]
-        boxes, results = _propose_for_one(methods, readings)
-        pixels = [
-            _scaled(
-                cells_to_pixels(
-                    cells,
-                    patch_size=description.patch_size,
-                    image_size=(round(height * scale), round(width * scale)),
-                ),
-                (height, width),
-                scale,
-            )
-            for cells in boxes
-        ]
-        yield Proposals(ids[0], (height, width), tuple(pixels), tuple(results))
+        results = _propose_for_one(methods, readings)
+        box = partial(
+            cells_to_pixels,
+            patch_size=description.patch_size,
+            image_size=(round(height * scale), round(width * scale)),
+        )
+        cells = [result.cells if isinstance(result, LostResult) else _bounds(result) for result in results]
+        boxes = tuple(_scaled(box(one), (height, width), scale) for one in cells)
+        yield Proposals(ids[0], (height, width), boxes, tuple(results))
 
 
 def _site(method: Method) -> Site:
@@ -542,25 +524,21 @@ def _checked(method: Method, description: ModelDescription) -> Method:
     return replace(method, layer=resolve_layers((method.layer,), description.num_layers, _site(method))[0])
 
 
-def _propose_for_one(
-    methods: Sequence[Method], readings: Mapping[Site, TokenReading]
-) -> tuple[list[tuple[int, int, int, int]], list[LostResult | Tensor]]:
-    results: dict[int, LostResult | Tensor] = {}
+def _propose_for_one(methods: Sequence[Method], readings: Mapping[Site, TokenReading]) -> list[LostResult | Tensor]:
+    results: dict[Method, LostResult | Tensor] = {}
     grid = next(iter(readings.values())).grid
-    by_tokens: dict[tuple[Site, int], list[int]] = {}
-    for i, method in enumerate(methods):
+    by_tokens: dict[tuple[Site, int], list[LostSettings]] = {}
+    for method in methods:
         if isinstance(method, LostSettings):
-            by_tokens.setdefault((_site(method), method.layer), []).append(i)
+            by_tokens.setdefault((_site(method), method.layer), []).append(method)
         else:
             reading = readings["attention"]
             heads = reading[method.layer][0, :, 0, reading.num_prefix_tokens :]  # (heads, N)
             attention = heads.mean(0) if method.head == "mean" else heads[method.head]
-            results[i] = attention_mask(attention, grid, mass=method.mass)
-    for (site, layer), members in by_tokens.items():
-        settings = [method for method in (methods[i] for i in members) if isinstance(method, LostSettings)]
-        results.update(zip(members, lost_boxes(readings[site].patches(layer)[0], grid, settings)))
-    ordered = [results[i] for i in range(len(methods))]
-    return [result.cells if isinstance(result, LostResult) else _bounds(result) for result in ordered], ordered
+            results[method] = attention_mask(attention, grid, mass=method.mass)
+    for (site, layer), settings in by_tokens.items():
+        results.update(zip(settings, lost_boxes(readings[site].patches(layer)[0], grid, settings)))
+    return [results[method] for method in methods]
 
 
 def _padded(

@@ -161,6 +161,13 @@ def _integers(name: str, value: Any) -> Array:
     return array.astype(np.int64)
 
 
+def _check_ids(ids: dict[str, Array], num_classes: int, also: str = "") -> None:
+    for name, classes in ids.items():
+        wrong = classes[(classes < 0) | (classes >= num_classes)]
+        if len(wrong):
+            raise ValueError(f"{name} contain class id {wrong[0]}; expected 0 to {num_classes - 1}{also}.")
+
+
 def _numbers(name: str, value: Any) -> Array:
     array = _array(name, value)
     if array.dtype.kind == "b":
@@ -293,10 +300,7 @@ class ClassScores(_SumsMetric):
                 f"{truth.shape}."
             )
         said = _integers("predictions", said)
-        for name, classes in (("predictions", said), ("references", truth)):
-            if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
-                wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
-                raise ValueError(f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1}.")
+        _check_ids({"predictions": said, "references": truth}, self.num_classes)
         return np.stack([truth, said], axis=1)
 
     def result(self, rows: Array) -> dict[str, Any]:
@@ -387,13 +391,8 @@ class MeanIoU(_SumsMetric):
         for one, truth in zip(predicted, true):
             counted = np.ones(truth.shape, dtype=bool) if self.ignore_index is None else truth != self.ignore_index
             one, truth = one[counted], truth[counted]
-            for name, classes in (("predictions", one), ("references", truth)):
-                if classes.size and not 0 <= classes.min() <= classes.max() < self.num_classes:
-                    wrong = classes[(classes < 0) | (classes >= self.num_classes)][0]
-                    raise ValueError(
-                        f"{name} contain class id {wrong}; expected 0 to {self.num_classes - 1} or, in references, "
-                        f"ignore_index={self.ignore_index}."
-                    )
+            also = f" or, in references, ignore_index={self.ignore_index}"
+            _check_ids({"predictions": one, "references": truth}, self.num_classes, also)
             for row, classes in zip(sums, (truth[one == truth], one, truth)):
                 row += np.bincount(classes, minlength=self.num_classes)
         return [sums.ravel()] if predicted else []

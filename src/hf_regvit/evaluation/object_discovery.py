@@ -8,18 +8,16 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from ..data.source import ImageSource
-from ..models.families import describe_model
+from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
 from .intervals import bootstrap_interval
-from .lost import AttentionSettings, Center, Feature, LostResult, LostSettings, Method, Proposals, propose
+from .lost import AttentionSettings, LostResult, LostSettings, Method, Proposals, propose
 
 logger = logging.getLogger(__name__)
 
@@ -72,9 +70,7 @@ def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
     if not cell:
         return []
     try:
-        boxes = (
-            np.asarray(cell, dtype=np.float64).reshape(-1, 4) if np.shape(cell) != (4,) else np.array([cell], float)
-        )
+        boxes = np.asarray([cell] if np.shape(cell) == (4,) else cell, dtype=np.float64).reshape(-1, 4)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {str(cell)[:80]} is not a box of four numbers or a list of boxes.") from error
     if box_format == "xywh":
@@ -86,42 +82,6 @@ def _boxes(cell: Any, where: str, box_format: BoxFormat) -> list[Box]:
 
 
 # --- Results
-
-
-@dataclass(frozen=True)
-class LostGrid:
-    """Settings of LOST to choose from: all combinations of the values.
-
-    Args:
-        features: Values of `LostSettings.feature`.
-        layers: Blocks, negative ones counted from the end. Blocks that a shallow model does not have are left out.
-        centers: Values of `LostSettings.center`.
-        l2norms: Values of `LostSettings.l2norm`.
-        biases: Biases for cosines, which are in [-1, 1] for every model.
-        raw_biases: Biases for dot products (`l2norm` False), whose scale depends on the model.
-        ks: Values of `LostSettings.k`.
-    """
-
-    features: Sequence[Feature] = ("k", "q", "v", "out")
-    layers: Sequence[int] = (-1, -2, -3, -4)
-    centers: Sequence[Center] = ("none", "image", "row")
-    l2norms: Sequence[bool] = (False, True)
-    biases: Sequence[float] = (0.0, -0.1, -0.2, -0.4, -0.6)
-    raw_biases: Sequence[float] = (0.0,)
-    ks: Sequence[int] = (100,)
-
-    def settings(self, num_layers: int) -> list[LostSettings]:
-        """Return the combinations for a model of that many blocks, in order of preference for ties."""
-        layers = [layer for layer in self.layers if layer >= -num_layers]
-        combinations = product(self.features, layers, self.centers, self.l2norms, self.ks)
-        settings = [
-            LostSettings(feature, layer, center, l2norm, bias, k)
-            for feature, layer, center, l2norm, k in combinations
-            for bias in (self.biases if l2norm else self.raw_biases)
-        ]
-        if not settings:
-            raise ValueError(f"{self} has no setting for a model of {num_layers} blocks. Add layers or other values.")
-        return settings
 
 
 @dataclass(frozen=True)
@@ -216,49 +176,45 @@ def halves(count: int, *, seed: int) -> tuple[list[int], list[int]]:
 
 
 def evaluate_lost(
-    model: nn.Module,
-    judged: ImageSource,
+    reader: TokenReader,
+    images: ImageSource,
     truth: Sequence[Sequence[Box]],
     *,
     train: tuple[ImageSource, Sequence[Sequence[Box]]] | None = None,
-    grid: LostGrid | None = None,
-    processor: Any = None,
+    settings: Sequence[LostSettings] = (LostSettings(),),
     max_side: int = 640,
     seed: int = 0,
 ) -> LostEvaluation:
     """Compute the CorLoc of LOST and of its baselines.
 
     Args:
-        model: Any model that `features.read_tokens` supports.
-        judged: Test images.
+        reader: Reader of the model.
+        images: Test images.
         truth: Boxes of every image.
-        train: Images to choose settings on, and their boxes. Default: half of `judged`; the other half is the test
+        train: Images to choose settings on, and their boxes. Default: half of `images`; the other half is the test
             images.
-        grid: Settings to choose from. With a single setting, all of `judged` are test images.
-        processor: Image processor. Default: the model's own.
+        settings: Settings of LOST to choose from; the first one wins a tie. With one, all of `images` are test images.
         max_side: Longer side in pixels to which larger images are reduced.
         seed: Random seed for the halves and the confidence intervals.
 
     Raises:
         ValueError: There are fewer than two images with boxes.
     """
-    started = time.perf_counter()
-    description = describe_model(model)
-    settings = (grid or LostGrid()).settings(description.num_layers)
+    started, description = time.perf_counter(), reader.description
     heads: list[Method] = []
     if description.has_cls:
         heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
-    options = {"processor": processor, "max_side": max_side}
-    judged, truth, without = images_with_boxes(judged, truth)
+    images, truth, without = images_with_boxes(images, truth)
     choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())
     if len(settings) > 1:
         if train is None:
-            first, second = halves(len(judged), seed=seed)
-            train = judged.subset(first), [truth[i] for i in first]
-            judged, truth = judged.subset(second), [truth[i] for i in second]
-        images, boxes, _ = images_with_boxes(*train)
-        choice = choose(measure_overlaps(model, images, boxes, [*settings, *heads], label="choosing", **options))
-    measured = measure_overlaps(model, judged, truth, choice.methods, label="testing", **options)
+            first, second = halves(len(images), seed=seed)
+            train = images.subset(first), [truth[i] for i in first]
+            images, truth = images.subset(second), [truth[i] for i in second]
+        known, boxes, _ = images_with_boxes(*train)
+        seen = measure_overlaps(reader, known, boxes, [*settings, *heads], label="choosing", max_side=max_side)
+        choice = choose(seen)
+    measured = measure_overlaps(reader, images, truth, choice.methods, label="testing", max_side=max_side)
     return LostEvaluation(
         settings=choice.settings,
         scores=score_methods(measured, center=choice.center, seed=seed),
@@ -266,7 +222,7 @@ def evaluate_lost(
         protocol={"iou_threshold": _THRESHOLD, "max_side": max_side, "padding": "zeros, right and below"},
         ids=measured.ids,
         num_without_boxes=without,
-        num_skipped=len(judged) - len(measured.ids),
+        num_skipped=len(images) - len(measured.ids),
         seconds=round(time.perf_counter() - started, 1),
     )
 
@@ -295,23 +251,6 @@ class Overlaps:
         """Return the CorLoc of every method, (methods,)."""
         return (self.iou >= _THRESHOLD).mean(0)
 
-    def subset(self, indices: Sequence[int]) -> "Overlaps":
-        """Return the overlaps of the images at `indices`."""
-        rows = list(indices)
-        return replace(
-            self,
-            ids=tuple(self.ids[i] for i in rows),
-            iou=self.iou[rows],
-            degenerate=self.degenerate[rows],
-            sizes=tuple(self.sizes[i] for i in rows),
-            truth=tuple(self.truth[i] for i in rows),
-        )
-
-    def only(self, methods: Sequence[Method]) -> "Overlaps":
-        """Return the overlaps of some of the methods."""
-        columns = [self.methods.index(method) for method in methods]
-        return replace(self, methods=tuple(methods), iou=self.iou[:, columns], degenerate=self.degenerate[:, columns])
-
     def center_box(self, side: float) -> NDArray[np.float64]:
         """Return the IoU of a box at the image center with `side` times the image's sides; 1 is the full image."""
         boxes = [
@@ -322,23 +261,21 @@ class Overlaps:
 
 
 def measure_overlaps(
-    model: nn.Module,
+    reader: TokenReader,
     source: ImageSource,
     truth: Sequence[Sequence[Box]],
     methods: Sequence[Method],
     *,
-    processor: Any = None,
     max_side: int = 640,
     label: str | None = None,
 ) -> Overlaps:
     """Run methods on images with boxes; the model sees each image once.
 
     Args:
-        model: As in `evaluate_lost`.
+        reader: As in `evaluate_lost`.
         source: Images.
         truth: Boxes of every image, at least one each.
         methods: Methods to run.
-        processor: As in `evaluate_lost`.
         max_side: As in `evaluate_lost`.
         label: Label of the progress bar.
     """
@@ -347,19 +284,16 @@ def measure_overlaps(
     boxes_of = dict(zip(source.ids, truth))
     found: list[Proposals] = []
     rows, degenerate = [], []
-    proposals = propose(model, source, methods, processor=processor, max_side=max_side)
+    proposals = propose(reader, source, methods, max_side=max_side)
     for proposal in tqdm(proposals, total=len(source), desc=label, unit="image", disable=None):
-        boxes = boxes_of[proposal.id]
-        rows.append(best_iou(proposal.boxes, [boxes] * len(methods)).double().numpy())
+        rows.append(best_iou(proposal.boxes, [boxes_of[proposal.id]] * len(methods)).double().numpy())
         degenerate.append([isinstance(result, LostResult) and result.degenerate for result in proposal.results])
-        found.append(Proposals(proposal.id, proposal.image_size, proposal.boxes, ()))
+        found.append(replace(proposal, results=()))
     beyond = [
-        proposal.id
-        for proposal in found
-        if any(
-            x2 > proposal.image_size[1] + 2 or y2 > proposal.image_size[0] + 2
-            for _, _, x2, y2 in boxes_of[proposal.id]
-        )
+        one.id
+        for one in found
+        for height, width in [one.image_size]
+        if any(x2 > width + 2 or y2 > height + 2 for _, _, x2, y2 in boxes_of[one.id])
     ]
     if beyond:
         logger.warning(
@@ -416,15 +350,11 @@ def choose(seen: Overlaps) -> Choice:
 
 def score_methods(measured: Overlaps, *, center: float, seed: int) -> dict[str, CorLocScore]:
     """Return the scores by name. The first method is the chosen LOST, the last vanilla LOST, one between attention."""
-    overlaps = {"lost": measured.iou[:, 0], "vanilla": measured.iou[:, -1]}
-    words = {"lost": str(measured.methods[0]), "vanilla": str(measured.methods[-1])}
-    if len(measured.methods) > 2:
-        overlaps["attention"], words["attention"] = measured.iou[:, 1], str(measured.methods[1])
-    overlaps["center_box"], words["center_box"] = (
-        measured.center_box(center),
-        f"center box with {center:.2g} of each side",
-    )
-    overlaps["full_image"], words["full_image"] = measured.center_box(1.0), "full image"
+    columns = {"lost": 0, "vanilla": -1} | ({"attention": 1} if len(measured.methods) > 2 else {})
+    overlaps = {name: measured.iou[:, column] for name, column in columns.items()}
+    words = {name: str(measured.methods[column]) for name, column in columns.items()}
+    overlaps |= {"center_box": measured.center_box(center), "full_image": measured.center_box(1.0)}
+    words |= {"center_box": f"center box with {center:.2g} of each side", "full_image": "full image"}
     degenerate = {"lost": int(measured.degenerate[:, 0].sum()), "vanilla": int(measured.degenerate[:, -1].sum())}
     hits = {name: (values >= _THRESHOLD).astype(np.float64) for name, values in overlaps.items()}
     scores = {}

@@ -8,26 +8,17 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..models.saving import read_json, whole_file
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
 from .object_discovery import LostEvaluation
+from .tasks import TASKS
 
-# task: (name for readers, task type on the Hub)
-_TASKS = {
-    "knn": ("Weighted kNN", "image-classification"),
-    "linear": ("Linear probe", "image-classification"),
-    "logistic": ("Logistic regression", "image-classification"),
-    "few_shot": ("Few-shot kNN", "image-classification"),
-    "robustness": ("kNN at other sizes", "image-classification"),
-    "retrieval": ("Retrieval", "image-feature-extraction"),
-    "segmentation": ("Linear segmentation", "image-segmentation"),
-    "depth": ("Linear depth", "depth-estimation"),
-    "lost": ("Object discovery", "object-detection"),
-}
 _HUB_METRICS = {"top1": "accuracy", "top5": "top_5_accuracy", "map": "mean_average_precision"}
 _IN_METERS = ("rmse",)
 _RATIOS = ("abs_rel",)
@@ -105,7 +96,8 @@ class Score:
     @property
     def name(self) -> str:
         """Return the name shown to readers, such as `Weighted kNN, top1, k=10`."""
-        return ", ".join(part for part in (_TASKS[self.task][0], self.metric, self.variant) if part)
+        title = TASKS[self.task].title if self.task in TASKS else self.task
+        return ", ".join(part for part in (title, self.metric, self.variant) if part)
 
     def difference(self, other: "Score") -> tuple[float, tuple[float, float]]:
         """Return this score minus another on the same images, with the paired 95 % confidence interval.
@@ -151,7 +143,7 @@ def fingerprint_of_names(names: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationReport:
     """All scores of one model, with the information needed to reproduce them.
 
@@ -179,6 +171,13 @@ class EvaluationReport:
     cached_seconds: float = 0.0
     lost: LostEvaluation | None = None
     weights: str = ""
+
+    def __repr__(self) -> str:
+        found = [f"{score.name} {score.show(score.value, score.interval)}" for score in self.scores]
+        return f"EvaluationReport({self.model} on {self.data}: {'; '.join(found)})"
+
+    def _repr_html_(self) -> str:
+        return EvaluationTable((self,))._repr_html_()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as a JSON-serializable dict."""
@@ -236,10 +235,9 @@ class EvaluationReport:
         """
         results: dict[tuple[str, str], dict[str, Any]] = {}
         for score in self.scores:
-            kind = _TASKS[score.task][1]
-            key = (kind, score.data)
+            kind = TASKS[score.task].hub_type if score.task in TASKS else "image-feature-extraction"
             result = results.setdefault(
-                key,
+                (kind, score.data),
                 {
                     "task": {"type": kind, "name": kind.replace("-", " ").capitalize()},
                     "dataset": {"name": score.data, "type": re.sub(r"[^\w./-]+", "-", score.data)},
@@ -264,7 +262,7 @@ class EvaluationReport:
         return [{"name": name, "results": list(results.values())}]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EvaluationTable:
     """Reports of one or several models, side by side."""
 
@@ -280,50 +278,42 @@ class EvaluationTable:
                     if score.key == key:
                         yield score, report, first.get(key) if report is not self.reports[0] else None
 
+    def cells(self) -> list[dict[str, str]]:
+        """Return the table as text: one dictionary of columns per score."""
+        several, found = len(self.reports) > 1, []
+        for score, report, reference in self.rows():
+            ahead = "" if reference is None else score.show(*score.ahead_of(reference), signed=True)
+            cells = {
+                "task": score.task,
+                "metric": score.metric,
+                "variant": score.variant,
+                "model": report.model,
+                "result [95 % CI]": score.show(score.value, score.interval),
+                **({f"ahead of {self.reports[0].model}": ahead} if several else {}),
+                "block": score.settings.get("layer", ""),
+                "selected": score.settings.get("chosen", ""),
+                "images": f"{score.num_train} / {score.num_images}",
+                "seed": score.seed,
+                "seconds": f"{score.seconds:.1f}",
+            }
+            found.append({column: str(cell) for column, cell in cells.items()})
+        return found
+
     def markdown(self) -> str:
         """Return a Markdown table of all scores, followed by the protocols and the notes."""
-        several = len(self.reports) > 1
-        head = [
-            "task",
-            "metric",
-            "variant",
-            "model",
-            "result [95 % CI]",
-            "block",
-            "selected",
-            "images",
-            "seed",
-            "seconds",
-        ]
-        if several:
-            head.insert(5, f"ahead of {self.reports[0].model}")
+        cells = self.cells()
+        head = list(cells[0]) if cells else []
         lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        protocols: dict[tuple[str, str], list[str]] = {}  # models may differ in the vector that represents an image
-        for score, report, reference in self.rows():
-            users = protocols.setdefault((score.task, score.protocol), [])
-            if report.model not in users:
-                users.append(report.model)
-            cells = [
-                score.task,
-                score.metric,
-                score.variant,
-                report.model,
-                score.show(score.value, score.interval),
-                str(score.settings.get("layer", "")),
-                str(score.settings.get("chosen", "")),
-                f"{score.num_train} / {score.num_images}",
-                str(score.seed),
-                f"{score.seconds:.1f}",
-            ]
-            if several:
-                cells.insert(5, "" if reference is None else score.show(*score.ahead_of(reference), signed=True))
-            lines.append("| " + " | ".join(cell.replace("|", "/") for cell in cells) + " |")
+        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row.values()) + " |" for row in cells]
         lines += [
             "",
             "images: training images / test images. Intervals: 95 % bootstrap intervals from 2,000 resamples of the "
             "test images; differences are paired by image.",
         ]
-        if several and any(score.metric in _LOWER_IS_BETTER for score, _, _ in self.rows()):
+        protocols: dict[tuple[str, str], dict[str, None]] = {}  # models may differ in the vector of an image
+        for score, report, _ in self.rows():
+            protocols.setdefault((score.task, score.protocol), {})[report.model] = None
+        if len(self.reports) > 1 and any(score.metric in _LOWER_IS_BETTER for score, _, _ in self.rows()):
             lines += ["ahead of: a value above 0 is better for every metric, including errors (rmse, abs_rel)."]
         lines += [""]
         for (task, protocol), users in protocols.items():
@@ -335,21 +325,36 @@ class EvaluationTable:
             lines.append(f"- {report.model}: feature extraction took {report.reading_seconds:.1f} s{cached}")
         return "\n".join(lines) + "\n"
 
+    def __repr__(self) -> str:
+        return "\n".join(map(repr, self.reports)) or "EvaluationTable without reports"
+
+    def _repr_html_(self) -> str:
+        rows = [row.values() for row in self.cells()]
+        head = "".join(f"<th>{escape(column)}</th>" for column in next(iter(self.cells()), {}))
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><tr>{head}</tr>{body}</table>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all reports as a JSON-serializable dict."""
+        return {"reports": [report.to_dict() for report in self.reports]}
+
     def save(self, folder: str | Path) -> Path:
         """Write `report.json` and `report.md`, and return the folder."""
         folder = Path(folder)
         self.save_json(folder / "report.json")
-        (folder / "report.md").write_text("# Evaluation\n\n" + self.markdown(), encoding="utf-8")
+        with whole_file(folder / "report.md") as unfinished:
+            unfinished.write_text("# Evaluation\n\n" + self.markdown(), encoding="utf-8")
         return folder
 
     def save_json(self, path: str | Path) -> Path:
         """Write one JSON file, `{"reports": [...]}`, and create missing folders."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"reports": [report.to_dict() for report in self.reports]}, indent=1, allow_nan=False)
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False)
         # One line per image would make the file unreadable, so arrays without nesting are written on one line.
         text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s*\]", lambda part: "[" + re.sub(r"\n\s*", " ", part[1]) + "]", text)
-        path.write_text(text + "\n", encoding="utf-8")
+        with whole_file(path) as unfinished:
+            unfinished.write_text(text + "\n", encoding="utf-8")
         return path
 
     @classmethod
@@ -366,9 +371,8 @@ class EvaluationTable:
                 f"There is no evaluation report at '{path}'. Run `regvit evaluate` with this output_dir first."
             )
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(EvaluationReport.from_dict(report) for report in content["reports"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return cls(tuple(EvaluationReport.from_dict(report) for report in read_json(path)["reports"]))
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"'{path}' is not an evaluation report that this version can read: {error!r}. Run `regvit evaluate` "
                 "again to write a new one."

@@ -1,135 +1,120 @@
-"""Define evaluation tasks: their names, their protocol and the features that they share."""
+"""Evaluation tasks: the table of all tasks, and the options that they make together.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+A task is one class in one file. A new task is a class with the attributes of `Task` and an entry in `TASKS`; the
+command line, `evaluate_backbone` and the reports take everything else from the class. Importing this file loads
+neither torch nor transformers, because the command line builds its options from it.
+"""
 
-import torch
-from torch import Tensor
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import TYPE_CHECKING, Any, Protocol, get_type_hints
 
-from ..data.source import ImageSource
-from .cache import FrozenFeatures
-from .dense_heads import DepthSettings, SegmentationSettings
-from .linear import LOGISTIC_CS, LinearGrid
-from .object_discovery import BoxFormat, LostGrid
-from .report import Score
+from .image_tasks import FewShot, Knn, Linear, Logistic, Retrieval, Robustness, option
+from .patch_tasks import Depth, Lost, Segmentation
 
-Task = Literal[
-    "knn", "linear", "logistic", "few_shot", "retrieval", "robustness", "segmentation", "depth", "lost"
-]  # fmt: skip
-TASKS: tuple[Task, ...] = (
-    "knn", "linear", "logistic", "few_shot", "retrieval", "robustness", "segmentation", "depth", "lost"
-)  # fmt: skip
-ON_FEATURES: tuple[Task, ...] = ("knn", "linear", "logistic", "few_shot", "retrieval")
+if TYPE_CHECKING:
+    from ..models.tokens import TokenReader
+    from .report import Score
+    from .run import TaskParts
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """Settings of the evaluation tasks; the report describes them.
+class Task(Protocol):
+    """Evaluation task, created from its settings.
 
-    Args:
-        image_size: Side of the model input in pixels for tasks on whole images. The shorter side of an image is
-            resized to 256/224 of it, followed by a center crop. Default: the model's own size.
-        image_sizes: Sizes of the test images in `robustness`, in pixels. Default: 0.5, 0.75 and 1.25 times the
-            model's own size, rounded to whole patches.
-        knn_ks: Numbers of neighbors. Default: 10, 20, 100 and 200, each limited to the number of training images.
-        temperature: Temperature of the kNN votes.
-        linear: Heads of the linear probe.
-        logistic_cs: Values of C for the logistic regression, ascending.
-        select_on: Images on which the head and C are selected: "held_out", a stratified tenth of the training images,
-            after which the selected model is refitted on all of them; or "judged", the test images themselves, which
-            is optimistic but what the official linear evaluation does.
-        shots: Numbers of training images per class in `few_shot`. Default: those of 1, 5 and 10 that every class has.
-        num_tries: Number of random draws in `few_shot`; the mean over them is reported.
-        segmentation: Settings of the segmentation head.
-        depth: Settings of the depth head; pixels beyond its `max_depth` count as not measured.
-        dense_image_size: Shorter side in pixels for segmentation and depth. Default: the model's own size.
-        num_dense_blocks: Number of blocks whose tokens segmentation and depth read: 1, the last block, or 4, at the
-            ends of the quarters.
-        ignore_values: Stored mask values to ignore. Default: 255.
-        reduce_labels: Whether 0 in masks is an ignored background and classes start at 1 (ADE20k).
-        depth_scale: Meters per stored unit. Default: 0.001 for integers, 1 for floating-point values.
-        boxes: Column of ground-truth boxes; see `ground_truth_boxes`.
-        box_format: Format of the boxes; see `ground_truth_boxes`.
-        lost_grid: Candidate settings of LOST. With a single candidate nothing is selected and all images are test
-            images.
-        max_side: Longer side in pixels to which LOST shrinks larger images.
-        max_images: Maximum number of images of each set, sampled with the seed and stratified by class; the training
-            images keep at least one per class.
-        train_val_split: Share of images to hold out as test images, stratified by class, if the data has no
-            validation split.
-        batch_size: Number of images per forward pass.
+    Attributes:
+        name: Name on the command line and in reports.
+        title: Name shown to readers.
+        hub_type: Task type on the Hub.
+        needs: Targets of the images: labels, masks, depth maps or boxes.
+        Settings: Dataclass whose fields are options of the command line and of `evaluate_backbone`; their metadata
+            holds the help text. Fields of two tasks may share a name if they share the default.
+        settings: Settings of this task.
     """
 
-    image_size: int | None = None
-    image_sizes: Sequence[int] | None = None
-    knn_ks: Sequence[int] | None = None
-    temperature: float = 0.07
-    linear: LinearGrid = field(default_factory=LinearGrid)
-    logistic_cs: Sequence[float] = LOGISTIC_CS
-    select_on: Literal["held_out", "judged"] = "held_out"
-    shots: Sequence[int] | None = None
-    num_tries: int = 5
-    segmentation: SegmentationSettings = field(default_factory=SegmentationSettings)
-    depth: DepthSettings = field(default_factory=DepthSettings)
-    dense_image_size: int | None = None
-    num_dense_blocks: Literal[1, 4] = 1
-    ignore_values: Sequence[int] | None = None
-    reduce_labels: bool = False
-    depth_scale: float | None = None
-    boxes: str | None = None
-    box_format: BoxFormat = "xywh"
-    lost_grid: LostGrid = field(default_factory=LostGrid)
-    max_side: int = 640
-    max_images: int | None = None
-    train_val_split: float | None = None
-    batch_size: int = 32
+    name: str
+    title: str
+    hub_type: str
+    needs: str
+    Settings: type
+    settings: Any
+
+    def __init__(self, settings: Any) -> None: ...
+
+    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
+        """Return the scores of the model.
+
+        Args:
+            reader: Reader of the model.
+            parts: Training and test images; opened and read on request, once for all tasks.
+            seed: Random seed for sampling and confidence intervals.
+        """
+        ...
+
+
+_ALL: tuple[Any, ...] = (Knn, Linear, Logistic, FewShot, Retrieval, Robustness, Segmentation, Depth, Lost)
+TASKS: dict[str, type[Task]] = {task.name: task for task in _ALL}
+
+
+@dataclass
+class Sampling:
+    """Options of all tasks: which images to use, and how many at once."""
+
+    train_val_split: float = option(
+        0.15, "Share of the images of each class used as test images if --data has no validation split."
+    )
+    max_images: int | None = option(
+        None, "Maximum number of images per split, drawn at random with --seed. Default: all."
+    )
+    batch_size: int = option(32, "Number of images per forward pass.")
 
     def __post_init__(self) -> None:
-        if self.select_on not in ("held_out", "judged"):
-            raise ValueError(f"select_on={self.select_on!r} is unknown. Use 'held_out' or 'judged'.")
-        if self.train_val_split is not None and not 0 < self.train_val_split < 1:
+        if not 0 < self.train_val_split < 1:
             raise ValueError(f"train_val_split={self.train_val_split} must lie between 0 and 1.")
-        if self.num_dense_blocks not in (1, 4):
-            raise ValueError(f"num_dense_blocks={self.num_dense_blocks} must be 1 or 4.")
-        if self.num_tries < 1:
-            raise ValueError(f"num_tries={self.num_tries} must be at least 1.")
 
 
-@dataclass(frozen=True, eq=False)
-class LabeledFeatures:
-    """Features of a set of images with their labels.
+def select_tasks(names: Sequence[str]) -> list[type[Task]]:
+    """Return the tasks in the order of the table.
 
-    Args:
-        features: Features of all images.
-        labels: (n,) class ids in [0, num_classes).
-        num_classes: Number of classes, C.
-        data: Name of the data.
+    Raises:
+        ValueError: `names` is empty or holds an unknown name.
     """
-
-    features: FrozenFeatures
-    labels: Tensor
-    num_classes: int
-    data: str
-
-    @classmethod
-    def of(cls, features: FrozenFeatures, source: ImageSource, num_classes: int) -> "LabeledFeatures":
-        """Combine features with the labels of the images that could be read."""
-        assert source.labels is not None
-        by_id = dict(zip(source.ids, source.labels))
-        return cls(features, torch.tensor([by_id[name] for name in features.ids]), num_classes, source.name)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def layer(self) -> int:
-        """Return the number of the last block read."""
-        return self.features.layers[-1]
-
-    def score(self, rows: Tensor, **what: Any) -> Score:
-        """Build a score from the contributions of these images."""
-        return Score.measured(rows.double().numpy(), ids=self.features.ids, data=self.data, **what)
+    for name in names:
+        if name not in TASKS:
+            raise ValueError(f"Unknown task '{name}'. {_nearest(name, TASKS)} Choose from {', '.join(TASKS)}.")
+    if not names:
+        raise ValueError(f"tasks is empty. Choose from {', '.join(TASKS)}.")
+    return [task for name, task in TASKS.items() if name in names]
 
 
-Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, contribution of every image, settings
+def task_options() -> dict[str, tuple[Any, "Field[Any]"]]:
+    """Return type and field of every option of `Sampling` and of the settings of all tasks, by name.
+
+    Raises:
+        ValueError: Two tasks give one option different defaults.
+    """
+    options: dict[str, tuple[Any, Field[Any]]] = {}
+    for settings in (Sampling, *(task.Settings for task in TASKS.values())):
+        hints = get_type_hints(settings)
+        for one in fields(settings):
+            _, known = options.setdefault(one.name, (hints[one.name], one))
+            if known.default != one.default:
+                raise ValueError(f"Two tasks give the option '{one.name}' different defaults. Rename one of them.")
+    return options
+
+
+def settings_from(kind: type, options: Mapping[str, Any]) -> Any:
+    """Create settings of one kind from those options that are its fields.
+
+    Raises:
+        ValueError: An option is not a field of any task, or has a value out of range.
+    """
+    known = task_options()
+    for name in options:
+        if name not in known:
+            raise ValueError(f"Unknown option '{name}'. {_nearest(name, known)} Choose from {', '.join(known)}.")
+    return kind(**{one.name: options[one.name] for one in fields(kind) if one.name in options})
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    return f"Did you mean '{difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]}'?"

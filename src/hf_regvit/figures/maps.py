@@ -1,4 +1,4 @@
-"""Figures of attention maps, PCA of patch tokens, norms, LOST and training curves, and an HTML overview page.
+"""Maps of attention, PCA of patch tokens, norms and LOST, and the figures that show them.
 
 Shape letters: T = 1 + R + N tokens, R registers, N patches in a grid of (rows, columns), D width. All maps keep the
 true grid of the image; nothing is cropped to a square.
@@ -17,8 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..models.families import final_norm
-from ..models.tokens import read_many
+from ..models.loading import open_model
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..diagnosis.report import ArtifactReport
     from ..evaluation.lost import LostResult
+    from ..models.tokens import TokenReader
 
 # Perceptually uniform, and readable in gray and for color-blind readers.
 _ATTENTION_COLORS = "magma"
@@ -74,21 +74,21 @@ class TokenMaps:
         return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
 
 
-def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
+def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values: Tensor) -> list[TokenMaps]:
     """Run a model once and arrange its tokens on the grid; the model is not modified.
 
     Args:
-        model: Model of any family that `hf_regvit.features.read_tokens` supports. Without CLS, the attention rows
-            start with the registers.
+        model: Name, module or reader; see `open_model`. Without CLS, the attention rows start with the registers.
         pixel_values: (B, 3, H, W) normalized pixels; sides are multiples of the patch size, with any aspect ratio.
 
     Returns:
         Maps of each image, on the CPU.
     """
-    readings = read_many(model, pixel_values, {"residual": (-1,), "attention": (-1,)})
+    reader = open_model(model)
+    readings = reader.read_many(pixel_values, {"residual": (-1,), "attention": (-1,)})
     residual, attention = readings["residual"], readings["attention"]
     with torch.no_grad():
-        final = final_norm(model)(residual.at())  # (B, T, D)
+        final = reader.final_norm(residual.at())  # (B, T, D)
     first = residual.num_prefix_tokens
     rows = [attention.registers()]  # (B, heads, R, T)
     if (cls_row := attention.cls()) is not None:
@@ -104,45 +104,6 @@ def read_token_maps(model: nn.Module, pixel_values: Tensor) -> list[TokenMaps]:
         )
         for i in range(len(pixel_values))
     ]
-
-
-def read_attention(
-    model: nn.Module, pixel_values: Tensor, *, query: str | int | tuple[int, int] = "cls", layer: int = -1
-) -> Tensor:
-    """Return the attention from one token to every patch, for each head.
-
-    Args:
-        model: Model of any family that `hf_regvit.features.read_tokens` supports.
-        pixel_values: (B, 3, H, W) normalized pixels.
-        query: `"cls"`, the index of a register from 0, or the (row, column) of a patch.
-        layer: Number of the block, 1 to L, or negative from the end.
-
-    Returns:
-        (B, heads, rows, columns) attention from the query to every patch, on the CPU. The sum over a map is the share
-        of attention on patches.
-
-    Raises:
-        ValueError: The model has no such token; the message lists the valid ones.
-    """
-    reading = read_many(model, pixel_values, {"attention": (layer,)})["attention"]
-    rows, columns = reading.grid
-    if query == "cls":
-        row = reading.cls()
-        if row is None:
-            raise ValueError("query='cls', but the model has no CLS token. Use the (row, column) of a patch.")
-    elif isinstance(query, int):
-        if not 0 <= query < reading.num_register_tokens:
-            raise ValueError(
-                f"query={query} does not exist: the model has {reading.num_register_tokens} registers, counted from 0."
-            )
-        row = reading.registers()[:, :, query]
-    elif isinstance(query, tuple) and 0 <= query[0] < rows and 0 <= query[1] < columns:
-        row = reading.patches()[:, :, query[0] * columns + query[1]]
-    else:
-        raise ValueError(
-            f"query={query!r} is not valid. Use 'cls', a register index, or a cell of the {rows} x {columns} grid."
-        )
-    return row[..., reading.num_prefix_tokens :].float().unflatten(-1, reading.grid).cpu()  # (B, heads, rows, columns)
 
 
 def pca_colors(tokens: Tensor) -> Tensor:
@@ -171,6 +132,34 @@ def pca_colors(tokens: Tensor) -> Tensor:
     low, high = torch.quantile(components, torch.tensor([0.01, 0.99], dtype=torch.float64), dim=0)
     colors = ((components - low) / (high - low).clamp(min=1e-12)).clamp(0, 1)
     return colors.float().reshape(*tokens.shape[:-1], 3)
+
+
+def attention_limits(attention: Tensor) -> tuple[float, float]:
+    """Return the range of an attention map to draw; a few patches with most of the attention would hide the rest."""
+    low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995], dtype=attention.dtype)).tolist()
+    return low, max(high, low + 1e-12)
+
+
+def stretch(values: Tensor, low: float, high: float) -> Tensor:
+    """Map [low, high] to [0, 1], and clip values outside."""
+    return ((values - low) / max(high - low, 1e-12)).clamp(0, 1)
+
+
+def colored(shade: Tensor, colors: str) -> Image.Image:
+    """Return (rows, columns) values in [0, 1] as an image with one pixel per value.
+
+    Args:
+        shade: Values to color.
+        colors: Name of a colormap of matplotlib.
+    """
+    import matplotlib
+
+    return color_image(torch.from_numpy(matplotlib.colormaps[colors](shade.numpy())[..., :3]))
+
+
+def color_image(colors: Tensor) -> Image.Image:
+    """Return (rows, columns, 3 or 4) colors in [0, 1] as an image with one pixel per cell."""
+    return Image.fromarray((colors * 255).round().byte().numpy())
 
 
 def attention_map_figure(image: Image.Image, attention: Tensor) -> "Figure":
@@ -285,23 +274,19 @@ def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *,
         raise ValueError(
             f"Got {len(images)} images for {len(maps)} token maps. Pass one map per image, and at least one."
         )
-    import matplotlib
     from PIL import ImageDraw, ImageFont
 
     colors = pca_colors(torch.cat([each.patch_tokens.flatten(0, 1) for each in maps]))
     split = colors.split([each.norms.numel() for each in maps])
-    magma = matplotlib.colormaps[_ATTENTION_COLORS]
-    rows: list[tuple[str, list[Image.Image]]] = [
-        (title, list(images)),
-        ("PCA of patches", []),
-        ("attention of CLS", []),
+    attention = [each.attention[0] for each in maps]
+    rows = [
+        (title, images),
+        ("PCA of patches", [color_image(part.unflatten(0, each.norms.shape)) for part, each in zip(split, maps)]),
+        (
+            "attention of CLS",
+            [colored(stretch(each, *attention_limits(each)), _ATTENTION_COLORS) for each in attention],
+        ),
     ]
-    for each, patches in zip(maps, split, strict=True):
-        rows[1][1].append(_pixels(patches.unflatten(0, each.norms.shape)))
-        attention = each.attention[0]
-        low, high = torch.quantile(attention.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        shade = ((attention - low) / max(high - low, 1e-12)).clamp(0, 1)
-        rows[2][1].append(_pixels(torch.from_numpy(magma(shade.numpy())[..., :3])))
     height, gap, head = 180, 6, 24  # pixels
     width = round(height * images[0].width / images[0].height)
     page = Image.new("RGB", (len(images) * (width + gap) + gap, len(rows) * (height + head) + gap), "white")
@@ -322,7 +307,7 @@ def attention_overlay_figure(
 
     Args:
         image: Input image, with the aspect ratio of the grid.
-        attention: (heads, rows, columns) attention, one entry of `read_attention`.
+        attention: (heads, rows, columns) attention, such as one entry of `TokenReader.attention_maps`.
         name: Name of the query, for the titles.
         cell: (row, column) to mark if the query is a patch.
     """
@@ -336,10 +321,9 @@ def attention_overlay_figure(
     for axis, title, map_ in zip(axes[1:], titles, maps):
         # The image is drawn in gray, so that color shows attention only.
         axis.imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
-        low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        shade = ((map_ - low) / max(high - low, 1e-12)).clamp(0, 1)
-        _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=max(high, low + 1e-12),
-                  alpha=_smooth(0.9 * shade.sqrt(), image))  # fmt: skip
+        low, high = attention_limits(map_)
+        _draw_map(axis, image, map_, title, cmap=_ATTENTION_COLORS, vmin=low, vmax=high,
+                  alpha=_smooth(0.9 * stretch(map_, low, high).sqrt(), image))  # fmt: skip
     if cell is not None:
         height, width = image.height / attention.shape[1], image.width / attention.shape[2]
         for axis in axes[: heads + 2]:
@@ -357,25 +341,42 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
     """
     import matplotlib
     import numpy as np
+    from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
     edges = np.asarray(report.histogram_edges)
     counts = np.asarray([record["histogram"] for record in report.layers], dtype=float)  # (layers, bins)
     shade = np.log1p(counts) / np.log1p(counts.max(axis=1, keepdims=True)).clip(min=1e-9)
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(5.2, 0.9 + 0.17 * len(counts)), layout="constrained")
+    # More tokens make a cell less transparent, which works on light and dark pages.
+    blues = LinearSegmentedColormap.from_list("blues", ["#0072b210", "#0072b2"])
+    with matplotlib.rc_context(_STYLE | {"axes.edgecolor": _INK}):
+        figure = Figure(figsize=(4.6, 0.9 + 0.17 * len(counts)), layout="constrained")
         axis = figure.add_subplot()
         rows = np.asarray([record["layer"] for record in report.layers])
         # matplotlib expects the edges of the rows, not their centers.
-        axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap="Blues",
-                        vmin=-0.1, vmax=1)  # fmt: skip
+        axis.pcolormesh(edges, np.append(rows - 0.5, rows[-1] + 0.5), np.ma.masked_equal(shade, 0), cmap=blues,
+                        vmin=0, vmax=1, rasterized=True)  # fmt: skip
         for record in report.layers:
             if record["bimodal"]:
-                axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2)
+                words = (
+                    f"hover:block {record['layer']}: {record['share']:.2%} above the cut-off {record['cutoff']:.4g}"
+                )
+                axis.vlines(record["cutoff"], record["layer"] - 0.45, record["layer"] + 0.45, color=_MARK, lw=2,
+                            gid=words)  # fmt: skip
         axis.set(xscale="log", xlabel="norm of patch tokens before the final norm", ylabel="block")
+        norm_ticks(axis)
         axis.set_title(f"outliers: {report.outlier_share:.2%} at block {report.layer}" if report.bimodal else
                        "no distinct outliers", color=_INK)  # fmt: skip
     return figure
+
+
+def norm_ticks(axis: "Axes") -> None:
+    """Label a logarithmic x-axis at 1, 2 and 5 times powers of ten."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_locator(NullLocator())
 
 
 def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[Path]:
@@ -441,9 +442,7 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
     _draw_image(axes[5], image, "box")
     seed_row, seed_column = divmod(result.seed, columns)
     for axis in axes[1:5]:
-        axis.plot(
-            (seed_column + 0.5) * width, (seed_row + 0.5) * height, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5
-        )
+        _mark(axis, (seed_column + 0.5) * width, (seed_row + 0.5) * height)
     x1, y1, x2, y2 = result.box((round(height), round(width)), (image.height, image.width))
     boxes = [((x1, y1, x2, y2), _MARK, "-"), *((tuple(box), "#ffffff", "--") for box in truth)]
     for (left, top, right, bottom), color, style in boxes:
@@ -527,21 +526,14 @@ def _draw_attention(axes: Sequence["Axes"], image: Image.Image, attention: Tenso
     """Draw the maps of CLS and registers in order; use `first=1` if there is no CLS."""
     names = ["CLS", *(f"register {i + 1}" for i in range(len(attention)))][first : first + len(attention)]
     for axis, name, map_ in zip(axes, names, attention, strict=True):
-        # Clip, or a few patches with most of the attention would leave the rest of the map black.
-        low, high = torch.quantile(map_.flatten(), torch.tensor([0.01, 0.995])).tolist()
-        limits = {"vmin": low, "vmax": max(high, low + 1e-12)}
-        _draw_map(axis, image, map_, f"attention of {name}", cmap=_ATTENTION_COLORS, **limits)
+        low, high = attention_limits(map_)
+        _draw_map(axis, image, map_, f"attention of {name}", cmap=_ATTENTION_COLORS, vmin=low, vmax=high)
         axis.set_xlabel(f"{map_.sum().item():.1%} on patches", fontsize=7, labelpad=2)
 
 
 def _draw_colors(axis: "Axes", image: Image.Image, colors: Tensor, title: str) -> None:
     # Bicubic upsampling overshoots the range of colors in matplotlib; Pillow clips it.
-    _draw_image(axis, _pixels(colors).resize(image.size, Image.Resampling.BICUBIC), title)
-
-
-def _pixels(colors: Tensor) -> Image.Image:
-    """Return (rows, columns, 3) colors in [0, 1] as an image with one pixel per cell."""
-    return Image.fromarray((colors * 255).round().byte().numpy())
+    _draw_image(axis, color_image(colors).resize(image.size, Image.Resampling.BICUBIC), title)
 
 
 def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tensor) -> None:

@@ -26,8 +26,8 @@ def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
     names_at_axes = 1.3 if len(names) <= 40 else 0.6  # inches
     figure.subplots_adjust(names_at_axes / width, names_at_axes / size, 0.98, 1 - 0.4 / size, wspace=0.05)
     axis, beside = figure.subplots(1, 2, width_ratios=[size, 3.2])
-    picture = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
-    figure.colorbar(picture, ax=axis, shrink=0.6, label="share of the true class")
+    shown = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    figure.colorbar(shown, ax=axis, shrink=0.6, label="share of the true class")
     axis.set_xlabel("predicted class")
     axis.set_ylabel("true class")
     if len(names) <= 40:
@@ -113,13 +113,13 @@ def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
 def _three_columns(rows: Sequence[tuple[Any, Array, Array]]) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    height = sum(3.0 * picture.height / picture.width for picture, _, _ in rows)
+    height = sum(3.0 * image.height / image.width for image, _, _ in rows)
     figure = Figure(figsize=(9.6, height + 0.9), layout="constrained")
     axes = figure.subplots(len(rows), 3, squeeze=False)
     for axis, title in zip(axes[0], ("image", "ground truth", "prediction")):
         axis.set_title(title, fontsize=10)
-    for beside, (picture, _, _) in zip(axes, rows):
-        beside[0].imshow(picture)
+    for beside, (image, _, _) in zip(axes, rows):
+        beside[0].imshow(image)
         for axis in beside:
             axis.axis("off")
     return figure, axes

@@ -3,7 +3,8 @@
 from dataclasses import InitVar, dataclass
 from pathlib import Path
 
-from ..training.arguments import RunArguments, option, plain
+from ..evaluation.image_tasks import option
+from ..training.arguments import RunArguments, plain
 
 TASKS = ("image-classification", "semantic-segmentation", "depth-estimation")
 MODES = ("full", "lora", "linear")

@@ -1,42 +1,59 @@
-"""Publish a checkpoint: bundle its public files, verify in a clean process that they load, and upload them.
+"""Bundle a checkpoint: collect its public files in a folder, and read such a folder.
 
-`bundle` collects weights, code, processor, card, figures, reports and recipe from a list of allowed files. `verify`
-loads the bundle where hf_regvit cannot be imported and compares it with the original. `publish` does both and uploads
-the bundle.
+`bundle` collects weights, code, processor, card, figures, reports and recipe from a list of allowed files.
+`verify.verify` loads the bundle where hf_regvit cannot be imported, and `publish.publish` does both and uploads it.
 """
 
 import dataclasses
 import hashlib
 import json
+import logging
+import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from torch import nn
 
-from ..models.loading import BundleError, _json_of, checkpoint_folder, load_checkpoint
+from ..diagnosis.report import ArtifactReport
+from ..diagnosis.retrofit import RetrofitReport
+from ..evaluation.report import EvaluationTable
+from ..models.loading import BundleError, checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
 from ..models.modeling_regvit import CheckpointCorruptError
+from ..models.processing import saved_processor
+from ..models.saving import read_json, whole_folder, write_json
+from . import facts as about
 from .card import check_card, write_card_file
-from .facts import ANY_FOLDER, TASKS, CardFacts, _add_report, _report_file, _run_facts
+from .facts import TASKS, CardFacts, CardFigure, CardScore, Facts, Json
 from .scan import CARD, CODE_FILES, may_be_published, scan
+
+logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "5GB"
 
 # Fields that a processor must store itself, because the defaults of its class belong to another model.
 _STATISTICS = (
-    "image_mean",
-    "image_std",
-    "rescale_factor",
-    "resample",
-    "do_resize",
-    "do_rescale",
-    "do_normalize",
-    "size",
-)
+    "image_mean", "image_std", "rescale_factor", "resample", "do_resize", "do_rescale", "do_normalize", "size",
+)  # fmt: skip
 _FORBIDDEN_FIELDS = ("use_cache", "_name_or_path", "_commit_hash", "hub_token")
+# file of a run: its path in the bundle. Of the two reports a run has one.
+_FILES_OF_A_RUN = {
+    "environment.json": "reports/environment.json",
+    "metrics.json": "reports/training.json",
+    "report.json": "reports/training.json",
+    "metrics.jsonl": "reports/metrics.jsonl",
+    "curves.png": "figures/curves.png",
+    "confusion_matrix.png": "figures/confusion_matrix.png",
+}
+_FIGURES = {
+    "layer_norms": "Norms of the patch tokens by block",
+    "positions": "Positions of the outliers",
+    "example_00": "Attention and norm maps of an image",
+    "example_01": "Attention and norm maps of a second image",
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +86,7 @@ def bundle(
     output_dir: str | Path,
     *,
     reports: Sequence[str | Path] = (),
-    card: Mapping[str, Any] | None = None,
+    card: Json | None = None,
     example_pictures: bool = False,
     max_shard_size: str = SHARD_SIZE,
 ) -> Bundle:
@@ -83,94 +100,250 @@ def bundle(
         model_folder: RegViT checkpoint, or the folder of a run of `regvit pretrain` or `regvit finetune`.
         output_dir: New or empty folder.
         reports: Reports of `regvit diagnose` and `regvit evaluate`: JSON files, or the folders that contain them.
-        card: Fields of `model_card.CardFacts` that the files do not contain, such as `license`.
+        card: Fields of `CardFacts` that the files do not contain, such as `license`.
         example_pictures: Whether to include the example figures of a diagnosis, which show images of the data set.
         max_shard_size: Maximum size of a weights file; larger weights are split.
 
     Raises:
         BundleError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
-        model_card.CardError: The card is incomplete.
-        upload.PrivateContentError: A file contains a secret or a local path; the message names file and line.
+        CardError: The card is incomplete.
+        PrivateContentError: A file contains a secret or a local path; the message names file and line.
         FileExistsError: `output_dir` is not empty.
         NotADirectoryError: `output_dir` is a file.
     """
-    checkpoint = checkpoint_folder(model_folder)
-    output = Path(output_dir)
+    checkpoint, output = checkpoint_folder(model_folder), Path(output_dir)
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"'{output}' is a file. Choose a new folder for the bundle.")
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
-    model = load_checkpoint(checkpoint)
-    staged = output.with_name(f".{output.name}.making")  # so that an incomplete bundle is never left behind
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        _save_model(model, staged, max_shard_size=max_shard_size)
-        _save_processor(checkpoint, staged)
-        facts = _run_facts(Path(model_folder), checkpoint, staged)
-        for report in reports:
-            _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
-        _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
-        write_manifest(staged)
-        options = _option_hashes(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
-        manifest = {**(_json_of(staged / "manifest.json") or {}), "options": options}
-        (staged / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        read_bundle(staged)
-        staged.replace(output)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
-    return read_bundle(output)
-
-
-def _save_model(model: Any, output: Path, *, max_shard_size: str) -> None:
-    model.save_pretrained(output, max_shard_size=max_shard_size)
-    path = output / "config.json"
-    config = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in _FORBIDDEN_FIELDS}
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _save_processor(checkpoint: Path, output: Path) -> None:
-    from transformers import AutoImageProcessor
-
-    source = checkpoint / "preprocessor_config.json"
-    if not source.is_file():
+    model, processor = load_checkpoint(checkpoint), saved_processor(checkpoint)
+    if processor is None:
         raise BundleError(
             f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
             "image processor in the folder with processor.save_pretrained(folder)."
         )
-    AutoImageProcessor.from_pretrained(checkpoint).save_pretrained(output)
+    with whole_folder(output.parent) as parent:  # the finished folder is moved at once
+        staged = parent / output.name
+        (staged / "reports").mkdir(parents=True)
+        (staged / "figures").mkdir()
+        model.save_pretrained(staged, max_shard_size=max_shard_size)
+        config = read_json(staged / "config.json")
+        write_json(staged / "config.json", {k: v for k, v in config.items() if k not in _FORBIDDEN_FIELDS})
+        processor.save_pretrained(staged)
+        facts = _run_facts(Path(model_folder), checkpoint, staged)
+        for report in reports:
+            _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
+        _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
+        for folder in (staged / "reports", staged / "figures"):
+            if not any(folder.iterdir()):
+                folder.rmdir()
+        write_manifest(staged)
+        options = option_hashes(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
+        write_json(staged / "manifest.json", {**read_json(staged / "manifest.json"), "options": options})
+        read_bundle(staged)
+    return read_bundle(output)
 
 
-def _option_hashes(
-    card: Mapping[str, Any] | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
+def option_hashes(
+    card: Json | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
 ) -> dict[str, str]:
     """Return a short hash of every non-default option, to detect a request for a different bundle."""
-    wishes: dict[str, Any] = {
+    wishes = {
         **(card or {}),
         "reports": [_report_file(Path(report)).read_text(encoding="utf-8") for report in reports],
         "example_pictures": example_pictures,
         "max_shard_size": max_shard_size,
     }
-    said = {name: value for name, value in wishes.items() if value and value not in (ANY_FOLDER, SHARD_SIZE)}
+    said = {name: value for name, value in wishes.items() if value and value not in (about.ANY_FOLDER, SHARD_SIZE)}
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in sorted(said.items())}
 
 
-def _write_card(model: Any, output: Path, facts: dict[str, Any], measured: Mapping[str, Any]) -> None:
-    known = {field.name for field in dataclasses.fields(CardFacts)}
-    if unknown := set(facts) - known:
-        raise BundleError(
-            f"The card has no field {', '.join(sorted(unknown))}. Choose from {', '.join(sorted(known))}."
-        )
+def _write_card(model: nn.Module, output: Path, facts: Facts, measured: Facts) -> None:
+    known = sorted(field.name for field in dataclasses.fields(CardFacts))
+    if unknown := sorted(set(facts).difference(known)):
+        raise BundleError(f"The card has no field {', '.join(unknown)}. Choose from {', '.join(known)}.")
     # The author's entries follow the measured ones.
     for name in ("limits", "intended_use", "scores", "evaluation_notes"):
         if facts.get(name) is not measured.get(name):
             facts[name] = (*measured.get(name, ()), *facts[name])
-    text = write_card_file(output, **{**facts, "parameters": model.num_parameters()})
+    text = write_card_file(output, **{**facts, "parameters": sum(p.numel() for p in model.parameters())})
     check_card(text, folder=output)
 
 
-def _files_of(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+# ---- Files of runs and reports -----------------------------------------------------------------------------------
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """Return the content of a JSON or YAML file with names and values, or None if the file does not exist.
+
+    Raises:
+        BundleError: The file is not valid JSON or YAML, or holds another value.
+    """
+    import yaml
+
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else read_json(path)
+    except yaml.YAMLError as error:
+        raise BundleError(f"'{path}' is not valid YAML: {error}") from error
+    except ValueError as error:
+        raise BundleError(str(error)) from error
+    if not isinstance(content, dict):
+        raise BundleError(f"'{path}' holds a {type(content).__name__}. Expected names with values.")
+    return content
+
+
+def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
+    """Copy recipe, report, environment and curves of a checkpoint's run, and return them as facts for the card."""
+    import yaml
+
+    candidates = (folder, checkpoint.parent if checkpoint.name == "backbone" else checkpoint)
+    run = next((place for place in candidates if (place / "resolved_recipe.yaml").is_file()), None)
+    if run is None:
+        return _retrofit_facts(checkpoint, output)
+    recipe = about.public_recipe(read_object(run / "resolved_recipe.yaml") or {})
+    (output / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+    fine_tuned = read_object(run / "metrics.json")
+    collect = about.finetuning_facts if fine_tuned else about.pretraining_facts
+    try:
+        facts = collect(recipe, fine_tuned or read_object(run / "report.json"), read_object(run / "environment.json"))
+    except KeyError as error:
+        raise BundleError(
+            f"The recipe, report or environment in '{run}' is incomplete: {error} is missing. Publish a folder that "
+            "contains only the checkpoint, and describe it with --data, --origin and --description."
+        ) from error
+    for name, public in _FILES_OF_A_RUN.items():
+        if (run / name).is_file() and not (output / public).exists():
+            shutil.copyfile(run / name, output / public)
+    if (run / "curves.png").is_file():
+        facts["curves"] = "figures/curves.png"
+    if (run / "confusion_matrix.png").is_file():
+        facts["pictures"] = (CardFigure("figures/confusion_matrix.png", "Confusion matrix"),)
+    return {**facts, "recipe_file": True}
+
+
+def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
+    """Return the facts from the report that `regvit retrofit` wrote into the checkpoint folder."""
+    path = checkpoint / "retrofit_report.json"
+    content = read_object(path)
+    if content is None:
+        return {}
+    try:
+        report = RetrofitReport(**content)
+    except TypeError as error:
+        raise BundleError(f"'{path}' is not a report of `regvit retrofit`: {error}.") from error
+    shutil.copyfile(path, output / "reports" / "retrofit.json")
+    return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
+
+
+def _report_file(path: Path) -> Path:
+    if (path / "comparison.json").is_file() and not (path / "report.json").is_file():
+        single = ", ".join(f"'{report.parent}'" for report in sorted(path.glob("*/report.json")))
+        raise BundleError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
+    path = path / "report.json" if path.is_dir() else path
+    if not path.is_file():
+        raise BundleError(f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `evaluate`.")
+    return path
+
+
+def _add_report(path: Path, output: Path, facts: Facts, *, model: nn.Module, example_pictures: bool) -> None:
+    """Copy the public part of a diagnosis or evaluation report, and add it to the facts for the card."""
+    path = _report_file(path)
+    content = read_object(path) or {}
+    if "bimodal" in content:
+        try:
+            report = ArtifactReport.load(path)
+        except (TypeError, ValueError, KeyError) as error:
+            raise BundleError(f"'{path}' is not a report of this version of `regvit diagnose`: {error}.") from error
+        if report.model.get("weights") not in (None, weights_fingerprint(model)):  # older reports lack this field
+            logger.warning(
+                "'%s' is a diagnosis of different weights (%s), but the card does not mention this. Diagnose this "
+                "checkpoint, unless both are the same model in two formats.", path, report.model["name"]
+            )  # fmt: skip
+        facts["artifacts"] = _diagnosis(report, output, example_pictures=example_pictures)
+        versions = ", ".join(f"{name} {number}" for name, number in report.versions.items() if name != "hf_regvit")
+        facts.setdefault("environment", versions)
+    elif "reports" in content and "models" not in content:
+        table = EvaluationTable.load(path)
+        write_json(output / "reports" / "evaluation.json", [report.summary() for report in table.reports])
+        for key, value in _evaluation_facts(table, path, model).items():
+            facts[key] = (*facts.get(key, ()), *value)
+    else:
+        raise BundleError(
+            f"'{path}' is neither a report of `regvit diagnose` for one model nor of `regvit evaluate`. "
+            f"Its fields: {', '.join(sorted(content)[:6]) or 'none'}."
+        )
+
+
+def _diagnosis(report: ArtifactReport, output: Path, *, example_pictures: bool) -> about.CardArtifacts:
+    from ..figures.maps import write_report_figures
+
+    # Image names and images belong to the data set, so they are private by default.
+    public = dataclasses.replace(report, skipped=[], examples=report.examples[:2] if example_pictures else [])
+    write_json(output / "reports" / "artifacts.json", public.to_dict())
+    paths = write_report_figures(public, output / "figures")
+    if not report.outliers["per_image"]:  # no outliers, so the map is empty
+        (output / "figures" / "positions.png").unlink()
+    return about.CardArtifacts(
+        verdict=report.verdict,
+        summary=report.summary(),
+        num_images=report.num_images,
+        preprocessing=describe_preprocessing(report.settings.get("preprocessing", "")),
+        figures=tuple(CardFigure(f"figures/{path.name}", _FIGURES[path.stem]) for path in paths if path.exists()),
+        has_outliers=report.bimodal,
+    )
+
+
+def describe_preprocessing(text: str) -> str:
+    """Return the processor settings that `diagnose` stores as JSON, as part of a sentence."""
+    try:
+        processor = json.loads(text)
+    except json.JSONDecodeError:
+        return text or "images preprocessed by the model's own processor"
+
+    def size(value: object) -> str:
+        return " x ".join(map(str, value.values())) if isinstance(value, dict) else str(value)
+
+    steps = [f"resized to {size(processor['size'])}"] if processor.get("do_resize") else []
+    if processor.get("do_center_crop"):
+        steps.append(f"cropped to {size(processor['crop_size'])}")
+    steps.append(f"mean {processor.get('image_mean')}, standard deviation {processor.get('image_std')}")
+    return ", ".join(steps)
+
+
+def _evaluation_facts(table: EvaluationTable, path: Path, model: nn.Module) -> dict[str, tuple[object, ...]]:
+    """Return the rows, notes and `model-index` results of an evaluation.
+
+    Only the results of the published model enter the index, and its rows omit the model name. An older report does
+    not identify the weights; it is taken for one of this model if it covers only one model.
+    """
+    weights = weights_fingerprint(model)
+    if len(table.reports) == 1 and not table.reports[0].weights:
+        weights = table.reports[0].weights
+    own = next((report for report in table.reports if report.weights == weights), None)
+    if own is None:
+        logger.warning(
+            "'%s' is an evaluation of different weights (%s). The card lists its numbers under those names, but not "
+            "in its model-index. Evaluate this checkpoint to add its own numbers.",
+            path, ", ".join(report.model for report in table.reports),
+        )  # fmt: skip
+    rows = list(table.rows())
+    scores = []
+    for score, report, _ in rows:
+        name = score.name if report is own else f"{report.model}: {score.name}"
+        images = f"{score.num_train:,} / {score.num_images:,}"
+        scores.append(CardScore(name, score.data, score.show(score.value, score.interval), images))
+    notes = [
+        *(f"{score.task}: {score.protocol}" for score, _, _ in rows),
+        *(note for report in table.reports for note in report.notes),
+        "Brackets: 95 % confidence interval from 2,000 resamples of the test images.",
+    ]
+    results = [] if own is None else own.model_index("model")[0]["results"]
+    return {"scores": tuple(scores), "evaluation_notes": tuple(dict.fromkeys(notes)), "results": tuple(results)}
+
+
+# ---- Reading -----------------------------------------------------------------------------------------------------
 
 
 def read_bundle(folder: str | Path) -> Bundle:
@@ -179,16 +352,15 @@ def read_bundle(folder: str | Path) -> Bundle:
     Raises:
         BundleError: A file is not allowed or is a link, or the configuration does not load without hf_regvit.
         CheckpointCorruptError: A file is missing or has changed since it was bundled.
-        model_card.CardError: The card is incomplete.
-        upload.PrivateContentError: A file contains a secret or a local path.
+        CardError: The card is incomplete.
+        PrivateContentError: A file contains a secret or a local path.
     """
     folder = Path(folder)
-    names = _files_of(folder)
-    strange = [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]
-    if strange:
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
+    if strange := [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]:
         raise BundleError(
-            f"'{folder}' contains {', '.join(strange)}, which {'is' if len(strange) == 1 else 'are'} not allowed in a "
-            "bundle. Bundle the checkpoint again in a new folder."
+            f"'{folder}' contains files that are not allowed in a bundle: {', '.join(strange)}. Bundle the checkpoint "
+            "again in a new folder."
         )
     try:
         verify_checkpoint(folder, required=("config.json", "preprocessor_config.json", CARD, *CODE_FILES))
@@ -197,21 +369,20 @@ def read_bundle(folder: str | Path) -> Bundle:
             f"{error} A bundle must not be edited. Remove the folder and bundle again; to add text to the card, use "
             "--description."
         ) from error
-    files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+    files = read_json(folder / "manifest.json")["files"]
     if surplus := set(names) - set(files) - {"manifest.json"}:
         raise BundleError(f"'{folder}' contains {', '.join(sorted(surplus))}, which manifest.json does not list.")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     check_card((folder / CARD).read_text(encoding="utf-8"), folder=folder)
     _check_config(config, folder)
     scan(folder, names)
-    model_class = config["architectures"][0]
-    return Bundle(folder, files, model_class, _count_parameters(folder, files))
+    return Bundle(folder, files, config["architectures"][0], _count_parameters(folder, files))
 
 
-def _check_config(config: Mapping[str, Any], folder: Path) -> None:
+def _check_config(config: Json, folder: Path) -> None:
     expected = {
         "AutoConfig": "configuration_regvit.RegViTConfig",
-        **{auto: f"modeling_regvit.{name}" for name, (_, auto, _) in TASKS.items() if name != "RegViTBackbone"},
+        **{task.auto_class: f"modeling_regvit.{name}" for name, task in TASKS.items() if name != "RegViTBackbone"},
         "AutoBackbone": "modeling_regvit.RegViTBackbone",
     }
     if config.get("auto_map") != expected:
@@ -227,7 +398,7 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
     for name in CODE_FILES:
         if (folder / name).read_bytes() != (package / name).read_bytes():
             raise BundleError(f"'{folder}/{name}' differs from this version of hf_regvit. Bundle it again.")
-    processor = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    processor = read_json(folder / "preprocessor_config.json")
     if missing := [name for name in _STATISTICS if processor.get(name) is None]:
         raise BundleError(
             f"'{folder}/preprocessor_config.json' lacks {', '.join(missing)}, so another version of transformers "
@@ -235,12 +406,12 @@ def _check_config(config: Mapping[str, Any], folder: Path) -> None:
         )
 
 
-def _count_parameters(folder: Path, names: Mapping[str, Any]) -> int:
+def _count_parameters(folder: Path, names: Mapping[str, object]) -> int:
     from safetensors import safe_open
 
     total = 0
     for name in names:
         if name.endswith(".safetensors"):
             with safe_open(folder / name, framework="pt") as file:
-                total += sum(int(np.prod(file.get_slice(key).get_shape())) for key in file.keys())  # noqa: SIM118
+                total += sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     return total

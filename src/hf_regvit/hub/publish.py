@@ -1,22 +1,26 @@
-"""Publish a checkpoint: bundle, verify, upload."""
+"""Publish a model: bundle, verify, upload."""
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..models.loading import BundleError, _json_of
-from .bundle import SHARD_SIZE, Bundle, _option_hashes, bundle, read_bundle
-from .facts import ANY_FOLDER
+from torch import nn
+
+from ..models.loading import BundleError, open_model
+from ..models.modeling_regvit import RegViTPreTrainedModel
+from ..models.processing import unknown_processor
+from ..models.tokens import TokenReader
+from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
+from .facts import ANY_FOLDER, Json, is_hub_id
 from .upload import PushResult, RetryPolicy, send_folder
 from .verify import Verification, verify
 
 logger = logging.getLogger(__name__)
-
-
-# ---- Publish -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -30,10 +34,8 @@ class Publication:
     def to_dict(self) -> dict[str, Any]:
         """Return the result as a dict for JSON."""
         return {
+            **dataclasses.asdict(self.bundle),
             "folder": str(self.bundle.folder),
-            "files": self.bundle.files,
-            "model_class": self.bundle.model_class,
-            "parameters": self.bundle.parameters,
             "loaded_without_hf_regvit": self.verification.loaded,
             "largest_difference": self.verification.largest_difference,
             "pipelines_not_run": self.verification.not_run,
@@ -43,22 +45,109 @@ class Publication:
     def summary(self) -> dict[str, str]:
         """Return the result as lines for a terminal."""
         size = sum(entry["size"] for entry in self.bundle.files.values()) / 2**20
-        lines = {
+        upload = "Not uploaded. Add --push to upload."
+        if self.sent:
+            upload = self.sent.url + ("" if self.sent.changed else " (all files were already there)")
+        return {
             "bundle": f"{self.bundle.folder}: {len(self.bundle.names)} files, {size:.1f} MiB",
             "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
             f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
+            **{f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()},
+            "upload": upload,
         }
-        lines |= {f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()}
-        if self.sent is None:
-            return {**lines, "upload": "Not uploaded. Add --push to upload."}
-        return {**lines, "upload": self.sent.url + ("" if self.sent.changed else " (all files were already there)")}
+
+
+def publish(
+    model: TokenReader | nn.Module | str | Path,
+    repo_id: str | None = None,
+    *,
+    output_dir: str | Path | None = None,
+    reports: Sequence[str | Path] = (),
+    card: Json | None = None,
+    example_pictures: bool = False,
+    max_shard_size: str = SHARD_SIZE,
+    push: bool = False,
+    private: bool = True,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    token: str | None = None,
+    retry: RetryPolicy | None = None,
+) -> Publication:
+    """Bundle a model, verify the bundle in a clean process, and upload it if `push` is set.
+
+    If the folder already contains a bundle of the same checkpoint, that bundle is verified and uploaded, so the same
+    command continues an interrupted push.
+
+    Args:
+        model: RegViT: a checkpoint or run folder (see `bundle`), a Hub id, a module, or a reader of `open_model`.
+        repo_id: Hub repository id `owner/name`, from which the card loads the model. Required to push.
+        output_dir: Folder for the bundle. Default: `bundles/` followed by the name of the repository or model.
+        reports: Reports for the card, see `bundle`.
+        card: Additional fields of the card, see `bundle`.
+        example_pictures: Whether to include example figures, see `bundle`.
+        max_shard_size: Maximum size of a weights file, see `bundle`.
+        push: Whether to upload the bundle. If False, nothing is uploaded.
+        private: Whether a new repository is private. An existing public repository requires False.
+        revision: Branch to upload to. Default: main.
+        commit_message: Message of the commit. Default: names the model class.
+        token: Token with write access. Default: the stored token or `HF_TOKEN`.
+        retry: Policy for retries after errors.
+
+    Raises:
+        BundleError: `bundle` or `verify` failed, `repo_id` is missing or invalid, or `output_dir` contains a bundle
+            made with other options.
+        PushError: The upload failed; the bundle remains in `output_dir`.
+    """
+    if push and not repo_id:
+        raise BundleError("Pushing requires a repository. Add --repo_id owner/name.")
+    if repo_id:
+        _check_repo_id(repo_id)
+    own_name = Path(model).resolve().name if isinstance(model, str | Path) else type(open_model(model).model).__name__
+    output = Path(output_dir or f"bundles/{(repo_id or own_name).split('/')[-1]}")
+    names = {"repo_id": repo_id, "name": repo_id.split("/")[-1]} if repo_id else {"repo_id": ANY_FOLDER}
+    asked: dict[str, Any] = {
+        "reports": reports, "card": {**names, **(card or {})}, "example_pictures": example_pictures,
+        "max_shard_size": max_shard_size,
+    }  # fmt: skip
+    with _as_folder(model) as folder:
+        if (output / "manifest.json").is_file():
+            made = read_bundle(output)
+            _check_same_options(output, option_hashes(**asked))
+            logger.info("'%s' already contains a bundle, which is verified and used.", output)
+        else:
+            made = bundle(folder, output, **asked)
+        verification = verify(output, original=folder)
+    if not push or not repo_id:
+        return Publication(made, verification, None)
+    message = commit_message or f"Upload {made.model_class} with hf_regvit"
+    sent = send_folder(
+        output, repo_id, names=made.names, message=message, private=private, accept_public=not private, token=token,
+        revision=revision, retry=retry,
+    )  # fmt: skip
+    return Publication(made, verification, sent)
+
+
+@contextmanager
+def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
+    """Yield the folder of a checkpoint: a local folder, or a temporary one for a module or a model from the Hub."""
+    if isinstance(model, str | Path) and (Path(model).exists() or not is_hub_id(str(model))):
+        yield Path(model)
+        return
+    reader = open_model(model)
+    if not isinstance(reader.model, RegViTPreTrainedModel):
+        kind = type(reader.model).__name__
+        raise BundleError(f"The model is a {kind}, not a RegViT. Call `hf_regvit.convert(model)` first.")
+    if reader.processor is None:
+        raise unknown_processor(reader.model)
+    with tempfile.TemporaryDirectory() as folder:
+        reader.model.save_pretrained(folder)
+        reader.processor.save_pretrained(folder)
+        yield Path(folder)
 
 
 def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
     """Check that an existing bundle was made with the options that are given. Omitted options are not compared."""
-    made_with = (_json_of(output / "manifest.json") or {}).get("options")
-    if made_with is None:  # made before options were stored
-        return
+    made_with = (read_object(output / "manifest.json") or {}).get("options", wanted)  # absent in older bundles
     other = [name for name, value in wanted.items() if made_with.get(name) != value and name != "name"]
     if other:  # `name` follows from the repository
         raise BundleError(
@@ -77,80 +166,4 @@ def _check_repo_id(repo_id: str) -> None:
     except HFValidationError as error:
         raise BundleError(f"'{repo_id}' is not a valid Hub repository id. Use owner/name. {error}") from error
     if "/" not in repo_id:
-        raise BundleError(
-            f"'{repo_id}' has no owner, so the code on the card could not load the model. Use owner/{repo_id}."
-        )
-
-
-def publish(
-    model_folder: str | Path,
-    repo_id: str | None = None,
-    *,
-    output_dir: str | Path,
-    reports: Sequence[str | Path] = (),
-    card: Mapping[str, Any] | None = None,
-    example_pictures: bool = False,
-    max_shard_size: str = SHARD_SIZE,
-    push: bool = False,
-    private: bool = True,
-    revision: str | None = None,
-    commit_message: str | None = None,
-    token: str | None = None,
-    retry: RetryPolicy | None = None,
-) -> Publication:
-    """Bundle a checkpoint, verify the bundle in a clean process, and upload it if `push` is set.
-
-    If the folder already contains a bundle of the same checkpoint, that bundle is verified and uploaded, so the same
-    command continues an interrupted push.
-
-    Args:
-        model_folder: RegViT checkpoint or run folder, see `bundle`.
-        repo_id: Hub repository id `owner/name`, from which the card loads the model. Required to push.
-        output_dir: Folder for the bundle.
-        reports: Reports for the card, see `bundle`.
-        card: Additional fields of the card, see `bundle`.
-        example_pictures: Whether to include example figures, see `bundle`.
-        max_shard_size: Maximum size of a weights file, see `bundle`.
-        push: Whether to upload the bundle. If False, nothing is uploaded.
-        private: Whether a new repository is private. An existing public repository requires False.
-        revision: Branch to upload to. Default: main.
-        commit_message: Message of the commit. Default: names the model class.
-        token: Token with write access. Default: the stored token or `HF_TOKEN`.
-        retry: Policy for retries after errors.
-
-    Raises:
-        BundleError: `bundle` or `verify` failed, `repo_id` is missing or invalid, or `output_dir` contains a bundle
-            made with other options.
-        upload.PushError: The upload failed; the bundle remains in `output_dir`.
-    """
-    if push and not repo_id:
-        raise BundleError("Pushing requires a repository. Add --repo_id owner/name.")
-    if repo_id:
-        _check_repo_id(repo_id)
-    output = Path(output_dir)
-    words = {"repo_id": repo_id or ANY_FOLDER, **({"name": repo_id.split("/")[-1]} if repo_id else {})}
-    asked: dict[str, Any] = {
-        "reports": reports, "card": {**words, **(card or {})}, "example_pictures": example_pictures,
-        "max_shard_size": max_shard_size,
-    }  # fmt: skip
-    if (output / "manifest.json").is_file():
-        made = read_bundle(output)
-        _check_same_options(output, _option_hashes(**asked))
-        logger.info("'%s' already contains a bundle, which is verified and used.", output)
-    else:
-        made = bundle(model_folder, output, **asked)
-    verification = verify(output, original=model_folder)
-    sent = None
-    if push and repo_id:
-        sent = send_folder(
-            output,
-            repo_id,
-            names=made.names,
-            message=commit_message or f"Upload {made.model_class} with hf_regvit",
-            private=private,
-            accept_public=not private,
-            token=token,
-            revision=revision,
-            retry=retry,
-        )
-    return Publication(made, verification, sent)
+        raise BundleError(f"'{repo_id}' has no owner, so the card's code could not load it. Use owner/{repo_id}.")

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,7 +77,7 @@ class PushResult:
     commit: str
     url: str
     changed: bool
-    tries: int
+    tries: int = 1
 
 
 def send_folder(
@@ -112,14 +112,35 @@ def send_folder(
     Raises:
         PushError: The upload failed.
     """
-    api = HfApi(token=token, library_name="hf_regvit", library_version=__version__)
-    retry = retry or RetryPolicy()
-    attempt = partial(
-        _commit, api, Path(folder), repo_id, names=names, message=message, private=private,
-        accept_public=accept_public, revision=revision,
-    )  # fmt: skip
-    sent, tries = with_retries(attempt, what=repo_id, retry=retry)
-    return PushResult(**sent, tries=tries)
+    api, folder = _api(token), Path(folder)
+
+    def attempt() -> PushResult:
+        whole_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision not in (None, "main"):
+            api.create_branch(whole_id, branch=revision, exist_ok=True)
+        head = api.model_info(whole_id, revision=revision)
+        if not head.private and not accept_public:
+            raise PermanentPushError(
+                f"'{whole_id}' exists and is public. Use --public (private=False), or another name."
+            )
+        if head.private and private is False:
+            logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)
+        old = {sibling.rfilename for sibling in head.siblings or ()} - set(names)
+        stale = sorted(filter(_WEIGHTS.fullmatch, old)) if any(map(_WEIGHTS.fullmatch, names)) else []
+        commit = api.create_commit(
+            whole_id,
+            operations=[
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in names),
+                *(CommitOperationDelete(path_in_repo=name) for name in stale),
+            ],
+            commit_message=message,
+            revision=revision,
+            parent_commit=head.sha,
+        )
+        return PushResult(whole_id, commit.oid, commit.commit_url, changed=commit.oid != head.sha)
+
+    sent, tries = with_retries(attempt, what=repo_id, retry=retry or RetryPolicy())
+    return replace(sent, tries=tries)
 
 
 def create_repository(
@@ -128,51 +149,16 @@ def create_repository(
     """Create a repository if it does not exist, and return its id with the owner.
 
     Raises:
-        RefusedError: The token has no write access, or the name is invalid.
+        PermanentPushError: The token has no write access, or the name is invalid.
         PushError: The Hub cannot be reached.
     """
-    api = HfApi(token=token, library_name="hf_regvit", library_version=__version__)
-    attempt = partial(api.create_repo, repo_id, private=private, exist_ok=True)
+    attempt = partial(_api(token).create_repo, repo_id, private=private, exist_ok=True)
     url, _ = with_retries(attempt, what=repo_id, retry=retry or RetryPolicy())
     return str(url.repo_id)
 
 
-def _commit(
-    api: HfApi,
-    folder: Path,
-    repo_id: str,
-    *,
-    names: Sequence[str],
-    message: str,
-    private: bool | None,
-    accept_public: bool,
-    revision: str | None,
-) -> dict[str, Any]:
-    whole_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision not in (None, "main"):
-        api.create_branch(whole_id, branch=revision, exist_ok=True)
-    head = api.model_info(whole_id, revision=revision)
-    if not head.private and not accept_public:
-        raise PermanentPushError(
-            f"'{whole_id}' exists and is public. Use --public (private=False) to publish there, or use another name."
-        )
-    if head.private and private is False:
-        logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)
-    there = {sibling.rfilename for sibling in head.siblings or ()}
-    stale = sorted(name for name in there if _WEIGHTS.fullmatch(name) and name not in names)
-    if not any(_WEIGHTS.fullmatch(name) for name in names):
-        stale = []  # no new weights replace the old ones
-    operations = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(folder / name)) for name in names]
-    commit = api.create_commit(
-        whole_id,
-        operations=[*operations, *(CommitOperationDelete(path_in_repo=name) for name in stale)],
-        commit_message=message,
-        revision=revision,
-        parent_commit=head.sha,
-    )
-    return {
-        "repo_id": whole_id, "commit": commit.oid, "url": commit.commit_url, "changed": commit.oid != head.sha
-    }  # fmt: skip
+def _api(token: str | None) -> HfApi:
+    return HfApi(token=token, library_name="hf_regvit", library_version=__version__)
 
 
 _T = TypeVar("_T")
@@ -182,36 +168,33 @@ def with_retries(attempt: Callable[[], _T], *, what: str, retry: RetryPolicy) ->
     """Call a function that contacts the Hub until it succeeds, and return its result and the number of attempts.
 
     Raises:
-        RefusedError: The error is permanent.
+        PermanentPushError: The error is permanent.
         PushError: The last attempt failed.
     """
     jitter = random.Random()  # not seeded, so that runs that failed together do not retry together
-    for tries in range(1, retry.attempts + 1):
+    tries = 0
+    while True:
+        tries += 1
         try:
             with _time_limit(retry.timeout):
                 return attempt(), tries
         except (_HTTPError, OSError, RuntimeError, ValueError) as error:
-            if isinstance(error, PushError):
-                raise
             reason = _hub_error(error)
             if reason is None:
                 raise
             if not _is_transient(reason):
                 raise PermanentPushError(_advice(reason, what)) from error
+            said = _summarize_error(reason)
             wait = retry.first_wait * 2 ** (tries - 1) * (1 + jitter.random() / 2)
             wait = max(min(wait, retry.longest_wait), _retry_after(reason))
-            if tries == retry.attempts or wait > retry.longest_wait:
+            if tries >= retry.attempts or wait > retry.longest_wait:
+                longer = f"The Hub asks to wait {wait:.0f} s. " if wait > retry.longest_wait else ""
                 raise PushError(
-                    f"'{what}' was not uploaded after {tries} {'attempt' if tries == 1 else 'attempts'}: "
-                    f"{_summarize_error(reason)}. "
-                    + (f"The Hub asks to wait {wait:.0f} s. " if wait > retry.longest_wait else "")
-                    + "Run the same command again later; uploaded files are not sent again."
+                    f"'{what}' was not uploaded after {tries} {'attempt' if tries == 1 else 'attempts'}: {said}. "
+                    f"{longer}Run the same command again later; uploaded files are not sent again."
                 ) from error
-            logger.warning(
-                "Hub: %s. Attempt %d of %d in %.1f s.", _summarize_error(reason), tries + 1, retry.attempts, wait
-            )
+            logger.warning("Hub: %s. Attempt %d of %d in %.1f s.", said, tries + 1, retry.attempts, wait)
             time.sleep(wait)
-    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 @contextmanager
@@ -228,13 +211,12 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 def _hub_error(error: BaseException | None) -> BaseException | None:
     """Return the server or network error behind `error`, which uploads of large files wrap, or None."""
-    while error is not None:
-        if isinstance(error, HfHubHTTPError | HFValidationError | ConnectionError | TimeoutError):
-            return error
+    known = (HfHubHTTPError, HFValidationError, ConnectionError, TimeoutError)
+    while error is not None and not isinstance(error, known):
         if any(base.__name__ == "TransportError" for base in type(error).__mro__):
-            return error
+            break
         error = error.__cause__
-    return None
+    return error
 
 
 def _status(error: BaseException) -> int | None:
@@ -255,10 +237,10 @@ def _retry_after(error: BaseException) -> float:
 
 
 def _summarize_error(error: BaseException) -> str:
+    said = f"{type(error).__name__}: {error}"
     if isinstance(error, HfHubHTTPError):
-        said = error.server_message or error.response.reason_phrase
-        return f"{_status(error)} {said}".splitlines()[0][:200]
-    return (f"{type(error).__name__}: {error}".splitlines() or [type(error).__name__])[0][:200]
+        said = f"{_status(error)} {error.server_message or error.response.reason_phrase}"
+    return said.splitlines()[0][:200]
 
 
 def _advice(error: BaseException, what: str) -> str:
@@ -301,22 +283,21 @@ class BackgroundPushes:
 
     def start(self, send: Callable[[], object], *, label: str) -> None:
         """Run `send` after the earlier pushes. A push that is still running when the process ends is abandoned."""
-        self._thread = threading.Thread(
-            target=self._run, args=(send, label, self._thread), name=f"push of {label}", daemon=True
-        )
-        self._thread.start()
+        before = self._thread
 
-    def _run(self, send: Callable[[], object], label: str, before: threading.Thread | None) -> None:
-        if before is not None:
-            before.join()
-        self.note(send, label=label)
+        def run() -> None:
+            if before is not None:
+                before.join()
+            self.note(send, label=label)
+
+        self._thread = threading.Thread(target=run, name=f"push of {label}", daemon=True)
+        self._thread.start()
 
     def note(self, send: Callable[[], object], *, label: str) -> bool:
         """Run `send` in this thread, record the outcome, and return whether it succeeded."""
-        if not self.prepare(send, label=label):
-            return False
-        self.sent.append(label)
-        return True
+        succeeded = self.prepare(send, label=label)
+        self.sent += [label] * succeeded
+        return succeeded
 
     def prepare(self, work: Callable[[], object], *, label: str) -> bool:
         """Run the preparation of a push and return whether it succeeded. A failure counts as a failed push."""
@@ -341,6 +322,6 @@ class BackgroundPushes:
         if self._thread.is_alive():
             self.failures.append(f"{self._thread.name}: not finished after {seconds:.0f} s")
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> dict[str, list[str]]:
         """Return the outcomes as a dict for reports."""
         return {"sent": list(self.sent), "failed": list(self.failures)}

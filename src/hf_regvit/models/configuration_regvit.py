@@ -399,6 +399,19 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return output
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
+        """Read a configuration, and refuse the one of another kind of model."""
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        kind = config.get("model_type") or ("timm" if "architecture" in config else "regvit")
+        parts = [part.get("model_type") for part in config.values() if isinstance(part, dict)]  # composite models
+        if "regvit" not in (kind, *parts):
+            raise ConfigError(
+                f"'{pretrained_model_name_or_path}' is not a RegViT: this is a `{kind}`; use convert, e.g. "
+                f"hf_regvit.convert('{pretrained_model_name_or_path}')."
+            )
+        return config, unused
+
+    @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict:
         """Read config.json; errors name the file and, for invalid JSON, the line."""
         size = Path(json_file).stat().st_size

@@ -14,9 +14,6 @@ import difflib
 import logging
 import math
 import re
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,8 +39,10 @@ from .foreign_weights import (
 )
 from .modeling_regvit import RegViTBackbone, RegViTForImageClassification, RegViTModel
 from .processing import default_image_processor, known_processor
+from .saving import whole_folder
 
 logger = logging.getLogger(__name__)
+whole_checkpoint = whole_folder
 
 # Relative to the standard deviation of the outputs: the real ViT-Tiny has tokens of norm 500 next to others of 19.
 VERIFY_TOLERANCE = 1e-4
@@ -56,7 +55,8 @@ def convert(
 
     Args:
         source: Folder written by `save_pretrained`, Hub id, weights file (`.safetensors`, `.pth`), state dict, or
-            module of transformers or timm.
+            module of transformers or timm. Its image processor becomes `model.image_processor`, which
+            `save_pretrained` writes beside the weights.
         verify: Whether to run source and result on the same random images, at the native size and at another one, and
             compare the outputs. If there is no source model to run (state dicts), a warning is logged. Names and
             shapes are always checked.
@@ -121,26 +121,10 @@ def convert_to_folder(
         raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
     source = _local(source)
     model = convert(source, verify=verify, **config_overrides)
-    processor = image_processor_of(source, model.config)
-    with whole_checkpoint(output) as staged:
+    model.image_processor = image_processor_of(source, model.config)
+    with whole_folder(output) as staged:
         model.save_pretrained(staged)
-        processor.save_pretrained(staged)
     return model
-
-
-@contextmanager
-def whole_checkpoint(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder whose files are moved to `output` at the end, so that no partial checkpoint is left.
-
-    Otherwise, a run that is interrupted while writing could leave a configuration without weights, which blocks the
-    next run, or a model without its image processor, which would be used with the wrong statistics.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
-        yield Path(staged)
-        # Move the configuration last, because its presence marks the folder as a checkpoint.
-        for path in sorted(Path(staged).iterdir(), key=lambda path: path.name == "config.json"):
-            path.replace(output / path.name)
 
 
 def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:
@@ -228,6 +212,13 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
         "use_mask_token": "embeddings.mask_token" in tensors,
         "final_norm": "pooled" if "fc_norm.weight" in origin.tensors else "tokens",
     }
+    if fields.get("num_register_tokens") and registers is None:
+        raise ConversionError(
+            f"num_register_tokens={fields['num_register_tokens']}, but '{origin.name}' has no registers (0 "
+            "register_tokens), and convert adds none. Convert without it, then call "
+            f"model.resize_register_tokens({fields['num_register_tokens']}) and train, or use retrofit to add "
+            "registers without training."
+        )
     for name, value in shaped.items():
         if (
             name in fields

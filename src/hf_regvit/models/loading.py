@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -109,6 +110,20 @@ def open_model(
         )
     reader.model.to(None if device == "auto" else device, dtype)
     return reader
+
+
+def embed(
+    model: "TokenReader | nn.Module | str | Path", images: Any, *, normalize: bool = False, batch_size: int = 32
+) -> np.ndarray:
+    """Return one vector per image, (n, D) float32, of a model given in any way; see `TokenReader.embed`."""
+    return open_model(model).embed(images, normalize=normalize, batch_size=batch_size)
+
+
+def patch_maps(
+    model: "TokenReader | nn.Module | str | Path", images: Any, *, layer: int = -1, batch_size: int = 32
+) -> np.ndarray:
+    """Return the patches of one block, (n, rows, columns, D) float32; see `TokenReader.patch_maps`."""
+    return open_model(model).patch_maps(images, layer=layer, batch_size=batch_size)
 
 
 def choose_device(device: str | torch.device = "auto") -> torch.device:
@@ -244,16 +259,16 @@ def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
 
 
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """Silence the loading report on unused weights, such as a text tower; missing weights are checked separately."""
+def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
+    """Silence reports of transformers below a level, such as that on the weights of an unused text tower."""
     from transformers.utils import logging as library_logging
 
-    level = library_logging.get_verbosity()
-    library_logging.set_verbosity_error()
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity(level)
     try:
         yield
     finally:
-        library_logging.set_verbosity(level)
+        library_logging.set_verbosity(before)
 
 
 def _load_transformers(source: str) -> nn.Module:
@@ -277,7 +292,7 @@ def _load_transformers(source: str) -> nn.Module:
     model_class: Any = getattr(library, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
         model_class = transformers.AutoModel
-    with _quiet_loading():
+    with quiet_transformers():  # missing weights are checked below
         model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
     tower, family = find_tower(model)
     path = next(name for name, module in model.named_modules() if module is tower)
@@ -366,16 +381,6 @@ def _compare_with_manifest(folder: Path) -> None:
                 f"The sha256 of '{path}' differs from '{folder}/manifest.json'. Use an intact copy, or remove the "
                 "manifest if you changed the weights on purpose."
             )
-
-
-def _json_of(path: Path) -> Any:
-    """Return the content of a JSON file, or None if the file does not exist."""
-    if not path.is_file():
-        return None
-    try:
-        return read_json(path)
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
 
 
 _open = open_regvit

@@ -571,6 +571,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
     # and fails if one is nested in the other.
     _input_embed_layer = "embeddings"
     _keys_to_ignore_on_load_unexpected = [r"mask_token", r"(^|\.)pooler\."]
+    image_processor = None  # set by `convert`: the processor of the source, which is saved with the model
 
     def __init__(self, config: RegViTConfig, *args, **kwargs):
         config.validate_architecture()  # again, since from_pretrained applies overrides after the config's own check
@@ -641,6 +642,13 @@ class RegViTPreTrainedModel(PreTrainedModel):
         if pretrained_model_name_or_path is not None:  # None: the caller passed a state dict and is responsible for it
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Save like any transformers model, with `image_processor` if there is one, so that a pipeline can load it."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if self.image_processor is not None and kwargs.get("is_main_process", True):
+            hub = {"push_to_hub", "repo_id", "token", "private", "revision", "create_pr", "commit_message"}
+            self.image_processor.save_pretrained(save_directory, **{k: v for k, v in kwargs.items() if k in hub})
 
     def _move_missing_keys_from_meta_to_device(self, missing_keys: set[str], *args, **kwargs) -> None:
         """Leave missing backbone tensors on the meta device, since `_check_loaded` is about to reject them."""

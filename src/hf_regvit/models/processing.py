@@ -154,7 +154,7 @@ class EvaluationTransform:
         if keep_aspect:
             side = image_size or min(description.image_size)
             apply: Callable = partial(_whole_image, side=side, patch=description.patch_size, mean=mean, std=std)
-            return cls(apply, mean, std, f"whole picture, shorter side {side}, mean {mean}, std {std}")
+            return cls(apply, mean, std, f"whole image, shorter side {side}, mean {mean}, std {std}")
         if image_size is not None:
             processor = default_image_processor(image_size)
             processor.image_mean, processor.image_std = list(mean), list(std)

@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 _LAST = "config.json"
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Write a dictionary as indented JSON, whole or not at all. NaN and infinity are refused with a ValueError."""
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+def write_json(path: str | Path, content: Mapping[str, Any] | Sequence[Any], *, indent: int = 2) -> None:
+    """Write a dictionary or list as indented JSON, whole or not at all; NaN and infinity raise a ValueError."""
+    text = json.dumps(content, indent=indent, allow_nan=False) + "\n"
     with whole_file(path) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

@@ -79,6 +79,11 @@ class TokenReading:
     def __getitem__(self, layer: int) -> torch.Tensor:
         return self.at(layer)
 
+    def __repr__(self) -> str:
+        blocks = f"block{'s' if len(self.layers) > 1 else ''} {', '.join(map(str, self.layers))}"
+        count = f"{len(self.values[0])} images"
+        return f"TokenReading({self.site} of {blocks}, {count}, {_kinds(self)} + {_by(self.grid)} patches)"
+
     def _tokens(self, layer: int, start: int, length: int | None) -> torch.Tensor:
         """Return a slice along the token axis (for attention, along the query axis)."""
         values = self.at(layer)
@@ -99,6 +104,14 @@ class TokenReading:
     def patches(self, layer: int = -1) -> torch.Tensor:
         """Return the patches (B, N, D); for attention, the patch rows (B, heads, N, T)."""
         return self._tokens(layer, self.num_prefix_tokens, None)
+
+
+def _kinds(layout: TokenReading | ModelDescription) -> str:
+    return f"{'CLS' if layout.has_cls else 'no CLS'} + {layout.num_register_tokens} registers"
+
+
+def _by(size: tuple[int, int]) -> str:
+    return f"{size[0]} x {size[1]}"
 
 
 Query = Literal["cls"] | tuple[Literal["register"], int] | tuple[Literal["patch"], int, int]
@@ -300,8 +313,7 @@ class TokenReader:
         inside = kind in known and len(place) == len(known[kind])
         if not inside or not all(0 <= at < size for at, size in zip(place, known[kind])):
             raise ValueError(
-                f"The model has no token query={query!r}. It has {'CLS' if d.has_cls else 'no CLS'}, "
-                f"{d.num_register_tokens} registers and {grid[0]} x {grid[1]} patches; expected 'cls', "
+                f"The model has no token query={query!r}. It has {_kinds(d)} + {_by(grid)} patches; expected 'cls', "
                 "('register', i) or ('patch', row, column), counted from 0."
             )
         first = {"cls": 0, "register": d.num_prefix_tokens - d.num_register_tokens, "patch": d.num_prefix_tokens}
@@ -329,11 +341,9 @@ class TokenReader:
 
     def __repr__(self) -> str:
         d = self.description
-        tokens = [*(["CLS"] if d.has_cls else []), f"{d.num_register_tokens} registers"]
-        patch = " x ".join(map(str, d.patch_size))
         return (
-            f"TokenReader({d.name}: {d.family}, {d.num_layers} blocks, width {d.hidden_size}, {' + '.join(tokens)}, "
-            f"patches of {patch} pixels, {self.device})"
+            f"TokenReader({d.name}: {d.family}, {d.num_layers} blocks, width {d.hidden_size}, {_kinds(d)}, patches of "
+            f"{_by(d.patch_size)} pixels, {self.device})"
         )
 
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from ..evaluation.image_tasks import option
 from ..models.configuration_regvit import RegViTConfig
-from ..training.arguments import RunArguments, option, plain
+from ..training.arguments import RunArguments, plain
 from .schedules import Schedules
 
 

@@ -2,18 +2,12 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import TrainingArguments
 
-
-def option(default: Any, help_text: str, *aliases: str) -> Any:
-    """Return a dataclass field with a help text and other spellings of the option; a list is copied for every run."""
-    metadata = {"help": help_text, **({"aliases": list(aliases)} if aliases else {})}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+from ..evaluation.image_tasks import option
 
 
 def plain(value: Any) -> Any:

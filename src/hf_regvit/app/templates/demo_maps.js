@@ -11,10 +11,10 @@ const place = (event) => {
   return {x: inside((event.clientX - box.left) / box.width), y: inside((event.clientY - box.top) / box.height)};
 };
 const point = (at) => {
-  const looks = element.querySelector('.looks');
-  if (!looks) return;
-  looks.classList.toggle('pointing', !!at);
-  if (at) { looks.style.setProperty('--x', at.x * 100 + '%'); looks.style.setProperty('--y', at.y * 100 + '%'); }
+  const maps = element.querySelector('.maps');
+  if (!maps) return;
+  maps.classList.toggle('pointing', !!at);
+  if (at) { maps.style.setProperty('--x', at.x * 100 + '%'); maps.style.setProperty('--y', at.y * 100 + '%'); }
 };
 element.addEventListener('click', (event) => { const at = place(event); if (at) trigger('select', at); });
 element.addEventListener('mousemove', (event) => point(place(event)));
@@ -26,7 +26,7 @@ element.addEventListener('keydown', (event) => {
   const step = steps[event.key];
   if (!step || !event.target.matches('.map[tabindex]') || event.ctrlKey || event.altKey || event.metaKey) return;
   event.preventDefault();
-  const {rows, columns, row, column} = element.querySelector('.looks').dataset;
+  const {rows, columns, row, column} = element.querySelector('.maps').dataset;
   const inside = (v, count) => Math.min(Math.max(v, 0), count - 1);
   const [r, c] = cell ?? [Number(row), Number(column)];
   cell = [inside(r + step[0], rows), inside(c + step[1], columns)];

@@ -1,0 +1,61 @@
+"""Measure how long importing the package and asking the command line for help take.
+
+    python benchmarks/bench_startup.py --rounds 7
+
+Every line is measured in fresh processes, in turn, so that a busy machine slows all of them alike. The limits: `import
+hf_regvit` takes at most 10 % longer than importing a model of transformers, and `regvit --help` and a mistyped command
+take less than 0.5 s of processor time.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+COMMANDS = {
+    "import torch": ["-c", "import torch"],
+    "transformers.Dinov2Model": ["-c", "from transformers import Dinov2Model"],
+    "import hf_regvit": ["-c", "import hf_regvit"],
+    "regvit --help": ["-m", "{cli}", "--help"],
+    "regvit --version": ["-m", "{cli}", "--version"],
+    "regvit pretrian": ["-m", "{cli}", "pretrian"],
+}
+
+
+def seconds(arguments: list[str]) -> tuple[float, float]:
+    """Return processor time and wall time of a fresh Python process."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, *arguments], capture_output=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, wall
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5, help="Number of processes per line.")
+    parser.add_argument("--cli", default="hf_regvit", help="Module that runs the command line.")
+    parser.add_argument("--json", help="File for the results.")
+    args = parser.parse_args()
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    for round_ in range(args.rounds + 1):
+        for name, command in COMMANDS.items():
+            measured = seconds([part.format(cli=args.cli) for part in command])
+            if round_:  # the first round fills the caches of the disk
+                found[name].append(measured)
+    median = {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
+    for name, (processor, wall) in median.items():
+        print(f"{name:26} {processor:6.2f} s of processor time, {wall:6.2f} s in all")
+    ratio = median["import hf_regvit"][0] / median["transformers.Dinov2Model"][0]
+    print(f"import hf_regvit / transformers.Dinov2Model: {ratio:.2f} (at most 1.10)")
+    if args.json:
+        result = {"median": median, "ratio": ratio, "rounds": args.rounds}
+        Path(args.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
