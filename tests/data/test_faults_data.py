@@ -34,7 +34,7 @@ from hf_regvit.data.decoding import BadImageError, ImageLimits, open_image
 from hf_regvit.data.loading import load_images
 from hf_regvit.models import processing as processing_module
 from hf_regvit.pretraining import crops as crops_module
-from hf_regvit.pretraining import samplers
+from hf_regvit.training import samplers
 
 SOURCE_CODE = Path(hf_regvit.__file__).parent
 
