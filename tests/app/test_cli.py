@@ -479,8 +479,8 @@ def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["diagnose", "--model", "./nope", "--data", "digits"], "'./nope' does not exist. Expected a folder"),
-        (["diagnose", "--model", "a/b/c", "--data", "digits"], "'a/b/c' does not exist. Expected a folder"),
+        (["diagnose", "--model", "./nope", "--data", "digits"], "'./nope' is neither a file nor a"),
+        (["diagnose", "--model", "a/b/c", "--data", "digits"], "'a/b/c' is neither a file nor a"),
         (["finetune", "--model", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["pretrain", "--init_from", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["finetune", "--model", "x", "--data", "digits", "--use_cpu", "--eval_strategy", "steps"],
