@@ -131,7 +131,10 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    models = {"source model": open_model(args.model, device="cpu"), "RegViT": open_model(convert(args.model), device="cpu")}
+    models = {
+        "source model": open_model(args.model, device="cpu"),
+        "RegViT": open_model(convert(args.model), device="cpu"),
+    }
     report: dict[str, Any] = {"model": args.model, "seed": args.seed, "threads": torch.get_num_threads()}
     started = time.perf_counter(), time.process_time()
     for item in args.depth:

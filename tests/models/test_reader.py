@@ -67,7 +67,7 @@ def test_a_reader_reads_what_read_tokens_reads(name):
 def test_embed_is_the_feature_of_extraction(name):
     reader = reader_of(name)
     images = [photo(i, size) for i, size in enumerate([(40, 30), (30, 40), (64, 64)])]
-    features = extract_features(reader.model, images, processor=reader.processor)
+    features = extract_features(reader, images)
     expected = features.patches.mean(1) if features.cls is None else features.cls
     found = reader.embed(images, batch_size=2)
     assert found.shape == (3, 24)

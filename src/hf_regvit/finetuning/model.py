@@ -117,7 +117,7 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
     from transformers import AutoImageProcessor, PreTrainedConfig
 
     from ..models import modeling_regvit
-    from ..models.conversion import convert, image_processor_of
+    from ..models.conversion import convert
     from ..models.foreign_weights import check_source
 
     check_source(source)
@@ -126,7 +126,7 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
         fields, _ = PreTrainedConfig.get_config_dict(source)
     if fields.get("model_type") != "regvit":
         model = convert(source)
-        return model, image_processor_of(source, model.config)
+        return model, model.image_processor or default_image_processor(model.config.image_shape)
     # Load the saved class, because its head may be for the same task.
     saved = next(iter(fields.get("architectures") or []), "RegViTModel")
     model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)

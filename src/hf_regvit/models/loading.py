@@ -19,7 +19,7 @@ from .families import FAMILIES, find_tower, unknown_family
 from .foreign_weights import check_source, import_timm
 from .manifest import check_weights
 from .modeling_regvit import CheckpointError, RegViTModel, RegViTPreTrainedModel, corrupt_weights
-from .saving import read_json
+from .saving import read_object
 from .tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -175,14 +175,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not a JSON object.
     """
-    path = folder / "config.json"
     try:
-        config = read_json(path)
+        return read_object(folder / "config.json")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{path}' holds a {type(config).__name__}, expected an object. Save the model again.")
-    return config
 
 
 def _checked(source: str | Path) -> str:
