@@ -409,6 +409,20 @@ def test_aliases_are_options_and_keys_of_recipes(tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == {"model": "x", "data": "y", "output_dir": "c"}
 
 
+def test_training_runs_have_a_device_too(tmp_path, monkeypatch, capsys, caplog) -> None:
+    seen = []
+    monkeypatch.setitem(cli.RUNS, "finetune", lambda arguments: seen.append(arguments.use_cpu) or cli.Outcome({}))
+    (tmp_path / "r.yaml").write_text("device: cpu\n")
+    args = ["finetune", "--output_dir", str(tmp_path / "out")]
+    with caplog.at_level(logging.INFO):
+        for more in (["--device", "cpu"], ["--config", str(tmp_path / "r.yaml")], ["--use_cpu"]):
+            assert cli.main([*args, *more]) == 0, capsys.readouterr().err
+    assert seen == [True, True, True]
+    assert caplog.text.count("The run uses the device 'cpu'.") == 3
+    assert cli.main([*args, "--device", "npu"]) == 1
+    assert "error: --device is 'npu', but torch finds only" in capsys.readouterr().err
+
+
 def test_flags_replace_a_list_of_the_recipe(tmp_path, capsys) -> None:
     (tmp_path / "r.yaml").write_text("model: [a, b]\ndata: d\n")
     args = ["diagnose", "--config", str(tmp_path / "r.yaml"), "--dry_run", "--json"]

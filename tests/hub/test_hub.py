@@ -658,12 +658,10 @@ def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, 
 
 
 def evaluated(models, folder):
-    from hf_regvit.data.loading import load_images
-    from hf_regvit.evaluation.run import compare_backbones
-    from hf_regvit.evaluation.tasks import Protocol
+    from hf_regvit import compare_backbones, load_images
 
     train, judged = (load_images("digits", split=part).subset(range(60)) for part in ("train", "validation"))
-    table = compare_backbones(models, judged, train=train, tasks=("knn",), protocol=Protocol(knn_ks=(5,)))
+    table = compare_backbones(models, judged, train=train, tasks=("knn",), knn_k=[5])
     table.save(folder)
     return table
 
@@ -693,10 +691,11 @@ def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_st
 def test_a_diagnosis_of_other_weights_is_noticed(checkpoint, tmp_path, caplog):
     from hf_regvit.diagnosis.diagnose import diagnose
     from hf_regvit.diagnosis.report import ArtifactReport
-    from hf_regvit.models.loading import open_model
+    from hf_regvit.models.loading import load_model
 
+    model, processor = load_model(checkpoint)
     images = [Image.effect_noise((16, 16), 60 + i).convert("RGB") for i in range(16)]
-    path = diagnose(open_model(checkpoint), images).save(tmp_path / "own")
+    path = diagnose(model, images, processor=processor).save(tmp_path / "own")
     bundle(checkpoint, tmp_path / "one", card=CARD, reports=[path])
     assert "different weights" not in caplog.text
     content = json.loads(path.read_text())

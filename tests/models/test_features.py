@@ -692,7 +692,7 @@ def test_folders_skip_and_record_bad_images(folder, transform, caplog):
 
 
 def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path):
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, IterableDataset
     from datasets import Image as ImageFeature
 
     names = ["0.png", "broken.png", "1.png", "deep/grey.png"]
@@ -709,11 +709,12 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
         "table": table,
         "rows": table.to_iterable_dataset(),
         "stream": stream_images(tmp_path / "train.parquet"),
+        "generator": IterableDataset.from_generator(lambda: ({"image": image, "n": 0} for image in good)),
     }
     values = [np.asarray(image.convert("RGB")) for image in good]
     sources |= {"arrays": values, "tensors": [torch.tensor(array).movedim(-1, 0) for array in values]}
     expected = torch.stack([transform(image.convert("RGB")) for image in good])
-    memory = ("pictures", "arrays", "tensors")
+    memory = ("pictures", "arrays", "tensors", "generator")
     for kind, images in sources.items():
         prepared = prepare_images(images, transform, batch_size=2)
         ids, values = zip(*prepared)
@@ -722,7 +723,7 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
         assert len(prepared.skipped) == (0 if kind in memory else 1), kind
         if kind in ("table", "rows"):
             assert [name for batch in ids for name in batch] == ["row/0", "row/2", "row/3"]
-        assert prepared.total == {"rows": None, "stream": None}.get(kind, 3 if kind in memory else 4)
+        assert prepared.total == dict.fromkeys(("rows", "stream", "generator")).get(kind, 3 if kind in memory else 4)
 
 
 def test_no_image_of_use_is_an_error(tmp_path, transform):
