@@ -129,7 +129,7 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     """Open a model as a RegViT on the CPU: with the class it was saved from, or converted.
 
     Args:
-        source: As for `open_model`. A RegViT module is returned as it is.
+        source: Model as for `open_model`. A RegViT module is returned as it is.
 
     Returns:
         RegViT of any class. Its image processor is `known_processor(model)`.
@@ -333,7 +333,7 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     """Open a model as the backbone of a pretraining run; heads and poolers are dropped.
 
     Args:
-        source: As for `open_regvit`.
+        source: Model as for `open_regvit`.
         changes: Fields of `RegViTConfig` to change.
 
     Raises:
@@ -356,9 +356,6 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     backbone.load_state_dict(state)
     # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
-
-
-_open_backbone = open_backbone  # the name by which pretraining calls it
 
 
 @torch.no_grad()
