@@ -70,7 +70,7 @@ if TYPE_CHECKING:
         find_register_neurons,
     )
     from .diagnosis.report import ArtifactReport
-    from .diagnosis.retrofit import retrofit
+    from .diagnosis.retrofit import RetrofitResult, retrofit
     from .evaluation.extraction import TokenFeatures, extract_features
     from .evaluation.knn import knn_classify
     from .evaluation.lost import discover_objects
@@ -96,6 +96,7 @@ _ON_FIRST_USE = {
     "add_test_time_registers": "diagnosis.register_neurons",
     "find_register_neurons": "diagnosis.register_neurons",
     "ArtifactReport": "diagnosis.report",
+    "RetrofitResult": "diagnosis.retrofit",
     "retrofit": "diagnosis.retrofit",
     "TokenFeatures": "evaluation.extraction",
     "extract_features": "evaluation.extraction",
@@ -152,6 +153,7 @@ __all__ = [
     "RegViTModelOutput",
     "RegisterNeurons",
     "RetrofitError",
+    "RetrofitResult",
     "TokenFeatures",
     "TokenReader",
     "TokenReading",

@@ -783,9 +783,10 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     caplog.clear()
     torch.testing.assert_close(EvaluationTransform.for_model(loaded)(image), expected, atol=0, rtol=0)
     assert not caplog.text
-    transform = EvaluationTransform.for_model(model)
-    assert "none is saved with ViTModel, so the right size, mean and standard deviation are not known" in caplog.text
-    assert transform.mean == (0.485, 0.456, 0.406)
+    with pytest.raises(
+        UnknownProcessorError, match="none is saved with ViTModel, so the right size, mean and standard"
+    ):
+        EvaluationTransform.for_model(model)
 
     resized = EvaluationTransform.for_model(model, processor, image_size=48)
     assert resized(image).shape == (3, 48, 48)

@@ -110,7 +110,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         use_swiglu_ffn (`bool`, *optional*, defaults to `False`):
             Whether to use a SwiGLU instead of the two-layer MLP.
         qkv_bias, proj_bias, mlp_bias (`bool`, *optional*, default to `True`):
-            Whether the fused query-key-value projection, the output projection and the MLP have biases.
+            Whether to add biases to the fused query-key-value projection, the output projection and the MLP.
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of every LayerNorm.
         layerscale_value (`float`, *optional*, defaults to 1e-5):
@@ -126,9 +126,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `"sample"` draws per sample and branch; `"batch_subset"` computes each branch for a random
             `max(int(B * (1 - rate)), 1)` of the B samples, as DINOv2 does, which also saves computation.
         drop_path_uniform (`bool`, *optional*, defaults to `True`):
-            Whether every block has the same rate; otherwise the rate rises linearly from 0.
+            Whether to use the same rate in every block; otherwise the rate rises linearly from 0.
         use_mask_token (`bool`, *optional*, defaults to `False`):
-            Whether the model has a learnable token for `bool_masked_pos`. Only pretraining needs it.
+            Whether to create a learnable token for `bool_masked_pos`. Only pretraining needs it.
         no_embed_class (`bool`, *optional*, defaults to `False`):
             Whether to leave CLS out of the position table (`no_embed_class` in timm).
         interpolate_antialias (`bool`, *optional*, defaults to `True`):

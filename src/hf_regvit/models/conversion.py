@@ -28,17 +28,14 @@ from .foreign_weights import (
     _find_backbone,
     _from_folder,
     _from_module,
-    _LazySource,
     _local,
     _pooling_of,
-    _processor_of,
     _read_weights,
     _rename,
     _Source,
-    _timm_processor,
 )
 from .modeling_regvit import RegViTBackbone, RegViTForImageClassification, RegViTModel
-from .processing import default_image_processor, known_processor
+from .processing import default_image_processor
 from .saving import whole_folder
 
 logger = logging.getLogger(__name__)
@@ -90,8 +87,7 @@ def convert(
     model.eval()
     if verify:
         _verify(model, origin)
-    if (processor := _own_processor(source, model.config)) is not None:
-        model.image_processor = processor
+    cast(Any, model).image_processor = origin.image_processor(model.config)
     return model
 
 
@@ -118,31 +114,13 @@ def convert_to_folder(
         raise FileExistsError(f"'{output}' already contains a checkpoint. Choose another output_dir or remove it.")
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
-    source = _local(source)
     model = convert(source, verify=verify, **config_overrides)
-    model.image_processor = image_processor_of(source, model.config)
+    if model.image_processor is None:
+        logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
+        cast(Any, model).image_processor = default_image_processor(model.config.image_shape)
     with whole_folder(output) as staged:
         model.save_pretrained(staged)
     return model
-
-
-def image_processor_of(source: str | Path, config: RegViTConfig) -> Any:
-    """Return the image processor saved with a model to convert; without one, that of DINOv2, with a warning."""
-    processor = _processor_of(_local(source), config)
-    if processor is None:
-        logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
-    return processor or default_image_processor(config.image_shape)
-
-
-def _own_processor(source: Any, config: RegViTConfig) -> Any:
-    """Return the image processor of a source, or None if none is known."""
-    if isinstance(source, dict):
-        return None
-    if not isinstance(source, nn.Module):
-        return _processor_of(_local(source), config)
-    processor: Any = known_processor(source)
-    # The transform of a timm model cannot be saved.
-    return _timm_processor(config, cast(Any, source).pretrained_cfg) if hasattr(processor, "apply") else processor
 
 
 # --- Reading ---
@@ -304,13 +282,13 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
 @torch.no_grad()
 def _verify(model: Any, origin: _Source) -> None:
     """Compare the outputs with the source model on random images, at its native size and at another one."""
-    source = origin.module.load() if isinstance(origin.module, _LazySource) else origin.module
-    if source is None:
+    if origin.load is None:
         logger.warning(
             "'%s' has only tensors and no model to run: names and shapes were checked, but outputs were not compared.",
             origin.name,
         )
         return
+    source: Any = origin.load()
     given, was_training = source, source.training
     source.eval()
     # Compare in float32 regardless of the dtype of the weights: bfloat16 rounding would hide small errors.

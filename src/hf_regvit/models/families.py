@@ -167,12 +167,12 @@ class Family:
             with one fused layer has it under the name `qkv` instead.
         mlp_output: Paths from a block to the linear layer that reads the MLP activations; the first that exists is
             used.
-        has_cls: Whether a CLS token comes first, or None if the tower itself provides this information (timm).
+        has_cls: True if a CLS token comes first, or None if the tower itself provides this information (timm).
         num_distillation_tokens: Number of tokens between CLS and registers.
         rotary: Name of the argument that passes the rotary angles for queries and keys of patches to the attention,
             or None if the family has no rotary positions. An attention that receives no angles does not rotate.
         qk_norms: Paths from the attention to the norms of queries and keys, which are applied per head.
-        resize_switch: Whether sizes other than the native one need `interpolate_pos_encoding=True`.
+        resize_switch: True if sizes other than the native one need `interpolate_pos_encoding=True`.
     """
 
     blocks: str

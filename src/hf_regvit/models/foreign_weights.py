@@ -7,7 +7,9 @@ import math
 import pickle
 import re
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import Tensor, nn
 
 from .configuration_regvit import RegViTConfig
 from .modeling_regvit import CheckpointCorruptError
-from .processing import default_image_processor, saved_processor
+from .processing import default_image_processor, known_processor, saved_processor
+from .saving import read_object
 
 logger = logging.getLogger(__name__)
 
@@ -43,21 +46,21 @@ class ConversionError(ValueError):
 
 @dataclass
 class _Source:
-    """Checkpoint during conversion: tensors with upstream names, known config fields, and a model to compare with."""
+    """Checkpoint during conversion: tensors with upstream names, known config fields, and a model to compare with.
+
+    `load` returns the model, or is None for bare tensors. `processor` is an image processor, the `pretrained_cfg` of a
+    timm model, or None.
+    """
 
     name: str
     tensors: dict[str, Tensor]
     fields: dict[str, Any] = field(default_factory=dict)
-    module: Any = None
+    load: Callable[[], nn.Module] | None = None
+    processor: Any = None
 
-
-def _processor_of(source: Path, config: RegViTConfig) -> Any:
-    """Return the image processor saved with a model to convert, or None if there is none."""
-    if (source / "preprocessor_config.json").is_file():
-        return saved_processor(source)
-    written = source / "config.json"
-    settings = json.loads(written.read_text(encoding="utf-8")).get("pretrained_cfg") if written.is_file() else None
-    return _timm_processor(config, settings) if settings else None
+    def image_processor(self, config: RegViTConfig) -> Any:
+        """Return the image processor of the source for the converted model, or None if none is known."""
+        return _timm_processor(config, self.processor) if isinstance(self.processor, dict) else self.processor
 
 
 def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
@@ -173,20 +176,18 @@ def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 def _from_folder(folder: Path) -> _Source:
     config_file = folder / "config.json"
-    if not config_file.is_file():
+    try:
+        config = read_object(config_file)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
             f"'{folder}' has no config.json. Pass the weights file itself, together with config overrides."
-        )
-    try:
-        config = json.loads(config_file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"'{config_file}' is not valid JSON ({error}). Correct or download it again.") from error
-    if not isinstance(config, dict):
-        raise ConversionError(
-            f"'{config_file}' holds a {type(config).__name__}, expected an object. Correct or download it again."
-        )
+        ) from error
+    except ValueError as error:
+        raise ConversionError(str(error)) from error
     if "model_type" not in config and "architecture" in config:
-        return _from_module(_timm_module(folder, config))
+        origin = _from_module(_timm_module(folder, config))
+        origin.processor = saved_processor(folder) or config.get("pretrained_cfg")
+        return origin
     if not isinstance(config.get("model_type"), str):
         raise ConversionError(
             f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Pass the folder "
@@ -197,7 +198,18 @@ def _from_folder(folder: Path) -> _Source:
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
         tensors.update(_read_weights(file))
-    return _Source(str(folder), *_transformers_parts(config, tensors), module=_LazySource(folder, config))
+    parts = _transformers_parts(config, tensors)
+    return _Source(str(folder), *parts, partial(_load_folder, folder, config), saved_processor(folder))
+
+
+def _load_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
+    """Load the source model of a transformers folder, to compare its outputs."""
+    from transformers import AutoModel, AutoModelForImageClassification
+
+    has_labels = config.get("id2label") != {} and config.get("num_labels") != 0
+    has_head = any("ImageClassification" in name for name in config.get("architectures") or [])
+    auto_class = AutoModelForImageClassification if has_head and has_labels else AutoModel
+    return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -241,30 +253,15 @@ def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
     return model.eval()
 
 
-class _LazySource(nn.Module):
-    """Source model of a transformers folder, loaded only if outputs are compared."""
-
-    def __init__(self, folder: Path, config: dict[str, Any]):
-        super().__init__()
-        self.folder = folder
-        has_labels = config.get("id2label") != {} and config.get("num_labels") != 0
-        heads = [name for name in config.get("architectures") or [] if "ImageClassification" in name]
-        self.has_classifier = bool(heads) and has_labels
-
-    def load(self) -> nn.Module:
-        from transformers import AutoModel, AutoModelForImageClassification
-
-        auto_class = AutoModelForImageClassification if self.has_classifier else AutoModel
-        return auto_class.from_pretrained(self.folder, dtype=torch.float32).eval()
-
-
 def _from_module(module: Any) -> _Source:
     name = type(module).__name__
     tensors = {key: value.detach() for key, value in module.state_dict().items()}
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
-        return _Source(name, *_transformers_parts(module.config.to_dict(), tensors), module=module)
+        parts = _transformers_parts(module.config.to_dict(), tensors)
+        return _Source(name, *parts, lambda: module, known_processor(module))
     if hasattr(module, "num_prefix_tokens") and hasattr(module, "patch_embed"):
-        return _Source(name, tensors, _timm_fields(module), module)
+        processor = getattr(module, "image_processor", None) or dict(getattr(module, "pretrained_cfg", None) or {})
+        return _Source(name, tensors, _timm_fields(module), lambda: module, processor or None)
     raise ConversionError(f"{name} is neither a transformers nor a timm vision transformer. Pass its state_dict().")
 
 
@@ -440,7 +437,7 @@ def _pooling_of(classifier: Tensor, width: int, origin: _Source) -> str:
             f"The classifier of '{origin.name}' reads {classifier.shape[1]} features, expected {width} (CLS) or "
             f"{2 * width} (CLS and mean patch). Heads on several blocks cannot be expressed; pass only the backbone."
         )
-    if "fc_norm.weight" not in origin.tensors and pooling == "cls" and origin.module is None:
+    if "fc_norm.weight" not in origin.tensors and pooling == "cls" and origin.load is None:
         logger.warning(
             "Assuming that the classifier of '%s' reads CLS. Pass pooling='mean_patch' if it does not.", origin.name
         )

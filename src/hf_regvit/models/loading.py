@@ -19,7 +19,7 @@ from .families import FAMILIES, find_tower, unknown_family
 from .foreign_weights import check_source, import_timm
 from .manifest import check_weights
 from .modeling_regvit import CheckpointError, RegViTModel, RegViTPreTrainedModel, corrupt_weights
-from .saving import read_json
+from .saving import read_object
 from .tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     """Open a model as a RegViT on the CPU: with the class it was saved from, or converted.
 
     Args:
-        source: As for `open_model`. A RegViT module is returned as it is.
+        source: Model as for `open_model`. A RegViT module is returned as it is.
 
     Returns:
         RegViT of any class. Its image processor is `known_processor(model)`.
@@ -175,14 +175,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is not a JSON object.
     """
-    path = folder / "config.json"
     try:
-        config = read_json(path)
+        return read_object(folder / "config.json")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"'{path}' holds a {type(config).__name__}, expected an object. Save the model again.")
-    return config
 
 
 def _checked(source: str | Path) -> str:
@@ -337,7 +333,7 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     """Open a model as the backbone of a pretraining run; heads and poolers are dropped.
 
     Args:
-        source: As for `open_regvit`.
+        source: Model as for `open_regvit`.
         changes: Fields of `RegViTConfig` to change.
 
     Raises:
@@ -360,9 +356,6 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     backbone.load_state_dict(state)
     # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
-
-
-_open_backbone = open_backbone  # the name by which pretraining calls it
 
 
 @torch.no_grad()

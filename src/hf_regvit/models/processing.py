@@ -213,10 +213,13 @@ def saved_processor(source: str | Path) -> Any:
     """
     from transformers import AutoImageProcessor
 
+    file = Path(source, "preprocessor_config.json")
+    if Path(source).is_dir() and not file.is_file():
+        return None
     try:
         return AutoImageProcessor.from_pretrained(source)
     except (OSError, ValueError) as error:
-        if (file := Path(source, "preprocessor_config.json")).is_file():
+        if file.is_file():
             raise ValueError(
                 f"No image processor can be created from '{file}' ({error}). Correct the file, or remove it and pass "
                 "processor=..."

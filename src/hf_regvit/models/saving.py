@@ -32,6 +32,21 @@ def read_json(path: str | Path) -> Any:
         raise ValueError(f"'{path}' is not valid JSON text ({error}). Correct it, or write it again.") from error
 
 
+def read_object(path: str | Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        ValueError: The file is not JSON text or holds something else; the message names the file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"'{path}' holds a {type(content).__name__}, expected an object. Correct it, or write it again."
+        )
+    return content
+
+
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the finished file replaces `path` at the end, after it is on the disk.

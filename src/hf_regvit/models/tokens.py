@@ -44,7 +44,7 @@ class TokenReading:
             attention: (B, heads, T, T), each row a distribution over keys. mlp: (B, T, hidden), the input of the MLP's
             last linear layer. patch_embedding: (B, N, D), before positions are added.
         grid: (rows, columns) of the patches, which are row-major.
-        has_cls: Whether the first token is CLS.
+        has_cls: True if the first token is CLS.
         num_register_tokens: Number R of registers.
         num_distillation_tokens: Number of tokens between CLS and registers (DeiT: 1).
     """
@@ -675,7 +675,7 @@ def _rotate_patches(
         x: (B, heads, T, head_dim) queries or keys.
         angles: Pair (cos, sin) of shape (N, head_dim) each, as in transformers, or one tensor (..., N, 2 * head_dim)
             with the sines first, as in timm.
-        halves: Whether channel i is paired with channel i + head_dim / 2 (DINOv3) or with its neighbor (EVA-02).
+        halves: True if channel i is paired with channel i + head_dim / 2 (DINOv3) or with its neighbor (EVA-02).
 
     Source: arXiv 2104.09864.
     """

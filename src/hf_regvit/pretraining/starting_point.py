@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models.loading import BACKBONE, TRAINING, _open_backbone, fit_positions
+from ..models.loading import BACKBONE, TRAINING, fit_positions, open_backbone
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation
 
@@ -71,7 +71,7 @@ def starting_point(
             "folder."
         )
     run = folder if (folder / BACKBONE / "config.json").is_file() else None
-    teacher = _open_backbone(
+    teacher = open_backbone(
         str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode
     )
     training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
