@@ -26,8 +26,7 @@ from hf_regvit.evaluation.dense_features import four_blocks, read_dense_features
 from hf_regvit.evaluation.dense_heads import DepthSettings, SegmentationSettings, linear_depth, linear_segmentation
 from hf_regvit.evaluation.intervals import STATISTICS, bootstrap_interval, paired_difference
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
-from hf_regvit.models.families import describe_model
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import open_model
 
 
 def constant_segmentation(train: DenseSource, test: DenseSource) -> float:
@@ -62,9 +61,8 @@ def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: arg
     train, test = splits_of(load_masks, data, ignore_values=ignore or None)
     settings = SegmentationSettings(num_steps=args.segmentation_steps)
     results, rows = {}, {}
-    for name, (model, processor) in models.items():
-        options = {"processor": processor, "image_size": args.image_size}
-        parts = [read_dense_features(model, part, **options) for part in (train, test)]
+    for name, reader in models.items():
+        parts = [read_dense_features(reader, part, image_size=args.image_size) for part in (train, test)]
         result = linear_segmentation(
             parts[0],
             train.targets,
@@ -96,10 +94,10 @@ def depth(models: dict[str, Any], data: str, args: argparse.Namespace) -> dict[s
     train, test = splits_of(load_depth, data)
     settings = DepthSettings(num_steps=args.depth_steps)
     results, rows = {}, {}
-    for name, (model, processor) in models.items():
-        layers = four_blocks(describe_model(model).num_layers) if args.four_blocks else (-1,)
-        options = {"processor": processor, "layers": layers, "image_size": args.image_size}
-        parts = [read_dense_features(model, part, **options) for part in (train, test)]
+    for name, reader in models.items():
+        layers = four_blocks(reader.description.num_layers) if args.four_blocks else (-1,)
+        options = {"layers": layers, "image_size": args.image_size}
+        parts = [read_dense_features(reader, part, **options) for part in (train, test)]
         result = linear_depth(parts[0], train.targets, parts[1], test.targets, settings=settings, seed=args.seed)
         rows[name] = result.errors[:, 0]
         interval = bootstrap_interval(rows[name], seed=args.seed)
@@ -133,8 +131,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    source, processor = load_model(args.model)
-    models = {"source model": (source, processor), "RegViT": (convert(args.model).eval(), processor)}
+    source = open_model(args.model, device="cpu")
+    converted = open_model(convert(args.model).eval(), processor=source.processor, device="cpu")
+    models = {"source model": source, "RegViT": converted}
     report: dict[str, Any] = {"model": args.model, "seed": args.seed, "threads": torch.get_num_threads()}
     started = time.perf_counter(), time.process_time()
     for item in args.depth:

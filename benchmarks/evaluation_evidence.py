@@ -24,12 +24,9 @@ from torch import Tensor
 from hf_regvit import RegViTModel, convert, load_images
 from hf_regvit.data.source import ImageSource
 from hf_regvit.evaluation.cache import FrozenFeatures
-from hf_regvit.evaluation.image_tasks import score_features
-from hf_regvit.evaluation.linear import LinearGrid
 from hf_regvit.evaluation.report import EvaluationReport, EvaluationTable
-from hf_regvit.evaluation.run import evaluate_backbone
-from hf_regvit.evaluation.tasks import LabeledFeatures, Protocol
-from hf_regvit.models.loading import load_model
+from hf_regvit.evaluation.run import LabeledFeatures, evaluate_backbone, score_features
+from hf_regvit.models.loading import open_model
 
 TASKS = ("knn", "linear", "few_shot")
 
@@ -84,10 +81,13 @@ def report_on(
 ) -> EvaluationReport:
     """Run the tasks on given features."""
     num_classes = 1 + max(*sources[0].labels, *sources[1].labels)
-    train, judged = (LabeledFeatures.of(part, source, num_classes) for part, source in zip(parts, sources))
-    scores = tuple(score_features(train, judged, tasks=tasks, **options))
+    train, test = (
+        LabeledFeatures(part, torch.tensor(source.labels), num_classes, source.name)
+        for part, source in zip(parts, sources)
+    )
+    scores = tuple(score_features(train, test, tasks=tasks, **options))
     return EvaluationReport(
-        name, Path(judged.data).name, options["seed"], {}, scores, reading_seconds=sum(part.seconds for part in parts)
+        name, Path(test.data).name, options["seed"], {}, scores, reading_seconds=sum(part.seconds for part in parts)
     )
 
 
@@ -118,16 +118,16 @@ def main(argv: Sequence[str]) -> int:
             source.subset([i for i, label in enumerate(source.labels) if label < args.num_classes])
             for source in sources
         )
-    options = {"protocol": Protocol(linear=LinearGrid(num_steps=args.linear_steps)), "seed": args.seed}
+    options = {"linear_steps": args.linear_steps, "seed": args.seed}
 
-    original, processor = load_model(args.model)
+    reader = open_model(args.model, device="cpu")
+    original, processor = reader.model, reader.processor
     regvit = convert(copy.deepcopy(original))
     regvit = getattr(regvit, "regvit", regvit)
     torch.manual_seed(args.seed)
     untrained = RegViTModel(regvit.config).eval()
     cache = {
         "cache_dir": args.output_dir / "features",
-        "processor": processor,
         "tasks": args.tasks,
         "train": sources[0],
     }
@@ -138,11 +138,19 @@ def main(argv: Sequence[str]) -> int:
         EvaluationTable(tuple(reports)).save(args.output_dir)
         print(f"{report.model}: {report.reading_seconds:.0f} s for reading features", flush=True)
 
-    add(evaluate_backbone(regvit, sources[1], name="RegViT, converted", **cache, **options))
+    add(
+        evaluate_backbone(
+            open_model(regvit, processor=processor), sources[1], name="RegViT, converted", **cache, **options
+        )
+    )
     mean, std = processor.image_mean, processor.image_std
     direct = tuple(transformers_features(original, source, mean, std) for source in sources)
     add(report_on("transformers", direct, sources, args.tasks, options))
-    add(evaluate_backbone(untrained, sources[1], name="RegViT, untrained", **cache, **options))
+    add(
+        evaluate_backbone(
+            open_model(untrained, processor=processor), sources[1], name="RegViT, untrained", **cache, **options
+        )
+    )
     pixels = tuple(pixel_features(source) for source in sources)
     add(report_on("16 x 16 pixels", pixels, sources, args.tasks, options))
 

@@ -45,7 +45,7 @@ class FrozenFeatures:
         ids: Ids of the n images that could be read, in the order of the source.
         skipped: Images that could not be read.
         seconds: Wall time of computing the features (of the original run, if they come from the cache).
-        from_cache: Whether the features come from the cache.
+        from_cache: True if the features come from the cache.
     """
 
     vectors: Tensor

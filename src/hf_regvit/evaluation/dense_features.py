@@ -31,7 +31,7 @@ class DenseFeatures:
         patch_size: (height, width) in pixels; an image was read at rows x height by columns x width pixels.
         layers: Blocks, from 1 to the depth of the model.
         transform: Description of the preprocessing.
-        final_norm: Whether the model's final norm was applied.
+        final_norm: True if the model's final norm was applied.
         seconds: Wall time of the extraction.
     """
 

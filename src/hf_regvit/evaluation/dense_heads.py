@@ -142,11 +142,11 @@ class LinearResult:
         head: Weights of the head.
     """
 
-    ids: tuple[str, ...]
+    ids: tuple[str, ...] = field(repr=False)
     num_train: int
     layers: tuple[int, ...]
-    protocol: str
-    settings: SegmentationSettings
+    protocol: str = field(repr=False)
+    settings: SegmentationSettings = field(repr=False)
     seed: int
     train_loss: float
     seconds: float

@@ -30,7 +30,7 @@ class HeadSettings:
 
     Args:
         num_blocks: Number of last blocks whose vectors the head reads.
-        mean_patch: Whether the head also reads the mean patch of the last block.
+        mean_patch: True if the head also reads the mean patch of the last block.
         learning_rate: Learning rate for a batch of 256 images.
     """
 
@@ -51,7 +51,7 @@ class LinearGrid:
         learning_rates: Learning rates for a batch of 256 images; they are scaled by batch / 256.
         num_blocks: Numbers of last blocks whose concatenated vectors a head reads. The evaluation limits them to the
             depth of the model.
-        mean_patch: Whether a head also reads the mean patch of the last block.
+        mean_patch: Values of `HeadSettings.mean_patch`.
         num_steps: Number of SGD steps. The official evaluation takes 12,500 on ImageNet.
         batch_size: Number of images per step, limited to the number of training images.
     """

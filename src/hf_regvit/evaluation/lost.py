@@ -158,9 +158,9 @@ def affinity(
 
     Args:
         features: Patch features, (N, D).
-        center: As in `LostSettings`.
-        l2norm: As in `LostSettings`.
-        bias: As in `LostSettings`.
+        center: Centering, see `LostSettings`.
+        l2norm: Whether to use cosines, see `LostSettings`.
+        bias: Number added to the affinity, see `LostSettings`.
         rows: Indices of the rows to compute, (r,). Default: all.
 
     Returns:
@@ -187,10 +187,10 @@ def lost_box(
     Args:
         features: Patch features without CLS and registers, row-major, (N, D).
         grid: (rows, columns) with rows * columns = N.
-        k: As in `LostSettings`.
-        center: As in `LostSettings`.
-        l2norm: As in `LostSettings`.
-        bias: As in `LostSettings`.
+        k: Number of candidates, see `LostSettings`.
+        center: Centering, see `LostSettings`.
+        l2norm: Whether to use cosines, see `LostSettings`.
+        bias: Number added to the affinity, see `LostSettings`.
 
     Raises:
         ValueError: The features do not match the grid or are not finite, or a setting is invalid.
@@ -426,12 +426,12 @@ def discover_objects(
     Args:
         model: Name, module or reader; see `open_model`.
         images: Folder, paths, Pillow images, `ImageSource` or `datasets` data set.
-        feature: As in `LostSettings`.
-        layer: As in `LostSettings`.
-        center: As in `LostSettings`.
-        l2norm: As in `LostSettings`.
-        bias: As in `LostSettings`.
-        k: As in `LostSettings`.
+        feature: Feature, see `LostSettings`.
+        layer: Block, see `LostSettings`.
+        center: Centering, see `LostSettings`.
+        l2norm: Whether to use cosines, see `LostSettings`.
+        bias: Number added to the affinity, see `LostSettings`.
+        k: Number of candidates, see `LostSettings`.
         max_side: Longer side in pixels to which larger images are reduced; boxes refer to the original size.
         device: Device to compute on; see `open_model`.
 
@@ -471,9 +471,9 @@ def propose(
 
     Args:
         reader: Reader of the model; only the mean and standard deviation of its processor are used.
-        images: As in `discover_objects`.
+        images: Images, see `discover_objects`.
         methods: Methods to run.
-        max_side: As in `discover_objects`.
+        max_side: Longer side in pixels to which larger images are reduced.
 
     Raises:
         ValueError: As in `discover_objects`; or a method needs the attention of CLS and the model has no CLS token, or

@@ -272,11 +272,11 @@ def measure_overlaps(
     """Run methods on images with boxes; the model sees each image once.
 
     Args:
-        reader: As in `evaluate_lost`.
+        reader: Reader of the model.
         source: Images.
         truth: Boxes of every image, at least one each.
         methods: Methods to run.
-        max_side: As in `evaluate_lost`.
+        max_side: Longer side in pixels to which larger images are reduced.
         label: Label of the progress bar.
     """
     from tqdm.auto import tqdm
