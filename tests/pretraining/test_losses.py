@@ -231,7 +231,7 @@ def test_koleo_equals_its_loop():
 @pytest.mark.parametrize("neighbors", [1, 3, 8])
 def test_koleo_of_several_neighbours_equals_its_loop(neighbors):
     features = normal(9, 5)
-    expected = oracles.koleo_loss(features, neighbours=neighbors)
+    expected = oracles.koleo_loss(features, neighbors=neighbors)
     # Without a process group there is nothing to gather.
     for gathered in (False, True):
         actual = koleo_loss(features, neighbors=neighbors, gathered=gathered)
