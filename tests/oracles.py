@@ -44,7 +44,7 @@ def ibot_loss(student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor,
     return total / masks.shape[0]
 
 
-def koleo_loss(features: torch.Tensor, eps: float = 1e-8, neighbours: int = 1) -> float:
+def koleo_loss(features: torch.Tensor, eps: float = 1e-8, neighbors: int = 1) -> float:
     rows = []
     for row in features.tolist():
         norm = max(math.sqrt(sum(value * value for value in row)), eps)
@@ -53,10 +53,10 @@ def koleo_loss(features: torch.Tensor, eps: float = 1e-8, neighbours: int = 1) -
     for i, row in enumerate(rows):
         others = [j for j in range(len(rows)) if j != i]
         others.sort(key=lambda j: -sum(a * b for a, b in zip(row, rows[j], strict=True)))
-        for nearest in others[:neighbours]:
+        for nearest in others[:neighbors]:
             distance = math.sqrt(sum((a - b + eps) ** 2 for a, b in zip(row, rows[nearest], strict=True)))
             total -= math.log(distance + eps)
-    return total / len(rows) / neighbours
+    return total / len(rows) / neighbors
 
 
 def gram_loss(student: torch.Tensor, teacher: torch.Tensor) -> float:

@@ -181,7 +181,7 @@ def test_every_setting_of_the_losses_reaches_them():
     t = 0.2
     across = oracles.dino_loss(student.global_logits[[0]], targets.cls[[1]], t)
     across += oracles.dino_loss(student.global_logits[[1]], targets.cls[[0]], t)
-    koleo = sum(oracles.koleo_loss(crop, neighbours=2) for crop in student.cls_features)
+    koleo = sum(oracles.koleo_loss(crop, neighbors=2) for crop in student.cls_features)
     masked = ibot_loss(
         student.masked_logits, targets.masked, batch["mask_weights"], num_crops=6, student_temperature=t
     )
@@ -410,7 +410,7 @@ def _run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = koleo_loss(features[3 * rank : 3 * rank + 3], gathered=True, neighbours=2)
+    loss = koleo_loss(features[3 * rank : 3 * rank + 3], gathered=True, neighbors=2)
     loss.backward()
     torch.save((loss.detach(), features.grad), f"{folder}/rank{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -421,9 +421,9 @@ def test_gathered_koleo_of_two_processes_equals_one(tmp_path):
     mp.spawn(_run_rank, args=(str(tmp_path),), nprocs=2)
     losses, grads = zip(*(torch.load(tmp_path / f"rank{rank}.pt") for rank in (0, 1)), strict=True)
     features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = koleo_loss(features, neighbours=2)
+    loss = koleo_loss(features, neighbors=2)
     loss.backward()
     # Data parallelism takes the mean over the processes.
     torch.testing.assert_close(sum(losses) / 2, loss.detach())
     torch.testing.assert_close(sum(grads) / 2, features.grad)
-    assert loss.item() == pytest.approx(oracles.koleo_loss(features.detach(), neighbours=2), rel=1e-5)
+    assert loss.item() == pytest.approx(oracles.koleo_loss(features.detach(), neighbors=2), rel=1e-5)

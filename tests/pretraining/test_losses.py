@@ -228,16 +228,16 @@ def test_koleo_equals_its_loop():
     assert koleo_loss(features).item() == pytest.approx(oracles.koleo_loss(features), rel=1e-5)
 
 
-@pytest.mark.parametrize("neighbours", [1, 3, 8])
-def test_koleo_of_several_neighbours_equals_its_loop(neighbours):
+@pytest.mark.parametrize("neighbors", [1, 3, 8])
+def test_koleo_of_several_neighbours_equals_its_loop(neighbors):
     features = normal(9, 5)
-    expected = oracles.koleo_loss(features, neighbours=neighbours)
+    expected = oracles.koleo_loss(features, neighbors=neighbors)
     # Without a process group there is nothing to gather.
     for gathered in (False, True):
-        actual = koleo_loss(features, neighbours=neighbours, gathered=gathered)
+        actual = koleo_loss(features, neighbors=neighbors, gathered=gathered)
         assert actual.item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="neighbours is 9; expected 1 to 8"):
-        koleo_loss(features, neighbours=9)
+    with pytest.raises(ValueError, match="neighbors is 9; expected 1 to 8"):
+        koleo_loss(features, neighbors=9)
 
 
 def test_koleo_of_an_orthonormal_batch():

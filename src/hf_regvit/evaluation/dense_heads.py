@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..models.modeling_regvit import scale_invariant_log_loss
+from ..models.schedules import cosine_with_warmup, poly_with_warmup
 from .dense_features import DenseFeatures
-from .schedules import cosine_with_warmup, poly_with_warmup
 
 Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 

@@ -135,12 +135,12 @@ class FinetuningArguments(RunArguments):
     per_device_train_batch_size: int = option(32, "Number of training images per process and micro-batch.")
     per_device_eval_batch_size: int = option(64, "Number of evaluation images per process and batch.")
     num_train_epochs: float = option(5.0, "Number of passes over the training images.")
-    eval_strategy: str = option("epoch", "When to evaluate: epoch, steps or no.")
-    save_strategy: str = option("epoch", "When to save checkpoints: epoch, steps, best or no.")
+    eval_strategy: str = option("epoch", "Times of evaluations: epoch, steps or no.")
+    save_strategy: str = option("epoch", "Times of checkpoints: epoch, steps, best or no.")
     save_total_limit: int | None = option(2, "Maximum number of checkpoints to keep; the best one is always kept.")
-    load_best_model_at_end: bool = option(True, "Whether the result is the best checkpoint instead of the last.")
-    restore_callback_states_from_checkpoint: bool = option(True, "Whether early stopping continues its counts.")
-    hub_strategy: str = option("end", "When to push: end (only the finished folder), every_save, checkpoint, ...")
+    load_best_model_at_end: bool = option(True, "Keep the best checkpoint as the result instead of the last.")
+    restore_callback_states_from_checkpoint: bool = option(True, "Continue the counts of early stopping.")
+    hub_strategy: str = option("end", "Times of pushes: end (only the finished folder), every_save, checkpoint, ...")
 
     model: InitVar[str | Path | None] = None
 

@@ -27,7 +27,7 @@ class OpenedModel:
         network: Model with the head of the task, in training mode.
         processor: Image processor of the model.
         changes: Differences from the model that was named, as sentences.
-        new_registers: Whether registers were added.
+        new_registers: True if registers were added.
     """
 
     network: nn.Module

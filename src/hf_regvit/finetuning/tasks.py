@@ -1,4 +1,4 @@
-"""What a fine-tuning task is: its data, loss, metrics and figures, with the hooks that most tasks share."""
+"""Interface of a fine-tuning task: its data, loss, metrics and figures, with the hooks that most tasks share."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -81,7 +81,7 @@ class PrototypeHead(nn.Module):
     Args:
         in_features: Width D of a token.
         shape: Sizes of the head.
-        bias: Whether the MLP layers have a bias.
+        bias: True if the MLP layers have a bias.
 
     Source: the released DINOv2 head; initialization trunc-normal 0.02 and zero bias in the MLP, uniform
     +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
@@ -154,7 +154,7 @@ class SelfDistillation(nn.Module):
         dino_loss_weight: Weight of the two DINO terms; 0 also skips the local crops and the DINO logits.
         ibot_loss_weight: Weight of the iBOT term; 0 skips its logits.
         koleo_loss_weight: Weight of the KoLeo term of each global crop; 0 skips it.
-        koleo_gathered: Whether KoLeo searches neighbors in all processes instead of only the current one.
+        koleo_gathered: True if KoLeo searches neighbors in all processes instead of only the current one.
         koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
         gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
             teacher backbone that changes only through `refresh_gram_teacher`.
@@ -519,7 +519,7 @@ class SelfDistillation(nn.Module):
         masked = rows[mask_indices] if self.gram_loss_weight else rows
         loss, terms, of_cls = self._prototype_losses(cls, masked, targets, mask_weights, batch)
         if self.koleo_loss_weight:
-            spread = partial(koleo_loss, gathered=self.koleo_gathered, neighbours=self.koleo_neighbours)
+            spread = partial(koleo_loss, gathered=self.koleo_gathered, neighbors=self.koleo_neighbours)
             koleo = torch.stack([spread(crop) for crop in cls[: num_global * batch].split(batch)])
             terms["koleo_loss"] = self.koleo_loss_weight * koleo.sum()
             loss = loss + terms["koleo_loss"]

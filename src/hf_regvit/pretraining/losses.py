@@ -159,7 +159,7 @@ def prototype_cross_entropy(
         )
 
 
-def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbours: int = 1) -> Tensor:
+def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbors: int = 1) -> Tensor:
     """Compute the KoLeo regularizer, which pushes every feature away from its nearest neighbors in the batch.
 
     Rows are L2-normalized. The neighbors of a row are the other rows with the largest dot products. Their indices are
@@ -170,7 +170,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
         eps: Constant added to every coordinate of the difference and to the distance; also the floor of the norm.
         gathered: Whether to search neighbors among the rows of all processes, which then need equal B. Otherwise, the
             batch is local to the process, as in DINOv2.
-        neighbours: Number of neighbors, all weighted equally; 1 in DINOv2.
+        neighbors: Number of neighbors, all weighted equally; 1 in DINOv2.
 
     Returns:
         Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbors. Identical
@@ -190,14 +190,14 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
         if gathered and num_processes() > 1:
             others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
             offset = dist.get_rank() * unit.shape[0]
-        if not 1 <= neighbours < others.shape[0]:
+        if not 1 <= neighbors < others.shape[0]:
             raise ValueError(
-                f"neighbours is {neighbours}; expected 1 to {others.shape[0] - 1}, the number of other rows."
+                f"neighbors is {neighbors}; expected 1 to {others.shape[0] - 1}, the number of other rows."
             )
         with torch.no_grad():
             similarity = unit @ others.T
             similarity.diagonal(offset).fill_(-1)
-            nearest = similarity.topk(neighbours, dim=1).indices  # (B, neighbours)
+            nearest = similarity.topk(neighbors, dim=1).indices  # (B, neighbors)
         distance = F.pairwise_distance(unit[:, None], others[nearest], p=2, eps=eps)
         return -torch.log(distance + eps).mean()
 

@@ -332,8 +332,8 @@ class OnlineKNN(Observer):
         every_steps: Number of optimizer steps between two evaluations, or a fraction of the run, limited to 200 to
             5000 steps; the first evaluation is before step 0, the last after the last step.
         k: Numbers of neighbors.
-        linear_probe: Whether to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
-        is_held_out: Whether the images to classify are excluded from training; False if the run trains on them without
+        linear_probe: True to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
+        is_held_out: True if the images to classify are excluded from training; False if the run trains on them without
             their labels, which reports mention.
 
     Raises:

@@ -39,7 +39,7 @@ class RunArguments(TrainingArguments):
     logging_nan_inf_filter: bool = option(False, "Whether to hide NaN losses from the log. Off: a run stops at them.")
     remove_unused_columns: bool = option(False, "Whether to drop columns of the data. Off: there are none.")
     dataloader_pin_memory: bool = option(False, "Whether to pin memory in data loaders; for accelerators only.")
-    ddp_find_unused_parameters: bool | None = option(False, "Whether DDP looks for unused parameters. Off.")
+    ddp_find_unused_parameters: bool | None = option(False, "Search for unused parameters in DDP. Off: none.")
 
     @property
     def images_per_step(self) -> int:

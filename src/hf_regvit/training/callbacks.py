@@ -31,7 +31,7 @@ class Observer(TrainerCallback):
 
     Attributes:
         seconds: Time spent on measurements so far.
-        is_main_process: Whether this process writes files.
+        is_main_process: True if this process writes files.
 
     Raises:
         ValueError: If `every_steps` is not positive.

@@ -1,4 +1,4 @@
-"""What the trainers of pretraining and fine-tuning share: data order, workers, seeds, resuming, speed, errors."""
+"""Base of the trainers of pretraining and fine-tuning: data order, workers, seeds, resuming, speed, errors."""
 
 import itertools
 import logging
