@@ -131,8 +131,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    source = open_model(args.model)
-    converted = open_model(convert(args.model).eval(), processor=source.processor)
+    source = open_model(args.model, device="cpu")
+    converted = open_model(convert(args.model).eval(), processor=source.processor, device="cpu")
     models = {"source model": source, "RegViT": converted}
     report: dict[str, Any] = {"model": args.model, "seed": args.seed, "threads": torch.get_num_threads()}
     started = time.perf_counter(), time.process_time()

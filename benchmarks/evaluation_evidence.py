@@ -120,7 +120,7 @@ def main(argv: Sequence[str]) -> int:
         )
     options = {"linear_steps": args.linear_steps, "seed": args.seed}
 
-    reader = open_model(args.model)
+    reader = open_model(args.model, device="cpu")
     original, processor = reader.model, reader.processor
     regvit = convert(copy.deepcopy(original))
     regvit = getattr(regvit, "regvit", regvit)

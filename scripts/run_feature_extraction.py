@@ -4,7 +4,7 @@
     accelerate launch --num_processes 2 scripts/run_feature_extraction.py --config extract.yaml
 
 After an interruption, the same command continues. Several processes write exactly the same files as one process.
-`--help` lists all options.
+The report is printed as JSON. `--help` lists all options.
 """
 
 import sys
@@ -12,4 +12,4 @@ import sys
 from hf_regvit_cli import main
 
 if __name__ == "__main__":
-    sys.exit(main(["extract", *sys.argv[1:]]))
+    sys.exit(main(["extract", "--json", *sys.argv[1:]]))

@@ -392,7 +392,7 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
         if switches["debug"]:
             raise
         return _report(error, advise)
-    if os.environ.get("RANK", "0") == "0":
+    if outcome.shown:
         if outcome.text and not switches["json"]:
             print(outcome.text)
         _show(outcome.result if switches["json"] else outcome.lines, as_json=switches["json"])
@@ -453,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+        print("\n" * stderr.isatty() + "error: interrupted", file=sys.stderr)  # a terminal has shown ^C
         return 130
     finally:
         sys.stderr = stderr

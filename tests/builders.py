@@ -3,6 +3,7 @@
 import io
 import math
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ def image(seed: int = 0, size: tuple[int, int] = (24, 20)) -> Image.Image:
     return Image.fromarray(coarse).resize(size, Image.Resampling.NEAREST)
 
 
-def encoded(content: Image.Image | int = 0, kind: str = "PNG", **options: Any) -> bytes:
-    """Bytes of an image, or of `image(content)`, in a format of Pillow."""
+def encoded(content: Image.Image | np.ndarray | int = 0, kind: str = "PNG", **options: Any) -> bytes:
+    """Bytes of an image, of an array of pixels or of `image(content)`, in a format of Pillow."""
+    if not isinstance(content, Image.Image):
+        content = image(content) if isinstance(content, int) else Image.fromarray(content)
     stream = io.BytesIO()
-    (image(content) if isinstance(content, int) else content).save(stream, kind, **options)
+    content.save(stream, kind, **options)
     return stream.getvalue()
 
 
@@ -42,6 +45,14 @@ def class_folder(root: Path, suffix: str = ".png", **classes: int) -> Path:
     for place, (name, count) in enumerate(classes.items()):
         for number in range(count):
             write(root / name / f"{number}{suffix}", 1000 * place + number)
+    return root
+
+
+def plain_images(root: Path, names: Sequence[str], size: tuple[int, int] = (20, 16)) -> Path:
+    """Folder with an image of one color for each name, in the format of its suffix."""
+    for i, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", size, (i * 20 % 256, 40, 90)).save(root / name)
     return root
 
 

@@ -44,7 +44,7 @@ def options() -> str:
     from hf_regvit import PretrainingArguments
 
     rows = ["| option | default | description and published value |", "|---|---|---|"]
-    own = PretrainingArguments.__annotations__
+    own = PretrainingArguments.own_options()
     for field in dataclasses.fields(PretrainingArguments):
         if field.name in own:
             default = field.default_factory() if field.default is dataclasses.MISSING else field.default

@@ -22,8 +22,12 @@ def resolved(recipe: Path) -> str:
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
     (arguments,) = RecipeParser(arguments_class).parse(flags)
     # Options of Trainer change with its versions, so include only those that the recipe names.
-    named = set(values) | set(arguments_class.__annotations__)
+    named = set(values) | arguments_class.own_options()
     values = {name: value for name, value in arguments.resolved().items() if name in named}
+    # Keep the order of the reviewed file, so that a difference shows changed values only.
+    reviewed = ROOT / "tests" / "golden_recipes" / f"{recipe.stem}.txt"
+    order = list(yaml.safe_load(reviewed.read_text()) if reviewed.is_file() else [])
+    values = dict(sorted(values.items(), key=lambda item: order.index(item[0]) if item[0] in order else len(order)))
     return yaml.safe_dump(values, sort_keys=False, width=119)
 
 

@@ -409,6 +409,20 @@ def test_aliases_are_options_and_keys_of_recipes(tmp_path, capsys) -> None:
     assert json.loads(capsys.readouterr().out) == {"model": "x", "data": "y", "output_dir": "c"}
 
 
+def test_training_runs_have_a_device_too(tmp_path, monkeypatch, capsys, caplog) -> None:
+    seen = []
+    monkeypatch.setitem(cli.RUNS, "finetune", lambda arguments: seen.append(arguments.use_cpu) or cli.Outcome({}))
+    (tmp_path / "r.yaml").write_text("device: cpu\n")
+    args = ["finetune", "--output_dir", str(tmp_path / "out")]
+    with caplog.at_level(logging.INFO):
+        for more in (["--device", "cpu"], ["--config", str(tmp_path / "r.yaml")], ["--use_cpu"]):
+            assert cli.main([*args, *more]) == 0, capsys.readouterr().err
+    assert seen == [True, True, True]
+    assert caplog.text.count("The run uses the device 'cpu'.") == 3
+    assert cli.main([*args, "--device", "npu"]) == 1
+    assert "error: --device is 'npu', but torch finds only" in capsys.readouterr().err
+
+
 def test_flags_replace_a_list_of_the_recipe(tmp_path, capsys) -> None:
     (tmp_path / "r.yaml").write_text("model: [a, b]\ndata: d\n")
     args = ["diagnose", "--config", str(tmp_path / "r.yaml"), "--dry_run", "--json"]
@@ -465,8 +479,8 @@ def test_home_folders_in_recipes_and_behind_an_equals_sign(tmp_path, monkeypatch
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["diagnose", "--model", "./nope", "--data", "digits"], "'./nope' does not exist. Expected a folder"),
-        (["diagnose", "--model", "a/b/c", "--data", "digits"], "'a/b/c' does not exist. Expected a folder"),
+        (["diagnose", "--model", "./nope", "--data", "digits"], "'./nope' is neither a file nor a"),
+        (["diagnose", "--model", "a/b/c", "--data", "digits"], "'a/b/c' is neither a file nor a"),
         (["finetune", "--model", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["pretrain", "--init_from", "./nope", "--data", "digits", "--use_cpu"], "'./nope' is neither a file nor a"),
         (["finetune", "--model", "x", "--data", "digits", "--use_cpu", "--eval_strategy", "steps"],

@@ -16,7 +16,7 @@ from hf_regvit.data.augmentation import MultiCrop, ViewParameters
 from hf_regvit.data.loading import load_images
 from hf_regvit.models import processing
 from hf_regvit.pretraining.crops import MultiCropDataset
-from hf_regvit.pretraining.samplers import EpochSampler
+from hf_regvit.training.samplers import EpochSampler
 
 NAMES = ("brightness", "contrast", "saturation", "hue")
 

@@ -23,16 +23,6 @@ from hf_regvit.data.parts import open_parts
 from hf_regvit.data.source import MissingSplitError
 
 
-@pytest.fixture(scope="module", autouse=True)
-def arrow_cache(tmp_path_factory):
-    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
-    import datasets
-
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 @pytest.fixture(autouse=True)
 def say_again():
     decoding.say_once.cache_clear()
@@ -368,6 +358,24 @@ def test_labels_beside_images_of_both_splits_share_their_numbers(tmp_path):
             write(tmp_path / split / f"{i}.cls", name)
     parts = open_parts(tmp_path)
     assert (parts.train.labels, parts.heldout.labels) == ([0, 1, 2], [2, 1])
+
+
+def test_names_with_dots_keep_their_own_labels(tmp_path):
+    members = {}
+    for i in range(5):
+        members |= {f"img.{i:03d}.png": encoded(i), f"img.{i:03d}.cls": b"%d" % (4 - i)}
+    members |= {"one.left.png": encoded(7), "one.right.png": encoded(8), "one.cls": b"3", "one.json": b'{"label": 9}'}
+    tar_file(tmp_path / "x.tar", members)
+    for name, content in members.items():
+        write(tmp_path / "folder" / name, content)
+    expected = [4, 3, 2, 1, 0, 3, 3]
+    assert load_images(tmp_path / "folder").labels == load_images(tmp_path / "x.tar").labels == expected
+    assert [record.label for record in records(stream_images(tmp_path / "x.tar"))] == expected
+
+
+def test_a_long_shard_of_names_with_dots_is_streamed_in_pieces(tmp_path):
+    tar_file(tmp_path / "x.tar", {f"2024.01.05_{i:03d}.png": encoded(0) for i in range(150)})
+    assert len(records(stream_images(tmp_path / "x.tar"))) == 150
 
 
 def test_a_named_key_of_json_labels():

@@ -9,6 +9,7 @@ from datasets import Array2D, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from builders import encoded
 from helpers import requires_shared, shared_dir
 from hf_regvit.data.augmentation import adjust_hue, adjust_saturation
 from hf_regvit.data.decoding import BadImageError
@@ -27,13 +28,6 @@ def photo(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
 def mask(seed: int = 0, values=(0, 1, 2), size: tuple[int, int] = SIZE) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.choice(np.array(values, dtype=np.uint8), (size[1], size[0]))
-
-
-def encoded(picture, format: str = "PNG", **options) -> bytes:
-    picture = Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
-    stream = io.BytesIO()
-    picture.save(stream, format, **options)
-    return stream.getvalue()
 
 
 def folder_of(root, masks, *, kind: str = "masks", split: str = "", suffix: str = ".png"):

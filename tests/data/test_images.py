@@ -1,6 +1,5 @@
 """Tests of image sources, image decoding and the evaluation processor."""
 
-import io
 import pickle
 from pathlib import Path
 
@@ -10,6 +9,8 @@ import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
 
+from builders import encoded as encode
+from builders import plain_images as make_folder
 from helpers import requires_shared, shared_dir
 from hf_regvit.data import builtin
 from hf_regvit.data import decoding as image_guard
@@ -29,20 +30,6 @@ def photo() -> Image.Image:
 @pytest.fixture(scope="module")
 def tiles() -> source_module.ImageSource:
     return load_images("photos")
-
-
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def make_folder(root, names, size=(20, 16)):
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (i * 20 % 256, 40, 90)).save(path)
-    return root
 
 
 # --- One image
@@ -232,16 +219,6 @@ def test_folder_subset(tiles):
     assert part.labels == [tiles.labels[5], tiles.labels[3]]
 
 
-@pytest.fixture(scope="module")
-def arrow_cache(tmp_path_factory):
-    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
-    import datasets
-
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
 def tables_write(path, *, num_rows=4, labels=(0, 1, 0, 1), names=("cat", "dog"), image="image", label="label"):
     import datasets
 
@@ -255,7 +232,6 @@ def tables_write(path, *, num_rows=4, labels=(0, 1, 0, 1), names=("cat", "dog"),
     datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(path))
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_one_file(tmp_path):
     tables_write(tmp_path / "pets.parquet")
     source = load_images(tmp_path / "pets.parquet")
@@ -268,7 +244,6 @@ def test_tables_one_file(tmp_path):
         load_images(tmp_path / "pets.parquet", split="validation")
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_folder_with_parts(tmp_path):
     tables_write(tmp_path / "train-00000-of-00002.parquet")
     tables_write(tmp_path / "train-00001-of-00002.parquet")
@@ -278,7 +253,6 @@ def test_tables_folder_with_parts(tmp_path):
     assert len(load_images(tmp_path, split=None)) == 9
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_plain_integers_and_no_labels(tmp_path):
     tables_write(tmp_path / "a.parquet", names=None, label="fine", image="img")
     assert load_images(tmp_path).labels is None
@@ -286,13 +260,11 @@ def test_tables_plain_integers_and_no_labels(tmp_path):
     assert source.label_names == ("0", "1")
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_rows_marked_as_unlabelled(tmp_path):
     tables_write(tmp_path / "a.parquet", labels=(-1, -1, -1, -1), names=None)
     assert load_images(tmp_path).labels is None
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_a_text_column_called_label_is_left_alone(tmp_path):
     import datasets
 
@@ -305,7 +277,6 @@ def test_tables_a_text_column_called_label_is_left_alone(tmp_path):
         load_images(tmp_path, label_column="label")
 
 
-@pytest.mark.usefixtures("arrow_cache")
 @requires_shared
 def test_tables_real_parquet():
     source = load_images(shared_dir() / "data" / "oxford_pets3", split="validation", image_column="image")
@@ -315,7 +286,6 @@ def test_tables_real_parquet():
     assert source.label_names[record.label]
 
 
-@pytest.mark.usefixtures("arrow_cache")
 @pytest.mark.parametrize(
     ("splits", "train", "validation"),
     [
@@ -361,7 +331,6 @@ def test_tables_hub_splits_by_their_names(splits, train, validation, monkeypatch
             assert [row.label for row in rows] == expected
 
 
-@pytest.mark.usefixtures("arrow_cache")
 @pytest.mark.parametrize(
     ("folders", "train", "validation"),
     [
@@ -389,7 +358,6 @@ def test_tables_a_test_folder_is_held_out_where_there_is_no_other(folders, train
         assert "test" not in everything.label_names
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_hub_configurations_are_chosen_by_name(monkeypatch, tmp_path):
     """`datasets` reads a folder with a data set card in the same way as a repository."""
     import datasets
@@ -418,7 +386,6 @@ def test_tables_hub_configurations_are_chosen_by_name(monkeypatch, tmp_path):
             opened("some-one/pictures:small")
 
 
-@pytest.mark.usefixtures("arrow_cache")
 def test_tables_neither_path_nor_hub():
     with pytest.raises(FileNotFoundError, match=r"Did you mean 'builtin:photos'.*Hub"):
         load_images("photo")

@@ -11,6 +11,7 @@ from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.figures.diagnosis_page import report_page
 from hf_regvit.figures.pages import cell_text, chart, data_url, render
+from hf_regvit.models.processing import default_image_processor
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +29,7 @@ def report():
 
     model.layers[1].register_forward_hook(blow_up)
     images = [Image.effect_noise((48, 40), 60).convert("RGB") for _ in range(12)]
-    return diagnose(model, images, progress=False)
+    return diagnose(model, images, processor=default_image_processor(32), progress=False)
 
 
 def figure(text="norm"):

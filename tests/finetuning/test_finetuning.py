@@ -27,7 +27,7 @@ from hf_regvit.finetuning.classification import (
     training_transform,
     wilson_interval,
 )
-from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, TrainSampler, bad_images, draws, open_data
+from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, bad_images, draws, open_data
 from hf_regvit.finetuning.model import choose_trained, merge_lora, open_for_task
 from hf_regvit.finetuning.run import finetune
 from hf_regvit.finetuning.trainer import optimizer_groups
@@ -35,6 +35,7 @@ from hf_regvit.hub.card import card_header, check_card
 from hf_regvit.models.manifest import write_manifest
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
+from hf_regvit.training.samplers import EpochSampler
 from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
 from tiny_run import same_state
 
@@ -299,7 +300,7 @@ def test_the_numbers_of_a_run_are_those_of_the_metrics_of_the_package():
 
 
 def test_every_image_comes_once_an_epoch_and_in_another_order_the_next():
-    sampler = TrainSampler(20, seed=1, images_per_step=4)
+    sampler = EpochSampler(20, seed=1, images_per_step=4, repeats=1)
     first = list(sampler)
     sampler.set_epoch(1)
     second = list(sampler)
@@ -309,7 +310,7 @@ def test_every_image_comes_once_an_epoch_and_in_another_order_the_next():
 
 
 def test_repeated_augmentation_repeats_images_side_by_side():
-    sampler = TrainSampler(20, seed=1, images_per_step=6, repeats=3)
+    sampler = EpochSampler(20, seed=1, images_per_step=6, repeats=3)
     keys = list(sampler)
     assert len(keys) == 18
     for place in range(0, 18, 3):
@@ -320,7 +321,7 @@ def test_repeated_augmentation_repeats_images_side_by_side():
 
 def test_f39_fewer_images_than_a_step_names_the_ways_out():
     with pytest.raises(ValueError, match=r"3 training images for steps of 8.*per_device_train_batch_size"):
-        TrainSampler(3, seed=0, images_per_step=8)
+        EpochSampler(3, seed=0, images_per_step=8)
 
 
 AUGMENTED = {"augmentation": "three_augment", "color_jitter": 0.3, "random_erasing": 0.5}

@@ -658,8 +658,7 @@ def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, 
 
 
 def evaluated(models, folder):
-    from hf_regvit.data.loading import load_images
-    from hf_regvit.evaluation.run import compare_backbones
+    from hf_regvit import compare_backbones, load_images
 
     train, judged = (load_images("digits", split=part).subset(range(60)) for part in ("train", "validation"))
     table = compare_backbones(models, judged, train=train, tasks=("knn",), knn_k=[5])

@@ -16,9 +16,9 @@ from hf_regvit.data import bad_images as bad_images_module
 from hf_regvit.data import decoding as image_guard
 from hf_regvit.data import source as images
 from hf_regvit.data.loading import load_images, stream_images
-from hf_regvit.pretraining import samplers
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.run import pretrain
+from hf_regvit.training import samplers
 
 
 @pytest.fixture(scope="module", autouse=True)

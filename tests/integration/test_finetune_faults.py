@@ -17,11 +17,11 @@ from transformers import TrainerCallback
 
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.classification import ImageClassification
-from hf_regvit.finetuning.data import TrainSampler
 from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.models.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
+from hf_regvit.training.samplers import EpochSampler
 from tiny_finetune import NAMES, Pictures, run
 from tiny_run import same_state
 
@@ -186,7 +186,7 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
     unbroken, _ = run(tmp_path / "a", **options)
     train = failing(tmp_path / "marks", how, 1)
     result, _ = run(tmp_path / "b", train=train, dataloader_num_workers=1, dataloader_timeout=3, **options)
-    assert "The workers are restarted. A worker was reading one of these images: picture/" in caplog.text
+    assert "Restarting the workers. One of these images was being read: picture/" in caplog.text
     assert same_state(unbroken.state_dict(), result.state_dict())
 
 
@@ -194,12 +194,12 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
 def test_f64_workers_that_fail_twice_end_the_run_and_the_pictures_are_named(tmp_path):
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         run(tmp_path / "a", train=failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=1, **OFTEN)
-    assert "This happened twice. A worker was reading one of these images: " in "".join(failure.value.__notes__)
+    assert "This happened twice. One of these images was being read: " in "".join(failure.value.__notes__)
     assert "picture/5" in "".join(failure.value.__notes__)
 
 
 def test_the_rest_of_an_epoch_is_what_was_left_of_it():
-    whole = TrainSampler(22, seed=3, images_per_step=8, repeats=2)
+    whole = EpochSampler(22, seed=3, images_per_step=8, repeats=2)
     epochs = []
     for epoch in range(3):
         whole.set_epoch(epoch)

@@ -14,7 +14,7 @@ from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.trainer import DinoTrainer
-from hf_regvit.training.trainer import CheckpointedTrainer
+from hf_regvit.training.checkpoints import CheckpointedTrainer
 from tiny_run import Crops, arguments, trained
 
 MODEL_FILES = {

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import threading
 
 import numpy as np
@@ -23,8 +22,8 @@ from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.data.preparation import prepare_images
 from hf_regvit.evaluation.dense_features import read_dense_features
 from hf_regvit.models.families import FAMILIES, describe_model, final_norm, find_tower, has_part
-from hf_regvit.models.loading import load_model, open_model
-from hf_regvit.models.processing import EvaluationTransform, default_image_processor
+from hf_regvit.models.loading import open_model
+from hf_regvit.models.processing import EvaluationTransform, UnknownProcessorError, default_image_processor
 from hf_regvit.models.tokens import TokenReader, TokenReading, read_many, read_tokens
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
@@ -693,7 +692,7 @@ def test_folders_skip_and_record_bad_images(folder, transform, caplog):
 
 
 def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path):
-    from datasets import Dataset, Features
+    from datasets import Dataset, Features, IterableDataset
     from datasets import Image as ImageFeature
 
     names = ["0.png", "broken.png", "1.png", "deep/grey.png"]
@@ -710,11 +709,12 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
         "table": table,
         "rows": table.to_iterable_dataset(),
         "stream": stream_images(tmp_path / "train.parquet"),
+        "generator": IterableDataset.from_generator(lambda: ({"image": image, "n": 0} for image in good)),
     }
     values = [np.asarray(image.convert("RGB")) for image in good]
     sources |= {"arrays": values, "tensors": [torch.tensor(array).movedim(-1, 0) for array in values]}
     expected = torch.stack([transform(image.convert("RGB")) for image in good])
-    memory = ("pictures", "arrays", "tensors")
+    memory = ("pictures", "arrays", "tensors", "generator")
     for kind, images in sources.items():
         prepared = prepare_images(images, transform, batch_size=2)
         ids, values = zip(*prepared)
@@ -723,7 +723,7 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
         assert len(prepared.skipped) == (0 if kind in memory else 1), kind
         if kind in ("table", "rows"):
             assert [name for batch in ids for name in batch] == ["row/0", "row/2", "row/3"]
-        assert prepared.total == {"rows": None, "stream": None}.get(kind, 3 if kind in memory else 4)
+        assert prepared.total == dict.fromkeys(("rows", "stream", "generator")).get(kind, 3 if kind in memory else 4)
 
 
 def test_no_image_of_use_is_an_error(tmp_path, transform):
@@ -870,9 +870,10 @@ def test_models_load_from_folders(name, tmp_path):
     model = build(name)
     model.save_pretrained(tmp_path)
     default_image_processor(32).save_pretrained(tmp_path)
-    loaded, processor = load_model(tmp_path)
+    reader = open_model(tmp_path)
+    loaded = reader.model
     assert not loaded.training
-    assert tuple(processor.image_mean) == (0.485, 0.456, 0.406)
+    assert tuple(reader.processor.image_mean) == (0.485, 0.456, 0.406)
     torch.testing.assert_close(read_tokens(loaded, pixels()).at(2), read_tokens(model, pixels()).at(2))
     assert not hasattr(loaded, "text_model")
 
@@ -889,24 +890,25 @@ def test_timm_models_load_from_folders(tmp_path):
     config = {"architecture": "vit_tiny_patch16_224", "num_classes": 0, "model_args": arguments}
     config["pretrained_cfg"] = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, 32, 32]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    loaded, transform = load_model(tmp_path)
-    assert transform.mean == (0.5,) * 3
+    reader = open_model(tmp_path)
+    loaded = reader.model
+    assert reader.transform.mean == (0.5,) * 3
     torch.testing.assert_close(read_tokens(loaded, pixels()).at(2), read_tokens(model, pixels()).at(2))
     assert read_tokens(loaded, pixels(RECTANGLE)).grid == (1, 3)
 
 
 def test_names_that_lead_nowhere(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-        load_model(tmp_path)
+        open_model(tmp_path)
     with pytest.raises(
         FileNotFoundError, match="'no/such-model' is neither a folder nor a model that can be loaded from the Hub"
     ):
-        load_model("no/such-model")
+        open_model("no/such-model")
     from transformers import SwinConfig
 
     SwinConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="model_type 'swin'"):  # raised before any weights are searched
-        load_model(tmp_path)
+        open_model(tmp_path)
 
 
 def test_weights_with_gaps_are_refused(tmp_path):
@@ -917,16 +919,16 @@ def test_weights_with_gaps_are_refused(tmp_path):
     lost = next(key for key in weights if key.endswith("layer.1.intermediate.dense.weight"))  # old names on disk
     save_file({k: v for k, v in weights.items() if k != lost}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lack vit\.layers\.\d\.mlp\.fc1\.weight.*random"):
-        load_model(tmp_path)
+        open_model(tmp_path)
 
 
-def test_a_model_without_processor_says_what_it_uses(tmp_path, caplog):
+def test_a_model_without_processor_says_how_to_give_one(tmp_path):
     build("regvit").save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink(missing_ok=True)
-    with caplog.at_level(logging.WARNING):
-        _, processor = load_model(tmp_path)
-    assert "No image processor was given" in caplog.text
-    assert processor.crop_size["height"] == 32
+    reader = open_model(tmp_path)
+    assert reader.processor is None
+    with pytest.raises(UnknownProcessorError, match=r"none is saved with .*Pass processor=\.\.\."):
+        reader.transform  # noqa: B018
 
 
 @pytest.mark.parametrize(
@@ -953,7 +955,7 @@ def test_broken_files_of_a_model_are_named(file, content, said, tmp_path):
     default_image_processor(32).save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(content)
     with pytest.raises(ValueError, match=said):
-        load_model(tmp_path)
+        open_model(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["copy", "Trainer", "SomebodysViT"])
@@ -963,7 +965,7 @@ def test_a_class_that_is_no_model_is_read_as_its_backbone(name, tmp_path):
     build("regvit").save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": [name]}))
-    assert type(load_model(tmp_path)[0]) is RegViTModel
+    assert type(open_model(tmp_path).model) is RegViTModel
 
 
 def test_a_processor_without_normalisation():

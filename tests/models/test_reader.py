@@ -277,8 +277,11 @@ def test_weights_files_are_converted(tmp_path):
 def test_sources_that_cannot_be_opened(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"has no config\.json, and neither has a backbone/ in it\. Pass the"):
         open_model(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"'a/b/c' does not exist\. Expected a folder, a Hub id"):
-        open_model("a/b/c")
+    for name in ("a/b/c", "./nope", "weights.safetensors"):
+        with pytest.raises(FileNotFoundError, match=rf"'{name}' is neither a file nor a folder, nor a Hub id"):
+            open_model(name)
+    with pytest.raises(FileNotFoundError, match=r"'timm/no_such_vit' cannot be loaded by timm \("):
+        open_model("timm/no_such_vit")
     with pytest.raises(TypeError, match=r"source is a dict, expected a folder, a Hub id, timm/NAME, a weights file"):
         open_model({})
     (tmp_path / "config.json").write_text("{")
@@ -289,9 +292,18 @@ def test_sources_that_cannot_be_opened(tmp_path):
         open_model(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["regvit", "vit"])
+def test_damaged_weights_are_named(name, tmp_path):
+    saved(tmp_path, name)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors' cannot be read as safetensors"):
+        open_model(tmp_path)
+
+
 def test_weights_that_differ_from_the_manifest_are_refused(tmp_path):
     saved(tmp_path)
-    files = {"model.safetensors": {"sha256": "0" * 64}}
+    files = {"model.safetensors": {"sha256": "0" * 64, "size": 1}}
     (tmp_path / "manifest.json").write_text(json.dumps({"files": files}))
     with pytest.raises(CheckpointCorruptError, match=r"sha256 of '.*model\.safetensors' differs"):
         open_model(tmp_path)

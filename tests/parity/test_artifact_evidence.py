@@ -12,7 +12,7 @@ from helpers import requires_shared, shared_dir
 from hf_regvit.data.loading import load_images
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.diagnosis.token_probes import token_probes
-from hf_regvit.models.loading import load_model
+from hf_regvit.models.loading import open_model
 
 pytestmark = [pytest.mark.slow, requires_shared]
 
@@ -21,7 +21,8 @@ pytestmark = [pytest.mark.slow, requires_shared]
 def vit_tiny():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield load_model(shared_dir() / "data" / "vit_tiny_patch16_224")
+    reader = open_model(shared_dir() / "data" / "vit_tiny_patch16_224", device="cpu")
+    yield reader.model, reader.processor
     torch.set_num_threads(threads)
 
 

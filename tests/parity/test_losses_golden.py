@@ -6,7 +6,8 @@ import torch.multiprocessing as mp
 
 from helpers import load_golden, requires_shared, subtree
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead
-from hf_regvit.pretraining.losses import SoftmaxCenter, dino_loss, ibot_loss, koleo_loss, sinkhorn_knopp
+from hf_regvit.pretraining.losses import SoftmaxCenter, koleo_loss, sinkhorn_knopp
+from losses_on_logits import dino_loss, ibot_loss
 
 pytestmark = requires_shared
 

@@ -17,7 +17,7 @@ from hf_regvit.data import source as source_module
 from hf_regvit.data.augmentation import MultiCrop, normalize_pixels
 from hf_regvit.data.loading import load_images
 from hf_regvit.pretraining import crops as crops_module
-from hf_regvit.pretraining import samplers
+from hf_regvit.training import samplers
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,8 @@ def test_dataset_plain_index_is_explained(tiles):
 
 @pytest.mark.parametrize("budget", [0, 3 * 64 * 64 * 4, 2**20])
 def test_dataset_cache_keeps_to_its_budget_and_changes_nothing(tiles, budget):
-    dataset = small_set(tiles, cache_bytes=budget)
+    dataset = small_set(tiles)
+    dataset.cache_bytes = budget
     first = [dataset[(0, i)]["global_crops"] for i in range(len(dataset))]
     assert dataset._cached_bytes <= budget
     assert len(dataset._cache) == min(len(dataset), budget // (64 * 64 * 4))
@@ -119,7 +120,7 @@ def test_sampler_is_a_permutation_per_epoch():
 
 
 def test_sampler_nothing_to_sample():
-    with pytest.raises(ValueError, match="num_samples=0"):
+    with pytest.raises(ValueError, match="There are 0 training images for steps of 1"):
         samplers.EpochSampler(0, seed=1)
 
 

@@ -11,7 +11,8 @@ import torch.multiprocessing as mp
 import oracles
 from hf_regvit import RegViTModel
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation, TeacherTargets
-from hf_regvit.pretraining.losses import dino_loss, ibot_loss, koleo_loss
+from hf_regvit.pretraining.losses import koleo_loss
+from losses_on_logits import dino_loss, ibot_loss
 from tiny_run import GRID, PATCH, SHAPE, same_state, tiny_batch, tiny_config, tiny_network, trained
 
 MODES = [("batch_subset", 0.5), ("sample", 0.4), ("batch_subset", 0.0)]  # of five samples: not a half is kept

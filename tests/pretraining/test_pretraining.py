@@ -579,9 +579,9 @@ def test_arguments_are_checked(tmp_path):
         ({"remove_unused_columns": True}, "remove_unused_columns"),
         ({"optim": "sgd"}, "optim is"),
         ({"per_device_train_batch_size": 1}, "koleo_loss_weight=0"),
-        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type is linear, .* --schedule"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type is 'linear'; .* --schedule"),
         ({"max_steps": 0}, "max_steps is 0"),
-        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is best"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is 'best'"),
         ({"blur_sigma": [0.1]}, r"blur_sigma is \[0.1\]"),
         ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
@@ -592,7 +592,7 @@ def test_arguments_are_checked(tmp_path):
 
 
 def test_every_argument_has_a_help_text_and_the_parser_reads_them():
-    own = PretrainingArguments.__annotations__
+    own = PretrainingArguments.own_options()
     fields = PretrainingArguments.__dataclass_fields__
     assert [name for name in own if not fields[name].metadata.get("help")] == []
     (args,) = HfArgumentParser(PretrainingArguments).parse_args_into_dataclasses(
@@ -707,7 +707,7 @@ def test_a_run_says_how_long_it_is_and_what_does_not_fit_its_length(tmp_path, ca
 
 
 def test_pretrain_refuses_less_than_one_batch(tmp_path):
-    with pytest.raises(ValueError, match="There are 2 images for steps of 3"):
+    with pytest.raises(ValueError, match="There are 2 training images for steps of 3"):
         pretrain(arguments(tmp_path), train_dataset=Crops(2))
 
 

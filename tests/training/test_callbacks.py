@@ -89,12 +89,13 @@ def test_measurements_get_their_lines_and_their_time(tmp_path):
 
 def test_speed_leaves_out_what_observers_took(tmp_path, monkeypatch):
     """Simulated time: every step takes 1 s, every measurement 10 s."""
-    from hf_regvit.pretraining import trainer as pretraining
+    from hf_regvit.pretraining.trainer import DinoTrainer
     from hf_regvit.training import callbacks
+    from hf_regvit.training import trainer as training
 
     now = [0.0]
     fake = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr(pretraining, "time", fake)
+    monkeypatch.setattr(training, "time", fake)
     monkeypatch.setattr(callbacks, "time", fake)
 
     class Slow(Observer):
@@ -107,13 +108,13 @@ def test_speed_leaves_out_what_observers_took(tmp_path, monkeypatch):
             now[0] += 0.25  # 3 images a step
             return super().__getitem__(key)
 
-    step = pretraining.DinoTrainer.compute_loss
+    step = DinoTrainer.compute_loss
 
     def slow_loss(*args, **kwargs):
         now[0] += 0.25
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(pretraining.DinoTrainer, "compute_loss", slow_loss)
+    monkeypatch.setattr(DinoTrainer, "compute_loss", slow_loss)
     trainer = trained(tmp_path, callbacks=[Slow(2)], dataset=Crops1s(30))
     lines = [entry for entry in trainer.state.log_history if "loss" in entry]
     for line in lines[1:]:
@@ -343,12 +344,12 @@ def images_folder(root, *, with_validation=True, count=12):
 
 def found(tmp_path, data, **overrides):
     args = arguments(
-        tmp_path / "run", data=data, **{"monitor_steps": 5, "panel_steps": 0.5, "knn_steps": 3} | overrides
+        tmp_path / "run",
+        data=data,
+        **{"monitor_steps": 5, "panel_steps": 0.5, "knn_steps": 3, "panel_size": 32} | overrides,
     )
     dataset = SimpleNamespace(source=load_images(data, split="train"))
-    return observers(
-        args, dataset, image_processor=default_image_processor(16), folder=tmp_path, image_size=16, panel_size=32
-    )
+    return observers(args, dataset, image_processor=default_image_processor(16))
 
 
 def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
@@ -369,7 +370,7 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
     actual = knn.image_processor(images=[knn.heldout_images[0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0  # two plain colors
+    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0  # two plain colors
 
 
 def test_limits_and_switches(tmp_path):
@@ -407,7 +408,7 @@ def test_crops_stand_in_for_images_and_what_has_neither_is_left_alone(tmp_path):
             yield Crops()[(0, 0)]
 
     args = arguments(tmp_path, monitor_steps=5, panel_steps=5)
-    options = {"image_processor": default_image_processor(16), "folder": tmp_path, "image_size": 16, "panel_size": 16}
+    options = {"image_processor": default_image_processor(16)}
     monitor, panels = observers(args, Crops(), **options)
     assert monitor.pixel_values.shape == (10, 3, 16, 16)
     assert len(panels.images) == 8
@@ -418,7 +419,7 @@ def test_f56_a_stream_is_monitored_on_the_first_images_of_its_shards(tmp_path):
     stream = tables_module.ImageStream("s", 20, shard_of_squares)
     dataset = MultiCropStream([stream], MultiCrop(global_size=16, local_size=8, patch_size=4), seed=0)
     args = arguments(tmp_path, monitor_steps=5, panel_steps=5)
-    options = {"image_processor": default_image_processor(16), "folder": tmp_path, "image_size": 16, "panel_size": 16}
+    options = {"image_processor": default_image_processor(16)}
     monitor, panels = observers(args, dataset, **options)
     assert monitor.pixel_values.shape == (64, 3, 16, 16)
     assert len(panels.images) == 8
@@ -450,7 +451,7 @@ def knn_of_stream(tmp_path, *folders, **options):
     streams = [loading_module.stream_images(folder) for folder in folders]
     dataset = MultiCropStream(streams, MultiCrop(global_size=16, local_size=8, patch_size=4), seed=0)
     processor = default_image_processor(16)
-    return observers(args, dataset, image_processor=processor, folder=tmp_path, image_size=16, panel_size=16)
+    return observers(args, dataset, image_processor=processor)
 
 
 @pytest.fixture
@@ -467,7 +468,7 @@ def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folde
     assert knn.is_held_out
     for image, label in zip(knn.train_images, knn.train_labels.tolist(), strict=True):
         assert image.getpixel((0, 0))[0] == label * 200
-    assert knn.accuracy(tiny_network().teacher_backbone)[10] == 1.0
+    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0
 
 
 def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, table_folder, caplog):

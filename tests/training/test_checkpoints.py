@@ -20,8 +20,8 @@ from transformers import TrainerCallback
 from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.manifest import CheckpointIncompleteError, verify_checkpoint, write_manifest
 from hf_regvit.pretraining.distillation import HeadShape
-from hf_regvit.pretraining.samplers import EpochSampler
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints, newest_checkpoint, rotate_checkpoints
+from hf_regvit.training.samplers import EpochSampler
 from hf_regvit.training.signals import REQUEUE_EXIT_CODE, TrainingInterrupted, WorkerDeaths
 from tiny_run import Crops, arguments, same_state, trained
 

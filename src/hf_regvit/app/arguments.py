@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 
-def _option(default: Any, help_text: str, *aliases: str, **metadata: Any) -> Any:
+def _option(default: object, help_text: str, *aliases: str, **metadata: Any) -> Any:
     """Return a field of an argument class; `MISSING` as the default makes the option required."""
     metadata |= {"help": help_text} | ({"aliases": list(aliases)} if aliases else {})
     if isinstance(default, list):

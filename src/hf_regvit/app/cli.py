@@ -3,13 +3,17 @@
 `hf_regvit_cli` parses the options before this module, and with it torch, is imported.
 """
 
+import logging
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_regvit_cli import COMMANDS, main
 
 from .recipes import arguments_class
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["COMMANDS", "RUNS", "Outcome", "main", "run"]
 
@@ -23,12 +27,14 @@ class Outcome:
         text: Text to print otherwise.
         lines: Names and values to print after the text.
         status: Exit status.
+        shown: Whether this process prints the result; by default, the first one of several does.
     """
 
     result: Mapping[str, Any]
     text: str = ""
     lines: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
+    shown: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
 
 
 def _same(result: Mapping[str, Any]) -> Outcome:
@@ -123,7 +129,7 @@ def _extract(arguments: Any) -> Outcome:
         settings=arguments.settings(),
         device=arguments.device,
     )
-    return _same(report.to_dict())
+    return replace(_same(report.to_dict()), shown=report.complete)  # true in the process that finished last
 
 
 def _evaluate(arguments: Any) -> Outcome:
@@ -177,4 +183,22 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
 
 def run(command: str, values: Mapping[str, Any]) -> Outcome:
     """Run a command with the options that were given; the others have the defaults of its argument class."""
-    return RUNS[command](arguments_class(command)(**values))
+    kind = arguments_class(command)
+    if hasattr(kind, "use_cpu"):
+        values = _on_device(dict(values))
+    return RUNS[command](kind(**values))
+
+
+def _on_device(values: dict[str, Any]) -> dict[str, Any]:
+    """Replace the device of a training run by the options of Trainer, which takes the first accelerator there is."""
+    import torch
+
+    device, found = values.pop("device", "auto"), torch.accelerator.current_accelerator(check_available=True)
+    kind, _, index = device.partition(":")
+    available = found.type if found and not values.get("use_cpu") else "cpu"
+    if kind not in ("auto", "cpu", available):
+        raise ValueError(f"device is '{device}', but torch finds only '{available}' here. Use --device auto.")
+    if index and kind == "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = index
+    logger.info("The run uses the device '%s'.", available if device == "auto" else device)
+    return values | {"use_cpu": True} if kind == "cpu" else values

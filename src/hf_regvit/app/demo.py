@@ -308,7 +308,7 @@ class _Page:
         request = MapRequest(names, side=int(side), layer=int(layer), head=int(head), place=tuple(place))
         return read_views(self.explorer, image, request), request
 
-    def _show(self, image: InputImage, place: Any, *settings: Any) -> str:
+    def _show(self, image: InputImage, place: object, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
         return results_page(views, request)
 
@@ -334,11 +334,11 @@ class _Page:
         step, usual = max(self.explorer.descriptions[model].patch_size), self.explorer.default_side(model)
         return min(4 * step, usual), max(48 * step, usual)
 
-    def _figures(self, image: InputImage, place: Any, *settings: Any) -> str:
+    def _figures(self, image: InputImage, place: object, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
         return str(write_figures(views, image, request, self._folder()))
 
-    def _features(self, image: InputImage, place: Any, *settings: Any) -> str:
+    def _features(self, image: InputImage, place: object, *settings: Any) -> str:
         views, _ = self._views(image, place, *settings)
         return str(write_features(views, image, self._folder()))
 

@@ -10,6 +10,8 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_regvit_cli import COMMANDS, OptionParser, RecipeError
 
+from .arguments import DemoArguments
+
 __all__ = ["RecipeError", "RecipeParser", "arguments_class", "options_of", "options_of_command"]
 
 
@@ -39,6 +41,8 @@ def arguments_class(command: str) -> Any:
 def options_of_command(command: str) -> list[dict[str, Any]]:
     """Return the options of a command; those inherited from transformers are those of the installed version."""
     options, shown = options_of(arguments_class(command)), " ".join(COMMANDS[command].daily.values()).split()
+    if any(option["inherited"] for option in options):
+        options.append(options_of(DemoArguments)[-1])  # --device; `cli.run` translates it for Trainer
     for option in options:
         option["flags"].sort(key=lambda flag: flag not in shown)  # the spelling of the table first
     return options

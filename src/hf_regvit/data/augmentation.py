@@ -47,12 +47,12 @@ class ViewParameters:
 
     Args:
         box: (left, top, right, bottom) of the crop, in pixels of the image.
-        flip: Whether to flip horizontally.
+        flip: True to flip horizontally.
         jitter: Operations and amounts in the order in which they are applied; empty for none. Brightness, contrast
             and saturation are factors; hue is a fraction of the color circle.
-        grayscale: Whether to convert to grayscale.
+        grayscale: True to convert to grayscale.
         sigma: Standard deviation of the blur, in pixels of the crop; None for no blur.
-        solarize: Whether to invert all values from 128 up.
+        solarize: True to invert all values from 128 up.
     """
 
     box: tuple[int, int, int, int]
@@ -377,7 +377,7 @@ _ADJUST = {
 }
 _LUMA = np.array([0.299, 0.587, 0.114])  # of Rec. 601, as Pillow's "L"
 _LUMA_16_BITS = (19595, 38470, 7471)  # Pillow's integers for it; they add up to 2^16
-# Pillow cuts fractions off where OpenCV rounds: less half a grey level it is the same but for whole numbers, which
+# Pillow cuts fractions off where OpenCV rounds: less half a gray level it is the same but for whole numbers, which
 # rounding half to even would lose. Float32 resolves the difference at 255.
 _CUT_OFF = 0.5 - 2e-5
 _SOLARIZED = np.where(np.arange(256) < 128, np.arange(256), 255 - np.arange(256)).astype(np.uint8)

@@ -72,7 +72,14 @@ def is_compressed_tar(file: Path) -> bool:
 
 def is_hidden(name: str | PurePath) -> bool:
     """Return True for names that are no data in any container: `.hidden`, `._photo.jpg` and `__MACOSX/` of a Mac."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in PurePath(name).parts if part != "..")
+    parts = str(name).split("/")
+    return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
+
+
+def parts_below(root: PurePath, files: Iterable[PurePath]) -> list[tuple[str, ...]]:
+    """Return the parts of the paths of files below `root`; `relative_to` takes ten times as long."""
+    depth = len(root.parts)
+    return [file.parts[depth:] for file in files]
 
 
 # --- Finding
@@ -134,7 +141,7 @@ def _in_folder(root: Path, split: Split | None) -> Found:
     files = by_kind[kind]
     splits = splits_of(files, root)
     if split is not None:
-        notes += _note_on_splits(root, files)
+        notes += _note_on_splits(root, files, splits)
     if kind != "images":  # class ids of images cover both splits, so `loading` selects the split
         files = select_split(root, files, splits, split)
     return Found(root, kind, files, others, problems, tuple(notes))
@@ -236,13 +243,15 @@ def split_named(name: str, *, only_beginning: bool = False) -> str | None:
     return None
 
 
-def split_folders(files: Sequence[PurePath], root: PurePath) -> list[int | None]:
-    """Return for each file the depth of the folder below `root` that names its split; None if there is none.
+def split_folders(paths: Sequence[tuple[str, ...]]) -> list[int | None]:
+    """Return the depth of the folder that names the split of each file; None if there is none.
 
-    Folders directly below `root` are split folders by their name. Deeper ones are only if there are both training and
-    held-out images in such folders; otherwise a class called `dev` would be taken for a split.
+    Folders directly below the root are split folders by their name. Deeper ones are only if there are both training
+    and held-out images in such folders; otherwise a class called `dev` would be taken for a split.
+
+    Args:
+        paths: Parts of the path of each file below the root.
     """
-    paths = [file.relative_to(root).parts for file in files]
     depths = [next((i for i, part in enumerate(parts[:-1]) if split_named(part)), None) for parts in paths]
     if 0 in depths:
         return [0 if depth == 0 else None for depth in depths]
@@ -256,16 +265,14 @@ def splits_of(files: Sequence[PurePath], root: PurePath) -> list[str | None]:
     It is recognized by a folder or, for parquet and tar files, by the beginning of the file name. `test` is a split
     only if there is also `train`; otherwise it is an ordinary name.
     """
-    return without_lonely_test([split_named(name, only_beginning=True) for name in _split_names(files, root)])
-
-
-def _split_names(files: Sequence[PurePath], root: PurePath) -> list[str]:
-    """Return for each file the name that tells its split: of a folder, or of a parquet or tar file."""
-    names = []
-    for file, depth in zip(files, split_folders(files, root), strict=True):
-        folder = "" if depth is None else file.relative_to(root).parts[depth]
-        names.append(folder or (file.name if kind_of(file) in ("parquet", "tar") else ""))
-    return names
+    paths, found = parts_below(root, files), []
+    for file, parts, depth in zip(files, paths, split_folders(paths), strict=True):
+        if depth is not None:
+            found.append(split_named(parts[depth]))
+        else:
+            is_shard = kind_of(file) in ("parquet", "tar")
+            found.append(split_named(file.name, only_beginning=True) if is_shard else None)
+    return without_lonely_test(found)
 
 
 def without_lonely_test(splits: list[str | None]) -> list[str | None]:
@@ -273,13 +280,11 @@ def without_lonely_test(splits: list[str | None]) -> list[str | None]:
     return splits if "train" in splits else [None if split == "test" else split for split in splits]
 
 
-def _note_on_splits(root: Path, files: Sequence[Path]) -> list[str]:
+def _note_on_splits(root: Path, files: Sequence[Path], splits: Sequence[str | None]) -> list[str]:
     """Return a sentence on what each split consists of, unless everything is in splits with the usual names."""
-    splits, depths = splits_of(files, root), split_folders(files, root)
-    places = []
-    for file, split, depth in zip(files, splits, depths, strict=True):
-        parts = file.relative_to(root).parts
-        by_name = split_named(file.name, only_beginning=True) if split and depth is None else None
+    paths, places = parts_below(root, files), []
+    for parts, split, depth in zip(paths, splits, split_folders(paths), strict=True):
+        by_name = split_named(parts[-1], only_beginning=True) if split and depth is None else None
         places.append(by_name or "/".join(parts[: (depth or 0) + 1]))
     counts = Counter(zip(splits, places))
     heldout = "validation" if "validation" in splits else "test"
@@ -338,4 +343,4 @@ def select_split(root: Path, files: list[Path], splits: list[str | None], split:
 
 def outermost(root: Path, files: Iterable[Path]) -> str:
     """Return a list of the names directly below `root` for messages."""
-    return listed(sorted({file.relative_to(root).parts[0] for file in files}))
+    return listed(sorted({parts[0] for parts in parts_below(root, files)}))

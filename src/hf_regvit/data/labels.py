@@ -2,8 +2,7 @@
 
 import json
 import unicodedata
-from collections.abc import Sequence
-from pathlib import PurePath
+from collections.abc import Collection, Mapping, Sequence
 
 LABEL_SUFFIXES = (".cls", ".json")
 _KEYS = ("label", "cls", "class", "class_name", "target")  # of labels in a JSON file
@@ -34,6 +33,21 @@ def label_in_file(name: str, content: bytes, label_column: str | None = None) ->
     return value if is_class else None
 
 
+def add_label(labels: dict[str, int | str], name: str, content: bytes, label_column: str | None = None) -> None:
+    """Add the class in a `.cls` or `.json` file to `labels` by its name without suffix; `.cls` takes precedence."""
+    stem, label = name.rpartition(".")[0], label_in_file(name, content, label_column)
+    if label is not None and (stem not in labels or name.endswith(".cls")):
+        labels[stem] = label
+
+
+def label_of(name: str, labels: Mapping[str, int | str]) -> int | str | None:
+    """Return the class of an image: that of the longest name before one of its dots, as `0001` of `0001.seg.png`."""
+    folder, slash, file = name.rpartition("/")
+    parts = file.split(".")
+    stems = (folder + slash + ".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1))
+    return next((labels[stem] for stem in stems if stem in labels), None)
+
+
 def number_classes(
     classes: Sequence[int | str | None], known: Sequence[int | str | None] = ()
 ) -> tuple[list[int] | None, tuple[str, ...] | None]:
@@ -54,25 +68,25 @@ def number_classes(
     return [position[plain(str(name))] for name in classes], names
 
 
-def classes_by_folder(paths: Sequence[PurePath], split_depths: Sequence[int | None]) -> list[str | None]:
+def classes_by_folder(paths: Sequence[tuple[str, ...]], split_depths: Sequence[int | None]) -> Sequence[str | None]:
     """Return the class of each file: the outermost folder, below its split folder if it has one.
 
     If there are none below the split folders, the outermost folders above them are the classes (`cat/train`,
     `dog/train`), provided that there are several.
 
     Args:
-        paths: Relative paths.
+        paths: Parts of the relative path of each file.
         split_depths: Depth of the folder that names the split of each file, or None.
     """
     below = []
     for path, depth in zip(paths, split_depths, strict=True):
-        parts = path.parts if depth is None else path.parts[depth + 1 :]
+        parts = path if depth is None else path[depth + 1 :]
         below.append(plain(parts[0]) if len(parts) > 1 else None)
-    above = [plain(path.parts[0]) if depth else None for path, depth in zip(paths, split_depths)]
-    return above if not any(below) and None not in above and len(set(above)) > 1 else below  # type: ignore[return-value]
+    above = [plain(path[0]) if depth else None for path, depth in zip(paths, split_depths)]
+    return above if not any(below) and None not in above and len(set(above)) > 1 else below
 
 
-def note_on_names(name: str, folders: Sequence[str]) -> list[str]:
+def note_on_names(name: str, folders: Collection[str]) -> list[str]:
     """Return a sentence if names differ in their Unicode form only after normalization."""
     changed = sorted({plain(folder) for folder in folders if plain(folder) != folder})
     if not changed:

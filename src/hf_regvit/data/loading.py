@@ -18,11 +18,12 @@ from .files import (
     image_suffixes,
     of_split,
     outermost,
+    parts_below,
     select_split,
     split_folders,
     splits_of,
 )
-from .labels import LABEL_SUFFIXES, classes_by_folder, label_in_file, note_on_names, number_classes
+from .labels import LABEL_SUFFIXES, add_label, classes_by_folder, label_of, note_on_names, number_classes
 from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, file_name, join_sources, listed
 from .tables import ImageStream, hub_source, hub_split, hub_tables, parquet_source, table_stream
 from .tar import stream_tar, tar_source
@@ -138,14 +139,18 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
         raise ValueError(_why_no_images(found))
     splits = splits_of(images, root)
     selected = select_split(root, images, splits, split)
-    by_folder = classes_by_folder([file.relative_to(root) for file in images], split_folders(images, root))
+    paths = parts_below(root, images)
+    by_folder = classes_by_folder(paths, split_folders(paths))
     class_of: dict[Path, int | str | None] = dict(zip(images, by_folder, strict=True))
     train = of_split(root, images, splits, "train") if split else selected
     notes = [*found.notes]
     if None not in by_folder:
-        notes += note_on_names(str(root), [part for file in selected for part in file.relative_to(root).parts[:-1]])
-    elif sides := {file for file in found.others if file.suffix in LABEL_SUFFIXES}:
-        class_of = {file: _class_beside(file, sides, reading.label_column) for file in images}
+        notes += note_on_names(str(root), {part for parts in parts_below(root, selected) for part in parts[:-1]})
+    elif sides := [file for file in found.others if file.suffix in LABEL_SUFFIXES]:
+        beside: dict[str, int | str] = {}
+        for side in sides:
+            add_label(beside, str(side), side.read_bytes(), reading.label_column)
+        class_of = {file: label_of(str(file), beside) for file in images}
     # Class ids must be the same in both splits, so the training split defines the classes if there is one.
     known = {class_of[file] for file in train or selected}
     if None not in known:
@@ -163,16 +168,11 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
             )
             selected = kept
     labels, names = number_classes([class_of[file] for file in selected], sorted(known, key=str))
-    ids = [file.relative_to(root).as_posix() for file in selected]
+    ids = ["/".join(parts) for parts in parts_below(root, selected)]
     return _stored_images(
         str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
         problems=found.problems, notes=tuple(notes),
     )  # fmt: skip
-
-
-def _class_beside(file: Path, sides: set[Path], label_column: str | None) -> int | str | None:
-    side = next((side for suffix in LABEL_SUFFIXES if (side := file.with_suffix(suffix)) in sides), None)
-    return None if side is None else label_in_file(side.name, side.read_bytes(), label_column)
 
 
 def _why_no_images(found: Found) -> str:

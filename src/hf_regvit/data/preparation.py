@@ -54,7 +54,7 @@ def _items_of(images: Any) -> _ImageItems:
     if isinstance(images, ImageStream):
         return _ImageItems(images.name, partial(_stream_items, images), None)
     if library == "datasets":
-        return _ImageItems("the stream", partial(_row_items, table_stream(images, "the stream")), None)
+        return _ImageItems("the stream", partial(_row_items, images), None)
     if isinstance(images, Sequence):
         kinds = str | Path | Image.Image | np.ndarray | torch.Tensor
         wrong = next((image for image in images if not isinstance(image, kinds)), None)
@@ -87,8 +87,18 @@ def _stream_items(stream: ImageStream) -> Iterator[Item]:
             yield record.id, partial(open_image, record.data or b"", name=record.id)
 
 
-def _row_items(rows: ImageStream) -> Iterator[Item]:
-    return ((f"row/{i}", read) for i, (_, read) in enumerate(_stream_items(rows)))
+def _row_items(table: Any) -> Iterator[Item]:
+    if table.features is not None:
+        stream = table_stream(table, "the stream")
+        yield from ((f"row/{i}", read) for i, (_, read) in enumerate(_stream_items(stream)))
+        return
+    for i, row in enumerate(table):  # rows of a generator, whose types are not known
+        if "image" not in row:
+            raise ValueError(
+                f"The stream has no image column; its columns are {', '.join(row)}. Rename one of them to 'image'."
+            )
+        cell = row["image"] or b""
+        yield f"row/{i}", partial(open_image, cell.get("bytes") or cell["path"] if isinstance(cell, dict) else cell)
 
 
 class PreparedImages:

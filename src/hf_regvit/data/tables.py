@@ -89,7 +89,7 @@ def hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
-def holds_images(feature: Any) -> bool:
+def holds_images(feature: object) -> bool:
     """Return True for a column of encoded images: of images, of bytes, or of {bytes, path} as pandas writes it."""
     from datasets import Image as ImageFeature
 
@@ -98,7 +98,7 @@ def holds_images(feature: Any) -> bool:
     return isinstance(feature, ImageFeature) or "binary" in str(getattr(feature, "dtype", ""))
 
 
-def _is_text(feature: Any) -> bool:
+def _is_text(feature: object) -> bool:
     return str(getattr(feature, "dtype", "")).endswith("string")
 
 

@@ -12,11 +12,21 @@ import numpy as np
 
 from .decoding import BadImageError, lfs_pointer
 from .files import Found, image_suffixes, is_compressed_tar, is_hidden
-from .labels import LABEL_SUFFIXES, classes_by_folder, label_in_file, note_on_names, number_classes, sample_key
+from .labels import (
+    LABEL_SUFFIXES,
+    add_label,
+    classes_by_folder,
+    label_of,
+    note_on_names,
+    number_classes,
+    sample_key,
+)
 from .source import ImageSource, Reading, _stored_images, row_name
 from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
+
+_SAMPLE = 64  # images kept while their label may follow; more are no sample, but names like `2024.01.05_17.jpg`
 
 
 def tar_source(found: Found, reading: Reading) -> ImageSource:
@@ -24,7 +34,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     ids: list[str] = []
     places: list[tuple[int, int, int]] = []
     classes: list[int | str | None] = []
-    paths: list[PurePosixPath] = []
+    paths: list[tuple[str, ...]] = []
     problems = list(found.problems)
     for shard, file in enumerate(found.files):
         members, labels, faults = _index_tar(file, reading)
@@ -32,8 +42,8 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
         for member, offset, size in members:
             ids.append(f"{called}#{member}")
             places.append((shard, offset, size))
-            classes.append(labels.get(sample_key(member)))
-            paths.append(PurePosixPath(member))
+            classes.append(label_of(member, labels))
+            paths.append(PurePosixPath(member).parts)
         problems += faults
     if not ids:
         listing = "; ".join(problem.reason for problem in problems[:3]) or "they hold only other types of files"
@@ -44,7 +54,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     folders = classes_by_folder(paths, [None] * len(paths))
     if set(classes) == {None} and len(set(folders)) > 1 and None not in folders:  # an archive of class folders
         classes = list(folders)
-        notes += note_on_names(str(found.root), [path.parts[0] for path in paths])
+        notes += note_on_names(str(found.root), [path[0] for path in paths])
     elif None in classes and set(classes) != {None}:
         without = sum(one is None for one in classes)
         notes.append(f"'{found.root}': {without} of {len(ids)} images have no class, so none is used.")
@@ -83,21 +93,30 @@ def _stream_samples(files: Sequence[Path], reading: Reading, shard: int) -> Iter
     with tarfile.open(files[shard], "r|*") as archive:
         members = (member for member in archive if _is_safe(member) and not is_hidden(member.name))
         for _, sample in groupby(members, key=lambda member: sample_key(member.name)):
-            label: int | str | None = None
-            images = []
+            labels: dict[str, int | str] = {}
+            images: list[tuple[str, bytes]] = []
             for member in sample:
                 content = archive.extractfile(member)
                 if content is not None and _is_image(member.name, reading.image_column):
                     images.append((member.name, content.read()))
                 elif content is not None and member.name.endswith(LABEL_SUFFIXES):
-                    label = label_in_file(member.name, content.read(), reading.label_column)
-            number = label if isinstance(label, int) and label >= 0 else None  # names have no numbers in a stream
-            yield from (StreamRecord(f"{files[shard].name}#{member}", data, number) for member, data in images)
+                    add_label(labels, member.name, content.read(), reading.label_column)
+                if len(images) > _SAMPLE:
+                    yield from _records(files[shard].name, images, labels)
+                    images.clear()
+            yield from _records(files[shard].name, images, labels)
+
+
+def _records(shard: str, images: Sequence[tuple[str, bytes]], labels: dict[str, int | str]) -> Iterator[StreamRecord]:
+    for name, data in images:
+        label = label_of(name, labels)
+        number = label if isinstance(label, int) and label >= 0 else None  # names have no numbers in a stream
+        yield StreamRecord(f"{shard}#{name}", data, number)
 
 
 def _index_tar(
     file: Path, reading: Reading
-) -> tuple[list[tuple[str, int, int]], dict[str, int | str | None], list[BadImageError]]:
+) -> tuple[list[tuple[str, int, int]], dict[str, int | str], list[BadImageError]]:
     """Index one tar file: images as (name, first byte, number of bytes), classes by sample, and problems.
 
     Nothing is unpacked. Links, devices and paths that lead outside the archive are left out, as is everything after a
@@ -108,7 +127,7 @@ def _index_tar(
             f"'{file}' is compressed, so its images cannot be read at random. Decompress it to .tar, or stream it."
         )
     images: list[tuple[str, int, int]] = []
-    labels: dict[str, int | str | None] = {}
+    labels: dict[str, int | str] = {}
     problems: list[BadImageError] = []
     size = file.stat().st_size
     try:
@@ -124,7 +143,7 @@ def _index_tar(
                 elif _is_image(name, None):
                     images.append((name, member.offset_data, member.size))
                 elif name.endswith(LABEL_SUFFIXES) and (content := archive.extractfile(member)):
-                    labels[sample_key(name)] = label_in_file(name, content.read(), reading.label_column)
+                    add_label(labels, name, content.read(), reading.label_column)
             end = archive.offset
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = lfs_pointer(file) or f"the archive is damaged after {len(images)} images: {error}"

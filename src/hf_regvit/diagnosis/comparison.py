@@ -64,10 +64,10 @@ class ComparisonReport(Result):
 
 def compare_checkpoints(
     models: Sequence[TokenReader | nn.Module | str | Path],
-    images: Any,
+    images: object,
     *,
     throughput_rounds: int = 5,
-    processor: Any = None,
+    processor: object = None,
     device: str | torch.device = "auto",
     **settings: Any,
 ) -> ComparisonReport:

@@ -53,13 +53,13 @@ _RANK_IMAGES = 64  # enough for a mean; eigenvalues of large grids are slow
 
 def diagnose(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     layers: Layers = "all",
     cutoff: float | str = "auto",
     max_images: int = 1000,
     seed: int = 0,
-    processor: Any = None,
+    processor: object = None,
     device: str | torch.device = "auto",
     batch_size: int = 32,
     detail_images: int = 128,
@@ -376,7 +376,7 @@ def _versions() -> dict[str, str]:
     return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
 
 
-def _controls(case: _Case, source: Any) -> dict[str, Any] | None:
+def _controls(case: _Case, source: object) -> dict[str, Any] | None:
     readings = case.readings
     if not readings.register_norms:
         return None

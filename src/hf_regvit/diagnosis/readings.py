@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -125,7 +124,7 @@ def read_images(
     )
 
 
-def labels_of(source: Any, ids: Sequence[str]) -> Tensor | None:
+def labels_of(source: object, ids: Sequence[str]) -> Tensor | None:
     """Return the class ids of these images, or None if the source has none."""
     if not isinstance(source, ImageSource) or source.labels is None:
         return None

@@ -63,11 +63,11 @@ class RegisterNeurons:
 
 def find_register_neurons(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     cutoff: float | str = "auto",
     max_images: int = 500,
-    processor: Any = None,
+    processor: object = None,
     device: str | torch.device = "auto",
     batch_size: int = 32,
     seed: int = 0,

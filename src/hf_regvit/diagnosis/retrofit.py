@@ -199,14 +199,14 @@ class RetrofitResult:
 
 def retrofit(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     num_register_tokens: int | None = None,
     top_k: int | None = None,
     highest_block: int | None = None,
     cutoff: float | str = "auto",
     max_images: int = 500,
-    processor: Any = None,
+    processor: object = None,
     batch_size: int = 32,
     seed: int = 0,
     device: str | torch.device = "auto",
@@ -301,7 +301,7 @@ def _check_new(folder: str | Path | None) -> None:
         raise FileExistsError(f"'{folder}' already contains a checkpoint. Choose another folder or delete it.")
 
 
-def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: Any) -> TokenReader:
+def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: object) -> TokenReader:
     """Open a model as a RegViT without registers."""
     if isinstance(model, TokenReader):
         processor = model.processor if processor is None else processor

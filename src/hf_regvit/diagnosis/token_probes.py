@@ -126,16 +126,16 @@ class _Sample:
 
 def token_probes(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     cutoff: float,
     cutoff_layer: int = -1,
-    test_images: Any = None,
+    test_images: object = None,
     layer: int = -1,
     max_images: int = 1000,
     num_seeds: int = 3,
     seed: int = 0,
-    processor: Any = None,
+    processor: object = None,
     batch_size: int = 32,
     max_tokens: int = 16384,
 ) -> TokenProbeReport:
@@ -221,7 +221,7 @@ class _Sampler:
         self.reader, self.cutoff, self.layers, self.num_seeds, self.seed = reader, cutoff, layers, num_seeds, seed
         self.generator = torch.Generator()
 
-    def read(self, source: Any, *, max_images: int, batch_size: int, max_tokens: int) -> _Sample:
+    def read(self, source: object, *, max_images: int, batch_size: int, max_tokens: int) -> _Sample:
         """Read the tokens of at most `max_images` images."""
         self.generator.manual_seed(self.seed)
         source = load_images(source, split=None) if isinstance(source, str | Path) else source

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from ..models.modeling_regvit import scale_invariant_log_loss
 from .dense_features import DenseFeatures
+from .schedules import cosine_with_warmup, poly_with_warmup
 
 Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
@@ -295,21 +296,6 @@ class _SegmentationHead(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.classifier(self.head_norm(tokens))
-
-
-def poly_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-6) -> float:
-    """Return the learning rate factor: a linear decay from 1 to 0 with a linear warm-up from `start`."""
-    return (1 - step / num_steps) * _warmup(step, num_steps, warmup_ratio, start)
-
-
-def cosine_with_warmup(step: int, num_steps: int, warmup_ratio: float, *, start: float = 1e-3) -> float:
-    """Return the learning rate factor: half a cosine from 1 to 0 with a linear warm-up from `start`."""
-    return 0.5 * (1 + math.cos(math.pi * step / num_steps)) * _warmup(step, num_steps, warmup_ratio, start)
-
-
-def _warmup(step: int, num_steps: int, warmup_ratio: float, start: float) -> float:
-    warmup = round(num_steps * warmup_ratio)
-    return 1 - (1 - step / warmup) * (1 - start) if step < warmup else 1.0
 
 
 def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:

@@ -194,7 +194,7 @@ def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSetti
 
 def extract_features(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     layer: int = -1,
     final_norm: bool = True,
@@ -255,7 +255,7 @@ class ExtractionReport:
 
 def extract_to_folder(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     output_dir: str | Path,
     *,
     settings: ExtractionSettings | None = None,

@@ -24,7 +24,8 @@ _QUERIES = 256  # number of retrieval queries ranked at once
 
 
 def option(default: Any, help_text: str, *aliases: str) -> Any:
-    """Return a dataclass field with the help text and other spellings of its command-line option."""
+    """Return a dataclass field with the help text and other spellings of its command-line option; lists are copied."""
+    default = default.copy if isinstance(default, list) else default
     kind = "default_factory" if callable(default) else "default"
     return field(**{kind: default}, metadata={"help": help_text, "aliases": list(aliases)})
 

@@ -78,7 +78,7 @@ class _SumsMetric(evaluate.Metric):
             features=Features({name: List(Value(self.stored)) for name in self.inputs}),
         )
 
-    def add_batch(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> None:
+    def add_batch(self, *, predictions: object = None, references: object = None, **kwargs: Any) -> None:
         """Add a batch; it is reduced immediately and not kept."""
         given = {"predictions": predictions, "references": references, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
@@ -91,12 +91,14 @@ class _SumsMetric(evaluate.Metric):
             first, *others = self.inputs
             super().add_batch(**{first: rows}, **{name: [[]] * len(rows) for name in others})
 
-    def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
+    def add(self, *, prediction: object = None, reference: object = None, **kwargs: Any) -> None:
         """Add one sample, without the batch axis."""
         given = {"predictions": prediction, "references": reference, **kwargs}
         self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
 
-    def compute(self, *, predictions: Any = None, references: Any = None, **kwargs: Any) -> dict[str, Any] | None:
+    def compute(
+        self, *, predictions: object = None, references: object = None, **kwargs: Any
+    ) -> dict[str, Any] | None:
         """Return the result over all samples and reset the metric; None in processes other than the first."""
         given = {"predictions": predictions, "references": references, **kwargs}
         mine = {name: given[name] for name in self.inputs if given.get(name) is not None}
@@ -136,7 +138,7 @@ class _SumsMetric(evaluate.Metric):
 # --- Checks
 
 
-def _array(name: str, value: Any) -> Array:
+def _array(name: str, value: object) -> Array:
     if isinstance(value, torch.Tensor):
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value).numpy()  # NumPy has no bfloat16
@@ -151,7 +153,7 @@ def _array(name: str, value: Any) -> Array:
     return array
 
 
-def _integers(name: str, value: Any) -> Array:
+def _integers(name: str, value: object) -> Array:
     array = _array(name, value)
     if array.dtype.kind not in "iu" and array.size:
         raise TypeError(
@@ -168,14 +170,14 @@ def _check_ids(ids: dict[str, Array], num_classes: int, also: str = "") -> None:
             raise ValueError(f"{name} contain class id {wrong[0]}; expected 0 to {num_classes - 1}{also}.")
 
 
-def _numbers(name: str, value: Any) -> Array:
+def _numbers(name: str, value: object) -> Array:
     array = _array(name, value)
     if array.dtype.kind == "b":
         raise TypeError(f"{name} are booleans, but must be numbers.")
     return array.astype(np.float64)
 
 
-def _finite(name: str, value: Any) -> Array:
+def _finite(name: str, value: object) -> Array:
     array = _numbers(name, value)
     if not np.isfinite(array).all():
         where = np.argwhere(~np.isfinite(array))[0].tolist()
@@ -232,7 +234,7 @@ class TopKAccuracy(_SumsMetric):
         self.prefix = prefix
         super().__init__(**options)
 
-    def reduce(self, predictions: Any, references: Any) -> Rows:
+    def reduce(self, predictions: object, references: object) -> Rows:
         """Return for every sample the number of classes that rank before its own."""
         truth = _integers("references", references)
         scores = _array("predictions", predictions)
@@ -289,7 +291,7 @@ class ClassScores(_SumsMetric):
         self.num_classes = num_classes
         super().__init__(**options)
 
-    def reduce(self, predictions: Any, references: Any) -> Rows:
+    def reduce(self, predictions: object, references: object) -> Rows:
         """Return the true and the predicted class id of every sample."""
         truth, said = _integers("references", references), _array("predictions", predictions)
         if said.ndim == 2 and said.shape[1] == self.num_classes:
@@ -331,7 +333,7 @@ class MeanAveragePrecision(_SumsMetric):
         "for relevant images, at least one per query."
     )
 
-    def reduce(self, predictions: Any, references: Any) -> Rows:
+    def reduce(self, predictions: object, references: object) -> Rows:
         """Return the average precision of every query."""
         scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
         if scores.ndim != 2 or scores.shape != relevant.shape:
@@ -381,7 +383,7 @@ class MeanIoU(_SumsMetric):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         super().__init__(**options)
 
-    def reduce(self, predictions: Any, references: Any) -> Rows:
+    def reduce(self, predictions: object, references: object) -> Rows:
         """Return one row: the numbers of agreeing, predicted and true pixels of every class."""
         example = "class ids instead of scores (take the argmax), without a channel axis"
         predicted = [_integers("predictions", one) for one in _maps("predictions", predictions, example=example)]
@@ -442,7 +444,7 @@ class DepthErrors(_SumsMetric):
         self.min_depth, self.max_depth = min_depth, max_depth
         super().__init__(**options)
 
-    def reduce(self, predictions: Any, references: Any) -> Rows:
+    def reduce(self, predictions: object, references: object) -> Rows:
         """Return rmse, abs_rel and the three deltas of every image with valid pixels."""
         example = "depths without a channel axis"
         predicted = [_numbers("predictions", one) for one in _maps("predictions", predictions, example=example)]
@@ -566,7 +568,7 @@ class RegisterDiversity(_SumsMetric):
     inputs = ("registers",)
     about = "Diversity of registers. registers: (B, R, D), R at least 2."
 
-    def reduce(self, registers: Any) -> Rows:
+    def reduce(self, registers: object) -> Rows:
         """Return the cosine and the rank of every image."""
         tokens = _finite("registers", registers)
         if tokens.ndim != 3 or tokens.shape[1] < 2:
@@ -593,7 +595,7 @@ class EffectiveRank(_SumsMetric):
     about = "Effective rank. features: (n, D), one row per sample."
     stored = "float32"
 
-    def reduce(self, features: Any) -> Rows:
+    def reduce(self, features: object) -> Rows:
         """Return the features themselves; their Gram matrix would be larger for usual batch sizes."""
         values = _finite("features", features)
         if values.ndim != 2:

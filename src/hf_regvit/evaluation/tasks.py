@@ -39,7 +39,7 @@ class Task(Protocol):
     Settings: type
     settings: Any
 
-    def __init__(self, settings: Any) -> None: ...
+    def __init__(self, settings: object) -> None: ...
 
     def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
         """Return the scores of the model.

@@ -83,7 +83,7 @@ def chart(figure: "Figure", label: str) -> Markup:
     )
 
 
-def cell_text(value: Any) -> str:
+def cell_text(value: object) -> str:
     """Return a value as the text of a table cell: four digits, `-` for None, and the first 24 entries of a list."""
     if value is None:
         return "-"

@@ -1,10 +1,10 @@
 """Arguments of a fine-tuning run, named as in the example scripts of transformers."""
 
-import dataclasses
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import InitVar, dataclass
+from pathlib import Path
 
-from transformers import TrainingArguments
+from ..evaluation.image_tasks import option
+from ..training.arguments import RunArguments, plain
 
 TASKS = ("image-classification", "semantic-segmentation", "depth-estimation")
 MODES = ("full", "lora", "linear")
@@ -30,217 +30,140 @@ _LOWER_IS_BETTER = ("loss", "rmse", "abs_rel")
 _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
 
 
-def _field(default: Any, help_text: str, *aliases: str) -> Any:
-    metadata: dict[str, Any] = {"help": help_text}
-    if aliases:
-        metadata["aliases"] = list(aliases)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass
-class FinetuningArguments(TrainingArguments):
-    """Arguments of a fine-tuning run, in addition to those of `transformers.TrainingArguments`.
+class FinetuningArguments(RunArguments):
+    """Arguments of a fine-tuning run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
 
-    Shares and probabilities lie in [0, 1]. The default of `learning_rate` depends on the mode, that of
-    `metric_for_best_model` on the task.
+    `model` is another name of `model_name_or_path`. Shares and probabilities lie in [0, 1]. The default of
+    `learning_rate` depends on the mode, that of `metric_for_best_model` on the task.
     """
 
     # Task, model
-    task: str = _field("image-classification", f"Task to train for: {', '.join(TASKS)}.")
-    model_name_or_path: str | None = _field(
+    task: str = option("image-classification", f"Task to train for: {', '.join(TASKS)}.")
+    model_name_or_path: str | None = option(
         None,
-        "Model to start from: a RegViT, a run folder of `regvit pretrain` or its backbone/, or any ViT that "
-        "`regvit convert` reads, as a folder, weights file or Hub id. Without it, a model of size --preset is trained "
-        "from scratch.",
+        "Model to start from: a RegViT, a run of `regvit pretrain`, or any ViT that `regvit convert` reads, as a "
+        "folder, weights file or Hub id. Without it, --preset is trained from scratch.",
         "--model",
     )
-    preset: str | None = _field(
-        None, "Size of a model trained from scratch: tiny, small, base, large or giant. Excludes --model_name_or_path."
+    preset: str | None = option(
+        None, "Size of a model from scratch, without --model: tiny, small, base, large, giant."
     )
-    patch_size: int = _field(16, "Side of a patch in pixels, only for a model from scratch.")
-    layerscale_value: float = _field(1e-4, "Initial LayerScale gain, only for a model from scratch. DeiT-III: 1e-4.")
-    num_register_tokens: int | None = _field(
+    patch_size: int = option(16, "Side of a patch in pixels, only for a model from scratch.")
+    layerscale_value: float = option(1e-4, "Initial LayerScale gain, only for a model from scratch. DeiT-III: 1e-4.")
+    num_register_tokens: int | None = option(
         None,
-        "Number of registers to add to a model without registers; they are trained in every mode. Default: the number "
-        "of the model, or 4 from scratch.",
+        "Registers to add to a model without registers, trained in every mode. Default: its own, or 4 from scratch.",
     )
-    image_size: int | None = _field(
-        None,
-        "Side of the square images in pixels, a multiple of the patch size. Default: that of the image processor.",
+    image_size: int | None = option(
+        None, "Side of the square images in pixels, a multiple of the patch size. Default: that of the processor."
     )
-    pooling: str | None = _field(
-        None, "Input of the classifier: cls, mean_patch or cls_mean_patch. Default: the model's configuration."
-    )
+    pooling: str | None = option(None, "Classifier input: cls, mean_patch or cls_mean_patch. Default: as saved.")
 
     # Trained parameters
-    mode: str = _field(
-        "full",
-        "Parameters to train: all (full), low-rank updates and the head (lora), or the head only (linear).",
+    mode: str = option("full", "Trained parameters: all (full), low-rank updates and head (lora), head only (linear).")
+    lora_r: int = option(8, "Rank of the low-rank updates.")
+    lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
+    lora_target_modules: list[str] = option(
+        ["qkv", "o_proj"],
+        "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj.",
     )
-    lora_r: int = _field(8, "Rank of the low-rank updates.")
-    lora_alpha: float = _field(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
-    lora_dropout: float = _field(0.0, "Dropout probability of the inputs of the low-rank updates.")
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["qkv", "o_proj"],
-        metadata={
-            "help": "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj."
-        },
-    )
-    layer_decay: float = _field(1.0, "Learning rate factor for each block further from the head. BEiT: 0.65.")
-    head_learning_rate_multiplier: float = _field(1.0, "Learning rate factor of the head.")
-    drop_path_rate: float = _field(0.0, "Drop path rate of the last block, per image; it rises linearly with depth.")
+    layer_decay: float = option(1.0, "Learning rate factor for each block further from the head. BEiT: 0.65.")
+    head_learning_rate_multiplier: float = option(1.0, "Learning rate factor of the head.")
+    drop_path_rate: float = option(0.0, "Drop path rate of the last block, per image; it rises linearly with depth.")
 
     # Data
-    data: str | None = _field(
+    data: str | None = option(
         None,
-        "Labeled images: image folder, parquet file or folder, tar file, Hub data set, 'digits' or 'photos'. An "
-        "existing validation split is used; otherwise one is held out. Segmentation and depth need a column of maps, "
-        "or images/ beside masks/ or depth/.",
+        "Labeled images: folder, parquet, tar, Hub data set, 'digits' or 'photos'; without a validation split, one "
+        "is held out. Masks and depth: a column of maps, or images/ beside masks/ or depth/.",
         "--dataset_name",
     )
-    train_dir: str | None = _field(None, "Training images stored separately; same formats as --data, in place of it.")
-    validation_dir: str | None = _field(None, "Validation images; same formats as --data. All images are used.")
-    train_val_split: float = _field(0.15, "Share of every class to hold out if there is no validation split.")
-    max_train_samples: int | None = _field(None, "Maximum number of training images, sampled with the seed.")
-    max_eval_samples: int | None = _field(None, "Maximum number of validation images, sampled with the seed.")
-    image_column: str | None = _field(
-        None, "Column with the images. Default: the only image column, or 'image'.", "--image_column_name"
-    )
-    label_column: str | None = _field(
+    train_dir: str | None = option(None, "Training images stored separately; same formats as --data, in place of it.")
+    validation_dir: str | None = option(None, "Validation images; same formats as --data. All images are used.")
+    train_val_split: float = option(0.15, "Share of every class to hold out if there is no validation split.")
+    max_train_samples: int | None = option(None, "Maximum number of training images, sampled with the seed.")
+    max_eval_samples: int | None = option(None, "Maximum number of validation images, sampled with the seed.")
+    class_names: list[str] | None = option(
         None,
-        "Column with the labels, masks or depth maps. Default: 'label' if it holds them; otherwise, for maps, the "
-        "only other image column, 'mask' or 'depth'.",
-        "--label_column_name",
+        "Segmentation: class names in the order of the stored values, or one JSON file with a list or mapping. "
+        "Default: classes.json or id2label.json in the folder, else the values.",
     )
-    class_names: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Segmentation: class names in the order of the stored values from 0, or one JSON file with a list "
-            "or a mapping. Default: classes.json or id2label.json in the folder, otherwise the values themselves."
-        },
+    ignore_values: list[int] | None = option(None, "Segmentation: stored mask values to ignore. Default: 255.")
+    do_reduce_labels: bool = option(False, "Segmentation: whether 0 is ignored and the first class is 1 (ADE20k).")
+    depth_scale: float | None = option(None, "Depth: meters per stored unit. Default: 0.001 for integers, else 1.")
+    max_depth: float = option(10.0, "Depth: maximum depth in meters; pixels beyond it are ignored.")
+    head_layers: list[int] | None = option(
+        None, "Segmentation, depth: blocks that the head reads, counted from 0, or negative. Default: the last."
     )
-    ignore_values: list[int] | None = field(
-        default=None,
-        metadata={"help": "Segmentation: stored mask values to ignore. Default: 255."},
-    )
-    do_reduce_labels: bool = _field(
-        False, "Segmentation: whether 0 is ignored and the first class is stored as 1 (ADE20k)."
-    )
-    depth_scale: float | None = _field(
-        None, "Depth: meters per stored unit. Default: 0.001 for integers, 1 for floating-point values."
-    )
-    max_depth: float = _field(10.0, "Depth: maximum depth in meters; pixels beyond it are ignored.")
-    head_layers: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "Segmentation, depth: blocks that the head reads, counted from 0, or negative. Default: the last."
-        },
-    )
-    ignore_extra_classes: bool = _field(
-        False, "Whether to ignore validation images (or pixels) of classes that have no training images (or pixels)."
-    )
-    max_bad_share: float = _field(
-        0.01, "Maximum share of unusable images before the run stops; they are listed in bad_images.jsonl."
-    )
+    ignore_extra_classes: bool = option(False, "Whether to ignore validation images (or pixels) of untrained classes.")
 
     # Augmentation and loss
-    augmentation: str = _field(
+    augmentation: str = option(
         "crop",
-        "Augmentation of training images: none (as in evaluation), crop (random resized crop and horizontal flip), "
-        "randaugment, or three_augment (DeiT-III: grayscale, solarize or blur).",
+        "Training images: none (as in evaluation), crop (random resized crop and flip), randaugment, or "
+        "three_augment (DeiT-III: grayscale, solarize or blur).",
     )
-    crop_scale: list[float] = field(
-        default_factory=lambda: [0.35, 1.0],
-        metadata={"help": "Minimum and maximum area of a training crop as a share. ImageNet recipes: 0.08 1.0."},
+    crop_scale: list[float] = option([0.35, 1.0], "Range of the area share of a training crop. ImageNet: 0.08 1.0.")
+    flip_probability: float = option(0.5, "Probability of a horizontal flip; use 0 if left and right carry meaning.")
+    color_jitter: float = option(0.0, "Maximum relative change of brightness, contrast and saturation. DeiT-III: 0.3.")
+    randaugment_num_ops: int = option(2, "Number of RandAugment operations per image.")
+    randaugment_magnitude: int = option(9, "Strength of RandAugment, 0 to 30.")
+    random_erasing: float = option(0.0, "Probability of erasing a random rectangle of an image. DeiT: 0.25.")
+    mixup_alpha: float = option(0.0, "Alpha of mixup within a micro-batch; 0 disables it. DeiT: 0.8.")
+    cutmix_alpha: float = option(0.0, "Alpha of CutMix within a micro-batch; 0 disables it. DeiT: 1.0.")
+    mixup_probability: float = option(1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely.")
+    repeated_augmentation: int = option(
+        1, "Consecutive, differently augmented copies of each image, in epochs of the same length. DeiT: 3."
     )
-    flip_probability: float = _field(0.5, "Probability of a horizontal flip; use 0 if left and right carry meaning.")
-    color_jitter: float = _field(0.0, "Maximum relative change of brightness, contrast and saturation. DeiT-III: 0.3.")
-    randaugment_num_ops: int = _field(2, "Number of RandAugment operations per image.")
-    randaugment_magnitude: int = _field(9, "Strength of RandAugment, 0 to 30.")
-    random_erasing: float = _field(0.0, "Probability of erasing a random rectangle of an image. DeiT: 0.25.")
-    mixup_alpha: float = _field(0.0, "Alpha of mixup within a micro-batch; 0 disables it. DeiT: 0.8.")
-    cutmix_alpha: float = _field(0.0, "Alpha of CutMix within a micro-batch; 0 disables it. DeiT: 1.0.")
-    mixup_probability: float = _field(
-        1.0, "Probability of mixing a micro-batch; mixup and CutMix are equally likely if both are enabled."
-    )
-    repeated_augmentation: int = _field(
-        1,
-        "Number of consecutive, differently augmented copies of each image; an epoch then covers that many times "
-        "fewer images. DeiT: 3.",
-    )
-    loss: str = _field(
-        "cross_entropy", "Loss of a classifier: cross_entropy, or bce (binary cross-entropy per class)."
-    )
-    class_weights: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Class weights: 'balanced' (inverse to the number of images or pixels), or one number per class, "
-            "in class order."
-        },
+    loss: str = option("cross_entropy", "Loss of a classifier: cross_entropy or bce (binary cross-entropy).")
+    class_weights: list[str] | None = option(
+        None, "'balanced' (inverse to the number of images or pixels), or one number per class, in class order."
     )
 
     # Stopping, resuming
-    early_stopping_patience: int = _field(0, "Evaluations without improvement before the run stops; 0 disables it.")
-    early_stopping_threshold: float = _field(0.0, "Minimum improvement that counts, in units of the metric.")
-    allow_batch_change: bool = _field(
-        False,
-        "Whether to resume with a different number of images per step than the checkpoint. The steps then differ from "
-        "those of an uninterrupted run.",
-    )
-    allow_data_change: bool = _field(False, "Whether to resume with a different list of images than the checkpoint.")
+    early_stopping_patience: int = option(0, "Evaluations without improvement before the run stops; 0 disables it.")
+    early_stopping_threshold: float = option(0.0, "Minimum improvement that counts, in units of the metric.")
 
     # Arguments of Trainer with other defaults for fine-tuning
-    learning_rate: float | None = _field(None, "Peak learning rate. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
-    weight_decay: float = _field(
-        0.05, "Weight decay of matrices; biases, norms, gains, tokens and positions have none."
-    )
-    lr_scheduler_type: str = _field("cosine", "Learning rate schedule, as in transformers.")
-    warmup_steps: float = _field(0.1, "Number of linear warm-up steps; a value below 1 is a share of the run.")
-    max_grad_norm: float = _field(1.0, "Maximum gradient norm for clipping.")
-    per_device_train_batch_size: int = _field(32, "Number of training images per process and micro-batch.")
-    per_device_eval_batch_size: int = _field(64, "Number of evaluation images per process and batch.")
-    num_train_epochs: float = _field(5.0, "Number of passes over the training images.")
-    eval_strategy: str = _field("epoch", "When to evaluate: epoch, steps or no.")
-    save_strategy: str = _field("epoch", "When to save checkpoints: epoch, steps, best or no.")
-    save_total_limit: int | None = _field(2, "Maximum number of checkpoints to keep; the best one is always kept.")
-    load_best_model_at_end: bool = _field(True, "Whether the result is the best checkpoint instead of the last.")
-    restore_callback_states_from_checkpoint: bool = _field(
-        True, "Whether a resumed run restores the counters of early stopping."
-    )
-    logging_steps: float = _field(10, "Number of steps between log lines.")
-    logging_nan_inf_filter: bool = _field(
-        False, "Whether to hide NaN losses from the log. Off here, because a run stops at them."
-    )
-    remove_unused_columns: bool = _field(
-        False, "Whether to drop columns that the model does not take. Off here, because the data sets have none."
-    )
-    dataloader_pin_memory: bool = _field(
-        False, "Whether to pin memory in data loaders; useful with an accelerator only."
-    )
-    dataloader_timeout: int = _field(
-        600, "Seconds to wait for a batch before the data loader workers count as hung and are restarted, once."
-    )
-    ddp_find_unused_parameters: bool | None = _field(
-        False, "Whether DDP searches for unused parameters. Off here, because every trained parameter gets a gradient."
-    )
-    hub_strategy: str = _field("end", "When to push: end (only the finished folder), every_save, checkpoint, ...")
+    learning_rate: float | None = option(None, "Peak learning rate. Default: full 1e-4, lora 1e-3, linear 1e-2.")  # type: ignore[assignment]
+    weight_decay: float = option(0.05, "Weight decay of matrices; biases, norms, gains and tokens have none.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule, as in transformers.")
+    warmup_steps: float = option(0.1, "Number of linear warm-up steps; a value below 1 is a share of the run.")
+    max_grad_norm: float = option(1.0, "Maximum gradient norm for clipping.")
+    per_device_train_batch_size: int = option(32, "Number of training images per process and micro-batch.")
+    per_device_eval_batch_size: int = option(64, "Number of evaluation images per process and batch.")
+    num_train_epochs: float = option(5.0, "Number of passes over the training images.")
+    eval_strategy: str = option("epoch", "When to evaluate: epoch, steps or no.")
+    save_strategy: str = option("epoch", "When to save checkpoints: epoch, steps, best or no.")
+    save_total_limit: int | None = option(2, "Maximum number of checkpoints to keep; the best one is always kept.")
+    load_best_model_at_end: bool = option(True, "Whether the result is the best checkpoint instead of the last.")
+    restore_callback_states_from_checkpoint: bool = option(True, "Whether early stopping continues its counts.")
+    hub_strategy: str = option("end", "When to push: end (only the finished folder), every_save, checkpoint, ...")
 
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("task", self.task, TASKS),
-            ("mode", self.mode, MODES),
-            ("augmentation", self.augmentation, AUGMENTATIONS),
-            ("loss", self.loss, LOSSES),
-        ):
-            if value not in known:
+    model: InitVar[str | Path | None] = None
+
+    def __post_init__(self, model: str | Path | None) -> None:
+        if model is not None:
+            if self.model_name_or_path is not None:
+                raise ValueError(
+                    f"model is '{model}' and model_name_or_path is '{self.model_name_or_path}'. Give one."
+                )
+            self.model_name_or_path = str(model)
+        for name in ("model_name_or_path", "data", "train_dir", "validation_dir"):
+            if isinstance(path := getattr(self, name), Path):
+                setattr(self, name, str(path))
+        for name, known in (("task", TASKS), ("mode", MODES), ("augmentation", AUGMENTATIONS), ("loss", LOSSES)):
+            if (value := getattr(self, name)) not in known:
                 raise ValueError(f"{name} is {value!r}. Choose from {', '.join(known)}.")
         if self.learning_rate is None:
             self.learning_rate = _LEARNING_RATES[self.mode]
-        if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+        evaluated, saved = plain(self.eval_strategy), plain(self.save_strategy)
+        if evaluated == "no":
             if self.early_stopping_patience:
                 raise ValueError("early_stopping_patience requires evaluations. Set --eval_strategy epoch or steps.")
             self.load_best_model_at_end = False  # without evaluations there is no best checkpoint
-        evaluated, saved = (str(getattr(s, "value", s)) for s in (self.eval_strategy, self.save_strategy))
         if self.load_best_model_at_end and saved not in (evaluated, "best"):
             raise ValueError(
                 f"eval_strategy is '{evaluated}' and save_strategy is '{saved}', but the best checkpoint can only be "
@@ -257,21 +180,13 @@ class FinetuningArguments(TrainingArguments):
         self.batch_eval_metrics = True
 
     def _check_ranges(self) -> None:
-        low, high = (*self.crop_scale, 0.0, 0.0)[:2]
-        if len(self.crop_scale) != 2 or not 0 < low <= high <= 1:
-            raise ValueError(f"crop_scale is {self.crop_scale}. Give two shares in (0, 1], the smaller one first.")
+        self._expect_range("crop_scale", "two shares in (0, 1], the smaller one first", above=0, at_most=1)
         for name in ("flip_probability", "random_erasing", "mixup_probability", "label_smoothing_factor"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}. Give a value between 0 and 1.")
-        if not 0 < self.train_val_split < 1:
-            raise ValueError(f"train_val_split is {self.train_val_split}. Give a share between 0 and 1, such as 0.15.")
-        if self.repeated_augmentation < 1 or self.lora_r < 1:
-            raise ValueError(
-                f"repeated_augmentation is {self.repeated_augmentation} and lora_r is {self.lora_r}. Both must be at "
-                "least 1."
-            )
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm is {self.max_grad_norm}. Give a number above 0; 1e9 disables clipping.")
+            self._expect(name, 0 <= getattr(self, name) <= 1, "a value between 0 and 1")
+        self._expect("train_val_split", 0 < self.train_val_split < 1, "a share between 0 and 1, such as 0.15")
+        for name in ("repeated_augmentation", "lora_r"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        self._expect("max_grad_norm", self.max_grad_norm > 0, "a number above 0; 1e9 disables clipping")
         if self.model_name_or_path is not None and self.preset is not None:
             raise ValueError(
                 f"model_name_or_path is '{self.model_name_or_path}' and preset is '{self.preset}', but a preset is "
@@ -279,22 +194,3 @@ class FinetuningArguments(TrainingArguments):
             )
         if self.data is not None and self.train_dir is not None:
             raise ValueError(f"data is '{self.data}' and train_dir is '{self.train_dir}'. Give only one of them.")
-
-    @property
-    def images_per_step(self) -> int:
-        """Return the number of images per optimizer step over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    def resolved(self) -> dict[str, Any]:
-        """Return all fine-tuning arguments and the non-default arguments of Trainer as plain values for YAML."""
-        own = set(FinetuningArguments.__annotations__)
-        recipe = {}
-        for item in dataclasses.fields(self):
-            if not item.init or item.name == "hub_token":
-                continue
-            value = getattr(self, item.name)
-            default = item.default if item.default is not dataclasses.MISSING else None
-            value, default = getattr(value, "value", value), getattr(default, "value", default)
-            if item.name in own or (value != default and isinstance(value, bool | int | float | str | list)):
-                recipe[item.name] = value
-        return recipe

@@ -14,24 +14,14 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..data.source import ImageRecord, ImageSource
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
-from .data import (
-    IGNORED,
-    EvaluationImages,
-    MixingCollator,
-    TrainImages,
-    bad_images,
-    open_data,
-    stack,
-    weights_of_classes,
-)
+from .data import IGNORED, MixingCollator, open_data, processed, stack, weights_of_classes
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +53,9 @@ def training_transform(
         v2.RandomHorizontalFlip(args.flip_probability),
     ]
     if args.augmentation == "randaugment":
-        fill = [round(255 * value) for value in mean]
+        fill, bilinear = [round(255 * value) for value in mean], InterpolationMode.BILINEAR
         steps.append(
-            v2.RandAugment(
-                args.randaugment_num_ops,
-                args.randaugment_magnitude,
-                interpolation=InterpolationMode.BILINEAR,
-                fill=fill,
-            )
+            v2.RandAugment(args.randaugment_num_ops, args.randaugment_magnitude, interpolation=bilinear, fill=fill)
         )
     elif args.augmentation == "three_augment":
         blur = v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))
@@ -88,12 +73,10 @@ class ClassificationTrainItem:
 
     def __init__(self, args: FinetuningArguments, processor: Any) -> None:
         self.args, self.processor = args, processor
-        size = output_size(processor)
-        self.transform = None
+        size, self.transform = output_size(processor)[0], None
         if args.augmentation != "none":
-            self.transform = training_transform(
-                args, image_size=size[0], mean=processor.image_mean, std=processor.image_std
-            )
+            statistics = {"mean": processor.image_mean, "std": processor.image_std}
+            self.transform = training_transform(args, image_size=size, **statistics)
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
         """Return `pixel_values` (3, S, S) and `labels`."""
@@ -115,11 +98,6 @@ class ClassificationEvalItem:
     def blank(self) -> dict[str, Any]:
         """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
-
-
-def processed(processor: Any, image: Image.Image) -> Tensor:
-    """Return the processed pixels of one image, (3, H, W)."""
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
 def output_size(processor: Any) -> tuple[int, int]:
@@ -237,8 +215,8 @@ class ClassificationMetrics:
 # ---- The task ----------------------------------------------------------------------------------------------------
 
 
-class ImageClassification:
-    """Image classification task for `finetune`; see `hf_regvit.finetuning.Task`.
+class ImageClassification(Task):
+    """Image classification task for `finetune`.
 
     Args:
         args: Arguments of the run.
@@ -251,7 +229,6 @@ class ImageClassification:
 
     name = "image-classification"
     model_class = RegViTForImageClassification
-    metric, greater_is_better = "accuracy", True
     shown = ("accuracy", "f1")
 
     def __init__(
@@ -269,56 +246,31 @@ class ImageClassification:
 
     def config_fields(self) -> dict[str, Any]:
         """Return the class names, and the pooling of the head if it was given."""
-        fields: dict[str, Any] = {
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: label for label, name in enumerate(self.names)},
-        }
-        return fields | ({"pooling": self.args.pooling} if self.args.pooling else {})
+        return super().config_fields() | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
-    def fits_head(self, config: Any) -> bool:
-        """Return True if a classifier with this configuration has the same classes in the same order."""
-        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
+    def train_item(self, processor: Any) -> ClassificationTrainItem:
+        """Return the augmentation of a training image."""
+        return ClassificationTrainItem(self.args, processor)
 
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Return the training and validation images as model inputs."""
-        args = self.args
-        train = TrainImages(
-            self.train,
-            ClassificationTrainItem(args, processor),
-            seed=args.seed,
-            bad_images=bad_images(args, self.train),
-        )
-        if self.validation is None:
-            return train, None
-        item = ClassificationEvalItem(processor)
-        guard = bad_images(args, self.validation)
-        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+    def evaluation_item(self, processor: Any) -> ClassificationEvalItem:
+        """Return the preprocessing of a validation image."""
+        return ClassificationEvalItem(processor)
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
         """Return the collator, with mixup and CutMix if they are enabled."""
         args = self.args
         if not args.mixup_alpha and not args.cutmix_alpha:
             return stack
-        return MixingCollator(
-            len(self.names),
-            mixup_alpha=args.mixup_alpha,
-            cutmix_alpha=args.cutmix_alpha,
-            probability=args.mixup_probability,
-            seed=args.seed,
-        )
+        alphas = args.subset("mixup_alpha", "cutmix_alpha")
+        return MixingCollator(len(self.names), probability=args.mixup_probability, seed=args.seed, **alphas)
 
     def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
         if training:
-            return classification_loss(
-                outputs.logits,
-                labels,
-                kind=self.args.loss,
-                smoothing=self.args.label_smoothing_factor,
-                weights=self.weights,
-            ), outputs
+            options: Any = {"smoothing": self.args.label_smoothing_factor, "weights": self.weights}
+            return classification_loss(outputs.logits, labels, kind=self.args.loss, **options), outputs
         use = labels != IGNORED
         if not use.any():
             return outputs.logits.sum() * 0.0, outputs
@@ -368,10 +320,6 @@ class ImageClassification:
                 "confusion_matrix.csv for the full names."
             )
         return {"confusion_matrix.png": "Confusion matrix"}
-
-    def describe(self) -> dict[str, str]:
-        """Return nothing; the card reads the classes from the configuration."""
-        return {}
 
     def protocol(self) -> tuple[str, str]:
         """Return descriptions of the evaluation protocol and of the interval."""

@@ -6,94 +6,28 @@ processes nor an interruption within an epoch changes a pixel. torchvision's tra
 """
 
 import contextlib
-import copy
-import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ..data.bad_images import BadImages, TooManyBadImagesError
+from ..data.bad_images import BadImages
 from ..data.decoding import BadImageError
 from ..data.parts import LabelError, Parts, open_parts
 from ..data.source import ImageRecord, ImageSource, MissingSplitError, listed
-from ..models.configuration_regvit import RegViTConfig
+from ..training.run_folder import BAD_IMAGES, names_digest
+from ..training.samplers import first_usable
 from .arguments import FinetuningArguments
 
-logger = logging.getLogger(__name__)
-
-BAD_IMAGES = "bad_images.jsonl"  # in the run folder
 IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross-entropy
 
-_REPLACEMENTS, _MIXING = 0xBAD, 0x313  # last numbers of seeds; they separate the random streams
-_REPLACEMENT_TRIES = 100
+_MIXING = 0x313  # last number of a seed; it separates the random streams
 _KINDS = {"image-classification": "classes", "semantic-segmentation": "masks", "depth-estimation": "depth"}
-
-
-class Task(Protocol):
-    """Interface of a task for `finetune`. Batches hold `pixel_values` and `labels`; the task defines the labels.
-
-    A task may also define `image_processor(processor, config)`, which returns a different processor to train with and
-    to save, and `for_several_processes(network)`, which returns the network adapted to training with several
-    processes.
-
-    Attributes:
-        name: Task name, as in `--task`.
-        model_class: Model class with the backbone as attribute `regvit`.
-        shown: Metrics whose curves are plotted, without "eval_".
-        train: Training images; their fingerprint is saved in checkpoints.
-        validation: Validation images; None disables evaluation.
-    """
-
-    name: str
-    model_class: Any
-    shown: Sequence[str]
-    train: ImageSource
-    validation: ImageSource | None
-
-    def config_fields(self) -> dict[str, Any]:
-        """Return fields of `RegViTConfig` for this task: `id2label`, `head_layers`, ..."""
-
-    def fits_head(self, config: RegViTConfig) -> bool:
-        """Return True if the head of a model with this configuration can be reused."""
-
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Return training images, indexed by the keys of `TrainSampler`, and validation images in order."""
-
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """Return the function that collates training items; `finetuning_data.stack` unless images are mixed."""
-
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Return the loss and the outputs of one batch; in evaluation `logits` may hold the prediction instead."""
-
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Reduce predictions to the smallest form that the metrics need, before they are gathered."""
-
-    def start_metrics(self) -> None:
-        """Reset the metrics; called before every evaluation."""
-
-    def update_metrics(self, predictions: Any, labels: Any) -> None:
-        """Add one batch, gathered from all processes, as arrays."""
-
-    def compute_metrics(self) -> dict[str, float]:
-        """Return the metrics after the last batch; Trainer prepends "eval_" to their names."""
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Return 95 % confidence intervals over the validation images for metrics of the last evaluation."""
-
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """Write figures of the last evaluation to the result folder; return their titles by file name."""
-
-    def describe(self) -> dict[str, str]:
-        """Return descriptions of the data for the card."""
-
-    def protocol(self) -> tuple[str, str]:
-        """Return descriptions of the evaluation protocol and of the intervals."""
 
 
 def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
@@ -171,66 +105,15 @@ def fingerprint(source: ImageSource) -> dict[str, Any]:
 
     Rows of a table are named by their numbers, so names alone would not distinguish two tables.
     """
-    names = "\0".join(map(str, source.ids)).encode("utf-8", "surrogateescape")
     meaning = getattr(source, "format", None) or (source.label_names, list(source.labels or ()))
     return {
         "images": len(source),
-        "names_sha256": hashlib.sha256(names).hexdigest(),
-        "labels_sha256": hashlib.sha256(repr(meaning).encode("utf-8", "surrogateescape")).hexdigest(),
+        "names_sha256": names_digest(source.ids),
+        "labels_sha256": names_digest([repr(meaning)]),
     }
 
 
-# ---- Order and seeding -------------------------------------------------------------------------------------------
-
-
-class TrainSampler(Sampler[tuple[int, int, int]]):
-    """Yield `(epoch, index, repeat)` in an order that depends only on the seed and the epoch.
-
-    The order is global and distributed over the processes, so the images of a step are the same on any number of
-    processes. With repeated augmentation an image appears several times in a row with different augmentations, and an
-    epoch, whose length stays the same, covers correspondingly fewer images.
-
-    Args:
-        num_samples: Number of training images.
-        seed: Random seed of the run.
-        images_per_step: Number of images per optimizer step over all processes; an epoch is truncated to a multiple.
-        repeats: Number of consecutive repetitions of each image.
-
-    Raises:
-        ValueError: There are fewer images than one step needs.
-
-    Source: Hoffer et al., "Augment your batch" (arXiv 1901.09335); Berman et al., "MultiGrain" (arXiv 1902.05509).
-    """
-
-    def __init__(self, num_samples: int, *, seed: int, images_per_step: int, repeats: int = 1) -> None:
-        if num_samples < images_per_step:
-            raise ValueError(
-                f"There are {num_samples} training images for steps of {images_per_step} images, but an epoch needs "
-                "at least one full step. Lower per_device_train_batch_size or gradient_accumulation_steps, start "
-                "fewer processes, or give more images."
-            )
-        self.num_samples, self.seed, self.images_per_step, self.repeats = num_samples, seed, images_per_step, repeats
-        self.epoch = self.first = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration; called by the trainer and by accelerate."""
-        self.epoch = epoch
-
-    def after(self, step: int, images: int) -> "TrainSampler":
-        """Return the rest of an epoch in the same order, after `step` optimizer steps and `images` of the next."""
-        rest = copy.copy(self)
-        steps_per_epoch = self.num_samples // self.images_per_step
-        rest.epoch, rest.first = step // steps_per_epoch, step % steps_per_epoch * self.images_per_step + images
-        return rest
-
-    def __len__(self) -> int:
-        return self.num_samples // self.images_per_step * self.images_per_step - self.first
-
-    def __iter__(self) -> Iterator[tuple[int, int, int]]:
-        epoch = self.epoch
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
-        for place in range(self.first, self.first + len(self)):
-            yield epoch, int(order[place // self.repeats]), place % self.repeats
+# ---- Data sets ---------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -243,13 +126,26 @@ def draws(*entropy: int) -> Iterator[None]:
         yield
 
 
-# ---- Data sets ---------------------------------------------------------------------------------------------------
-
 Make = Callable[[ImageRecord, int], dict[str, Any]]
 
 
+class EvaluationItem(Protocol):
+    """Function that turns an image and its index into an evaluation item; workers pickle it."""
+
+    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+        """Return tensors `pixel_values` and `labels`."""
+
+    def blank(self) -> dict[str, Any]:
+        """Return a placeholder for an unusable image: pixels of the right shape, a target that the metrics ignore."""
+
+
+def processed(processor: Any, image: Image.Image) -> Tensor:
+    """Return the processed pixels of one image, (3, H, W)."""
+    return processor(images=image, return_tensors="pt")["pixel_values"][0]
+
+
 class TrainImages(Dataset[dict[str, Any]]):
-    """Augmented images with their targets, indexed by the keys of `TrainSampler`.
+    """Augmented images with their targets, indexed by the keys of `EpochSampler`.
 
     Args:
         source: Images to read.
@@ -269,23 +165,15 @@ class TrainImages(Dataset[dict[str, Any]]):
 
     def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
         epoch, index, repeat = key
-        others = np.random.default_rng([self.seed, epoch, index, _REPLACEMENTS])
-        used = index
-        for _ in range(_REPLACEMENT_TRIES):
-            try:
-                record = self.source[used]
-                with draws(self.seed, epoch, index, repeat):
-                    made = self.make(record, used)
-            except BadImageError as error:
-                self.bad_images.bad(error, epoch=epoch, index=used)
-                used = int(others.integers(len(self.source)))
-            else:
-                self.bad_images.good(used)
-                return {**made, "sample_ids": used, "epochs": epoch}
-        raise TooManyBadImagesError(
-            f"{_REPLACEMENT_TRIES} randomly chosen images of '{self.source.name}' in a row cannot be used. "
-            "Run `regvit data-check` on this data."
-        )
+
+        def read(used: int) -> dict[str, Any]:
+            record = self.source[used]
+            with draws(self.seed, epoch, index, repeat):
+                return self.make(record, used)
+
+        options: Any = {"seed": self.seed, "count": len(self), "bad_images": self.bad_images}
+        used, made = first_usable(read, (epoch, index), **options)
+        return {**made, "sample_ids": used, "epochs": epoch}
 
 
 class EvaluationImages(Dataset[dict[str, Any]]):
@@ -293,16 +181,12 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
     Args:
         source: Images to read.
-        make: Function as for `TrainImages`, but deterministic.
-        blank: Function that returns a placeholder for an unusable image: pixels of the right shape, and a target that
-            the metrics ignore.
+        make: Function as for `TrainImages`, but deterministic, with a placeholder for an unusable image.
         bad_images: Recorder of unusable images.
     """
 
-    def __init__(
-        self, source: ImageSource, make: Make, *, blank: Callable[[], dict[str, Any]], bad_images: BadImages
-    ) -> None:
-        self.source, self.make, self.blank, self.bad_images = source, make, blank, bad_images
+    def __init__(self, source: ImageSource, make: EvaluationItem, *, bad_images: BadImages) -> None:
+        self.source, self.make, self.bad_images = source, make, bad_images
 
     def __len__(self) -> int:
         return len(self.source)
@@ -312,7 +196,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
             made = self.make(self.source[index], index)
         except BadImageError as error:
             self.bad_images.bad(error, epoch=0, index=index)
-            return self.blank()
+            return self.make.blank()
         self.bad_images.good(index)
         return made
 

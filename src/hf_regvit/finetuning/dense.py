@@ -8,15 +8,14 @@ Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of 
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from ..data.joint_transform import JointTransform, resize_map
 from ..data.maps import (
@@ -35,7 +34,8 @@ from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemantic
 from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import EvaluationImages, TrainImages, bad_images, open_data, stack, weights_of_classes
+from .data import open_data, processed, weights_of_classes
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class DenseTrainItem:
         """Return `pixel_values` (3, h, w) and `labels` (h, w)."""
         target = self.source.target(index)
         if self.transform is None:
-            pixels = _processed(self.processor, record.image)
+            pixels = processed(self.processor, record.image)
             return {
                 "pixel_values": pixels,
                 "labels": torch.from_numpy(resize_map(target, (pixels.shape[1], pixels.shape[2]))),
@@ -87,7 +87,9 @@ class DenseTrainItem:
         rng = np.random.default_rng(int(torch.randint(2**62, ()).item()))
         picture, target, inside = self.transform(record.image, target, rng)
         values = torch.from_numpy(picture).permute(2, 0, 1).float() / 255  # (3, h, w)
-        mean, std = (torch.tensor(values_)[:, None, None] for values_ in (_mean(self.processor), _std(self.processor)))
+        mean, std = (
+            torch.tensor(list(v))[:, None, None] for v in (self.processor.image_mean, self.processor.image_std)
+        )
         values = (values - mean) / std * torch.from_numpy(inside)  # padding is 0 after normalization
         return {"pixel_values": values, "labels": torch.from_numpy(target)}
 
@@ -116,7 +118,7 @@ class DenseEvalItem:
         if self.left_out:
             target = np.where(np.isin(target, self.left_out), IGNORE, target).astype(target.dtype)
         return {
-            "pixel_values": _processed(self.processor, record.image),
+            "pixel_values": processed(self.processor, record.image),
             "labels": self._padded(target),
             "sizes": torch.tensor(target.shape),
         }
@@ -132,41 +134,26 @@ class DenseEvalItem:
         }
 
 
-def _processed(processor: Any, image: Any) -> Tensor:
-    return processor(images=image, return_tensors="pt")["pixel_values"][0]
-
-
-def _mean(processor: Any) -> list[float]:
-    return list(processor.image_mean)
-
-
-def _std(processor: Any) -> list[float]:
-    return list(processor.image_std)
-
-
 def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
     """Yield for every image of (B, C, h, w) its map resized to (C, H, W), and (H, W)."""
     for one, size in zip(maps, sizes.tolist()):
         height, width = int(size[0]), int(size[1])
-        yield (
-            F.interpolate(one[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0],
-            (
-                height,
-                width,
-            ),
-        )
+        own = F.interpolate(one[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
+        yield own, (height, width)
 
 
 # ---- Common base of both tasks -----------------------------------------------------------------------------------
 
 
-class _DenseTask:
+class _DenseTask(Task, Protocol):
     """Base of tasks with one map per image; the subclasses define the kind of map."""
 
-    name: str
-    model_class: Any
-    shown: Sequence[str]
     measures: Sequence[str]  # metrics that get an interval
+    panels: str  # file of the figure
+    report: TargetReport
+    _metric: Any
+    _rows: list[Array]  # metric rows of every image, for the intervals
+    _read_at: tuple[int, int]  # (height, width) of the input
     train: DenseSource
     validation: DenseSource | None
 
@@ -184,17 +171,25 @@ class _DenseTask:
         self.start_metrics()
         self._read_at = (0, 0)
 
-    def _options(self) -> dict[str, Any]:
-        raise NotImplementedError
+    # What the subclasses define.
 
-    def _new_metric(self) -> Any:
-        raise NotImplementedError
+    def _options(self) -> dict[str, Any]: ...  # of loading the maps
 
-    def _transform(self, size: tuple[int, int]) -> JointTransform:
-        raise NotImplementedError
+    def _new_metric(self) -> Any: ...
 
-    def _left_out(self) -> Sequence[int]:
-        return ()
+    def _transform(self, size: tuple[int, int]) -> JointTransform: ...
+
+    def _target_fields(self) -> dict[str, Any]: ...  # of the configuration
+
+    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor: ...  # output (B, C, h, w) of the model
+
+    def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor: ...
+
+    def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]: ...  # prediction (H, W) and loss of a map
+
+    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any: ...
+
+    # What they share.
 
     def image_processor(self, processor: Any, config: Any) -> Any:
         """Return a processor with one size for all images, in the median aspect ratio of the training images."""
@@ -203,41 +198,49 @@ class _DenseTask:
         logger.info("Images are resized to %d x %d pixels (height x width).", *size)
         return dense_processor(processor, size)
 
-    def datasets(self, processor: Any) -> tuple[Dataset, Dataset | None]:
-        """Return the training and validation images as model inputs."""
-        args = self.args
+    def train_item(self, processor: Any) -> DenseTrainItem:
+        """Return the augmentation of a training image and its map."""
         size = processor.size["height"], processor.size["width"]
-        transform = None if args.augmentation == "none" else self._transform(size)
-        train = TrainImages(
-            self.train,
-            DenseTrainItem(self.train, transform, processor),
-            seed=args.seed,
-            bad_images=bad_images(args, self.train),
-        )
-        if self.validation is None:
-            return train, None
-        item = DenseEvalItem(self.validation, processor, left_out=self._left_out())
-        guard = bad_images(args, self.validation)
-        return train, EvaluationImages(self.validation, item, blank=item.blank, bad_images=guard)
+        transform = None if self.args.augmentation == "none" else self._transform(size)
+        return DenseTrainItem(self.train, transform, processor)
 
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
-        """Return the function that stacks items."""
-        return stack
+    def evaluation_item(self, processor: Any) -> DenseEvalItem:
+        """Return the preprocessing of a validation image and its map."""
+        left_out: list[int] = []
+        if self.args.ignore_extra_classes:
+            counts = [self.report.class_pixels[name] for name in self.train.class_names]
+            left_out = [label for label, count in enumerate(counts) if not count]
+        return DenseEvalItem(cast(DenseSource, self.validation), processor, left_out=left_out)
 
-    def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the predictions unchanged; they are small already."""
-        return logits
+    def config_fields(self) -> dict[str, Any]:
+        """Return the class names or the largest depth, and the blocks that the head reads if they were given."""
+        return self._target_fields() | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
+
+    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+        """Return the loss of one batch and, in evaluation, predictions at the size of each target."""
+        maps, labels = self._maps(model, batch["pixel_values"]), batch["labels"]
+        if training:
+            return self._training_loss(maps, labels), {"logits": maps}
+        predicted, losses = torch.zeros_like(labels), []
+        for i, (own, (height, width)) in enumerate(_at_own_size(maps, batch["sizes"])):
+            one, loss = self._scored(own, labels[i, :height, :width])
+            predicted[i, :height, :width] = one.to(labels.dtype)
+            losses.append(loss)
+        return torch.stack(losses).mean(), {"logits": predicted}
 
     def start_metrics(self) -> None:
         """Reset the metrics."""
-        self._metric = self._new_metric()
-        self._rows: list[Array] = []  # metric rows of every image, for the intervals
+        self._metric, self._rows = self._new_metric(), []
 
     def update_metrics(self, predictions: Any, labels: Any) -> None:
         """Add one gathered batch, image by image."""
         for one, truth in zip(np.asarray(predictions), np.asarray(labels), strict=True):
             self._metric.add(prediction=one, reference=truth)
             self._rows += [row for row in self._metric.reduce([one], [truth]) if np.any(row)]
+
+    def compute_metrics(self) -> dict[str, float]:
+        """Return the metrics of all batches since `start_metrics`."""
+        return self._metric.compute()
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return the bootstrap intervals of all metrics, from resampled images."""
@@ -250,6 +253,31 @@ class _DenseTask:
 
         return {name: interval(name) for name in self.measures} if len(rows) > 1 else {}
 
+    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+        """Write a figure with image, ground truth and prediction of some evenly spaced validation images."""
+        from ..figures.maps import save_figure
+
+        if (source := self.validation) is None:
+            return {}
+        rows = []
+        places = np.linspace(0, len(source) - 1, min(_PANEL_IMAGES, len(source))).round().astype(int)
+        for index in places.tolist():
+            truth, image = source.target(index), source.read(index)
+            batch = {
+                "pixel_values": processed(processor, image)[None],
+                "labels": torch.from_numpy(truth)[None],
+                "sizes": torch.tensor([truth.shape]),
+            }
+            with torch.no_grad():
+                predicted = self.loss(model, batch, training=False)[1]["logits"][0]
+            rows.append((image, truth, predicted.numpy()))
+        save_figure(self._figure(rows), folder / self.panels)
+        return {self.panels: "Image, ground truth and prediction"}
+
+    def describe(self) -> dict[str, str]:
+        """Return a summary of the training maps."""
+        return {f"training {self.train.kind}": self.report.summary()}
+
     def protocol(self) -> tuple[str, str]:
         """Return descriptions of the evaluation protocol and of the intervals."""
         height, width = self._read_at
@@ -258,34 +286,12 @@ class _DenseTask:
             f"{'mask' if self.train.kind == 'masks' else 'depth map'} before scoring"
         ), "2,000 bootstrap resamples"
 
-    def _panel_rows(self, model: Any, processor: Any) -> list[tuple[Any, Array, Array]]:
-        """Return image, ground truth and prediction of some evenly spaced validation images."""
-        source = self.validation
-        if source is None:
-            return []
-        rows = []
-        places = np.linspace(0, len(source) - 1, min(_PANEL_IMAGES, len(source))).round().astype(int)
-        for index in places.tolist():
-            truth, picture = source.target(index), source.read(index)
-            with torch.no_grad():
-                batch = {
-                    "pixel_values": _processed(processor, picture)[None],
-                    "labels": torch.from_numpy(truth)[None],
-                    "sizes": torch.tensor([truth.shape]),
-                }
-                predicted = self.loss(model, batch, training=False)[1]["logits"][0]
-            rows.append((picture, truth, predicted.numpy()))
-        return rows
-
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        raise NotImplementedError
-
 
 # ---- Segmentation ------------------------------------------------------------------------------------------------
 
 
 class SemanticSegmentation(_DenseTask):
-    """Semantic segmentation task for `finetune`; see `hf_regvit.finetuning.Task`.
+    """Semantic segmentation task for `finetune`.
 
     Args:
         args: Arguments of the run.
@@ -300,6 +306,7 @@ class SemanticSegmentation(_DenseTask):
     model_class = RegViTForSemanticSegmentation
     shown = ("mean_iou", "overall_accuracy")
     measures = ("mean_iou", "mean_accuracy", "overall_accuracy")
+    panels = "masks.png"
 
     def __init__(
         self, args: FinetuningArguments, train: DenseSource | None = None, validation: DenseSource | None = None
@@ -311,11 +318,9 @@ class SemanticSegmentation(_DenseTask):
             logger.warning(
                 "The batch norm of the head sees one micro-batch at a time, so %d micro-batches of %d images are not "
                 "equivalent to one batch of %d. To avoid this, use more processes instead of "
-                "gradient_accumulation_steps.",
-                args.gradient_accumulation_steps,
-                args.per_device_train_batch_size * args.world_size,
-                args.images_per_step,
-            )
+                "gradient_accumulation_steps.", args.gradient_accumulation_steps,
+                args.per_device_train_batch_size * args.world_size, args.images_per_step,
+            )  # fmt: skip
 
     def for_several_processes(self, network: Any) -> Any:
         """Replace the batch norm of the head by one with statistics over all processes."""
@@ -328,15 +333,10 @@ class SemanticSegmentation(_DenseTask):
         return network
 
     def _options(self) -> dict[str, Any]:
-        args = self.args
-        names: Any = args.class_names
+        args, names = self.args, cast(Any, self.args.class_names)
         if names and len(names) == 1 and names[0].endswith(".json"):
             names = read_class_names(names[0])
-        return {
-            "class_names": names,
-            "ignore_values": args.ignore_values,
-            "reduce_labels": args.do_reduce_labels,
-        }
+        return {"class_names": names, "ignore_values": args.ignore_values, "reduce_labels": args.do_reduce_labels}
 
     def _new_metric(self) -> Any:
         from ..evaluation.metrics import MeanIoU
@@ -346,68 +346,35 @@ class SemanticSegmentation(_DenseTask):
     def _transform(self, size: tuple[int, int]) -> JointTransform:
         return JointTransform(size, flip_probability=self.args.flip_probability)
 
-    def _left_out(self) -> Sequence[int]:
-        if not self.args.ignore_extra_classes:
-            return ()
-        return [i for i, name in enumerate(self.names) if not self.report.class_pixels[name]]
+    def _target_fields(self) -> dict[str, Any]:
+        return Task.config_fields(self) | {"semantic_loss_ignore_index": IGNORE}
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the class names, and the blocks that the head reads if they were given."""
-        fields: dict[str, Any] = {
-            "id2label": dict(enumerate(self.names)),
-            "label2id": {name: label for label, name in enumerate(self.names)},
-            "semantic_loss_ignore_index": IGNORE,
-        }
-        return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
+    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
+        return model(pixel_values=pixel_values).logits
 
-    def fits_head(self, config: Any) -> bool:
-        """Return True if a head with this configuration has the same classes in the same order."""
-        return [config.id2label.get(i) for i in range(config.num_labels)] == list(self.names)
-
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Return the mean cross-entropy over all pixels, ignored ones counting as 0, and predictions as class ids.
+    def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor:
+        """Return the mean cross-entropy over all pixels, ignored ones counting as 0.
 
         Because the sum is divided by all pixels (as in mmsegmentation), the loss of a batch is the mean of the losses
         of its parts.
         """
-        logits = model(pixel_values=batch["pixel_values"]).logits  # (B, C, h, w)
-        labels = batch["labels"]
-        if training:
-            weights = None if self.weights is None else self.weights.to(logits.device)
-            total = F.cross_entropy(
-                logits.float(), labels.long(), weight=weights, ignore_index=IGNORE, reduction="sum"
-            )
-            return total / labels.numel(), {"logits": logits}
-        predicted = torch.zeros_like(labels)
-        losses = []
-        for i, (own, (height, width)) in enumerate(_at_own_size(logits, batch["sizes"])):
-            truth = labels[i, :height, :width].long()
-            predicted[i, :height, :width] = own.argmax(0).to(labels.dtype)
-            losses.append(
-                F.cross_entropy(own[None], truth[None], ignore_index=IGNORE, reduction="sum") / truth.numel()
-            )
-        return torch.stack(losses).mean(), {"logits": predicted}
+        weights = None if self.weights is None else self.weights.to(maps.device)
+        total = F.cross_entropy(maps.float(), labels.long(), weight=weights, ignore_index=IGNORE, reduction="sum")
+        return total / labels.numel()
+
+    def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        total = F.cross_entropy(own[None], truth[None].long(), ignore_index=IGNORE, reduction="sum")
+        return own.argmax(0), total / truth.numel()
 
     def compute_metrics(self) -> dict[str, float]:
         """Return the metrics of all batches since `start_metrics`, with `iou_*` for the classes that occur."""
-        scores = self._metric.compute()
-        named = zip(self.names, scores["per_category_iou"], strict=True)
-        means = {key: scores[key] for key in ("mean_iou", "mean_accuracy", "overall_accuracy")}
+        scores = super().compute_metrics()
+        named = zip(self.names, cast(Any, scores["per_category_iou"]), strict=True)
+        means = {key: scores[key] for key in self.measures}
         return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """Write `masks.png` with image, ground truth and prediction of some validation images."""
-        from ..figures.maps import save_figure
-
-        rows = self._panel_rows(model, processor)
-        if not rows:
-            return {}
-        save_figure(mask_figure(rows, self.names), folder / "masks.png")
-        return {"masks.png": "Image, ground truth and prediction"}
-
-    def describe(self) -> dict[str, str]:
-        """Return a summary of the training masks."""
-        return {"training masks": self.report.summary()}
+    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
+        return mask_figure(rows, self.names)
 
 
 def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
@@ -419,7 +386,7 @@ def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Seq
 
 
 class DepthEstimation(_DenseTask):
-    """Depth estimation task for `finetune`; see `hf_regvit.finetuning.Task`.
+    """Depth estimation task for `finetune`: the scale-invariant log loss, averaged over images.
 
     Args:
         args: Arguments of the run.
@@ -434,6 +401,7 @@ class DepthEstimation(_DenseTask):
     model_class = RegViTForDepthEstimation
     shown = ("abs_rel", "delta1")
     measures = ("rmse", "abs_rel", "delta1", "delta2", "delta3")
+    panels = "depth.png"
 
     def _options(self) -> dict[str, Any]:
         return {"depth_scale": self.args.depth_scale, "max_depth": self.args.max_depth}
@@ -446,46 +414,24 @@ class DepthEstimation(_DenseTask):
     def _transform(self, size: tuple[int, int]) -> JointTransform:
         return JointTransform.for_depth(size, flip_probability=self.args.flip_probability)
 
-    def config_fields(self) -> dict[str, Any]:
-        """Return the range of the bins, and the blocks that the head reads if they were given."""
-        fields: dict[str, Any] = {"max_depth": self.args.max_depth}
-        return fields | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
+    def _target_fields(self) -> dict[str, Any]:
+        return {"max_depth": self.args.max_depth}
 
     def fits_head(self, config: Any) -> bool:
         """Return True if a head with this configuration has bins for the same depths."""
         return config.max_depth == self.args.max_depth
 
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
-        """Return the scale-invariant log loss, averaged over images, and predictions in meters."""
-        depth = model(pixel_values=batch["pixel_values"]).predicted_depth  # (B, h, w)
-        labels = batch["labels"]
-        if training:
-            pairs = list(zip(depth.float(), labels))
-            return torch.stack([_depth_loss(one, truth) for one, truth in pairs]).mean(), {"logits": depth}
-        predicted = torch.zeros_like(labels)
-        losses = []
-        for i, (own, (height, width)) in enumerate(_at_own_size(depth[:, None], batch["sizes"])):
-            predicted[i, :height, :width] = own[0]
-            losses.append(_depth_loss(own[0], labels[i, :height, :width]))
-        return torch.stack(losses).mean(), {"logits": predicted}
+    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
+        return model(pixel_values=pixel_values).predicted_depth[:, None]
 
-    def compute_metrics(self) -> dict[str, float]:
-        """Return the metrics of all batches since `start_metrics`."""
-        return self._metric.compute()
+    def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor:
+        return torch.stack([_depth_loss(one, truth) for one, truth in zip(maps[:, 0].float(), labels)]).mean()
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
-        """Write `depth.png` with image, ground truth and prediction of some validation images, on one scale in m."""
-        from ..figures.maps import save_figure
+    def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        return own[0], _depth_loss(own[0], truth)
 
-        rows = self._panel_rows(model, processor)
-        if not rows:
-            return {}
-        save_figure(depth_figure(rows), folder / "depth.png")
-        return {"depth.png": "Image, ground truth and prediction"}
-
-    def describe(self) -> dict[str, str]:
-        """Return a summary of the training depth maps."""
-        return {"training depth": self.report.summary()}
+    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
+        return depth_figure(rows)
 
 
 def _depth_loss(depth: Tensor, truth: Tensor) -> Tensor:

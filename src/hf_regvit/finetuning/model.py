@@ -4,19 +4,17 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from transformers import set_seed
 
 from ..models.configuration_regvit import RegViTConfig
-from ..models.loading import BACKBONE, fit_positions
+from ..models.loading import fit_positions, open_regvit
 from ..models.modeling_regvit import RegViTModel
-from ..models.processing import default_image_processor, resized_processor
+from ..models.processing import default_image_processor, known_processor, resized_processor
 from .arguments import FinetuningArguments
-from .data import Task
+from .tasks import Task
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +51,7 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     """
     changes: list[str] = []
     new_registers = False
-    processor = None
-    source: Any = model
-    if model is None:
-        source, processor = _open_source(args)
+    source, processor = _open_source(args) if model is None else (model, None)
     from_scratch = isinstance(source, RegViTConfig)
     backbone, head = _backbone_and_head(source, seed=args.seed)
     config = backbone.config
@@ -82,8 +77,7 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
     set_seed(args.seed)
     network = task.model_class(whole)
-    if hasattr(task, "image_processor"):  # dense tasks read whole images, without a crop
-        processor = task.image_processor(processor, whole)
+    processor = task.image_processor(processor, whole)
     state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
     network.regvit.load_state_dict(state)
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
@@ -100,45 +94,20 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
     if source is None:
         if args.preset is None:
             raise ValueError(
-                "There is no model to start from. Give --model_name_or_path, or --preset tiny, small, base, large or "
-                "giant to train from scratch."
+                "There is no model to start from. Give --model, or --preset tiny, small, base, large or giant to "
+                "train from scratch."
             )
-        size = args.image_size or 224
         registers = 4 if args.num_register_tokens is None else args.num_register_tokens
-        return RegViTConfig.from_preset(
-            args.preset,
-            image_size=size,
-            patch_size=args.patch_size,
-            num_register_tokens=registers,
-            layerscale_value=args.layerscale_value,
-        ), default_image_processor(size)
-    if (Path(source) / BACKBONE / "config.json").is_file():  # the folder of a pretraining run
-        source = str(Path(source) / BACKBONE)
-    from transformers import AutoImageProcessor, PreTrainedConfig
-
-    from ..models import modeling_regvit
-    from ..models.conversion import convert, image_processor_of
-    from ..models.foreign_weights import check_source
-
-    check_source(source)
-    fields: dict[str, Any] = {}
-    if not Path(source).is_file():
-        fields, _ = PreTrainedConfig.get_config_dict(source)
-    if fields.get("model_type") != "regvit":
-        model = convert(source)
-        return model, image_processor_of(source, model.config)
-    # Load the saved class, because its head may be for the same task.
-    saved = next(iter(fields.get("architectures") or []), "RegViTModel")
-    model = getattr(modeling_regvit, saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
-    try:
-        return model, AutoImageProcessor.from_pretrained(source)
-    except OSError:
+        sizes: Any = {"image_size": args.image_size or 224, "num_register_tokens": registers}
+        return RegViTConfig.from_preset(args.preset, **sizes, **args.subset("patch_size", "layerscale_value")), None
+    model = open_regvit(source)  # of the saved class, because its head may be for the same task
+    if (processor := known_processor(model)) is None:
         logger.warning(
             "'%s' has no image processor; ImageNet mean and standard deviation and a center crop are used. Save an "
             "image processor beside the model to change this.",
             source,
         )
-        return model, default_image_processor(model.config.image_shape)
+    return model, processor
 
 
 def _backbone_and_head(source: Any, *, seed: int) -> tuple[RegViTModel, dict[str, Any]]:
@@ -217,12 +186,12 @@ def merge_lora(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True)
 
 
-def _whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
+def whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
     """Return a plain model with the tensors of a trained one, low-rank updates merged."""
     result = task.model_class(copy.deepcopy(cast(Any, trained).config))
-    if args.mode == "lora":
-        result = inject_lora(result, args)
+    if args.mode != "lora":
+        result.load_state_dict(state)
+        return result.eval()
+    result = inject_lora(result, args)
     result.load_state_dict(state)
-    if args.mode == "lora":
-        result = merge_lora(result)
-    return result.eval()
+    return merge_lora(result).eval()

@@ -1,14 +1,14 @@
 """Fine-tuning of a RegViT, or of any ViT that `convert` reads, on labeled images; the entry point is `finetune(args)`.
 
 This module is independent of the task. It opens the model, selects the parameters to train (all, low-rank updates, the
-head), runs `FinetuningTrainer` and writes the result folder. Each task is one class that implements the `Task`
-protocol, selected by `--task`. To add a task:
+head), runs `FinetuningTrainer` and writes the result folder. Each task is one class with the base `tasks.Task`,
+selected by `--task`. To add a task:
 
 1. Write the class in a module of its own (see `classification.ImageClassification`). Its constructor reads and checks
-   the data before any model is loaded. Its method `datasets(processor)` builds `TrainImages` and `EvaluationImages` of
-   `finetuning_data` from two callables that turn an image into `pixel_values` and `labels`.
-2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, the main metric to `finetuning_arguments.METRICS` and the
-   others to `OTHER_METRICS` there.
+   the data before any model is loaded. `train_item` and `evaluation_item` return the functions that turn an image into
+   `pixel_values` and `labels`.
+2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, the main metric to `arguments.METRICS` and the others to
+   `OTHER_METRICS` there.
 3. Add new options as fields of `FinetuningArguments`. Everything else (resuming, best model, several processes, LoRA,
    registers, cards, pushing) is provided by this module.
 
@@ -17,6 +17,7 @@ micro-batches.
 """
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -31,16 +32,19 @@ from ..hub.card import write_card_file
 from ..hub.facts import CardFigure, finetuning_facts, public_recipe
 from ..hub.scan import may_be_published
 from ..models.configuration_regvit import RegViTConfig
+from ..models.saving import whole_folder, write_json
 from ..training.callbacks import MetricsFile
-from ..training.distributed import _whole_state
+from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError
-from ..training.run_folder import RunRecord, run_environment, write_json
+from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
 from .arguments import METRICS, OTHER_METRICS, FinetuningArguments
-from .data import BAD_IMAGES, Task
-from .model import _whole_model, choose_trained, open_for_task
-from .trainer import _SPEED, FinetuningTrainer
+from .model import choose_trained, open_for_task, whole_model
+from .tasks import Task
+from .trainer import FinetuningTrainer
 
 logger = logging.getLogger(__name__)
+
+_SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # these describe the evaluation, not the model
 
 # Module and class of each task, imported on demand.
 _TASKS = {
@@ -78,40 +82,42 @@ def finetune(
     Raises:
         ValueError: Data or labels cannot be used (the error names them), or arguments contradict each other.
         NonFiniteError: A loss or gradient is NaN or infinite.
-        TrainingInterrupted: SIGTERM or SIGUSR1 was received; a checkpoint has been saved.
+        RunFolderInUseError: Another run uses `output_dir`.
+        TrainingInterrupted: SIGTERM, SIGUSR1 or Ctrl-C was received; a checkpoint has been saved.
     """
-    set_seed(args.seed)
-    output = Path(cast(str, args.output_dir))
-    if args.process_index == 0 and not args.resume_from_checkpoint:
-        (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
-    if task is None:
-        task = _make_task(args)
-    opened = open_for_task(args, task, model)
-    processor, changes = opened.processor, opened.changes
-    network = choose_trained(opened.network, args, new_registers=opened.new_registers)
-    if args.world_size > 1 and hasattr(task, "for_several_processes"):
-        network = task.for_several_processes(network)
-    if args.process_index == 0:
-        start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
-        logger.info("Starting from %s. %s", start, " ".join(changes))
-    observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
-    trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
-    started = time.perf_counter(), time.process_time()
-    try:
-        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    except NonFiniteError:
+    with run_lock(args):
+        set_seed(args.seed)
+        output = Path(str(args.output_dir))
+        if args.process_index == 0 and not args.resume_from_checkpoint:
+            (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
+        if task is None:
+            task = _make_task(args)
+        opened = open_for_task(args, task, model)
+        processor, changes = opened.processor, opened.changes
+        network = choose_trained(opened.network, args, new_registers=opened.new_registers)
+        if args.world_size > 1:
+            network = task.for_several_processes(network)
+        if args.process_index == 0:
+            start = args.model_name_or_path or (f"preset '{args.preset}'" if model is None else "the given model")
+            logger.info("Starting from %s. %s", start, " ".join(changes))
+        observers = [RunRecord(output, args.resolved()), *callbacks, MetricsFile(output / "metrics.jsonl")]
+        trainer = FinetuningTrainer(network, args, task, processor=processor, callbacks=observers)
+        started = time.perf_counter(), time.process_time()
+        try:
+            trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        except NonFiniteError:
+            if trainer.is_world_process_zero():
+                draw_finetuning_curves(output, shown=task.shown)
+            raise
+        final = _final_evaluation(trainer)
+        result = whole_model(whole_state(trainer.model), trainer.model, task, args)
+        report = _report(trainer, final, started) | {"changes": changes}
+        report["parameters"]["result"] = cast(Any, result).num_parameters()
         if trainer.is_world_process_zero():
-            draw_finetuning_curves(output, shown=task.shown)
-        raise
-    final = _final_evaluation(trainer)
-    result = _whole_model(_whole_state(trainer.model), trainer.model, task, args)
-    report = _report(trainer, final, started) | {"changes": changes}
-    report["parameters"]["result"] = cast(Any, result).num_parameters()
-    if trainer.is_world_process_zero():
-        _write_folder(output, result, trainer, processor=processor, report=report)
-    trainer.accelerator.wait_for_everyone()
-    trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
-    return result
+            _write_folder(output, result, trainer, report)
+        trainer.accelerator.wait_for_everyone()
+        trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
+        return result
 
 
 def _make_task(args: FinetuningArguments) -> Task:
@@ -150,7 +156,7 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     return {
         "task": task.name,
         "mode": args.mode,
-        "eval": {name: value for name, value in named.items() if name not in _SPEED},
+        "eval": {name: value for name, value in named.items() if name not in _SPEED and math.isfinite(value)},
         "intervals": task.intervals() if final else {},
         "interval_of": interval_of,
         "protocol": protocol,
@@ -173,53 +179,24 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     }
 
 
-def _write_folder(
-    output: Path, result: nn.Module, trainer: FinetuningTrainer, *, processor: Any, report: dict[str, Any]
-) -> None:
+def _write_folder(output: Path, result: nn.Module, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
-    task, args = trainer.task, trainer.args
-    cast(Any, result).save_pretrained(output)
-    processor.save_pretrained(output)
+    task, args, processor = trainer.task, trainer.args, trainer.processor
+    with whole_folder(output) as folder:
+        cast(Any, result).save_pretrained(folder)
+        processor.save_pretrained(folder)
     write_json(output / "metrics.json", report)
     curves = draw_finetuning_curves(output, shown=task.shown)
     pictures = ({curves.name: "Learning curves"} if curves else {}) | task.write_panels(output, result, processor)
-    write_finetuning_card(
-        output,
-        recipe=args.resolved(),
-        report=report,
-        environment=run_environment(args),
-        pictures=pictures,
-        **trainer.hub_names(),
-    )
+    # The card is the one that `regvit publish` would write from the same files.
+    facts = finetuning_facts(public_recipe(args.resolved()), report, run_environment(args))
+    shown = {name: title for name, title in pictures.items() if may_be_published(name)}
+    if shown.pop(CURVES, None):
+        facts["curves"] = CURVES
+    facts["pictures"] = tuple(CardFigure(name, title) for name, title in shown.items())
+    write_card_file(output, parameters=report["parameters"]["result"], **facts, **trainer.hub_names())
     minutes, unusable = report["seconds"] / 60, output / BAD_IMAGES
     logger.info("Done in %.1f minutes. Model, card, curves and metrics are in %s.", minutes, output)
     if unusable.is_file():
         count = len(unusable.read_text(encoding="utf-8").splitlines())
         logger.warning("%d images could not be used; they are listed in %s.", count, unusable)
-
-
-def write_finetuning_card(
-    folder: Path,
-    *,
-    recipe: Mapping[str, Any],
-    report: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    pictures: Mapping[str, str],
-    **names: Any,
-) -> None:
-    """Write `README.md`, the same card that `regvit publish` would write from the same files.
-
-    Args:
-        folder: Run folder with the saved model.
-        recipe: Content of `resolved_recipe.yaml`; local folders appear on the card by their last path component only.
-        report: Content of `metrics.json`.
-        environment: Content of `environment.json`.
-        pictures: Titles of the figures by file name; figures that show images of the data are left out.
-        names: Keyword arguments `name` and `repo_id` of the card.
-    """
-    facts = finetuning_facts(public_recipe(recipe), report, environment)
-    shown = {name: title for name, title in pictures.items() if may_be_published(name)}
-    if shown.pop(CURVES, None):
-        facts["curves"] = CURVES
-    facts["pictures"] = tuple(CardFigure(name, title) for name, title in shown.items())
-    write_card_file(folder, parameters=report["parameters"]["result"], **facts, **names)

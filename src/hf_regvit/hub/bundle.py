@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -68,7 +67,7 @@ class Bundle:
     """
 
     folder: Path
-    files: dict[str, dict[str, Any]]
+    files: dict[str, Json]
     model_class: str
     parameters: int
 
@@ -173,7 +172,7 @@ def _write_card(model: nn.Module, output: Path, facts: Facts, measured: Facts) -
 # ---- Files of runs and reports -----------------------------------------------------------------------------------
 
 
-def read_object(path: Path) -> dict[str, Any] | None:
+def read_object(path: Path) -> Json | None:
     """Return the content of a JSON or YAML file with names and values, or None if the file does not exist.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..models.configuration_regvit import __version__
 from ..models.saving import read_json, whole_file
-from .facts import ORIGINS, TASKS, CardFacts
+from .facts import ORIGINS, TASKS, CardFacts, Json
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 SECTIONS = tuple(re.findall(r"^## (.+)$", TEMPLATE.read_text(encoding="utf-8"), flags=re.MULTILINE))
@@ -112,7 +112,7 @@ _UNFILLED = re.compile(
 _CLASS_NAMES = re.compile(r"^(?:\| classes \||- IoU of each class:).*$", flags=re.MULTILINE)
 
 
-def card_header(text: str) -> dict[str, Any]:
+def card_header(text: str) -> Json:
     """Return the YAML header of a card, or an empty dict if it has none."""
     import yaml
 

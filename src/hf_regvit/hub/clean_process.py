@@ -5,6 +5,7 @@
 `answers.safetensors` and `answers.json` in the same folder. For the original, `verify` calls `outputs_of`.
 """
 
+import importlib
 import importlib.abc
 import json
 import sys
@@ -23,8 +24,7 @@ class _Hide(importlib.abc.MetaPathFinder):
 if __name__ == "__main__":
     sys.meta_path.insert(0, _Hide())
     with suppress(ModuleNotFoundError):
-        import hf_regvit  # noqa: F401
-
+        importlib.import_module("hf_regvit")
         raise SystemExit("hf_regvit can be imported in this process, so loading the bundle would not verify anything.")
 
 import torch  # noqa: E402

@@ -109,7 +109,7 @@ class CardFacts:
     """
 
     name: str
-    config: Mapping[str, Any]
+    config: Json
     parameters: int
     origin: str = "unknown"
     repo_id: str = ANY_FOLDER
@@ -126,10 +126,10 @@ class CardFacts:
     recipe_file: bool = False
     curves: str | None = None
     pictures: tuple[CardFigure, ...] = ()
-    alarms: tuple[Mapping[str, Any], ...] = ()
+    alarms: tuple[Json, ...] = ()
     scores: tuple[CardScore, ...] = ()
     evaluation_notes: tuple[str, ...] = ()
-    results: tuple[Mapping[str, Any], ...] = field(default=(), repr=False)
+    results: tuple[Json, ...] = field(default=(), repr=False)
     artifacts: CardArtifacts | None = None
     intended_use: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
@@ -164,7 +164,7 @@ def public_name(source: object) -> str:
     return text if is_hub_id(text) else Path(text).name or text
 
 
-def public_recipe(recipe: Json) -> dict[str, Any]:
+def public_recipe(recipe: Json) -> Json:
     """Return a resolved recipe without local folders, tokens and run names."""
 
     def public(name: str, value: object) -> object:

@@ -31,7 +31,7 @@ class Publication:
     verification: Verification
     sent: PushResult | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the result as a dict for JSON."""
         return {
             **dataclasses.asdict(self.bundle),

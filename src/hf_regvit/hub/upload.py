@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_session
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -27,7 +27,7 @@ from .scan import _WEIGHTS
 logger = logging.getLogger(__name__)
 
 # Transport errors are not OSErrors. They come from httpx or httpx2, depending on the version of huggingface_hub.
-_HTTPError: Any = HfHubHTTPError.__bases__[0]
+_HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
 
 # Status codes of a Hub that is busy, restarting or has just received another commit.
 TRANSIENT = {408, 409, 412, 423, 425, 429}

@@ -42,7 +42,6 @@ from .processing import default_image_processor, known_processor
 from .saving import whole_folder
 
 logger = logging.getLogger(__name__)
-whole_checkpoint = whole_folder
 
 # Relative to the standard deviation of the outputs: the real ViT-Tiny has tokens of norm 500 next to others of 19.
 VERIFY_TOLERANCE = 1e-4

@@ -224,12 +224,18 @@ def _weight_files(folder: Path) -> list[Path]:
     )
 
 
-def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
+def import_timm(source: str | Path) -> Any:
+    """Import timm for a model, or raise with the line that installs it."""
     try:
         import timm
     except ImportError as error:
-        raise ImportError(f"'{folder}' is a timm model, and timm is not installed. Run: pip install timm") from error
-    model: Any = timm.create_model(config["architecture"], pretrained=False, **config.get("model_args", {}))
+        raise ImportError(f"'{source}' is a timm model, and timm is not installed. Run: pip install timm") from error
+    return timm
+
+
+def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
+    arguments = config.get("model_args", {})
+    model: Any = import_timm(folder).create_model(config["architecture"], pretrained=False, **arguments)
     model.reset_classifier(config.get("num_classes", 0))
     model.load_state_dict({name: t for file in _weight_files(folder) for name, t in _read_weights(file).items()})
     return model.eval()

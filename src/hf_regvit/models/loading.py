@@ -4,30 +4,21 @@ import copy
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from safetensors import SafetensorError
+from torch import nn
 
 from .conversion import convert
 from .families import FAMILIES, find_tower, unknown_family
-from .foreign_weights import check_source
-from .modeling_regvit import (
-    CheckpointCorruptError,
-    CheckpointError,
-    RegViTBackbone,
-    RegViTForDepthEstimation,
-    RegViTForImageClassification,
-    RegViTForSemanticSegmentation,
-    RegViTModel,
-    RegViTPreTrainedModel,
-)
-from .processing import default_image_processor, unknown_processor
+from .foreign_weights import check_source, import_timm
+from .manifest import check_weights
+from .modeling_regvit import CheckpointError, RegViTModel, RegViTPreTrainedModel, corrupt_weights
 from .saving import read_json
 from .tokens import TokenReader
 
@@ -152,22 +143,9 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
         source = source.model
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
-    if (folder := _folder_of(source)) is not None:
-        source, kind = folder, read_config(folder).get("model_type")
-    else:
-        check_source(source)
-        kind = None if Path(source).is_file() else _hub_config(str(source)).get("model_type")
-    return _load_regvit(source) if kind == "regvit" else convert(source)
-
-
-def load_model(name_or_path: str | Path, *, device: str | torch.device | None = None) -> tuple[nn.Module, Any]:
-    """Load a model in eval mode and float32 together with its image processor, or the default one with a warning."""
-    reader = open_model(name_or_path, device=device or "cpu")
-    if reader.processor is None:
-        logger.warning(
-            "%s Using the default: shortest edge, center crop, ImageNet statistics.", unknown_processor(reader.model)
-        )
-    return reader.model, reader.processor or default_image_processor(reader.description.image_size)
+    source = _checked(source)
+    is_regvit = not Path(source).is_file() and _config_of(source).get("model_type") == "regvit"
+    return _load(source) if is_regvit else convert(source)
 
 
 # --- Sources ---
@@ -207,30 +185,38 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _folder_of(source: str | Path) -> Path | None:
-    """Return the checkpoint of a local folder; None for a Hub id or a file."""
-    return find_checkpoint(source) if Path(source).is_dir() else None
+def _checked(source: str | Path) -> str:
+    """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
+    check_source(source)
+    return str(find_checkpoint(source) if Path(source).is_dir() else source)
 
 
-def _hub_config(source: str) -> dict[str, Any]:
+def _config_of(source: str) -> dict[str, Any]:
+    """Return the configuration of a checkpoint folder or Hub id."""
     from transformers import PreTrainedConfig
 
-    return PreTrainedConfig.get_config_dict(source)[0]
+    if Path(source).is_dir():
+        return read_config(Path(source))
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
+        ) from error
 
 
 def _load(source: str | Path) -> nn.Module:
     """Load the model that a name stands for."""
+    source = _checked(source)
     if Path(source).is_file():
         return convert(source)
-    folder, written = _folder_of(source), {}
-    if folder is not None:
-        written = read_config(folder)
-        _compare_with_manifest(folder)
-    if "architecture" in written or (folder is None and str(source).startswith("timm/")):
-        return _load_timm(str(folder or source), is_folder=folder is not None)
-    if folder is not None and written.get("model_type") not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
-        raise unknown_family(str(written.get("model_type")))
-    return _load_transformers(str(folder or source))
+    if source.startswith("timm/") and not Path(source).is_dir():
+        return _load_timm(f"hf-hub:{source}", source)
+    config = _config_of(source)
+    check_weights(Path(source))
+    if "architecture" in config:
+        return _load_timm(f"local-dir:{source}" if Path(source).is_dir() else f"hf-hub:{source}", source)
+    return _load_transformers(source, config)
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -243,17 +229,16 @@ def short_names(models: Sequence[str | Path]) -> list[str]:
     return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
 
 
-def _load_timm(source: str, *, is_folder: bool) -> nn.Module:
-    try:
-        import timm
-    except ImportError as error:
-        raise ImportError(f"'{source}' is a timm model, and timm is not installed. Run: pip install timm") from error
-    name = f"local-dir:{source}" if is_folder else f"hf-hub:{source}"
+def _load_timm(name: str, source: str) -> nn.Module:
     try:
         # Allow any image size; at the native size the outputs are unchanged.
-        model = timm.create_model(name, pretrained=True, dynamic_img_size=True)
+        model = import_timm(source).create_model(name, pretrained=True, dynamic_img_size=True)
     except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
         raise unknown_family(source) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
+        raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
     find_tower(model)
     return model
 
@@ -271,29 +256,27 @@ def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
         library_logging.set_verbosity(before)
 
 
-def _load_transformers(source: str) -> nn.Module:
+def _saved_class(config: dict[str, Any]) -> Any:
+    """Return the class that a model was saved from: a backbone class would warn about a pooler that is not used."""
     import transformers
 
     from . import modeling_regvit
 
-    if not Path(source).exists() and re.fullmatch(r"([\w-][\w.-]*/)?[\w-][\w.-]*", source) is None:
-        raise FileNotFoundError(f"'{source}' does not exist. Expected a folder, a Hub id 'owner/name' or timm/NAME.")
+    kind = config.get("model_type")
+    name = _TWO_TOWERS.get(str(kind)) or next(iter(config.get("architectures") or []), "")
+    found: Any = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _load_transformers(source: str, config: dict[str, Any]) -> nn.Module:
+    if config.get("model_type") not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
+        raise unknown_family(str(config.get("model_type")))
     try:
-        config = transformers.AutoConfig.from_pretrained(source)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
-        ) from error
-    if config.model_type not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
-        raise unknown_family(config.model_type)
-    # Use the class that was saved: a backbone class would warn about a missing pooler that is not used here.
-    name = _TWO_TOWERS.get(config.model_type) or next(iter(config.architectures or []), "AutoModel")
-    library: Any = modeling_regvit if config.model_type == "regvit" else transformers
-    model_class: Any = getattr(library, name, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
-        model_class = transformers.AutoModel
-    with quiet_transformers():  # missing weights are checked below
-        model, info = model_class.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with quiet_transformers():  # missing weights are checked below
+            model, info = _saved_class(config).from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        raise corrupt_weights(source, error) from error
     tower, family = find_tower(model)
     path = next(name for name, module in model.named_modules() if module is tower)
     needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
@@ -313,21 +296,7 @@ def _load_transformers(source: str) -> nn.Module:
 
 # --- RegViT ---
 
-MODEL_CLASSES: dict[str, Any] = {
-    model_class.__name__: model_class
-    for model_class in (
-        RegViTModel, RegViTBackbone, RegViTForImageClassification, RegViTForSemanticSegmentation,
-        RegViTForDepthEstimation,
-    )
-}  # fmt: skip
-
 BundleError = CheckpointError  # the name under which the hub room knows it
-
-
-def _load_regvit(source: str | Path) -> Any:
-    config = read_config(Path(source)) if Path(source).is_dir() else _hub_config(str(source))
-    saved = next(iter(config.get("architectures") or []), "RegViTModel")
-    return MODEL_CLASSES.get(saved, RegViTModel).from_pretrained(source, dtype=torch.float32)
 
 
 def checkpoint_folder(folder: str | Path) -> Path:
@@ -350,66 +319,50 @@ def checkpoint_folder(folder: str | Path) -> Path:
 
 
 def load_checkpoint(folder: Path) -> Any:
-    """Load the RegViT of a folder with the class from which it was saved.
+    """Load the RegViT of a folder with the class and the data type in which it was saved.
 
     Raises:
         CheckpointError: The model class is not a RegViT class.
         CheckpointCorruptError: The checksum of the weights differs from the one in manifest.json.
     """
-    name = (read_config(folder).get("architectures") or ["RegViTModel"])[0]
-    if name not in MODEL_CLASSES:
-        raise CheckpointError(f"'{folder}' was saved from {name}. Supported classes: {', '.join(MODEL_CLASSES)}.")
-    _compare_with_manifest(folder)
-    return MODEL_CLASSES[name].from_pretrained(folder).eval()
+    config = read_config(folder)
+    saved_class = _saved_class(config)
+    if config.get("architectures") and not issubclass(saved_class, RegViTPreTrainedModel):
+        raise CheckpointError(f"'{folder}' was saved from {config['architectures'][0]}, which is not a RegViT class.")
+    check_weights(folder)
+    return saved_class.from_pretrained(folder).eval()
 
 
-def _compare_with_manifest(folder: Path) -> None:
-    """Compare the weights with the checksums of manifest.json, because a flipped bit loads without an error."""
-    try:
-        files = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        sums = {name: entry["sha256"] for name, entry in files.items() if name.endswith(".safetensors")}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # no manifest, or a file of that name from another program
-    for name, expected in sums.items():
-        path = folder / name
-        if not path.is_file():
-            continue  # loading reports a missing file
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != expected:
-            raise CheckpointCorruptError(
-                f"The sha256 of '{path}' differs from '{folder}/manifest.json'. Use an intact copy, or remove the "
-                "manifest if you changed the weights on purpose."
-            )
+def open_backbone(source: str, **changes: Any) -> RegViTModel:
+    """Open a model as the backbone of a pretraining run; heads and poolers are dropped.
 
+    Args:
+        source: As for `open_regvit`.
+        changes: Fields of `RegViTConfig` to change.
 
-_open = open_regvit
-
-
-def _open_backbone(source: str, **changes: Any) -> RegViTModel:
-    """Load a RegViT, or convert any other model to one; heads and poolers are dropped."""
-    model: Any = open_regvit(source)
+    Raises:
+        ValueError: The model normalizes only a pooled vector.
+    """
+    model = open_regvit(source)
     model = getattr(model, "regvit", model)
-    config = copy.deepcopy(model.config)
-    if config.final_norm != "tokens":
+    if model.config.final_norm != "tokens":
         raise ValueError(
-            f"'{source}' has final_norm='{config.final_norm}', but the losses need a final norm of each token "
+            f"'{source}' has final_norm='{model.config.final_norm}', but the losses need a final norm of each token "
             "(final_norm='tokens'). Start from a model that pools CLS."
         )
+    config = copy.deepcopy(model.config)
     changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None}
     for name, value in changes.items():
         setattr(config, name, value)
     backbone = RegViTModel(config, add_pooling_layer=False)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
-    missing, unexpected = backbone.load_state_dict(state, strict=False)
-    if set(missing) - {"embeddings.mask_token"} or unexpected:
-        raise ValueError(
-            f"'{source}' has missing tensors {missing} and unexpected tensors {unexpected}; expected a plain backbone."
-        )
-    if missing:
-        nn.init.zeros_(cast(Tensor, backbone.embeddings.mask_token))
+    state.setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))
+    backbone.load_state_dict(state)
     # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
+
+
+_open_backbone = open_backbone  # the name by which pretraining calls it
 
 
 @torch.no_grad()

@@ -1,12 +1,12 @@
 """Manifest of a checkpoint: the checksum of each file, written last and verified first."""
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .modeling_regvit import CheckpointCorruptError
+from .saving import read_json, write_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -45,11 +45,45 @@ def write_manifest(folder: Path) -> None:
     for path in _files(folder):
         _flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path)}
-    manifest = folder / MANIFEST
-    manifest.write_text(json.dumps({"format": 1, "files": files}, indent=2) + "\n")
-    _flush(manifest)
+    write_json(folder / MANIFEST, {"format": 1, "files": files})
     for directory in {folder, *(path.parent for path in _files(folder))}:
         _flush(directory)
+
+
+def _listed(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return size and sha256 of every file that the manifest lists."""
+    manifest = folder / MANIFEST
+    try:
+        return {
+            name: (int(entry["size"]), str(entry["sha256"])) for name, entry in read_json(manifest)["files"].items()
+        }
+    except FileNotFoundError as error:
+        raise CheckpointCorruptError(
+            f"{manifest} is missing, so the checkpoint is incomplete or was not written by hf_regvit. Use another "
+            "checkpoint."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorruptError(f"{manifest} cannot be read ({error}). Use another checkpoint.") from error
+
+
+def check_weights(folder: Path) -> None:
+    """Compare the weights with the manifest, if there is one: a flipped bit loads without an error.
+
+    Raises:
+        CheckpointCorruptError: The checksum of a weights file differs.
+    """
+    try:
+        listed = _listed(folder)
+    except CheckpointCorruptError:
+        return  # no manifest, or a file of that name from another program
+    for name, (_, expected) in listed.items():
+        path = folder / name
+        # Loading reports a missing file.
+        if name.endswith(".safetensors") and path.is_file() and _digest(path) != expected:
+            raise CheckpointCorruptError(
+                f"The sha256 of '{path}' differs from '{folder / MANIFEST}'. Use an intact copy, or remove the "
+                "manifest if you changed the weights on purpose."
+            )
 
 
 def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIMIZER, STATE)) -> None:
@@ -65,17 +99,7 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
             the message names the file and the reason.
         CheckpointIncompleteError: If the checkpoint is intact, but was saved without a required file.
     """
-    manifest = folder / MANIFEST
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        expected = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
-    except FileNotFoundError as error:
-        raise CheckpointCorruptError(
-            f"{manifest} is missing, so the checkpoint is incomplete or was not written by hf_regvit. Use another "
-            "checkpoint."
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{manifest} cannot be read ({error}). Use another checkpoint.") from error
+    expected = _listed(folder)
     for name, (size, _) in expected.items():
         path = folder / name
         if not path.is_file():

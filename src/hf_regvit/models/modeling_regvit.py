@@ -635,10 +635,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 **kwargs,
             )
         except SafetensorError as error:
-            raise CheckpointCorruptError(
-                f"{_find_corrupt_file(pretrained_model_name_or_path)} cannot be read as safetensors ({error}). "
-                "Download or save the file again."
-            ) from error
+            raise corrupt_weights(pretrained_model_name_or_path, error) from error
         if pretrained_model_name_or_path is not None:  # None: the caller passed a state dict and is responsible for it
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
         return (model, info) if wants_info else model
@@ -726,15 +723,16 @@ def _backbone_keys(keys) -> list[str]:
     )
 
 
-def _find_corrupt_file(source) -> str:
-    """Name the first unreadable safetensors file of a local folder, or `source` itself if it is not a folder."""
-    for path in sorted(Path(source).glob("*.safetensors")) if Path(source).is_dir() else []:
+def corrupt_weights(source, error: SafetensorError) -> CheckpointCorruptError:
+    """Create the error for weights that cannot be read, naming the first damaged safetensors file of a folder."""
+    named = f"The weights of '{source}'"
+    for path in sorted(Path(source).glob("*.safetensors"), reverse=True) if Path(source).is_dir() else []:
         try:
             with safe_open(path, framework="pt"):
                 pass
         except SafetensorError:
-            return f"'{path}'"
-    return f"The weights of '{source}'"
+            named = f"'{path}'"
+    return CheckpointCorruptError(f"{named} cannot be read as safetensors ({error}). Download or save the file again.")
 
 
 class RegViTPooler(nn.Module):

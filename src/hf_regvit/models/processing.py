@@ -132,19 +132,18 @@ class EvaluationTransform:
 
         Args:
             model: Model of a family in `FAMILIES`.
-            processor: Image processor, or a transform of this class, such as that of a timm model. By default, the
-                processor saved with the model; if there is none, the shortest edge is resized, the center cropped and
-                ImageNet statistics are used, with a warning.
+            processor: Image processor, or a transform of this class, such as that of a timm model. Default: the
+                model's own, see `known_processor`.
             image_size: Side of a square center crop in pixels; the shortest edge is first resized to 256/224 of it.
             keep_aspect: Whether to use the whole image instead of a crop, with a shorter side of about `image_size`
                 (default: the model's own size) and both sides rounded to whole patches. Image sizes then differ.
+
+        Raises:
+            UnknownProcessorError: No processor is given and none is known.
         """
         description = describe_model(model)
         if processor is None and (processor := known_processor(model)) is None:
-            logger.warning(
-                "%s Using the default: shortest edge, center crop, ImageNet statistics.", unknown_processor(model)
-            )
-            processor = default_image_processor(description.image_size)
+            raise unknown_processor(model)
         if isinstance(processor, EvaluationTransform):
             mean, std = processor.mean, processor.std
         elif not getattr(processor, "do_normalize", True):  # its statistics are unused and may be None
@@ -252,7 +251,6 @@ def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
 
     Mean and standard deviation are taken from `processor`.
     """
-    from PIL import Image
     from transformers import DPTImageProcessor
 
     return DPTImageProcessor(

@@ -50,6 +50,15 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         unfinished.unlink(missing_ok=True)
 
 
+def apply_umask(folder: Path) -> None:
+    """Give all files below a folder the permissions of new files; safetensors lets only their owner read them."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
+
+
 @contextmanager
 def whole_folder(output: str | Path) -> Iterator[Path]:
     """Yield a temporary folder inside `output`; its files are moved to `output` at the end, `config.json` last.
@@ -61,5 +70,6 @@ def whole_folder(output: str | Path) -> Iterator[Path]:
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
         yield Path(staged)
+        apply_umask(Path(staged))
         for path in sorted(Path(staged).iterdir(), key=lambda path: path.name == _LAST):
             path.replace(output / path.name)

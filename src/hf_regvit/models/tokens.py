@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .families import FAMILIES, Family, ModelDescription, describe_tower, final_norm, find_tower, has_part
-from .processing import EvaluationTransform, known_processor, open_images, unknown_processor
+from .processing import EvaluationTransform, known_processor, open_images
 
 Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
 Layers = Sequence[int] | Literal["all"]
@@ -176,10 +176,8 @@ class TokenReader:
 
     def transform_for(self, *, image_size: int | None = None, keep_aspect: bool = False) -> EvaluationTransform:
         """Return the transform for another image size or without a crop; see `EvaluationTransform.for_model`."""
-        if self.processor is None:
-            raise unknown_processor(self.model)
         return EvaluationTransform.for_model(
-            self.tower, self.processor, image_size=image_size, keep_aspect=keep_aspect
+            self.model, self.processor, image_size=image_size, keep_aspect=keep_aspect
         )
 
     def read(

@@ -1,24 +1,19 @@
 """Options of a pretraining run, and the schedules, backbone configuration and YAML recipe derived from them."""
 
-import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from transformers import TrainingArguments
-
+from ..evaluation.image_tasks import option
 from ..models.configuration_regvit import RegViTConfig
+from ..training.arguments import RunArguments, plain
 from .schedules import Schedules
 
 
-def _field(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
-class PretrainingArguments(TrainingArguments):
-    """Arguments of a pretraining run, in addition to those of `transformers.TrainingArguments`.
+class PretrainingArguments(RunArguments):
+    """Arguments of a pretraining run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
 
     Durations named `*_steps` count optimizer steps; a value below 1 is a fraction of the run, so a recipe scales with
     the length of the run. Defaults are the published ViT-L/16 recipe ("short", ImageNet-1k) unless a help text says
@@ -26,297 +21,182 @@ class PretrainingArguments(TrainingArguments):
     """
 
     # Data and crops
-    data: list[str] = field(
-        default_factory=lambda: ["photos"],
-        metadata={
-            "help": "One or more sources: an image folder, parquet or tar files (or a folder or glob pattern of "
-            "them), a Hub dataset, or one of the built-in sets 'photos' and 'digits'."
-        },
+    data: list[str] = option(
+        ["photos"],
+        "Sources: image folder, parquet or tar files (or their folder or pattern), Hub dataset, 'photos' or 'digits'.",
     )
-    data_weights: list[float] | None = field(
-        default=None,
-        metadata={"help": "Relative weight of each source in an epoch; default: every image once per epoch."},
+    data_weights: list[float] | None = option(
+        None, "Relative weight of each source in an epoch; default: every image once per epoch."
     )
-    streaming: bool = _field(
-        False, "Read parquet, tar or Hub data in order, without first copying it to a cache; requires max_steps."
+    streaming: bool = option(False, "Read parquet, tar or Hub data in order, without a copy; requires max_steps.")
+    global_crop_size: int = option(224, "Side of the global crops in pixels, a multiple of patch_size. Official: 224.")
+    local_crop_size: int = option(96, "Side of the local crops in pixels. Official: 96 (98 for patch size 14).")
+    num_local_crops: int = option(8, "Number of local crops per image. Official: 8.")
+    high_resolution_steps: float = option(0.0, "Final steps (or share) with larger crops; 0: none. DINOv2: 10,000.")
+    high_resolution_size: int = option(518, "Side of the high-resolution global crops in pixels. DINOv2: 518.")
+    high_resolution_local_size: int | None = option(
+        None, "Side of the high-resolution local crops in pixels; default: local_crop_size."
     )
-    image_column: str | None = _field(None, "Image column; default: the only column with images, or 'image'.")
-    label_column: str | None = _field(None, "Class id column; default: 'label' if that column holds class ids.")
-    max_bad_share: float = _field(
-        0.01, "Stop if more than this share of the images seen is unusable; bad_images.jsonl lists these images."
+    global_crop_scale: list[float] = option(
+        [0.32, 1.0], "Smallest and largest share of the image area in a global crop. Official: 0.32 1.0."
     )
-    global_crop_size: int = _field(
-        224, "Side of the two global crops in pixels; a multiple of patch_size. Official: 224."
+    local_crop_scale: list[float] = option(
+        [0.05, 0.32], "Smallest and largest share of the image area in a local crop. Official: 0.05 0.32."
     )
-    local_crop_size: int = _field(
-        96, "Side of the local crops in pixels; a multiple of patch_size. Official: 96 (98 for patch size 14)."
-    )
-    num_local_crops: int = _field(8, "Number of local crops per image. Official: 8.")
-    high_resolution_steps: float = _field(
-        0.0,
-        "Number of final steps (or fraction of the run) with larger crops; 0 for none. DINOv2: 10,000 steps at 518 "
-        "pixels.",
-    )
-    high_resolution_size: int = _field(
-        518, "Side of the global crops in the high-resolution steps, in pixels. DINOv2: 518."
-    )
-    high_resolution_local_size: int | None = _field(
-        None, "Side of the local crops in the high-resolution steps, in pixels; default: local_crop_size."
-    )
-    global_crop_scale: list[float] = field(
-        default_factory=lambda: [0.32, 1.0],
-        metadata={"help": "Smallest and largest share of the image area in a global crop. Official: 0.32 1.0."},
-    )
-    local_crop_scale: list[float] = field(
-        default_factory=lambda: [0.05, 0.32],
-        metadata={"help": "Smallest and largest share of the image area in a local crop. Official: 0.05 0.32."},
-    )
-    jitter_probability: float = _field(0.8, "Probability of color jitter per crop. Official: 0.8.")
-    brightness: float = _field(0.4, "Largest relative change of brightness. Official: 0.4.")
-    contrast: float = _field(0.4, "Largest relative change of contrast. Official: 0.4.")
-    saturation: float = _field(0.2, "Largest relative change of saturation. Official: 0.2.")
-    hue: float = _field(0.1, "Largest hue shift as a fraction of the color circle. Official: 0.1.")
-    grayscale_probability: float = _field(0.2, "Probability of conversion to grayscale per crop. Official: 0.2.")
-    blur: str = _field("as_trained", "Blur probabilities: 'as_trained' (0, 0.9, 0.5) or 'as_written' (1, 0.1, 0.5).")
-    blur_kernel_size: int = _field(
-        9, "Size of the blur kernel in pixels, odd; 3 for crops of 32 pixels, 5 for crops of 96. Official: 9."
-    )
-    blur_sigma: list[float] = field(
-        default_factory=lambda: [0.1, 2.0],
-        metadata={"help": "Smallest and largest blur sigma in pixels. Official: 0.1 2.0."},
-    )
-    solarize_probability: float = _field(0.2, "Probability of solarization of the second global crop. Official: 0.2.")
-    flip_probability: float = _field(0.5, "Probability of a horizontal flip per crop. DINOv2: 0.5; DINOv3 7B: 0.")
-    share_jitter: bool = _field(
-        False, "Apply the same color jitter to all crops of an image. Option of DINOv3; DINOv2: False."
-    )
-    locals_from_globals: bool = _field(
-        False, "Cut the local crops out of the global crops. Option of DINOv3; DINOv2: False."
-    )
-    mask_ratio: list[float] = field(
-        default_factory=lambda: [0.1, 0.5],
-        metadata={"help": "Smallest and largest share of masked patches in a masked crop. Official: 0.1 0.5."},
-    )
-    mask_probability: float = _field(0.5, "Share of the global crops that are masked. Official: 0.5.")
+    jitter_probability: float = option(0.8, "Probability of color jitter per crop. Official: 0.8.")
+    brightness: float = option(0.4, "Largest relative change of brightness. Official: 0.4.")
+    contrast: float = option(0.4, "Largest relative change of contrast. Official: 0.4.")
+    saturation: float = option(0.2, "Largest relative change of saturation. Official: 0.2.")
+    hue: float = option(0.1, "Largest hue shift as a fraction of the color circle. Official: 0.1.")
+    grayscale_probability: float = option(0.2, "Probability of conversion to grayscale per crop. Official: 0.2.")
+    blur: str = option("as_trained", "Blur probabilities: 'as_trained' (0, 0.9, 0.5) or 'as_written' (1, 0.1, 0.5).")
+    blur_kernel_size: int = option(9, "Side of the blur kernel in pixels, odd; about 1/20 of the crop. Official: 9.")
+    blur_sigma: list[float] = option([0.1, 2.0], "Smallest and largest blur sigma in pixels. Official: 0.1 2.0.")
+    solarize_probability: float = option(0.2, "Probability of solarization of the second global crop. Official: 0.2.")
+    flip_probability: float = option(0.5, "Probability of a horizontal flip per crop. DINOv2: 0.5; DINOv3 7B: 0.")
+    share_jitter: bool = option(False, "Apply one color jitter to all crops of an image. DINOv3 only; DINOv2: False.")
+    locals_from_globals: bool = option(False, "Cut local crops out of the global ones. DINOv3 only; DINOv2: False.")
+    mask_ratio: list[float] = option([0.1, 0.5], "Range of the masked share of a masked crop. Official: 0.1 0.5.")
+    mask_probability: float = option(0.5, "Share of the global crops that are masked. Official: 0.5.")
 
-    evaluation_size: int | None = _field(
-        None,
-        "Side in pixels that the saved image processor resizes and crops to; default: resize with a margin of 1/7, "
-        "then crop to global_crop_size.",
+    evaluation_size: int | None = option(
+        None, "Side in pixels of the saved image processor; default: global_crop_size, resized with a margin of 1/7."
     )
 
     # Backbone
-    preset: str = _field("small", "Backbone size: tiny, small, base, large or giant. The options below override it.")
-    num_register_tokens: int = _field(
-        4, "Number of register tokens. 'Vision Transformers Need Registers' recommends 4."
-    )
-    patch_size: int = _field(16, "Side of a patch in pixels.")
-    hidden_size: int | None = _field(None, "Width D of the tokens; default: set by the preset.")
-    num_hidden_layers: int | None = _field(None, "Number of blocks; default: set by the preset.")
-    num_attention_heads: int | None = _field(None, "Number of attention heads; default: set by the preset.")
-    use_swiglu_ffn: bool | None = _field(
-        None, "Use SwiGLU instead of the MLP; default: set by the preset. Official full recipe: True."
-    )
-    layerscale_value: float = _field(
-        1e-5, "Initial LayerScale gain. Official: 1e-5; runs of a few hundred steps learn most with 1."
-    )
-    register_init_std: float = _field(
-        0.02,
-        "Standard deviation of the initial registers. About 1 keeps them distinct in runs of a few hundred steps.",
-    )
-    drop_path_rate: float = _field(
-        0.0, "Share of residual branches that are dropped. Official: 0.3 (ViT-L short), 0.4 (full)."
-    )
-    drop_path_mode: str = _field(
-        "batch_subset", "'batch_subset' (official, skips the dropped computation) or 'sample' (for tiny batches)."
-    )
+    preset: str = option("small", "Backbone size: tiny, small, base, large or giant. The options below override it.")
+    num_register_tokens: int = option(4, "Number of registers. 'Vision Transformers Need Registers' recommends 4.")
+    patch_size: int = option(16, "Side of a patch in pixels.")
+    hidden_size: int | None = option(None, "Width D of the tokens; default: set by the preset.")
+    num_hidden_layers: int | None = option(None, "Number of blocks; default: set by the preset.")
+    num_attention_heads: int | None = option(None, "Number of attention heads; default: set by the preset.")
+    use_swiglu_ffn: bool | None = option(None, "SwiGLU instead of the MLP; default: by preset. Official full: True.")
+    layerscale_value: float = option(1e-5, "Initial LayerScale gain; 1 for a few hundred steps. Official: 1e-5.")
+    register_init_std: float = option(0.02, "Initial spread of the registers; about 1 for a few hundred steps.")
+    drop_path_rate: float = option(0.0, "Share of residual branches to drop. Official: 0.3 (ViT-L short), 0.4 (full).")
+    drop_path_mode: str = option("batch_subset", "'batch_subset' (official, fast) or 'sample' (for tiny batches).")
 
     # Heads
-    head_num_prototypes: int = _field(
-        65536, "Number of prototypes K of the DINO head. Official: 65536. Keep K / (2 * batch) below about 32."
+    head_num_prototypes: int = option(
+        65536, "Prototypes K of the DINO head, below 64 times the batch. Official: 65536."
     )
-    head_hidden_size: int = _field(2048, "Hidden width of the heads. Official: 2048.")
-    head_bottleneck_size: int = _field(
-        256, "Bottleneck width of the DINO head. Official: 256 (384 in the full recipe)."
-    )
-    head_num_layers: int = _field(3, "Number of linear layers of each head before the prototypes. Official: 3.")
-    separate_ibot_head: bool = _field(
-        False, "Use a separate head for the masked patches. Official: False (short), True (full)."
-    )
-    ibot_head_num_prototypes: int = _field(
-        65536, "Number of prototypes of a separate iBOT head. Official full recipe: 131072."
-    )
-    ibot_head_bottleneck_size: int = _field(256, "Bottleneck width of a separate iBOT head. Official: 256.")
+    head_hidden_size: int = option(2048, "Hidden width of the heads. Official: 2048.")
+    head_bottleneck_size: int = option(256, "Bottleneck width of the DINO head. Official: 256 (full recipe: 384).")
+    head_num_layers: int = option(3, "Number of linear layers of each head before the prototypes. Official: 3.")
+    separate_ibot_head: bool = option(False, "Separate head for masked patches. Official: False (short), True (full).")
+    ibot_head_num_prototypes: int = option(65536, "Prototypes of a separate iBOT head. Official full recipe: 131072.")
+    ibot_head_bottleneck_size: int = option(256, "Bottleneck width of a separate iBOT head. Official: 256.")
 
     # Losses and targets
-    dino_loss_weight: float = _field(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
-    ibot_loss_weight: float = _field(1.0, "Weight of the iBOT term; 0 disables it. Official: 1.")
-    koleo_loss_weight: float = _field(
-        0.1, "Weight of the KoLeo term per global crop; use 0 below 16 images per process. Official: 0.1."
-    )
-    koleo_gathered: bool = _field(
-        False, "Search the KoLeo neighbors in all processes. Option of DINOv3; DINOv2: False."
-    )
-    koleo_neighbours: int = _field(
-        1, "Number of nearest neighbors that KoLeo pushes each image away from. Official: 1."
-    )
-    gram_loss_weight: float = _field(
+    dino_loss_weight: float = option(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
+    ibot_loss_weight: float = option(1.0, "Weight of the iBOT term; 0 disables it. Official: 1.")
+    koleo_loss_weight: float = option(0.1, "Weight of KoLeo, per crop; 0 below 16 images per process. Official: 0.1.")
+    koleo_gathered: bool = option(False, "Search the KoLeo neighbors in all processes. DINOv3 only; DINOv2: False.")
+    koleo_neighbours: int = option(1, "Number of neighbors that KoLeo pushes each image away from. Official: 1.")
+    gram_loss_weight: float = option(
         0.0,
-        "Weight of Gram anchoring, which keeps patch similarities close to those of an earlier teacher. Intended for "
-        "the last part of a long run, with --init_from. DINOv3: 2; DINOv2: 0.",
+        "Weight of Gram anchoring to the patch similarities of an earlier teacher, for the last part of a long run, "
+        "with --init_from. DINOv3: 2; DINOv2: 0.",
     )
-    gram_refresh_steps: int = _field(
-        10000, "Number of steps after which Gram anchoring switches to the current teacher. DINOv3: 10000."
-    )
-    centering: str = _field("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
-    center_momentum: float = _field(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
-    student_temperature: float = _field(0.1, "Temperature of the student softmax. Official: 0.1.")
-    warmup_teacher_temperature: float = _field(0.04, "Teacher temperature at the start. Official: 0.04.")
-    teacher_temperature: float = _field(0.07, "Teacher temperature after the warm-up. Official: 0.07.")
-    warmup_teacher_temperature_steps: float = _field(
-        0.3, "Steps (or fraction of the run) of the linear teacher-temperature warm-up. Official: 0.3."
+    gram_refresh_steps: int = option(10000, "Steps after which Gram anchoring takes the new teacher. DINOv3: 10000.")
+    centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
+    center_momentum: float = option(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
+    student_temperature: float = option(0.1, "Temperature of the student softmax. Official: 0.1.")
+    warmup_teacher_temperature: float = option(0.04, "Teacher temperature at the start. Official: 0.04.")
+    teacher_temperature: float = option(0.07, "Teacher temperature after the warm-up. Official: 0.07.")
+    warmup_teacher_temperature_steps: float = option(
+        0.3, "Steps (or fraction of the run) of the warm-up of the teacher temperature. Official: 0.3."
     )
 
     # Optimization
-    learning_rate: float = _field(
-        4e-3, "Base learning rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3."
+    learning_rate: float = option(4e-3, "Rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3.")
+    learning_rate_reference_batch: int = option(
+        1024, "Number of images per step that learning_rate refers to; 0 disables the scaling. Official: 1024."
     )
-    learning_rate_reference_batch: int = _field(
-        1024,
-        "Number of images per step that learning_rate refers to; 0 disables the scaling. Official: 1024.",
-    )
-    schedule: str = _field(
+    schedule: str = option(
         "cosine",
-        "'cosine' (DINOv2), or 'constant' (DINOv3): learning rate, weight_decay and teacher_momentum stay constant "
-        "after the warm-ups, the *_end and min_* options are ignored, and the run can be extended later.",
+        "'cosine' (DINOv2), or 'constant' (DINOv3): rate, weight decay and momentum stay after the warm-ups, *_end "
+        "and min_* are ignored, and the run can be extended.",
     )
-    min_learning_rate: float = _field(1e-6, "Learning rate at the end. Official: 1e-6.")
-    warmup_steps: float = _field(
-        0.1, "Steps (or fraction of the run) of the linear learning-rate warm-up. Official: 0.1."
+    min_learning_rate: float = option(1e-6, "Learning rate at the end. Official: 1e-6.")
+    warmup_steps: float = option(0.1, "Steps (or fraction of the run) of the learning-rate warm-up. Official: 0.1.")
+    freeze_last_layer_steps: float = option(0.01, "Steps (or share) with frozen prototypes at first. Official: 0.01.")
+    freeze_backbone_steps: float = option(
+        0.0, "Initial steps (or fraction of the run) with a frozen backbone, for new heads on a trained backbone."
     )
-    freeze_last_layer_steps: float = _field(
-        0.01, "Initial steps (or fraction of the run) in which the prototypes are frozen. Official: 0.01."
-    )
-    freeze_backbone_steps: float = _field(
-        0.0,
-        "Initial steps (or fraction of the run) in which the backbone is frozen, for new heads on a trained backbone.",
-    )
-    weight_decay: float = _field(0.04, "AdamW weight decay at the start. Official: 0.04.")
-    weight_decay_end: float = _field(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
-    teacher_momentum: float = _field(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
-    teacher_momentum_end: float = _field(1.0, "EMA momentum at the end. Official: 1.")
-    layer_decay: float = _field(
-        0.9, "Learning-rate factor per block toward the input. Official: 0.9 (1 in the full recipe)."
-    )
-    patch_embed_lr_multiplier: float = _field(0.2, "Extra learning-rate factor of the patch embedding. Official: 0.2.")
-    max_grad_norm: float = _field(
-        3.0, "Largest gradient norm, for the backbone and each head separately; 0 disables clipping. Official: 3."
-    )
+    weight_decay: float = option(0.04, "AdamW weight decay at the start. Official: 0.04.")
+    weight_decay_end: float = option(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
+    teacher_momentum: float = option(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
+    teacher_momentum_end: float = option(1.0, "EMA momentum at the end. Official: 1.")
+    layer_decay: float = option(0.9, "Learning-rate factor per block toward the input. Official: 0.9 (full: 1).")
+    patch_embed_lr_multiplier: float = option(0.2, "Extra learning-rate factor of the patch embedding. Official: 0.2.")
+    max_grad_norm: float = option(3.0, "Largest gradient norm of backbone and heads; 0: no clipping. Official: 3.")
 
     # Monitoring
-    monitor_steps: float = _field(
+    monitor_steps: float = option(
         0.025,
-        "Steps between measurements of collapse, registers and outliers on 64 images. A value below 1 is a fraction "
-        "of the run, limited to 20 to 100 steps; 0 disables them.",
+        "Steps between measurements of collapse, registers and outliers on 64 images; 0: none. A fraction of the "
+        "run is limited to 20 to 100 steps.",
     )
-    knn_steps: float = _field(
+    knn_steps: float = option(
         0.25,
-        "Steps between k-NN evaluations on the labeled 'validation' split or, if there is none, on a quarter of the "
-        "labeled training images. A value below 1 is a fraction of the run, limited to 200 to 5000 steps; 0 disables "
-        "them.",
+        "Steps between k-NN evaluations on the labeled validation split, or else on a quarter of the training "
+        "images; 0: none. A fraction of the run is limited to 200 to 5000 steps.",
     )
-    knn_max_images: int = _field(
-        1000, "Largest number of images for k-NN, three quarters of which serve as neighbors."
+    knn_max_images: int = option(1000, "Largest number of images for k-NN; three quarters of them are neighbors.")
+    linear_probe: bool = option(False, "Also fit a linear classifier to the features used by k-NN.")
+    panel_steps: float = option(
+        0.25, "Steps between panels of PCA and attention of 8 images; 0: none. A fraction is limited to 5000 steps."
     )
-    linear_probe: bool = _field(False, "Also fit a linear classifier to the features used by k-NN.")
-    panel_steps: float = _field(
-        0.25,
-        "Steps between panels that show PCA and attention of 8 fixed images. A value below 1 is a fraction of the "
-        "run, limited to 5000 steps; 0 disables them.",
-    )
-    panel_size: int | None = _field(None, "Side of the images in the panels, in pixels; default: global_crop_size.")
-    stop_on_collapse: bool = _field(
+    panel_size: int | None = option(None, "Side of the images in the panels, in pixels; default: global_crop_size.")
+    stop_on_collapse: bool = option(
         False,
-        "Stop the run when a collapse alarm is raised. By default, an alarm only logs a warning, because its "
-        "thresholds are heuristic. A loss or gradient that is NaN always stops the run.",
+        "Stop the run at a collapse alarm instead of only logging it; its thresholds are heuristic. A loss or "
+        "gradient that is NaN always stops the run.",
     )
 
     # Starting and resuming
-    init_from: str | None = _field(
+    init_from: str | None = option(
         None,
-        "Start from a run folder (including its heads and centers), a RegViT, or any ViT that `regvit convert` reads. "
-        "Registers are added to a model that has none.",
+        "Start from a run folder (with its heads and centers), a RegViT, or any ViT that `regvit convert` reads; "
+        "registers are added to a model without them.",
     )
-    allow_batch_change: bool = _field(
-        False,
-        "Resume even if the number of images per step differs from the checkpoint. The steps will differ from those "
-        "of an uninterrupted run.",
-    )
-    allow_data_change: bool = _field(False, "Resume even if the list of images differs from the checkpoint.")
-    dataloader_timeout: int = _field(
-        600, "Seconds to wait for a batch before a worker is considered hung. Workers are restarted once."
-    )
-    ddp_timeout: int = _field(600, "Seconds after which a process stops waiting for another process.")
+    ddp_timeout: int = option(600, "Seconds after which a process stops waiting for another process.")
 
     # Defaults that differ from those of Trainer
-    ddp_find_unused_parameters: bool | None = _field(
-        False, "Not needed: every student parameter receives a gradient in every step."
-    )
-    ddp_broadcast_buffers: bool | None = _field(
-        False, "Not needed: the centers are already identical on all processes."
-    )
-    ignore_data_skip: bool = _field(
-        True, "The sampler starts at the position of the checkpoint, so no batches have to be skipped."
-    )
-    per_device_train_batch_size: int = _field(64, "Number of images per process and micro-batch. Official: 64.")
-    logging_steps: float = _field(10, "Number of steps between log lines.")
-    logging_nan_inf_filter: bool = _field(
-        False, "Must stay False: Trainer would hide NaN losses, and pretraining stops at them."
-    )
-    remove_unused_columns: bool = _field(False, "Must stay False: multi-crop batches have no columns to remove.")
-    dataloader_drop_last: bool = _field(True, "Drop the last incomplete batch, so that all batches have equal size.")
-    dataloader_pin_memory: bool = _field(False, "Copy batches to pinned memory; useful with an accelerator only.")
-    lr_scheduler_type: str = _field(
-        "constant", "Must stay 'constant': pretraining has its own schedules; see --schedule."
-    )
+    ddp_broadcast_buffers: bool | None = option(False, "Not needed: the centers are identical on all processes.")
+    ignore_data_skip: bool = option(True, "The sampler starts at the position of the checkpoint by itself.")
+    per_device_train_batch_size: int = option(64, "Number of images per process and micro-batch. Official: 64.")
+    dataloader_drop_last: bool = option(True, "Drop the last incomplete batch, so that all batches have equal size.")
+    lr_scheduler_type: str = option("constant", "Must stay 'constant': pretraining has its own --schedule.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data = [str(self.data)] if isinstance(self.data, str | Path) else [str(one) for one in self.data]
         for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
-            value = getattr(self, name)
-            if len(value) != 2 or not 0 <= value[0] <= value[1] <= 1:
-                raise ValueError(f"{name} is {value}; expected two numbers between 0 and 1, the smaller one first.")
-        if len(self.blur_sigma) != 2 or not 0 < self.blur_sigma[0] <= self.blur_sigma[1]:
-            raise ValueError(f"blur_sigma is {self.blur_sigma}; expected two numbers above 0, the smaller one first.")
+            self._expect_range(name, "two numbers between 0 and 1, the smaller one first", at_most=1)
+        self._expect_range("blur_sigma", "two numbers above 0, the smaller one first", above=0)
         for name in ("teacher_momentum", "teacher_momentum_end"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 to 1, usually at least 0.99.")
+            self._expect(name, 0 <= getattr(self, name) <= 1, "0 to 1, usually at least 0.99")
         for name in ("student_temperature", "warmup_teacher_temperature", "teacher_temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a temperature above 0.")
+            self._expect(name, getattr(self, name) > 0, "a temperature above 0")
         for name in ("monitor_steps", "knn_steps", "panel_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(
-                    f"{name} is {getattr(self, name)}; expected a number of steps, a fraction of the run, or 0 to "
-                    "disable it."
-                )
-        if self.schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule is {self.schedule!r}; expected 'cosine' or 'constant'.")
-        if (scheduler := getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "constant":
-            raise ValueError(
-                f"lr_scheduler_type is {scheduler}, but pretraining has its own schedules. Leave lr_scheduler_type at "
-                "'constant' and choose --schedule cosine or --schedule constant."
+            self._expect(
+                name, getattr(self, name) >= 0, "a number of steps, a fraction of the run, or 0 to disable it"
             )
+        self._expect("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
+        self._expect(
+            "lr_scheduler_type",
+            plain(self.lr_scheduler_type) == "constant",
+            "'constant', because pretraining has its own schedules: choose --schedule cosine or --schedule constant",
+        )
         if self.high_resolution_steps and self.streaming:
             raise ValueError(
                 f"high_resolution_steps is {self.high_resolution_steps}, but it requires a dataset with a length and "
                 "streaming has none. Set it to 0, then start a second run on larger crops with init_from."
             )
-        if self.remove_unused_columns:
-            raise ValueError("remove_unused_columns is True, which would drop every crop. Set it to False.")
-        if not str(getattr(self.optim, "value", self.optim)).startswith("adamw_torch"):
-            raise ValueError(f"optim is {self.optim}; the recipe requires adamw_torch_fused or adamw_torch.")
+        self._expect("remove_unused_columns", not self.remove_unused_columns, "False: True would drop every crop")
+        self._expect("optim", str(plain(self.optim)).startswith("adamw_torch"), "adamw_torch_fused or adamw_torch")
         loading = cast(Any, self.accelerator_config)
         if loading.split_batches or loading.dispatch_batches:
             raise ValueError(
@@ -325,25 +205,18 @@ class PretrainingArguments(TrainingArguments):
                 "correspond to its images."
             )
         loading.dispatch_batches = False
-        if getattr(self.save_strategy, "value", self.save_strategy) == "best":
-            raise ValueError(
-                "save_strategy is best, but pretraining has no evaluation and would never save a checkpoint. Set it "
-                "to 'steps'."
-            )
-        if self.max_steps == 0:
-            raise ValueError("max_steps is 0; expected at least 1, or -1 to derive it from num_train_epochs.")
-        if self.gram_refresh_steps < 1:
-            raise ValueError(f"gram_refresh_steps is {self.gram_refresh_steps}; expected at least 1.")
+        self._expect(
+            "save_strategy",
+            plain(self.save_strategy) != "best",
+            "'steps': pretraining has no evaluation, so 'best' would never save a checkpoint",
+        )
+        self._expect("max_steps", self.max_steps != 0, "at least 1, or -1 to derive it from num_train_epochs")
+        self._expect("gram_refresh_steps", self.gram_refresh_steps >= 1, "at least 1")
         if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size}, but KoLeo compares the images of "
                 "a batch and needs at least 2. Raise it or set koleo_loss_weight=0."
             )
-
-    @property
-    def images_per_step(self) -> int:
-        """Number of images per optimizer step over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return the schedules of a run of `total_steps` optimizer steps."""
@@ -356,20 +229,16 @@ class PretrainingArguments(TrainingArguments):
         ends = (self.min_learning_rate, self.weight_decay_end, self.teacher_momentum_end)
         if self.schedule == "constant":  # expressed as a cosine whose end equals its start
             ends = (learning_rate, self.weight_decay, self.teacher_momentum)
+        durations = ("warmup_steps", "freeze_last_layer_steps", "freeze_backbone_steps")
         return Schedules(
             total_steps=total_steps,
             learning_rate=learning_rate,
             min_learning_rate=ends[0],
-            warmup_steps=steps(self.warmup_steps),
-            freeze_last_layer_steps=steps(self.freeze_last_layer_steps),
-            weight_decay=self.weight_decay,
             weight_decay_end=ends[1],
-            teacher_momentum=self.teacher_momentum,
             teacher_momentum_end=ends[2],
-            warmup_teacher_temperature=self.warmup_teacher_temperature,
-            teacher_temperature=self.teacher_temperature,
             warmup_teacher_temperature_steps=steps(self.warmup_teacher_temperature_steps),
-            freeze_backbone_steps=steps(self.freeze_backbone_steps),
+            **{name: steps(value) for name, value in self.subset(*durations).items()},
+            **self.subset("weight_decay", "teacher_momentum", "warmup_teacher_temperature", "teacher_temperature"),
         )
 
     def first_high_resolution_step(self, total_steps: int) -> int:
@@ -379,34 +248,12 @@ class PretrainingArguments(TrainingArguments):
 
     def backbone_config(self) -> RegViTConfig:
         """Return the backbone configuration that the arguments describe."""
-        overrides = {
-            name: getattr(self, name)
-            for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
-            if getattr(self, name) is not None
-        }
+        sizes = self.subset("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
         return RegViTConfig.from_preset(
             self.preset,
-            num_register_tokens=self.num_register_tokens,
             image_size=self.global_crop_size,
-            patch_size=self.patch_size,
-            layerscale_value=self.layerscale_value,
-            register_init_std=self.register_init_std,
-            drop_path_rate=self.drop_path_rate,
-            drop_path_mode=self.drop_path_mode,
             use_mask_token=True,
-            **overrides,
+            **self.subset("num_register_tokens", "patch_size", "layerscale_value", "register_init_std"),
+            **self.subset("drop_path_rate", "drop_path_mode"),
+            **{name: value for name, value in sizes.items() if value is not None},
         )
-
-    def resolved(self) -> dict[str, Any]:
-        """Return all pretraining arguments and the non-default arguments of Trainer, as plain values for YAML."""
-        own = set(PretrainingArguments.__annotations__)
-        recipe = {}
-        for item in dataclasses.fields(self):
-            if not item.init or item.name == "hub_token":  # the recipe is written to files, so it must hold no token
-                continue
-            value = getattr(self, item.name)
-            default = item.default if item.default is not dataclasses.MISSING else None
-            value, default = getattr(value, "value", value), getattr(default, "value", default)
-            if item.name in own or (value != default and isinstance(value, bool | int | float | str | list)):
-                recipe[item.name] = value
-        return recipe

@@ -18,6 +18,7 @@ from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..figures.curves import read_metrics
 from ..training.callbacks import MetricsFile
+from ..training.distributed import from_first
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +155,7 @@ SMALLEST_RANK = 1.2
 # Registers with the default initial spread of 0.02 reach a cosine of 0.89 in these 60 steps and exceed 0.95 in 400;
 # identical registers have a cosine of 1 to the last digit.
 SAME_REGISTERS = 0.999
+PATIENCE = 3  # consecutive log lines for which a rule must hold
 
 # Name, values that the rule reads, rule, and a flag to check it from the first line on. An untrained network also has
 # uniform targets, so the other rules wait for the end of the learning-rate warm-up.
@@ -175,22 +177,14 @@ class CollapseAlarms(TrainerCallback):
         recipe: Settings of the run that the rules read.
         first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
             warm-up.
-        patience: Number of consecutive lines for which a rule must hold.
         stop: Whether an alarm stops the run.
         metrics: Metrics file that alarms are written to.
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        *,
-        first_step: int | None = None,
-        patience: int = 3,
-        stop: bool = False,
-        metrics: MetricsFile | None = None,
+        self, recipe: Recipe, *, first_step: int | None = None, stop: bool = False, metrics: MetricsFile | None = None
     ) -> None:
-        self.recipe, self.first_step, self.patience = recipe, first_step, patience
-        self.stop, self.metrics = stop, metrics
+        self.recipe, self.first_step, self.stop, self.metrics = recipe, first_step, stop, metrics
         self.raised: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
 
@@ -202,14 +196,7 @@ class CollapseAlarms(TrainerCallback):
             lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Check one log line; a line without the values of a rule does not affect its count."""
         for name, keys, rule, at_once in RULES:
             if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):
@@ -217,14 +204,10 @@ class CollapseAlarms(TrainerCallback):
             asked = at_once or state.global_step >= (self.first_step or 0)
             message = rule(logs or {}, self.recipe) if asked else None
             self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if message else 0
-            if message and self._in_a_row[name] >= self.patience:
+            if message and self._in_a_row[name] >= PATIENCE:
                 self.record(Alarm(name, state.global_step, message), state)
-        stop = self.stop and bool(self.raised)
-        if self.stop and args.world_size > 1:
-            from accelerate.utils import broadcast_object_list
-
-            stop = broadcast_object_list([stop])[0]  # measurements may differ between processes in the last digit
-        if stop:
+        # Measurements may differ between processes in the last digit.
+        if self.stop and from_first(bool(self.raised)):
             control.should_training_stop = True
 
     def record(self, alarm: Alarm, state: TrainerState) -> None:

@@ -26,10 +26,11 @@ from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError, ImageLimits, open_image
 from ..data.source import ImageRecord, ImageSource
 from ..data.tables import ImageStream, StreamRecord
-from .samplers import _REPLACEMENTS, StreamSampler, stream_sample_id
+from ..training.samplers import REPLACEMENTS, StreamSampler, first_usable, stream_sample_id
 
 logger = logging.getLogger(__name__)
-_REPLACEMENT_TRIES = 100
+
+_MIN_PATCHES, _MIN_ASPECT = 4, 0.3  # smallest rectangle of a block mask: area in patches, height / width
 
 
 class _SingleThreadedDataset:
@@ -58,28 +59,23 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         source: Images.
         multi_crop: Augmentation.
         seed: Random seed of the run.
-        cache_bytes: Memory for decoded images, in bytes per process. Images that do not fit are decoded again.
         bad_images: Record of images that cannot be used. Each is replaced by another one, drawn from (seed, epoch,
             index), with the crop parameters of the original. Default: the first bad image raises an error.
+
+    Attributes:
+        cache_bytes: Memory for decoded images, in bytes per process. Images that do not fit are decoded again.
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        multi_crop: MultiCrop,
-        *,
-        seed: int,
-        cache_bytes: int = 256 * 2**20,
-        bad_images: BadImages | None = None,
+        self, source: ImageSource, multi_crop: MultiCrop, *, seed: int, bad_images: BadImages | None = None
     ) -> None:
         super().__init__()
-        self.source, self.multi_crop, self.seed, self.cache_bytes = source, multi_crop, seed, cache_bytes
-        self.bad_images = bad_images
+        self.source, self.multi_crop, self.seed, self.bad_images = source, multi_crop, seed, bad_images
         if bad_images is not None:
             for problem in source.problems:
                 bad_images.note(problem)
         self._cache: dict[int, Image.Image] = {}
-        self._cached_bytes = 0
+        self.cache_bytes, self._cached_bytes = 256 * 2**20, 0
 
     def __len__(self) -> int:
         return len(self.source)
@@ -95,20 +91,8 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         """Return image `index` or, if it is bad, the first good one of a sequence set by (seed, epoch, index)."""
         if self.bad_images is None:
             return self._image(index)
-        others = np.random.default_rng([self.seed, epoch, index, _REPLACEMENTS])
-        for _ in range(_REPLACEMENT_TRIES):
-            try:
-                image = self._image(index)
-            except BadImageError as error:
-                self.bad_images.bad(error, epoch=epoch, index=index)
-                index = int(others.integers(len(self)))
-            else:
-                self.bad_images.good(index)
-                return image
-        raise TooManyBadImagesError(
-            f"{_REPLACEMENT_TRIES} randomly drawn images of '{self.source.name}' in a row cannot be used. "
-            "Inspect the data with `regvit data-check`."
-        )
+        key, bad = (epoch, index), self.bad_images
+        return first_usable(self._image, key, seed=self.seed, count=len(self), bad_images=bad)[1]
 
     def _image(self, index: int) -> Image.Image:
         image = self._cache.get(index)
@@ -132,8 +116,7 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         multi_crop: Augmentation.
         seed: Random seed of the run.
         weights: Probability of each stream. Default: the streams are read one after another.
-        limits: Limits that images must satisfy.
-        bad_images: Record of images that do not. Default: the first bad image raises an error.
+        bad_images: Record of images that cannot be used. Default: the first bad image raises an error.
     """
 
     def __init__(
@@ -143,12 +126,11 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         *,
         seed: int,
         weights: Sequence[float] | None = None,
-        limits: ImageLimits | None = None,
         bad_images: BadImages | None = None,
     ) -> None:
         super().__init__()
         self.streams, self.multi_crop, self.seed, self.weights = list(streams), multi_crop, seed, weights
-        self.limits, self.bad_images = limits or ImageLimits(), bad_images
+        self.bad_images = bad_images
 
     def sampler(self, *, rank: int = 0, world_size: int = 1) -> StreamSampler:
         """Create the sampler that reads the streams for one process, and log how a run can be resumed."""
@@ -157,17 +139,10 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
                 "Streaming %d shards of %s. A resumed run reads them again from the beginning to the position where "
                 "it stopped, without decoding, and then has exactly the images of the uninterrupted run, for any "
                 "number of workers. This does not hold for another number of processes or if shards have changed.",
-                sum(stream.num_shards for stream in self.streams),
-                ", ".join(stream.name for stream in self.streams),
-            )
-        return StreamSampler(
-            self.streams,
-            seed=self.seed,
-            weights=self.weights,
-            rank=rank,
-            world_size=world_size,
-            bad_images=self.bad_images,
-        )
+                sum(stream.num_shards for stream in self.streams), ", ".join(stream.name for stream in self.streams),
+            )  # fmt: skip
+        options: Any = {"seed": self.seed, "weights": self.weights, "bad_images": self.bad_images}
+        return StreamSampler(self.streams, rank=rank, world_size=world_size, **options)
 
     def first_records(self, wanted: int, *, shards: int = 8) -> Iterator[ImageRecord]:
         """Yield the images to show during a run: the first good ones of evenly spaced shards, always the same.
@@ -210,7 +185,7 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
                         f"None of the {len(keys)} images of a batch can be used; one of them is '{record.id}'. "
                         "Inspect the data with `regvit data-check`."
                     )
-                rng = np.random.default_rng([self.seed, epoch, sample_id, _REPLACEMENTS])
+                rng = np.random.default_rng([self.seed, epoch, sample_id, REPLACEMENTS])
                 image = good[int(rng.integers(len(good)))]
             crops = self.multi_crop(image, seed=self.seed, epoch=epoch, sample_id=sample_id)
             items.append({**crops, "sample_id": sample_id, "epoch": epoch})
@@ -231,19 +206,13 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         if record.data is None:
             return BadImageError(record.id, "the cell is empty", "empty")
         try:
-            return open_image(record.data, name=record.id, limits=self.limits)
+            return open_image(record.data, name=record.id, limits=ImageLimits())
         except BadImageError as error:
             return error
 
 
 def block_mask(
-    grid: tuple[int, int],
-    num_masked: int,
-    rng: random.Random,
-    *,
-    min_patches: int = 4,
-    max_patches: int | None = None,
-    min_aspect: float = 0.3,
+    grid: tuple[int, int], num_masked: int, rng: random.Random, *, max_patches: int | None = None
 ) -> np.ndarray:
     """Mask a patch grid with random rectangles until `num_masked` patches are hidden, or slightly fewer.
 
@@ -252,10 +221,8 @@ def block_mask(
         num_masked: Number of patches to hide. The result never has more, and usually 0 to 2 fewer, because the search
             ends after ten failed tries.
         rng: Random number generator.
-        min_patches: Smallest area drawn for a rectangle, in patches.
         max_patches: Largest number of patches that one rectangle may add. Default: half of the grid as dinov2
             computes it.
-        min_aspect: Smallest height / width of a rectangle; the largest is its inverse.
 
     Returns:
         (rows, columns) bool, True = hidden from the student.
@@ -264,13 +231,13 @@ def block_mask(
     """
     rows, columns = grid
     max_patches = (rows // 2) * columns if max_patches is None else max_patches
-    log_aspect = (math.log(min_aspect), math.log(1 / min_aspect))
+    log_aspect = (math.log(_MIN_ASPECT), math.log(1 / _MIN_ASPECT))
     mask = np.zeros(grid, dtype=bool)
     count = 0
     while count < num_masked:
         cap = min(num_masked - count, max_patches)
         for _ in range(10):
-            area = rng.uniform(min_patches, cap)
+            area = rng.uniform(_MIN_PATCHES, cap)
             aspect = math.exp(rng.uniform(*log_aspect))
             height, width = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
             if height >= rows or width >= columns:
@@ -362,13 +329,8 @@ class DinoCollator:
         num_crops, batch_size = global_crops.shape[:2]
         entropy = [self.seed, samples[0]["epoch"], *(sample["sample_id"] for sample in samples)]
         rng = random.Random(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-        drawn = batch_masks(
-            self.grid,
-            num_crops * batch_size,
-            rng,
-            mask_ratio=self.mask_ratio,
-            mask_probability=self.mask_probability,
-        )
+        ratios: Any = {"mask_ratio": self.mask_ratio, "mask_probability": self.mask_probability}
+        drawn = batch_masks(self.grid, num_crops * batch_size, rng, **ratios)
         masks = torch.from_numpy(drawn).view(num_crops, batch_size, -1)  # (2, B, N)
         mask_indices, mask_weights = masked_positions(masks)
         return {

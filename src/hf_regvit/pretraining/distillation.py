@@ -238,9 +238,13 @@ class SelfDistillation(nn.Module):
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone for standalone use; if FSDP2 has sharded it, a gathered copy (a collective)."""
+        """Return the teacher backbone to read tokens from; a copy if it is compiled or sharded (then a collective).
+
+        Hooks inside compiled blocks are not called.
+        """
         teacher = self.teacher_backbone
-        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
+        if not is_sharded and all(layer._compiled_call_impl is None for layer in teacher.layers):
             return teacher
         whole = RegViTModel(teacher.config).eval()
         whole.to(device=next(teacher.parameters()).device)

@@ -18,14 +18,12 @@ import torch.distributed.nn.functional
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def _num_processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+from ..training.distributed import num_processes
 
 
 def _all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Tensor:
     """Reduce `tensor` in place over all processes; return it unchanged if there is only one."""
-    if _num_processes() > 1:
+    if num_processes() > 1:
         dist.all_reduce(tensor, op=op)
     return tensor
 
@@ -41,93 +39,6 @@ def _check_temperature(name: str, value: float) -> None:
             f"{name} is {value}; expected a temperature above 0. "
             "Usual values are 0.1 for the student and 0.04 to 0.07 for the teacher."
         )
-
-
-def _row_cross_entropy(student_logits: Tensor, target_sum: Tensor, num_targets: int, temperature: float) -> Tensor:
-    """Compute the cross-entropy of each row, summed over its targets.
-
-    `-sum_k t_k log_softmax(s)_k = logsumexp(s) - sum_k t_k s_k` because every target sums to 1. In this form, neither
-    the log-softmax nor a product of target and logit is stored, and several targets of a row need only one pass,
-    because only their sum enters.
-
-    Args:
-        student_logits: Logits `(..., K)`.
-        target_sum: Sum `(..., K)` of `num_targets` probability vectors, broadcastable to the logits.
-        num_targets: Number of probability vectors in the sum.
-        temperature: Student temperature.
-
-    Returns:
-        Cross-entropies `(...)` in nats.
-    """
-    scaled = _float32(student_logits) / temperature
-    dot = torch.einsum("...k,...k->...", scaled, _float32(target_sum))
-    return num_targets * torch.logsumexp(scaled, dim=-1) - dot
-
-
-def dino_loss(student_logits: Tensor, teacher_probs: Tensor, *, student_temperature: float = 0.1) -> Tensor:
-    """Compute the cross-entropy between every student crop and every teacher crop, summed over the pairs.
-
-    The caller divides by the number of terms: local and global crops share one divisor (`2 * num_local_crops + 2`, 18
-    in the official recipe).
-
-    Args:
-        student_logits: Head outputs `(S, B, K)` of S student crops of B images.
-        teacher_probs: Target probabilities `(T, B, K)` of T teacher crops of the same images; each row sums to 1.
-            They are constants: no gradient flows into them.
-        student_temperature: Temperature that divides the student logits.
-
-    Returns:
-        Scalar in nats: the sum over all S * T pairs of the mean over the B images.
-
-    Raises:
-        ValueError: If shapes do not match, or the temperature is not positive.
-    """
-    _check_temperature("student_temperature", student_temperature)
-    if student_logits.ndim != 3 or teacher_probs.ndim != 3 or student_logits.shape[1:] != teacher_probs.shape[1:]:
-        raise ValueError(
-            f"Student logits have shape {tuple(student_logits.shape)} and teacher probabilities have shape "
-            f"{tuple(teacher_probs.shape)}; expected (S, B, K) and (T, B, K) with the same images and prototypes."
-        )
-    target_sum = teacher_probs.detach().sum(dim=0)
-    per_image = _row_cross_entropy(student_logits, target_sum, teacher_probs.shape[0], student_temperature)
-    return per_image.mean(dim=1).sum()
-
-
-def ibot_loss(
-    student_logits: Tensor,
-    teacher_probs: Tensor,
-    mask_weights: Tensor,
-    *,
-    num_crops: int,
-    student_temperature: float = 0.1,
-) -> Tensor:
-    """Compute the cross-entropy at the masked patches between the student, which saw the mask token, and the teacher.
-
-    Args:
-        student_logits: Head outputs `(M, K)` at the masked positions. M = 0 gives 0, still attached to the graph.
-        teacher_probs: Target probabilities `(M, K)` for the same crops and positions; constants.
-        mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
-        num_crops: Number of global crops in the batch, masked or not. The official denominator also counts unmasked
-            crops, so the term has about half of its nominal weight if half of the crops are masked.
-        student_temperature: Temperature that divides the student logits.
-
-    Returns:
-        Scalar in nats: `sum_j w_j H(t_j, s_j) / num_crops`.
-
-    Raises:
-        ValueError: If shapes do not match, `num_crops` is below 1, or the temperature is not positive.
-    """
-    _check_temperature("student_temperature", student_temperature)
-    if student_logits.shape != teacher_probs.shape or mask_weights.shape != student_logits.shape[:1]:
-        raise ValueError(
-            f"Student logits have shape {tuple(student_logits.shape)}, teacher probabilities "
-            f"{tuple(teacher_probs.shape)} and mask weights {tuple(mask_weights.shape)}; "
-            "expected (M, K), (M, K) and (M,) for the same M masked patches."
-        )
-    if num_crops < 1:
-        raise ValueError(f"num_crops is {num_crops}; expected the number of global crops in the batch, at least 1.")
-    per_patch = _row_cross_entropy(student_logits, teacher_probs.detach(), 1, student_temperature)
-    return (per_patch * mask_weights).sum() / num_crops
 
 
 class _PrototypeCrossEntropy(torch.autograd.Function):
@@ -198,8 +109,8 @@ def prototype_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Compute a weighted sum of cross-entropies without storing all logits `features @ prototypes.T` at once.
 
-    Equals `dino_loss` and `ibot_loss` on those logits, in float32, with less memory: for 65,536 prototypes, the logits
-    and their gradients are the largest tensors of a training step.
+    This is the DINO and the iBOT loss, in float32: for 65,536 prototypes, the logits and their gradients would be the
+    largest tensors of a training step.
 
     Args:
         features: Bottleneck outputs `(n, d)` of a head, unit length. n may be 0.
@@ -276,7 +187,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(_float32(features), dim=-1, eps=eps)
         others, offset = unit, 0
-        if gathered and _num_processes() > 1:
+        if gathered and num_processes() > 1:
             others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
             offset = dist.get_rank() * unit.shape[0]
         if not 1 <= neighbours < others.shape[0]:

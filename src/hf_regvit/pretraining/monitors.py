@@ -7,13 +7,12 @@ from different steps of a run are comparable.
 Shape letters: n images, D width.
 """
 
-import contextlib
 import copy
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,8 +21,8 @@ from torch import Tensor, nn
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
-from ..data.loading import load_images, stream_images
-from ..data.source import ImageRecord, MissingSplitError
+from ..data.parts import open_parts, open_streams
+from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
@@ -32,6 +31,7 @@ from ..models.modeling_regvit import RegViTModel
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
+from .arguments import PretrainingArguments
 from .crops import MultiCropStream
 from .distillation import SelfDistillation
 
@@ -42,17 +42,11 @@ SNAPSHOT_IMAGES = 32  # images for the artifact statistics, which use all of the
 
 # Keys of `artifact_snapshot` and the corresponding names in the log.
 _ARTIFACTS = {
-    "outlier_share": "outlier_share",
-    "layer": "outlier_layer",
-    "separation": "outlier_separation",
-    "norm_median": "patch_norm",
-    "norm_max": "patch_norm_max",
-    "register_norm": "register_norm",
-    "register_cosine": "register_cosine",
-    "attention_registers": "cls_to_register_attention",
-    "attention_entropy": "cls_attention_entropy",
-    "effective_rank": "patch_effective_rank",
-}
+    "outlier_share": "outlier_share", "layer": "outlier_layer", "separation": "outlier_separation",
+    "norm_median": "patch_norm", "norm_max": "patch_norm_max", "register_norm": "register_norm",
+    "register_cosine": "register_cosine", "attention_registers": "cls_to_register_attention",
+    "attention_entropy": "cls_attention_entropy", "effective_rank": "patch_effective_rank",
+}  # fmt: skip
 
 
 @torch.no_grad()
@@ -173,9 +167,7 @@ class Panels(Observer):
         return {}
 
 
-def observers(
-    args: Any, dataset: Any, *, image_processor: Any, folder: str | Path, image_size: int, panel_size: int
-) -> list[Observer]:
+def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any) -> list[Observer]:
     """Create the observers of a run from its arguments: monitor, panels, k-NN accuracy.
 
     Monitor and panels read 64 and 8 images spread over the training data. k-NN reads the labeled validation split or,
@@ -183,17 +175,14 @@ def observers(
     are skipped.
 
     Args:
-        args: Arguments of the run: `monitor_steps`, `panel_steps`, `knn_steps`, `knn_max_images`, `linear_probe` and
-            `data`.
+        args: Arguments of the run.
         dataset: Dataset of training crops. If it has no `source` of whole images, crops of the first epoch are used;
             for streams, the first images of some shards.
         image_processor: Image processor that the backbone is saved with, used for k-NN.
-        folder: Run folder.
-        image_size: Side of the images of the monitor in pixels.
-        panel_size: Side of the images in the panels in pixels.
     """
     found: list[Observer] = []
-    small, large = default_image_processor(image_size), default_image_processor(panel_size)
+    small = default_image_processor(args.global_crop_size)
+    large = default_image_processor(args.panel_size or args.global_crop_size)
     # Only one image is decoded at a time: 64 images of 12 megapixels would take two gigabytes.
     looks = [(_cropped(one, small), _cropped(one, large)) for one in _training_images(dataset, 64)]
     if len(looks) < 2:
@@ -203,7 +192,7 @@ def observers(
             found.append(Monitor(_normalized([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
-            panels = Path(folder) / "panels"
+            panels = Path(str(args.output_dir)) / "panels"
             found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
@@ -221,7 +210,7 @@ def _training_images(dataset: Any, wanted: int) -> Iterator[Image.Image]:
     if hasattr(source, "__getitem__"):
         yield from (record.image for record in _readable(source, wanted))
     elif hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-        yield from (_picture(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
+        yield from (_image_of(dataset[(0, index)]["global_crops"][0]) for index in _spread(len(dataset), wanted))
     elif isinstance(dataset, MultiCropStream):
         yield from (record.image for record in dataset.first_records(wanted))
 
@@ -234,7 +223,7 @@ def _readable(source: Any, wanted: int) -> Iterator[ImageRecord]:
             logger.info("The monitors skip an image: %s", error)
 
 
-def _picture(crop: Tensor) -> Image.Image:
+def _image_of(crop: Tensor) -> Image.Image:
     """Convert a crop (3, S, S), uint8 or normalized with ImageNet statistics, to a PIL image."""
     if crop.is_floating_point():
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -242,9 +231,9 @@ def _picture(crop: Tensor) -> Image.Image:
     return Image.fromarray(crop.permute(1, 2, 0).contiguous().numpy())
 
 
-def _cropped(picture: Image.Image, processor: Any) -> Image.Image:
+def _cropped(image: Image.Image, processor: Any) -> Image.Image:
     """Return an image after the resizing and cropping of a processor."""
-    return _picture(processor(images=[picture], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
+    return _image_of(processor(images=[image], do_rescale=False, do_normalize=False)["pixel_values"][0].byte())
 
 
 def _normalized(shown: Sequence[Image.Image], processor: Any) -> Tensor:
@@ -258,50 +247,46 @@ _Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 
 class _Parts(NamedTuple):
     neighbours: list[_Labeled]
-    judged: list[_Labeled]
+    heldout: list[_Labeled]
     is_held_out: bool
 
 
 def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
-    train: Any = getattr(dataset, "source", None)
-    is_held_out = True
-    if not getattr(train, "labels", None):
+    source: Any = getattr(dataset, "source", None)
+    if not getattr(source, "labels", None):
         return None
+    columns = {"image_column": args.image_column, "label_column": args.label_column}
     try:
-        heldout = load_images(
-            args.data, split="validation", image_column=args.image_column, label_column=args.label_column
-        )
-    except MissingSplitError:
-        neighbours, judged = stratified_split(train.labels, held_out_share=0.25, seed=args.seed)
-        train, heldout, is_held_out = train.subset(neighbours), train.subset(judged), False
-    if not heldout.labels or heldout.label_names != train.label_names:
+        parts = open_parts(args.data, train=source, kind="images", heldout_share=0.25, seed=args.seed, options=columns)
+    except ValueError as error:
+        logger.info("k-NN accuracy is disabled: %s", error)
+        return None
+    heldout = cast(ImageSource, parts.heldout)
+    if not heldout.labels or heldout.label_names != source.label_names:
         logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
         return None
-    wanted = args.knn_max_images
-    return _Parts(cropped(_readable(train, wanted * 3 // 4)), cropped(_readable(heldout, wanted // 4)), is_held_out)
+    return _Parts(
+        cropped(_readable(parts.train, args.knn_max_images * 3 // 4)),
+        cropped(_readable(heldout, args.knn_max_images // 4)),
+        not parts.held_out_from_train,
+    )
 
 
 def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    columns = {"image_column": args.image_column, "label_column": args.label_column}
-    heldout = []
-    for one in args.data:
-        with contextlib.suppress(MissingSplitError):
-            heldout.append(stream_images(one, split="validation", **columns))
+    _, heldout = open_streams(args.data, image_column=args.image_column, label_column=args.label_column)
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
         logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
         return None
     wanted, shards = args.knn_max_images, 32
     if heldout:
-        judged = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
-        return _Parts(
-            cropped(dataset.first_records(wanted * 3 // 4, shards=shards)),
-            cropped(judged.first_records(wanted // 4, shards=shards)),
-            is_held_out=True,
-        )
+        test = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
+        counts = ((dataset, wanted * 3 // 4), (test, wanted // 4))
+        train, held = (cropped(one.first_records(count, shards=shards)) for one, count in counts)
+        return _Parts(train, held, is_held_out=True)
     train = cropped(dataset.first_records(wanted, shards=shards))
     first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
     return _Parts([train[index] for index in first], [train[index] for index in second], is_held_out=False)
@@ -371,10 +356,8 @@ class OnlineKNN(Observer):
         is_held_out: bool = True,
     ) -> None:
         super().__init__(every_steps, at_least=200, at_most=5000)
-        for images, labels, name in (
-            (train_images, train_labels, "training"),
-            (heldout_images, heldout_labels, "held-out"),
-        ):
+        pairs = (("training", train_images, train_labels), ("held-out", heldout_images, heldout_labels))
+        for name, images, labels in pairs:
             if len(images) != len(labels):
                 raise ValueError(
                     f"{len(images)} {name} images have {len(labels)} labels; expected one label per image."
@@ -384,21 +367,11 @@ class OnlineKNN(Observer):
         self.image_processor, self.k, self.linear_probe = image_processor, tuple(k), linear_probe
         self.is_held_out = is_held_out
 
-    def accuracy(self, backbone: nn.Module) -> dict[int, float]:
-        """Return the accuracy in [0, 1] of a backbone in eval mode, by number of neighbors."""
-        train, heldout = self._features(backbone)
-        return knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
-
-    def _features(self, backbone: nn.Module) -> tuple[Tensor, Tensor]:
-        train, heldout = (
-            backbone_features(backbone, images, image_processor=self.image_processor)
-            for images in (self.train_images, self.heldout_images)
-        )
-        return train, heldout
-
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Return `eval_knn_K` for every number of neighbors K, and `eval_linear` if enabled."""
-        train, heldout = self._features(model.whole_teacher_backbone())
+        backbone, processor = model.whole_teacher_backbone(), self.image_processor
+        train = backbone_features(backbone, self.train_images, image_processor=processor)
+        heldout = backbone_features(backbone, self.heldout_images, image_processor=processor)
         if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
             return {}  # FiniteGuard is about to stop the run, with a better message than a probe could give
         accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
@@ -419,7 +392,7 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
     if parts is None:
         return None
-    if not (parts.neighbours and parts.judged):
+    if not (parts.neighbours and parts.heldout):
         logger.info(
             "k-NN accuracy is disabled: there are too few usable labeled images (--knn_max_images %d).",
             args.knn_max_images,
@@ -434,7 +407,7 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     processor.do_resize = processor.do_center_crop = False
     return OnlineKNN(
         *zip(*parts.neighbours, strict=True),
-        *zip(*parts.judged, strict=True),
+        *zip(*parts.heldout, strict=True),
         image_processor=processor,
         every_steps=args.knn_steps,
         k=(min(10, len(parts.neighbours)),),

@@ -10,37 +10,41 @@ Registers" (2024) for the registers, which take part in attention in every block
 
 import copy
 import dataclasses
-import json
 import logging
 import math
 import time
-from collections.abc import Sequence, Sized
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback, set_seed
 
 from ..data.augmentation import MultiCrop
+from ..data.bad_images import BadImages
+from ..data.loading import load_images, stream_images
 from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
-from ..models.loading import BACKBONE
+from ..models.loading import BACKBONE, TRAINING
 from ..models.modeling_regvit import RegViTModel
+from ..models.processing import default_image_processor
+from ..models.saving import read_json, whole_folder, write_json
 from ..training.callbacks import MetricsFile, Observer
-from ..training.distributed import _whole_state
+from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
-from ..training.run_folder import RunRecord, run_environment, write_json
+from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
+from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
 from .collapse import Alarm, CollapseAlarms, CollapseError, Recipe
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
 from .monitors import OnlineKNN, observers
 from .starting_point import StartingPoint, restore_training, starting_point
-from .trainer import DinoTrainer, _teacher
+from .trainer import DinoTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -85,9 +89,23 @@ def pretrain(
         ValueError: If arguments contradict each other, or there are fewer images than one step needs.
         NonFiniteError: If a loss or gradient is NaN or infinite.
         CollapseError: If a collapse alarm is raised and `args.stop_on_collapse` is set.
+        RunFolderInUseError: If another run uses `output_dir`.
+        TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint has been saved.
     """
-    from ..models.processing import default_image_processor
+    with run_lock(args):
+        trainer, alarms = _build_trainer(args, model, train_dataset, data_collator, image_processor, callbacks)
+        _train(trainer, alarms)
+        return _write_folder(trainer)
 
+
+def _build_trainer(
+    args: PretrainingArguments,
+    model: RegViTConfig | RegViTModel | None,
+    train_dataset: Dataset | None,
+    data_collator: Any,
+    image_processor: Any,
+    callbacks: Sequence[TrainerCallback],
+) -> tuple[DinoTrainer, CollapseAlarms]:
     set_seed(args.seed)
     start = _starting_point(args, model)
     network = _build_network(args, start.student if start else model)
@@ -96,17 +114,10 @@ def pretrain(
     config = network.student_backbone.config
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
-    if isinstance(train_dataset, MultiCropStream):
-        if args.max_steps <= 0:
-            raise ValueError(
-                f"max_steps is {args.max_steps}, but a stream has no length, so epochs cannot end the run. Set "
-                "--max_steps to at least 1."
-            )
-    elif (num_images := len(cast(Sized, train_dataset))) < args.images_per_step:
+    if isinstance(train_dataset, MultiCropStream) and args.max_steps <= 0:
         raise ValueError(
-            f"There are {num_images} images for steps of {args.images_per_step}; expected at least one full step per "
-            "epoch. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer processes, or add "
-            "images (--data accepts several sources)."
+            f"max_steps is {args.max_steps}, but a stream has no length, so epochs cannot end the run. Set "
+            "--max_steps to at least 1."
         )
     if data_collator is None:
         data_collator = _build_collator(args, config, args.global_crop_size)
@@ -115,15 +126,8 @@ def pretrain(
         size = args.evaluation_size
         last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
         image_processor = default_image_processor(size or last, resize=size)
-    output = Path(cast(str, args.output_dir))  # Trainer sets a default if it was not given
-    watching = observers(
-        args,
-        train_dataset,
-        image_processor=image_processor,
-        folder=output,
-        image_size=args.global_crop_size,
-        panel_size=args.panel_size or args.global_crop_size,
-    )
+    output = Path(str(args.output_dir))
+    watching = observers(args, train_dataset, image_processor=image_processor)
     metrics = MetricsFile(output / "metrics.jsonl")
     alarms = CollapseAlarms(_recipe_of(args, config), stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
@@ -135,15 +139,23 @@ def pretrain(
         callbacks=[RunRecord(output, args.resolved()), *callbacks, *watching, metrics, alarms],
         image_processor=image_processor,
     )
-    _train(trainer, alarms)
-    state = _whole_state(network)
-    backbone = _teacher(config, state)
+    return trainer, alarms
+
+
+def _write_folder(trainer: DinoTrainer) -> RegViTModel:
+    """Write teacher, training state and card of a finished run, push the teacher and return it."""
+    args, output = trainer.args, Path(str(trainer.args.output_dir))
+    state = whole_state(trainer.model)
+    backbone = trainer.hub_model(state)
     if trainer.is_world_process_zero():
-        backbone.save_pretrained(output / "backbone")
-        image_processor.save_pretrained(output / "backbone")
-        _save_training_state(state, output / "training")
-        report = json.loads((output / "report.json").read_text())
-        facts = pretraining_facts(public_recipe(args.resolved()), report, run_environment(args))
+        with whole_folder(output / BACKBONE) as folder:
+            backbone.save_pretrained(folder)
+            trainer.hub_processor().save_pretrained(folder)
+        with whole_folder(output / TRAINING) as folder:
+            _save_training_state(state, folder)
+        facts = pretraining_facts(
+            public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)
+        )
         write_card_file(output / BACKBONE, parameters=backbone.num_parameters(), **trainer.hub_names(), **facts)
         trainer.push_result(output / BACKBONE)
     return backbone
@@ -156,12 +168,8 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
         raise ValueError(f"Got both init_from='{args.init_from}' and a model; expected only one. Remove one of them.")
     start = starting_point(
         args.init_from,
-        num_register_tokens=args.num_register_tokens,
         image_size=args.global_crop_size,
-        register_init_std=args.register_init_std,
-        drop_path_rate=args.drop_path_rate,
-        drop_path_mode=args.drop_path_mode,
-        seed=args.seed,
+        **args.subset("num_register_tokens", "register_init_std", "drop_path_rate", "drop_path_mode", "seed"),
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
@@ -173,12 +181,10 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
 def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[str]:
     """Return the backbone options that were given but differ from the backbone to start from."""
     names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
-    defaults = {item.name: item.default for item in dataclasses.fields(args)}
-    given = {name: getattr(args, name) for name in (*names, "layerscale_value")}
     return [
         f"{name} {value} (it has {getattr(config, name)})"
-        for name, value in given.items()
-        if value != defaults[name] and value != getattr(config, name)
+        for name, value in args.subset(*names, "layerscale_value").items()
+        if value not in (getattr(PretrainingArguments, name), getattr(config, name))
     ]
 
 
@@ -186,10 +192,9 @@ def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
     return Recipe(
         num_prototypes=args.head_num_prototypes,
         images=args.per_device_train_batch_size,
-        num_local_crops=args.num_local_crops,
-        dino_loss_weight=args.dino_loss_weight,
         num_register_tokens=config.num_register_tokens,
         width=config.hidden_size,
+        **args.subset("num_local_crops", "dino_loss_weight"),
     )
 
 
@@ -210,7 +215,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     except NonFiniteError as error:
         alarms.record(Alarm("not_finite", trainer.state.global_step, str(error)), trainer.state)
         stopped = error
-    output = Path(cast(str, trainer.args.output_dir))
+    output = Path(str(trainer.args.output_dir))
     if trainer.is_world_process_zero():
         report = _report(trainer, since_start=time.perf_counter() - started)
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
@@ -245,24 +250,14 @@ def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel
         logger.warning(
             "head_num_prototypes=%d is %.0f times the %d global crops of a micro-batch. Small runs need a ratio of at "
             "most 32; set, for example, head_num_prototypes=%d.",
-            shape.num_prototypes,
-            ratio,
-            shape.num_prototypes // ratio,
-            16 * shape.num_prototypes // ratio,
-        )
+            shape.num_prototypes, ratio, shape.num_prototypes // ratio, 16 * shape.num_prototypes // ratio,
+        )  # fmt: skip
     return SelfDistillation(
         backbone,
         dino_head=shape,
         ibot_head=ibot_shape if args.separate_ibot_head else None,
-        centering=args.centering,
-        center_momentum=args.center_momentum,
-        student_temperature=args.student_temperature,
-        dino_loss_weight=args.dino_loss_weight,
-        ibot_loss_weight=args.ibot_loss_weight,
-        koleo_loss_weight=args.koleo_loss_weight,
-        koleo_gathered=args.koleo_gathered,
-        koleo_neighbours=args.koleo_neighbours,
-        gram_loss_weight=args.gram_loss_weight,
+        **args.subset("centering", "center_momentum", "student_temperature", "dino_loss_weight", "ibot_loss_weight"),
+        **args.subset("koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight"),
     )
 
 
@@ -274,12 +269,9 @@ def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
 
 def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Build the dataset of multi-crop views of `args.data`."""
-    from ..data.bad_images import BadImages
-    from ..data.loading import load_images, stream_images
-
     multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
-    record = Path(cast(str, args.output_dir)) / "bad_images.jsonl"
+    record = Path(str(args.output_dir)) / BAD_IMAGES
     if args.process_index == 0 and not args.resume_from_checkpoint:
         record.unlink(missing_ok=True)  # left by an earlier run, whose images may have been repaired since
     if args.streaming:
@@ -294,16 +286,15 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
 def _build_multi_crop(
     args: PretrainingArguments, config: RegViTConfig, global_size: int, local_size: int
 ) -> MultiCrop:
-    same_name = ["num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"]
-    same_name += ["grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"]
-    same_name += ["flip_probability", "share_jitter", "locals_from_globals"]
     return MultiCrop(
         global_size=global_size,
         local_size=local_size,
         global_scale=args.global_crop_scale,
         local_scale=args.local_crop_scale,
         patch_size=math.lcm(*config.patch_shape),
-        **{name: getattr(args, name) for name in same_name},
+        **args.subset("num_local_crops", "jitter_probability", "brightness", "contrast", "saturation", "hue"),
+        **args.subset("grayscale_probability", "blur", "blur_kernel_size", "blur_sigma", "solarize_probability"),
+        **args.subset("flip_probability", "share_jitter", "locals_from_globals"),
     )
 
 
@@ -329,14 +320,10 @@ def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset
 
 def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:
     """Save student, teacher heads and centers, one file each, for continued pretraining."""
-    folder.mkdir(parents=True, exist_ok=True)
+    teacher = {name.removeprefix("teacher."): state[name] for name in state if name.startswith("teacher.")}
     parts = {
         "student": {name.removeprefix("student."): state[name] for name in state if name.startswith("student.")},
-        "teacher_heads": {
-            name.removeprefix("teacher."): state[name]
-            for name in state
-            if name.startswith("teacher.") and "_head." in name
-        },
+        "teacher_heads": {name: tensor for name, tensor in teacher.items() if "_head." in name},
         "centers": {name: state[name] for name in state if "_center." in name},
     }
     for name, tensors in parts.items():
@@ -349,36 +336,26 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
     watching = sum(item.seconds for item in trainer.callback_handler.callbacks if isinstance(item, Observer))
     history = trainer.state.log_history
     losses = [entry for entry in history if "loss" in entry]
-    judges = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
+    probes = [item for item in trainer.callback_handler.callbacks if isinstance(item, OnlineKNN)]
     return {
         "steps": trainer.state.global_step,
         "images_seen": trainer.state.global_step * trainer.args.images_per_step,
         # A stream has no length; there, Trainer counts the fraction of the run instead.
-        "epochs": None
-        if isinstance(trainer.train_dataset, IterableDataset | MultiCropStream)
-        else trainer.state.epoch,
+        "epochs": trainer.state.epoch if isinstance(trainer.sampler, EpochSampler) else None,
         "seconds": trainer.seconds,
         "monitor_share": watching / max(since_start, 1e-9),
         "peak_memory_mib": peak_memory_mib(),
         "parameters": {
             name: sum(p.numel() for p in part.parameters()) for name, part in trainer.model.student.items()
         },
-        "final": losses[-1] if losses else {},
+        "final": {key: value for key, value in losses[-1].items() if math.isfinite(value)} if losses else {},
         "knn": [
-            {
-                key: value
-                for key, value in entry.items()
-                if key.startswith(("eval_knn", "eval_linear")) or key == "step"
-            }
+            {key: value for key, value in entry.items() if key.startswith(("eval_knn", "eval_linear", "step"))}
             for entry in history
             if any(key.startswith("eval_knn") for key in entry)
         ],
         "knn_images": [
-            {
-                "fitted_on": len(judge.train_images),
-                "judged": len(judge.heldout_images),
-                "held_out": judge.is_held_out,
-            }
-            for judge in judges
+            {"fitted_on": len(knn.train_images), "judged": len(knn.heldout_images), "held_out": knn.is_held_out}
+            for knn in probes
         ],
     }

@@ -3,56 +3,14 @@
 Every time-dependent number is a pure function of the optimizer step, so that resuming needs no extra state.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..training.parameter_groups import ParameterRule
-
-# ---- Schedules ---------------------------------------------------------------------------------------------------
-
-
-def cosine_schedule(
-    step: int,
-    *,
-    base: float,
-    final: float,
-    total_steps: int,
-    warmup_steps: int = 0,
-    warmup_start: float = 0.0,
-    freeze_steps: int = 0,
-) -> float:
-    """Return the value of a schedule: zeros, then a linear warm-up, then half a cosine period.
-
-    The warm-up includes both ends, so its last value is already `base`, and the cosine starts at `base` again. The
-    cosine is close to `final` at `total_steps - 1` and exactly `final` from `total_steps` on.
-
-    Args:
-        step: 0-based optimizer step.
-        base: Value at the end of the warm-up.
-        final: Value at and after the end.
-        total_steps: Length of the whole schedule in steps.
-        warmup_steps: Number of steps from `warmup_start` to `base`.
-        warmup_start: First value of the warm-up.
-        freeze_steps: Number of initial steps with the value 0.
-
-    Returns:
-        The value at `step`.
-
-    Source: released DINOv2 training code (`CosineScheduler`).
-    """
-    if step >= total_steps:
-        return final
-    if step < freeze_steps:
-        return 0.0
-    step -= freeze_steps
-    if step < warmup_steps:
-        return warmup_start + (base - warmup_start) * step / max(warmup_steps - 1, 1)
-    step -= warmup_steps
-    return final + 0.5 * (base - final) * (1 + math.cos(math.pi * step / (total_steps - warmup_steps - freeze_steps)))
+from ..evaluation.schedules import cosine_schedule
+from ..training.parameter_groups import ParameterRule, group_parameters
 
 
 class StepValues(NamedTuple):
@@ -127,13 +85,13 @@ def parameter_groups(student: nn.Module, rules: dict[str, ParameterRule]) -> lis
         Groups with `params`, `lr`, `weight_decay`, `is_backbone` and the fields of `ParameterRule`. `lr` and
         `weight_decay` are 0 until `set_rates` sets them before every step.
     """
-    groups: dict[tuple[ParameterRule, bool], dict[str, Any]] = {}
+    entries = []
     for name, parameter in student.named_parameters():
         if parameter.requires_grad:
             rule, is_backbone = rules[name], name.startswith("backbone.")
-            new = {"params": [], "lr": 0.0, "weight_decay": 0.0, "is_backbone": is_backbone, **rule._asdict()}
-            groups.setdefault((rule, is_backbone), new)["params"].append(parameter)
-    return list(groups.values())
+            settings = {"lr": 0.0, "weight_decay": 0.0, "is_backbone": is_backbone, **rule._asdict()}
+            entries.append(((rule, is_backbone), parameter, settings))
+    return group_parameters(entries)
 
 
 def set_rates(optimizer: torch.optim.Optimizer, values: StepValues, *, freeze_backbone: bool = False) -> None:

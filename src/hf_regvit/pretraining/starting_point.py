@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -82,32 +81,17 @@ def starting_point(
         _load_part(student, load_file(training / "student.safetensors"), "backbone.", str(training))
     changes: list[str] = []
     for backbone in [student] if student is teacher else [student, teacher]:
-        changes = _prepare(
-            backbone,
-            num_register_tokens=num_register_tokens,
-            image_size=image_size,
-            register_init_std=register_init_std,
-            seed=seed,
-        )
+        config, changes = backbone.config, []
+        if not config.num_register_tokens and num_register_tokens:
+            config.register_init_std = register_init_std
+            backbone.resize_register_tokens(num_register_tokens, seed=seed)
+            changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
+        elif config.num_register_tokens != num_register_tokens:
+            changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is ignored.")
+        changes += fit_positions(backbone, image_size, option="global_crop_size")
     if training is None:
         changes.append("The heads are new; use --freeze_backbone_steps to freeze the backbone until they are trained.")
     return StartingPoint(student, teacher, training, tuple(changes))
-
-
-@torch.no_grad()
-def _prepare(
-    backbone: RegViTModel, *, num_register_tokens: int, image_size: int, register_init_std: float, seed: int
-) -> list[str]:
-    """Add registers if there are none, resample positions to the training grid, and describe the changes."""
-    config = backbone.config
-    changes: list[str] = []
-    if not config.num_register_tokens and num_register_tokens:
-        config.register_init_std = register_init_std
-        backbone.resize_register_tokens(num_register_tokens, seed=seed)
-        changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
-    elif config.num_register_tokens != num_register_tokens:
-        changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is ignored.")
-    return changes + fit_positions(backbone, image_size, option="global_crop_size")
 
 
 def restore_training(network: SelfDistillation, start: StartingPoint) -> None:

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import TrainerCallback
@@ -49,15 +49,11 @@ class Observer(TrainerCallback):
         self._seconds_told = 0.0
         self._measured: dict[str, float] = {}
 
-    def take(self) -> dict[str, float]:
-        """Return the measurements since the last call."""
-        measured, self._measured = self._measured, {}
-        return measured
-
-    def take_seconds(self) -> float:
-        """Return the seconds spent on measurements since the last call."""
-        seconds, self._seconds_told = self.seconds - self._seconds_told, self.seconds
-        return seconds
+    def take(self) -> tuple[dict[str, float], float]:
+        """Return the measurements since the last call, and the seconds that they took."""
+        taken = self._measured, self.seconds - self._seconds_told
+        self._measured, self._seconds_told = {}, self.seconds
+        return taken
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Return the measurements for a `SelfDistillation` by name; implemented by subclasses."""
@@ -91,11 +87,15 @@ class Observer(TrainerCallback):
 
 
 class TrainingProgress(ProgressCallback):
-    """Progress bar of Trainer with loss and images per second added, and without printed dictionaries."""
+    """Progress bar of Trainer with loss, speed and accuracy added, and without printed dictionaries.
 
-    def __init__(self) -> None:
+    Args:
+        metric: Metric of an evaluation to show, without "eval_".
+    """
+
+    def __init__(self, metric: str | None = None) -> None:
         super().__init__()
-        self._shown: dict[str, str] = {}
+        self.metric, self._shown = metric, cast(dict[str, str], {})
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step at which the run starts."""
@@ -105,26 +105,19 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
-        shown = {"loss": "{:.3f}", "images_per_second": "{:.0f}"}
-        names = {"images_per_second": "images/s"}
-        values = {names.get(key, key): text.format(logs[key]) for key, text in shown.items() if key in logs}
-        values |= {
-            key.removeprefix("eval_"): f"{logs[key]:.1%}"
-            for key in logs
-            if key.startswith(("eval_knn", "eval_linear"))
-        }
-        self._shown |= values
+        for key, value in logs.items():
+            name = key.removeprefix("eval_")
+            if key.startswith(("eval_knn", "eval_linear")):
+                self._shown[name] = f"{value:.1%}"
+            elif key == f"eval_{self.metric}":
+                self._shown[name] = f"{value:.4f}"
+            elif key in ("loss", "images_per_second"):
+                shown = f"{value:.3f}" if key == "loss" else f"{value:.0f}"
+                self._shown["loss" if key == "loss" else "images/s"] = shown
         self.training_bar.set_postfix(self._shown)
 
 
@@ -149,14 +142,7 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in lines if line["step"] <= state.global_step]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
-    def on_log(
-        self,
-        args: Any,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
         """Write one log line."""
         if state.is_world_process_zero and logs:
             self.append({"step": state.global_step, **logs})

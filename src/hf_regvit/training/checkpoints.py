@@ -1,16 +1,46 @@
-"""Checkpoint folders of a run: list, verify, publish whole, rotate."""
+"""Atomic and verified checkpoints, a clean stop at a signal, and resuming from the newest valid checkpoint.
 
+A checkpoint is written into a hidden folder next to its destination; `manifest.json`, with size and sha256 of every
+other file, is written last; then everything is flushed and the folder is renamed. A run that is killed in between
+leaves the hidden folder, which is never read and which the next run removes. Resuming uses the newest folder whose
+files all match the manifest.
+
+Single-process, DDP and FSDP2 runs (with full state dicts) write the same files, so a run can be resumed with another
+number of processes and another kind of parallelism. The run folder must be on a file system that all processes share.
+"""
+
+import contextlib
+import errno
 import logging
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any, cast
 
+import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..models.manifest import MANIFEST, CheckpointIncompleteError, _flush, verify_checkpoint, write_manifest
-from ..models.modeling_regvit import CheckpointCorruptError
+from ..models.manifest import (
+    MANIFEST,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    CheckpointIncompleteError,
+    _flush,
+    verify_checkpoint,
+    write_manifest,
+)  # fmt: skip
+from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
+from ..models.saving import apply_umask, read_json, write_json
+from .distributed import from_first, num_processes
+from .pushing import PushingTrainer
+from .signals import StopSignals, TrainingInterrupted, WorkerDeaths
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder inside the run folder in which a checkpoint is assembled
@@ -69,6 +99,7 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def publish_checkpoint(staged: Path, final: Path) -> None:
     """Move a finished folder to its final name in one step, and replace a folder that already has that name."""
+    apply_umask(staged)
     write_manifest(staged)
     old = staged.with_name(f"{final.name}.replaced")
     if final.exists():
@@ -103,3 +134,318 @@ def _is_write_error(error: BaseException) -> bool:
     return isinstance(error, CheckpointException) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("inline_container", "file write"))
     )
+
+
+# ---- Trainer -----------------------------------------------------------------------------------------------------
+
+
+class CheckpointedTrainer(PushingTrainer):
+    """`transformers.Trainer` with atomic, verified checkpoints and a clean stop at a signal.
+
+    A checkpoint that cannot be written, for example on a full disk, is removed and reported, and training continues.
+    Subclasses define in `resume_state` and `check_resume_state` which settings a resumed run must match.
+    """
+
+    # Trainer declares wider types, for cases that do not occur here.
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.failed_saves = 0
+        self.signals = StopSignals()
+        self.worker_deaths = WorkerDeaths()
+        self._staging: Path | None = None
+        self._write_error: BaseException | None = None
+        super().__init__(*args, **kwargs)
+        self.add_callback(self.signals)
+        if self.args.fsdp and not self.is_fsdp_enabled:
+            raise ValueError(
+                f"fsdp is set, but accelerate does not shard on {self.args.device.type} with "
+                f"{self.accelerator.distributed_type}; expected several accelerators. Remove fsdp; several CPU "
+                "processes then train with DDP."
+            )
+
+    @property
+    def is_hurried(self) -> bool:
+        """True if a signal has stopped the run, after which the machine may disappear within half a minute."""
+        return self.signals.stopped_by is not None
+
+    # Settings that a resumed run must match.
+
+    def resume_state(self) -> dict[str, Any]:
+        """Return the JSON content that is saved with the weights for `check_resume_state` of a later run."""
+        return {}
+
+    def check_resume_state(self, saved: dict[str, Any]) -> None:
+        """Check the output of `resume_state` before the checkpoint is loaded; raise an error to reject it."""
+
+    # Starting and stopping.
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> Any:
+        """Train, optionally from a verified checkpoint.
+
+        Args:
+            resume_from_checkpoint: Checkpoint folder, or True or `"last"` for the newest valid checkpoint in
+                `output_dir`. If there is none, `"last"` starts a new run.
+            trial: Trial, as in `transformers.Trainer.train`.
+            ignore_keys_for_eval: Keys, as in `transformers.Trainer.train`.
+
+        Raises:
+            CheckpointCorruptError: If the given folder fails verification.
+            CheckpointIncompleteError: If there are only checkpoints without optimizer (`save_only_model`).
+            ValueError: If `resume_from_checkpoint` is True and there is no checkpoint.
+            TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint is saved.
+        """
+        folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        if folder is not None:
+            logger.info("Resuming from %s.", folder)
+            saved = folder / RESUME_STATE
+            self.check_resume_state(read_json(saved) if saved.is_file() else {})
+        try:
+            with self.signals.listening():
+                path = None if folder is None else str(folder)
+                result = super().train(path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+        except RuntimeError as error:
+            if num_processes() > 1:
+                error.add_note(
+                    f"Process {self.args.process_index} of {self.args.world_size} failed at step "
+                    f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
+                    "with resume_from_checkpoint=last."
+                )
+            raise
+        finally:
+            self.worker_deaths.stop()
+        if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
+            message = (
+                f"The run was stopped by {self.signals.stopped_by} after step {self.state.global_step} of "
+                f"{self.state.max_steps}. Continue with resume_from_checkpoint=last."
+            )
+            logger.warning("%s", message)
+            raise TrainingInterrupted(message, code=self.signals.exit_code)
+        return result
+
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """Initialize the state; a finished run that a scheduler has queued again makes no further step."""
+        start = super()._init_training_state(max_steps, *args, **kwargs)
+        if not self._is_through(max_steps):
+            return start
+        logger.info("%d of %d steps are done. There is nothing left to train.", self.state.global_step, max_steps)
+        return 2 * sys.maxsize, 0  # beyond the last epoch (sys.maxsize for a stream), so that the loop does not start
+
+    def _is_through(self, max_steps: int) -> bool:
+        return 0 < max_steps <= self.state.global_step
+
+    def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
+        """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
+        answer: Path | CheckpointCorruptError | None = None
+        run = Path(cast(str, self.args.output_dir))
+        if self.is_world_process_zero():
+            shutil.rmtree(run / STAGING, ignore_errors=True)
+            if wanted:
+                try:
+                    if wanted is True or wanted == "last":
+                        answer = newest_checkpoint(run)
+                    else:
+                        answer = Path(wanted)
+                        _check_is_checkpoint(answer)
+                        verify_checkpoint(answer)
+                except CheckpointCorruptError as error:
+                    answer = error
+            elif (old := list_checkpoints(run)) and self.state.global_step == 0:
+                logger.warning(
+                    "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
+                    "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
+                    run, old[-1].name,
+                )  # fmt: skip
+        answer = from_first(answer)
+        if isinstance(answer, CheckpointCorruptError):
+            raise answer
+        if answer is None and wanted is True:
+            raise ValueError(
+                f"There is no checkpoint in {run}, but resume_from_checkpoint is True. Remove it, or set it to 'last'."
+            )
+        if answer is None and wanted and self.is_world_process_zero():
+            logger.info("There is no checkpoint in %s yet, so the run starts at its first step.", run)
+        return answer
+
+    # Saving.
+
+    def _agree(self, good: bool) -> bool:
+        """Return True if `good` is True on all processes."""
+        if num_processes() == 1:
+            return good
+        flag = torch.tensor([int(good)], device=self.args.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+        return bool(flag.item())
+
+    @contextlib.contextmanager
+    def _noting_write_errors(self) -> Iterator[None]:
+        """Store the first write error of a checkpoint for later, as other processes may be waiting in a collective."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            if self._staging is None or not _is_write_error(error):
+                raise
+            self._write_error = self._write_error or error
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        run = Path(super()._get_output_dir(trial))
+        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self._write_error = None
+        self._staging = run / STAGING
+        try:
+            with self._noting_write_errors():
+                if self.args.should_save:
+                    shutil.rmtree(self._staging, ignore_errors=True)
+                    self._staging.mkdir(parents=True)
+                    self._check_free_space(model)
+            if self._agree(self._write_error is None):
+                with self._noting_write_errors():
+                    super()._save_checkpoint(model, trial)
+            if self._agree(self._write_error is None) and self.args.should_save:
+                with self._noting_write_errors():
+                    self._finish_checkpoint(self._staging / final.name, final)
+            good = self._agree(self._write_error is None)
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+        finally:
+            self._staging = None
+        if not good:
+            self.failed_saves += 1
+            logger.error(
+                "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
+                "checkpoint is %s. Free some space in %s.",
+                self.state.global_step, self._write_error or "the reason is in the log of another process",
+                max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime), run,
+            )  # fmt: skip
+        elif self.args.should_save:
+            self.push_checkpoint(final)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(run, self.args.save_total_limit, keep=[final, *([Path(best)] if best else [])])
+
+    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+            self.state.save_to_json(str(staged / STATE))
+        write_json(staged / RESUME_STATE, self.resume_state())
+        publish_checkpoint(staged, final)
+
+    def _check_free_space(self, model: nn.Module) -> None:
+        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
+        free = shutil.disk_usage(cast(Path, self._staging)).free
+        if free < needed:
+            raise OSError(
+                errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"
+            )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        with self._noting_write_errors():
+            super()._save(output_dir, state_dict)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._noting_write_errors():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with self._noting_write_errors():
+            super()._save_rng_state(output_dir)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self._shards_with_full_state:
+            with self._noting_write_errors():
+                super()._save_optimizer_and_scheduler(output_dir)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)  # by name, on process 0
+        with self._noting_write_errors():
+            if self.args.should_save:
+                torch.save(_by_index(state), Path(output_dir, OPTIMIZER))
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
+
+    # Loading.
+
+    @property
+    def _shards_with_full_state(self) -> bool:
+        if not self.is_fsdp_enabled:
+            return False
+        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not self._shards_with_full_state:
+            try:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+            except RuntimeError as error:
+                if "size mismatch" not in str(error):
+                    raise
+                first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
+                raise CheckpointError(
+                    f"{resume_from_checkpoint} holds another model: {first} Resume with the recipe that it was "
+                    "written with; the log lists the changes."
+                ) from error
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        tensors: dict[str, Any] = {}
+        if self.is_world_process_zero():
+            tensors.update(load_file(Path(resume_from_checkpoint, WEIGHTS)))
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_model_state_dict(self.model if model is None else model, tensors, options=options)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not self._shards_with_full_state:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
+
+        state = {}
+        if self.is_world_process_zero():
+            loaded = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True)
+            names = {parameter: name for name, parameter in self.model.named_parameters()}
+            order = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
+            state = _by_name(loaded, order)
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raise an error for missing or unexpected tensors, which Trainer would only log."""
+        if load_result.missing_keys or load_result.unexpected_keys:
+            raise CheckpointError(
+                f"The checkpoint has missing tensors {load_result.missing_keys} and unexpected tensors "
+                f"{load_result.unexpected_keys}; expected exactly those of the trained model. Resume with the recipe "
+                "that it was written with."
+            )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and add the number of checkpoints that could not be written, if any."""
+        if self.failed_saves:
+            logs["failed_checkpoints"] = self.failed_saves
+        super().log(logs, start_time)
+
+
+def _by_index(state: dict[str, Any]) -> dict[str, Any]:
+    """Convert an optimizer state from parameter names to the indices of a single-process `state_dict()`."""
+    if not state:
+        return state
+    order = [name for group in state["param_groups"] for name in group["params"]]
+    index = {name: position for position, name in enumerate(order)}
+    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {index[name]: value for name, value in state["state"].items()}, "param_groups": groups}
+
+
+def _by_name(state: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
+    """Invert `_by_index`, given the parameter names in the order of the optimizer."""
+    groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
+    return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}

@@ -7,16 +7,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-# ---- Several processes -------------------------------------------------------------------------------------------
 
-
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Return the number of processes of the run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _from_first(value: Any) -> Any:
+def from_first(value: Any) -> Any:
     """Return the value of process 0 on every process."""
-    if _num_processes() == 1:
+    if num_processes() == 1:
         return value
     box = [value]
     dist.broadcast_object_list(box, src=0)
@@ -28,12 +27,9 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole_state(trained: nn.Module) -> dict[str, Tensor]:
+def whole_state(trained: nn.Module) -> dict[str, Tensor]:
     """Return every tensor on the CPU of every process, gathered if FSDP2 has sharded it."""
     return {name: full_tensor(tensor.detach()).cpu().contiguous() for name, tensor in trained.state_dict().items()}
-
-
-# ---- Several processes -------------------------------------------------------------------------------------------
 
 
 class _SumOverProcesses(torch.autograd.Function):

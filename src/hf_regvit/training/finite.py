@@ -1,7 +1,6 @@
 """Detect values that are not finite, record the batch, replay it; describe running out of memory."""
 
 import base64
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ..models.saving import read_json, write_json
+from .checkpoints import list_checkpoints
 from .distributed import full_tensor
 
 
@@ -122,7 +123,9 @@ class FiniteGuard(TrainerCallback):
                 {
                     "sample_ids": None if batch.sample_ids is None else batch.sample_ids.tolist(),
                     "epochs": None if batch.epochs is None else batch.epochs.tolist(),
-                    "images": self._names_of(batch),
+                    "images": [str(self.names[i]) for i in batch.sample_ids.tolist()]
+                    if self.names and batch.sample_ids is not None
+                    else [],
                     "terms": {name: _number(value) for name, value in batch.outputs.items()},
                 }
                 for batch in self._batches
@@ -133,11 +136,6 @@ class FiniteGuard(TrainerCallback):
             },
         }
 
-    def _names_of(self, batch: _MicroBatch) -> list[str]:
-        if not self.names or batch.sample_ids is None:
-            return []
-        return [str(self.names[index]) for index in batch.sample_ids.tolist()]
-
     def _write(self, state: TrainerState, records: list[dict[str, Any]], *, in_loss: bool, model: nn.Module) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         content = {
@@ -147,7 +145,7 @@ class FiniteGuard(TrainerCallback):
             "teacher_temperature": getattr(model, "teacher_temperature", None),
             "processes": records,
         }
-        (self.folder / "nan_batch.json").write_text(json.dumps(content, indent=1) + "\n")
+        write_json(self.folder / "nan_batch.json", content)
         tensors = model.state_dict()
         if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # shards cannot be replayed
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -175,9 +173,8 @@ class FiniteGuard(TrainerCallback):
             what = f"The loss is {batch['terms']['loss']} at step {state.global_step}{rank} ({terms})"
         else:
             what = f"The loss is finite at step {state.global_step}, but its gradient is not (norms: {norms})"
-        saved = [path for path in self.folder.glob("checkpoint-*") if path.name.split("-")[1].isdigit()]
-        newest = max(saved, key=lambda path: int(path.name.split("-")[1]), default=None)
-        resume = f"Resume from {newest.name}" if newest else "There is no checkpoint yet (--save_steps). Start again"
+        saved = list_checkpoints(self.folder)
+        resume = f"Resume from {saved[-1].name}" if saved else "There is no checkpoint yet (--save_steps). Start again"
         lower = f"--learning_rate {args.learning_rate / 2:.3g} (now {args.learning_rate:.3g})"
         precision = " or --bf16 True instead of --fp16" if args.fp16 else " or in float32" if args.bf16 else ""
         clip = " or --max_grad_norm 3" if not args.max_grad_norm else ""
@@ -212,7 +209,7 @@ def replay_nan_batch(
         ValueError: If the batches have no sample ids.
     """
     folder = Path(folder)
-    capture = json.loads((folder / "nan_batch.json").read_text())
+    capture = read_json(folder / "nan_batch.json")
     process = capture["processes"][0]
     network.load_state_dict(load_file(folder / "nan_batch.safetensors"))
     network.teacher_temperature = capture["teacher_temperature"]

@@ -1,9 +1,9 @@
 """Learning-rate and weight-decay rules for the parameters of a vision transformer."""
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Hashable, Iterable
+from typing import Any, NamedTuple
 
-# ---- Parameter groups --------------------------------------------------------------------------------------------
+from torch import nn
 
 
 class ParameterRule(NamedTuple):
@@ -68,3 +68,11 @@ def parameter_rules(
         undecayed = name.endswith((".bias", ".lambda1")) or "norm" in name
         rules[name] = ParameterRule(lr_multiplier, 0.0 if undecayed else 1.0, ".last_layer." in name)
     return rules
+
+
+def group_parameters(entries: Iterable[tuple[Hashable, nn.Parameter, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return optimizer groups from (key, parameter, settings): one per key, in the order of their first parameters."""
+    groups: dict[Hashable, dict[str, Any]] = {}
+    for key, parameter, settings in entries:
+        groups.setdefault(key, {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())

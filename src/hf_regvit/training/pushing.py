@@ -6,7 +6,6 @@ with everything that loading needs. A failed push is retried; failures are repor
 """
 
 import copy
-import json
 import logging
 import os
 import shutil
@@ -23,6 +22,7 @@ from transformers.trainer_utils import HubStrategy
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
+from ..models.saving import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -246,9 +246,9 @@ def _link_checkpoint(checkpoint: Path, target: Path) -> list[str]:
             continue
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         if name == MANIFEST:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             content["files"].pop(TRAINING_ARGS, None)
-            (target / name).write_text(json.dumps(content, indent=2) + "\n")
+            write_json(target / name, content)
         else:
             try:
                 os.link(path, target / name)

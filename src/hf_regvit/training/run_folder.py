@@ -1,14 +1,21 @@
-"""Folder of a pretraining run: starting points of continued pretraining, and output files.
+"""Folder of a run: its lock, its recipe and its environment.
 
-- `backbone/`: EMA teacher for `AutoModel.from_pretrained`, image processor, model card.
-- `training/`: student, teacher heads and centers as safetensors, for continued pretraining (`--init_from`).
-- `panels/`: PCA and attention of fixed images during the run; `curves.png`: learning curves.
-- `metrics.jsonl`, `report.json`, `resolved_recipe.yaml`, `environment.json`, and checkpoints.
+A pretraining run leaves `backbone/` (EMA teacher for `AutoModel.from_pretrained`, image processor, model card),
+`training/` (student, teacher heads and centers, for `--init_from`), `panels/`, `curves.png` and `report.json`; a
+fine-tuning run leaves the model itself and `metrics.json`. Both leave `metrics.jsonl`, `resolved_recipe.yaml`,
+`environment.json` and checkpoints.
 """
 
+import contextlib
+import hashlib
 import json
+import logging
+import os
 import platform
-from collections.abc import Mapping
+import socket
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +24,130 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
+from ..models.saving import write_json
+from .distributed import from_first
+
+logger = logging.getLogger(__name__)
+
+LOCK, BAD_IMAGES = "run.lock", "bad_images.jsonl"
+# A run on another machine renews its lock every half minute, so a lock that is this old belongs to no run.
+_RENEW_SECONDS, _STALE_SECONDS = 30.0, 600.0
+
+
+class RunFolderInUseError(RuntimeError):
+    """Refusal to start a run in the folder of another run that has not ended."""
+
+
+# ---- Lock --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def run_lock(args: TrainingArguments) -> Iterator[None]:
+    """Keep other runs out of the run folder inside the block, and remove the lock at every exit.
+
+    Process 0 writes `run.lock` with its process id, machine and start time. A lock whose process has ended, or on
+    another machine has not renewed it for ten minutes, is replaced.
+
+    Raises:
+        RunFolderInUseError: Another run uses the folder; raised on every process.
+    """
+    folder = Path(str(args.output_dir))
+    is_new, problem = not folder.exists(), None
+    if args.process_index == 0:
+        try:
+            _take_lock(folder / LOCK)
+        except (OSError, RunFolderInUseError) as error:
+            problem = error
+    if (problem := from_first(problem)) is not None:
+        raise problem
+    try:
+        yield
+    finally:
+        if args.process_index == 0:
+            (folder / LOCK).unlink(missing_ok=True)
+            if is_new:
+                with contextlib.suppress(OSError):  # not empty: the run has left something
+                    folder.rmdir()
+
+
+def _take_lock(path: Path) -> None:
+    import psutil
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    own = {
+        "process": os.getpid(),
+        "machine": socket.gethostname(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "process_started": psutil.Process().create_time(),
+        "process_namespace": _process_namespace(),
+    }
+    while True:
+        try:
+            with path.open("x") as file:
+                file.write(json.dumps(own) + "\n")
+            return
+        except FileExistsError:
+            text = _text_of(path)
+        if text is None:  # released meanwhile
+            continue
+        holder = _holder(text)
+        who = f"process {holder.get('process')} on {holder.get('machine')}, started {holder.get('started')}"
+        if _is_running(holder, path):
+            raise RunFolderInUseError(
+                f"'{path.parent}' is in use by {who}. Two runs in one folder would mix their checkpoints. Wait for "
+                f"that run, or set another output_dir. If it has ended, delete '{path}'."
+            )
+        logger.warning("The run of %s has ended without removing '%s', which is replaced.", who, path)
+        aside = path.with_name(f"{path.name}.{os.getpid()}.stale")
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            path.rename(aside)
+            if _text_of(aside) != text:  # and has taken the lock already
+                aside.rename(path)
+            aside.unlink(missing_ok=True)
+
+
+def _text_of(path: Path) -> str | None:
+    try:
+        return path.read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
+def _holder(text: str) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        content = json.loads(text)
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def _process_namespace() -> str | None:
+    """Return the name of the process namespace; containers may share a host name, but not their process ids."""
+    with contextlib.suppress(OSError):
+        return str(Path("/proc/self/ns/pid").readlink())
+    return None
+
+
+def _is_running(holder: Mapping[str, Any], path: Path) -> bool:
+    import psutil
+
+    if (holder.get("machine"), holder.get("process_namespace")) != (socket.gethostname(), _process_namespace()):
+        with contextlib.suppress(FileNotFoundError):
+            return time.time() - path.stat().st_mtime < _STALE_SECONDS
+        return False
+    try:
+        process = psutil.Process(holder["process"])
+        same = abs(process.create_time() - holder["process_started"]) < 5  # or the id was given to another process
+        return same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 # ---- Output files ------------------------------------------------------------------------------------------------
 
 
 class RunRecord(TrainerCallback):
-    """Write `resolved_recipe.yaml` and `environment.json` when training starts.
+    """Write `resolved_recipe.yaml` and `environment.json` when training starts, and renew the lock of the folder.
 
     They are not written earlier, because a rejected attempt to resume must not overwrite the files of the run.
 
@@ -31,7 +157,7 @@ class RunRecord(TrainerCallback):
     """
 
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any]) -> None:
-        self.folder, self.recipe = Path(folder), dict(recipe)
+        self.folder, self.recipe, self._renewed = Path(folder), dict(recipe), 0.0
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write both files."""
@@ -40,10 +166,19 @@ class RunRecord(TrainerCallback):
             (self.folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
             write_json(self.folder / "environment.json", run_environment(args))
 
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Renew the lock, at most twice a minute."""
+        if state.is_world_process_zero and time.monotonic() - self._renewed > _RENEW_SECONDS:
+            self._renewed = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self.folder / LOCK)
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a dictionary as indented JSON."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    on_prediction_step = on_step_end
+
+
+def names_digest(names: Iterable[object]) -> str:
+    """Return the sha256 of image names in their order."""
+    return hashlib.sha256("\0".join(map(str, names)).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def package_versions() -> dict[str, str]:

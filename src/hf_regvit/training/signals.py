@@ -1,6 +1,7 @@
 """Stop signals and dead data workers during training."""
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -15,17 +16,26 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from .distributed import _num_processes
+from .distributed import num_processes
 
 # ERESTART on Linux, "interrupted call should be restarted": the job did not fail but must be queued again.
 REQUEUE_EXIT_CODE = 85
+INTERRUPTED_EXIT_CODE = 128 + signal.SIGINT  # as of a program that Ctrl-C ends
+
+# Signals that stop a run and how messages name them; a later one wins if processes receive different ones.
+_STOPS = {"SIGUSR1": "SIGUSR1", "SIGTERM": "SIGTERM", "SIGINT": "Ctrl-C"}
+# torchrun passes on the SIGINT that the terminal has already sent to every process.
+_SAME_INTERRUPT_SECONDS = 2.0
 
 
 class TrainingInterrupted(SystemExit):
-    """Stop by a signal after a checkpoint was saved; the run can be resumed. If uncaught, the exit code is 85."""
+    """Stop by a signal after a checkpoint was saved; the run can be resumed.
 
-    def __init__(self, message: str) -> None:
-        super().__init__(REQUEUE_EXIT_CODE)
+    If uncaught, the exit code is 85 (queue again), or 130 after Ctrl-C.
+    """
+
+    def __init__(self, message: str, *, code: int = REQUEUE_EXIT_CODE) -> None:
+        super().__init__(code)
         self.message = message
 
     def __str__(self) -> str:
@@ -33,18 +43,29 @@ class TrainingInterrupted(SystemExit):
 
 
 class StopSignals(TrainerCallback):
-    """Save a checkpoint and stop all processes after the current step when SIGTERM or SIGUSR1 arrives.
+    """Save a checkpoint and stop all processes after the current step at SIGTERM, SIGUSR1 or the first Ctrl-C.
 
-    A scheduler may signal one process or all of them, at different steps. Therefore the processes exchange at every
-    step if any of them was signaled. The exchange uses the CPU, so it never waits for an accelerator.
+    The second Ctrl-C stops the process at once. A scheduler may signal one process or all of them, at different steps.
+    Therefore the processes exchange at every step if any of them was signaled. The exchange uses the CPU, so it never
+    waits for an accelerator.
     """
 
     def __init__(self) -> None:
         self.received: str | None = None
         self.stopped_by: str | None = None
+        self.exit_code = REQUEUE_EXIT_CODE
         self._group: Any = None
+        self._tells, self._interrupted_at = True, -float("inf")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            since, self._interrupted_at = time.monotonic() - self._interrupted_at, time.monotonic()
+            if self.received == "SIGINT":
+                if num_processes() > 1 and since < _SAME_INTERRUPT_SECONDS:
+                    return
+                raise KeyboardInterrupt
+            if self._tells:  # a logger may be in the middle of a line
+                os.write(2, b"\nCtrl-C: saving a checkpoint after this step. Press Ctrl-C again to stop at once.\n")
         self.received = signal.Signals(number).name
 
     @contextlib.contextmanager
@@ -53,7 +74,9 @@ class StopSignals(TrainerCallback):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        # A process in the background of a script ignores Ctrl-C, and continues to do so.
+        numbers = [number for name in _STOPS if signal.getsignal(number := signal.Signals[name]) != signal.SIG_IGN]
+        before = {number: signal.signal(number, self._note) for number in numbers}
         try:
             yield
         finally:
@@ -62,19 +85,26 @@ class StopSignals(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Create a CPU process group if the processes only have one for accelerators."""
-        self.stopped_by = None
-        if _num_processes() > 1 and self._group is None:
+        self.stopped_by, self._tells = None, state.is_world_process_zero
+        if num_processes() > 1 and self._group is None:
             self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop on all processes if one of them was signaled."""
-        flag = torch.tensor([{None: 0, "SIGUSR1": 1, "SIGTERM": 2}[self.received]])
-        if _num_processes() > 1:
+        flag = torch.tensor([[None, *_STOPS].index(self.received)])
+        if num_processes() > 1:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         if flag.item():
-            self.stopped_by = ("SIGUSR1", "SIGTERM")[int(flag) - 1]
-            self.received = None
+            name = list(_STOPS)[int(flag) - 1]
+            self.received, self.stopped_by = None, _STOPS[name]
+            self.exit_code = INTERRUPTED_EXIT_CODE if name == "SIGINT" else REQUEUE_EXIT_CODE
             control.should_save = control.should_training_stop = True
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Ignore Ctrl-C and SIGUSR1 in a data worker, so that the main process can finish its step; a `worker_init_fn`."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class WorkerDeaths:

@@ -1,362 +1,372 @@
-"""Atomic and verified checkpoints, a clean stop at a signal, and resuming from the newest valid checkpoint.
+"""What the trainers of pretraining and fine-tuning share: data order, workers, seeds, resuming, speed, errors."""
 
-A checkpoint is written into a hidden folder next to its destination; `manifest.json`, with size and sha256 of every
-other file, is written last; then everything is flushed and the folder is renamed. A run that is killed in between
-leaves the hidden folder, which is never read and which the next run removes. Resuming uses the newest folder whose
-files all match the manifest.
-
-Single-process, DDP and FSDP2 runs (with full state dicts) write the same files, so a run can be resumed with another
-number of processes and another kind of parallelism. The run folder must be on a file system that all processes share.
-"""
-
-import contextlib
-import errno
-import json
+import itertools
 import logging
-import shutil
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerControl, TrainerState
 
-from ..models.manifest import OPTIMIZER, STATE, WEIGHTS, verify_checkpoint
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
-from .checkpoints import (
-    RESUME_STATE,
-    STAGING,
-    _check_is_checkpoint,
-    _is_write_error,
-    list_checkpoints,
-    newest_checkpoint,
-    publish_checkpoint,
-    rotate_checkpoints,
-)
-from .distributed import _from_first, _num_processes
-from .pushing import PushingTrainer
-from .signals import StopSignals, TrainingInterrupted, WorkerDeaths
+from .arguments import RunArguments
+from .callbacks import Observer, TrainingProgress
+from .checkpoints import CheckpointedTrainer
+from .finite import FiniteGuard, out_of_memory, peak_memory_mib
+from .run_folder import package_versions
+from .samplers import EpochSampler, StreamSampler
+from .signals import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 
+# Options of `DataLoader`, in Trainer with the prefix "dataloader_".
+_LOADER_OPTIONS = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context")
 
-# ---- Trainer -----------------------------------------------------------------------------------------------------
 
+class StepSeeds(TrainerCallback):
+    """Callback that seeds the random draws of a step, such as drop path, by (seed, step, process).
 
-class CheckpointedTrainer(PushingTrainer):
-    """`transformers.Trainer` with atomic, verified checkpoints and a clean stop at a signal.
-
-    A checkpoint that cannot be written, for example on a full disk, is removed and reported, and training continues.
-    Subclasses define in `resume_state` and `check_resume_state` which settings a resumed run must match.
+    So they differ between processes, do not depend on draws of observers, and are resumable without stored state.
     """
 
-    # Trainer declares wider types, for cases that do not occur here.
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Seed torch's generators of this process."""
+        entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
+        seed = int(entropy.generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)
+        if args.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.failed_saves = 0
-        self.signals = StopSignals()
-        self.worker_deaths = WorkerDeaths()
-        self._staging: Path | None = None
-        self._write_error: BaseException | None = None
-        super().__init__(*args, **kwargs)
-        self.add_callback(self.signals)
-        if self.args.fsdp and not self.is_fsdp_enabled:
-            raise ValueError(
-                f"fsdp is set, but accelerate does not shard on {self.args.device.type} with "
-                f"{self.accelerator.distributed_type}; expected several accelerators. Remove fsdp; several CPU "
-                "processes then train with DDP."
-            )
 
-    @property
-    def is_hurried(self) -> bool:
-        """True if a signal has stopped the run, after which the machine may disappear within half a minute."""
-        return self.signals.stopped_by is not None
+@dataclass
+class _Batches:
+    """Source of the batches of an epoch: the iterator of Trainer, or its replacement after a worker restart."""
 
-    # Settings that a resumed run must match.
+    of_epoch: Any
+    source: Iterator[dict[str, Tensor]]
+    dataset: Any
+    failed: bool = False
 
-    def resume_state(self) -> dict[str, Any]:
-        """Return the JSON content that is saved with the weights for `check_resume_state` of a later run."""
-        return {}
 
-    def check_resume_state(self, saved: dict[str, Any]) -> None:
-        """Check the output of `resume_state` before the checkpoint is loaded; raise an error to reject it."""
+class RunTrainer(CheckpointedTrainer):
+    """`transformers.Trainer` with a reproducible data order and exact resuming; subclasses define the step.
 
-    # Starting and stopping.
+    Each process reads its portion of one common order of images, which starts at any position. A checkpoint holds the
+    position. On a CPU, a resumed run reproduces the uninterrupted run bit for bit, with any number of workers. The set
+    of images of a step does not depend on the number of processes.
 
-    def train(
+    Args:
+        model: Model to train.
+        args: Options of the run.
+        train_dataset: Training data, indexed by the keys of the sampler.
+        train_collator: Function that makes a training batch from a list of items.
+        sampler: Order of the training images; None leaves the order to Trainer.
+        names: Image names by index; messages show them.
+        rules: Callback that is called first in every step.
+        callbacks: Other callbacks.
+        progress: Progress bar.
+        **options: Other arguments of `transformers.Trainer`.
+
+    Attributes:
+        guard: Check of losses and gradients.
+        fixed_options: Options that a resumed run cannot change, because the checkpoint would hold other tensors.
+
+    Raises:
+        ValueError: If one process has several GPUs (`DataParallel`).
+    """
+
+    args: RunArguments
+    fixed_options: tuple[str, ...] = ()
+
+    def __init__(
         self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
-        """Train, optionally from a verified checkpoint.
+        model: nn.Module,
+        args: RunArguments,
+        *,
+        train_dataset: Dataset,
+        train_collator: Any,
+        sampler: EpochSampler | StreamSampler | None,
+        names: Sequence[object] = (),
+        rules: StepSeeds | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        progress: TrainingProgress | None = None,
+        **options: Any,
+    ) -> None:
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"There are {args.n_gpu} GPUs in one process, so Trainer would use DataParallel, which splits the "
+                "step. Start the run with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one GPU."
+            )
+        self.train_collator, self.sampler, self.names = train_collator, sampler, names
+        # Position of the data, (epoch, images), and optimizer step at which a resumed run starts.
+        self._position: tuple[int, int] | None = None
+        self._first_step = 0
+        self._batches: _Batches | None = None
+        # Time and step at the last log line. The clock starts with the first step, so that setup is not counted.
+        self._window, self._started = (0.0, -1), (0.0, 0)
+        self._waited = self._evaluated = 0.0  # seconds since the last log line
+        # Start time of training, and the training time of the checkpoint that it resumes from.
+        self._began, self._seconds_before = time.perf_counter(), 0.0
+        self.guard = FiniteGuard(str(args.output_dir), names=names)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            callbacks=[rules or StepSeeds(), self.guard, *callbacks],
+            **options,
+        )
+        self.guard.check_gradients = self.accelerator.scaler is None  # a scaler skips overflowing steps itself
+        # Trainer would print raw dictionaries, which the progress bar and the metrics file already cover.
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        if not args.disable_tqdm:
+            self.add_callback(progress or TrainingProgress())
 
-        Args:
-            resume_from_checkpoint: Checkpoint folder, or True or `"last"` for the newest valid checkpoint in
-                `output_dir`. If there is none, `"last"` starts a new run.
-            trial: Trial, as in `transformers.Trainer.train`.
-            ignore_keys_for_eval: Keys, as in `transformers.Trainer.train`.
+    # Data.
+
+    def training_data(self) -> tuple[Dataset, Any]:
+        """Return the data set and the collator of the current step."""
+        return cast(Dataset, self.train_dataset), self.train_collator
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Return a loader of batches in the order of the sampler, distributed over the processes."""
+        if self.sampler is None:
+            return super().get_train_dataloader()
+        return self._data_loader(self.sampler, cast(Dataset, self.train_dataset), self.train_collator)
+
+    def _data_loader(self, sampler: EpochSampler | StreamSampler, dataset: Dataset, collator: Any) -> DataLoader:
+        args = self.args
+        loader = DataLoader(
+            dataset,
+            batch_size=args.per_device_train_batch_size,
+            sampler=sampler,
+            drop_last=True,
+            collate_fn=collator,
+            timeout=args.dataloader_timeout if args.dataloader_num_workers else 0,
+            worker_init_fn=leave_signals_to_parent,
+            **{name: getattr(args, f"dataloader_{name}") for name in _LOADER_OPTIONS},
+        )
+        if isinstance(sampler, StreamSampler):  # already restricted to this process
+            from accelerate.data_loader import prepare_data_loader
+
+            return prepare_data_loader(loader, self.accelerator.device, num_processes=1, put_on_device=True)
+        return self.accelerator.prepare(loader)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the micro-batches of one step; measure the waiting time and restart failed workers once.
 
         Raises:
-            CheckpointCorruptError: If the given folder fails verification.
-            CheckpointIncompleteError: If there are only checkpoints without optimizer (`save_only_model`).
-            ValueError: If `resume_from_checkpoint` is True and there is no checkpoint.
-            TrainingInterrupted: If SIGTERM or SIGUSR1 arrived; a checkpoint is saved.
+            RuntimeError: If a worker hangs or dies a second time. The message names the images that it may have been
+                reading.
         """
-        folder = self._checkpoint_to_resume(resume_from_checkpoint)
-        if folder is not None:
-            logger.info("Resuming from %s.", folder)
-            saved = folder / RESUME_STATE
-            self.check_resume_state(json.loads(saved.read_text()) if saved.is_file() else {})
-        try:
-            with self.signals.listening():
-                path = None if folder is None else str(folder)
-                result = super().train(path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
-        except RuntimeError as error:
-            if _num_processes() > 1:
-                error.add_note(
-                    f"Process {self.args.process_index} of {self.args.world_size} failed at step "
-                    f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
-                    "with resume_from_checkpoint=last."
+        started = time.perf_counter()
+        if self._batches is None or self._batches.of_epoch is not epoch_iterator:
+            self._batches = _Batches(epoch_iterator, epoch_iterator, self.train_dataset)
+        if self.training_data()[0] is not self._batches.dataset:
+            self._restart_workers(self._batches, 0)
+        batches: list[dict[str, Tensor]] = []
+        while len(batches) < num_batches:
+            try:
+                with self.worker_deaths.waiting():
+                    batches.append(next(self._batches.source))
+            except StopIteration:
+                break
+            except RuntimeError as error:
+                if not isinstance(self.sampler, EpochSampler) or "DataLoader" not in str(error):
+                    raise
+                names = ", ".join(self._undelivered_images(len(batches)))
+                if self._batches.failed:
+                    error.add_note(f"This happened twice. One of these images was being read: {names}.")
+                    raise
+                logger.warning("%s Restarting the workers. One of these images was being read: %s.", error, names)
+                self._batches.failed = True
+                self._restart_workers(self._batches, len(batches))
+        self._waited += time.perf_counter() - started
+        return batches, None
+
+    def _restart_workers(self, batches: _Batches, delivered: int) -> None:
+        sampler = self._sampler_after(delivered)
+        batches.dataset, collator = self.training_data()
+        loader = self._data_loader(sampler, batches.dataset, collator)
+        cast(Any, loader).set_epoch(sampler.epoch)  # accelerate's loader would count epochs from 0
+        batches.source = iter(loader)
+
+    def _sampler_after(self, micro_batches: int) -> EpochSampler:
+        """Return a sampler of the current epoch that starts `micro_batches` after the first image not yet used."""
+        images = micro_batches * self.args.per_device_train_batch_size * self.args.world_size
+        return cast(EpochSampler, self.sampler).after(self.state.global_step - self._first_step, images)
+
+    def _undelivered_images(self, micro_batches: int) -> list[str]:
+        """Return the image names of the next two micro-batches, because the loader reads one batch ahead."""
+        count = 2 * self.args.per_device_train_batch_size * self.args.world_size
+        ahead = [key[1] for key in itertools.islice(self._sampler_after(micro_batches), count)]
+        return [str(self.names[index] if self.names else index) for index in ahead]
+
+    # Resuming: settings that must match, and the position to start at.
+
+    def data_facts(self) -> dict[str, Any]:
+        """Return what a resumed run compares of the data, such as the number of images and a hash of their names."""
+        raise NotImplementedError
+
+    def data_position(self) -> tuple[int, int]:
+        """Return the epoch, and the number of its images that have been used."""
+        return cast(EpochSampler, self.sampler).position(self.state.global_step - self._first_step)
+
+    def start_data_at(self, epoch: int, images: int) -> int:
+        """Start the data at a position; return the epoch of the first batch."""
+        sampler = cast(EpochSampler, self.sampler)
+        sampler.start_at(epoch, images)
+        sampler.start_at(*sampler.position(0))  # turns the end of an epoch into the start of the next
+        return sampler.start[0]
+
+    def resume_state(self) -> dict[str, Any]:
+        """Return data position, recipe, images per step, facts on the data, package versions and time so far."""
+        state = {
+            "seconds": self.seconds,
+            "images_per_step": self.args.images_per_step,
+            "recipe": self.args.resolved(),
+            "data": self.data_facts(),
+            "packages": package_versions(),
+        }
+        return state | ({} if self.sampler is None else {"position": self.data_position()})
+
+    def check_resume_state(self, saved: dict[str, Any]) -> None:
+        """Log differences from the run that wrote a checkpoint, and reject those that change its images or tensors.
+
+        Raises:
+            ValueError: If an option of `fixed_options` differs, or the images or their number per step differ without
+                the option that allows it.
+        """
+        now = self.resume_state()
+        for part in ("recipe", "packages"):
+            old, new = saved.get(part, {}), now[part]
+            for name in sorted({*old, *new} - {"output_dir", "resume_from_checkpoint"}):
+                is_now, was = (values.get(name, "the default") for values in (new, old))
+                if is_now != was:
+                    logger.warning("Changed since the checkpoint: %s is %s, was %s.", name, is_now, was)
+        for name in self.fixed_options:
+            if (was := saved.get("recipe", {}).get(name, is_now := now["recipe"][name])) != is_now:
+                raise ValueError(
+                    f"{name} is {is_now}, but the checkpoint was written with {was} and holds other tensors. Restore "
+                    "the old value, or start from the model of the earlier run."
                 )
-            raise
-        finally:
-            self.worker_deaths.stop()
-        if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
-            message = (
-                f"The run was stopped by {self.signals.stopped_by} after step {self.state.global_step} of "
-                f"{self.state.max_steps}. Continue with resume_from_checkpoint=last."
-            )
-            logger.warning("%s", message)
-            raise TrainingInterrupted(message)
-        return result
+        now["data"] = _same_facts(now["data"], saved.get("data", {}))
+        for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
+            if name in saved and saved[name] != now[name] and not getattr(self.args, option):
+                raise ValueError(
+                    f"{name} is {now[name]}, but the checkpoint was written with {saved[name]}. The steps would see "
+                    f"other images than in an uninterrupted run. Restore the old value, or pass --{option}."
+                )
+        self._position = tuple(saved["position"]) if "position" in saved else None
+        self._seconds_before = float(saved.get("seconds", 0.0))
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
+        """Return Trainer's initial values, with enough epochs for a resumed run, which ends by its step count."""
+        epochs, *others = super().set_initial_training_values(args, dataloader)
+        return (epochs + (self._position[0] + 1 if self._position else 0), *others)
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        """Initialize the state; a finished run that a scheduler has queued again makes no further step."""
         start = super()._init_training_state(max_steps, *args, **kwargs)
-        if not self._is_through(max_steps):
+        if self.sampler is None:
             return start
-        logger.info("%d of %d steps are done. There is nothing left to train.", self.state.global_step, max_steps)
-        return 2 * sys.maxsize, 0  # beyond the last epoch (sys.maxsize for a stream), so that the loop does not start
+        if not self._is_through(max_steps):
+            # Fine-tuning of earlier releases saved no position.
+            start = self.start_data_at(*(self._position or self.data_position())), 0
+        self._position, self._first_step = None, self.state.global_step
+        return start
 
-    def _is_through(self, max_steps: int) -> bool:
-        return 0 < max_steps <= self.state.global_step
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        if isinstance(self.sampler, EpochSampler):  # Trainer would count from the step at which the run was resumed
+            epoch, images = self.data_position()
+            self.state.epoch = epoch + images / self.sampler.images_per_epoch
+        super()._maybe_log_save_evaluate(*args, **kwargs)
 
-    def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
-        """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
-        answer: Path | CheckpointCorruptError | None = None
-        run = Path(cast(str, self.args.output_dir))
-        if self.is_world_process_zero():
-            shutil.rmtree(run / STAGING, ignore_errors=True)
-            if wanted:
-                try:
-                    if wanted is True or wanted == "last":
-                        answer = newest_checkpoint(run)
-                    else:
-                        answer = Path(wanted)
-                        _check_is_checkpoint(answer)
-                        verify_checkpoint(answer)
-                except CheckpointCorruptError as error:
-                    answer = error
-            elif (old := list_checkpoints(run)) and self.state.global_step == 0:
-                logger.warning(
-                    "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
-                    "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
-                    run,
-                    old[-1].name,
-                )
-        answer = _from_first(answer)
-        if isinstance(answer, CheckpointCorruptError):
-            raise answer
-        if answer is None and wanted is True:
-            raise ValueError(
-                f"There is no checkpoint in {run}, but resume_from_checkpoint is True. Remove it, or set it to 'last'."
-            )
-        return answer
+    # The step.
 
-    # Saving.
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Run one forward and backward pass; the first call starts the clock."""
+        if self._window[1] < 0:
+            self.log({})  # log what the observers have measured before the first step
+            self._window = self._started = (time.perf_counter(), self.state.global_step)
+            self._waited = self._evaluated = 0.0  # the first wait is the startup of the workers
+        return super().training_step(model, inputs, *args, **kwargs)
 
-    def _agree(self, good: bool) -> bool:
-        """Return True if `good` is True on all processes."""
-        if _num_processes() == 1:
-            return good
-        flag = torch.tensor([int(good)], device=self.args.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-        return bool(flag.item())
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, and report an out-of-memory error with advice.
 
-    @contextlib.contextmanager
-    def _noting_write_errors(self) -> Iterator[None]:
-        """Store the first write error of a checkpoint for later, as other processes may be waiting in a collective."""
+        Raises:
+            NonFiniteError: If a loss or gradient is NaN or infinite.
+            torch.OutOfMemoryError: If memory runs out; the message has the measured peak and the options to change.
+        """
+        self._began = time.perf_counter()
         try:
-            yield
-        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
-            if self._staging is None or not _is_write_error(error):
-                raise
-            self._write_error = self._write_error or error
+            return super().train(*args, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, self.args, step=self.state.global_step) from error
 
-    def _get_output_dir(self, trial: Any) -> str:
-        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        run = Path(super()._get_output_dir(trial))
-        final = run / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        self._write_error = None
-        self._staging = run / STAGING
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluate as Trainer does, outside of the time of the steps."""
+        started = time.perf_counter()
         try:
-            with self._noting_write_errors():
-                if self.args.should_save:
-                    shutil.rmtree(self._staging, ignore_errors=True)
-                    self._staging.mkdir(parents=True)
-                    self._check_free_space(model)
-            if self._agree(self._write_error is None):
-                with self._noting_write_errors():
-                    super()._save_checkpoint(model, trial)
-            if self._agree(self._write_error is None) and self.args.should_save:
-                with self._noting_write_errors():
-                    self._finish_checkpoint(self._staging / final.name, final)
-            good = self._agree(self._write_error is None)
-            if self.args.should_save:
-                shutil.rmtree(self._staging, ignore_errors=True)
+            return super().evaluate(*args, **kwargs)
         finally:
-            self._staging = None
-        if not good:
-            self.failed_saves += 1
-            logger.error(
-                "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
-                "checkpoint is %s. Free some space in %s.",
-                self.state.global_step,
-                self._write_error or "the reason is in the log of another process",
-                max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime),
-                run,
-            )
-        elif self.args.should_save:
-            self.push_checkpoint(final)
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(run, self.args.save_total_limit, keep=[final, *([Path(best)] if best else [])])
+            self._evaluated += time.perf_counter() - started
 
-    def _finish_checkpoint(self, staged: Path, final: Path) -> None:
-        if self.state.best_model_checkpoint == str(staged):
-            self.state.best_model_checkpoint = str(final)
-            self.state.save_to_json(str(staged / STATE))
-        (staged / RESUME_STATE).write_text(json.dumps(self.resume_state(), indent=2) + "\n")
-        publish_checkpoint(staged, final)
-
-    def _check_free_space(self, model: nn.Module) -> None:
-        states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
-        free = shutil.disk_usage(cast(Path, self._staging)).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"
-            )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        with self._noting_write_errors():
-            super()._save(output_dir, state_dict)
-
-    def _save_scaler(self, output_dir: str) -> None:
-        with self._noting_write_errors():
-            super()._save_scaler(output_dir)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        with self._noting_write_errors():
-            super()._save_rng_state(output_dir)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not self._shards_with_full_state:
-            with self._noting_write_errors():
-                super()._save_optimizer_and_scheduler(output_dir)
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
-
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state = get_optimizer_state_dict(self.model, self.optimizer, options=options)  # by name, on process 0
-        with self._noting_write_errors():
-            if self.args.should_save:
-                torch.save(_by_index(state), Path(output_dir, OPTIMIZER))
-                torch.save(self.lr_scheduler.state_dict(), Path(output_dir, "scheduler.pt"))
-
-    # Loading.
+    # Speed.
 
     @property
-    def _shards_with_full_state(self) -> bool:
-        if not self.is_fsdp_enabled:
-            return False
-        return "FULL_STATE_DICT" in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+    def seconds(self) -> float:
+        """Training time so far in seconds, including the run that was resumed."""
+        return self._seconds_before + time.perf_counter() - self._began
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._shards_with_full_state:
-            try:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-            except RuntimeError as error:
-                if "size mismatch" not in str(error):
-                    raise
-                first = next(line.strip() for line in str(error).splitlines() if "size mismatch" in line)
-                raise CheckpointError(
-                    f"{resume_from_checkpoint} holds another model: {first} Resume with the recipe that it was "
-                    "written with; the log lists the changes."
-                ) from error
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-        tensors: dict[str, Any] = {}
-        if self.is_world_process_zero():
-            tensors.update(load_file(Path(resume_from_checkpoint, WEIGHTS)))
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_model_state_dict(self.model if model is None else model, tensors, options=options)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._shards_with_full_state:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        state = {}
-        if self.is_world_process_zero():
-            loaded = torch.load(Path(checkpoint, OPTIMIZER), map_location="cpu", weights_only=True)
-            names = {parameter: name for name, parameter in self.model.named_parameters()}
-            order = [names[p] for group in self.optimizer.param_groups for p in group["params"]]
-            state = _by_name(loaded, order)
-        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-        set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Raise an error for missing or unexpected tensors, which Trainer would only log."""
-        if load_result.missing_keys or load_result.unexpected_keys:
-            raise CheckpointError(
-                f"The checkpoint has missing tensors {load_result.missing_keys} and unexpected tensors "
-                f"{load_result.unexpected_keys}; expected exactly those of the trained model. Resume with the recipe "
-                "that it was written with."
-            )
+    def step_values(self) -> Mapping[str, float]:
+        """Return what the log shows of the steps since the last line, besides Trainer's values."""
+        return {}
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and add the number of checkpoints that could not be written, if any."""
-        if self.failed_saves:
-            logs["failed_checkpoints"] = self.failed_saves
+        """Log with the values of the steps, speed, memory and measurements of the observers added."""
+        measured, measuring = {}, 0.0
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, Observer):
+                values, seconds = callback.take()
+                measured.update(values)
+                measuring += seconds
+        if measured:
+            measured["eval_seconds"] = measuring
+        logs.update(measured)
+        if not logs:
+            return
+        if "loss" in logs and self._window[1] >= 0:
+            logs.update(self.step_values())
+            logs.update(self._speed(measuring + self._evaluated))
+            self._waited = self._evaluated = 0.0
         super().log(logs, start_time)
 
+    def _speed(self, measuring: float) -> dict[str, float]:
+        """Return speed since the last log line (excluding observers), remaining time (including them) and memory."""
+        now, step = time.perf_counter(), self.state.global_step
+        steps, seconds = step - self._window[1], max(now - self._window[0] - measuring, 1e-9)
+        per_step = (now - self._started[0]) / max(step - self._started[1], 1)
+        self._window = (now, step)
+        values = {
+            "images_per_second": self.args.images_per_step * steps / seconds,
+            "data_wait_share": min(self._waited / seconds, 1.0),
+            "eta_seconds": per_step * (self.state.max_steps - step),
+        }
+        if (peak := peak_memory_mib()) is not None:
+            values["memory_mib"] = peak
+        if self.args.device.type == "cuda":
+            values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**20
+        return values
 
-def _by_index(state: dict[str, Any]) -> dict[str, Any]:
-    """Convert an optimizer state from parameter names to the indices of a single-process `state_dict()`."""
-    if not state:
-        return state
-    order = [name for group in state["param_groups"] for name in group["params"]]
-    index = {name: position for position, name in enumerate(order)}
-    groups = [{**group, "params": [index[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {index[name]: value for name, value in state["state"].items()}, "param_groups": groups}
 
-
-def _by_name(state: dict[str, Any], order: Sequence[str]) -> dict[str, Any]:
-    """Invert `_by_index`, given the parameter names in the order of the optimizer."""
-    groups = [{**group, "params": [order[index] for index in group["params"]]} for group in state["param_groups"]]
-    return {"state": {order[index]: value for index, value in state["state"].items()}, "param_groups": groups}
+def _same_facts(now: Any, saved: Any) -> Any:
+    """Return the facts that were saved as they are now, because earlier releases saved fewer."""
+    if not isinstance(now, dict) or not isinstance(saved, dict):
+        return now
+    return {name: _same_facts(now.get(name), value) for name, value in saved.items()}

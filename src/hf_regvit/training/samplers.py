@@ -1,5 +1,6 @@
 """Samplers that draw by (seed, epoch, sample), so that a resumed run draws the same images."""
 
+import copy
 import hashlib
 import logging
 import math
@@ -8,35 +9,45 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, count, islice
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..data.bad_images import BadImages
+from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError
 from ..data.tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
 
 # Last entries of seeds, which keep the random streams of different purposes independent.
-_REPLACEMENTS, _WEIGHTED_PASS, _SHARD_ORDER, _SHUFFLE, _MIXTURE = 0xBAD, 1, 2, 3, 4
+REPLACEMENTS, _WEIGHTED_PASS, _SHARD_ORDER, _SHUFFLE, _MIXTURE = 0xBAD, 1, 2, 3, 4
+_REPLACEMENT_TRIES = 100
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
+class EpochSampler(Sampler[tuple[int, ...]]):
     """Yield `(epoch, index)` in an order that depends only on the seed and the epoch.
 
     The order is global, and each process takes its portion of it. So the images of a step are the same for any number
-    of processes, and a position in the order is all that is needed to resume a run.
+    of processes, and a position in the order is all that is needed to resume a run. An epoch is cut to a multiple of
+    the images of a step.
 
     Args:
-        num_samples: Number of images in the data set.
+        num_samples: Number of training images.
         seed: Random seed of the run.
-        images_per_step: Number of images per optimizer step over all processes; an epoch is cut to a multiple of it.
+        images_per_step: Number of images per optimizer step over all processes.
         parts: Sizes of the sources that were joined, in order; `ImageSource.parts`.
         weights: Relative share of every epoch for each source, in any unit. Each source is then iterated in passes of
             its own, which may end anywhere in an epoch; the first number of a key counts these passes, so every key
             is unique. Default: every image once per epoch.
+        repeats: Number of times that every image follows itself, to be augmented differently; keys are then
+            `(epoch, index, repeat)`, and an epoch, whose length stays the same, covers correspondingly fewer images.
+
+    Raises:
+        ValueError: If there are fewer images than one step needs, or the weights do not fit the sources.
+
+    Source: Hoffer et al., "Augment your batch" (arXiv 1901.09335) and Berman et al., "MultiGrain" (arXiv 1902.05509)
+    for the repetitions.
     """
 
     def __init__(
@@ -47,15 +58,17 @@ class EpochSampler(Sampler[tuple[int, int]]):
         images_per_step: int = 1,
         parts: Sequence[int] = (),
         weights: Sequence[float] | None = None,
+        repeats: int | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise ValueError(f"num_samples={num_samples} must be at least 1.")
         if not 1 <= images_per_step <= num_samples:
             raise ValueError(
-                f"images_per_step={images_per_step} must be between 1 and the number of images, {num_samples}."
+                f"There are {num_samples} training images for steps of {images_per_step}, but an epoch needs at least "
+                "one full step. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer "
+                "processes, or give more images."
             )
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
-        self.images_per_step = images_per_step
+        self.images_per_step, self.repeats = images_per_step, repeats
+        self.images_per_epoch = num_samples // images_per_step * images_per_step
         self.start, self.skip = (0, 0), 0
         self.parts = tuple(parts) or (num_samples,)
         if sum(self.parts) != num_samples:
@@ -83,26 +96,39 @@ class EpochSampler(Sampler[tuple[int, int]]):
         left = (self.num_samples - offset) // self.images_per_step
         if steps < left:
             return epoch, offset + steps * self.images_per_step
-        per_epoch = self.num_samples // self.images_per_step
-        epochs, rest = divmod(steps - left, per_epoch)
+        epochs, rest = divmod(steps - left, self.images_per_epoch // self.images_per_step)
         return epoch + 1 + epochs, rest * self.images_per_step
 
-    def __len__(self) -> int:
-        return self.num_samples // self.images_per_step * self.images_per_step
+    def after(self, steps: int, images: int = 0) -> "EpochSampler":
+        """Return the rest of an epoch in the same order, after `steps` optimizer steps and `images` of the next."""
+        rest = copy.copy(self)
+        epoch, offset = self.position(steps)
+        rest.start_at(epoch, offset, skip=images)
+        rest.set_epoch(epoch)
+        return rest
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        offset = self.start[1] if epoch == self.start[0] else 0
+    def _places(self) -> range:
+        """Return the places of the current epoch's order that are left."""
+        offset, skip = (self.start[1], self.skip) if self.epoch == self.start[0] else (0, 0)
         stop = offset + (self.num_samples - offset) // self.images_per_step * self.images_per_step
-        skip = self.skip if epoch == self.start[0] else 0
-        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)[offset + skip : stop]
-        if self.draws is None:
-            for index in order:
-                yield epoch, int(index)
-        else:
+        return range(offset + skip, stop)
+
+    def __len__(self) -> int:
+        return len(self._places())
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        epoch, places = self.epoch, self._places()
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.num_samples)
+        if self.draws is not None:
             passes, indices = self._weighted_draws(epoch)
-            for place in order:
+            for place in order[places.start : places.stop]:
                 yield int(passes[place]), int(indices[place])
+        elif self.repeats is not None:
+            for place in places:
+                yield epoch, int(order[place // self.repeats]), place % self.repeats
+        else:
+            for index in order[places.start : places.stop]:
+                yield epoch, int(index)
 
     def _weighted_draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Return pass and index of each image of an epoch, (num_samples,) each, source by source."""
@@ -132,6 +158,37 @@ def checked_weights(weights: Sequence[float], num_sources: int) -> np.ndarray:
             f"data_weights={list(weights)}: expected one positive number for each of the {num_sources} sources."
         )
     return values / math.fsum(values)  # exact, so that a tie in the number of images per source is the same everywhere
+
+
+def first_usable(
+    read: Callable[[int], Any], key: tuple[int, int], *, seed: int, count: int, bad_images: BadImages
+) -> tuple[int, Any]:
+    """Return an image, or the first usable one of a sequence that (seed, epoch, index) set, with its index.
+
+    Args:
+        read: Function from an index to the image, which raises `BadImageError` if it cannot be used.
+        key: Epoch and index of the image.
+        seed: Random seed of the run.
+        count: Number of images.
+        bad_images: Recorder of the images that cannot be used.
+
+    Raises:
+        TooManyBadImagesError: If too many images cannot be used.
+    """
+    (epoch, index), others = key, np.random.default_rng([seed, *key, REPLACEMENTS])
+    for _ in range(_REPLACEMENT_TRIES):
+        try:
+            found = read(index)
+        except BadImageError as error:
+            bad_images.bad(error, epoch=epoch, index=index)
+            index = int(others.integers(count))
+        else:
+            bad_images.good(index)
+            return index, found
+    raise TooManyBadImagesError(
+        f"{_REPLACEMENT_TRIES} randomly drawn images in a row cannot be used. Inspect the data with "
+        "`regvit data-check`."
+    )
 
 
 # --- Streams
