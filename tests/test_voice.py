@@ -449,9 +449,9 @@ def test_a_wrong_help_text_is_found(source):
 
 
 def test_a_helper_of_another_file_is_known(monkeypatch):
-    source = 'a: int = option(1, "Of the run.")\n'
+    source = 'a: int = chosen(1, "Of the run.")\n'
     assert help_texts(source) == []
-    monkeypatch.setitem(globals(), "helpers_everywhere", lambda: {"option": 1})
+    monkeypatch.setitem(globals(), "helpers_everywhere", lambda: {"chosen": 1})
     assert help_texts(source) == [(1, "Of")]
 
 

@@ -48,9 +48,11 @@ def same_pixels(one: Image.Image, other: Image.Image) -> bool:
     return one.size == other.size and bool((np.asarray(one) == np.asarray(other)).all())
 
 
-def crops_of(source, bad_images=None, **options) -> crops_module.MultiCropDataset:
+def crops_of(source, bad_images=None, **attributes) -> crops_module.MultiCropDataset:
     multi_crop = MultiCrop(global_size=16, local_size=8, num_local_crops=1, patch_size=8)
-    return crops_module.MultiCropDataset(source, multi_crop, seed=1, bad_images=bad_images, **options)
+    dataset = crops_module.MultiCropDataset(source, multi_crop, seed=1, bad_images=bad_images)
+    vars(dataset).update(attributes)
+    return dataset
 
 
 def lines_of(path: Path) -> list[dict]:
@@ -843,7 +845,7 @@ def test_F39_data_set_smaller_than_one_global_batch():
         num_hidden_layers=1, num_attention_heads=2, head_num_prototypes=64, per_device_train_batch_size=1000,
         gradient_accumulation_steps=3, use_cpu=True,
     )  # fmt: skip
-    with pytest.raises(ValueError, match=r"1438 images.*3000") as caught:
+    with pytest.raises(ValueError, match=r"1438 training images.*3000") as caught:
         pretrain(args)
     message = str(caught.value)
     for way_out in ("per_device_train_batch_size", "gradient_accumulation_steps", "--data"):

@@ -691,11 +691,9 @@ def test_the_model_index_holds_the_numbers_of_the_published_model_wherever_it_st
 def test_a_diagnosis_of_other_weights_is_noticed(checkpoint, tmp_path, caplog):
     from hf_regvit.diagnosis.diagnose import diagnose
     from hf_regvit.diagnosis.report import ArtifactReport
-    from hf_regvit.models.loading import load_model
 
-    model, processor = load_model(checkpoint)
     images = [Image.effect_noise((16, 16), 60 + i).convert("RGB") for i in range(16)]
-    path = diagnose(model, images, processor=processor).save(tmp_path / "own")
+    path = diagnose(checkpoint, images).save(tmp_path / "own")
     bundle(checkpoint, tmp_path / "one", card=CARD, reports=[path])
     assert "different weights" not in caplog.text
     content = json.loads(path.read_text())

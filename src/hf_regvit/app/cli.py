@@ -27,7 +27,7 @@ class Outcome:
         text: Text to print otherwise.
         lines: Names and values to print after the text.
         status: Exit status.
-        shown: Whether this process prints the result; by default, the first one of several does.
+        shown: True if this process prints the result; by default, the first one of several does.
     """
 
     result: Mapping[str, Any]
