@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from hf_regvit import RegViTConfig, RegViTModel
@@ -263,7 +264,7 @@ def labeled_vectors(model: str | None, data: str | None) -> list[tuple[Tensor, T
     if model is None or data is None:
         vectors, _, labels = drawn_features()
         return [(vectors[::2, -1], labels[::2]), (vectors[1::2, -1], labels[1::2])]
-    parts, reader = TaskParts(data), open_model(model)
+    parts, reader = TaskParts(data, cache_dir="runs/features"), open_model(model)
     read = [parts.features(reader, part) for part in ("train", "test")]
     return [(part.features.last, part.labels) for part in read]
 
@@ -311,6 +312,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    threadpool_limits(args.threads)  # the threads of NumPy's and scikit-learn's libraries
     few = max(1, args.rounds // 5)
     parts: dict[str, Callable[[], Any]] = {
         "reading": lambda: reading(args.rounds, args.preset, args.image_size),
