@@ -64,7 +64,7 @@ class EpochSampler(Sampler[tuple[int, ...]]):
             raise ValueError(
                 f"There are {num_samples} training images for steps of {images_per_step}, but an epoch needs at least "
                 "one full step. Lower per_device_train_batch_size or gradient_accumulation_steps, start fewer "
-                "processes, or give more images."
+                "processes, or give more images with --data."
             )
         self.num_samples, self.seed, self.epoch = num_samples, seed, 0
         self.images_per_step, self.repeats = images_per_step, repeats
