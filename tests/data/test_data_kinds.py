@@ -591,7 +591,7 @@ def test_a_folder_of_save_to_disk(tmp_path):
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "all")
     for name in ("one", "all"):
-        with pytest.raises(ValueError, match="written by datasets' `save_to_disk`; load it there and save it"):
+        with pytest.raises(ValueError, match="written by datasets' `save_to_disk`; load it with `load_from_disk`, save it"):
             load_images(tmp_path / name)
 
 
