@@ -119,7 +119,7 @@ def _builtin_name(data: str | Path) -> str | None:
     if name not in BUILTIN_SETS or Path(data).exists():
         return None
     if name == str(data):
-        say_once(f"'{name}' is the built-in data set, because no such path exists. Write '{BUILTIN}{name}' to avoid this check.")
+        say_once(f"'{name}' is the built-in data set, because no such path exists. Write '{BUILTIN}{name}' instead.")
     return name
 
 
