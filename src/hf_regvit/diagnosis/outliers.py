@@ -357,8 +357,8 @@ def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_regis
 
     Returns:
         Dictionary of (B,) tensors. `mass_on_patches` and `mass_on_registers` are sums of attention weights. The others
-        describe the attention to patches, scaled to a sum of 1: `entropy` in nats; `entropy_share`, the entropy relative
-        to that of uniform attention; `top_mass`, the sum over the 2 % most attended patches; and `head_entropy`, the
+        describe the attention to patches, scaled to a sum of 1: `entropy` in nats; `entropy_share`, relative to the
+        entropy of uniform attention; `top_mass`, the sum over the 2 % most attended patches; and `head_entropy`, the
         mean over heads of the entropy of a single head.
     """
     mean = attention.float().mean(dim=1)  # (B, T)
