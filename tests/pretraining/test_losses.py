@@ -236,7 +236,7 @@ def test_koleo_of_several_neighbours_equals_its_loop(neighbours):
     for gathered in (False, True):
         actual = koleo_loss(features, neighbours=neighbours, gathered=gathered)
         assert actual.item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="neighbours is 9; expected 1 to 8"):
+    with pytest.raises(ValueError, match="`neighbours` is 9; expected 1 to 8"):
         koleo_loss(features, neighbours=9)
 
 
