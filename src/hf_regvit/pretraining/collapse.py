@@ -177,7 +177,7 @@ class CollapseAlarms(TrainerCallback):
         recipe: Settings of the run that the rules read.
         first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
             warm-up.
-        stop: Whether an alarm stops the run.
+        stop: Whether to stop the run at an alarm.
         metrics: Metrics file that alarms are written to.
     """
 

@@ -250,7 +250,7 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
     The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential, the
     largest logit of each prototype over all processes is subtracted, then the largest remaining value of each sample.
     Both cancel in the scalings, and every row and every column keeps an entry of exactly 1, so no sum can overflow or
-    vanish for finite logits. The released code subtracts nothing and overflows for logits above 88 times the temperature.
+    vanish for finite logits. The released code subtracts nothing and overflows above 88 times the temperature.
 
     Args:
         logits: Teacher head outputs `(n, K)` of this process. Remove padding rows first.

@@ -103,7 +103,7 @@ def set_rates(optimizer: torch.optim.Optimizer, values: StepValues, *, freeze_ba
     Args:
         optimizer: Optimizer with the groups of `parameter_groups`.
         values: Schedule values of the step.
-        freeze_backbone: Whether the backbone is frozen, as in the first steps of continued pretraining.
+        freeze_backbone: Whether to freeze the backbone, as in the first steps of continued pretraining.
     """
     for group in optimizer.param_groups:
         rate = values.last_layer_learning_rate if group["is_last_layer"] else values.learning_rate
