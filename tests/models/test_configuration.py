@@ -80,7 +80,11 @@ def test_unknown_choice_names_field_value_and_the_choices(field, value, valid):
 @pytest.mark.parametrize(
     ("wrong", "fragments", "right"),
     [
-        ({"num_attention_heads": 5}, ("num_attention_heads=5", "hidden_size=32", "Use num_attention_heads=4"), {"num_attention_heads": 4}),
+        (
+            {"num_attention_heads": 5},
+            ("num_attention_heads=5", "hidden_size=32", "Use num_attention_heads=4"),
+            {"num_attention_heads": 4},
+        ),
         ({"image_size": 20}, ("image_size=20", "patch_size=8", "16 or 24"), {"image_size": 24}),
         ({"image_size": 4}, ("image_size=4", "patch_size=8", "Use 8"), {"image_size": 8}),
         ({"image_size": (16, 20)}, ("image_size=(16, 20)", "patch_size=8", "24"), {"image_size": (16, 24)}),

@@ -258,7 +258,7 @@ class TopKAccuracy(_SumsMetric):
         scores = _finite("predictions", scores)
         if max(self.k) > scores.shape[1] or truth.max() >= scores.shape[1]:
             raise ValueError(
-                f"The scores cover {scores.shape[1]} classes, too few for k={self.k} or reference class {truth.max()}. "
+                f"The scores cover {scores.shape[1]} classes, too few for k={self.k} or reference id {truth.max()}. "
                 "Pass scores of all classes."
             )
         own = np.take_along_axis(scores, truth[:, None], axis=1)
@@ -331,7 +331,7 @@ class MeanAveragePrecision(_SumsMetric):
     """
 
     about = (
-        "Mean average precision. predictions: (n, gallery) scores, higher for closer images. references: (n, gallery), "
+        "Mean average precision. predictions: (n, gallery) scores, higher for closer images. references: (n, gallery) "
         "true for relevant images, at least one per query."
     )
 

@@ -546,7 +546,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         gains: torch.Tensor | None,
         image: torch.Tensor,
     ) -> torch.Tensor:
-        """Return tokens + gain * scale * branch, (n, D); `image` (n,) is the index of each token's image in `gains`."""
+        """Return tokens + gain * scale * branch, (n, D); `image` (n,) holds the index of each token's image."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if gains is not None:

@@ -512,11 +512,12 @@ class SelfDistillation(nn.Module):
         Returns:
             Dictionary of scalars. `loss` is to be differentiated. `dino_local_loss`, `dino_global_loss`, `ibot_loss`,
             `koleo_loss` and `gram_loss` are its detached weighted terms, which add up to it; terms that were not
-            computed are missing. If the DINO loss is used, there are also four statistics of its targets. `teacher_entropy` is the
-            mean entropy of a target and `teacher_marginal_entropy` the entropy of the mean target, in nats. If both are
-            near ln K, the targets are uniform (collapse); if both are near 0, all targets select the same prototype
-            (also collapse). `teacher_student_kl` is KL(teacher || student) of the global crops in nats, and
-            `used_prototypes` the number of prototypes that are the largest entry of at least one target.
+            computed are missing. If the DINO loss is used, there are also four statistics of its targets.
+            `teacher_entropy` is the mean entropy of a target and `teacher_marginal_entropy` the entropy of the mean
+            target, in nats. If both are near ln K, the targets are uniform (collapse); if both are near 0, all targets
+            select the same prototype (also collapse). `teacher_student_kl` is KL(teacher || student) of the global
+            crops in nats, and `used_prototypes` the number of prototypes that are the largest entry of at least one
+            target.
 
         Raises:
             ValueError: The shapes of the tensors do not match, or the number of global crops is not 2.

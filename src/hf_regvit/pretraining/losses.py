@@ -243,9 +243,9 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
 def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 3) -> Tensor:
     """Compute teacher targets that use all prototypes equally over the batches of all processes together.
 
-    The columns (prototypes) and the rows (samples) of `exp(logits / temperature)` are alternately scaled to equal sums.
-    Processes may hold different numbers of samples, including none. One vector of size K is communicated per iteration,
-    plus one for the maximum.
+    The columns (prototypes) and the rows (samples) of `exp(logits / temperature)` are alternately scaled to equal
+    sums. Processes may hold different numbers of samples, including none. One vector of size K is communicated per
+    iteration, plus one for the maximum.
 
     The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential, the
     largest logit of each prototype over all processes is subtracted, then the largest remaining value of each sample.
@@ -289,11 +289,11 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
 class SoftmaxCenter(nn.Module):
     """Teacher targets by centering: `softmax((logits - center) / temperature)`, with a running mean as center.
 
-    The update is delayed, as in the released code: the rows accumulated in step k enter the center at the start of step
-    k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once at
-    the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the center
-    thus still moves once per step. Between steps, all processes hold the same state, so any of them can write the
-    checkpoint.
+    The update is delayed, as in the released code: the rows accumulated in step k enter the center at the start of
+    step k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once
+    at the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the
+    center thus still moves once per step. Between steps, all processes hold the same state, so any of them can write
+    the checkpoint.
 
     With several processes, the center moves toward the mean of the per-process means (the official rule: processes
     have equal weight, whatever their number of masked patches). Processes without rows are ignored, so an empty batch
