@@ -154,8 +154,8 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
     """Find the cut-off of one layer, and test whether the tokens above it are a distinct population.
 
     Two Gaussians are fitted to the log norms. They count as two modes if all of these hold: the upper mode has 0.1 %
-    to 15 % of the tokens, and at least 10; its center is at least 3 times that of the lower mode; Ashman's D is above 2;
-    and around the boundary there are at most half as many tokens as around the center of the upper mode. If several
+    to 15 % of the tokens, and at least 10; its center is at least 3 times that of the lower mode; Ashman's D is above
+    2; and around the boundary there are at most half as many tokens as around the center of the upper mode. If several
     fits meet these conditions, the most likely one is used, and the cut-off is the boundary between its modes. If none
     does, the cut-off is median * exp(6 * 1.4826 * MAD of the log norms).
 

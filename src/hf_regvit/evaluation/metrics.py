@@ -331,8 +331,8 @@ class MeanAveragePrecision(_SumsMetric):
     """
 
     about = (
-        "Mean average precision. predictions: (n, gallery) scores, higher for closer images. references: (n, gallery) "
-        "true for relevant images, at least one per query."
+        "Mean average precision. predictions: (n, gallery) scores, higher for closer images. references: (n, "
+        "gallery), true for relevant images, at least one per query."
     )
 
     def reduce(self, predictions: object, references: object) -> Rows:
