@@ -272,8 +272,8 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
     """Return the complete rows of a truncated JPEG, if at least 95 % of its rows are complete.
 
     The decoder fills in missing data without reporting where it starts. Therefore, the file is decoded twice, once
-    as it is and once with arbitrary data appended. Where both results agree, the pixels come from the file; the rows
-    from the first difference on, to whole rows of blocks, are cropped.
+    as it is and once with arbitrary data appended. Where both results agree, the pixels come from the file; the
+    image is cropped above the row of blocks in which they first differ.
 
     Raises:
         BadImageError: The file is not a JPEG, is progressive (data of all rows is missing), has an EXIF rotation, or

@@ -215,7 +215,7 @@ class RegViTEmbeddings(nn.Module):
         return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
 
     def padded_positions(self, grids: list[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
-        """Return positions (B, N, D) of padded images: those of its own grid for each image, and 0 at padding.
+        """Return positions (B, N, D) of padded images: each image gets those of its own grid, padding gets 0.
 
         Args:
             grids: Grid (rows, columns) of each image without its padding, which is on the right and at the bottom.
@@ -652,7 +652,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes=True` applies to heads only.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so a pickle is not its own
+        kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so it did not write a pickle
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
