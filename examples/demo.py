@@ -281,7 +281,7 @@ def neighbor_scores(train, held_out, arguments, model, processor, file: Path) ->
         untrained = RegViTModel(arguments.backbone_config()).eval()
         features = {
             "raw 16x16 pixels": [raw_pixels(part) for part in images],
-            "colour mean and deviation": [color_statistics(part) for part in images],
+            "color mean and deviation": [color_statistics(part) for part in images],
         }
         for name, network in (("untrained", untrained), ("trained", model)):
             with torch.no_grad():

@@ -591,7 +591,7 @@ def test_a_folder_of_save_to_disk(tmp_path):
     table.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(train=table).save_to_disk(tmp_path / "all")
     for name in ("one", "all"):
-        with pytest.raises(ValueError, match="written by datasets' `save_to_disk`; load it there and save it"):
+        with pytest.raises(ValueError, match="written by datasets' `save_to_disk`; load it with `load_from_disk`"):
             load_images(tmp_path / name)
 
 
@@ -607,7 +607,7 @@ def test_pointers_of_git_lfs(tmp_path, name):
 )
 def test_addresses(address):
     for opened in (load_images, stream_images):
-        with pytest.raises(ValueError, match="is an address, and only local files and data sets of the Hub are read"):
+        with pytest.raises(ValueError, match="is a URL, but only local files and Hub data sets can be read"):
             opened(address)
 
 

@@ -427,4 +427,4 @@ def test_a_folder_called_like_a_builtin_data_set_wins(tmp_path, monkeypatch, cap
     assert len(load_images("builtin:digits", split=None)) == 1797
     (tmp_path / "digits").rename(tmp_path / "mine")
     assert len(load_images("digits", split=None)) == 1797
-    assert "'digits' is the built-in data set, because there is no such path; 'builtin:digits' always" in caplog.text
+    assert "'digits' is the built-in data set, because no such path exists. Write 'builtin:digits'" in caplog.text

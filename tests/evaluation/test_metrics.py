@@ -392,7 +392,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
         (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [1.0]}, TypeError, r"references.*float64"),
         (TopKAccuracy, {"predictions": [[0.1, np.nan]], "references": [1]}, ValueError, r"nan at \[0, 1\]"),
         (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [1, 0]}, ValueError, r"\(1, 2\).*\(2,\)"),
-        (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [2]}, ValueError, "of 2 classes"),
+        (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [2]}, ValueError, "cover 2 classes"),
         (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [-1]}, ValueError, "start at 0"),
         (TopKAccuracy, {"predictions": [["a", "b"]], "references": [1]}, TypeError, "must be numbers"),
         (TopKAccuracy, {"predictions": [[1.0], [1.0, 2.0]], "references": [0, 1]}, ValueError, "different lengths"),

@@ -80,7 +80,11 @@ def test_unknown_choice_names_field_value_and_the_choices(field, value, valid):
 @pytest.mark.parametrize(
     ("wrong", "fragments", "right"),
     [
-        ({"num_attention_heads": 5}, ("num_attention_heads=5", "hidden_size=32", "Use 4"), {"num_attention_heads": 4}),
+        (
+            {"num_attention_heads": 5},
+            ("num_attention_heads=5", "hidden_size=32", "Use num_attention_heads=4"),
+            {"num_attention_heads": 4},
+        ),
         ({"image_size": 20}, ("image_size=20", "patch_size=8", "16 or 24"), {"image_size": 24}),
         ({"image_size": 4}, ("image_size=4", "patch_size=8", "Use 8"), {"image_size": 8}),
         ({"image_size": (16, 20)}, ("image_size=(16, 20)", "patch_size=8", "24"), {"image_size": (16, 24)}),
@@ -90,7 +94,7 @@ def test_unknown_choice_names_field_value_and_the_choices(field, value, valid):
         ({"head_layers": [-3]}, ("head_layers=[-3]", "[-1]"), {"head_layers": [-2]}),
         ({"head_layers": []}, ("head_layers=[]", "[-1]"), {"head_layers": [-1]}),
         ({"min_depth": 10.0}, ("min_depth=10.0", "max_depth=10.0", "0.001"), {"min_depth": 0.001}),
-        ({"mlp_ratio": 0.01}, ("mlp_ratio=0.01", "hidden_size=32", "Use 4"), {"mlp_ratio": 4}),
+        ({"mlp_ratio": 0.01}, ("mlp_ratio=0.01", "hidden_size=32", "Use mlp_ratio=4"), {"mlp_ratio": 4}),
         ({"num_labels": 0}, ("num_labels=0", "e.g. 2"), {"num_labels": 2}),
         ({"id2label": {}}, ("id2label", "[]", "numbered from 0"), {"id2label": {"0": "cat", "1": "dog"}}),
         ({"id2label": {1: "a", 2: "b"}}, ("[1, 2]", "numbered from 0"), {"id2label": {1: "a", 0: "b"}}),

@@ -1,4 +1,4 @@
-"""Safe image decoding: size limits, bit depth, orientation, color conversion and damage are handled only here."""
+"""Safe image decoding: the one place that handles size limits, bit depth, orientation, color and damaged files."""
 
 import logging
 import os
@@ -18,24 +18,24 @@ from PIL import Image
 
 logger = logging.getLogger(__name__)
 
-# Formats that Pillow decodes by itself: EPS would start Ghostscript, and PDF and SVG are not pixel formats.
+# Formats that Pillow decodes by itself. EPS is left out because it would start Ghostscript.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF")
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """Requirements that an image must meet. All except truncation are checked in the header, before decoding.
+    """Requirements that an image must meet. Sizes are checked in the header, before decoding.
 
     Args:
         min_side: Smallest width and height in pixels.
         max_aspect: Largest ratio of the longer side to the shorter one. Resizing the shorter side of a narrow strip
             would create a huge image.
-        max_pixels: Largest width x height. The default is the number above which Pillow warns, a quarter of a GiB as
-            RGB; Pillow itself refuses more than twice as many.
+        max_pixels: Largest width x height. The default is the number above which Pillow warns; an RGB image of this
+            size takes a quarter of a GiB. Pillow itself refuses images of more than twice this number.
         on_truncated: `"skip"` rejects a JPEG whose end is missing. `"salvage"` accepts it if at least 95 % of the rows
             were decoded from the file's own data, and crops the other rows.
-        value_range: Values that become black and white in images of 32-bit floats or integers, which have no defined
-            range. None rejects such images.
+        value_range: Values (black, white) for images of 32-bit floats or integers, whose range is not defined by their
+            format. None rejects such images.
 
     Raises:
         ValueError: A limit is out of range.
@@ -62,7 +62,7 @@ class ImageLimits:
 
 
 class BadImageError(ValueError):
-    """An image that cannot be used, with its `path`, the `reason`, and the `kind` of error for counting.
+    """Raised for an image that cannot be used, with its `path`, the `reason`, and the `kind` of error for counting.
 
     Kinds: missing, permission, empty, not an image, truncated, corrupt, too small, too elongated, too large, value
     range, archive, blocked.
@@ -77,7 +77,7 @@ class BadImageError(ValueError):
 
 
 def printable(name: str) -> str:
-    """Return a name for messages: bytes that are not UTF-8 become escapes, which every terminal and log accepts."""
+    """Return a name for messages, with escapes for bytes that are not UTF-8, which some terminals would reject."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
@@ -122,7 +122,7 @@ def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Im
     Args:
         data: Bytes of an encoded file.
         name: Name in error messages.
-        limits: Limits as for images; only sizes are checked.
+        limits: Limits on the size. Default: `ImageLimits()`.
 
     Raises:
         BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
@@ -140,7 +140,7 @@ _POINTER_ADVICE = "it is a git-lfs pointer and not the file itself; run `git lfs
 
 
 def lfs_pointer(file: Path) -> str | None:
-    """Return a sentence if a file is only a pointer of git-lfs."""
+    """Return a description with advice if a file is only a git-lfs pointer; None otherwise."""
     with file.open("rb") as stream:
         return _POINTER_ADVICE if stream.read(len(_POINTER)) == _POINTER else None
 
@@ -202,7 +202,7 @@ def _upright_rgb(image: Image.Image, name: str, limits: ImageLimits) -> Image.Im
         raise
     turn, white, zero_is_white = _TURNS.get(_orientation(image)), *_gray_range(image)
     if image.mode == "RGBA" and image.format == "TIFF" and not _tags(image).get(_EXTRA_SAMPLES):
-        say_once("A TIFF of 4 channels does not call the fourth one transparency, so only the first three are used.")
+        say_once("A TIFF has 4 channels, but does not mark the fourth as transparency. Only the first three are used.")
         image = Image.merge("RGB", image.split()[:3])
     rgb = _to_rgb(image if turn is None else image.transpose(turn), name, limits, white, zero_is_white)
     rgb.info = {}  # with the EXIF block, the next reader would rotate the image again
@@ -238,7 +238,7 @@ _TURNS = {
 
 
 def _orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 if the block cannot be read, as in browsers."""
+    """Return the EXIF orientation, 1 to 8; like browsers, return 1 if the EXIF block cannot be read."""
     try:
         value = image.getexif().get(0x0112, 1)
     except _DECODER_ERRORS:
@@ -247,7 +247,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _check_png(data: bytes, name: str) -> None:
-    """Verify the checksum of every chunk up to IEND; Pillow skips those of the pixel data.
+    """Verify the checksum of every chunk up to IEND; Pillow does not verify those of the pixel data.
 
     Source: W3C PNG specification, section 5.3: length, type, data, CRC-32 of type and data.
     """
@@ -269,11 +269,11 @@ _SALVAGED_ROWS = 0.95
 
 
 def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Image:
-    """Return the rows of a truncated JPEG that are decoded from its own data, if they are nearly all rows.
+    """Return the complete rows of a truncated JPEG, if at least 95 % of its rows are complete.
 
-    The decoder fills in missing data without reporting where it starts. So the file is decoded with two different
-    endings, once with nothing and once with arbitrary data appended: up to the row of blocks with the first
-    difference, the pixels come from the file.
+    The decoder fills in missing data without reporting where it starts. Therefore, the file is decoded twice, once
+    as it is and once with arbitrary data appended. Where both results agree, the pixels come from the file; the
+    image is cropped above the row of blocks in which they first differ.
 
     Raises:
         BadImageError: The file is not a JPEG, is progressive (data of all rows is missing), has an EXIF rotation, or
@@ -287,11 +287,12 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
         block = 8 * max(
             vertical for _, _, vertical, _ in cast(Any, image).layer
         )  # pixel rows that are decoded together
-    body = data.rstrip(b"\xff")  # removes half of a marker
+    body = data.rstrip(b"\xff")  # removes an incomplete marker at the end
     strict = replace(limits, on_truncated="skip")
     one, other = (_guarded(None, body + filler + b"\xff\xd9", error.path, strict) for filler in (b"", b"\x55" * 64))
     differs = np.flatnonzero((np.asarray(one) != np.asarray(other)).any(axis=(1, 2)))
-    # The last row before a block is interpolated with the block's color, so it may be wrong, even in both versions.
+    # The last row above a missing block is interpolated with the color of that block, so it may be wrong even if both
+    # versions agree.
     rows = max((int(differs[0]) + 1) // block * block - 1, 0) if len(differs) else one.height
     if rows < _SALVAGED_ROWS * one.height:
         reason = f"{error.reason}; {rows} of {one.height} rows are complete, fewer than {_SALVAGED_ROWS:.0%}"
@@ -301,7 +302,7 @@ def _salvage(data: bytes, error: BadImageError, limits: ImageLimits) -> Image.Im
 
 @cache
 def known_formats() -> tuple[str, ...]:
-    """Return Pillow's names of the formats that are decoded; some builds of Pillow do not read AVIF."""
+    """Return Pillow's names of the formats that are decoded, without those that this build of Pillow cannot read."""
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
@@ -341,7 +342,7 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
 
 
 def _gray_range(image: Image.Image) -> tuple[int, bool]:
-    """Return the white value of a gray image of more than 8 bits (0 for other images), and True if 0 means white."""
+    """Return the value of white in a gray image of more than 8 bits (0 for other images), and True if 0 is white."""
     if image.mode == "I" and image.format in ("PNG", "PPM"):  # Pillow scales any PGM to 65535
         return 65535, False
     if not image.mode.startswith("I;16"):
@@ -350,7 +351,7 @@ def _gray_range(image: Image.Image) -> tuple[int, bool]:
 
 
 def _describe_tiff(data: bytes) -> str | None:
-    """Return what a TIFF holds that no decoder reads; None if it is no TIFF or is damaged."""
+    """Return the reason why a TIFF cannot be decoded; None if the data is not a TIFF or its header is damaged."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
     if not data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
@@ -374,7 +375,7 @@ def _describe_tiff(data: bytes) -> str | None:
 def _to_rgb(image: Image.Image, name: str, limits: ImageLimits, white: int, zero_is_white: bool) -> Image.Image:
     if white:
         say_once("16-bit gray images are scaled by their bit depth, so 65535 becomes white.")
-        values = np.asarray(image).astype(np.uint32)  # Pillow's own conversion clips at 255, to a white image
+        values = np.asarray(image).astype(np.uint32)  # Pillow itself would clip at 255, so images would become white
         values = white - values if zero_is_white else values
         if white == 65535 and 0 < values.max() < 4096:  # 12-bit values in 16 bits, as from X-ray and other cameras
             say_once(
@@ -420,7 +421,7 @@ class ImageFacts:
     """Header of an encoded image, before any conversion.
 
     `format` and `mode` are Pillow's names, `bits` are per channel, `size` is the stored (width, height) in pixels, and
-    `orientation` is the EXIF value 1 to 8. The booleans tell if it has several frames, transparency, an ICC profile.
+    `orientation` is the EXIF value 1 to 8. `animated` is True if there are several frames.
     """
 
     format: str

@@ -18,7 +18,7 @@ from .source import MissingSplitError, Split, listed
 
 logger = logging.getLogger(__name__)
 
-BUILTIN = "builtin:"  # a colon cannot be part of a Hub id, and is unusual in the name of a folder
+BUILTIN = "builtin:"  # prefix with a colon, which no Hub id and hardly any folder has
 BUILTIN_SETS = ("photos", "digits")
 _SPLIT_NAMES = {
     "train": ("train", "training"),
@@ -26,8 +26,8 @@ _SPLIT_NAMES = {
     "test": ("test", "testing"),
 }
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-# Files that only this package or `Trainer` writes: a folder with all files of a row is a run, a checkpoint, a bundle,
-# features or a report. Their panels and figures are images, but not data.
+# Files that only this package or `Trainer` writes. A folder that contains all files of one of these sets is a run, a
+# checkpoint, a bundle, features or a report, and the images in it are figures, not data.
 _OUTPUTS = (
     {"resolved_recipe.yaml"}, {"trainer_state.json"}, {"modeling_regvit.py"}, {"extraction.json"},
     {"retrofit_report.json"}, {"report.json", "report.md"}, {"report.json", "report.html"}, {"comparison.json"},
@@ -38,7 +38,8 @@ _OUTPUTS = (
 class Found:
     """Files behind a path or pattern: `kind` is "images", "parquet" or "tar"; `files` are those of the kind and split.
 
-    `others` are files of other types; `notes` say what was left out, or taken in.
+    `others` are files of other types, `problems` the folders that cannot be listed, and `notes` sentences for the user
+    about what is left out and how splits were recognized.
     """
 
     root: Path
@@ -71,13 +72,13 @@ def is_compressed_tar(file: Path) -> bool:
 
 
 def is_hidden(name: str | PurePath) -> bool:
-    """Return True for names that are no data in any container: `.hidden`, `._photo.jpg` and `__MACOSX/` of a Mac."""
+    """Return True for names that never hold data: `.hidden`, `._image.jpg`, and `__MACOSX/` in archives from a Mac."""
     parts = str(name).split("/")
     return any(part == "__MACOSX" or (part.startswith(".") and part not in (".", "..")) for part in parts)
 
 
 def parts_below(root: PurePath, files: Iterable[PurePath]) -> list[tuple[str, ...]]:
-    """Return the parts of the paths of files below `root`; `relative_to` takes ten times as long."""
+    """Return the parts of each file's path below `root`, ten times as fast as `relative_to`."""
     depth = len(root.parts)
     return [file.parts[depth:] for file in files]
 
@@ -88,12 +89,12 @@ def parts_below(root: PurePath, files: Iterable[PurePath]) -> list[tuple[str, ..
 def find_files(data: str | Path, split: Split | None) -> Found | None:
     """Find the files behind a path or pattern; return None if `data` can only be the id of a Hub data set.
 
-    A path that exists is never a pattern, whatever characters it has.
+    An existing path is never treated as a pattern, even if its name contains `*`, `?` or `[`.
 
     Raises:
-        FileNotFoundError: `data` is neither an existing path nor a possible id.
+        FileNotFoundError: `data` is neither an existing path nor a possible Hub id, or no file matches the pattern.
         MissingSplitError: The source does not have the split.
-        ValueError: There are no files of a supported kind.
+        ValueError: The files are of other kinds, or `data` is a URL.
     """
     path = Path(data).expanduser()
     if path.is_dir():
@@ -102,8 +103,8 @@ def find_files(data: str | Path, split: Split | None) -> Found | None:
         return _single_files(data, path, [path], split)
     if "://" in str(data):
         raise ValueError(
-            f"'{data}' is an address, and only local files and data sets of the Hub are read. Download it first; for "
-            "a data set of the Hub give its id, owner/name."
+            f"'{data}' is a URL, but only local files and Hub data sets can be read. Download it first, or give the "
+            "id of a Hub data set, owner/name."
         )
     if any(sign in str(data) for sign in "*?["):
         anchor = next(parent for parent in path.parents if parent.is_dir())
@@ -154,7 +155,7 @@ def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]
         notes.append(f"'{root}': {len(links)} links lead to files or folders that do not exist: {names}.")
     if tables := [file.name for file in others if file.stem == "metadata" and kind == "images"]:
         notes.append(
-            f"'{root}': '{tables[0]}' is not read; classes come from one sub-folder per class. To use its columns, "
+            f"'{root}': '{tables[0]}' is not read; classes come from one subfolder per class. To use its columns, "
             "load the folder with datasets' `imagefolder` and save it as parquet."
         )
     counts = Counter(file.suffix.lower() or "without suffix" for file in others if file not in links)
@@ -167,8 +168,8 @@ def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]
 def walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...], list[str]]:
     """Return all files below `root` in a fixed order, the folders that could not be listed, and notes.
 
-    Symbolic links are followed; each folder is visited once, so loops end. Hidden files and folders are left out, and
-    folders that hold results of this package.
+    Symbolic links are followed; each folder is visited once, so loops end. Hidden files and folders, and folders that
+    hold results of this package, are left out.
     """
     files: list[Path] = []
     problems: list[BadImageError] = []
@@ -196,7 +197,7 @@ def walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...], list[str]]:
 
 
 def _single_files(data: str | Path, root: Path, files: list[Path], split: Split | None) -> Found:
-    """Accept a single file or the files of a pattern; parquet and tar only, all of one kind."""
+    """Return a single file or the files of a pattern, which must be all parquet or all tar."""
     kinds = {kind_of(file) for file in files}
     if kinds not in ({"parquet"}, {"tar"}):
         found = sorted({file.suffix for file in files})
@@ -214,13 +215,16 @@ def _single_files(data: str | Path, root: Path, files: list[Path], split: Split 
 
 
 def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split indices into training and held-out ones with the same class proportions, each class in both.
+    """Split indices into training and held-out ones with the same class proportions.
 
     Args:
         labels: Class id of each image.
-        held_out_share: Share of held-out images in (0, 1), rounded within each class. The only image of a class goes
-            to the training split.
+        held_out_share: Share of held-out images in (0, 1), rounded within each class, but with at least one image on
+            each side. The only image of a class goes to the training side.
         seed: Random seed.
+
+    Returns:
+        Indices of the training images and of the held-out images, both ascending.
     """
     rng = np.random.default_rng(seed)
     values, held = np.asarray(labels), []
@@ -234,7 +238,10 @@ def stratified_split(labels: Sequence[int], *, held_out_share: float, seed: int)
 
 @cache
 def split_named(name: str, *, only_beginning: bool = False) -> str | None:
-    """Return the split that a name stands for: `train2017`, `Testing`, `val_1`; or begins with: `train-00001.tar`."""
+    """Return the split that a name such as `train2017`, `Testing` or `val_1` stands for; None if there is none.
+
+    With `only_beginning`, the name may continue after the word for the split, as in `train-00001.tar`.
+    """
     for split, names in _SPLIT_NAMES.items():
         words = "|".join(names)
         pattern = rf"({words})(?![a-z])" if only_beginning else rf"({words})([-_. ]?\d+)*$"
@@ -246,8 +253,8 @@ def split_named(name: str, *, only_beginning: bool = False) -> str | None:
 def split_folders(paths: Sequence[tuple[str, ...]]) -> list[int | None]:
     """Return the depth of the folder that names the split of each file; None if there is none.
 
-    Folders directly below the root are split folders by their name. Deeper ones are only if there are both training
-    and held-out images in such folders; otherwise a class called `dev` would be taken for a split.
+    Folders directly below the root are recognized by their name alone. Deeper folders count only if some of them hold
+    training images and others held-out images; otherwise, a class called `dev` would be mistaken for a split.
 
     Args:
         paths: Parts of the path of each file below the root.
@@ -262,8 +269,8 @@ def split_folders(paths: Sequence[tuple[str, ...]]) -> list[int | None]:
 def splits_of(files: Sequence[PurePath], root: PurePath) -> list[str | None]:
     """Return the split of each file: `train`, `validation`, `test` or None.
 
-    It is recognized by a folder or, for parquet and tar files, by the beginning of the file name. `test` is a split
-    only if there is also `train`; otherwise it is an ordinary name.
+    The split is recognized by the name of a folder or, for parquet and tar files, by the beginning of the file name.
+    `test` is a split only if there is also `train`; otherwise it is an ordinary name.
     """
     paths, found = parts_below(root, files), []
     for file, parts, depth in zip(files, paths, split_folders(paths), strict=True):
@@ -276,12 +283,12 @@ def splits_of(files: Sequence[PurePath], root: PurePath) -> list[str | None]:
 
 
 def without_lonely_test(splits: list[str | None]) -> list[str | None]:
-    """Return the splits, with `test` as no split if there is no `train`."""
+    """Return the splits, with None in place of `test` if no file is in `train`."""
     return splits if "train" in splits else [None if split == "test" else split for split in splits]
 
 
 def _note_on_splits(root: Path, files: Sequence[Path], splits: Sequence[str | None]) -> list[str]:
-    """Return a sentence on what each split consists of, unless everything is in splits with the usual names."""
+    """Return a sentence about the contents of each split, or no sentence if all files are in splits of usual names."""
     paths, places = parts_below(root, files), []
     for parts, split, depth in zip(paths, splits, split_folders(paths), strict=True):
         by_name = split_named(parts[-1], only_beginning=True) if split and depth is None else None
@@ -305,9 +312,10 @@ def _note_on_splits(root: Path, files: Sequence[Path], splits: Sequence[str | No
 
 
 def split_meant(parts: Collection[str | None], split: Split, name: str) -> str | None:
-    """Return the value of `splits_of` that a split of the data called `name` corresponds to.
+    """Return which of the values from `splits_of`, given as `parts`, marks the files of a split.
 
-    Without a training split, training images are those in no split. Without a validation split, `test` is used.
+    Without `train`, the files in no split (None) are the training images. Without `validation`, `test` is used, with a
+    warning about the data called `name`.
     """
     if split == "train":
         return "train" if "train" in parts else None
@@ -318,7 +326,7 @@ def split_meant(parts: Collection[str | None], split: Split, name: str) -> str |
 
 
 def of_split(root: Path, files: list[Path], splits: list[str | None], split: Split | None) -> list[Path]:
-    """Return the files of one split, possibly none; `splits` are the results of `splits_of` for `files`."""
+    """Return the files of one split, possibly none; `splits` is the result of `splits_of` for `files`."""
     if split is None:
         return files
     wanted = split_meant(splits, split, str(root))
@@ -329,7 +337,7 @@ def select_split(root: Path, files: list[Path], splits: list[str | None], split:
     """Return the files of one split.
 
     Raises:
-        MissingSplitError: There are none; the message lists the outermost names.
+        MissingSplitError: The split has no files; the message lists the names directly below `root`.
     """
     selected = of_split(root, files, splits, split)
     if split is not None and not selected:
@@ -342,5 +350,5 @@ def select_split(root: Path, files: list[Path], splits: list[str | None], split:
 
 
 def outermost(root: Path, files: Iterable[Path]) -> str:
-    """Return a list of the names directly below `root` for messages."""
+    """Return the quoted names directly below `root`, as a list for messages."""
     return listed(sorted({parts[0] for parts in parts_below(root, files)}))

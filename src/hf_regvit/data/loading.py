@@ -49,10 +49,10 @@ def load_images(
       the image that a tile comes from.
     - `builtin:digits`: scikit-learn's 1,797 handwritten digits at 32 px, with a fixed 80:20 split within each class.
     - A folder of images, nested at any depth. If every image is in a subfolder, the outermost subfolders are the
-      classes; otherwise `.cls` or `.json` files of the same name may hold them. Folders called `train` and
+      classes; otherwise `.cls` or `.json` files named like the images may hold the classes. Folders called `train` and
       `validation` (also `training`, `val`, `valid`, `dev`, with a number as in `train2017`) at any depth are the
-      splits; without them, all images are training images. Next to `train`, a folder `test` or `testing` is the
-      held-out split only if there is no other one. Hidden files and results of this package are left out.
+      splits; without them, all images are training images. A folder `test` or `testing` next to `train` is used as
+      the held-out split if there is no validation folder. Hidden files and results of this package are left out.
     - A parquet file, or a folder of them; splits are recognized by the same words in file or folder names.
     - A tar file in WebDataset format (`000017.jpg`, `000017.cls`), or a folder of them, with splits as for parquet. An
       index of byte positions is built when the files are opened, for random access; nothing is unpacked.
@@ -66,15 +66,18 @@ def load_images(
         data: One of the above, or a sequence of them. An existing path takes precedence over a pattern, a Hub id and
             the short names `photos` and `digits` of the built-in sets.
         split: `"train"`, `"validation"`, or None for all images.
-        image_column: Image column of a parquet file or Hub data set. Default: the only image column, or `image`.
+        image_column: Image column of a parquet file or Hub data set. Default: `image`, or the only image column.
         label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
         limits: Limits that images must satisfy when they are read. Default: `ImageLimits()`.
-        ignore_extra_classes: True to leave out, with a warning, the held-out images of a folder whose class has no
+        ignore_extra_classes: Whether to leave out, with a warning, the held-out images of a folder whose class has no
             training images, instead of raising an error.
+
+    Returns:
+        Images with their ids and, if the source has them, their labels.
 
     Raises:
         FileNotFoundError: The path (the nearest existing parent is named) or the Hub data set does not exist.
-        MissingSplitError: The source does not have the split; a ValueError.
+        MissingSplitError: The source does not have the split. This is a kind of ValueError.
         ValueError: The source has no usable images, or the column does not exist; the message lists what was found.
     """
     reading = Reading(image_column, label_column, limits or ImageLimits())
@@ -87,7 +90,7 @@ def load_images(
 def open_source(
     data: Data, split: Split | None, reading: Reading, *, ignore_extra_classes: bool = False
 ) -> ImageSource:
-    """Open sources like `load_images`, without logging their notes."""
+    """Open sources as `load_images` does, but leave their `notes` to the caller instead of logging them."""
     if split not in (None, "train", "validation"):
         raise ValueError(f"Unknown split={split!r}. Use 'train', 'validation' or None (all images).")
     load = partial(_open_one, split=split, reading=reading, ignore_extra_classes=ignore_extra_classes)
@@ -116,7 +119,7 @@ def _builtin_name(data: str | Path) -> str | None:
     if name not in BUILTIN_SETS or Path(data).exists():
         return None
     if name == str(data):
-        say_once(f"'{name}' is the built-in data set, because there is no such path; '{BUILTIN}{name}' always is.")
+        say_once(f"'{name}' is the built-in data set, because no such path exists. Write '{BUILTIN}{name}' instead.")
     return name
 
 
@@ -179,7 +182,7 @@ def _why_no_images(found: Found) -> str:
     root, others = found.root, found.others
     listing = f"{len(others)} other files ({outermost(root, others)})" if others else "nothing"
     names = {file.name for file in others}
-    saved = " It was written by datasets' `save_to_disk`; load it there and save it with `to_parquet`."
+    saved = " It was written by datasets' `save_to_disk`; load it with `load_from_disk`, save it with `to_parquet`."
     return (
         f"There are no images in '{root}' or its subfolders. Looked for {' '.join(sorted(image_suffixes()))}, "
         f".parquet and .tar; found {listing}.{saved if names & {'dataset_dict.json', 'state.json'} else ''}"
@@ -200,13 +203,14 @@ def stream_images(
 ) -> ImageStream:
     """Open parquet files, tar files in WebDataset format, or a Hub data set for sequential reading.
 
-    Nothing is copied to a cache. A folder of images does not need a stream: its files are read one by one anyway.
+    Nothing is copied to a cache. Image folders cannot be streamed and need not be: `load_images` does not read a file
+    before its image is used.
 
     Args:
         data: File, folder of files, pattern, or the id of a Hub data set.
         split: `"train"` or `"validation"`.
-        image_column: Image column, or the suffix of the images in tar files. Default: the only image column, or
-            `image`; all images of tar files.
+        image_column: Image column, or for tar files the suffix of the images. Default: the column `image`, or the only
+            image column; all images of tar files.
         label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
 
     Raises:
@@ -230,7 +234,7 @@ def stream_images(
         if found is None:
             table = hub_split(hub_tables(str(data), streaming=True), str(data), split)
         else:
-            files = [glob.escape(str(file)) for file in found.files]  # `datasets` takes names for patterns
+            files = [glob.escape(str(file)) for file in found.files]  # `datasets` reads names as patterns
             table = load_dataset("parquet", data_files=files, split="train", streaming=True)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(

@@ -22,15 +22,15 @@ from torch import Tensor
 MIN_SEPARATION = 2.0  # Ashman's D
 MIN_SHARE, MAX_SHARE = 0.001, 0.15  # share of the tokens in the upper mode
 MIN_RATIO = 3.0  # between the centers of the two modes
-MAX_VALLEY = 0.5  # tokens around the cut-off, relative to an equal window around the upper mode
+MAX_VALLEY = 0.5  # number of tokens around the boundary, relative to that in an equal window around the upper mode
 MIN_OUTLIERS = 10  # fewer tokens do not count as a population
 GATE = {"separation": MIN_SEPARATION, "share": [MIN_SHARE, MAX_SHARE], "ratio": MIN_RATIO, "valley": MAX_VALLEY}
 
 _BINS = 500  # bins of log norms; the mixture is fitted to their counts
 _STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode
 _ITERATIONS = 300
-_MIN_STD = 0.01  # of a mode, in log norm, so that equal tokens (flat images) do not form a mode of zero width
-_LOWEST = 1e-4  # smallest norm relative to the median; smaller ones are raised to it, as zero has no logarithm
+_MIN_STD = 0.01  # smallest standard deviation of a mode, in log norm; equal tokens (flat images) would have 0
+_LOWEST = 1e-4  # smallest norm relative to the median; smaller ones are raised to it, because zero has no logarithm
 
 
 # --- Two modes and a cut-off ---
@@ -58,10 +58,10 @@ class TwoModes:
 
     @property
     def boundary(self) -> float:
-        """Norm at which both modes are equally likely, if both had the pooled variance (linear discriminant).
+        """Norm at which both modes would be equally likely if both had the pooled variance (linear discriminant).
 
-        With separate variances, the densities cross right above the lower mode whenever that is the narrower one, far
-        from any gap. The pooled variance puts the boundary near the geometric mean of the two centers.
+        With separate variances, the densities cross right above the lower mode if that mode is the narrower one, so
+        the boundary would not lie in the gap. The pooled variance puts it near the geometric mean of the two centers.
         """
         pooled = (1 - self.high_share) * self.low_std**2 + self.high_share * self.high_std**2
         odds = math.log((1 - self.high_share) / self.high_share)
@@ -100,7 +100,7 @@ class Cutoff:
 
 
 def log_norms(norms: NDArray[Any]) -> NDArray[np.float64]:
-    """Return the natural logarithm of norms (any shape, flattened), raised to at least 1e-4 of their median."""
+    """Return the natural logarithms of norms (any shape, flattened), raised to at least 1e-4 of their median."""
     flat = np.asarray(norms, dtype=np.float64).ravel()
     return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
 
@@ -112,13 +112,14 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
 
     Args:
         values: Log norms, 1-D.
-        share: Initial share of the largest values in the upper mode; default five shares from 0.3 down to 0.001.
+        share: Initial share of the values in the upper mode, the largest first. Default: one fit for each of five
+            shares from 0.3 down to 0.001.
         tolerance: Gain of the mean log likelihood below which the fit stops, in nats.
 
     Returns:
         The fits, most likely first; empty if all values are equal.
 
-    Source: Dempster et al. 1977; slow twin in tests/unit/test_artifacts.py.
+    Source: Dempster et al. 1977. Slow reference implementation: tests/diagnosis/test_artifacts.py.
     """
     if values.max() - values.min() < _MIN_STD:
         return []
@@ -152,18 +153,18 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
 def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
     """Find the cut-off of one layer, and test whether the tokens above it are a distinct population.
 
-    Two Gaussians are fitted to the log norms. They count as two modes if the upper one holds 0.1 % to 15 % of the
-    tokens (and at least 10), has at least 3 times the norm of the lower one, is separated by Ashman's D > 2, and if
-    the boundary has at most half as many tokens around it as the upper mode. Of several fits, the most likely one
-    that meets these conditions is used. The cut-off is then the boundary between the modes; otherwise it is
-    median * exp(6 * 1.4826 * MAD of the log norms).
+    Two Gaussians are fitted to the log norms. They count as two modes if all of these hold: the upper mode has 0.1 %
+    to 15 % of the tokens, and at least 10; its center is at least 3 times that of the lower mode; Ashman's D is above
+    2; and around the boundary there are at most half as many tokens as around the center of the upper mode. If several
+    fits meet these conditions, the most likely one is used, and the cut-off is the boundary between its modes. If none
+    does, the cut-off is median * exp(6 * 1.4826 * MAD of the log norms).
 
     Args:
         norms: Norms of patch tokens, any shape.
         cutoff: "auto", or a norm to use instead. The test for two modes runs in both cases.
 
     Raises:
-        ValueError: No norms, NaN or infinity among them, or a cut-off that is not a positive number.
+        ValueError: There are no norms, some are NaN or infinite, or `cutoff` is neither "auto" nor a positive number.
     """
     norms = np.asarray(norms)
     if not norms.size or not np.isfinite(norms).all():
@@ -204,7 +205,7 @@ def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
 
 
 def _failed_conditions(modes: TwoModes, values: NDArray[np.float64]) -> list[str]:
-    """Return the reasons against a distinct outlier population; empty if the modes are one."""
+    """Return the reasons why the upper mode is not a distinct outlier population; empty if it is one."""
     found = []
     if modes.separation <= MIN_SEPARATION:
         found.append(f"separation D={modes.separation:.1f}, needs > {MIN_SEPARATION:g}")
@@ -227,7 +228,10 @@ def _failed_conditions(modes: TwoModes, values: NDArray[np.float64]) -> list[str
 
 
 def _fallback(values: NDArray[np.float64]) -> float:
-    """Return median * exp(6 robust standard deviations); plain ones if more than half of the values are equal."""
+    """Return the norm 6 robust standard deviations above the median, both of the log norms.
+
+    If more than half of the values are equal, the robust standard deviation is 0, and the usual one is used.
+    """
     middle = float(np.median(values))
     spread = 1.4826 * float(np.median(np.abs(values - middle))) or float(values.std())
     return math.exp(middle + 6 * max(spread, _MIN_STD))
@@ -237,7 +241,7 @@ def _fallback(values: NDArray[np.float64]) -> float:
 
 
 def neighbor_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the mean cosine of every patch with the patches above, below, left and right of it, as far as they exist.
+    """Return the mean cosine of every patch with its neighbors: the existing patches above, below, left and right.
 
     Args:
         embeddings: (B, N, D) patch embeddings, row-major on `grid`. A zero vector has cosine 0 with everything.
@@ -272,7 +276,11 @@ def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[
     """Compare a value between outliers and normal patches: medians, Kolmogorov-Smirnov distance, and AUROC.
 
     AUROC is the probability that the value of an outlier exceeds that of a normal patch, with ties counting half; 0.5
-    means no difference. Entries that need an empty group are None.
+    means no difference.
+
+    Returns:
+        Dictionary with `num_normal`, `num_outlier`, `median_normal`, `median_outlier`, `ks` and `auroc`. Values that
+        cannot be computed because a group is empty are None.
     """
     from scipy.stats import ks_2samp, mannwhitneyu
 
@@ -296,7 +304,7 @@ def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, s
     Args:
         tokens: (m, D) tokens.
         image: (m,) index of the image of each token.
-        max_tokens: Maximum number of tokens; more are replaced by a random sample of this size.
+        max_tokens: Maximum number of tokens. If there are more, a random sample of this size is used.
         seed: Random seed of the sample.
 
     Returns:
@@ -315,15 +323,16 @@ def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, s
 
 
 def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
-    """Find channels that are large for all tokens (not the same as outlier tokens), and massive activations.
+    """Find channels that are large in all tokens (unlike outlier tokens), and the share of massive activations.
 
     Args:
         tokens: (m, D) raw tokens.
         top: Number of channels to return.
 
     Returns:
-        Dictionary with `channels` and `magnitudes` of those with the largest mean |activation|, relative to the median
-        channel, and `massive_share`, the share of activations above 100 and above 1,000 times the median |activation|.
+        Dictionary with `channels`, those with the largest mean |activation|; `magnitudes`, these means relative to the
+        median over channels; and `massive_share`, the share of activations whose absolute value is above both 100 and
+        1,000 times the median |activation|.
 
     Source: DINOv3 report, appendix A, for channels; arXiv 2402.17762 for massive activations.
     """
@@ -347,9 +356,10 @@ def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_regis
         num_register_tokens: Number of registers R.
 
     Returns:
-        Dictionary of (B,) tensors: `mass_on_patches`, `mass_on_registers`, and for the attention to patches scaled to
-        sum 1: `entropy` in nats, `entropy_share` relative to uniform attention, `top_mass`, the share of the 2 % most
-        attended patches, and `head_entropy`, the mean entropy of single heads.
+        Dictionary of (B,) tensors. `mass_on_patches` and `mass_on_registers` are sums of attention weights. The others
+        describe the attention to patches, scaled to a sum of 1: `entropy` in nats; `entropy_share`, relative to the
+        entropy of uniform attention; `top_mass`, the sum over the 2 % most attended patches; and `head_entropy`, the
+        mean over heads of the entropy of a single head.
     """
     mean = attention.float().mean(dim=1)  # (B, T)
     patches = mean[:, num_prefix_tokens:]  # (B, N)
@@ -369,16 +379,17 @@ def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_regis
     }
 
 
-_PLATEAU = 0.95  # layers whose mode ratio reaches this share of the largest count as equal; the first is reported
+_PLATEAU = 0.95  # layers whose mode ratio is at least this share of the largest count as equal to it
 
 
 def reported_layer(cutoffs: Mapping[int, Cutoff]) -> int:
-    """Return the layer to report: the first bimodal one whose modes are as far apart (within 5 %) as anywhere.
+    """Return the layer to report: the first bimodal one whose mode ratio is within 5 % of the largest.
 
-    The distance is the ratio of the centers of the modes. Ashman's D decides whether there are two modes, but it
-    varies with the few tokens between them: on 16 to 60 images of ViT-Tiny it sometimes selects another layer of a
-    plateau, while the ratio never does. If no layer is bimodal, the last one is returned. The embedding counts only if
-    no other layer was read.
+    The mode ratio is that of the centers of the two modes. Ashman's D is used to decide whether there are two modes,
+    but not to select the layer, because it depends on the few tokens between the modes: with ViT-Tiny, the layer
+    selected by D sometimes differed between samples of 16 to 60 images, while the layer selected by the ratio never
+    did. If no layer is bimodal, the last one is returned. The embedding (layer 0) is considered only if no other layer
+    was read.
     """
     after_blocks = {layer: found for layer, found in cutoffs.items() if layer > 0} or dict(cutoffs)
     ratios = {layer: found.modes.ratio for layer, found in after_blocks.items() if found.bimodal and found.modes}
@@ -388,6 +399,6 @@ def reported_layer(cutoffs: Mapping[int, Cutoff]) -> int:
 
 
 def emergence_layer(cutoffs: Mapping[int, Cutoff], layer: int) -> int | None:
-    """Return the first of the unbroken run of bimodal layers that ends at `layer`, or None if it is not bimodal."""
+    """Return the first layer of the unbroken run of bimodal layers that ends at `layer`; None if there is no run."""
     run = takewhile(lambda i: cutoffs[i].bimodal, sorted((i for i in cutoffs if i <= layer), reverse=True))
     return min(run, default=None)

@@ -1,17 +1,18 @@
-"""Metrics of the package as `evaluate.Metric`, for Trainer, `evaluate.combine` and several processes; all offline.
+"""Metrics as `evaluate.Metric` classes, for Trainer, `evaluate.combine` and several processes; all work offline.
 
-    from hf_regvit.metrics import CorLoc
+    from hf_regvit.evaluation.metrics import CorLoc
     CorLoc().compute(predictions=boxes, references=boxes_of_every_image)
 
 Settings of a metric (k, classes, cutoff) are arguments of its constructor, so that `compute` takes only data and
-metrics can be combined. Inputs are lists, NumPy arrays or tensors on any device. They are checked, and invalid values
-raise an error that names them; nothing is rounded.
+metrics can be combined. Inputs are lists, NumPy arrays or tensors on any device. Invalid values raise an error that
+names them; nothing is rounded.
 
-`evaluate` would write every number to an Arrow buffer: 16 bytes per pixel for a pair of masks, as Python objects on
-the way. Here every batch is reduced to the few sums that the result needs before it is stored, so masks and depth maps
-are released when `add_batch` returns. Processes are merged by `evaluate` itself: give each process its `process_id`,
-and all processes the same `num_process`, `experiment_id` and a shared `cache_dir`; process 0 gets the result, the
-others None. A single process keeps the sums in memory and writes no file.
+`evaluate` itself would convert every number to a Python object and write it to an Arrow buffer, which takes 16 bytes
+per pixel for a pair of masks. Here, every batch is reduced to the few sums that the result needs before it is stored,
+so masks and depth maps are released when `add_batch` returns. `evaluate` merges the sums of several processes: give
+each process its `process_id`, and all processes the same `num_process`, `experiment_id` and a shared `cache_dir`.
+`compute` returns the result in process 0, and None in the others. A single process keeps the sums in memory and writes
+no file.
 
 Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
 """
@@ -33,9 +34,10 @@ Rows = Iterable[Sequence[float] | Array]
 
 
 class _SumsMetric(evaluate.Metric):
-    """Base of the metrics: checks and reduces every batch, and lets `evaluate` store and gather the rows.
+    """Base class of the metrics, which reduces every batch to rows of numbers that `evaluate` stores and gathers.
 
-    A subclass names its inputs, reduces a batch of them to rows of numbers, and computes the result from all rows.
+    A subclass names its `inputs`, checks and reduces a batch of them in `reduce`, and computes the result from the
+    rows of all batches and processes in `result`.
     """
 
     inputs: ClassVar[tuple[str, ...]] = ("predictions", "references")
@@ -79,7 +81,7 @@ class _SumsMetric(evaluate.Metric):
         )
 
     def add_batch(self, *, predictions: object = None, references: object = None, **kwargs: Any) -> None:
-        """Add a batch; it is reduced immediately and not kept."""
+        """Add a batch, of which only the reduced rows are kept."""
         given = {"predictions": predictions, "references": references, **kwargs}
         given = {name: value for name, value in given.items() if value is not None}
         if set(given) != set(self.inputs):
@@ -186,7 +188,7 @@ def _finite(name: str, value: object) -> Array:
 
 
 def _maps(name: str, value: Any, *, example: str) -> list[Any]:
-    """Return a batch of maps as a list, from an array (B, H, W) or a list of (H, W) of different sizes."""
+    """Return a batch of maps, given as an array (B, H, W) or as a sequence of maps (H, W) of any sizes, as a list."""
     maps = list(value)
     for i, one in enumerate(maps):
         shape = tuple(np.shape(one) if not isinstance(one, torch.Tensor) else one.shape)
@@ -256,7 +258,7 @@ class TopKAccuracy(_SumsMetric):
         scores = _finite("predictions", scores)
         if max(self.k) > scores.shape[1] or truth.max() >= scores.shape[1]:
             raise ValueError(
-                f"The scores are of {scores.shape[1]} classes, but k={self.k} and references go up to {truth.max()}. "
+                f"The scores cover {scores.shape[1]} classes, too few for k={self.k} or reference id {truth.max()}. "
                 "Pass scores of all classes."
             )
         own = np.take_along_axis(scores, truth[:, None], axis=1)
@@ -322,15 +324,15 @@ class ClassScores(_SumsMetric):
 
 
 class MeanAveragePrecision(_SumsMetric):
-    """Mean average precision of retrieval: `map`, the mean over queries of the average precision, in [0, 1].
+    """Mean average precision of retrieval: `map`, the average precision averaged over queries, in [0, 1].
 
     The average precision of a query is the mean of the precisions at the ranks of its relevant images. Among equal
     scores the image with the lower index ranks first.
     """
 
     about = (
-        "Mean average precision. predictions: (n, gallery) scores, higher is closer. references: (n, gallery) true "
-        "for relevant images, at least one per query."
+        "Mean average precision. predictions: (n, gallery) scores, higher for closer images. references: (n, "
+        "gallery), true for relevant images, at least one per query."
     )
 
     def reduce(self, predictions: object, references: object) -> Rows:
@@ -359,8 +361,9 @@ class MeanAveragePrecision(_SumsMetric):
 class MeanIoU(_SumsMetric):
     """Mean intersection over union of segmentation: overlap of every class over all pixels, averaged over classes.
 
-    A class that occurs in neither predictions nor references is NaN and left out of the means; a class that is only
-    predicted counts as 0. Names follow the metric `mean_iou` of `evaluate`.
+    The value of a class that occurs in neither predictions nor references is NaN and left out of the means. A class
+    that occurs only in predictions has an overlap of 0. The results have the names of the metric `mean_iou` of
+    `evaluate`.
 
     Args:
         num_classes: Number of classes, C; class ids are 0 to C - 1.
@@ -435,7 +438,7 @@ class DepthErrors(_SumsMetric):
 
     about = (
         "Depth errors. predictions and references: (B, H, W) depths, or lists of (H, W) of different sizes. "
-        "References that are 0, negative or not finite are not measured and are ignored."
+        "Reference pixels that are 0, negative or not finite count as not measured and are ignored."
     )
 
     def __init__(self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Any) -> None:
@@ -485,7 +488,7 @@ class CorLoc(_SumsMetric):
         threshold: Minimum intersection over union of a correct box.
         options: Options of `evaluate.Metric`.
 
-    Source: valeoai/LOST `main_lost.py`; the overlap is `hf_regvit.lost.box_iou`.
+    Source: valeoai/LOST `main_lost.py`; the overlap is computed by `box_iou` in `boxes`.
     """
 
     about = (
@@ -522,7 +525,7 @@ class OutlierShare(_SumsMetric):
     """Share of patch tokens whose norm is above a cutoff, in [0, 1].
 
     Args:
-        cutoff: Norm above which a token is an outlier; `hf_regvit.outliers.find_cutoff` finds one.
+        cutoff: Norm above which a token is an outlier, e.g. from `find_cutoff` in `diagnosis.outliers`.
         options: Options of `evaluate.Metric`.
     """
 
@@ -562,7 +565,8 @@ class OutlierShare(_SumsMetric):
 class RegisterDiversity(_SumsMetric):
     """Diversity of the registers of an image: mean cosine over pairs, and effective rank of at most R.
 
-    Both are means over images; `hf_regvit.artifacts` has the formulas. Identical registers have cosine 1 and rank 1.
+    Both are means over images, computed by `register_cosine` and `effective_rank`. Identical registers have cosine 1
+    and rank 1.
     """
 
     inputs = ("registers",)
@@ -587,8 +591,8 @@ class RegisterDiversity(_SumsMetric):
 class EffectiveRank(_SumsMetric):
     """Effective number of directions that the features of a data set use; a drop indicates collapse.
 
-    Features are scaled to unit length but not centered; the formula is `hf_regvit.outliers.effective_rank`. The rank
-    cannot exceed the number of samples, so compare equal numbers of samples. All features are stored, in float32.
+    Features are scaled to unit length but not centered; see `effective_rank` for the formula. The rank cannot exceed
+    the number of samples, so compare only results for equal numbers of samples. All features are stored, in float32.
     """
 
     inputs = ("features",)

@@ -95,7 +95,7 @@ class CardFacts:
         base_model_license: License or terms of the base model.
         description: Paragraph by the author.
         recipe: Training settings as (setting, value).
-        recipe_file: Whether `recipe.yaml` is in the folder of the card.
+        recipe_file: True if `recipe.yaml` is in the folder of the card.
         curves: Path of the figure of the learning curves, relative to the card.
         pictures: Figures of the evaluation, such as a confusion matrix.
         alarms: Alarms of the run, each with `step` and `message`.

@@ -87,7 +87,7 @@ def publish(
         example_pictures: Whether to include example figures, see `bundle`.
         max_shard_size: Maximum size of a weights file, see `bundle`.
         push: Whether to upload the bundle. If False, nothing is uploaded.
-        private: Whether a new repository is private. An existing public repository requires False.
+        private: Whether to make a new repository private. An existing public repository requires False.
         revision: Branch to upload to. Default: main.
         commit_message: Message of the commit. Default: names the model class.
         token: Token with write access. Default: the stored token or `HF_TOKEN`.

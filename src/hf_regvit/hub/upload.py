@@ -102,8 +102,8 @@ def send_folder(
         repo_id: Repository id `owner/name`, or a name alone for the owner of the token.
         names: Files to upload, relative to the folder. Large files that the Hub already has are not sent again.
         message: Message of the commit.
-        private: Whether a new repository is private; None uses the default of the owner's account. The visibility of
-            an existing repository does not change.
+        private: Whether to make a new repository private; None uses the default of the owner's account. The visibility
+            of an existing repository does not change.
         accept_public: Whether to upload to an existing public repository.
         token: Token with write access. Default: the token stored by `hf auth login`, or `HF_TOKEN`.
         revision: Branch, created if it does not exist. Default: main.

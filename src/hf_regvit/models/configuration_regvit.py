@@ -21,8 +21,9 @@ logger = logging.get_logger(__name__)
 
 __version__ = "0.1.0"
 
-# Lists every auto class, because transformers would write only the class that was saved. AutoModel, AutoBackbone and
-# the feature-extraction pipeline would then fail on a classifier's repository where this package is not installed.
+# Every auto class with its RegViT class. By itself, transformers would write only the class that was saved. AutoModel,
+# AutoBackbone and the feature-extraction pipeline could then not load the repository of a classifier on machines
+# without this package.
 AUTO_MAP = {
     "AutoConfig": "configuration_regvit.RegViTConfig",
     "AutoModel": "modeling_regvit.RegViTModel",
@@ -132,14 +133,16 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         no_embed_class (`bool`, *optional*, defaults to `False`):
             Whether to leave CLS out of the position table (`no_embed_class` in timm).
         interpolate_antialias (`bool`, *optional*, defaults to `True`):
-            Whether to antialias when the position table is resampled. Official DINOv2: on with registers, off without.
+            Whether to antialias when the position table is resampled. The official DINOv2 models use True with
+            registers and False without.
         interpolate_offset (`float`, *optional*, defaults to 0.0):
-            Number of cells added to the target grid to form scale factors. Official DINOv2 without registers: 0.1.
+            Number of cells added to the target grid to compute scale factors. The official DINOv2 models without
+            registers use 0.1.
         final_norm (`str`, *optional*, defaults to `"tokens"`):
-            `"tokens"` normalizes the whole sequence; `"pooled"` leaves it raw and normalizes the mean of the patch
+            `"tokens"` normalizes the whole sequence; `"pooled"` normalizes only the mean of the patch
             tokens, which is then the `pooler_output` (`fc_norm` in timm).
         pooler_act (`str`, *optional*):
-            Activation of an additional dense layer on CLS (`"tanh"` in the original ViT); `None` for no such layer.
+            Activation of an additional dense layer on CLS (`"tanh"` in the original ViT). `None` adds no such layer.
         discard_registers (`bool`, *optional*, defaults to `False`):
             Whether to leave the registers out of `last_hidden_state`, as the paper does.
         register_neurons (`list[list[int]]`, *optional*):
@@ -221,7 +224,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         self._warn_about_newer(kwargs.pop("hf_regvit_version", None))
         if (num_labels := kwargs.get("num_labels")) is not None and num_labels < 1:
             raise ConfigError(f"num_labels={num_labels} is out of range: a head must have at least 1 label, e.g. 2.")
-        kwargs.pop("stage_names", None)  # derived, see the property
+        kwargs.pop("stage_names", None)  # computed by the property of this name
         kwargs.pop("use_cache", None)  # Trainer writes it into every config, but a ViT has no cache
         self.validate_architecture()
         self.set_output_features_output_indices(
@@ -266,7 +269,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         return 1 + self.num_register_tokens
 
     def register_neurons_of(self, block: int) -> list[int]:
-        """Return the neurons of a block (counted from 0) that write into the registers; empty for most models."""
+        """Return the neurons of a block (counted from 0) whose activations are moved to the registers."""
         return [neuron for where, neuron in self.register_neurons or () if where == block]
 
     @property
@@ -312,7 +315,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         if self.final_norm == "pooled" and self.pooler_act is not None:
             raise ConfigError(
-                f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' pools the mean patch. Use "
+                f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' returns the mean patch. Use "
                 "pooler_act=None."
             )
         if self.min_depth >= self.max_depth:
@@ -333,17 +336,18 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
 
     def _validate_sizes(self) -> None:
-        """Check the sizes that must divide one another; the error names the nearest valid ones."""
+        """Check sizes and their divisibility; the error names the nearest valid size."""
         if self.hidden_size % self.num_attention_heads:
             divisors = [n for n in range(1, self.hidden_size + 1) if self.hidden_size % n == 0]
             nearest = min(divisors, key=lambda n: abs(n - self.num_attention_heads))
             raise ConfigError(
                 f"num_attention_heads={self.num_attention_heads} does not divide hidden_size={self.hidden_size}. "
-                f"Use {nearest}."
+                f"Use num_attention_heads={nearest}."
             )
         if self.ffn_hidden_size < 1:
             raise ConfigError(
-                f"mlp_ratio={self.mlp_ratio} with hidden_size={self.hidden_size} gives an MLP of width 0. Use 4."
+                f"mlp_ratio={self.mlp_ratio} with hidden_size={self.hidden_size} gives an MLP of width 0. "
+                "Use mlp_ratio=4."
             )
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
@@ -361,7 +365,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
 
     def _validate_register_neurons(self) -> None:
-        """Check that the pairs exist, that none is repeated, and that there is a register to write into."""
+        """Check that every pair names a neuron of the model and occurs once, and that there is a register."""
         if not self.register_neurons:
             return
         last, width = self.num_hidden_layers - 1, self.ffn_hidden_size
@@ -400,13 +404,13 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs) -> tuple[dict, dict]:
-        """Read a configuration, and refuse the one of another kind of model."""
+        """Return the fields of a config.json; raise a ConfigError if they describe another kind of model."""
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         kind = config.get("model_type") or ("timm" if "architecture" in config else "regvit")
         parts = [part.get("model_type") for part in config.values() if isinstance(part, dict)]  # composite models
         if "regvit" not in (kind, *parts):
             raise ConfigError(
-                f"'{pretrained_model_name_or_path}' is not a RegViT: this is a `{kind}`; use convert, e.g. "
+                f"'{pretrained_model_name_or_path}' is a model of type `{kind}`, not a RegViT. Convert it: "
                 f"hf_regvit.convert('{pretrained_model_name_or_path}')."
             )
         return config, unused

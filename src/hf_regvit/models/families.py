@@ -1,6 +1,6 @@
 """Table of the supported families of vision transformers: where each keeps its blocks, projections and norms.
 
-All differences between models are data in this table, one record per family; `features` does the reading.
+All differences between models are data in this table, one record per family. `read_tokens` in `tokens` uses it.
 
 Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
 """
@@ -25,7 +25,7 @@ def _family_name(module: nn.Module) -> str | None:
 
 
 def has_part(module: nn.Module, path: str) -> bool:
-    """Return True if `module.get_submodule(path)` exists."""
+    """Return True if the module has a submodule at `path`, in the form of `get_submodule`."""
     try:
         module.get_submodule(path)
     except AttributeError:
@@ -34,11 +34,11 @@ def has_part(module: nn.Module, path: str) -> bool:
 
 
 def find_tower(model: nn.Module) -> tuple[nn.Module, str]:
-    """Find the vision tower inside a classifier, a two-tower model or another wrapper, and the name of its family.
+    """Return the vision tower inside a classifier, a two-tower model or another wrapper, and its family name.
 
     Raises:
         TypeError: `model` is not a torch module.
-        ValueError: No module of the model belongs to a family of the table.
+        ValueError: No module of the model belongs to a family in the table.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -91,17 +91,17 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def describe_model(model: nn.Module) -> ModelDescription:
-    """Describe the sizes and the token layout of any model that `read_tokens` supports.
+    """Return the sizes and the token layout of any model that `read_tokens` supports.
 
     Raises:
-        ValueError: The model does not belong to a family of the table.
+        ValueError: The model does not belong to a family in the table.
     """
     tower, name = find_tower(model)
     return describe_tower(tower, name)
 
 
 def describe_tower(tower: Any, name: str) -> ModelDescription:
-    """Describe a tower and family name as returned by `find_tower`; see `describe_model`."""
+    """Return what `describe_model` returns, for a tower and its family name as returned by `find_tower`."""
     family = FAMILIES[name]
     blocks = tower.get_submodule(family.blocks)
     if name not in _TIMM_CLASSES.values():
@@ -127,7 +127,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
         num_layers=len(blocks),
         hidden_size=tower.embed_dim,
         num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
-        # Do not use `patch_embed.patch_size`: after a CNN stem it counts cells of the feature map, not pixels.
+        # Do not use `patch_embed.patch_size`: after a CNN stem, its unit is cells of the feature map, not pixels.
         patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
         image_size=image_size,
         has_cls=has_cls,
@@ -142,10 +142,10 @@ def _name_of(source: str) -> str:
 
 
 def final_norm(model: nn.Module) -> nn.Module:
-    """Return the norm that the model applies to the tokens of its last block, or the identity.
+    """Return the norm that the model applies to the tokens of its last block.
 
-    The identity is returned for models that only normalize a pooled vector. CLIP normalizes only CLS, but its norm is
-    returned nevertheless, as is usual for dense features.
+    For a model that normalizes only a pooled vector, this is the identity. CLIP normalizes only CLS, but its norm is
+    returned nevertheless, because dense features of CLIP usually pass through it.
     """
     tower, name = find_tower(model)
     if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
@@ -162,15 +162,15 @@ class Family:
         patch_projection: Path from the tower to the convolution that creates the patch tokens.
         final_norm: Path from the tower to the norm of the last block's tokens.
         attention: Path from a block to its attention.
-        projections: Paths from the attention to the linear layers of query, key and value. Each has several candidate
-            names, because they changed between releases of transformers; the first that exists is used. An attention
-            with one fused layer has it under the name `qkv` instead.
+        projections: Paths from the attention to the linear layers of query, key and value. There may be several
+            candidates for each, because names changed between releases of transformers; the first that exists is used.
+            If one fused layer computes all three, it is called `qkv`, and this field is not used.
         mlp_output: Paths from a block to the linear layer that reads the MLP activations; the first that exists is
             used.
         has_cls: True if a CLS token comes first, or None if the tower itself provides this information (timm).
         num_distillation_tokens: Number of tokens between CLS and registers.
         rotary: Name of the argument that passes the rotary angles for queries and keys of patches to the attention,
-            or None if the family has no rotary positions. An attention that receives no angles does not rotate.
+            or None if the family has no rotary positions. A block that passes no angles has no rotation.
         qk_norms: Paths from the attention to the norms of queries and keys, which are applied per head.
         resize_switch: True if sizes other than the native one need `interpolate_pos_encoding=True`.
     """

@@ -180,7 +180,7 @@ class RegViTEmbeddings(nn.Module):
         return maps.to(table.dtype).flatten(2).transpose(1, 2)  # (1, N, D)
 
     def patch_positions(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Return `resample_positions(grid)`, cached per grid when no gradient is needed and nothing is traced.
+        """Return `resample_positions(grid)`, cached per grid except in training, under autograd and under `compile`.
 
         A stale entry would silently give wrong positions, so the cache is validated on every call. On the CPU, the
         values of the table are compared, which also detects writes through `.data`. On other devices this would force
@@ -215,7 +215,12 @@ class RegViTEmbeddings(nn.Module):
         return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
 
     def padded_positions(self, grids: list[tuple[int, int]], grid: tuple[int, int]) -> torch.Tensor:
-        """Return positions (B, N, D) for padded images: each image's own grid, placed at the top left of `grid`."""
+        """Return positions (B, N, D) of padded images: each image gets those of its own grid, padding gets 0.
+
+        Args:
+            grids: Grid (rows, columns) of each image without its padding, which is on the right and at the bottom.
+            grid: Grid of the padded images.
+        """
         width = self.config.hidden_size
         positions = self.position_embeddings.new_zeros(len(grids), *grid, width)
         for own in set(grids):
@@ -229,7 +234,10 @@ class RegViTEmbeddings(nn.Module):
         bool_masked_pos: torch.Tensor | None = None,
         grids: list[tuple[int, int]] | None = None,
     ) -> torch.Tensor:
-        """Return the tokens (B, T, D) that enter the first block. `grids`: own grid of each image, if padded."""
+        """Return the tokens (B, T, D) that enter the first block.
+
+        `grids` holds the grid of each image without its padding, or is None if no image is padded.
+        """
         grid = self.patch_embeddings.grid_of(pixel_values)
         patches = self.patch_embeddings(pixel_values)  # (B, N, D)
         batch_size = patches.shape[0]
@@ -244,7 +252,7 @@ class RegViTEmbeddings(nn.Module):
             cls_token = cls_token + self.position_embeddings[:, :1]
         tokens = [cls_token.expand(batch_size, -1, -1), patches]
         registers = 0 if self.register_tokens is None else self.register_tokens.shape[1]
-        # With a wrong count, patches would be read as registers or registers as patches.
+        # With a wrong count, later code would read patches as registers or registers as patches.
         if registers != self.config.num_register_tokens:
             raise ValueError(
                 f"The model has {registers} registers, but its config says num_register_tokens="
@@ -271,7 +279,10 @@ class RegViTEmbeddings(nn.Module):
 
 
 def grids_of_padded_images(pixel_mask: torch.Tensor, embeddings: RegViTPatchEmbeddings) -> list[tuple[int, int]]:
-    """Return each image's own grid (rows, columns) from a mask (B, H, W) that is nonzero at real pixels."""
+    """Return the grid (rows, columns) of each image without its padding.
+
+    `pixel_mask` (B, H, W) is nonzero at the pixels of the image and 0 at padding.
+    """
     mask = pixel_mask.bool()
     heights, widths = mask[:, :, 0].sum(1), mask[:, 0, :].sum(1)  # (B,)
     rows = torch.arange(mask.shape[1], device=mask.device)[None, :, None] < heights[:, None, None]
@@ -300,7 +311,12 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute softmax attention for (B, heads, T, head_dim), the only implementation that returns the weights."""
+    """Compute softmax attention of query, key and value, each (B, heads, T, head_dim).
+
+    Returns:
+        Output (B, T, heads, head_dim), and the attention weights (B, heads, T, T), which no other implementation
+        returns.
+    """
     scores = query @ key.transpose(2, 3) * scaling  # (B, heads, T, T)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -327,7 +343,10 @@ class RegViTAttention(nn.Module):
         attention_mask: torch.Tensor | None = None,
         tokens: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Map (B, T, D) to (B, T, D), or to (n, D) for only the n `tokens`, given as indices into the flat (B * T)."""
+        """Return the output (B, T, D), and the attention weights or None.
+
+        With `tokens` (n,), indices into the flattened (B * T) tokens, the output holds only these tokens: (n, D).
+        """
         batch_size, num_tokens, width = hidden_states.shape
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
         query, key, value = (x.transpose(1, 2) for x in qkv.unbind(2))  # (B, heads, T, head_dim)
@@ -350,7 +369,7 @@ def move_to_registers(
 
     `activations` (B, T, H) is the input of the MLP's last linear layer. For each of the S `neurons`, every register
     gets the neuron's value of largest magnitude over all tokens of the image, every patch gets 0, and CLS keeps its
-    value. Padding, where `token_mask` (B, T) is False, is excluded. Without neurons, the input is returned unchanged.
+    value. The maximum excludes padding, where `token_mask` (B, T) is False. Without neurons, the input is returned.
     """
     if not neurons:
         return activations
@@ -438,8 +457,8 @@ class RegViTLayer(GradientCheckpointingLayer):
         Args:
             hidden_states: (B, T, D) residual stream.
             attention_mask: Mask in the form the attention implementation expects.
-            tokens: (n,) indices into the flat (B * T). Only these tokens are computed; all others serve only as keys
-                and values. The last block of a pretraining step uses this to save time.
+            tokens: (n,) indices into the flattened (B * T) tokens. Only these tokens are computed; all others serve
+                only as keys and values. Pretraining uses this in the last block to save time.
             token_mask: (B, T) bool, False at padding. Only register neurons need it in addition to `attention_mask`.
 
         Returns:
@@ -483,7 +502,11 @@ class RegViTLayer(GradientCheckpointingLayer):
         return self._add_to_tokens(output, self.mlp(self.norm2(output)), self.layer_scale2, gains, image), weights
 
     def _draw_rows(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Draw the samples whose branch is computed in mode "batch_subset": a share of 1 - rate, at least one."""
+        """Draw the samples whose branch is computed in mode "batch_subset": a share of 1 - rate, at least one.
+
+        Returns:
+            Indices of the samples, or None if the branch is computed for all of them.
+        """
         if not self.training or self.drop_path_rate == 0 or self.drop_path_mode != "batch_subset":
             return None
         batch_size = hidden_states.shape[0]
@@ -502,7 +525,10 @@ class RegViTLayer(GradientCheckpointingLayer):
         return tensor.index_select(0, rows)
 
     def _draw_gains(self, hidden_states: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor | None:
-        """Draw the factors (B,) by which stochastic depth (arXiv 1603.09382) scales the branch of each sample."""
+        """Draw the factors (B,) by which stochastic depth (arXiv 1603.09382) scales the branch of each sample.
+
+        `rows` are the samples from `_draw_rows`. The result is None if no branch is dropped.
+        """
         if not self.training or self.drop_path_rate == 0:
             return None
         gains = hidden_states.new_zeros(hidden_states.shape[0])
@@ -520,7 +546,7 @@ class RegViTLayer(GradientCheckpointingLayer):
         gains: torch.Tensor | None,
         image: torch.Tensor,
     ) -> torch.Tensor:
-        """Return tokens + scale * branch, both (n, D), with the gain of each token's image."""
+        """Return tokens + gain * scale * branch, (n, D); `image` (n,) holds the index of each token's image."""
         if layer_scale is not None:
             branch = layer_scale(branch)
         if gains is not None:
@@ -559,7 +585,8 @@ class RegViTPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    # Trainer takes a bare **kwargs as a sign that the loss is already scaled, and multiplies it by the accumulation.
+    # Otherwise, Trainer takes **kwargs in a `forward` as a sign that the model divides its loss by the number of
+    # accumulation steps itself, and the loss would be too large by that factor.
     accepts_loss_kwargs = False
     _no_split_modules = ["RegViTEmbeddings", "RegViTLayer"]
     _supports_sdpa = True
@@ -625,7 +652,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
                 `ignore_mismatched_sizes=True` applies to heads only.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so a pickle here is foreign
+        kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so it did not write a pickle
         try:
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
@@ -657,7 +684,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
 
     def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
         wanted = self.config.num_register_tokens
-        resize = "Load it without that override, then call its resize_register_tokens(n)"
+        resize = "Load it without that override, then call model.resize_register_tokens(n)"
         problems = []
         for key in _backbone_keys(info["missing_keys"]):
             if key.endswith("register_tokens"):
@@ -703,7 +730,10 @@ class RegViTPreTrainedModel(PreTrainedModel):
         )
 
     def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTPreTrainedModel":
-        """Change the number of registers of the backbone; see `RegViTModel.resize_register_tokens`."""
+        """Change the number of registers of the backbone in place and return this model.
+
+        See `RegViTModel.resize_register_tokens`.
+        """
         self.base_model.resize_register_tokens(num_register_tokens, seed=seed)
         return self
 
@@ -736,7 +766,7 @@ def corrupt_weights(source, error: SafetensorError) -> CheckpointCorruptError:
 
 
 class RegViTPooler(nn.Module):
-    """Dense layer on CLS, as in front of the head of the original ViT."""
+    """Dense layer with an activation on CLS, which precedes the head in the original ViT."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__()
@@ -775,13 +805,17 @@ class RegViTModel(RegViTPreTrainedModel):
 
     @torch.no_grad()
     def resize_register_tokens(self, num_register_tokens: int, *, seed: int = 0) -> "RegViTModel":
-        """Keep the first registers up to the new number and draw any additional ones from N(0, register_init_std).
+        """Change the number of registers in place, in the model and in its config.
 
-        New registers are untrained: train them before use. The model and its config are changed in place.
+        The first registers are kept. Additional ones are drawn from a normal distribution with mean 0 and standard
+        deviation `register_init_std`; they are untrained, so train them before use.
 
         Args:
             num_register_tokens: New number of registers; 0 removes them.
             seed: Random seed for the new registers.
+
+        Returns:
+            This model.
         """
         wanted = copy.copy(self.config)  # validate a copy, so that a rejected number leaves the model unchanged
         wanted.num_register_tokens = num_register_tokens
@@ -821,6 +855,9 @@ class RegViTModel(RegViTPreTrainedModel):
             output_attentions: Whether to return attention weights (needs `attn_implementation="eager"`).
             output_hidden_states: Whether to return the residual stream.
             return_dict: Whether to return a `RegViTModelOutput` instead of a plain tuple.
+
+        Returns:
+            `RegViTModelOutput`, or the tuple of those of its fields that are not None.
 
         Raises:
             ImageTooSmallError: A side of the images is shorter than a patch.
@@ -876,7 +913,7 @@ class RegViTModel(RegViTPreTrainedModel):
     def _token_mask(
         self, pixel_values: torch.Tensor, pixel_mask: torch.Tensor
     ) -> tuple[list[tuple[int, int]], torch.Tensor]:
-        """Return each image's own grid and a mask (B, T) that is False at padding."""
+        """Return the grid of each image without its padding, and a mask (B, T) that is False at padding."""
         if pixel_mask.shape != (pixel_values.shape[0], *pixel_values.shape[-2:]):
             raise ValueError(
                 f"pixel_mask has shape {tuple(pixel_mask.shape)}, expected (batch, height, width) = "
@@ -967,12 +1004,15 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
 
 
 class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
-    """Base class of the dense heads: normalized tokens of chosen blocks in, maps of the input's size out."""
+    """Base class of the dense heads, which turn normalized tokens of chosen blocks into maps of the input's size."""
 
     def __init__(self, config: RegViTConfig):
         super().__init__(config)
         if config.final_norm != "tokens":
-            raise ValueError("Dense heads read normalized patch tokens, so they require final_norm='tokens'.")
+            raise ValueError(
+                "final_norm='pooled' leaves patch tokens unnormalized, but dense heads read normalized ones. Use "
+                "final_norm='tokens'."
+            )
         self.regvit = RegViTModel(config, add_pooling_layer=False)
 
     def dense_features(self, output: RegViTModelOutput, *, with_cls: bool) -> torch.Tensor:
@@ -992,7 +1032,8 @@ class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
     ) -> torch.Tensor:
         """Decode patch values (B, N, C) to maps of the input's size.
 
-        `decode` maps (B, C, rows, columns) and (H, W) to the output. Padded images are decoded one by one.
+        `decode` is called with maps (B, C, rows, columns) and a size (H, W) in pixels, and returns maps of that size.
+        Padded images are decoded one by one, without their padding.
         """
         patch_embeddings = self.regvit.embeddings.patch_embeddings
         rows, columns = patch_embeddings.grid_of(pixel_values)
@@ -1052,7 +1093,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
             ignore = self.config.semantic_loss_ignore_index
             if pixel_mask is not None:
                 labels = labels.masked_fill(~pixel_mask.bool(), ignore)
-            # Mean over labeled pixels; clamp, so that a batch without any gives 0 instead of NaN.
+            # Mean over labeled pixels. The clamp makes a batch without labeled pixels give 0 instead of NaN.
             total = nn.functional.cross_entropy(logits.float(), labels, ignore_index=ignore, reduction="sum")
             loss = total / (labels != ignore).sum().clamp(min=1)
         result = SemanticSegmenterOutput(
@@ -1106,7 +1147,10 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         return self._finish(result, return_dict)
 
     def _bins_to_meters(self, bins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Decode (B, bins, rows, columns) to depth (B, 1, H, W): mean of bin centers, weighted by "linear norm"."""
+        """Decode (B, bins, rows, columns) to depth (B, 1, H, W), the weighted mean of the bin centers.
+
+        The weights are relu(bins) + 0.1, divided by their sum ("linear norm" in DINOv2).
+        """
         dtype = bins.dtype
         bins = bins.to(at_least_float32(bins))  # in float16, the sum over the bins overflows
         grid = tuple(self.UPSAMPLE * side for side in bins.shape[-2:])

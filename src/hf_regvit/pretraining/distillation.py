@@ -52,7 +52,7 @@ class HeadShape:
 class _Prototypes(nn.Module):
     """Weight-normalized linear layer without bias: row k is `g_k * v_k / |v_k|`.
 
-    Does not use `torch.nn.utils.weight_norm`, whose hook breaks `deepcopy` and hides g and v from sharding.
+    `torch.nn.utils.weight_norm` is not used, because its hook breaks `deepcopy` and hides g and v from sharding.
     """
 
     def __init__(self, in_features: int, num_prototypes: int) -> None:
@@ -66,7 +66,7 @@ class _Prototypes(nn.Module):
         # in full precision, whatever the precision of the rest of the head.
         with torch.autocast(x.device.type, enabled=False):
             v, g = (p if p.dtype == torch.float64 else p.float() for p in (self.weight_v, self.weight_g))
-            # A fused kernel for `g * v / |v|`: separate operations on K x 256 values take a tenth of a small step.
+            # Fused kernel for `g * v / |v|`: separate operations on K x 256 values take a tenth of a short step.
             weight = torch._weight_norm(v, g, 0)
             x = x.to(weight.dtype)
             return F.linear(x, weight) if objective is None else objective(x, weight)
@@ -83,8 +83,10 @@ class PrototypeHead(nn.Module):
         shape: Sizes of the head.
         bias: True if the MLP layers have a bias.
 
-    Source: the released DINOv2 head; initialization trunc-normal 0.02 and zero bias in the MLP, uniform
-    +-1/sqrt(bottleneck) in `weight_v`, ones in `weight_g`, which stays trainable.
+    Weights of the MLP are initialized from a truncated normal distribution with standard deviation 0.02 and its biases
+    with 0, `weight_v` uniformly within +-1/sqrt(bottleneck), and `weight_g` with 1. All are trained.
+
+    Source: the released DINOv2 head.
     """
 
     def __init__(self, in_features: int, shape: HeadShape, *, bias: bool = True) -> None:
@@ -106,11 +108,11 @@ class PrototypeHead(nn.Module):
         """Return float32 logits `(n, K)` of features `(n, D)`, or the value of `objective`; n may be 0.
 
         `objective` is called with the unit-length bottleneck `(n, bottleneck)` and the prototypes `(K, bottleneck)`.
-        It serves losses that do not store all logits at once, and is called here because the parameters of a sharded
-        head are gathered only inside of `forward`.
+        It is for losses that do not store all logits at once, and must be called here because the parameters of a
+        sharded head are gathered only during `forward`.
         """
         x = self.mlp(x)
-        # An epsilon of 1e-12 underflows in fp16.
+        # In fp16, an epsilon of 1e-12 becomes 0.
         x = F.normalize(x, dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12)
         return self.last_layer(x, objective)
 
@@ -160,13 +162,13 @@ class SelfDistillation(nn.Module):
             teacher backbone that changes only through `refresh_gram_teacher`.
 
     Raises:
-        ValueError: If the backbone has no mask token or has a pooler or norm of another family, the centering is
-            unknown, a weight is negative, or all weights are 0.
+        ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens; the centering is
+            unknown; a weight is negative; or all weights are 0.
     """
 
-    # Without this, Trainer guesses from the signature if the loss is already divided by the accumulation steps.
+    # Without this, Trainer guesses from the signature whether the loss is already divided by the accumulation steps.
     accepts_loss_kwargs = False
-    # Modules that FSDP2 shards as one group, in student and teacher; the remainder belongs to the root.
+    # Modules that FSDP2 shards as one group each, in student and teacher; all other parameters form another group.
     _no_split_modules = ["RegViTLayer", "PrototypeHead"]
 
     student: nn.ModuleDict
@@ -238,9 +240,10 @@ class SelfDistillation(nn.Module):
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone to read tokens from; a copy if it is compiled or sharded (then a collective).
+        """Return a teacher backbone from which hooks can read tokens.
 
-        Hooks inside compiled blocks are not called.
+        This is a copy if the teacher is compiled, because hooks inside compiled blocks are not called, or if it is
+        sharded. With a sharded teacher, all processes must call this method.
         """
         teacher = self.teacher_backbone
         is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
@@ -252,7 +255,7 @@ class SelfDistillation(nn.Module):
         return whole
 
     def train(self, mode: bool = True) -> "SelfDistillation":
-        """Set the mode of the student only; the teacher stays in eval mode, because it must never drop paths."""
+        """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
         super().train(mode)
         self.teacher.eval()
         if self.gram_teacher is not None:
@@ -285,7 +288,7 @@ class SelfDistillation(nn.Module):
                 center.commit()
 
     def _logits(self, network: nn.ModuleDict, cls: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-        """Return head outputs of CLS rows and masked-patch rows; a disabled loss gets no rows and costs nothing."""
+        """Return the head outputs of CLS tokens and of masked patches; empty for a loss whose weight is 0."""
         cls = cls if self.dino_loss_weight else cls[:0]
         masked = masked if self.ibot_loss_weight else masked[:0]
         if "ibot_head" in network:
@@ -316,11 +319,11 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def teacher_targets(self, global_crops: Tensor, mask_indices: Tensor) -> TeacherTargets:
-        """Compute targets from the unmasked global crops.
+        """Compute the teacher targets from the unmasked global crops.
 
         Args:
             global_crops: Pixels `(G, B, 3, S, S)`.
-            mask_indices: Positions `(M,)` of the masked patches in the flattened (G, B, N).
+            mask_indices: Positions `(M,)` of the masked patches in the flattened masks (G, B, N).
 
         Returns:
             Probabilities of the CLS tokens, crop by crop, and of the patches that are masked for the student.
@@ -329,14 +332,18 @@ class SelfDistillation(nn.Module):
 
     @torch.no_grad()
     def joint_targets(self, batches: Sequence[Mapping[str, Tensor]]) -> list[TeacherTargets]:
-        """Compute the targets of all micro-batches of an optimizer step jointly, for the `targets` of `forward`.
+        """Compute the targets of all micro-batches of an optimizer step jointly.
 
-        Sinkhorn-Knopp distributes its rows evenly over the prototypes, so two halves of a batch have other targets
-        than the whole batch. (Softmax centering does not need this: a center depends on previous steps only.)
-        All logits are in memory at once: 4 bytes * prototypes * (global crops + masked patches) of the whole step.
+        Sinkhorn-Knopp distributes its rows evenly over the prototypes, so the targets of a micro-batch computed alone
+        differ from those computed with the whole batch. Softmax centering does not need this method, because its
+        center depends only on previous steps. The logits of the whole step are in memory at once: 4 bytes *
+        prototypes * (global crops + masked patches).
 
         Args:
             batches: Micro-batches with the `global_crops` and `mask_indices` of `forward`.
+
+        Returns:
+            The argument `targets` of `forward` for each micro-batch.
         """
         rows = [self._teacher_logits(batch["global_crops"], batch["mask_indices"]) for batch in batches]
         cls_rows, masked_rows = ([pair[part] for pair in rows] for part in (0, 1))
@@ -357,8 +364,8 @@ class SelfDistillation(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Compute the tokens that the losses read, after the final norm.
 
-        The last block computes these tokens only and uses the others as keys and values. If half of the crops are
-        masked, this saves most of that block.
+        The last block computes only these tokens and uses the others as keys and values. If half of the crops are
+        masked, this saves most of the computation in that block.
 
         Args:
             backbone: Backbone of the student or the teacher.
@@ -383,7 +390,11 @@ class SelfDistillation(nn.Module):
     def _student_tokens(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, patches: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return CLS tokens `(G * B + L * B, D)`, global crops first, and the global crops' patches at `patches`."""
+        """Return CLS tokens `(G * B + L * B, D)`, global crops first, and patch tokens `(m, D)` of the global crops.
+
+        `patches` `(m,)` holds the positions of these patches in the flattened (G, B, N). The local crops are left out
+        if `dino_loss_weight` is 0.
+        """
         backbone = self.student_backbone
         cls, rows = self._tokens(backbone, global_crops.flatten(0, 1), patches, masks.flatten(0, 1))
         if self.dino_loss_weight and local_crops.shape[0]:
@@ -395,7 +406,7 @@ class SelfDistillation(nn.Module):
     def student_outputs(
         self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
     ) -> StudentOutput:
-        """Run the student on masked global and unmasked local crops and keep all logits, which `forward` never stores.
+        """Compute all logits of the student for masked global and unmasked local crops; `forward` never stores them.
 
         Args:
             global_crops: Pixels `(G, B, 3, S, S)`.
@@ -422,7 +433,7 @@ class SelfDistillation(nn.Module):
         """
         num_global = targets.cls.shape[0]
         num_local = cls.shape[0] // batch - num_global
-        # The official divisor: without local crops it counts one term too many.
+        # The divisor of the official code, which counts one term too many if there are no local crops.
         divisor = max(num_global * num_local, 1) + num_global
         # Each global crop learns from the other one. Each local crop learns from all global crops, which equals
         # num_global times their mean, because a cross-entropy is linear in its target.
@@ -495,19 +506,21 @@ class SelfDistillation(nn.Module):
             masks: Boolean masks `(2, B, N)` over the N patches of a global crop.
             mask_indices: Positions `(M,)` (int64) of the True entries in the flattened masks, ascending; M may be 0.
             mask_weights: Weights `(M,)`: 1 / (number of masked patches in the same crop).
-            targets: Targets of this micro-batch, from `joint_targets`; default: computed from this batch alone.
-            gram_crops: Global crops `(2, B, 3, S', S')` of another size for the Gram teacher; default: `global_crops`.
+            targets: Targets of this micro-batch from `joint_targets`. Default: computed from this micro-batch alone.
+            gram_crops: Global crops `(2, B, 3, S', S')` of another size for the Gram teacher. Default: `global_crops`.
 
         Returns:
-            `loss` (the scalar to differentiate), its detached weighted terms `dino_local_loss`, `dino_global_loss`,
-            `ibot_loss`, `koleo_loss` and `gram_loss`, which add up to it, and `teacher_entropy` and
-            `teacher_marginal_entropy` in nats: the entropy of a single DINO target, and of the mean target of the
-            batch. Both near ln K means uniform collapse; both near 0 means that one prototype takes everything.
-            `teacher_student_kl` is KL(teacher || student) of the global crops in nats; `used_prototypes` is the number
-            of prototypes that are the largest entry of at least one target of the batch.
+            Dictionary of scalars. `loss` is to be differentiated. `dino_local_loss`, `dino_global_loss`, `ibot_loss`,
+            `koleo_loss` and `gram_loss` are its detached weighted terms, which add up to it; terms that were not
+            computed are missing. If the DINO loss is used, there are also four statistics of its targets.
+            `teacher_entropy` is the mean entropy of a target and `teacher_marginal_entropy` the entropy of the mean
+            target, in nats. If both are near ln K, the targets are uniform (collapse); if both are near 0, all targets
+            select the same prototype (also collapse). `teacher_student_kl` is KL(teacher || student) of the global
+            crops in nats, and `used_prototypes` the number of prototypes that are the largest entry of at least one
+            target.
 
         Raises:
-            ValueError: If the tensors do not match, or the number of global crops is not 2.
+            ValueError: The shapes of the tensors do not match, or the number of global crops is not 2.
         """
         self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
         targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
@@ -533,7 +546,7 @@ class SelfDistillation(nn.Module):
             probabilities = targets.cls.flatten(0, 1)
             outputs["teacher_entropy"] = torch.special.entr(probabilities).sum(-1).mean()
             outputs["teacher_marginal_entropy"] = torch.special.entr(probabilities.mean(0)).sum()
-            # The global cross-entropy is H(t) + KL(t || s); its second term is the distance of the student.
+            # The cross-entropy of a target t and a student output s is H(t) + KL(t || s).
             outputs["teacher_student_kl"] = of_cls[: num_global * batch].mean() - outputs["teacher_entropy"]
             used = probabilities.new_zeros(probabilities.shape[-1])
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
@@ -564,13 +577,13 @@ class SelfDistillation(nn.Module):
             )
 
     def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
-        """Clip the gradients of backbone, DINO head and iBOT head separately, as in the official code.
+        """Clip the gradients of the backbone, the DINO head and the iBOT head separately, as in the official code.
 
         Args:
             max_norm: Largest gradient norm of each submodule.
 
         Returns:
-            Norms before clipping, by name of the submodule; computed over all shards if parameters are sharded.
+            Gradient norm of each submodule before clipping, by name; over all shards if parameters are sharded.
         """
         return {
             name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))

@@ -1,10 +1,10 @@
-"""Self-supervised losses of DINOv2: DINO, iBOT, KoLeo, the two kinds of teacher targets, and Gram anchoring.
+"""Self-supervised losses of DINOv2 and DINOv3: DINO, iBOT, KoLeo and Gram anchoring, and two kinds of teacher targets.
 
 All computations run in float32, whatever the dtype of the inputs: at a temperature of 0.04, the rounding of a bf16
 logit alone changes a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
 
-All collectives of the losses are in this module, which uses `torch.distributed` directly. Without a process group, or
-with one process, every collective is skipped.
+The communication of the losses between processes is also in this module. It is skipped if there is no process group
+or only one process.
 
 Source: Oquab et al., "DINOv2" (2023); Caron et al., "DINO" (2021); Zhou et al., "iBOT" (2021); Sablayrolles et al.,
 "Spreading vectors for similarity search" (2018); Siméoni et al., "DINOv3" (2025) for Gram anchoring and the gathered
@@ -115,17 +115,18 @@ def prototype_cross_entropy(
     Args:
         features: Bottleneck outputs `(n, d)` of a head, unit length. n may be 0.
         prototypes: Weight `(K, d)` of the last layer of the head.
-        targets: Target probabilities `(m, K)`, each row summing to 1; constants.
-        weights: Weight `(n,)` of each row in the sum; constants.
+        targets: Target probabilities `(m, K)`, each row summing to 1, without a gradient.
+        weights: Weight `(n,)` of each row in the sum, without a gradient.
         temperature: Student temperature.
-        target_rows: Index `(n,)` (int64) of the row of `targets` for each row of `features`; None for the same row.
+        target_rows: Index `(n,)` (int64) of the row of `targets` for each row of `features`. None if row i of
+            `features` has row i of `targets`.
         chunk_rows: Number of rows processed at a time; None for a default that depends on the device.
 
     Returns:
         The scalar `sum_i w_i H(t_i, s_i)`, and the cross-entropy `(n,)` of each row in nats, without a gradient.
 
     Raises:
-        ValueError: If shapes do not match, or the temperature is not positive.
+        ValueError: Shapes do not match, or the temperature is not positive.
     """
     _check_temperature("temperature", temperature)
     rows = features.shape[0] if target_rows is None else targets.shape[0]
@@ -162,12 +163,14 @@ def prototype_cross_entropy(
 def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, neighbors: int = 1) -> Tensor:
     """Compute the KoLeo regularizer, which pushes every feature away from its nearest neighbors in the batch.
 
-    Rows are L2-normalized. The neighbors of a row are the other rows with the largest dot products. Their indices are
-    constants, but the gradient flows through both rows. One global crop is one batch.
+    Rows are L2-normalized. The neighbors of a row are the other rows with the largest dot products. Their selection is
+    not differentiated, but the gradient of a distance flows into both rows. A batch must hold only one global crop of
+    each image, so that the nearest neighbor is not another crop of the same image.
 
     Args:
         features: Unnormalized CLS features `(B, D)` (after the final norm, before the head).
-        eps: Constant added to every coordinate of the difference and to the distance; also the floor of the norm.
+        eps: Constant that is added to every coordinate of a difference and to the distance, and the smallest norm by
+            which a row is divided.
         gathered: Whether to search neighbors among the rows of all processes, which then need equal B. Otherwise, the
             batch is local to the process, as in DINOv2.
         neighbors: Number of neighbors, all weighted equally; 1 in DINOv2.
@@ -177,7 +180,7 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
         rows give about 16, not infinity.
 
     Raises:
-        ValueError: If there are too few rows for the number of neighbors.
+        ValueError: There are too few rows for the number of neighbors.
     """
     if features.ndim != 2 or features.shape[0] < 2:
         raise ValueError(
@@ -205,20 +208,20 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
 def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
     """Compute the Gram anchoring loss, which keeps patch similarities close to those of an earlier teacher.
 
-    Patch features may drift together; only the similarities between the patches of an image are constrained. Both
-    sides are L2-normalized, so the compared P x P matrices hold cosines.
+    The features may change as long as the similarities between the patches of an image stay the same. Both sides are
+    L2-normalized, so the compared P x P matrices hold cosines.
 
     Args:
         student_patches: Patch features `(crops, P, D)` after the final norm.
-        teacher_patches: Patch features `(crops, P, D')` of the Gram teacher on the same grid; constants.
+        teacher_patches: Patch features `(crops, P, D')` of the Gram teacher on the same grid, without a gradient.
 
     Returns:
         Scalar: the mean squared difference over all entries of all matrices.
 
     Raises:
-        ValueError: If the numbers of crops or patches differ.
+        ValueError: The numbers of crops or patches differ.
 
-    Source: Siméoni et al., "DINOv3" (2025), section 4; weight 2 there.
+    Source: Siméoni et al., "DINOv3" (2025), section 4, where this loss has weight 2.
     """
     if (
         student_patches.ndim != 3
@@ -238,36 +241,36 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 3) -> Tensor:
-    """Compute teacher targets that use all prototypes equally over the global batch.
+    """Compute teacher targets that use all prototypes equally over the batches of all processes together.
 
-    Alternately scales prototypes and samples of `exp(logits / temperature)` to equal mass. Processes may hold
-    different numbers of samples, including none: only one vector of size K per iteration is communicated, plus one for
-    the maximum.
+    The columns (prototypes) and the rows (samples) of `exp(logits / temperature)` are alternately scaled to equal
+    sums. Processes may hold different numbers of samples, including none. One vector of size K is communicated per
+    iteration, plus one for the maximum.
 
     The scalings are kept as two vectors, so the matrix is exponentiated and stored once. Before the exponential, the
     largest logit of each prototype over all processes is subtracted, then the largest remaining value of each sample.
     Both cancel in the scalings, and every row and every column keeps an entry of exactly 1, so no sum can overflow or
-    vanish for finite logits. The released code subtracts nothing and overflows above 88 temperatures.
+    vanish for finite logits. The released code subtracts nothing and overflows above 88 times the temperature.
 
     Args:
         logits: Teacher head outputs `(n, K)` of this process. Remove padding rows first.
         temperature: Teacher temperature.
-        num_iterations: Number of pairs of scalings; 3 in the official recipe.
+        num_iterations: Number of iterations, each of which scales columns and rows once; 3 in the official recipe.
 
     Returns:
         Float32 probabilities `(n, K)`; every row sums to 1.
 
     Raises:
-        ValueError: If the logits are not a matrix, the temperature is not positive, or there are no iterations.
+        ValueError: The logits are not a matrix, the temperature is not positive, or `num_iterations` is below 1.
     """
     _check_temperature("temperature", temperature)
     if logits.ndim != 2:
         raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (n, K) with one row per sample.")
     if num_iterations < 1:
         raise ValueError(f"num_iterations is {num_iterations}; expected at least 1. The official recipe uses 3.")
-    # The only new tensor of this size; all further operations modify it in place.
+    # This is the only new tensor of size (n, K); all further operations modify it in place.
     kernel = _float32(logits) / temperature
-    # A process without rows takes part in every collective with the neutral element.
+    # A process without rows must still take part in the communication; -inf does not change the maximum.
     top = kernel.amax(dim=0) if len(kernel) else kernel.new_full((kernel.shape[1],), -torch.inf)
     kernel.sub_(_all_reduce(top, dist.ReduceOp.MAX))
     shift = kernel.amax(dim=1, keepdim=True)
@@ -277,7 +280,7 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
     prototype_scale = kernel.new_ones(kernel.shape[1])
     for _ in range(num_iterations):
         masses = _all_reduce(sample_scale @ kernel)
-        # A common factor cancels in the next line; this one prevents a growth of n / K per iteration.
+        # The factor `masses.mean()` cancels in the next line. Without it, values would grow by n / K per iteration.
         prototype_scale = masses.mean() / masses
         sample_scale = 1 / (kernel @ prototype_scale)
     return kernel.mul_(prototype_scale).mul_(sample_scale[:, None])
@@ -286,11 +289,11 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
 class SoftmaxCenter(nn.Module):
     """Teacher targets by centering: `softmax((logits - center) / temperature)`, with a running mean as center.
 
-    The update is lazy, as in the released code: the rows accumulated in step k enter the center at the start of step
-    k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once at
-    the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the center
-    thus still moves once per step. Between steps, all processes hold the same state, so any of them can write the
-    checkpoint.
+    The update is delayed, as in the released code: the rows accumulated in step k enter the center at the start of
+    step k + 1, so step k uses the center of the previous steps. Call `accumulate` once per micro-batch, `reduce` once
+    at the end of every optimizer step and `commit` once at the start of the next; with gradient accumulation, the
+    center thus still moves once per step. Between steps, all processes hold the same state, so any of them can write
+    the checkpoint.
 
     With several processes, the center moves toward the mean of the per-process means (the official rule: processes
     have equal weight, whatever their number of masked patches). Processes without rows are ignored, so an empty batch
@@ -301,7 +304,7 @@ class SoftmaxCenter(nn.Module):
         momentum: Share of the previous center that is kept per step.
 
     Raises:
-        ValueError: If the momentum is outside [0, 1).
+        ValueError: The momentum is outside [0, 1).
     """
 
     center: Tensor
@@ -315,7 +318,7 @@ class SoftmaxCenter(nn.Module):
                 f"The center momentum is {momentum}; expected a number from 0 to below 1. The official value is 0.9."
             )
         self.momentum = momentum
-        # All three are persistent: without the pending sums, a resumed run would skip one update.
+        # All three are saved in checkpoints: without the pending sums, a resumed run would skip one update.
         self.register_buffer("center", torch.zeros(num_prototypes))
         self.register_buffer("pending_sum", torch.zeros(num_prototypes))
         self.register_buffer("pending_count", torch.zeros(()))
@@ -332,7 +335,7 @@ class SoftmaxCenter(nn.Module):
             Float32 probabilities `(..., K)`.
 
         Raises:
-            ValueError: If the temperature is not positive.
+            ValueError: The temperature is not positive.
         """
         _check_temperature("temperature", temperature)
         return torch.softmax((_float32(logits) - self.center).div_(temperature), dim=-1)
@@ -346,7 +349,7 @@ class SoftmaxCenter(nn.Module):
 
     @torch.no_grad()
     def reduce(self) -> None:
-        """Replace the accumulated rows of each process by the mean over all processes (a collective)."""
+        """Replace the accumulated rows by the mean over all processes, every one of which must call this."""
         has_rows = (self.pending_count > 0).to(self.pending_sum.dtype)
         mean = self.pending_sum / self.pending_count.clamp(min=1)
         reduced = _all_reduce(torch.cat([mean, has_rows[None]]))
