@@ -117,10 +117,10 @@ def test_a_plain_vit_says_what_to_use(name, tmp_path):
     sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
     ViTModel(ViTConfig(**sizes, intermediate_size=48)).save_pretrained(tmp_path)
     for cls in (hf_regvit.RegViTModel, hf_regvit.RegViTForImageClassification, hf_regvit.RegViTConfig):
-        with pytest.raises(ValueError, match=r"type `vit`, not a RegViT\. Convert it: hf_regvit\.convert") as error:
+        with pytest.raises(ValueError, match=r"this is a `vit`; use convert, e\.g\. hf_regvit\.convert") as error:
             cls.from_pretrained(tmp_path)
         assert str(tmp_path) in str(error.value).splitlines()[0]
-    with pytest.raises(ValueError, match=r"type `dinov2_with_registers`, not a RegViT\. Convert it"):
+    with pytest.raises(ValueError, match=r"this is a `dinov2_with_registers`; use convert"):
         hf_regvit.RegViTModel.from_pretrained(name)
 
 

@@ -410,7 +410,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         parts = [part.get("model_type") for part in config.values() if isinstance(part, dict)]  # composite models
         if "regvit" not in (kind, *parts):
             raise ConfigError(
-                f"'{pretrained_model_name_or_path}' is a model of type `{kind}`, not a RegViT. Convert it: "
+                f"'{pretrained_model_name_or_path}' is not a RegViT: this is a `{kind}`; use convert, e.g. "
                 f"hf_regvit.convert('{pretrained_model_name_or_path}')."
             )
         return config, unused
