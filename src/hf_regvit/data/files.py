@@ -25,6 +25,7 @@ _SPLIT_NAMES = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing"),
 }
+_CONTAINERS = {".parquet": "parquet", ".tar": "tar"}  # kinds of files that hold many images, by suffix
 _COMPRESSED_TAR = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 # Files that only this package or `Trainer` writes. A folder that contains all files of one of these sets is a run, a
 # checkpoint, a bundle, features or a report, and the images in it are figures, not data.
@@ -36,7 +37,7 @@ _OUTPUTS = (
 
 @dataclass(frozen=True)
 class Found:
-    """Files behind a path or pattern: `kind` is "images", "parquet" or "tar"; `files` are those of the kind and split.
+    """Files behind a path or pattern: `kind` is "images" or one of `_CONTAINERS`; `files` are those of kind and split.
 
     `others` are files of other types, `problems` the folders that cannot be listed, and `notes` sentences for the user
     about what is left out and how splits were recognized.
@@ -58,12 +59,12 @@ def image_suffixes() -> frozenset[str]:
 
 
 def kind_of(file: PurePath) -> str:
-    """Return "images", "parquet", "tar" or "other" by the suffix of a file."""
+    """Return "images", a kind of `_CONTAINERS`, or "other" by the suffix of a file."""
     suffix = file.suffix.lower()
     # Compressed archives do not allow random access; they count as tar here so that opening them raises an error.
-    if suffix == ".tar" or file.name.lower().endswith(_COMPRESSED_TAR):
+    if file.name.lower().endswith(_COMPRESSED_TAR):
         return "tar"
-    return "images" if suffix in image_suffixes() else "parquet" if suffix == ".parquet" else "other"
+    return "images" if suffix in image_suffixes() else _CONTAINERS.get(suffix, "other")
 
 
 def is_compressed_tar(file: Path) -> bool:
@@ -132,7 +133,7 @@ def does_not_exist(data: str | Path) -> str:
 
 def _in_folder(root: Path, split: Split | None) -> Found:
     every, problems, notes = walk(root)
-    by_kind: dict[str, list[Path]] = {"images": [], "parquet": [], "tar": [], "other": []}
+    by_kind: dict[str, list[Path]] = {kind: [] for kind in ("images", *_CONTAINERS.values(), "other")}
     for file in every:
         by_kind[kind_of(file)].append(file)
     kind = next((kind for kind, files in by_kind.items() if files and kind != "other"), "images")
@@ -199,7 +200,7 @@ def walk(root: Path) -> tuple[list[Path], tuple[BadImageError, ...], list[str]]:
 def _single_files(data: str | Path, root: Path, files: list[Path], split: Split | None) -> Found:
     """Return a single file or the files of a pattern, which must be all parquet or all tar."""
     kinds = {kind_of(file) for file in files}
-    if kinds not in ({"parquet"}, {"tar"}):
+    if len(kinds) > 1 or not kinds <= {*_CONTAINERS.values()}:
         found = sorted({file.suffix for file in files})
         raise ValueError(
             f"'{data}' is a file of type '{found[0]}'. Expected a folder of images, parquet files or tar files."
@@ -277,7 +278,7 @@ def splits_of(files: Sequence[PurePath], root: PurePath) -> list[str | None]:
         if depth is not None:
             found.append(split_named(parts[depth]))
         else:
-            is_shard = kind_of(file) in ("parquet", "tar")
+            is_shard = kind_of(file) in _CONTAINERS.values()
             found.append(split_named(file.name, only_beginning=True) if is_shard else None)
     return without_lonely_test(found)
 

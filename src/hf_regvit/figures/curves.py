@@ -33,6 +33,7 @@ _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
             "dino_global_loss": "DINO global",
             "ibot_loss": "iBOT",
             "koleo_loss": "KoLeo",
+            "gram_loss": "Gram",
         },
     ),
     (

@@ -32,7 +32,8 @@ _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
 _INK = "#222222"
 _MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
-_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7")  # Okabe-Ito, safe for color blindness
+# Okabe-Ito, safe for color blindness; at least as many as a panel of `curves` has lines.
+_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _DOTS_PER_INCH = 120
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",

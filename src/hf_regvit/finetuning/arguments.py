@@ -2,29 +2,55 @@
 
 from dataclasses import InitVar, dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from ..evaluation.image_tasks import option
 from ..training.arguments import RunArguments, plain
 
-TASKS = ("image-classification", "semantic-segmentation", "depth-estimation")
+
+class TaskEntry(NamedTuple):
+    """Entry of a task in the table `TASKS`.
+
+    Attributes:
+        module: Module of this package with the class, imported on demand.
+        class_name: Class with the base `tasks.Task`.
+        kind: Kind of target that `open_parts` opens: classes, masks or depth.
+        metrics: Metrics that may select the best checkpoint besides the loss; the first does so by default.
+        lower_is_better: Metrics among these of which the lowest value is the best.
+    """
+
+    module: str
+    class_name: str
+    kind: Literal["classes", "masks", "depth"]
+    metrics: tuple[str, ...]
+    lower_is_better: tuple[str, ...] = ()
+
+
+# A metric may also be `iou_` followed by a class name.
+TASKS = {
+    "image-classification": TaskEntry(
+        "classification",
+        "ImageClassification",
+        "classes",
+        ("accuracy", "mean_class_accuracy", "f1", "top5_accuracy", "accuracy_low", "accuracy_high"),
+    ),
+    "semantic-segmentation": TaskEntry(
+        "dense", "SemanticSegmentation", "masks", ("mean_iou", "mean_accuracy", "overall_accuracy")
+    ),
+    "depth-estimation": TaskEntry(
+        "dense",
+        "DepthEstimation",
+        "depth",
+        ("abs_rel", "rmse", "delta1", "delta2", "delta3"),
+        lower_is_better=("abs_rel", "rmse"),
+    ),
+}
 MODES = ("full", "lora", "linear")
 AUGMENTATIONS = ("none", "crop", "randaugment", "three_augment")
 LOSSES = ("cross_entropy", "bce")
 
-# Default metric that selects the best checkpoint, without "eval_", and whether higher is better.
-METRICS = {
-    "image-classification": ("accuracy", True),
-    "semantic-segmentation": ("mean_iou", True),
-    "depth-estimation": ("abs_rel", False),
-}
-# Other metrics that may select the best checkpoint, besides `iou_` followed by a class name.
-OTHER_METRICS = {
-    "image-classification": ("mean_class_accuracy", "f1", "top5_accuracy", "accuracy_low", "accuracy_high", "loss"),
-    "semantic-segmentation": ("mean_accuracy", "overall_accuracy", "loss"),
-    "depth-estimation": ("rmse", "delta1", "delta2", "delta3", "loss"),
-}
 # Metrics of any task. transformers would assume that higher is better for every name that does not end in "loss".
-_LOWER_IS_BETTER = ("loss", "rmse", "abs_rel")
+_LOWER_IS_BETTER = {"loss", *(name for task in TASKS.values() for name in task.lower_is_better)}
 
 # Learning rates that worked for ViT-Tiny to ViT-B on a few thousand images; recipes set their own.
 _LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "linear": 1e-2}
@@ -171,8 +197,8 @@ class FinetuningArguments(RunArguments):
                 "--load_best_model_at_end false to keep the last model."
             )
         if self.metric_for_best_model is None:
-            self.metric_for_best_model, self.greater_is_better = METRICS[self.task]
-        elif self.greater_is_better is None:
+            self.metric_for_best_model, self.greater_is_better = TASKS[self.task].metrics[0], None
+        if self.greater_is_better is None:
             self.greater_is_better = self.metric_for_best_model.removeprefix("eval_") not in _LOWER_IS_BETTER
         super().__post_init__()
         self._check_ranges()

@@ -22,12 +22,11 @@ from ..data.parts import LabelError, Parts, open_parts
 from ..data.source import ImageRecord, ImageSource, MissingSplitError, listed
 from ..training.run_folder import BAD_IMAGES, names_digest
 from ..training.samplers import first_usable
-from .arguments import FinetuningArguments
+from .arguments import TASKS, FinetuningArguments
 
 IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross-entropy
 
 _MIXING = 0x313  # last number of a seed; it separates the random streams
-_KINDS = {"image-classification": "classes", "semantic-segmentation": "masks", "depth-estimation": "depth"}
 
 
 def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
@@ -74,7 +73,7 @@ def open_data(args: FinetuningArguments, **options: Any) -> Parts:
     Raises:
         ValueError: No source is given, or the images, labels or maps cannot be used; see `open_parts`.
     """
-    kind: Any = _KINDS[args.task]
+    kind = TASKS[args.task].kind
     if args.data is None and args.train_dir is None:
         what = "a folder" if kind == "classes" else "or a folder with images/ and masks/ or depth/"
         raise ValueError(

@@ -7,8 +7,7 @@ selected by `--task`. To add a task:
 1. Write the class in a module of its own (see `classification.ImageClassification`). Its constructor reads and checks
    the data before any model is loaded. `train_item` and `evaluation_item` return the functions that turn an image into
    `pixel_values` and `labels`.
-2. Add `"task-name": ("module", "ClassName")` to `_TASKS`, the main metric to `arguments.METRICS` and the others to
-   `OTHER_METRICS` there.
+2. Add an entry to the table `TASKS` in `arguments`.
 3. Add new options as fields of `FinetuningArguments`. Everything else (resuming, best model, several processes, LoRA,
    registers, cards, pushing) is provided by this module.
 
@@ -37,7 +36,7 @@ from ..training.callbacks import MetricsFile
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError
 from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
-from .arguments import METRICS, OTHER_METRICS, FinetuningArguments
+from .arguments import TASKS, FinetuningArguments
 from .model import choose_trained, open_for_task, whole_model
 from .tasks import Task
 from .trainer import FinetuningTrainer
@@ -45,13 +44,6 @@ from .trainer import FinetuningTrainer
 logger = logging.getLogger(__name__)
 
 _SPEED = ("runtime", "samples_per_second", "steps_per_second", "epoch")  # these describe the evaluation, not the model
-
-# Module and class of each task, imported on demand.
-_TASKS = {
-    "image-classification": ("classification", "ImageClassification"),
-    "semantic-segmentation": ("dense", "SemanticSegmentation"),
-    "depth-estimation": ("dense", "DepthEstimation"),
-}
 
 
 # ---- The whole job -----------------------------------------------------------------------------------------------
@@ -121,17 +113,17 @@ def finetune(
 
 
 def _make_task(args: FinetuningArguments) -> Task:
-    if args.task not in _TASKS:
-        raise ValueError(f"Unknown task '{args.task}'. Choose from {', '.join(_TASKS)}.")
-    known, metric = (METRICS[args.task][0], *OTHER_METRICS[args.task]), str(args.metric_for_best_model)
+    if args.task not in TASKS:
+        raise ValueError(f"Unknown task '{args.task}'. Choose from {', '.join(TASKS)}.")
+    entry = TASKS[args.task]
+    known, metric = (*entry.metrics, "loss"), str(args.metric_for_best_model)
     plain = metric.removeprefix("eval_")
     if plain not in known and not plain.startswith("iou_"):  # Trainer would fail only after an epoch
         raise ValueError(
             f"metric_for_best_model is '{metric}', which task {args.task} does not report. Choose from "
             f"{', '.join(known)}."
         )
-    module, name = _TASKS[args.task]
-    return getattr(import_module(f".{module}", __package__), name)(args)
+    return getattr(import_module(f".{entry.module}", __package__), entry.class_name)(args)
 
 
 def _final_evaluation(trainer: FinetuningTrainer) -> dict[str, float]:

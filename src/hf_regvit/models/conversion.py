@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from .configuration_regvit import RegViTConfig
+from .families import FAMILIES
 from .foreign_weights import (
     NOT_IN_SHAPES,
     ConversionError,
@@ -338,7 +339,7 @@ def _run_source(source: Any, pixels: Tensor) -> tuple[str, Tensor]:
         )
     if getattr(source.config, "num_labels", None) == 0:  # the head is an identity, so compare the backbone
         source = getattr(source, source.base_model_prefix, source)
-    extra = {"interpolate_pos_encoding": True} if source.config.model_type in ("vit", "deit") else {}
+    extra = {"interpolate_pos_encoding": True} if FAMILIES[source.config.model_type].resize_switch else {}
     output = source(pixels, **extra)
     for name in ("logits", "last_hidden_state", "feature_maps"):
         if output.get(name) is not None:

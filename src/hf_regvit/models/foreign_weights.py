@@ -268,14 +268,18 @@ def _from_module(module: Any) -> _Source:
 # --- Configurations of the libraries ---
 
 
+# Families of transformers that RegViT can express, with the input of their classifiers.
+_POOLING = {"vit": "cls", "deit": "cls", "dinov2": "cls_mean_patch", "dinov2_with_registers": "cls_mean_patch"}
+
+
 def _transformers_parts(
     config: dict[str, Any], tensors: dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return the tensors (without the model prefix) and the config fields of a transformers model."""
     model_type = config["model_type"]
-    if model_type not in ("vit", "deit", "dinov2", "dinov2_with_registers"):
+    if model_type not in _POOLING:
         raise ConversionError(
-            f"model_type '{model_type}' cannot be converted, expected vit, deit, dinov2 or dinov2_with_registers. "
+            f"model_type '{model_type}' cannot be converted, expected one of {', '.join(_POOLING)}. "
             "RegViT cannot express rotary positions (DINOv3), models without CLS (SigLIP) or hierarchical models."
         )
     tensors = {re.sub(rf"^{model_type}\.", "", key): value for key, value in tensors.items()}
@@ -296,11 +300,10 @@ def _transformers_parts(
     with_registers = model_type == "dinov2_with_registers"
     fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
     fields["interpolate_antialias"], fields["interpolate_offset"] = with_registers, 0.0
-    if model_type in ("vit", "deit"):
-        fields["pooling"] = "cls"
+    fields["pooling"] = _POOLING[model_type]
+    if fields["pooling"] == "cls":
         fields["pooler_act"] = full["pooler_act"] if "pooler.dense.weight" in tensors else None
     else:
-        fields["pooling"] = "cls_mean_patch"
         fields["return_register_tokens"] = not full["reshape_hidden_states"]
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
         if full.get(name):
