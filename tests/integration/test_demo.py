@@ -78,7 +78,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     output = capsys.readouterr()
     assert "broken.jpg" in output.err
     assert "HTML" in output.err
-    for row in ("raw 16x16 pixels", "colour mean and deviation", "RegViT, untrained", "RegViT, after"):
+    for row in ("raw 16x16 pixels", "color mean and deviation", "RegViT, untrained", "RegViT, after"):
         assert row in output.out
     assert f"Figures      {run / 'figures' / 'index.html'}" in output.out
     scores = json.loads((run / "scores.json").read_text())
