@@ -25,10 +25,10 @@ import yaml
 from PIL import Image
 from tqdm import tqdm
 
+from hf_regvit import PretrainingArguments, RegViTModel, load_images, pretrain
 from hf_regvit.data.builtin import builtin_images
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.files import BUILTIN_SETS, stratified_split
-from hf_regvit.data.loading import load_images
 from hf_regvit.data.source import ImageSource, MissingSplitError
 
 HERE = Path(__file__).resolve().parent
@@ -189,7 +189,6 @@ def whole_images(data: str, train: ImageSource, limit: int = 21) -> dict[str, Im
 def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
     """Return the recipe's arguments for this data. A small folder gets smaller batches, but not more steps."""
     from hf_regvit.app.recipes import RecipeParser
-    from hf_regvit.pretraining.arguments import PretrainingArguments
 
     flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
     flags += ["--knn_steps", "0"]  # the final table reports kNN once, on all images
@@ -204,8 +203,6 @@ def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
 
 def pretrain_or_reuse(arguments, run: Path) -> float:
     """Train unless a run of the same recipe is finished, and return the training time in seconds."""
-    from hf_regvit.pretraining.run import pretrain
-
     recipe, report = run / "resolved_recipe.yaml", run / "report.json"
     if recipe.exists() and comparable(yaml.safe_load(recipe.read_text())) != comparable(arguments.resolved()):
         print("The earlier run used another recipe, so the run starts over.")
@@ -268,7 +265,6 @@ def load_and_compare(folder: Path, image: Image.Image):
 
 def neighbor_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
     """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
-    from hf_regvit.models.modeling_regvit import RegViTModel
     from hf_regvit.pretraining.monitors import backbone_features
 
     if held_out is None:

@@ -2,20 +2,18 @@
 
     python examples/quickstart.py
 
-Runs in half a minute on a CPU without a network: the images come from scikit-image, and the weights are random. Pass
-the id of a real checkpoint to `convert` for a meaningful figure.
+Runs in half a minute on a CPU without a network: the image is built in, and the weights are random. Pass the id of a
+real checkpoint to `open_model` for a meaningful figure.
 """
 
 import tempfile
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
-from transformers import AutoImageProcessor, AutoModel, ViTConfig, ViTModel
+from transformers import AutoModel, BitImageProcessor, ViTConfig, ViTModel
 
 import hf_regvit
-from hf_regvit.data.builtin import builtin_images
-from hf_regvit.figures.maps import fit_to_patches, overview_figure, read_token_maps, save_figure
-from hf_regvit.models.processing import default_image_processor
 
 torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp(prefix="regvit_"))
@@ -23,9 +21,9 @@ folder = Path(tempfile.mkdtemp(prefix="regvit_"))
 # 1. Create a model with four registers. Image sides are multiples of the patch size, with any aspect ratio.
 config = hf_regvit.RegViTConfig.from_preset("tiny", num_register_tokens=4, num_hidden_layers=4)
 model = hf_regvit.RegViTModel(config).eval()
-picture = fit_to_patches(builtin_images()["chelsea"], patch=config.patch_shape, short_side=224)
-processor = default_image_processor(224)
-pixels = processor(images=picture, do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
+image = hf_regvit.load_images("builtin:photos")[0].image.resize((336, 224))
+processor = BitImageProcessor(do_resize=False, do_center_crop=False)
+pixels = processor(images=image, return_tensors="pt")["pixel_values"]
 with torch.inference_mode():
     output = model(pixels)
 rows, columns = (side // patch for side, patch in zip(pixels.shape[-2:], config.patch_shape))
@@ -37,7 +35,6 @@ print("dense features ", tuple(output.patch_tokens.unflatten(1, (rows, columns))
 model.save_pretrained(folder / "regvit")
 processor.save_pretrained(folder / "regvit")
 again = AutoModel.from_pretrained(folder / "regvit").eval()
-AutoImageProcessor.from_pretrained(folder / "regvit")
 with torch.inference_mode():
     assert torch.equal(again(pixels).last_hidden_state, output.last_hidden_state)
 
@@ -47,7 +44,15 @@ converted = hf_regvit.convert(vit)
 converted.resize_register_tokens(4)
 print("converted      ", type(converted).__name__, "with", converted.config.num_register_tokens, "registers")
 
-# 4. Draw the attention maps of CLS and of each register, the PCA of the patch tokens, and their norms.
-(maps,) = read_token_maps(model, pixels)
-save_figure(overview_figure(picture, maps), folder / "overview.png")
-print("figure         ", folder / "overview.png")
+# 4. Read the vector of an image and draw the attention of CLS and of each register, the mean over the heads.
+reader = hf_regvit.open_model(folder / "regvit")  # with the image processor that was saved beside it
+print("one vector     ", reader.embed(image).shape)
+figure, axes = plt.subplots(1, 6, figsize=(12, 2), layout="constrained")
+axes[0].imshow(image)
+for axis, query in zip(axes[1:], ["cls", *(("register", number) for number in range(4))]):
+    axis.imshow(reader.attention_maps(image, query=query)[0].mean(axis=0))
+    axis.set_title("CLS" if query == "cls" else f"register {query[1]}")
+for axis in axes:
+    axis.set_axis_off()
+figure.savefig(folder / "attention.png")
+print("figure         ", folder / "attention.png")

@@ -97,9 +97,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert not list(run.glob("checkpoint-*"))
 
     # A second call does not train, score or draw again.
-    from hf_regvit.pretraining import run as pretraining
-
-    monkeypatch.setattr(pretraining, "pretrain", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr(demo, "pretrain", lambda *_, **__: pytest.fail("trained again"))
     before = files_and_times(run)
     assert demo.main(arguments) == 0
     again = capsys.readouterr().out

@@ -11,7 +11,7 @@ README = Path(__file__).parents[2] / "README.md"
 @pytest.mark.slow
 def test_examples_run(tmp_path, monkeypatch) -> None:
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
