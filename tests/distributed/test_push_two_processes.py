@@ -75,7 +75,7 @@ def test_f65_a_hub_that_is_down_is_told_once_at_the_end_and_changes_no_weight(ru
 def test_f65_a_refusal_ends_both_processes_before_training(run):
     first, second = run("refused")
     assert first == second
-    assert "may not write to 'someone/refused'" in first["refused"]
+    assert "has no write access to 'someone/refused'" in first["refused"]
     assert not list((run.folder / "refused").glob("checkpoint*"))
 
 

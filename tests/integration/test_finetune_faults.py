@@ -123,7 +123,7 @@ KILLED = """
     import os, signal, sys
     sys.path[:0] = {paths!r}
     import torch; torch.set_num_threads(1)
-    from hf_regvit.models import manifest as checkpoints
+    from hf_regvit.training import checkpoints
     from hf_regvit.finetuning.classification import ImageClassification
     from tiny_finetune import run
     write = checkpoints.write_manifest

@@ -122,6 +122,8 @@ def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub(monkeypatch):
+    import hf_regvit.hub.publish  # noqa: F401 - before the class is replaced, because its annotations name it
+
     with FakeHub() as hub:
         connect(monkeypatch, hub)
         monkeypatch.setattr(

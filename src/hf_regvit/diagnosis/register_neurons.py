@@ -238,8 +238,8 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
 def _check_no_registers(model: Any) -> None:
     if model.config.num_register_tokens:
         raise RetrofitError(
-            f"The model already has registers (num_register_tokens={model.config.num_register_tokens}). Test-time "
-            "registers are for models without registers."
+            f"The model already has {model.config.num_register_tokens} registers. Test-time registers are for models "
+            "without registers."
         )
 
 
