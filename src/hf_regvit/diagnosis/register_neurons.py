@@ -135,7 +135,7 @@ def score_neurons(
     Raises:
         RetrofitError: No image has an outlier.
 
-    Source: arXiv 2506.08010, section 3, and its code; slow twin in tests/unit/test_retrofit.py.
+    Source: arXiv 2506.08010, section 3, and its code; slow twin in tests/diagnosis/test_retrofit.py.
     """
     total: Tensor | float = 0.0
     num_counted = position = 0

@@ -62,7 +62,7 @@ def knn_classify(
     Raises:
         ValueError: Shapes do not match, labels are out of range, features are not finite, or k exceeds n.
 
-    Source: arXiv 1805.01978; dinov2 `eval/knn.py` for the weights. Slow twin: tests/unit/test_probes.py.
+    Source: arXiv 1805.01978; dinov2 `eval/knn.py` for the weights. Slow twin: tests/evaluation/test_probes.py.
     """
     _check_knn(train_features, train_labels, test_features, k)
     labels = train_labels.long()

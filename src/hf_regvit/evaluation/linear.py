@@ -158,7 +158,7 @@ def train_linear_heads(
         ValueError: Shapes do not match, a label is out of range, or the grid needs more blocks than there are.
 
     Source: dinov2 `eval/linear.py`; here on stored features, hence without augmentation. Slow twin (one torch SGD per
-    head): tests/unit/test_linear_probes.py.
+    head): tests/evaluation/test_linear_probes.py.
     """
     grid = grid or LinearGrid()
     _check_labels(labels, len(vectors), num_classes)

@@ -419,7 +419,7 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
 
     Args:
         image: Image padded to whole patches, as LOST received it.
-        result: Result of `hf_regvit.lost.lost_box`.
+        result: Result of `evaluation.lost.lost_box`.
         truth: Ground-truth boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
     """
     from matplotlib.patches import Rectangle
