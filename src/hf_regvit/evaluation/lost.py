@@ -195,7 +195,7 @@ def lost_box(
     Raises:
         ValueError: The features do not match the grid or are not finite, or a setting is invalid.
 
-    Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Slow twin: tests/evaluation/test_lost.py.
+    Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Twin: tests/evaluation/test_lost.py.
     """
     settings = LostSettings(k=k, center=center, l2norm=l2norm, bias=bias)
     return lost_boxes(features, grid, [settings])[0]
