@@ -67,7 +67,11 @@ def test_pages_are_whole_quiet_and_offline(browser, screenshots, address, name, 
 def test_search_finds_a_class(browser, address):
     page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.goto(f"{address}index.html")
-    page.get_by_role("textbox", name="Search").fill("PretrainingArguments")
+    field = page.get_by_role("textbox", name="Search")
+    field.click()
+    # What is typed before the index has been read is lost on a slow machine.
+    expect(page.locator(".md-search-result__meta")).to_have_text("Type to start searching", timeout=60_000)
+    field.press_sequentially("PretrainingArguments")
     expect(page.locator(".md-search-result__list a").first).to_be_visible(timeout=30_000)
     assert "PretrainingArguments" in page.locator(".md-search-result__list").inner_text()
     page.close()
