@@ -22,12 +22,12 @@ from hf_regvit.data.preparation import prepare_images
 from hf_regvit.diagnosis.register_neurons import (
     RegisterNeurons,
     RetrofitError,
-    _all_norms,
     _find_outliers,
-    _search,
     add_test_time_registers,
     find_register_neurons,
+    read_all_norms,
     score_neurons,
+    search_neurons,
     silence_neurons,
 )
 from hf_regvit.diagnosis.retrofit import (
@@ -431,7 +431,7 @@ def test_what_is_told_of_a_variant_equals_its_loop():
 def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, pictures, processor):
     reader = TokenReader(planted, processor)
     images, parts = prepare_images(pictures, reader.transform, batch_size=16), _divide(64, 3)
-    found = _search(reader, images, _all_norms(reader, images), "auto", parts["search"])
+    found = search_neurons(reader, images, read_all_norms(reader, images), "auto", parts["search"])
     assert sum(mask.astype(int) for mask in parts.values()).tolist() == [1] * 64
     mine = [picture for picture, here in zip(pictures, parts["search"], strict=True) if here]
     alone = find_register_neurons(planted, mine, processor=processor)

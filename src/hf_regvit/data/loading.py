@@ -24,7 +24,7 @@ from .files import (
     splits_of,
 )
 from .labels import LABEL_SUFFIXES, add_label, classes_by_folder, label_of, note_on_names, number_classes
-from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, file_name, join_sources, listed
+from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_images
 from .tables import ImageStream, hub_source, hub_split, hub_tables, parquet_source, table_stream
 from .tar import stream_tar, tar_source
 
@@ -172,7 +172,7 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
             selected = kept
     labels, names = number_classes([class_of[file] for file in selected], sorted(known, key=str))
     ids = ["/".join(parts) for parts in parts_below(root, selected)]
-    return _stored_images(
+    return stored_images(
         str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
         problems=found.problems, notes=tuple(notes),
     )  # fmt: skip

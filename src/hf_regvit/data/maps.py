@@ -26,7 +26,7 @@ from .decoding import BadImageError, ImageLimits, image_facts, open_map, read_by
 from .files import split_meant, splits_of, walk
 from .labels import plain
 from .loading import load_images, open_source
-from .source import ImageSource, MissingSplitError, Reading, Split, _read_at, row_name
+from .source import ImageSource, MissingSplitError, Reading, Split, read_at, row_name
 from .tables import cell_bytes, holds_images
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ class DenseSource(ImageSource):
     def subset(self, indices: Sequence[int]) -> "DenseSource":
         """Return the images at `indices`, in that order, with their maps."""
         indices = [int(i) for i in indices]
-        stored, named = partial(_read_at, self.stored, indices), partial(_read_at, self.map_name, indices)
+        stored, named = partial(read_at, self.stored, indices), partial(read_at, self.map_name, indices)
         return replace(super().subset(indices), stored=stored, map_name=named)  # type: ignore
 
 

@@ -86,10 +86,10 @@ class ImageSource:
         return replace(
             self,
             ids=[self.ids[i] for i in indices],
-            read=partial(_read_at, self.read, indices),
+            read=partial(read_at, self.read, indices),
             labels=None if self.labels is None else [self.labels[i] for i in indices],
             table=None if self.table is None else self.table.select(indices),
-            encoded=None if self.encoded is None else partial(_read_at, self.encoded, indices),
+            encoded=None if self.encoded is None else partial(read_at, self.encoded, indices),
             parts=(),
         )
 
@@ -124,7 +124,8 @@ def _read_joined(reads: Sequence[Callable[[int], Any]], starts: list[int], index
     return reads[part](index - starts[part])
 
 
-def _read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
+def read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
+    """Read the item of a subset: `index` counts in the subset, `indices` has the places in the whole."""
     return read(indices[index])
 
 
@@ -138,7 +139,7 @@ def row_name(source: str, ids: Sequence[str], index: int) -> str:
     return f"{source}, {ids[index].replace('row/', 'row ')}"
 
 
-def _stored_images(
+def stored_images(
     name: str,
     ids: Sequence[str],
     encoded: Callable[[int], bytes],

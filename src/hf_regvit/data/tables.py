@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .decoding import BadImageError, lfs_pointer, read_bytes, say_once
 from .files import Found, does_not_exist, image_suffixes, split_meant, split_named, without_lonely_test
 from .labels import plain
-from .source import ImageSource, MissingSplitError, Reading, Split, _stored_images, listed, row_name
+from .source import ImageSource, MissingSplitError, Reading, Split, listed, row_name, stored_images
 
 if TYPE_CHECKING:
     import datasets
@@ -179,7 +179,7 @@ def table_images(table: "datasets.Dataset", name: str, reading: Reading | None =
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
     encoded = partial(_read_row, table.select_columns([column]), column, name)
-    source = _stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
+    source = stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
     others = table.remove_columns([column])
     return replace(source, table=others if others.column_names else None)
 

@@ -21,7 +21,7 @@ from .labels import (
     number_classes,
     sample_key,
 )
-from .source import ImageSource, Reading, _stored_images, row_name
+from .source import ImageSource, Reading, row_name, stored_images
 from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     labels_, names = number_classes(classes)
     positions = np.array(places, dtype=np.int64)
     encoded, name = partial(_read_member, found.files, positions), str(found.root)
-    return _stored_images(
+    return stored_images(
         name, ids, encoded, partial(row_name, name, ids), reading.limits, labels_, names,
         problems=tuple(problems), notes=tuple(notes),
     )  # fmt: skip

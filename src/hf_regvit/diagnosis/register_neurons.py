@@ -94,11 +94,11 @@ def find_register_neurons(
     """
     reader = open_model(model, device=device, processor=processor)
     prepared = prepare_images(images, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
-    norms = _all_norms(reader, prepared)
-    return _search(reader, prepared, norms, cutoff, np.ones(len(norms[0]), dtype=bool))
+    norms = read_all_norms(reader, prepared)
+    return search_neurons(reader, prepared, norms, cutoff, np.ones(len(norms[0]), dtype=bool))
 
 
-def _search(
+def search_neurons(
     reader: TokenReader,
     images: PreparedImages,
     norms: dict[int, NDArray[Any]],
@@ -160,7 +160,7 @@ def score_neurons(
     return total / num_counted
 
 
-def _all_norms(reader: TokenReader, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[Any]]:
+def read_all_norms(reader: TokenReader, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[Any]]:
     """Return the norms of the patches at every layer, `{layer: (n, N)}`; layer 0 is the embedding."""
     readings: list[TokenReading] = []
     with tqdm(total=images.total, desc="norms", unit="img", disable=not progress) as bar:
@@ -216,8 +216,8 @@ def add_test_time_registers(
     """
     if not isinstance(model, RegViTPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, but a RegViT is required. Convert it with convert().")
-    _check_no_registers(model)
-    return copy.deepcopy(_with_shared_weights(model, neurons, num_register_tokens))
+    check_no_registers(model)
+    return copy.deepcopy(with_shared_weights(model, neurons, num_register_tokens))
 
 
 def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]]) -> Any:
@@ -225,7 +225,7 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
 
     All other weights are shared with `model`, not copied.
     """
-    made = _with_shared_weights(model, [], 0)
+    made = with_shared_weights(model, [], 0)
     with torch.no_grad():
         for block, neuron in neurons:
             mlp = getattr(made, "regvit", made).layers[block].mlp
@@ -235,7 +235,8 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
     return made
 
 
-def _check_no_registers(model: Any) -> None:
+def check_no_registers(model: Any) -> None:
+    """Raise a RetrofitError if a model already has registers."""
     if model.config.num_register_tokens:
         raise RetrofitError(
             f"The model already has {model.config.num_register_tokens} registers. Test-time registers are for models "
@@ -243,7 +244,7 @@ def _check_no_registers(model: Any) -> None:
         )
 
 
-def _with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
+def with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
     """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
     config.num_register_tokens = num_register_tokens

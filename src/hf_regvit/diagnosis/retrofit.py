@@ -32,12 +32,12 @@ from .readings import read_norms
 from .register_neurons import (
     RegisterNeurons,
     RetrofitError,
-    _all_norms,
-    _check_no_registers,
-    _search,
-    _with_shared_weights,
     add_test_time_registers,
+    check_no_registers,
+    read_all_norms,
+    search_neurons,
     silence_neurons,
+    with_shared_weights,
 )
 from .report import Result, Stopwatch, markdown_table
 
@@ -256,9 +256,9 @@ def retrofit(
     settings = limits | {"cutoff": cutoff} | drawn | {"preprocessing": transform.description}
     _check_ranges(settings, description.num_layers)
     prepared = prepare_images(images, transform, **drawn)
-    norms = _all_norms(reader, prepared, progress=progress)
+    norms = read_all_norms(reader, prepared, progress=progress)
     parts = _divide(len(norms[0]), seed)
-    neurons = _search(reader, prepared, norms, cutoff, parts["search"])
+    neurons = search_neurons(reader, prepared, norms, cutoff, parts["search"])
     watch.lap("search")
 
     tried = _try_candidates(reader, list(_rows(prepared, parts["choice"])), neurons, settings)
@@ -308,7 +308,7 @@ def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.devic
     elif not isinstance(model, nn.Module):  # a name: the RegViT is on the CPU until now
         device = choose_device(device)
     source = open_regvit(model)
-    _check_no_registers(source)
+    check_no_registers(source)
     return open_model(source, device=device, processor=processor)
 
 
@@ -406,7 +406,7 @@ def _try_candidates(
 
     def attempt(top_k: int, registers: int) -> None:
         pairs = neurons.best(top_k, highest_block=settings["highest_block"])
-        candidate = TokenReader(_with_shared_weights(reader.model, pairs, registers))
+        candidate = TokenReader(with_shared_weights(reader.model, pairs, registers))
         tally = _Tally(neurons.layer, neurons.cutoff, registers)
         for batch, seen in zip(pixels, before, strict=True):
             tally.add(seen, _see(candidate, batch))
@@ -450,8 +450,8 @@ def _measure_on_test_images(
     random = _random_neurons(pairs, neurons.scores.shape[1], seed)
     variants = {
         "after": made,
-        "registers alone": _with_shared_weights(model, [], registers),
-        "random neurons": _with_shared_weights(model, random, registers),
+        "registers alone": with_shared_weights(model, [], registers),
+        "random neurons": with_shared_weights(model, random, registers),
         "neurons silenced, no register": silence_neurons(model, pairs),
     }
     readers = {"before": reader} | {name: TokenReader(variant) for name, variant in variants.items()}

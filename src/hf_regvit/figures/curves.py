@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .maps import _INK, _LINE_COLORS, _STYLE, save_figure
+from .maps import INK, LINE_COLORS, STYLE, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,15 +78,15 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
     drawn = [entry for entry in drawn if any(entry[1].values())]
     if not drawn:
         raise ValueError(f"None of the {len(lines)} lines has a value to draw. Expected keys such as 'loss'.")
-    with matplotlib.rc_context(_STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
+    with matplotlib.rc_context(STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
         rows = -(-len(drawn) // 3)
         figure = Figure(figsize=(10.5, 2.6 * rows))
         # Constrained layout is slow, because it draws everything several times.
         figure.subplots_adjust(0.05, 0.2 / rows, 0.97, 1 - 0.1 / rows, wspace=0.3, hspace=0.36)
         for index, (title, curves, names) in enumerate(drawn):
             axis = figure.add_subplot(rows, 3, index + 1)
-            axis.set_title(title, color=_INK)
-            for color, (key, points) in zip(_LINE_COLORS, curves.items(), strict=False):
+            axis.set_title(title, color=INK)
+            for color, (key, points) in zip(LINE_COLORS, curves.items(), strict=False):
                 target = axis
                 if key == "effective_rank" and curves["feature_std"]:
                     target = axis.twinx()
@@ -96,7 +96,7 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
                     steps, values = zip(*points, strict=True)
                     target.plot(steps, values, color=color, lw=1.2, label=names[key], marker="o", ms=2)
             if "entropy" in title and num_prototypes:
-                axis.axhline(math.log(num_prototypes), color=_INK, lw=0.8, ls="--", label="ln K")
+                axis.axhline(math.log(num_prototypes), color=INK, lw=0.8, ls="--", label="ln K")
             if axis.get_legend_handles_labels()[0]:
                 axis.legend(fontsize=6, framealpha=0.6, edgecolor="none")
             axis.set_xlabel("step")

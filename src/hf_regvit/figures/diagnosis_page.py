@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diagnosis.report import ArtifactReport
-from .maps import _INK, _STYLE, attention_limits, colored, layer_norm_figure, norm_ticks, stretch
+from .maps import INK, STYLE, attention_limits, colored, layer_norm_figure, norm_ticks, stretch
 from .pages import cell_text, chart, data_url, number_text, render
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def report_page(report: ArtifactReport) -> str:
 def _charts(report: ArtifactReport) -> dict[str, Any]:
     import matplotlib
 
-    style = _STYLE | {"axes.edgecolor": _INK, "axes.spines.top": False, "axes.spines.right": False}
+    style = STYLE | {"axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
     with matplotlib.rc_context(style):
         return {
             "blocks": chart(layer_norm_figure(report), "patch norms of every block"),
@@ -108,19 +108,19 @@ def _histogram(record: Mapping[str, Any], report: ArtifactReport) -> "Figure":
     norm_ticks(axis)
     axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g}%")
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.grid(axis="y", color=_INK, alpha=0.12, lw=0.6)
+    axis.grid(axis="y", color=INK, alpha=0.12, lw=0.6)
     axis.set_axisbelow(True)
     if record["bimodal"]:
         axis.axvline(record["cutoff"], color=_OUTLIER, lw=1, ls="--")
         axis.annotate(f"cut-off {record['cutoff']:.4g}", (record["cutoff"], 0.6), xytext=(4, 0), color=_OUTLIER,
                       textcoords="offset points", va="top")  # fmt: skip
-    for key, color, name in (("cls_norm", _INK, "CLS"), ("register_norms", _REGISTER, "register")):
+    for key, color, name in (("cls_norm", INK, "CLS"), ("register_norms", _REGISTER, "register")):
         for norm in np.atleast_1d(record.get(key, [])):
             axis.plot(np.clip(norm, edges[0], edges[-1]), 1.02, transform=axis.get_xaxis_transform(), clip_on=False,
                       marker="v", color=color, ms=5, mew=0, gid=f"hover:{name}: {norm:.4g}")  # fmt: skip
     modes = "two modes" if record["bimodal"] else "one mode"
     title = f"block {record['layer']}: {modes}, {record['share']:.2%} of the tokens above the cut-off"
-    axis.set_title(title, loc="left", color=_INK, pad=10)
+    axis.set_title(title, loc="left", color=INK, pad=10)
     return figure
 
 

@@ -30,21 +30,21 @@ if TYPE_CHECKING:
 # Perceptually uniform, and readable in gray and for color-blind readers.
 _ATTENTION_COLORS = "magma"
 _NORM_COLORS = "viridis"
-_INK = "#222222"
+INK = "#222222"
 _MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
 # Okabe-Ito, safe for color blindness; at least as many as a panel of `curves` has lines.
-_LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
+LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _DOTS_PER_INCH = 120
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 8,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
+    "text.color": INK,
+    "axes.labelcolor": INK,
     "axes.titlesize": 8,
     "axes.titlepad": 4,
     "axes.linewidth": 0.5,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "figure.facecolor": "white",
 }
 
@@ -252,7 +252,7 @@ def before_after_figure(
             title = f"norm {name}: {low:.0f} to {high:.0f}"
             _draw_map(panels[1 + column], image, maps.norms, title, cmap=_NORM_COLORS)
             _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
-            panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=_INK)
+            panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=INK)
             panels[3 + column].set_xlabel("")  # the title of the next row takes its place
             _draw_colors(panels[5 + column], image, pca_colors(maps.patch_tokens), f"PCA {name}")
     return figure
@@ -294,7 +294,7 @@ def progress_figure(images: Sequence[Image.Image], maps: Sequence[TokenMaps], *,
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
     for number, (name, panels) in enumerate(rows):
         top = number * (height + head)
-        pen.text((gap, top + 4), name, fill=_INK, font=font)
+        pen.text((gap, top + 4), name, fill=INK, font=font)
         for column, panel in enumerate(panels):
             scaled = panel.resize((width, height), Image.Resampling.BICUBIC)
             page.paste(scaled, (gap + column * (width + gap), top + head))
@@ -350,7 +350,7 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
     shade = np.log1p(counts) / np.log1p(counts.max(axis=1, keepdims=True)).clip(min=1e-9)
     # More tokens make a cell less transparent, which works on light and dark pages.
     blues = LinearSegmentedColormap.from_list("blues", ["#0072b210", "#0072b2"])
-    with matplotlib.rc_context(_STYLE | {"axes.edgecolor": _INK}):
+    with matplotlib.rc_context(STYLE | {"axes.edgecolor": INK}):
         figure = Figure(figsize=(4.6, 0.9 + 0.17 * len(counts)), layout="constrained")
         axis = figure.add_subplot()
         rows = np.asarray([record["layer"] for record in report.layers])
@@ -367,7 +367,7 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
         axis.set(xscale="log", xlabel="norm of patch tokens before the final norm", ylabel="block")
         norm_ticks(axis)
         axis.set_title(f"outliers: {report.outlier_share:.2%} at block {report.layer}" if report.bimodal else
-                       "no distinct outliers", color=_INK)  # fmt: skip
+                       "no distinct outliers", color=INK)  # fmt: skip
     return figure
 
 
@@ -486,7 +486,7 @@ def _panels(
     width = (area / aspect) ** 0.5  # tall and wide images get the same area
     height = width * aspect
     size = (columns * (width + gap) + gap + (0.4 if with_bar else 0), num_rows * (height + head) + foot)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=size)
         axes = []
         for row in range(num_rows):
@@ -501,13 +501,13 @@ def _panels(
 
 def _draw_image(axis: "Axes", image: Image.Image, title: str) -> None:
     axis.imshow(image)
-    axis.set_title(title, fontsize=8, color=_INK)
+    axis.set_title(title, fontsize=8, color=INK)
 
 
 def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> Any:
     """Draw a map over the extent of its image, with smooth upsampling."""
     extent = (0, image.width, image.height, 0)
-    axis.set_title(title, fontsize=8, color=_INK)
+    axis.set_title(title, fontsize=8, color=INK)
     return axis.imshow(map_.numpy(), interpolation="bicubic", extent=extent, **options)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 CODE_FILES = ("configuration_regvit.py", "modeling_regvit.py")
 CARD = "README.md"
-_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
 _ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
 _FOLDERS = {"figures": {".png", ".svg"}, "reports": {".json", ".jsonl", ".html"}}
@@ -23,7 +23,7 @@ def may_be_published(name: str) -> bool:
     """Return whether a path in a bundle is on the list of public files. Optimizer and random state, e.g., are not."""
     folder, _, file = name.rpartition("/")
     if not folder:
-        return file in _ROOT_FILES or _WEIGHTS.fullmatch(file) is not None
+        return file in _ROOT_FILES or WEIGHT_FILES.fullmatch(file) is not None
     return Path(file).suffix in _FOLDERS.get(folder, ())
 
 

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from ..models.configuration_regvit import __version__
-from .scan import _WEIGHTS
+from .scan import WEIGHT_FILES
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def send_folder(
         if head.private and private is False:
             logger.warning("'%s' exists and remains private. Make it public in its settings on the Hub.", whole_id)
         old = {sibling.rfilename for sibling in head.siblings or ()} - set(names)
-        stale = sorted(filter(_WEIGHTS.fullmatch, old)) if any(map(_WEIGHTS.fullmatch, names)) else []
+        stale = sorted(filter(WEIGHT_FILES.fullmatch, old)) if any(map(WEIGHT_FILES.fullmatch, names)) else []
         commit = api.create_commit(
             whole_id,
             operations=[

@@ -25,15 +25,15 @@ from .families import FAMILIES
 from .foreign_weights import (
     NOT_IN_SHAPES,
     ConversionError,
-    _as_pair,
-    _find_backbone,
-    _from_folder,
-    _from_module,
-    _local,
-    _pooling_of,
-    _read_weights,
-    _rename,
-    _Source,
+    ForeignModel,
+    as_pair,
+    find_backbone,
+    local_path,
+    pooling_of,
+    read_folder,
+    read_module,
+    read_weights,
+    rename_tensors,
 )
 from .modeling_regvit import RegViTBackbone, RegViTForImageClassification, RegViTModel
 from .processing import default_image_processor
@@ -79,7 +79,7 @@ def convert(
             raise TypeError(f"convert() got '{name}', which is not a RegViTConfig field. Did you mean '{nearest}'?")
     origin = _open_source(source)
     origin.fields.update(config_overrides)
-    tensors = _rename(origin)
+    tensors = rename_tensors(origin)
     config, tensors = _build_config(origin, tensors)
     model_class = RegViTForImageClassification if "classifier.weight" in tensors else RegViTModel
     with torch.device("meta"):
@@ -127,16 +127,16 @@ def convert_to_folder(
 # --- Reading ---
 
 
-def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> _Source:
+def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> ForeignModel:
     if isinstance(source, nn.Module):
-        return _from_module(source)
+        return read_module(source)
     if isinstance(source, dict):
-        return _Source("state dict", _find_backbone(source))
-    path = _local(source)
-    return _Source(str(path), _find_backbone(_read_weights(path))) if path.is_file() else _from_folder(path)
+        return ForeignModel("state dict", find_backbone(source))
+    path = local_path(source)
+    return ForeignModel(str(path), find_backbone(read_weights(path))) if path.is_file() else read_folder(path)
 
 
-def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTConfig, dict[str, Tensor]]:
+def _build_config(origin: ForeignModel, tensors: dict[str, Tensor]) -> tuple[RegViTConfig, dict[str, Tensor]]:
     """Infer the config from tensors and known fields; also return the tensors, with register positions folded in."""
     needed = (
         "embeddings.cls_token",
@@ -200,7 +200,7 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
     for name, value in shaped.items():
         if (
             name in fields
-            and _as_pair(name, fields[name]) != _as_pair(name, value)
+            and as_pair(name, fields[name]) != as_pair(name, value)
             and name not in ("layerscale_value", "use_mask_token")
         ):
             raise ConversionError(
@@ -213,7 +213,7 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
     if ffn is not None:
         fields["intermediate_size"] = ffn.shape[1]
     if "classifier.weight" in tensors:
-        fields.setdefault("pooling", _pooling_of(tensors["classifier.weight"], projection.shape[0], origin))
+        fields.setdefault("pooling", pooling_of(tensors["classifier.weight"], projection.shape[0], origin))
         fields.setdefault("num_labels", tensors["classifier.weight"].shape[0])
     if fields["final_norm"] == "pooled":
         fields["pooling"] = "mean_patch"
@@ -225,14 +225,14 @@ def _build_config(origin: _Source, tensors: dict[str, Tensor]) -> tuple[RegViTCo
 
 
 def _fold_positions(
-    origin: _Source, tensors: dict[str, Tensor], fields: dict[str, Any], patch: tuple[int, int]
+    origin: ForeignModel, tensors: dict[str, Tensor], fields: dict[str, Any], patch: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Find the grid of the position table, and add the rows that belong to registers to the register tokens."""
     table = tensors["embeddings.position_embeddings"]  # (1, prefix + N, D)
     rows, registers = table.shape[1], fields["num_register_tokens"]
     candidates = {1: "a row for CLS", 0: "no row for CLS", 1 + registers: "a row for CLS and for every register"}
     if "image_size" in fields:
-        height, width = _as_pair("image_size", fields["image_size"])
+        height, width = as_pair("image_size", fields["image_size"])
         fits = [prefix for prefix in candidates if rows - prefix == (height // patch[0]) * (width // patch[1])]
     else:
         fits = [prefix for prefix in candidates if rows > prefix and math.isqrt(rows - prefix) ** 2 == rows - prefix]
@@ -281,7 +281,7 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
 
 
 @torch.no_grad()
-def _verify(model: Any, origin: _Source) -> None:
+def _verify(model: Any, origin: ForeignModel) -> None:
     """Compare the outputs with the source model on random images, at its native size and at another one."""
     if origin.load is None:
         logger.warning(

@@ -45,7 +45,7 @@ class ConversionError(ValueError):
 
 
 @dataclass
-class _Source:
+class ForeignModel:
     """Checkpoint during conversion: tensors with upstream names, known config fields, and a model to compare with.
 
     `load` returns the model, or is None for bare tensors. `processor` is an image processor, the `pretrained_cfg` of a
@@ -101,7 +101,7 @@ def check_source(source: str | Path) -> None:
         )
 
 
-def _local(source: str | Path) -> Path:
+def local_path(source: str | Path) -> Path:
     """Return the local path; for a Hub id, download configurations and safetensors (but no code) first."""
     path = Path(source)
     if path.exists():
@@ -118,7 +118,7 @@ def _local(source: str | Path) -> Path:
         ) from error
 
 
-def _read_weights(path: Path) -> dict[str, Any]:
+def read_weights(path: Path) -> dict[str, Any]:
     """Read a weights file; pickles are only read as plain tensors (`weights_only=True`), without exception."""
     if path.suffix == ".safetensors":
         from safetensors import SafetensorError
@@ -149,13 +149,13 @@ def _read_weights(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+def find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """Find the backbone tensors in a state dict or training checkpoint, preferring those of the teacher."""
     for key in ("teacher", "state_dict", "model", "student"):
         if isinstance(checkpoint.get(key), dict):
             if key in ("teacher", "student"):
                 logger.info("The checkpoint is a training state; using its %s.", key)
-            return _find_backbone(checkpoint[key])
+            return find_backbone(checkpoint[key])
     tensors = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     for prefix in ("teacher.", "student.", "backbone."):
         inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
@@ -165,7 +165,7 @@ def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
             dropped = sorted({key.split(".")[0] for key in rest} - {"linear_head"})
             if dropped:
                 logger.info("Using '%s*' and ignoring %s.", prefix, ", ".join(dropped))
-            return _find_backbone({**inside, **heads})
+            return find_backbone({**inside, **heads})
     if not tensors:
         raise ConversionError(
             f"The checkpoint contains no tensors; its entries are {sorted(map(str, checkpoint))[:8]}. Pass the state "
@@ -174,7 +174,8 @@ def _find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _from_folder(folder: Path) -> _Source:
+def read_folder(folder: Path) -> ForeignModel:
+    """Read a folder of transformers or timm."""
     config_file = folder / "config.json"
     try:
         config = read_object(config_file)
@@ -185,7 +186,7 @@ def _from_folder(folder: Path) -> _Source:
     except ValueError as error:
         raise ConversionError(str(error)) from error
     if "model_type" not in config and "architecture" in config:
-        origin = _from_module(_timm_module(folder, config))
+        origin = read_module(_timm_module(folder, config))
         origin.processor = saved_processor(folder) or config.get("pretrained_cfg")
         return origin
     if not isinstance(config.get("model_type"), str):
@@ -197,9 +198,9 @@ def _from_folder(folder: Path) -> _Source:
         raise ConversionError(f"'{folder}' is already a RegViT. Load it with AutoModel.from_pretrained.")
     tensors: dict[str, Tensor] = {}
     for file in _weight_files(folder):
-        tensors.update(_read_weights(file))
+        tensors.update(read_weights(file))
     parts = _transformers_parts(config, tensors)
-    return _Source(str(folder), *parts, partial(_load_folder, folder, config), saved_processor(folder))
+    return ForeignModel(str(folder), *parts, partial(_load_folder, folder, config), saved_processor(folder))
 
 
 def _load_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
@@ -249,19 +250,20 @@ def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
     arguments = config.get("model_args", {})
     model: Any = import_timm(folder).create_model(config["architecture"], pretrained=False, **arguments)
     model.reset_classifier(config.get("num_classes", 0))
-    model.load_state_dict({name: t for file in _weight_files(folder) for name, t in _read_weights(file).items()})
+    model.load_state_dict({name: t for file in _weight_files(folder) for name, t in read_weights(file).items()})
     return model.eval()
 
 
-def _from_module(module: Any) -> _Source:
+def read_module(module: Any) -> ForeignModel:
+    """Read a module of transformers or timm."""
     name = type(module).__name__
     tensors = {key: value.detach() for key, value in module.state_dict().items()}
     if hasattr(module, "config") and hasattr(module.config, "model_type"):
         parts = _transformers_parts(module.config.to_dict(), tensors)
-        return _Source(name, *parts, lambda: module, known_processor(module))
+        return ForeignModel(name, *parts, lambda: module, known_processor(module))
     if hasattr(module, "num_prefix_tokens") and hasattr(module, "patch_embed"):
         processor = getattr(module, "image_processor", None) or dict(getattr(module, "pretrained_cfg", None) or {})
-        return _Source(name, tensors, _timm_fields(module), lambda: module, processor or None)
+        return ForeignModel(name, tensors, _timm_fields(module), lambda: module, processor or None)
     raise ConversionError(f"{name} is neither a transformers nor a timm vision transformer. Pass its state_dict().")
 
 
@@ -397,7 +399,7 @@ _FUSED = {
 }
 
 
-def _rename(origin: _Source) -> dict[str, Tensor]:
+def rename_tensors(origin: ForeignModel) -> dict[str, Tensor]:
     """Rename upstream tensors to RegViT names and fuse projections that are stored in several tensors."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in origin.tensors.items():
@@ -423,7 +425,7 @@ def _rename(origin: _Source) -> dict[str, Tensor]:
     return tensors
 
 
-def _as_pair(name: str, value: Any) -> Any:
+def as_pair(name: str, value: Any) -> Any:
     """Return a size as (height, width), also if it is one number; return other fields unchanged."""
     if name not in ("patch_size", "image_size"):
         return value
@@ -433,7 +435,8 @@ def _as_pair(name: str, value: Any) -> Any:
     return pair
 
 
-def _pooling_of(classifier: Tensor, width: int, origin: _Source) -> str:
+def pooling_of(classifier: Tensor, width: int, origin: ForeignModel) -> str:
+    """Return the `pooling` of a classifier from the number of its inputs."""
     pooling = {width: "cls", 2 * width: "cls_mean_patch"}.get(classifier.shape[1])
     if pooling is None:
         raise ConversionError(

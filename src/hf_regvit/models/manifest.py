@@ -30,7 +30,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file, or the entries of a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -43,11 +43,11 @@ def write_manifest(folder: Path) -> None:
     """Write `manifest.json` with size (bytes) and sha256 of every file below `folder`, and flush all of them."""
     files = {}
     for path in _files(folder):
-        _flush(path)
+        flush(path)
         files[path.relative_to(folder).as_posix()] = {"size": path.stat().st_size, "sha256": _digest(path)}
     write_json(folder / MANIFEST, {"format": 1, "files": files})
     for directory in {folder, *(path.parent for path in _files(folder))}:
-        _flush(directory)
+        flush(directory)
 
 
 def _listed(folder: Path) -> dict[str, tuple[int, str]]:

@@ -32,7 +32,7 @@ from ..models.manifest import (
     STATE,
     WEIGHTS,
     CheckpointIncompleteError,
-    _flush,
+    flush,
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
@@ -105,7 +105,7 @@ def publish_checkpoint(staged: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     staged.rename(final)
-    _flush(final.parent)
+    flush(final.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
