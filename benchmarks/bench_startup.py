@@ -17,13 +17,15 @@ import sys
 import time
 from pathlib import Path
 
+# The entry point of the installed command; `python -m hf_regvit` imports the package, and with it torch, first.
+CLI = "import sys; from hf_regvit_cli import main; sys.exit(main())"
 COMMANDS = {
     "import torch": ["-c", "import torch"],
     "transformers.Dinov2Model": ["-c", "from transformers import Dinov2Model"],
     "import hf_regvit": ["-c", "import hf_regvit"],
-    "regvit --help": ["-m", "{cli}", "--help"],
-    "regvit --version": ["-m", "{cli}", "--version"],
-    "regvit pretrian": ["-m", "{cli}", "pretrian"],
+    "regvit --help": ["-c", CLI, "--help"],
+    "regvit --version": ["-c", CLI, "--version"],
+    "regvit pretrian": ["-c", CLI, "pretrian"],
 }
 
 
@@ -38,13 +40,12 @@ def seconds(arguments: list[str]) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="Number of processes per line.")
-    parser.add_argument("--cli", default="hf_regvit", help="Module that runs the command line.")
     parser.add_argument("--json", help="File for the results.")
     args = parser.parse_args()
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
     for round_ in range(args.rounds + 1):
         for name, command in COMMANDS.items():
-            measured = seconds([part.format(cli=args.cli) for part in command])
+            measured = seconds(command)
             if round_:  # the first round fills the caches of the disk
                 found[name].append(measured)
     median = {name: [statistics.median(values) for values in zip(*pairs)] for name, pairs in found.items()}
