@@ -24,7 +24,8 @@ from hf_regvit.hub.upload import (
     send_folder,
     with_retries,
 )
-from hf_regvit.models.loading import BundleError, checkpoint_folder, open_model
+from hf_regvit.models.loading import checkpoint_folder, open_model
+from hf_regvit.models.modeling_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
@@ -234,7 +235,7 @@ def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy,
 )
 def test_f52_a_broken_configuration_is_named(copy, content, named):
     (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogatepass")
-    with pytest.raises(BundleError, match=rf"config\.json' .*{named}|config\.json' is {named}"):
+    with pytest.raises(CheckpointError, match=rf"config\.json' .*{named}|config\.json' is {named}"):
         checkpoint_folder(copy)
 
 
@@ -248,17 +249,17 @@ BROKEN = {
 def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
     content, words = BROKEN[name]
     (copy / name).write_text(content)
-    with pytest.raises(BundleError, match=words):
+    with pytest.raises(CheckpointError, match=words):
         bundle(copy, tmp_path / "bundle", card=CARD)
     assert not (tmp_path / "bundle").exists()
 
 
 def test_a_recipe_of_something_else_is_named(copy, tmp_path):
     (copy / "resolved_recipe.yaml").write_text("- a list")
-    with pytest.raises(BundleError, match="holds a list"):
+    with pytest.raises(CheckpointError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (copy / "resolved_recipe.yaml").write_text("data: x")
-    with pytest.raises(BundleError, match=r"is incomplete: 'global_crop_size' is missing"):
+    with pytest.raises(CheckpointError, match=r"is incomplete: 'global_crop_size' is missing"):
         bundle(copy, tmp_path / "bundle", card=CARD)
 
 
@@ -273,7 +274,7 @@ def test_a_recipe_of_something_else_is_named(copy, tmp_path):
 )
 def test_reports_that_are_none_are_named(checkpoint, tmp_path, content, words):
     (tmp_path / "report.json").write_text(content)
-    with pytest.raises(BundleError, match=rf"report\.json' .*{words}"):
+    with pytest.raises(CheckpointError, match=rf"report\.json' .*{words}"):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
 
 
@@ -291,26 +292,26 @@ def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
 
 
 def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
-    with pytest.raises(BundleError, match="is not a folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         checkpoint_folder(tmp_path / "nowhere")
-    with pytest.raises(BundleError, match=r"has no config\.json, and neither has a backbone"):
+    with pytest.raises(CheckpointError, match=r"has no config\.json, and neither has a backbone"):
         checkpoint_folder(tmp_path)
     (copy / "preprocessor_config.json").unlink()
-    with pytest.raises(BundleError, match=r"no preprocessor_config\.json"):
+    with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (copy / "config.json").write_text('{"model_type": "vit"}')
-    with pytest.raises(BundleError, match=r"type 'vit', not a RegViT\. Run `regvit convert"):
+    with pytest.raises(CheckpointError, match=r"type 'vit', not a RegViT\. Run `regvit convert"):
         bundle(copy, tmp_path / "bundle", card=CARD)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
     with pytest.raises(FileExistsError, match="is not empty"):
         bundle(checkpoint, tmp_path / "full", card=CARD)
-    with pytest.raises(BundleError, match="no field colour"):
+    with pytest.raises(CheckpointError, match="no field colour"):
         bundle(checkpoint, tmp_path / "bundle", card={"colour": "red"})
-    with pytest.raises(BundleError, match="no report at"):
+    with pytest.raises(CheckpointError, match="no report at"):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
     (tmp_path / "report.json").write_text('{"strange": 1}')
-    with pytest.raises(BundleError, match="neither a report of"):
+    with pytest.raises(CheckpointError, match="neither a report of"):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path])
 
 
@@ -318,7 +319,7 @@ def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
 def test_a_file_that_came_later_is_refused(checkpoint, tmp_path, name):
     bundle(checkpoint, tmp_path / "bundle", card=CARD)
     (tmp_path / "bundle" / name).write_bytes(b"x")
-    with pytest.raises(BundleError, match=name):
+    with pytest.raises(CheckpointError, match=name):
         read_bundle(tmp_path / "bundle")
 
 
@@ -332,7 +333,7 @@ def test_a_bundle_that_has_changed_is_refused(checkpoint, tmp_path):
         read_bundle(folder)
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(checkpoint / "model.safetensors")
-    with pytest.raises(BundleError, match=r"model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         read_bundle(folder)
 
 
@@ -533,7 +534,7 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
     done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", card=CARD)
     assert done.sent is None
     assert not hub.requests
-    with pytest.raises(BundleError, match="--repo_id"):
+    with pytest.raises(CheckpointError, match="--repo_id"):
         publish(checkpoint, output_dir=tmp_path / "other", card=CARD, push=True)
     done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", push=True, retry=QUICK)  # continues
     assert done.sent.changed
@@ -557,7 +558,7 @@ def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, m
         assert made.files["preprocessor_config.json"] == expected.files["preprocessor_config.json"]
     assert publish(loaded, "someone/tiny", card=CARD).bundle.folder == Path("bundles/tiny")
     assert publish(str(checkpoint), card=CARD).bundle.folder == Path("bundles") / checkpoint.name
-    with pytest.raises(BundleError, match=r"is a ViTModel, not a RegViT\. Call `hf_regvit\.convert"):
+    with pytest.raises(CheckpointError, match=r"is a ViTModel, not a RegViT\. Call `hf_regvit\.convert"):
         publish(tiny_source("ViTModel"), output_dir=tmp_path / "vit", card=CARD)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a model that can be loaded from the Hub"):
         publish("someone/missing", output_dir=tmp_path / "missing", card=CARD)
@@ -569,11 +570,11 @@ def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp
     publish(checkpoint, card=CARD, **place)
     publish(checkpoint, **place)  # no new options
     for said in ({"card": {"license": "apache-2.0"}}, {"card": {**CARD, "description": "New."}}):
-        with pytest.raises(BundleError, match=f"made with a different {list(said['card'])[-1]}.*--output_dir"):
+        with pytest.raises(CheckpointError, match=f"made with a different {list(said['card'])[-1]}.*--output_dir"):
             publish(checkpoint, **said, **place)
-    with pytest.raises(BundleError, match="a different repo_id"):  # otherwise its card would load from a folder
+    with pytest.raises(CheckpointError, match="a different repo_id"):  # otherwise its card would load from a folder
         publish(checkpoint, "someone/tiny", card=CARD, **place)
-    with pytest.raises(BundleError, match="a different max_shard_size"):
+    with pytest.raises(CheckpointError, match="a different max_shard_size"):
         publish(checkpoint, card=CARD, max_shard_size="10KB", **place)
     content = (tmp_path / "bundle" / "manifest.json").read_text()
     assert "mit" not in json.loads(content)["options"].values()
@@ -709,13 +710,13 @@ def test_a_diagnosis_of_several_models_is_asked_for_the_one(checkpoint, tmp_path
         (tmp_path / "diagnosis" / name).mkdir(parents=True)
         (tmp_path / "diagnosis" / name / "report.json").write_text("{}")
     (tmp_path / "diagnosis" / "comparison.json").write_text("{}")
-    with pytest.raises(BundleError, match=r"compares several models.*Pass the report .*0-a', '.*1-b'\."):
+    with pytest.raises(CheckpointError, match=r"compares several models.*Pass the report .*0-a', '.*1-b'\."):
         bundle(checkpoint, tmp_path / "bundle", card=CARD, reports=[tmp_path / "diagnosis"])
 
 
 @pytest.mark.parametrize("repo_id", ["../x", "owner/name/x", "owner/a name", "owner/..", 'owner/x"+y', "-a/b", "name"])
 def test_a_repository_that_cannot_be_is_refused_before_anything_is_made(repo_id, tmp_path):
     """The id would appear in the card, in code that users run."""
-    with pytest.raises(BundleError, match=r"^'.*' (is not a valid Hub repository id|has no owner).* Use owner/"):
+    with pytest.raises(CheckpointError, match=r"^'.*' (is not a valid Hub repository id|has no owner).* Use owner/"):
         publish(tmp_path / "nothing", repo_id, output_dir=tmp_path / "bundle", card={"license": "mit"})
     assert not list(tmp_path.iterdir())

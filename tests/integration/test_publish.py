@@ -27,7 +27,7 @@ from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.card import card_snippets
 from hf_regvit.hub.upload import RetryPolicy, send_folder
 from hf_regvit.hub.verify import verify
-from hf_regvit.models.loading import BundleError
+from hf_regvit.models.modeling_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.slow
@@ -101,7 +101,7 @@ def test_a_bundle_of_another_model_is_refused(tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["layernorm.weight"] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BundleError, match=r"differ by up to .* from the original \(tolerance 1e-05\)"):
+    with pytest.raises(CheckpointError, match=r"differ by up to .* from the original \(tolerance 1e-05\)"):
         verify(tmp_path / "bundle", original=folder)
 
 
@@ -113,10 +113,10 @@ def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
     from hf_regvit.models.manifest import write_manifest
 
     write_manifest(tmp_path / "bundle")
-    with pytest.raises(BundleError, match=r"modeling_regvit\.py' differs from this version of hf_regvit"):
+    with pytest.raises(CheckpointError, match=r"modeling_regvit\.py' differs from this version of hf_regvit"):
         verify(tmp_path / "bundle")
     monkeypatch.setattr(hub_module, "CODE_FILES", ())
-    with pytest.raises(BundleError, match="cannot be loaded without hf_regvit"):
+    with pytest.raises(CheckpointError, match="cannot be loaded without hf_regvit"):
         verify(tmp_path / "bundle")
 
 

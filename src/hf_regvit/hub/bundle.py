@@ -19,9 +19,9 @@ from torch import nn
 from ..diagnosis.report import ArtifactReport
 from ..diagnosis.retrofit import RetrofitReport
 from ..evaluation.report import EvaluationTable
-from ..models.loading import BundleError, checkpoint_folder, load_checkpoint, weights_fingerprint
+from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
-from ..models.modeling_regvit import CheckpointCorruptError
+from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.processing import saved_processor
 from ..models.saving import read_json, whole_folder, write_json
 from . import facts as about
@@ -104,7 +104,7 @@ def bundle(
         max_shard_size: Maximum size of a weights file; larger weights are split.
 
     Raises:
-        BundleError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
+        CheckpointError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
         CardError: The card is incomplete.
         PrivateContentError: A file contains a secret or a local path; the message names file and line.
         FileExistsError: `output_dir` is not empty.
@@ -117,7 +117,7 @@ def bundle(
         raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
     model, processor = load_checkpoint(checkpoint), saved_processor(checkpoint)
     if processor is None:
-        raise BundleError(
+        raise CheckpointError(
             f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
             "image processor in the folder with processor.save_pretrained(folder)."
         )
@@ -160,7 +160,7 @@ def option_hashes(
 def _write_card(model: nn.Module, output: Path, facts: Facts, measured: Facts) -> None:
     known = sorted(field.name for field in dataclasses.fields(CardFacts))
     if unknown := sorted(set(facts).difference(known)):
-        raise BundleError(f"The card has no field {', '.join(unknown)}. Choose from {', '.join(known)}.")
+        raise CheckpointError(f"The card has no field {', '.join(unknown)}. Choose from {', '.join(known)}.")
     # The author's entries follow the measured ones.
     for name in ("limits", "intended_use", "scores", "evaluation_notes"):
         if facts.get(name) is not measured.get(name):
@@ -176,7 +176,7 @@ def read_object(path: Path) -> Json | None:
     """Return the content of a JSON or YAML file with names and values, or None if the file does not exist.
 
     Raises:
-        BundleError: The file is not valid JSON or YAML, or holds another value.
+        CheckpointError: The file is not valid JSON or YAML, or holds another value.
     """
     import yaml
 
@@ -185,11 +185,11 @@ def read_object(path: Path) -> Json | None:
     try:
         content = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else read_json(path)
     except yaml.YAMLError as error:
-        raise BundleError(f"'{path}' is not valid YAML: {error}") from error
+        raise CheckpointError(f"'{path}' is not valid YAML: {error}") from error
     except ValueError as error:
-        raise BundleError(str(error)) from error
+        raise CheckpointError(str(error)) from error
     if not isinstance(content, dict):
-        raise BundleError(f"'{path}' holds a {type(content).__name__}. Expected names with values.")
+        raise CheckpointError(f"'{path}' holds a {type(content).__name__}. Expected names with values.")
     return content
 
 
@@ -208,7 +208,7 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
     try:
         facts = collect(recipe, fine_tuned or read_object(run / "report.json"), read_object(run / "environment.json"))
     except KeyError as error:
-        raise BundleError(
+        raise CheckpointError(
             f"The recipe, report or environment in '{run}' is incomplete: {error} is missing. Publish a folder that "
             "contains only the checkpoint, and describe it with --data, --origin and --description."
         ) from error
@@ -231,7 +231,7 @@ def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
     try:
         report = RetrofitReport(**content)
     except TypeError as error:
-        raise BundleError(f"'{path}' is not a report of `regvit retrofit`: {error}.") from error
+        raise CheckpointError(f"'{path}' is not a report of `regvit retrofit`: {error}.") from error
     shutil.copyfile(path, output / "reports" / "retrofit.json")
     return {"origin": "retrofitted", "base_model": report.model["name"], "description": report.card_text}
 
@@ -239,10 +239,10 @@ def _retrofit_facts(checkpoint: Path, output: Path) -> Facts:
 def _report_file(path: Path) -> Path:
     if (path / "comparison.json").is_file() and not (path / "report.json").is_file():
         single = ", ".join(f"'{report.parent}'" for report in sorted(path.glob("*/report.json")))
-        raise BundleError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
+        raise CheckpointError(f"'{path}' compares several models. Pass the report of the model to publish: {single}.")
     path = path / "report.json" if path.is_dir() else path
     if not path.is_file():
-        raise BundleError(f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `evaluate`.")
+        raise CheckpointError(f"There is no report at '{path}'. Pass the output of `regvit diagnose` or `evaluate`.")
     return path
 
 
@@ -254,7 +254,9 @@ def _add_report(path: Path, output: Path, facts: Facts, *, model: nn.Module, exa
         try:
             report = ArtifactReport.load(path)
         except (TypeError, ValueError, KeyError) as error:
-            raise BundleError(f"'{path}' is not a report of this version of `regvit diagnose`: {error}.") from error
+            raise CheckpointError(
+                f"'{path}' is not a report of this version of `regvit diagnose`: {error}."
+            ) from error
         if report.model.get("weights") not in (None, weights_fingerprint(model)):  # older reports lack this field
             logger.warning(
                 "'%s' is a diagnosis of different weights (%s), but the card does not mention this. Diagnose this "
@@ -269,7 +271,7 @@ def _add_report(path: Path, output: Path, facts: Facts, *, model: nn.Module, exa
         for key, value in _evaluation_facts(table, path, model).items():
             facts[key] = (*facts.get(key, ()), *value)
     else:
-        raise BundleError(
+        raise CheckpointError(
             f"'{path}' is neither a report of `regvit diagnose` for one model nor of `regvit evaluate`. "
             f"Its fields: {', '.join(sorted(content)[:6]) or 'none'}."
         )
@@ -349,7 +351,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     """Read a bundle from its folder and check that all of its files are allowed, in the manifest and unchanged.
 
     Raises:
-        BundleError: A file is not allowed or is a link, or the configuration does not load without hf_regvit.
+        CheckpointError: A file is not allowed or is a link, or the configuration does not load without hf_regvit.
         CheckpointCorruptError: A file is missing or has changed since it was bundled.
         CardError: The card is incomplete.
         PrivateContentError: A file contains a secret or a local path.
@@ -357,7 +359,7 @@ def read_bundle(folder: str | Path) -> Bundle:
     folder = Path(folder)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
     if strange := [name for name in names if not may_be_published(name) or (folder / name).is_symlink()]:
-        raise BundleError(
+        raise CheckpointError(
             f"'{folder}' contains files that are not allowed in a bundle: {', '.join(strange)}. Bundle the checkpoint "
             "again in a new folder."
         )
@@ -370,7 +372,7 @@ def read_bundle(folder: str | Path) -> Bundle:
         ) from error
     files = read_json(folder / "manifest.json")["files"]
     if surplus := set(names) - set(files) - {"manifest.json"}:
-        raise BundleError(f"'{folder}' contains {', '.join(sorted(surplus))}, which manifest.json does not list.")
+        raise CheckpointError(f"'{folder}' contains {', '.join(sorted(surplus))}, which manifest.json does not list.")
     config = read_json(folder / "config.json")
     check_card((folder / CARD).read_text(encoding="utf-8"), folder=folder)
     _check_config(config, folder)
@@ -385,21 +387,21 @@ def _check_config(config: Json, folder: Path) -> None:
         "AutoBackbone": "modeling_regvit.RegViTBackbone",
     }
     if config.get("auto_map") != expected:
-        raise BundleError(
+        raise CheckpointError(
             f"'{folder}/config.json' has auto_map={config.get('auto_map')}, which does not load without hf_regvit. "
             f"Expected {expected}. Save the model with this version of hf_regvit."
         )
     if found := [name for name in _FORBIDDEN_FIELDS if name in config]:
-        raise BundleError(
+        raise CheckpointError(
             f"'{folder}/config.json' contains {', '.join(found)}, which must not be published. Bundle it again."
         )
     package = Path(__file__).parents[1] / "models"
     for name in CODE_FILES:
         if (folder / name).read_bytes() != (package / name).read_bytes():
-            raise BundleError(f"'{folder}/{name}' differs from this version of hf_regvit. Bundle it again.")
+            raise CheckpointError(f"'{folder}/{name}' differs from this version of hf_regvit. Bundle it again.")
     processor = read_json(folder / "preprocessor_config.json")
     if missing := [name for name in _STATISTICS if processor.get(name) is None]:
-        raise BundleError(
+        raise CheckpointError(
             f"'{folder}/preprocessor_config.json' lacks {', '.join(missing)}, so another version of transformers "
             "could preprocess images differently. Save the processor with all of these fields."
         )

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from ..models.loading import BundleError, open_model
-from ..models.modeling_regvit import RegViTPreTrainedModel
+from ..models.loading import open_model
+from ..models.modeling_regvit import CheckpointError, RegViTPreTrainedModel
 from ..models.processing import unknown_processor
 from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
@@ -94,12 +94,12 @@ def publish(
         retry: Policy for retries after errors.
 
     Raises:
-        BundleError: `bundle` or `verify` failed, `repo_id` is missing or invalid, or `output_dir` contains a bundle
-            made with other options.
+        CheckpointError: `bundle` or `verify` failed, `repo_id` is missing or invalid, or `output_dir` contains a
+            bundle made with other options.
         PushError: The upload failed; the bundle remains in `output_dir`.
     """
     if push and not repo_id:
-        raise BundleError("Pushing requires a repository. Add --repo_id owner/name.")
+        raise CheckpointError("Pushing requires a repository. Add --repo_id owner/name.")
     if repo_id:
         _check_repo_id(repo_id)
     own_name = Path(model).resolve().name if isinstance(model, str | Path) else type(open_model(model).model).__name__
@@ -136,7 +136,7 @@ def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
     reader = open_model(model)
     if not isinstance(reader.model, RegViTPreTrainedModel):
         kind = type(reader.model).__name__
-        raise BundleError(f"The model is a {kind}, not a RegViT. Call `hf_regvit.convert(model)` first.")
+        raise CheckpointError(f"The model is a {kind}, not a RegViT. Call `hf_regvit.convert(model)` first.")
     if reader.processor is None:
         raise unknown_processor(reader.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +150,7 @@ def _check_same_options(output: Path, wanted: Mapping[str, str]) -> None:
     made_with = (read_object(output / "manifest.json") or {}).get("options", wanted)  # absent in older bundles
     other = [name for name, value in wanted.items() if made_with.get(name) != value and name != "name"]
     if other:  # `name` follows from the repository
-        raise BundleError(
+        raise CheckpointError(
             f"'{output}' already contains a bundle made with a different {', '.join(other)}. Remove that folder, or "
             "choose another --output_dir."
         )
@@ -164,6 +164,6 @@ def _check_repo_id(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise BundleError(f"'{repo_id}' is not a valid Hub repository id. Use owner/name. {error}") from error
+        raise CheckpointError(f"'{repo_id}' is not a valid Hub repository id. Use owner/name. {error}") from error
     if "/" not in repo_id:
-        raise BundleError(f"'{repo_id}' has no owner, so the card's code could not load it. Use owner/{repo_id}.")
+        raise CheckpointError(f"'{repo_id}' has no owner, so the card's code could not load it. Use owner/{repo_id}.")

@@ -16,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..models.loading import BundleError, checkpoint_folder, quiet_transformers
+from ..models.loading import checkpoint_folder, quiet_transformers
+from ..models.modeling_regvit import CheckpointError
 from ..models.saving import read_json, write_json
 from .bundle import read_bundle
 from .clean_process import __file__ as clean_process
@@ -58,7 +59,7 @@ def verify(bundle_folder: str | Path, *, original: str | Path | None = None, tim
         timeout: Time limit of the process in seconds.
 
     Raises:
-        BundleError: The bundle cannot be loaded in the clean process, or its outputs differ. See also `read_bundle`.
+        CheckpointError: The bundle cannot be loaded in the clean process, or its outputs differ; see `read_bundle`.
     """
     made = read_bundle(bundle_folder)
     source = made.folder if original is None else checkpoint_folder(original)
@@ -76,7 +77,7 @@ def verify(bundle_folder: str | Path, *, original: str | Path | None = None, tim
         labels, loaded = read_json(folder / "answers.json")
     for name, found in loaded.items():
         if not found.startswith("transformers_modules."):
-            raise BundleError(f"{name} loaded {found} instead of a class from the code files of the bundle.")
+            raise CheckpointError(f"{name} loaded {found} instead of a class from the code files of the bundle.")
     with quiet_transformers(logging.CRITICAL):  # pipelines log an error for model types of other packages
         expected, expected_labels, _ = outputs_of(str(source), list(images.values()), **questions, trusted=False)
     compared = _compare(tensors, expected) | _compare_labels(labels, expected_labels)
@@ -123,22 +124,24 @@ def _run_clean_process(bundle_folder: Path, folder: Path, *, timeout: float) -> 
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
-        raise BundleError(f"Loading '{bundle_folder}' in a clean process took more than {timeout:.0f} s.") from error
+        raise CheckpointError(
+            f"Loading '{bundle_folder}' in a clean process took more than {timeout:.0f} s."
+        ) from error
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-15:])
-        raise BundleError(f"'{bundle_folder}' cannot be loaded without hf_regvit:\n{last}")
+        raise CheckpointError(f"'{bundle_folder}' cannot be loaded without hf_regvit:\n{last}")
 
 
 def _compare(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
     shapes, needed = ({name: tuple(t.shape) for name, t in side.items()} for side in (found, expected))
     if shapes != needed:
-        raise BundleError(f"The bundle returns tensors of the shapes {shapes}, the original {needed}.")
+        raise CheckpointError(f"The bundle returns tensors of the shapes {shapes}, the original {needed}.")
     differences = {}
     for name, value in expected.items():
         difference = (found[name].float() - value.float()).abs()
         differences[name] = float(difference.max()) if difference.numel() else 0.0  # a model without registers
         if not bool((difference <= TOLERANCE * (1 + value.float().abs())).all()):
-            raise BundleError(
+            raise CheckpointError(
                 f"{name}: the outputs differ by up to {differences[name]:.2g} from the original (tolerance "
                 f"{TOLERANCE:g}). The bundle is not the model from which it was made."
             )
@@ -155,6 +158,6 @@ def _compare_labels(found: _Labels, expected: _Labels) -> dict[str, float]:
         other = found[name]
         off = max((abs(float(a[1]) - float(b[1])) for a, b in zip(pairs, other)), default=0.0)
         if [a[0] for a in pairs] != [b[0] for b in other] or off > TOLERANCE:
-            raise BundleError(f"{name}: the pipeline returns {other}, that of the original {pairs}.")
+            raise CheckpointError(f"{name}: the pipeline returns {other}, that of the original {pairs}.")
         differences[name] = off
     return differences

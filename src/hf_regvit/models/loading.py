@@ -292,8 +292,6 @@ def _load_transformers(source: str, config: dict[str, Any]) -> nn.Module:
 
 # --- RegViT ---
 
-BundleError = CheckpointError  # the name under which the hub room knows it
-
 
 def checkpoint_folder(folder: str | Path) -> Path:
     """Return the RegViT checkpoint of a folder; see `find_checkpoint`.
