@@ -1,5 +1,6 @@
 """Maps read from a model, and the figures drawn from them."""
 
+import dataclasses
 import re
 from io import BytesIO
 
@@ -145,22 +146,6 @@ def test_pca_too_few():
         F.pca_colors(torch.ones(1, 4))
 
 
-@pytest.mark.parametrize(
-    ("size", "options", "expected"),
-    [
-        ((40, 24), {}, (424, 256)),  # 256 / 24 * 40 = 426.7, to whole patches
-        ((24, 40), {"short_side": 64}, (64, 104)),
-        ((500, 500), {"short_side": 3}, (8, 8)),  # never below one patch
-    ],
-)
-def test_fit_to_patches(size, options, expected):
-    assert F.fit_to_patches(Image.new("RGB", size), patch=(8, 8), **options).size == expected
-
-
-def test_fit_to_rectangular_patches():
-    assert F.fit_to_patches(Image.new("RGB", (100, 50)), patch=(8, 16), short_side=64).size == (128, 64)
-
-
 def drawn(figure) -> np.ndarray:
     buffer = BytesIO()
     figure.savefig(buffer, format="png")
@@ -190,9 +175,9 @@ def test_overview_has_one_panel_each(image):
 
 def test_a_map_is_drawn_where_it_belongs(image):
     """A single bright patch in the last row and first column lights up the lower left corner of its panel."""
-    attention = torch.zeros(1, 4, 6)
-    attention[0, 3, 0] = 1
-    figure = F.attention_map_figure(image, attention)
+    attention = torch.zeros(5, 3, 5)
+    attention[:, 2, 0] = 1
+    figure = F.overview_figure(image, dataclasses.replace(random_maps(), attention=attention))
     image, axis = drawn(figure).astype(int).sum(-1), figure.axes[1]
     box = axis.get_position()
     height, width = image.shape
@@ -204,25 +189,9 @@ def test_a_map_is_drawn_where_it_belongs(image):
     assert axis.get_xlabel() == "100.0% on patches"
 
 
-def test_other_figures(image):
-    maps = random_maps()
-    assert titles(F.attention_map_figure(image, maps.attention[:3])) == [
-        "image",
-        "attention of CLS",
-        "attention of register 1",
-        "attention of register 2",
-    ]
-    assert titles(F.norm_map_figure(image, maps.norms)) == ["image", "norm of patches"]
-    wide = random_maps(2, 7)
-    figure = F.pca_figure([image, image], [maps.patch_tokens, wide.patch_tokens])
-    assert len(figure.axes) == 4
-    assert drawn(figure).std() > 10
-    with pytest.raises(ValueError, match="1 images for 2"):
-        F.pca_figure([image], [maps.patch_tokens, wide.patch_tokens])
-
-
 def test_constant_attention_can_be_drawn(image):
-    drawn(F.attention_map_figure(image, torch.full((2, 3, 5), 1 / 20)))
+    maps = dataclasses.replace(random_maps(), attention=torch.full((5, 3, 5), 1 / 20))
+    drawn(F.overview_figure(image, maps))
 
 
 def test_no_global_state(image):

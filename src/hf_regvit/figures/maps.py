@@ -163,55 +163,6 @@ def color_image(colors: Tensor) -> Image.Image:
     return Image.fromarray((colors * 255).round().byte().numpy())
 
 
-def attention_map_figure(image: Image.Image, attention: Tensor) -> "Figure":
-    """Draw the image and the attention maps of CLS and of each register.
-
-    Args:
-        image: Input image, with the aspect ratio of the grid.
-        attention: (1 + R, rows, columns) attention maps, as in `TokenMaps`.
-    """
-    figure, axes = _panels(image, 1 + len(attention))
-    _draw_image(axes[0], image, "image")
-    _draw_attention(axes[1:], image, attention)
-    return figure
-
-
-def pca_figure(images: Sequence[Image.Image], tokens: Sequence[Tensor]) -> "Figure":
-    """Draw images above the PCA of their patch tokens; one PCA covers all, so equal colors mean similar tokens.
-
-    Args:
-        images: n images.
-        tokens: n tensors (rows, columns, D) of patch tokens; the grids may differ.
-
-    Raises:
-        ValueError: Different numbers of images and maps, or none.
-    """
-    if len(images) != len(tokens) or not images:
-        raise ValueError(
-            f"Got {len(images)} images for {len(tokens)} token maps. Pass one map per image, and at least one."
-        )
-    colors = pca_colors(torch.cat([map_.flatten(0, 1) for map_ in tokens]))
-    split = colors.split([map_.shape[0] * map_.shape[1] for map_ in tokens])
-    figure, axes = _panels(images[0], len(images), num_rows=2)
-    for i, (image, map_) in enumerate(zip(images, tokens, strict=True)):
-        _draw_image(axes[i], image, "image")
-        _draw_colors(axes[len(images) + i], image, split[i].unflatten(0, map_.shape[:2]), "PCA of patches")
-    return figure
-
-
-def norm_map_figure(image: Image.Image, norms: Tensor) -> "Figure":
-    """Draw the image and the norms of its patch tokens; a few bright patches on plain background are artifacts.
-
-    Args:
-        image: Input image, with the aspect ratio of the grid.
-        norms: (rows, columns) norms, as in `TokenMaps`.
-    """
-    figure, axes = _panels(image, 2, with_bar=True)
-    _draw_image(axes[0], image, "image")
-    _draw_norms(figure, axes[1], image, norms)
-    return figure
-
-
 def overview_figure(image: Image.Image, maps: TokenMaps) -> "Figure":
     """Draw one row: image, attention of CLS and of each register, PCA of the patch tokens, norm map."""
     figure, axes = _panels(image, len(maps.attention) + 3, with_bar=True)
@@ -455,20 +406,6 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
 def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as a PNG file."""
     Path(path).write_bytes(_png(figure))
-
-
-def fit_to_patches(image: Image.Image, *, patch: tuple[int, int], short_side: int | None = None) -> Image.Image:
-    """Resize an image to whole patches, with an aspect ratio as close to the original as possible.
-
-    Args:
-        image: Image to resize.
-        patch: (height, width) of a patch in pixels.
-        short_side: Target length of the shorter side in pixels; default 32 patches.
-    """
-    scale = (32 * max(patch) if short_side is None else short_side) / min(image.size)
-    height = max(round(image.height * scale / patch[0]), 1) * patch[0]
-    width = max(round(image.width * scale / patch[1]), 1) * patch[1]
-    return image.resize((width, height), Image.Resampling.BICUBIC)
 
 
 # --- Drawing
