@@ -180,10 +180,10 @@ def test_depths_at_the_ends_of_the_range_count_and_a_ratio_at_the_bound_is_beyon
     errors = DepthErrors(min_depth=1.0, max_depth=8.0)
     (ends,) = errors.reduce([[[1.0, 8.0, 3.0]]], [[[1.0, 8.0, 16.0]]])
     assert ends == pytest.approx([0, 0, 1, 1, 1])
-    assert errors.reduce([[[3.0]]], [[[0.5]]]) == []
-    assert errors.reduce([[[3.0]]], [[[8.5]]]) == []
+    assert len(errors.reduce([[[3.0]]], [[[0.5]]])) == 0
+    assert len(errors.reduce([[[3.0]]], [[[8.5]]])) == 0
     (bounds,) = errors.reduce([[[1.25, 1.5625, 1.953125, 1.0]]], [[[1.0, 1.0, 1.0, 1.25]]])
-    assert bounds[2:] == [0.0, 0.5, 0.75]
+    assert bounds[2:].tolist() == [0.0, 0.5, 0.75]
 
 
 def test_images_without_a_measured_pixel_do_not_count():

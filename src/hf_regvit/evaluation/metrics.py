@@ -28,7 +28,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Array = NDArray[Any]
-Rows = Iterable[Sequence[float] | Array]
 Batch = Iterable[object]  # predictions or references: a list, an array or a tensor
 
 
@@ -57,8 +56,8 @@ class _SumsMetric(evaluate.Metric):
             keep_in_memory=num_process == 1,
         )
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
-        """Reduce a batch to rows of numbers."""
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
+        """Reduce a batch to rows of numbers, (rows, numbers)."""
         raise NotImplementedError
 
     def result(self, rows: Array) -> Mapping[str, object]:
@@ -82,9 +81,9 @@ class _SumsMetric(evaluate.Metric):
         if predictions is None or references is None:
             missing = "predictions" if predictions is None else "references"
             raise ValueError(f"{type(self).__name__} takes predictions and references, but {missing} are missing.")
-        rows = [np.asarray(row, dtype=np.float64) for row in self.reduce(predictions, references)]
-        if rows:
-            super().add_batch(predictions=rows, references=[[]] * len(rows))
+        rows = self.reduce(predictions, references).astype(np.float64)
+        if len(rows):
+            super().add_batch(predictions=list(rows), references=[[]] * len(rows))
 
     def add(self, *, prediction: object = None, reference: object = None, **plural: object) -> None:
         """Add one sample, without the batch axis; `evaluate.combine` passes it as `predictions` and `references`."""
@@ -205,7 +204,7 @@ class TopKAccuracy(_SumsMetric):
         self.k = tuple(k)
         super().__init__(**options)
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return for every sample the number of classes that rank before its own."""
         truth = _integers("references", references)
         scores = _array("predictions", predictions)
@@ -214,7 +213,7 @@ class TopKAccuracy(_SumsMetric):
                 f"predictions {scores.shape} must be (n, classes) or (n,), with references (n,), not {truth.shape}."
             )
         if not len(truth):
-            return []
+            return np.empty((0, 1))
         if truth.min() < 0:
             raise ValueError(f"references contain {truth.min()}, but class ids start at 0. Remove unlabeled samples.")
         if scores.ndim == 1:
@@ -271,7 +270,7 @@ class ClassScores(_SumsMetric):
         self.num_classes = num_classes
         super().__init__(**options)
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return the true and the predicted class id of every sample."""
         truth, said = _integers("references", references), _array("predictions", predictions)
         if said.ndim == 2 and said.shape[1] == self.num_classes:
@@ -313,7 +312,7 @@ class MeanAveragePrecision(_SumsMetric):
         "gallery), true for relevant images, at least one per query."
     )
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return the average precision of every query."""
         scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
         if scores.ndim != 2 or scores.shape != relevant.shape:
@@ -374,7 +373,7 @@ class MeanIoU(_SumsMetric):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         super().__init__(**options)
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return one row: the numbers of agreeing, predicted and true pixels of every class."""
         sums = np.zeros((3, self.num_classes))
         example = "class ids instead of scores (take the argmax), without a channel axis"
@@ -386,7 +385,7 @@ class MeanIoU(_SumsMetric):
             _check_ids({"predictions": one, "references": truth}, self.num_classes, also)
             for row, classes in zip(sums, (truth[one == truth], one, truth)):
                 row += np.bincount(classes, minlength=self.num_classes)
-        return [sums.ravel()] if pairs else []
+        return sums.reshape(1, -1)[: len(pairs)]
 
     def result(self, rows: Array) -> MeanIoUResult:
         """Return the means and the values of every class."""
@@ -433,7 +432,7 @@ class DepthErrors(_SumsMetric):
         self.min_depth, self.max_depth = min_depth, max_depth
         super().__init__(**options)
 
-    def reduce(self, predictions: Batch, references: Batch) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return rmse, abs_rel and the three deltas of every image with valid pixels."""
         rows = []
         far = np.inf if self.max_depth is None else self.max_depth
@@ -457,7 +456,7 @@ class DepthErrors(_SumsMetric):
                     *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
                 ]
             )
-        return rows
+        return np.asarray(rows).reshape(-1, 5)
 
     def result(self, rows: Array) -> dict[str, float]:
         """Return the means over images."""
