@@ -119,7 +119,7 @@ def test_splits_of_images_at_any_depth(tmp_path, folders, train, heldout, classe
         with pytest.raises(MissingSplitError):
             load_images(tmp_path, split="validation")
     else:
-        other = load_images(tmp_path, split="validation", ignore_extra_classes=True)
+        other = load_images(tmp_path, split="validation")
         assert len(other) == heldout
         assert not set(source.ids) & set(other.ids)
     assert len(load_images(tmp_path, split=None)) == len(folders.split()) + 1
@@ -262,7 +262,7 @@ def test_other_files_are_counted_by_suffix(tmp_path, caplog):
     for name in ("a.dcm", "b.DCM", "c.heic", "no_suffix", "notes.txt"):
         write(tmp_path / name, b"x")
     report = check_data(tmp_path)
-    line = f"'{tmp_path}' is read as a folder of images files. Files of other types are left out:"
+    line = f"'{tmp_path}' is read as a folder of image files. Files of other types are left out:"
     assert report.notes == [f"{line} 2 .dcm, 1 .heic, 1 .txt, 1 without suffix."]
     assert "1 without suffix" in report.summary()
     assert caplog.text.count("without suffix") == 1

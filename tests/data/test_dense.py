@@ -470,7 +470,7 @@ def test_the_hue_turns_as_far_as_published(monkeypatch):
     monkeypatch.setattr("hf_regvit.data.joint_transform.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
     for seed in range(400):
-        transform._coloured(pixels, np.random.default_rng(seed))
+        transform._colored(pixels, np.random.default_rng(seed))
     assert 150 < len(turns) < 250
     assert (min(turns), max(turns)) == (-18 / 180, 17 / 180)
 
@@ -490,7 +490,7 @@ def test_colours_equal_their_loop(seed):
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(255 * (pixels[place] / 255) ** gamma * brightness * balance[place[-1]])
     depth = JointTransform.for_depth((3, 4))
-    np.testing.assert_array_equal(depth._coloured(pixels, np.random.default_rng(seed)), expected)
+    np.testing.assert_array_equal(depth._colored(pixels, np.random.default_rng(seed)), expected)
 
     rng = np.random.default_rng(seed)
     contrast_first, chosen = rng.random() < 0.5, rng.random(4) < 0.5
@@ -507,7 +507,7 @@ def test_colours_equal_their_loop(seed):
     if chosen[1] and not contrast_first:
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
-    coloured = JointTransform((3, 4))._coloured(pixels, np.random.default_rng(seed))
+    coloured = JointTransform((3, 4))._colored(pixels, np.random.default_rng(seed))
     np.testing.assert_allclose(
         coloured.astype(int), expected.astype(int), atol=1
     )  # float32 rounds values at .5 differently

@@ -344,13 +344,13 @@ def test_tables_a_test_folder_is_held_out_where_there_is_no_other(folders, train
     for folder in folders.split():
         (tmp_path / folder).mkdir(parents=True)
         photo.save(tmp_path / folder / "x.png")
-    found = load_images(tmp_path, split="train", ignore_extra_classes=True)
+    found = load_images(tmp_path, split="train")
     assert {str(Path(id).parent) for id in found.ids} == train
     if validation is None:
         with pytest.raises(source_module.MissingSplitError, match="no validation split"):
             load_images(tmp_path, split="validation")
     else:
-        held_out = load_images(tmp_path, split="validation", ignore_extra_classes=True)
+        held_out = load_images(tmp_path, split="validation")
         assert {str(Path(id).parent) for id in held_out.ids} == validation
     everything = load_images(tmp_path, split=None)
     assert len(everything) == len(folders.split())

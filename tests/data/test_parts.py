@@ -10,7 +10,8 @@ from builders import class_folder, image, parquet_file, write
 from hf_regvit.data.files import stratified_split
 from hf_regvit.data.loading import load_images
 from hf_regvit.data.maps import DenseDataError
-from hf_regvit.data.parts import LabelError, draw_images, hold_out, open_parts, open_streams
+from hf_regvit.data.parts import LabelError, draw_images, heldout_streams, hold_out, open_parts
+
 from hf_regvit.data.source import MissingSplitError
 
 
@@ -139,5 +140,5 @@ def test_streams(tmp_path):
     for split in ("train", "validation"):
         parquet_file(tmp_path / "a" / f"{split}.parquet", image=[encoded(0)], label=[0])
     parquet_file(tmp_path / "b" / "train.parquet", image=[encoded(1)], label=[0])
-    train, heldout = open_streams([tmp_path / "a", tmp_path / "b"])
-    assert (len(train), len(heldout)) == (2, 1)
+    [heldout] = heldout_streams([tmp_path / "a", tmp_path / "b"])
+    assert heldout.name == str(tmp_path / "a")

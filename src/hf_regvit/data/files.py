@@ -162,7 +162,9 @@ def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]
     counts = Counter(file.suffix.lower() or "without suffix" for file in others if file not in links)
     if counts:
         shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-        notes.append(f"'{root}' is read as a folder of {kind} files. Files of other types are left out: {shown}.")
+        files = f"{kind.removesuffix('s')} files"
+        notes.append(f"'{root}' is read as a folder of {files}. Files of other types are left out: {shown}.")
+
     return notes
 
 

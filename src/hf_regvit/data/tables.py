@@ -1,7 +1,8 @@
 """Images in tables: parquet files, data sets of the Hub, streams."""
 
 import glob
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -23,16 +24,27 @@ def parquet_source(found: Found, reading: Reading) -> ImageSource:
 
     name = str(found.root)
     try:
-        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory. It takes names
-        # for patterns.
-        files = [glob.escape(str(file)) for file in found.files]
-        table = load_dataset("parquet", data_files=files, split="train")
+        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory.
+        table = load_dataset("parquet", data_files=literal_names(found.files), split="train")
     except (DatasetGenerationError, ValueError) as error:
         pointer = next((hint for file in found.files if (hint := lfs_pointer(file))), None)
         listing = ", ".join(file.name for file in found.files[:8])
         reason = pointer or error.__cause__ or error
         raise ValueError(f"'{name}' cannot be read as parquet ({listing}): {reason}") from error
     return replace(table_images(table, name, reading), problems=found.problems, notes=found.notes)
+
+
+def literal_names(files: Sequence[Path]) -> list[str]:
+    """Return the names of files for `datasets`, which takes names for patterns.
+
+    Raises:
+        ValueError: A name contains `::`, which `datasets` cannot read as a part of a path.
+    """
+    if chained := next((file for file in files if "::" in str(file)), None):
+        raise ValueError(
+            f"'{chained}' has '::' in its path, which `datasets` reads as a chain of URLs. Rename the file or folder."
+        )
+    return [glob.escape(str(file)) for file in files]
 
 
 def hub_source(data: str, split: Split | None, reading: Reading) -> ImageSource:
@@ -48,7 +60,7 @@ def hub_source(data: str, split: Split | None, reading: Reading) -> ImageSource:
     return table_images(hub_split(tables, data, split), data, reading)
 
 
-def hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
+def hub_tables(data: str, *, streaming: bool = False) -> Mapping[str, Any]:
     """Load all splits of `name` or `name:config`.
 
     Raises:
@@ -58,7 +70,7 @@ def hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
 
     name, _, config = data.partition(":")
     try:
-        return load_dataset(name, config or None, **options)
+        return load_dataset(name, config or None, streaming=streaming)
     except ValueError as error:
         if not str(error).startswith(("Config name is missing", "BuilderConfig")):
             raise
@@ -245,6 +257,12 @@ def _stream_shard(
         id = f"{name}#shard{shard}/row{number}"
         if "__key__" in row:  # a tar file of the Hub: the member's name does not change when shards are added
             id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
+            if not number and row[column] is None:
+                raise ValueError(
+                    f"'{id}' does not exist: `datasets` takes the columns of a Hub data set of tar files from its "
+                    f"first shard, which holds '{column}' images, unlike this one. Download the shards and stream "
+                    "the folder; then columns are found in each shard."
+                )
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
         try:
