@@ -124,7 +124,6 @@ def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path
         labeled_parts(args)
 
 
-
 def test_f28_class_numbers_follow_the_names_of_training(tmp_path):
     train, validation = folder_of(tmp_path / "a", ant=2, bee=2, cow=2), folder_of(tmp_path / "b", bee=1, cow=2)
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))

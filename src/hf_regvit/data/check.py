@@ -20,7 +20,6 @@ from torch.utils.data import DataLoader, Dataset
 from .decoding import BadImageError, ImageFacts, ImageLimits, image_facts
 from .loading import Data, load_images
 from .maps import has_masks, without_masks
-
 from .parts import open_parts
 from .source import ImageSource, MissingSplitError
 

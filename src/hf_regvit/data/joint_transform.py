@@ -6,7 +6,6 @@ Shape letters: H and W pixels of the original, h and w of the result.
 from dataclasses import dataclass
 from typing import Literal
 
-
 import numpy as np
 from PIL import Image
 

@@ -68,7 +68,6 @@ def number_classes(
     return [position[plain(str(name))] for name in classes], names
 
 
-
 def classes_by_folder(paths: Sequence[tuple[str, ...]], split_depths: Sequence[int | None]) -> Sequence[str | None]:
     """Return the class of each file: the outermost folder, below its split folder if it has one.
 

@@ -14,7 +14,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
@@ -316,7 +315,6 @@ def _has_image_folder(root: Path) -> bool:
     return any((place / name).is_dir() for place in places for name in _IMAGE_FOLDERS)
 
 
-
 def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) -> DenseSource:
     """Load a folder with `images/` next to `masks/`, or both inside `train/` and `validation/`."""
     everything = open_source(root, None, reading)
@@ -442,7 +440,6 @@ def _decode_map(data: bytes, name: str) -> Array:
         elif image.mode not in ("1", "L", "P", "I", "F") and not image.mode.startswith("I;16"):
             reason = (
                 f"it has the color mode {image.mode}, expected a single channel. If colors encode classes, convert "
-
                 "them to class ids first"
             )
             raise BadImageError(name, reason, "value range")

@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -161,9 +160,7 @@ def heldout_streams(
     found = []
     for one in data:
         with suppress(MissingSplitError):
-            found.append(
-                stream_images(one, split="validation", image_column=image_column, label_column=label_column)
-            )
+            found.append(stream_images(one, split="validation", image_column=image_column, label_column=label_column))
     return found
 
 

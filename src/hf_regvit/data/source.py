@@ -130,7 +130,6 @@ def _read_joined(reads: Sequence[Callable[[int], _T]], starts: list[int], index:
 
 
 def read_at(read: Callable[[int], _T], indices: list[int], index: int) -> _T:
-
     """Read the item of a subset: `index` counts in the subset, `indices` has the places in the whole."""
     return read(indices[index])
 

@@ -1,8 +1,8 @@
 """Images in tables: parquet files, data sets of the Hub, streams."""
 
 import glob
-from collections.abc import Callable, Iterator, Mapping, Sequence
-
+import tarfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -17,60 +17,50 @@ if TYPE_CHECKING:
     import datasets
 
 
-def parquet_source(found: Found, reading: Reading) -> ImageSource:
-    """Open parquet files as one source."""
+def parquet_table(found: Found, *, streaming: bool = False) -> Any:
+    """Open parquet files as one table of `datasets`.
+
+    Raises:
+        ValueError: A file cannot be read, or `datasets` cannot read its path.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    name = str(found.root)
+    if chained := next((file for file in found.files if "::" in str(file)), None):
+        raise ValueError(
+            f"'{chained}' has '::' in its path, which `datasets` reads as a chain of URLs. Rename the file or folder."
+        )
     try:
-        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory.
-        table = load_dataset("parquet", data_files=literal_names(found.files), split="train")
+        # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory. It takes names
+        # for patterns.
+        files = [glob.escape(str(file)) for file in found.files]
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:
         pointer = next((hint for file in found.files if (hint := lfs_pointer(file))), None)
         listing = ", ".join(file.name for file in found.files[:8])
         reason = pointer or error.__cause__ or error
-        raise ValueError(f"'{name}' cannot be read as parquet ({listing}): {reason}") from error
-    return replace(table_images(table, name, reading), problems=found.problems, notes=found.notes)
+        raise ValueError(f"'{found.root}' cannot be read as parquet ({listing}): {reason}") from error
 
 
-def literal_names(files: Sequence[Path]) -> list[str]:
-    """Return the names of files for `datasets`, which takes names for patterns.
-
-    Raises:
-        ValueError: A name contains `::`, which `datasets` cannot read as a part of a path.
-    """
-    if chained := next((file for file in files if "::" in str(file)), None):
-        raise ValueError(
-            f"'{chained}' has '::' in its path, which `datasets` reads as a chain of URLs. Rename the file or folder."
-        )
-    return [glob.escape(str(file)) for file in files]
-
-
-def hub_source(data: str, split: Split | None, reading: Reading) -> ImageSource:
-    """Open a data set of the Hub."""
-    try:
-        tables = hub_tables(data)
-    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        raise FileNotFoundError(
-            f"{does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
-        ) from error
-    except RuntimeError as error:  # data sets with a loading script, which is never run
-        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
-    return table_images(hub_split(tables, data, split), data, reading)
-
-
-def hub_tables(data: str, *, streaming: bool = False) -> Mapping[str, Any]:
-    """Load all splits of `name` or `name:config`.
+def hub_table(data: str, split: Split | None, *, streaming: bool = False) -> Any:
+    """Open one split of a Hub data set, `name` or `name:config`; None opens all of them.
 
     Raises:
+        FileNotFoundError: There is no such data set, or the Hub cannot be reached.
+        MissingSplitError: There is no such split; the message lists the existing ones.
         ValueError: The configuration is missing or unknown; the message lists the known ones.
     """
     from datasets import get_dataset_config_names, load_dataset
 
     name, _, config = data.partition(":")
     try:
-        return load_dataset(name, config or None, streaming=streaming)
+        return _hub_split(load_dataset(name, config or None, streaming=streaming), data, split)
+    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise FileNotFoundError(
+            f"{does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
+        ) from error
+    except (RuntimeError, tarfile.TarError) as error:  # such as a loading script, which is never run
+        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
     except ValueError as error:
         if not str(error).startswith(("Config name is missing", "BuilderConfig")):
             raise
@@ -79,12 +69,8 @@ def hub_tables(data: str, *, streaming: bool = False) -> Mapping[str, Any]:
         raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
 
 
-def hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
-    """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
-
-    Raises:
-        MissingSplitError: There is no such split; the message lists the existing ones.
-    """
+def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+    """Select one split by the same names as for folders."""
     from datasets import concatenate_datasets
 
     parts = without_lonely_test([split_named(name) for name in tables])
