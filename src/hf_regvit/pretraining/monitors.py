@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
-from ..data.parts import open_parts, open_streams
+from ..data.parts import heldout_streams, open_parts
 from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
 from ..evaluation.knn import knn_accuracy
@@ -273,7 +273,8 @@ def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    _, heldout = open_streams(args.data, image_column=args.image_column, label_column=args.label_column)
+    heldout = heldout_streams(args.data, image_column=args.image_column, label_column=args.label_column)
+
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
         logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
