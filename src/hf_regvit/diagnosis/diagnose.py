@@ -307,7 +307,7 @@ def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
         index = readings.kept[place]
         registers: Any = []
-        if readings.register_norms:
+        if readings.register_norms and case.reader.reads_attention:
             reading = case.reader.read(readings.pixels[place : place + 1], site="attention")
             rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
             registers = rows.cpu().numpy()
@@ -422,7 +422,7 @@ def artifact_snapshot(model: TokenReader | nn.Module, pixel_values: Tensor) -> d
         "register_norm": residual.registers(layer).flatten().quantile(0.5).item() if count else None,
         "register_cosine": register_cosine(final[:, prefix - count : prefix]).mean().item() if count > 1 else None,
     }
-    if residual.has_cls:
+    if "attention" in reading:
         row = reading["attention"].values[0]
         statistics = attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=count)
         values["attention_entropy"] = statistics["entropy_share"].mean().item()

@@ -202,7 +202,7 @@ def evaluate_lost(
     """
     started, description = time.perf_counter(), reader.description
     heads: list[Method] = []
-    if description.has_cls:
+    if description.has_cls and reader.reads_attention:
         heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
     images, truth, without = images_with_boxes(images, truth)
     choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())
