@@ -11,8 +11,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 _TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+# Attentions whose weights are the softmax of scaled products of queries and keys, after the norms and the rotation of
+# the family. Others may have the same projections and another formula, such as the differential attention of timm.
+_SOFTMAX_ATTENTIONS = {
+    "timm": ("Attention", "AttentionRope", "EvaAttention"),
+    "hf_regvit": ("RegViTAttention",),
+    "transformers_modules": ("RegViTAttention",),  # the code that is saved beside the weights
+}
+
+
+def is_softmax_attention(attention: nn.Module) -> bool:
+    """Return True if the weights of this attention can be computed from its queries and keys."""
+    library, kind = type(attention).__module__.split(".")[0], type(attention).__name__
+    return library == "transformers" or kind in _SOFTMAX_ATTENTIONS.get(library, ())
 
 
 def _family_name(module: nn.Module) -> str | None:
@@ -20,8 +34,23 @@ def _family_name(module: nn.Module) -> str | None:
     for cls in type(module).__mro__:
         if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
             return _TIMM_CLASSES[cls.__name__]
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    # Its own attribute only: wrappers such as those of torch.compile and PEFT pass on the attributes of their model.
+    model_type = getattr(vars(module).get("config"), "model_type", None)
     return model_type if model_type in FAMILIES else None
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the module inside the wrappers of `torch.compile`, data parallelism and weight averaging."""
+    while isinstance(model, nn.Module):
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif "_fsdp_wrapped_module" in model._modules:
+            model = model._fsdp_wrapped_module
+        else:
+            break
+    return model
 
 
 def has_part(module: nn.Module, path: str) -> bool:
@@ -114,7 +143,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
             num_heads=config.num_attention_heads,
             patch_size=_pair(config.patch_size),
             image_size=_pair(config.image_size),
-            has_cls=bool(family.has_cls),
+            has_cls=bool(family.has_cls) and getattr(config, "use_cls_token", True),
             num_distillation_tokens=family.num_distillation_tokens,
             num_register_tokens=getattr(config, "num_register_tokens", 0),
         )
@@ -148,7 +177,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     returned nevertheless, because dense features of CLIP usually pass through it.
     """
     tower, name = find_tower(model)
-    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
+    if getattr(getattr(tower, "config", None), "final_norm", "tokens") in ("pooled", "none"):
         return nn.Identity()
     return tower.get_submodule(FAMILIES[name].final_norm)
 
@@ -183,7 +212,7 @@ class Family:
     mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
     has_cls: bool | None = True
     num_distillation_tokens: int = 0
-    rotary: Literal["position_embeddings", "rope"] | None = None
+    rotary: Literal["rotary", "position_embeddings", "rope"] | None = None
     qk_norms: tuple[str, str] | None = None
     resize_switch: bool = False
 
@@ -200,7 +229,7 @@ _CLIP = Family("encoder.layers", "embeddings.patch_embedding", "post_layernorm",
 _TIMM = Family("blocks", "patch_embed.proj", "norm", "attn", has_cls=None, qk_norms=("q_norm", "k_norm"))
 
 FAMILIES: dict[str, Family] = {
-    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm"),
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", rotary="rotary"),
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary="position_embeddings"),
