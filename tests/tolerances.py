@@ -1,9 +1,10 @@
 """Plugin of pytest that compares the error of each comparison with its tolerance: `pytest --max-error-share 0.2`.
 
-It prints the comparisons whose error is more than this share of their tolerance and fails if there are any: with another
-processor or number of threads sums have another order, and such a comparison might not hold. A comparison that must not
-hold, such as `not torch.allclose(...)`, needs the same distance on the other side. Where the error does not come from
-rounding, as between a sample and its expectation, a comment `tolerance: REASON` on the line or above it says so.
+It prints the comparisons whose error is more than this share of their tolerance, and fails if there are any: another
+processor or number of threads adds numbers in another order, and such a comparison might not hold there. A comparison
+that must not hold, such as `not torch.allclose(...)`, needs the same distance on the other side. Where the error does
+not come from rounding, as between a sample and its expectation, a comment `# tolerance: REASON` on the line of the
+comparison, or on the line above, says so.
 
 Recorded are `torch.testing.assert_close`, `torch.allclose`, `numpy.testing.assert_allclose`, `numpy.allclose`,
 `math.isclose`, `pytest.approx` and assertions such as `assert error < 1e-5`.
@@ -31,7 +32,7 @@ _VALUE = re.compile(r"(-?\d[\d.]*(?:e[+-]?\d+)?)[^<>]* <=? ")  # `tensor(1.2e-07
 
 
 def error_share(actual: Any, expected: Any, *, atol: float, rtol: float) -> float:
-    """Return the largest |actual - expected| / (atol + rtol |expected|): 0 if all are equal, infinity if any is NaN."""
+    """Return the largest |actual - expected| / (atol + rtol |expected|): 0 for equal values, infinity for a NaN."""
     actual, expected = np.broadcast_arrays(_array(actual), _array(expected))
     if "O" in (actual.dtype.kind, expected.dtype.kind):
         return 0.0
@@ -136,10 +137,11 @@ class ToleranceRecorder:
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
         terminalreporter.section("errors as a share of their tolerance")
+        lines = self.too_large
         terminalreporter.line(
-            f"{len(self.shares)} comparisons; {len(self.too_large)} errors are above {self.limit:g} of their tolerance."
+            f"{len(self.shares)} comparisons; {len(lines)} errors above {self.limit:g} of the tolerance"
         )
-        for line in self.too_large:
+        for line in lines:
             terminalreporter.line(line)
 
     def pytest_unconfigure(self) -> None:
