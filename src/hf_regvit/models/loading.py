@@ -32,7 +32,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     for key, tensor in sorted(find_tower(model)[0].state_dict().items()):
         digest.update(key.encode())
         for part in _plain_tensors(tensor):
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
