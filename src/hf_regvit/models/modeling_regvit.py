@@ -272,10 +272,7 @@ class RegViTEmbeddings(nn.Module):
 
     def _mask_patches(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
-            raise ValueError(
-                "bool_masked_pos was given, but the model has no mask token. "
-                "Create or load the model with use_mask_token=True."
-            )
+            raise ValueError("bool_masked_pos needs a mask token. Create or load the model with use_mask_token=True.")
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (batch, patches) = "
@@ -749,8 +746,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
-        config = self.config
-        problems = []
+        config, problems = self.config, []
 
         def report(key: str, problem: str, held: object) -> None:
             if key.endswith("register_tokens"):
@@ -806,11 +802,9 @@ class RegViTPreTrainedModel(PreTrainedModel):
         embeddings.register_tokens = nn.Parameter(tokens.to(like.device, like.dtype)) if num_register_tokens else None
         return self
 
-    def _finish(
-        self, output: ModelOutput, return_dict: bool | None = None, output_hidden_states: bool | None = None, **_
-    ) -> ModelOutput | tuple:
-        """Return the output in the requested form, without the hidden states if only a dense head needed them."""
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    def _finish(self, output: ModelOutput, return_dict: bool | None, wanted: bool | None) -> ModelOutput | tuple:
+        """Return the output in the requested form, without hidden states that only a dense head wanted."""
+        wanted = self.config.output_hidden_states if wanted is None else wanted
         if output.hidden_states is not None and not wanted:
             output = replace(output, hidden_states=None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -1032,19 +1026,22 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> ImageClassifierOutput | tuple:
         """Return logits (B, num_labels), and the loss if `labels` are given.
 
         `labels` has shape (B,) for class ids, or (B, num_labels) for multi-label classification or regression.
         """
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **{**kwargs, "return_dict": True})
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, output_hidden_states, return_dict=True)
         logits = self.classifier(self.pool(output))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         result = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
 
 class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
@@ -1107,11 +1104,13 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> SemanticSegmenterOutput | tuple:
         """Return logits (B, num_labels, H, W) at the input size, and the loss if `labels` (B, H, W) are given."""
-        options = {**kwargs, "return_dict": True, "output_hidden_states": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         features = self.dense_features(output, with_cls=False)  # (B, N, F)
         valid = output.patch_mask[:, -features.shape[1] :]
         if pixel_mask is None:
@@ -1132,7 +1131,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         result = SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
 
 class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
@@ -1151,14 +1150,16 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> DepthEstimatorOutput | tuple:
         """Return depth (B, H, W) in meters at the input size, and the loss if `labels`, also in meters, are given.
 
         Labels that are <= 0, infinite or NaN are ignored.
         """
-        options = {**kwargs, "return_dict": True, "output_hidden_states": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
         depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_meters)[:, 0]  # (B, H, W)
@@ -1171,7 +1172,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         result = DepthEstimatorOutput(
             loss=loss, predicted_depth=depth, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
     def _bins_to_meters(self, bins: Tensor, size: tuple[int, int]) -> Tensor:
         """Decode (B, bins, rows, columns) to depth (B, 1, H, W), the weighted mean of the bin centers.
@@ -1223,8 +1224,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
         **kwargs,
     ) -> BackboneOutput | tuple:
         """Return feature maps (B, D, rows, columns), or token sequences if `reshape_hidden_states` is False."""
-        options = {"output_attentions": output_attentions, "output_hidden_states": True, "return_dict": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         grid = self.regvit.embeddings.patch_embeddings.grid_of(pixel_values)
         feature_maps = []
         for stage, tokens in zip(self.stage_names, output.hidden_states):
