@@ -214,7 +214,7 @@ class RegViTEmbeddings(nn.Module):
         return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
 
     def rotary_table(self, pixel_values: Tensor, grids: list[tuple[int, int]] | None = None) -> Tensor | None:
-        """Return the table (B, N, d) for `rotate_patches`, or None if nothing rotates; `grids` as in `forward`."""
+        """Return the table (B, T, d) for `rotate`, or None if nothing rotates; `grids` as in `forward`."""
         config, device = self.config, pixel_values.device
         if config.rope_theta is None:
             return None
@@ -230,10 +230,10 @@ class RegViTEmbeddings(nn.Module):
             with torch.inference_mode(False):  # a table made in inference mode could not be used in training
                 return self._cached(self._cached_rotary, key, lambda: rotary_table(config, own, device))
 
-        if grids is None:
-            return table_of(grid).expand(pixel_values.shape[0], -1, -1)
-        unrotated = torch.tensor([1.0, 0.0], device=device).repeat_interleave(config.head_dim // 2)
-        return tables_of_padded_images(grids, grid, table_of, unrotated)
+        unrotated = torch.tensor([1.0, 0.0], device=device).repeat_interleave(config.head_dim // 2)  # (d,)
+        patches = table_of(grid)[None] if grids is None else tables_of_padded_images(grids, grid, table_of, unrotated)
+        prefix = unrotated.expand(patches.shape[0], config.num_prefix_tokens, -1)
+        return torch.cat([prefix, patches], dim=1).expand(pixel_values.shape[0], -1, -1)
 
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, grids: list[tuple[int, int]] | None = None
@@ -363,18 +363,16 @@ def rotary_table(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate_patches(queries_and_keys: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate channel pairs (c, c + d / 2) of patches, at least in float32; CLS and registers stay as they are.
+def rotate(queries_and_keys: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the channel pairs (c, c + d / 2) of (B, T, 2, heads, d), at least in float32.
 
-    `queries_and_keys` is (B, T, 2, heads, d); `rotary` (B, N, d) holds the `rotary_table` of each image.
+    `rotary` (B, T, d) holds cosines and sines: 1 and 0, which change nothing, for CLS, registers and padding.
     Source: arXiv 2104.09864.
     """
-    num_patches = rotary.shape[1]
-    prefix, patches = queries_and_keys[:, :-num_patches], queries_and_keys[:, -num_patches:]
-    cos, sin = rotary[:, :, None, None].chunk(2, dim=-1)  # (B, N, 1, 1, d / 2)
-    first, second = patches.to(at_least_float32(patches)).chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([prefix, rotated.to(prefix.dtype)], dim=1)
+    cos, sin = rotary[:, :, None, None].chunk(2, dim=-1)  # (B, T, 1, 1, d / 2)
+    first, second = queries_and_keys.to(at_least_float32(queries_and_keys)).chunk(2, dim=-1)
+    rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    return torch.cat(rotated, dim=-1).to(queries_and_keys.dtype)
 
 
 # --- Blocks ---
@@ -438,7 +436,7 @@ class RegViTAttention(nn.Module):
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
         query, key, value = qkv.unbind(2)  # (B, T, heads, head_dim)
         if rotary is not None:
-            query, key = rotate_patches(qkv[:, :, :2], rotary).unbind(2)
+            query, key = rotate(qkv[:, :, :2], rotary).unbind(2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, head_dim)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -550,7 +548,7 @@ class RegViTLayer(GradientCheckpointingLayer):
             tokens: (n,) indices into the flattened (B * T) tokens. Only these tokens (n, D) are computed and returned;
                 all others serve only as keys and values. Pretraining uses this in the last block to save time.
             token_mask: (B, T) bool, False at padding. Only register neurons need it in addition to `attention_mask`.
-            rotary: (B, N, d) from `RegViTEmbeddings.rotary_table`.
+            rotary: (B, T, d) from `RegViTEmbeddings.rotary_table`.
         """
         if tokens is not None:
             return self._forward_tokens(hidden_states, attention_mask, tokens, rotary)
