@@ -984,7 +984,7 @@ def test_several_checkpoints_make_a_table(checkpoints, photos):
     table = comparison.table().splitlines()
     assert len(table) == 4
     assert len({line.count("|") for line in table}) == 1
-    with pytest.raises(ValueError, match="at least two different checkpoints"):
+    with pytest.raises(ValueError, match="names a model twice"):
         compare_checkpoints(checkpoints[:1] * 2, photos)
 
 

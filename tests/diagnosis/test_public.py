@@ -128,7 +128,7 @@ def test_compare_checkpoints_takes_names_and_modules(checkpoint, image_folder, t
     assert measured(found.reports["plain"]) == measured(found.reports["plain-2"])
     assert json.loads(found.save(tmp_path).read_text())["rows"] == found.rows
     for twice in ([module, module], [checkpoint, str(checkpoint)]):
-        with pytest.raises(ValueError, match="at least two different checkpoints"):
+        with pytest.raises(ValueError, match="names a model twice"):
             compare_checkpoints(twice, image_folder)
 
 

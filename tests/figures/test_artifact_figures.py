@@ -140,6 +140,6 @@ def test_lost_stages_show_seed_and_box():
     row, column = divmod(result.seed, 6)
     assert (mark.get_xdata()[0], mark.get_ydata()[0]) == ((column + 0.5) * 8, (row + 0.5) * 8)
     found, truth = figure.axes[5].patches
-    x1, y1, x2, y2 = result.box(8, (32, 48))
+    x1, y1, x2, y2 = result.box((8, 8), (32, 48))
     assert (found.get_x(), found.get_y(), found.get_width(), found.get_height()) == (x1, y1, x2 - x1, y2 - y1)
     assert (truth.get_x(), truth.get_width()) == (0, 20)

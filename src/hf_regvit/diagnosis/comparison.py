@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.loading import open_model, short_names
+from ..models.loading import distinct_names, open_model
 from ..models.results import Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
@@ -88,7 +88,10 @@ def compare_checkpoints(
         ValueError: Fewer than two models, or the same one twice.
         UnknownProcessorError: No image processor is given, and a model has none.
     """
-    readers = {name: open_model(model, device=device, processor=processor) for name, model in _named(models).items()}
+    if len(models) < 2:
+        raise ValueError(f"Got {len(models)} models, but a comparison needs at least two different checkpoints.")
+    names = distinct_names(models)
+    readers = {name: open_model(model, device=device, processor=processor) for name, model in zip(names, models)}
     reports = {name: diagnose(reader, images, **settings) for name, reader in readers.items()}
     speeds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(throughput_rounds + 1):
@@ -103,17 +106,6 @@ def compare_checkpoints(
     ]
     threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
     return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads)
-
-
-def _named(models: Sequence[Any]) -> dict[str, Any]:
-    """Return the models by a short name; a number tells models of the same name apart."""
-    short = iter(short_names([model for model in models if isinstance(model, str | Path)]))
-    keys = [next(short) if isinstance(model, str | Path) else model for model in models]
-    if len(set(keys)) < max(len(models), 2):
-        raise ValueError(f"models={[str(model) for model in models]} must hold at least two different checkpoints.")
-    names = [key if isinstance(key, str) else open_model(key).description.name for key in keys]
-    counts = [names[:i].count(name) for i, name in enumerate(names)]
-    return {f"{name}-{count + 1}" if count else name: model for name, count, model in zip(names, counts, models)}
 
 
 def _row(report: ArtifactReport, first: ArtifactReport) -> dict[str, Any]:

@@ -222,33 +222,31 @@ class EvaluationReport:
         Args:
             name: Name of the model on its card.
         """
-        results: dict[tuple[str, str], dict[str, Any]] = {}
+        from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+        found = []
         for score in self.scores:
             kind = TASKS[score.task].hub_type if score.task in TASKS else "image-feature-extraction"
-            result = results.setdefault(
-                (kind, score.data),
-                {
-                    "task": {"type": kind, "name": kind.replace("-", " ").capitalize()},
-                    "dataset": {"name": score.data, "type": re.sub(r"[^\w./-]+", "-", score.data)},
-                    "metrics": [],
-                },
+            protocol = {
+                "confidence_interval": [round(bound, 4) for bound in score.interval],
+                "num_train_images": score.num_train,
+                "num_images": score.num_images,
+                "seed": score.seed,
+                "protocol": score.protocol,
+            }
+            found.append(
+                EvalResult(
+                    task_type=kind,
+                    task_name=kind.replace("-", " ").capitalize(),
+                    dataset_name=score.data,
+                    dataset_type=re.sub(r"[^\w./-]+", "-", score.data),
+                    metric_type=_HUB_METRICS.get(score.metric, score.metric),
+                    metric_name=score.name,
+                    metric_value=round(score.value, 4),
+                    metric_args=protocol | score.settings,
+                )
             )
-            result["metrics"].append(
-                {
-                    "type": _HUB_METRICS.get(score.metric, score.metric),
-                    "name": score.name,
-                    "value": round(score.value, 4),
-                    "args": {
-                        "confidence_interval": [round(bound, 4) for bound in score.interval],
-                        "num_train_images": score.num_train,
-                        "num_images": score.num_images,
-                        "seed": score.seed,
-                        "protocol": score.protocol,
-                        **score.settings,
-                    },
-                }
-            )
-        return [{"name": name, "results": list(results.values())}]
+        return eval_results_to_model_index(name, found)
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.maps import DenseSource
 from ..data.parts import Data, Parts, open_parts
 from ..data.source import ImageSource
-from ..models.loading import open_model, short_names, weights_fingerprint
+from ..models.loading import distinct_names, open_model, weights_fingerprint
 from ..models.results import library_versions
 from ..models.tokens import TokenReader
 from .boxes import Box
@@ -115,23 +115,15 @@ def compare_backbones(
     Raises:
         ValueError: `models` is empty or names a model twice, or an option is invalid; see `evaluate_backbone`.
     """
-    if not models or len({str(one) if isinstance(one, str | Path) else id(one) for one in models}) < len(models):
-        named = [str(one) if isinstance(one, str | Path) else type(one).__name__ for one in models]
-        raise ValueError(f"models={named}: expected at least one model. Name each once.")
+    if not models:
+        raise ValueError("models is empty. Give at least one model.")
     table = EvaluationTable(())
-    for model, name in zip(models, _names(models)):
+    for model, name in zip(models, distinct_names(models)):
         report = evaluate_backbone(model, data, **{"name": name} | options)
         table = EvaluationTable((*table.reports, report))
         if on_report is not None:
             on_report(table)
     return table
-
-
-def _names(models: Sequence[Model]) -> list[str]:
-    """Return short names that tell the models apart."""
-    paths = iter(short_names([one for one in models if isinstance(one, str | Path)]))
-    names = [next(paths) if isinstance(one, str | Path) else open_model(one).description.name for one in models]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
 
 
 def score_features(
