@@ -393,7 +393,10 @@ def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> lis
     grid, before = (image_size // rows, image_size // columns), config.grid
     if grid == before:
         return []
-    prefix = embeddings.position_embeddings[:, : embeddings.num_position_prefix]
+    if embeddings.position_embeddings is None:
+        config.image_size = image_size
+        return []
+    prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
     table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(table.contiguous())
     config.image_size = image_size
