@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.loading import distinct_names, open_model
-from ..models.results import Result, markdown_table
+from ..models.results import Record, Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
 from .report import ArtifactReport
@@ -21,13 +21,13 @@ from .report import ArtifactReport
 class ComparisonReport(Result):
     """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Record]
     reports: dict[str, ArtifactReport]
-    settings: dict[str, Any]
+    settings: Record
 
     file_name: ClassVar = "comparison.json"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return rows and settings; the reports are saved separately."""
         return {"rows": self.rows, "settings": self.settings}
 
@@ -108,7 +108,7 @@ def compare_checkpoints(
     return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads)
 
 
-def _row(report: ArtifactReport, first: ArtifactReport) -> dict[str, Any]:
+def _row(report: ArtifactReport, first: ArtifactReport) -> Record:
     attention = report.attention["statistics"] if report.attention else {}
     return {
         "registers": report.model["num_register_tokens"],

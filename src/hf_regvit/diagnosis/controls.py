@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..evaluation.knn import knn_accuracy
 from ..models.loading import open_model
+from ..models.results import Record
 from ..models.tokens import TokenReader, TokenReading
 from .readings import normalized
 
@@ -44,7 +45,7 @@ def register_controls(
     kinds: Sequence[str] = REGISTER_CONTROLS,
     batch_size: int = 32,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Record:
     """Measure the effect of replacing the registers between blocks (at the outputs of blocks 1 to L - 1).
 
     Registers are replaced by their average over the images ("mean"), by those of another image ("shuffle"), by
@@ -89,7 +90,7 @@ def register_controls(
             recorded[layer] = torch.cat([recorded[layer], found]) if layer in recorded else found
         parts.append(_final_tokens(reader, reading))
     undisturbed = torch.cat(parts)  # (n, T - R, D)
-    result: dict[str, Any] = {
+    result: Record = {
         "num_images": len(pixel_values),
         "blocks": [1, description.num_layers - 1],
         "clean": {"knn": _knn(undisturbed, labels) if has_cls else None},

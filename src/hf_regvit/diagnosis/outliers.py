@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..models.results import Record
 
 # Conditions for a "distinct outlier population".
 MIN_SEPARATION = 2.0  # Ashman's D
@@ -94,18 +95,18 @@ class Cutoff:
     reason: str
     modes: TwoModes | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
 
 
-def log_norms(norms: NDArray[Any]) -> NDArray[np.float64]:
+def log_norms(norms: np.ndarray) -> NDArray[np.float64]:
     """Return the natural logarithms of norms (any shape, flattened), raised to at least 1e-4 of their median."""
     flat = np.asarray(norms, dtype=np.float64).ravel()
     return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
 
 
-def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
+def fit_two_modes(values: np.ndarray, *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
     """Fit mixtures of two Gaussians by expectation-maximization, one for each initial share of the upper mode.
 
     The fit uses counts in 500 bins, so its cost hardly depends on the number of values. It is deterministic.
@@ -150,7 +151,7 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
     return fits
 
 
-def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
+def find_cutoff(norms: np.ndarray, *, cutoff: float | str = "auto") -> Cutoff:
     """Find the cut-off of one layer, and test whether the tokens above it are a distinct population.
 
     Two Gaussians are fitted to the log norms. They count as two modes if all of these hold: the upper mode has 0.1 %
@@ -272,7 +273,7 @@ def neighbor_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
     return (total / count).flatten(1)
 
 
-def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
+def compare_values(values: np.ndarray, is_outlier: NDArray[np.bool_]) -> Record:
     """Compare a value between outliers and normal patches: medians, Kolmogorov-Smirnov distance, and AUROC.
 
     AUROC is the probability that the value of an outlier exceeds that of a normal patch, with ties counting half; 0.5
@@ -286,7 +287,7 @@ def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[
 
     values, is_outlier = np.asarray(values, dtype=np.float64).ravel(), np.asarray(is_outlier).ravel()
     normal, outlier = values[~is_outlier], values[is_outlier]
-    result: dict[str, Any] = {"num_normal": len(normal), "num_outlier": len(outlier)}
+    result: Record = {"num_normal": len(normal), "num_outlier": len(outlier)}
     for name, group in (("median_normal", normal), ("median_outlier", outlier)):
         result[name] = float(np.median(group)) if len(group) else None
     if not len(normal) or not len(outlier):
@@ -322,7 +323,7 @@ def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, s
     return (unit @ unit.T).abs()[different].mean().item()
 
 
-def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
+def channel_outliers(tokens: Tensor, *, top: int = 5) -> Record:
     """Find channels that are large in all tokens (unlike outlier tokens), and the share of massive activations.
 
     Args:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..models.modeling_regvit import scale_invariant_log_loss
+from ..models.results import Record
 from ..models.schedules import cosine_with_warmup, poly_with_warmup
 from .dense_features import DenseFeatures
 
@@ -155,7 +156,7 @@ class LinearResult:
     seconds: float
     head: dict[str, Tensor] = field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return a JSON-serializable dict without the weights."""
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "head"}
         return kept | {"rows": self.rows.tolist(), "settings": asdict(self.settings)}
@@ -470,7 +471,7 @@ def _map_of(head: nn.Module, tokens: Tensor) -> Tensor:
 
 def _facts(
     train: DenseFeatures, test: DenseFeatures, settings: Any, seed: int, train_loss: float, started: float
-) -> dict[str, Any]:
+) -> Record:
     return {
         "ids": test.ids,
         "num_train": len(train),

@@ -21,6 +21,7 @@ from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
 from ..models.loading import open_model, weights_fingerprint
+from ..models.results import Record
 from ..models.saving import read_json, whole_file, write_json
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
@@ -93,7 +94,7 @@ class TokenFeatures:
         )
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
+def _read_notes(path: Path) -> Record:
     """Read the metadata of a features file without reading the features."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -248,7 +249,7 @@ class ExtractionReport:
     num_shards_written: int
     images_per_second: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
 
@@ -346,7 +347,7 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
     return True
 
 
-def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
+def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> Record:
     """Collect everything the features depend on: two runs with the same identity write the same files."""
     chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
     return {
@@ -359,7 +360,7 @@ def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionS
     }
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
+def _claim(folder: Path, identity: Record) -> None:
     """Write the identity of the extraction to the folder, or check that an existing one is the same."""
     path = folder / "extraction.json"
     if not path.is_file():
@@ -372,7 +373,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
 
 
-def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _write_index(folder: Path, num_shards: int, identity: Record, name: str) -> Record | None:
     """Write `index.json` and return it, or return None while other processes are still writing shards."""
     found = {path.name for path in folder.glob("features-*.safetensors")}
     expected = [_shard_name(index) for index in range(num_shards)]
@@ -410,7 +411,7 @@ def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
             yield TokenFeatures.load(Path(folder, shard["file"]))
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> Record:
     path = folder / "index.json"
     if not path.is_file():
         raise FileNotFoundError(

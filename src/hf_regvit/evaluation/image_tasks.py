@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.results import Record
     from ..models.tokens import TokenReader
     from .report import Score
     from .run import LabeledFeatures, TaskParts
 
-    Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, contribution of every image, settings
+    Measured = tuple[str, str, Tensor, Record]  # variant, metric, contribution of every image, settings
 
 
 _OFFICIAL_KS = (10, 20, 100, 200)
@@ -356,7 +357,7 @@ def _votes(
     return knn_classify(*vectors, k=ks, temperature=temperature, num_classes=train.num_classes)
 
 
-def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int) -> dict[str, Any]:
+def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int) -> "Record":
     return {
         "chosen": words,
         "select_on": settings.select_on,

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.results import as_tuples, html_table, markdown_table
+from ..models.results import Record, as_tuples, html_table, markdown_table
 from ..models.saving import read_json, whole_file
 from .cache import fingerprint
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
@@ -53,7 +53,7 @@ class Score:
     value: float
     interval: tuple[float, float]
     protocol: str
-    settings: dict[str, Any]
+    settings: Record
     data: str
     num_train: int
     num_images: int
@@ -171,12 +171,12 @@ class EvaluationReport:
     def _repr_html_(self) -> str:
         return EvaluationTable((self,))._repr_html_()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the report as a JSON-serializable dict."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "EvaluationReport":
+    def from_dict(cls, content: Record) -> "EvaluationReport":
         """Build a report from the output of `to_dict`."""
         scores = tuple(Score(**{key: as_tuples(value) for key, value in score.items()}) for score in content["scores"])
         lost = None if content["lost"] is None else LostEvaluation.from_dict(content["lost"])
@@ -206,7 +206,7 @@ class EvaluationReport:
             raise ValueError(f"'{path}' holds the models {', '.join(names)}; model={model!r} must be one of them.")
         return reports[names.index(model)]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Record:
         """Return the scores with their settings, without the contributions of single images."""
         return {
             "model": self.model,
@@ -216,7 +216,7 @@ class EvaluationReport:
             "scores": [{k: v for k, v in asdict(score).items() if k != "columns"} for score in self.scores],
         }
 
-    def model_index(self, name: str) -> list[dict[str, Any]]:
+    def model_index(self, name: str) -> list[Record]:
         """Return the `model-index` of a model card: one result per task type and data set, with its metrics.
 
         Args:
@@ -315,7 +315,7 @@ class EvaluationTable:
     def _repr_html_(self) -> str:
         return html_table(self.cells())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return all reports as a JSON-serializable dict."""
         return {"reports": [report.to_dict() for report in self.reports]}
 

@@ -46,7 +46,7 @@ def evaluate_backbone(
     device: str | torch.device = "auto",
     cache_dir: str | Path | None = None,
     seed: int = 0,
-    **options: Any,
+    **options: object,
 ) -> EvaluationReport:
     """Run tasks on the frozen features of one model.
 
@@ -132,7 +132,7 @@ def score_features(
     *,
     tasks: Sequence[str] = ("knn", "linear", "logistic", "few_shot", "retrieval"),
     seed: int = 0,
-    **options: Any,
+    **options: object,
 ) -> Iterator[Score]:
     """Score tasks on feature vectors from any source: a model, another library, raw pixels.
 
@@ -151,7 +151,7 @@ def score_features(
         yield from task.run(None, parts, seed=seed)  # type: ignore[arg-type]  # nothing is left to read
 
 
-def _tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
+def _tasks(names: Sequence[str], options: Mapping[str, object]) -> list[Task]:
     return [task(settings_from(task.Settings, options)) for task in select_tasks(names)]
 
 

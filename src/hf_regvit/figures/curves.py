@@ -6,15 +6,16 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..models.results import Record
 from .maps import INK, LINE_COLORS, STYLE, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[Record]:
     """Read the lines of a `metrics.jsonl`, and skip lines that were truncated by a crash or a full disk."""
     lines = []
     for line in Path(path).read_text(errors="replace").splitlines():

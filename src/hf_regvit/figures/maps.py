@@ -13,6 +13,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from ..models.loading import open_model
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.typing import RcKeyType
 
     from ..diagnosis.report import ArtifactReport
     from ..evaluation.lost import LostResult
@@ -35,7 +38,7 @@ _MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
 # Okabe-Ito, safe for color blindness; at least as many as a panel of `curves` has lines.
 LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _DOTS_PER_INCH = 120
-STYLE: dict[Any, Any] = {
+STYLE: "dict[RcKeyType, str | float]" = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": INK,
@@ -298,7 +301,6 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
         report: Result of `diagnose`.
     """
     import matplotlib
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -447,7 +449,7 @@ def _draw_image(axis: "Axes", image: Image.Image, title: str) -> None:
     axis.set_title(title, fontsize=8, color=INK)
 
 
-def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> Any:
+def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> "AxesImage":
     """Draw a map over the extent of its image, with smooth upsampling."""
     extent = (0, image.width, image.height, 0)
     axis.set_title(title, fontsize=8, color=INK)
@@ -458,10 +460,8 @@ def _mark(axis: "Axes", x: float, y: float) -> None:
     axis.plot(x, y, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5)
 
 
-def _smooth(map_: Tensor, image: Image.Image) -> Any:
+def _smooth(map_: Tensor, image: Image.Image) -> np.ndarray:
     """Return a map in [0, 1] at the size of its image, enlarged as in `_draw_map`."""
-    import numpy as np
-
     pixels = Image.fromarray((map_ * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
     return np.asarray(pixels, dtype=np.float32) / 255
 
