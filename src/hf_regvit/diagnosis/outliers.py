@@ -30,6 +30,7 @@ GATE = {"separation": MIN_SEPARATION, "share": [MIN_SHARE, MAX_SHARE], "ratio": 
 _BINS = 500  # bins of log norms; the mixture is fitted to their counts
 _STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode
 _ITERATIONS = 300
+_TOLERANCE = 1e-6  # gain of the mean log likelihood below which the fit stops, in nats
 _MIN_STD = 0.01  # smallest standard deviation of a mode, in log norm; equal tokens (flat images) would have 0
 _LOWEST = 1e-4  # smallest norm relative to the median; smaller ones are raised to it, because zero has no logarithm
 
@@ -106,16 +107,13 @@ def log_norms(norms: np.ndarray) -> NDArray[np.float64]:
     return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
 
 
-def fit_two_modes(values: np.ndarray, *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
+def fit_two_modes(values: np.ndarray) -> list[TwoModes]:
     """Fit mixtures of two Gaussians by expectation-maximization, one for each initial share of the upper mode.
 
     The fit uses counts in 500 bins, so its cost hardly depends on the number of values. It is deterministic.
 
     Args:
         values: Log norms, 1-D.
-        share: Initial share of the values in the upper mode, the largest first. Default: one fit for each of five
-            shares from 0.3 down to 0.001.
-        tolerance: Gain of the mean log likelihood below which the fit stops, in nats.
 
     Returns:
         The fits, most likely first; empty if all values are equal.
@@ -127,7 +125,7 @@ def fit_two_modes(values: np.ndarray, *, share: float | None = None, tolerance: 
     counts, edges = np.histogram(values, bins=_BINS)
     centres, weight = ((edges[:-1] + edges[1:]) / 2)[counts > 0], counts[counts > 0] / counts.sum()
     tail = 1 - np.cumsum(weight) + weight  # share of the values in this bin or above
-    upper = np.stack([tail <= max(start, weight[-1]) for start in (_STARTS if share is None else (share,))])
+    upper = np.stack([tail <= max(start, weight[-1]) for start in _STARTS])
     posterior = np.stack((~upper, upper), axis=1).astype(float)  # (starts, 2, bins)
     previous = np.full(len(posterior), -np.inf)
     for _ in range(_ITERATIONS):
@@ -140,7 +138,7 @@ def fit_two_modes(values: np.ndarray, *, share: float | None = None, tolerance: 
         both = top + np.log(np.exp(density - top).sum(axis=1, keepdims=True))  # (starts, 1, bins)
         posterior = np.exp(density - both)
         likelihood = (both[:, 0] * weight).sum(axis=1)
-        if (likelihood - previous < tolerance).all():
+        if (likelihood - previous < _TOLERANCE).all():
             break
         previous = likelihood
     fits = []

@@ -29,9 +29,11 @@ from ..models.configuration_regvit import __version__
 from ..models.loading import model_fingerprint
 from ..models.processing import EvaluationTransform
 from ..models.saving import whole_file
-from ..models.tokens import TokenReader, resolve_layers
+from ..models.tokens import TokenReader
 
 logger = logging.getLogger(__name__)
+
+_LAST_BLOCKS = 4  # as many as the heads of the linear evaluation read
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +106,17 @@ def read_features(
     source: ImageSource,
     *,
     transform: EvaluationTransform,
-    layers: Sequence[int] = (-4, -3, -2, -1),
     batch_size: int = 32,
     cache_dir: str | Path | None = None,
     digests: Sequence[bytes] | None = None,
     label: str | None = None,
 ) -> FrozenFeatures:
-    """Read the features of all images in order, from the cache if available.
+    """Read the features of the last four blocks of all images in order, from the cache if available.
 
     Args:
         reader: Reader of the model.
         source: Images.
         transform: Transform of the images.
-        layers: Blocks to read; negative numbers that a shallow model does not have are left out.
         batch_size: Number of images per forward pass.
         cache_dir: Folder of the cache, or None to use no cache.
         digests: Digests of the images, if they are already known; see `image_digests`.
@@ -126,14 +126,14 @@ def read_features(
         ValueError: No image could be used.
     """
     num_layers = reader.description.num_layers
-    resolved = resolve_layers([layer for layer in layers if layer >= -num_layers], num_layers)
+    layers = tuple(range(max(1, num_layers - _LAST_BLOCKS + 1), num_layers + 1))
     path = None
     if cache_dir is not None:
         identity = {
             "model": model_fingerprint(reader.model),
             "data": fingerprint(chain.from_iterable(zip(source.ids, digests or image_digests(source)))),
             "transform": transform.description,
-            "layers": resolved,
+            "layers": layers,
             "device": reader.device.type,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
@@ -141,7 +141,7 @@ def read_features(
         if path.is_file() and (cached := _load(path)) is not None:
             return cached
     started = time.perf_counter()
-    features = _read(reader, source, transform, resolved, batch_size, label)
+    features = _read(reader, source, transform, layers, batch_size, label)
     features = replace(features, seconds=time.perf_counter() - started)
     if path is not None:
         _save(features, path)

@@ -99,8 +99,10 @@ class Score:
         title = TASKS[self.task].title if self.task in TASKS else self.task
         return ", ".join(part for part in (title, self.metric, self.variant) if part)
 
-    def difference(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """Return this score minus another on the same images, with the paired 95 % confidence interval.
+    def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
+        """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
+
+        This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
 
         Raises:
             ValueError: The other score is of another task or of other images.
@@ -111,17 +113,7 @@ class Score:
                 f"images of {other.data} cannot be compared pairwise. Evaluate both models on the same images."
             )
         rows = (np.array(score.columns).T for score in (other, self))
-        return paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
-
-    def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
-
-        This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
-
-        Raises:
-            ValueError: The other score is of another task or of other images.
-        """
-        gain, (low, high) = self.difference(other)
+        gain, (low, high) = paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
         if self.metric in _LOWER_IS_BETTER:
             return 0.0 - gain, (0.0 - high, 0.0 - low)  # avoids "-0.000"
         return gain, (low, high)

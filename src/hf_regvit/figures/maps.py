@@ -373,13 +373,12 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
     return paths
 
 
-def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Sequence[float]] = ()) -> "Figure":
+def lost_figure(image: Image.Image, result: "LostResult") -> "Figure":
     """Draw the steps of LOST: seed and inverse degree, similarity to the seed, expansion, mask, box.
 
     Args:
         image: Image padded to whole patches, as LOST received it.
         result: Result of `evaluation.lost.lost_box`.
-        truth: Ground-truth boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
     """
     from matplotlib.patches import Rectangle
 
@@ -404,16 +403,13 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
     for axis in axes[1:5]:
         _mark(axis, (seed_column + 0.5) * width, (seed_row + 0.5) * height)
     x1, y1, x2, y2 = result.box((round(height), round(width)), (image.height, image.width))
-    boxes = [((x1, y1, x2, y2), _MARK, "-"), *((tuple(box), "#ffffff", "--") for box in truth)]
-    for (left, top, right, bottom), color, style in boxes:
-        frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=2, ls=style)
-        axes[5].add_patch(frame)
+    axes[5].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=_MARK, lw=2))
     return figure
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure as a PNG file."""
-    Path(path).write_bytes(_png(figure))
+    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
 
 
 # --- Drawing
@@ -486,9 +482,3 @@ def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tenso
     bar = figure.add_axes((panel.x1 + 0.05 * inch, panel.y0, 0.07 * inch, panel.height))
     figure.colorbar(drawn, cax=bar).outline.set_linewidth(0.5)
     bar.tick_params(labelsize=6, width=0.5, length=2, pad=1)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
-    return buffer.getvalue()
