@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from unittest.mock import Mock
 
 import evaluate
 import numpy as np
@@ -25,9 +26,7 @@ from hf_regvit.evaluation.metrics import (
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a metric opened a connection")
-
+    refuse = Mock(side_effect=AssertionError("a metric opened a connection"))
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 

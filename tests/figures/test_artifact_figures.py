@@ -84,17 +84,13 @@ def test_without_cls_the_maps_have_none():
         TokenReader(model, default_image_processor(32)).attention_maps(Image.new("RGB", (32, 32)))
 
 
-def drawn_size(figure) -> tuple[int, int]:
-    figure.canvas.draw()
-    return figure.canvas.get_width_height()
-
-
 def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_image(reader, image):
     figure = F.attention_overlay_figure(image, torch.from_numpy(reader.attention_maps(image)[0]), name="CLS")
     shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert shown == ["image", "CLS, mean over 3 heads", "head 1", "head 2", "head 3"]
     box = figure.axes[1].get_position()
-    width, height = drawn_size(figure)
+    figure.canvas.draw()
+    width, height = figure.canvas.get_width_height()
     assert box.width * width / (box.height * height) == pytest.approx(48 / 32, rel=0.02)
 
 

@@ -59,7 +59,7 @@ class ComparisonReport(Result):
         """Return the rows as a Markdown table."""
         return markdown_table(self._rows())
 
-    def _rows(self) -> list[list[Any]]:
+    def _rows(self) -> list[list[object]]:
         return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
 
 

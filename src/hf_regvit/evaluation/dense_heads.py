@@ -21,7 +21,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +33,7 @@ from ..models.results import Record
 from ..models.schedules import cosine_with_warmup, poly_with_warmup
 from .dense_features import DenseFeatures
 
-Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
+Maps = Sequence[np.ndarray | Tensor]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
 IGNORE = 255
 _FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
@@ -245,7 +244,7 @@ class _SegmentationHead(nn.Module):
         return self.classifier(self.head_norm(tokens))
 
 
-def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
+def _checked_mask(mask: np.ndarray | Tensor, num_classes: int, name: str) -> Tensor:
     """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
     values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
     if values.ndim != 2 or values.is_floating_point():
@@ -377,7 +376,7 @@ def _predict_depth(
     return depth.clamp(settings.min_depth, settings.max_depth)
 
 
-def _checked_depth(depth: Any, settings: DepthSettings, name: str) -> Tensor:
+def _checked_depth(depth: np.ndarray | Tensor, settings: DepthSettings, name: str) -> Tensor:
     """Return (H, W) float32 meters, 0 where nothing is measured."""
     values = torch.as_tensor(np.asarray(depth) if not isinstance(depth, Tensor) else depth).cpu().float()
     if values.ndim != 2:
@@ -470,7 +469,12 @@ def _map_of(head: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _facts(
-    train: DenseFeatures, test: DenseFeatures, settings: Any, seed: int, train_loss: float, started: float
+    train: DenseFeatures,
+    test: DenseFeatures,
+    settings: SegmentationSettings,
+    seed: int,
+    train_loss: float,
+    started: float,
 ) -> Record:
     return {
         "ids": test.ids,
@@ -502,7 +506,7 @@ def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures,
         )
 
 
-def _protocol(train: DenseFeatures, settings: Any) -> str:
+def _protocol(train: DenseFeatures, settings: SegmentationSettings) -> str:
     height, width = train.input_size(0)
     flips = "with flips" if train.flipped is not None and settings.flip_probability else "without flips"
     return (

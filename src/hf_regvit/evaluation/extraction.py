@@ -21,7 +21,7 @@ from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
 from ..models.loading import open_model, weights_fingerprint
-from ..models.results import Record
+from ..models.results import Record, html_table
 from ..models.saving import read_json, whole_file, write_json
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
@@ -53,10 +53,14 @@ class TokenFeatures:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        cls, registers, patches = (
-            None if tokens is None else tuple(tokens.shape) for tokens in (self.cls, self.registers, self.patches)
-        )
-        return f"TokenFeatures({len(self)} images: cls {cls}, registers {registers}, patches {patches})"
+        return f"TokenFeatures({len(self)} images: {', '.join(f'{name} {shape}' for name, shape in self._shapes())})"
+
+    def _repr_html_(self) -> str:
+        return html_table([("tokens", "shape"), *self._shapes(), ("skipped images", len(self.skipped))])
+
+    def _shapes(self) -> list[tuple[str, tuple[int, ...] | None]]:
+        tokens = {"cls": self.cls, "registers": self.registers, "patches": self.patches}
+        return [(name, None if values is None else tuple(values.shape)) for name, values in tokens.items()]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""

@@ -7,7 +7,7 @@ on the other. The result holds the choice, the number of settings compared, and 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -102,7 +102,7 @@ class CorLocScore:
     corloc: float
     interval: tuple[float, float]
     ahead: tuple[float, tuple[float, float]]
-    overlaps: tuple[float, ...]
+    overlaps: tuple[float, ...] = field(repr=False)
     num_degenerate: int | None = None
 
 
@@ -126,7 +126,7 @@ class LostEvaluation:
     scores: dict[str, CorLocScore]
     choice: Record | None
     protocol: Record
-    ids: tuple[str, ...]
+    ids: tuple[str, ...] = field(repr=False)
     num_without_boxes: int
     num_skipped: int
     seconds: float

@@ -247,13 +247,9 @@ class TaskParts:
             self._features[part, image_size] = self._read(reader, part, image_size)
         return self._features[part, image_size]
 
-    def masks(self, **options: Any) -> list[DenseSource]:
-        """Return training and test images with masks; `options` are those of `load_masks`."""
-        return self._open("masks", options=options)
-
-    def depth(self, **options: Any) -> list[DenseSource]:
-        """Return training and test images with depth maps; `options` are those of `load_depth`."""
-        return self._open("depth", options=options)
+    def maps(self, kind: Literal["masks", "depth"], **options: object) -> list[DenseSource]:
+        """Return training and test images with maps; `options` are those of `load_masks` or `load_depth`."""
+        return self._open(kind, options=options)
 
     def boxes(self, *, column: str | None, box_format: str) -> tuple[Boxes | None, Boxes]:
         """Return the training images, if they are stored separately, and the test images with their boxes."""
@@ -266,7 +262,7 @@ class TaskParts:
 
         return None if self.train is None else load(self.train), load(self.data)
 
-    def _open(self, kind: Any, *, draw: Any = "in_order", options: dict[str, Any] | None = None) -> list[Any]:
+    def _open(self, kind: Any, *, draw: Any = "in_order", options: dict[str, object] | None = None) -> list[Any]:
         """Open the training and the test images, and note if the test images were held out."""
         for data in (self.data, self.train):
             if kind != "classes" and isinstance(data, ImageSource) and not isinstance(data, DenseSource):
