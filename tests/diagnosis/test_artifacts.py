@@ -28,15 +28,16 @@ from hf_regvit.diagnosis.outliers import (
     channel_outliers,
     compare_values,
     direction_spread,
+    effective_rank,
     emergence_layer,
     find_cutoff,
     fit_two_modes,
     log_norms,
     neighbor_similarity,
+    register_cosine,
     reported_layer,
 )
 from hf_regvit.diagnosis.report import ArtifactReport
-from hf_regvit.evaluation.metrics import effective_rank, register_cosine
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
 from hf_regvit.models.tokens import TokenReader, read_many
 
@@ -463,6 +464,48 @@ def test_cost_equals_the_published_table(size, patch, giga, more):
         macs[registers] = count_macs(TokenReader(model), (224 // patch) ** 2)
     assert macs[0] / 1e9 == pytest.approx(giga, rel=0.006)
     assert macs[4] / macs[0] - 1 == pytest.approx(more, abs=0.0003)
+
+
+# --- Ranks and registers ---
+
+
+def slow_rank(rows):
+    unit = [[x / math.sqrt(sum(y * y for y in row)) for x in row] for row in rows]
+    singular = np.linalg.svd(np.array(unit), compute_uv=False)
+    weights = [s * s / sum(t * t for t in singular) for s in singular]
+    return math.exp(-sum(w * math.log(w) for w in weights if w > 1e-15))
+
+
+def test_register_diversity_equals_loops():
+    rng = np.random.default_rng(0)
+    registers = rng.normal(size=(3, 4, 6))
+    cosines, ranks = [], []
+    for image in registers.tolist():
+        pairs = [(a, b) for i, a in enumerate(image) for b in image[i + 1 :]]
+        cosines.append(
+            sum(
+                sum(x * y for x, y in zip(a, b, strict=True))
+                / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+                for a, b in pairs
+            )
+            / len(pairs)
+        )
+        ranks.append(slow_rank(image))
+    tokens = torch.from_numpy(registers)
+    assert register_cosine(tokens).tolist() == pytest.approx(cosines, abs=1e-6)
+    assert effective_rank(tokens).tolist() == pytest.approx(ranks)
+    assert register_cosine(torch.ones(2, 4, 6)).tolist() == pytest.approx([1, 1])
+    assert effective_rank(torch.ones(2, 4, 6)).tolist() == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="1 registers"):
+        register_cosine(torch.ones(2, 1, 3))
+
+
+def test_effective_rank_equals_singular_values():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(20, 5)) * [5, 3, 1, 0.1, 0.01]
+    (rank,) = effective_rank(torch.from_numpy(features)[None]).tolist()
+    assert rank == pytest.approx(slow_rank(features.tolist()), rel=1e-5)
+    assert effective_rank(torch.eye(4)[None]).tolist() == pytest.approx([4])
 
 
 # --- Whole diagnoses ---

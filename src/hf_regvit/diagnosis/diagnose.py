@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
-from ..evaluation.metrics import effective_rank, register_cosine
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, Stopwatch, library_versions
 from ..models.tokens import Layers, TokenReader
@@ -37,8 +36,10 @@ from .outliers import (
     channel_outliers,
     compare_values,
     direction_spread,
+    effective_rank,
     emergence_layer,
     find_cutoff,
+    register_cosine,
     reported_layer,
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms

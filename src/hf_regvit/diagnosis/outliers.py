@@ -378,6 +378,36 @@ def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_regis
     }
 
 
+def effective_rank(tokens: Tensor) -> Tensor:
+    """Return the effective number of directions of the tokens of an image: exp(entropy of the Gram eigenvalues).
+
+    Tokens are scaled to unit length and not centered. The result is 1 if all tokens are alike, and min(N, D) if they
+    are spread evenly.
+
+    Args:
+        tokens: (B, N, D) tokens, N and D at least 1.
+
+    Returns:
+        (B,) float64.
+
+    Source: Roy and Vetterli 2007 for the effective rank; arXiv 2604.14433 for patches.
+    """
+    unit = F.normalize(tokens.double(), dim=-1)
+    small = unit if unit.shape[1] <= unit.shape[2] else unit.mT  # the smaller Gram matrix has the same eigenvalues
+    eigenvalues = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0)  # (B, min(N, D))
+    weight = eigenvalues / eigenvalues.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return torch.special.entr(weight).sum(dim=1).exp()
+
+
+def register_cosine(registers: Tensor) -> Tensor:
+    """Return the mean cosine over all pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
+    unit = F.normalize(registers.float(), dim=-1)
+    count = unit.shape[1]
+    if count < 2:
+        raise ValueError(f"Got {count} registers, but at least 2 are needed for a pair.")
+    return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
+
+
 _PLATEAU = 0.95  # layers whose mode ratio is at least this share of the largest count as equal to it
 
 

@@ -16,7 +16,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.linear import ridge_regression, softmax_regression
 from ..models.loading import open_model
-from ..models.results import Record, markdown_table
+from ..models.results import Record
 from ..models.tokens import TokenReader
 from .readings import check_grid, labels_of, normalized
 
@@ -80,16 +80,6 @@ class TokenProbeReport:
     def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
-
-    def table(self) -> str:
-        """Return all results as a Markdown table, with one row per group of tokens."""
-        rows = [["probe", "tokens", "result", "test"]]
-        for probe, groups in (("position", self.position), ("pixels", self.pixels), ("class", self.image_class)):
-            for name, metrics in groups.items():
-                found = {metric: value for metric, value in metrics.items() if isinstance(value, dict)}
-                shown = [f"{metric} {value['mean']:.3f} ± {value['std']:.3f}" for metric, value in found.items()]
-                rows.append([probe, name, ", ".join(shown), str(metrics["num_test"])])
-        return markdown_table(rows)
 
 
 @dataclass(eq=False)

@@ -19,6 +19,7 @@ Source: arXiv 2304.07193 section 7.4 and facebookresearch/dinov2 `eval/segmentat
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
 
@@ -197,7 +198,7 @@ def linear_segmentation(
     settings = settings or SegmentationSettings()
     _check_parts(train, train_masks, test, test_masks)
     targets = [_mask_at_input(train, train_masks, i, num_classes) for i in range(len(train))]
-    head = _SegmentationHead(train.width, num_classes, seed)
+    head = _segmentation_head(train.width, num_classes, seed)
 
     def loss(pairs: _Pairs, step: int) -> Tensor:
         summed = []
@@ -229,19 +230,12 @@ def linear_segmentation(
     )
 
 
-class _SegmentationHead(nn.Module):
-    """Batch norm over all patches of a batch, then a linear layer: (patches, F) to (patches, C)."""
-
-    def __init__(self, width: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.head_norm = nn.BatchNorm1d(width)
-        self.classifier = nn.Linear(width, num_classes)
-        generator = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
-        nn.init.normal_(self.classifier.weight, std=0.01, generator=generator)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.classifier(self.head_norm(tokens))
+def _segmentation_head(width: int, num_classes: int, seed: int) -> nn.Module:
+    """Return batch norm over all patches of a batch, then a linear layer: (patches, F) to (patches, C)."""
+    classifier = nn.Linear(width, num_classes)
+    nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed + _HEAD_DRAWS))
+    nn.init.zeros_(classifier.bias)
+    return nn.Sequential(OrderedDict(head_norm=nn.BatchNorm1d(width), classifier=classifier))
 
 
 def _checked_mask(mask: np.ndarray | Tensor, num_classes: int, name: str) -> Tensor:

@@ -249,13 +249,11 @@ class EvaluationTable:
 
     def rows(self) -> Iterator[tuple[Score, EvaluationReport, Score | None]]:
         """Yield every score with its report and the same score of the first model, grouped by score."""
-        first = {score.key: score for score in self.reports[0].scores}
-        keys = list(dict.fromkeys(score.key for report in self.reports for score in report.scores))
-        for key in keys:
-            for report in self.reports:
-                for score in report.scores:
-                    if score.key == key:
-                        yield score, report, first.get(key) if report is not self.reports[0] else None
+        by_key = [{score.key: score for score in report.scores} for report in self.reports]
+        for key in dict.fromkeys(key for scores in by_key for key in scores):
+            for report, scores in zip(self.reports, by_key):
+                if key in scores:
+                    yield scores[key], report, by_key[0].get(key) if report is not self.reports[0] else None
 
     def cells(self) -> list[list[str]]:
         """Return the table as text: the names of the columns, then one row per score."""

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..diagnosis.outliers import register_cosine
 from ..models.loading import open_model
 
 if TYPE_CHECKING:
@@ -71,11 +72,7 @@ class TokenMaps:
 
     def register_similarity(self) -> float | None:
         """Return the mean cosine between two registers (1 if they are identical); None with fewer than two."""
-        count = len(self.registers)
-        if count < 2:
-            return None
-        unit = torch.nn.functional.normalize(self.registers, dim=-1)
-        return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
+        return register_cosine(self.registers[None]).item() if len(self.registers) > 1 else None
 
 
 def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values: Tensor) -> list[TokenMaps]:
