@@ -7,7 +7,6 @@ processes nor an interruption within an epoch changes a pixel. torchvision's tra
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -202,7 +201,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 def bad_images(args: FinetuningArguments, source: ImageSource) -> BadImages:
     """Return the recorder of unusable images of one split; both splits write to one file of the run."""
-    record = Path(str(args.output_dir)) / BAD_IMAGES
+    record = args.folder / BAD_IMAGES
     return BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
 
 

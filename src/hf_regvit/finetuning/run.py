@@ -79,7 +79,7 @@ def finetune(
     """
     with run_lock(args):
         set_seed(args.seed)
-        output = Path(str(args.output_dir))
+        output = args.folder
         if args.process_index == 0 and not args.resume_from_checkpoint:
             (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
         if task is None:
@@ -173,7 +173,7 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
 
 def _write_folder(output: Path, result: nn.Module, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
-    task, args, processor = trainer.task, trainer.args, trainer.processor
+    task, args, processor = trainer.task, trainer.args, trainer.image_processor
     with whole_folder(output) as folder:
         cast(Any, result).save_pretrained(folder)
         processor.save_pretrained(folder)

@@ -51,7 +51,7 @@ class FinetuningTrainer(RunTrainer):
         processor: Any,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.task, self.processor, self.evaluations = task, processor, 0
+        self.task, self.evaluations = task, 0
         train, validation = task.datasets(processor)
         stopping = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
         super().__init__(
@@ -68,6 +68,7 @@ class FinetuningTrainer(RunTrainer):
             names=task.train.ids,
             callbacks=[*([stopping] if args.early_stopping_patience else []), *callbacks],
             progress=TrainingProgress(metric=str(args.metric_for_best_model)),
+            image_processor=processor,
             eval_dataset=cast(Dataset, validation),
             data_collator=stack,
             compute_metrics=cast(Any, self._measure),
@@ -86,12 +87,9 @@ class FinetuningTrainer(RunTrainer):
 
     # The step.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with one parameter group per pair of multipliers; the schedule scales each rate."""
-        if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(optimizer_groups(self.model, self.args), **options)
-        return self.optimizer
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group per pair of multipliers; the schedule scales each rate."""
+        return optimizer_groups(self.model, self.args)
 
     def _get_learning_rate(self) -> float:
         # Trainer would log the first group, which has the smallest rate under layer-wise decay.
@@ -116,10 +114,6 @@ class FinetuningTrainer(RunTrainer):
     def hub_model(self, state: Mapping[str, Tensor]) -> nn.Module:
         """Return the model of a checkpoint with low-rank updates merged, so that it loads without peft."""
         return whole_model(state, self.model, self.task, self.args)
-
-    def hub_processor(self) -> Any:
-        """Return the image processor of the result."""
-        return self.processor
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe for the model card."""

@@ -192,7 +192,7 @@ def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any)
             found.append(Monitor(_normalized([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
-            panels = Path(str(args.output_dir)) / "panels"
+            panels = args.folder / "panels"
             found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)

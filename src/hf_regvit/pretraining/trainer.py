@@ -116,7 +116,6 @@ class DinoTrainer(RunTrainer):
         self._targets: list[TeacherTargets] = []
         self._micro_batches: list[dict[str, Tensor]] = []
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
-        self._image_processor = image_processor
         super().__init__(
             model,
             args,
@@ -127,6 +126,7 @@ class DinoTrainer(RunTrainer):
             rules=self._rules,
             callbacks=callbacks,
             data_collator=data_collator,
+            image_processor=image_processor,
         )
         if args.torch_compile:
             # Compile the blocks only: the number of masked patches, a shape of the whole module, varies per batch.
@@ -219,19 +219,15 @@ class DinoTrainer(RunTrainer):
 
     # The step.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the AdamW optimizer, with one parameter group per pair of multipliers."""
-        if self.optimizer is None:
-            student = self.model.student
-            rules = parameter_rules(
-                [name for name, _ in student.named_parameters()],
-                num_layers=self.model.student_backbone.config.num_hidden_layers,
-                layer_decay=self.args.layer_decay,
-                patch_embed_lr_multiplier=self.args.patch_embed_lr_multiplier,
-            )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(parameter_groups(student, rules), **options)
-        return self.optimizer
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group per pair of multipliers."""
+        student = self.model.student
+        rules = parameter_rules(
+            [name for name, _ in student.named_parameters()],
+            num_layers=self.model.student_backbone.config.num_hidden_layers,
+            **self.args.subset("layer_decay", "patch_embed_lr_multiplier"),
+        )
+        return parameter_groups(student, rules)
 
     def _get_learning_rate(self) -> float:
         # The first group of the optimizer has the smallest rate; the log shows the rate for a multiplier of 1.
@@ -282,10 +278,6 @@ class DinoTrainer(RunTrainer):
     def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
         """Return the teacher backbone from the tensors of a checkpoint."""
         return teacher_of(self.model.student_backbone.config, state)
-
-    def hub_processor(self) -> Any:
-        """Return the image processor of the run."""
-        return self._image_processor
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe as fields of the model card."""

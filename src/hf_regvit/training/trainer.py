@@ -80,7 +80,6 @@ class RunTrainer(CheckpointedTrainer):
         ValueError: If one process has several GPUs (`DataParallel`).
     """
 
-    args: RunArguments
     fixed_options: tuple[str, ...] = ()
 
     def __init__(
@@ -112,7 +111,7 @@ class RunTrainer(CheckpointedTrainer):
         self._waited = self._evaluated = 0.0  # seconds since the last log line
         # Start time of training, and the training time of the checkpoint that it resumes from.
         self._began, self._seconds_before = time.perf_counter(), 0.0
-        self.guard = FiniteGuard(str(args.output_dir), names=names)
+        self.guard = FiniteGuard(args.folder, names=names)
         super().__init__(
             model=model,
             args=args,
@@ -128,6 +127,17 @@ class RunTrainer(CheckpointedTrainer):
             self.add_callback(progress or TrainingProgress())
 
     # Data.
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trained parameters in groups with their settings of the optimizer."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer with the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(self.parameter_groups(), **options)
+        return self.optimizer
 
     def training_data(self) -> tuple[Dataset, Any]:
         """Return the data set and the collator of the current step."""
@@ -255,7 +265,6 @@ class RunTrainer(CheckpointedTrainer):
                     f"{name} is {is_now}, but the checkpoint was written with {was} and holds other tensors. Restore "
                     "the old value, or start from the model of the earlier run."
                 )
-        now["data"] = _same_facts(now["data"], saved.get("data", {}))
         for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
             if name in saved and saved[name] != now[name] and not getattr(self.args, option):
                 raise ValueError(
@@ -275,7 +284,6 @@ class RunTrainer(CheckpointedTrainer):
         if self.sampler is None:
             return start
         if not self._is_through(max_steps):
-            # Fine-tuning of earlier releases saved no position.
             start = self.start_data_at(*(self._position or self.data_position())), 0
         self._position, self._first_step = None, self.state.global_step
         return start
@@ -296,7 +304,7 @@ class RunTrainer(CheckpointedTrainer):
             self._waited = self._evaluated = 0.0  # the first wait is the startup of the workers
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
         """Train, and report an out-of-memory error with advice.
 
         Raises:
@@ -305,9 +313,9 @@ class RunTrainer(CheckpointedTrainer):
         """
         self._began = time.perf_counter()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, self.args, step=self.state.global_step) from error
+            raise out_of_memory(self.args, step=self.state.global_step) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as Trainer does, outside of the time of the steps."""
@@ -363,10 +371,3 @@ class RunTrainer(CheckpointedTrainer):
         if self.args.device.type == "cuda":
             values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**20
         return values
-
-
-def _same_facts(now: Any, saved: Any) -> Any:
-    """Return the facts that were saved as they are now, because earlier releases saved fewer."""
-    if not isinstance(now, dict) or not isinstance(saved, dict):
-        return now
-    return {name: _same_facts(now.get(name), value) for name, value in saved.items()}
