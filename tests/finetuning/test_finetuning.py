@@ -22,17 +22,15 @@ from hf_regvit.figures.masks import mask_figure
 from hf_regvit.finetuning.classification import (
     ClassificationMetrics,
     ImageClassification,
-    class_weights,
     classification_loss,
     training_transform,
     wilson_interval,
 )
-from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, bad_images, draws, open_data
+from hf_regvit.finetuning.data import IGNORED, LabelError, MixingCollator, bad_images, class_weights, draws, open_data
 from hf_regvit.finetuning.model import choose_trained, merge_lora, open_for_task
 from hf_regvit.finetuning.run import finetune
 from hf_regvit.finetuning.trainer import optimizer_groups
 from hf_regvit.hub.card import card_header, check_card
-from hf_regvit.models.manifest import write_manifest
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
@@ -195,13 +193,14 @@ def test_nothing_to_train_on_says_which_options(tmp_path):
 
 def test_balanced_weights_are_inverse_to_the_counts_with_mean_one():
     labels = [0] * 6 + [1] * 3 + [2]
-    weights = class_weights(["balanced"], labels, "abc")
+    counts = np.bincount(labels)
+    weights = class_weights(["balanced"], counts, "abc")
     loop = [10 / (3 * labels.count(label)) for label in range(3)]
     torch.testing.assert_close(weights, torch.tensor(loop, dtype=torch.float32))
     assert np.mean([weights[label] for label in labels]) == pytest.approx(1.0)
-    torch.testing.assert_close(class_weights(["1", "2", "3"], labels, "abc"), torch.tensor([1.0, 2, 3]) / 1.5)
+    torch.testing.assert_close(class_weights(["1", "2", "3"], counts, "abc"), torch.tensor([1.0, 2, 3]) / 1.5)
     with pytest.raises(LabelError, match=r"2 numbers, but 3 are needed"):
-        class_weights(["1", "2"], labels, "abc")
+        class_weights(["1", "2"], counts, "abc")
 
 
 # ---- Loss and metrics --------------------------------------------------------------------------------------------
@@ -733,7 +732,6 @@ def test_f63_resuming_with_other_labels_of_the_same_images_is_refused(tmp_path):
         run(tmp_path, train=other, resume_from_checkpoint="last", **options)
     with pytest.raises(ValueError, match=r"data is .*--allow_data_change"):
         run(tmp_path, train=source(24, names=("a", "b", "c")), resume_from_checkpoint="last", **options)
-
 
 
 @pytest.mark.slow

@@ -204,8 +204,10 @@ def test_f66_options_that_are_taken_are_not_advised_again(tmp_path):
 
 # ---- Collapse ----
 
-RECIPE = Recipe(
-    num_prototypes=256, images=16, num_local_crops=2, dino_loss_weight=1.0, num_register_tokens=4, width=96
+OPTIONS = {"head_num_prototypes": 256, "per_device_train_batch_size": 16, "num_local_crops": 2}
+RECIPE = (
+    SimpleNamespace(dino_loss_weight=1.0, **OPTIONS),
+    SimpleNamespace(num_register_tokens=4, hidden_size=96),
 )
 HEALTHY = {
     "loss": 4.0, "dino_local_loss": 1.3, "dino_global_loss": 0.7, "teacher_entropy": 1.0,
@@ -222,7 +224,7 @@ SICK = {
 
 
 def alarms_after(lines, *, steps=None, first_step=0, **options):
-    alarms = CollapseAlarms(RECIPE, first_step=first_step, **options)
+    alarms = CollapseAlarms(*RECIPE, first_step=first_step, **options)
     control = SimpleNamespace(should_training_stop=False)
     for number, line in enumerate(lines):
         state = SimpleNamespace(global_step=steps[number] if steps else 10 * number, is_world_process_zero=True)
@@ -270,7 +272,7 @@ def test_f56_collapse_waits_for_the_warm_up_and_registers_do_not():
 
 
 def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
-    alarms = CollapseAlarms(RECIPE)
+    alarms = CollapseAlarms(*RECIPE)
     alarms.on_train_begin(arguments(tmp_path, warmup_steps=0.1), SimpleNamespace(max_steps=400, global_step=0), None)
     assert alarms.first_step == 40
 
@@ -306,11 +308,11 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
 def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     first, _ = alarms_after([HEALTHY | SICK["one_prototype"][0]] * 3, metrics=metrics)
-    resumed = CollapseAlarms(RECIPE, metrics=metrics)
+    resumed = CollapseAlarms(*RECIPE, metrics=metrics)
     state = SimpleNamespace(max_steps=400, global_step=30)
     resumed.on_train_begin(arguments(tmp_path), state, None)
     assert resumed.raised == first.raised
-    fresh = CollapseAlarms(RECIPE, metrics=metrics)
+    fresh = CollapseAlarms(*RECIPE, metrics=metrics)
     fresh.on_train_begin(arguments(tmp_path), SimpleNamespace(max_steps=400, global_step=0), None)
     assert fresh.raised == []
 
@@ -328,7 +330,8 @@ def test_f56_the_loss_of_a_network_that_knows_nothing(num_local):
     for half in (network.student, network.teacher):
         torch.nn.init.zeros_(half["dino_head"].last_layer.weight_g)
     outputs = network(**tiny_batch(num_local=num_local))
-    recipe = Recipe(SHAPE.num_prototypes, 3, num_local, 0.5, 4, 16)
+    options = {"num_local_crops": num_local, "dino_loss_weight": 0.5, "head_num_prototypes": SHAPE.num_prototypes}
+    recipe = Recipe(SimpleNamespace(**options), tiny_config())
     measured = sum(value.item() for name, value in outputs.items() if name.startswith("dino_"))
     assert recipe.uniform_loss == pytest.approx(measured, rel=1e-5)
     assert recipe.ln_k == pytest.approx(outputs["teacher_entropy"].item(), rel=1e-5)

@@ -14,24 +14,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ..data.source import ImageRecord, ImageSource
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
-from .data import IGNORED, MixingCollator, open_data, processed, stack, weights_of_classes
+from .data import IGNORED, MixingCollator, class_weights, open_data, processed, stack
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
-
-
-# ---- Labels ------------------------------------------------------------------------------------------------------
-
-
-def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
-    """Return (C,) weights whose mean over the training images is 1; `balanced` is inverse to the image counts."""
-    return weights_of_classes(wanted, np.bincount(np.asarray(labels, dtype=int), minlength=len(names)), names)
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------------
@@ -68,32 +61,22 @@ def training_transform(
     return v2.Compose(steps)
 
 
-class ClassificationTrainItem:
-    """Conversion of an image to a training item of `TrainImages`; a class, so that spawned workers can pickle it."""
+class ClassificationItem:
+    """Conversion of an image to an item of a data set; a class, so that spawned workers can pickle it.
 
-    def __init__(self, args: FinetuningArguments, processor: Any) -> None:
-        self.args, self.processor = args, processor
-        size, self.transform = output_size(processor)[0], None
-        if args.augmentation != "none":
-            statistics = {"mean": processor.image_mean, "std": processor.image_std}
-            self.transform = training_transform(args, image_size=size, **statistics)
+    Args:
+        processor: Image processor that is saved with the model.
+        transform: Augmentation, in place of the processor.
+    """
+
+    def __init__(self, processor: Any, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
+        self.processor, self.transform = processor, transform
 
     def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
         """Return `pixel_values` (3, S, S) and `labels`."""
         if self.transform is None:
             return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
         return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
-
-
-class ClassificationEvalItem:
-    """Conversion of an image to an item of `EvaluationImages`, exactly as the saved processor does it."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """Return `pixel_values` (3, S, S) and `labels`."""
-        return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
 
     def blank(self) -> dict[str, Any]:
         """Return a placeholder for an unusable image."""
@@ -240,7 +223,8 @@ class ImageClassification(Task):
             train, validation = parts.train, parts.heldout
         self.train, self.validation = train, validation
         self.names = train.label_names or ()
-        self.weights = class_weights(args.class_weights, train.labels or (), self.names)
+        counts = np.bincount(np.asarray(train.labels or (), dtype=int), minlength=len(self.names))
+        self.weights = class_weights(args.class_weights, counts, self.names)
         self._metrics = ClassificationMetrics(len(self.names))
         self._last: dict[str, float] = {}
 
@@ -248,13 +232,17 @@ class ImageClassification(Task):
         """Return the class names, and the pooling of the head if it was given."""
         return super().config_fields() | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
-    def train_item(self, processor: Any) -> ClassificationTrainItem:
+    def train_item(self, processor: Any) -> ClassificationItem:
         """Return the augmentation of a training image."""
-        return ClassificationTrainItem(self.args, processor)
+        size = output_size(processor)[0]
+        if self.args.augmentation == "none":
+            return ClassificationItem(processor)
+        statistics = {"mean": processor.image_mean, "std": processor.image_std}
+        return ClassificationItem(processor, training_transform(self.args, image_size=size, **statistics))
 
-    def evaluation_item(self, processor: Any) -> ClassificationEvalItem:
-        """Return the preprocessing of a validation image."""
-        return ClassificationEvalItem(processor)
+    def evaluation_item(self, processor: Any) -> ClassificationItem:
+        """Return the preprocessing of a validation image, exactly as the saved processor does it."""
+        return ClassificationItem(processor)
 
     def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
         """Return the collator, with mixup and CutMix if they are enabled."""

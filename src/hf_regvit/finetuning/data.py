@@ -28,7 +28,7 @@ IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross
 _MIXING = 0x313  # last number of a seed; it separates the random streams
 
 
-def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
+def class_weights(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
     """Return (C,) class weights whose mean over the counts is 1, so that the learning rate keeps its meaning.
 
     Args:

@@ -34,7 +34,7 @@ from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemantic
 from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import open_data, processed, weights_of_classes
+from .data import class_weights, open_data, processed
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -313,7 +313,8 @@ class SemanticSegmentation(_DenseTask):
     ) -> None:
         super().__init__(args, train, validation)
         self.names = self.train.class_names
-        self.weights = pixel_weights(args.class_weights, self.report, self.names)
+        counts = np.array([self.report.class_pixels[name] for name in self.names])
+        self.weights = class_weights(args.class_weights, counts, self.names)
         if args.gradient_accumulation_steps > 1:
             logger.warning(
                 "The batch norm of the head sees one micro-batch at a time, so %d micro-batches of %d images are not "
@@ -375,11 +376,6 @@ class SemanticSegmentation(_DenseTask):
 
     def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
         return mask_figure(rows, self.names)
-
-
-def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
-    """Return (C,) weights whose mean over the counted training pixels is 1; `balanced` is inverse to their number."""
-    return weights_of_classes(wanted, np.array([report.class_pixels[name] for name in names]), names)
 
 
 # ---- Depth -------------------------------------------------------------------------------------------------------

@@ -314,14 +314,6 @@ class DinoCollator:
     mask_probability: float = 0.5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        low, high = self.mask_ratio
-        if not 0 <= low <= high <= 1 or not 0 <= self.mask_probability <= 1:
-            raise ValueError(
-                f"mask_ratio=({low}, {high}) must be ascending and within [0, 1], and mask_probability="
-                f"{self.mask_probability} within [0, 1]."
-            )
-
     def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
         """Collate B items into one batch."""
         global_crops = _stack_crops(samples, "global_crops")  # (2, B, 3, S, S)

@@ -39,7 +39,7 @@ from ..training.finite import NonFiniteError, peak_memory_mib
 from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
 from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
-from .collapse import Alarm, CollapseAlarms, CollapseError, Recipe
+from .collapse import Alarm, CollapseAlarms, CollapseError
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
 from .monitors import OnlineKNN, observers
@@ -129,7 +129,7 @@ def _build_trainer(
     output = args.folder
     watching = observers(args, train_dataset, image_processor=image_processor)
     metrics = MetricsFile(output / "metrics.jsonl")
-    alarms = CollapseAlarms(_recipe_of(args, config), stop=args.stop_on_collapse, metrics=metrics)
+    alarms = CollapseAlarms(args, config, stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
         network,
         args,
@@ -186,16 +186,6 @@ def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[st
         for name, value in args.subset(*names, "layerscale_value").items()
         if value not in (getattr(PretrainingArguments, name), getattr(config, name))
     ]
-
-
-def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
-    return Recipe(
-        num_prototypes=args.head_num_prototypes,
-        images=args.per_device_train_batch_size,
-        num_register_tokens=config.num_register_tokens,
-        width=config.hidden_size,
-        **args.subset("num_local_crops", "dino_loss_weight"),
-    )
 
 
 def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
@@ -355,7 +345,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
             if any(key.startswith("eval_knn") for key in entry)
         ],
         "knn_images": [
-            {"fitted_on": len(knn.train_images), "judged": len(knn.heldout_images), "held_out": knn.is_held_out}
+            {"fitted_on": len(knn.neighbors), "judged": len(knn.heldout), "held_out": knn.is_held_out}
             for knn in probes
         ],
     }

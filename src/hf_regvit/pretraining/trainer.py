@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -62,7 +62,7 @@ class DinoTrainer(RunTrainer):
     """`RunTrainer` for `SelfDistillation`; connects the recipe, which other modules implement, to Trainer.
 
     A checkpoint holds the whole module (student, teacher, heads and centers), the optimizer and the position in the
-    data. A stream (`IterableDataset`) is reread from the start of its epoch up to the position.
+    data. A stream is reread from the start of its epoch up to the position.
 
     Args:
         model: Student, teacher and losses.
@@ -76,8 +76,7 @@ class DinoTrainer(RunTrainer):
         image_processor: Image processor that is published with the teacher when checkpoints are pushed.
 
     Raises:
-        ValueError: If one process has several GPUs (`DataParallel`), or there is no data for the high-resolution
-            steps.
+        ValueError: If one process has several GPUs (`DataParallel`).
     """
 
     model: SelfDistillation
@@ -94,16 +93,10 @@ class DinoTrainer(RunTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         image_processor: Any = None,
     ) -> None:
-        if args.high_resolution_steps and high_resolution is None:
-            raise ValueError(
-                f"high_resolution_steps is {args.high_resolution_steps}, but no high-resolution data was given. Pass "
-                "high_resolution=(dataset, collator)."
-            )
         source = getattr(train_dataset, "source", None)
-        sampler: EpochSampler | StreamSampler | None = None
         if isinstance(train_dataset, MultiCropStream):
-            sampler = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
-        elif not isinstance(train_dataset, IterableDataset):
+            sampler: Any = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
+        else:
             sampler = EpochSampler(
                 len(cast(Sized, train_dataset)),
                 seed=args.seed,
@@ -163,7 +156,7 @@ class DinoTrainer(RunTrainer):
         """Return the number of images and a hash of their names in order, or None if they have no names."""
         if isinstance(self.train_dataset, MultiCropStream):
             return {"shards": [stream.num_shards for stream in self.train_dataset.streams]}
-        count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        count = len(cast(Sized, self.train_dataset))
         return {"images": count, "names_sha256": names_digest(self.names) if self.names else None}
 
     def data_position(self) -> tuple[int, int]:

@@ -65,7 +65,7 @@ class RunTrainer(CheckpointedTrainer):
         args: Options of the run.
         train_dataset: Training data, indexed by the keys of the sampler.
         train_collator: Function that makes a training batch from a list of items.
-        sampler: Order of the training images; None leaves the order to Trainer.
+        sampler: Order of the training images.
         names: Image names by index; messages show them.
         rules: Callback that is called first in every step.
         callbacks: Other callbacks.
@@ -89,7 +89,7 @@ class RunTrainer(CheckpointedTrainer):
         *,
         train_dataset: Dataset,
         train_collator: Any,
-        sampler: EpochSampler | StreamSampler | None,
+        sampler: EpochSampler | StreamSampler,
         names: Sequence[object] = (),
         rules: StepSeeds | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -145,8 +145,6 @@ class RunTrainer(CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of batches in the order of the sampler, distributed over the processes."""
-        if self.sampler is None:
-            return super().get_train_dataloader()
         return self._data_loader(self.sampler, cast(Dataset, self.train_dataset), self.train_collator)
 
     def _data_loader(self, sampler: EpochSampler | StreamSampler, dataset: Dataset, collator: Any) -> DataLoader:
@@ -236,14 +234,14 @@ class RunTrainer(CheckpointedTrainer):
 
     def resume_state(self) -> dict[str, Any]:
         """Return data position, recipe, images per step, facts on the data, package versions and time so far."""
-        state = {
+        return {
             "seconds": self.seconds,
             "images_per_step": self.args.images_per_step,
             "recipe": self.args.resolved(),
             "data": self.data_facts(),
             "packages": package_versions(),
+            "position": self.data_position(),
         }
-        return state | ({} if self.sampler is None else {"position": self.data_position()})
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
         """Log differences from the run that wrote a checkpoint, and reject those that change its images or tensors.
@@ -281,8 +279,6 @@ class RunTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
-        if self.sampler is None:
-            return start
         if not self._is_through(max_steps):
             start = self.start_data_at(*(self._position or self.data_position())), 0
         self._position, self._first_step = None, self.state.global_step
