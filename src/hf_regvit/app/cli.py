@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_regvit_cli import COMMANDS, main
 
+from ..models import registration  # noqa: F401
 from .recipes import arguments_class
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from ..hub.facts import finetuning_facts, public_recipe
 from ..models.manifest import STATE, WEIGHTS, verify_checkpoint
@@ -111,7 +111,7 @@ class FinetuningTrainer(RunTrainer):
 
     # Pushes publish the merged model, as at the end of the run.
 
-    def hub_model(self, state: Mapping[str, Tensor]) -> nn.Module:
+    def hub_model(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return the model of a checkpoint with low-rank updates merged, so that it loads without peft."""
         return whole_model(state, self.model, self.task, self.args)
 
