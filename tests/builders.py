@@ -1,6 +1,7 @@
 """Builders of test data, made from numbers, never from the network: images, folders, tar and parquet files, models."""
 
 import io
+import json
 import math
 import tarfile
 from collections.abc import Sequence
@@ -75,6 +76,31 @@ def parquet_file(path: Path, **columns: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path)
     return path
+
+
+def image_table(path: Path, *, types: dict[str, Any] | None = None, **columns: Any) -> Path:
+    """Parquet file as `datasets` writes it: columns hold images (bytes or None), unless `types` has their feature."""
+    from datasets import Dataset, Features, Image
+
+    features = Features({name: (types or {}).get(name) or Image() for name in columns})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(columns, features=features).to_parquet(path)
+    return path
+
+
+def mask_folder(
+    root: Path, masks: Sequence[Any], *, kind: str = "masks", split: str = "", suffix: str = ".png"
+) -> Path:
+    """Folder with `images/` of random values, and their maps (arrays or bytes) in a folder called `kind`."""
+    for i, target in enumerate(masks):
+        write(root / split / "images" / f"{i:02d}.png", noise(i, (24, 20)))
+        write(root / split / kind / f"{i:02d}{suffix}", target if isinstance(target, bytes) else encoded(target))
+    return root
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Content of a file with one JSON object per line."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- Models ---

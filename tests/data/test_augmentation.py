@@ -11,24 +11,13 @@ from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 
 from hf_regvit.data import augmentation as A
-from hf_regvit.data import builtin, source
+from hf_regvit.data import builtin
 from hf_regvit.data.augmentation import MultiCrop, ViewParameters
-from hf_regvit.data.loading import load_images
 from hf_regvit.models import processing
 from hf_regvit.pretraining.crops import MultiCropDataset
 from hf_regvit.training.samplers import EpochSampler
 
 NAMES = ("brightness", "contrast", "saturation", "hue")
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def tiles() -> source.ImageSource:
-    return load_images("photos")
 
 
 def levels(actual: np.ndarray, expected: Image.Image | np.ndarray) -> np.ndarray:

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from builders import mask_folder, write
 from helpers import requires_shared, shared_dir
 from hf_regvit.app.cli import main
 from hf_regvit.data import builtin as images
 from hf_regvit.data.check import check_data, difference_hash, near_pairs
+from hf_regvit.data.loading import load_images
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +44,11 @@ def test_near_duplicates_hash_bit_by_bit():
     assert difference_hash(Image.fromarray(pixels)) == int(bits, 2)
 
 
-def test_near_duplicates_flat_pictures_have_no_hash():
+def test_near_duplicates_flat_images_have_no_hash():
     assert difference_hash(Image.new("RGB", (9, 8), (30, 30, 30))) is None
 
 
-def test_near_duplicates_small_changes_move_few_bits_and_other_pictures_many(photos):
+def test_near_duplicates_small_changes_move_few_bits_and_other_images_many(photos):
     hashes = {name: difference_hash(thumbnail(image)) for name, image in photos.items()}
     moved = []
     for name, image in photos.items():
@@ -192,7 +194,7 @@ def test_report_names_that_a_terminal_cannot_show(folder):
     assert "caf\\udce9.png" in summary
 
 
-def test_report_drawn_pictures():
+def test_report_drawn_images():
     report = check_data("digits", batch_size=100, near_limit_bits=0)
     assert report.splits["train"].images == 1438
     assert report.formats == {}
@@ -238,3 +240,33 @@ def test_real_photographs_of_pets(tmp_path, monkeypatch):
     assert report.bad == []
     assert ["train: row/118", "validation: row/92"] in report.near_duplicates.examples
     assert report.near_duplicates.across_splits == 2
+
+
+def test_report_checks_masks(tmp_path):
+    masks = [np.full((20, 24), 1 + i % 2, dtype=np.uint8) for i in range(4)]
+    mask_folder(tmp_path, masks, split="train")
+    mask_folder(tmp_path, masks[:2], split="validation")
+    report = check_data(tmp_path)
+    assert {name: part.images for name, part in report.splits.items()} == {"train": 4, "validation": 2}
+    assert report.splits["train"].classes is None  # the folders `images` and `masks` are no classes
+    assert "masks: Held out: 2 images, 2 classes, 100.0% of the pixels have a class." in report.notes
+    assert report.problems == []
+    mask_folder(tmp_path, [b"no image", np.ones((3, 3), dtype=np.uint8), masks[1]], split="train")
+    write(tmp_path / "classes.json", '{"1": "one"}')
+    [problem] = check_data(tmp_path).problems
+    assert problem["kind"] == "masks"
+    for words in (
+        "1 of 4 masks cannot be read", "1 of 4 masks have a different size than their image",
+        "2 of 4 masks hold values that are not classes",
+    ):  # fmt: skip
+        assert words in problem["reason"]
+    (tmp_path / "train" / "masks" / "03.png").unlink()
+    assert "no file of the same name among the masks" in check_data(tmp_path).problems[0]["reason"]
+
+
+def test_representations_are_short():
+    report = check_data("builtin:digits", near_limit_bits=0)
+    assert repr(report) == f"<DataReport: {report.verdict}>"
+    assert report._repr_html_().startswith("<pre>data: builtin:digits\n")
+    assert repr(load_images("builtin:digits")) == "<ImageSource 'digits': 1438 images, 10 classes>"
+    assert repr(load_images("builtin:digits").subset([0, 1])) == "<ImageSource 'digits': 2 images, 10 classes>"

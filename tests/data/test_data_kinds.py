@@ -9,10 +9,10 @@ from pathlib import PurePosixPath
 
 import numpy as np
 import pytest
+from datasets import load_dataset
 from PIL import Image
 
 from builders import class_folder, encoded, image, parquet_file, tar_file, write
-from hf_regvit.data import decoding
 from hf_regvit.data.check import check_data
 from hf_regvit.data.decoding import BadImageError, ImageLimits, image_facts, open_image
 from hf_regvit.data.files import image_suffixes, is_hidden, split_named, splits_of
@@ -21,11 +21,7 @@ from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.data.maps import load_depth, load_masks
 from hf_regvit.data.parts import open_parts
 from hf_regvit.data.source import MissingSplitError
-
-
-@pytest.fixture(autouse=True)
-def say_again():
-    decoding.say_once.cache_clear()
+from hf_regvit.data.tables import table_stream
 
 
 def records(stream):
@@ -119,7 +115,7 @@ def test_splits_of_images_at_any_depth(tmp_path, folders, train, heldout, classe
         with pytest.raises(MissingSplitError):
             load_images(tmp_path, split="validation")
     else:
-        other = load_images(tmp_path, split="validation", ignore_extra_classes=True)
+        other = load_images(tmp_path, split="validation")
         assert len(other) == heldout
         assert not set(source.ids) & set(other.ids)
     assert len(load_images(tmp_path, split=None)) == len(folders.split()) + 1
@@ -262,7 +258,7 @@ def test_other_files_are_counted_by_suffix(tmp_path, caplog):
     for name in ("a.dcm", "b.DCM", "c.heic", "no_suffix", "notes.txt"):
         write(tmp_path / name, b"x")
     report = check_data(tmp_path)
-    line = f"'{tmp_path}' is read as a folder of images files. Files of other types are left out:"
+    line = f"'{tmp_path}' is read as a folder of image files. Files of other types are left out:"
     assert report.notes == [f"{line} 2 .dcm, 1 .heic, 1 .txt, 1 without suffix."]
     assert "1 without suffix" in report.summary()
     assert caplog.text.count("without suffix") == 1
@@ -642,3 +638,19 @@ def test_names_of_the_builtin_sets(tmp_path, monkeypatch, caplog):
     assert zlib.crc32(load_images("builtin:digits")[0].image.tobytes()) == zlib.crc32(
         load_images("digits")[0].image.tobytes()
     )
+
+
+@pytest.mark.parametrize("opened", [load_images, stream_images])
+def test_parquet_paths_that_datasets_takes_for_chained_urls_are_refused(tmp_path, opened):
+    parquet_file(tmp_path / "a::b" / "x.parquet", image=[encoded(0)])
+    with pytest.raises(ValueError, match=r"has '::' in its path.*Rename"):
+        opened(tmp_path / "a::b")
+
+
+def test_hub_tar_streams_name_the_shard_that_lacks_the_column_of_the_first(tmp_path):
+    shards = [tar_file(tmp_path / f"{kind}.tar", {f"0.{kind}": encoded(0, kind)}) for kind in ("jpeg", "png")]
+    table = load_dataset("webdataset", data_files=[str(shard) for shard in shards], split="train", streaming=True)
+    stream = table_stream(table, "owner/shards")
+    assert [record.id for record in stream.open_shard(0)] == ["jpeg.tar#0.jpeg"]
+    with pytest.raises(ValueError, match=r"'png.tar#0.jpeg' does not exist.*Download the shards"):
+        list(stream.open_shard(1))

@@ -9,7 +9,7 @@ from datasets import Array2D, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from builders import encoded
+from builders import encoded, image_table, mask_folder, noise
 from helpers import requires_shared, shared_dir
 from hf_regvit.data.augmentation import adjust_hue, adjust_saturation
 from hf_regvit.data.decoding import BadImageError
@@ -20,33 +20,14 @@ from hf_regvit.data.source import MissingSplitError
 SIZE = (24, 20)  # (width, height)
 
 
-def photo(seed: int = 0, size: tuple[int, int] = SIZE) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 def mask(seed: int = 0, values=(0, 1, 2), size: tuple[int, int] = SIZE) -> np.ndarray:
     rng = np.random.default_rng(seed)
     return rng.choice(np.array(values, dtype=np.uint8), (size[1], size[0]))
 
 
-def folder_of(root, masks, *, kind: str = "masks", split: str = "", suffix: str = ".png"):
-    for i, target in enumerate(masks):
-        for name, content in (("images", encoded(photo(i))), (kind, target)):
-            path = root / split / name / f"{i:02d}{'.png' if name == 'images' else suffix}"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content if isinstance(content, bytes) else encoded(content))
-    return root
-
-
-def parquet_of(path, targets, column: str = "mask", **features):
-    rows = {
-        "image": [{"bytes": encoded(photo(i)), "path": None} for i in range(len(targets))],
-        column: [{"bytes": value if isinstance(value, bytes) else encoded(value), "path": None} for value in targets],
-    }
-    table = Dataset.from_dict(rows, features=Features({"image": ImageFeature(), column: ImageFeature(), **features}))
-    table.to_parquet(path)
-    return path
+def columns_of(masks):
+    images = [encoded(noise(i, SIZE)) for i in range(len(masks))]
+    return {"image": images, "mask": [mask if isinstance(mask, bytes) else encoded(mask) for mask in masks]}
 
 
 # --- Masks
@@ -55,15 +36,15 @@ def parquet_of(path, targets, column: str = "mask", **features):
 def test_masks_of_a_folder_and_of_parquet_are_the_same(tmp_path):
     masks = [mask(i) for i in range(3)]
     sources = [
-        load_masks(folder_of(tmp_path / "folder", masks)),
-        load_masks(parquet_of(tmp_path / "a.parquet", masks)),
+        load_masks(mask_folder(tmp_path / "folder", masks)),
+        load_masks(image_table(tmp_path / "a.parquet", **columns_of(masks))),
     ]
     for source in sources:
         assert (len(source), source.class_names, source.kind) == (3, ("0", "1", "2"), "masks")
         for i in range(3):
             np.testing.assert_array_equal(source.target(i), masks[i])
             assert source[i].image.size == SIZE
-            np.testing.assert_array_equal(np.asarray(source[i].image), np.asarray(photo(i)))
+            np.testing.assert_array_equal(np.asarray(source[i].image), np.asarray(noise(i, SIZE)))
         part = source.subset([2, 0]).subset([1])
         assert part.ids == [source.ids[0]]
         np.testing.assert_array_equal(part.targets[0], masks[0])
@@ -74,10 +55,10 @@ def test_masks_of_a_folder_and_of_parquet_are_the_same(tmp_path):
 def test_parts_of_a_folder(tmp_path, layout):
     for split, count in (("train", 3), ("val", 2)):
         if layout == "above":
-            folder_of(tmp_path, [mask(i) for i in range(count)], split=split)
+            mask_folder(tmp_path, [mask(i) for i in range(count)], split=split)
         else:
             for i in range(count):
-                for name, content in (("images", encoded(photo(i))), ("masks", encoded(mask(i)))):
+                for name, content in (("images", encoded(noise(i, SIZE))), ("masks", encoded(mask(i)))):
                     path = tmp_path / name / split / "town" / f"{split}{i}.png"
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
@@ -89,13 +70,13 @@ def test_parts_of_a_folder(tmp_path, layout):
 
 
 def test_a_folder_without_parts_has_no_validation_part(tmp_path):
-    folder_of(tmp_path, [mask()])
+    mask_folder(tmp_path, [mask()])
     with pytest.raises(MissingSplitError, match="no validation split"):
         load_masks(tmp_path, split="validation")
 
 
 def test_images_without_masks_and_masks_without_images_are_named(tmp_path):
-    folder_of(tmp_path, [mask(i) for i in range(3)])
+    mask_folder(tmp_path, [mask(i) for i in range(3)])
     (tmp_path / "masks" / "01.png").rename(tmp_path / "masks" / "other.png")
     with pytest.raises(DenseDataError, match=r"1 of 3 images have no file of the same name.*01.png"):
         load_masks(tmp_path)
@@ -106,13 +87,13 @@ def test_images_without_masks_and_masks_without_images_are_named(tmp_path):
 
 def test_images_alone_are_told_what_is_missing(tmp_path):
     for i in range(2):
-        photo(i).save(tmp_path / f"{i}.png")
+        noise(i, SIZE).save(tmp_path / f"{i}.png")
     with pytest.raises(DenseDataError, match=r"has images but no masks.*masks/"):
         load_masks(tmp_path)
 
 
 def test_a_table_without_a_mask_column_lists_its_columns(tmp_path):
-    rows = {"image": [{"bytes": encoded(photo()), "path": None}], "place": [1]}
+    rows = {"image": [{"bytes": encoded(noise(0, SIZE)), "path": None}], "place": [1]}
     Dataset.from_dict(rows, features=Features({"image": ImageFeature(), "place": Value("int64")})).to_parquet(
         tmp_path / "a.parquet"
     )
@@ -137,7 +118,7 @@ def test_arrays_with_minus_one_or_fractions_that_are_whole(tmp_path, dtype):
     values[0] = -1
     for part in ("images", "masks"):
         (tmp_path / part).mkdir()
-    photo(0).save(tmp_path / "images" / "a.png")
+    noise(0, SIZE).save(tmp_path / "images" / "a.png")
     np.save(tmp_path / "masks" / "a.npy", values)
     source = load_masks(tmp_path, ignore_values=[-1])
     assert (source.class_names, source.format.values) == (("0", "1"), (0, 1))
@@ -154,7 +135,7 @@ def test_arrays_with_minus_one_or_fractions_that_are_whole(tmp_path, dtype):
 
 
 def test_names_by_list_mapping_file_and_with_reduced_labels(tmp_path):
-    path = parquet_of(tmp_path / "a.parquet", [mask(i, (0, 1, 2)) for i in range(2)])
+    path = image_table(tmp_path / "a.parquet", **columns_of([mask(i, (0, 1, 2)) for i in range(2)]))
     named = load_masks(path, class_names=["sky", "road", "void"], ignore_values=[2])
     assert named.format == MaskFormat(("sky", "road"), (0, 1), (2,))
     assert load_masks(path, class_names={0: "a", 1: "b", 2: "c"}).format.values == (0, 1, 2)
@@ -168,7 +149,7 @@ def test_names_by_list_mapping_file_and_with_reduced_labels(tmp_path):
 
 
 def test_255_is_a_class_when_it_has_a_name(tmp_path):
-    path = parquet_of(tmp_path / "a.parquet", [mask(i, (0, 255)) for i in range(2)])
+    path = image_table(tmp_path / "a.parquet", **columns_of([mask(i, (0, 255)) for i in range(2)]))
     with pytest.raises(DenseDataError, match=r"F27|to one class, '0'.*\(255\) is a class, give it a name"):
         check_targets(load_masks(path))
     source = load_masks(path, class_names={0: "background", 255: "object"})
@@ -190,7 +171,7 @@ def test_a_format_that_cannot_be_meant(names, values, ignored, message):
 
 
 @pytest.mark.parametrize("mode", ["1", "P", "I;16", "RGB"])
-def test_masks_of_every_kind_of_picture(tmp_path, mode):
+def test_masks_of_every_kind_of_image(tmp_path, mode):
     values = mask(0, (0, 1))
     picture = {
         "1": lambda: Image.fromarray(values.astype(bool)),
@@ -201,12 +182,12 @@ def test_masks_of_every_kind_of_picture(tmp_path, mode):
     if mode == "P":
         picture = Image.frombytes("P", SIZE, values.tobytes())
         picture.putpalette([0, 0, 0, 200, 10, 10])
-    source = load_masks(folder_of(tmp_path, [encoded(picture)]))
+    source = load_masks(mask_folder(tmp_path, [encoded(picture)]))
     np.testing.assert_array_equal(source.target(0), values)
 
 
 def test_a_mask_in_colours_is_refused_by_name(tmp_path):
-    source = load_masks(folder_of(tmp_path, [mask(), encoded(photo(5))]), class_names=["a", "b", "c"])
+    source = load_masks(mask_folder(tmp_path, [mask(), encoded(noise(5, SIZE))]), class_names=["a", "b", "c"])
     with pytest.raises(DenseDataError, match=r"(?s)1 of 2 masks cannot be read.*01.png.*color mode RGB"):
         check_targets(source)
 
@@ -216,7 +197,7 @@ def test_a_mask_in_colours_is_refused_by_name(tmp_path):
 
 def test_report_of_sound_masks_counts_by_hand(tmp_path):
     masks = [mask(i, (0, 1, 255)) for i in range(3)]
-    report = check_targets(load_masks(folder_of(tmp_path, masks), class_names=["a", "b", "never"]))
+    report = check_targets(load_masks(mask_folder(tmp_path, masks), class_names=["a", "b", "never"]))
     assert report.num_images == 3
     assert report.class_pixels == {
         name: sum(int((m == v).sum()) for m in masks) for v, name in ((0, "a"), (1, "b"), (2, "never"))
@@ -229,7 +210,7 @@ def test_report_of_sound_masks_counts_by_hand(tmp_path):
 def test_f29_mask_values_outside_of_the_classes_are_named_with_their_rows(tmp_path):
     bad = mask(1)
     bad[3, 4], bad[5, 6] = 42, 99
-    source = load_masks(parquet_of(tmp_path / "a.parquet", [mask(0), bad]), class_names=["a", "b", "c"])
+    source = load_masks(image_table(tmp_path / "a.parquet", **columns_of([mask(0), bad])), class_names=["a", "b", "c"])
     with pytest.raises(DenseDataError) as caught:
         check_targets(source)
     text = str(caught.value)
@@ -242,24 +223,24 @@ def test_f29_mask_values_outside_of_the_classes_are_named_with_their_rows(tmp_pa
 
 
 def test_masks_of_another_size_are_named_with_both_sizes(tmp_path):
-    source = load_masks(folder_of(tmp_path, [mask(0), mask(1, size=(20, 24))]), class_names=["a", "b", "c"])
+    source = load_masks(mask_folder(tmp_path, [mask(0), mask(1, size=(20, 24))]), class_names=["a", "b", "c"])
     with pytest.raises(DenseDataError, match=r"01.png' is 20 x 24, its image 24 x 20"):
         check_targets(source)
 
 
 def test_an_image_with_an_exif_turn_has_the_size_of_its_upright_mask(tmp_path):
-    folder_of(tmp_path, [mask(0, (0, 1))])
+    mask_folder(tmp_path, [mask(0, (0, 1))])
     (tmp_path / "images" / "00.png").unlink()
     exif = Image.Exif()
     exif[0x0112] = 6
-    photo(0, (20, 24)).save(tmp_path / "images" / "00.jpg", exif=exif)
+    noise(0, (20, 24)).save(tmp_path / "images" / "00.jpg", exif=exif)
     source = load_masks(tmp_path)
     assert source[0].image.size == SIZE
     assert check_targets(source).num_images == 1
 
 
 def test_f27_masks_of_a_single_class_are_refused(tmp_path):
-    source = load_masks(folder_of(tmp_path, [mask(i, (1,)) for i in range(2)]), class_names=["a", "b"])
+    source = load_masks(mask_folder(tmp_path, [mask(i, (1,)) for i in range(2)]), class_names=["a", "b"])
     with pytest.raises(DenseDataError, match="all labeled pixels belong to one class, 'b'"):
         check_targets(source)
 
@@ -267,13 +248,13 @@ def test_f27_masks_of_a_single_class_are_refused(tmp_path):
 def test_masks_that_lost_their_classes_in_compression(tmp_path):
     smooth = np.arange(480, dtype=np.uint16).reshape(20, 24)
     with pytest.raises(DenseDataError, match=r"more than 255 different values.*JPEG"):
-        load_masks(folder_of(tmp_path, [smooth]))
+        load_masks(mask_folder(tmp_path, [smooth]))
 
 
 def test_a_broken_mask_is_named_and_does_not_hide_the_others(tmp_path):
     wrong = mask(2)
     wrong[0, 0] = 9
-    source = load_masks(folder_of(tmp_path, [mask(0), encoded(mask(1))[:60], wrong]), class_names=["a", "b", "c"])
+    source = load_masks(mask_folder(tmp_path, [mask(0), encoded(mask(1))[:60], wrong]), class_names=["a", "b", "c"])
     with pytest.raises(DenseDataError) as caught:
         check_targets(source)
     assert "01.png" in str(caught.value)
@@ -289,7 +270,7 @@ def test_depth_in_millimetres_metres_and_other_units(tmp_path):
     millimetres = np.random.default_rng(0).integers(500, 4000, (20, 24)).astype(np.uint16)
     millimetres[0, 0], millimetres[0, 1] = 0, 65535
     meters = millimetres.astype(np.float32) / 1000
-    whole = load_depth(folder_of(tmp_path / "a", [millimetres], kind="depth"))
+    whole = load_depth(mask_folder(tmp_path / "a", [millimetres], kind="depth"))
     expected = np.where(meters > 10, 0, meters)
     np.testing.assert_allclose(whole.target(0), expected, rtol=1e-6)
     assert whole.target(0).dtype == np.float32
@@ -298,10 +279,10 @@ def test_depth_in_millimetres_metres_and_other_units(tmp_path):
     meters[1, 1], meters[1, 2] = np.nan, -1
     stream = io.BytesIO()
     np.save(stream, meters)
-    arrays = load_depth(folder_of(tmp_path / "b", [stream.getvalue()], kind="depth", suffix=".npy"))
+    arrays = load_depth(mask_folder(tmp_path / "b", [stream.getvalue()], kind="depth", suffix=".npy"))
     expected[1, 1:3] = 0
     np.testing.assert_allclose(arrays.target(0), expected, rtol=1e-6)
-    floats = folder_of(tmp_path / "c", [encoded(meters, "TIFF")], kind="depth", suffix=".tif")
+    floats = mask_folder(tmp_path / "c", [encoded(meters, "TIFF")], kind="depth", suffix=".tif")
     np.testing.assert_allclose(load_depth(floats).target(0), expected, rtol=1e-6)
     kitti = load_depth(tmp_path / "a", depth_scale=1 / 256, max_depth=80)
     np.testing.assert_allclose(kitti.target(0), np.where(millimetres < 65535, millimetres / 256, 0), rtol=1e-6)
@@ -310,7 +291,7 @@ def test_depth_in_millimetres_metres_and_other_units(tmp_path):
 def test_depth_as_an_array_column(tmp_path):
     depths = [np.full((20, 24), 1.5 + i, dtype=np.float32) for i in range(2)]
     features = Features({"image": ImageFeature(), "depth_map": Array2D((20, 24), "float32")})
-    rows = {"image": [{"bytes": encoded(photo(i)), "path": None} for i in range(2)], "depth_map": depths}
+    rows = {"image": [{"bytes": encoded(noise(i, SIZE)), "path": None} for i in range(2)], "depth_map": depths}
     Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "a.parquet")
     source = load_depth(tmp_path / "a.parquet")
     np.testing.assert_allclose(source.target(1), depths[1])
@@ -319,16 +300,16 @@ def test_depth_as_an_array_column(tmp_path):
 
 def test_depth_faults_are_named(tmp_path):
     fine = np.full((20, 24), 1500, dtype=np.uint16)
-    source = load_depth(folder_of(tmp_path / "a", [fine, 0 * fine], kind="depth"))
+    source = load_depth(mask_folder(tmp_path / "a", [fine, 0 * fine], kind="depth"))
     with pytest.raises(DenseDataError, match=r"1 of 2 depth maps have no depth up to 10 m: .*01.png' is 0 everywhere"):
         check_targets(source)
-    source = load_depth(folder_of(tmp_path / "b", [fine, fine[:10]], kind="depth"))
+    source = load_depth(mask_folder(tmp_path / "b", [fine, fine[:10]], kind="depth"))
     with pytest.raises(DenseDataError, match=r"01.png' is 24 x 10, its image 24 x 20"):
         check_targets(source)
 
 
 def test_a_wrong_unit_of_depth_is_noticed(tmp_path):
-    folder_of(tmp_path, [np.full((20, 24), 1500, dtype=np.uint16)], kind="depth")
+    mask_folder(tmp_path, [np.full((20, 24), 1500, dtype=np.uint16)], kind="depth")
     with pytest.raises(DenseDataError, match=r"begins at 1500 m.*depth_scale"):
         check_targets(load_depth(tmp_path, depth_scale=1.0))
     with pytest.raises(DenseDataError, match=r"half of the depths are below 0.0015 m"):
@@ -369,7 +350,7 @@ def twin_pair(size=(96, 64)):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_picture_and_map_are_moved_together(seed):
+def test_image_and_map_are_moved_together(seed):
     image, target = twin_pair()
     transform = JointTransform((48, 48), photometric="none", rotation=20.0)
     pixels, moved, inside = transform(image, target, np.random.default_rng(seed))
@@ -406,7 +387,7 @@ def test_a_crop_of_nearly_one_class_is_drawn_anew():
     assert shares[1.0] > 0.7 > shares[0.75] + 0.15
 
 
-def test_the_shorter_side_is_that_of_the_picture_before_the_crop():
+def test_the_shorter_side_is_that_of_the_image_before_the_crop():
     image, target = twin_pair((96, 64))
     options = {"scale": (1.0, 1.0), "flip_probability": 0.0, "max_class_share": 1.0, "photometric": "none"}
     transform = JointTransform((32, 48), shorter_side=32, **options)
@@ -439,7 +420,7 @@ def test_crops_lie_at_every_place_and_void_is_no_class():
 
 
 def test_depth_keeps_its_metres_and_its_holes():
-    image = photo(1, (64, 48))
+    image = noise(1, (64, 48))
     depth = np.random.default_rng(0).uniform(1, 3, (48, 64)).astype(np.float32)
     depth[10:14] = 0
     transform = JointTransform.for_depth((32, 40))
@@ -450,7 +431,7 @@ def test_depth_keeps_its_metres_and_its_holes():
         assert (moved[~inside] == 0).all()
 
 
-def test_colours_change_the_picture_and_never_the_map():
+def test_colours_change_the_image_and_never_the_map():
     image, target = twin_pair((48, 48))
     fixed = {"scale": (1.0, 1.0), "flip_probability": 0.0, "max_class_share": 1.0}
     for kind in ("segmentation", "depth"):
@@ -470,7 +451,7 @@ def test_the_hue_turns_as_far_as_published(monkeypatch):
     monkeypatch.setattr("hf_regvit.data.joint_transform.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
     for seed in range(400):
-        transform._coloured(pixels, np.random.default_rng(seed))
+        transform._colored(pixels, np.random.default_rng(seed))
     assert 150 < len(turns) < 250
     assert (min(turns), max(turns)) == (-18 / 180, 17 / 180)
 
@@ -490,7 +471,7 @@ def test_colours_equal_their_loop(seed):
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(255 * (pixels[place] / 255) ** gamma * brightness * balance[place[-1]])
     depth = JointTransform.for_depth((3, 4))
-    np.testing.assert_array_equal(depth._coloured(pixels, np.random.default_rng(seed)), expected)
+    np.testing.assert_array_equal(depth._colored(pixels, np.random.default_rng(seed)), expected)
 
     rng = np.random.default_rng(seed)
     contrast_first, chosen = rng.random() < 0.5, rng.random(4) < 0.5
@@ -507,7 +488,7 @@ def test_colours_equal_their_loop(seed):
     if chosen[1] and not contrast_first:
         for place in np.ndindex(pixels.shape):
             expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
-    coloured = JointTransform((3, 4))._coloured(pixels, np.random.default_rng(seed))
+    coloured = JointTransform((3, 4))._colored(pixels, np.random.default_rng(seed))
     np.testing.assert_allclose(
         coloured.astype(int), expected.astype(int), atol=1
     )  # float32 rounds values at .5 differently
@@ -515,4 +496,4 @@ def test_colours_equal_their_loop(seed):
 
 def test_sizes_that_differ_are_refused_by_the_transform():
     with pytest.raises(DenseDataError, match="Expected equal sizes"):
-        JointTransform((32, 32))(photo(), mask(0, size=(20, 20)), np.random.default_rng(0))
+        JointTransform((32, 32))(noise(0, SIZE), mask(0, size=(20, 20)), np.random.default_rng(0))

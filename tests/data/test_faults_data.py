@@ -19,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Value
 from PIL import Image, PngImagePlugin
 
 import hf_regvit
 from builders import encoded as encode
+from builders import image_table, json_lines
 from builders import plain_images as make_folder
 from builders import tar_file as make_tar
 from hf_regvit.data import bad_images as bad_images_module
@@ -32,16 +34,12 @@ from hf_regvit.data import loading as loading_module
 from hf_regvit.data.augmentation import MultiCrop
 from hf_regvit.data.decoding import BadImageError, ImageLimits, open_image
 from hf_regvit.data.loading import load_images
+from hf_regvit.data.parts import LabelError, open_parts
 from hf_regvit.models import processing as processing_module
 from hf_regvit.pretraining import crops as crops_module
 from hf_regvit.training import samplers
 
 SOURCE_CODE = Path(hf_regvit.__file__).parent
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
 
 
 def same_pixels(one: Image.Image, other: Image.Image) -> bool:
@@ -53,10 +51,6 @@ def crops_of(source, bad_images=None, **attributes) -> crops_module.MultiCropDat
     dataset = crops_module.MultiCropDataset(source, multi_crop, seed=1, bad_images=bad_images)
     vars(dataset).update(attributes)
     return dataset
-
-
-def lines_of(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 # --- Images
@@ -81,7 +75,7 @@ def test_truncated_F01_is_skipped_and_recorded_in_training(photo, tmp_path):
     )
     item = dataset[(3, source.ids.index("cut.jpg"))]
     assert item["global_crops"].shape == (2, 3, 16, 16)
-    (record,) = lines_of(tmp_path / "run" / "bad_images.jsonl")
+    (record,) = json_lines(tmp_path / "run" / "bad_images.jsonl")
     assert record["path"] == str(tmp_path / "cut.jpg")
     assert (record["kind"], record["epoch"]) == ("truncated", 3)
     assert "truncated" in record["reason"]
@@ -353,7 +347,7 @@ def test_F12_equals_the_eye_of_pillow(photo):
         assert same_pixels(open_image(open_image(content)), expected)  # not rotated twice
 
 
-def test_F12_unreadable_exif_is_no_reason_to_lose_a_picture(photo):
+def test_F12_unreadable_exif_is_no_reason_to_lose_a_image(photo):
     content = encode(photo, "JPEG", exif=b"Exif\0\0MM\0\x2a\0\0\0\xff")
     assert open_image(content).size == photo.size
 
@@ -448,7 +442,7 @@ def test_F19_avif_where_pillow_reads_it(photo):
     assert open_image(encode(photo, "AVIF", quality=95)).size == photo.size
 
 
-def test_F19_pictures_of_other_formats_are_not_left_out_in_silence(tmp_path, caplog):
+def test_F19_images_of_other_formats_are_not_left_out_in_silence(tmp_path, caplog):
     make_folder(tmp_path, ["a.png"])
     (tmp_path / "b.heic").write_bytes(b"x")
     (tmp_path / "notes.txt").write_text("x")
@@ -505,9 +499,12 @@ def test_F27_a_single_class_keeps_its_name(tmp_path):
 
 
 def test_F28_class_only_in_validation(tmp_path):
-    make_folder(tmp_path, ["train/cat/a.png", "val/cat/b.png", "val/emu/c.png"])
-    with pytest.raises(ValueError, match="emu"):
-        load_images(tmp_path, split="validation")
+    make_folder(tmp_path, ["train/cat/a.png", "train/yak/a.png", "val/yak/b.png", "val/emu/c.png"])
+    heldout = load_images(tmp_path, split="validation")
+    assert (heldout.labels, heldout.label_names) == ([2, 1], ("cat", "yak", "emu"))  # the ids of training stay
+    assert heldout.notes == (f"'{tmp_path}': 1 classes have no training images: 'emu'.",)
+    with pytest.raises(LabelError, match="'emu'"):
+        open_parts(tmp_path)
 
 
 def test_F28_joined_sources_with_other_classes_have_no_labels(tmp_path):
@@ -540,7 +537,7 @@ def test_F32_name_that_is_no_utf8(tmp_path, caplog):
     with pytest.raises(bad_images_module.TooManyBadImagesError):
         crops_of(source, bad)[(0, 0)]
     assert r"\xff.png" in caplog.text.encode().decode()  # printable in a terminal
-    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    (record,) = json_lines(tmp_path / "bad_images.jsonl")
     assert os.fsencode(record["path"]).endswith(b"/\xff.png")
 
 
@@ -572,7 +569,7 @@ def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
     (folder / "007.png").unlink()
     items = while_training_run(tmp_path, source)
     assert len(items) == 40
-    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    (record,) = json_lines(tmp_path / "bad_images.jsonl")
     assert (record["kind"], record["path"]) == ("missing", str(folder / "007.png"))
     # All other items are unchanged, and the replaced one has crops of another image with its own parameters.
     place = next(item for item in items if item["sample_id"] == 7)
@@ -589,7 +586,7 @@ def test_while_training_F34_file_changed_during_training(folder, tmp_path):
     source = load_images(folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     while_training_run(tmp_path, source)
-    assert [record["kind"] for record in lines_of(tmp_path / "bad_images.jsonl")] == ["truncated"]
+    assert [record["kind"] for record in json_lines(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
 
 def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
@@ -603,7 +600,7 @@ def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
     while_training_run(tmp_path, load_images(folder))
-    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    (record,) = json_lines(tmp_path / "bad_images.jsonl")
     assert (record["kind"], record["reason"]) == ("permission", "Permission denied")
 
 
@@ -621,7 +618,7 @@ def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monke
     assert len(source) == 40
     assert "secret" in caplog.text
     while_training_run(tmp_path, source)
-    (record,) = lines_of(tmp_path / "bad_images.jsonl")
+    (record,) = json_lines(tmp_path / "bad_images.jsonl")
     assert record["path"].endswith("secret")
 
 
@@ -640,7 +637,7 @@ def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_
     assert "regvit data-check" in message
     items = while_training_run(tmp_path, source, max_bad_share=0.1)
     assert len(items) == 40
-    assert len(lines_of(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
+    assert len(json_lines(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
 
 
 def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp_path):
@@ -667,7 +664,7 @@ def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
     for epoch in range(2):
         loader.sampler.set_epoch(epoch)
         assert len([batch["masks"] for batch in loader]) == 10
-    records = lines_of(tmp_path / "bad_images.jsonl")
+    records = json_lines(tmp_path / "bad_images.jsonl")
     assert sorted(record["path"] for record in records) == [str(folder / name) for name in ("001.png", "002.png")]
     (folder / "003.png").write_bytes(b"")
     with pytest.raises(bad_images_module.TooManyBadImagesError, match=r"^3 of the \d+ images"):
@@ -707,16 +704,8 @@ def test_while_training_F36_distinct_images_count_once():
         bad.bad(BadImageError("c.jpg"), epoch=0, index=5)
 
 
-def tables_write(path, cells, **options):
-    import datasets
-
-    feature = datasets.Features({"image": datasets.Image(), "n": datasets.Value("int64")})
-    rows = {"image": cells, "n": list(range(len(cells)))}
-    datasets.Dataset.from_dict(rows, features=feature).to_parquet(str(path))
-
-
 def test_tables_F37_wrong_columns(tmp_path, photo):
-    tables_write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
+    image_table(tmp_path / "a.parquet", types={"n": Value("int64")}, image=[encode(photo, "PNG")], n=[0])
     with pytest.raises(ValueError, match=r"'pixels' does not hold images.*Columns: image, n; with images: image"):
         load_images(tmp_path, image_column="pixels")
     with pytest.raises(
@@ -728,8 +717,7 @@ def test_tables_F37_wrong_columns(tmp_path, photo):
 
 
 def test_tables_F37_empty_cell(tmp_path, photo):
-    whole = {"bytes": encode(photo, "PNG"), "path": None}
-    tables_write(tmp_path / "a.parquet", [None, whole])
+    image_table(tmp_path / "a.parquet", image=[None, encode(photo, "PNG")])
     with pytest.raises(BadImageError, match=r"row 0.*empty"):
         load_images(tmp_path)[0]
     bad = bad_images_module.BadImages(num_images=2)
@@ -737,7 +725,7 @@ def test_tables_F37_empty_cell(tmp_path, photo):
 
 
 def test_tables_F37_cut_parquet_file_is_named(tmp_path, photo):
-    tables_write(tmp_path / "a.parquet", [{"bytes": encode(photo, "PNG"), "path": None}])
+    image_table(tmp_path / "a.parquet", types={"n": Value("int64")}, image=[encode(photo, "PNG")], n=[0])
     content = (tmp_path / "a.parquet").read_bytes()
     (tmp_path / "a.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"cannot be read as parquet \(a\.parquet\)"):
@@ -784,7 +772,7 @@ def test_tar_F38_truncated_shard_keeps_what_is_whole(shards, cut, tmp_path, capl
     assert "train-0.tar" in caplog.text
     assert source[len(source) - 1].image.mode == "RGB"
     crops_of(source, bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=len(source)))
-    assert lines_of(tmp_path / "bad_images.jsonl")[0]["kind"] == "archive"
+    assert json_lines(tmp_path / "bad_images.jsonl")[0]["kind"] == "archive"
 
 
 def test_tar_F38_damaged_header_in_the_middle_is_no_end(shards):
@@ -864,7 +852,7 @@ def test_F41_remote_code_is_never_requested(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"'some-one/pets' cannot be used: Dataset scripts are no longer"):
         load_images("some-one/pets")
-    with pytest.raises(ValueError, match="cannot be streamed: Dataset scripts"):
+    with pytest.raises(ValueError, match="cannot be used: Dataset scripts"):
         loading_module.stream_images("some-one/pets")
     assert len(asked) == 2
     assert not any("trust_remote_code" in options for options in asked)

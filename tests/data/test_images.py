@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as TF
+from datasets import ClassLabel, Value
 from PIL import Image
 
 from builders import encoded as encode
+from builders import image_table
 from builders import plain_images as make_folder
 from helpers import requires_shared, shared_dir
 from hf_regvit.data import builtin
@@ -20,17 +22,6 @@ from hf_regvit.data import source as source_module
 from hf_regvit.data.decoding import BadImageError, open_image
 from hf_regvit.data.loading import load_images
 from hf_regvit.models import processing
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def tiles() -> source_module.ImageSource:
-    return load_images("photos")
-
 
 # --- One image
 
@@ -219,21 +210,12 @@ def test_folder_subset(tiles):
     assert part.labels == [tiles.labels[5], tiles.labels[3]]
 
 
-def tables_write(path, *, num_rows=4, labels=(0, 1, 0, 1), names=("cat", "dog"), image="image", label="label"):
-    import datasets
-
-    pictures = [encode(Image.new("RGB", (19, 17), (i, 0, 0)), "PNG") for i in range(num_rows)]
-    rows = {image: [{"bytes": picture, "path": None} for picture in pictures]}
-    features = {image: datasets.Image()}
-    if label:
-        rows[label] = list(labels[:num_rows])
-        features[label] = datasets.ClassLabel(names=list(names)) if names else datasets.Value("int64")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(str(path))
+PIXELS = [encode(Image.new("RGB", (19, 17), (i, 0, 0)), "PNG") for i in range(4)]
+PETS = {"label": ClassLabel(names=["cat", "dog"])}
 
 
 def test_tables_one_file(tmp_path):
-    tables_write(tmp_path / "pets.parquet")
+    image_table(tmp_path / "pets.parquet", types=PETS, image=PIXELS, label=[0, 1, 0, 1])
     source = load_images(tmp_path / "pets.parquet")
     assert len(source) == 4
     assert source.label_names == ("cat", "dog")
@@ -245,23 +227,23 @@ def test_tables_one_file(tmp_path):
 
 
 def test_tables_folder_with_parts(tmp_path):
-    tables_write(tmp_path / "train-00000-of-00002.parquet")
-    tables_write(tmp_path / "train-00001-of-00002.parquet")
-    tables_write(tmp_path / "validation.parquet", num_rows=1)
+    image_table(tmp_path / "train-00000-of-00002.parquet", types=PETS, image=PIXELS, label=[0, 1, 0, 1])
+    image_table(tmp_path / "train-00001-of-00002.parquet", types=PETS, image=PIXELS, label=[0, 1, 0, 1])
+    image_table(tmp_path / "validation.parquet", types=PETS, image=PIXELS[:1], label=[0])
     assert len(load_images(tmp_path)) == 8
     assert len(load_images(tmp_path, split="validation")) == 1
     assert len(load_images(tmp_path, split=None)) == 9
 
 
 def test_tables_plain_integers_and_no_labels(tmp_path):
-    tables_write(tmp_path / "a.parquet", names=None, label="fine", image="img")
+    image_table(tmp_path / "a.parquet", types={"fine": Value("int64")}, img=PIXELS, fine=[0, 1, 0, 1])
     assert load_images(tmp_path).labels is None
     source = load_images(tmp_path, label_column="fine")
     assert source.label_names == ("0", "1")
 
 
 def test_tables_rows_marked_as_unlabelled(tmp_path):
-    tables_write(tmp_path / "a.parquet", labels=(-1, -1, -1, -1), names=None)
+    image_table(tmp_path / "a.parquet", types={"label": Value("int64")}, image=PIXELS, label=[-1] * 4)
     assert load_images(tmp_path).labels is None
 
 
@@ -344,13 +326,13 @@ def test_tables_a_test_folder_is_held_out_where_there_is_no_other(folders, train
     for folder in folders.split():
         (tmp_path / folder).mkdir(parents=True)
         photo.save(tmp_path / folder / "x.png")
-    found = load_images(tmp_path, split="train", ignore_extra_classes=True)
+    found = load_images(tmp_path, split="train")
     assert {str(Path(id).parent) for id in found.ids} == train
     if validation is None:
         with pytest.raises(source_module.MissingSplitError, match="no validation split"):
             load_images(tmp_path, split="validation")
     else:
-        held_out = load_images(tmp_path, split="validation", ignore_extra_classes=True)
+        held_out = load_images(tmp_path, split="validation")
         assert {str(Path(id).parent) for id in held_out.ids} == validation
     everything = load_images(tmp_path, split=None)
     assert len(everything) == len(folders.split())

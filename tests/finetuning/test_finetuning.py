@@ -111,14 +111,14 @@ def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path
     folder_of(tmp_path / "train", cat=3, dog=3)
     folder_of(tmp_path / "validation", ant=1, dog=2)
     args = arguments(tmp_path / "run", data=str(tmp_path))
-    with pytest.raises(ValueError, match=r"only in its validation split: \['ant'\].*--ignore_extra_classes"):
+    with pytest.raises(ValueError, match=r"1 classes without training images: 'ant'.*--ignore_extra_classes"):
         labeled_parts(args)
     args.ignore_extra_classes = True
     _, kept = labeled_parts(args)
     assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
-    assert "1 validation images belong to classes without training images and are left out: 'ant'" in caplog.text
+    assert "1 validation images of 1 classes without training images are ignored: 'ant'" in caplog.text
     (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
-    with pytest.raises(ValueError, match="only in its validation split"):
+    with pytest.raises(LabelError, match="no validation images of the 2 training classes"):
         labeled_parts(args)
 
 

@@ -158,7 +158,7 @@ def test_ordinary_text_is_no_secret(tmp_path, text):
     scan(tmp_path, ["README.md"])
 
 
-def test_pictures_and_weights_are_looked_through_too(tmp_path):
+def test_images_and_weights_are_looked_through_too(tmp_path):
     from safetensors.torch import save_file
 
     notes = PngImagePlugin.PngInfo()
@@ -640,7 +640,7 @@ def test_a_card_says_which_tokens_there_are(tmp_path, fields, said):
 
 
 @pytest.mark.slow
-def test_example_pictures_of_a_diagnosis_are_published_if_asked_for(checkpoint, tmp_path):
+def test_example_images_of_a_diagnosis_are_published_if_asked_for(checkpoint, tmp_path):
     from hf_regvit import diagnose
     from hf_regvit.data.builtin import builtin_images
 

@@ -146,7 +146,7 @@ def test_what_else_is_missing_is_named(change, said):
         check_card(text.replace(*change))
 
 
-def test_pictures_have_to_be_there(tmp_path):
+def test_images_have_to_be_there(tmp_path):
     with pytest.raises(
         CardError, match=r"the figure 'figures/curves\.png' does not exist; the figure 'figures/a\.png'"
     ):

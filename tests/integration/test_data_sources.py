@@ -164,7 +164,7 @@ def test_sources_what_cannot_be_streamed(tmp_path, pictures):
     for source in (tmp_path / "folder", "photos"):
         with pytest.raises(ValueError, match="Remove --streaming"):
             stream_images(source)
-    with pytest.raises(FileNotFoundError, match=r"could not be streamed as a Hub data set either"):
+    with pytest.raises(FileNotFoundError, match=r"could not be loaded as a Hub data set either"):
         stream_images("nobody/nothing")
 
 

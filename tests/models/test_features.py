@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import threading
 
 import numpy as np
@@ -21,6 +22,7 @@ from hf_regvit import (
 from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.data.preparation import prepare_images
 from hf_regvit.evaluation.dense_features import read_dense_features
+from hf_regvit.figures.maps import read_token_maps
 from hf_regvit.models.families import FAMILIES, describe_model, final_norm, find_tower, has_part
 from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import EvaluationTransform, UnknownProcessorError, default_image_processor
@@ -980,3 +982,133 @@ def test_a_processor_without_normalisation():
         transform = EvaluationTransform.for_model(model, processor, **options)
         torch.testing.assert_close(transform(flat)[:, 5, 5], torch.tensor([1.0, 0.0, 0.2]))
         assert transform.picture(transform(flat)).getpixel((3, 3)) == (255, 0, 51)
+
+
+# --- Wrappers and attentions ---
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def compiled_in_place(model):
+    model.compile(backend="eager")
+    return model
+
+
+def compiled_blocks(model):
+    for block in model.layers:
+        block.compile(backend="eager")
+    return model
+
+
+def compiled_forward(model):
+    model.forward = torch.compile(model.forward, backend="eager")
+    return model
+
+
+def compiled_parts(model):
+    model.layers[1].attention = torch.compile(model.layers[1].attention, backend="eager")
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    return model
+
+
+def inside_a_compiled_head(model):
+    return torch.compile(nn.Sequential(model), backend="eager")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        compiled, compiled_in_place, compiled_blocks, compiled_forward, compiled_parts, inside_a_compiled_head,
+        nn.DataParallel, torch.optim.swa_utils.AveragedModel,
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_wrapped_models_are_read_like_the_model_itself(wrap):
+    sites = {"residual": "all", "attention": "all", "q": (1,), "mlp": "all", "patch_embedding": (0,)}
+    expected = read_many(build("regvit"), pixels(), sites)
+    wrapped = wrap(build("regvit"))
+    before = wrapped(pixels())  # compiles
+    for _ in range(2):
+        for site, reading in read_many(wrapped, pixels(), sites).items():
+            for ours, theirs in zip(reading.values, expected[site].values, strict=True):
+                torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+    torch.testing.assert_close(wrapped(pixels())[0], before[0], atol=0, rtol=0)
+
+
+class TalkingHeads(nn.Module):
+    """Attention that mixes the weights of its heads, as in CaiT."""
+
+    def __init__(self, dim, num_heads, **options):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mix = nn.Linear(num_heads, num_heads)
+
+    def forward(self, x, attn_mask=None, is_causal=False):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        weights = self.mix(weights.movedim(1, -1)).movedim(-1, 1)
+        return self.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("attention", ["diff", TalkingHeads], ids=["differential", "talking_heads"])
+def test_attention_of_an_unknown_formula_is_refused_and_all_else_is_read(attention):
+    model = build_timm(attn_layer=attention, num_heads=2)
+    reader = TokenReader(model)
+    assert not reader.reads_attention
+    with pytest.raises(
+        ValueError, match=r"weights of (DiffAttention|TalkingHeads) .*formula is not known.*'residual'"
+    ):
+        reader.read(pixels(), site="attention")
+    read = reader.read_many(pixels(), {"residual": "all", "q": (1,), "k": (1,), "v": (1,), "mlp": (2,)})
+    assert read["q"].at(1).shape == (2, 17, 24)
+    maps = read_token_maps(model, pixels())
+    assert maps[0].attention.shape == (0, 4, 4)
+
+
+ATTENTIONS = {
+    "timm": ("layers.attention.Attention", {}),
+    "timm_with_a_gate": ("layers.attention.Attention", {"gated": True, "qkv_bias": True}),
+    "timm_with_norms": ("layers.attention.Attention", {"qk_norm": True, "scale_norm": True}),
+    "rotary": ("layers.attention.AttentionRope", {"gated": True, "qk_norm": True}),
+    "rotary_with_fewer_heads_of_keys": ("layers.attention.AttentionRope", {"qkv_fused": False, "num_kv_heads": 1}),
+    "eva": ("models.eva.EvaAttention", {"gated": True}),
+    "eva_with_biases_added_later": ("models.eva.EvaAttention", {"qkv_bias_separate": True, "scale_norm": False}),
+}
+
+
+def with_timm_attention(path, **options):
+    """Create a model of timm with an attention of this class, which has options that no argument of the model sets."""
+    module, _, name = f"timm.{path}".rpartition(".")
+    model = build_timm("Eva", attn_type="rope", use_rot_pos_emb=True, global_pool="avg")
+    if name == "Attention":
+        model = build_timm()
+    for block in model.blocks:
+        block.attn = getattr(importlib.import_module(module), name)(24, 3, norm_layer=nn.LayerNorm, **options)
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", [*TOWERS, *ATTENTIONS])
+@torch.no_grad()
+def test_weights_times_values_are_the_output_of_the_attention(name):
+    """Hold for every attention that is read: a wrong formula cannot give the output that the module returned."""
+    model = with_timm_attention(ATTENTIONS[name][0], **ATTENTIONS[name][1]) if name in ATTENTIONS else build(name)
+    reader, outputs = TokenReader(model), []
+    assert reader.reads_attention
+    attention = reader.tower.get_submodule(reader.family.blocks)[1].get_submodule(reader.family.attention)
+    attention.register_forward_hook(lambda module, args, output: outputs.append((args, output)))
+    read = reader.read_many(pixels(RECTANGLE), {"attention": (2,), "v": (2,)})
+    args, output = outputs[0]
+    weights = read["attention"].at(2)
+    heads = weights.shape[1]
+    value = read["v"].at(2).unflatten(-1, (-1, 24 // heads)).transpose(1, 2)
+    value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    mixed = (weights @ value).transpose(1, 2).flatten(2)
+    mixed = getattr(attention, "norm", nn.Identity())(mixed)
+    if (gate := getattr(attention, "gate", None)) is not None:
+        mixed = mixed * gate(args[0]).sigmoid()
+    project = next(getattr(attention, n) for n in ("o_proj", "out_proj", "proj") if hasattr(attention, n))
+    expected = output[0] if isinstance(output, tuple) else output
+    torch.testing.assert_close(project(mixed), expected, atol=5e-5, rtol=1e-5)

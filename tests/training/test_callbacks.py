@@ -24,7 +24,6 @@ from hf_regvit.diagnosis.diagnose import artifact_snapshot
 from hf_regvit.evaluation.linear import ridge_accuracy
 from hf_regvit.figures.curves import read_metrics
 from hf_regvit.models.processing import default_image_processor
-from hf_regvit.pretraining import monitors
 from hf_regvit.pretraining.crops import MultiCropStream
 from hf_regvit.pretraining.monitors import (
     Monitor,
@@ -164,6 +163,11 @@ def test_targets_equal_their_loops():
     assert outputs["used_prototypes"].item() == len(used)
 
 
+@torch.no_grad()
+def cls_of(backbone, pixels):
+    return backbone(pixels).pooler_output
+
+
 def test_spread_of_features_equals_its_loop():
     backbone, pixels = tiny_network().teacher_backbone, pixels_of(5)
     with torch.no_grad():
@@ -173,25 +177,19 @@ def test_spread_of_features_equals_its_loop():
     for channel in zip(*unit, strict=True):
         mean = sum(channel) / 5
         deviations.append(math.sqrt(sum((value - mean) ** 2 for value in channel) / 5))
-    measured = feature_statistics(backbone, pixels)
+    measured = feature_statistics(cls_of(backbone, pixels))
     assert measured["feature_std"] == pytest.approx(sum(deviations) / 16 * math.sqrt(16), rel=1e-5)
     squares = torch.linalg.svdvals(torch.tensor(unit)).square()
     shares = (squares / squares.sum()).tolist()
     assert measured["effective_rank"] == pytest.approx(math.exp(-sum(s * math.log(s) for s in shares)), rel=1e-5)
 
 
-def test_spread_is_zero_for_one_image_and_one_for_noise(monkeypatch):
+def test_spread_is_zero_for_one_image_and_one_for_noise():
     backbone = tiny_network().teacher_backbone
-    same = feature_statistics(backbone, pixels_of(1).expand(6, -1, -1, -1))
+    same = feature_statistics(cls_of(backbone, pixels_of(1).expand(6, -1, -1, -1)))
     assert same["feature_std"] == pytest.approx(0, abs=1e-6)
     assert same["effective_rank"] == pytest.approx(1, abs=1e-6)
-    monkeypatch.setattr(monitors, "BATCH", 2)
-    assert feature_statistics(backbone, pixels_of(6)) == pytest.approx(
-        feature_statistics(backbone, pixels_of(6)), rel=1e-6
-    )
-    noise = SimpleNamespace(pooler_output=torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)))
-    monkeypatch.setattr(monitors, "BATCH", 4000)
-    measured = feature_statistics(lambda pixels: noise, torch.zeros(4000, 1))
+    measured = feature_statistics(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)))
     assert measured["feature_std"] == pytest.approx(1, abs=0.02)
     assert measured["effective_rank"] > 60
 
@@ -228,6 +226,24 @@ def test_monitor_logs_everything_and_changes_nothing(tmp_path):
     assert lines[-1]["cls_to_register_attention"] == pytest.approx(snapshot["attention_registers"], abs=1e-6)
     assert lines[0]["teacher_student_distance"] == 0 < lines[1]["teacher_student_distance"]
     assert all(math.isfinite(value) for entry in lines for value in entry.values())
+
+
+def test_monitors_read_a_compiled_teacher(tmp_path):
+    network, pixels = tiny_network(), pixels_of(3)
+    shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
+    knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": (1,)}
+    readings = (
+        Monitor(pixels),
+        Panels(shown, pixels, folder=tmp_path),
+        OnlineKNN(shown, [0, 1, 2], shown, [0, 1, 2], **knn),
+    )
+    expected = [reading.measure(network, 1) for reading in readings]
+    panel = (tmp_path / "step_000001.png").read_bytes()
+    network.compile_blocks(backend="eager")
+    with torch.no_grad():
+        network.teacher_backbone(pixels)
+    assert [reading.measure(network, 1) for reading in readings] == expected
+    assert (tmp_path / "step_000001.png").read_bytes() == panel
 
 
 def test_monitor_needs_two_images():

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import html
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +15,11 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 from .decoding import BadImageError, ImageFacts, ImageLimits, image_facts
 from .loading import Data, load_images
+from .maps import has_masks, without_masks
 from .parts import open_parts
 from .source import ImageSource, MissingSplitError
 
@@ -141,8 +144,8 @@ def _facts(data: bytes) -> ImageFacts | None:
         return None  # reading the image raises the same error, with its name
 
 
-class _Inspection:
-    """Results by index over all splits; a `Dataset` for worker processes."""
+class _Inspection(Dataset[_Finding]):
+    """Results by index over all splits, for worker processes."""
 
     def __init__(self, sources: dict[str, ImageSource]) -> None:
         self.places = [(split, index) for split, source in sources.items() for index in range(len(source))]
@@ -171,11 +174,9 @@ class _Inspection:
 
 
 def _inspect(sources: dict[str, ImageSource], *, num_workers: int, progress: bool) -> list[_Finding]:
-    from torch.utils.data import DataLoader
     from tqdm import tqdm
 
-    inspection: Any = _Inspection(sources)
-    loader = DataLoader(inspection, batch_size=None, num_workers=num_workers)
+    loader = DataLoader(_Inspection(sources), batch_size=None, num_workers=num_workers)
     return list(tqdm(loader, desc="images", unit="", disable=not progress, mininterval=0.5))
 
 
@@ -205,7 +206,7 @@ class Duplicates:
     examples: list[list[str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataReport:
     """Result of `check_data`. Sizes are pixels of the upright image; counts are images of all splits together.
 
@@ -236,6 +237,12 @@ class DataReport:
     upsampled_share: float
     max_bad_share: float
     verdict: str
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{html.escape(self.summary())}</pre>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
@@ -317,7 +324,7 @@ def check_data(
     num_workers: int = 0,
     progress: bool = False,
 ) -> DataReport:
-    """Read every image of a data set and report on it.
+    """Read every image of a data set and report on it. Masks in a folder next to `images/` are checked too.
 
     Args:
         data: Image source or sources, as for `load_images`.
@@ -346,6 +353,13 @@ def check_data(
         sources = {"train": parts.train} | ({"validation": parts.heldout} if parts.heldout else {})
     except MissingSplitError:
         sources = {"validation": load_images(data, split="validation", **options)}
+    notes, problems = [], [_record(problem) for problem in _problems(sources)]
+    if isinstance(data, str | Path) and has_masks(data):
+        sources = {split: without_masks(source) for split, source in sources.items()}
+        try:
+            notes = [f"masks: {line}" for line in open_parts(data, kind="masks", options={"limits": limits}).report]
+        except ValueError as error:  # unreadable, without an image, of another size, or with values of no class
+            problems.append({"path": str(data), "kind": "masks", "reason": str(error)})
     findings = _inspect(sources, num_workers=num_workers, progress=progress)
     good = [finding for finding in findings if finding.error is None]
     return DataReport(
@@ -354,8 +368,8 @@ def check_data(
         **_image_record(findings),
         **_sizes(good),
         bad=[_record(finding.error) for finding in findings if finding.error],
-        problems=[_record(problem) for problem in _problems(sources)],
-        notes=list(dict.fromkeys(note for source in sources.values() for note in source.notes)),
+        problems=problems,
+        notes=list(dict.fromkeys([*(note for source in sources.values() for note in source.notes), *notes])),
         exact_duplicates=_exact_duplicates(good),
         near_duplicates=_near_duplicates(good, near_limit_bits),
         near_limit_bits=near_limit_bits,
@@ -453,7 +467,7 @@ def _near_duplicates(good: Sequence[_Finding], limit: int) -> Duplicates:
 
 
 def _have_same_colors(thumbnails: Sequence[bytes], pairs: np.ndarray, chunk: int = 65_536) -> np.ndarray:
-    """Test if the thumbnails of each pair differ by at most `_SAME_COLOURS` levels on average, (pairs,) bool."""
+    """Test if the thumbnails of each pair differ by at most `_SAME_COLORS` levels on average, (pairs,) bool."""
     pixels = np.frombuffer(b"".join(thumbnails), dtype=np.uint8).reshape(-1, 8 * 9 * 3)
     same = [np.empty(0, dtype=bool)]
     for start in range(0, len(pairs), chunk):

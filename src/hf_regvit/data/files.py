@@ -39,13 +39,17 @@ _OUTPUTS = (
 class Found:
     """Files behind a path or pattern: `kind` is "images" or one of `_CONTAINERS`; `files` are those of kind and split.
 
-    `others` are files of other types, `problems` the folders that cannot be listed, and `notes` sentences for the user
-    about what is left out and how splits were recognized.
+    `every` are the files of that kind in all splits, `train` those of the training split, `others` are files of other
+    types, `problems` the folders that cannot be listed, and `notes` sentences for the user about what is left out and
+    how splits were recognized.
     """
 
     root: Path
     kind: str
     files: list[Path]
+    every: list[Path] = field(default_factory=list)
+    train: set[Path] = field(default_factory=set)
+
     others: list[Path] = field(default_factory=list)
     problems: tuple[BadImageError, ...] = ()
     notes: tuple[str, ...] = ()
@@ -133,20 +137,27 @@ def does_not_exist(data: str | Path) -> str:
 
 def _in_folder(root: Path, split: Split | None) -> Found:
     every, problems, notes = walk(root)
-    by_kind: dict[str, list[Path]] = {kind: [] for kind in ("images", *_CONTAINERS.values(), "other")}
-    for file in every:
-        by_kind[kind_of(file)].append(file)
-    kind = next((kind for kind, files in by_kind.items() if files and kind != "other"), "images")
-    others = [file for name, files in by_kind.items() if name != kind for file in files]
-    if by_kind[kind]:
-        notes += _notes_on_others(root, kind, others)
-    files = by_kind[kind]
+    kinds = [kind_of(file) for file in every]
+    kind = next((kind for kind in ("images", *_CONTAINERS.values()) if kind in kinds), "images")
+    files = [file for file, its in zip(every, kinds) if its == kind]
+    others = [file for file, its in zip(every, kinds) if its != kind]
+    if not files:
+        return Found(root, kind, [], [], set(), others, problems, tuple(notes))
+    notes += _notes_on_others(root, kind, others)
+    if split is None:
+        return Found(root, kind, files, files, set(files), others, problems, tuple(notes))
     splits = splits_of(files, root)
-    if split is not None:
-        notes += _note_on_splits(root, files, splits)
-    if kind != "images":  # class ids of images cover both splits, so `loading` selects the split
-        files = select_split(root, files, splits, split)
-    return Found(root, kind, files, others, problems, tuple(notes))
+    notes += _note_on_splits(root, files, splits)
+    wanted, train = split_meant(splits, split, str(root)), split_meant(splits, "train", str(root))
+    selected = [file for file, part in zip(files, splits, strict=True) if part == wanted]
+    if not selected:
+        looked = "', '".join(_SPLIT_NAMES[split])
+        raise MissingSplitError(
+            f"'{root}' has no {split} split. Looked for '{looked}', found {outermost(root, files)}. "
+            "Add such a subfolder, or use split=None for all images."
+        )
+    trained = {file for file, part in zip(files, splits) if part == train}
+    return Found(root, kind, selected, files, trained, others, problems, tuple(notes))
 
 
 def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]:
@@ -162,7 +173,9 @@ def _notes_on_others(root: Path, kind: str, others: Sequence[Path]) -> list[str]
     counts = Counter(file.suffix.lower() or "without suffix" for file in others if file not in links)
     if counts:
         shown = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items()))
-        notes.append(f"'{root}' is read as a folder of {kind} files. Files of other types are left out: {shown}.")
+        files = f"{kind.removesuffix('s')} files"
+        notes.append(f"'{root}' is read as a folder of {files}. Files of other types are left out: {shown}.")
+
     return notes
 
 
@@ -324,30 +337,6 @@ def split_meant(parts: Collection[str | None], split: Split, name: str) -> str |
         say_once(f"'{name}' has no validation split, so its test split is used as the held-out images.")
         return "test"
     return "validation"
-
-
-def of_split(root: Path, files: list[Path], splits: list[str | None], split: Split | None) -> list[Path]:
-    """Return the files of one split, possibly none; `splits` is the result of `splits_of` for `files`."""
-    if split is None:
-        return files
-    wanted = split_meant(splits, split, str(root))
-    return [file for file, part in zip(files, splits, strict=True) if part == wanted]
-
-
-def select_split(root: Path, files: list[Path], splits: list[str | None], split: Split | None) -> list[Path]:
-    """Return the files of one split.
-
-    Raises:
-        MissingSplitError: The split has no files; the message lists the names directly below `root`.
-    """
-    selected = of_split(root, files, splits, split)
-    if split is not None and not selected:
-        looked = "', '".join(_SPLIT_NAMES[split])
-        raise MissingSplitError(
-            f"'{root}' has no {split} split. Looked for '{looked}', found {outermost(root, files)}. "
-            "Add such a subfolder, or use split=None for all images."
-        )
-    return selected
 
 
 def outermost(root: Path, files: Iterable[Path]) -> str:

@@ -4,7 +4,7 @@ Shape letters: H and W pixels of the original, h and w of the result.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -50,10 +50,9 @@ class JointTransform:
             raise ValueError(f"size={self.size} must be positive, and scale={self.scale} an ascending range above 0.")
 
     @classmethod
-    def for_depth(cls, size: tuple[int, int], **options: Any) -> "JointTransform":
+    def for_depth(cls, size: tuple[int, int], *, flip_probability: float = 0.5) -> "JointTransform":
         """Create the published augmentation for depth: scales of 1 to 1.15, small rotations, its own color changes."""
-        defaults = {"scale": (1.0, 1.15), "max_class_share": 1.0, "rotation": 2.5, "photometric": "depth", "fill": 0}
-        return cls(size, **{**defaults, **options})
+        return cls(size, None, (1.0, 1.15), 1.0, flip_probability, rotation=2.5, photometric="depth", fill=0)
 
     def __call__(self, image: Image.Image, target: Array, rng: np.random.Generator) -> tuple[Array, Array, Array]:
         """Augment one image and its map.
@@ -84,7 +83,7 @@ class JointTransform:
         pixels, target, inside = (_cut(values, top, left, self.size) for values in (pixels, target, inside))
         if rng.random() < self.flip_probability:
             pixels, target, inside = pixels[:, ::-1], target[:, ::-1], inside[:, ::-1]
-        pixels = self._coloured(np.ascontiguousarray(pixels), rng)
+        pixels = self._colored(np.ascontiguousarray(pixels), rng)
         pixels, target, inside = (
             _padded(values, self.size, fill) for values, fill in ((pixels, 0), (target, self.fill), (inside, False))
         )
@@ -111,7 +110,7 @@ class JointTransform:
                 break
         return place
 
-    def _coloured(self, pixels: Array, rng: np.random.Generator) -> Array:
+    def _colored(self, pixels: Array, rng: np.random.Generator) -> Array:
         if self.photometric == "depth":
             if rng.random() < 0.5:
                 return pixels
@@ -150,7 +149,7 @@ def _cut(values: Array, top: int, left: int, size: tuple[int, int]) -> Array:
     return values[top : top + size[0], left : left + size[1]]
 
 
-def _padded(values: Array, size: tuple[int, int], fill: Any) -> Array:
+def _padded(values: Array, size: tuple[int, int], fill: int) -> Array:
     missing = [(0, want - have) for want, have in zip(size, values.shape)]
     if not any(after for _, after in missing):
         return np.ascontiguousarray(values)

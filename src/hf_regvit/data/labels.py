@@ -55,15 +55,15 @@ def number_classes(
 
     Args:
         classes: Numbers or names. Numbers are ids and name themselves; names are numbered in alphabetical order.
-        known: Classes of all splits, so that the ids are the same in each.
+        known: Classes of the training images, which are numbered first, so that the ids are the same in each split.
     """
-    known = known or classes
     if None in classes or not classes or None in known:
         return None, None
-    if all(isinstance(name, int) for name in known):
+    if all(isinstance(name, int) for name in (*classes, *known)):
         numbers = [number for number in classes if isinstance(number, int)]
-        return numbers, tuple(map(str, range(max(int(number or 0) for number in known) + 1)))
-    names = tuple(sorted({plain(str(name)) for name in known}))
+        return numbers, tuple(map(str, range(max(int(number or 0) for number in (*classes, *known)) + 1)))
+    first, own = ({plain(str(name)) for name in part} for part in (known, classes))
+    names = (*sorted(first), *sorted(own - first))
     position = {name: i for i, name in enumerate(names)}
     return [position[plain(str(name))] for name in classes], names
 

@@ -1,9 +1,8 @@
 """Image sources: folders, parquet and tar files, Hub data sets and built-in sets behind one `load_images`."""
 
-import glob
 import logging
-import tarfile
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,19 +12,15 @@ from .files import (
     BUILTIN,
     BUILTIN_SETS,
     Found,
-    does_not_exist,
     find_files,
     image_suffixes,
-    of_split,
     outermost,
     parts_below,
-    select_split,
     split_folders,
-    splits_of,
 )
 from .labels import LABEL_SUFFIXES, add_label, classes_by_folder, label_of, note_on_names, number_classes
 from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_images
-from .tables import ImageStream, hub_source, hub_split, hub_tables, parquet_source, table_stream
+from .tables import ImageStream, hub_table, parquet_table, table_images, table_stream
 from .tar import stream_tar, tar_source
 
 logger = logging.getLogger(__name__)
@@ -40,7 +35,6 @@ def load_images(
     image_column: str | None = None,
     label_column: str | None = None,
     limits: ImageLimits | None = None,
-    ignore_extra_classes: bool = False,
 ) -> ImageSource:
     """Open one image source, or several as one.
 
@@ -69,11 +63,10 @@ def load_images(
         image_column: Image column of a parquet file or Hub data set. Default: `image`, or the only image column.
         label_column: Integer or ClassLabel column. Default: `label`, if it has one of these types.
         limits: Limits that images must satisfy when they are read. Default: `ImageLimits()`.
-        ignore_extra_classes: Whether to leave out, with a warning, the held-out images of a folder whose class has no
-            training images, instead of raising an error.
 
     Returns:
-        Images with their ids and, if the source has them, their labels.
+        Images with their ids and, if the source has them, their labels. Class ids are the same in both splits of a
+        folder; classes without training images come last.
 
     Raises:
         FileNotFoundError: The path (the nearest existing parent is named) or the Hub data set does not exist.
@@ -81,21 +74,18 @@ def load_images(
         ValueError: The source has no usable images, or the column does not exist; the message lists what was found.
     """
     reading = Reading(image_column, label_column, limits or ImageLimits())
-    source = open_source(data, split, reading, ignore_extra_classes=ignore_extra_classes)
+    source = open_source(data, split, reading)
     for note in source.notes:
         say_once(note)
     return source
 
 
-def open_source(
-    data: Data, split: Split | None, reading: Reading, *, ignore_extra_classes: bool = False
-) -> ImageSource:
+def open_source(data: Data, split: Split | None, reading: Reading) -> ImageSource:
     """Open sources as `load_images` does, but leave their `notes` to the caller instead of logging them."""
     if split not in (None, "train", "validation"):
         raise ValueError(f"Unknown split={split!r}. Use 'train', 'validation' or None (all images).")
-    load = partial(_open_one, split=split, reading=reading, ignore_extra_classes=ignore_extra_classes)
     if isinstance(data, str | Path):
-        return load(data)
+        return _open_one(data, split, reading)
     if len(data) != len(set(map(str, data))) or not data:
         raise ValueError(
             f"data={list(map(str, data))} is empty or has duplicates. Give one or more sources, each once."
@@ -103,7 +93,7 @@ def open_source(
     sources, missing = [], []
     for one in data:
         try:
-            sources.append(load(one))
+            sources.append(_open_one(one, split, reading))
         except MissingSplitError as error:  # not every source needs held-out images
             if split == "train":
                 raise
@@ -123,29 +113,27 @@ def _builtin_name(data: str | Path) -> str | None:
     return name
 
 
-def _open_one(data: str | Path, *, split: Split | None, reading: Reading, ignore_extra_classes: bool) -> ImageSource:
+def _open_one(data: str | Path, split: Split | None, reading: Reading) -> ImageSource:
     if name := _builtin_name(data):
         return builtin_source(name, split)
     found = find_files(data, split)
     if found is None:
-        return hub_source(str(data), split, reading)
+        return table_images(hub_table(str(data), split), str(data), reading)
     if found.kind == "parquet":
-        return parquet_source(found, reading)
+        source = table_images(parquet_table(found), str(found.root), reading)
+        return replace(source, problems=found.problems, notes=found.notes)
     if found.kind == "tar":
         return tar_source(found, reading)
-    return _image_folder(found, split, reading, ignore_extra_classes=ignore_extra_classes)
+    return _image_folder(found, reading)
 
 
-def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore_extra_classes: bool) -> ImageSource:
-    root, images = found.root, found.files
-    if not images:
+def _image_folder(found: Found, reading: Reading) -> ImageSource:
+    root, selected = found.root, found.files
+    if not selected:
         raise ValueError(_why_no_images(found))
-    splits = splits_of(images, root)
-    selected = select_split(root, images, splits, split)
-    paths = parts_below(root, images)
+    paths = parts_below(root, found.every)
     by_folder = classes_by_folder(paths, split_folders(paths))
-    class_of: dict[Path, int | str | None] = dict(zip(images, by_folder, strict=True))
-    train = of_split(root, images, splits, "train") if split else selected
+    class_of: dict[Path, int | str | None] = dict(zip(found.every, by_folder, strict=True))
     notes = [*found.notes]
     if None not in by_folder:
         notes += note_on_names(str(root), {part for parts in parts_below(root, selected) for part in parts[:-1]})
@@ -153,24 +141,13 @@ def _image_folder(found: Found, split: Split | None, reading: Reading, *, ignore
         beside: dict[str, int | str] = {}
         for side in sides:
             add_label(beside, str(side), side.read_bytes(), reading.label_column)
-        class_of = {file: label_of(str(file), beside) for file in images}
+        class_of = {file: label_of(str(file), beside) for file in found.every}
     # Class ids must be the same in both splits, so the training split defines the classes if there is one.
-    known = {class_of[file] for file in train or selected}
-    if None not in known:
-        extra = {class_of[file] for file in selected} - known - {None}
-        if extra and (not ignore_extra_classes or not known & {class_of[file] for file in selected}):
-            raise ValueError(
-                f"'{root}' has classes that occur only in its {split} split: {sorted(extra, key=str)[:8]}. Move these "
-                "folders, or add training images for them. For fine-tuning, --ignore_extra_classes leaves them out."
-            )
-        if extra:
-            kept = [file for file in selected if class_of[file] not in extra]
-            notes.append(
-                f"'{root}': {len(selected) - len(kept)} {split} images belong to classes without training images and "
-                f"are left out: {listed(sorted(map(str, extra)))}."
-            )
-            selected = kept
-    labels, names = number_classes([class_of[file] for file in selected], sorted(known, key=str))
+    known = {class_of[file] for file in found.train}
+    labels, names = number_classes([class_of[file] for file in selected], tuple(known))
+    if labels and known and (extra := {class_of[file] for file in selected} - known):
+        notes.append(f"'{root}': {len(extra)} classes have no training images: {listed(sorted(map(str, extra)))}.")
+
     ids = ["/".join(parts) for parts in parts_below(root, selected)]
     return stored_images(
         str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
@@ -218,8 +195,6 @@ def stream_images(
         MissingSplitError: The source does not have the split.
         ValueError: `data` is a folder of images or a built-in set, or the column does not exist.
     """
-    from datasets import load_dataset
-
     reading = Reading(image_column, label_column)
     found = None if (builtin := _builtin_name(data)) else find_files(data, split)
     if builtin or (found is not None and found.kind == "images"):
@@ -230,18 +205,5 @@ def stream_images(
         say_once(note)
     if found is not None and found.kind == "tar":
         return stream_tar(str(data), found.files, reading)
-    try:
-        if found is None:
-            table = hub_split(hub_tables(str(data), streaming=True), str(data), split)
-        else:
-            files = [glob.escape(str(file)) for file in found.files]  # `datasets` reads names as patterns
-            table = load_dataset("parquet", data_files=files, split="train", streaming=True)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(
-            f"{does_not_exist(data)} It could not be streamed as a Hub data set either: {error}"
-        ) from error
-    except MissingSplitError:
-        raise
-    except (RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"'{data}' cannot be streamed: {error}") from error
+    table = hub_table(str(data), split, streaming=True) if found is None else parquet_table(found, streaming=True)
     return table_stream(table, str(data), reading)

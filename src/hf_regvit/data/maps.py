@@ -13,11 +13,12 @@ Shape letters: H and W pixels, C classes.
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,9 @@ from .loading import load_images, open_source
 from .source import ImageSource, MissingSplitError, Reading, Split, read_at, row_name
 from .tables import cell_bytes, holds_images
 
+if TYPE_CHECKING:
+    import datasets
+
 logger = logging.getLogger(__name__)
 
 Array = NDArray[Any]
@@ -36,6 +40,7 @@ Kind = Literal["masks", "depth"]
 
 IGNORE = 255  # class id of ignored pixels in all results of this module
 _LARGEST = 65535  # largest stored value of a class
+_NAMED_ROWS = 5  # rows that an error names for each kind of problem
 _IMAGE_FOLDERS = ("images", "image", "imgs")
 _MAP_FOLDERS: dict[Kind, tuple[str, ...]] = {
     "masks": ("masks", "mask", "annotations", "labels"),
@@ -137,7 +142,7 @@ class DepthFormat:
 # --- Sources
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DenseSource(ImageSource):
     """Images, each with a map.
 
@@ -189,7 +194,7 @@ class _Targets(Sequence[Array]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: Any) -> Any:
+    def __getitem__(self, index: int) -> Array:  # type: ignore[override]  # slices are not needed
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         return self.source.target(index % len(self))
@@ -272,11 +277,7 @@ def load_depth(
 
 def _load(data: str | Path, kind: Kind, split: Split | None, reading: Reading) -> DenseSource:
     root = Path(data).expanduser()
-    folder = _first_folder(root, _IMAGE_FOLDERS)
-    splits_have_folders = root.is_dir() and any(
-        _first_folder(child, _IMAGE_FOLDERS) for child in root.iterdir() if child.is_dir()
-    )
-    if folder is not None or splits_have_folders:
+    if _has_image_folder(root):
         return _from_folder(root, kind, split, reading)
     source = load_images(data, split=split, image_column=reading.image_column, limits=reading.limits)
     if source.table is None:
@@ -288,16 +289,30 @@ def _load(data: str | Path, kind: Kind, split: Split | None, reading: Reading) -
     return _from_table(source, kind, reading.label_column)
 
 
-def _dense(source: ImageSource, kind: Kind, **own: Any) -> DenseSource:
-    fields = {name: getattr(source, name) for name in ImageSource.__dataclass_fields__}
-    return DenseSource(**fields, kind=kind, **own)
+def _dense(
+    source: ImageSource, kind: Kind, stored: Callable[[int], Array], map_name: Callable[[int], str]
+) -> DenseSource:
+    return DenseSource(**vars(source), kind=kind, stored=stored, map_name=map_name)
 
 
 # Folders
 
 
-def _first_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def has_masks(data: str | Path) -> bool:
+    """Return True for a folder with `images/` and a folder of masks, there or below."""
+    root = Path(data).expanduser()
+    return _has_image_folder(root) and next(_maps_by_key(root, "masks"), None) is not None
+
+
+def without_masks(source: ImageSource) -> ImageSource:
+    """Return the images of a folder that has masks: those below `images/`, which are not classes."""
+    kept = [i for i, id in enumerate(source.ids) if set(Path(id).parts[:-1]) & set(_IMAGE_FOLDERS)]
+    return replace(source.subset(kept), labels=None, label_names=None)
+
+
+def _has_image_folder(root: Path) -> bool:
+    places = (root, *root.iterdir()) if root.is_dir() else ()
+    return any((place / name).is_dir() for place in places for name in _IMAGE_FOLDERS)
 
 
 def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) -> DenseSource:
@@ -330,7 +345,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) 
         )
     index = {id: i for i, id in enumerate(everything.ids)}
     source = everything.subset([index[id] for id in pairs])
-    files = [maps[pairs[id]] for id in source.ids]
+    files = [str(maps[pairs[id]]) for id in source.ids]
     used = set(pairs.values())
     left = [key for key in maps if key not in used and (split is None or part_of[key] == wanted)]
     if left:
@@ -341,7 +356,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) 
     # The folders "images" and "masks" are not classes; maps, which may be .npy files, are not left out.
     notes = tuple(note for note in source.notes if not note.startswith(f"'{root}' is read as a folder of"))
     source = replace(source, labels=None, label_names=None, notes=notes)
-    return _dense(source, kind, stored=partial(_read_file_map, files), map_name=partial(_name_of_file, files))
+    return _dense(source, kind, partial(_read_file_map, files), files.__getitem__)
 
 
 def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
@@ -363,13 +378,8 @@ def _key(parts: Sequence[str], place: int) -> str:
     return plain(Path(*parts[:place], "*", *parts[place + 1 :]).with_suffix("").as_posix())
 
 
-def _name_of_file(files: Sequence[Path], index: int) -> str:
-    return str(files[index])
-
-
-def _read_file_map(files: Sequence[Path], index: int) -> Array:
-    name = str(files[index])
-    return _decode_map(read_bytes(name, name), name)
+def _read_file_map(files: Sequence[str], index: int) -> Array:
+    return _decode_map(read_bytes(files[index], files[index]), files[index])
 
 
 # Tables
@@ -378,7 +388,8 @@ def _read_file_map(files: Sequence[Path], index: int) -> Array:
 def _from_table(source: ImageSource, kind: Kind, column: str | None) -> DenseSource:
     from datasets import Image as ImageFeature
 
-    table: Any = source.table
+    table = source.table
+    assert table is not None  # `_load` has checked it
     features = table.features
     candidates = [
         name for name, feature in features.items() if holds_images(feature) or type(feature).__name__ == "Array2D"
@@ -396,14 +407,14 @@ def _from_table(source: ImageSource, kind: Kind, column: str | None) -> DenseSou
         table = table.cast_column(column, ImageFeature(decode=False))
     table = table.select_columns([column])
     called = partial(_name_of_row, source.name, column, tuple(source.ids))
-    return _dense(source, kind, stored=partial(_read_cell_map, table, column, called), map_name=called)
+    return _dense(source, kind, partial(_read_cell_map, table, column, called), called)
 
 
 def _name_of_row(source: str, column: str, ids: Sequence[str], index: int) -> str:
     return f"{row_name(source, ids, index)}, column {column}"
 
 
-def _read_cell_map(table: Any, column: str, called: Callable[[int], str], index: int) -> Array:
+def _read_cell_map(table: "datasets.Dataset", column: str, called: Callable[[int], str], index: int) -> Array:
     cell = table[index][column]
     if isinstance(cell, list):
         return np.asarray(cell)
@@ -422,13 +433,13 @@ def _decode_map(data: bytes, name: str) -> Array:
         except (ValueError, EOFError, OSError) as error:
             raise BadImageError(name, f"{error}", "corrupt") from error
     else:
-        picture = open_map(data, name=name, limits=ImageLimits(min_side=1))
-        values = np.asarray(picture)
-        if picture.mode == "RGB" and (values == values[..., :1]).all():
+        image = open_map(data, name=name, limits=ImageLimits(min_side=1))
+        values = np.asarray(image)
+        if image.mode == "RGB" and (values == values[..., :1]).all():
             values = values[..., 0]  # a gray image that was saved with three equal channels
-        elif picture.mode not in ("1", "L", "P", "I", "F") and not picture.mode.startswith("I;16"):
+        elif image.mode not in ("1", "L", "P", "I", "F") and not image.mode.startswith("I;16"):
             reason = (
-                f"it has the color mode {picture.mode}, expected a single channel. If colors encode classes, convert "
+                f"it has the color mode {image.mode}, expected a single channel. If colors encode classes, convert "
                 "them to class ids first"
             )
             raise BadImageError(name, reason, "value range")
@@ -473,7 +484,8 @@ def _mask_format(
         ignored = set(ignore_values if ignore_values is not None else (IGNORE,)) | ({0} if reduce_labels else set())
         found: set[int] = set()
         for index in range(len(source)):
-            found.update(np.unique(_whole_numbers(source.stored(index))).tolist())
+            with suppress(BadImageError):  # `check_targets` lists them all
+                found.update(np.unique(_whole_numbers(source.stored(index))).tolist())
             if len(found) > IGNORE + 1:
                 raise DenseDataError(
                     f"'{source.name}': the masks hold more than {IGNORE} different values up to "
@@ -541,13 +553,12 @@ class TargetReport:
         )
 
 
-def check_targets(source: DenseSource, *, several_classes: bool = True, named_rows: int = 5) -> TargetReport:
+def check_targets(source: DenseSource, *, several_classes: bool = True) -> TargetReport:
     """Read every map and compare it with its image and format.
 
     Args:
         source: Images with maps.
         several_classes: Whether to reject masks of a single class, from which nothing can be learned.
-        named_rows: Number of rows that the error names for each kind of problem.
 
     Raises:
         DenseDataError: A map cannot be read, has a different size than its image, holds values that are not classes,
@@ -593,7 +604,7 @@ def check_targets(source: DenseSource, *, several_classes: bool = True, named_ro
         medians.append(float(np.median(known)))
         extremes.append((float(known.min()), float(known.max())))
     if faults:
-        raise DenseDataError(_describe(faults, source, named_rows))
+        raise DenseDataError(_describe(faults, source))
     names = source.class_names
     if several_classes and names and (pixels > 0).sum() < 2:
         only = names[int(pixels.argmax())]
@@ -643,13 +654,11 @@ _ADVICE = {
 }
 
 
-def _describe(faults: Mapping[str, Sequence[str]], source: DenseSource, named_rows: int) -> str:
+def _describe(faults: Mapping[str, Sequence[str]], source: DenseSource) -> str:
     what = "masks" if source.kind == "masks" else "depth maps"
     lines = []
     for fault, rows in faults.items():
-        shown = "; ".join(rows[:named_rows]) + (
-            f" and {len(rows) - named_rows} more" if len(rows) > named_rows else ""
-        )
+        shown = "; ".join(rows[:_NAMED_ROWS]) + (f" and {len(rows) - _NAMED_ROWS} more" if rows[_NAMED_ROWS:] else "")
         advice = _ADVICE.get(fault, "Set depth_scale (meters per stored unit) or max_depth, or remove these rows.")
         lines.append(f"{len(rows)} of {len(source)} {what} {fault}: {shown}. {advice}")
     if isinstance(source.format, MaskFormat) and "hold values that are not classes" in faults:

@@ -9,6 +9,7 @@ Fine-tuning, evaluation, `data-check` and the monitors of pretraining open their
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,7 +103,7 @@ def open_parts(
         DenseDataError: Masks or depth maps cannot be used, or only the held-out ones have some class.
         ValueError: No source is given, or there are too few images to hold out any.
     """
-    load = partial(_load, kind=kind, options=options or {}, ignore_extra_classes=ignore_extra_classes)
+    load = partial(_load, kind=kind, options=options or {})
     if data is None and train is None:
         raise ValueError("There are no images to train on. Give data with a training split, or train.")
     trained = load(data, "train") if train is None else load(train, None if data is None else "train", or_all=True)
@@ -148,24 +149,19 @@ def open_parts(
     return Parts(trained, held, is_from_train, (*report, *notes), targets)
 
 
-def open_streams(
+def heldout_streams(
     data: Sequence[str | Path], *, image_column: str | None = None, label_column: str | None = None
-) -> tuple[list[ImageStream], list[ImageStream]]:
-    """Open the training streams of all sources, and the validation streams of those that have one.
+) -> list[ImageStream]:
+    """Open the validation streams of the sources that have one.
 
     Raises:
         FileNotFoundError: A source does not exist.
-        MissingSplitError: A source has no training split.
     """
-    columns: Any = {"image_column": image_column, "label_column": label_column}
-    train = [stream_images(one, **columns) for one in data]
-    heldout = []
+    found = []
     for one in data:
-        try:
-            heldout.append(stream_images(one, split="validation", **columns))
-        except MissingSplitError:
-            continue
-    return train, heldout
+        with suppress(MissingSplitError):
+            found.append(stream_images(one, split="validation", image_column=image_column, label_column=label_column))
+    return found
 
 
 def _load(
@@ -174,7 +170,6 @@ def _load(
     *,
     kind: str,
     options: Mapping[str, Any],
-    ignore_extra_classes: bool,
     like: Any = None,
     or_all: bool = False,
 ) -> ImageSource:
@@ -185,8 +180,7 @@ def _load(
         return data
     if kind == "masks" and like is not None:
         options = {**options, "mask_format": like.format}
-    elif kind in ("classes", "images"):
-        options = {**options, "ignore_extra_classes": ignore_extra_classes}
+
     try:
         return _LOADERS[kind](data, split=split, **options)
     except MissingSplitError:

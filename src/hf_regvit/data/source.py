@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from PIL import Image
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 Split = Literal["train", "validation"]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class ImageRecord:
     id: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ImageSource:
     """Images by index, decoded on access. `labels` and `label_names` are None if the source has no classes.
 
@@ -69,6 +70,10 @@ class ImageSource:
     parts: tuple[int, ...] = ()
     problems: tuple[BadImageError, ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        classes = "" if self.labels is None else f", {len(self.label_names or set(self.labels))} classes"
+        return f"<{type(self).__name__} '{self.name}': {len(self)} images{classes}>"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -119,12 +124,12 @@ def join_sources(sources: Sequence[ImageSource]) -> ImageSource:
     )
 
 
-def _read_joined(reads: Sequence[Callable[[int], Any]], starts: list[int], index: int) -> Any:
+def _read_joined(reads: Sequence[Callable[[int], _T]], starts: list[int], index: int) -> _T:
     part = bisect_right(starts, index) - 1
     return reads[part](index - starts[part])
 
 
-def read_at(read: Callable[[int], Any], indices: list[int], index: int) -> Any:
+def read_at(read: Callable[[int], _T], indices: list[int], index: int) -> _T:
     """Read the item of a subset: `index` counts in the subset, `indices` has the places in the whole."""
     return read(indices[index])
 

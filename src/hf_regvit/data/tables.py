@@ -1,6 +1,7 @@
 """Images in tables: parquet files, data sets of the Hub, streams."""
 
 import glob
+import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,49 +17,50 @@ if TYPE_CHECKING:
     import datasets
 
 
-def parquet_source(found: Found, reading: Reading) -> ImageSource:
-    """Open parquet files as one source."""
+def parquet_table(found: Found, *, streaming: bool = False) -> Any:
+    """Open parquet files as one table of `datasets`.
+
+    Raises:
+        ValueError: A file cannot be read, or `datasets` cannot read its path.
+    """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
-    name = str(found.root)
+    if chained := next((file for file in found.files if "::" in str(file)), None):
+        raise ValueError(
+            f"'{chained}' has '::' in its path, which `datasets` reads as a chain of URLs. Rename the file or folder."
+        )
     try:
         # `datasets` memory-maps an Arrow copy in its cache folder, so files may be larger than memory. It takes names
         # for patterns.
         files = [glob.escape(str(file)) for file in found.files]
-        table = load_dataset("parquet", data_files=files, split="train")
+        return load_dataset("parquet", data_files=files, split="train", streaming=streaming)
     except (DatasetGenerationError, ValueError) as error:
         pointer = next((hint for file in found.files if (hint := lfs_pointer(file))), None)
         listing = ", ".join(file.name for file in found.files[:8])
         reason = pointer or error.__cause__ or error
-        raise ValueError(f"'{name}' cannot be read as parquet ({listing}): {reason}") from error
-    return replace(table_images(table, name, reading), problems=found.problems, notes=found.notes)
+        raise ValueError(f"'{found.root}' cannot be read as parquet ({listing}): {reason}") from error
 
 
-def hub_source(data: str, split: Split | None, reading: Reading) -> ImageSource:
-    """Open a data set of the Hub."""
-    try:
-        tables = hub_tables(data)
-    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
-        raise FileNotFoundError(
-            f"{does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
-        ) from error
-    except RuntimeError as error:  # data sets with a loading script, which is never run
-        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
-    return table_images(hub_split(tables, data, split), data, reading)
-
-
-def hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
-    """Load all splits of `name` or `name:config`.
+def hub_table(data: str, split: Split | None, *, streaming: bool = False) -> Any:
+    """Open one split of a Hub data set, `name` or `name:config`; None opens all of them.
 
     Raises:
+        FileNotFoundError: There is no such data set, or the Hub cannot be reached.
+        MissingSplitError: There is no such split; the message lists the existing ones.
         ValueError: The configuration is missing or unknown; the message lists the known ones.
     """
     from datasets import get_dataset_config_names, load_dataset
 
     name, _, config = data.partition(":")
     try:
-        return load_dataset(name, config or None, **options)
+        return _hub_split(load_dataset(name, config or None, streaming=streaming), data, split)
+    except (FileNotFoundError, ConnectionError) as error:  # DatasetNotFoundError is a FileNotFoundError
+        raise FileNotFoundError(
+            f"{does_not_exist(data)} It could not be loaded as a Hub data set either: {error}"
+        ) from error
+    except (RuntimeError, tarfile.TarError) as error:  # such as a loading script, which is never run
+        raise ValueError(f"The Hub data set '{data}' cannot be used: {error}") from error
     except ValueError as error:
         if not str(error).startswith(("Config name is missing", "BuilderConfig")):
             raise
@@ -67,12 +69,8 @@ def hub_tables(data: str, **options: Any) -> Mapping[str, Any]:
         raise ValueError(f"The Hub data set '{name}' {problem}. Choose one of {known}.") from error
 
 
-def hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
-    """Select one split of a Hub data set by name, with the same names as for folders; None selects all of them.
-
-    Raises:
-        MissingSplitError: There is no such split; the message lists the existing ones.
-    """
+def _hub_split(tables: Mapping[str, Any], data: str, split: Split | None) -> Any:
+    """Select one split by the same names as for folders."""
     from datasets import concatenate_datasets
 
     parts = without_lonely_test([split_named(name) for name in tables])
@@ -245,6 +243,12 @@ def _stream_shard(
         id = f"{name}#shard{shard}/row{number}"
         if "__key__" in row:  # a tar file of the Hub: the member's name does not change when shards are added
             id = f"{Path(row['__url__']).name}#{row['__key__']}.{column}"
+            if not number and row[column] is None:
+                raise ValueError(
+                    f"'{id}' does not exist: `datasets` takes the columns of a Hub data set of tar files from its "
+                    f"first shard, which holds '{column}' images, unlike this one. Download the shards and stream "
+                    "the folder; then columns are found in each shard."
+                )
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
         try:

@@ -11,7 +11,6 @@ Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
 
 import base64
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.metrics import effective_rank, register_cosine
-from ..models.configuration_regvit import __version__
 from ..models.loading import open_model, weights_fingerprint
+from ..models.results import Stopwatch, library_versions
 from ..models.tokens import Layers, TokenReader
 from .controls import register_controls
 from .outliers import (
@@ -43,7 +42,7 @@ from .outliers import (
     reported_layer,
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
-from .report import ArtifactReport, Stopwatch
+from .report import ArtifactReport
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ def _report(
         skipped=[asdict(image) for image in readings.skipped],
         warnings=_warnings(readings),
         settings=settings | {"detail_images": len(readings.kept)},
-        versions=_versions(),
+        versions=library_versions(),
         seconds=watch.seconds,
     )
 
@@ -307,7 +306,7 @@ def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
         index = readings.kept[place]
         registers: Any = []
-        if readings.register_norms:
+        if readings.register_norms and case.reader.reads_attention:
             reading = case.reader.read(readings.pixels[place : place + 1], site="attention")
             rows = reading.registers()[0].float().mean(dim=0)[:, reading.num_prefix_tokens :]  # (R, N)
             registers = rows.cpu().numpy()
@@ -369,13 +368,6 @@ def _warnings(readings: Readings) -> list[str]:
     return found
 
 
-def _versions() -> dict[str, str]:
-    import transformers
-
-    libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
-
-
 def _controls(case: _Case, source: object) -> dict[str, Any] | None:
     readings = case.readings
     if not readings.register_norms:
@@ -422,7 +414,7 @@ def artifact_snapshot(model: TokenReader | nn.Module, pixel_values: Tensor) -> d
         "register_norm": residual.registers(layer).flatten().quantile(0.5).item() if count else None,
         "register_cosine": register_cosine(final[:, prefix - count : prefix]).mean().item() if count > 1 else None,
     }
-    if residual.has_cls:
+    if "attention" in reading:
         row = reading["attention"].values[0]
         statistics = attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=count)
         values["attention_entropy"] = statistics["entropy_share"].mean().item()

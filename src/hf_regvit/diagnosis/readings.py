@@ -51,7 +51,7 @@ def normalized(reader: TokenReader, tokens: Tensor) -> Tensor:
 def read_norms(
     reader: TokenReader, pixel_values: Tensor, layers: Layers, *, num_last: int = 0
 ) -> tuple[dict[Site, TokenReading], Tensor]:
-    """Read token norms (B, T), patch embeddings and, with CLS, its attention (B, heads, T) in one forward pass.
+    """Read token norms (B, T), patch embeddings and the attention (B, heads, T) of CLS, if any, in one forward pass.
 
     Returns:
         The readings, and the tokens of the last block after the final norm for the first `num_last` images, (b, T, D).
@@ -64,7 +64,7 @@ def read_norms(
         return token_norms(tokens, layer)
 
     sites: dict[Site, Layers] = {"residual": layers, "patch_embedding": (0,)}
-    sites |= {"attention": (-1,)} if reader.description.has_cls else {}
+    sites |= {"attention": (-1,)} if reader.description.has_cls and reader.reads_attention else {}
     reduce: dict[Site, Reduction] = {"residual": norms, "attention": lambda rows, _: rows[:, :, 0].float().cpu()}
     read = reader.read_many(pixel_values, sites, reduce=reduce)
     return read, normalized(reader, last[0]) if last else torch.empty(0)
@@ -159,7 +159,7 @@ def _read_batch(
                 f"Image '{worst}' has NaN or infinite tokens at block {layer}. Check the weights and the pixels."
             )
     values = {"neighbors": neighbor_similarity(embedding.values[0].cpu(), residual.grid)}
-    if residual.has_cls:
+    if "attention" in reading:
         row, prefix = reading["attention"].values[0], residual.num_prefix_tokens  # (B, heads, T)
         values["attention"] = row.mean(dim=1)[:, prefix:]
         values |= attention_statistics(row, num_prefix_tokens=prefix, num_register_tokens=residual.num_register_tokens)

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.source import ImageSource
+from ..models.results import as_tuples
 from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
 from .intervals import bootstrap_interval
@@ -138,17 +139,10 @@ class LostEvaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "LostEvaluation":
         """Create an evaluation from the result of `dataclasses.asdict`, also after a round trip through JSON."""
-        scores = {}
-        for name, score in content["scores"].items():
-            ahead, (low, high) = score["ahead"]
-            scores[name] = CorLocScore(
-                **score
-                | {
-                    "interval": tuple(score["interval"]),
-                    "ahead": (ahead, (low, high)),
-                    "overlaps": tuple(score["overlaps"]),
-                }
-            )
+        scores = {
+            name: CorLocScore(**{key: as_tuples(value) for key, value in score.items()})
+            for name, score in content["scores"].items()
+        }
         settings = LostSettings(**content["settings"])
         return cls(**content | {"settings": settings, "scores": scores, "ids": tuple(content["ids"])})
 
@@ -202,7 +196,7 @@ def evaluate_lost(
     """
     started, description = time.perf_counter(), reader.description
     heads: list[Method] = []
-    if description.has_cls:
+    if description.has_cls and reader.reads_attention:
         heads = [AttentionSettings("mean"), *(AttentionSettings(head) for head in range(description.num_heads))]
     images, truth, without = images_with_boxes(images, truth)
     choice = Choice((settings[0], *heads[:1], LostSettings()), _HALF_THE_AREA, ())

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from ..diagnosis.report import ArtifactReport
     from ..evaluation.lost import LostResult
-    from ..models.tokens import TokenReader
+    from ..models.tokens import Layers, Site, TokenReader
 
 # Perceptually uniform, and readable in gray and for color-blind readers.
 _ATTENTION_COLORS = "magma"
@@ -79,20 +79,24 @@ def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values:
     """Run a model once and arrange its tokens on the grid; the model is not modified.
 
     Args:
-        model: Name, module or reader; see `open_model`. Without CLS, the attention rows start with the registers.
+        model: Name, module or reader; see `open_model`. Without CLS, the attention rows start with the registers. If
+            its attention cannot be read, there are no rows.
         pixel_values: (B, 3, H, W) normalized pixels; sides are multiples of the patch size, with any aspect ratio.
 
     Returns:
         Maps of each image, on the CPU.
     """
     reader = open_model(model)
-    readings = reader.read_many(pixel_values, {"residual": (-1,), "attention": (-1,)})
-    residual, attention = readings["residual"], readings["attention"]
+    sites: dict[Site, Layers] = {"residual": (-1,)}
+    if reader.reads_attention:
+        sites["attention"] = (-1,)
+    readings = reader.read_many(pixel_values, sites)
+    residual, attention = readings["residual"], readings.get("attention")
     with torch.no_grad():
         final = reader.final_norm(residual.at())  # (B, T, D)
     first = residual.num_prefix_tokens
-    rows = [attention.registers()]  # (B, heads, R, T)
-    if (cls_row := attention.cls()) is not None:
+    rows = [final.new_zeros(len(final), 1, 0, final.shape[1])] if attention is None else [attention.registers()]
+    if attention is not None and (cls_row := attention.cls()) is not None:
         rows.insert(0, cls_row[:, :, None])
     maps = torch.cat(rows, dim=2).float().mean(1)[..., first:]  # (B, 1 + R, N)
     norms = residual.patches().float().norm(dim=-1)  # (B, N)
@@ -202,8 +206,10 @@ def before_after_figure(
             low, high = maps.norms.min().item(), maps.norms.max().item()
             title = f"norm {name}: {low:.0f} to {high:.0f}"
             _draw_map(panels[1 + column], image, maps.norms, title, cmap=_NORM_COLORS)
-            _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
-            panels[3 + column].set_title(f"attention of CLS {name}", fontsize=8, color=INK)
+            token = "CLS" if len(maps.attention) > len(maps.registers) else "register 1"
+            if len(maps.attention):
+                _draw_attention(panels[3 + column : 4 + column], image, maps.attention[:1])
+            panels[3 + column].set_title(f"attention of {token} {name}", fontsize=8, color=INK)
             panels[3 + column].set_xlabel("")  # the title of the next row takes its place
             _draw_colors(panels[5 + column], image, pca_colors(maps.patch_tokens), f"PCA {name}")
     return figure

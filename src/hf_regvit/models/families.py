@@ -11,8 +11,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 _TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+# Attentions whose weights are the softmax of scaled products of queries and keys, after the norms and the rotation of
+# the family. Others may have the same projections and another formula, such as the differential attention of timm.
+_SOFTMAX_ATTENTIONS = {
+    "timm": ("Attention", "AttentionRope", "EvaAttention"),
+    "hf_regvit": ("RegViTAttention",),
+    "transformers_modules": ("RegViTAttention",),  # the code that is saved beside the weights
+}
+
+
+def is_softmax_attention(attention: nn.Module) -> bool:
+    """Return True if the weights of this attention can be computed from its queries and keys."""
+    library, kind = type(attention).__module__.split(".")[0], type(attention).__name__
+    return library == "transformers" or kind in _SOFTMAX_ATTENTIONS.get(library, ())
 
 
 def _family_name(module: nn.Module) -> str | None:
@@ -20,8 +34,23 @@ def _family_name(module: nn.Module) -> str | None:
     for cls in type(module).__mro__:
         if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
             return _TIMM_CLASSES[cls.__name__]
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    # Its own attribute only: wrappers such as those of torch.compile and PEFT pass on the attributes of their model.
+    model_type = getattr(vars(module).get("config"), "model_type", None)
     return model_type if model_type in FAMILIES else None
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the module inside the wrappers of `torch.compile`, data parallelism and weight averaging."""
+    while isinstance(model, nn.Module):
+        if "_orig_mod" in model._modules:
+            model = model._orig_mod
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
+            model = model.module
+        elif "_fsdp_wrapped_module" in model._modules:
+            model = model._fsdp_wrapped_module
+        else:
+            break
+    return model
 
 
 def has_part(module: nn.Module, path: str) -> bool:

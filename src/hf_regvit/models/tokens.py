@@ -9,9 +9,10 @@ Shapes: B images, R registers, N patches in a grid of (rows, columns), T = prefi
 Token order is `[CLS | distillation | registers | patches]`; a model may lack some of them.
 """
 
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, get_args
@@ -20,7 +21,17 @@ import numpy as np
 import torch
 from torch import nn
 
-from .families import FAMILIES, Family, ModelDescription, describe_tower, final_norm, find_tower, has_part
+from .families import (
+    FAMILIES,
+    Family,
+    ModelDescription,
+    describe_tower,
+    final_norm,
+    find_tower,
+    has_part,
+    is_softmax_attention,
+    unwrapped,
+)
 from .processing import EvaluationTransform, known_processor, open_images
 
 Site = Literal["residual", "attention", "q", "k", "v", "mlp", "patch_embedding"]
@@ -148,7 +159,7 @@ class TokenReader:
     """
 
     def __init__(self, model: nn.Module, processor: Any = None) -> None:
-        self.model = _unwrapped(model)
+        self.model: nn.Module = unwrapped(model)
         self.tower, self.family_name = find_tower(self.model)
         self.family = FAMILIES[self.family_name]
         self.description = describe_tower(self.tower, self.family_name)
@@ -159,6 +170,16 @@ class TokenReader:
     def device(self) -> torch.device:
         """Device of the model."""
         return next(self.tower.parameters()).device
+
+    @cached_property
+    def reads_attention(self) -> bool:
+        """True if the attention weights of every block can be read."""
+        blocks = self.tower.get_submodule(self.family.blocks).children()
+        paths = [(unwrapped(block), self.family.attention) for block in blocks]
+        return all(
+            has_part(block, path) and is_softmax_attention(unwrapped(block.get_submodule(path)))
+            for block, path in paths
+        )
 
     @cached_property
     def processor(self) -> Any:
@@ -223,7 +244,10 @@ class TokenReader:
         pixel_values = _checked_pixels(tower, description, pixel_values)
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
-        with torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), collector.attached(tower):
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), _not_compiled()):
+                stack.enter_context(context)
+            stack.enter_context(collector.attached(tower))
             tower(pixel_values, **_forward_options(name, description, pixel_values))
         return collector.readings()
 
@@ -343,17 +367,6 @@ class TokenReader:
             f"TokenReader({d.name}: {d.family}, {d.num_layers} blocks, width {d.hidden_size}, {_kinds(d)}, patches of "
             f"{_by(d.patch_size)} pixels, {self.device})"
         )
-
-
-def _unwrapped(model: Any) -> nn.Module:
-    """Return the module inside the wrappers of `torch.compile` and data parallelism."""
-    while True:
-        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(model, nn.Module) and "_orig_mod" in model._modules:
-            model = model._orig_mod
-        else:
-            return model
 
 
 def _finite(reading: TokenReading) -> torch.Tensor:
@@ -491,6 +504,12 @@ def _evaluating(tower: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def _not_compiled() -> AbstractContextManager[None]:
+    """Run compiled modules without their graphs, which call no hooks."""
+    nothing_is_compiled = "torch._dynamo" not in sys.modules  # importing it takes a second
+    return nullcontext() if nothing_is_compiled else torch.compiler.set_stance("force_eager")
+
+
 @contextmanager
 def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
     """Set MAE's `mask_ratio` to 0 while reading; otherwise it drops three quarters of the patches."""
@@ -538,7 +557,7 @@ class _Collector:
                 stack.callback(register(see, with_kwargs=True).remove)
 
             hook(self._part(tower, family.patch_projection), self._see_patches)
-            blocks: Any = tower.get_submodule(family.blocks)
+            blocks = [unwrapped(block) for block in tower.get_submodule(family.blocks).children()]
             if 0 in self.wanted.get("residual", ()):
                 hook(blocks[0], self._see_embedding, before=True)
             for layer, block in enumerate(blocks, start=1):
@@ -548,12 +567,18 @@ class _Collector:
                     hook(self._part(block, *family.mlp_output), self._see_activations(layer), before=True)
                 sites = [site for site in _ATTENTION_SITES if layer in self.wanted.get(site, ())]
                 if sites:
-                    attention = self._part(block, family.attention)
+                    attention: Any = self._part(block, family.attention)
+                    if "attention" in sites and not is_softmax_attention(attention):
+                        raise ValueError(
+                            f"The attention weights of {type(attention).__name__} in this {self.description.family} "
+                            "model cannot be read, because its formula is not known. Read another site, such as "
+                            "'residual', 'q', 'k' or 'v'."
+                        )
                     if not has_part(attention, "qkv"):
                         for site, paths in zip("qkv", family.projections):
                             hook(self._part(attention, *paths), self._see_projection(site))
                     elif getattr(attention, "q_bias", None) is None:
-                        hook(attention.get_submodule("qkv"), self._see_projection("qkv"))
+                        hook(attention.qkv, self._see_projection("qkv"))
                     else:
                         hook(attention, self._see_input, before=True)
                     hook(attention, self._see_attention(layer, sites))
@@ -562,7 +587,7 @@ class _Collector:
     def _part(self, module: nn.Module, *paths: str) -> nn.Module:
         for path in paths:
             if has_part(module, path):
-                return module.get_submodule(path)
+                return unwrapped(module.get_submodule(path))
         raise ValueError(
             f"The module {type(module).__name__} of this {self.description.family} model has no "
             f"'{' or '.join(paths)}', so this site cannot be read. Read 'residual', or use the family's usual blocks."
@@ -603,7 +628,11 @@ class _Collector:
         They either do not call the layer or add the biases after it, so a hook on `qkv` would miss values.
         """
         bias = torch.cat([attention.q_bias, attention.k_bias, attention.v_bias])
-        self.projected.update(zip("qkv", nn.functional.linear(args[0], attention.qkv.weight, bias).chunk(3, dim=-1)))
+        if attention.qkv_bias_separate:
+            projected = attention.qkv(args[0]) + bias
+        else:
+            projected = nn.functional.linear(args[0], attention.qkv.weight, bias)
+        self.projected.update(zip("qkv", projected.chunk(3, dim=-1)))
 
     def _see_attention(self, layer: int, sites: list[Site]) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:

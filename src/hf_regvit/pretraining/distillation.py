@@ -231,14 +231,9 @@ class SelfDistillation(nn.Module):
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """Return a teacher backbone from which hooks can read tokens.
-
-        This is a copy if the teacher is compiled, because hooks inside compiled blocks are not called, or if it is
-        sharded. With a sharded teacher, all processes must call this method.
-        """
+        """Return the teacher backbone, or a whole copy if it is sharded; all processes must then call this method."""
         teacher = self.teacher_backbone
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
-        if not is_sharded and all(layer._compiled_call_impl is None for layer in teacher.layers):
+        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
             return teacher
         whole = RegViTModel(teacher.config).eval()
         whole.to(device=next(teacher.parameters()).device)

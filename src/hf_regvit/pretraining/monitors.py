@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from ..data.decoding import BadImageError
 from ..data.files import stratified_split
-from ..data.parts import open_parts, open_streams
+from ..data.parts import heldout_streams, open_parts
 from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
 from ..evaluation.metrics import effective_rank
-from ..models.modeling_regvit import RegViTModel
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
+from ..models.tokens import Reduction, TokenReader
 from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
 from .arguments import PretrainingArguments
@@ -49,13 +49,11 @@ _ARTIFACTS = {
 }  # fmt: skip
 
 
-@torch.no_grad()
-def feature_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
+def feature_statistics(cls: Tensor) -> dict[str, float]:
     """Measure the spread of the CLS tokens of different images.
 
     Args:
-        backbone: RegViT in eval mode.
-        pixel_values: Normalized pixels `(n, 3, H, W)`, n at least 2.
+        cls: CLS tokens after the final norm `(n, D)`, n at least 2.
 
     Returns:
         `feature_std`: standard deviation over the images of the L2-normalized CLS token, mean over its D channels,
@@ -65,17 +63,16 @@ def feature_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str,
     Source: Chen and He 2021 (SimSiam) for the standard deviation; Garrido et al. 2023 (RankMe) for the rank of
     features as a measure.
     """
-    cls = torch.cat([backbone(pixels).pooler_output for pixels in pixel_values.split(BATCH)])
     unit = F.normalize(cls.double(), dim=-1)  # (n, D)
     std = unit.std(dim=0, correction=0).mean() * unit.shape[1] ** 0.5
     return {"feature_std": std.item(), "effective_rank": effective_rank(unit[None]).item()}
 
 
-def artifact_statistics(backbone: RegViTModel, pixel_values: Tensor) -> dict[str, float]:
+def artifact_statistics(backbone: TokenReader | nn.Module, pixel_values: Tensor) -> dict[str, float]:
     """Return `artifact_snapshot` under the names of the log: registers, CLS attention and patch outliers.
 
     Args:
-        backbone: RegViT.
+        backbone: RegViT or its reader.
         pixel_values: Normalized pixels `(n, 3, H, W)`.
 
     Returns:
@@ -127,11 +124,11 @@ class Monitor(Observer):
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
         """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
-        backbone = model.whole_teacher_backbone()
-        pixels = self.pixel_values.to(next(backbone.parameters()).device)
+        reader = TokenReader(model.whole_teacher_backbone())
+        tokens = [reader.read(pixels, reduce=_cls_and_patches(reader)) for pixels in self.pixel_values.split(BATCH)]
         return {
-            **feature_statistics(backbone, pixels),
-            **artifact_statistics(backbone, pixels),
+            **feature_statistics(torch.cat([each.at()[:, 0] for each in tokens])),
+            **artifact_statistics(reader, self.pixel_values),
             **network_statistics(model),
         }
 
@@ -274,7 +271,8 @@ def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
-    _, heldout = open_streams(args.data, image_column=args.image_column, label_column=args.label_column)
+    heldout = heldout_streams(args.data, image_column=args.image_column, label_column=args.label_column)
+
     names = {stream.label_names for stream in (*dataset.streams, *heldout)}
     if len(names) > 1 or (None in names and len(dataset.streams) > 1):
         logger.info("k-NN accuracy is disabled: the streams have different class names, so class ids are ambiguous.")
@@ -290,7 +288,17 @@ def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts
     return [train[index] for index in first], [train[index] for index in second], False
 
 
-@torch.no_grad()
+def _cls_and_patches(reader: TokenReader) -> Reduction:
+    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D)."""
+    prefix = reader.description.num_prefix_tokens
+
+    def reduce(tokens: Tensor, layer: int) -> Tensor:
+        normed = reader.final_norm(tokens)  # (B, T, D)
+        return torch.stack([normed[:, 0], normed[:, prefix:].mean(dim=1)], dim=1)
+
+    return reduce
+
+
 def backbone_features(
     backbone: nn.Module, images: Sequence[Any], *, image_processor: Any, batch_size: int = 256
 ) -> Tensor:
@@ -300,7 +308,7 @@ def backbone_features(
     token contains color and texture that CLS lacks.
 
     Args:
-        backbone: RegViT in eval mode; the mode is not changed here.
+        backbone: RegViT.
         images: Sequence of n PIL images.
         image_processor: Processor that makes `pixel_values` from a list of images.
         batch_size: Number of images per forward pass.
@@ -308,13 +316,11 @@ def backbone_features(
     Returns:
         Features `(n, 2 * D)`, float32 on the CPU.
     """
-    device = next(backbone.parameters()).device
-    rows = []
+    reader, rows = TokenReader(backbone), []
     for start in range(0, len(images), batch_size):
         batch = [images[index] for index in range(start, min(start + batch_size, len(images)))]
         pixels = image_processor(images=batch, return_tensors="pt")["pixel_values"]
-        outputs = backbone(pixels.to(device))
-        rows.append(torch.cat([outputs.pooler_output, outputs.patch_tokens.mean(dim=1)], dim=-1).float().cpu())
+        rows.append(reader.read(pixels, reduce=_cls_and_patches(reader)).at().flatten(1).float().cpu())
     return torch.cat(rows)
 
 
