@@ -735,7 +735,7 @@ def test_f63_resuming_with_other_labels_of_the_same_images_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_folder_of_a_run_says_what_it_is_in_words_and_pictures(tmp_path):
+def test_the_folder_of_a_run_says_what_it_is_in_words_and_images(tmp_path):
     run(tmp_path, learning_rate=1e-2, num_train_epochs=4)
     names = {path.name for path in tmp_path.iterdir()}
     assert names >= {
@@ -777,7 +777,7 @@ def test_curves_do_not_draw_the_best_checkpoint_at_the_last_step(tmp_path, monke
     assert axis.lines[0].get_xydata().tolist() == [[3, 0.2], [6, 0.9]]
 
 
-def test_names_with_commas_and_dollars_in_tables_and_pictures(tmp_path):
+def test_names_with_commas_and_dollars_in_tables_and_images(tmp_path):
     names = ("tench, Tinca tinca", "$_US", "$^$")
     task = ImageClassification(arguments(tmp_path), source(6, names=names), source(6, names=names))
     task.start_metrics()

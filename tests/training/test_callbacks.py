@@ -514,7 +514,7 @@ def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, tabl
     assert knn_of_stream(tmp_path, str(bare)) == []
 
 
-def test_one_picture_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
+def test_one_image_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
     """1,000 images of 12 megapixels take 36 GB."""
     data = images_folder(tmp_path / "data")
     read, alive = [], []

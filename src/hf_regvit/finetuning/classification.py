@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.source import ImageRecord, ImageSource
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
-from .data import IGNORED, MixingCollator, class_weights, open_data, processed, stack
+from .data import IGNORED, Item, MixingCollator, class_weights, open_data, processed, stack
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 def training_transform(
     args: FinetuningArguments, *, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Any:
+) -> nn.Module:
     """Build the transform of an image to (3, S, S) normalized pixels; torchvision draws from torch's generator.
 
     Source: the training scripts of DeiT (arXiv 2012.12877) and DeiT-III (arXiv 2204.07118): random resized crop and
@@ -41,7 +41,7 @@ def training_transform(
     """
     from torchvision.transforms import InterpolationMode, v2
 
-    steps: list[Any] = [
+    steps: list[nn.Module] = [
         v2.RandomResizedCrop(image_size, scale=tuple(args.crop_scale), interpolation=InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(args.flip_probability),
     ]
@@ -72,13 +72,13 @@ class ClassificationItem:
     def __init__(self, processor: Any, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
         self.processor, self.transform = processor, transform
 
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+    def __call__(self, record: ImageRecord, index: int) -> Item:
         """Return `pixel_values` (3, S, S) and `labels`."""
         if self.transform is None:
             return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
         return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
 
-    def blank(self) -> dict[str, Any]:
+    def blank(self) -> Item:
         """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
 
@@ -170,7 +170,7 @@ class ClassificationMetrics:
         self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else (1,))
         self._classes = ClassScores(num_classes=num_classes)
 
-    def update(self, logits: Any, labels: Any) -> None:
+    def update(self, logits: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> None:
         """Add one batch of (B, C) scores and (B,) class ids; images with label -100 are ignored."""
         scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
         use = truth != IGNORED
@@ -244,7 +244,7 @@ class ImageClassification(Task):
         """Return the preprocessing of a validation image, exactly as the saved processor does it."""
         return ClassificationItem(processor)
 
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+    def train_collator(self) -> Callable[[Sequence[Item]], dict[str, Tensor]]:
         """Return the collator, with mixup and CutMix if they are enabled."""
         args = self.args
         if not args.mixup_alpha and not args.cutmix_alpha:
@@ -252,13 +252,16 @@ class ImageClassification(Task):
         alphas = args.subset("mixup_alpha", "cutmix_alpha")
         return MixingCollator(len(self.names), probability=args.mixup_probability, seed=args.seed, **alphas)
 
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
         if training:
-            options: Any = {"smoothing": self.args.label_smoothing_factor, "weights": self.weights}
-            return classification_loss(outputs.logits, labels, kind=self.args.loss, **options), outputs
+            smoothing = self.args.label_smoothing_factor
+            loss = classification_loss(
+                outputs.logits, labels, kind=self.args.loss, smoothing=smoothing, weights=self.weights
+            )
+            return loss, outputs
         use = labels != IGNORED
         if not use.any():
             return outputs.logits.sum() * 0.0, outputs
@@ -285,7 +288,7 @@ class ImageClassification(Task):
         """Return the Wilson interval of the accuracy."""
         return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
         """Write the confusion matrix of the last evaluation as PNG and CSV; return the titles of the figures."""
         from ..figures.maps import save_figure
 

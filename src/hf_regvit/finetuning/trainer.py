@@ -60,7 +60,7 @@ class FinetuningTrainer(RunTrainer):
             train_dataset=train,
             train_collator=task.train_collator(),
             sampler=EpochSampler(
-                len(cast(Any, train)),
+                len(task.train),
                 seed=args.seed,
                 images_per_step=args.images_per_step,
                 repeats=args.repeated_augmentation,

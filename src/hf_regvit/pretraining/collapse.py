@@ -184,7 +184,7 @@ class CollapseAlarms(TrainerCallback):
         self.raised: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Read the length of the warm-up and, in a resumed run, the earlier alarms."""
         if self.first_step is None:
             self.first_step = args.schedules(state.max_steps).warmup_steps
@@ -192,7 +192,9 @@ class CollapseAlarms(TrainerCallback):
             lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Check one log line; a line without the values of a rule does not affect its count."""
         for name, keys, rule, at_once in RULES:
             if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):

@@ -246,7 +246,7 @@ _Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 _Parts = tuple[list[_Labeled], list[_Labeled], bool]
 
 
-def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
+def _source_parts(args: PretrainingArguments, dataset: Any, cropped: _Crop) -> _Parts | None:
     source: Any = getattr(dataset, "source", None)
     if not getattr(source, "labels", None):
         return None
@@ -267,7 +267,7 @@ def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
     )
 
 
-def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
+def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
@@ -373,7 +373,7 @@ class OnlineKNN(Observer):
         return measured
 
 
-def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
+def _knn(args: PretrainingArguments, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
 
     def cropped(records: Iterable[ImageRecord]) -> list[_Labeled]:

@@ -64,7 +64,7 @@ class FiniteGuard(TrainerCallback):
         """Record the gradient norms of the step by submodule, before clipping."""
         self._norms = {name: norm.detach() for name, norm in norms.items()}
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Store the random state at the start of the step."""
         self._batches, self._norms = [], {}
         self._random_state = {"cpu": torch.get_rng_state()}

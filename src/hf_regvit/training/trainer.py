@@ -34,7 +34,7 @@ class StepSeeds(TrainerCallback):
     So they differ between processes, do not depend on draws of observers, and are resumable without stored state.
     """
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Seed torch's generators of this process."""
         entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
         seed = int(entropy.generate_state(1, np.uint64)[0])
