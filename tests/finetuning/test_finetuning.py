@@ -38,10 +38,16 @@ from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_
 from tiny_run import same_state
 
 
+# Drawing takes ten times as long as a run of two blocks.
+TESTS_OF_FIGURES = {
+    "test_the_folder_of_a_run_says_what_it_is_in_words_and_images",
+    "test_names_with_commas_and_dollars_in_tables_and_images",
+}
+
+
 @pytest.fixture(autouse=True)
-def without_pictures(monkeypatch, request):
-    """Drawing takes ten times as long as a run of two blocks; one test checks the figures."""
-    if "pictures" not in request.node.name:
+def without_figures(monkeypatch, request):
+    if request.node.name not in TESTS_OF_FIGURES:
         monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
         monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 

@@ -231,11 +231,12 @@ def test_monitor_logs_everything_and_changes_nothing(tmp_path):
 def test_monitors_read_a_compiled_teacher(tmp_path):
     network, pixels = tiny_network(), pixels_of(3)
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
-    knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": (1,)}
+    labeled = list(zip(shown, range(3), strict=True))
+    knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": 1}
     readings = (
         Monitor(pixels),
         Panels(shown, pixels, folder=tmp_path),
-        OnlineKNN(shown, [0, 1, 2], shown, [0, 1, 2], **knn),
+        OnlineKNN(labeled, labeled, **knn),
     )
     expected = [reading.measure(network, 1) for reading in readings]
     panel = (tmp_path / "step_000001.png").read_bytes()
