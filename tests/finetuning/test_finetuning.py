@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,6 @@ from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
 from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
 from tiny_run import same_state
-
 
 # Drawing takes ten times as long as a run of two blocks.
 TESTS_OF_FIGURES = {
@@ -472,6 +472,8 @@ def test_bad_images_of_an_earlier_run_are_not_those_of_this_one(tmp_path, caplog
     run(tmp_path, train=source(24, broken=[3]), max_bad_share=0.5, num_train_epochs=1)
     assert "1 images could not be used" in caplog.text
     caplog.clear()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     run(tmp_path, num_train_epochs=1)
     assert "could not be used" not in caplog.text
     assert not (tmp_path / "bad_images.jsonl").exists()

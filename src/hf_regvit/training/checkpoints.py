@@ -186,6 +186,7 @@ class CheckpointedTrainer(PushingTrainer):
 
         Raises:
             CheckpointCorruptError: If the given folder fails verification.
+            FileExistsError: If a new run would mix its checkpoints with those of an earlier run.
             CheckpointIncompleteError: If there are only checkpoints without optimizer (`save_only_model`).
             ValueError: If `resume_from_checkpoint` is True and there is no checkpoint.
             TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint is saved.
@@ -203,7 +204,7 @@ class CheckpointedTrainer(PushingTrainer):
                 error.add_note(
                     f"Process {self.args.process_index} of {self.args.world_size} failed at step "
                     f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
-                    "with resume_from_checkpoint=last."
+                    "with --resume_from_checkpoint last."
                 )
             raise
         finally:
@@ -211,7 +212,7 @@ class CheckpointedTrainer(PushingTrainer):
         if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
             message = (
                 f"The run was stopped by {self.signals.stopped_by} after step {self.state.global_step} of "
-                f"{self.state.max_steps}. Continue with resume_from_checkpoint=last."
+                f"{self.state.max_steps}. Continue with --resume_from_checkpoint last."
             )
             logger.warning("%s", message)
             raise TrainingInterrupted(message, code=self.signals.exit_code)
@@ -230,7 +231,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
-        answer: Path | CheckpointCorruptError | None = None
+        answer: Path | CheckpointCorruptError | FileExistsError | None = None
         run = self.args.folder
         if self.is_world_process_zero():
             shutil.rmtree(run / STAGING, ignore_errors=True)
@@ -245,13 +246,12 @@ class CheckpointedTrainer(PushingTrainer):
                 except CheckpointCorruptError as error:
                     answer = error
             elif (old := list_checkpoints(run)) and self.state.global_step == 0:
-                logger.warning(
-                    "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
-                    "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
-                    run, old[-1].name,
-                )  # fmt: skip
+                answer = FileExistsError(
+                    f"'{run}' holds {old[-1].name} of an earlier run. Continue that run with --resume_from_checkpoint "
+                    "last, or set another output_dir for a new one."
+                )
         answer = from_first(answer)
-        if isinstance(answer, CheckpointCorruptError):
+        if isinstance(answer, Exception):
             raise answer
         if answer is None and wanted is True:
             raise ValueError(
