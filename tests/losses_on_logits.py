@@ -15,7 +15,7 @@ def dino_loss(student_logits, teacher_probs, *, student_temperature=0.1):
         rows,
         torch.eye(rows.shape[1]).to(rows),
         teacher_probs.flatten(0, 1),
-        weights=torch.full((len(rows),), 1 / images),
+        weights=torch.full((len(rows),), 1 / images, dtype=torch.float64),
         temperature=student_temperature,
         target_rows=torch.arange(teachers * images).repeat(crops),
     )[0]

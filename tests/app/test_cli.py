@@ -154,10 +154,8 @@ def test_options_of_another_transformers_are_those_that_are_installed(monkeypatc
     table["commands"]["pretrain"] = [one for one in table["commands"]["pretrain"] if one["name"] != "optim"]
     (tmp_path / "options.json").write_text(json.dumps(table))
     monkeypatch.setattr(hf_regvit_cli, "OPTIONS", tmp_path / "options.json")
-    args = ["pretrain", "--optim", "adamw_torch", "--dry_run"]
-    assert cli.main(args) == (2 if table["transformers"] == transformers.__version__ else 0)
-    (tmp_path / "options.json").write_text(json.dumps(table | {"transformers": "5.0"}))
-    assert cli.main(args) == 0
+    assert "optim" not in hf_regvit_cli.parser_of("pretrain").names
+    assert cli.main(["pretrain", "--optim", "adamw_torch", "--dry_run"]) == 0
     assert "optim: adamw_torch" in capsys.readouterr().out
 
 

@@ -409,7 +409,8 @@ class SelfDistillation(nn.Module):
         # num_global times their mean, because a cross-entropy is linear in its target.
         rows = torch.arange(num_global * batch + batch, device=cls.device)
         rows = torch.cat([rows[: num_global * batch], rows[num_global * batch :].repeat(num_local)])
-        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=torch.float32)
+        precision = torch.promote_types(cls.dtype, torch.float32)
+        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=precision)
         weights[num_global * batch :] *= num_global
         if not self.dino_loss_weight:
             cls, rows, weights = cls[:0], rows[:0], weights[:0]
