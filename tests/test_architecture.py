@@ -209,7 +209,7 @@ def test_importing_the_package_loads_no_heavy_library():
         for node in tree_of(path).body:
             if isinstance(node, ast.ImportFrom) and node.level:
                 queue.append(path.parent.joinpath(*node.module.split(".")).with_suffix(".py"))
-    assert {path.stem for path in reached} == {"__init__", "registration", "saving", *REMOTE_CODE}
+    assert {path.stem for path in reached} == {"__init__", "registration", *REMOTE_CODE}
     for path in reached:
         names = imports_at_the_top(path)
         assert not {full.split(".")[0] for full in names} & heavy, path

@@ -26,7 +26,6 @@ from .modeling_regvit import (
     RegViTForSemanticSegmentation,
     RegViTModel,
 )
-from .saving import read_object
 
 if "regvit" in CONFIG_MAPPING_NAMES:  # exist_ok below would otherwise hide a model of that name in transformers
     raise ImportError("The installed transformers already has a model type 'regvit'. Upgrade hf_regvit.")
@@ -50,6 +49,8 @@ def _load_backbone(source: str | PathLike[str], *args: Any, **options: Any) -> A
 
     `AutoBackbone` of transformers rejects every local folder, because it asks the Hub whether the name exists.
     """
+    from .saving import read_object
+
     config = Path(source, "config.json")
     if config.is_file() and read_object(config).get("model_type") == "regvit":
         options.pop("use_timm_backbone", None)
