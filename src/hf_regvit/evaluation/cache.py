@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.decoding import BadImageError
@@ -28,7 +28,7 @@ from ..data.source import ImageSource
 from ..models.configuration_regvit import __version__
 from ..models.loading import model_fingerprint
 from ..models.processing import EvaluationTransform
-from ..models.saving import whole_file
+from ..models.saving import read_notes, write_tensors
 from ..models.tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -199,18 +199,18 @@ def _save(features: FrozenFeatures, path: Path) -> None:
         "skipped": [[image.id, image.reason] for image in features.skipped],
         "seconds": features.seconds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"vectors": features.vectors, "mean_patch": features.mean_patch}
-    with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"vectors": features.vectors, "mean_patch": features.mean_patch}, notes)
+    except OSError as error:  # the scores do not need the cache
+        logger.warning("The features are not cached and will be computed again next time. %s", error)
 
 
 def _load(path: Path) -> FrozenFeatures | None:
     """Load a file written by `_save`; warn and return None if it cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {})["hf_regvit"])
-            vectors, mean_patch = file.get_tensor("vectors"), file.get_tensor("mean_patch")
+        notes, tensors = read_notes(path), load_file(path)
+        vectors, mean_patch = tensors["vectors"], tensors["mean_patch"]
     except (SafetensorError, KeyError, OSError) as error:
         logger.warning("The cached features '%s' cannot be read (%s). Computing them again.", path, error)
         return None

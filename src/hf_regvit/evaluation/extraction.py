@@ -7,7 +7,6 @@ written atomically, and their content depends neither on the number of processes
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, html_table
-from ..models.saving import read_json, whole_file, write_json
+from ..models.saving import read_json, read_notes, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 
@@ -67,11 +66,8 @@ class TokenFeatures:
         tensors = {"registers": self.registers, "patches": self.patches}
         if self.cls is not None:
             tensors["cls"] = self.cls
-        skipped = [[image.id, image.reason] for image in self.skipped]
-        notes = {"grid": list(self.grid), "ids": list(self.ids), "skipped": skipped}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
+        skipped = [(image.id, image.reason) for image in self.skipped]
+        write_tensors(path, tensors, {"grid": self.grid, "ids": self.ids, "skipped": skipped})
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenFeatures":
@@ -101,8 +97,7 @@ class TokenFeatures:
 def _read_notes(path: Path) -> Record:
     """Read the metadata of a features file without reading the features."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["hf_regvit"])
+        return read_notes(path)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
@@ -385,8 +380,6 @@ def _write_index(folder: Path, num_shards: int, identity: Record, name: str) -> 
         raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
-    for path in folder.glob(".features-*.partial"):  # left by an interrupted run; all shards are finished
-        path.unlink(missing_ok=True)
     shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
     skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
     num_images = sum(len(shard["ids"]) for shard in shards)
