@@ -305,6 +305,10 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+        if "/" in str(getattr(self, "_attn_implementation", "")):
+            raise ConfigError(
+                f"attn_implementation={self._attn_implementation!r} would load code from the Hub. Use 'sdpa'."
+            )
         self._validate_sizes()
         self._validate_register_neurons()
         if missing := [name for name in self._out_features or () if name not in self.stage_names]:

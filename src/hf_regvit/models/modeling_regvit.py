@@ -11,6 +11,7 @@ helpers for this moved several times within 5.x and a Hub repository must run wi
 """
 
 import copy
+import json
 import math
 import os
 from collections.abc import Callable
@@ -654,6 +655,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         wants_info = kwargs.pop("output_loading_info", False)
         kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so it did not write a pickle
         try:
+            check_weight_files(pretrained_model_name_or_path)
             model, info = super().from_pretrained(
                 pretrained_model_name_or_path,
                 *model_args,
@@ -665,6 +667,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
             raise corrupt_weights(pretrained_model_name_or_path, error) from error
         if pretrained_model_name_or_path is not None:  # None: the caller passed a state dict and is responsible for it
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
+            check_finite(model.state_dict(), pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -751,6 +754,65 @@ def _backbone_keys(keys) -> list[str]:
     return sorted(
         key for key in keys if key.removeprefix("regvit.").startswith(("embeddings.", "layers.", "layernorm."))
     )
+
+
+def shard_of(folder: Path, name, suffix: str = ".safetensors") -> Path:
+    """Return the weights file that an index names; raise for anything but a plain name in the folder of the index."""
+    is_plain = isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\\0")
+    home = folder.resolve()
+    # The cache of the Hub holds links to the folder `blobs` two levels up.
+    if not is_plain or (folder / name).resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise CheckpointCorruptError(
+            f"An index in '{folder}' names {str(name)[:200]!r}. Expected the plain name of a {suffix} file in that "
+            "folder, not a link. Download the model again from a source that you trust."
+        )
+    return folder / name
+
+
+def check_weight_files(source) -> None:
+    """Check the weights of a folder before they are loaded: names in an index, and types of numbers.
+
+    A changed type in the header of a file would be read as other numbers: 0.98 becomes 1065017672.0.
+
+    Raises:
+        CheckpointCorruptError: An index is damaged or names another file than one beside it, or weights are integers.
+    """
+    folder = Path(source or "")
+    if not source or not folder.exists():
+        return
+    for index in sorted(folder.glob("*.index*.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointCorruptError(
+                f"'{index}' is not an index of weights ({type(error).__name__}: {error}). Download it again."
+            ) from error
+        for name in names:
+            shard_of(folder, name, ".bin" if index.name.startswith("pytorch_model.") else ".safetensors")
+    config = folder / "config.json"
+    if config.is_file() and b'"quantization_config"' in config.read_bytes():
+        return
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind = file.get_slice(key).get_dtype()
+                if kind.startswith(("I", "U", "BOOL")) and not key.endswith(_INTEGERS):
+                    raise CheckpointCorruptError(
+                        f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
+                    )
+
+
+_INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index")  # buffers of other families
+
+
+def check_finite(tensors: dict[str, torch.Tensor], source) -> None:
+    """Raise a `CheckpointCorruptError` if a weight is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta and not tensor.isfinite().all():
+            raise CheckpointCorruptError(
+                f"'{name}' in the weights of '{source}' holds NaN or infinity, so every output would be wrong. Use "
+                "another checkpoint."
+            )
 
 
 def corrupt_weights(source, error: SafetensorError) -> CheckpointCorruptError:

@@ -22,12 +22,12 @@ from transformers.trainer_utils import HubStrategy
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
+from ..models.manifest import MANIFEST, write_manifest
 from ..models.saving import read_json, write_json
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
 TRAINING_ARGS = "training_args.bin"  # a pickle that contains the Hub token, so it is never pushed
 PUSHING = ".pushing"  # prefix of the folders inside the run folder that hold the files being pushed
 
@@ -149,6 +149,7 @@ class PushingTrainer(Trainer):
         model.save_pretrained(folder)
         if (processor := self.hub_processor()) is not None:
             processor.save_pretrained(folder)
+        write_manifest(folder)  # without the card, which may be edited
         facts = {**self.hub_names(), **self.hub_facts(), **card}
         write_card_file(folder, parameters=model.num_parameters(), **facts)
         names = public_files(folder)
