@@ -72,13 +72,14 @@ def segmentation(models: dict[str, Any], data: str, ignore: list[int], args: arg
             settings=settings,
             seed=args.seed,
         )
-        rows[name] = result.counts.reshape(len(test), -1)
+        rows[name] = result.rows
         interval = bootstrap_interval(rows[name], seed=args.seed, statistic=STATISTICS["mean_iou"])
         results[name] = result.to_dict() | {"interval": interval, "reading_seconds": [p.seconds for p in parts]}
         read = sum(part.seconds for part in parts)
+        low, high = interval
         print(
-            f"  {name:14} mIoU {100 * result.mean_iou:.2f} % [{100 * interval[0]:.1f}, {100 * interval[1]:.1f}], "
-            f"pixels {100 * result.overall_accuracy:.2f} %, {result.seconds:.0f} s + {read:.0f} s reading"
+            f"  {name:14} mIoU {100 * result.scores['mean_iou']:.2f} % [{100 * low:.1f}, {100 * high:.1f}], "
+            f"pixels {100 * result.scores['overall_accuracy']:.2f} %, {result.seconds:.0f} s + {read:.0f} s reading"
         )
         print(f"  {result.protocol}")
     difference, interval = paired_difference(*rows.values(), seed=args.seed, statistic=STATISTICS["mean_iou"])
@@ -99,13 +100,14 @@ def depth(models: dict[str, Any], data: str, args: argparse.Namespace) -> dict[s
         options = {"layers": layers, "image_size": args.image_size}
         parts = [read_dense_features(reader, part, **options) for part in (train, test)]
         result = linear_depth(parts[0], train.targets, parts[1], test.targets, settings=settings, seed=args.seed)
-        rows[name] = result.errors[:, 0]
+        rows[name] = result.rows[:, 0]
         interval = bootstrap_interval(rows[name], seed=args.seed)
         results[name] = result.to_dict() | {"interval": interval, "reading_seconds": [p.seconds for p in parts]}
         read = sum(part.seconds for part in parts)
         print(
-            f"  {name:14} RMSE {result.rmse:.4f} m [{interval[0]:.3f}, {interval[1]:.3f}], abs-rel "
-            f"{result.abs_rel:.4f}, delta1 {result.delta1:.4f}, {result.seconds:.0f} s + {read:.0f} s reading"
+            f"  {name:14} RMSE {result.scores['rmse']:.4f} m [{interval[0]:.3f}, {interval[1]:.3f}], abs-rel "
+            f"{result.scores['abs_rel']:.4f}, delta1 {result.scores['delta1']:.4f}, "
+            f"{result.seconds:.0f} s + {read:.0f} s reading"
         )
         print(f"  {result.protocol}")
     difference, interval = paired_difference(*rows.values(), seed=args.seed)

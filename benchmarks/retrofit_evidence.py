@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hf_regvit import RegViTConfig
 from hf_regvit.data.loading import load_images
 from hf_regvit.data.preparation import prepare_images
 from hf_regvit.data.source import ImageSource
@@ -88,7 +89,7 @@ def variants(source: Any, made: Any, seed: int) -> dict[str, Any]:
 
 
 def one_value_for_all(
-    activations: torch.Tensor, neurons: list[int], num_register_tokens: int, token_mask: torch.Tensor | None
+    activations: torch.Tensor, neurons: list[int], config: RegViTConfig, token_mask: torch.Tensor | None
 ) -> torch.Tensor:
     """Set all selected neurons of a block to their largest activation, as in the published code."""
     if not neurons:
@@ -96,9 +97,9 @@ def one_value_for_all(
     chosen = activations[..., neurons]  # (B, T, S)
     flat = chosen.flatten(1)
     largest = flat.gather(1, flat.abs().argmax(dim=1, keepdim=True))[..., None]  # (B, 1, 1)
-    registers = largest.expand(-1, num_register_tokens, len(neurons))
-    patches = torch.zeros_like(chosen[:, 1 + num_register_tokens :])
-    moved = torch.cat([chosen[:, :1], registers, patches], dim=1)
+    registers = largest.expand(-1, config.num_register_tokens, len(neurons))
+    patches = torch.zeros_like(chosen[:, config.num_prefix_tokens :])
+    moved = torch.cat([chosen[:, : int(config.use_cls_token)], registers, patches], dim=1)
     return activations.index_copy(2, torch.tensor(neurons), moved)
 
 

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,6 +38,7 @@ class Command(NamedTuple):
 
 _TABLES = tomllib.loads((PACKAGE / "app" / "commands.toml").read_text(encoding="utf-8"))
 COMMANDS = {name: Command(**entries) for name, entries in _TABLES["commands"].items()}
+HELP = {name: " ".join(text.split()) for name, text in _TABLES["help"].items()}
 _DINOV2 = _TABLES["dinov2"]  # names of options there, and their names here
 
 _EVERY_COMMAND = {
@@ -257,6 +259,7 @@ class _Lines:
 
     def __init__(self, stream: Any) -> None:
         self.stream, self.in_bar, self.is_terminal = stream, False, stream.isatty()
+        self.state = ""  # of the last bar, without its times
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -265,7 +268,7 @@ class _Lines:
         if not self.is_terminal:
             if "\r" in text or "\x1b[A" in text:
                 lines = [line.rstrip() for line in re.split(r"[\r\n]|\x1b\[A", text)]
-                text = "".join(f"{line}\n" for line in lines if line)
+                text = "".join(f"{line}\n" for line in lines if line and self._is_new(line))
                 self.in_bar = True
             elif self.in_bar and text.strip("\n"):
                 self.in_bar = False
@@ -278,6 +281,10 @@ class _Lines:
             if "\n" in text or "\r" in text:
                 self.in_bar = "\r" in last and bool(last.rpartition("\r")[2].strip())
         return int(self.stream.write(text))
+
+    def _is_new(self, bar: str) -> bool:
+        before, self.state = self.state, re.sub(r"\d[\d:]*<[\d:?]+", "", bar)
+        return self.state != before
 
 
 def _check_output(folder: str) -> None:
@@ -359,6 +366,18 @@ def _advice(text: str, parser: OptionParser) -> str:
     return text
 
 
+class _Advising(logging.Formatter):
+    """Messages in which the names of options are spelled as on the command line."""
+
+    def __init__(self, advise: Callable[[str], str]) -> None:
+        super().__init__("%(message)s")
+        self.advise = advise
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the message of a record."""
+        return self.advise(super().format(record))
+
+
 def _report(error: Exception, advise: Callable[[str], str]) -> int:
     """Print an error in one line, followed by its notes, and return the exit status."""
     expected = ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError, ArithmeticError
@@ -375,6 +394,8 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
     try:
         parser, values = _values(name, args)
         advise = lambda text: _advice(text, parser)  # noqa: E731
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(_Advising(advise))
         if switches["dry_run"]:
             changed = {key: value for key, value in values.items() if value != parser.options[key]["default"]}
             _show(changed, as_json=switches["json"])
@@ -396,6 +417,8 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
         if outcome.text and not switches["json"]:
             print(outcome.text)
         _show(outcome.result if switches["json"] else outcome.lines, as_json=switches["json"])
+        if outcome.following and not switches["json"]:
+            print(f"next: regvit {shlex.join(outcome.following)}")
     return outcome.status
 
 
@@ -449,7 +472,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     sys.stderr = _Lines(stderr)  # type: ignore[assignment]
     if not stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")
-        os.environ.setdefault("TQDM_BAR_FORMAT", "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}]")
+        os.environ.setdefault("TQDM_BAR_FORMAT", "{desc} {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]")
     try:
         return _main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:

@@ -21,10 +21,14 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
 
-from .models.configuration_regvit import ConfigError, RegViTConfig, __version__
-from .models.modeling_regvit import (
+from .models.configuration_regvit import (
     CheckpointCorruptError,
     CheckpointError,
+    ConfigError,
+    RegViTConfig,
+    __version__,
+)
+from .models.modeling_regvit import (
     ImageTooSmallError,
     RegViTBackbone,
     RegViTForDepthEstimation,

@@ -493,3 +493,37 @@ def test_what_is_not_there_or_does_not_fit_is_told_in_our_words(args, words, tmp
     """Once, the message was the Hub's rule for repository names, or named an option that was not given."""
     assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
     assert words in capsys.readouterr().err
+
+
+def test_a_command_ends_with_the_command_that_comes_next(tmp_path, monkeypatch, capsys) -> None:
+    outcome = cli.Outcome({"a": 1}, lines={"a": 1}, following=("diagnose", "--model", "my runs/a"))
+    monkeypatch.setitem(cli.RUNS, "finetune", lambda arguments: outcome)
+    args = ["finetune", "--output_dir", str(tmp_path / "out")]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == "a: 1\nnext: regvit diagnose --model 'my runs/a'\n"
+    assert cli.main([*args, "--json"]) == 0
+    assert capsys.readouterr().out == '{"a": 1}\n'
+
+
+def test_log_lines_name_options_as_they_are_typed(tmp_path, monkeypatch, capsys) -> None:
+    def warn(arguments):
+        logging.getLogger("hf_regvit").warning("Increase max_bad_share, or see bad_images.jsonl.")
+        return cli.Outcome({})
+
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    handler = logging.StreamHandler(stream)
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setitem(cli.RUNS, "finetune", warn)
+    assert cli.main(["finetune", "--output_dir", str(tmp_path / "out")]) == 0
+    assert "Increase --max_bad_share, or see bad_images.jsonl.\n" in stream.getvalue()
+
+
+def test_a_bar_that_did_not_move_is_not_printed_again() -> None:
+    stream = io.StringIO()
+    lines = hf_regvit_cli._Lines(stream)
+    for bar in ("1/9 [00:01<00:08]", "1/9 [00:02<00:16]", "1/9 [00:02<00:16, loss=2]", "2/9 [00:03<00:11, loss=2]"):
+        lines.write(f"\r{bar}")
+    assert stream.getvalue().splitlines() == [
+        "1/9 [00:01<00:08]", "1/9 [00:02<00:16, loss=2]", "2/9 [00:03<00:11, loss=2]"
+    ]  # fmt: skip

@@ -216,8 +216,9 @@ def test_report_wrong_options(folder):
 def test_command_to_read_and_as_json(folder, capsys):
     assert main(["data-check", "--data", str(folder), "--batch_size", "4"]) == 0
     printed = capsys.readouterr()
-    assert "train: 10 images, 10 usable, 2 classes of 5 to 5 images: 5 a, 5 b" in printed.out
-    assert printed.out.endswith("verdict: A training run can use this data: 10 usable images.\n")
+    assert "train: 10 images, 10 usable, 2 classes of 5 images each: 5 a, 5 b" in printed.out
+    verdict = "verdict: A training run can use this data: 10 usable images."
+    assert printed.out.endswith(f"{verdict}\nnext: regvit pretrain --data {folder} --output_dir runs/a\n")
     assert "images: 100%" in printed.err
     assert main(["data-check", "--data", str(folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["splits"]["train"]["images"] == 10

@@ -11,10 +11,11 @@ from PIL import Image
 from hf_regvit import RegViTConfig, RegViTModel, diagnose
 from hf_regvit.diagnosis.comparison import ComparisonReport, compare_checkpoints
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
-from hf_regvit.diagnosis.report import ArtifactReport, html_table, markdown_table
+from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.diagnosis.retrofit import RetrofitReport, RetrofitResult, retrofit
 from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
+from hf_regvit.models.results import html_table, markdown_table
 
 SIDE, WIDTH, DEPTH = 64, 48, 4
 PLANTED = [1, 9]  # block and neuron

@@ -68,9 +68,9 @@ def noise(count: int, *, side: int = 32, seed: int = 1) -> torch.Tensor:
 # --- The forward pass ---
 
 
-def moved_in_loops(activations, neurons, num_register_tokens, token_mask):
+def moved_in_loops(activations, neurons, config, token_mask):
     """Slow twin of `move_to_registers`."""
-    result = activations.clone()
+    result, first = activations.clone(), int(config.use_cls_token)
     for image in range(len(activations)):
         for neuron in neurons:
             largest = 0.0
@@ -78,20 +78,22 @@ def moved_in_loops(activations, neurons, num_register_tokens, token_mask):
                 real = token_mask is None or bool(token_mask[image, token])
                 if real and abs(value) > abs(largest):
                     largest = value
-            for token in range(1, activations.shape[1]):
-                result[image, token, neuron] = largest if token <= num_register_tokens else 0.0
+            for token in range(first, activations.shape[1]):
+                result[image, token, neuron] = largest if token < first + config.num_register_tokens else 0.0
     return result
 
 
+@pytest.mark.parametrize("use_cls_token", [True, False])
 @pytest.mark.parametrize("num_register_tokens", [1, 3])
 @pytest.mark.parametrize("padded", [False, True])
-def test_activations_move_as_in_a_loop(num_register_tokens, padded):
+def test_activations_move_as_in_a_loop(num_register_tokens, padded, use_cls_token):
     activations = torch.randn(3, 9, 6, generator=torch.Generator().manual_seed(0))
     activations[0, 5, 2] = -9.0  # the sign stays
     activations[1, 8, 4] = 50.0  # in padding, if there is any
     mask = torch.ones(3, 9, dtype=torch.bool)
     mask[1, 7:] = False
-    arguments = ([2, 4, 0], num_register_tokens, mask if padded else None)
+    config = RegViTConfig(num_register_tokens=num_register_tokens, use_cls_token=use_cls_token)
+    arguments = ([2, 4, 0], config, mask if padded else None)
     before = activations.clone()
     torch.testing.assert_close(
         move_to_registers(activations, *arguments), moved_in_loops(activations, *arguments), atol=0, rtol=0
@@ -101,7 +103,7 @@ def test_activations_move_as_in_a_loop(num_register_tokens, padded):
 
 def test_without_neurons_nothing_is_computed():
     activations = torch.randn(1, 4, 6)
-    assert move_to_registers(activations, [], 2, None) is activations
+    assert move_to_registers(activations, [], RegViTConfig(), None) is activations
     assert all(layer.mlp.register_neurons == [] for layer in build().layers)
 
 
@@ -122,7 +124,7 @@ def test_the_model_does_it_in_the_named_blocks(fields):
             silent(residual[block])
         neurons = [neuron for where, neuron in NEURONS if where == block]
         assert bool(neurons) == (block < 3)
-        expected = moved_in_loops(seen[0], neurons, 2, None)
+        expected = moved_in_loops(seen[0], neurons, model.config, None)
         torch.testing.assert_close(reading.values[block], expected, atol=1e-5, rtol=1e-5)
 
 

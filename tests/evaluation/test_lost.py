@@ -1,4 +1,4 @@
-"""Tests of LOST, the attention box, IoU and CorLoc: slow twins, ties, degenerate and wrong input."""
+"""Tests of LOST, the attention box and IoU: slow twins, ties, degenerate and wrong input."""
 
 import itertools
 import math
@@ -11,12 +11,11 @@ from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from hf_regvit import RegViTConfig, RegViTModel
-from hf_regvit.evaluation.boxes import best_iou, box_iou, corloc
+from hf_regvit.evaluation.boxes import best_iou, box_iou
 from hf_regvit.evaluation.lost import (
     AttentionSettings,
     LostSettings,
     _padded,
-    affinity,
     attention_mask,
     cells_to_pixels,
     discover_objects,
@@ -112,10 +111,8 @@ def test_equals_the_slow_twin(center, l2norm, bias, k, tilt):
             continue  # within float32 rounding, the sign is not meaningful
         compared += 1
         expected = slow_lost(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
-        result = lost_box(features, (6, 8), k=k, center=center, l2norm=l2norm, bias=bias)
-        torch.testing.assert_close(
-            affinity(features, center=center, l2norm=l2norm, bias=bias).double(), gram, atol=2e-5, rtol=1e-5
-        )
+        result = lost_box(features, (6, 8), LostSettings(k=k, center=center, l2norm=l2norm, bias=bias))
+        torch.testing.assert_close(result.seed_similarity.flatten().double(), gram[result.seed], atol=2e-5, rtol=1e-5)
         assert result.degrees.flatten().tolist() == expected["degrees"]
         assert result.seed == expected["seed"]
         assert result.expansion.tolist() == expected["expansion"]
@@ -131,7 +128,7 @@ def test_equals_the_slow_twin(center, l2norm, bias, k, tilt):
 def test_finds_the_object_that_was_put_there():
     result = lost_box(scene(), (6, 8))
     assert result.cells == (2, 1, 4, 4)
-    assert result.box(16, (90, 60)) == (32.0, 16.0, 60.0, 64.0)  # clipped at the right edge of the image
+    assert result.box((16, 16), (90, 60)) == (32.0, 16.0, 60.0, 64.0)  # clipped at the right edge of the image
     assert result.box((10, 16), (90, 100)) == (32.0, 10.0, 64.0, 40.0)
     assert not result.degenerate
 
@@ -143,24 +140,23 @@ def test_many_settings_at_once_equal_one_by_one():
         for bias, k, l2norm, center in itertools.product((-0.4, 0.0), (3, 50), (True, False), ("row", "none", "image"))
     ]
     for one, result in zip(settings, lost_boxes(features, (6, 8), settings), strict=True):
-        single = lost_box(features, (6, 8), k=one.k, center=one.center, l2norm=one.l2norm, bias=one.bias)
+        single = lost_box(features, (6, 8), one)
         assert (result.seed, result.cells) == (single.seed, single.cells)
         assert torch.equal(result.scores, single.scores)
 
 
 def test_rows_of_the_affinity_are_handled_in_pieces(monkeypatch):
     features = scene(tilt=0.5)
-    whole = lost_box(features, (6, 8), center="row", bias=-0.1)
+    whole = lost_box(features, (6, 8), LostSettings(center="row", bias=-0.1))
     monkeypatch.setattr("hf_regvit.evaluation.lost._ROWS_AT_ONCE", 5)
-    pieces = lost_box(features, (6, 8), center="row", bias=-0.1)
+    pieces = lost_box(features, (6, 8), LostSettings(center="row", bias=-0.1))
     assert torch.equal(whole.degrees, pieces.degrees)
     assert whole.cells == pieces.cells
-    torch.testing.assert_close(affinity(features, rows=torch.tensor([3, 1])), affinity(features)[[3, 1]])
 
 
 def test_equal_degrees_are_ranked_by_position():
     features = torch.ones(12, 3)
-    result = lost_box(features, (3, 4), k=5)
+    result = lost_box(features, (3, 4), LostSettings(k=5))
     assert (result.seed, result.expansion.tolist()) == (0, [0, 1, 2, 3, 4])
     assert result.tied_seeds == 12
 
@@ -171,9 +167,9 @@ def test_almost_all_similar_is_called_degenerate_with_its_number():
     assert tilted.positive_share == 1.0
     assert tilted.tied_seeds == 48
     # The purpose of the settings: with centering, the same features show the object again.
-    assert lost_box(scene(tilt=20.0), (6, 8), center="image").cells == (2, 1, 4, 4)
+    assert lost_box(scene(tilt=20.0), (6, 8), LostSettings(center="image")).cells == (2, 1, 4, 4)
     # With a very low bias, no patches are similar, so there is no distinct seed either.
-    assert lost_box(scene(), (6, 8), l2norm=True, bias=-1.5).degenerate
+    assert lost_box(scene(), (6, 8), LostSettings(l2norm=True, bias=-1.5)).degenerate
 
 
 @pytest.mark.parametrize(("features", "why"), [
@@ -192,7 +188,7 @@ def test_a_seed_whose_own_score_is_negative():
     # The centered rows of the expansion are high at each other and low at the seed.
     for seed in range(200):
         features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
-        result = lost_box(features, (3, 4), center="row", bias=-0.5)
+        result = lost_box(features, (3, 4), LostSettings(center="row", bias=-0.5))
         row, column = divmod(result.seed, 4)
         if len(result.expansion) and not result.foreground[row, column]:
             assert result.cells == (column, row, column + 1, row + 1)
@@ -220,7 +216,7 @@ def test_one_patch_and_half_precision():
 def test_wrong_input_is_named(change, message):
     arguments = {"features": scene(), "grid": (6, 8)} | change
     with pytest.raises(ValueError, match=message):
-        lost_box(arguments.pop("features"), arguments.pop("grid"), **arguments)
+        lost_box(arguments.pop("features"), arguments.pop("grid"), LostSettings(**arguments))
 
 
 def test_exactly_at_its_bounds_an_affinity_is_not_degenerate_yet():
@@ -240,7 +236,7 @@ def test_shares_and_similarities_of_exactly_zero_are_not_positive():
     assert result.degrees.flatten().tolist() == [2, 2, 2, 1, 1, 0]
     assert result.positive_share == (3 * 2 + 2) / 30
     assert (result.seed, result.expansion.tolist(), result.cells) == (5, [], (2, 1, 3, 2))
-    few = lost_box(features[:5].repeat(1, 1)[[0, 1, 2, 3, 4, 4]], (2, 3), k=2)
+    few = lost_box(features[:5].repeat(1, 1)[[0, 1, 2, 3, 4, 4]], (2, 3), LostSettings(k=2))
     assert few.degrees.flatten().tolist() == [2] * 6
     assert few.expansion.tolist() == [0, 1]
     assert few.foreground.flatten().tolist() == [True] * 3 + [False] * 3
@@ -328,17 +324,15 @@ def test_iou_equals_counting_pixels():
 
 
 def test_exactly_half_counts_and_a_little_less_does_not():
-    truth = [[[0.0, 0.0, 10.0, 10.0]]]
-    assert corloc([[0, 0, 10, 5]], truth) == 1.0
-    assert corloc([[0, 0, 10, 4.999]], truth) == 0.0
+    truth = [[(0.0, 0.0, 10.0, 10.0)]]
+    assert best_iou([(0, 0, 10, 5)], truth).item() == 0.5  # CorLoc counts 0.5 and more
+    assert best_iou([(0, 0, 10, 4.999)], truth).item() < 0.5
 
 
 def test_any_box_of_the_image_will_do():
     truth = [[[0, 0, 2, 2], [10, 10, 20, 20]], [[0, 0, 2, 2]], [[5, 5, 9, 9]]]
     predictions = [(10, 10, 20, 18), (0, 0, 2, 2), (0, 0, 4, 4)]
     assert best_iou(predictions, truth).tolist() == pytest.approx([0.8, 1.0, 0.0], abs=1e-6)
-    assert corloc(predictions, truth) == pytest.approx(2 / 3)
-    assert corloc(predictions, truth, threshold=0.9) == pytest.approx(1 / 3)
 
 
 @pytest.mark.parametrize(
@@ -349,16 +343,15 @@ def test_any_box_of_the_image_will_do():
         ([[5, 5, 1, 1]], [[[0, 0, 1, 1]]], r"Convert \(x, y, w, h\) boxes"),
         ([[0, 0, 1, 1]], [[[0, 0, math.nan, 1]]], "finite"),
         ([[0, 0, 1]], [[[0, 0, 1, 1]]], r"\(number, 4\)"),
-        ([], [], "at least one image"),
     ],
 )
 def test_wrong_boxes_are_named(predictions, references, message):
     with pytest.raises(ValueError, match=message):
-        corloc(predictions, references)
+        best_iou(predictions, references)
 
 
 def test_cells_become_pixels():
-    assert cells_to_pixels((1, 2, 3, 4), patch_size=14, image_size=(50, 100)) == (14.0, 28.0, 42.0, 50.0)
+    assert cells_to_pixels((1, 2, 3, 4), patch_size=(14, 14), image_size=(50, 100)) == (14.0, 28.0, 42.0, 50.0)
     assert cells_to_pixels((1, 2, 5, 4), patch_size=(10, 14), image_size=(35, 60)) == (14.0, 20.0, 60.0, 35.0)
 
 
@@ -403,11 +396,11 @@ def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor
     outputs = model(pixels, output_hidden_states=True)
     for layer in (1, -1):
         tokens = outputs.hidden_states[layer][0, 3:].detach()  # without CLS and two registers
-        expected = lost_box(tokens, (4, 5), center="image", k=6)
+        expected = lost_box(tokens, (4, 5), LostSettings(center="image", k=6))
         (found,) = discover_objects(
             open_model(model, processor=processor), [image], feature="out", layer=layer, center="image", k=6
         )
-        assert found.box == expected.box(8, (26, 37))
+        assert found.box == expected.box((8, 8), (26, 37))
         torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-3, rtol=1e-3)
         assert found.image_size == (26, 37)
 
@@ -417,7 +410,7 @@ def test_queries_keys_and_values_are_the_projections(model, processor):
     pixels = padded(image, 32, 24)
     for feature in "qkv":
         tokens = read_tokens(model, pixels, layers=(2,), site=feature).values[0][0, 3:]
-        expected = lost_box(tokens, (3, 4), l2norm=True, bias=-0.1)
+        expected = lost_box(tokens, (3, 4), LostSettings(l2norm=True, bias=-0.1))
         (found,) = discover_objects(
             open_model(model, processor=processor), [image], feature=feature, layer=2, l2norm=True, bias=-0.1
         )
@@ -435,7 +428,7 @@ def test_attention_boxes_read_the_row_of_cls(model, processor):
     rows = (attention.mean(0), attention[2], attention[3])
     for method, row, box, mask in zip(methods, rows, proposal.boxes, proposal.results, strict=True):
         cells = attention_cells(row, (4, 5), mass=method.mass)
-        assert box == cells_to_pixels(cells, patch_size=8, image_size=(26, 37))
+        assert box == cells_to_pixels(cells, patch_size=(8, 8), image_size=(26, 37))
         assert torch.equal(mask, attention_mask(row, (4, 5), mass=method.mass))
 
 

@@ -14,14 +14,12 @@ import torch
 
 from hf_regvit.evaluation.metrics import (
     ClassScores,
-    CorLoc,
     DepthErrors,
-    EffectiveRank,
     MeanAveragePrecision,
     MeanIoU,
-    OutlierShare,
-    RegisterDiversity,
     TopKAccuracy,
+    effective_rank,
+    register_cosine,
 )
 
 
@@ -63,11 +61,6 @@ def test_top_k_equals_sorting(rng):
     assert in_batches(metric, 7, predictions=scores.tolist(), references=truth.tolist()) == expected
     classes = scores.argmax(1)
     assert TopKAccuracy().compute(predictions=classes, references=truth)["top1"] == pytest.approx(hits[1] / 40)
-
-
-def test_prefix_tells_two_classifiers_apart():
-    data = {"predictions": [[0.1, 0.9]], "references": [1]}
-    assert TopKAccuracy(prefix="knn").compute(**data) == {"knn_top1": 1.0}
 
 
 def test_class_scores_equal_counting(rng):
@@ -187,10 +180,10 @@ def test_depths_at_the_ends_of_the_range_count_and_a_ratio_at_the_bound_is_beyon
     errors = DepthErrors(min_depth=1.0, max_depth=8.0)
     (ends,) = errors.reduce([[[1.0, 8.0, 3.0]]], [[[1.0, 8.0, 16.0]]])
     assert ends == pytest.approx([0, 0, 1, 1, 1])
-    assert errors.reduce([[[3.0]]], [[[0.5]]]) == []
-    assert errors.reduce([[[3.0]]], [[[8.5]]]) == []
+    assert len(errors.reduce([[[3.0]]], [[[0.5]]])) == 0
+    assert len(errors.reduce([[[3.0]]], [[[8.5]]])) == 0
     (bounds,) = errors.reduce([[[1.25, 1.5625, 1.953125, 1.0]]], [[[1.0, 1.0, 1.0, 1.25]]])
-    assert bounds[2:] == [0.0, 0.5, 0.75]
+    assert bounds[2:].tolist() == [0.0, 0.5, 0.75]
 
 
 def test_images_without_a_measured_pixel_do_not_count():
@@ -199,28 +192,6 @@ def test_images_without_a_measured_pixel_do_not_count():
     assert result["rmse"] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="all were ignored"):
         metric.compute(predictions=[[[1.0]]], references=[[[0.0]]])
-
-
-def test_corloc_counts_images():
-    predictions = torch.tensor([[0, 0, 10, 5], [0, 0, 2, 2], [5, 5, 6, 6]])
-    references = [[[0, 0, 10, 10]], [[50, 50, 60, 60], [0, 0, 2, 3]], [[0, 0, 5, 5]]]
-    result = CorLoc().compute(predictions=predictions, references=references)
-    assert result == {"corloc": pytest.approx(2 / 3), "mean_best_iou": pytest.approx((1 / 2 + 2 / 3) / 3)}
-    metric = CorLoc(threshold=0.6)
-    for box, truth in zip(predictions, references, strict=True):
-        metric.add(prediction=box, reference=truth)
-    assert metric.compute()["corloc"] == pytest.approx(1 / 3)
-
-
-def test_outlier_share_counts_tokens(rng):
-    norms = [rng.uniform(0, 10, size) for size in (7, 12, 3)]
-    above = sum(value > 6 for one in norms for value in one.tolist())
-    assert OutlierShare(cutoff=6).compute(norms=norms) == {"outlier_share": pytest.approx(above / 22)}
-    assert OutlierShare(cutoff=6).compute(norms=torch.full((2, 4), 7).bfloat16()) == {"outlier_share": 1.0}
-
-
-def test_a_norm_at_the_cutoff_is_no_outlier():
-    assert OutlierShare(cutoff=6).compute(norms=[[5.0, 6.0, 6.5, 7.0]]) == {"outlier_share": 0.5}
 
 
 def slow_rank(rows):
@@ -244,22 +215,20 @@ def test_register_diversity_equals_loops(rng):
             / len(pairs)
         )
         ranks.append(slow_rank(image))
-    result = RegisterDiversity().compute(registers=registers)
-    assert result == {
-        "register_cosine": pytest.approx(sum(cosines) / 3, abs=1e-6),
-        "register_effective_rank": pytest.approx(sum(ranks) / 3),
-    }
-    copies = RegisterDiversity().compute(registers=np.ones((2, 4, 6)))
-    assert copies == {"register_cosine": pytest.approx(1), "register_effective_rank": pytest.approx(1)}
+    tokens = torch.from_numpy(registers)
+    assert register_cosine(tokens).tolist() == pytest.approx(cosines, abs=1e-6)
+    assert effective_rank(tokens).tolist() == pytest.approx(ranks)
+    assert register_cosine(torch.ones(2, 4, 6)).tolist() == pytest.approx([1, 1])
+    assert effective_rank(torch.ones(2, 4, 6)).tolist() == pytest.approx([1, 1])
+    with pytest.raises(ValueError, match="1 registers"):
+        register_cosine(torch.ones(2, 1, 3))
 
 
 def test_effective_rank_equals_singular_values(rng):
     features = rng.normal(size=(20, 5)) * [5, 3, 1, 0.1, 0.01]
-    metric = EffectiveRank()
-    expected = pytest.approx(slow_rank(features.tolist()), rel=1e-5)
-    assert metric.compute(features=features) == {"effective_rank": expected}
-    assert in_batches(metric, 3, features=features) == {"effective_rank": expected}
-    assert metric.compute(features=np.eye(4)) == {"effective_rank": pytest.approx(4)}
+    (rank,) = effective_rank(torch.from_numpy(features)[None]).tolist()
+    assert rank == pytest.approx(slow_rank(features.tolist()), rel=1e-5)
+    assert effective_rank(torch.eye(4)[None]).tolist() == pytest.approx([4])
 
 
 def test_average_precision_is_that_of_scikit_learn():
@@ -288,25 +257,16 @@ def test_average_precision_is_that_of_scikit_learn():
 
 
 def test_combine_by_shared_inputs():
-    together = evaluate.combine({"top": TopKAccuracy(k=(1, 2), prefix="linear"), "again": TopKAccuracy(prefix="knn")})
+    together = evaluate.combine([TopKAccuracy(k=(1, 2)), ClassScores(num_classes=3)])
     data = {"predictions": torch.eye(3), "references": torch.tensor([0, 1, 0])}
-    expected = {"linear_top1": pytest.approx(2 / 3), "linear_top2": 1.0, "knn_top1": pytest.approx(2 / 3)}
-    assert together.compute(**data) == expected
+    at_once = together.compute(**data)
+    assert (at_once["top1"], at_once["top2"]) == (pytest.approx(2 / 3), 1.0)
+    assert at_once["mean_class_accuracy"] == pytest.approx(0.75)
     together.add_batch(predictions=data["predictions"][:2], references=data["references"][:2])
     together.add(prediction=data["predictions"][2], reference=0)
-    assert together.compute() == expected
+    assert str(together.compute()) == str(at_once)  # as text, because NaN differs from itself
     same_names = evaluate.combine([TopKAccuracy(), TopKAccuracy()])
     assert set(same_names.compute(**data)) == {"top_k_accuracy_0_top1", "top_k_accuracy_1_top1"}
-
-
-def test_combine_hands_every_metric_its_own_inputs(rng):
-    together = evaluate.combine([OutlierShare(cutoff=1.0), RegisterDiversity(), EffectiveRank()])
-    data = {"norms": rng.uniform(0, 2, (3, 8)), "registers": rng.normal(size=(3, 2, 4)), "features": np.eye(3)}
-    names = {"outlier_share", "register_cosine", "register_effective_rank", "effective_rank"}
-    at_once = together.compute(**data)
-    assert set(at_once) == names
-    together.add_batch(**data)
-    assert together.compute() == at_once
 
 
 TWO = {"predictions": [[0.9, 0.1], [0.2, 0.8], [0.3, 0.7]], "references": [0, 0, 1]}
@@ -354,17 +314,17 @@ def test_two_processes_give_what_one_gives(tmp_path):
         """
         import sys, time
         import numpy as np
-        from hf_regvit.evaluation.metrics import CorLoc, MeanIoU
+        from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
         process, folder = int(sys.argv[1]), sys.argv[2]
         rng = np.random.default_rng(0)
         predicted, true = rng.integers(0, 4, (2, 10, 6, 6))
-        boxes = np.sort(rng.uniform(0, 9, (10, 2, 2)), axis=1).reshape(10, 4)
+        depths = rng.uniform(1, 9, (2, 10, 6, 6))
         options = dict(num_process=2, process_id=process, cache_dir=folder, experiment_id="b")
         if process == 0:
             time.sleep(1)  # the others wait
         mine = slice(0, 3) if process == 0 else slice(3, 10)
         print(MeanIoU(num_classes=4, **options).compute(predictions=predicted[mine], references=true[mine]))
-        print(CorLoc(**options).compute(predictions=boxes[mine], references=boxes[::-1][mine, None]))
+        print(DepthErrors(**options).compute(predictions=depths[0][mine], references=depths[1][mine]))
         """
     )
     runs = [
@@ -374,10 +334,10 @@ def test_two_processes_give_what_one_gives(tmp_path):
     outputs = [run.communicate(timeout=300)[0].splitlines() for run in runs]
     rng = np.random.default_rng(0)
     predicted, true = rng.integers(0, 4, (2, 10, 6, 6))
-    boxes = np.sort(rng.uniform(0, 9, (10, 2, 2)), axis=1).reshape(10, 4)
+    depths = rng.uniform(1, 9, (2, 10, 6, 6))
     assert outputs[0] == [
         str(MeanIoU(num_classes=4).compute(predictions=predicted, references=true)),
-        str(CorLoc().compute(predictions=boxes, references=boxes[::-1][:, None])),
+        str(DepthErrors().compute(predictions=depths[0], references=depths[1])),
     ]
     assert outputs[1] == ["None", "None"]
 
@@ -396,8 +356,8 @@ def test_two_processes_give_what_one_gives(tmp_path):
         (TopKAccuracy, {"predictions": [[0.1, 0.9]], "references": [-1]}, ValueError, "start at 0"),
         (TopKAccuracy, {"predictions": [["a", "b"]], "references": [1]}, TypeError, "must be numbers"),
         (TopKAccuracy, {"predictions": [[1.0], [1.0, 2.0]], "references": [0, 1]}, ValueError, "different lengths"),
-        (TopKAccuracy, {"predictions": [[0.1, 0.9]]}, ValueError, "predictions and references, but got predictions"),
-        (TopKAccuracy, {"predictions": [1], "references": [1], "k": 5}, TypeError, r"got k, but takes.*constructor"),
+        (TopKAccuracy, {"predictions": [[0.1, 0.9]]}, ValueError, "references are missing"),
+        (TopKAccuracy, {"predictions": [1], "references": [1], "k": 5}, TypeError, "unexpected keyword argument 'k'"),
         (MeanIoU, {"predictions": [[[0.0, 1.0]]], "references": [[[0, 1]]]}, TypeError, "argmax"),
         (MeanIoU, {"predictions": [[[0, 3]]], "references": [[[0, 1]]]}, ValueError, "class id 3; expected 0 to 2"),
         (MeanIoU, {"predictions": [[[0, 1]]], "references": [[[0, 7]]]}, ValueError, "references contain class id 7"),
@@ -406,22 +366,11 @@ def test_two_processes_give_what_one_gives(tmp_path):
         (MeanIoU, {"predictions": [[[0]]], "references": [[[255]]]}, ValueError, "nothing to score"),
         (DepthErrors, {"predictions": [[[np.nan]]], "references": [[[1.0]]]}, ValueError, "NaN or infinite"),
         (DepthErrors, {"predictions": [[[True]]], "references": [[[1.0]]]}, TypeError, "booleans"),
-        (CorLoc, {"predictions": [[0, 0, 5]], "references": [[[0, 0, 1, 1]]]}, ValueError, r"\(images, 4\)"),
-        (CorLoc, {"predictions": [[0, 0, 5, 5]], "references": [[0, 0, 1, 1]]}, ValueError, r"\(boxes, 4\)"),
-        (CorLoc, {"predictions": [[0, 0, 5, 5]], "references": [[]]}, ValueError, "no ground-truth box"),
-        (CorLoc, {"predictions": [[9, 9, 5, 5]], "references": [[[0, 0, 1, 1]]]}, ValueError, "x, y, w, h"),
-        (OutlierShare, {"norms": [[1.0, -1.0]]}, ValueError, "at least 0"),
-        (OutlierShare, {"norms": np.ones((1, 2, 3))}, ValueError, r"tokens\.norm"),
-        (OutlierShare, {"predictions": [1]}, TypeError, "takes norms"),
-        (RegisterDiversity, {"registers": np.ones((2, 1, 3))}, ValueError, "at least 2"),
-        (RegisterDiversity, {"registers": np.zeros((2, 2, 3))}, ValueError, "cosine is undefined"),
-        (EffectiveRank, {"features": np.ones((2, 1, 3))}, ValueError, r"\(samples, width\)"),
-        (EffectiveRank, {"features": [[1.0, np.inf]]}, ValueError, "inf at"),
         (TopKAccuracy, {}, ValueError, "no data to compute from"),
     ],
 )
 def test_wrong_input_is_named(metric, data, error, message):
-    settings = {MeanIoU: {"num_classes": 3}, OutlierShare: {"cutoff": 1.0}}.get(metric, {})
+    settings = {"num_classes": 3} if metric is MeanIoU else {}
     with pytest.raises(error, match=message):
         metric(**settings).compute(**data)
 
@@ -429,12 +378,10 @@ def test_wrong_input_is_named(metric, data, error, message):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TopKAccuracy(k=0), r"k=\(0,\)"),
+        (lambda: TopKAccuracy(k=(0,)), r"k=\(0,\)"),
         (lambda: MeanIoU(num_classes=1), "num_classes=1"),
         (lambda: MeanIoU(num_classes=3, ignore_index=2), "ignore_index=2"),
         (lambda: DepthErrors(min_depth=2, max_depth=1), "min_depth=2"),
-        (lambda: CorLoc(threshold=0), "threshold=0"),
-        (lambda: OutlierShare(cutoff=math.nan), "cutoff=nan"),
     ],
 )
 def test_wrong_settings_are_named(make, message):
@@ -443,8 +390,8 @@ def test_wrong_settings_are_named(make, message):
 
 
 def test_a_misspelt_option_is_not_swallowed():
-    with pytest.raises(TypeError, match="treshold"):
-        CorLoc(treshold=0.7)
+    with pytest.raises(TypeError, match="min_dept"):
+        DepthErrors(min_dept=0.7)
 
 
 def test_a_wrong_batch_leaves_the_right_ones():

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -467,6 +468,8 @@ def test_bad_images_of_an_earlier_run_are_not_those_of_this_one(tmp_path, caplog
     run(tmp_path, train=source(24, broken=[3]), max_bad_share=0.5, num_train_epochs=1)
     assert "1 images could not be used" in caplog.text
     caplog.clear()
+    for checkpoint in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     run(tmp_path, num_train_epochs=1)
     assert "could not be used" not in caplog.text
     assert not (tmp_path / "bad_images.jsonl").exists()

@@ -27,6 +27,17 @@ EVERYTHING = {
     "min_depth": 0.5, "max_depth": 80.0, "apply_layernorm": False, "reshape_hidden_states": False,
     "return_register_tokens": True,
 }  # fmt: skip
+# The fields that cannot be set together with all of the above.
+ROTARY = {
+    **TINY, "use_cls_token": False, "use_position_embeddings": False, "rope_theta": 50.5, "rope_coordinates": "index",
+    "rope_periods": [1.5, 2.5, 3, 4], "rope_grid_offset": 1.0, "rope_reference_grid": [4, 6], "key_bias": False,
+    "attention_norm": True, "mlp_norm": True, "embedding_norm": True, "attention_pooler": True, "pooler_num_heads": 4,
+    "pooler_intermediate_size": 24, "projection_dim": 7,
+}  # fmt: skip
+AUGMENTED = {
+    **TINY, "rope_theta": 100, "pos_embed_shift": 0.1, "pos_embed_jitter": 1.5, "pos_embed_rescale": 2.0,
+    "interpolate_mode": "radio", "final_norm": "none",
+}  # fmt: skip
 
 
 def warnings_of(caplog) -> list[str]:
@@ -46,6 +57,9 @@ OUT_OF_RANGE = [
     ("register_init_std", 0, 0.02), ("drop_path_rate", 1.0, 0.0), ("drop_path_rate", -0.1, 0.0),
     ("interpolate_offset", 1.0, 0.0), ("min_depth", -1.0, 0.001), ("max_depth", float("inf"), 10.0),
     ("patch_size", 0, 16), ("patch_size", (8, -8), 16), ("image_size", 0, 224), ("image_size", -16, 224),
+    ("rope_theta", 0, None), ("rope_theta", float("nan"), None), ("rope_grid_offset", float("inf"), 0.0),
+    ("pos_embed_shift", -0.1, None), ("pos_embed_jitter", 0.5, None), ("pos_embed_rescale", 0.9, None),
+    ("pooler_num_heads", 0, None), ("pooler_intermediate_size", 0, None), ("projection_dim", 0, None),
 ]  # fmt: skip
 
 
@@ -64,9 +78,11 @@ def test_number_out_of_range_names_field_value_and_a_valid_one(field, value, val
         ("drop_path_mode", "batch", "batch_subset"),
         ("pooling", "registers", "cls_mean_patch"),
         ("pooling", "", "cls"),
-        ("final_norm", "none", "tokens"),
+        ("final_norm", "all", "tokens"),
         ("pooler_act", "softmax", "tanh"),
         ("hidden_act", "swish2", "gelu"),
+        ("interpolate_mode", "nearest", "bicubic"),
+        ("rope_coordinates", "pixels", "centered"),
     ],
 )
 def test_unknown_choice_names_field_value_and_the_choices(field, value, valid):
@@ -153,6 +169,61 @@ def test_value_made_wrong_after_construction_is_neither_saved_nor_built(tmp_path
         RegViTModel(config)
 
 
+CONTRADICTIONS = [
+    ({"use_position_embeddings": False}, "rope_theta=None", {"rope_theta": 100}),
+    ({"rope_periods": [1.0] * 4}, "rope_theta=None", {"rope_theta": 100}),
+    ({"rope_coordinates": "index"}, "rope_theta=None", {"rope_theta": 100}),
+    ({"pos_embed_rescale": 2.0}, "rope_theta=None", {"rope_theta": 100}),
+    ({"rope_theta": 100, "rope_grid_offset": 1}, "rope_coordinates='centered'", {"rope_coordinates": "index"}),
+    ({"rope_theta": 100, "rope_reference_grid": [2, 2]}, "rope_coordinates='centered'", {"rope_coordinates": "index"}),
+    (
+        {"rope_theta": 100, "rope_coordinates": "index", "pos_embed_shift": 1},
+        "rope_coordinates='index'",
+        {"rope_coordinates": "centered"},
+    ),
+    (
+        {"rope_theta": 9, "use_position_embeddings": False, "no_embed_class": True},
+        "use_position_embeddings=False",
+        {"no_embed_class": False},
+    ),
+    (
+        {"rope_theta": 9, "use_position_embeddings": False, "interpolate_offset": 0.1},
+        "use_position_embeddings=False",
+        {"interpolate_offset": 0.0},
+    ),
+    ({"rope_theta": 100, "hidden_size": 36}, "hidden_size=36", {"hidden_size": 40}),
+    ({"rope_theta": 100, "rope_periods": [1.0] * 3}, "4 positive numbers", {"rope_periods": None}),
+    ({"rope_theta": 100, "rope_periods": [1.0, 2, 3, 0]}, "4 positive numbers", {"rope_periods": None}),
+    (
+        {"rope_theta": 9, "rope_coordinates": "index", "rope_reference_grid": [2]},
+        "[rows, columns]",
+        {"rope_reference_grid": [2, 2]},
+    ),
+    ({"use_cls_token": False, "pooler_act": "tanh"}, "use_cls_token=False", {"pooler_act": None}),
+    ({"use_cls_token": False, "final_norm": "cls"}, "use_cls_token=False", {"final_norm": "tokens"}),
+    ({"final_norm": "pooled", "pooler_act": "tanh"}, "final_norm='pooled'", {"pooler_act": None}),
+    ({"attention_pooler": True, "pooler_act": "tanh"}, "attention_pooler=True", {"pooler_act": None}),
+    ({"final_norm": "cls", "attention_pooler": True}, "attention_pooler=True", {"final_norm": "tokens"}),
+    ({"pooler_num_heads": 3, "attention_pooler": True}, "hidden_size=32", {"pooler_num_heads": 2}),
+    ({"pooler_num_heads": 2}, "attention_pooler=False", {"attention_pooler": True}),
+    ({"pooler_intermediate_size": 2}, "attention_pooler=False", {"attention_pooler": True}),
+]
+
+
+@pytest.mark.parametrize(("fields", "named", "remedy"), CONTRADICTIONS)
+def test_fields_that_contradict_each_other_are_named_with_a_remedy_that_works(fields, named, remedy):
+    with pytest.raises(ConfigError) as error:
+        RegViTConfig(**{**TINY, **fields})
+    message = str(error.value)
+    wrong = next(name for name in reversed(fields) if f"{name}=" in message)
+    assert f"{wrong}={fields[wrong]!r}" in message
+    assert named in message
+    if "hidden_size" not in remedy:
+        ((name, better),) = remedy.items()
+        assert f"{name}={better!r}" in message or name == "rope_reference_grid"
+    RegViTConfig(**{**TINY, **fields, **remedy})
+
+
 # --- Keywords --------------------------------------------------------------------------------------------------------
 
 
@@ -200,12 +271,15 @@ def test_the_round_trip_covers_every_field():
     fields = {name for name in RegViTConfig.__dataclass_fields__ if not name.startswith("_")}
     fields -= set(PreTrainedConfig.__dataclass_fields__)
     default = RegViTConfig()
-    assert set(EVERYTHING) | {"final_norm"} == fields
-    assert [name for name, value in EVERYTHING.items() if getattr(default, name) == value] == []
+    everything = ROTARY | AUGMENTED | EVERYTHING
+    assert set(everything) == fields
+    assert [name for name, value in everything.items() if getattr(default, name) == value] == []
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, TINY, EVERYTHING, {**TINY, "final_norm": "pooled", "pooling": "mean_patch"}, PRESETS["giant"]]
+    "fields",
+    [{}, TINY, EVERYTHING, ROTARY, AUGMENTED, {**TINY, "final_norm": "pooled", "pooling": "mean_patch"}]
+    + [PRESETS["giant"]],
 )
 def test_round_trip_keeps_every_field(fields, tmp_path):
     config = RegViTConfig(**fields)

@@ -15,10 +15,10 @@ from hf_regvit import RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.extraction import extract_features
+from hf_regvit.models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.conversion import convert
 from hf_regvit.models.families import final_norm
 from hf_regvit.models.loading import open_model, open_regvit
-from hf_regvit.models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
 from hf_regvit.models.tokens import TokenReader, read_many, read_tokens
 

@@ -266,12 +266,18 @@ def test_an_error_that_is_not_the_disks_is_not_swallowed(tmp_path, monkeypatch):
         trained(tmp_path, **SAVING)
 
 
-def test_what_a_killed_run_left_is_cleared_away(run, caplog):
+def test_what_a_killed_run_left_is_cleared_away(run):
     (run / STAGING / "checkpoint-8").mkdir(parents=True)
     (run / STAGING / "checkpoint-8" / "model.safetensors").write_bytes(b"half")
-    trained(run, max_steps=1)
+    trained(run, resume="last", **SAVING)
     assert not (run / STAGING).exists()
-    assert "holds checkpoint-6 of an earlier run" in caplog.text
+
+
+def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_an_earlier_one(run):
+    before = names(run)
+    with pytest.raises(FileExistsError, match=r"holds checkpoint-6 of an earlier run.*--resume_from_checkpoint last"):
+        trained(run, max_steps=1)
+    assert names(run) == before
 
 
 # ---- Signals ----

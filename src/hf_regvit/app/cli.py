@@ -5,13 +5,16 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_regvit_cli import COMMANDS, main
 
 from .recipes import arguments_class
+
+if TYPE_CHECKING:
+    from ..data.source import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ class Outcome:
         lines: Names and values to print after the text.
         status: Exit status.
         shown: True if this process prints the result; by default, the first one of several does.
+        following: Words of the command that usually comes next.
     """
 
     result: Mapping[str, Any]
@@ -35,17 +39,33 @@ class Outcome:
     lines: Mapping[str, Any] = field(default_factory=dict)
     status: int = 0
     shown: bool = field(default_factory=lambda: os.environ.get("RANK", "0") == "0")
+    following: Sequence[str] = ()
 
 
-def _same(result: Mapping[str, Any]) -> Outcome:
-    return Outcome(result, lines=result)
+def _same(result: Mapping[str, Any], *following: str) -> Outcome:
+    return Outcome(result, lines=result, following=following)
+
+
+def _opened(data: str, split: Any) -> "ImageSource":
+    from ..data.loading import load_images
+
+    images = load_images(data, split=split)
+    logger.info("Opened %s.", images.counted())
+    return images
 
 
 def _pretrain(arguments: Any) -> Outcome:
+    from ..models.saving import read_json
     from ..pretraining.run import pretrain
 
-    model = pretrain(arguments)
-    return _same({"backbone": f"{arguments.output_dir}/backbone", "parameters": model.num_parameters()})
+    model, folder = pretrain(arguments), arguments.output_dir
+    result = {"backbone": f"{folder}/backbone", "parameters": model.num_parameters()}
+    if arguments.should_save:
+        report = read_json(f"{folder}/report.json")
+        final = {name: report["final"][name] for name in report["final"] if name == "loss" or "knn" in name}
+        result |= {"steps": report["steps"], "images_seen": report["images_seen"], **final}
+        result |= {"curves": f"{folder}/curves.png", "report": f"{folder}/report.json"}
+    return _same(result, "diagnose", "--model", folder, "--data", arguments.data[0])
 
 
 def _finetune(arguments: Any) -> Outcome:
@@ -54,14 +74,16 @@ def _finetune(arguments: Any) -> Outcome:
 
     finetune(arguments)
     metrics = read_json(f"{arguments.output_dir}/metrics.json") if arguments.should_save else {}
-    return _same({"output_dir": arguments.output_dir, **metrics.get("eval", {})})
+    result = {"output_dir": arguments.output_dir, **metrics.get("eval", {})}
+    return _same(result, "publish", "--model", arguments.output_dir, "--license", "ID")
 
 
 def _data_check(arguments: Any) -> Outcome:
     from ..data.check import check_data
 
     report = check_data(**vars(arguments), progress=True)
-    return Outcome(report.to_dict(), report.summary(), {"verdict": report.verdict})
+    first = ("pretrain", "--data", *arguments.data, "--output_dir", "runs/a") if "can use" in report.verdict else ()
+    return Outcome(report.to_dict(), report.summary(), {"verdict": report.verdict}, following=first)
 
 
 def _convert(arguments: Any) -> Outcome:
@@ -77,19 +99,19 @@ def _convert(arguments: Any) -> Outcome:
             "registers": config.num_register_tokens,
             "image_size": config.image_size,
             "patch_size": config.patch_size,
-        }
+        },
+        *("diagnose", "--model", arguments.output_dir, "--data", "IMAGES"),
     )
 
 
 def _diagnose(arguments: Any) -> Outcome:
-    from ..data.loading import load_images
     from ..diagnosis.comparison import compare_checkpoints
     from ..diagnosis.diagnose import diagnose
     from ..figures.diagnosis_page import write_report
     from ..figures.maps import write_report_figures
 
     settings = arguments.settings()
-    images = load_images(arguments.data, split=arguments.split)
+    images = _opened(arguments.data, arguments.split)
     if len(arguments.model) == 1:
         outcome: Any = diagnose(arguments.model[0], images, **settings)
         reports = {".": outcome}
@@ -100,23 +122,26 @@ def _diagnose(arguments: Any) -> Outcome:
     for folder, report in reports.items():
         write_report(report, f"{arguments.output_dir}/{folder}/report.html")
         write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
-    return Outcome(outcome.to_dict(), outcome.summary(), {"report": path})
+    repair: tuple[str, ...] = ()
+    if len(reports) == 1 and outcome.bimodal:
+        repair = ("retrofit", "--model", arguments.model[0], "--data", arguments.data, "--output_dir", "repaired")
+    return Outcome(outcome.to_dict(), outcome.summary(), {"report": path}, following=repair)
 
 
 def _retrofit(arguments: Any) -> Outcome:
-    from ..data.loading import load_images
     from ..diagnosis.retrofit import retrofit
     from ..figures.maps import before_after_figure, read_token_maps, save_figure
 
     settings = arguments.settings()
-    images = load_images(arguments.data, split=arguments.split)
+    images = _opened(arguments.data, arguments.split)
     result = retrofit(arguments.model, images, output_dir=arguments.output_dir, **settings)
     pictures = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
     path = f"{arguments.output_dir}/before_after.png"
     save_figure(before_after_figure(pictures, before, after), path)
     lines = {"checkpoint": arguments.output_dir, "picture": path}
-    return Outcome(result.report.to_dict(), result.report.summary(), lines)
+    show = ("demo", "--model", arguments.output_dir, "--compare", arguments.model)
+    return Outcome(result.report.to_dict(), result.report.summary(), lines, following=show)
 
 
 def _extract(arguments: Any) -> Outcome:
@@ -183,6 +208,9 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
 
 def run(command: str, values: Mapping[str, Any]) -> Outcome:
     """Run a command with the options that were given; the others have the defaults of its argument class."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # of single weights files, within a second
     kind = arguments_class(command)
     if hasattr(kind, "use_cpu"):
         values = _on_device(dict(values))

@@ -143,8 +143,7 @@ class View:
     @cached_property
     def object(self) -> LostResult:
         """Object that LOST finds with `LOST_SETTINGS` on the keys of this block."""
-        settings = LOST_SETTINGS
-        return lost_box(self.keys, self.grid, center=settings.center, l2norm=settings.l2norm, k=settings.k)
+        return lost_box(self.keys, self.grid, LOST_SETTINGS)
 
     def maps(self) -> TokenMaps:
         """Return the maps that `figures` draws: attention of CLS (if any) and registers is averaged over heads."""

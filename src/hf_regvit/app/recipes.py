@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_regvit_cli import COMMANDS, OptionParser, RecipeError
+from hf_regvit_cli import COMMANDS, HELP, OptionParser, RecipeError
 
 from .arguments import DemoArguments
 
@@ -45,6 +45,8 @@ def options_of_command(command: str) -> list[dict[str, Any]]:
         options.append(options_of(DemoArguments)[-1])  # --device; `cli.run` translates it for Trainer
     for option in options:
         option["flags"].sort(key=lambda flag: flag not in shown)  # the spelling of the table first
+        if option["inherited"]:
+            option["help"] = HELP.get(option["name"], option["help"])
     return options
 
 

@@ -289,7 +289,8 @@ def _class_line(classes: dict[str, int] | None, most: int = 20) -> str:
     if not classes:
         return ", no labels"
     sizes = classes.values()
-    line = f", {len(classes)} classes of {min(sizes)} to {max(sizes)} images"
+    span = f"{min(sizes)} to {max(sizes)} images" if min(sizes) < max(sizes) else f"{min(sizes)} images each"
+    line = f", {len(classes)} classes of {span}"
     return line if len(classes) > most else f"{line}: {_counts(classes)}"
 
 

@@ -142,8 +142,8 @@ def open_parts(
         targets = _check_maps(trained, held, report, ignore_extra_classes=ignore_extra_classes)
     if targets is None:
         report[:0] = [
-            _counted("Training", trained),
-            *([] if held is None or is_from_train else [_counted("Held out", held)]),
+            f"Training: {trained.counted()}.",
+            *([] if held is None or is_from_train else [f"Held out: {held.counted()}."]),
         ]
     notes = dict.fromkeys((*trained.notes, *(held.notes if held is not None else ())))
     return Parts(trained, held, is_from_train, (*report, *notes), targets)
@@ -187,11 +187,6 @@ def _load(
         if not or_all:
             raise
         return _LOADERS[kind](data, split=None, **options)
-
-
-def _counted(part: str, source: ImageSource) -> str:
-    classes = f" of {len(set(source.labels))} classes" if source.labels is not None else ""
-    return f"{part}: {len(source)} images{classes} from '{source.name}'."
 
 
 # --- Numbers of images

@@ -85,6 +85,12 @@ class ImageSource:
         label = None if self.labels is None else self.labels[index]
         return ImageRecord(image=self.read(index), label=label, id=self.ids[index])
 
+    def counted(self) -> str:
+        """Return a phrase with the numbers of images and classes and the name of the source."""
+        images = f"{len(self):,} image{'s' * (len(self) != 1)}"
+        classes = "" if self.labels is None else f" of {len(set(self.labels))} classes"
+        return f"{images}{classes} from '{self.name}'"
+
     def subset(self, indices: Sequence[int]) -> "ImageSource":
         """Return the images at `indices`, in that order, with the same label names."""
         indices = [int(i) for i in indices]

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from ..models.loading import open_model, short_names
+from ..models.results import Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
-from .report import ArtifactReport, Result, markdown_table
+from .report import ArtifactReport
 
 
 @dataclass(frozen=True, repr=False)

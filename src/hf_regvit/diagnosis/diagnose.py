@@ -11,7 +11,6 @@ Layer 0 is the embedding, and layer i is the output of block i, counted from 1.
 
 import base64
 import logging
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from io import BytesIO
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.metrics import effective_rank, register_cosine
-from ..models.configuration_regvit import __version__
 from ..models.loading import open_model, weights_fingerprint
+from ..models.results import Stopwatch, library_versions
 from ..models.tokens import Layers, TokenReader
 from .controls import register_controls
 from .outliers import (
@@ -43,7 +42,7 @@ from .outliers import (
     reported_layer,
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
-from .report import ArtifactReport, Stopwatch
+from .report import ArtifactReport
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -149,7 +148,7 @@ def _report(
         skipped=[asdict(image) for image in readings.skipped],
         warnings=_warnings(readings),
         settings=settings | {"detail_images": len(readings.kept)},
-        versions=_versions(),
+        versions=library_versions(),
         seconds=watch.seconds,
     )
 
@@ -367,13 +366,6 @@ def _warnings(readings: Readings) -> list[str]:
     for text in found:
         logger.warning("%s", text)
     return found
-
-
-def _versions() -> dict[str, str]:
-    import transformers
-
-    libraries = {module.__name__: module.__version__ for module in (torch, transformers, np)}
-    return {"hf_regvit": __version__, **libraries, "python": platform.python_version()}
 
 
 def _controls(case: _Case, source: object) -> dict[str, Any] | None:

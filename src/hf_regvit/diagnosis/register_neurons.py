@@ -253,9 +253,10 @@ def with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_regist
         made = type(model)(config)
     state = model.state_dict()
     if num_register_tokens:
-        cls_name = next(name for name in state if name.endswith("embeddings.cls_token"))
-        zeros = state[cls_name].new_zeros(1, num_register_tokens, config.hidden_size)
-        state = state | {cls_name.replace("cls_token", "register_tokens"): zeros}
+        projection = "patch_embeddings.projection.bias"
+        name = next(name for name in state if name.endswith(f"embeddings.{projection}"))
+        zeros = state[name].new_zeros(1, num_register_tokens, config.hidden_size)
+        state = state | {name.replace(projection, "register_tokens"): zeros}
     made.load_state_dict(state, assign=True)
     made.image_processor = getattr(model, "image_processor", None)
     return made.eval()

@@ -26,6 +26,7 @@ from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit
 from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
+from ..models.results import Result, Stopwatch, markdown_table
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
 from .readings import read_norms
@@ -39,7 +40,6 @@ from .register_neurons import (
     silence_neurons,
     with_shared_weights,
 )
-from .report import Result, Stopwatch, markdown_table
 
 MIN_IMAGES = 32  # 16 for the search, 8 for the choice, 8 for the test
 CHOICE_IMAGES = 64  # at most, because they stay in memory and every candidate reads them

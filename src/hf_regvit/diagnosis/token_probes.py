@@ -17,9 +17,9 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.linear import ridge_regression, softmax_regression
 from ..models.loading import open_model
+from ..models.results import markdown_table
 from ..models.tokens import TokenReader
 from .readings import check_grid, labels_of, normalized
-from .report import markdown_table
 
 # --- Probes on single tokens ---
 

@@ -1,17 +1,12 @@
-"""Boxes: intersection over union and CorLoc."""
+"""Boxes and their intersection over union."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 Box = tuple[float, float, float, float]
 IOU_EPSILON = 1e-7
-
-
-# --- CorLoc
 
 
 def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
@@ -44,7 +39,7 @@ def box_iou(boxes: Tensor, others: Tensor) -> Tensor:
     return shared / (areas[0] + areas[1] - shared + IOU_EPSILON)
 
 
-def best_iou(predictions: Sequence[Any] | Tensor, references: Sequence[Any]) -> Tensor:
+def best_iou(predictions: Sequence[Box], references: Sequence[Sequence[Box]]) -> Tensor:
     """Return the IoU of every predicted box with the best matching ground-truth box of its image, (n,) float32.
 
     Args:
@@ -60,23 +55,5 @@ def best_iou(predictions: Sequence[Any] | Tensor, references: Sequence[Any]) -> 
     for i, (predicted, truth) in enumerate(zip(predictions, references)):
         if len(truth) == 0:
             raise ValueError(f"Image {i} has no ground-truth box, but CorLoc needs one in every image. Leave it out.")
-        boxes = torch.as_tensor(np.asarray(truth, dtype=np.float32))
-        overlaps.append(box_iou(torch.as_tensor(np.asarray(predicted, dtype=np.float32))[None], boxes).max())
+        overlaps.append(box_iou(torch.tensor([predicted]), torch.tensor(truth)).max())
     return torch.stack(overlaps) if overlaps else torch.empty(0)
-
-
-def corloc(predictions: Sequence[Any] | Tensor, references: Sequence[Any], *, threshold: float = 0.5) -> float:
-    """Return the share of images whose predicted box overlaps a ground-truth box by at least `threshold`, in [0, 1].
-
-    Args:
-        predictions: One box per image, (n, 4).
-        references: n lists of boxes.
-        threshold: Smallest intersection over union that counts.
-
-    Raises:
-        ValueError: As in `best_iou`, or there are no images.
-    """
-    overlaps = best_iou(predictions, references)
-    if not len(overlaps):
-        raise ValueError("There are no predicted boxes, but CorLoc needs at least one image.")
-    return (overlaps >= threshold).double().mean().item()

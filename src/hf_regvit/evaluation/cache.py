@@ -11,8 +11,9 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -85,16 +86,16 @@ def image_digests(source: ImageSource) -> list[bytes]:
     return digests
 
 
-def data_fingerprint(source: ImageSource, digests: Sequence[bytes] | None = None) -> str:
-    """Return 32 hexadecimal digits that change with the name, the content or the order of the images.
+def fingerprint(parts: Iterable[str | bytes], *, digest_size: int = 16) -> str:
+    """Return the hash of names and digests in hexadecimal digits; it changes with each of them and with their order.
 
     Args:
-        source: Images.
-        digests: Digests of the images, if they are already known; see `image_digests`.
+        parts: Names and digests.
+        digest_size: Number of bytes, each with two digits.
     """
-    digest = hashlib.blake2b(digest_size=16)
-    for name, content in zip(source.ids, image_digests(source) if digests is None else digests):
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0" + content)
+    digest = hashlib.blake2b(digest_size=digest_size)
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode("utf-8", "surrogateescape") + b"\0")
     return digest.hexdigest()
 
 
@@ -130,14 +131,13 @@ def read_features(
     if cache_dir is not None:
         identity = {
             "model": model_fingerprint(reader.model),
-            "data": data_fingerprint(source, digests),
+            "data": fingerprint(chain.from_iterable(zip(source.ids, digests or image_digests(source)))),
             "transform": transform.description,
             "layers": resolved,
             "device": reader.device.type,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
-        key = hashlib.blake2b(json.dumps(identity).encode(), digest_size=16).hexdigest()
-        path = Path(cache_dir) / f"features-{key}.safetensors"
+        path = Path(cache_dir) / f"features-{fingerprint([json.dumps(identity).encode()])}.safetensors"
         if path.is_file() and (cached := _load(path)) is not None:
             return cached
     started = time.perf_counter()

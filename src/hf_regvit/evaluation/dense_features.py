@@ -4,7 +4,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,6 @@ class DenseFeatures:
         patch_size: (height, width) in pixels; an image was read at rows x height by columns x width pixels.
         layers: Blocks, from 1 to the depth of the model.
         transform: Description of the preprocessing.
-        final_norm: True if the model's final norm was applied.
         seconds: Wall time of the extraction.
     """
 
@@ -42,7 +40,6 @@ class DenseFeatures:
     patch_size: tuple[int, int]
     layers: tuple[int, ...]
     transform: str
-    final_norm: bool
     seconds: float
 
     def __len__(self) -> int:
@@ -71,15 +68,14 @@ def four_blocks(num_layers: int) -> tuple[int, ...]:
 
 def read_dense_features(
     model: TokenReader | nn.Module | str,
-    images: Any,
+    images: object,
     *,
     layers: Sequence[int] = (-1,),
     image_size: int | None = None,
     flip: bool = True,
-    final_norm: bool = True,
     batch_size: int = 16,
 ) -> DenseFeatures:
-    """Read the patch tokens of every image once, from whole images with their own aspect ratio.
+    """Read the patch tokens of every image once, from whole images with their own aspect ratio, after the final norm.
 
     Args:
         model: Name, module or reader; see `open_model`. It is not modified.
@@ -87,7 +83,6 @@ def read_dense_features(
         layers: Blocks, from 1 to the depth, or negative from the end. `four_blocks` returns those of "lin-4".
         image_size: Shorter side in pixels; both sides are rounded to whole patches. Default: the model's own.
         flip: Whether to also read the flipped images, for training with flips and for the averaged test of depth.
-        final_norm: Whether to apply the model's final norm to every block, as in the protocols.
         batch_size: Number of images per forward pass, if their sizes agree.
 
     Raises:
@@ -96,14 +91,15 @@ def read_dense_features(
     started, reader = time.perf_counter(), open_model(model)
     transform = reader.transform_for(image_size=image_size, keep_aspect=True)
     blocks = resolve_layers(tuple(layers), reader.description.num_layers)
-    norm = reader.final_norm if final_norm else nn.Identity()
     prepared = prepare_images(images, transform, batch_size=batch_size)
     ids: list[str] = []
     kept: tuple[list[Tensor], list[Tensor]] = ([], [])
     kept_cls: tuple[list[Tensor], list[Tensor]] = ([], [])
 
     def read(pixel_values: Tensor, side: int) -> None:
-        reading = reader.read(pixel_values, layers=blocks, reduce=lambda tokens, layer: norm(tokens).float().cpu())
+        reading = reader.read(
+            pixel_values, layers=blocks, reduce=lambda tokens, layer: reader.final_norm(tokens).float().cpu()
+        )
         maps = torch.cat([reading.patches(layer) for layer in blocks], dim=-1)  # (B, N, F)
         kept[side].extend(maps.unflatten(1, reading.grid).unbind(0))
         if reading.has_cls:
@@ -131,7 +127,6 @@ def read_dense_features(
             patch_size=reader.description.patch_size,
             layers=blocks,
             transform=transform.description,
-            final_norm=final_norm,
             seconds=seconds,
         )
 

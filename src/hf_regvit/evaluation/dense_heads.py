@@ -36,7 +36,6 @@ from .dense_features import DenseFeatures
 Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
 IGNORE = 255
-_EIGEN_SIZE, _EIGEN_ROWS, _EIGEN_COLUMNS = (480, 640), slice(45, 471), slice(41, 601)
 _FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
 
 
@@ -47,7 +46,7 @@ _FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
 class SegmentationSettings:
     """Training settings of the segmentation head.
 
-    The defaults are for a few hundred images on a CPU; `OFFICIAL_SEGMENTATION` holds the published values.
+    The defaults are for a few hundred images on a CPU; the published protocol takes 40,000 steps of 16 images.
 
     Args:
         num_steps: Number of optimizer steps.
@@ -78,13 +77,15 @@ class SegmentationSettings:
 
 @dataclass(frozen=True)
 class DepthSettings(SegmentationSettings):
-    """Training and test settings of the depth head; `OFFICIAL_DEPTH` holds the published values.
+    """Training and test settings of the depth head.
+
+    The published protocol takes 38,400 steps of 16 images with a learning rate of 1e-4.
 
     Args:
         num_steps: Number of optimizer steps.
         warmup_ratio: Share of the steps in which the learning rate rises linearly from a thousandth of its peak.
         batch_size: Number of images per step.
-        learning_rate: Peak learning rate of AdamW; it follows a cosine to 0. The published 1e-4 is for 38,400 steps.
+        learning_rate: Peak learning rate of AdamW; it follows a cosine to 0.
         weight_decay: Weight decay of AdamW.
         flip_probability: Probability of using the flipped features of an image.
         mean_only_ratio: Share of the steps at the beginning in which the loss consists of its mean term only.
@@ -94,8 +95,6 @@ class DepthSettings(SegmentationSettings):
         max_depth: Center of the last bin in meters. Pixels farther away are ignored in training and test.
         upsample: Factor by which the grid is upsampled before depth is computed.
         average_flip: Whether to test with the mean of the predictions for the image and for its mirror image.
-        eigen_crop: Whether to test on rows 45 to 470 and columns 41 to 600 only, for images of 480 x 640 pixels
-            (NYUd).
     """
 
     num_steps: int = 300
@@ -109,7 +108,6 @@ class DepthSettings(SegmentationSettings):
     max_depth: float = 10.0
     upsample: int = 4
     average_flip: bool = True
-    eigen_crop: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -119,18 +117,21 @@ class DepthSettings(SegmentationSettings):
             raise ValueError(f"num_bins={self.num_bins} must be at least 2 and upsample={self.upsample} at least 1.")
 
 
-OFFICIAL_SEGMENTATION = SegmentationSettings(num_steps=40_000, batch_size=16)
-OFFICIAL_DEPTH = DepthSettings(num_steps=38_400, batch_size=16, learning_rate=1e-4)
-
-
 # --- Results
 
 
 @dataclass(frozen=True, eq=False)
 class LinearResult:
-    """Facts about one trained and tested head.
+    """Scores of one trained and tested head, and how it was trained.
+
+    `RegViTForSemanticSegmentation` and `RegViTForDepthEstimation` predict the same with the weights of the head.
 
     Args:
+        scores: Values by name, over all test images. Segmentation: `mean_iou`, `mean_accuracy` and
+            `overall_accuracy`, and `iou_NAME` of each class that occurs or is predicted. Depth: `rmse` in meters,
+            `abs_rel`, `delta1`, `delta2` and `delta3`, averaged over images.
+        rows: One row of numbers per test image. Segmentation: (n, 3 * C) agreeing, predicted and true pixels of every
+            class; `intervals.mean_iou` scores any resample of them. Depth: (n, 5), the five metrics.
         ids: Names of the n test images.
         num_train: Number of training images.
         layers: Blocks read.
@@ -142,6 +143,8 @@ class LinearResult:
         head: Weights of the head.
     """
 
+    scores: dict[str, float]
+    rows: NDArray[np.float64] = field(repr=False)
     ids: tuple[str, ...] = field(repr=False)
     num_train: int
     layers: tuple[int, ...]
@@ -152,67 +155,10 @@ class LinearResult:
     seconds: float
     head: dict[str, Tensor] = field(repr=False)
 
-    @property
-    def num_test(self) -> int:
-        """Return the number of test images."""
-        return len(self.ids)
-
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-serializable dict without the weights."""
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "head"}
-        lists = {"ids": list(self.ids), "layers": list(self.layers), "settings": asdict(self.settings)}
-        return kept | lists | {"num_test": self.num_test}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LinearSegmentationResult(LinearResult):
-    """Scores of one linear segmentation head; `RegViTForSemanticSegmentation` predicts the same with its weights.
-
-    Args:
-        mean_iou: Intersection over union over all test pixels, averaged over the classes that occur.
-        mean_accuracy: Share of the pixels of a class that are predicted correctly, averaged over classes.
-        overall_accuracy: Share of all pixels that are predicted correctly.
-        per_class_iou: Intersection over union by class name; NaN if a class neither occurs nor is predicted.
-        counts: (n, 3, C) numbers of agreeing, predicted and true pixels for every test image and class;
-            `intervals.mean_iou` scores any resample of them.
-    """
-
-    mean_iou: float
-    mean_accuracy: float
-    overall_accuracy: float
-    per_class_iou: dict[str, float]
-    counts: NDArray[np.float64] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serializable dict without the weights, with the counts summed over images."""
-        return super().to_dict() | {"counts": self.counts.sum(0).astype(int).tolist()}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class LinearDepthResult(LinearResult):
-    """Scores of one linear depth head: errors over the measured pixels of an image, averaged over test images.
-
-    `RegViTForDepthEstimation` predicts the same with its weights.
-
-    Args:
-        rmse: Root mean square error in meters.
-        abs_rel: Absolute error relative to the true depth.
-        delta1: Share of pixels within a factor of 1.25 of the true depth.
-        delta2: Share of pixels within a factor of 1.25 squared.
-        delta3: Share of pixels within a factor of 1.25 cubed.
-        errors: (n, 5) values of these five metrics for every test image, in this order.
-    """
-
-    rmse: float
-    abs_rel: float
-    delta1: float
-    delta2: float
-    delta3: float
-    errors: NDArray[np.float64] = field(repr=False)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return a JSON-serializable dict without the weights."""
-        return super().to_dict() | {"errors": self.errors.tolist()}
+        return kept | {"rows": self.rows.tolist(), "settings": asdict(self.settings)}
 
 
 # --- Segmentation
@@ -227,7 +173,7 @@ def linear_segmentation(
     class_names: Sequence[str],
     settings: SegmentationSettings | None = None,
     seed: int = 0,
-) -> LinearSegmentationResult:
+) -> LinearResult:
     """Train batch norm and one linear layer on every patch with cross-entropy, and score them with mean IoU.
 
     Logits are upsampled bilinearly to the size at which the image was read; the training masks are resized to it by
@@ -262,21 +208,21 @@ def linear_segmentation(
 
     train_loss = _fit(head, train, targets, loss, settings, poly_with_warmup, seed=seed)
     metric = MeanIoU(num_classes=num_classes, ignore_index=IGNORE)
-    rows: list[Any] = []
+    rows = []
     head.eval()
     with torch.no_grad():
         for i, features in enumerate(test.maps):
             truth = _checked_mask(test_masks[i], num_classes, test.ids[i])
             logits = _resize(_resize(_map_of(head, features), test.input_size(i)), tuple(truth.shape))
-            rows.extend(metric.reduce([logits[0].argmax(0)], [truth]))
-    counts = np.asarray(rows)
-    scores = metric.result(counts)
-    return LinearSegmentationResult(
-        mean_iou=scores["mean_iou"],
-        mean_accuracy=scores["mean_accuracy"],
-        overall_accuracy=scores["overall_accuracy"],
-        per_class_iou=dict(zip(class_names, scores["per_category_iou"])),
-        counts=counts.reshape(-1, 3, num_classes),
+            rows.append(metric.reduce([logits[0].argmax(0)], [truth]))
+    values = np.concatenate(rows)
+    found = metric.result(values)
+    scores = {"mean_iou": found["mean_iou"], "mean_accuracy": found["mean_accuracy"],
+              "overall_accuracy": found["overall_accuracy"]}  # fmt: skip
+    classes = zip(class_names, found["per_category_iou"])
+    return LinearResult(
+        scores=scores | {f"iou_{name}": iou for name, iou in classes if not math.isnan(iou)},
+        rows=values,
         protocol="linear segmentation: " + _protocol(train, settings) + "; mIoU at the size of the mask",
         head={name: value.detach().clone() for name, value in head.state_dict().items()},
         **_facts(train, test, settings, seed, train_loss, started),
@@ -335,7 +281,7 @@ def linear_depth(
     *,
     settings: DepthSettings | None = None,
     seed: int = 0,
-) -> LinearDepthResult:
+) -> LinearResult:
     """Train one linear layer from a patch with the CLS token to depth bins, with the scale-invariant log loss.
 
     Args:
@@ -347,8 +293,7 @@ def linear_depth(
         seed: Random seed for the order of the images, the flips and the weights of the head.
 
     Raises:
-        ValueError: Features and depth maps do not match, an image has no measured depth, or `eigen_crop` is used for
-            images of another size.
+        ValueError: Features and depth maps do not match, or an image has no measured depth.
     """
     from .metrics import DepthErrors
 
@@ -381,24 +326,16 @@ def linear_depth(
         max_grad_norm=settings.max_grad_norm,
     )  # fmt: skip
     metric = DepthErrors(min_depth=settings.min_depth, max_depth=settings.max_depth)
-    errors = []
+    rows = []
     with torch.no_grad():
         for i in range(len(test)):
             truth = _checked_depth(test_depths[i], settings, test.ids[i])
             depth = _predict_depth(head, test, i, tuple(truth.shape), settings)
-            if settings.eigen_crop:
-                depth, truth = (_eigen_crop(values, test.ids[i]) for values in (depth, truth))
-            rows = list(metric.reduce([depth], [truth]))
-            if not rows:
-                raise ValueError(
-                    f"The depth of '{test.ids[i]}' has no measured pixel in the Eigen crop. Remove the image, or set "
-                    "eigen_crop=False."
-                )
-            errors.extend(rows)
-    values = np.asarray(errors)
-    return LinearDepthResult(
-        **metric.result(values),
-        errors=values,
+            rows.append(metric.reduce([depth], [truth]))
+    values = np.concatenate(rows)
+    return LinearResult(
+        scores=metric.result(values),
+        rows=values,
         protocol="linear depth: " + _protocol(train, settings) + _depth_protocol(settings, train),
         head={f"classifier.{name}": value.detach().clone() for name, value in head.state_dict().items()},
         **_facts(train, test, settings, seed, train_loss, started),
@@ -458,15 +395,6 @@ def _checked_depth(depth: Any, settings: DepthSettings, name: str) -> Tensor:
 def _depth_at_input(features: DenseFeatures, depths: Maps, index: int, settings: DepthSettings) -> Tensor:
     depth = _checked_depth(depths[index], settings, features.ids[index])
     return F.interpolate(depth[None, None], size=features.input_size(index), mode="nearest-exact")[0, 0]
-
-
-def _eigen_crop(values: Tensor, name: str) -> Tensor:
-    if tuple(values.shape) != _EIGEN_SIZE:
-        raise ValueError(
-            f"eigen_crop needs depth maps of {_EIGEN_SIZE[0]} x {_EIGEN_SIZE[1]} pixels, but that of '{name}' is "
-            f"{values.shape[0]} x {values.shape[1]}. Set eigen_crop=False."
-        )
-    return values[_EIGEN_ROWS, _EIGEN_COLUMNS]
 
 
 # --- Shared by both
@@ -566,7 +494,7 @@ def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures,
                 f"{len(features)} {name} images have {len(targets)} targets. Give one target per image, and at least "
                 "one image."
             )
-    if (train.layers, train.final_norm, train.width) != (test.layers, test.final_norm, test.width):
+    if (train.layers, train.width) != (test.layers, test.width):
         raise ValueError(
             f"Training features are of blocks {list(train.layers)} with width {train.width}, but test features are of "
             f"blocks {list(test.layers)} with width {test.width}. Read both with the same model and options."
@@ -575,11 +503,11 @@ def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures,
 
 def _protocol(train: DenseFeatures, settings: Any) -> str:
     height, width = train.input_size(0)
-    norm = "final norm" if train.final_norm else "no final norm"
     flips = "with flips" if train.flipped is not None and settings.flip_probability else "without flips"
     return (
-        f"frozen blocks {list(train.layers)}, {norm}, whole images at one scale ({height} x {width} pixels for the "
-        f"first), {settings.num_steps} steps of {settings.batch_size} images {flips}, AdamW {settings.learning_rate:g}"
+        f"frozen blocks {list(train.layers)}, final norm, whole images at one scale ({height} x {width} pixels for "
+        f"the first), {settings.num_steps} steps of {settings.batch_size} images {flips}, AdamW "
+        f"{settings.learning_rate:g}"
     )
 
 
@@ -587,5 +515,5 @@ def _depth_protocol(settings: DepthSettings, train: DenseFeatures) -> str:
     return (
         f"; {settings.num_bins} bins{'' if train.cls is None else ', CLS concatenated'}, x{settings.upsample}, "
         f"{'averaged with mirror image' if settings.average_flip else 'no mirror image'}, clamped to "
-        f"[{settings.min_depth:g}, {settings.max_depth:g}] m{', Eigen crop' if settings.eigen_crop else ''}"
+        f"[{settings.min_depth:g}, {settings.max_depth:g}] m"
     )

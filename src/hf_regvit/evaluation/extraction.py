@@ -7,7 +7,6 @@ written atomically, and their content depends neither on the number of processes
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from ..data.preparation import PreparedImages, SkippedImage, prepare_images, rep
 from ..models.loading import open_model, weights_fingerprint
 from ..models.saving import read_json, whole_file, write_json
 from ..models.tokens import TokenReader, resolve_layers
+from .cache import fingerprint
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -348,16 +348,13 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
 
 def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
     """Collect everything the features depend on: two runs with the same identity write the same files."""
-    names = hashlib.blake2b(digest_size=16)
-    for name in images.ids() if images.total is not None else ():
-        names.update(name.encode("utf-8", "surrogateescape") + b"\0")
     chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
     return {
         **chosen,
         "layer": resolve_layers((settings.layer,), reader.description.num_layers)[0],
         "family": reader.family_name,
         "weights": weights_fingerprint(reader.model),
-        "images": None if images.total is None else names.hexdigest(),
+        "images": None if images.total is None else fingerprint(images.ids()),
         "transform": images.transform.description,
     }
 

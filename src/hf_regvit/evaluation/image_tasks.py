@@ -294,7 +294,7 @@ class Retrieval:
         rows = []
         for queries, labels in zip(test.features.last.split(_QUERIES), test.labels.split(_QUERIES)):
             cosines = normalize(queries, dim=1) @ gallery.T  # (queries, n)
-            rows.append(np.asarray(metric.reduce(cosines, labels[:, None] == train.labels[None])))
+            rows.append(metric.reduce(cosines, labels[:, None] == train.labels[None]))
         yield "", "map", torch.from_numpy(np.concatenate(rows)), {}
 
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -117,11 +118,11 @@ class LostResult:
         """Box before expansion, in patches: the component around the seed that is similar to the seed itself."""
         return _bounds(_component_of(self.seed_similarity > 0, self.seed))
 
-    def box(self, patch_size: int | tuple[int, int], image_size: tuple[int, int]) -> Box:
+    def box(self, patch_size: tuple[int, int], image_size: tuple[int, int]) -> Box:
         """Return the box in pixels, clipped to the image without padding.
 
         Args:
-            patch_size: Patch size in pixels, one side or (height, width).
+            patch_size: (height, width) of a patch in pixels.
             image_size: (height, width) in pixels, without the padding.
         """
         return cells_to_pixels(self.cells, patch_size=patch_size, image_size=image_size)
@@ -151,35 +152,13 @@ Method = LostSettings | AttentionSettings
 # --- LOST on features
 
 
-def affinity(
-    features: Tensor, *, center: Center = "none", l2norm: bool = False, bias: float = 0.0, rows: Tensor | None = None
-) -> Tensor:
-    """Compute the similarity of every patch to every other.
-
-    Args:
-        features: Patch features, (N, D).
-        center: Centering, see `LostSettings`.
-        l2norm: Whether to use cosines, see `LostSettings`.
-        bias: Number added to the affinity, see `LostSettings`.
-        rows: Indices of the rows to compute, (r,). Default: all.
-
-    Returns:
-        (N, N) or (r, N) float32.
-    """
-    settings = LostSettings(center=center, l2norm=l2norm, bias=bias)
-    return _rows(_prepare(features, settings), rows, settings) + bias
+def lost_box(features: Tensor, grid: tuple[int, int], settings: LostSettings = LostSettings()) -> LostResult:
+    """Find one object in an image; see `lost_boxes`."""
+    return lost_boxes(features, grid, [settings])[0]
 
 
-def lost_box(
-    features: Tensor,
-    grid: tuple[int, int],
-    *,
-    k: int = 100,
-    center: Center = "none",
-    l2norm: bool = False,
-    bias: float = 0.0,
-) -> LostResult:
-    """Find one object in an image.
+def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostSettings]) -> list[LostResult]:
+    """Find one object in an image with each of several settings; those that differ only in k share the degrees.
 
     Patches of equal degree are ranked by their position, row by row, so the result does not depend on the sorting
     algorithm. At most 1,024 rows of the affinity are in memory at once.
@@ -187,35 +166,15 @@ def lost_box(
     Args:
         features: Patch features without CLS and registers, row-major, (N, D).
         grid: (rows, columns) with rows * columns = N.
-        k: Number of candidates, see `LostSettings`.
-        center: Centering, see `LostSettings`.
-        l2norm: Whether to use cosines, see `LostSettings`.
-        bias: Number added to the affinity, see `LostSettings`.
-
-    Raises:
-        ValueError: The features do not match the grid or are not finite, or a setting is invalid.
-
-    Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Twin: tests/evaluation/test_lost.py.
-    """
-    settings = LostSettings(k=k, center=center, l2norm=l2norm, bias=bias)
-    return lost_boxes(features, grid, [settings])[0]
-
-
-def lost_boxes(features: Tensor, grid: tuple[int, int], settings: Sequence[LostSettings]) -> list[LostResult]:
-    """Run `lost_box` with many settings; those that differ only in bias or k share one affinity.
-
-    `feature` and `layer` of the settings are ignored.
-
-    Args:
-        features: Patch features, row-major, (N, D).
-        grid: (rows, columns).
-        settings: Settings to run.
+        settings: Settings to run; their `feature` and `layer` are ignored.
 
     Returns:
         One result for each of `settings`, in their order.
 
     Raises:
-        ValueError: As in `lost_box`.
+        ValueError: The features do not match the grid or are not finite.
+
+    Source: arXiv 2109.14279, algorithm 1; valeoai/LOST `object_discovery.py`. Twin: tests/evaluation/test_lost.py.
     """
     if features.ndim != 2 or len(features) != grid[0] * grid[1] or min(grid) < 1:
         raise ValueError(
@@ -243,12 +202,6 @@ def _prepare(features: Tensor, settings: LostSettings) -> Tensor:
     return F.normalize(features, dim=1) if settings.l2norm else features
 
 
-def _rows(prepared: Tensor, index: Tensor | None, settings: LostSettings) -> Tensor:
-    """Compute rows of the affinity without bias, (r, N)."""
-    rows = (prepared if index is None else prepared[index]) @ prepared.T
-    return rows - rows.mean(1, keepdim=True) if settings.center == "row" else rows
-
-
 def _degrees(prepared: Tensor, variants: Sequence[LostSettings]) -> Tensor:
     """Count the other patches with positive affinity to each patch, for each variant, (variants, N) int64."""
     degrees = torch.empty(len(variants), len(prepared), dtype=torch.int64, device=prepared.device)
@@ -266,7 +219,10 @@ def _degrees(prepared: Tensor, variants: Sequence[LostSettings]) -> Tensor:
 def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings: LostSettings) -> LostResult:
     num_patches = len(prepared)
     lowest = degrees.argsort(stable=True)[: settings.k]
-    rows = _rows(prepared, lowest, settings) + settings.bias  # (k, N), the seed's first
+    rows = prepared[lowest] @ prepared.T  # (k, N), the seed's first
+    if settings.center == "row":
+        rows = rows - rows.mean(1, keepdim=True)
+    rows = rows + settings.bias
     similar = rows[0, lowest] > 0
     scores = rows[similar].sum(0).view(grid).cpu()
     seed = int(lowest[0])
@@ -286,12 +242,11 @@ def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings
     )
 
 
-def _components(mask: Tensor) -> tuple[int, np.ndarray]:
-    """Return the number of components and, for every cell, its component from 1 or 0; diagonals do not connect."""
-    import cv2
+def _components(mask: Tensor) -> NDArray[np.int32]:
+    """Return for every cell its component, from 1 row by row, or 0; diagonals do not connect."""
+    from scipy import ndimage
 
-    count, labels = cv2.connectedComponents(mask.numpy().astype(np.uint8), connectivity=4)
-    return count - 1, labels
+    return ndimage.label(mask.numpy())[0]
 
 
 def _component_of(mask: Tensor, seed: int) -> Tensor:
@@ -301,7 +256,7 @@ def _component_of(mask: Tensor, seed: int) -> Tensor:
         alone = torch.zeros_like(mask)
         alone[row, column] = True
         return alone
-    labels = _components(mask)[1]
+    labels = _components(mask)
     return torch.from_numpy(labels == labels[row, column])
 
 
@@ -311,10 +266,10 @@ def _bounds(mask: Tensor) -> tuple[int, int, int, int]:
 
 
 def cells_to_pixels(
-    cells: tuple[int, int, int, int], *, patch_size: int | tuple[int, int], image_size: tuple[int, int]
+    cells: tuple[int, int, int, int], *, patch_size: tuple[int, int], image_size: tuple[int, int]
 ) -> Box:
     """Convert a box from patches to pixels, with x2 and y2 clipped to `image_size` (height, width)."""
-    height, width = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+    height, width = patch_size
     x1, y1, x2, y2 = cells
     return (
         float(x1 * width),
@@ -362,12 +317,8 @@ def attention_mask(attention: Tensor, grid: tuple[int, int], *, mass: float = 0.
     kept = torch.empty(len(values), dtype=torch.bool)
     kept[order] = (values / total).cumsum(0) > 1 - mass
     kept = kept.view(grid)
-    count, labels = _components(kept)
-    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    # OpenCV does not number components in a defined order, so ties are resolved by raster order.
-    first = {part: int(np.argmax(labels.ravel() == part)) for part in range(1, count + 1)}
-    biggest = min(first, key=lambda part: (-sizes[part - 1], first[part]))
-    return torch.from_numpy(labels == biggest)
+    labels = _components(kept)
+    return torch.from_numpy(labels == 1 + np.bincount(labels.ravel())[1:].argmax())
 
 
 # --- A model and its images
@@ -410,7 +361,7 @@ class DiscoveredObject:
 
 def discover_objects(
     model: TokenReader | nn.Module | str | Path,
-    images: Any,
+    images: object,
     *,
     feature: Feature = "k",
     layer: int = -1,
@@ -462,7 +413,7 @@ def _warn_if_degenerate(results: Sequence[LostResult], settings: LostSettings) -
 
 
 def propose(
-    reader: TokenReader, images: Any, methods: Sequence[Method], *, max_side: int = 640
+    reader: TokenReader, images: object, methods: Sequence[Method], *, max_side: int = 640
 ) -> Iterator[Proposals]:
     """Yield the boxes of several methods image by image, running the model only once for each image.
 

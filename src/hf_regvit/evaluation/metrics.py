@@ -1,9 +1,9 @@
 """Metrics as `evaluate.Metric` classes, for Trainer, `evaluate.combine` and several processes; all work offline.
 
-    from hf_regvit.evaluation.metrics import CorLoc
-    CorLoc().compute(predictions=boxes, references=boxes_of_every_image)
+    from hf_regvit.evaluation.metrics import MeanIoU
+    MeanIoU(num_classes=3).compute(predictions=masks, references=true_masks)
 
-Settings of a metric (k, classes, cutoff) are arguments of its constructor, so that `compute` takes only data and
+Settings of a metric (k, classes, depths) are arguments of its constructor, so that `compute` takes only data and
 metrics can be combined. Inputs are lists, NumPy arrays or tensors on any device. Invalid values raise an error that
 names them; nothing is rounded.
 
@@ -17,8 +17,8 @@ no file.
 Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
 """
 
-from collections.abc import Iterable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypedDict
 
 import evaluate
 import numpy as np
@@ -27,114 +27,85 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .boxes import best_iou
-
 Array = NDArray[Any]
-Rows = Iterable[Sequence[float] | Array]
+Batch = Iterable[object]  # predictions or references: a list, an array or a tensor
 
 
 class _SumsMetric(evaluate.Metric):
     """Base class of the metrics, which reduces every batch to rows of numbers that `evaluate` stores and gathers.
 
-    A subclass names its `inputs`, checks and reduces a batch of them in `reduce`, and computes the result from the
-    rows of all batches and processes in `result`.
+    A subclass checks and reduces a batch in `reduce`, and computes the result from the rows of all batches and
+    processes in `result`.
     """
 
-    inputs: ClassVar[tuple[str, ...]] = ("predictions", "references")
     about: ClassVar[str]  # one sentence, then the inputs
-    citation_key: ClassVar[str] = ""
-    stored: ClassVar[str] = "float64"  # exact for counts up to 2^53
 
-    def __init__(self, *, num_process: int = 1, keep_in_memory: bool | None = None, **kwargs: Any) -> None:
-        # Accept only the options of `evaluate.Metric`, which would silently ignore a misspelled one.
-        unknown = set(kwargs) - {
-            "config_name", "cache_dir", "process_id", "seed", "experiment_id", "max_concurrent_cache_files", "timeout"
-        }  # fmt: skip
-        if unknown:
-            raise TypeError(
-                f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}. Check the spelling."
-            )
+    def __init__(
+        self,
+        *,
+        num_process: int = 1,
+        process_id: int = 0,
+        experiment_id: str | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
         super().__init__(
             num_process=num_process,
-            keep_in_memory=num_process == 1 if keep_in_memory is None else keep_in_memory,
-            **kwargs,
+            process_id=process_id,
+            experiment_id=experiment_id,
+            cache_dir=cache_dir,
+            keep_in_memory=num_process == 1,
         )
 
-    def reduce(self, *batch: Any) -> Rows:
-        """Reduce a batch of inputs, in the order of `inputs`, to rows of numbers."""
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
+        """Reduce a batch to rows of numbers, (rows, numbers)."""
         raise NotImplementedError
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> Mapping[str, object]:
         """Return the values of the metric from all rows, (rows, numbers)."""
         raise NotImplementedError
 
     def _info(self) -> evaluate.MetricInfo:
         from datasets import Features, List, Value
 
-        # The rows are stored in the first column. The other columns stay empty but must exist, because
+        # The rows are stored in the first column. The second one stays empty but must exist, because
         # `evaluate.combine` passes every metric the inputs that match its column names.
         return evaluate.MetricInfo(
             description=self.about,
             inputs_description=f"\n\n        {self.about}\n",
-            citation=self.citation_key,
-            features=Features({name: List(Value(self.stored)) for name in self.inputs}),
+            citation="",
+            features=Features({name: List(Value("float64")) for name in ("predictions", "references")}),
         )
 
-    def add_batch(self, *, predictions: object = None, references: object = None, **kwargs: Any) -> None:
+    def add_batch(self, *, predictions: Batch | None = None, references: Batch | None = None) -> None:
         """Add a batch, of which only the reduced rows are kept."""
-        given = {"predictions": predictions, "references": references, **kwargs}
-        given = {name: value for name, value in given.items() if value is not None}
-        if set(given) != set(self.inputs):
-            raise ValueError(
-                f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(given) or 'nothing'}."
-            )
-        rows = [np.asarray(row, dtype=self.stored) for row in self.reduce(*(given[name] for name in self.inputs))]
-        if rows:
-            first, *others = self.inputs
-            super().add_batch(**{first: rows}, **{name: [[]] * len(rows) for name in others})
+        if predictions is None or references is None:
+            missing = "predictions" if predictions is None else "references"
+            raise ValueError(f"{type(self).__name__} takes predictions and references, but {missing} are missing.")
+        rows = self.reduce(predictions, references).astype(np.float64)
+        if len(rows):
+            super().add_batch(predictions=list(rows), references=[[]] * len(rows))
 
-    def add(self, *, prediction: object = None, reference: object = None, **kwargs: Any) -> None:
-        """Add one sample, without the batch axis."""
-        given = {"predictions": prediction, "references": reference, **kwargs}
-        self.add_batch(**{name: [value] for name, value in given.items() if value is not None})
+    def add(self, *, prediction: object = None, reference: object = None, **plural: object) -> None:
+        """Add one sample, without the batch axis; `evaluate.combine` passes it as `predictions` and `references`."""
+        given = {"predictions": prediction, "references": reference} | plural
+        self.add_batch(predictions=[given["predictions"]], references=[given["references"]])
 
-    def compute(
-        self, *, predictions: object = None, references: object = None, **kwargs: Any
-    ) -> dict[str, Any] | None:
+    def compute(self, *, predictions: Batch | None = None, references: Batch | None = None) -> dict[str, Any] | None:
         """Return the result over all samples and reset the metric; None in processes other than the first."""
-        given = {"predictions": predictions, "references": references, **kwargs}
-        mine = {name: given[name] for name in self.inputs if given.get(name) is not None}
-        others = [name for name in given if name not in self.inputs and given[name] is not None]
-        if unknown := [name for name in others if name not in _INPUTS]:
-            raise TypeError(
-                f"{type(self).__name__}.compute() got {', '.join(unknown)}, but takes {' and '.join(self.inputs)}. "
-                "Pass settings to the constructor."
-            )
-        if mine:
-            self.add_batch(**mine)
-        if self.writer is None:
-            if others:
-                raise TypeError(
-                    f"{type(self).__name__} takes {' and '.join(self.inputs)}, but got {', '.join(others)}."
-                )
-            if self.num_process == 1:
-                raise ValueError(
-                    f"{type(self).__name__} has no data to compute from: no sample was added, or all were ignored. "
-                    "Call add_batch first."
-                )
-            # A process without samples must still take part in the gathering, with an empty file.
+        if predictions is not None or references is not None:
+            self.add_batch(predictions=predictions, references=references)
+        if self.writer is None:  # a process without samples takes part in the gathering with an empty file
             self.selected_feature_format = self.features
             self._init_writer()
         return super().compute()
 
-    def _compute(self, **columns: list[list[float]]) -> dict[str, Any]:
-        rows = columns[self.inputs[0]]
-        if not rows:
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> Mapping[str, object]:
+        if not predictions:
             raise ValueError(
-                f"{type(self).__name__} has no data to compute from: no process added a sample, or all were ignored. "
-                "Call add_batch first."
+                f"{type(self).__name__} has no data to compute from: no sample was added, or all were ignored. Call "
+                "add_batch first."
             )
-        return self.result(np.asarray(rows, dtype=np.float64))
+        return self.result(np.asarray(predictions, dtype=np.float64))
 
 
 # --- Checks
@@ -187,27 +158,26 @@ def _finite(name: str, value: object) -> Array:
     return array
 
 
-def _maps(name: str, value: Any, *, example: str) -> list[Any]:
-    """Return a batch of maps, given as an array (B, H, W) or as a sequence of maps (H, W) of any sizes, as a list."""
-    maps = list(value)
-    for i, one in enumerate(maps):
-        shape = tuple(np.shape(one) if not isinstance(one, torch.Tensor) else one.shape)
-        if len(shape) != 2:
-            raise ValueError(f"{name}[{i}] has shape {shape}, but must be (height, width): {example}.")
-    return maps
-
-
-def _pairs(predictions: list[Any], references: list[Any]) -> None:
-    if len(predictions) != len(references):
-        raise ValueError(
-            f"Got {len(predictions)} predictions for {len(references)} references. Give one prediction per reference."
-        )
-    for i, (one, other) in enumerate(zip(predictions, references)):
-        if tuple(one.shape) != tuple(other.shape):
+def _map_pairs(
+    predictions: Batch, references: Batch, convert: Callable[[str, object], Array], example: str
+) -> list[tuple[Array, Array]]:
+    """Return the converted maps (H, W) of a batch; every prediction has the size of its reference."""
+    maps: list[list[Array]] = []
+    for name, batch in (("predictions", predictions), ("references", references)):
+        maps.append([convert(name, one) for one in batch])
+        for i, one in enumerate(maps[-1]):
+            if one.ndim != 2:
+                raise ValueError(f"{name}[{i}] has shape {one.shape}, but must be (height, width): {example}.")
+    predicted, true = maps
+    if len(predicted) != len(true):
+        raise ValueError(f"Got {len(predicted)} predictions for {len(true)} references. Give one for each.")
+    for i, (one, truth) in enumerate(zip(predicted, true)):
+        if one.shape != truth.shape:
             raise ValueError(
-                f"predictions[{i}] {tuple(one.shape)} and references[{i}] {tuple(other.shape)} differ in shape. "
-                "Resize the prediction to the size of the reference first."
+                f"predictions[{i}] {one.shape} and references[{i}] {truth.shape} differ in shape. Resize the "
+                "prediction to the size of the reference first."
             )
+    return list(zip(predicted, true))
 
 
 # --- Labels
@@ -219,8 +189,7 @@ class TopKAccuracy(_SumsMetric):
     Among equal scores the class with the lower id ranks first, as in argmax.
 
     Args:
-        k: Value or values of k. Values above 1 require scores as predictions.
-        prefix: Prefix of the names of the results, such as `knn` for `knn_top1`, to distinguish several classifiers.
+        k: Values of k. Values above 1 require scores as predictions.
         options: Options of `evaluate.Metric`.
     """
 
@@ -229,14 +198,13 @@ class TopKAccuracy(_SumsMetric):
         "class ids in [0, C)."
     )
 
-    def __init__(self, *, k: int | Sequence[int] = (1,), prefix: str = "", **options: Any) -> None:
-        self.k = (k,) if isinstance(k, int) else tuple(k)
-        if not self.k or min(self.k) < 1:
-            raise ValueError(f"k={self.k} must be one or more integers of at least 1.")
-        self.prefix = prefix
+    def __init__(self, *, k: Sequence[int] = (1,), **options: Any) -> None:
+        if not k or min(k) < 1:
+            raise ValueError(f"k={tuple(k)} must be one or more integers of at least 1.")
+        self.k = tuple(k)
         super().__init__(**options)
 
-    def reduce(self, predictions: object, references: object) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return for every sample the number of classes that rank before its own."""
         truth = _integers("references", references)
         scores = _array("predictions", predictions)
@@ -245,7 +213,7 @@ class TopKAccuracy(_SumsMetric):
                 f"predictions {scores.shape} must be (n, classes) or (n,), with references (n,), not {truth.shape}."
             )
         if not len(truth):
-            return []
+            return np.empty((0, 1))
         if truth.min() < 0:
             raise ValueError(f"references contain {truth.min()}, but class ids start at 0. Remove unlabeled samples.")
         if scores.ndim == 1:
@@ -265,9 +233,18 @@ class TopKAccuracy(_SumsMetric):
         earlier = np.arange(scores.shape[1]) < truth[:, None]
         return ((scores > own) | ((scores == own) & earlier)).sum(1, keepdims=True)
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> dict[str, float]:
         """Return the accuracies by name."""
-        return {f"{self.prefix}{'_' if self.prefix else ''}top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
+        return {f"top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
+
+
+class ClassResult(TypedDict):
+    """Result of `ClassScores`."""
+
+    mean_class_accuracy: float
+    f1: float
+    per_class: list[float]
+    confusion_matrix: list[list[int]]
 
 
 class ClassScores(_SumsMetric):
@@ -293,7 +270,7 @@ class ClassScores(_SumsMetric):
         self.num_classes = num_classes
         super().__init__(**options)
 
-    def reduce(self, predictions: object, references: object) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return the true and the predicted class id of every sample."""
         truth, said = _integers("references", references), _array("predictions", predictions)
         if said.ndim == 2 and said.shape[1] == self.num_classes:
@@ -307,7 +284,7 @@ class ClassScores(_SumsMetric):
         _check_ids({"predictions": said, "references": truth}, self.num_classes)
         return np.stack([truth, said], axis=1)
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> ClassResult:
         """Return the means over classes, the accuracy of each class, and (C, C) counts with true classes as rows."""
         places = rows.astype(np.int64) @ np.array([self.num_classes, 1])
         confusion = np.bincount(places, minlength=self.num_classes**2).reshape(self.num_classes, -1)
@@ -335,7 +312,7 @@ class MeanAveragePrecision(_SumsMetric):
         "gallery), true for relevant images, at least one per query."
     )
 
-    def reduce(self, predictions: object, references: object) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return the average precision of every query."""
         scores, relevant = _finite("predictions", predictions), _array("references", references).astype(bool)
         if scores.ndim != 2 or scores.shape != relevant.shape:
@@ -350,12 +327,22 @@ class MeanAveragePrecision(_SumsMetric):
         precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
         return ((precision * hits).sum(axis=1) / hits.sum(axis=1))[:, None]
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> dict[str, float]:
         """Return the mean over queries."""
         return {"map": float(rows[:, 0].mean())}
 
 
-# --- Maps and boxes
+# --- Maps
+
+
+class MeanIoUResult(TypedDict):
+    """Result of `MeanIoU`."""
+
+    mean_iou: float
+    mean_accuracy: float
+    overall_accuracy: float
+    per_category_iou: list[float]
+    per_category_accuracy: list[float]
 
 
 class MeanIoU(_SumsMetric):
@@ -386,23 +373,21 @@ class MeanIoU(_SumsMetric):
         self.num_classes, self.ignore_index = num_classes, ignore_index
         super().__init__(**options)
 
-    def reduce(self, predictions: object, references: object) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return one row: the numbers of agreeing, predicted and true pixels of every class."""
-        example = "class ids instead of scores (take the argmax), without a channel axis"
-        predicted = [_integers("predictions", one) for one in _maps("predictions", predictions, example=example)]
-        true = [_integers("references", one) for one in _maps("references", references, example=example)]
-        _pairs(predicted, true)
         sums = np.zeros((3, self.num_classes))
-        for one, truth in zip(predicted, true):
+        example = "class ids instead of scores (take the argmax), without a channel axis"
+        pairs = _map_pairs(predictions, references, _integers, example)
+        for one, truth in pairs:
             counted = np.ones(truth.shape, dtype=bool) if self.ignore_index is None else truth != self.ignore_index
             one, truth = one[counted], truth[counted]
             also = f" or, in references, ignore_index={self.ignore_index}"
             _check_ids({"predictions": one, "references": truth}, self.num_classes, also)
             for row, classes in zip(sums, (truth[one == truth], one, truth)):
                 row += np.bincount(classes, minlength=self.num_classes)
-        return [sums.ravel()] if predicted else []
+        return sums.reshape(1, -1)[: len(pairs)]
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> MeanIoUResult:
         """Return the means and the values of every class."""
         both, predicted, true = rows.sum(0).reshape(3, self.num_classes)
         if not true.sum():
@@ -447,15 +432,12 @@ class DepthErrors(_SumsMetric):
         self.min_depth, self.max_depth = min_depth, max_depth
         super().__init__(**options)
 
-    def reduce(self, predictions: object, references: object) -> Rows:
+    def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Return rmse, abs_rel and the three deltas of every image with valid pixels."""
-        example = "depths without a channel axis"
-        predicted = [_numbers("predictions", one) for one in _maps("predictions", predictions, example=example)]
-        true = [_numbers("references", one) for one in _maps("references", references, example=example)]
-        _pairs(predicted, true)
         rows = []
         far = np.inf if self.max_depth is None else self.max_depth
-        for i, (one, truth) in enumerate(zip(predicted, true)):
+        pairs = _map_pairs(predictions, references, _numbers, "depths without a channel axis")
+        for i, (one, truth) in enumerate(pairs):
             valid = np.isfinite(truth) & (truth >= self.min_depth) & (truth <= far)
             if not valid.any():
                 continue
@@ -474,152 +456,14 @@ class DepthErrors(_SumsMetric):
                     *((ratio < 1.25**power).mean() for power in (1, 2, 3)),
                 ]
             )
-        return rows
+        return np.asarray(rows).reshape(-1, 5)
 
-    def result(self, rows: Array) -> dict[str, Any]:
+    def result(self, rows: Array) -> dict[str, float]:
         """Return the means over images."""
         return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))
 
 
-class CorLoc(_SumsMetric):
-    """CorLoc of object discovery: share of images whose box overlaps any ground-truth box by at least `threshold`.
-
-    Args:
-        threshold: Minimum intersection over union of a correct box.
-        options: Options of `evaluate.Metric`.
-
-    Source: valeoai/LOST `main_lost.py`; the overlap is computed by `box_iou` in `boxes`.
-    """
-
-    about = (
-        "CorLoc. predictions: (n, 4), one box (x1, y1, x2, y2) per image. references: a list of boxes for every "
-        "image, at least one."
-    )
-
-    def __init__(self, *, threshold: float = 0.5, **options: Any) -> None:
-        if not 0 < threshold <= 1:
-            raise ValueError(f"threshold={threshold} must be in (0, 1].")
-        self.threshold = threshold
-        super().__init__(**options)
-
-    def reduce(self, predictions: Any, references: Any) -> Rows:
-        """Return the overlap of every image's box with its best ground-truth box."""
-        boxes = _finite("predictions", predictions)
-        if boxes.size and (boxes.ndim != 2 or boxes.shape[1] != 4):
-            raise ValueError(f"predictions {boxes.shape} must be (images, 4), one box (x1, y1, x2, y2) per image.")
-        truth = [_finite(f"references[{i}]", one) for i, one in enumerate(references)]
-        for i, one in enumerate(truth):
-            if one.size and (one.ndim != 2 or one.shape[1] != 4):
-                raise ValueError(f"references[{i}] {one.shape} must be (boxes, 4), a list of boxes per image.")
-        return best_iou(list(boxes), truth).double().numpy()[:, None]
-
-    def result(self, rows: Array) -> dict[str, Any]:
-        """Return CorLoc and the mean overlap."""
-        return {"corloc": float((rows[:, 0] >= self.threshold).mean()), "mean_best_iou": float(rows[:, 0].mean())}
-
-
 # --- Tokens
-
-
-class OutlierShare(_SumsMetric):
-    """Share of patch tokens whose norm is above a cutoff, in [0, 1].
-
-    Args:
-        cutoff: Norm above which a token is an outlier, e.g. from `find_cutoff` in `diagnosis.outliers`.
-        options: Options of `evaluate.Metric`.
-    """
-
-    inputs = ("norms",)
-    about = (
-        "Share of outlier tokens. norms: (B, N) or a list of (N,) of different lengths, L2 norms of patch tokens "
-        "before the final norm."
-    )
-
-    def __init__(self, *, cutoff: float, **options: Any) -> None:
-        if not (np.isfinite(cutoff) and cutoff > 0):
-            raise ValueError(f"cutoff={cutoff} must be a norm above 0.")
-        self.cutoff = cutoff
-        super().__init__(**options)
-
-    def reduce(self, norms: Any) -> Rows:
-        """Return the number of tokens above the cutoff and the number of all tokens for every image."""
-        rows = []
-        for i, one in enumerate(norms):
-            values = _finite(f"norms[{i}]", one)
-            if values.ndim != 1 or (values < 0).any():
-                raise ValueError(
-                    f"norms[{i}] {values.shape} must be one number of at least 0 per patch, as from "
-                    "tokens.norm(dim=-1)."
-                )
-            rows.append([(values > self.cutoff).sum(), values.size])
-        return rows
-
-    def result(self, rows: Array) -> dict[str, Any]:
-        """Return the share over all tokens."""
-        above, total = rows.sum(0)
-        if not total:
-            raise ValueError("norms are empty for all images. Pass the norms of at least one patch token.")
-        return {"outlier_share": float(above / total)}
-
-
-class RegisterDiversity(_SumsMetric):
-    """Diversity of the registers of an image: mean cosine over pairs, and effective rank of at most R.
-
-    Both are means over images, computed by `register_cosine` and `effective_rank`. Identical registers have cosine 1
-    and rank 1.
-    """
-
-    inputs = ("registers",)
-    about = "Diversity of registers. registers: (B, R, D), R at least 2."
-
-    def reduce(self, registers: object) -> Rows:
-        """Return the cosine and the rank of every image."""
-        tokens = _finite("registers", registers)
-        if tokens.ndim != 3 or tokens.shape[1] < 2:
-            raise ValueError(f"registers {tokens.shape} must be (images, registers, width) with at least 2 registers.")
-        if (np.abs(tokens).sum(-1) == 0).any():
-            raise ValueError("A register is zero in every channel, so its cosine is undefined. Remove such registers.")
-        values = torch.from_numpy(tokens)
-        return torch.stack([register_cosine(values).double(), effective_rank(values)], dim=1).numpy()
-
-    def result(self, rows: Array) -> dict[str, Any]:
-        """Return the means over images."""
-        cosine, rank = rows.mean(0).tolist()
-        return {"register_cosine": cosine, "register_effective_rank": rank}
-
-
-class EffectiveRank(_SumsMetric):
-    """Effective number of directions that the features of a data set use; a drop indicates collapse.
-
-    Features are scaled to unit length but not centered; see `effective_rank` for the formula. The rank cannot exceed
-    the number of samples, so compare only results for equal numbers of samples. All features are stored, in float32.
-    """
-
-    inputs = ("features",)
-    about = "Effective rank. features: (n, D), one row per sample."
-    stored = "float32"
-
-    def reduce(self, features: object) -> Rows:
-        """Return the features themselves; their Gram matrix would be larger for usual batch sizes."""
-        values = _finite("features", features)
-        if values.ndim != 2:
-            raise ValueError(f"features {values.shape} must be (samples, width).")
-        if (np.abs(values).sum(-1) == 0).any():
-            raise ValueError(
-                "A feature is zero in every channel and cannot be scaled to unit length. Remove such rows."
-            )
-        return values
-
-    def result(self, rows: Array) -> dict[str, Any]:
-        """Return the effective rank of all features."""
-        return {"effective_rank": float(effective_rank(torch.from_numpy(rows)[None]))}
-
-
-_METRICS = (
-    TopKAccuracy, ClassScores, MeanAveragePrecision, MeanIoU, DepthErrors, CorLoc, OutlierShare, RegisterDiversity,
-    EffectiveRank,
-)  # fmt: skip
-_INPUTS = frozenset(name for metric in _METRICS for name in metric.inputs)
 
 
 def effective_rank(tokens: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.source import ImageSource
+from ..models.results import as_tuples
 from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
 from .intervals import bootstrap_interval
@@ -138,17 +139,10 @@ class LostEvaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "LostEvaluation":
         """Create an evaluation from the result of `dataclasses.asdict`, also after a round trip through JSON."""
-        scores = {}
-        for name, score in content["scores"].items():
-            ahead, (low, high) = score["ahead"]
-            scores[name] = CorLocScore(
-                **score
-                | {
-                    "interval": tuple(score["interval"]),
-                    "ahead": (ahead, (low, high)),
-                    "overlaps": tuple(score["overlaps"]),
-                }
-            )
+        scores = {
+            name: CorLocScore(**{key: as_tuples(value) for key, value in score.items()})
+            for name, score in content["scores"].items()
+        }
         settings = LostSettings(**content["settings"])
         return cls(**content | {"settings": settings, "scores": scores, "ids": tuple(content["ids"])})
 

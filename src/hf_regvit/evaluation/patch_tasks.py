@@ -80,8 +80,7 @@ class Segmentation:
             settings=SegmentationSettings(**settings.head()), seed=seed,
         )  # fmt: skip
         parts.reading_seconds += sum(part.seconds for part in features)
-        rows = {"mean_iou": result.counts.reshape(len(test), -1)}
-        return _dense_scores(self.name, rows, result, test.name, "mean_iou")
+        return _dense_scores(self.name, {"mean_iou": result.rows}, result, test.name, "mean_iou")
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Depth:
         head = DepthSettings(max_depth=settings.max_depth, **settings.head())
         result = linear_depth(features[0], train.targets, features[1], test.targets, settings=head, seed=seed)
         parts.reading_seconds += sum(part.seconds for part in features)
-        rows = {name: result.errors[:, [i]] for i, name in enumerate(("rmse", "abs_rel", "delta1"))}
+        rows = {name: result.rows[:, [i]] for i, name in enumerate(("rmse", "abs_rel", "delta1"))}
         return _dense_scores(self.name, rows, result, test.name, "mean")
 
 

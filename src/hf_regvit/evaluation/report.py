@@ -3,18 +3,18 @@
 A score keeps the contribution of every test image, so two models can be compared image by image at any later time.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..models.results import as_tuples, html_table, markdown_table
 from ..models.saving import read_json, whole_file
+from .cache import fingerprint
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
 from .object_discovery import LostEvaluation
 from .tasks import TASKS
@@ -81,7 +81,7 @@ class Score:
             interval=bootstrap_interval(rows, seed=seed, statistic=of),
             data=Path(data).name,  # reports are published, so local paths must not appear in them
             num_images=len(ids),
-            images=fingerprint_of_names(ids),
+            images=fingerprint(ids, digest_size=8),
             seed=seed,
             columns=tuple(tuple(column) for column in rows.T.tolist()),
             statistic=statistic,
@@ -135,14 +135,6 @@ class Score:
         return f"{100 * value:{sign}.1f} % [{100 * interval[0]:{sign}.1f}, {100 * interval[1]:{sign}.1f}]"
 
 
-def fingerprint_of_names(names: Sequence[str]) -> str:
-    """Return 16 hexadecimal digits that change when a name or the order of the names changes."""
-    digest = hashlib.blake2b(digest_size=8)
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\0")
-    return digest.hexdigest()
-
-
 @dataclass(frozen=True, repr=False)
 class EvaluationReport:
     """All scores of one model, with the information needed to reproduce them.
@@ -186,10 +178,7 @@ class EvaluationReport:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> "EvaluationReport":
         """Build a report from the output of `to_dict`."""
-        scores = tuple(
-            Score(**score | {"interval": tuple(score["interval"]), "columns": tuple(map(tuple, score["columns"]))})
-            for score in content["scores"]
-        )
+        scores = tuple(Score(**{key: as_tuples(value) for key, value in score.items()}) for score in content["scores"])
         lost = None if content["lost"] is None else LostEvaluation.from_dict(content["lost"])
         return cls(**content | {"scores": scores, "notes": tuple(content["notes"]), "lost": lost})
 
@@ -278,9 +267,9 @@ class EvaluationTable:
                     if score.key == key:
                         yield score, report, first.get(key) if report is not self.reports[0] else None
 
-    def cells(self) -> list[dict[str, str]]:
-        """Return the table as text: one dictionary of columns per score."""
-        several, found = len(self.reports) > 1, []
+    def cells(self) -> list[list[str]]:
+        """Return the table as text: the names of the columns, then one row per score."""
+        several, found = len(self.reports) > 1, list[list[str]]()
         for score, report, reference in self.rows():
             ahead = "" if reference is None else score.show(*score.ahead_of(reference), signed=True)
             cells = {
@@ -290,22 +279,19 @@ class EvaluationTable:
                 "model": report.model,
                 "result [95 % CI]": score.show(score.value, score.interval),
                 **({f"ahead of {self.reports[0].model}": ahead} if several else {}),
-                "block": score.settings.get("layer", ""),
-                "selected": score.settings.get("chosen", ""),
+                "block": str(score.settings.get("layer", "")),
+                "selected": str(score.settings.get("chosen", "")),
                 "images": f"{score.num_train} / {score.num_images}",
-                "seed": score.seed,
+                "seed": str(score.seed),
                 "seconds": f"{score.seconds:.1f}",
             }
-            found.append({column: str(cell) for column, cell in cells.items()})
+            found += [list(cells.values())] if found else [list(cells), list(cells.values())]
         return found
 
     def markdown(self) -> str:
         """Return a Markdown table of all scores, followed by the protocols and the notes."""
-        cells = self.cells()
-        head = list(cells[0]) if cells else []
-        lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-        lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row.values()) + " |" for row in cells]
-        lines += [
+        lines = [
+            markdown_table(self.cells()),
             "",
             "images: training images / test images. Intervals: 95 % bootstrap intervals from 2,000 resamples of the "
             "test images; differences are paired by image.",
@@ -329,10 +315,7 @@ class EvaluationTable:
         return "\n".join(map(repr, self.reports)) or "EvaluationTable without reports"
 
     def _repr_html_(self) -> str:
-        rows = [row.values() for row in self.cells()]
-        head = "".join(f"<th>{escape(column)}</th>" for column in next(iter(self.cells()), {}))
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><tr>{head}</tr>{body}</table>"
+        return html_table(self.cells())
 
     def to_dict(self) -> dict[str, Any]:
         """Return all reports as a JSON-serializable dict."""

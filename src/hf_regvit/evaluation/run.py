@@ -6,7 +6,6 @@ the settings say otherwise, the report states it. `compare_backbones` puts sever
 """
 
 import logging
-import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,14 +13,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from ..data.maps import DenseSource
 from ..data.parts import Data, Parts, open_parts
 from ..data.source import ImageSource
-from ..models.configuration_regvit import __version__
 from ..models.loading import open_model, short_names, weights_fingerprint
+from ..models.results import library_versions
 from ..models.tokens import TokenReader
 from .boxes import Box
 from .cache import FrozenFeatures, image_digests, read_features
@@ -84,17 +82,11 @@ def evaluate_backbone(
     parts = {task.name: TaskParts(own[task.name], **shared) if task.name in own else common for task in chosen}
     scores = [score for task in chosen for score in task.run(reader, parts[task.name], seed=seed)]
     opened = list(dict.fromkeys(parts.values()))
-    versions = {
-        "hf_regvit": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
     return EvaluationReport(
         name or reader.description.name,
         opened[0].name,
         seed,
-        versions,
+        library_versions(),
         scores=tuple(scores),
         notes=tuple(note for one in opened for note in one.notes),
         reading_seconds=round(sum(one.reading_seconds for one in opened), 2),

@@ -184,7 +184,7 @@ class ClassificationMetrics:
 
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.skipped = self.counted = 0
-        self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else 1)
+        self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else (1,))
         self._classes = ClassScores(num_classes=num_classes)
 
     def update(self, logits: Any, labels: Any) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from ..diagnosis.report import ArtifactReport
 from ..diagnosis.retrofit import RetrofitReport
 from ..evaluation.report import EvaluationTable
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.processing import saved_processor
 from ..models.saving import read_json, whole_folder, write_json
 from . import facts as about

@@ -141,7 +141,9 @@ def check_card(
     """
     wrong = []
     header = card_header(text)
-    wrong += [f"the header has no '{name}'" for name in (*required, "library_name", "tags") if not header.get(name)]
+    advice = {"license": " (give one, such as --license apache-2.0)"}
+    missing = [name for name in (*required, "library_name", "tags") if not header.get(name)]
+    wrong += [f"the header has no '{name}'{advice.get(name, '')}" for name in missing]
     if (license := header.get("license")) and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
         wrong.append(
             f"license '{license}' is not a Hub license id; use a lower-case id such as apache-2.0, or 'other' with "

@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import nn
 
+from ..models.configuration_regvit import CheckpointError
 from ..models.loading import open_model
-from ..models.modeling_regvit import CheckpointError, RegViTPreTrainedModel
+from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import unknown_processor
 from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object

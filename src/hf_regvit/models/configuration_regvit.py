@@ -2,7 +2,7 @@
 """Configuration of RegViT, a plain vision transformer with register tokens (arXiv 2309.16588).
 
 This file and the modeling file are copied unchanged into every checkpoint on the Hub, so this file is self-contained
-and depends only on transformers and huggingface_hub.
+and depends only on transformers, huggingface_hub and safetensors.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
@@ -65,6 +66,14 @@ class ConfigError(StrictDataclassError, ValueError):
     """Raised for an invalid config value; the message names the field, the value and a valid alternative."""
 
 
+class CheckpointError(ValueError, RuntimeError):
+    """Raised for missing, unexpected or mismatched tensors; transformers raises a RuntimeError for wrong shapes."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """Raised for a weights file that cannot be read."""
+
+
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     """Return (height, width) for a size given as one number or as a pair."""
     return (value, value) if isinstance(value, int) else (value[0], value[1])
@@ -83,7 +92,8 @@ def _foreign_entries(auto_map: dict | None) -> dict:
 class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     r"""
     Configuration of a RegViT model. The defaults give a ViT-B/16 with 4 registers and the training settings of DINOv2.
-    The fields also express plain ViT, DeiT, DINO, DINOv2 and timm `reg4` models exactly (see `hf_regvit.convert`).
+    The fields also express ViT, DeiT, DINO, DINOv2, DINOv3, CLIP, SigLIP, EVA-02, PE, MAE and I-JEPA models exactly
+    (see `hf_regvit.convert`).
 
     Args:
         num_register_tokens (`int`, *optional*, defaults to 4):
@@ -112,6 +122,10 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             Whether to use a SwiGLU instead of the two-layer MLP.
         qkv_bias, proj_bias, mlp_bias (`bool`, *optional*, default to `True`):
             Whether to add biases to the fused query-key-value projection, the output projection and the MLP.
+        key_bias (`bool`, *optional*, defaults to `True`):
+            Whether to add the bias of the fused projection to the keys, too; DINOv3 and EVA do not.
+        attention_norm, mlp_norm (`bool`, *optional*, default to `False`):
+            Whether to normalize the input of the last linear layer of the attention and of the MLP (EVA-02).
         layer_norm_eps (`float`, *optional*, defaults to 1e-6):
             Epsilon of every LayerNorm.
         layerscale_value (`float`, *optional*, defaults to 1e-5):
@@ -128,29 +142,61 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             `max(int(B * (1 - rate)), 1)` of the B samples, as DINOv2 does, which also saves computation.
         drop_path_uniform (`bool`, *optional*, defaults to `True`):
             Whether to use the same rate in every block; otherwise the rate rises linearly from 0.
+        use_cls_token (`bool`, *optional*, defaults to `True`):
+            Whether to create a CLS token. Without it (SigLIP, I-JEPA), `pooler_output` is the mean of the patches.
         use_mask_token (`bool`, *optional*, defaults to `False`):
             Whether to create a learnable token for `bool_masked_pos`. Only pretraining needs it.
+        use_position_embeddings (`bool`, *optional*, defaults to `True`):
+            Whether to add a learned position table to the patches. DINOv3 has only rotary positions.
         no_embed_class (`bool`, *optional*, defaults to `False`):
             Whether to leave CLS out of the position table (`no_embed_class` in timm).
+        interpolate_mode (`str`, *optional*, defaults to `"bicubic"`):
+            Interpolation of the position table: `"bicubic"`, `"bilinear"`, or `"radio"`, which resamples bilinearly
+            to a square that covers the grid and crops it.
         interpolate_antialias (`bool`, *optional*, defaults to `True`):
             Whether to antialias when the position table is resampled. The official DINOv2 models use True with
             registers and False without.
         interpolate_offset (`float`, *optional*, defaults to 0.0):
             Number of cells added to the target grid to compute scale factors. The official DINOv2 models without
             registers use 0.1.
+        rope_theta (`float`, *optional*):
+            Base of the periods of rotary positions, which rotate queries and keys of the patches. `None` disables
+            them; DINOv3 uses 100.
+        rope_periods (`list[float]`, *optional*):
+            The head width / 4 periods, if the formula `rope_theta ** (4 * j / head width)` does not give them.
+        rope_coordinates (`str`, *optional*, defaults to `"centered"`):
+            `"centered"` scales the patch centers of every grid to [-1, 1], times 2 pi (DINOv3); `"index"` counts rows
+            and columns (EVA-02, PE).
+        rope_grid_offset (`float`, *optional*, defaults to 0.0):
+            Number added to index coordinates.
+        rope_reference_grid (`list[int]`, *optional*):
+            Grid (rows, columns) to which index coordinates of other grids are scaled. `None` does not scale them.
+        pos_embed_shift, pos_embed_jitter, pos_embed_rescale (`float`, *optional*):
+            Random augmentation of centered coordinates in training, drawn once per forward: a shift of each axis in
+            [-shift, shift], a factor of each axis in [1 / jitter, jitter], and a factor of both in
+            [1 / rescale, rescale]. DINOv3 is trained with a rescale of 2.
+        embedding_norm (`bool`, *optional*, defaults to `False`):
+            Whether to normalize all tokens before the first block (CLIP, PE).
         final_norm (`str`, *optional*, defaults to `"tokens"`):
-            `"tokens"` normalizes the whole sequence; `"pooled"` normalizes only the mean of the patch
-            tokens, which is then the `pooler_output` (`fc_norm` in timm).
+            `"tokens"` normalizes the whole sequence; `"cls"` normalizes only the `pooler_output`, which is CLS (CLIP);
+            `"pooled"` normalizes only the mean of the patch tokens, which is then the `pooler_output` (`fc_norm` in
+            timm); `"none"` normalizes nothing (PE-Spatial).
         pooler_act (`str`, *optional*):
             Activation of an additional dense layer on CLS (`"tanh"` in the original ViT). `None` adds no such layer.
+        attention_pooler (`bool`, *optional*, defaults to `False`):
+            Whether to compute `pooler_output` as attention of a learned query to CLS and patches (SigLIP, PE-Core).
+        pooler_num_heads, pooler_intermediate_size (`int`, *optional*):
+            Number of heads and hidden MLP width of the attention pooler; `None` uses those of the blocks.
+        projection_dim (`int`, *optional*):
+            Width of `image_embeds`, a linear projection of `pooler_output` (CLIP). `None` adds no projection.
         discard_registers (`bool`, *optional*, defaults to `False`):
             Whether to leave the registers out of `last_hidden_state`, as the paper does.
         register_neurons (`list[list[int]]`, *optional*):
             Test-time registers (arXiv 2506.08010): `[block, neuron]` pairs, counted from 0, of MLP neurons whose
             artifacts are moved from the patches to the registers. `hf_regvit.retrofit` finds them.
         pooling (`str`, *optional*, defaults to `"cls_mean_patch"`):
-            Input of the image classifier: `"cls"`, `"cls_mean_patch"` (CLS and the mean patch, concatenated) or
-            `"mean_patch"`. Registers are never included.
+            Input of the image classifier: `"cls"` (the `pooler_output`: CLS or the attention pooler),
+            `"cls_mean_patch"` (this and the mean patch, concatenated) or `"mean_patch"`. Registers are never included.
         head_layers (`list[int]`, *optional*, defaults to `[-1]`):
             Blocks whose normalized tokens the segmentation and depth heads read, e.g. `[-4, -3, -2, -1]`.
         semantic_loss_ignore_index (`int`, *optional*, defaults to 255):
@@ -192,6 +238,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     qkv_bias: bool = True
     proj_bias: bool = True
     mlp_bias: bool = True
+    key_bias: bool = True
+    attention_norm: bool = False
+    mlp_norm: bool = False
     layer_norm_eps: float | int = 1e-6
     layerscale_value: float | int | None = 1e-5
     initializer_range: float | int = 0.02
@@ -199,12 +248,28 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     drop_path_rate: float | int = 0.0
     drop_path_mode: str = "sample"
     drop_path_uniform: bool = True
+    use_cls_token: bool = True
     use_mask_token: bool = False
+    use_position_embeddings: bool = True
     no_embed_class: bool = False
+    interpolate_mode: str = "bicubic"
     interpolate_antialias: bool = True
     interpolate_offset: float | int = 0.0
+    rope_theta: float | int | None = None
+    rope_periods: list[float | int] | tuple[float | int, ...] | None = None
+    rope_coordinates: str = "centered"
+    rope_grid_offset: float | int = 0.0
+    rope_reference_grid: list[int] | tuple[int, int] | None = None
+    pos_embed_shift: float | int | None = None
+    pos_embed_jitter: float | int | None = None
+    pos_embed_rescale: float | int | None = None
+    embedding_norm: bool = False
     final_norm: str = "tokens"
     pooler_act: str | None = None
+    attention_pooler: bool = False
+    pooler_num_heads: int | None = None
+    pooler_intermediate_size: int | None = None
+    projection_dim: int | None = None
     discard_registers: bool = False
     register_neurons: list[list[int]] | None = None
     pooling: str = "cls_mean_patch"
@@ -265,8 +330,18 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Number of tokens before the patches: CLS and the registers."""
-        return 1 + self.num_register_tokens
+        """Number of tokens before the patches: CLS, if there is one, and the registers."""
+        return self.use_cls_token + self.num_register_tokens
+
+    @property
+    def num_position_prefix(self) -> int:
+        """Number of rows of the position table before those of the patches."""
+        return int(self.use_position_embeddings and self.use_cls_token and not self.no_embed_class)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.hidden_size // self.num_attention_heads
 
     def register_neurons_of(self, block: int) -> list[int]:
         """Return the neurons of a block (counted from 0) whose activations are moved to the registers."""
@@ -293,6 +368,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             ("num_depth_bins", 2, 65536), ("mlp_ratio", 1e-3, 1024), ("layer_norm_eps", 0, 1),
             ("layerscale_value", 1e-12, 1e3), ("initializer_range", 0, 10), ("register_init_std", 1e-12, 10),
             ("drop_path_rate", 0, 0.99), ("interpolate_offset", 0, 0.99), ("min_depth", 0, 1e6), ("max_depth", 0, 1e6),
+            ("rope_theta", 1e-6, 1e12), ("rope_grid_offset", -65536, 65536), ("pos_embed_shift", 0, 1e3),
+            ("pos_embed_jitter", 1, 1e3), ("pos_embed_rescale", 1, 1e3), ("pooler_num_heads", 1, 1024),
+            ("pooler_intermediate_size", 1, 1048576), ("projection_dim", 1, 1048576),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and low <= value <= high):
@@ -300,8 +378,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 raise ConfigError(f"{name}={value} is out of range: it must be in [{low}, {high}], e.g. {default}.")
         for name, allowed in (
             ("drop_path_mode", ("sample", "batch_subset")), ("pooling", ("cls", "cls_mean_patch", "mean_patch")),
-            ("final_norm", ("tokens", "pooled")), ("pooler_act", (None, "tanh", "gelu", "relu")),
+            ("final_norm", ("tokens", "cls", "pooled", "none")), ("pooler_act", (None, "tanh", "gelu", "relu")),
             ("hidden_act", ("gelu", "gelu_new", "gelu_pytorch_tanh", "quick_gelu", "relu", "silu")),
+            ("interpolate_mode", ("bicubic", "bilinear", "radio")), ("rope_coordinates", ("centered", "index")),
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
@@ -311,16 +390,13 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             )
         self._validate_sizes()
         self._validate_register_neurons()
+        self._validate_positions()
+        self._validate_pooling()
         if missing := [name for name in self._out_features or () if name not in self.stage_names]:
             raise ConfigError(
                 f"out_features={self._out_features} names {', '.join(missing)}, but num_hidden_layers="
                 f"{self.num_hidden_layers} has the stages {self.stage_names[0]} to {self.stage_names[-1]}. Choose "
                 "from these."
-            )
-        if self.final_norm == "pooled" and self.pooler_act is not None:
-            raise ConfigError(
-                f"pooler_act={self.pooler_act!r} reads CLS, but final_norm='pooled' returns the mean patch. Use "
-                "pooler_act=None."
             )
         if self.min_depth >= self.max_depth:
             raise ConfigError(f"min_depth={self.min_depth} must be below max_depth={self.max_depth}, e.g. 0.001.")
@@ -387,17 +463,92 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
                 "num_register_tokens=1 or register_neurons=None."
             )
 
+    def _contradiction(self, name: str, other: str, reason: str, remedy: str) -> ConfigError:
+        """Create the error for two fields that contradict each other."""
+        values = f"{name}={getattr(self, name)!r} cannot be combined with {other}={getattr(self, other)!r}"
+        return ConfigError(f"{values}: {reason}. Use {remedy}.")
+
+    def _changed(self, *names: str) -> str | None:
+        """Return the first of the fields that differs from its default."""
+        return next((n for n in names if getattr(self, n) != type(self).__dataclass_fields__[n].default), None)
+
+    def _validate_positions(self) -> None:
+        """Check the fields of position tables and rotary positions against each other."""
+        head_dim = self.head_dim
+        if not self.use_position_embeddings:
+            if self.rope_theta is None:
+                reason = "the patches would have no positions"
+                raise self._contradiction("use_position_embeddings", "rope_theta", reason, "rope_theta=100")
+            if name := self._changed("no_embed_class", "interpolate_mode", "interpolate_offset"):
+                default = type(self).__dataclass_fields__[name].default
+                reason = "there is no position table"
+                raise self._contradiction(name, "use_position_embeddings", reason, f"{name}={default!r}")
+        augmentation = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
+        index_only = ("rope_grid_offset", "rope_reference_grid")
+        if self.rope_theta is None:
+            if name := self._changed("rope_periods", "rope_coordinates", *index_only, *augmentation):
+                raise self._contradiction(name, "rope_theta", "nothing rotates", "rope_theta=100")
+            return
+        if head_dim % 4:
+            raise ConfigError(
+                f"rope_theta={self.rope_theta} needs a head width that is a multiple of 4, but hidden_size="
+                f"{self.hidden_size} with num_attention_heads={self.num_attention_heads} gives {head_dim}. Change one "
+                "of them, or use rope_theta=None and use_position_embeddings=True."
+            )
+        unused = index_only if self.rope_coordinates == "centered" else augmentation
+        if name := self._changed(*unused):
+            other = "index" if self.rope_coordinates == "centered" else "centered"
+            reason = f"it applies to {other} coordinates only"
+            raise self._contradiction(name, "rope_coordinates", reason, f"rope_coordinates={other!r}")
+        if (grid := self.rope_reference_grid) is not None and not (len(grid) == 2 and min(grid) >= 1):
+            raise ConfigError(f"rope_reference_grid={list(grid)} must be [rows, columns], e.g. {list(self.grid)}.")
+        if (periods := self.rope_periods) is not None and not (
+            len(periods) == head_dim // 4 and all(math.isfinite(period) and period > 0 for period in periods)
+        ):
+            raise ConfigError(
+                f"rope_periods={list(periods)} must hold {head_dim // 4} positive numbers, one per 4 channels of a "
+                "head. Use rope_periods=None for the periods of rope_theta."
+            )
+
+    def _validate_pooling(self) -> None:
+        """Check the fields of `pooler_output` against each other."""
+        if not self.use_cls_token:
+            for name, remedy in (("pooler_act", None), ("final_norm", "tokens")):
+                if getattr(self, name) not in (None, "tokens", "pooled", "none"):
+                    raise self._contradiction(name, "use_cls_token", "it reads CLS", f"{name}={remedy!r}")
+        if self.final_norm == "pooled" and self.pooler_act is not None:
+            reason = "it reads CLS, but the pooled output is the mean patch"
+            raise self._contradiction("pooler_act", "final_norm", reason, "pooler_act=None")
+        if self.attention_pooler:
+            if self.pooler_act is not None:
+                reason = "there is one pooled output"
+                raise self._contradiction("pooler_act", "attention_pooler", reason, "pooler_act=None")
+            if self.final_norm in ("cls", "pooled"):
+                reason = "the attention pooler reads normalized tokens"
+                raise self._contradiction("final_norm", "attention_pooler", reason, "final_norm='tokens'")
+            if self.hidden_size % (self.pooler_num_heads or self.num_attention_heads):
+                reason = "the number of heads must divide the width"
+                remedy = f"pooler_num_heads={self.num_attention_heads}"
+                raise self._contradiction("pooler_num_heads", "hidden_size", reason, remedy)
+        elif name := self._changed("pooler_num_heads", "pooler_intermediate_size"):
+            raise self._contradiction(name, "attention_pooler", "there is no such pooler", "attention_pooler=True")
+
     def num_parameters(self) -> int:
         """Count the parameters of the backbone without creating it."""
         d, h = self.hidden_size, self.ffn_hidden_size
-        attention = 4 * d * d + self.qkv_bias * 3 * d + self.proj_bias * d
+        attention = 4 * d * d + self.qkv_bias * 3 * d + self.proj_bias * d + self.attention_norm * 2 * d
         ffn = (3 if self.use_swiglu_ffn else 2) * d * h + self.mlp_bias * ((2 if self.use_swiglu_ffn else 1) * h + d)
-        block = attention + ffn + 4 * d + (0 if self.layerscale_value is None else 2 * d)
+        norms = 2 * (self.embedding_norm + (self.final_norm != "none") + 2 * self.num_hidden_layers) * d
+        block = attention + ffn + self.mlp_norm * 2 * h + (0 if self.layerscale_value is None else 2 * d)
         patches = (math.prod(self.patch_shape) * self.num_channels + 1) * d
-        positions = (math.prod(self.grid) + (not self.no_embed_class)) * d
+        positions = self.use_position_embeddings * (math.prod(self.grid) + self.num_position_prefix) * d
         tokens = (self.num_prefix_tokens + self.use_mask_token) * d
         pooler = 0 if self.pooler_act is None else d * (d + 1)
-        return self.num_hidden_layers * block + patches + positions + tokens + 2 * d + pooler
+        if self.attention_pooler:
+            width = self.pooler_intermediate_size or h
+            pooler = 4 * d * (d + 1) + 3 * d + 2 * d * width + width + d
+        projection = d * (self.projection_dim or 0)
+        return self.num_hidden_layers * block + patches + positions + tokens + norms + pooler + projection
 
     def to_dict(self) -> dict:
         """Return the fields as written to config.json, with the package version and without Trainer's `use_cache`."""
@@ -489,5 +640,79 @@ def _set_field(self: RegViTConfig, name: str, value: object) -> None:
 
 
 RegViTConfig.__setattr__ = _set_field  # set after @strict, which installs its own `__setattr__`
+
+# --- Files of a checkpoint ---
+
+
+def shard_of(folder: Path, name, suffix: str = ".safetensors") -> Path:
+    """Return the weights file that an index names; raise for anything but a plain name in the folder of the index."""
+    is_plain = isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\\0")
+    home = folder.resolve()
+    # The cache of the Hub holds links to the folder `blobs` two levels up.
+    if not is_plain or (folder / name).resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise CheckpointCorruptError(
+            f"An index in '{folder}' names {str(name)[:200]!r}. Expected the plain name of a {suffix} file in that "
+            "folder, not a link. Download the model again from a source that you trust."
+        )
+    return folder / name
+
+
+def check_weight_files(source) -> None:
+    """Check the weights of a folder before they are loaded: names in an index, and types of numbers.
+
+    A changed type in the header of a file would be read as other numbers: 0.98 becomes 1065017672.0.
+
+    Raises:
+        CheckpointCorruptError: An index is damaged or names another file than one beside it, or weights are integers.
+    """
+    folder = Path(source or "")
+    if not source or not folder.exists():
+        return
+    for index in sorted(folder.glob("*.index*.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointCorruptError(
+                f"'{index}' is not an index of weights ({type(error).__name__}: {error}). Download it again."
+            ) from error
+        for name in names:
+            shard_of(folder, name, ".bin" if index.name.startswith("pytorch_model.") else ".safetensors")
+    config = folder / "config.json"
+    if config.is_file() and b'"quantization_config"' in config.read_bytes():
+        return
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind = file.get_slice(key).get_dtype()
+                if kind.startswith(("I", "U", "BOOL")) and not key.endswith(_INTEGERS):
+                    raise CheckpointCorruptError(
+                        f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
+                    )
+
+
+_INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index")  # buffers of other families
+
+
+def check_finite(tensors: dict, source) -> None:
+    """Raise a `CheckpointCorruptError` if a weight is NaN or infinite."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta and not tensor.isfinite().all():
+            raise CheckpointCorruptError(
+                f"'{name}' in the weights of '{source}' holds NaN or infinity, so every output would be wrong. Use "
+                "another checkpoint."
+            )
+
+
+def corrupt_weights(source, error: Exception) -> CheckpointCorruptError:
+    """Create the error for weights that cannot be read, naming the first damaged safetensors file of a folder."""
+    named = f"The weights of '{source}'"
+    for path in sorted(Path(source).glob("*.safetensors"), reverse=True) if Path(source).is_dir() else []:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            named = f"'{path}'"
+    return CheckpointCorruptError(f"{named} cannot be read as safetensors ({error}). Download or save the file again.")
+
 
 __all__ = ["RegViTConfig"]

@@ -143,7 +143,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
             num_heads=config.num_attention_heads,
             patch_size=_pair(config.patch_size),
             image_size=_pair(config.image_size),
-            has_cls=bool(family.has_cls),
+            has_cls=bool(family.has_cls) and getattr(config, "use_cls_token", True),
             num_distillation_tokens=family.num_distillation_tokens,
             num_register_tokens=getattr(config, "num_register_tokens", 0),
         )
@@ -177,7 +177,7 @@ def final_norm(model: nn.Module) -> nn.Module:
     returned nevertheless, because dense features of CLIP usually pass through it.
     """
     tower, name = find_tower(model)
-    if getattr(getattr(tower, "config", None), "final_norm", "tokens") != "tokens":
+    if getattr(getattr(tower, "config", None), "final_norm", "tokens") in ("pooled", "none"):
         return nn.Identity()
     return tower.get_submodule(FAMILIES[name].final_norm)
 
@@ -212,7 +212,7 @@ class Family:
     mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
     has_cls: bool | None = True
     num_distillation_tokens: int = 0
-    rotary: Literal["position_embeddings", "rope"] | None = None
+    rotary: Literal["rotary", "position_embeddings", "rope"] | None = None
     qk_norms: tuple[str, str] | None = None
     resize_switch: bool = False
 
@@ -229,7 +229,7 @@ _CLIP = Family("encoder.layers", "embeddings.patch_embedding", "post_layernorm",
 _TIMM = Family("blocks", "patch_embed.proj", "norm", "attn", has_cls=None, qk_norms=("q_norm", "k_norm"))
 
 FAMILIES: dict[str, Family] = {
-    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm"),
+    "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", rotary="rotary"),
     "dinov2": _DINOV2,
     "dinov2_with_registers": _DINOV2,
     "dinov3_vit": Family("model.layer", "embeddings.patch_embeddings", "norm", rotary="position_embeddings"),

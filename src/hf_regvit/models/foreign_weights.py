@@ -17,15 +17,16 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .configuration_regvit import ConfigError, RegViTConfig
-from .manifest import check_archive
-from .modeling_regvit import (
+from .configuration_regvit import (
     CheckpointCorruptError,
     CheckpointError,
+    ConfigError,
+    RegViTConfig,
     check_finite,
     check_weight_files,
     corrupt_weights,
 )
+from .manifest import check_archive
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
 

@@ -14,17 +14,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from .configuration_regvit import CheckpointError, check_finite, check_weight_files
 from .conversion import convert
 from .families import FAMILIES, find_tower, unknown_family
 from .foreign_weights import check_config, check_source, import_timm, load_pretrained
 from .manifest import check_weights
-from .modeling_regvit import (
-    CheckpointError,
-    RegViTModel,
-    RegViTPreTrainedModel,
-    check_finite,
-    check_weight_files,
-)
+from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
 from .saving import read_object
 from .tokens import TokenReader
 
@@ -387,7 +382,10 @@ def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> lis
     grid, before = (image_size // rows, image_size // columns), config.grid
     if grid == before:
         return []
-    prefix = embeddings.position_embeddings[:, : embeddings.num_position_prefix]
+    if embeddings.position_embeddings is None:
+        config.image_size = image_size
+        return []
+    prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
     table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(table.contiguous())
     config.image_size = image_size

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from .modeling_regvit import CheckpointCorruptError
+from .configuration_regvit import CheckpointCorruptError
 from .saving import read_json, whole_folder, write_json
 
 MANIFEST = "manifest.json"

@@ -198,6 +198,10 @@ class SelfDistillation(nn.Module):
             raise ValueError(
                 "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
             )
+        if not backbone.config.use_cls_token:
+            raise ValueError(
+                "The backbone has no CLS token, which the DINO loss reads. Build it with use_cls_token=True."
+            )
         if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
             raise ValueError(
                 f"The backbone has final_norm={backbone.config.final_norm!r} and "
@@ -372,14 +376,15 @@ class SelfDistillation(nn.Module):
             CLS tokens `(crops, D)` and patch tokens `(m, D)`.
         """
         hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
+        rotary = backbone.embeddings.rotary_table(pixels)
         *blocks, last = backbone.layers
         for block in blocks:
-            hidden_states, _ = block(hidden_states)
+            hidden_states, _ = block(hidden_states, rotary=rotary)
         num_crops, num_tokens, _ = hidden_states.shape
         prefix = backbone.config.num_prefix_tokens
         first = torch.arange(num_crops, device=pixels.device) * num_tokens
         behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
-        rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]))[0])
+        rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]), rotary=rotary)[0])
         return rows[:num_crops], rows[num_crops:]
 
     def _student_tokens(

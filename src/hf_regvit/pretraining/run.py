@@ -280,6 +280,7 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
         bad_images = BadImages(record, max_bad_share=args.max_bad_share)
         return MultiCropStream(streams, multi_crop, seed=args.seed, weights=args.data_weights, bad_images=bad_images)
     source = load_images(args.data, split="train", **columns)
+    logger.info("Training: %s.", source.counted())
     bad_images = BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
     return MultiCropDataset(source, multi_crop, seed=args.seed, bad_images=bad_images)
 

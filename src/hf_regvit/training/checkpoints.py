@@ -26,6 +26,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.manifest import (
     OPTIMIZER,
     STATE,
@@ -35,7 +36,6 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.saving import apply_umask, read_json, write_json
 from .distributed import from_first, num_processes
 from .pushing import PushingTrainer
@@ -197,6 +197,7 @@ class CheckpointedTrainer(PushingTrainer):
 
         Raises:
             CheckpointCorruptError: If the given folder fails verification.
+            FileExistsError: If a new run would mix its checkpoints with those of an earlier run.
             CheckpointIncompleteError: If there are only checkpoints without optimizer (`save_only_model`).
             ValueError: If `resume_from_checkpoint` is True and there is no checkpoint.
             TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint is saved.
@@ -215,7 +216,7 @@ class CheckpointedTrainer(PushingTrainer):
                 error.add_note(
                     f"Process {self.args.process_index} of {self.args.world_size} failed at step "
                     f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
-                    "with resume_from_checkpoint=last."
+                    "with --resume_from_checkpoint last."
                 )
             raise
         finally:
@@ -223,7 +224,7 @@ class CheckpointedTrainer(PushingTrainer):
         if self.signals.stopped_by and self.state.global_step < self.state.max_steps:
             message = (
                 f"The run was stopped by {self.signals.stopped_by} after step {self.state.global_step} of "
-                f"{self.state.max_steps}. Continue with resume_from_checkpoint=last."
+                f"{self.state.max_steps}. Continue with --resume_from_checkpoint last."
             )
             logger.warning("%s", message)
             raise TrainingInterrupted(message, code=self.signals.exit_code)
@@ -242,7 +243,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
-        answer: Path | CheckpointCorruptError | None = None
+        answer: Path | CheckpointCorruptError | FileExistsError | None = None
         run = Path(cast(str, self.args.output_dir))
         if self.is_world_process_zero():
             shutil.rmtree(run / STAGING, ignore_errors=True)
@@ -257,13 +258,12 @@ class CheckpointedTrainer(PushingTrainer):
                 except CheckpointCorruptError as error:
                     answer = error
             elif (old := list_checkpoints(run)) and self.state.global_step == 0:
-                logger.warning(
-                    "%s holds %s of an earlier run, but this run starts from scratch. resume_from_checkpoint=last "
-                    "would then use the newest checkpoint of both runs. Set another output_dir to keep them separate.",
-                    run, old[-1].name,
-                )  # fmt: skip
+                answer = FileExistsError(
+                    f"'{run}' holds {old[-1].name} of an earlier run. Continue that run with --resume_from_checkpoint "
+                    "last, or set another output_dir for a new one."
+                )
         answer = from_first(answer)
-        if isinstance(answer, CheckpointCorruptError):
+        if isinstance(answer, Exception):
             raise answer
         if answer is None and wanted is True:
             raise ValueError(
