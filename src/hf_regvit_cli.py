@@ -169,7 +169,7 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        text, values = _read_yaml(path)
+        text, values = read_yaml(path)
         read = {}
         for key, value in values.items():
             line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
@@ -201,8 +201,12 @@ _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 _MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
 
 
-def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its keys and values."""
+def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a recipe and its keys and values.
+
+    Raises:
+        RecipeError: The recipe is missing, too large, or not flat YAML.
+    """
     import yaml
 
     if not path.is_file():

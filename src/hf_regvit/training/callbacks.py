@@ -139,7 +139,10 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = metrics_lines(self.path) if self.path.exists() and state.global_step else ()
+        if not (self.path.exists() and state.global_step):
+            self.path.write_text("")
+            return
+        lines = metrics_lines(self.path)
         with whole_file(self.path) as unfinished, unfinished.open("w") as file:
             file.writelines(f"{json.dumps(line)}\n" for line in lines if line["step"] <= state.global_step)
 
