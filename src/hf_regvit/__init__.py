@@ -5,7 +5,9 @@
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     AutoBackbone,
@@ -52,6 +54,24 @@ for auto_class, model_class in (
     auto_class.register(RegViTConfig, model_class, exist_ok=True)
     model_class.register_for_auto_class(auto_class.__name__)  # makes save_pretrained copy the two code files
 RegViTConfig.register_for_auto_class()
+_load_backbone_from_hub = AutoBackbone.from_pretrained
+
+
+def _load_backbone(source: str | PathLike[str], *args: Any, **options: Any) -> Any:
+    """Load a backbone: a local folder with a RegViT here, everything else as transformers does.
+
+    `AutoBackbone` of transformers rejects every local folder, because it asks the Hub whether the name exists.
+    """
+    from .models.saving import read_object
+
+    config = Path(source, "config.json")
+    if config.is_file() and read_object(config).get("model_type") == "regvit":
+        options.pop("use_timm_backbone", None)
+        return RegViTBackbone.from_pretrained(source, *args, **options)
+    return _load_backbone_from_hub(source, *args, **options)
+
+
+AutoBackbone.from_pretrained = staticmethod(_load_backbone)  # type: ignore[method-assign, assignment]
 # The segmentation pipeline supports only the classes of this table and of its own list.
 MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["regvit"] = RegViTForSemanticSegmentation.__name__
 # Checkpoints name this processor themselves. The registration is for configurations saved without a processor.

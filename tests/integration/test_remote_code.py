@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from transformers import (
+    AutoBackbone,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -334,10 +335,10 @@ def test_package_classes_win(saved, name, trust):
 
 
 def test_backbone_loads_from_any_folder(saved):
-    # AutoBackbone queries the Hub before it looks at the disk, so local folders are loaded with the class itself.
     pixel_values = expected_tensors(saved, "classifier")["classifier.pixel_values"]
-    backbone = in_fresh_memory(RegViTBackbone.from_pretrained(saved[0] / "classifier"))
-    with torch.inference_mode():
-        (feature_map,) = backbone(pixel_values).feature_maps
-        patch_tokens = saved[1]["classifier"].regvit(pixel_values).patch_tokens
-    assert torch.equal(feature_map.flatten(2).transpose(1, 2), patch_tokens)
+    for loader in (RegViTBackbone, AutoBackbone):
+        backbone = in_fresh_memory(loader.from_pretrained(saved[0] / "classifier"))
+        with torch.inference_mode():
+            (feature_map,) = backbone(pixel_values).feature_maps
+            patch_tokens = saved[1]["classifier"].regvit(pixel_values).patch_tokens
+        assert torch.equal(feature_map.flatten(2).transpose(1, 2), patch_tokens)

@@ -11,14 +11,26 @@ from test_features import WIDE, build, build_timm, pixels
 from torch import nn
 from transformers import ViTImageProcessor
 
-from hf_regvit import RegViTConfig, RegViTForImageClassification, RegViTModel
+from builders import class_folder, tiny_model
+from hf_regvit import (
+    FinetuningArguments,
+    RegViTConfig,
+    RegViTForImageClassification,
+    RegViTModel,
+    diagnose,
+    evaluate_backbone,
+    retrofit,
+)
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.extraction import extract_features
+from hf_regvit.finetuning.model import open_for_task
+from hf_regvit.hub.bundle import bundle
 from hf_regvit.models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.conversion import convert
 from hf_regvit.models.families import final_norm
-from hf_regvit.models.loading import open_model, open_regvit
+from hf_regvit.models.foreign_weights import first_line
+from hf_regvit.models.loading import open_backbone, open_model, open_regvit, weights_fingerprint
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
 from hf_regvit.models.tokens import TokenReader, read_many, read_tokens
 
@@ -342,3 +354,83 @@ def test_other_models_are_converted_and_keep_their_processor(tmp_path):
     assert TokenReader(convert(timm_model)).transform.std == (0.25,) * 3
     assert convert(build_timm()).image_processor is None
     assert RegViTModel(RegViTConfig(**WIDE)).config.hidden_size == 24
+
+
+# --- Models that images do not fit, and quantized weights ---
+
+
+def folder_of(tmp_path, model_class=RegViTModel, **fields):
+    model = tiny_model(model_class, **fields)
+    model.save_pretrained(tmp_path)
+    default_image_processor(32).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("channels", [1, 2, 12])
+def test_models_of_other_channels_read_pixels_and_say_so_before_the_first_image(tmp_path, channels):
+    folder = str(folder_of(tmp_path / "m", num_channels=channels))
+    images = load_images(class_folder(tmp_path / "data", cat=6, dog=6))
+    reader, own = open_model(folder), torch.randn(2, channels, 32, 32)
+    assert reader.read(own).at().shape == (2, 21, 32)
+    arguments = FinetuningArguments(
+        model_name_or_path=folder, data=str(tmp_path / "data"), output_dir=str(tmp_path / "o")
+    )
+    starts = [
+        lambda: reader.embed(photo(0)),
+        lambda: diagnose(folder, images),
+        lambda: extract_features(reader, images),
+        lambda: evaluate_backbone(folder, str(tmp_path / "data")),
+        lambda: retrofit(folder_of(tmp_path / "plain", num_channels=channels, num_register_tokens=0), images),
+        lambda: open_for_task(arguments, None),
+        lambda: open_backbone(folder),
+        lambda: bundle(folder, tmp_path / "bundle"),
+    ]
+    for start in starts:
+        with pytest.raises(ValueError, match=rf"reads {channels} channels, but images are opened as RGB.*\.read"):
+            start()
+
+
+class Quantized(torch.Tensor):
+    """Tensor without memory of its own, as torchao stores quantized weights."""
+
+    @staticmethod
+    def __new__(cls, levels, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, levels.shape, dtype=torch.float32)
+
+    def __init__(self, levels, scale):
+        self.levels, self.scale = levels, scale
+
+    def __tensor_flatten__(self):
+        return ["levels", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if "detach" in str(function):
+            return cls(args[0].levels, args[0].scale)
+        raise NotImplementedError
+
+
+def test_the_fingerprint_of_quantized_weights_is_that_of_their_parts():
+    model = build("regvit")
+    found = set()
+    for level in (1, 2, 1):
+        weight = Quantized(torch.full((72, 24), level, dtype=torch.int8), torch.ones(72))
+        model.layers[0].attention.qkv.weight = nn.Parameter(weight, requires_grad=False)
+        found.add(weights_fingerprint(model))
+    assert len(found) == 2
+
+
+def test_quantized_checkpoints_are_not_trained_converted_or_published(tmp_path):
+    folder = folder_of(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
+    (folder / "config.json").write_text(json.dumps(config))
+    for start in (open_regvit, open_backbone, lambda source: bundle(source, tmp_path / "bundle")):
+        with pytest.raises(CheckpointError, match=r"quantized \(torchao\).*not trained, converted or published"):
+            start(str(folder))
+
+
+@pytest.mark.parametrize("error", [OSError(), NotImplementedError(), RuntimeError(" \n")])
+def test_an_error_without_text_has_its_name(error):
+    assert first_line(error) == type(error).__name__
+    assert first_line(ValueError("one\ntwo")) == "one"

@@ -363,7 +363,9 @@ def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]
         try:
             return function(*args)
         except ValueError as error:  # unusable images and settings; the message says what to do
-            raise gr.Error(html.escape(f"{title}. {error}"), duration=20, print_exception=False) from error
+            raise gr.Error(
+                html.escape(f"{title}. {error or type(error).__name__}"), duration=20, print_exception=False
+            ) from error
         except (RuntimeError, OSError, MemoryError) as error:
             logger.exception("%s", title)
             words = f"{title}. The log of the server contains the reason. A lower resolution may help."

@@ -1,7 +1,6 @@
 """Initial model and trained parameters of a fine-tuning run: weights, head, registers, low-rank updates."""
 
 import copy
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,11 +11,15 @@ from transformers import set_seed
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import fit_positions, open_regvit
 from ..models.modeling_regvit import RegViTModel
-from ..models.processing import default_image_processor, known_processor, resized_processor
+from ..models.processing import (
+    default_image_processor,
+    known_processor,
+    require_rgb,
+    resized_processor,
+    unknown_processor,
+)
 from .arguments import FinetuningArguments
 from .tasks import Task
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,9 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     changes: list[str] = []
     new_registers = False
     source, processor = _open_source(args) if model is None else (model, None)
+    if isinstance(source, nn.Module):
+        require_rgb(source)
+        processor = processor or known_processor(source)
     from_scratch = isinstance(source, RegViTConfig)
     backbone, head = _backbone_and_head(source, seed=args.seed)
     config = backbone.config
@@ -102,11 +108,7 @@ def _open_source(args: FinetuningArguments) -> tuple[Any, Any]:
         return RegViTConfig.from_preset(args.preset, **sizes, **args.subset("patch_size", "layerscale_value")), None
     model = open_regvit(source)  # of the saved class, because its head may be for the same task
     if (processor := known_processor(model)) is None:
-        logger.warning(
-            "'%s' has no image processor; ImageNet mean and standard deviation and a center crop are used. Save an "
-            "image processor beside the model to change this.",
-            source,
-        )
+        raise unknown_processor(model)
     return model, processor
 
 

@@ -26,7 +26,7 @@ from ..models import saving
 from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
-from ..models.processing import saved_processor
+from ..models.processing import require_rgb, saved_processor
 from ..models.saving import read_json, whole_folder, write_json
 from . import facts as about
 from .card import check_card, write_card_file
@@ -121,6 +121,7 @@ def bundle(
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"'{output}' is not empty. Choose a new folder for the bundle.")
     model, processor = load_checkpoint(checkpoint), saved_processor(checkpoint)
+    require_rgb(model)
     if processor is None:
         raise CheckpointError(
             f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "

@@ -22,6 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from ..models.configuration_regvit import __version__
+from ..models.foreign_weights import first_line
 from .scan import WEIGHT_FILES
 
 logger = logging.getLogger(__name__)
@@ -247,7 +248,7 @@ def _advice(error: BaseException, what: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set, so nothing can be uploaded. Unset it and run the command again."
     if isinstance(error, HFValidationError):
-        return f"'{what}' is not a valid Hub repository id. Use owner/name. {str(error).splitlines()[0]}"
+        return f"'{what}' is not a valid Hub repository id. Use owner/name. {first_line(error)}"
     advice = {
         401: "The Hub does not accept the token. Run `hf auth login`, or set HF_TOKEN to a token with write access",
         402: "The account has no private storage left. Delete files there, or publish with --public",

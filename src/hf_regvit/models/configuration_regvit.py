@@ -694,9 +694,10 @@ _INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index")  
 
 
 def check_finite(tensors: dict, source) -> None:
-    """Raise a `CheckpointCorruptError` if a weight is NaN or infinite."""
+    """Raise a `CheckpointCorruptError` if a weight is NaN or infinite. Quantized weights are not looked at."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.is_meta and not tensor.isfinite().all():
+        is_plain = type(tensor).__name__ in ("Tensor", "Parameter") and tensor.is_floating_point()
+        if is_plain and tensor.itemsize > 1 and not tensor.is_meta and not tensor.isfinite().all():
             raise CheckpointCorruptError(
                 f"'{name}' in the weights of '{source}' holds NaN or infinity, so every output would be wrong. Use "
                 "another checkpoint."

@@ -95,6 +95,11 @@ def _timm_processor(config: RegViTConfig, settings: dict[str, Any]) -> Any:
     return processor
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of the text of an error, or the name of its class if it has no text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def check_source(source: str | Path) -> None:
     """Raise if `source` is neither a local path nor a valid Hub id, instead of the Hub's error on repository names.
 
@@ -121,9 +126,8 @@ def local_path(source: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # offline, unknown repository, no access, or invalid name
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"'{source}' is neither a local folder nor a model that can be downloaded from the Hub now: {reason}"
+            f"'{source}' is neither a local folder nor a model that can be downloaded now: {first_line(error)}"
         ) from error
 
 
@@ -204,10 +208,9 @@ def load_pretrained(model_class: Any, source: str | Path, **options: Any) -> Any
     except (CheckpointError, ConfigError):
         raise
     except (*_UNUSABLE, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [""])[0][:200]
         raise CheckpointError(
-            f"'{source}' cannot be loaded ({type(error).__name__}: {reason}). Check its config.json, or download the "
-            "model again."
+            f"'{source}' cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}). Check its config.json, "
+            "or download the model again."
         ) from error
 
 

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from torch import nn
 from .configuration_regvit import CheckpointError, check_finite, check_weight_files
 from .conversion import convert
 from .families import FAMILIES, find_tower, unknown_family
-from .foreign_weights import check_config, check_source, import_timm, load_pretrained
+from .foreign_weights import check_config, check_source, first_line, import_timm, load_pretrained
 from .manifest import check_weights
 from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
+from .processing import require_rgb
 from .saving import read_object
 from .tokens import TokenReader
 
@@ -31,8 +32,26 @@ def weights_fingerprint(model: nn.Module) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for key, tensor in sorted(find_tower(model)[0].state_dict().items()):
         digest.update(key.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        for part in _plain_tensors(tensor):
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors inside a quantized one, which has no memory of its own."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+    else:
+        yield tensor
+
+
+def _refuse_quantized(source: str | Path, config: Mapping[str, Any]) -> None:
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise CheckpointError(
+            f"The weights of '{source}' are quantized ({method}). They can be read, e.g. by extract, evaluate and "
+            "diagnose, but not trained, converted or published. Use the checkpoint from which they were made."
+        )
 
 
 def model_fingerprint(model: nn.Module) -> str:
@@ -145,8 +164,9 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
     source = _checked(source)
-    is_regvit = not Path(source).is_file() and _config_of(source).get("model_type") == "regvit"
-    return _load(source) if is_regvit else convert(source)
+    config = {} if Path(source).is_file() else _config_of(source)
+    _refuse_quantized(source, config)
+    return _load(source) if config.get("model_type") == "regvit" else convert(source)
 
 
 # --- Sources ---
@@ -236,7 +256,7 @@ def _load_timm(name: str, source: str) -> nn.Module:
     except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
         raise unknown_family(source) from error
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
         raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
     check_finite(model.state_dict(), source)
@@ -320,10 +340,11 @@ def load_checkpoint(folder: Path) -> Any:
     """Load the RegViT of a folder with the class and the data type in which it was saved.
 
     Raises:
-        CheckpointError: The model class is not a RegViT class.
+        CheckpointError: The model class is not a RegViT class, or the weights are quantized.
         CheckpointCorruptError: The checksum of the weights differs from the one in manifest.json.
     """
     config = read_config(folder)
+    _refuse_quantized(folder, config)
     saved_class = _saved_class(config)
     if config.get("architectures") and not issubclass(saved_class, RegViTPreTrainedModel):
         raise CheckpointError(f"'{folder}' was saved from {config['architectures'][0]}, which is not a RegViT class.")
@@ -339,9 +360,10 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
         changes: Fields of `RegViTConfig` to change.
 
     Raises:
-        ValueError: The model normalizes only a pooled vector.
+        ValueError: The model normalizes only a pooled vector, or does not read 3 channels.
     """
     model = open_regvit(source)
+    require_rgb(model)
     model = getattr(model, "regvit", model)
     if model.config.final_norm != "tokens":
         raise ValueError(

@@ -1185,7 +1185,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
     """Backbone that returns feature maps of chosen blocks for dense transformers models (DPT, UperNet, ...).
 
     `AutoBackbone.from_pretrained` queries the Hub before the disk and rejects local folders. For a local folder, use
-    `RegViTBackbone.from_pretrained(folder)`.
+    `RegViTBackbone.from_pretrained(folder)`, or import hf_regvit first.
     """
 
     def __init__(self, config: RegViTConfig):

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from ..data.decoding import open_image
-from .families import describe_model, find_tower
+from .families import FAMILIES, describe_model, find_tower
 
 if TYPE_CHECKING:
     from transformers import BitImageProcessor
@@ -140,7 +140,9 @@ class EvaluationTransform:
 
         Raises:
             UnknownProcessorError: No processor is given and none is known.
+            ValueError: The model does not read 3 channels.
         """
+        require_rgb(model)
         description = describe_model(model)
         if processor is None and (processor := known_processor(model)) is None:
             raise unknown_processor(model)
@@ -160,6 +162,22 @@ class EvaluationTransform:
         if isinstance(processor, EvaluationTransform):
             return processor
         return cls(partial(_process, processor), mean, std, processor.to_json_string())
+
+
+def require_rgb(model: nn.Module) -> None:
+    """Raise unless the model reads 3 channels, because images are opened as RGB.
+
+    Raises:
+        ValueError: The model reads another number of channels.
+    """
+    tower, family = find_tower(model)
+    projection: Any = tower.get_submodule(FAMILIES[family].patch_projection)
+    if (channels := projection.weight.shape[1]) != 3:
+        raise ValueError(
+            f"{describe_model(model).name} reads {channels} channels, but images are opened as RGB, with 3 channels. "
+            "Commands and functions that open images cannot use it. From Python, pass your own pixels (batch, "
+            f"{channels}, height, width) to the model, to open_model(source).read or to read_tokens."
+        )
 
 
 def _process(processor: Any, image: Image.Image) -> torch.Tensor:
@@ -233,7 +251,8 @@ def unknown_processor(model: nn.Module) -> UnknownProcessorError:
     return UnknownProcessorError(
         f"No image processor was given and none is saved with {describe_model(model).name}, so the right size, mean "
         "and standard deviation are not known. Pass processor=..., e.g. "
-        "open_model(source, processor=AutoImageProcessor.from_pretrained(...)), or save it beside the weights."
+        "open_model(source, processor=AutoImageProcessor.from_pretrained(...)), set model.image_processor, or save it "
+        "beside the weights with save_pretrained(folder)."
     )
 
 
