@@ -1,7 +1,6 @@
 """Maps read from a model, and the figures drawn from them."""
 
 import dataclasses
-import re
 from io import BytesIO
 
 import numpy as np
@@ -9,34 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import tiny_model
+from hf_regvit import RegViTModel
 from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
-from hf_regvit.figures import overview_page as overview_page_module
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
 
-
-def tiny_model(**overrides) -> RegViTModel:
-    config = RegViTConfig.from_preset(
-        "tiny",
-        **{
-            "image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "layerscale_value": 1.0,
-        }
-        | overrides,
-    )
-    torch.manual_seed(0)
-    return RegViTModel(config)
+SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_register_tokens": 4, "layerscale_value": 1.0}
 
 
 @pytest.fixture(scope="module")
 def model() -> RegViTModel:
-    return tiny_model().eval()
+    return tiny_model(**SIZES)
 
 
 @pytest.fixture
@@ -63,7 +47,7 @@ def random_maps(rows=3, columns=5, registers=4) -> F.TokenMaps:
 @pytest.mark.parametrize("overrides", [{}, {"num_register_tokens": 0}, {"discard_registers": True}])
 def test_maps_equal_the_slow_twin(overrides):
     """One patch at a time, with the token order [CLS | registers | patches] spelled out here and nowhere else."""
-    model = tiny_model(**overrides).eval()
+    model = tiny_model(**SIZES | overrides)
     pixels = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(1))
     maps = F.read_token_maps(model, pixels)
     model.set_attn_implementation("eager")
@@ -152,14 +136,11 @@ def drawn(figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def titles(figure) -> list[str]:
-    return [axis.get_title() for axis in figure.axes if axis.get_title()]
-
-
 def test_overview_has_one_panel_each(image):
     figure = F.overview_figure(image, random_maps())
     registers = [f"attention of register {i}" for i in range(1, 5)]
-    assert titles(figure) == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
     panels = figure.axes[:8]
     shapes = {axis.get_title(): axis.images[0].get_array().shape for axis in panels}
     assert shapes["attention of register 4"] == shapes["norm of patches"] == (3, 5)
@@ -200,51 +181,6 @@ def test_no_global_state(image):
     before = dict(matplotlib.rcParams)
     drawn(F.overview_figure(image, random_maps()))
     assert dict(matplotlib.rcParams) == before
-
-
-def test_overview_page(reader, image, tmp_path):
-    images = {"a <b>": image, "a ?b?": image.resize((24, 40)).convert("L")}
-    page = overview_page_module.overview_page(
-        reader,
-        images,
-        out_dir=tmp_path / "new" / "page",
-        title="Registers & maps",
-        short_side=32,
-    )
-    assert page == tmp_path / "new" / "page" / "index.html"
-    text = page.read_text(encoding="utf-8")
-    files = sorted(page.parent.glob("*.png"))
-    assert len(files) == 2
-    assert len({path.name for path in files}) == 2
-    assert all(Image.open(path).width > 500 for path in files)
-    assert "Registers &amp; maps" in text
-    assert "a &lt;b&gt;" in text
-    assert "56 x 32 px, 7 x 4 patches" in text
-    assert re.search(r"32 x 56 px, 4 x 7 patches, mean cosine between registers -?[01]\.\d\d<", text)
-    # Self-contained: every source is inline, nothing is fetched.
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
-    assert "http" not in text
-    # Writing it again overwrites it, no more.
-    overview_page_module.overview_page(reader, images, out_dir=page.parent, short_side=32)
-    assert sorted(page.parent.glob("*.png")) == files
-
-
-def test_page_uses_the_statistics_of_the_processor_and_no_crop(reader, image, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(
-        overview_page_module, "read_token_maps", lambda _, pixels: seen.append(pixels) or [random_maps()]
-    )
-    overview_page_module.overview_page(reader, {"x": image}, out_dir=tmp_path, short_side=24)
-    processor = default_image_processor(32)
-    expected = (
-        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)
-    ) / torch.tensor(processor.image_std).view(3, 1, 1)
-    torch.testing.assert_close(seen[0][0], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_no_images(reader, tmp_path):
-    with pytest.raises(ValueError, match="at least one image"):
-        overview_page_module.overview_page(reader, {}, out_dir=tmp_path)
 
 
 def test_progress_of_a_run_in_one_image(image):
