@@ -9,7 +9,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -109,6 +109,16 @@ def _explaining_full_disks(path: Path, unfinished: Path, num_bytes: int) -> Iter
             raise
         written = sum(one.stat().st_size for one in (unfinished, *unfinished.rglob("*")) if one.is_file())
         raise _disk_full(path, max(num_bytes, written), code or errno.ENOSPC) from error
+
+
+@contextmanager
+def keeping(result: Callable[[], str]) -> Iterator[None]:
+    """Add a result as text to the error if it cannot be written, so that it is shown instead of lost."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(result())
+        raise
 
 
 # --- Whole files and folders
