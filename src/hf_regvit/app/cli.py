@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hf_regvit_cli import COMMANDS, main
 
 from ..models import registration  # noqa: F401
-from ..models.saving import keeping, require_space
+from ..models.saving import check_space, keeping
 from .recipes import arguments_class
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def _diagnose(arguments: Any) -> Outcome:
     from ..figures.maps import write_report_figures
 
     settings = arguments.settings()
-    require_space(arguments.output_dir, _REPORT_BYTES)
+    check_space(arguments.output_dir, _REPORT_BYTES)
     images = _opened(arguments.data, arguments.split)
     if len(arguments.model) == 1:
         outcome: Any = diagnose(arguments.model[0], images, **settings)
@@ -172,7 +172,7 @@ def _evaluate(arguments: Any) -> Outcome:
         with keeping(table.markdown):
             table.save(arguments.output_dir)
 
-    require_space(arguments.output_dir, _REPORT_BYTES)
+    check_space(arguments.output_dir, _REPORT_BYTES)
     table = compare_backbones(arguments.model, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
     path = {"report": f"{arguments.output_dir}/report.json"}

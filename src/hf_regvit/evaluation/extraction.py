@@ -24,7 +24,7 @@ from ..data.preparation import PreparedImages, SkippedImage, prepare_images, rep
 from ..models.configuration_regvit import check_weight_files, shard_of
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, html_table
-from ..models.saving import read_json, read_notes, read_object, require_space, write_json, write_tensors
+from ..models.saving import check_space, read_json, read_notes, read_object, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 
@@ -286,7 +286,7 @@ def extract_to_folder(
         progress: Whether to show a progress bar (first process only).
 
     Raises:
-        DiskFullError: The features do not fit on the disk.
+        NoSpaceError: The features do not fit on the disk.
         ValueError: The folder contains features of another extraction, or no image could be used.
     """
     from accelerate import PartialState
@@ -303,7 +303,7 @@ def extract_to_folder(
     identity = _identity(reader, prepared, settings)
     if prepared.total is not None:
         present = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
-        require_space(folder, prepared.total * _bytes_per_image(reader, prepared, settings) - present)
+        check_space(folder, prepared.total * _bytes_per_image(reader, prepared, settings) - present)
     _claim(folder, identity)
 
     start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
