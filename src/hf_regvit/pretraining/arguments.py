@@ -264,7 +264,7 @@ class PretrainingArguments(RunArguments):
         sizes = self.subset("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
         # The fields of DINOv3: without a table, and without a key bias, which rotated keys would learn.
         rotary = {"use_position_embeddings": False, "rope_theta": 100.0, "key_bias": False}
-        rotary["pos_embed_rescale"] = self.pos_embed_rescale
+        rotary |= self.subset("pos_embed_rescale")
         return RegViTConfig.from_preset(
             self.preset,
             image_size=self.global_crop_size,
