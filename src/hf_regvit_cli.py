@@ -398,10 +398,11 @@ def _report(error: Exception, advise: Callable[[str], str]) -> int:
 def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
     """Run one command and return its exit status."""
     advise: Callable[[str], str] = str
+    formatters = {handler: handler.formatter for handler in logging.getLogger().handlers}
     try:
         parser, values = _values(name, args)
         advise = lambda text: _advice(text, parser)  # noqa: E731
-        for handler in logging.getLogger().handlers:
+        for handler in formatters:
             handler.setFormatter(_Advising(advise))
         if switches["dry_run"]:
             changed = {key: value for key, value in values.items() if value != parser.options[key]["default"]}
@@ -420,6 +421,9 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
         if switches["debug"]:
             raise
         return _report(error, advise)
+    finally:
+        for handler, formatter in formatters.items():
+            handler.setFormatter(formatter)
     if outcome.shown:
         if outcome.text and not switches["json"]:
             print(outcome.text)

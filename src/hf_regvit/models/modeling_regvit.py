@@ -231,7 +231,7 @@ class RegViTEmbeddings(nn.Module):
                 return self._cached(self._cached_rotary, key, lambda: rotary_table(config, own, device))
 
         if grids is None:
-            return table_of(grid).expand(len(pixel_values), -1, -1)
+            return table_of(grid).expand(pixel_values.shape[0], -1, -1)
         unrotated = torch.tensor([1.0, 0.0], device=device).repeat_interleave(config.head_dim // 2)
         return tables_of_padded_images(grids, grid, table_of, unrotated)
 

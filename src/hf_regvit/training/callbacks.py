@@ -105,7 +105,9 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
@@ -133,7 +135,7 @@ class MetricsFile(TrainerCallback):
         self.path = Path(path)
         self._is_torn = False  # True if the last line may be incomplete
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Clear the file; a resumed run keeps the lines up to its step."""
         if not state.is_world_process_zero:
             return
@@ -142,7 +144,9 @@ class MetricsFile(TrainerCallback):
         kept = [line for line in lines if line["step"] <= state.global_step]
         self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Write one log line."""
         if state.is_world_process_zero and logs:
             self.append({"step": state.global_step, **logs})
