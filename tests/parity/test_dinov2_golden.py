@@ -18,7 +18,7 @@ MASK_FILES = [name for name in VIT_FILES if name.endswith("masks_reg2.safetensor
 
 
 def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViTModel:
-    """Create the model of a golden file in double precision; every official tensor is loaded and none of the model is left over."""
+    """Create the model of a golden file in double precision; all official tensors are loaded and none is left over."""
     config = RegViTConfig(
         image_size=arguments["img_size"],
         patch_size=arguments["patch_size"],
