@@ -1,12 +1,15 @@
-"""Disks that fill up under `extract`, `evaluate`, `diagnose` and `retrofit`: one sentence, no half file.
+"""Full disks and kills under `extract`, `evaluate`, `diagnose` and `retrofit`: one sentence, no half file.
 
 A limit on the size of a file (RLIMIT_FSIZE) fails a write as a full disk does, for an ordinary user too.
 """
 
 import json
+import os
 import re
 import resource
 import shutil
+import signal
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -28,8 +31,8 @@ OPTIONS = {
 }
 SENTENCE = re.compile(
     r"'[^']+' (could not be written \([^)]+\): it needs (about|more than) [\d,.]+ MiB, and [\d,.]+ MiB are free\. "
-    r"Free some space, or choose a folder on another disk, and run again|needs about [\d,.]+ MiB, but only [\d,.]+ MiB "
-    r"are free\. Free some space, or choose a folder on another disk)\."
+    r"Free some space, or choose a folder on another disk, and run again"
+    r"|needs about [\d,.]+ MiB, but only [\d,.]+ MiB are free\. Free some space, or choose a folder on another disk)\."
 )
 
 
@@ -113,3 +116,71 @@ def test_scores_survive_a_cache_that_cannot_be_written(inputs, tmp_path, caplog)
     assert "The features are not cached and will be computed again next time." in caplog.text
     assert json.loads((tmp_path / "out" / "report.json").read_text())["reports"][0]["scores"]
     assert not list((tmp_path / "cache").iterdir())
+
+
+# --- Kills
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
+KILLS = {"extract": 15, "evaluate": 15, "diagnose": 5, "retrofit": 5}
+
+
+def in_a_fork(arguments, folder, kill_at=None):
+    """Run a command in a fork that is killed before its n-th change below `folder`; return status and changes."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def look(event, args):
+            nonlocal count
+            written = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if event in CHANGES and written and str(args[0]).startswith(str(folder)):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(look)
+        status = 1
+        try:
+            status = cli.main(arguments)
+        finally:
+            os.write(writing, str(count).encode())
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        count = int(pipe.read() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count
+
+
+def contents(folder):
+    """Files by name, as far as they do not depend on time: JSON without seconds, everything else as its size."""
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        text = path.read_text() if path.suffix == ".json" else str(path.stat().st_size)
+        text = re.sub(r'("[a-z_]*seconds": )(\{[^}]*\}|[\d.]+)', r"\1", text)
+        found[str(path.relative_to(folder))] = (
+            None if path.suffix in (".html", ".md") or path.name == "manifest.json" else text
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_killed_command_leaves_whole_files_and_the_next_one_finishes_its_work(name, inputs, tmp_path):
+    status, changes = in_a_fork(command(name, inputs, tmp_path / "whole"), tmp_path)
+    assert (status, changes >= 5) == (0, True)
+    for number in range(KILLS[name]):
+        output = tmp_path / f"{number}"
+        kill_at = 1 + number * (changes - 1) // max(KILLS[name] - 1, 1)
+        status, _ = in_a_fork(command(name, inputs, output), tmp_path, kill_at)
+        assert status == -signal.SIGKILL, (kill_at, changes)
+        for path in output.rglob(".*"):  # invisible until the next run
+            assert re.search(r"^\.(unfinished-|.*\.partial$)", path.name)
+        for path in [path for path in output.rglob("*.json") if "/." not in str(path)]:
+            json.loads(path.read_text())
+        if name == "retrofit" and (output / "config.json").exists():  # the model is whole, its figure may be missing
+            assert {path.name for path in (tmp_path / "whole").glob("*.*")} - {
+                path.name for path in output.glob("*.*")
+            } <= {"before_after.png"}
+            continue
+        assert cli.main(command(name, inputs, output)) == 0
+        assert_all_files_are_whole(output)
+        assert contents(output) == contents(tmp_path / "whole"), (kill_at, changes)
