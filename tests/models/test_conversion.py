@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_regvit import CheckpointCorruptError, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert, convert_to_folder
-from hf_regvit.models.foreign_weights import ConversionError
+from hf_regvit.models.source_families import ConversionError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
 
@@ -167,13 +167,13 @@ def test_timm_folders_of_either_kind_of_file(tmp_path, safe) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "named"),
     [
-        ({"class_token": False, "global_pool": "avg"}, "no class token"),
         ({"qk_norm": True}, "qk_norm"),
-        ({"pre_norm": True}, "pre_norm"),
-        ({"global_pool": "map"}, "'map'"),
+        ({"global_pool": "map"}, "attention pooling that skips CLS"),
+        ({"global_pool": "prr"}, "'prr'"),
         ({"global_pool": ""}, "a classifier on every token"),
-        ({"fc_norm": True}, "fc_norm"),
-        ({"pos_embed": "none"}, "no position table"),
+        ({"pos_embed": "none"}, "the patches would have no positions"),
+        ({"attn_layer": "diff"}, "attention DiffAttention"),
+        ({"embed_norm_layer": nn.LayerNorm}, "a norm in the patch embedding"),
     ],
 )
 def test_timm_models_it_cannot_express_are_refused_by_name(kwargs, named) -> None:

@@ -35,7 +35,7 @@ from hf_regvit import (
 )
 from hf_regvit.models import modeling_regvit as modeling
 from hf_regvit.models.conversion import convert
-from hf_regvit.models.foreign_weights import ConversionError
+from hf_regvit.models.source_families import ConversionError
 
 CLASSES = [
     RegViTModel,

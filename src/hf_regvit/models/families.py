@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-_TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
 # Attentions whose weights are the softmax of scaled products of queries and keys, after the norms and the rotation of
 # the family. Others may have the same projections and another formula, such as the differential attention of timm.
 _SOFTMAX_ATTENTIONS = {
@@ -32,8 +32,8 @@ def is_softmax_attention(attention: nn.Module) -> bool:
 def _family_name(module: nn.Module) -> str | None:
     """Return the family key of this module itself, ignoring its submodules."""
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
-            return _TIMM_CLASSES[cls.__name__]
+        if cls.__module__.startswith("timm.") and cls.__name__ in TIMM_CLASSES:
+            return TIMM_CLASSES[cls.__name__]
     # Its own attribute only: wrappers such as those of torch.compile and PEFT pass on the attributes of their model.
     model_type = getattr(vars(module).get("config"), "model_type", None)
     return model_type if model_type in FAMILIES else None
@@ -106,7 +106,7 @@ class ModelDescription:
     @property
     def is_timm(self) -> bool:
         """True for timm models, which have their own transforms and resizing options."""
-        return self.family in _TIMM_CLASSES.values()
+        return self.family in TIMM_CLASSES.values()
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -133,7 +133,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
     """Return what `describe_model` returns, for a tower and its family name as returned by `find_tower`."""
     family = FAMILIES[name]
     blocks = tower.get_submodule(family.blocks)
-    if name not in _TIMM_CLASSES.values():
+    if name not in TIMM_CLASSES.values():
         config = tower.config
         return ModelDescription(
             name=_name_of(config.name_or_path) or type(tower).__name__,
@@ -241,6 +241,7 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _CLIP,
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, has_cls=False),
+    "tipsv2_vision_model": _DINOV2,
     "aimv2_vision_model": Family(
         "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
     ),

@@ -245,10 +245,10 @@ class TokenReader:
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
         with ExitStack() as stack:
-            for context in (torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), _not_compiled()):
+            for context in (torch.no_grad(), _evaluating(tower), all_patches_in_order(tower, name), _not_compiled()):
                 stack.enter_context(context)
             stack.enter_context(collector.attached(tower))
-            tower(pixel_values, **_forward_options(name, description, pixel_values))
+            tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
 
     def embed(self, images: Any, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
@@ -478,14 +478,16 @@ def _takes_other_sizes(tower: Any, description: ModelDescription) -> bool:
     return getattr(tower.config, "is_native", True)  # AIMv2 has either a position table for one size or no table
 
 
-def _forward_options(name: str, description: ModelDescription, pixel_values: torch.Tensor) -> dict[str, Any]:
+def forward_options(
+    name: str, image_size: tuple[int, int], patch_size: tuple[int, int], pixel_values: torch.Tensor
+) -> dict[str, Any]:
     """Return the arguments with which the tower's forward pass keeps all patches of this image size in order."""
     size = tuple(pixel_values.shape[-2:])
     options: dict[str, Any] = {}
-    if FAMILIES[name].resize_switch and size != description.image_size:
+    if name in FAMILIES and FAMILIES[name].resize_switch and size != image_size:
         options["interpolate_pos_encoding"] = True
     if name == "vit_mae":  # sorts the patches by this noise, which is random by default
-        cells = (size[0] // description.patch_size[0]) * (size[1] // description.patch_size[1])
+        cells = (size[0] // patch_size[0]) * (size[1] // patch_size[1])
         noise = torch.arange(cells, device=pixel_values.device, dtype=torch.float32)
         options["noise"] = noise.expand(len(pixel_values), cells)
     return options
@@ -511,7 +513,7 @@ def _not_compiled() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
+def all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
     """Set MAE's `mask_ratio` to 0 while reading; otherwise it drops three quarters of the patches."""
     if name != "vit_mae":
         yield
