@@ -30,7 +30,7 @@ NOT_IN_SHAPES = {
 
 @dataclass(frozen=True)
 class SourceFamily:
-    """How RegViT expresses one family of transformers.
+    """Rules by which RegViT expresses one family of transformers.
 
     Args:
         fields: Fields of `RegViTConfig` that the code of the family fixes.
