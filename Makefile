@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # On two cores, two test processes with one thread each are faster than one process with two threads.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST_OPTIONS := -n 2 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+# Tests compare numbers. These are the tests of the rooms and those against golden files; all others start whole runs.
+NUMERIC := $(addprefix tests/,models data evaluation diagnosis figures training pretraining finetuning parity)
+# An error has to stay below this share of its tolerance, so that another order of summation does not matter.
+ERROR_SHARE := --max-error-share 0.2
+# The lowest supported version of transformers and the last two with which the package was developed.
+TRANSFORMERS := 5.15.0 5.23.0 5.24.0
+ENVIRONMENTS := .cache/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format docs bench clean
+.PHONY: help demo test test-all test-processors test-transformers check format docs bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +41,19 @@ test: $(VENV)/installed-dev ## run the fast tests (under 3 minutes)
 
 test-all: $(VENV)/installed-dev ## run all tests: fast, slow, remote code, the common suite of transformers
 	$(BIN)/python scripts/dev/get_hf_common_tests.py
-	$(PYTEST) -m "not gpu"
+	$(PYTEST) -m "not gpu" $(ERROR_SHARE)
+
+test-processors: $(VENV)/installed-dev ## run the numeric tests as on processors without AVX-512 and without AVX2
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
+
+$(ENVIRONMENTS)/transformers-%/installed: pyproject.toml scripts/dev/make_environment.py | $(VENV)/installed-dev
+	$(BIN)/python scripts/dev/make_environment.py $*
+	@touch $@
+
+test-transformers: $(TRANSFORMERS:%=$(ENVIRONMENTS)/transformers-%/installed) ## run the fast tests with each supported transformers
+	set -e; for version in $(TRANSFORMERS); do \
+	    OMP_NUM_THREADS=1 $(ENVIRONMENTS)/transformers-$$version/bin/python -m pytest $(PYTEST_OPTIONS); done
 
 check: $(VENV)/installed-dev ## check lint, formatting and types
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ reused, and an interrupted run continues; `--fresh` starts over.
 import argparse
 import json
 import shutil
+import subprocess
 import sys
 import time
 import zlib
@@ -22,14 +23,10 @@ import numpy as np
 import torch
 import transformers
 import yaml
-from PIL import Image
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from hf_regvit import PretrainingArguments, RegViTModel, load_images, pretrain
-from hf_regvit.data.builtin import builtin_images
-from hf_regvit.data.decoding import BadImageError
-from hf_regvit.data.files import BUILTIN_SETS, stratified_split
-from hf_regvit.data.source import ImageSource, MissingSplitError
+from hf_regvit import PretrainingArguments, RegViTModel, TokenReader, knn_classify, load_images, pretrain
 
 HERE = Path(__file__).resolve().parent
 MAX_IMAGES = 2000  # of a user's folder: enough for the few thousand steps of a demo, and ready in a minute or two
@@ -81,21 +78,17 @@ def demo(data: str, recipe: Path, run: Path, *, fresh: bool = False) -> None:
     scores = neighbor_scores(train, held_out, arguments, model, processor, run / "scores.json")
     table = score_table(scores, train, held_out, seconds) if scores else ""
     write_card(backbone, model, data=data, seconds=seconds, table=table)
-    page = run / "figures" / "index.html"
-    if not page.exists() or page.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
-        with step("Figures"):
-            from hf_regvit.figures.overview_page import overview_page
-
-            pictures = whole_images(data, train)
-            title = f"RegViT on {len(pictures)} images after {seconds / 60:.1f} minutes of training"
-            overview_page(backbone, pictures, out_dir=page.parent, title=title)
+    figure = run / "attention.png"
+    if not figure.exists() or figure.stat().st_mtime < (backbone / "model.safetensors").stat().st_mtime:
+        with step("Figure"):
+            draw_attention(model, processor, shown_images(data, train), figure)
     print()
     print(
         table
         or "The kNN comparison was skipped: it needs labeled test images (class folders with two or more classes).\n"
     )
     print(f"Checkpoint   {backbone}      AutoModel.from_pretrained('{backbone}') after `import hf_regvit`")
-    print(f"Figures      {page}")
+    print(f"Figure       {figure}")
 
 
 # --- Images
@@ -107,16 +100,19 @@ def prepare_images(data: str, run: Path) -> str:
     Decoding a 12-megapixel image takes a hundred times longer than augmenting it. Unreadable images are reported and
     skipped. If images were added or removed since the last call, the run starts over.
     """
-    if data in BUILTIN_SETS:
+    if data in ("photos", "digits"):
         return data
     parts = {"train": load_images(data)}
     source = parts["train"]
     try:
         parts["validation"] = load_images(data, split="validation")
-    except MissingSplitError:
+    except ValueError:  # there is no validation split
         if source.labels and len(source.label_names) > 1:
-            indices = stratified_split(source.labels, held_out_share=0.2, seed=0)
-            parts = {name: source.subset(part) for name, part in zip(("train", "validation"), indices, strict=True)}
+            order, labels = np.random.default_rng(0).permutation(len(source)), np.asarray(source.labels)
+            of_classes = [order[labels[order] == label] for label in np.unique(labels)]
+            held_out = np.sort(np.concatenate([part[: round(len(part) / 5)] for part in of_classes]))
+            others = np.setdiff1d(order, held_out)
+            parts = {"train": source.subset(others.tolist()), "validation": source.subset(held_out.tolist())}
     names = json.dumps({name: list(part.ids) for name, part in parts.items()})
     folder, listing = run / "images", run / "images" / "sources.json"
     if listing.exists() and listing.read_text() == names:
@@ -138,7 +134,7 @@ def prepare_images(data: str, run: Path) -> str:
     return str(folder)
 
 
-def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
+def copy_images(source, folder: Path) -> list[ValueError]:
     """Write resized copies into one subfolder per class, and return the errors of unreadable images."""
     chosen = np.sort(np.random.default_rng(0).permutation(len(source))[:MAX_IMAGES])
     if len(source) > MAX_IMAGES:
@@ -147,7 +143,7 @@ def copy_images(source: ImageSource, folder: Path) -> list[BadImageError]:
     for index in tqdm(chosen.tolist(), desc=f"  preparing {folder.name}", unit="image", leave=False):
         try:
             record = source[index]
-        except BadImageError as error:
+        except ValueError as error:  # the image cannot be used
             bad.append(error)
             continue
         # The class id keeps the order of the classes and separates names that differ only in special characters.
@@ -165,22 +161,25 @@ def shrink(image: Image.Image) -> Image.Image:
     return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
 
 
-def open_parts(data: str) -> tuple[ImageSource, ImageSource | None]:
+def open_parts(data: str):
     """Return the training images and the labeled test images, which are None if there are none."""
     train = load_images(data)
     try:
         held_out = load_images(data, split="validation")
-    except MissingSplitError:
+    except ValueError:  # there is no validation split
         return train, None
     scorable = train.labels and held_out.labels and len(train.label_names) > 1 and len(train) >= NEIGHBOURS
     return train, (held_out if scorable else None)
 
 
-def whole_images(data: str, train: ImageSource, limit: int = 21) -> dict[str, Image.Image]:
+def shown_images(data: str, train, limit: int = 6) -> list[Image.Image]:
+    """Return the images to draw; for the built-in tiles, whole images of scikit-image."""
     if data == "photos":
-        return builtin_images()
-    chosen = np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int)
-    return {train[i].id: train[i].image for i in chosen.tolist()}
+        from skimage import data as samples
+
+        names = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins")
+        return [Image.fromarray(getattr(samples, name)()).convert("RGB") for name in names[:limit]]
+    return [train[i].image for i in np.linspace(0, len(train) - 1, min(limit, len(train))).astype(int).tolist()]
 
 
 # --- Training
@@ -188,11 +187,13 @@ def whole_images(data: str, train: ImageSource, limit: int = 21) -> dict[str, Im
 
 def read_recipe(recipe: Path, data: str, run: Path, *, num_images: int):
     """Return the recipe's arguments for this data. A small folder gets smaller batches, but not more steps."""
-    from hf_regvit.app.recipes import RecipeParser
-
-    flags = ["--config", str(recipe), "--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
-    flags += ["--knn_steps", "0"]  # the final table reports kNN once, on all images
-    (arguments,) = RecipeParser(PretrainingArguments).parse(flags)
+    command = [sys.executable, "-m", "hf_regvit", "pretrain", "--dry_run", "--json", "--config", str(recipe)]
+    command += ["--data", data, "--output_dir", str(run), "--save_total_limit", "1"]
+    command += ["--knn_steps", "0"]  # the final table reports kNN once, on all images
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode:
+        raise ValueError(answer.stderr.strip().removeprefix("error: "))
+    arguments = PretrainingArguments(**json.loads(answer.stdout))
     if num_images < 2:
         raise ValueError(f"'{data}' has {num_images} readable training image. Pretraining needs at least two images.")
     if num_images < arguments.per_device_train_batch_size:
@@ -265,8 +266,6 @@ def load_and_compare(folder: Path, image: Image.Image):
 
 def neighbor_scores(train, held_out, arguments, model, processor, file: Path) -> dict[str, dict[str, float]] | None:
     """Return the 10-NN accuracy on test images for simple features, the untrained and the trained network."""
-    from hf_regvit.pretraining.monitors import backbone_features
-
     if held_out is None:
         return None
     if file.exists():
@@ -280,11 +279,20 @@ def neighbor_scores(train, held_out, arguments, model, processor, file: Path) ->
             "color mean and deviation": [color_statistics(part) for part in images],
         }
         for name, network in (("untrained", untrained), ("trained", model)):
-            with torch.no_grad():
-                features[name] = [backbone_features(network, part, image_processor=processor) for part in images]
+            features[name] = [network_features(network, processor, part) for part in images]
         scores = {name: accuracies(*pair, train.labels, held_out.labels) for name, pair in features.items()}
     file.write_text(json.dumps(scores, indent=2) + "\n")
     return scores
+
+
+@torch.no_grad()
+def network_features(network: RegViTModel, processor, images: Sequence[Image.Image]) -> torch.Tensor:
+    """Return the CLS token and the mean patch token of every image, concatenated."""
+    rows = []
+    for start in range(0, len(images), 256):
+        output = network(**processor(images[start : start + 256], return_tensors="pt"))
+        rows.append(torch.cat([output.pooler_output, output.patch_tokens.mean(dim=1)], dim=-1))
+    return torch.cat(rows)
 
 
 def raw_pixels(images: Sequence[Image.Image]) -> torch.Tensor:
@@ -301,13 +309,11 @@ def accuracies(train: torch.Tensor, test: torch.Tensor, train_labels, test_label
     """Return the accuracy with DINOv2's weighted vote by cosine and with the plain vote by Euclidean distance."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    from hf_regvit.evaluation.knn import knn_accuracy
-
-    labels = torch.tensor(train_labels), torch.tensor(test_labels)
     k = min(NEIGHBOURS, len(train))
     plain = KNeighborsClassifier(k).fit(train.numpy(), train_labels)
+    votes = knn_classify(train, torch.tensor(train_labels), test, k=(k,))[k]
     return {
-        "cosine": knn_accuracy(train, labels[0], test, labels[1], k=(k,))[k],
+        "cosine": (votes.argmax(dim=1) == torch.tensor(test_labels)).float().mean().item(),
         "euclidean": float(plain.score(test.numpy(), test_labels)),
     }
 
@@ -333,7 +339,30 @@ def score_table(scores: dict[str, dict[str, float]], train, held_out, seconds: f
     return "\n".join(lines) + "\n"
 
 
-# --- Card and messages
+# --- Figure, card and messages
+
+
+def draw_attention(model: RegViTModel, processor, images: Sequence[Image.Image], path: Path) -> None:
+    """Draw the center of each image beside the attention of CLS and registers to its patches, mean over heads."""
+    from matplotlib.figure import Figure
+
+    side = 32 * model.config.patch_shape[0]
+    squares = [ImageOps.fit(image, (side, side), Image.Resampling.BICUBIC) for image in images]
+    own = type(processor)(**processor.to_dict() | {"do_resize": False, "do_center_crop": False})
+    reader = TokenReader(model, own)
+    queries = {"CLS": "cls"} | {f"register {i + 1}": ("register", i) for i in range(model.config.num_register_tokens)}
+    maps = {name: reader.attention_maps(squares, query=query).mean(axis=1) for name, query in queries.items()}
+    figure = Figure(figsize=(1.6 * (1 + len(maps)), 1.6 * len(squares)), layout="constrained")
+    axes = figure.subplots(len(squares), 1 + len(maps), squeeze=False)
+    for row, square in zip(axes, squares):
+        row[0].imshow(square)
+    for column, (name, of_images) in enumerate(maps.items(), 1):
+        axes[0, column].set_title(name, fontsize=9)
+        for axis, of_image in zip(axes[:, column], of_images):
+            axis.imshow(of_image, cmap="magma")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.savefig(path, dpi=150)
 
 
 def write_card(folder: Path, model, *, data: str, seconds: float, table: str) -> None:

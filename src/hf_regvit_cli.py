@@ -20,6 +20,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -169,7 +170,7 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        text, values = _read_yaml(path)
+        text, values = read_yaml(path)
         read = {}
         for key, value in values.items():
             line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
@@ -198,18 +199,31 @@ _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
-def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its keys and values."""
+_MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
+
+
+def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a recipe and its keys and values.
+
+    Raises:
+        RecipeError: The recipe is missing, too large, or not flat YAML.
+    """
     import yaml
 
     if not path.is_file():
         raise RecipeError(f"The recipe '{path}' does not exist. Check the path after --config.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise RecipeError(f"'{path}' has more than {_MOST_BYTES} bytes. Expected one 'option: value' per line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
+            raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
         values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")
@@ -342,15 +356,21 @@ def parser_of(name: str) -> OptionParser:
     return OptionParser(options, COMMANDS[name], prog=f"regvit {name}")
 
 
-def _values(name: str, args: Sequence[str]) -> tuple[OptionParser, dict[str, Any]]:
-    """Parse the options of a command, and ask the installed transformers for an option that the file does not list."""
-    from importlib.metadata import version
+def _fields_of_transformers(words: Iterable[str]) -> list[str]:
+    """Return the words that the installed transformers declares as training arguments, without importing it."""
+    spec = find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return []
+    text = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    return [word for word in words if re.search(rf"^    {re.escape(word)}: ", text, flags=re.MULTILINE)]
 
+
+def _values(name: str, args: Sequence[str]) -> tuple[OptionParser, dict[str, Any]]:
+    """Parse the options of a command, including those that only the installed version of transformers has."""
     parser = parser_of(name)
     inherits = any(option["inherited"] for option in parser.options.values())
     words = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in args if word.startswith("--")}
-    known = json.loads(OPTIONS.read_text(encoding="utf-8"))["transformers"]
-    if inherits and words - {*parser.names, "config"} and version("transformers") != known:
+    if inherits and _fields_of_transformers(words - set(parser.names)):
         from hf_regvit.app.recipes import options_of_command
 
         parser = OptionParser(options_of_command(name), COMMANDS[name], prog=f"regvit {name}")
@@ -391,10 +411,11 @@ def _report(error: Exception, advise: Callable[[str], str]) -> int:
 def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
     """Run one command and return its exit status."""
     advise: Callable[[str], str] = str
+    formatters = {handler: handler.formatter for handler in logging.getLogger().handlers}
     try:
         parser, values = _values(name, args)
         advise = lambda text: _advice(text, parser)  # noqa: E731
-        for handler in logging.getLogger().handlers:
+        for handler in formatters:
             handler.setFormatter(_Advising(advise))
         if switches["dry_run"]:
             changed = {key: value for key, value in values.items() if value != parser.options[key]["default"]}
@@ -413,6 +434,9 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
         if switches["debug"]:
             raise
         return _report(error, advise)
+    finally:
+        for handler, formatter in formatters.items():
+            handler.setFormatter(formatter)
     if outcome.shown:
         if outcome.text and not switches["json"]:
             print(outcome.text)

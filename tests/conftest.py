@@ -15,9 +15,21 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--max-error-share", type=float, metavar="SHARE",
+        help="print the comparisons whose error is above this share of their tolerance, and fail if there are any",
+    )  # fmt: skip
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """In CI a missing folder of golden files is an error: parametrised over nothing, those tests would just vanish."""
     from helpers import shared_dir
+
+    if (limit := config.getoption("--max-error-share")) is not None:
+        from tolerances import ToleranceRecorder
+
+        config.pluginmanager.register(ToleranceRecorder(config, limit))
 
     if os.environ.get("CI") and not os.environ.get("REGVIT_WITHOUT_SHARED") and shared_dir() is None:
         pytest.exit("../shared is missing. Set REGVIT_WITHOUT_SHARED=1 where that is meant.", returncode=4)

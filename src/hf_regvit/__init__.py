@@ -4,78 +4,14 @@
 `AutoModel.from_pretrained` needs no `trust_remote_code`.
 """
 
+import sys
 from importlib import import_module
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from transformers import (
-    AutoBackbone,
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForDepthEstimation,
-    AutoModelForImageClassification,
-    AutoModelForSemanticSegmentation,
-    BitImageProcessor,
-    BitImageProcessorPil,
-)
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES
-
-from .models.configuration_regvit import ConfigError, RegViTConfig, __version__
-from .models.modeling_regvit import (
-    CheckpointCorruptError,
-    CheckpointError,
-    ImageTooSmallError,
-    RegViTBackbone,
-    RegViTForDepthEstimation,
-    RegViTForImageClassification,
-    RegViTForSemanticSegmentation,
-    RegViTModel,
-    RegViTModelOutput,
-)
-
-if "regvit" in CONFIG_MAPPING_NAMES:  # exist_ok below would otherwise hide a model of that name in transformers
-    raise ImportError("The installed transformers already has a model type 'regvit'. Upgrade hf_regvit.")
-
-AutoConfig.register("regvit", RegViTConfig, exist_ok=True)
-for auto_class, model_class in (
-    (AutoModel, RegViTModel),
-    (AutoBackbone, RegViTBackbone),
-    (AutoModelForImageClassification, RegViTForImageClassification),
-    (AutoModelForSemanticSegmentation, RegViTForSemanticSegmentation),
-    (AutoModelForDepthEstimation, RegViTForDepthEstimation),
-):
-    auto_class.register(RegViTConfig, model_class, exist_ok=True)
-    model_class.register_for_auto_class(auto_class.__name__)  # makes save_pretrained copy the two code files
-RegViTConfig.register_for_auto_class()
-_load_backbone_from_hub = AutoBackbone.from_pretrained
-
-
-def _load_backbone(source: str | PathLike[str], *args: Any, **options: Any) -> Any:
-    """Load a backbone: a local folder with a RegViT here, everything else as transformers does.
-
-    `AutoBackbone` of transformers rejects every local folder, because it asks the Hub whether the name exists.
-    """
-    from .models.saving import read_object
-
-    config = Path(source, "config.json")
-    if config.is_file() and read_object(config).get("model_type") == "regvit":
-        options.pop("use_timm_backbone", None)
-        return RegViTBackbone.from_pretrained(source, *args, **options)
-    return _load_backbone_from_hub(source, *args, **options)
-
-
-AutoBackbone.from_pretrained = staticmethod(_load_backbone)  # type: ignore[method-assign, assignment]
-# The segmentation pipeline supports only the classes of this table and of its own list.
-MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES["regvit"] = RegViTForSemanticSegmentation.__name__
-# Checkpoints name this processor themselves. The registration is for configurations saved without a processor.
-AutoImageProcessor.register(
-    RegViTConfig,
-    image_processor_classes={"torchvision": BitImageProcessor, "pil": BitImageProcessorPil},
-    exist_ok=True,
-)
+# `python -m hf_regvit` imports this file before it reads the options, and `--help` needs no model. The commands that
+# need one import the registration themselves.
+if sys.argv[:1] != ["-m"] or ("-m", "hf_regvit") not in zip(sys.orig_argv, sys.orig_argv[1:]):
+    from .models import registration  # noqa: F401
 
 # Type checkers and editors see these names here; at run time they are imported on first use, because importing
 # Trainer, datasets and similar modules takes seconds.
@@ -99,9 +35,25 @@ if TYPE_CHECKING:
     from .finetuning.arguments import FinetuningArguments
     from .finetuning.run import finetune
     from .hub.publish import publish
+    from .models.configuration_regvit import (
+        CheckpointCorruptError,
+        CheckpointError,
+        ConfigError,
+        RegViTConfig,
+        __version__,
+    )
     from .models.conversion import convert
     from .models.foreign_weights import ConversionError
     from .models.loading import embed, open_model, patch_maps
+    from .models.modeling_regvit import (
+        ImageTooSmallError,
+        RegViTBackbone,
+        RegViTForDepthEstimation,
+        RegViTForImageClassification,
+        RegViTForSemanticSegmentation,
+        RegViTModel,
+        RegViTModelOutput,
+    )
     from .models.processing import UnknownProcessorError
     from .models.tokens import TokenReader, TokenReading, read_tokens
     from .pretraining.arguments import PretrainingArguments
@@ -129,11 +81,23 @@ _ON_FIRST_USE = {
     "FinetuningArguments": "finetuning.arguments",
     "finetune": "finetuning.run",
     "publish": "hub.publish",
+    "ConfigError": "models.configuration_regvit",
+    "RegViTConfig": "models.configuration_regvit",
+    "__version__": "models.configuration_regvit",
     "convert": "models.conversion",
     "ConversionError": "models.foreign_weights",
     "embed": "models.loading",
     "open_model": "models.loading",
     "patch_maps": "models.loading",
+    "CheckpointCorruptError": "models.configuration_regvit",
+    "CheckpointError": "models.configuration_regvit",
+    "ImageTooSmallError": "models.modeling_regvit",
+    "RegViTBackbone": "models.modeling_regvit",
+    "RegViTForDepthEstimation": "models.modeling_regvit",
+    "RegViTForImageClassification": "models.modeling_regvit",
+    "RegViTForSemanticSegmentation": "models.modeling_regvit",
+    "RegViTModel": "models.modeling_regvit",
+    "RegViTModelOutput": "models.modeling_regvit",
     "UnknownProcessorError": "models.processing",
     "TokenReader": "models.tokens",
     "TokenReading": "models.tokens",

@@ -1,7 +1,9 @@
 """The demo without a browser: reading and caching, content of maps and files, and what the server exposes."""
 
-import importlib.util
+import json
+import os
 import re
+import runpy
 import socket
 import zipfile
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from transformers import SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
+from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app import cli
@@ -438,20 +440,14 @@ def test_header_of_the_space():
     assert "REGVIT_MODEL" in text
 
 
-@pytest.mark.slow
-def test_the_space_builds(tmp_path, monkeypatch):
-    torch.manual_seed(0)
-    sizes = {key: value for key, value in SIZES.items() if key != "num_hidden_layers"}
-    for name, model in (
-        ("with", regvit()),
-        ("without", ViTModel(ViTConfig(**sizes, num_hidden_layers=2, intermediate_size=48))),
-    ):
-        model.save_pretrained(tmp_path / name)
-        default_image_processor(32).save_pretrained(tmp_path / name)
-    monkeypatch.setenv("REGVIT_MODEL", str(tmp_path / "with"))
-    monkeypatch.setenv("REGVIT_COMPARE", str(tmp_path / "without"))
-    spec = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.app.title.startswith("What does a vision transformer")
-    assert len(module.app.fns) >= 8
+def test_the_space_runs_the_demo_on_all_addresses(monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(os, "execve", lambda *call: calls.append(call))
+    runpy.run_path(str(SPACE / "app.py"), run_name="__main__")
+    ((_, command, environment),) = calls
+    assert command[1:4] == ["-m", "hf_regvit", "demo"]
+    assert cli.main([*command[3:], "--dry_run", "--json"]) == 0
+    options = json.loads(capsys.readouterr().out)
+    assert options["compare"] == "facebook/dinov2-with-registers-small"
+    monkeypatch.setattr(os, "environ", environment)
+    assert launch_options()["server_name"] == "0.0.0.0"

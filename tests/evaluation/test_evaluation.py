@@ -117,6 +117,7 @@ def test_few_shot_is_the_mean_of_its_draws(model, data, report):
             tries.append(knn_accuracy(train[rows], labels[rows], *judged, k=(n,))[n])
         score = score_of(report, "few_shot", f"n={n}")
         assert score.value == pytest.approx(np.mean(tries))
+        # tolerance: a report has four decimals
         assert score.settings["std_over_tries"] == pytest.approx(np.std(tries, ddof=1), abs=1e-4)
 
 
@@ -301,6 +302,7 @@ def test_the_default_interval_is_one_of_95_percent_of_as_many_images():
     values = np.random.default_rng(3).normal(2.0, 1.0, 400)
     low, high = bootstrap_interval(values, seed=0)
     error = values.std() / 20  # of a mean of 400
+    # tolerance: of 1,000 samples and a normal distribution
     assert (low, high) == pytest.approx((values.mean() - 1.96 * error, values.mean() + 1.96 * error), abs=0.15 * error)
 
 
@@ -510,6 +512,7 @@ def test_model_index_is_what_the_hub_reads(report, data):
     card = ModelCardData(model_name="model", eval_results=model_index_to_eval_results(index)[1])
     results = {(one.task_type, one.metric_type, one.metric_name): one for one in card.eval_results}
     knn = results["image-classification", "accuracy", "Weighted kNN, top1, k=10"]
+    # tolerance: a model index has four decimals
     assert knn.metric_value == pytest.approx(score_of(report, "knn", "k=10").value, abs=1e-4)
     assert knn.dataset_name == data.name  # not the path on this machine
     assert knn.metric_args["num_train_images"] == 24

@@ -1,7 +1,6 @@
 """Maps read from a model, and the figures drawn from them."""
 
 import dataclasses
-import re
 from io import BytesIO
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
-from hf_regvit.figures import overview_page as overview_page_module
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
 
@@ -200,51 +198,6 @@ def test_no_global_state(image):
     before = dict(matplotlib.rcParams)
     drawn(F.overview_figure(image, random_maps()))
     assert dict(matplotlib.rcParams) == before
-
-
-def test_overview_page(reader, image, tmp_path):
-    images = {"a <b>": image, "a ?b?": image.resize((24, 40)).convert("L")}
-    page = overview_page_module.overview_page(
-        reader,
-        images,
-        out_dir=tmp_path / "new" / "page",
-        title="Registers & maps",
-        short_side=32,
-    )
-    assert page == tmp_path / "new" / "page" / "index.html"
-    text = page.read_text(encoding="utf-8")
-    files = sorted(page.parent.glob("*.png"))
-    assert len(files) == 2
-    assert len({path.name for path in files}) == 2
-    assert all(Image.open(path).width > 500 for path in files)
-    assert "Registers &amp; maps" in text
-    assert "a &lt;b&gt;" in text
-    assert "56 x 32 px, 7 x 4 patches" in text
-    assert re.search(r"32 x 56 px, 4 x 7 patches, mean cosine between registers -?[01]\.\d\d<", text)
-    # Self-contained: every source is inline, nothing is fetched.
-    assert all(source.startswith("data:image/png;base64,") for source in re.findall(r'src="([^"]*)', text))
-    assert "http" not in text
-    # Writing it again overwrites it, no more.
-    overview_page_module.overview_page(reader, images, out_dir=page.parent, short_side=32)
-    assert sorted(page.parent.glob("*.png")) == files
-
-
-def test_page_uses_the_statistics_of_the_processor_and_no_crop(reader, image, monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(
-        overview_page_module, "read_token_maps", lambda _, pixels: seen.append(pixels) or [random_maps()]
-    )
-    overview_page_module.overview_page(reader, {"x": image}, out_dir=tmp_path, short_side=24)
-    processor = default_image_processor(32)
-    expected = (
-        torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - torch.tensor(processor.image_mean).view(3, 1, 1)
-    ) / torch.tensor(processor.image_std).view(3, 1, 1)
-    torch.testing.assert_close(seen[0][0], expected, atol=1e-5, rtol=1e-5)
-
-
-def test_no_images(reader, tmp_path):
-    with pytest.raises(ValueError, match="at least one image"):
-        overview_page_module.overview_page(reader, {}, out_dir=tmp_path)
 
 
 def test_progress_of_a_run_in_one_image(image):

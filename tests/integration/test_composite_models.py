@@ -1,17 +1,29 @@
-"""RegViT as the backbone of dense models of transformers: DPT and UperNet, and what their feature maps have to be."""
+"""RegViT inside composite models of transformers: as backbone of DPT and UperNet, as encoder of a captioning model."""
 
 import pytest
 import torch
 from transformers import (
     AutoBackbone,
+    BertConfig,
+    BertLMHeadModel,
     DPTConfig,
     DPTForDepthEstimation,
+    Trainer,
+    TrainingArguments,
     UperNetConfig,
     UperNetForSemanticSegmentation,
+    VisionEncoderDecoderModel,
 )
 
-from builders import in_fresh_memory, tiny_config
-from hf_regvit import RegViTBackbone, RegViTConfig
+from builders import in_fresh_memory, tiny_config, tiny_model
+from hf_regvit import (
+    RegViTBackbone,
+    RegViTConfig,
+    RegViTForDepthEstimation,
+    RegViTForImageClassification,
+    RegViTForSemanticSegmentation,
+    RegViTModel,
+)
 
 SIZES = [(32, 32), (32, 48), (64, 16)]  # the native square, wide, tall: height and width in pixels
 
@@ -132,3 +144,82 @@ def test_maps_are_the_patch_tokens_in_row_major_order():
                 for column in range(6):
                     token = tokens[:, 1 + model.config.num_register_tokens + 6 * row + column]
                     torch.testing.assert_close(feature_map[:, :, row, column], token, atol=1e-6, rtol=1e-6)
+
+
+# --- As the encoder of a captioning model ---
+
+
+def build_captioner(**overrides) -> VisionEncoderDecoderModel:
+    torch.manual_seed(0)
+    encoder = tiny_model(**{"layerscale_value": 1.0, **overrides})
+    decoder = BertLMHeadModel(
+        BertConfig(
+            vocab_size=20, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            is_decoder=True, add_cross_attention=True, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+    model = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    for config in (model.config, model.generation_config):
+        config.decoder_start_token_id, config.pad_token_id = 1, 0
+    return model
+
+
+def train_captioner(folder, *, scales_loss: bool = False, **options) -> VisionEncoderDecoderModel:
+    """One step of plain SGD on four captions of the same length."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {
+            "pixel_values": torch.randn(3, 32, 32, generator=generator),
+            "labels": torch.randint(2, 20, (5,), generator=generator),
+        }
+        for _ in range(4)
+    ]
+    arguments = TrainingArguments(
+        folder, max_steps=1, learning_rate=0.1, optim="sgd", max_grad_norm=0.0, report_to="none", use_cpu=True,
+        save_strategy="no", disable_tqdm=True, **options,
+    )  # fmt: skip
+    model = build_captioner()
+    if not scales_loss:
+        # VisionEncoderDecoderModel takes `num_items_in_batch` and ignores it, with every encoder. Without this line,
+        # Trainer would trust it to divide the loss, and two accumulated batches would make a step twice as long.
+        model.accepts_loss_kwargs = False
+    Trainer(model, arguments, train_dataset=rows).train()
+    return model
+
+
+def test_a_captioning_model_trains_under_trainer_with_exact_accumulation(tmp_path):
+    before = build_captioner()
+    whole = train_captioner(tmp_path / "a", scales_loss=True, per_device_train_batch_size=4)
+    pieces = train_captioner(tmp_path / "b", per_device_train_batch_size=2, gradient_accumulation_steps=2)
+    moved = 0.0
+    for (name, one), other, start in zip(whole.named_parameters(), pieces.parameters(), before.parameters()):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0, msg=name)
+        moved = max(moved, (one - start).abs().max().item())
+    assert moved > 1e-2  # the step is far larger than the tolerance
+
+
+def test_a_captioning_model_reloads_and_generates(tmp_path):
+    model, pixels = build_captioner().eval(), torch.randn(2, 3, 32, 48)
+    model.save_pretrained(tmp_path)
+    again = VisionEncoderDecoderModel.from_pretrained(tmp_path)
+    tokens = model.generate(pixels, max_new_tokens=4, do_sample=False)
+    assert torch.equal(again.generate(pixels, max_new_tokens=4, do_sample=False), tokens)
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        RegViTModel, RegViTForImageClassification, RegViTForSemanticSegmentation, RegViTForDepthEstimation,
+        RegViTBackbone,
+    ],
+)  # fmt: skip
+def test_keywords_of_other_models_are_ignored(model_class):
+    """Callers of ViT, and Trainer through composite models, pass these; Dinov2Model ignores them, too."""
+    model, pixels = tiny_model(model_class), torch.randn(1, 3, 32, 48)
+    expected = model(pixels)
+    output = model(pixels, interpolate_pos_encoding=True, num_items_in_batch=torch.tensor(3))
+    assert type(output) is type(expected)
+    assert torch.equal(output[0] if model_class is not RegViTBackbone else output[0][0],
+                       expected[0] if model_class is not RegViTBackbone else expected[0][0])  # fmt: skip
+    assert isinstance(model(pixels, return_dict=False, interpolate_pos_encoding=False), tuple)
+    assert model.accepts_loss_kwargs is False

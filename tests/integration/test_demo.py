@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from hf_regvit.data.loading import load_images
 
@@ -57,13 +58,6 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
     return folder
 
 
-@pytest.fixture
-def one_picture(demo, monkeypatch):
-    """Draw one image instead of up to 21; the page has its own tests."""
-    draw = demo.whole_images
-    monkeypatch.setattr(demo, "whole_images", lambda data, train: draw(data, train, limit=1))
-
-
 def files_and_times(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
@@ -80,7 +74,7 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert "HTML" in output.err
     for row in ("raw 16x16 pixels", "color mean and deviation", "RegViT, untrained", "RegViT, after"):
         assert row in output.out
-    assert f"Figures      {run / 'figures' / 'index.html'}" in output.out
+    assert f"Figure       {run / 'attention.png'}" in output.out
     scores = json.loads((run / "scores.json").read_text())
     assert all(0 <= value <= 1 for score in scores.values() for value in score.values())
 
@@ -93,7 +87,8 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
     assert card.startswith("---\nlibrary_name: transformers\n")
     assert "| raw 16x16 pixels" in card
     assert str(tmp_path) not in card  # a card may be published
-    assert len(list((run / "figures").glob("*.png"))) == 21
+    with Image.open(run / "attention.png") as figure:  # six rows: image, CLS, four registers
+        assert figure.width == pytest.approx(figure.height, rel=0.01)
     assert not list(run.glob("checkpoint-*"))
 
     # A second call does not train, score or draw again.
@@ -108,7 +103,6 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_picture")
 def test_folder_without_labels(demo, recipe, tmp_path, capsys):
     """Fewer images than a batch, no classes: the demo still trains, and says why there is no comparison."""
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
@@ -117,7 +111,7 @@ def test_folder_without_labels(demo, recipe, tmp_path, capsys):
     assert "9 for training, no labeled test images" in output
     assert "The kNN comparison was skipped" in output
     assert not (tmp_path / "run" / "scores.json").exists()
-    assert (tmp_path / "run" / "figures" / "index.html").exists()
+    assert (tmp_path / "run" / "attention.png").exists()
 
 
 class Stop:
@@ -137,7 +131,6 @@ class Stop:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_picture")
 def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, recipe, tmp_path, capsys, monkeypatch):
     from safetensors.torch import load_file
 
@@ -160,7 +153,6 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_picture")
 def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys):
     data = write_tiles(tmp_path / "tiles", count=18, labelled=False)
     arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -202,10 +194,10 @@ def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
-def test_pictures_of_the_default_data_are_whole(demo):
-    pictures = demo.whole_images("photos", load_images("photos"))
-    assert len(pictures) == 21
-    assert pictures["astronaut"].size == (512, 512)
+def test_images_of_the_default_data_are_whole(demo):
+    images = demo.shown_images("photos", load_images("photos"))
+    assert [image.mode for image in images] == ["RGB"] * 6
+    assert images[0].size == (512, 512)
 
 
 def test_names_of_run_folders(demo, tmp_path):

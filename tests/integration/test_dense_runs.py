@@ -22,7 +22,8 @@ from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
 from hf_regvit.figures.masks import class_colors
 from hf_regvit.finetuning.arguments import FinetuningArguments
-from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, pixel_weights, typical_size
+from hf_regvit.finetuning.data import class_weights
+from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, typical_size
 from hf_regvit.models.processing import default_image_processor, dense_processor
 from tiny_dense import TINY, dense_run, scene, write_depths, write_masks
 from tiny_run import same_state
@@ -183,12 +184,12 @@ def test_size_has_the_median_proportions_in_whole_patches(masks):
 
 
 def test_balanced_weights_have_mean_one_over_the_pixels(segmentation):
-    weights = pixel_weights(["balanced"], segmentation.report, segmentation.names)
     counts = torch.tensor([float(segmentation.report.class_pixels[name]) for name in segmentation.names])
+    weights = class_weights(["balanced"], counts.numpy(), segmentation.names)
     assert float((weights * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-6)
     torch.testing.assert_close(weights[0] * counts[0], weights[1] * counts[1])
     with pytest.raises(ValueError, match="class_weights holds 3 numbers, but 2 are needed"):
-        pixel_weights(["1", "2", "3"], segmentation.report, segmentation.names)
+        class_weights(["1", "2", "3"], counts.numpy(), segmentation.names)
 
 
 def test_f28_classes_that_only_validation_has(tmp_path):

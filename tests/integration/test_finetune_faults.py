@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.classification import ImageClassification
+from hf_regvit.models.configuration_regvit import CheckpointCorruptError
 from hf_regvit.models.manifest import verify_checkpoint
-from hf_regvit.models.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
+from hf_regvit.models.modeling_regvit import RegViTForImageClassification
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
@@ -61,7 +62,7 @@ class At(TrainerCallback):
             action(model)
 
 
-def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_pictures(tmp_path):
+def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_images(tmp_path):
     def poison(model):
         model.classifier.weight.data[0, 0] = math.nan
 
@@ -191,7 +192,7 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
 
 
 @pytest.mark.slow
-def test_f64_workers_that_fail_twice_end_the_run_and_the_pictures_are_named(tmp_path):
+def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_path):
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         run(tmp_path / "a", train=failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=1, **OFTEN)
     assert "This happened twice. One of these images was being read: " in "".join(failure.value.__notes__)

@@ -4,8 +4,8 @@ import json
 import logging
 
 import pytest
+import torch
 
-from builders import tiny_model
 from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub, connect
 from hf_regvit import RegViTModel
 from hf_regvit.hub import upload
@@ -14,7 +14,6 @@ from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.trainer import DinoTrainer
-from hf_regvit.training.checkpoints import CheckpointedTrainer
 from tiny_run import Crops, arguments, trained
 
 MODEL_FILES = {
@@ -156,64 +155,20 @@ def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch
     assert messages(hub) == ["Training in progress, step 2", "End of training"]
 
 
-class Classifier(CheckpointedTrainer):
-    """Trainer of a plain model, as a user may write it."""
-
-
-@pytest.fixture
-def classifier(tmp_path):
-    import torch
-    from transformers import TrainingArguments
-
-    from hf_regvit import RegViTForImageClassification
-
-    data = [{"pixel_values": torch.randn(3, 32, 32), "labels": i % 3} for i in range(6)]
-
-    def make(**options):
-        args = TrainingArguments(
-            str(tmp_path / "run"), push_to_hub=True, hub_model_id="tiny", save_steps=1, max_steps=2, use_cpu=True,
-            per_device_train_batch_size=2, report_to=[], disable_tqdm=True, **options,
-        )  # fmt: skip
-        return Classifier(
-            tiny_model(RegViTForImageClassification, num_labels=3), args, train_dataset=data,
-            processing_class=default_image_processor(32),
-        )  # fmt: skip
-
-    return make
-
-
-def test_any_checkpointed_trainer_pushes_what_can_be_loaded(hub, classifier):
-    trainer = classifier(hub_strategy="every_save", hub_always_push=True)
-    trainer.train()
-    sent = trainer.push_to_hub("done", license="mit", finetuned_from="someone/base")
-    assert messages(hub) == ["Training in progress, step 1", "Training in progress, step 2", "done"]
-    assert sent.repo_id == "someone/tiny"  # completed from a name without an owner
-    assert set(hub.files("someone/tiny")) == MODEL_FILES
-    card = hub.files("someone/tiny")["README.md"].decode()
-    check_card(card)
-    assert "base_model: someone/base" in card
-
-
-def test_a_push_takes_no_random_number_from_the_run(hub, classifier):
+def test_a_push_takes_no_random_number_from_the_run(hub, tmp_path):
     """Once, initializing the uploaded model drew random numbers, so a resumed run with pushes ended differently."""
-    import torch
+    states = []
+    for options in ({"push_to_hub": False}, {"hub_strategy": "every_save", "hub_model_id": "tiny"}):
+        pushed(tmp_path / str(len(states)), max_steps=2, **options)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    # The name without an owner was completed.
+    assert messages(hub) == ["Training in progress, step 2", "End of training"]
 
-    trainer = classifier(hub_strategy="end")
-    before = torch.get_rng_state()
-    trainer.push_to_hub()
-    assert torch.equal(torch.get_rng_state(), before)
 
-
-def test_an_own_call_of_push_to_hub_raises(hub, classifier):
-    trainer = classifier(hub_strategy="end")
-    hub.fail("/commit/", 403, times=1)
-    with pytest.raises(upload.PermanentPushError, match="has no write access to 'someone/tiny'"):
-        trainer.push_to_hub()
-    with pytest.raises(TypeError, match="tasks"):
-        trainer.push_to_hub(tasks="image-classification")
-    assert trainer.push_to_hub(blocking=False) is None
-    trainer._finish_current_push()
-    assert messages(hub) == ["End of training"]
+def test_the_push_of_trainer_itself_is_refused(tmp_path):
+    with pytest.raises(NotImplementedError, match="regvit publish --push"):
+        trained(tmp_path, max_steps=1).push_to_hub()
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_shell_is_there():
     assert shutil.which("bash")
 
 
-def test_pictures_of_the_tutorials_exist():
+def test_images_of_the_tutorials_exist():
     for tutorial in TUTORIALS:
         for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", tutorial.read_text()):
             Image.open(tutorial.parent / picture).verify()

@@ -296,7 +296,7 @@ def test_resize_keeps_the_old_registers_and_draws_new_ones():
     assert torch.equal(new[:, :3], old)
     drawn = new[0, 3:]
     assert not torch.equal(drawn[0], drawn[1])
-    assert drawn.std().item() == pytest.approx(0.02, rel=0.4)
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.4)  # tolerance: of a sample
     assert model.config.num_register_tokens == 5
     assert model(pixels()).register_tokens.shape == (2, 5, 32)
     again = build(num_register_tokens=3).resize_register_tokens(5).embeddings.register_tokens
@@ -390,7 +390,7 @@ def test_initialisation_has_the_statistics_of_dinov2():
         assert not state[f"layers.0.{name}.bias"].any()
     assert std["embeddings.position_embeddings"] == pytest.approx(0.02, rel=0.05)
     assert std["embeddings.register_tokens"] == pytest.approx(0.02, rel=0.05)
-    assert std["embeddings.cls_token"] == pytest.approx(1e-6, rel=0.2)
+    assert std["embeddings.cls_token"] == pytest.approx(1e-6, rel=0.2)  # tolerance: of a sample of 256
     assert not state["embeddings.mask_token"].any()
     bound = 1 / math.sqrt(3 * 8 * 8)  # default of torch for convolutions: uniform
     for name in ("weight", "bias"):

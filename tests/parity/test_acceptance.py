@@ -111,16 +111,17 @@ def test_the_index_is_complete():
 
 
 def random_model(**fields) -> RegViTModel:
+    """A model in double precision, in which weights as large as these do not enlarge the errors of rounding."""
     torch.manual_seed(0)
     model = RegViTModel(tiny_config(layerscale_value=1.0, **fields)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
-    return model
+    return model.double()
 
 
 @torch.no_grad()
 def test_the_position_table_never_reaches_the_registers():
-    model, pixels = random_model(), torch.randn(2, 3, 16, 16)
+    model, pixels = random_model(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     before = model.split_tokens(model.embeddings(pixels))
     model.embeddings.position_embeddings.add_(1.0)
     after = model.split_tokens(model.embeddings(pixels))
@@ -129,7 +130,7 @@ def test_the_position_table_never_reaches_the_registers():
 
 @torch.no_grad()
 def test_without_positions_the_order_of_patches_does_not_matter():
-    model, pixels = random_model(), torch.randn(2, 3, 16, 16)
+    model, pixels = random_model(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
     patches = torch.nn.functional.unfold(pixels, 4, stride=4)  # (B, 3 * 4 * 4, 16)
     shuffled = torch.nn.functional.fold(patches[:, :, order], (16, 16), 4, stride=4)
@@ -185,6 +186,7 @@ def test_learning_rates_of_a_network_of_24_blocks():
         ("layers.0.norm1.weight", 0.0798),
         ("layers.23.norm1.weight", 0.9),
     ):
+        # tolerance: the section gives three digits
         assert rules[f"backbone.{name}"].lr_multiplier == pytest.approx(rate, rel=1e-3)
 
 

@@ -11,6 +11,7 @@ from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
 from hf_regvit.pretraining.schedules import Schedules, StepValues, cosine_schedule, parameter_groups, set_rates
 from hf_regvit.training.parameter_groups import parameter_rules
+from losses_on_logits import student_outputs
 
 pytestmark = requires_shared
 
@@ -96,9 +97,7 @@ def test_targets_and_logits_of_the_first_step(name):
     # The official array holds crop 1 first; the softmax at a low temperature is the most sensitive number here.
     close(targets.cls.flip(0), golden["out.step0.teacher_probs"])
     close(targets.masked, golden["out.step0.ibot_teacher_probs"])
-    student = network.student_outputs(
-        **{key: batch[key] for key in ("global_crops", "local_crops", "masks", "mask_indices")}
-    )
+    student = student_outputs(network, batch)
     close(student.global_logits.flatten(0, 1), golden["out.step0.student_global_logits"])
     close(student.local_logits, golden["out.step0.student_local_logits"])
     close(student.masked_logits, golden["out.step0.ibot_student_logits"])

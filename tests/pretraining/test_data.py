@@ -462,10 +462,3 @@ def test_collator_share_of_masked_crops(tiles):
     _, batch = collator_batch(tiles, mask_ratio=(0.3, 0.6), mask_probability=0.25)
     assert (batch["masks"].sum(-1) > 0).sum() <= 3
     assert not collator_batch(tiles, mask_probability=0.0)[1]["masks"].any()
-
-
-def test_collator_wrong_options():
-    with pytest.raises(ValueError, match=r"mask_ratio=\(0.5, 0.1\)"):
-        crops_module.DinoCollator((4, 4), mask_ratio=(0.5, 0.1), seed=0)
-    with pytest.raises(ValueError, match="mask_probability=2"):
-        crops_module.DinoCollator((4, 4), mask_probability=2, seed=0)

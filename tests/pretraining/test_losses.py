@@ -82,16 +82,6 @@ def test_half_precision_logits_are_taken_to_float32():
     assert loss.item() == pytest.approx(oracles.dino_loss(student.float(), teacher), rel=1e-5)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.1, float("nan")])
-def test_temperatures_must_be_positive(temperature):
-    with pytest.raises(ValueError, match="above 0"):
-        dino_loss(normal(1, 2, 3), probabilities(1, 2, 3), student_temperature=temperature)
-    with pytest.raises(ValueError, match="above 0"):
-        sinkhorn_knopp(normal(2, 3), temperature=temperature)
-    with pytest.raises(ValueError, match="above 0"):
-        SoftmaxCenter(3)(normal(2, 3), temperature=temperature)
-
-
 def test_shapes_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
         dino_loss(normal(1, 2, 3), probabilities(1, 2, 4))
@@ -185,8 +175,6 @@ def test_prototype_cross_entropy_names_shapes_that_do_not_fit():
         prototype_cross_entropy(**{**case, "targets": case["targets"][:6]})
     with pytest.raises(ValueError, match=r"target_rows \(3,\)"):
         prototype_cross_entropy(**case, target_rows=torch.zeros(3, dtype=torch.long))
-    with pytest.raises(ValueError, match="above 0"):
-        prototype_cross_entropy(**case, temperature=0.0)
 
 
 # ---- Gram anchoring ----
@@ -334,8 +322,6 @@ def test_sinkhorn_leaves_its_argument_alone():
 def test_sinkhorn_refuses_bad_input():
     with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
         sinkhorn_knopp(normal(2, 3, 4), temperature=0.04)
-    with pytest.raises(ValueError, match="num_iterations is 0"):
-        sinkhorn_knopp(normal(2, 3), temperature=0.04, num_iterations=0)
 
 
 # ---- Centering ----

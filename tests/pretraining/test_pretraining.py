@@ -23,6 +23,7 @@ from hf_regvit.pretraining.trainer import DinoTrainer
 from hf_regvit.training.callbacks import MetricsFile, TrainingProgress
 from hf_regvit.training.finite import without_ids
 from hf_regvit.training.parameter_groups import parameter_rules
+from losses_on_logits import student_outputs
 from tiny_run import (
     GRID,
     PATCH,
@@ -189,7 +190,7 @@ def test_terms_equal_their_loops(centering, num_local):
     batch = tiny_batch(num_local=num_local)
     network.begin_step(0.05)
     targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"])
-    student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]})
+    student = student_outputs(network, batch)
     outputs = network(**batch)
     # Without local crops the official divisor is 3: it counts one term too many.
     divisor = {0: 3, 2: 6}[num_local]
@@ -280,8 +281,7 @@ def test_local_crops_do_not_influence_one_another():
     batch = tiny_batch()
     other = {**batch, "local_crops": batch["local_crops"].clone()}
     other["local_crops"][1, 2] += 1
-    names = list(batch)[:-1]
-    before, after = (network.student_outputs(**{name: b[name] for name in names}) for b in (batch, other))
+    before, after = (student_outputs(network, b) for b in (batch, other))
     changed = (before.local_logits != after.local_logits).any(-1)
     assert changed.nonzero().tolist() == [[1, 2]]
     assert torch.equal(before.global_logits, after.global_logits)
@@ -470,8 +470,6 @@ def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path
 
 
 def test_high_resolution_steps_need_data(tmp_path):
-    with pytest.raises(ValueError, match="high_resolution_steps is 2"):
-        trained(tmp_path, high_resolution_steps=2)
     with pytest.raises(ValueError, match="requires a MultiCropDataset, not Crops"):
         pretrain(arguments(tmp_path, high_resolution_steps=2), train_dataset=Crops())
     with pytest.raises(ValueError, match="streaming has none"):
@@ -584,6 +582,7 @@ def test_arguments_are_checked(tmp_path):
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy is 'best'"),
         ({"blur_sigma": [0.1]}, r"blur_sigma is \[0.1\]"),
         ({"teacher_momentum": 1.5}, "teacher_momentum is 1.5"),
+        ({"mask_probability": 2}, "mask_probability is 2"),
         ({"teacher_temperature": 0.0}, "teacher_temperature is 0.0"),
         ({"monitor_steps": -1}, "monitor_steps is -1"),
     ):
@@ -772,10 +771,8 @@ def test_features_are_cls_and_mean_patch():
 def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     from hf_regvit.models.processing import default_image_processor
 
-    images = builtin_images(8)
-    knn = OnlineKNN(
-        images, [0, 1] * 4, images, [0, 1] * 4, image_processor=default_image_processor(16), every_steps=4, k=(1,)
-    )
+    labeled = list(zip(builtin_images(8), [0, 1] * 4, strict=True))
+    knn = OnlineKNN(labeled, labeled, image_processor=default_image_processor(16), every_steps=4, k=1)
     with_knn = trained(tmp_path / "a", callbacks=[knn, MetricsFile(tmp_path / "metrics.jsonl")])
     measured = [(entry["step"], entry["eval_knn_1"]) for entry in with_knn.state.log_history if "eval_knn_1" in entry]
     # Held-out images are the training images: the nearest neighbor is the image itself.
@@ -786,11 +783,9 @@ def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     assert same_state(with_knn.model.state_dict(), without.model.state_dict())
 
 
-def test_online_knn_checks_its_lists():
-    with pytest.raises(ValueError, match="2 training images have 1 labels"):
-        OnlineKNN(builtin_images(2), [0], builtin_images(1), [0], image_processor=None, every_steps=1)
+def test_online_knn_checks_its_interval():
     with pytest.raises(ValueError, match="every_steps is 0"):
-        OnlineKNN(builtin_images(1), [0], builtin_images(1), [0], image_processor=None, every_steps=0)
+        OnlineKNN([], [], image_processor=None, every_steps=0)
 
 
 def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):

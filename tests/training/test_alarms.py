@@ -1,5 +1,6 @@
 """NaN, memory and collapse: when an alarm is raised, its message and its files."""
 
+import base64
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ from hf_regvit.pretraining.crops import DinoCollator
 from hf_regvit.pretraining.monitors import artifact_statistics
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training.callbacks import MetricsFile
-from hf_regvit.training.finite import FiniteGuard, NonFiniteError, out_of_memory, replay_nan_batch, without_ids
+from hf_regvit.training.finite import FiniteGuard, NonFiniteError, out_of_memory, without_ids
 from tiny_run import GRID, SHAPE, Crops, arguments, same_state, tiny_batch, tiny_config, tiny_network, trained
 
 
@@ -61,16 +62,24 @@ def test_f54_a_loss_that_is_nan_stops_the_run_and_names_the_images(tmp_path):
     assert all(torch.equal(now[name], kept[name]) for name in weights)
 
 
-def test_f54_the_capture_replays_the_step(tmp_path):
+def test_f54_the_capture_suffices_to_repeat_the_step(tmp_path):
     dataset, config = BadCrops(), tiny_config(drop_path_rate=0.5, drop_path_mode="batch_subset")
     options = {"config": config, "gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
     with pytest.raises(NonFiniteError):
         trained(tmp_path, dataset=dataset, **options)
     capture = json.loads((tmp_path / "nan_batch.json").read_text())
+    (process,) = capture["processes"]
     network = tiny_network(config=config, seed=5)
-    torch.manual_seed(99)  # the replay must not depend on the current random state
+    network.load_state_dict(load_file(tmp_path / "nan_batch.safetensors"))
+    network.teacher_temperature = capture["teacher_temperature"]
     collate = DinoCollator((GRID, GRID), mask_probability=1.0, seed=7)
-    outputs = replay_nan_batch(tmp_path, network, dataset, collate)
+    torch.manual_seed(99)  # the draws of the step come from the recorded state alone
+    state = bytearray(base64.b64decode(process["random_state"]["cpu"]))
+    torch.set_rng_state(torch.frombuffer(state, dtype=torch.uint8))
+    outputs = []
+    for batch in process["micro_batches"]:
+        items = [dataset[key] for key in zip(batch["epochs"], batch["sample_ids"], strict=True)]
+        outputs.append(network(**without_ids(collate(items))))
     for replayed, batch in zip(outputs, capture["processes"][0]["micro_batches"], strict=True):
         for name, value in batch["terms"].items():
             assert str(replayed[name].item()) == str(value), name
@@ -189,14 +198,16 @@ def test_f66_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
 def test_f66_options_that_are_taken_are_not_advised_again(tmp_path):
     args = arguments(tmp_path, per_device_train_batch_size=2, bf16=True, num_local_crops=8, head_num_prototypes=65536)
     args.gradient_checkpointing = True
-    message = str(out_of_memory(torch.OutOfMemoryError("x"), args, step=3))
+    message = str(out_of_memory(args, step=3))
     assert "--num_local_crops 4; --head_num_prototypes 16384; a smaller --preset." in message
 
 
 # ---- Collapse ----
 
-RECIPE = Recipe(
-    num_prototypes=256, images=16, num_local_crops=2, dino_loss_weight=1.0, num_register_tokens=4, width=96
+OPTIONS = {"head_num_prototypes": 256, "per_device_train_batch_size": 16, "num_local_crops": 2}
+RECIPE = (
+    SimpleNamespace(dino_loss_weight=1.0, **OPTIONS),
+    SimpleNamespace(num_register_tokens=4, hidden_size=96),
 )
 HEALTHY = {
     "loss": 4.0, "dino_local_loss": 1.3, "dino_global_loss": 0.7, "teacher_entropy": 1.0,
@@ -213,7 +224,7 @@ SICK = {
 
 
 def alarms_after(lines, *, steps=None, first_step=0, **options):
-    alarms = CollapseAlarms(RECIPE, first_step=first_step, **options)
+    alarms = CollapseAlarms(*RECIPE, first_step=first_step, **options)
     control = SimpleNamespace(should_training_stop=False)
     for number, line in enumerate(lines):
         state = SimpleNamespace(global_step=steps[number] if steps else 10 * number, is_world_process_zero=True)
@@ -261,7 +272,7 @@ def test_f56_collapse_waits_for_the_warm_up_and_registers_do_not():
 
 
 def test_f56_the_warm_up_is_that_of_the_schedule(tmp_path):
-    alarms = CollapseAlarms(RECIPE)
+    alarms = CollapseAlarms(*RECIPE)
     alarms.on_train_begin(arguments(tmp_path, warmup_steps=0.1), SimpleNamespace(max_steps=400, global_step=0), None)
     assert alarms.first_step == 40
 
@@ -297,11 +308,11 @@ def test_f56_stop_on_collapse_ends_the_run(tmp_path):
 def test_f56_a_resumed_run_remembers_its_alarms(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl")
     first, _ = alarms_after([HEALTHY | SICK["one_prototype"][0]] * 3, metrics=metrics)
-    resumed = CollapseAlarms(RECIPE, metrics=metrics)
+    resumed = CollapseAlarms(*RECIPE, metrics=metrics)
     state = SimpleNamespace(max_steps=400, global_step=30)
     resumed.on_train_begin(arguments(tmp_path), state, None)
     assert resumed.raised == first.raised
-    fresh = CollapseAlarms(RECIPE, metrics=metrics)
+    fresh = CollapseAlarms(*RECIPE, metrics=metrics)
     fresh.on_train_begin(arguments(tmp_path), SimpleNamespace(max_steps=400, global_step=0), None)
     assert fresh.raised == []
 
@@ -319,7 +330,8 @@ def test_f56_the_loss_of_a_network_that_knows_nothing(num_local):
     for half in (network.student, network.teacher):
         torch.nn.init.zeros_(half["dino_head"].last_layer.weight_g)
     outputs = network(**tiny_batch(num_local=num_local))
-    recipe = Recipe(SHAPE.num_prototypes, 3, num_local, 0.5, 4, 16)
+    options = {"num_local_crops": num_local, "dino_loss_weight": 0.5, "head_num_prototypes": SHAPE.num_prototypes}
+    recipe = Recipe(SimpleNamespace(**options), tiny_config())
     measured = sum(value.item() for name, value in outputs.items() if name.startswith("dino_"))
     assert recipe.uniform_loss == pytest.approx(measured, rel=1e-5)
     assert recipe.ln_k == pytest.approx(outputs["teacher_entropy"].item(), rel=1e-5)

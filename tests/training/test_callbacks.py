@@ -34,6 +34,7 @@ from hf_regvit.pretraining.monitors import (
     observers,
 )
 from hf_regvit.training.callbacks import MetricsFile, Observer
+from losses_on_logits import student_outputs
 from tiny_run import Crops, arguments, same_state, tiny_batch, tiny_network, trained
 
 
@@ -149,7 +150,7 @@ def test_targets_equal_their_loops():
     network, batch = tiny_network(), tiny_batch()
     network.begin_step(0.05)
     targets = network.teacher_targets(batch["global_crops"], batch["mask_indices"]).cls
-    student = network.student_outputs(**{name: batch[name] for name in list(batch)[:-1]}).global_logits
+    student = student_outputs(network, batch).global_logits
     outputs = network(**batch)
     divergence, used = [], set()
     for crop in (0, 1):
@@ -230,11 +231,12 @@ def test_monitor_logs_everything_and_changes_nothing(tmp_path):
 def test_monitors_read_a_compiled_teacher(tmp_path):
     network, pixels = tiny_network(), pixels_of(3)
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
-    knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": (1,)}
+    labeled = list(zip(shown, range(3), strict=True))
+    knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": 1}
     readings = (
         Monitor(pixels),
         Panels(shown, pixels, folder=tmp_path),
-        OnlineKNN(shown, [0, 1, 2], shown, [0, 1, 2], **knn),
+        OnlineKNN(labeled, labeled, **knn),
     )
     expected = [reading.measure(network, 1) for reading in readings]
     panel = (tmp_path / "step_000001.png").read_bytes()
@@ -333,10 +335,9 @@ def test_linear_probe_does_not_need_more_images_than_channels():
 def test_online_linear_probe_is_logged_beside_knn(tmp_path):
     images = [Image.new("RGB", (16, 16), (60 * index, 255 - 60 * index, 0)) for index in range(4)]
     labels = [0, 0, 1, 1]
-    probe = OnlineKNN(
-        images, labels, images, labels, image_processor=default_image_processor(16), every_steps=6, k=(1,),
-        linear_probe=True,
-    )  # fmt: skip
+    labeled = list(zip(images, labels, strict=True))
+    options = {"image_processor": default_image_processor(16), "every_steps": 6, "k": 1}
+    probe = OnlineKNN(labeled, labeled, linear_probe=True, **options)
     trainer = trained(tmp_path, callbacks=[probe])
     lines = [entry for entry in trainer.state.log_history if "eval_linear" in entry]
     assert [entry["step"] for entry in lines] == [0, 6]
@@ -377,14 +378,14 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     assert isinstance(panels, Panels)
     assert panels.pixel_values.shape[1:] == (3, 32, 32)
     assert panels.images[0].size == (32, 32)
-    assert len(knn.train_images) == len(knn.train_labels) == 23
-    assert len(knn.heldout_images) == 8
+    assert len(knn.neighbors) == 23
+    assert len(knn.heldout) == 8
     assert knn.linear_probe
     assert knn.is_held_out
     # Images that were cropped before give the same pixels as the full processor.
     record = load_images(data, split="validation")[0]
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
-    actual = knn.image_processor(images=[knn.heldout_images[0]], return_tensors="pt")["pixel_values"]
+    actual = knn.image_processor(images=[knn.heldout[0][0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
     assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0  # two plain colors
 
@@ -392,8 +393,8 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
 def test_limits_and_switches(tmp_path):
     data = images_folder(tmp_path / "data")
     (knn,) = found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=16)
-    assert (len(knn.train_images), len(knn.heldout_images)) == (12, 4)
-    assert sorted(set(knn.train_labels.tolist())) == [0, 1]  # evenly spread, so both classes are there
+    assert (len(knn.neighbors), len(knn.heldout)) == (12, 4)
+    assert sorted({label for _, label in knn.neighbors}) == [0, 1]  # evenly spread, so both classes are there
     assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_steps=0) == []
     assert found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=3) == []  # no held-out images
 
@@ -403,11 +404,11 @@ def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_im
     with caplog.at_level("INFO", logger="hf_regvit"):
         *_, knn = found(tmp_path, data)
     assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
-    assert (len(knn.train_images), len(knn.heldout_images)) == (18, 6)
+    assert (len(knn.neighbors), len(knn.heldout)) == (18, 6)
     assert not knn.is_held_out
-    assert sorted(knn.heldout_labels.tolist()) == [0, 0, 0, 1, 1, 1]
-    seen = {image.tobytes() for image in knn.train_images}
-    assert not any(image.tobytes() in seen for image in knn.heldout_images)
+    assert sorted(label for _, label in knn.heldout) == [0, 0, 0, 1, 1, 1]
+    seen = {image.tobytes() for image, _ in knn.neighbors}
+    assert not any(image.tobytes() in seen for image, _ in knn.heldout)
 
 
 def test_without_labels_or_with_single_images_there_is_no_knn(tmp_path):
@@ -479,10 +480,10 @@ def table_folder(tmp_path):
 def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folder):
     data = labelled_tables(table_folder, ("train", "validation"))
     (knn,) = knn_of_stream(tmp_path, data, knn_max_images=32)
-    assert sorted(knn.train_labels.tolist()) == [0] * 12 + [1] * 12  # every shard gives its share
-    assert sorted(knn.heldout_labels.tolist()) == [0] * 4 + [1] * 4
+    assert sorted(label for _, label in knn.neighbors) == [0] * 12 + [1] * 12  # every shard gives its share
+    assert sorted(label for _, label in knn.heldout) == [0] * 4 + [1] * 4
     assert knn.is_held_out
-    for image, label in zip(knn.train_images, knn.train_labels.tolist(), strict=True):
+    for image, label in knn.neighbors:
         assert image.getpixel((0, 0))[0] == label * 200
     assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0
 
@@ -492,10 +493,10 @@ def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_pa
         (knn,) = knn_of_stream(tmp_path, labelled_tables(table_folder, ("train",)), knn_max_images=32)
     assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
     assert not knn.is_held_out
-    assert sorted(knn.heldout_labels.tolist()) == [0] * 4 + [1] * 4
-    seen = {image.tobytes() for image in knn.train_images}
-    assert len(seen) == len(knn.train_images) == 24
-    assert not any(image.tobytes() in seen for image in knn.heldout_images)
+    assert sorted(label for _, label in knn.heldout) == [0] * 4 + [1] * 4
+    seen = {image.tobytes() for image, _ in knn.neighbors}
+    assert len(seen) == len(knn.neighbors) == 24
+    assert not any(image.tobytes() in seen for image, _ in knn.heldout)
 
 
 def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, table_folder, caplog):
@@ -514,7 +515,7 @@ def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, tabl
     assert knn_of_stream(tmp_path, str(bare)) == []
 
 
-def test_one_picture_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
+def test_one_image_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
     """1,000 images of 12 megapixels take 36 GB."""
     data = images_folder(tmp_path / "data")
     read, alive = [], []

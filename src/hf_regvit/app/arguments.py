@@ -7,26 +7,19 @@ from dataclasses import MISSING, dataclass, field, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
-
-def _option(default: object, help_text: str, *aliases: str, **metadata: Any) -> Any:
-    """Return a field of an argument class; `MISSING` as the default makes the option required."""
-    metadata |= {"help": help_text} | ({"aliases": list(aliases)} if aliases else {})
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
+from ..evaluation.image_tasks import option
 
 _IMAGES = "Images: a folder, a parquet or tar file, a folder of them, a Hub data set, photos or digits."
 _DEVICE = "Device to compute on, such as cuda, cuda:1, mps, xpu or cpu; auto selects the first of these that exists."
 
 
 def _model(help_text: str) -> Any:
-    return _option(MISSING, f"{help_text}: a folder, a run folder, a weights file, a Hub id or timm/NAME.",
+    return option(MISSING, f"{help_text}: a folder, a run folder, a weights file, a Hub id or timm/NAME.",
                    "--model_name_or_path")  # fmt: skip
 
 
 def _models(help_text: str) -> Any:
-    return _option(
+    return option(
         MISSING,
         f"One or more models: folders, run folders, weights files, Hub ids or timm/NAME. {help_text}",
         "--model_name_or_path",
@@ -39,21 +32,19 @@ class ConvertArguments:
     """Options of `regvit convert`. The overrides set fields of `RegViTConfig` that a raw state dict lacks."""
 
     model: str = _model("Model to convert")
-    output_dir: str = _option(MISSING, "Output folder for the RegViT; must not contain a checkpoint yet.")
-    verify: bool = _option(True, "Compare the outputs with those of the source model, if it can be run.")
-    num_attention_heads: int | None = _option(None, "Number of attention heads, for raw state dicts.")
-    layer_norm_eps: float | None = _option(None, "LayerNorm epsilon, for raw state dicts.")
-    interpolate_antialias: bool | None = _option(None, "Antialias resampled position embeddings, for raw state dicts.")
-    interpolate_offset: float | None = _option(
+    output_dir: str = option(MISSING, "Output folder for the RegViT; must not contain a checkpoint yet.")
+    verify: bool = option(True, "Compare the outputs with those of the source model, if it can be run.")
+    num_attention_heads: int | None = option(None, "Number of attention heads, for raw state dicts.")
+    layer_norm_eps: float | None = option(None, "LayerNorm epsilon, for raw state dicts.")
+    interpolate_antialias: bool | None = option(None, "Antialias resampled position embeddings, for raw state dicts.")
+    interpolate_offset: float | None = option(
         None, "Offset added to the grid size when resampling position embeddings, for raw state dicts."
     )
-    image_size: list[int] | None = _option(
+    image_size: list[int] | None = option(
         None, "Image size of the stored position embeddings in pixels: one side, or height and width."
     )
-    pooling: str | None = _option(None, "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch.")
-    pooler_act: str | None = _option(
-        None, "Activation of the pooler (tanh in ViT), for raw state dicts that have one."
-    )
+    pooling: str | None = option(None, "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch.")
+    pooler_act: str | None = option(None, "Activation of the pooler (tanh in ViT), for raw state dicts that have one.")
 
     def overrides(self) -> dict[str, Any]:
         """Return the config fields that were given."""
@@ -68,10 +59,10 @@ class ConvertArguments:
 class _ImageArguments:
     """Options of the commands that read the tokens of images."""
 
-    data: str = _option(MISSING, _IMAGES, "--images")
-    split: str | None = _option(None, "Split to read: train or validation. Default: all images.")
-    batch_size: int = _option(32, "Number of images per forward pass and process.")
-    device: str = _option("auto", _DEVICE)
+    data: str = option(MISSING, _IMAGES, "--images")
+    split: str | None = option(None, "Split to read: train or validation. Default: all images.")
+    batch_size: int = option(32, "Number of images per forward pass and process.")
+    device: str = option("auto", _DEVICE)
 
 
 @dataclass(kw_only=True)
@@ -79,21 +70,17 @@ class ExtractArguments(_ImageArguments):
     """Options of `regvit extract`, with the defaults of `ExtractionSettings`."""
 
     model: str = _model("Model")
-    output_dir: str = _option(MISSING, "Output folder for shards and index.json; an interrupted run is continued.")
-    streaming: bool = _option(
+    output_dir: str = option(MISSING, "Output folder for shards and index.json; an interrupted run is continued.")
+    streaming: bool = option(
         False, "Read parquet files or a Hub data set as a stream, without a local copy; the default split is train."
     )
-    layer: int = _option(
-        -1, "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block."
-    )
-    final_norm: bool = _option(True, "Apply the model's final norm; otherwise save the raw residual stream.")
-    patches: bool = _option(True, "Save patch tokens in addition to CLS and registers.")
-    dtype: str = _option("float32", "Data type of the saved tokens: float32, float16 or bfloat16.")
-    shard_size: int = _option(256, "Number of images per file, also held in memory, per process.")
-    image_size: int | None = _option(
-        None, "Side of the square input in pixels. Default: set by the model's processor."
-    )
-    max_images: int | None = _option(None, "Read at most this many images, from the first one on. Default: all.")
+    layer: int = option(-1, "Block whose output is saved: 1 to the depth, 0 for the embedding, -1 for the last block.")
+    final_norm: bool = option(True, "Apply the model's final norm; otherwise save the raw residual stream.")
+    patches: bool = option(True, "Save patch tokens in addition to CLS and registers.")
+    dtype: str = option("float32", "Data type of the saved tokens: float32, float16 or bfloat16.")
+    shard_size: int = option(256, "Number of images per file, also held in memory, per process.")
+    image_size: int | None = option(None, "Side of the square input in pixels. Default: set by the model's processor.")
+    max_images: int | None = option(None, "Read at most this many images, from the first one on. Default: all.")
 
     def images(self) -> Any:
         """Return the images for `extract_to_folder`, as a source or a stream."""
@@ -115,17 +102,17 @@ class EvaluateArguments:
     """Options of `regvit evaluate`. If `lost_` options have several values, the best combination is selected."""
 
     model: list[str] = _models("The first one is the reference.")
-    data: str = _option(
+    data: str = option(
         MISSING,
         f"Test {_IMAGES[0].lower()}{_IMAGES[1:]} Probes are fitted on its train split unless --train_data is given.",
         "--validation_dir",
     )
-    train_data: str | None = _option(None, "Training images, for fitting and selecting probes.", "--train_dir")
-    tasks: list[str] = _option(["knn", "linear"], "Tasks to run.")
-    output_dir: str = _option("evaluation", "Output folder for report.json and report.md.")
-    cache_dir: str | None = _option(None, "Cache folder for features. Default: features/ in --output_dir.")
-    device: str = _option("auto", _DEVICE)
-    seed: int = _option(0, "Random seed for splits, sampling and confidence intervals.")
+    train_data: str | None = option(None, "Training images, for fitting and selecting probes.", "--train_dir")
+    tasks: list[str] = option(["knn", "linear"], "Tasks to run.")
+    output_dir: str = option("evaluation", "Output folder for report.json and report.md.")
+    cache_dir: str | None = option(None, "Cache folder for features. Default: features/ in --output_dir.")
+    device: str = option("auto", _DEVICE)
+    seed: int = option(0, "Random seed for splits, sampling and confidence intervals.")
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `compare_backbones`."""
@@ -154,10 +141,10 @@ def evaluate_arguments() -> type[EvaluateArguments]:
     for title, one_task in TASKS.items():
         by_need.setdefault(one_task.needs, []).append(title)
     listed = "; ".join(f"{', '.join(names)} (with {need})" for need, names in by_need.items())
-    made: list[Any] = [("tasks", list[str], _option(["knn", "linear"], f"Tasks to run: {listed}."))]
+    made: list[Any] = [("tasks", list[str], option(["knn", "linear"], f"Tasks to run: {listed}."))]
     for task, need in _own_data().items():
-        option = _option(None, f"Images with {need} for the task {task}. Default: --data.")
-        made.append((f"{task}_data", str | None, option))
+        own = option(None, f"Images with {need} for the task {task}. Default: --data.")
+        made.append((f"{task}_data", str | None, own))
     for name, (kind, one) in task_options().items():
         made.append(
             (name, kind, field(default=one.default, default_factory=one.default_factory, metadata=one.metadata))
@@ -176,9 +163,9 @@ def _own_data() -> dict[str, str]:
 class _ArtifactArguments(_ImageArguments):
     """Options of the commands that find artifacts."""
 
-    cutoff: str = _option("auto", "Norm above which a patch token is an outlier; auto estimates it from the data.")
-    max_images: int = _option(1000, "Maximum number of images, drawn at random with --seed.")
-    seed: int = _option(0, "Random seed.")
+    cutoff: str = option("auto", "Norm above which a patch token is an outlier; auto estimates it from the data.")
+    max_images: int = option(1000, "Maximum number of images, drawn at random with --seed.")
+    seed: int = option(0, "Random seed.")
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of the public function.
@@ -199,11 +186,11 @@ class DiagnoseArguments(_ArtifactArguments):
     """Options of `regvit diagnose`."""
 
     model: list[str] = _models("Several models are compared in a table.")
-    data: str = _option(MISSING, f"{_IMAGES} Use at least 500.", "--images")
-    output_dir: str = _option("diagnosis", "Output folder for report.json, report.html and figures.")
-    layers: list[int] | None = _option(None, "Blocks to read: 1 to the depth, 0 for the embedding. Default: all.")
-    detail_images: int = _option(128, "Number of images for directions, ranks and register controls; held in memory.")
-    probes: bool = _option(False, "Also fit linear probes on single tokens; the class probe needs labeled images.")
+    data: str = option(MISSING, f"{_IMAGES} Use at least 500.", "--images")
+    output_dir: str = option("diagnosis", "Output folder for report.json, report.html and figures.")
+    layers: list[int] | None = option(None, "Blocks to read: 1 to the depth, 0 for the embedding. Default: all.")
+    detail_images: int = option(128, "Number of images for directions, ranks and register controls; held in memory.")
+    probes: bool = option(False, "Also fit linear probes on single tokens; the class probe needs labeled images.")
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `diagnose`."""
@@ -215,35 +202,35 @@ class RetrofitArguments(_ArtifactArguments):
     """Options of `regvit retrofit`."""
 
     model: str = _model("RegViT without registers, or any model that `regvit convert` accepts")
-    output_dir: str = _option(MISSING, "New output folder for the checkpoint, its report and figures.")
-    num_register_tokens: int | None = _option(None, "Number of registers to add. Default: the best of 1, 2, 4 and 8.")
-    top_k: int | None = _option(None, "Number of neurons to move. Default: the best of 1 to 50.")
-    highest_block: int | None = _option(
+    output_dir: str = option(MISSING, "New output folder for the checkpoint, its report and figures.")
+    num_register_tokens: int | None = option(None, "Number of registers to add. Default: the best of 1, 2, 4 and 8.")
+    top_k: int | None = option(None, "Number of neurons to move. Default: the best of 1 to 50.")
+    highest_block: int | None = option(
         None, "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
     )
-    max_images: int = _option(500, "Maximum number of images, drawn at random with --seed.")
+    max_images: int = option(500, "Maximum number of images, drawn at random with --seed.")
 
 
 @dataclass
 class DataCheckArguments:
     """Options of `regvit data-check`."""
 
-    data: list[str] = _option(
+    data: list[str] = option(
         MISSING, "Images: one or more folders, parquet or tar files, Hub data sets, photos or digits."
     )
-    image_column: str | None = _option(
+    image_column: str | None = option(
         None, "Column with the images. Default: the only image column, or 'image'.", "--image_column_name"
     )
-    label_column: str | None = _option(
+    label_column: str | None = option(
         None, "Column with the class ids. Default: 'label', if it holds class ids.", "--label_column_name"
     )
-    batch_size: int = _option(64, "Number of images per training step over all processes.")
-    image_size: int = _option(224, "Side of the global crops in pixels.")
-    max_bad_share: float = _option(0.01, "Maximum share of unreadable images that training would accept, 0 to 1.")
-    near_limit_bits: int = _option(
+    batch_size: int = option(64, "Number of images per training step over all processes.")
+    image_size: int = option(224, "Side of the global crops in pixels.")
+    max_bad_share: float = option(0.01, "Maximum share of unreadable images that training would accept, 0 to 1.")
+    near_limit_bits: int = option(
         6, "Maximum number of differing bits in the 64-bit image hashes of near duplicates, 0 to 16."
     )
-    num_workers: int = _option(
+    num_workers: int = option(
         0, "Number of processes that read images; 0 reads in the main process.", "--dataloader_num_workers"
     )
 
@@ -253,54 +240,54 @@ class DemoArguments:
     """Options of `regvit demo`."""
 
     model: list[str] = _models("Select one of them on the page.")
-    compare: str | None = _option(None, "Second model to show next to the first one.")
-    port: int = _option(7860, "Local port to listen on; 0 selects the first free port from 7860 on.")
-    cache_mib: int = _option(512, "Memory for cached images in MiB.")
-    device: str = _option("auto", _DEVICE)
+    compare: str | None = option(None, "Second model to show next to the first one.")
+    port: int = option(7860, "Local port to listen on; 0 selects the first free port from 7860 on.")
+    cache_mib: int = option(512, "Memory for cached images in MiB.")
+    device: str = option("auto", _DEVICE)
 
 
 @dataclass
 class PublishArguments:
     """Options of `regvit publish`."""
 
-    model: str = _option(MISSING, "Local RegViT checkpoint, or the folder of a training run.", "--model_name_or_path")
-    repo_id: str | None = _option(
+    model: str = option(MISSING, "Local RegViT checkpoint, or the folder of a training run.", "--model_name_or_path")
+    repo_id: str | None = option(
         None, "Hub repository id, owner/name. The model card loads the model from it.", "--hub_model_id"
     )
-    output_dir: str | None = _option(
+    output_dir: str | None = option(
         None, "New folder for the bundle. Default: bundles/ followed by the repository name."
     )
-    push: bool = _option(False, "Upload the bundle. Without this option, nothing is uploaded.", "--push_to_hub")
-    public: bool = _option(
+    push: bool = option(False, "Upload the bundle. Without this option, nothing is uploaded.", "--push_to_hub")
+    public: bool = option(
         False, "Create a public repository instead of a private one, or upload to an existing public one."
     )
-    reports: list[str] = _option(
+    reports: list[str] = option(
         [], "Reports of `regvit diagnose` and `regvit evaluate` for the model card: files or folders."
     )
-    license: str | None = _option(
+    license: str | None = option(
         None, "License of the weights, as a Hub license id such as apache-2.0, cc-by-nc-4.0 or other."
     )
-    license_name: str | None = _option(None, "Name of the license. Required with --license other.")
-    license_link: str | None = _option(None, "URL of the license text. Required with --license other.")
-    data: str | None = _option(None, "Description of the training images. Default: taken from the run.")
-    data_license: str | None = _option(None, "License or terms of the training images.")
-    datasets: list[str] = _option([], "Hub ids of the training data sets.")
-    base_model: str | None = _option(
+    license_name: str | None = option(None, "Name of the license. Required with --license other.")
+    license_link: str | None = option(None, "URL of the license text. Required with --license other.")
+    data: str | None = option(None, "Description of the training images. Default: taken from the run.")
+    data_license: str | None = option(None, "License or terms of the training images.")
+    datasets: list[str] = option([], "Hub ids of the training data sets.")
+    base_model: str | None = option(
         None, "Model that training or conversion started from. Default: taken from the run."
     )
-    base_model_license: str | None = _option(None, "License or terms of the base model.")
-    origin: str | None = _option(
+    base_model_license: str | None = option(None, "License or terms of the base model.")
+    origin: str | None = option(
         None,
         "Origin of the weights: pretrained, finetuned, converted or retrofitted. Default: taken from the run, or "
         "unknown.",
     )
-    description: str | None = _option(None, "Paragraph for the model card.")
-    example_pictures: bool = _option(
+    description: str | None = option(None, "Paragraph for the model card.")
+    example_pictures: bool = option(
         False, "Include the example figures of the diagnosis, which show images of the data set."
     )
-    max_shard_size: str = _option("5GB", "Maximum size of a weights file; larger weights are split.")
-    revision: str | None = _option(None, "Branch of the repository. Default: main.")
-    commit_message: str | None = _option(None, "Message of the commit.")
+    max_shard_size: str = option("5GB", "Maximum size of a weights file; larger weights are split.")
+    revision: str | None = option(None, "Branch of the repository. Default: main.")
+    commit_message: str | None = option(None, "Message of the commit.")
 
     def settings(self) -> dict[str, Any]:
         """Return the keyword arguments of `publish`, with the fields of the model card that were given."""
@@ -320,5 +307,5 @@ class PublishArguments:
 class DoctorArguments:
     """Options of `regvit doctor`."""
 
-    output_dir: str = _option(".", "Folder for runs, whose free disk space is checked.")
-    self_test: bool = _option(True, "Train, save and load a tiny model.")
+    output_dir: str = option(".", "Folder for runs, whose free disk space is checked.")
+    self_test: bool = option(True, "Train, save and load a tiny model.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_regvit_cli import COMMANDS, main
 
+from ..models import registration  # noqa: F401
 from .recipes import arguments_class
 
 if TYPE_CHECKING:

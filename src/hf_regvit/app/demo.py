@@ -7,6 +7,7 @@ input image, so that a click needs no drawing. The page loads nothing from elsew
 import html
 import importlib.util
 import logging
+import os
 import shutil
 import tempfile
 import zipfile
@@ -134,6 +135,8 @@ def build_app(
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
     """Return options for `app.launch`: local machine only, no sharing, no files of the disk, no external fonts.
 
+    The variable `GRADIO_SERVER_NAME` selects another address to listen on, as in a Space behind a proxy.
+
     Args:
         port: Port to listen on; 0 or None selects the first free one from 7860 on.
     """
@@ -144,7 +147,8 @@ def launch_options(*, port: int | None = None) -> dict[str, Any]:
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
     return {
-        "server_name": "127.0.0.1", "server_port": port or None, "share": False, "strict_cors": True,
+        "server_name": os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), "server_port": port or None,
+        "share": False, "strict_cors": True,
         "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
         "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
         "footer_links": [], "quiet": True, "theme": theme,

@@ -23,11 +23,14 @@ _OFFICIAL_SHOTS = (1, 5, 10)
 _QUERIES = 256  # number of retrieval queries ranked at once
 
 
-def option(default: Any, help_text: str, *aliases: str) -> Any:
-    """Return a dataclass field with the help text and other spellings of its command-line option; lists are copied."""
+def option(default: Any, help_text: str, *aliases: str, **metadata: Any) -> Any:
+    """Return a dataclass field with the help text and other spellings of its command-line option; lists are copied.
+
+    Without a default (`dataclasses.MISSING`), the option is required.
+    """
     default = default.copy if isinstance(default, list) else default
     kind = "default_factory" if callable(default) else "default"
-    return field(**{kind: default}, metadata={"help": help_text, "aliases": list(aliases)})
+    return field(**{kind: default}, metadata={"help": help_text, "aliases": list(aliases), **metadata})
 
 
 # --- Settings that several tasks share

@@ -14,24 +14,17 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from ..data.source import ImageRecord, ImageSource
 from ..figures.masks import confusion_figure
 from ..models.modeling_regvit import RegViTForImageClassification
 from .arguments import FinetuningArguments
-from .data import IGNORED, MixingCollator, open_data, processed, stack, weights_of_classes
+from .data import IGNORED, Item, MixingCollator, class_weights, open_data, processed, stack
 from .tasks import Task
 
 logger = logging.getLogger(__name__)
-
-
-# ---- Labels ------------------------------------------------------------------------------------------------------
-
-
-def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Sequence[str]) -> Tensor | None:
-    """Return (C,) weights whose mean over the training images is 1; `balanced` is inverse to the image counts."""
-    return weights_of_classes(wanted, np.bincount(np.asarray(labels, dtype=int), minlength=len(names)), names)
 
 
 # ---- Augmentation ------------------------------------------------------------------------------------------------
@@ -39,7 +32,7 @@ def class_weights(wanted: Sequence[str] | None, labels: Sequence[int], names: Se
 
 def training_transform(
     args: FinetuningArguments, *, image_size: int, mean: Sequence[float], std: Sequence[float]
-) -> Any:
+) -> nn.Module:
     """Build the transform of an image to (3, S, S) normalized pixels; torchvision draws from torch's generator.
 
     Source: the training scripts of DeiT (arXiv 2012.12877) and DeiT-III (arXiv 2204.07118): random resized crop and
@@ -48,7 +41,7 @@ def training_transform(
     """
     from torchvision.transforms import InterpolationMode, v2
 
-    steps: list[Any] = [
+    steps: list[nn.Module] = [
         v2.RandomResizedCrop(image_size, scale=tuple(args.crop_scale), interpolation=InterpolationMode.BICUBIC),
         v2.RandomHorizontalFlip(args.flip_probability),
     ]
@@ -68,34 +61,24 @@ def training_transform(
     return v2.Compose(steps)
 
 
-class ClassificationTrainItem:
-    """Conversion of an image to a training item of `TrainImages`; a class, so that spawned workers can pickle it."""
+class ClassificationItem:
+    """Conversion of an image to an item of a data set; a class, so that spawned workers can pickle it.
 
-    def __init__(self, args: FinetuningArguments, processor: Any) -> None:
-        self.args, self.processor = args, processor
-        size, self.transform = output_size(processor)[0], None
-        if args.augmentation != "none":
-            statistics = {"mean": processor.image_mean, "std": processor.image_std}
-            self.transform = training_transform(args, image_size=size, **statistics)
+    Args:
+        processor: Image processor that is saved with the model.
+        transform: Augmentation, in place of the processor.
+    """
 
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+    def __init__(self, processor: Any, transform: Callable[[Image.Image], Tensor] | None = None) -> None:
+        self.processor, self.transform = processor, transform
+
+    def __call__(self, record: ImageRecord, index: int) -> Item:
         """Return `pixel_values` (3, S, S) and `labels`."""
         if self.transform is None:
             return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
         return {"pixel_values": self.transform(record.image).as_subclass(Tensor), "labels": record.label}
 
-
-class ClassificationEvalItem:
-    """Conversion of an image to an item of `EvaluationImages`, exactly as the saved processor does it."""
-
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
-        """Return `pixel_values` (3, S, S) and `labels`."""
-        return {"pixel_values": processed(self.processor, record.image), "labels": record.label}
-
-    def blank(self) -> dict[str, Any]:
+    def blank(self) -> Item:
         """Return a placeholder for an unusable image."""
         return {"pixel_values": torch.zeros(3, *output_size(self.processor)), "labels": IGNORED}
 
@@ -187,7 +170,7 @@ class ClassificationMetrics:
         self._top = TopKAccuracy(k=(1, 5) if num_classes > 5 else (1,))
         self._classes = ClassScores(num_classes=num_classes)
 
-    def update(self, logits: Any, labels: Any) -> None:
+    def update(self, logits: np.ndarray | Tensor, labels: np.ndarray | Tensor) -> None:
         """Add one batch of (B, C) scores and (B,) class ids; images with label -100 are ignored."""
         scores, truth = torch.as_tensor(logits).cpu(), torch.as_tensor(labels).cpu()
         use = truth != IGNORED
@@ -240,7 +223,8 @@ class ImageClassification(Task):
             train, validation = parts.train, parts.heldout
         self.train, self.validation = train, validation
         self.names = train.label_names or ()
-        self.weights = class_weights(args.class_weights, train.labels or (), self.names)
+        counts = np.bincount(np.asarray(train.labels or (), dtype=int), minlength=len(self.names))
+        self.weights = class_weights(args.class_weights, counts, self.names)
         self._metrics = ClassificationMetrics(len(self.names))
         self._last: dict[str, float] = {}
 
@@ -248,15 +232,19 @@ class ImageClassification(Task):
         """Return the class names, and the pooling of the head if it was given."""
         return super().config_fields() | ({"pooling": self.args.pooling} if self.args.pooling else {})
 
-    def train_item(self, processor: Any) -> ClassificationTrainItem:
+    def train_item(self, processor: Any) -> ClassificationItem:
         """Return the augmentation of a training image."""
-        return ClassificationTrainItem(self.args, processor)
+        size = output_size(processor)[0]
+        if self.args.augmentation == "none":
+            return ClassificationItem(processor)
+        statistics = {"mean": processor.image_mean, "std": processor.image_std}
+        return ClassificationItem(processor, training_transform(self.args, image_size=size, **statistics))
 
-    def evaluation_item(self, processor: Any) -> ClassificationEvalItem:
-        """Return the preprocessing of a validation image."""
-        return ClassificationEvalItem(processor)
+    def evaluation_item(self, processor: Any) -> ClassificationItem:
+        """Return the preprocessing of a validation image, exactly as the saved processor does it."""
+        return ClassificationItem(processor)
 
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+    def train_collator(self) -> Callable[[Sequence[Item]], dict[str, Tensor]]:
         """Return the collator, with mixup and CutMix if they are enabled."""
         args = self.args
         if not args.mixup_alpha and not args.cutmix_alpha:
@@ -264,13 +252,16 @@ class ImageClassification(Task):
         alphas = args.subset("mixup_alpha", "cutmix_alpha")
         return MixingCollator(len(self.names), probability=args.mixup_probability, seed=args.seed, **alphas)
 
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of one batch; evaluation uses no smoothing and no weights."""
         labels = batch["labels"]
         outputs = model(pixel_values=batch["pixel_values"])
         if training:
-            options: Any = {"smoothing": self.args.label_smoothing_factor, "weights": self.weights}
-            return classification_loss(outputs.logits, labels, kind=self.args.loss, **options), outputs
+            smoothing = self.args.label_smoothing_factor
+            loss = classification_loss(
+                outputs.logits, labels, kind=self.args.loss, smoothing=smoothing, weights=self.weights
+            )
+            return loss, outputs
         use = labels != IGNORED
         if not use.any():
             return outputs.logits.sum() * 0.0, outputs
@@ -297,7 +288,7 @@ class ImageClassification(Task):
         """Return the Wilson interval of the accuracy."""
         return {"accuracy": (self._last["accuracy_low"], self._last["accuracy_high"])}
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
         """Write the confusion matrix of the last evaluation as PNG and CSV; return the titles of the figures."""
         from ..figures.maps import save_figure
 

@@ -7,13 +7,12 @@ processes nor an interruption within an epoch changes a pixel. torchvision's tra
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data.bad_images import BadImages
@@ -29,7 +28,7 @@ IGNORED = -100  # label of an image that the metrics ignore, as in torch's cross
 _MIXING = 0x313  # last number of a seed; it separates the random streams
 
 
-def weights_of_classes(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
+def class_weights(wanted: Sequence[str] | None, counts: np.ndarray, names: Sequence[str]) -> Tensor | None:
     """Return (C,) class weights whose mean over the counts is 1, so that the learning rate keeps its meaning.
 
     Args:
@@ -125,16 +124,17 @@ def draws(*entropy: int) -> Iterator[None]:
         yield
 
 
-Make = Callable[[ImageRecord, int], dict[str, Any]]
+Item = dict[str, Any]  # pixels and target of an image, before they are collated
+Make = Callable[[ImageRecord, int], Item]
 
 
 class EvaluationItem(Protocol):
     """Function that turns an image and its index into an evaluation item; workers pickle it."""
 
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+    def __call__(self, record: ImageRecord, index: int) -> Item:
         """Return tensors `pixel_values` and `labels`."""
 
-    def blank(self) -> dict[str, Any]:
+    def blank(self) -> Item:
         """Return a placeholder for an unusable image: pixels of the right shape, a target that the metrics ignore."""
 
 
@@ -143,7 +143,7 @@ def processed(processor: Any, image: Image.Image) -> Tensor:
     return processor(images=image, return_tensors="pt")["pixel_values"][0]
 
 
-class TrainImages(Dataset[dict[str, Any]]):
+class TrainImages(Dataset[Item]):
     """Augmented images with their targets, indexed by the keys of `EpochSampler`.
 
     Args:
@@ -162,20 +162,20 @@ class TrainImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int, int]) -> Item:
         epoch, index, repeat = key
 
-        def read(used: int) -> dict[str, Any]:
+        def read(used: int) -> Item:
             record = self.source[used]
             with draws(self.seed, epoch, index, repeat):
                 return self.make(record, used)
 
-        options: Any = {"seed": self.seed, "count": len(self), "bad_images": self.bad_images}
-        used, made = first_usable(read, (epoch, index), **options)
+        key_of_image, bad = (epoch, index), self.bad_images
+        used, made = first_usable(read, key_of_image, seed=self.seed, count=len(self), bad_images=bad)
         return {**made, "sample_ids": used, "epochs": epoch}
 
 
-class EvaluationImages(Dataset[dict[str, Any]]):
+class EvaluationImages(Dataset[Item]):
     """Validation images, preprocessed by the saved processor, in order.
 
     Args:
@@ -190,7 +190,7 @@ class EvaluationImages(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Item:
         try:
             made = self.make(self.source[index], index)
         except BadImageError as error:
@@ -202,11 +202,11 @@ class EvaluationImages(Dataset[dict[str, Any]]):
 
 def bad_images(args: FinetuningArguments, source: ImageSource) -> BadImages:
     """Return the recorder of unusable images of one split; both splits write to one file of the run."""
-    record = Path(str(args.output_dir)) / BAD_IMAGES
+    record = args.folder / BAD_IMAGES
     return BadImages(record, max_bad_share=args.max_bad_share, num_images=len(source))
 
 
-def stack(items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+def stack(items: Sequence[Item]) -> dict[str, Tensor]:
     """Collate items to a batch: tensors are stacked, numbers become int64 tensors."""
     batch = {}
     for name, first in items[0].items():
@@ -238,13 +238,13 @@ class MixingCollator:
         from torchvision.transforms import v2
 
         self.num_classes, self.probability, self.seed = num_classes, probability, seed
-        self.mixers: list[Any] = []
+        self.mixers: list[nn.Module] = []
         if mixup_alpha:
             self.mixers.append(v2.MixUp(alpha=mixup_alpha, num_classes=num_classes))
         if cutmix_alpha:
             self.mixers.append(v2.CutMix(alpha=cutmix_alpha, num_classes=num_classes))
 
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, items: Sequence[Item]) -> dict[str, Tensor]:
         """Return one micro-batch with `labels` as (B, C) float32."""
         batch = stack(items)
         with draws(self.seed, int(batch["epochs"][0]), *batch["sample_ids"].tolist(), _MIXING):

@@ -10,12 +10,13 @@ Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of 
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
 from ..data.joint_transform import JointTransform, resize_map
 from ..data.maps import (
@@ -30,12 +31,16 @@ from ..data.maps import (
 from ..data.source import ImageRecord
 from ..evaluation.intervals import bootstrap_interval
 from ..figures.masks import depth_figure, mask_figure
+from ..models.configuration_regvit import RegViTConfig
 from ..models.modeling_regvit import RegViTForDepthEstimation, RegViTForSemanticSegmentation, scale_invariant_log_loss
 from ..models.processing import dense_processor
 from ..training.distributed import SharedBatchNorm
 from .arguments import FinetuningArguments
-from .data import open_data, processed, weights_of_classes
+from .data import Item, class_weights, open_data, processed
 from .tasks import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +79,7 @@ class DenseTrainItem:
     def __init__(self, source: DenseSource, transform: JointTransform | None, processor: Any) -> None:
         self.source, self.transform, self.processor = source, transform, processor
 
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+    def __call__(self, record: ImageRecord, index: int) -> Item:
         """Return `pixel_values` (3, h, w) and `labels` (h, w)."""
         target = self.source.target(index)
         if self.transform is None:
@@ -112,7 +117,7 @@ class DenseEvalItem:
         whole[: target.shape[0], : target.shape[1]] = target
         return torch.from_numpy(whole)
 
-    def __call__(self, record: ImageRecord, index: int) -> dict[str, Any]:
+    def __call__(self, record: ImageRecord, index: int) -> Item:
         """Return `pixel_values` (3, h, w), padded `labels` and `sizes` (2,)."""
         target = self.source.target(index)
         if self.left_out:
@@ -123,7 +128,7 @@ class DenseEvalItem:
             "sizes": torch.tensor(target.shape),
         }
 
-    def blank(self) -> dict[str, Any]:
+    def blank(self) -> Item:
         """Return a placeholder for an unusable image; its whole map is ignored."""
         masks = self.source.kind == "masks"
         nothing = np.full((1, 1), IGNORE, dtype=np.uint8) if masks else np.zeros((1, 1), dtype=np.float32)
@@ -181,17 +186,17 @@ class _DenseTask(Task, Protocol):
 
     def _target_fields(self) -> dict[str, Any]: ...  # of the configuration
 
-    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor: ...  # output (B, C, h, w) of the model
+    def _maps(self, model: nn.Module, pixel_values: Tensor) -> Tensor: ...  # output (B, C, h, w) of the model
 
     def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor: ...
 
     def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]: ...  # prediction (H, W) and loss of a map
 
-    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any: ...
+    def _figure(self, rows: list[tuple[Image.Image, Array, Array]]) -> "Figure": ...
 
     # What they share.
 
-    def image_processor(self, processor: Any, config: Any) -> Any:
+    def image_processor(self, processor: Any, config: RegViTConfig) -> Any:
         """Return a processor with one size for all images, in the median aspect ratio of the training images."""
         shorter = self.args.image_size or min(config.image_shape)
         size = self._read_at = typical_size(self.train, shorter, config.patch_shape)
@@ -216,7 +221,7 @@ class _DenseTask(Task, Protocol):
         """Return the class names or the largest depth, and the blocks that the head reads if they were given."""
         return self._target_fields() | ({"head_layers": self.args.head_layers} if self.args.head_layers else {})
 
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss of one batch and, in evaluation, predictions at the size of each target."""
         maps, labels = self._maps(model, batch["pixel_values"]), batch["labels"]
         if training:
@@ -253,7 +258,7 @@ class _DenseTask(Task, Protocol):
 
         return {name: interval(name) for name in self.measures} if len(rows) > 1 else {}
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
         """Write a figure with image, ground truth and prediction of some evenly spaced validation images."""
         from ..figures.maps import save_figure
 
@@ -313,7 +318,8 @@ class SemanticSegmentation(_DenseTask):
     ) -> None:
         super().__init__(args, train, validation)
         self.names = self.train.class_names
-        self.weights = pixel_weights(args.class_weights, self.report, self.names)
+        counts = np.array([self.report.class_pixels[name] for name in self.names])
+        self.weights = class_weights(args.class_weights, counts, self.names)
         if args.gradient_accumulation_steps > 1:
             logger.warning(
                 "The batch norm of the head sees one micro-batch at a time, so %d micro-batches of %d images are not "
@@ -349,7 +355,7 @@ class SemanticSegmentation(_DenseTask):
     def _target_fields(self) -> dict[str, Any]:
         return Task.config_fields(self) | {"semantic_loss_ignore_index": IGNORE}
 
-    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
+    def _maps(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         return model(pixel_values=pixel_values).logits
 
     def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor:
@@ -373,13 +379,8 @@ class SemanticSegmentation(_DenseTask):
         means = {key: scores[key] for key in self.measures}
         return means | {f"iou_{name}": value for name, value in named if not np.isnan(value)}
 
-    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
+    def _figure(self, rows: list[tuple[Image.Image, Array, Array]]) -> "Figure":
         return mask_figure(rows, self.names)
-
-
-def pixel_weights(wanted: Sequence[str] | None, report: TargetReport, names: Sequence[str]) -> Tensor | None:
-    """Return (C,) weights whose mean over the counted training pixels is 1; `balanced` is inverse to their number."""
-    return weights_of_classes(wanted, np.array([report.class_pixels[name] for name in names]), names)
 
 
 # ---- Depth -------------------------------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ class DepthEstimation(_DenseTask):
         """Return True if a head with this configuration has bins for the same depths."""
         return config.max_depth == self.args.max_depth
 
-    def _maps(self, model: Any, pixel_values: Tensor) -> Tensor:
+    def _maps(self, model: nn.Module, pixel_values: Tensor) -> Tensor:
         return model(pixel_values=pixel_values).predicted_depth[:, None]
 
     def _training_loss(self, maps: Tensor, labels: Tensor) -> Tensor:
@@ -430,7 +431,7 @@ class DepthEstimation(_DenseTask):
     def _scored(self, own: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         return own[0], _depth_loss(own[0], truth)
 
-    def _figure(self, rows: list[tuple[Any, Array, Array]]) -> Any:
+    def _figure(self, rows: list[tuple[Image.Image, Array, Array]]) -> "Figure":
         return depth_figure(rows)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import Tensor, nn
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import fit_positions, open_regvit
@@ -188,12 +188,15 @@ def merge_lora(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True)
 
 
-def whole_model(state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments) -> nn.Module:
+def whole_model(
+    state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments
+) -> PreTrainedModel:
     """Return a plain model with the tensors of a trained one, low-rank updates merged."""
     result = task.model_class(copy.deepcopy(cast(Any, trained).config))
     if args.mode != "lora":
         result.load_state_dict(state)
         return result.eval()
-    result = inject_lora(result, args)
+    inject_lora(result, args)
     result.load_state_dict(state)
-    return merge_lora(result).eval()
+    merge_lora(result)
+    return result.eval()

@@ -21,17 +21,18 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, TrainerCallback, set_seed
 
 from ..figures.curves import CURVES, draw_finetuning_curves
 from ..hub.card import write_card_file
 from ..hub.facts import CardFigure, finetuning_facts, public_recipe
 from ..hub.scan import may_be_published
 from ..models.configuration_regvit import RegViTConfig
-from ..models.saving import whole_folder, write_json
+from ..models.manifest import whole_checkpoint
+from ..models.saving import write_json
 from ..training.callbacks import MetricsFile
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError
@@ -55,7 +56,7 @@ def finetune(
     model: RegViTConfig | nn.Module | None = None,
     task: Task | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> nn.Module:
+) -> PreTrainedModel:
     """Fine-tune a model and write a folder that `transformers.pipeline` can load.
 
     `output_dir` receives the model with its image processor, code files and card, `metrics.json`, `metrics.jsonl`,
@@ -79,7 +80,7 @@ def finetune(
     """
     with run_lock(args):
         set_seed(args.seed)
-        output = Path(str(args.output_dir))
+        output = args.folder
         if args.process_index == 0 and not args.resume_from_checkpoint:
             (output / BAD_IMAGES).unlink(missing_ok=True)  # left by an earlier run; the images may have been repaired
         if task is None:
@@ -104,7 +105,7 @@ def finetune(
         final = _final_evaluation(trainer)
         result = whole_model(whole_state(trainer.model), trainer.model, task, args)
         report = _report(trainer, final, started) | {"changes": changes}
-        report["parameters"]["result"] = cast(Any, result).num_parameters()
+        report["parameters"]["result"] = result.num_parameters()
         if trainer.is_world_process_zero():
             _write_folder(output, result, trainer, report)
         trainer.accelerator.wait_for_everyone()
@@ -171,11 +172,11 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
     }
 
 
-def _write_folder(output: Path, result: nn.Module, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
+def _write_folder(output: Path, result: PreTrainedModel, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
-    task, args, processor = trainer.task, trainer.args, trainer.processor
-    with whole_folder(output) as folder:
-        cast(Any, result).save_pretrained(folder)
+    task, args, processor = trainer.task, trainer.args, trainer.image_processor
+    with whole_checkpoint(output) as folder:
+        result.save_pretrained(folder)
         processor.save_pretrained(folder)
     write_json(output / "metrics.json", report)
     curves = draw_finetuning_curves(output, shown=task.shown)

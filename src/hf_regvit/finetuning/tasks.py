@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..data.source import ImageSource
 from ..models.configuration_regvit import RegViTConfig
 from .arguments import FinetuningArguments
-from .data import EvaluationImages, EvaluationItem, Make, TrainImages, bad_images, stack
+from .data import EvaluationImages, EvaluationItem, Item, Make, TrainImages, bad_images, stack
 
 
 class Task(Protocol):
@@ -72,13 +72,13 @@ class Task(Protocol):
         guard = bad_images(self.args, self.validation)
         return train, EvaluationImages(self.validation, self.evaluation_item(processor), bad_images=guard)
 
-    def train_collator(self) -> Callable[[Sequence[dict[str, Any]]], dict[str, Tensor]]:
+    def train_collator(self) -> Callable[[Sequence[Item]], dict[str, Tensor]]:
         """Return the function that collates training items; by default it stacks them."""
         return stack
 
     # Loss and metrics.
 
-    def loss(self, model: Any, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
+    def loss(self, model: nn.Module, batch: dict[str, Tensor], *, training: bool) -> tuple[Tensor, Any]:
         """Return the loss and the outputs of one batch; in evaluation `logits` may hold the prediction instead."""
 
     def reduce(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Task(Protocol):
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Return 95 % confidence intervals over the validation images for metrics of the last evaluation."""
 
-    def write_panels(self, folder: Path, model: Any, processor: Any) -> dict[str, str]:
+    def write_panels(self, folder: Path, model: nn.Module, processor: Any) -> dict[str, str]:
         """Write figures of the last evaluation to the result folder; return their titles by file name."""
 
     def describe(self) -> dict[str, str]:

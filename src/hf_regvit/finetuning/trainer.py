@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import EarlyStoppingCallback, EvalPrediction, TrainerCallback
+from transformers import EarlyStoppingCallback, EvalPrediction, PreTrainedModel, TrainerCallback
 
 from ..hub.facts import finetuning_facts, public_recipe
 from ..models.manifest import STATE, WEIGHTS, verify_checkpoint
@@ -51,7 +51,7 @@ class FinetuningTrainer(RunTrainer):
         processor: Any,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.task, self.processor, self.evaluations = task, processor, 0
+        self.task, self.evaluations = task, 0
         train, validation = task.datasets(processor)
         stopping = EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold)
         super().__init__(
@@ -60,7 +60,7 @@ class FinetuningTrainer(RunTrainer):
             train_dataset=train,
             train_collator=task.train_collator(),
             sampler=EpochSampler(
-                len(cast(Any, train)),
+                len(task.train),
                 seed=args.seed,
                 images_per_step=args.images_per_step,
                 repeats=args.repeated_augmentation,
@@ -68,6 +68,7 @@ class FinetuningTrainer(RunTrainer):
             names=task.train.ids,
             callbacks=[*([stopping] if args.early_stopping_patience else []), *callbacks],
             progress=TrainingProgress(metric=str(args.metric_for_best_model)),
+            image_processor=processor,
             eval_dataset=cast(Dataset, validation),
             data_collator=stack,
             compute_metrics=cast(Any, self._measure),
@@ -86,12 +87,9 @@ class FinetuningTrainer(RunTrainer):
 
     # The step.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the optimizer with one parameter group per pair of multipliers; the schedule scales each rate."""
-        if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(optimizer_groups(self.model, self.args), **options)
-        return self.optimizer
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group per pair of multipliers; the schedule scales each rate."""
+        return optimizer_groups(self.model, self.args)
 
     def _get_learning_rate(self) -> float:
         # Trainer would log the first group, which has the smallest rate under layer-wise decay.
@@ -113,13 +111,9 @@ class FinetuningTrainer(RunTrainer):
 
     # Pushes publish the merged model, as at the end of the run.
 
-    def hub_model(self, state: Mapping[str, Tensor]) -> nn.Module:
+    def hub_model(self, state: Mapping[str, Tensor]) -> PreTrainedModel:
         """Return the model of a checkpoint with low-rank updates merged, so that it loads without peft."""
         return whole_model(state, self.model, self.task, self.args)
-
-    def hub_processor(self) -> Any:
-        """Return the image processor of the result."""
-        return self.processor
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe for the model card."""

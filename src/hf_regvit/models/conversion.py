@@ -1,12 +1,12 @@
 """Convert the weights of other plain ViTs to RegViT, exactly, or raise an error that says why this is not possible.
 
-Supported sources: official DINOv2 and DINO state dicts and training checkpoints; transformers ViT, DeiT (undistilled),
-DINO, Dinov2 and Dinov2WithRegisters (folders, Hub ids, modules); timm vision transformers (modules, `timm/` Hub ids,
-state dicts). Every tensor of the source is either used or named in an error; no weight stays randomly initialized.
+Supported sources: modules, folders and Hub ids of transformers and timm, of the families in `source_families`; state
+dicts and training checkpoints of DINO, DINOv2, DINOv3 and OpenCLIP. Every tensor of the source is either used or named
+in an error; no weight stays randomly initialized. `convert_back` goes the other way.
 
 If a library adds positions to its registers (timm with `no_embed_class=False`), they are added to the register tokens,
-which gives the same sum. Source of names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`; timm
-`models/vision_transformer.py`; the ViT and DINOv2 families of transformers.
+which gives the same sum. Source of names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`;
+dinov3 `models/vision_transformer.py`; open_clip `transformer.py`; the model files of timm and transformers.
 """
 
 import difflib
@@ -30,11 +30,11 @@ from .foreign_weights import (
     read_state,
     read_weights,
 )
+from .manifest import whole_checkpoint
 from .modeling_regvit import RegViTForImageClassification, RegViTModel
 from .processing import default_image_processor
-from .saving import whole_folder
 from .source_families import NOT_IN_SHAPES, ConversionError
-from .weight_pieces import PROJECTION, Piece, find_pieces, put_together, take_apart
+from .weight_pieces import PROJECTION, Piece, find_pieces, put_together, take_apart, target_names
 
 logger = logging.getLogger(__name__)
 
@@ -77,9 +77,7 @@ def convert(
     origin.fields.update(config_overrides)
     config, pieces = _plan(origin)
     tensors = put_together(pieces, origin.own, config.hidden_size)
-    tensors.setdefault(
-        "embeddings.patch_embeddings.projection.bias", torch.zeros_like(tensors[PROJECTION][:, 0, 0, 0])
-    )
+    tensors.setdefault(PROJECTION_BIAS, torch.zeros_like(tensors[PROJECTION][:, 0, 0, 0]))
     model_class = RegViTForImageClassification if "classifier.weight" in tensors else RegViTModel
     with torch.device("meta"):
         model = model_class(config)
@@ -118,7 +116,7 @@ def convert_to_folder(
     if model.image_processor is None:
         logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
         cast(Any, model).image_processor = default_image_processor(model.config.image_shape)
-    with whole_folder(output) as staged:
+    with whole_checkpoint(output) as staged:
         model.save_pretrained(staged)
     return model
 
@@ -189,9 +187,7 @@ def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> ForeignMode
 def _plan(origin: ForeignModel) -> tuple[RegViTConfig, list[Piece]]:
     """Return the config of the converted model, and where each tensor of the source goes."""
     own = origin.own
-    projection = next(
-        (t for name, t in own.items() if re.search(r"patch_embed\w*\.(proj\w*\.)?weight|^conv1\.", name)), None
-    )
+    projection = next((own[name] for name, target in target_names(own).items() if target == PROJECTION), None)
     if projection is None:
         raise ConversionError(
             f"'{origin.name}' has no patch embedding, so it is not a ViT. Its first tensors are "

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -124,7 +125,6 @@ def transformers_fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         config: Configuration of the tower, as it is in its file.
         tensors: Tensors of the tower by their names without a prefix.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     kind = config["model_type"]
@@ -134,7 +134,7 @@ def transformers_fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     # Fields missing from the file have the defaults of their family, not those of RegViT.
     try:
         full = CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except StrictDataclassError as error:
+    except (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise ConversionError(f"The configuration is not valid for model_type '{kind}': {error}") from error
     if refused := [reason for reason, applies in family.refused.items() if applies(full)]:
         raise ConversionError(f"The model of type '{kind}' has {' and '.join(refused)}, which RegViT cannot express.")

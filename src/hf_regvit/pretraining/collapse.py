@@ -11,14 +11,16 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..figures.curves import read_metrics
+from ..models.configuration_regvit import RegViTConfig
 from ..training.callbacks import MetricsFile
 from ..training.distributed import from_first
+from .arguments import PretrainingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -39,36 +41,22 @@ class Alarm:
     message: str
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a run that the rules read.
+class Recipe(NamedTuple):
+    """Settings of a run that the rules read: its options and the configuration of its backbone."""
 
-    Attributes:
-        num_prototypes: Number of prototypes K of the DINO head.
-        images: Number of images B per process and micro-batch.
-        num_local_crops: Number of local crops L.
-        dino_loss_weight: Weight of the DINO terms.
-        num_register_tokens: Number of registers R.
-        width: Width D of the backbone.
-    """
-
-    num_prototypes: int
-    images: int
-    num_local_crops: int
-    dino_loss_weight: float
-    num_register_tokens: int
-    width: int
+    args: PretrainingArguments
+    config: RegViTConfig
 
     @property
     def ln_k(self) -> float:
         """Entropy of a uniform target, in nats."""
-        return math.log(self.num_prototypes)
+        return math.log(self.args.head_num_prototypes)
 
     @property
     def uniform_loss(self) -> float:
         """Sum of the DINO terms of a student that assigns equal probability to all prototypes, in nats."""
-        terms = 2 * self.num_local_crops + 2
-        return self.dino_loss_weight * self.ln_k * terms / (max(2 * self.num_local_crops, 1) + 2)
+        pairs = 2 * self.args.num_local_crops
+        return self.args.dino_loss_weight * self.ln_k * (pairs + 2) / (max(pairs, 1) + 2)
 
 
 Rule = Callable[[Mapping[str, float], Recipe], str | None]
@@ -86,7 +74,7 @@ def _uniform_targets(values: Mapping[str, float], recipe: Recipe) -> str | None:
 
 
 def _loss_at_ln_k(values: Mapping[str, float], recipe: Recipe) -> str | None:
-    if not recipe.dino_loss_weight:
+    if not recipe.args.dino_loss_weight:
         return None
     loss = values.get("dino_local_loss", 0.0) + values["dino_global_loss"]
     if abs(loss / recipe.uniform_loss - 1) > LOSS_MARGIN:
@@ -100,7 +88,7 @@ def _loss_at_ln_k(values: Mapping[str, float], recipe: Recipe) -> str | None:
 
 def _one_prototype(values: Mapping[str, float], recipe: Recipe) -> str | None:
     marginal = values["teacher_marginal_entropy"]
-    most = min(recipe.ln_k, math.log(2 * recipe.images))
+    most = min(recipe.ln_k, math.log(2 * recipe.args.per_device_train_batch_size))
     if marginal >= FEW_PROTOTYPES * most:
         return None
     return (
@@ -111,12 +99,12 @@ def _one_prototype(values: Mapping[str, float], recipe: Recipe) -> str | None:
 
 
 def _same_features(values: Mapping[str, float], recipe: Recipe) -> str | None:
-    std, rank = values["feature_std"], values["effective_rank"]
+    std, rank, width = values["feature_std"], values["effective_rank"], recipe.config.hidden_size
     if std >= SMALLEST_STD and rank >= SMALLEST_RANK:
         return None
     return (
         f"The teacher has almost the same features for all images: the standard deviation of CLS is {std:.3f} (1 if "
-        f"features point in all directions) and the effective rank is {rank:.2f} of {recipe.width} dimensions. Raise "
+        f"features point in all directions) and the effective rank is {rank:.2f} of {width} dimensions. Raise "
         "--koleo_loss_weight (usual: 0.1), lower --learning_rate, and check the other alarms; in a run of a few "
         "hundred steps, set --layerscale_value 1."
     )
@@ -126,7 +114,7 @@ def _same_registers(values: Mapping[str, float], recipe: Recipe) -> str | None:
     if values["register_cosine"] <= SAME_REGISTERS:
         return None
     return (
-        f"The {recipe.num_register_tokens} registers are identical: their mean cosine is "
+        f"The {recipe.config.num_register_tokens} registers are identical: their mean cosine is "
         f"{values['register_cosine']:.5f}. Identical registers get identical gradients and never diverge. Raise "
         "--register_init_std (default: 0.02; use 1 in a run of a few hundred steps), or set --num_register_tokens 1."
     )
@@ -174,7 +162,8 @@ class CollapseAlarms(TrainerCallback):
     Alarms are logged as warnings, written to the metrics file, and kept in `raised` for the report.
 
     Args:
-        recipe: Settings of the run that the rules read.
+        args: Options of the run.
+        config: Configuration of the backbone.
         first_step: Step from which all rules are checked (the register rule starts at once); default: the end of the
             warm-up.
         stop: True if an alarm stops the run.
@@ -182,13 +171,20 @@ class CollapseAlarms(TrainerCallback):
     """
 
     def __init__(
-        self, recipe: Recipe, *, first_step: int | None = None, stop: bool = False, metrics: MetricsFile | None = None
+        self,
+        args: PretrainingArguments,
+        config: RegViTConfig,
+        *,
+        first_step: int | None = None,
+        stop: bool = False,
+        metrics: MetricsFile | None = None,
     ) -> None:
-        self.recipe, self.first_step, self.stop, self.metrics = recipe, first_step, stop, metrics
+        self.recipe = Recipe(args, config)
+        self.first_step, self.stop, self.metrics = first_step, stop, metrics
         self.raised: list[Alarm] = []
         self._in_a_row: dict[str, int] = {}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Read the length of the warm-up and, in a resumed run, the earlier alarms."""
         if self.first_step is None:
             self.first_step = args.schedules(state.max_steps).warmup_steps
@@ -196,7 +192,9 @@ class CollapseAlarms(TrainerCallback):
             lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Check one log line; a line without the values of a rule does not affect its count."""
         for name, keys, rule, at_once in RULES:
             if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):

@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _MIN_PATCHES, _MIN_ASPECT = 4, 0.3  # smallest rectangle of a block mask: area in patches, height / width
 
 
+Item = dict[str, Any]  # crops, sample id and epoch of an image
+
+
 class _SingleThreadedDataset:
     """Base class of data sets for loader workers: disable OpenCV's thread pool, because a worker uses one core.
 
@@ -50,7 +53,7 @@ class _SingleThreadedDataset:
         self.__dict__.update(state)
 
 
-class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
+class MultiCropDataset(_SingleThreadedDataset, Dataset[Item]):
     """Crops of the images of a source, indexed by `(epoch, index)` as `EpochSampler` yields them.
 
     Each item: `global_crops` (2, 3, S, S) and `local_crops` (L, 3, s, s) uint8, `sample_id` and `epoch` int.
@@ -80,7 +83,7 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, int]) -> Item:
         if not isinstance(key, tuple):
             raise TypeError(f"MultiCropDataset[{key!r}]: expected (epoch, index). Use EpochSampler as the sampler.")
         epoch, index = key
@@ -105,7 +108,7 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[dict[str, Any]]):
         return image
 
 
-class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
+class MultiCropStream(_SingleThreadedDataset, Dataset[Item]):
     """Crops of the images of streams, indexed by the keys of a `StreamSampler`; items as in `MultiCropDataset`.
 
     An image that cannot be used is replaced by another one of the same batch, drawn from (seed, pass, id), with the
@@ -141,8 +144,10 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
                 "number of workers. This does not hold for another number of processes or if shards have changed.",
                 sum(stream.num_shards for stream in self.streams), ", ".join(stream.name for stream in self.streams),
             )  # fmt: skip
-        options: Any = {"seed": self.seed, "weights": self.weights, "bad_images": self.bad_images}
-        return StreamSampler(self.streams, rank=rank, world_size=world_size, **options)
+        return StreamSampler(
+            self.streams, rank=rank, world_size=world_size, seed=self.seed, weights=self.weights,
+            bad_images=self.bad_images,
+        )  # fmt: skip
 
     def first_records(self, wanted: int, *, shards: int = 8) -> Iterator[ImageRecord]:
         """Yield the images to show during a run: the first good ones of evenly spaced shards, always the same.
@@ -164,7 +169,7 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
                 found += 1
                 yield record
 
-    def __getitem__(self, key: tuple[int, StreamRecord]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, StreamRecord]) -> Item:
         if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):
             raise TypeError(
                 f"MultiCropStream[{key!r}]: expected (pass, StreamRecord), because a stream has no image indices. Use "
@@ -172,7 +177,7 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[dict[str, Any]]):
             )
         return self.__getitems__([key])[0]
 
-    def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[dict[str, Any]]:
+    def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[Item]:
         """Return the items of one batch; `DataLoader` calls this."""
         images = [self._open(*key) for key in keys]
         good = [image for image in images if image is not None]
@@ -314,23 +319,16 @@ class DinoCollator:
     mask_probability: float = 0.5
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        low, high = self.mask_ratio
-        if not 0 <= low <= high <= 1 or not 0 <= self.mask_probability <= 1:
-            raise ValueError(
-                f"mask_ratio=({low}, {high}) must be ascending and within [0, 1], and mask_probability="
-                f"{self.mask_probability} within [0, 1]."
-            )
-
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    def __call__(self, samples: Sequence[Item]) -> dict[str, Tensor]:
         """Collate B items into one batch."""
         global_crops = _stack_crops(samples, "global_crops")  # (2, B, 3, S, S)
         local_crops = _stack_crops(samples, "local_crops")  # (L, B, 3, s, s)
         num_crops, batch_size = global_crops.shape[:2]
         entropy = [self.seed, samples[0]["epoch"], *(sample["sample_id"] for sample in samples)]
         rng = random.Random(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
-        ratios: Any = {"mask_ratio": self.mask_ratio, "mask_probability": self.mask_probability}
-        drawn = batch_masks(self.grid, num_crops * batch_size, rng, **ratios)
+        drawn = batch_masks(
+            self.grid, num_crops * batch_size, rng, mask_ratio=self.mask_ratio, mask_probability=self.mask_probability
+        )
         masks = torch.from_numpy(drawn).view(num_crops, batch_size, -1)  # (2, B, N)
         mask_indices, mask_weights = masked_positions(masks)
         return {
@@ -345,7 +343,7 @@ class DinoCollator:
         }
 
 
-def _stack_crops(samples: Sequence[dict[str, Any]], name: str) -> Tensor:
+def _stack_crops(samples: Sequence[Item], name: str) -> Tensor:
     """Stack crop-major to (n, B, 3, H, W) float32; 8-bit crops are normalized here, once for the batch."""
     crops = torch.stack([sample[name] for sample in samples], dim=1)
     return normalize_pixels(crops) if crops.dtype == torch.uint8 else crops

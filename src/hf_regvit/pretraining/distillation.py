@@ -120,15 +120,6 @@ class PrototypeHead(nn.Module):
 # ---- Student, teacher, losses ------------------------------------------------------------------------------------
 
 
-class StudentOutput(NamedTuple):
-    """Student outputs that enter the losses. K and K' are the numbers of prototypes of the DINO and the iBOT head."""
-
-    cls_features: Tensor  # (G, B, D) CLS tokens of the global crops after the final norm
-    global_logits: Tensor  # (G, B, K)
-    local_logits: Tensor  # (L, B, K)
-    masked_logits: Tensor  # (M, K')
-
-
 class TeacherTargets(NamedTuple):
     """Target probabilities; each row sums to 1 and has no gradient."""
 
@@ -403,27 +394,6 @@ class SelfDistillation(nn.Module):
             cls = torch.cat([cls, local_cls])
         return cls, rows
 
-    def student_outputs(
-        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor
-    ) -> StudentOutput:
-        """Compute all logits of the student for masked global and unmasked local crops; `forward` never stores them.
-
-        Args:
-            global_crops: Pixels `(G, B, 3, S, S)`.
-            local_crops: Pixels `(L, B, 3, s, s)`; L may be 0.
-            masks: Boolean masks `(G, B, N)`, True where the mask token replaces the patch.
-            mask_indices: Positions `(M,)` of the True entries.
-
-        Returns:
-            Features and logits, crop-major.
-        """
-        num_global, batch = global_crops.shape[:2]
-        cls, masked = self._student_tokens(global_crops, local_crops, masks, mask_indices)
-        cls_logits, masked_logits = self._logits(self.student, cls, masked)
-        cls_logits = cls_logits.reshape(-1, batch, cls_logits.shape[-1])
-        cls = cls[: num_global * batch].reshape(num_global, batch, -1)
-        return StudentOutput(cls, cls_logits[:num_global], cls_logits[num_global:], masked_logits)
-
     def _prototype_losses(
         self, cls: Tensor, masked: Tensor, targets: TeacherTargets, mask_weights: Tensor, batch: int
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
@@ -439,7 +409,8 @@ class SelfDistillation(nn.Module):
         # num_global times their mean, because a cross-entropy is linear in its target.
         rows = torch.arange(num_global * batch + batch, device=cls.device)
         rows = torch.cat([rows[: num_global * batch], rows[num_global * batch :].repeat(num_local)])
-        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=torch.float32)
+        precision = torch.promote_types(cls.dtype, torch.float32)
+        weights = cls.new_full((len(rows),), self.dino_loss_weight / (divisor * batch), dtype=precision)
         weights[num_global * batch :] *= num_global
         if not self.dino_loss_weight:
             cls, rows, weights = cls[:0], rows[:0], weights[:0]

@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -189,7 +189,7 @@ def observers(args: PretrainingArguments, dataset: Any, *, image_processor: Any)
             found.append(Monitor(_normalized([look for look, _ in looks], small), every_steps=args.monitor_steps))
         if args.panel_steps:
             shown = [looks[index][1] for index in _spread(len(looks), 8)]
-            panels = Path(str(args.output_dir)) / "panels"
+            panels = args.folder / "panels"
             found.append(Panels(shown, _normalized(shown, large), folder=panels, every_steps=args.panel_steps))
     if args.knn_steps and (knn := _knn(args, dataset, image_processor)) is not None:
         found.append(knn)
@@ -242,13 +242,11 @@ _Labeled = tuple[Image.Image, int]
 _Crop = Callable[[Iterable[ImageRecord]], list[_Labeled]]
 
 
-class _Parts(NamedTuple):
-    neighbours: list[_Labeled]
-    heldout: list[_Labeled]
-    is_held_out: bool
+# Neighbors, images to classify, and True if the latter are excluded from training.
+_Parts = tuple[list[_Labeled], list[_Labeled], bool]
 
 
-def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
+def _source_parts(args: PretrainingArguments, dataset: Any, cropped: _Crop) -> _Parts | None:
     source: Any = getattr(dataset, "source", None)
     if not getattr(source, "labels", None):
         return None
@@ -262,14 +260,14 @@ def _source_parts(args: Any, dataset: Any, cropped: _Crop) -> _Parts | None:
     if not heldout.labels or heldout.label_names != source.label_names:
         logger.info("k-NN accuracy is disabled: the validation and training splits have different classes.")
         return None
-    return _Parts(
+    return (
         cropped(_readable(parts.train, args.knn_max_images * 3 // 4)),
         cropped(_readable(heldout, args.knn_max_images // 4)),
         not parts.held_out_from_train,
     )
 
 
-def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
+def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped: _Crop) -> _Parts | None:
     """Return the k-NN images from the beginnings of evenly spaced shards, where a stream can be read."""
     if all(record.label is None for record in dataset.first_records(4, shards=1)):
         return None
@@ -284,10 +282,10 @@ def _stream_parts(args: Any, dataset: MultiCropStream, cropped: _Crop) -> _Parts
         test = MultiCropStream(heldout, dataset.multi_crop, seed=args.seed)
         counts = ((dataset, wanted * 3 // 4), (test, wanted // 4))
         train, held = (cropped(one.first_records(count, shards=shards)) for one, count in counts)
-        return _Parts(train, held, is_held_out=True)
+        return train, held, True
     train = cropped(dataset.first_records(wanted, shards=shards))
     first, second = stratified_split([label for _, label in train], held_out_share=0.25, seed=args.seed)
-    return _Parts([train[index] for index in first], [train[index] for index in second], is_held_out=False)
+    return [train[index] for index in first], [train[index] for index in second], False
 
 
 def _cls_and_patches(reader: TokenReader) -> Reduction:
@@ -330,64 +328,52 @@ class OnlineKNN(Observer):
     """Measure the weighted k-NN accuracy of the teacher on held-out images, and optionally a linear probe.
 
     Args:
-        train_images: PIL images that serve as neighbors.
-        train_labels: Class ids of `train_images`.
-        heldout_images: PIL images to classify.
-        heldout_labels: Class ids of `heldout_images`.
+        neighbors: Images to compare with, and their class ids.
+        heldout: Images to classify, and their class ids.
         image_processor: Image processor that the backbone will be saved with.
         every_steps: Number of optimizer steps between two evaluations, or a fraction of the run, limited to 200 to
             5000 steps; the first evaluation is before step 0, the last after the last step.
-        k: Numbers of neighbors.
+        k: Number of neighbors.
         linear_probe: True to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
         is_held_out: True if the images to classify are excluded from training; False if the run trains on them without
             their labels, which reports mention.
 
     Raises:
-        ValueError: If the numbers of images and labels differ, or `every_steps` is not positive.
+        ValueError: If `every_steps` is not positive.
 
     Source: the k-NN protocol of DINOv2 (votes weighted by softmax of similarity / 0.07).
     """
 
     def __init__(
         self,
-        train_images: Sequence[Any],
-        train_labels: Sequence[int],
-        heldout_images: Sequence[Any],
-        heldout_labels: Sequence[int],
+        neighbors: Sequence[_Labeled],
+        heldout: Sequence[_Labeled],
         *,
         image_processor: Any,
         every_steps: float,
-        k: Sequence[int] = (10,),
+        k: int = 10,
         linear_probe: bool = False,
         is_held_out: bool = True,
     ) -> None:
         super().__init__(every_steps, at_least=200, at_most=5000)
-        pairs = (("training", train_images, train_labels), ("held-out", heldout_images, heldout_labels))
-        for name, images, labels in pairs:
-            if len(images) != len(labels):
-                raise ValueError(
-                    f"{len(images)} {name} images have {len(labels)} labels; expected one label per image."
-                )
-        self.train_images, self.heldout_images = train_images, heldout_images
-        self.train_labels, self.heldout_labels = torch.as_tensor(train_labels), torch.as_tensor(heldout_labels)
-        self.image_processor, self.k, self.linear_probe = image_processor, tuple(k), linear_probe
-        self.is_held_out = is_held_out
+        self.neighbors, self.heldout, self.is_held_out = neighbors, heldout, is_held_out
+        self.image_processor, self.k, self.linear_probe = image_processor, k, linear_probe
 
     def measure(self, model: Any, step: int) -> dict[str, float]:
-        """Return `eval_knn_K` for every number of neighbors K, and `eval_linear` if enabled."""
+        """Return `eval_knn_K` for K neighbors, and `eval_linear` if enabled."""
         backbone, processor = model.whole_teacher_backbone(), self.image_processor
-        train = backbone_features(backbone, self.train_images, image_processor=processor)
-        heldout = backbone_features(backbone, self.heldout_images, image_processor=processor)
-        if not (torch.isfinite(train).all() and torch.isfinite(heldout).all()):
+        parts: list[Tensor] = []
+        for images, labels in (zip(*part, strict=True) for part in (self.neighbors, self.heldout)):
+            parts += [backbone_features(backbone, images, image_processor=processor), torch.as_tensor(labels)]
+        if not (torch.isfinite(parts[0]).all() and torch.isfinite(parts[2]).all()):
             return {}  # FiniteGuard is about to stop the run, with a better message than a probe could give
-        accuracies = knn_accuracy(train, self.train_labels, heldout, self.heldout_labels, k=self.k)
-        measured = {f"eval_knn_{k}": accuracy for k, accuracy in accuracies.items()}
+        measured = {f"eval_knn_{self.k}": knn_accuracy(*parts, k=(self.k,))[self.k]}
         if self.linear_probe:
-            measured["eval_linear"] = ridge_accuracy(train, self.train_labels, heldout, self.heldout_labels)
+            measured["eval_linear"] = ridge_accuracy(*parts)
         return measured
 
 
-def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
+def _knn(args: PretrainingArguments, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     """Create k-NN on the labeled validation split or, if there is none, on a quarter of the training images."""
 
     def cropped(records: Iterable[ImageRecord]) -> list[_Labeled]:
@@ -398,13 +384,14 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     parts = _stream_parts(args, dataset, cropped) if is_stream else _source_parts(args, dataset, cropped)
     if parts is None:
         return None
-    if not (parts.neighbours and parts.heldout):
+    neighbors, heldout, is_held_out = parts
+    if not (neighbors and heldout):
         logger.info(
             "k-NN accuracy is disabled: there are too few usable labeled images (--knn_max_images %d).",
             args.knn_max_images,
         )
         return None
-    if not parts.is_held_out:  # sufficient to follow a run, but too optimistic as a result
+    if not is_held_out:  # sufficient to follow a run, but too optimistic as a result
         logger.info(
             "The data has no validation split, so k-NN is evaluated on a quarter of the training images, which the "
             "run sees without their labels."
@@ -412,11 +399,11 @@ def _knn(args: Any, dataset: Any, image_processor: Any) -> OnlineKNN | None:
     processor = copy.deepcopy(image_processor)
     processor.do_resize = processor.do_center_crop = False
     return OnlineKNN(
-        *zip(*parts.neighbours, strict=True),
-        *zip(*parts.heldout, strict=True),
+        neighbors,
+        heldout,
         image_processor=processor,
         every_steps=args.knn_steps,
-        k=(min(10, len(parts.neighbours)),),
+        k=min(10, len(neighbors)),
         linear_probe=args.linear_probe,
-        is_held_out=parts.is_held_out,
+        is_held_out=is_held_out,
     )

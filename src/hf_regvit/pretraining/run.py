@@ -30,16 +30,17 @@ from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import BACKBONE, TRAINING
+from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor
-from ..models.saving import read_json, whole_folder, write_json
+from ..models.saving import read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
 from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lock
 from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
-from .collapse import Alarm, CollapseAlarms, CollapseError, Recipe
+from .collapse import Alarm, CollapseAlarms, CollapseError
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
 from .monitors import OnlineKNN, observers
@@ -126,10 +127,10 @@ def _build_trainer(
         size = args.evaluation_size
         last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
         image_processor = default_image_processor(size or last, resize=size)
-    output = Path(str(args.output_dir))
+    output = args.folder
     watching = observers(args, train_dataset, image_processor=image_processor)
     metrics = MetricsFile(output / "metrics.jsonl")
-    alarms = CollapseAlarms(_recipe_of(args, config), stop=args.stop_on_collapse, metrics=metrics)
+    alarms = CollapseAlarms(args, config, stop=args.stop_on_collapse, metrics=metrics)
     trainer = DinoTrainer(
         network,
         args,
@@ -144,14 +145,14 @@ def _build_trainer(
 
 def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     """Write teacher, training state and card of a finished run, push the teacher and return it."""
-    args, output = trainer.args, Path(str(trainer.args.output_dir))
+    args, output = trainer.args, trainer.args.folder
     state = whole_state(trainer.model)
     backbone = trainer.hub_model(state)
     if trainer.is_world_process_zero():
-        with whole_folder(output / BACKBONE) as folder:
+        with whole_checkpoint(output / BACKBONE) as folder:
             backbone.save_pretrained(folder)
-            trainer.hub_processor().save_pretrained(folder)
-        with whole_folder(output / TRAINING) as folder:
+            trainer.image_processor.save_pretrained(folder)
+        with whole_checkpoint(output / TRAINING) as folder:
             _save_training_state(state, folder)
         facts = pretraining_facts(
             public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)
@@ -188,16 +189,6 @@ def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[st
     ]
 
 
-def _recipe_of(args: PretrainingArguments, config: RegViTConfig) -> Recipe:
-    return Recipe(
-        num_prototypes=args.head_num_prototypes,
-        images=args.per_device_train_batch_size,
-        num_register_tokens=config.num_register_tokens,
-        width=config.hidden_size,
-        **args.subset("num_local_crops", "dino_loss_weight"),
-    )
-
-
 def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     """Train, and write the report and the curves even if an alarm stops the run.
 
@@ -215,7 +206,7 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     except NonFiniteError as error:
         alarms.record(Alarm("not_finite", trainer.state.global_step, str(error)), trainer.state)
         stopped = error
-    output = Path(str(trainer.args.output_dir))
+    output = trainer.args.folder
     if trainer.is_world_process_zero():
         report = _report(trainer, since_start=time.perf_counter() - started)
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
@@ -271,7 +262,7 @@ def _build_dataset(args: PretrainingArguments, config: RegViTConfig) -> Dataset:
     """Build the dataset of multi-crop views of `args.data`."""
     multi_crop = _build_multi_crop(args, config, args.global_crop_size, args.local_crop_size)
     columns: Any = {"image_column": args.image_column, "label_column": args.label_column}
-    record = Path(str(args.output_dir)) / BAD_IMAGES
+    record = args.folder / BAD_IMAGES
     if args.process_index == 0 and not args.resume_from_checkpoint:
         record.unlink(missing_ok=True)  # left by an earlier run, whose images may have been repaired since
     if args.streaming:
@@ -356,7 +347,7 @@ def _report(trainer: DinoTrainer, *, since_start: float) -> dict[str, Any]:
             if any(key.startswith("eval_knn") for key in entry)
         ],
         "knn_images": [
-            {"fitted_on": len(knn.train_images), "judged": len(knn.heldout_images), "held_out": knn.is_held_out}
+            {"fitted_on": len(knn.neighbors), "judged": len(knn.heldout), "held_out": knn.is_held_out}
             for knn in probes
         ],
     }

@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import DynamoBackend
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
@@ -62,7 +62,7 @@ class DinoTrainer(RunTrainer):
     """`RunTrainer` for `SelfDistillation`; connects the recipe, which other modules implement, to Trainer.
 
     A checkpoint holds the whole module (student, teacher, heads and centers), the optimizer and the position in the
-    data. A stream (`IterableDataset`) is reread from the start of its epoch up to the position.
+    data. A stream is reread from the start of its epoch up to the position.
 
     Args:
         model: Student, teacher and losses.
@@ -76,8 +76,7 @@ class DinoTrainer(RunTrainer):
         image_processor: Image processor that is published with the teacher when checkpoints are pushed.
 
     Raises:
-        ValueError: If one process has several GPUs (`DataParallel`), or there is no data for the high-resolution
-            steps.
+        ValueError: If one process has several GPUs (`DataParallel`).
     """
 
     model: SelfDistillation
@@ -94,16 +93,10 @@ class DinoTrainer(RunTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         image_processor: Any = None,
     ) -> None:
-        if args.high_resolution_steps and high_resolution is None:
-            raise ValueError(
-                f"high_resolution_steps is {args.high_resolution_steps}, but no high-resolution data was given. Pass "
-                "high_resolution=(dataset, collator)."
-            )
         source = getattr(train_dataset, "source", None)
-        sampler: EpochSampler | StreamSampler | None = None
         if isinstance(train_dataset, MultiCropStream):
-            sampler = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
-        elif not isinstance(train_dataset, IterableDataset):
+            sampler: Any = train_dataset.sampler(rank=args.process_index, world_size=args.world_size)
+        else:
             sampler = EpochSampler(
                 len(cast(Sized, train_dataset)),
                 seed=args.seed,
@@ -116,7 +109,6 @@ class DinoTrainer(RunTrainer):
         self._targets: list[TeacherTargets] = []
         self._micro_batches: list[dict[str, Tensor]] = []
         self._terms: dict[str, tuple[Tensor | float, int]] = {}
-        self._image_processor = image_processor
         super().__init__(
             model,
             args,
@@ -127,6 +119,7 @@ class DinoTrainer(RunTrainer):
             rules=self._rules,
             callbacks=callbacks,
             data_collator=data_collator,
+            image_processor=image_processor,
         )
         if args.torch_compile:
             # Compile the blocks only: the number of masked patches, a shape of the whole module, varies per batch.
@@ -163,7 +156,7 @@ class DinoTrainer(RunTrainer):
         """Return the number of images and a hash of their names in order, or None if they have no names."""
         if isinstance(self.train_dataset, MultiCropStream):
             return {"shards": [stream.num_shards for stream in self.train_dataset.streams]}
-        count = len(self.train_dataset) if isinstance(self.train_dataset, Sized) else None
+        count = len(cast(Sized, self.train_dataset))
         return {"images": count, "names_sha256": names_digest(self.names) if self.names else None}
 
     def data_position(self) -> tuple[int, int]:
@@ -219,19 +212,15 @@ class DinoTrainer(RunTrainer):
 
     # The step.
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Create the AdamW optimizer, with one parameter group per pair of multipliers."""
-        if self.optimizer is None:
-            student = self.model.student
-            rules = parameter_rules(
-                [name for name, _ in student.named_parameters()],
-                num_layers=self.model.student_backbone.config.num_hidden_layers,
-                layer_decay=self.args.layer_decay,
-                patch_embed_lr_multiplier=self.args.patch_embed_lr_multiplier,
-            )
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
-            self.optimizer = optimizer_class(parameter_groups(student, rules), **options)
-        return self.optimizer
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return one group per pair of multipliers."""
+        student = self.model.student
+        rules = parameter_rules(
+            [name for name, _ in student.named_parameters()],
+            num_layers=self.model.student_backbone.config.num_hidden_layers,
+            **self.args.subset("layer_decay", "patch_embed_lr_multiplier"),
+        )
+        return parameter_groups(student, rules)
 
     def _get_learning_rate(self) -> float:
         # The first group of the optimizer has the smallest rate; the log shows the rate for a multiplier of 1.
@@ -282,10 +271,6 @@ class DinoTrainer(RunTrainer):
     def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
         """Return the teacher backbone from the tensors of a checkpoint."""
         return teacher_of(self.model.student_backbone.config, state)
-
-    def hub_processor(self) -> Any:
-        """Return the image processor of the run."""
-        return self._image_processor
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe as fields of the model card."""

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
@@ -40,6 +41,11 @@ class RunArguments(TrainingArguments):
     remove_unused_columns: bool = option(False, "Whether to drop columns of the data. Off: there are none.")
     dataloader_pin_memory: bool = option(False, "Whether to pin memory in data loaders; for accelerators only.")
     ddp_find_unused_parameters: bool | None = option(False, "Search for unused parameters in DDP. Off: none.")
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the run."""
+        return Path(str(self.output_dir))
 
     @property
     def images_per_step(self) -> int:

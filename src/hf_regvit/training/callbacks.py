@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerControl, TrainerState
 
-from ..figures.curves import read_metrics
+from ..figures.curves import metrics_lines
+from ..models.saving import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +106,9 @@ class TrainingProgress(ProgressCallback):
             self.training_bar.initial = self.training_bar.n = self.current_step = state.global_step
             self.training_bar.refresh()
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Show loss and speed next to the bar; other measurements, such as k-NN accuracy, stay until the next one."""
         if self.training_bar is None or not logs:
             return
@@ -133,16 +136,21 @@ class MetricsFile(TrainerCallback):
         self.path = Path(path)
         self._is_torn = False  # True if the last line may be incomplete
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Clear the file; a resumed run keeps the lines up to its step."""
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(self.path) if self.path.exists() and state.global_step else []
-        kept = [line for line in lines if line["step"] <= state.global_step]
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        if not (self.path.exists() and state.global_step):
+            self.path.write_text("")
+            return
+        lines = metrics_lines(self.path)
+        with whole_file(self.path) as unfinished, unfinished.open("w") as file:
+            file.writelines(f"{json.dumps(line)}\n" for line in lines if line["step"] <= state.global_step)
 
-    def on_log(self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
+    ) -> None:
         """Write one log line."""
         if state.is_world_process_zero and logs:
             self.append({"step": state.global_step, **logs})

@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,8 +26,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.manifest import (
-    MANIFEST,
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -36,11 +36,10 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.saving import apply_umask, read_json, write_json
 from .distributed import from_first, num_processes
 from .pushing import PushingTrainer
-from .signals import StopSignals, TrainingInterrupted, WorkerDeaths
+from .signals import TrainingInterrupted, WorkerDeaths
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder inside the run folder in which a checkpoint is assembled
@@ -61,7 +60,7 @@ def _check_is_checkpoint(folder: Path) -> None:
             f"The folder '{folder}' does not exist. Pass a checkpoint folder, or 'last' for the newest one in "
             "output_dir."
         )
-    if not (folder / MANIFEST).exists() and (inside := list_checkpoints(folder)):
+    if not (folder / OPTIMIZER).exists() and (inside := list_checkpoints(folder)):
         raise CheckpointCorruptError(
             f"'{folder}' is a run folder, not a checkpoint. It holds {', '.join(path.name for path in inside[-3:])}. "
             "Pass one of them, or pass this folder as output_dir and 'last' as resume_from_checkpoint."
@@ -151,13 +150,12 @@ class CheckpointedTrainer(PushingTrainer):
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         self.failed_saves = 0
-        self.signals = StopSignals()
         self.worker_deaths = WorkerDeaths()
         self._staging: Path | None = None
         self._write_error: BaseException | None = None
-        super().__init__(*args, **kwargs)
+        super().__init__(**options)
         self.add_callback(self.signals)
         if self.args.fsdp and not self.is_fsdp_enabled:
             raise ValueError(
@@ -166,35 +164,24 @@ class CheckpointedTrainer(PushingTrainer):
                 "processes then train with DDP."
             )
 
-    @property
-    def is_hurried(self) -> bool:
-        """True if a signal has stopped the run, after which the machine may disappear within half a minute."""
-        return self.signals.stopped_by is not None
-
     # Settings that a resumed run must match.
 
     def resume_state(self) -> dict[str, Any]:
         """Return the JSON content that is saved with the weights for `check_resume_state` of a later run."""
-        return {}
+        raise NotImplementedError
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
         """Check the output of `resume_state` before the checkpoint is loaded; raise an error to reject it."""
+        raise NotImplementedError
 
     # Starting and stopping.
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
         """Train, optionally from a verified checkpoint.
 
         Args:
             resume_from_checkpoint: Checkpoint folder, or True or `"last"` for the newest valid checkpoint in
                 `output_dir`. If there is none, `"last"` starts a new run.
-            trial: Trial, as in `transformers.Trainer.train`.
-            ignore_keys_for_eval: Keys, as in `transformers.Trainer.train`.
 
         Raises:
             CheckpointCorruptError: If the given folder fails verification.
@@ -210,8 +197,7 @@ class CheckpointedTrainer(PushingTrainer):
             self.check_resume_state(read_json(saved) if saved.is_file() else {})
         try:
             with self.signals.listening():
-                path = None if folder is None else str(folder)
-                result = super().train(path, trial=trial, ignore_keys_for_eval=ignore_keys_for_eval)
+                result = super().train(None if folder is None else str(folder))
         except RuntimeError as error:
             if num_processes() > 1:
                 error.add_note(
@@ -245,7 +231,7 @@ class CheckpointedTrainer(PushingTrainer):
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         """Find the checkpoint on process 0; return it, or raise the error, on all processes."""
         answer: Path | CheckpointCorruptError | FileExistsError | None = None
-        run = Path(cast(str, self.args.output_dir))
+        run = self.args.folder
         if self.is_world_process_zero():
             shutil.rmtree(run / STAGING, ignore_errors=True)
             if wanted:
@@ -342,7 +328,7 @@ class CheckpointedTrainer(PushingTrainer):
     def _check_free_space(self, model: nn.Module) -> None:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
         needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
-        free = shutil.disk_usage(cast(Path, self._staging)).free
+        free = shutil.disk_usage(self._staging or self.args.folder).free
         if free < needed:
             raise OSError(
                 errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"

@@ -2,18 +2,19 @@
 
 import base64
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ..models.saving import read_json, write_json
+from ..models.saving import write_json
 from .checkpoints import list_checkpoints
 from .distributed import full_tensor
 
@@ -39,8 +40,8 @@ class FiniteGuard(TrainerCallback):
     NaN in one process reaches the gradients of all, so the losses identify the process it came from.
 
     `nan_batch.json` in the run folder holds step, epoch, sample ids, loss terms and the random state at the beginning
-    of the step, for every affected process; `nan_batch.safetensors` holds the weights. `replay_nan_batch` repeats the
-    step from these files.
+    of the step, for every affected process; `nan_batch.safetensors` holds the weights. These files
+    suffice to repeat the step.
 
     Args:
         folder: Run folder.
@@ -63,7 +64,7 @@ class FiniteGuard(TrainerCallback):
         """Record the gradient norms of the step by submodule, before clipping."""
         self._norms = {name: norm.detach() for name, norm in norms.items()}
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Store the random state at the start of the step."""
         self._batches, self._norms = [], {}
         self._random_state = {"cpu": torch.get_rng_state()}
@@ -191,50 +192,6 @@ def _number(value: Tensor) -> float | str:
     return number if math.isfinite(number) else str(number)
 
 
-def replay_nan_batch(
-    folder: str | Path, network: nn.Module, dataset: Any, collate: Callable[[list[Any]], dict[str, Tensor]]
-) -> list[dict[str, Tensor]]:
-    """Repeat the forward passes of the step that `FiniteGuard` stopped, for the first recorded process.
-
-    Args:
-        folder: Run folder with `nan_batch.json` and `nan_batch.safetensors`.
-        network: `SelfDistillation` of the same recipe, in train mode; receives the weights of that step.
-        dataset: Dataset indexed by `(epoch, sample id)`.
-        collate: Collator of the run.
-
-    Returns:
-        Outputs of the network for each micro-batch.
-
-    Raises:
-        ValueError: If the batches have no sample ids.
-    """
-    folder = Path(folder)
-    capture = read_json(folder / "nan_batch.json")
-    process = capture["processes"][0]
-    network.load_state_dict(load_file(folder / "nan_batch.safetensors"))
-    network.teacher_temperature = capture["teacher_temperature"]
-    states = {name: _random_state(text) for name, text in process["random_state"].items()}
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
-    device = next(network.parameters()).device
-    outputs = []
-    for batch in process["micro_batches"]:
-        if batch["sample_ids"] is None:
-            raise ValueError(
-                f"'{folder / 'nan_batch.json'}' names no images, because the collator returned no sample_ids. Use a "
-                "collator that returns sample_ids and epochs."
-            )
-        items = [dataset[key] for key in zip(batch["epochs"], batch["sample_ids"], strict=True)]
-        inputs = {name: value.to(device) for name, value in collate(items).items()}
-        outputs.append(network(**without_ids(inputs)))
-    return outputs
-
-
-def _random_state(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
-
-
 def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a batch without `sample_ids` and `epochs`, which are not inputs of the network."""
     return {name: value for name, value in batch.items() if name not in ("sample_ids", "epochs")}
@@ -243,7 +200,7 @@ def without_ids(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 # ---- Memory ------------------------------------------------------------------------------------------------------
 
 
-def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> torch.OutOfMemoryError:
+def out_of_memory(args: Any, *, step: int) -> torch.OutOfMemoryError:
     """Return an error with the measured peak and the three options that help most, in the order to try them."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
     # transformers is renaming this option; read both names while both exist.
@@ -273,8 +230,7 @@ def out_of_memory(error: torch.OutOfMemoryError, args: Any, *, step: int) -> tor
         *own,
         (True, "a device with more memory"),
     ]
-    advice = "; ".join(text for helps, text in options if helps)
-    three = "; ".join(advice.split("; ")[:3])
+    three = "; ".join([text for helps, text in options if helps][:3])
     return torch.OutOfMemoryError(f"Out of memory at step {step}: {_peak(args.device)}. Try, in this order: {three}.")
 
 
@@ -290,11 +246,9 @@ def _peak(device: torch.device) -> str:
 
 def peak_memory_mib() -> float | None:
     """Return the peak resident memory of this process in MiB, or None if the system does not report it."""
-    import platform
-
     try:
         import resource
     except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -5,29 +5,30 @@ pickle that contains the token, and in a single attempt whose error is lost. Her
 with everything that loading needs. A failed push is retried; failures are reported at the end and never stop the run.
 """
 
-import copy
 import logging
 import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn
 
 import torch
 from safetensors.torch import load_file
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import HubStrategy
 
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
+from ..models.manifest import MANIFEST, WEIGHTS, write_manifest
 from ..models.saving import read_json, write_json
+from .arguments import RunArguments
+from .distributed import from_first
+from .signals import StopSignals
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "model.safetensors"
-MANIFEST = "manifest.json"
 TRAINING_ARGS = "training_args.bin"  # a pickle that contains the Hub token, so it is never pushed
 PUSHING = ".pushing"  # prefix of the folders inside the run folder that hold the files being pushed
 
@@ -35,42 +36,36 @@ PUSHING = ".pushing"  # prefix of the folders inside the run folder that hold th
 class PushingTrainer(Trainer):
     """`transformers.Trainer` whose pushes can be loaded without this package.
 
-    Subclasses define the published content: `hub_model`, `hub_processor`, `hub_facts`.
+    Subclasses define the published content: `hub_model` and `hub_facts`.
+
+    Args:
+        image_processor: Image processor that is published with the model, if there is one.
+        **options: Arguments of `transformers.Trainer`.
 
     Attributes:
         pushes: Completed and failed pushes.
+        signals: Signals that stopped the run, after which the machine may disappear within half a minute.
     """
 
+    args: RunArguments
     hub_model_id: Any  # Trainer declares it as None
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.pushes = BackgroundPushes()
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, image_processor: Any = None, **options: Any) -> None:
+        self.pushes, self.signals, self.image_processor = BackgroundPushes(), StopSignals(), image_processor
+        super().__init__(**options)
 
-    @property
-    def is_hurried(self) -> bool:
-        """True if the process must end soon."""
-        return False
-
-    def hub_model(self, state: Mapping[str, torch.Tensor]) -> Any:
-        """Return the model to publish, from the tensors of a checkpoint; default: the trained model."""
-        model = cast(Any, self.accelerator.unwrap_model(self.model))
-        published = type(model)(copy.deepcopy(model.config))
-        published.load_state_dict(state)
-        return published
-
-    def hub_processor(self) -> Any:
-        """Return the image processor to publish with the model, or None."""
-        return self.processing_class
+    def hub_model(self, state: Mapping[str, torch.Tensor]) -> PreTrainedModel:
+        """Return the model to publish, from the tensors of a checkpoint."""
+        raise NotImplementedError
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the fields of `model_card.CardFacts` that are known during the run."""
-        return {"limits": ("Its training is not finished.",)}
+        raise NotImplementedError
 
     def hub_names(self) -> dict[str, str]:
         """Return the model name for the card and, if known, the repository id to load."""
         if not self.hub_model_id:
-            return {"name": Path(cast(str, self.args.output_dir)).absolute().name}
+            return {"name": self.args.folder.absolute().name}
         return {"name": self.hub_model_id.split("/")[-1], "repo_id": self.hub_model_id}
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
@@ -79,25 +74,22 @@ class PushingTrainer(Trainer):
         Raises:
             RefusedError: If the Hub rejects the token or the name; raised on every process, before training starts.
         """
-        from accelerate.utils import broadcast_object_list
-
-        answer: list[Any] = [None, None]  # name of the repository, reason for a rejection
+        answer: str | PermanentPushError | None = None
         if self.is_world_process_zero():
             try:
-                answer[0] = self._make_repository(token, private)
+                answer = self._make_repository(token, private)
             except PermanentPushError as error:
-                answer[1] = str(error)
-        if self.args.world_size > 1:  # otherwise the other processes would wait until a timeout
-            broadcast_object_list(answer)
-        self.hub_model_id, refusal = answer
-        if refusal is not None:
-            raise PermanentPushError(refusal)
+                answer = error
+        answer = from_first(answer)  # otherwise the other processes would wait until a timeout
+        if isinstance(answer, PermanentPushError):
+            raise answer
+        self.hub_model_id = answer
 
     def _make_repository(self, token: str | None, private: bool | None) -> str:
-        wanted = self.args.hub_model_id or Path(cast(str, self.args.output_dir)).absolute().name
+        wanted = self.args.hub_model_id or self.args.folder.absolute().name
         private = self.args.hub_private_repo if private is None else private
         self.push_in_progress = None
-        for left_over in Path(cast(str, self.args.output_dir)).glob(f"{PUSHING}-*"):
+        for left_over in self.args.folder.glob(f"{PUSHING}-*"):
             shutil.rmtree(left_over, ignore_errors=True)
         try:
             return create_repository(wanted, private=private is not False, token=token or self.args.hub_token)
@@ -136,30 +128,30 @@ class PushingTrainer(Trainer):
             if beside:
                 names += _link_checkpoint(checkpoint, folder / beside)
             message = f"Training in progress, step {self.state.global_step}"
-            self.pushes.start(partial(self._send, folder, names, message), label=f"{checkpoint.name}")
+            self.pushes.start(partial(self._send, folder, names, message), label=checkpoint.name)
 
         if not self.pushes.prepare(prepare, label=checkpoint.name):
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor], **card: Any) -> list[str]:
+    def _write_hub_folder(self, folder: Path, state: Mapping[str, torch.Tensor]) -> list[str]:
         """Write model, code files, processor and card; return the names of the files to push."""
         shutil.rmtree(folder, ignore_errors=True)
         with torch.random.fork_rng(devices=[]):  # initializing the model must not change the random state of the run
             model = self.hub_model(state)
         model.save_pretrained(folder)
-        if (processor := self.hub_processor()) is not None:
-            processor.save_pretrained(folder)
-        facts = {**self.hub_names(), **self.hub_facts(), **card}
-        write_card_file(folder, parameters=model.num_parameters(), **facts)
+        if self.image_processor is not None:
+            self.image_processor.save_pretrained(folder)
+        write_manifest(folder)  # without the card, which may be edited
+        write_card_file(folder, parameters=model.num_parameters(), **self.hub_names(), **self.hub_facts())
         names = public_files(folder)
         scan(folder, names)
         return names
 
-    def _send(self, folder: Path, names: Sequence[str], message: str) -> Any:
+    def _send(self, folder: Path, names: Sequence[str], message: str) -> None:
         args = self.args
         private = args.hub_private_repo is not False
         try:
-            return send_folder(
+            send_folder(
                 folder, str(self.hub_model_id), names=names, message=message, private=private, token=args.hub_token,
                 revision=args.hub_revision,
             )  # fmt: skip
@@ -171,52 +163,15 @@ class PushingTrainer(Trainer):
         """Wait for the current push, but only briefly if the process must end soon."""
         if self.pushes.busy:
             logger.info("Waiting for the current push to finish.")
-        self.pushes.wait(10.0 if self.is_hurried else 3600.0)
+        self.pushes.wait(10.0 if self.signals.stopped_by else 3600.0)
         if self.pushes.failures:
             logger.warning("%d of %d pushes succeeded.", len(self.pushes.sent), self.pushes.count)
 
-    def push_to_hub(  # type: ignore[override]  # the result has more fields than CommitInfo
-        self,
-        commit_message: str | None = "End of training",
-        blocking: bool = True,
-        token: str | None = None,
-        revision: str | None = None,
-        private: bool | None = None,
-        **card: Any,
-    ) -> Any:
-        """Push the current model with code files, processor and card, after all current pushes.
-
-        Args:
-            commit_message: Message of the commit.
-            blocking: Whether to wait for the push. Otherwise, the next push or the end of `train` waits for it.
-            token: Token that overrides `args.hub_token`.
-            revision: Revision that overrides `args.hub_revision`.
-            private: Visibility that overrides `args.hub_private_repo`, for a repository that does not exist yet.
-            card: Fields of `model_card.CardFacts`, or `finetuned_from` and `model_name` of the method of Trainer.
-
-        Returns:
-            `upload.Sent`; None in the background and on all processes except the first.
-
-        Raises:
-            PushError: If the push failed.
-        """
-        names_of_trainer = {"finetuned_from": "base_model", "model_name": "name"}
-        card = {names_of_trainer.get(name, name): value for name, value in card.items()}
-        args = self.args
-        args.hub_token, args.hub_revision = token or args.hub_token, revision or args.hub_revision
-        args.hub_private_repo = args.hub_private_repo if private is None else private
-        if self.hub_model_id is None:
-            self.init_hf_repo()
-        state = self.accelerator.get_state_dict(self.model)
-        if not self.is_world_process_zero():
-            return None
-        self._finish_current_push()
-        folder = Path(cast(str, self.args.output_dir)) / f"{PUSHING}-end"
-        names = self._write_hub_folder(folder, state, **card)
-        send = partial(self._send, folder, names, commit_message or "End of training")
-        if blocking:
-            return send()
-        return self.pushes.start(send, label="the end of training")
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse Trainer's own push, which would send the run folder unchanged, with the token of the user."""
+        raise NotImplementedError(
+            "push_to_hub would send the folder of the run unchanged. Run `regvit publish --push` on the finished run."
+        )
 
     def push_result(self, folder: Path) -> None:
         """Push the finished folder of a run if `push_to_hub` is set; failures are only logged."""

@@ -25,6 +25,7 @@ from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
 from ..models.saving import write_json
+from .arguments import RunArguments
 from .distributed import from_first
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class RunFolderInUseError(RuntimeError):
 
 
 @contextlib.contextmanager
-def run_lock(args: TrainingArguments) -> Iterator[None]:
+def run_lock(args: RunArguments) -> Iterator[None]:
     """Keep other runs out of the run folder inside the block, and remove the lock at every exit.
 
     Process 0 writes `run.lock` with its process id, machine and start time. A lock whose process has ended, or on
@@ -51,8 +52,8 @@ def run_lock(args: TrainingArguments) -> Iterator[None]:
     Raises:
         RunFolderInUseError: Another run uses the folder; raised on every process.
     """
-    folder = Path(str(args.output_dir))
-    is_new, problem = not folder.exists(), None
+    folder, problem = args.folder, None
+    is_new = not folder.exists()
     if args.process_index == 0:
         try:
             _take_lock(folder / LOCK)
@@ -159,14 +160,14 @@ class RunRecord(TrainerCallback):
     def __init__(self, folder: str | Path, recipe: Mapping[str, Any]) -> None:
         self.folder, self.recipe, self._renewed = Path(folder), dict(recipe), 0.0
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Write both files."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
             write_json(self.folder / "environment.json", run_environment(args))
 
-    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Renew the lock, at most twice a minute."""
         if state.is_world_process_zero and time.monotonic() - self._renewed > _RENEW_SECONDS:
             self._renewed = time.monotonic()

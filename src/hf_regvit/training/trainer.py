@@ -34,7 +34,7 @@ class StepSeeds(TrainerCallback):
     So they differ between processes, do not depend on draws of observers, and are resumable without stored state.
     """
 
-    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Seed torch's generators of this process."""
         entropy = np.random.SeedSequence([args.seed, state.global_step, args.process_index])
         seed = int(entropy.generate_state(1, np.uint64)[0])
@@ -65,7 +65,7 @@ class RunTrainer(CheckpointedTrainer):
         args: Options of the run.
         train_dataset: Training data, indexed by the keys of the sampler.
         train_collator: Function that makes a training batch from a list of items.
-        sampler: Order of the training images; None leaves the order to Trainer.
+        sampler: Order of the training images.
         names: Image names by index; messages show them.
         rules: Callback that is called first in every step.
         callbacks: Other callbacks.
@@ -80,7 +80,6 @@ class RunTrainer(CheckpointedTrainer):
         ValueError: If one process has several GPUs (`DataParallel`).
     """
 
-    args: RunArguments
     fixed_options: tuple[str, ...] = ()
 
     def __init__(
@@ -90,7 +89,7 @@ class RunTrainer(CheckpointedTrainer):
         *,
         train_dataset: Dataset,
         train_collator: Any,
-        sampler: EpochSampler | StreamSampler | None,
+        sampler: EpochSampler | StreamSampler,
         names: Sequence[object] = (),
         rules: StepSeeds | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -112,7 +111,7 @@ class RunTrainer(CheckpointedTrainer):
         self._waited = self._evaluated = 0.0  # seconds since the last log line
         # Start time of training, and the training time of the checkpoint that it resumes from.
         self._began, self._seconds_before = time.perf_counter(), 0.0
-        self.guard = FiniteGuard(str(args.output_dir), names=names)
+        self.guard = FiniteGuard(args.folder, names=names)
         super().__init__(
             model=model,
             args=args,
@@ -129,14 +128,23 @@ class RunTrainer(CheckpointedTrainer):
 
     # Data.
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the trained parameters in groups with their settings of the optimizer."""
+        raise NotImplementedError
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Create the optimizer with the groups of `parameter_groups`."""
+        if self.optimizer is None:
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer_class(self.parameter_groups(), **options)
+        return self.optimizer
+
     def training_data(self) -> tuple[Dataset, Any]:
         """Return the data set and the collator of the current step."""
         return cast(Dataset, self.train_dataset), self.train_collator
 
     def get_train_dataloader(self) -> DataLoader:
         """Return a loader of batches in the order of the sampler, distributed over the processes."""
-        if self.sampler is None:
-            return super().get_train_dataloader()
         return self._data_loader(self.sampler, cast(Dataset, self.train_dataset), self.train_collator)
 
     def _data_loader(self, sampler: EpochSampler | StreamSampler, dataset: Dataset, collator: Any) -> DataLoader:
@@ -226,14 +234,14 @@ class RunTrainer(CheckpointedTrainer):
 
     def resume_state(self) -> dict[str, Any]:
         """Return data position, recipe, images per step, facts on the data, package versions and time so far."""
-        state = {
+        return {
             "seconds": self.seconds,
             "images_per_step": self.args.images_per_step,
             "recipe": self.args.resolved(),
             "data": self.data_facts(),
             "packages": package_versions(),
+            "position": self.data_position(),
         }
-        return state | ({} if self.sampler is None else {"position": self.data_position()})
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
         """Log differences from the run that wrote a checkpoint, and reject those that change its images or tensors.
@@ -255,7 +263,6 @@ class RunTrainer(CheckpointedTrainer):
                     f"{name} is {is_now}, but the checkpoint was written with {was} and holds other tensors. Restore "
                     "the old value, or start from the model of the earlier run."
                 )
-        now["data"] = _same_facts(now["data"], saved.get("data", {}))
         for name, option in (("images_per_step", "allow_batch_change"), ("data", "allow_data_change")):
             if name in saved and saved[name] != now[name] and not getattr(self.args, option):
                 raise ValueError(
@@ -272,10 +279,7 @@ class RunTrainer(CheckpointedTrainer):
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         start = super()._init_training_state(max_steps, *args, **kwargs)
-        if self.sampler is None:
-            return start
         if not self._is_through(max_steps):
-            # Fine-tuning of earlier releases saved no position.
             start = self.start_data_at(*(self._position or self.data_position())), 0
         self._position, self._first_step = None, self.state.global_step
         return start
@@ -296,7 +300,7 @@ class RunTrainer(CheckpointedTrainer):
             self._waited = self._evaluated = 0.0  # the first wait is the startup of the workers
         return super().training_step(model, inputs, *args, **kwargs)
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None) -> Any:  # type: ignore[override]
         """Train, and report an out-of-memory error with advice.
 
         Raises:
@@ -305,9 +309,9 @@ class RunTrainer(CheckpointedTrainer):
         """
         self._began = time.perf_counter()
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint)
         except torch.OutOfMemoryError as error:
-            raise out_of_memory(error, self.args, step=self.state.global_step) from error
+            raise out_of_memory(self.args, step=self.state.global_step) from error
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Evaluate as Trainer does, outside of the time of the steps."""
@@ -363,10 +367,3 @@ class RunTrainer(CheckpointedTrainer):
         if self.args.device.type == "cuda":
             values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(self.args.device) / 2**20
         return values
-
-
-def _same_facts(now: Any, saved: Any) -> Any:
-    """Return the facts that were saved as they are now, because earlier releases saved fewer."""
-    if not isinstance(now, dict) or not isinstance(saved, dict):
-        return now
-    return {name: _same_facts(now.get(name), value) for name, value in saved.items()}
