@@ -1,4 +1,4 @@
-"""Find the weights of a vision tower in modules, folders, files and state dicts of other projects."""
+"""Open the models of other projects by name, and find the weights of their vision towers."""
 
 import argparse
 import logging
@@ -6,9 +6,9 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from .configuration_regvit import (
     check_weight_files,
     corrupt_weights,
 )
-from .families import FAMILIES, TIMM_CLASSES, unwrapped
-from .manifest import check_archive
+from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrapped
+from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
 from .source_families import SOURCES, ConversionError, refusal, timm_fields, timm_rotation, transformers_fields
@@ -43,13 +43,16 @@ _UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, Value
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
-# Models with two towers: the family of the vision tower, and the class that loads it alone.
-_TWO_TOWERS = {
-    "clip": ("clip_vision_model", "CLIPVisionModelWithProjection"),
-    "metaclip_2": ("metaclip_2_vision_model", "MetaClip2VisionModelWithProjection"),
-    "siglip": ("siglip_vision_model", "SiglipVisionModel"),
-    "tipsv2": ("tipsv2_vision_model", "Tipsv2VisionModel"),
+BACKBONE = "backbone"  # folder in the folder of a pretraining run
+# Models with two towers, of which only the vision tower is loaded.
+_TOWER_CLASSES = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
+    "tipsv2": "Tipsv2VisionModel",
+    "aimv2": "Aimv2VisionModel",
 }
+_LOADED = {*FAMILIES, *SOURCES, *_TOWER_CLASSES, "timm_wrapper"}
 
 
 @dataclass
@@ -324,77 +327,178 @@ def find_tower_names(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def read_folder(folder: Path) -> ForeignModel:
     """Read a folder of transformers or timm."""
-    config_file = folder / "config.json"
     try:
-        config = read_object(config_file)
+        config = read_config(folder)
     except FileNotFoundError as error:
         raise FileNotFoundError(
             f"'{folder}' has no config.json. Pass the weights file itself, together with config overrides."
         ) from error
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    check_config(config, folder)
     kind = config.get("model_type")
-    if kind in (None, "timm_wrapper") and "architecture" in config:
-        origin = read_module(_timm_module(folder, config))
-        origin.processor = saved_processor(folder) or config.get("pretrained_cfg")
-        return origin
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) and "architecture" not in config:
         raise ConversionError(
-            f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Pass the folder "
-            "that save_pretrained wrote, or the weights file itself together with config overrides."
+            f"'{folder / 'config.json'}' names neither a model_type (transformers) nor an architecture (timm). Pass "
+            "the folder that save_pretrained wrote, or the weights file itself together with config overrides."
         )
     if kind == "regvit":
         raise ConversionError(f"'{folder}' is already a RegViT. Load it with AutoModel.from_pretrained.")
-    if config.get("quantization_config"):
-        raise ConversionError(f"The weights of '{folder}' are quantized. Pass the model from which they were made.")
-    tower, class_name = {"model_type": kind, **config}, None
-    if kind not in SOURCES and isinstance(config.get("vision_config"), dict):
-        default, class_name = _TWO_TOWERS.get(kind, (None, ""))
-        tower = {"model_type": default, **config["vision_config"]}
-    if tower["model_type"] not in SOURCES:
-        raise refusal(str(tower["model_type"] or kind))
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        tensors.update(read_weights(file))
-    _check_plain(tensors, f"'{folder}'")
-    names = find_tower_names(tensors)
-    fields = transformers_fields(tower, {name: tensors[full] for name, full in names.items()})
-    load = None if class_name == "" else partial(_load_folder, folder, config, class_name)
-    return ForeignModel(str(folder), tensors, names, fields, load, saved_processor(folder))
+    refuse_quantized(folder, config)
+    if kind and kind not in _LOADED and not isinstance(config.get("vision_config"), dict):
+        raise refusal(kind)
+    module, missing = load_module(str(folder), config, whole=True)
+    origin = read_module(module.eval(), missing)
+    origin.name = str(folder)
+    origin.processor = saved_processor(folder) or origin.processor
+    return origin
 
 
-def _load_folder(folder: Path, config: dict[str, Any], class_name: str | None) -> nn.Module:
-    """Load the source model of a transformers folder, to compare its outputs."""
-    import transformers
-    from transformers import AutoModel, AutoModelForImageClassification
-
-    if class_name:
-        return load_pretrained(getattr(transformers, class_name), folder, dtype=torch.float32).eval()
-    has_labels = config.get("id2label") != {} and config.get("num_labels") != 0
-    has_head = any("ImageClassification" in name for name in config.get("architectures") or [])
-    auto_class = AutoModelForImageClassification if has_head and has_labels else AutoModel
-    return load_pretrained(auto_class, folder, dtype=torch.float32).eval()
+def refuse_quantized(source: str | Path, config: Mapping[str, Any]) -> None:
+    """Raise a `CheckpointError` if the weights are quantized: they can be read, but not changed."""
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise CheckpointError(
+            f"The weights of '{source}' are quantized ({method}). They can be read, e.g. by extract, evaluate and "
+            "diagnose, but not trained, converted or published. Use the checkpoint from which they were made."
+        )
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a transformers or timm folder: one file, or the shards named by its index."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            check_weight_files(folder)
-            names = sorted(set(read_object(index)["weight_map"].values()))
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise FileNotFoundError(
-                    f"'{index}' names {', '.join(missing[:4])}, but the folder lacks them. Download the model again."
-                )
-            return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    found = sorted(path.name for path in folder.iterdir())[:8]
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the checkpoint of a folder: the folder itself, or its `backbone/` if it is a pretraining run.
+
+    Raises:
+        FileNotFoundError: The folder does not exist or has no checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
+    for candidate in (folder, folder / BACKBONE):
+        if (candidate / "config.json").is_file():
+            return candidate
     raise FileNotFoundError(
-        f"'{folder}' has no model.safetensors or pytorch_model.bin; it contains {found}. Pass the weights file itself."
+        f"'{folder}' has no config.json, and neither has a {BACKBONE}/ in it. Pass the folder that save_pretrained "
+        "wrote, or the folder of a finished run."
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of the `config.json` of a folder.
+
+    Raises:
+        CheckpointError: The file is not a JSON object.
+    """
+    try:
+        config = read_object(folder / "config.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    check_config(config, folder)
+    return config
+
+
+def checked_source(source: str | Path) -> str:
+    """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
+    check_source(source)
+    return str(find_checkpoint(source) if Path(source).is_dir() else source)
+
+
+def config_of(source: str) -> dict[str, Any]:
+    """Return the configuration of a checkpoint folder or Hub id."""
+    from transformers import PreTrainedConfig
+
+    if Path(source).is_dir():
+        return read_config(Path(source))
+    if source.startswith("timm/"):
+        return {"architecture": source}
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
+        ) from error
+
+
+def load_module(source: str, config: dict[str, Any], *, whole: bool = False) -> tuple[nn.Module, set[str]]:
+    """Load the model of a folder or Hub id, and return the names of the parameters that its weights lack, too.
+
+    Args:
+        source: Folder or Hub id.
+        config: Its configuration.
+        whole: True to load the text tower too, and to keep the data type of the weights; False for float32.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or a part of the vision tower is missing.
+        ValueError: The family of the model is not known.
+    """
+    is_folder = Path(source).is_dir()
+    if is_folder:
+        check_weights(Path(source))
+    if "architecture" in config and config.get("model_type") in (None, "timm_wrapper"):
+        return _load_timm(f"local-dir:{source}" if is_folder else f"hf-hub:{source}", source), set()
+    return _load_transformers(source, config, whole)
+
+
+def _load_timm(name: str, source: str) -> nn.Module:
+    try:
+        check_weight_files(source)
+        # Allow any image size; at the native size the outputs are unchanged.
+        model = import_timm(source).create_model(name, pretrained=True, dynamic_img_size=True)
+    except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
+        raise unknown_family(source) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
+        raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
+    check_finite(model.state_dict(), source)
+    find_tower(model)
+    return model
+
+
+@contextmanager
+def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
+    """Silence reports of transformers below a level, such as that on the weights of an unused text tower."""
+    from transformers.utils import logging as library_logging
+
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(before)
+
+
+def saved_class(config: dict[str, Any], *, whole: bool = False) -> Any:
+    """Return the class that a model was saved from: a backbone class would warn about a pooler that is not used."""
+    import transformers
+
+    from . import modeling_regvit
+
+    kind = config.get("model_type")
+    name = ("" if whole else _TOWER_CLASSES.get(str(kind))) or next(iter(config.get("architectures") or []), "")
+    found: Any = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _load_transformers(source: str, config: dict[str, Any], whole: bool) -> tuple[nn.Module, set[str]]:
+    vision = config.get("vision_config")
+    if not {config.get("model_type"), isinstance(vision, dict) and vision.get("model_type")} & _LOADED:
+        raise unknown_family(str(config.get("model_type")))
+    with quiet_transformers():  # missing weights are checked below
+        options: dict[str, Any] = {"dtype": "auto" if whole else torch.float32, "output_loading_info": True}
+        model, info = load_pretrained(saved_class(config, whole=whole), source, **options)
+    check_finite(model.state_dict(), source)
+    tower, family = find_tower(model)
+    path = next(name for name, module in model.named_modules() if module is tower)
+    needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
+    read = (FAMILIES[family].blocks.split(".")[0], "embeddings", FAMILIES[family].final_norm)
+    gaps = sorted(
+        key
+        for key in needed.intersection(info["missing_keys"])
+        if key.removeprefix(f"{path}.").startswith(read) and not key.endswith("mask_token")
+    )
+    if gaps:
+        raise CheckpointError(
+            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}, so the "
+            "features would be random. Check that config.json and the weights belong together."
+        )
+    return model, set(info["missing_keys"])
 
 
 def import_timm(source: str | Path) -> Any:
@@ -404,15 +508,6 @@ def import_timm(source: str | Path) -> Any:
     except ImportError as error:
         raise ImportError(f"'{source}' is a timm model, and timm is not installed. Run: pip install timm") from error
     return timm
-
-
-def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
-    arguments = config.get("model_args", {})
-    model: Any = import_timm(folder).create_model(config["architecture"], pretrained=False, **arguments)
-    model.reset_classifier(config.get("num_classes", 0))
-    tensors = find_tensors({name: t for file in _weight_files(folder) for name, t in read_weights(file).items()})
-    model.load_state_dict({name: tensors[full] for name, full in find_tower_names(tensors).items()})
-    return model.eval()
 
 
 def source_tower(module: nn.Module) -> tuple[Any, str] | None:
@@ -426,8 +521,13 @@ def source_tower(module: nn.Module) -> tuple[Any, str] | None:
     return None
 
 
-def read_module(module: nn.Module) -> ForeignModel:
-    """Read a module of transformers or timm; wrappers of `torch.compile` and data parallelism are removed."""
+def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignModel:
+    """Read a module of transformers or timm; wrappers of `torch.compile` and data parallelism are removed.
+
+    Args:
+        module: Module that is a vision tower or has one.
+        missing: Names of parameters that are random, because the weights of the model lack them.
+    """
     module = unwrapped(module)
     name, config = type(module).__name__, getattr(module, "config", None)
     state: dict[str, Any] = module.state_dict()
@@ -441,7 +541,7 @@ def read_module(module: nn.Module) -> ForeignModel:
             "state_dict() if its tensors have the names of one of them."
         )
     tower, kind = found
-    tensors = {key: value.detach() for key, value in state.items()}
+    tensors = {key: value.detach() for key, value in state.items() if key not in missing}
     names = find_tower_names(tensors)
     if kind != "timm":
         own = {local: tensors[full] for local, full in names.items()}

@@ -91,21 +91,14 @@ COMMON_FIELDS = (
     "drop_path_rate", "id2label", "label2id", "problem_type", "out_features", "out_indices",
 )  # fmt: skip
 
+_WINDOWS = "it has windows or stages of several resolutions"
 _UNSUITABLE = {
     "aimv2_vision_model": "it normalizes with RMSNorm",
-    "beit": "its attention adds a bias for relative positions",
-    "data2vec-vision": "its attention adds a bias for relative positions",
-    "dinov3_convnext": "it is a convolutional network",
-    "convnext": "it is a convolutional network",
-    "convnextv2": "it is a convolutional network",
-    "resnet": "it is a convolutional network",
-    "hiera": "it has stages of several resolutions",
-    "swin": "it has windows and stages of several resolutions",
-    "swinv2": "it has windows and stages of several resolutions",
-    "pvt": "it has stages of several resolutions",
-    "sam_vision_model": "it has windows and a bias for relative positions",
+    "radio": "it normalizes pixels itself",
     "siglip2_vision_model": "it takes packed patches (NaFlex); SigLIP 2 of a fixed resolution can be converted",
-    "radio": "it normalizes pixels itself and resamples positions of CPE",
+    **dict.fromkeys(("beit", "data2vec-vision"), "its attention adds a bias for relative positions"),
+    **dict.fromkeys(("dinov3_convnext", "convnext", "convnextv2", "resnet"), "it is a convolutional network"),
+    **dict.fromkeys(("hiera", "swin", "swinv2", "pvt", "sam_vision_model"), _WINDOWS),
 }
 
 

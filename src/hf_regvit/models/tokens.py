@@ -380,12 +380,6 @@ def _finite(reading: TokenReading) -> torch.Tensor:
     return values
 
 
-def _reader(model: Any) -> TokenReader:
-    from .loading import open_model
-
-    return open_model(model)
-
-
 def read_tokens(
     model: "TokenReader | nn.Module | str",
     pixel_values: torch.Tensor,
@@ -403,18 +397,9 @@ def read_tokens(
         site: Values to read.
         reduce: Function whose result is kept instead of the values.
     """
-    return _reader(model).read(pixel_values, layers=layers, site=site, reduce=reduce)
+    from .loading import open_model
 
-
-def read_many(
-    model: "TokenReader | nn.Module | str",
-    pixel_values: torch.Tensor,
-    sites: Mapping[Site, Layers],
-    *,
-    reduce: Mapping[Site, Reduction] | None = None,
-) -> dict[Site, TokenReading]:
-    """Read several sites in one forward pass; see `TokenReader.read_many`."""
-    return _reader(model).read_many(pixel_values, sites, reduce=reduce)
+    return open_model(model).read(pixel_values, layers=layers, site=site, reduce=reduce)
 
 
 def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> tuple[int, ...]:
