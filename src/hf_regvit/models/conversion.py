@@ -24,6 +24,7 @@ from .configuration_regvit import ConfigError, RegViTConfig
 from .conversion_check import check_outputs
 from .foreign_weights import (
     ForeignModel,
+    find_checkpoint,
     local_path,
     read_folder,
     read_module,
@@ -66,10 +67,7 @@ def convert(
         CheckpointCorruptError: A weights file cannot be read.
         TypeError: An override is not a config field.
     """
-    known = [name for name in RegViTConfig.__dataclass_fields__ if not name.startswith("_")] + [
-        "out_features",
-        "out_indices",
-    ]
+    known = [name.lstrip("_") for name in RegViTConfig.__dataclass_fields__]
     for name in config_overrides:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -182,7 +180,7 @@ def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> ForeignMode
     if isinstance(source, dict):
         return read_state("state dict", source)
     path = local_path(source)
-    return read_state(str(path), read_weights(path)) if path.is_file() else read_folder(path)
+    return read_state(str(path), read_weights(path)) if path.is_file() else read_folder(find_checkpoint(path))
 
 
 def _plan(origin: ForeignModel) -> tuple[RegViTConfig, list[Piece]]:
@@ -302,11 +300,7 @@ def _fields_of(
 
 
 def _placed_positions(
-    origin: ForeignModel,
-    pieces: list[Piece],
-    table: Tensor,
-    fields: dict[str, Any],
-    patch: tuple[int, int],
+    origin: ForeignModel, pieces: list[Piece], table: Tensor, fields: dict[str, Any], patch: tuple[int, int]
 ) -> list[Piece]:
     """Find the grid of the position table, and add its rows of registers to the register tokens."""
     # The table is (1, prefix + N, D).
@@ -407,5 +401,4 @@ def _load(model: nn.Module, tensors: dict[str, Tensor], name: str) -> None:
         raise ConversionError(f"'{name}' cannot be expressed as RegViT: {'; '.join(problems[:8])}{more}.{hint}")
     # Clone the tensors, so that the result does not share memory with the source model.
     model.load_state_dict({key: value.clone().contiguous() for key, value in placed.items()}, assign=True)
-    for parameter in model.parameters():
-        parameter.requires_grad_(True)
+    model.requires_grad_(True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .configuration_regvit import RegViTConfig
-from .foreign_weights import ForeignModel, first_line, source_tower
+from .families import find_tower
+from .foreign_weights import ForeignModel, first_line
 from .modeling_regvit import RegViTBackbone
 from .source_families import SOURCES, ConversionError
 from .tokens import all_patches_in_order, forward_options
@@ -36,13 +37,12 @@ def check_outputs(model: Any, origin: ForeignModel) -> None:
         source = copy.deepcopy(source).float()
     if model.dtype != torch.float32:
         model = copy.deepcopy(model).float()
-    found = source_tower(source)
-    assert found is not None  # it was read
+    tower, family = find_tower(source)
     config, parameter = model.config, next(source.parameters())
     height, width = config.image_shape
     rows, columns = config.patch_shape
     sizes = [(height, width)]
-    if found[1] != "timm" or getattr(found[0], "dynamic_img_size", False):
+    if family in SOURCES or getattr(tower, "dynamic_img_size", False):
         sizes += [(height + rows, width + 2 * columns), (max(height - rows, rows), max(width - columns, columns))]
     generator = torch.Generator().manual_seed(0)
     try:
@@ -50,7 +50,7 @@ def check_outputs(model: Any, origin: ForeignModel) -> None:
             pixels = torch.randn(2, config.num_channels, *size, generator=generator)
             pixels = pixels.to(parameter.device, parameter.dtype)
             try:
-                expected = _run_source(source, *found, pixels, origin, config)
+                expected = _run_source(source, pixels, origin, config)
             except (RuntimeError, TypeError, ValueError, AssertionError) as error:
                 if size == sizes[0]:
                     raise ConversionError(
@@ -73,11 +73,11 @@ def check_outputs(model: Any, origin: ForeignModel) -> None:
         given.train(was_training)
 
 
-def _run_source(
-    source: Any, tower: Any, kind: str, pixels: Tensor, origin: ForeignModel, config: RegViTConfig
-) -> dict[str, Tensor]:
+def _run_source(source: Any, pixels: Tensor, origin: ForeignModel, config: RegViTConfig) -> dict[str, Tensor]:
     """Return the outputs to compare, under the names of RegViT."""
-    if kind == "timm":
+    tower: Any
+    tower, kind = find_tower(source)
+    if kind not in SOURCES:  # timm
         features = tower.forward_features(pixels)
         outputs = {"last_hidden_state": features}
         if tower.num_classes:
@@ -85,8 +85,9 @@ def _run_source(
         elif tower.attn_pool is not None:
             outputs["pooler_output"] = tower.forward_head(features, pre_logits=True)
         return outputs
-    if getattr(tower.config, "num_labels", None) == 0:  # the head is an identity, so compare the backbone
-        tower = getattr(tower, tower.base_model_prefix, tower)
+    # Run the head too, unless it is the identity or belongs to a model with a text tower.
+    if source.config.model_type == kind and getattr(source.config, "num_labels", None) != 0:
+        tower = source
     with all_patches_in_order(tower, kind):
         output = tower(pixels, **forward_options(kind, config.image_shape, config.patch_shape, pixels))
     family, names = SOURCES[kind], ["logits", "last_hidden_state", "image_embeds"]

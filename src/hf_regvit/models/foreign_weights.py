@@ -327,12 +327,7 @@ def find_tower_names(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def read_folder(folder: Path) -> ForeignModel:
     """Read a folder of transformers or timm."""
-    try:
-        config = read_config(folder)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"'{folder}' has no config.json. Pass the weights file itself, together with config overrides."
-        ) from error
+    config = read_config(folder)
     kind = config.get("model_type")
     if not isinstance(kind, str) and "architecture" not in config:
         raise ConversionError(
@@ -510,17 +505,6 @@ def import_timm(source: str | Path) -> Any:
     return timm
 
 
-def source_tower(module: nn.Module) -> tuple[Any, str] | None:
-    """Return the outermost part of a module that has the configuration of a known family, and the family."""
-    for part in module.modules():
-        kind = getattr(vars(part).get("config"), "model_type", None)
-        if kind in SOURCES:
-            return part, kind
-        if any(cls.__module__.startswith("timm.") and cls.__name__ in TIMM_CLASSES for cls in type(part).__mro__):
-            return part, "timm"
-    return None
-
-
 def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignModel:
     """Read a module of transformers or timm; wrappers of `torch.compile` and data parallelism are removed.
 
@@ -532,22 +516,22 @@ def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignMode
     name, config = type(module).__name__, getattr(module, "config", None)
     state: dict[str, Any] = module.state_dict()
     _check_plain(state, f"The model ({name})")
-    found = source_tower(module)
-    if found is None and (kind := getattr(config, "model_type", None)):
+    try:
+        tower: Any
+        tower, kind = find_tower(module)
+    except ValueError as error:
+        raise refusal(getattr(config, "model_type", name)) from error
+    if kind == "regvit":
+        raise ConversionError(f"'{name}' is already a RegViT.")
+    is_timm = kind in TIMM_CLASSES.values()
+    if kind not in SOURCES and not is_timm:
         raise refusal(kind)
-    if found is None:
-        raise ConversionError(
-            f"{name} is neither a plain ViT of transformers nor a VisionTransformer or Eva of timm. Pass its "
-            "state_dict() if its tensors have the names of one of them."
-        )
-    tower, kind = found
     tensors = {key: value.detach() for key, value in state.items() if key not in missing}
     names = find_tower_names(tensors)
-    if kind != "timm":
+    if not is_timm:
         own = {local: tensors[full] for local, full in names.items()}
         fields = transformers_fields(tower.config.to_dict(), own)
-        processor = known_processor(module) if kind in FAMILIES else getattr(module, "image_processor", None)
-        return ForeignModel(name, tensors, names, fields, lambda: module, processor)
+        return ForeignModel(name, tensors, names, fields, lambda: module, known_processor(module))
     settings = dict(getattr(tower, "pretrained_cfg", None) or {})
     processor = getattr(module, "image_processor", None) or settings
     is_clip = re.search(r"clip|pe_core", str(settings.get("architecture")))
