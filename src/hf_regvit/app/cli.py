@@ -93,7 +93,8 @@ def _data_check(arguments: Any) -> Outcome:
 def _convert(arguments: Any) -> Outcome:
     from ..models.conversion import convert_to_folder
 
-    model = convert_to_folder(arguments.model, arguments.output_dir, verify=arguments.verify, **arguments.overrides())
+    given = {"verify": arguments.verify, "processor": arguments.processor, **arguments.overrides()}
+    model = convert_to_folder(arguments.model, arguments.output_dir, **given)
     config = model.config
     return _same(
         {

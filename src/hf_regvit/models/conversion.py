@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .configuration_regvit import ConfigError, RegViTConfig
 from .conversion_check import check_outputs
+from .families import as_pair
 from .foreign_weights import (
     ForeignModel,
     find_checkpoint,
@@ -33,7 +34,7 @@ from .foreign_weights import (
 )
 from .manifest import whole_checkpoint
 from .modeling_regvit import RegViTForImageClassification, RegViTModel
-from .processing import default_image_processor
+from .processing import UnknownProcessorError, saved_processor
 from .saving import num_bytes
 from .source_families import NOT_IN_SHAPES, ConversionError
 from .weight_pieces import PROJECTION, Piece, find_pieces, put_together, take_apart, target_names
@@ -89,20 +90,24 @@ def convert(
 
 
 def convert_to_folder(
-    source: str | Path, output_dir: str | Path, *, verify: bool = True, **config_overrides: Any
+    source: str | Path,
+    output_dir: str | Path,
+    *,
+    verify: bool = True,
+    processor: str | Path | None = None,
+    **config_overrides: Any,
 ) -> RegViTModel | RegViTForImageClassification:
     """Convert a model and save it as a checkpoint with its code files and an image processor.
-
-    The image processor of the source is used if there is one. For a bare weights file, it is the one of DINOv2:
-    ImageNet statistics and a center crop of the native size.
 
     Args:
         source: Folder, weights file or Hub id; see `convert`.
         output_dir: Output folder, new or without a checkpoint.
         verify: Whether to compare the outputs; see `convert`.
+        processor: Folder or Hub id of the image processor. Default: that of the source.
         config_overrides: Fields of `RegViTConfig`; see `convert`.
 
     Raises:
+        UnknownProcessorError: No processor is given and none is known, as for most bare weights files.
         FileExistsError: `output_dir` already contains a checkpoint.
         NotADirectoryError: `output_dir` is a file.
     """
@@ -112,9 +117,13 @@ def convert_to_folder(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"'{output}' is a file, expected a folder. Choose another output_dir.")
     model = convert(source, verify=verify, **config_overrides)
+    if processor is not None:
+        cast(Any, model).image_processor = saved_processor(processor)
     if model.image_processor is None:
-        logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
-        cast(Any, model).image_processor = default_image_processor(model.config.image_shape)
+        raise UnknownProcessorError(
+            f"No image processor is known for '{source}', so the right size, mean and standard deviation are not "
+            "known. Pass processor=... (--processor), the folder or Hub id of a model with the same preprocessing."
+        )
     with whole_checkpoint(output, needed=num_bytes(model.state_dict().values())) as staged:
         model.save_pretrained(staged)
     return model
@@ -276,7 +285,8 @@ def _fields_of(
         )
     for name, value in shaped.items():
         is_fixed = name not in ("layerscale_value", "use_mask_token", "key_bias")
-        if is_fixed and name in fields and _as_pair(name, fields[name]) != _as_pair(name, value):
+        given = fields.get(name, value)
+        if is_fixed and (as_pair(given) != as_pair(value) if name == "patch_size" else given != value):
             raise ConversionError(
                 f"{name}={fields[name]} does not match the tensors of '{origin.name}', which imply {value}. Correct "
                 "or remove it."
@@ -307,7 +317,7 @@ def _placed_positions(
     rows, registers, has_cls = table.shape[1], fields["num_register_tokens"], fields["use_cls_token"]
     prefixes = dict.fromkeys((int(has_cls), 0, has_cls + registers))
     if "image_size" in fields:
-        height, width = _as_pair("image_size", fields["image_size"])
+        height, width = as_pair(fields["image_size"])
         fits = [prefix for prefix in prefixes if rows - prefix == (height // patch[0]) * (width // patch[1])]
     else:
         fits = [prefix for prefix in prefixes if rows > prefix and math.isqrt(rows - prefix) ** 2 == rows - prefix]
@@ -353,16 +363,6 @@ def _rotated(pieces: list[Piece], config: RegViTConfig, neighbors: bool, columns
             piece = replace(piece, order=whole if piece.count == 1 else order)
         placed.append(piece)
     return placed
-
-
-def _as_pair(name: str, value: Any) -> Any:
-    """Return a size as (height, width), also if it is one number; return other fields unchanged."""
-    if name not in ("patch_size", "image_size"):
-        return value
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ConversionError(f"{name}={value} must be one number or a (height, width) pair, e.g. 224.")
-    return pair
 
 
 def _pooling_of(classifier: Tensor, width: int, origin: ForeignModel) -> str:

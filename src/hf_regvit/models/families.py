@@ -114,7 +114,10 @@ class ModelDescription:
         return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) for a size given as one number or as a pair."""
+    if not isinstance(value, int) and len(value) != 2:
+        raise ValueError(f"The size {value} must be one number or a (height, width) pair, e.g. 224.")
     height, width = (value, value) if isinstance(value, int) else value
     return int(height), int(width)
 
@@ -141,13 +144,13 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
             num_layers=len(blocks),
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
-            patch_size=_pair(config.patch_size),
-            image_size=_pair(config.image_size),
+            patch_size=as_pair(config.patch_size),
+            image_size=as_pair(config.image_size),
             has_cls=bool(family.has_cls) and getattr(config, "use_cls_token", True),
             num_distillation_tokens=family.num_distillation_tokens,
             num_register_tokens=getattr(config, "num_register_tokens", 0),
         )
-    image_size = _pair(tower.patch_embed.img_size)
+    image_size = as_pair(tower.patch_embed.img_size)
     registers = 0 if tower.reg_token is None else tower.reg_token.shape[1]
     has_cls = tower.cls_token is not None
     return ModelDescription(
@@ -157,7 +160,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
         hidden_size=tower.embed_dim,
         num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
         # Do not use `patch_embed.patch_size`: after a CNN stem, its unit is cells of the feature map, not pixels.
-        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
+        patch_size=as_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
         image_size=image_size,
         has_cls=has_cls,
         num_distillation_tokens=tower.num_prefix_tokens - registers - int(has_cls),

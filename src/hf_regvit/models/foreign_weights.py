@@ -88,6 +88,8 @@ class ForeignModel:
 
     def image_processor(self, config: RegViTConfig) -> Any:
         """Return the image processor of the source for the converted model, or None if none is known."""
+        if self.processor is None and self.is_official:
+            return default_image_processor(config.image_shape)
         return _timm_processor(config, self.processor) if isinstance(self.processor, dict) else self.processor
 
 
@@ -252,7 +254,7 @@ def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
         fields |= {"layer_norm_eps": 1e-5, "interpolate_antialias": True, "interpolate_offset": 0.0}
     if "pre_layrnorm.weight" in names:
         fields |= {"final_norm": "cls", "layer_norm_eps": 1e-5}
-    is_official = bool({"register_tokens", "storage_tokens", "mask_token"} & names.keys()) and "pos_drop" not in names
+    is_official = bool({"register_tokens", "storage_tokens", "mask_token"} & names.keys())
     return ForeignModel(name, tensors, names, fields, is_official=is_official)
 
 
