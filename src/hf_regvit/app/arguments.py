@@ -48,9 +48,9 @@ class ConvertArguments:
     pooling: str | None = option(None, "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch.")
     pooler_act: str | None = option(None, "Activation of the pooler (tanh in ViT), for raw state dicts that have one.")
 
-    def overrides(self) -> dict[str, Any]:
-        """Return the config fields that were given."""
-        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir", "verify", "processor")]
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, as arguments of `convert_to_folder`."""
+        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir")]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given.get("image_size", [])) == 1:
             given["image_size"] = given["image_size"][0]

@@ -93,8 +93,7 @@ def _data_check(arguments: Any) -> Outcome:
 def _convert(arguments: Any) -> Outcome:
     from ..models.conversion import convert_to_folder
 
-    given = {"verify": arguments.verify, "processor": arguments.processor, **arguments.overrides()}
-    model = convert_to_folder(arguments.model, arguments.output_dir, **given)
+    model = convert_to_folder(arguments.model, arguments.output_dir, **arguments.given())
     config = model.config
     return _same(
         {

@@ -122,7 +122,7 @@ def convert_to_folder(
     if model.image_processor is None:
         raise UnknownProcessorError(
             f"No image processor is known for '{source}', so the right size, mean and standard deviation are not "
-            "known. Pass processor=... (--processor), the folder or Hub id of a model with the same preprocessing."
+            "known. Give the folder or Hub id of a model with the same preprocessing with --processor."
         )
     with whole_checkpoint(output, needed=num_bytes(model.state_dict().values())) as staged:
         model.save_pretrained(staged)

@@ -311,8 +311,7 @@ _BESIDE = re.compile(r"(?:linear_head|classifier|visual_projection)\.")  # store
 def find_tower_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Return the names of the tensors of the vision tower without its prefix, and their full names."""
     plain = {_WRAPPERS.sub("", name): name for name in tensors}
-    found = [(name, match) for name in plain if (match := _ANCHOR.search(name))]
-    prefixes = [name[: match.start()] for name, match in found]
+    prefixes = [name[: match.start()] for name in plain if (match := _ANCHOR.search(name))]
     # A teacher is better than a student, and the average of the weights better than the weights.
     prefixes.sort(key=lambda prefix: ("teacher" not in prefix, "ema" not in prefix, "momentum" in prefix, len(prefix)))
     prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
@@ -336,8 +335,6 @@ def read_folder(folder: Path) -> ForeignModel:
             f"'{folder / 'config.json'}' names neither a model_type (transformers) nor an architecture (timm). Pass "
             "the folder that save_pretrained wrote, or the weights file itself together with config overrides."
         )
-    if kind == "regvit":
-        raise ConversionError(f"'{folder}' is already a RegViT. Load it with AutoModel.from_pretrained.")
     refuse_quantized(folder, config)
     if kind and kind not in _LOADED and not isinstance(config.get("vision_config"), dict):
         raise refusal(kind)
@@ -524,7 +521,7 @@ def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignMode
     except ValueError as error:
         raise refusal(getattr(config, "model_type", name)) from error
     if kind == "regvit":
-        raise ConversionError(f"'{name}' is already a RegViT.")
+        raise ConversionError("The model is already a RegViT. Load it with AutoModel.from_pretrained.")
     is_timm = kind in TIMM_CLASSES.values()
     if kind not in SOURCES and not is_timm:
         raise refusal(kind)

@@ -224,8 +224,7 @@ def timm_fields(model: Any) -> dict[str, Any]:
     if _has(model.attn_pool):
         fields["pooler_num_heads"] = model.attn_pool.num_heads
     if _is(rope, "RotaryEmbeddingDinoV3"):
-        augmentation = {"shift": rope.shift_coords, "jitter": rope.jitter_coords, "rescale": rope.rescale_coords}
-        fields |= {f"pos_embed_{name}": value for name, value in augmentation.items() if value is not None}
+        fields |= {f"pos_embed_{name}": getattr(rope, f"{name}_coords") for name in ("shift", "jitter", "rescale")}
         fields["rope_theta"] = float(rope.temperature)
     elif rope is not None:
         reference = None if rope.ref_feat_shape is None else list(rope.ref_feat_shape)

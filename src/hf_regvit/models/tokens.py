@@ -174,12 +174,9 @@ class TokenReader:
     @cached_property
     def reads_attention(self) -> bool:
         """True if the attention weights of every block can be read."""
-        blocks = self.tower.get_submodule(self.family.blocks).children()
-        paths = [(unwrapped(block), self.family.attention) for block in blocks]
-        return all(
-            has_part(block, path) and is_softmax_attention(unwrapped(block.get_submodule(path)))
-            for block, path in paths
-        )
+        blocks = map(unwrapped, self.tower.get_submodule(self.family.blocks).children())
+        parts = [getattr(block, self.family.attention, None) for block in blocks]  # the path is one name
+        return all(is_softmax_attention(unwrapped(part)) for part in parts)
 
     @cached_property
     def processor(self) -> Any:
@@ -244,10 +241,7 @@ class TokenReader:
         pixel_values = _checked_pixels(tower, description, pixel_values)
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
-        with ExitStack() as stack:
-            for context in (torch.no_grad(), _evaluating(tower), all_patches_in_order(tower, name), _not_compiled()):
-                stack.enter_context(context)
-            stack.enter_context(collector.attached(tower))
+        with _evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
             tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
 
@@ -480,12 +474,13 @@ def forward_options(
 
 @contextmanager
 def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and restore the mode of each module afterwards; a model may be only partly in training."""
+    """Compute without gradients, in eval mode and without compiled graphs, and restore the mode of each module."""
     training = [module for module in tower.modules() if module.training]
     if training:
         tower.eval()
     try:
-        yield
+        with torch.no_grad(), _not_compiled():
+            yield
     finally:
         for module in training:
             module.training = True
