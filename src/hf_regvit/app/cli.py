@@ -93,7 +93,7 @@ def _data_check(arguments: Any) -> Outcome:
 def _convert(arguments: Any) -> Outcome:
     from ..models.conversion import convert_to_folder
 
-    model = convert_to_folder(arguments.model, arguments.output_dir, verify=arguments.verify, **arguments.overrides())
+    model = convert_to_folder(arguments.model, arguments.output_dir, **arguments.given())
     config = model.config
     return _same(
         {
