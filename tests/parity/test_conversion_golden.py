@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, sizes_of, subtree
 from hf_regvit import RegViTBackbone, RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert
-from hf_regvit.models.foreign_weights import ConversionError
+from hf_regvit.models.source_families import ConversionError
 
 pytestmark = requires_shared
 
 # Families outside the plain ViT with CLS: they have to be refused, see below.
 TRANSFORMERS = {
     "dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov2_with_registers_swiglu", "dinov2_with_registers_cls",
-    "dinov2_with_registers_backbone", "dinov2_with_registers_backbone_raw", "vit",
+    "dinov2_with_registers_backbone", "dinov2_with_registers_backbone_raw", "vit", "dinov3_vit", "dinov3_vit_gated",
+    "clip_vision", "siglip_vision",
 }  # fmt: skip
-REFUSED = {"deit": "distillation_token", "dinov3_vit": "dinov3_vit", "dinov3_vit_gated": "dinov3_vit",
-           "clip_vision": "clip_vision", "siglip_vision": "siglip_vision"}  # fmt: skip
+REFUSED = {"deit": "distillation_token"}
 
 
 def dinov2_overrides(model: dict) -> dict:

@@ -5,7 +5,7 @@ import torch
 
 from helpers import assert_golden, load_golden, requires_shared, shared_dir, subtree
 from hf_regvit.models.families import describe_model, final_norm
-from hf_regvit.models.tokens import read_many, read_tokens
+from hf_regvit.models.tokens import TokenReader, read_tokens
 
 pytestmark = requires_shared
 
@@ -43,7 +43,7 @@ def test_transformers(name):
         tag = call["tag"]
         if call.get("mask"):
             continue
-        read = read_many(model, tensors[f"in.{tag}.pixel_values"], {"residual": "all", "attention": "all"})
+        read = TokenReader(model).read_many(tensors[f"in.{tag}.pixel_values"], {"residual": "all", "attention": "all"})
         residual, attention = read["residual"], read["attention"]
         assert residual.grid == tuple(call["grid"])
         expected = subtree(tensors, f"out.{tag}.")

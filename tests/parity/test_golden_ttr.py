@@ -7,7 +7,7 @@ from torch import nn
 from helpers import assert_golden, load_golden, requires_shared, subtree
 from hf_regvit import RegViTConfig, RegViTModel, convert
 from hf_regvit.diagnosis.register_neurons import RegisterNeurons, add_test_time_registers, score_neurons
-from hf_regvit.models.tokens import TokenReader, read_many
+from hf_regvit.models.tokens import TokenReader
 
 pytestmark = requires_shared
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the golden files' own
@@ -104,7 +104,7 @@ def test_the_search_gives_the_published_scores_and_order(tower):
     tensors, config = load_golden(f"ttr/{tower}_search.safetensors")
     model = TOWERS[tower](tensors, config)
     images = OneByOne(tensors["in.images"])
-    read = read_many(model, tensors["in.images"], {"residual": "all", "mlp": "all"})
+    read = TokenReader(model).read_many(tensors["in.images"], {"residual": "all", "mlp": "all"})
     norms = torch.stack([values.norm(dim=-1) for values in read["residual"].values[1:]], dim=1)  # (n, L, T)
     assert_golden(norms, tensors["out.layer_norms"], **TOLERANCE)
     activations = torch.stack([values[0] for values in read["mlp"].values])  # (L, T, H) of the first image

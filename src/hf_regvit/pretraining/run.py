@@ -29,7 +29,8 @@ from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
-from ..models.loading import BACKBONE, TRAINING
+from ..models.foreign_weights import BACKBONE
+from ..models.loading import TRAINING
 from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor
@@ -171,6 +172,7 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
         args.init_from,
         image_size=args.global_crop_size,
         **args.subset("num_register_tokens", "register_init_std", "drop_path_rate", "drop_path_mode", "seed"),
+        **args.subset("position", "pos_embed_rescale"),
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
