@@ -52,10 +52,8 @@ class SourceFamily:
 _PLAIN = {"interpolate_antialias": False, "interpolate_offset": 0.0}
 _VIT = SourceFamily({**_PLAIN, "pooling": "cls"}, has_pooler=True)
 _DINOV2 = SourceFamily({**_PLAIN, "pooling": "cls_mean_patch"}, ("reshape_hidden_states", "apply_layernorm"))
-_WITH_REGISTERS = replace(
-    _DINOV2,
-    fields={**_DINOV2.fields, "interpolate_antialias": True},
-    copied=(*_DINOV2.copied, "num_register_tokens"),
+_WITH_REGISTERS = SourceFamily(
+    {**_DINOV2.fields, "interpolate_antialias": True}, (*_DINOV2.copied, "num_register_tokens")
 )
 _CLIP = SourceFamily({**_PLAIN, "final_norm": "cls", "pooling": "mean_patch"})
 
