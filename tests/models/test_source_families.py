@@ -50,7 +50,6 @@ TRANSFORMERS = {
     "siglip": ("SiglipVisionModel", {}),
     "siglip_without_a_head": ("SiglipVisionModel", {"vision_use_head": False}),
     "tipsv2": ("Tipsv2VisionModel", {"num_register_tokens": 1}),
-    "pixio": ("PixioModel", {}),
 }
 # Two towers.
 TOWERS = ("CLIP", "MetaClip2", "Siglip")

@@ -242,7 +242,6 @@ FAMILIES: dict[str, Family] = {
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, has_cls=False),
     "tipsv2_vision_model": _DINOV2,
-    "pixio": replace(_VIT, resize_switch=False, num_distillation_tokens=7),
     "aimv2_vision_model": Family(
         "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
     ),

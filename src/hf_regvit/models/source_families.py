@@ -39,14 +39,12 @@ class SourceFamily:
             addition to those that all families have.
         refused: Reasons why a configuration cannot be expressed, with the tests for them.
         has_pooler: True if `pooler.dense` is the pooler of ViT, which reads CLS.
-        compares_pooled: True if the pooled output of the source is that of RegViT.
     """
 
     fields: Mapping[str, Any]
     copied: tuple[str, ...] = ()
     refused: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
     has_pooler: bool = False
-    compares_pooled: bool = True
 
 
 _PLAIN = {"interpolate_antialias": False, "interpolate_offset": 0.0}
@@ -79,7 +77,6 @@ SOURCES: dict[str, SourceFamily] = {
     "tipsv2_vision_model": replace(
         _WITH_REGISTERS, fields={**_WITH_REGISTERS.fields, "interpolate_mode": "bilinear", "pooling": "cls"}
     ),
-    "pixio": SourceFamily({**_PLAIN, "pooling": "mean_patch"}, compares_pooled=False),
 }  # fmt: skip
 
 # Fields that every family of transformers has, under the same name and with the same meaning.
@@ -92,6 +89,7 @@ COMMON_FIELDS = (
 _WINDOWS = "it has windows or stages of several resolutions"
 _UNSUITABLE = {
     "aimv2_vision_model": "it normalizes with RMSNorm",
+    "pixio": "it pools eight class tokens",
     "radio": "it normalizes pixels itself",
     "siglip2_vision_model": "it takes packed patches (NaFlex); SigLIP 2 of a fixed resolution can be converted",
     **dict.fromkeys(("beit", "data2vec-vision"), "its attention adds a bias for relative positions"),

@@ -174,9 +174,6 @@ def find_pieces(tensors: Mapping[str, Tensor], width: int, *, masked_key_bias: b
             kind = target.rpartition(".")[2]
             pieces.append(replace(piece, target=f"pooler.q_proj.{kind}", stop=width))
             pieces.append(replace(piece, target=f"pooler.kv_proj.{kind}", start=width))
-        elif target == "embeddings.cls_token" and tensors[name].numel() > width:  # further tokens act as registers
-            pieces.append(replace(piece, count=0, stop=1))
-            pieces.append(replace(piece, target="embeddings.register_tokens", count=0, start=1))
         else:
             pieces.append(replace(piece, is_transposed=name == "proj"))
     return pieces
