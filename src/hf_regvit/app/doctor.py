@@ -101,9 +101,7 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
             found = look()
         except (ImportError, OSError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
             # A broken library can fail in any of these ways. Report it and go on with the other checks.
-            found = Finding(
-                _BAD, f"{type(error).__name__}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-            )
+            found = Finding(_BAD, f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}")
         findings.append(replace(found, name=name))
     return Diagnosis(tuple(findings))
 

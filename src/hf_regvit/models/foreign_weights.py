@@ -46,12 +46,9 @@ _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pk
 BACKBONE = "backbone"  # folder in the folder of a pretraining run
 # Models with two towers, of which only the vision tower is loaded.
 _TOWER_CLASSES = {
-    "clip": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "metaclip_2": "MetaClip2VisionModel",
-    "tipsv2": "Tipsv2VisionModel",
-    "aimv2": "Aimv2VisionModel",
-}
+    "clip": "CLIPVisionModel", "siglip": "SiglipVisionModel", "metaclip_2": "MetaClip2VisionModel",
+    "tipsv2": "Tipsv2VisionModel", "aimv2": "Aimv2VisionModel",
+}  # fmt: skip
 _LOADED = {*FAMILIES, *SOURCES, *_TOWER_CLASSES, "timm_wrapper"}
 
 

@@ -136,8 +136,7 @@ def transformers_fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         fields["pooler_act"] = full["pooler_act"]
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
         if full.get(name):
-            text = f"{name}={full[name]} has no counterpart in RegViT. Outputs are equal, but further training does"
-            logger.warning("%s not use it.", text)
+            logger.warning("%s=%s has no counterpart in RegViT; only further training differs.", name, full[name])
     return fields
 
 

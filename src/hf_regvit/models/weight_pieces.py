@@ -28,10 +28,7 @@ _NAMES = [
     (r"^(cls_token|mask_token)$", r"embeddings.\1"),
     (r"^(?:reg_token|register_tokens|storage_tokens)$", "embeddings.register_tokens"),
     (r"^(?:embeddings\.position_embedding\.weight|positional_embedding|pos_embed)$", "embeddings.position_embeddings"),
-    (
-        r"^(?:embeddings\.patch_embeddings?|conv1|patch_embed\.proj)\.(weight|bias)$",
-        r"embeddings.patch_embeddings.projection.\1",
-    ),
+    (r"^(?:embeddings\.patch_embeddings?|conv1|patch_embed\.proj)\.(weight|bias)$", rf"{PROJECTION[:-7]}.\1"),
     (r"^(?:pre_layrnorm|ln_pre|norm_pre)\.", "embeddings.layernorm."),
     (r"^(?:post_layernorm|ln_post|norm|fc_norm)\.", "layernorm."),
     (r"^(?:visual_projection\.weight|proj)$", "projection.weight"),
