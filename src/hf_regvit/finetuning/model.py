@@ -81,15 +81,13 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     fields = {"use_mask_token": False, "pooler_act": None, "discard_registers": False, "drop_path_mode": "sample"}
     if not (config.use_cls_token or config.attention_pooler):
         fields["pooling"] = "mean_patch"  # the only one without CLS, unless another is asked for, which is refused
-    fields |= {"drop_path_rate": args.drop_path_rate} | task.config_fields()
+    fields |= {"projection_dim": None, "drop_path_rate": args.drop_path_rate} | task.config_fields()
     whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
     set_seed(args.seed)
     network = task.model_class(whole)
     processor = task.image_processor(processor, whole)
-    poolers, own = ("pooler.", "projection."), network.regvit.state_dict()
-    state = {name: value for name, value in backbone.state_dict().items() if not name.endswith("mask_token")}
-    state = {name: value for name, value in state.items() if name in own or not name.startswith(poolers)}
-    network.regvit.load_state_dict(state)
+    own = network.regvit.state_dict()
+    network.regvit.load_state_dict({name: value for name, value in backbone.state_dict().items() if name in own})
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
         network.load_state_dict(head["state"], strict=False)
         changes.append("Its head matches the task and is kept.")

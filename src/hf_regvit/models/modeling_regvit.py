@@ -977,12 +977,10 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
 
 def without_pooler(config: RegViTConfig, *, keep_attention: bool = False) -> RegViTConfig:
     """Return the configuration of a head that does not read `image_embeds`, nor, by default, an attention pooler."""
-    dropped = {"projection_dim": None}
-    if not keep_attention:
-        dropped |= {"attention_pooler": False, "pooler_num_heads": None, "pooler_intermediate_size": None}
-    if config.projection_dim is not None or config.attention_pooler:
-        config = copy.deepcopy(config)
-        vars(config).update(dropped)
+    config = copy.deepcopy(config) if config.projection_dim or config.attention_pooler else config
+    config.projection_dim = None
+    if config.attention_pooler and not keep_attention:
+        vars(config).update(attention_pooler=False, pooler_num_heads=None, pooler_intermediate_size=None)
     return config
 
 
