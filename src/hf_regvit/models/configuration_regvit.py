@@ -480,8 +480,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         of_rotation = self._changed("rope_periods", "rope_coordinates", *index_only, *augmentation)
         of_table = self._changed("no_embed_class", "interpolate_mode", "interpolate_offset")
         if not has_table and not rotates:
-            reason = "the patches would have no positions"
-            raise self._contradiction("use_position_embeddings", "rope_theta", reason, "rope_theta=100")
+            raise self._contradiction("use_position_embeddings", "rope_theta", "no positions", "rope_theta=100")
         if of_table and not has_table:
             remedy = f"{of_table}={type(self).__dataclass_fields__[of_table].default!r}"
             raise self._contradiction(of_table, "use_position_embeddings", "there is no position table", remedy)
