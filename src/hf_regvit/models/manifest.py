@@ -1,12 +1,11 @@
 """Manifest of a checkpoint: the checksum of each file, written last and verified first."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from .modeling_regvit import CheckpointCorruptError
-from .saving import read_json, write_json
+from .saving import flush, read_json, write_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -28,15 +27,6 @@ def _digest(path: Path) -> str:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
-
-
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_manifest(folder: Path) -> None:

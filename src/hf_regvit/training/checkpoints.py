@@ -32,12 +32,11 @@ from ..models.manifest import (
     STATE,
     WEIGHTS,
     CheckpointIncompleteError,
-    flush,
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
 from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
-from ..models.saving import apply_umask, read_json, write_json
+from ..models.saving import NoSpaceError, apply_umask, check_space, flush, num_bytes, read_json, write_json
 from .distributed import from_first, num_processes
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
