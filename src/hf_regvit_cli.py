@@ -170,7 +170,7 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        text, values = _read_yaml(path)
+        text, values = read_yaml(path)
         read = {}
         for key, value in values.items():
             line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
@@ -199,18 +199,31 @@ _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
-def _read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its keys and values."""
+_MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
+
+
+def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a recipe and its keys and values.
+
+    Raises:
+        RecipeError: The recipe is missing, too large, or not flat YAML.
+    """
     import yaml
 
     if not path.is_file():
         raise RecipeError(f"The recipe '{path}' does not exist. Check the path after --config.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise RecipeError(f"'{path}' has more than {_MOST_BYTES} bytes. Expected one 'option: value' per line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
+            raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
         values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
-    except yaml.YAMLError as error:
+    except RecipeError:
+        raise
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")

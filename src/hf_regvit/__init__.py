@@ -35,13 +35,17 @@ if TYPE_CHECKING:
     from .finetuning.arguments import FinetuningArguments
     from .finetuning.run import finetune
     from .hub.publish import publish
-    from .models.configuration_regvit import ConfigError, RegViTConfig, __version__
+    from .models.configuration_regvit import (
+        CheckpointCorruptError,
+        CheckpointError,
+        ConfigError,
+        RegViTConfig,
+        __version__,
+    )
     from .models.conversion import convert
     from .models.foreign_weights import ConversionError
     from .models.loading import embed, open_model, patch_maps
     from .models.modeling_regvit import (
-        CheckpointCorruptError,
-        CheckpointError,
         ImageTooSmallError,
         RegViTBackbone,
         RegViTForDepthEstimation,
@@ -85,8 +89,8 @@ _ON_FIRST_USE = {
     "embed": "models.loading",
     "open_model": "models.loading",
     "patch_maps": "models.loading",
-    "CheckpointCorruptError": "models.modeling_regvit",
-    "CheckpointError": "models.modeling_regvit",
+    "CheckpointCorruptError": "models.configuration_regvit",
+    "CheckpointError": "models.configuration_regvit",
     "ImageTooSmallError": "models.modeling_regvit",
     "RegViTBackbone": "models.modeling_regvit",
     "RegViTForDepthEstimation": "models.modeling_regvit",

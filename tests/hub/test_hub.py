@@ -24,8 +24,8 @@ from hf_regvit.hub.upload import (
     send_folder,
     with_retries,
 )
+from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.loading import checkpoint_folder, open_model
-from hf_regvit.models.modeling_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 
 QUICK = RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)

@@ -17,8 +17,9 @@ from transformers import TrainerCallback
 
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.classification import ImageClassification
+from hf_regvit.models.configuration_regvit import CheckpointCorruptError
 from hf_regvit.models.manifest import verify_checkpoint
-from hf_regvit.models.modeling_regvit import CheckpointCorruptError, RegViTForImageClassification
+from hf_regvit.models.modeling_regvit import RegViTForImageClassification
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler

@@ -27,7 +27,7 @@ from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.card import card_snippets
 from hf_regvit.hub.upload import RetryPolicy, send_folder
 from hf_regvit.hub.verify import verify
-from hf_regvit.models.modeling_regvit import CheckpointError
+from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
 
 pytestmark = pytest.mark.slow

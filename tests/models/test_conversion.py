@@ -393,7 +393,7 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
     index = tmp_path / "model.safetensors.index.json"
     for text in ("{", "{}", '{"weight_map": 3}'):
         index.write_text(text)
-        with pytest.raises(ConversionError, match=r"index\.json' is not an index of weight shards"):
+        with pytest.raises(CheckpointCorruptError, match=r"index\.json' is not an index of weights"):
             convert(tmp_path)
     index.write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(FileNotFoundError, match=r"names model-00001-of-00002\.safetensors, but the folder lacks them"):

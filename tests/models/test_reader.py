@@ -26,11 +26,11 @@ from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.extraction import extract_features
 from hf_regvit.finetuning.model import open_for_task
 from hf_regvit.hub.bundle import bundle
+from hf_regvit.models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.conversion import convert
 from hf_regvit.models.families import final_norm
 from hf_regvit.models.foreign_weights import first_line
 from hf_regvit.models.loading import open_backbone, open_model, open_regvit, weights_fingerprint
-from hf_regvit.models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
 from hf_regvit.models.tokens import TokenReader, read_many, read_tokens
 

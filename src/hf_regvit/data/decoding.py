@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import struct
+import threading
 import warnings
 import zlib
 from collections.abc import Iterator, Mapping
@@ -179,9 +181,11 @@ def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLi
 
 @contextmanager
 def _bad_image(data: bytes, name: str) -> Iterator[None]:
-    """Turn every error of Pillow's decoders into a `BadImageError`."""
+    """Limit the time of decoding, and turn every error of Pillow's decoders into a `BadImageError`."""
+    _check_cost(data, name)
     try:
-        yield
+        with _time_limit(name):
+            yield
     except Image.UnidentifiedImageError as error:
         raise BadImageError(name, *_describe_unknown(data)) from error
     except BadImageError:  # is a ValueError, which `_DECODER_ERRORS` includes
@@ -251,8 +255,10 @@ def _check_png(data: bytes, name: str) -> None:
 
     Source: W3C PNG specification, section 5.3: length, type, data, CRC-32 of type and data.
     """
-    start = 8
+    start, left = 8, 1000 + len(data) // 1024  # encoders write chunks of 8 KiB or more
     while start + 12 <= len(data):
+        if not (left := left - 1):
+            raise BadImageError(name, "it consists of too many small chunks", "too large")
         length = int.from_bytes(data[start : start + 4], "big")
         end = start + 8 + length
         if end + 4 > len(data):
@@ -263,6 +269,57 @@ def _check_png(data: bytes, name: str) -> None:
             return
         start = end + 4
     raise BadImageError(name, "the PNG file is truncated", "truncated")
+
+
+_MOST_SCANS = 100  # encoders write about 10; each one costs as much as decoding the whole image
+_MOST_COMMENT = 2**18  # bytes; Pillow copies the whole comment for each of its blocks
+_MOST_SECONDS = 60
+
+
+def _check_cost(data: bytes, name: str) -> None:
+    """Refuse small files that would take minutes: a JPEG of many scans, a GIF with a long comment."""
+    if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
+        raise BadImageError(name, f"it is a JPEG of {scans} scans, more than {_MOST_SCANS}", "too large")
+    if data.startswith(b"GIF8") and _comment_bytes(data) > _MOST_COMMENT:
+        raise BadImageError(name, f"it is a GIF with a comment of more than {_MOST_COMMENT} bytes", "too large")
+
+
+def _comment_bytes(data: bytes) -> int:
+    """Return the number of bytes in the comments of a GIF.
+
+    Source: GIF89a specification: a block starts with 0x2C (image) or 0x21 (extension, 0xFE for a comment), and
+    continues in sub-blocks of at most 255 bytes, up to an empty one.
+    """
+    total, at = 0, 13 + (3 * 2 ** ((data[10] & 7) + 1) if len(data) > 10 and data[10] & 0x80 else 0)
+    while at + 10 < len(data) and data[at] in (0x21, 0x2C):
+        is_comment = data[at : at + 2] == b"\x21\xfe"
+        table = 3 * 2 ** ((data[at + 9] & 7) + 1) if data[at + 9] & 0x80 else 0
+        at += 2 if data[at] == 0x21 else 11 + table
+        while at < len(data) and data[at]:
+            total += data[at] * is_comment
+            at += data[at] + 1
+        at += 1
+    return total
+
+
+@contextmanager
+def _time_limit(name: str) -> Iterator[None]:
+    """Stop decoding after `_MOST_SECONDS`, where a timer can: in the main thread of a process, and not on Windows."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise BadImageError(name, f"decoding it takes more than {_MOST_SECONDS} s", "too large")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 _SALVAGED_ROWS = 0.95

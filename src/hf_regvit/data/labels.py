@@ -5,6 +5,7 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 
 LABEL_SUFFIXES = (".cls", ".json")
+MOST_LABEL = 2**20  # bytes that are read of a file with a label
 _KEYS = ("label", "cls", "class", "class_name", "target")  # of labels in a JSON file
 
 

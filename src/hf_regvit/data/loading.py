@@ -18,7 +18,7 @@ from .files import (
     parts_below,
     split_folders,
 )
-from .labels import LABEL_SUFFIXES, add_label, classes_by_folder, label_of, note_on_names, number_classes
+from .labels import LABEL_SUFFIXES, MOST_LABEL, add_label, classes_by_folder, label_of, note_on_names, number_classes
 from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_images
 from .tables import ImageStream, hub_table, parquet_table, table_images, table_stream
 from .tar import stream_tar, tar_source
@@ -140,7 +140,8 @@ def _image_folder(found: Found, reading: Reading) -> ImageSource:
     elif sides := [file for file in found.others if file.suffix in LABEL_SUFFIXES]:
         beside: dict[str, int | str] = {}
         for side in sides:
-            add_label(beside, str(side), side.read_bytes(), reading.label_column)
+            with side.open("rb") as file:
+                add_label(beside, str(side), file.read(MOST_LABEL), reading.label_column)
         class_of = {file: label_of(str(file), beside) for file in found.every}
     # Class ids must be the same in both splits, so the training split defines the classes if there is one.
     known = {class_of[file] for file in found.train}

@@ -16,7 +16,7 @@ from ..models.processing import EvaluationTransform, open_images
 from ..models.tokens import TokenReader
 from .decoding import BadImageError, open_image
 from .loading import load_images
-from .source import ImageSource
+from .source import ImageSource, Reading
 from .tables import ImageStream, table_images, table_stream
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def _items_of(images: Any) -> _ImageItems:
         images = load_images(images, split=None)
     library = "" if isinstance(images, dict) else type(images).__module__.split(".")[0]
     if library == "datasets" and hasattr(images, "num_rows"):
-        images = table_images(images, "the dataset")
+        images = table_images(images, "the dataset", Reading(follow_paths=True))
     if isinstance(images, ImageSource):
         return _ImageItems(images.name, partial(_source_items, images), len(images))
     if isinstance(images, ImageStream):
@@ -89,7 +89,7 @@ def _stream_items(stream: ImageStream) -> Iterator[Item]:
 
 def _row_items(table: Any) -> Iterator[Item]:
     if table.features is not None:
-        stream = table_stream(table, "the stream")
+        stream = table_stream(table, "the stream", Reading(follow_paths=True))
         yield from ((f"row/{i}", read) for i, (_, read) in enumerate(_stream_items(stream)))
         return
     for i, row in enumerate(table):  # rows of a generator, whose types are not known

@@ -24,11 +24,15 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class Reading:
-    """Columns and limits with which a source is read; a column that is None is chosen by its type and name."""
+    """Columns and limits with which a source is read; a column that is None is chosen by its type and name.
+
+    `follow_paths` allows a table to name image files on this machine: only for tables that the user has built.
+    """
 
     image_column: str | None = None
     label_column: str | None = None
     limits: ImageLimits = field(default_factory=ImageLimits)
+    follow_paths: bool = False
 
 
 class MissingSplitError(ValueError):

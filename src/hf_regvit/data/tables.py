@@ -176,24 +176,33 @@ def table_images(table: "datasets.Dataset", name: str, reading: Reading | None =
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
-    encoded = partial(_read_row, table.select_columns([column]), column, name)
+    encoded = partial(_read_row, table.select_columns([column]), column, name, reading.follow_paths)
     source = stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
     others = table.remove_columns([column])
     return replace(source, table=others if others.column_names else None)
 
 
-def _read_row(table: "datasets.Dataset", column: str, name: str, index: int) -> bytes:
-    return cell_bytes(table[index][column], f"{name}, row {index}")
+def _read_row(table: "datasets.Dataset", column: str, name: str, follow_paths: bool, index: int) -> bytes:
+    return cell_bytes(table[index][column], f"{name}, row {index}", follow_paths=follow_paths)
 
 
-def cell_bytes(cell: Any, name: str) -> bytes:
+def cell_bytes(cell: Any, name: str, *, follow_paths: bool = False) -> bytes:
     """Return the encoded image in a cell: bytes, a path, or both as {bytes, path}.
 
+    A path in a file from elsewhere could name any file of this machine. Without `follow_paths`, only files in the
+    cache of `datasets` are read, which is where the library stores the images of Hub data sets.
+
     Raises:
-        BadImageError: The cell is empty, or its file cannot be read.
+        BadImageError: The cell is empty, or its file cannot be read or must not be.
     """
+    from datasets import config
+
     if isinstance(cell, dict):
         cell = cell["bytes"] if cell["bytes"] is not None else cell.get("path")
+    if isinstance(cell, str) and not follow_paths:
+        caches = (config.HF_CACHE_HOME, config.HF_DATASETS_CACHE, config.DOWNLOADED_DATASETS_PATH)
+        if not any(Path(cell).resolve().is_relative_to(Path(cache).resolve()) for cache in caches):
+            raise BadImageError(name, f"it holds only the path '{cell}', not the bytes of the image", "blocked")
     if cell is None:
         raise BadImageError(name, "the cell is empty", "empty")
     return cell if isinstance(cell, bytes) else read_bytes(cell, name)
@@ -232,11 +241,13 @@ def table_stream(table: "datasets.IterableDataset", name: str, reading: Reading 
     names = tuple(map(plain, feature.names)) if isinstance(feature, ClassLabel) else None
     if isinstance(features[column], ImageFeature):
         table = table.cast_column(column, ImageFeature(decode=False))
-    return ImageStream(name, table.num_shards, partial(_stream_shard, table, name, column, label_column), names)
+    columns = column, label_column
+    open_shard = partial(_stream_shard, table, name, *columns, reading is not None and reading.follow_paths)
+    return ImageStream(name, table.num_shards, open_shard, names)
 
 
 def _stream_shard(
-    table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, shard: int
+    table: "datasets.IterableDataset", name: str, column: str, label_column: str | None, follow_paths: bool, shard: int
 ) -> Iterator[StreamRecord]:
     rows = table.shard(num_shards=table.num_shards, index=shard) if table.num_shards > 1 else table
     for number, row in enumerate(rows):
@@ -252,7 +263,7 @@ def _stream_shard(
         label = row[label_column] if label_column else None
         label = int(label) if isinstance(label, int) and label >= 0 else None
         try:
-            data = cell_bytes(row[column], id)
+            data = cell_bytes(row[column], id, follow_paths=follow_paths)
         except BadImageError:
             data = None
         yield StreamRecord(id, data, label)

@@ -14,6 +14,7 @@ from .decoding import BadImageError, lfs_pointer
 from .files import Found, image_suffixes, is_compressed_tar, is_hidden
 from .labels import (
     LABEL_SUFFIXES,
+    MOST_LABEL,
     add_label,
     classes_by_folder,
     label_of,
@@ -100,7 +101,7 @@ def _stream_samples(files: Sequence[Path], reading: Reading, shard: int) -> Iter
                 if content is not None and _is_image(member.name, reading.image_column):
                     images.append((member.name, content.read()))
                 elif content is not None and member.name.endswith(LABEL_SUFFIXES):
-                    add_label(labels, member.name, content.read(), reading.label_column)
+                    add_label(labels, member.name, content.read(MOST_LABEL), reading.label_column)
                 if len(images) > _SAMPLE:
                     yield from _records(files[shard].name, images, labels)
                     images.clear()
@@ -143,7 +144,7 @@ def _index_tar(
                 elif _is_image(name, None):
                     images.append((name, member.offset_data, member.size))
                 elif name.endswith(LABEL_SUFFIXES) and (content := archive.extractfile(member)):
-                    add_label(labels, name, content.read(), reading.label_column)
+                    add_label(labels, name, content.read(MOST_LABEL), reading.label_column)
             end = archive.offset
     except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         reason = lfs_pointer(file) or f"the archive is damaged after {len(images)} images: {error}"

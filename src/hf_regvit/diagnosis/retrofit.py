@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit
+from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
 from ..models.results import Result, Stopwatch, markdown_table
-from ..models.saving import whole_folder
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
 from .readings import read_norms
@@ -189,7 +189,7 @@ class RetrofitResult:
             FileExistsError: The folder already contains a checkpoint.
         """
         _check_new(folder)
-        with whole_folder(folder) as staged:
+        with whole_checkpoint(folder) as staged:
             self.model.save_pretrained(staged)
             if (processor := known_processor(self.model)) is not None:
                 processor.save_pretrained(staged)

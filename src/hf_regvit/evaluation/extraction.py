@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
+from ..models.configuration_regvit import check_weight_files, shard_of
 from ..models.loading import open_model, weights_fingerprint
-from ..models.saving import read_json, whole_file, write_json
+from ..models.saving import read_json, read_object, whole_file, write_json
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 
@@ -80,17 +81,20 @@ class TokenFeatures:
         if path.is_dir():
             skipped = [SkippedImage(*pair) for shard in _read_index(path)["shards"] for pair in shard["skipped"]]
             return replace(_join(list(iterate_shards(path))), skipped=tuple(skipped))
-        notes = _read_notes(path)
-        tensors = load_file(path)
-        rows, columns = notes["grid"]
-        return cls(
-            cls=tensors.get("cls"),
-            registers=tensors["registers"],
-            patches=tensors["patches"],
-            grid=(rows, columns),
-            ids=tuple(notes["ids"]),
-            skipped=tuple(SkippedImage(*pair) for pair in notes["skipped"]),
-        )
+        try:
+            check_weight_files(path)
+            notes, tensors = _read_notes(path), load_file(path)
+            rows, columns = notes["grid"]
+            return cls(
+                cls=tensors.get("cls"),
+                registers=tensors["registers"],
+                patches=tensors["patches"],
+                grid=(rows, columns),
+                ids=tuple(notes["ids"]),
+                skipped=tuple(SkippedImage(*pair) for pair in notes["skipped"]),
+            )
+        except (SafetensorError, LookupError, TypeError) as error:
+            raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
 def _read_notes(path: Path) -> dict[str, Any]:
@@ -407,7 +411,7 @@ def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
     """
     for shard in _read_index(Path(folder))["shards"]:
         if shard["ids"]:
-            yield TokenFeatures.load(Path(folder, shard["file"]))
+            yield TokenFeatures.load(shard_of(Path(folder), shard["file"]))
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
@@ -417,4 +421,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
             f"'{folder}' has no index.json, so there is no finished extraction. Run the extraction again; it resumes "
             "where it stopped."
         )
-    return read_json(path)
+    index = read_object(path)
+    shards = index.get("shards")
+    if not isinstance(shards, list) or not all(
+        isinstance(one, dict) and {"file", "ids"} <= one.keys() for one in shards
+    ):
+        raise ValueError(f"'{path}' is not the index of an extraction. Run the extraction again in an empty folder.")
+    return index

@@ -4,7 +4,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+def metrics_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+    """Iterate over the lines of a `metrics.jsonl`, except those that were truncated by a crash or a full disk."""
+    with Path(path).open(errors="replace") as file:
+        while line := file.readline(2**20):  # a longer line is read in parts, so that no file fills the memory
+            with contextlib.suppress(ValueError, RecursionError):
+                content = json.loads(line)
+                if isinstance(content, dict) and isinstance(content.get("step"), int):
+                    yield content
+
+
 def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read the lines of a `metrics.jsonl`, and skip lines that were truncated by a crash or a full disk."""
-    lines = []
-    for line in Path(path).read_text(errors="replace").splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(line))
-    return [line for line in lines if isinstance(line, dict) and "step" in line]
+    """Read the last 100,000 lines of a `metrics.jsonl`."""
+    return list(deque(metrics_lines(path), maxlen=100_000))
 
 
 # Panels of `curves_figure`: title, and keys of the metrics file with their names in the legend.

@@ -16,22 +16,27 @@ from pathlib import Path
 
 from torch import nn
 
+from hf_regvit_cli import read_yaml
+
+from ..data.decoding import ImageLimits, open_image
 from ..diagnosis.report import ArtifactReport
 from ..diagnosis.retrofit import RetrofitReport
 from ..evaluation.report import EvaluationTable
+from ..models import saving
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
 from ..models.processing import require_rgb, saved_processor
 from ..models.saving import read_json, whole_folder, write_json
 from . import facts as about
 from .card import check_card, write_card_file
 from .facts import TASKS, CardFacts, CardFigure, CardScore, Facts, Json
-from .scan import CARD, CODE_FILES, may_be_published, scan
+from .scan import CARD, CODE_FILES, MOST_TEXT, may_be_published, scan
 
 logger = logging.getLogger(__name__)
 
 SHARD_SIZE = "5GB"
+_ANY_SIZE = ImageLimits(min_side=1, max_aspect=1e6)
 
 # Fields that a processor must store itself, because the defaults of its class belong to another model.
 _STATISTICS = (
@@ -134,6 +139,8 @@ def bundle(
         for report in reports:
             _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
         _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
+        for path in staged.rglob("*.png"):  # anew, from the pixels alone: metadata may hold names, places and secrets
+            open_image(path, limits=_ANY_SIZE).save(path, "PNG")
         for folder in (staged / "reports", staged / "figures"):
             if not any(folder.iterdir()):
                 folder.rmdir()
@@ -177,21 +184,21 @@ def read_object(path: Path) -> Json | None:
     """Return the content of a JSON or YAML file with names and values, or None if the file does not exist.
 
     Raises:
-        CheckpointError: The file is not valid JSON or YAML, or holds another value.
+        CheckpointError: The file is not valid JSON or YAML, holds another value, or is a link.
     """
-    import yaml
-
-    if not path.is_file():
+    if not _is_there(path):
         return None
     try:
-        content = yaml.safe_load(path.read_bytes()) if path.suffix == ".yaml" else read_json(path)
-    except yaml.YAMLError as error:
-        raise CheckpointError(f"'{path}' is not valid YAML: {error}") from error
+        return read_yaml(path)[1] if path.suffix == ".yaml" else saving.read_object(path)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"'{path}' holds a {type(content).__name__}. Expected names with values.")
-    return content
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether a file exists. A link could publish any file of this machine, so it is an error."""
+    if path.is_symlink():
+        raise CheckpointError(f"'{path}' is a link, which is not published. Replace it by the file, or remove it.")
+    return path.is_file()
 
 
 def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
@@ -214,11 +221,15 @@ def _run_facts(folder: Path, checkpoint: Path, output: Path) -> Facts:
             "contains only the checkpoint, and describe it with --data, --origin and --description."
         ) from error
     for name, public in _FILES_OF_A_RUN.items():
-        if (run / name).is_file() and not (output / public).exists():
+        if not _is_there(run / name) or (output / public).exists():
+            continue
+        if (run / name).stat().st_size > MOST_TEXT:
+            logger.warning("'%s' is larger than %d MiB and is left out.", run / name, MOST_TEXT >> 20)
+        else:
             shutil.copyfile(run / name, output / public)
-    if (run / "curves.png").is_file():
+    if (output / "figures/curves.png").is_file():
         facts["curves"] = "figures/curves.png"
-    if (run / "confusion_matrix.png").is_file():
+    if (output / "figures/confusion_matrix.png").is_file():
         facts["pictures"] = (CardFigure("figures/confusion_matrix.png", "Confusion matrix"),)
     return {**facts, "recipe_file": True}
 

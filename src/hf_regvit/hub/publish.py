@@ -11,12 +11,14 @@ from typing import Any
 
 from torch import nn
 
+from ..models.configuration_regvit import CheckpointError
 from ..models.loading import open_model
-from ..models.modeling_regvit import CheckpointError, RegViTPreTrainedModel
+from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import unknown_processor
 from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
 from .facts import ANY_FOLDER, Json, is_hub_id
+from .scan import doubtful_content
 from .upload import PushResult, RetryPolicy, send_folder
 from .verify import Verification, verify
 
@@ -25,11 +27,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Publication:
-    """Result of `publish`; `sent` is None if nothing was uploaded."""
+    """Result of `publish`; `sent` is None if nothing was uploaded.
+
+    `doubtful` are sentences on content that may be private: e-mail addresses, names of hosts, possible keys.
+    """
 
     bundle: Bundle
     verification: Verification
     sent: PushResult | None
+    doubtful: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as a dict for JSON."""
@@ -39,6 +45,7 @@ class Publication:
             "loaded_without_hf_regvit": self.verification.loaded,
             "largest_difference": self.verification.largest_difference,
             "pipelines_not_run": self.verification.not_run,
+            "doubtful": list(self.doubtful),
             "sent": None if self.sent is None else dataclasses.asdict(self.sent),
         }
 
@@ -53,6 +60,7 @@ class Publication:
             "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
             f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
             **{f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()},
+            **({"check before an upload": "; ".join(self.doubtful)} if self.doubtful else {}),
             "upload": upload,
         }
 
@@ -117,14 +125,17 @@ def publish(
         else:
             made = bundle(folder, output, **asked)
         verification = verify(output, original=folder)
+    doubtful = tuple(doubtful_content(output, made.names))
     if not push or not repo_id:
-        return Publication(made, verification, None)
+        return Publication(made, verification, None, doubtful)
+    for sentence in doubtful:
+        logger.warning("This is uploaded as well: %s.", sentence)
     message = commit_message or f"Upload {made.model_class} with hf_regvit"
     sent = send_folder(
         output, repo_id, names=made.names, message=message, private=private, accept_public=not private, token=token,
         revision=revision, retry=retry,
     )  # fmt: skip
-    return Publication(made, verification, sent)
+    return Publication(made, verification, sent, doubtful)
 
 
 @contextmanager

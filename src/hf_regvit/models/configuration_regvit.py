@@ -2,7 +2,7 @@
 """Configuration of RegViT, a plain vision transformer with register tokens (arXiv 2309.16588).
 
 This file and the modeling file are copied unchanged into every checkpoint on the Hub, so this file is self-contained
-and depends only on transformers and huggingface_hub.
+and depends only on transformers, huggingface_hub and safetensors.
 """
 
 import difflib
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 from transformers.utils import logging
@@ -63,6 +64,14 @@ _FOREIGN_KEYWORDS = {
 
 class ConfigError(StrictDataclassError, ValueError):
     """Raised for an invalid config value; the message names the field, the value and a valid alternative."""
+
+
+class CheckpointError(ValueError, RuntimeError):
+    """Raised for missing, unexpected or mismatched tensors; transformers raises a RuntimeError for wrong shapes."""
+
+
+class CheckpointCorruptError(CheckpointError):
+    """Raised for a weights file that cannot be read."""
 
 
 def _pair(value: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -375,6 +384,10 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         ):  # fmt: skip
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+        if "/" in str(getattr(self, "_attn_implementation", "")):
+            raise ConfigError(
+                f"attn_implementation={self._attn_implementation!r} would load code from the Hub. Use 'sdpa'."
+            )
         self._validate_sizes()
         self._validate_register_neurons()
         self._validate_positions()
@@ -627,5 +640,80 @@ def _set_field(self: RegViTConfig, name: str, value: object) -> None:
 
 
 RegViTConfig.__setattr__ = _set_field  # set after @strict, which installs its own `__setattr__`
+
+# --- Files of a checkpoint ---
+
+
+def shard_of(folder: Path, name, suffix: str = ".safetensors") -> Path:
+    """Return the weights file that an index names; raise for anything but a plain name in the folder of the index."""
+    is_plain = isinstance(name, str) and name.endswith(suffix) and not set(name) & set("/\\\0")
+    home = folder.resolve()
+    # The cache of the Hub holds links to the folder `blobs` two levels up.
+    if not is_plain or (folder / name).resolve().parent not in (home, home.parent.parent / "blobs"):
+        raise CheckpointCorruptError(
+            f"An index in '{folder}' names {str(name)[:200]!r}. Expected the plain name of a {suffix} file in that "
+            "folder, not a link. Download the model again from a source that you trust."
+        )
+    return folder / name
+
+
+def check_weight_files(source) -> None:
+    """Check the weights of a folder before they are loaded: names in an index, and types of numbers.
+
+    A changed type in the header of a file would be read as other numbers: 0.98 becomes 1065017672.0.
+
+    Raises:
+        CheckpointCorruptError: An index is damaged or names another file than one beside it, or weights are integers.
+    """
+    folder = Path(source or "")
+    if not source or not folder.exists():
+        return
+    for index in sorted(folder.glob("*.index*.json")):
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointCorruptError(
+                f"'{index}' is not an index of weights ({type(error).__name__}: {error}). Download it again."
+            ) from error
+        for name in names:
+            shard_of(folder, name, ".bin" if index.name.startswith("pytorch_model.") else ".safetensors")
+    config = folder / "config.json"
+    if config.is_file() and b'"quantization_config"' in config.read_bytes():
+        return
+    for path in [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118
+                kind = file.get_slice(key).get_dtype()
+                if kind.startswith(("I", "U", "BOOL")) and not key.endswith(_INTEGERS):
+                    raise CheckpointCorruptError(
+                        f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
+                    )
+
+
+_INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index")  # buffers of other families
+
+
+def check_finite(tensors: dict, source) -> None:
+    """Raise a `CheckpointCorruptError` if a weight is NaN or infinite. Quantized weights are not looked at."""
+    for name, tensor in tensors.items():
+        is_plain = type(tensor).__name__ in ("Tensor", "Parameter") and tensor.is_floating_point()
+        if is_plain and tensor.itemsize > 1 and not tensor.is_meta and not tensor.isfinite().all():
+            raise CheckpointCorruptError(
+                f"'{name}' in the weights of '{source}' holds NaN or infinity, so every output would be wrong. Use "
+                "another checkpoint."
+            )
+
+
+def corrupt_weights(source, error: Exception) -> CheckpointCorruptError:
+    """Create the error for weights that cannot be read, naming the first damaged safetensors file of a folder."""
+    named = f"The weights of '{source}'"
+    for path in sorted(Path(source).glob("*.safetensors"), reverse=True) if Path(source).is_dir() else []:
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except SafetensorError:
+            named = f"'{path}'"
+    return CheckpointCorruptError(f"{named} cannot be read as safetensors ({error}). Download or save the file again.")
+
 
 __all__ = ["RegViTConfig"]

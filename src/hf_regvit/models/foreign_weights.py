@@ -1,13 +1,12 @@
 """Read the weights of other projects and express them with the names and fields of RegViT."""
 
 import argparse
-import json
 import logging
 import math
 import pickle
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,10 +14,19 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from .configuration_regvit import RegViTConfig
-from .modeling_regvit import CheckpointCorruptError
+from .configuration_regvit import (
+    CheckpointCorruptError,
+    CheckpointError,
+    ConfigError,
+    RegViTConfig,
+    check_finite,
+    check_weight_files,
+    corrupt_weights,
+)
+from .manifest import check_archive
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
 
@@ -37,6 +45,7 @@ NOT_IN_SHAPES = {
 _UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
+_UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError)  # of a wrong configuration
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
@@ -125,32 +134,84 @@ def local_path(source: str | Path) -> Path:
 def read_weights(path: Path) -> dict[str, Any]:
     """Read a weights file; pickles are only read as plain tensors (`weights_only=True`), without exception."""
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            check_weight_files(path)
+            tensors = load_file(path)
+            check_finite(tensors, path)
+            return tensors
         except SafetensorError as error:
             raise CheckpointCorruptError(
                 f"'{path}' cannot be read as safetensors ({error}). Download the file again."
             ) from error
+    check_archive(path)
     try:
         # DINO checkpoints contain their command line as a Namespace, which runs no code when it is unpickled.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except _UNREADABLE as error:
-        # The message of torch advises to unpickle anyway, so only the name of the rejected object is shown.
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it needs {refused[1]}" if refused else type(error).__name__
-        raise CheckpointCorruptError(
-            f"'{path}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
-            "trust the file, load it in a separate process and save its tensors as safetensors."
-        ) from error
+        raise refused_pickle(path, error) from error
     if not isinstance(loaded, dict):
         raise CheckpointCorruptError(
             f"'{path}' holds a {type(loaded).__name__}, expected a dict of tensors. Save a state dict instead."
         )
     return loaded
+
+
+def refused_pickle(source: str | Path, error: BaseException) -> CheckpointCorruptError:
+    """Create the error for a pickle that is not a plain file of tensors, without torch's advice to unpickle anyway."""
+    refused = re.search(r"GLOBAL (\S+)", str(error))
+    reason = f"it needs {refused[1]}" if refused else type(error).__name__
+    return CheckpointCorruptError(
+        f"'{source}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
+        "trust the file, load it in a separate process and save its tensors as safetensors."
+    )
+
+
+def check_config(config: Mapping[str, Any], source: str | Path) -> None:
+    """Check the fields of a configuration that decide which code runs.
+
+    Raises:
+        CheckpointError: The model classes are not a list of names, or the attention is a kernel of the Hub.
+    """
+    classes = config.get("architectures") or []
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise CheckpointError(
+            f"The config.json of '{source}' has architectures={str(classes)[:80]}, expected a list of class names."
+        )
+    for name in ("attn_implementation", "_attn_implementation"):
+        attention = config.get(name)
+        if attention not in (None, "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"):
+            raise CheckpointError(
+                f"The config.json of '{source}' has {name}={str(attention)[:80]!r}, which could load code from the "
+                "Hub. Remove this field."
+            )
+
+
+def load_pretrained(model_class: Any, source: str | Path, **options: Any) -> Any:
+    """Load a model with a class of transformers, so that every error of a damaged file names it.
+
+    Raises:
+        CheckpointError: The configuration or the weights cannot be used.
+        OSError: There is no such model.
+    """
+    try:
+        check_weight_files(source)
+        for path in Path(source).glob("*.bin"):
+            check_archive(path)
+        return model_class.from_pretrained(source, **options)
+    except SafetensorError as error:
+        raise corrupt_weights(source, error) from error
+    except pickle.UnpicklingError as error:
+        raise refused_pickle(source, error) from error
+    except (CheckpointError, ConfigError):
+        raise
+    except (*_UNUSABLE, RuntimeError) as error:
+        raise CheckpointError(
+            f"'{source}' cannot be loaded ({type(error).__name__}: {first_line(error)[:200]}). Check its config.json, "
+            "or download the model again."
+        ) from error
 
 
 def find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
@@ -189,6 +250,7 @@ def read_folder(folder: Path) -> ForeignModel:
         ) from error
     except ValueError as error:
         raise ConversionError(str(error)) from error
+    check_config(config, folder)
     if "model_type" not in config and "architecture" in config:
         origin = read_module(_timm_module(folder, config))
         origin.processor = saved_processor(folder) or config.get("pretrained_cfg")
@@ -214,7 +276,7 @@ def _load_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
     has_labels = config.get("id2label") != {} and config.get("num_labels") != 0
     has_head = any("ImageClassification" in name for name in config.get("architectures") or [])
     auto_class = AutoModelForImageClassification if has_head and has_labels else AutoModel
-    return auto_class.from_pretrained(folder, dtype=torch.float32).eval()
+    return load_pretrained(auto_class, folder, dtype=torch.float32).eval()
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -222,12 +284,8 @@ def _weight_files(folder: Path) -> list[Path]:
     for single in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{single}.index.json"
         if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ConversionError(
-                    f"'{index}' is not an index of weight shards ({type(error).__name__}: {error}). Download it again."
-                ) from error
+            check_weight_files(folder)
+            names = sorted(set(read_object(index)["weight_map"].values()))
             if missing := [name for name in names if not (folder / name).is_file()]:
                 raise FileNotFoundError(
                     f"'{index}' names {', '.join(missing[:4])}, but the folder lacks them. Download the model again."
@@ -300,7 +358,7 @@ def _transformers_parts(
     # Fields missing from the file have the defaults of their family, not those of RegViT.
     try:
         full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
-    except StrictDataclassError as error:
+    except _UNUSABLE as error:
         raise ConversionError(f"The configuration is not valid for model_type '{model_type}': {error}") from error
     fields = {name: full[name] for name in names if full.get(name) not in (None, {})}  # without labels: our default
     with_registers = model_type == "dinov2_with_registers"

@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from .configuration_regvit import CheckpointError, check_finite, check_weight_files
 from .conversion import convert
 from .families import FAMILIES, find_tower, unknown_family
-from .foreign_weights import check_source, first_line, import_timm
+from .foreign_weights import check_config, check_source, first_line, import_timm, load_pretrained
 from .manifest import check_weights
-from .modeling_regvit import CheckpointError, RegViTModel, RegViTPreTrainedModel, corrupt_weights
+from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
 from .processing import require_rgb
 from .saving import read_object
 from .tokens import TokenReader
@@ -196,9 +197,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: The file is not a JSON object.
     """
     try:
-        return read_object(folder / "config.json")
+        config = read_object(folder / "config.json")
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    check_config(config, folder)
+    return config
 
 
 def _checked(source: str | Path) -> str:
@@ -247,6 +250,7 @@ def short_names(models: Sequence[str | Path]) -> list[str]:
 
 def _load_timm(name: str, source: str) -> nn.Module:
     try:
+        check_weight_files(source)
         # Allow any image size; at the native size the outputs are unchanged.
         model = import_timm(source).create_model(name, pretrained=True, dynamic_img_size=True)
     except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
@@ -255,6 +259,7 @@ def _load_timm(name: str, source: str) -> nn.Module:
         reason = f"{type(error).__name__}: {first_line(error)}"
         kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
         raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
+    check_finite(model.state_dict(), source)
     find_tower(model)
     return model
 
@@ -288,11 +293,10 @@ def _saved_class(config: dict[str, Any]) -> Any:
 def _load_transformers(source: str, config: dict[str, Any]) -> nn.Module:
     if config.get("model_type") not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
         raise unknown_family(str(config.get("model_type")))
-    try:
-        with quiet_transformers():  # missing weights are checked below
-            model, info = _saved_class(config).from_pretrained(source, dtype=torch.float32, output_loading_info=True)
-    except SafetensorError as error:
-        raise corrupt_weights(source, error) from error
+    with quiet_transformers():  # missing weights are checked below
+        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
+        model, info = load_pretrained(_saved_class(config), source, **options)
+    check_finite(model.state_dict(), source)
     tower, family = find_tower(model)
     path = next(name for name, module in model.named_modules() if module is tower)
     needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
@@ -345,7 +349,7 @@ def load_checkpoint(folder: Path) -> Any:
     if config.get("architectures") and not issubclass(saved_class, RegViTPreTrainedModel):
         raise CheckpointError(f"'{folder}' was saved from {config['architectures'][0]}, which is not a RegViT class.")
     check_weights(folder)
-    return saved_class.from_pretrained(folder).eval()
+    return load_pretrained(saved_class, folder).eval()
 
 
 def open_backbone(source: str, **changes: Any) -> RegViTModel:

@@ -1,16 +1,19 @@
 """Manifest of a checkpoint: the checksum of each file, written last and verified first."""
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 
-from .modeling_regvit import CheckpointCorruptError
-from .saving import flush, read_json, write_json
+from .configuration_regvit import CheckpointCorruptError
+from .saving import flush, read_json, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
 OPTIMIZER = "optimizer.pt"
 STATE = "trainer_state.json"
+_SETTINGS = ("config.json", "preprocessor_config.json")
 
 
 class CheckpointIncompleteError(CheckpointCorruptError):
@@ -40,13 +43,32 @@ def write_manifest(folder: Path) -> None:
         flush(directory)
 
 
+def check_archive(path: Path) -> None:
+    """Raise a `CheckpointCorruptError` for a compressed file of torch, which could fill the memory when it is read."""
+    if path.suffix != ".safetensors" and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise CheckpointCorruptError(
+                    f"'{path}' is compressed, which torch.save never does, so it was not read. Use another file."
+                )
+
+
+@contextmanager
+def whole_checkpoint(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
+    """Yield a folder like `whole_folder`, and add a manifest of its files, so that loading notices later changes."""
+    with whole_folder(output, needed=needed) as staged:
+        yield staged
+        write_manifest(staged)
+
+
 def _listed(folder: Path) -> dict[str, tuple[int, str]]:
-    """Return size and sha256 of every file that the manifest lists."""
+    """Return size and sha256 of every file that the manifest lists; a file outside of the folder is an error."""
     manifest = folder / MANIFEST
     try:
-        return {
-            name: (int(entry["size"]), str(entry["sha256"])) for name, entry in read_json(manifest)["files"].items()
-        }
+        files = read_json(manifest)["files"]
+        if outside := [name for name in files if PurePosixPath(name).is_absolute() or ".." in name.split("/")]:
+            raise ValueError(f"it names {outside[0]!r}, which is outside of the folder")
+        return {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError as error:
         raise CheckpointCorruptError(
             f"{manifest} is missing, so the checkpoint is incomplete or was not written by hf_regvit. Use another "
@@ -57,22 +79,22 @@ def _listed(folder: Path) -> dict[str, tuple[int, str]]:
 
 
 def check_weights(folder: Path) -> None:
-    """Compare the weights with the manifest, if there is one: a flipped bit loads without an error.
+    """Compare weights, configuration and image processor with the manifest, if there is one.
+
+    A flipped bit, or weights of another model, would load without an error.
 
     Raises:
-        CheckpointCorruptError: The checksum of a weights file differs.
+        CheckpointCorruptError: The checksum of a file differs, or the manifest does not list a weights file.
     """
     try:
         listed = _listed(folder)
     except CheckpointCorruptError:
         return  # no manifest, or a file of that name from another program
-    for name, (_, expected) in listed.items():
-        path = folder / name
-        # Loading reports a missing file.
-        if name.endswith(".safetensors") and path.is_file() and _digest(path) != expected:
+    for path in (*folder.glob("*.safetensors*"), *(folder / name for name in _SETTINGS)):
+        if path.is_file() and _digest(path) != listed.get(path.name, (0, ""))[1]:  # loading reports a missing file
             raise CheckpointCorruptError(
                 f"The sha256 of '{path}' differs from '{folder / MANIFEST}'. Use an intact copy, or remove the "
-                "manifest if you changed the weights on purpose."
+                "manifest if you changed the file on purpose."
             )
 
 
@@ -99,6 +121,7 @@ def verify_checkpoint(folder: Path, *, required: Sequence[str] = (WEIGHTS, OPTIM
     for name, (_, digest) in expected.items():
         if _digest(folder / name) != digest:
             raise CheckpointCorruptError(f"{folder / name} has changed: its sha256 differs from the manifest.")
+        check_archive(folder / name)
     for name in required:
         sharded = {WEIGHTS: "pytorch_model_fsdp_"}.get(name, f"{Path(name).stem}_")
         if name not in expected and not any(other.startswith(sharded) and "/" in other for other in expected):

@@ -18,10 +18,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
@@ -38,21 +37,13 @@ from transformers.modeling_outputs import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput, logging
 
-from .configuration_regvit import RegViTConfig
+from .configuration_regvit import CheckpointError, RegViTConfig, check_finite, check_weight_files, corrupt_weights
 
 logger = logging.get_logger(__name__)
 
 
 class ImageTooSmallError(ValueError):
     """Raised for an image with a side shorter than one patch."""
-
-
-class CheckpointError(ValueError, RuntimeError):
-    """Raised for missing, unexpected or mismatched tensors; transformers raises a RuntimeError for wrong shapes."""
-
-
-class CheckpointCorruptError(CheckpointError):
-    """Raised for a weights file that cannot be read."""
 
 
 @dataclass
@@ -728,11 +719,13 @@ class RegViTPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so it did not write a pickle
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
+            check_weight_files(pretrained_model_name_or_path)
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise corrupt_weights(pretrained_model_name_or_path, error) from error
         if pretrained_model_name_or_path is not None:  # None: the caller passed a state dict and is responsible for it
             model._check_loaded(pretrained_model_name_or_path, info, ignore_mismatched_sizes)
+            check_finite(model.state_dict(), pretrained_model_name_or_path)
         return (model, info) if wants_info else model
 
     def save_pretrained(self, save_directory, *args, **kwargs):
@@ -814,18 +807,6 @@ class RegViTPreTrainedModel(PreTrainedModel):
         if output.hidden_states is not None and not wanted:
             output = replace(output, hidden_states=None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-def corrupt_weights(source, error: SafetensorError) -> CheckpointCorruptError:
-    """Create the error for weights that cannot be read, naming the first damaged safetensors file of a folder."""
-    named = f"The weights of '{source}'"
-    for path in sorted(Path(source).glob("*.safetensors"), reverse=True) if Path(source).is_dir() else []:
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except SafetensorError:
-            named = f"'{path}'"
-    return CheckpointCorruptError(f"{named} cannot be read as safetensors ({error}). Download or save the file again.")
 
 
 class RegViTAttentionPooler(nn.Module):

@@ -30,9 +30,10 @@ from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
 from ..models.loading import BACKBONE, TRAINING
+from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor
-from ..models.saving import read_json, whole_folder, write_json
+from ..models.saving import read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
@@ -148,10 +149,10 @@ def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     state = whole_state(trainer.model)
     backbone = trainer.hub_model(state)
     if trainer.is_world_process_zero():
-        with whole_folder(output / BACKBONE) as folder:
+        with whole_checkpoint(output / BACKBONE) as folder:
             backbone.save_pretrained(folder)
             trainer.image_processor.save_pretrained(folder)
-        with whole_folder(output / TRAINING) as folder:
+        with whole_checkpoint(output / TRAINING) as folder:
             _save_training_state(state, folder)
         facts = pretraining_facts(
             public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..models.loading import BACKBONE, TRAINING, fit_positions, open_backbone
+from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation
 
@@ -77,6 +78,7 @@ def starting_point(
     training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
     student = teacher
     if training is not None:
+        check_weights(training)
         student = copy.deepcopy(teacher)
         _load_part(student, load_file(training / "student.safetensors"), "backbone.", str(training))
     changes: list[str] = []

@@ -12,7 +12,8 @@ import torch
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerControl, TrainerState
 
-from ..figures.curves import read_metrics
+from ..figures.curves import metrics_lines
+from ..models.saving import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +141,12 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        lines = read_metrics(self.path) if self.path.exists() and state.global_step else []
-        kept = [line for line in lines if line["step"] <= state.global_step]
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
+        if not (self.path.exists() and state.global_step):
+            self.path.write_text("")
+            return
+        lines = metrics_lines(self.path)
+        with whole_file(self.path) as unfinished, unfinished.open("w") as file:
+            file.writelines(f"{json.dumps(line)}\n" for line in lines if line["step"] <= state.global_step)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object

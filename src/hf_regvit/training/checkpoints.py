@@ -26,8 +26,8 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
 from ..models.manifest import (
-    MANIFEST,
     OPTIMIZER,
     STATE,
     WEIGHTS,
@@ -35,8 +35,7 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.modeling_regvit import CheckpointCorruptError, CheckpointError
-from ..models.saving import NoSpaceError, apply_umask, check_space, flush, num_bytes, read_json, write_json
+from ..models.saving import apply_umask, flush, read_json, write_json
 from .distributed import from_first, num_processes
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
@@ -60,7 +59,7 @@ def _check_is_checkpoint(folder: Path) -> None:
             f"The folder '{folder}' does not exist. Pass a checkpoint folder, or 'last' for the newest one in "
             "output_dir."
         )
-    if not (folder / MANIFEST).exists() and (inside := list_checkpoints(folder)):
+    if not (folder / OPTIMIZER).exists() and (inside := list_checkpoints(folder)):
         raise CheckpointCorruptError(
             f"'{folder}' is a run folder, not a checkpoint. It holds {', '.join(path.name for path in inside[-3:])}. "
             "Pass one of them, or pass this folder as output_dir and 'last' as resume_from_checkpoint."

@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
-from ..models.manifest import MANIFEST, WEIGHTS
+from ..models.manifest import MANIFEST, WEIGHTS, write_manifest
 from ..models.saving import read_json, write_json
 from .arguments import RunArguments
 from .distributed import from_first
@@ -141,6 +141,7 @@ class PushingTrainer(Trainer):
         model.save_pretrained(folder)
         if self.image_processor is not None:
             self.image_processor.save_pretrained(folder)
+        write_manifest(folder)  # without the card, which may be edited
         write_card_file(folder, parameters=model.num_parameters(), **self.hub_names(), **self.hub_facts())
         names = public_files(folder)
         scan(folder, names)
