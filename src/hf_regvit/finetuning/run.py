@@ -107,7 +107,8 @@ def finetune(
         report = _report(trainer, final, started) | {"changes": changes}
         report["parameters"]["result"] = result.num_parameters()
         if trainer.is_world_process_zero():
-            _write_folder(output, result, trainer, report)
+            with trainer.writing_result():
+                _write_folder(output, result, trainer, report)
         trainer.accelerator.wait_for_everyone()
         trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
         return result

@@ -59,6 +59,9 @@ def read_object(path: str | Path) -> dict[str, Any]:
 # ---- Space -------------------------------------------------------------------------------------------------------
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 class NoSpaceError(OSError):
     """Full disk; the message has the file or folder and the bytes that are needed."""
 
@@ -97,15 +100,17 @@ def _one_sentence(path: Path, unfinished: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        is_full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if isinstance(error, NoSpaceError) or not (is_full or re.search(r"os error (28|122|27)\b", str(error))):
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number not in _FULL:
             raise
         parts = unfinished.rglob("*") if unfinished.is_dir() else [unfinished]
         written = sum(part.stat().st_size for part in parts if part.is_file())
         most = f"about {mebibytes(needed)}" if needed > written else f"more than {mebibytes(written)}"
         raise NoSpaceError(
-            f"'{path}' could not be written: it needs {most}, but the disk is full ({mebibytes(free_bytes(path))} "
-            "free) or its quota is used up. Free some space, or choose a folder on another disk, and run again."
+            f"'{path}' could not be written ({os.strerror(number)}): it needs {most}, and "
+            f"{mebibytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
+            "run again."
         ) from error
 
 

@@ -10,8 +10,8 @@ number of processes and another kind of parallelism. The run folder must be on a
 """
 
 import contextlib
-import errno
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -35,14 +35,16 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import apply_umask, flush, read_json, write_json
-from .distributed import from_first, num_processes
+from ..models.saving import NoSpaceError, apply_umask, check_space, flush, num_bytes, read_json, write_json
+from .distributed import LostProcessError, from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder inside the run folder in which a checkpoint is assembled
 RESUME_STATE = "resume_state.json"
+# Parts of the errors of gloo and NCCL for a process that has ended.
+_LOST_CONNECTION = re.compile(r"gloo|pair\.cc|NCCL|connection (closed|reset)|broken pipe|store", re.IGNORECASE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -190,20 +192,25 @@ class CheckpointedTrainer(PushingTrainer):
             TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint is saved.
         """
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._check_space_of_run(folder)
         if folder is not None:
             logger.info("Resuming from %s.", folder)
             saved = folder / RESUME_STATE
             self.check_resume_state(read_json(saved) if saved.is_file() else {})
+        self._peers = processes_of_run()
         try:
             with self.signals.listening():
                 result = super().train(None if folder is None else str(folder))
         except RuntimeError as error:
+            step, again = self.state.global_step, "Start again with resume_from_checkpoint=last."
+            if _LOST_CONNECTION.search(str(error)) and (lost := lost_processes(self._peers)):
+                raise LostProcessError(
+                    f"{' and '.join(lost)} ended during the run, so process {self.args.process_index} stopped after "
+                    f"step {step}. The reason is in the output of that process; if there is none, it was killed, "
+                    f"often because memory ran out. {again}"
+                ) from error
             if num_processes() > 1:
-                error.add_note(
-                    f"Process {self.args.process_index} of {self.args.world_size} failed at step "
-                    f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
-                    "with --resume_from_checkpoint last."
-                )
+                error.add_note(f"Process {self.args.process_index} of {self.args.world_size}, step {step}. {again}")
             raise
         finally:
             self.worker_deaths.stop()
@@ -215,6 +222,38 @@ class CheckpointedTrainer(PushingTrainer):
             logger.warning("%s", message)
             raise TrainingInterrupted(message, code=self.signals.exit_code)
         return result
+
+    def _check_space_of_run(self, resumed: Path | None) -> None:
+        """Check before the first step that a checkpoint and the result fit on the disk; raise on every process."""
+        problem = None
+        if self.is_world_process_zero():
+            result = num_bytes(self.model.state_dict().values()) + 2**20
+            trained = num_bytes(parameter for parameter in self.model.parameters() if parameter.requires_grad)
+            saves = self.args.save_strategy != "no" and not (resumed and self._is_last(resumed))
+            try:  # Adam has two moments
+                check_space(self.args.folder, result + (result + 2 * trained) * saves)
+            except NoSpaceError as error:
+                problem = error
+        if (problem := from_first(problem)) is not None:
+            raise problem
+
+    def _is_last(self, checkpoint: Path) -> bool:
+        return checkpoint.name == f"{PREFIX_CHECKPOINT_DIR}-{self.args.max_steps}"
+
+    @contextlib.contextmanager
+    def writing_result(self) -> Iterator[None]:
+        """Add to an error that the run is done, and how to write its result without training again."""
+        try:
+            yield
+        except OSError as error:
+            saved = list_checkpoints(self.args.folder)
+            error.add_note(
+                f"All {self.state.global_step} steps are done. To write the result from {saved[-1].name}, free some "
+                "space and start again with resume_from_checkpoint=last."
+                if saved
+                else f"All {self.state.global_step} steps are done, but there is no checkpoint (save_strategy 'no')."
+            )
+            raise
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Initialize the state; a finished run that a scheduler has queued again makes no further step."""
@@ -326,12 +365,7 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _check_free_space(self, model: nn.Module) -> None:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
-        free = shutil.disk_usage(self._staging or self.args.folder).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"
-            )
+        check_space(self._staging or self.args.folder, num_bytes([*model.state_dict().values(), *states]) + 2**20)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():

@@ -1,6 +1,10 @@
 """Helpers for several processes: gathered tensors, batch norm over all processes."""
 
-from typing import Any, cast
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +24,47 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+class LostProcessError(RuntimeError):
+    """Stop because another process of the run has ended; torch reports only that a connection was closed."""
+
+
+class Peer(NamedTuple):
+    """Process of a run: its rank, machine and process id."""
+
+    rank: int
+    machine: str
+    process: int
+
+
+def processes_of_run() -> list[Peer]:
+    """Return all processes of the run; a collective. Empty if there is only one."""
+    if num_processes() == 1:
+        return []
+    from accelerate.utils import gather_object
+
+    return gather_object([Peer(dist.get_rank(), socket.gethostname(), os.getpid())])
+
+
+def lost_processes(peers: Sequence[Peer], *, seconds: float = 3.0) -> list[str]:
+    """Return the names of the processes on this machine that have ended, waiting briefly for one that is ending."""
+    import psutil
+
+    def has_ended(peer: Peer) -> bool:
+        try:
+            return psutil.Process(peer.process).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    here = [peer for peer in peers if peer.machine == socket.gethostname()]
+    end = time.monotonic() + seconds
+    while len(here) > 1:
+        lost = [f"Process {peer.rank} of {len(peers)} (id {peer.process})" for peer in here if has_ended(peer)]
+        if lost or time.monotonic() > end:
+            return lost
+        time.sleep(0.1)
+    return []
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
