@@ -175,6 +175,19 @@ def randomized(model: Any, *, seed: int = 0, buffers: bool = False) -> Any:
     return model.eval()
 
 
+def with_outliers(model: Any, *, block: int = 2, cells: Sequence[int] = (0, 9), factor: float = 40.0) -> Any:
+    """Multiply the tokens of these patches of a RegViT at the output of a block, counted from 1, and return it."""
+    places = [1 + model.config.num_register_tokens + cell for cell in cells]
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        tokens = (output[0] if isinstance(output, tuple) else output).clone()
+        tokens[:, places] *= factor
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    model.layers[block - 1].register_forward_hook(hook)
+    return model
+
+
 def in_fresh_memory(model: Any) -> Any:
     """Copy the weights to memory that torch allocates, and switch to eval mode.
 

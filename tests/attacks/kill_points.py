@@ -1,7 +1,7 @@
 """Kill a writer at points spread over all changes that it makes on the disk, and let the next run repair what is left.
 
-`python kill_points.py WRITER COUNT FOLDER` prints one JSON line for each kill. Every attempt is a fork of this process,
-which has the libraries loaded and has never computed a gradient.
+`python kill_points.py WRITER COUNT FOLDER` prints one JSON line for each kill. Every attempt is a fork of this
+process, which has the libraries loaded and has never computed a gradient.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hf_regvit.models.conversion import convert_to_folder
 from hf_regvit.models.manifest import verify_checkpoint
-from hf_regvit.models.saving import remove_leftovers, whole_folder, write_json
+from hf_regvit.models.saving import read_json, whole_folder, write_json
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training.checkpoints import list_checkpoints
 
@@ -87,7 +87,7 @@ def conversion(folder: Path) -> None:
     if not source.exists():
         builders.save_model(builders.tiny_source("ViTModel"), source)
     if (folder / "config.json").exists():
-        remove_leftovers(folder)
+        write_json(folder / "manifest.json", read_json(folder / "manifest.json"))
     else:
         convert_to_folder(source, folder)
 
