@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -170,16 +171,23 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        text, values = read_yaml(path)
-        read = {}
-        for key, value in values.items():
-            line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
-            if key not in self.names:
+        node, values = read_yaml(path)
+        read: dict[str, Any] = {}
+        first: dict[str, tuple[str, int]] = {}
+        for key_node, value_node in node.value if node is not None else ():
+            key, line = key_node.value, key_node.start_mark.line + 1
+            if not isinstance(key, str) or key not in self.names:
                 raise RecipeError(f"Unknown key '{key}' in {path}:{line}.{suggestion(str(key), self.names)}")
+            name = self.names[key]
+            if name in first:  # YAML silently keeps the last value
+                said, before = first[name]
+                another = "" if said == key else f" (as '{key}')"
+                raise RecipeError(f"'{said}' appears twice in {path}, in lines {before} and {line}{another}.")
+            first[name] = key, line
             try:
-                read[self.names[key]] = _typed(self.options[self.names[key]], value)
+                read[name] = _typed(self.options[name], value_node, values.get(key))
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-                raise RecipeError(f"Invalid value {key}: {value!r} in {path}:{line}: {error}") from error
+                raise RecipeError(f"Invalid value {key}: {values.get(key)!r} in {path}:{line}: {error}") from error
         return read
 
 
@@ -188,22 +196,36 @@ def _dashed(name: str) -> str:
 
 
 def _to_bool(text: str) -> bool:
-    if text.lower() in ("yes", "true", "t", "y", "1"):
+    if text.lower() in ("yes", "true", "t", "y", "on", "1"):
         return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
+    if text.lower() in ("no", "false", "f", "n", "off", "0"):
         return False
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _to_bool, "str": str}
+def _to_int(text: str) -> int:
+    """Read a whole number; Python also accepts 1_000 and digits of other scripts, and YAML 010 for eight."""
+    if not re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number such as 12")
+    return int(text)
+
+
+def _to_float(text: str) -> float:
+    number = re.fullmatch(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE)
+    if number is None or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number such as 0.5 or 1e-4")
+    return float(text)
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"int": _to_int, "float": _to_float, "bool": _to_bool, "str": str}
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
 _MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
 
 
-def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its keys and values.
+def read_yaml(path: Path) -> tuple[Any, dict[str, Any]]:
+    """Return the nodes of a recipe (None if it is empty), which hold its texts and lines, and its keys and values.
 
     Raises:
         RecipeError: The recipe is missing, too large, or not flat YAML.
@@ -218,28 +240,22 @@ def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
         text = path.read_text(encoding="utf-8-sig")
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
             raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
-        values, node = yaml.safe_load(text) or {}, yaml.compose(text)
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
     except RecipeError:
         raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
+    if values is None:
+        return None, {}
     if not isinstance(values, dict):
         raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")
-    first: dict[str, int] = {}
-    # YAML silently keeps the last value of a repeated key.
-    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-        line = key.start_mark.line + 1
-        if first.setdefault(key.value, line) != line:
-            raise RecipeError(
-                f"The key '{key.value}' appears twice in {path}, in lines {first[key.value]} and {line}."
-            )
-    return text, values
+    return node, values
 
 
-def _typed(option: Mapping[str, Any], value: Any) -> Any:
-    """Convert a value of a recipe to the type of the option."""
+def _typed(option: Mapping[str, Any], node: Any, value: Any) -> Any:
+    """Convert a value of a recipe, given as its node and as YAML reads it, to the type of the option."""
     kinds = option["kinds"]
     if value is None:
         if "NoneType" not in kinds:
@@ -249,14 +265,22 @@ def _typed(option: Mapping[str, Any], value: Any) -> Any:
         raise ValueError("expected a single value" + (" or a list" if "list" in kinds else ""))
     if isinstance(value, dict):
         return value
-    if value is False and "no" in (option["choices"] or ()):
-        value = "no"  # YAML reads `save_strategy: no` as false
-    if option["many"] and not isinstance(value, list):
-        value = [value]
-    convert = _TYPES[option["type"]]
     if isinstance(value, list):
-        return [convert(_expand_home(str(item))) for item in value]
-    return convert(_expand_home(str(value)))
+        return [_scalar(option, *one) for one in zip(node.value, value, strict=True)]
+    return [_scalar(option, node, value)] if option["many"] else _scalar(option, node, value)
+
+
+def _scalar(option: Mapping[str, Any], node: Any, value: Any) -> Any:
+    """Convert one value from its text: YAML reads 12:30:45 as 45045, 010 as eight, and yes as true."""
+    text = node.value
+    if not isinstance(text, str):
+        raise ValueError("expected a single value")
+    if node.style in ("|", ">"):
+        text = text.rstrip("\n")
+    names_text = isinstance(value, str) or text in (option["choices"] or ())
+    if option["type"] == "str" and not names_text and not re.fullmatch(r"(0|[1-9]\d*)([.-]\d+)*", text):
+        raise ValueError(f"expected text, but YAML reads it as {value}; write '{text}' if this text is meant")
+    return _TYPES[option["type"]](_expand_home(text))
 
 
 def _expand_home(argument: str) -> str:

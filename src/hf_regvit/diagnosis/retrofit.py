@@ -27,6 +27,7 @@ from ..models.loading import choose_device, open_model, open_regvit
 from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
+from ..models.saving import size_of
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
 from .readings import read_norms
@@ -189,7 +190,7 @@ class RetrofitResult:
             FileExistsError: The folder already contains a checkpoint.
         """
         _check_new(folder)
-        with whole_checkpoint(folder) as staged:
+        with whole_checkpoint(folder, num_bytes=size_of(self.model.state_dict())) as staged:
             self.model.save_pretrained(staged)
             if (processor := known_processor(self.model)) is not None:
                 processor.save_pretrained(staged)
