@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from builders import pixels as random_pixels
+from builders import planted_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -269,32 +270,7 @@ PLANTED = [1, 9]
 
 @pytest.fixture(scope="module")
 def planted() -> RegViTModel:
-    """Plant a neuron that is active only in the first and last cell of the grid, and writes a huge vector there.
-
-    The neuron recognizes these cells by a direction of their position embeddings, whose norm is ordinary.
-    """
-    torch.manual_seed(0)
-    model = RegViTModel(
-        RegViTConfig(
-            image_size=64,
-            patch_size=8,
-            hidden_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_register_tokens=0,
-            layerscale_value=None,
-        )
-    ).eval()
-    direction = torch.randn(48, generator=torch.Generator().manual_seed(3))
-    direction = (direction - direction.mean()) / (direction - direction.mean()).norm()
-    block, neuron = PLANTED
-    with torch.no_grad():
-        model.embeddings.position_embeddings[0, [1, 64]] += 7 * direction
-        mlp = model.layers[block].mlp
-        mlp.fc1.weight[neuron] = 3 * direction
-        mlp.fc1.bias[neuron] = -12
-        mlp.fc2.weight[:, neuron] = 30 * torch.randn(48, generator=torch.Generator().manual_seed(4)) / 48**0.5
-    return model
+    return planted_model()
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError
 
 from hf_regvit.models.saving import (
-    DiskFullError,
+    NoSpaceError,
+    check_space,
+    num_bytes,
     read_notes,
-    require_space,
-    size_of,
     whole_file,
     whole_folder,
     write_json,
@@ -35,22 +35,17 @@ def full_in_safetensors():
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def full_in_torch():
-    raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
-
-
-@pytest.mark.parametrize("writing", [full, full_in_safetensors, full_in_torch])
+@pytest.mark.parametrize("writing", [full, full_in_safetensors])
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
 def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, writing, whole):
     target = tmp_path / "result"
     if whole is whole_file:
         target.write_text("before")
-    with pytest.raises(DiskFullError) as caught, whole(target, num_bytes=3_400_000):
+    with pytest.raises(NoSpaceError) as caught, whole(target, needed=3_400_000):
         writing()
-    assert caught.value.errno == errno.ENOSPC
     assert re.fullmatch(
-        rf"'{target}' cannot be written \(No space left on device\): 3\.4 MB are needed, and [\d,.]+ MB are free\. "
-        r"Free some space, or choose another folder\.",
+        rf"'{target}' could not be written \(No space left on device\): it needs about 3\.2 MiB, and [\d,.]+ MiB are "
+        r"free\. Free some space, or choose a folder on another disk, and run again\.",
         str(caught.value),
     )
     if whole is whole_file:
@@ -69,18 +64,18 @@ def test_other_errors_stay_what_they_are(tmp_path):
 
 def test_space_is_looked_at_before_anything_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    require_space(tmp_path / "not" / "there" / "yet", 1_000_000)
-    with pytest.raises(DiskFullError, match=r"1\.1 MB are needed, and 1\.0 MB are free"):
-        require_space(tmp_path / "not" / "there" / "yet", 1_100_000)
-    with pytest.raises(DiskFullError, match="weights"), whole_folder(tmp_path / "weights", num_bytes=2_000_000):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**20))
+    check_space(tmp_path / "not" / "there" / "yet", 2**20)
+    with pytest.raises(NoSpaceError, match=r"needs about 1\.0 MiB, but only 1\.0 MiB are free"):
+        check_space(tmp_path / "not" / "there" / "yet", 2**20 + 1)
+    with pytest.raises(NoSpaceError, match="weights"), whole_folder(tmp_path / "weights", needed=2_000_000):
         pytest.fail("the work began")
     assert not names_in(tmp_path)
 
 
 def test_tensors_and_notes_come_back(tmp_path):
     tensors = {"a": torch.arange(6.0).view(2, 3).T, "b": torch.zeros(2, dtype=torch.int8)}
-    assert size_of(tensors) == 6 * 4 + 2
+    assert num_bytes(tensors.values()) == 6 * 4 + 2
     write_tensors(tmp_path / "a.safetensors", tensors, {"ids": ("x", "ü")})
     assert read_notes(tmp_path / "a.safetensors") == {"ids": ["x", "ü"]}
     assert names_in(tmp_path) == {"a.safetensors"}
@@ -99,18 +94,15 @@ def test_a_dead_process_leaves_nothing_for_long(tmp_path):
     killed.wait(timeout=120)
     left = sorted(names_in(tmp_path))
     assert len(left) == 2
-    assert all(re.search(rf"[0-9a-f]{{8}}-{killed.pid}\b", name) for name in left)
-    machine = re.search(r"([0-9a-f]{8})-\d+", left[0])[1]
+    assert all(re.search(rf"[0-9a-f]{{6}}-{killed.pid}\b", name) for name in left)
+    machine = re.search(r"([0-9a-f]{6})-\d+", left[0])[1]
     kept = {
         f".b.json.{machine}-{os.getppid()}.partial",  # of a living process
-        f".c.json.01234567-{killed.pid}.partial",  # of another machine, new
+        f".c.json.012345-{killed.pid}.partial",  # of another machine
         ".download.partial",  # of another program
         ".unfinished-business",
     }
     for name in kept:
         (tmp_path / name).write_text("")
-    old = tmp_path / f".d.json.01234567-{killed.pid}.partial"
-    old.write_text("")
-    os.utime(old, (0, 0))
     write_json(tmp_path / "a.json", {})
     assert names_in(tmp_path) == {"a.json", *kept}

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 
 from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.manifest import CheckpointIncompleteError, verify_checkpoint, write_manifest
-from hf_regvit.models.saving import DiskFullError
+from hf_regvit.models.saving import NoSpaceError
 from hf_regvit.pretraining.distillation import HeadShape
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints, newest_checkpoint, rotate_checkpoints
 from hf_regvit.training.samplers import EpochSampler
@@ -243,14 +243,14 @@ def test_f58_space_is_checked_before_writing(tmp_path, monkeypatch, caplog):
     trainer = trained(tmp_path, callbacks=[OthersFillTheDisk()], **SAVING)
     assert trainer.state.global_step == 6
     assert names(tmp_path) == []
-    assert re.search(r"\d\.\d MB are needed, and 0\.0 MB are free", caplog.text)
+    assert re.search(r"needs about \d\.\d MiB, but only 0\.0 MiB are free", caplog.text)
 
 
 def test_f58_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     for free, strategy in ((2**21, "steps"), (2**19, "no")):  # enough for the result alone, and for nothing
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
-        with pytest.raises(DiskFullError, match=r"\d\.\d MB are needed, and \d\.\d MB are free"):
+        with pytest.raises(NoSpaceError, match=r"needs about \d\.\d MiB, but only \d\.\d MiB are free"):
             trained(tmp_path, **SAVING | {"save_strategy": strategy})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**21))
     assert trained(tmp_path, save_strategy="no").state.global_step == 6

@@ -27,7 +27,7 @@ from ..models.loading import choose_device, open_model, open_regvit
 from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
-from ..models.saving import size_of
+from ..models.saving import check_space, keeping, num_bytes
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
 from .readings import read_norms
@@ -187,10 +187,12 @@ class RetrofitResult:
         """Write a checkpoint with code files, image processor and `retrofit_report.json`; return the folder.
 
         Raises:
+            NoSpaceError: The checkpoint does not fit on the disk.
             FileExistsError: The folder already contains a checkpoint.
         """
         _check_new(folder)
-        with whole_checkpoint(folder, num_bytes=size_of(self.model.state_dict())) as staged:
+        needed = num_bytes(self.model.state_dict().values())
+        with keeping(self.summary), whole_checkpoint(folder, needed=needed) as staged:
             self.model.save_pretrained(staged)
             if (processor := known_processor(self.model)) is not None:
                 processor.save_pretrained(staged)
@@ -251,6 +253,8 @@ def retrofit(
     _check_new(output_dir)
     watch = Stopwatch()
     reader = _open(model, device, processor)
+    if output_dir is not None:  # before the minutes of the search
+        check_space(output_dir, num_bytes(reader.model.state_dict().values()))
     description, transform = reader.description, reader.transform
     limits = {"num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block}
     drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}

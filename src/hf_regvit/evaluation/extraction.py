@@ -7,6 +7,7 @@ written atomically, and their content depends neither on the number of processes
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -22,7 +24,7 @@ from ..data.preparation import PreparedImages, SkippedImage, prepare_images, rep
 from ..models.configuration_regvit import check_weight_files, shard_of
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, html_table
-from ..models.saving import read_json, read_notes, read_object, write_json, write_tensors
+from ..models.saving import check_space, read_json, read_notes, read_object, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 
@@ -284,6 +286,7 @@ def extract_to_folder(
         progress: Whether to show a progress bar (first process only).
 
     Raises:
+        NoSpaceError: The features do not fit on the disk.
         ValueError: The folder contains features of another extraction, or no image could be used.
     """
     from accelerate import PartialState
@@ -298,6 +301,9 @@ def extract_to_folder(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(reader, prepared, settings)
+    if prepared.total is not None:
+        present = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+        check_space(folder, prepared.total * _bytes_per_image(reader, prepared, settings) - present)
     _claim(folder, identity)
 
     start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
@@ -334,6 +340,14 @@ def _share(total: int | None, shard_size: int, process: int, num_processes: int)
         return None
     starts = range(process * shard_size, total, num_processes * shard_size)
     return sum(min(shard_size, total - start) for start in starts)
+
+
+def _bytes_per_image(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> int:
+    """Return the size of the tokens of an image in the files."""
+    pixels, description = images.transform(Image.new("RGB", (64, 64))), reader.description
+    grid = [side // patch for side, patch in zip(pixels.shape[1:], description.patch_size)]
+    num_tokens = description.num_prefix_tokens + (math.prod(grid) if settings.patches else 0)
+    return num_tokens * description.hidden_size * _DTYPES[settings.dtype].itemsize
 
 
 def _shard_name(index: int) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..diagnosis.report import ArtifactReport
 from ..models.results import Record
+from ..models.saving import whole_file
 from .maps import INK, STYLE, attention_limits, colored, layer_norm_figure, norm_ticks, stretch
 from .pages import cell_text, chart, data_url, number_text, render
 
@@ -46,7 +47,8 @@ def write_report(report: ArtifactReport, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(report), encoding="utf-8")
+    with whole_file(path) as unfinished:
+        unfinished.write_text(report_page(report), encoding="utf-8")
     return path
 
 

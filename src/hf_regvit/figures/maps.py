@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..diagnosis.outliers import register_cosine
 from ..models.loading import open_model
+from ..models.saving import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -405,8 +406,9 @@ def lost_figure(image: Image.Image, result: "LostResult") -> "Figure":
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as a PNG file."""
-    figure.savefig(path, format="png", dpi=_DOTS_PER_INCH)
+    """Write a figure as a PNG file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH)
 
 
 # --- Drawing

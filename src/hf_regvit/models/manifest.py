@@ -54,9 +54,9 @@ def check_archive(path: Path) -> None:
 
 
 @contextmanager
-def whole_checkpoint(output: str | Path, *, num_bytes: int = 0) -> Iterator[Path]:
+def whole_checkpoint(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a folder like `whole_folder`, and add a manifest of its files, so that loading notices later changes."""
-    with whole_folder(output, num_bytes=num_bytes) as staged:
+    with whole_folder(output, needed=needed) as staged:
         yield staged
         write_manifest(staged)
 

@@ -1,4 +1,4 @@
-"""Write results whole or not at all: JSON files, tensors, single files and folders, also on a disk that fills up."""
+"""Write results whole or not at all: JSON files, single files and folders. A full disk is an error of one sentence."""
 
 import errno
 import hashlib
@@ -8,18 +8,14 @@ import re
 import shutil
 import socket
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import psutil
 from safetensors import SafetensorError, safe_open
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
 
 # The file that makes a folder a checkpoint; it is moved last, so that no partial checkpoint is ever found.
 _LAST = "config.json"
@@ -60,83 +56,95 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return content
 
 
-# --- Space on the disk
+# ---- Space -------------------------------------------------------------------------------------------------------
 
 
-class DiskFullError(OSError):
-    """A result does not fit on its disk; the message names the file and the bytes that are needed."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-_FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))  # Windows has no EDQUOT
+class NoSpaceError(OSError):
+    """Full disk; the message has the file or folder and the bytes that are needed."""
 
 
-def size_of(tensors: Mapping[str, "Tensor"]) -> int:
-    """Return the number of bytes of tensors, such as the state of a model."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the size of a file with these tensors, in bytes."""
+    return sum(tensor.nbytes for tensor in tensors)
 
 
-def require_space(path: str | Path, num_bytes: int) -> None:
-    """Raise a DiskFullError if a result of this size does not fit on the disk of `path`, which need not exist."""
-    path = Path(path).absolute()
-    if shutil.disk_usage(next(place for place in (path, *path.parents) if place.exists())).free < num_bytes:
-        raise _disk_full(path, num_bytes, errno.ENOSPC)
+def mebibytes(count: float) -> str:
+    """Return a number of bytes as text, in MiB."""
+    return f"{count / 2**20:,.1f} MiB"
 
 
-def _disk_full(path: Path, num_bytes: int, code: int) -> DiskFullError:
-    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
-    needed, free = (f"{count / 1e6:,.1f} MB" for count in (num_bytes, shutil.disk_usage(there).free))
-    error = DiskFullError(
-        f"'{path}' cannot be written ({os.strerror(code)}): {needed} are needed, and {free} are free. Free some "
-        "space, or choose another folder."
-    )
-    error.errno = code
-    return error
+def free_bytes(folder: Path) -> int:
+    """Return the number of bytes that are free where a folder is or will be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Check that a disk has space before the work starts.
+
+    Raises:
+        NoSpaceError: Fewer than `needed` bytes are free.
+    """
+    if (free := free_bytes(Path(folder))) < needed:
+        raise NoSpaceError(
+            f"'{folder}' needs about {mebibytes(needed)}, but only {mebibytes(free)} are free. Free some space, or "
+            "choose a folder on another disk."
+        )
 
 
 @contextmanager
-def _explaining_full_disks(path: Path, unfinished: Path, num_bytes: int) -> Iterator[None]:
-    """Turn the errors of Python, safetensors and torch about a full disk into a DiskFullError."""
+def _one_sentence(path: Path, unfinished: Path, needed: int) -> Iterator[None]:
+    """Turn the error of a full disk, which safetensors reports as its own type, into a `NoSpaceError`."""
     try:
         yield
-    except DiskFullError:
-        raise
-    except (OSError, SafetensorError, RuntimeError) as error:
-        number = re.search(r"os error (\d+)", str(error))
-        code = error.errno if isinstance(error, OSError) else int(number[1]) if number else None
-        if isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error)):
-            code = errno.ENOSPC
-        if code not in _FULL:
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number not in _FULL:
             raise
-        written = sum(one.stat().st_size for one in (unfinished, *unfinished.rglob("*")) if one.is_file())
-        raise _disk_full(path, max(num_bytes, written), code or errno.ENOSPC) from error
+        parts = unfinished.rglob("*") if unfinished.is_dir() else [unfinished]
+        written = sum(part.stat().st_size for part in parts if part.is_file())
+        most = f"about {mebibytes(needed)}" if needed > written else f"more than {mebibytes(written)}"
+        raise NoSpaceError(
+            f"'{path}' could not be written ({os.strerror(number)}): it needs {most}, and "
+            f"{mebibytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
+            "run again."
+        ) from error
 
 
-# --- Whole files and folders
+@contextmanager
+def keeping(result: Callable[[], str]) -> Iterator[None]:
+    """Add a result as text to the error if it cannot be written, so that it is shown instead of lost."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(result())
+        raise
 
 
-def _mark() -> str:
-    """Return a name of this process: machine and process namespace as a hash, and the process id."""
-    namespace = ""
-    with suppress(OSError):  # containers may share a host name, but not their process ids
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    machine = hashlib.blake2b(f"{socket.gethostname()} {namespace}".encode(), digest_size=4).hexdigest()
-    return f"{machine}-{os.getpid()}"
+# ---- Files and folders -------------------------------------------------------------------------------------------
+
+# Temporary names hold the machine and the process, because several processes may write to one folder.
+_MACHINE = hashlib.blake2b(socket.gethostname().encode(), digest_size=3).hexdigest()
+_LEFTOVER = re.compile(rf"\.unfinished-{_MACHINE}-(\d+)-.*|\..+\.{_MACHINE}-(\d+)\.partial")
 
 
-@cache  # once for each folder of a process
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what dead processes left unfinished in a folder; of other machines, what is older than a day."""
-    for place in (*folder.glob(".*.partial"), *folder.glob(".unfinished-*")):
-        found = re.search(r"\b([0-9a-f]{8})-(\d+)\b", place.name)
-        if found is None:  # of another program
-            continue
-        with suppress(OSError):  # another process was faster
-            if found[1] == _mark().partition("-")[0]:
-                dead = not psutil.pid_exists(int(found[2]))
-            else:
-                dead = time.time() - place.stat().st_mtime > 24 * 3600
-            if dead:
-                shutil.rmtree(place) if place.is_dir() else place.unlink()
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of processes of this machine that have died."""
+    import psutil
+
+    for path in folder.glob(".*"):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found and not psutil.pid_exists(int(found[1] or found[2])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@cache
+def _sweep(folder: Path, process: int) -> None:
+    """Remove leftovers once a process and folder: a folder of features may have many files."""
+    remove_leftovers(folder)
 
 
 def flush(path: Path) -> None:
@@ -149,38 +157,37 @@ def flush(path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: str | Path, *, num_bytes: int = 0) -> Iterator[Path]:
+def whole_file(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the finished file replaces `path` at the end, after it is on the disk.
 
-    If the block raises, `path` is left as it was. The temporary name holds the process id, because several processes
-    may write the same file, and what a dead process left is removed.
+    If the block raises, `path` is left as it was.
 
     Args:
         path: File to write.
-        num_bytes: Size of the file, if it is known; it is compared with the free space before the block runs.
+        needed: Size of the file in bytes, if it is known; the error for a full disk has it.
 
     Raises:
-        DiskFullError: The file does not fit on the disk.
+        NoSpaceError: The disk is full.
     """
     path = Path(path)
-    _remove_leftovers(path.parent)
-    unfinished = path.with_name(f".{path.name}.{_mark()}.partial")
-    require_space(path, num_bytes)
+    _sweep(path.parent, os.getpid())
+    unfinished = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.partial")
     try:
-        with _explaining_full_disks(path, unfinished, num_bytes):
+        with _one_sentence(path, unfinished, needed):
             yield unfinished
             flush(unfinished)
-            unfinished.replace(path)
+        unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def write_tensors(path: str | Path, tensors: Mapping[str, "Tensor"], notes: object) -> None:
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: object) -> None:
     """Write tensors and notes, plain values for JSON, as one safetensors file, whole or not at all."""
     from safetensors.torch import save_file
 
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    with whole_file(path, num_bytes=size_of(tensors)) as unfinished:
+    check_space(Path(path).parent, num_bytes(tensors.values()))
+    with whole_file(path, needed=num_bytes(tensors.values())) as unfinished:
         save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
 
 
@@ -205,37 +212,36 @@ def apply_umask(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(output: str | Path, *, num_bytes: int = 0) -> Iterator[Path]:
+def whole_folder(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary folder inside `output`; its files are moved to `output` at the end, `config.json` last.
 
     Otherwise an interrupted run could leave a configuration without weights, which blocks the next run, or a model
     without its image processor, which would be used with the wrong statistics. An earlier result in `output` is
-    replaced: its configuration is removed first, so that its files never form a model together with the new ones. What
-    a dead process left is removed.
+    replaced: its configuration is removed first, so that its files never form a model together with the new ones.
 
     Args:
-        output: Output folder, created if needed.
-        num_bytes: Size of the files, if it is known; it is compared with the free space before the block runs.
+        output: Folder to write to.
+        needed: Size of the content in bytes, if it is known; it is checked before anything is written.
 
     Raises:
-        DiskFullError: The files do not fit on the disk.
+        NoSpaceError: The disk is full.
     """
     output = Path(output)
-    require_space(output, num_bytes)
+    check_space(output, needed)
     output.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(output)
-    with tempfile.TemporaryDirectory(dir=output, prefix=f".unfinished-{_mark()}-") as name:
+    _sweep(output, os.getpid())
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".unfinished-{_MACHINE}-{os.getpid()}-") as name:
         staged = Path(name)
-        with _explaining_full_disks(output, staged, num_bytes):
+        with _one_sentence(output, staged, needed):
             yield staged
             apply_umask(staged)
             for path in staged.rglob("*"):
                 flush(path)
-            found = sorted(staged.iterdir(), key=lambda path: path.name == _LAST)
-            if found and found[-1].name == _LAST:
-                (output / _LAST).unlink(missing_ok=True)
-                for old in set(output.glob("model*.safetensors*")) - {output / path.name for path in found}:
-                    old.unlink()  # weights in another number of files would be read instead of the new ones
-            for path in found:
-                path.replace(output / path.name)
-            flush(output)
+        found = sorted(staged.iterdir(), key=lambda path: path.name == _LAST)
+        if found and found[-1].name == _LAST:
+            (output / _LAST).unlink(missing_ok=True)
+            for old in set(output.glob("model*.safetensors*")) - {output / path.name for path in found}:
+                old.unlink()  # weights in another number of files would be read instead of the new ones
+        for path in found:
+            path.replace(output / path.name)
+        flush(output)

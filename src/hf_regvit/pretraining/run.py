@@ -33,7 +33,7 @@ from ..models.loading import BACKBONE, TRAINING
 from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor
-from ..models.saving import read_json, require_space, size_of, write_json
+from ..models.saving import check_space, num_bytes, read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
@@ -150,12 +150,12 @@ def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     state = whole_state(trainer.model)
     backbone = trainer.hub_model(state)
     if trainer.is_world_process_zero():
-        size, of_backbone = size_of(state), size_of(backbone.state_dict())
-        require_space(output, size)  # for both folders
-        with whole_checkpoint(output / BACKBONE, num_bytes=of_backbone) as folder:
+        size, of_backbone = num_bytes(state.values()), num_bytes(backbone.state_dict().values())
+        check_space(output, size)  # for both folders
+        with whole_checkpoint(output / BACKBONE, needed=of_backbone) as folder:
             backbone.save_pretrained(folder)
             trainer.image_processor.save_pretrained(folder)
-        with whole_checkpoint(output / TRAINING, num_bytes=size - of_backbone) as folder:
+        with whole_checkpoint(output / TRAINING, needed=size - of_backbone) as folder:
             _save_training_state(state, folder)
         facts = pretraining_facts(
             public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)

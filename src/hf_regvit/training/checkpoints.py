@@ -35,7 +35,7 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import DiskFullError, apply_umask, flush, read_json, require_space, size_of, write_json
+from ..models.saving import NoSpaceError, apply_umask, check_space, flush, num_bytes, read_json, write_json
 from .distributed import LostProcessError, from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
@@ -227,12 +227,12 @@ class CheckpointedTrainer(PushingTrainer):
         """Check before the first step that a checkpoint and the result fit on the disk; raise on every process."""
         problem = None
         if self.is_world_process_zero():
-            result = size_of(self.model.state_dict()) + 2**20
-            trained = size_of({name: value for name, value in self.model.named_parameters() if value.requires_grad})
+            result = num_bytes(self.model.state_dict().values()) + 2**20
+            trained = num_bytes(value for value in self.model.parameters() if value.requires_grad)
             saves = self.args.save_strategy != "no" and not (resumed and self._is_last(resumed))
             try:  # Adam has two moments
-                require_space(self.args.folder, result + (result + 2 * trained) * saves)
-            except DiskFullError as error:
+                check_space(self.args.folder, result + (result + 2 * trained) * saves)
+            except NoSpaceError as error:
                 problem = error
         if (problem := from_first(problem)) is not None:
             raise problem
@@ -365,8 +365,8 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _check_free_space(self, model: nn.Module) -> None:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = size_of(model.state_dict()) + sum(tensor.nbytes for tensor in states)
-        require_space(self._staging or self.args.folder, needed + 2**20)
+        needed = num_bytes([*model.state_dict().values(), *states])
+        check_space(self._staging or self.args.folder, needed + 2**20)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():

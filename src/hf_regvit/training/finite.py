@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ..models.saving import size_of, whole_file, write_json
+from ..models.saving import num_bytes, whole_file, write_json
 from .checkpoints import list_checkpoints
 from .distributed import full_tensor
 
@@ -156,7 +156,7 @@ class FiniteGuard(TrainerCallback):
         tensors = model.state_dict()
         if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # shards cannot be replayed
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            with whole_file(self.folder / "nan_batch.safetensors", num_bytes=size_of(weights)) as unfinished:
+            with whole_file(self.folder / "nan_batch.safetensors", needed=num_bytes(weights.values())) as unfinished:
                 save_file(weights, unfinished, metadata={"format": "pt"})
 
     def _message(
