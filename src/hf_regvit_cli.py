@@ -95,7 +95,9 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _add(parser: Any, option: Mapping[str, Any]) -> None:
-        flags = [flag for name in option["flags"] for flag in dict.fromkeys((f"--{name}", f"--{_dashed(name)}"))]
+        flags = [
+            flag for name in option["flags"] for flag in dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        ]
         how: dict[str, Any] = {"dest": option["name"], "type": _TYPES[option["type"]]}
         how["metavar"] = _METAVARS.get(option["type"]) or option["flags"][0].upper()
         help_text, default = option["help"], option["default"]
@@ -111,7 +113,11 @@ class OptionParser(argparse.ArgumentParser):
         if default is True:
             name = f"no_{option['name']}"
             parser.add_argument(
-                f"--{name}", f"--{_dashed(name)}", dest=option["name"], action="store_false", help=argparse.SUPPRESS
+                f"--{name}",
+                f"--{name.replace('_', '-')}",
+                dest=option["name"],
+                action="store_false",
+                help=argparse.SUPPRESS,
             )
 
     def error(self, message: str) -> NoReturn:
@@ -171,28 +177,22 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        node, values = read_yaml(path)
+        pairs, values = read_yaml(path)
         read: dict[str, Any] = {}
-        first: dict[str, tuple[str, int]] = {}
-        for key_node, value_node in node.value if node is not None else ():
-            key, line = key_node.value, key_node.start_mark.line + 1
-            if not isinstance(key, str) or key not in self.names:
-                raise RecipeError(f"Unknown key '{key}' in {path}:{line}.{suggestion(str(key), self.names)}")
+        lines: dict[str, int] = {}
+        for key_node, node in pairs:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key not in self.names:
+                raise RecipeError(f"Unknown key '{key}' in {path}:{line}.{suggestion(key, self.names)}")
             name = self.names[key]
-            if name in first:  # YAML silently keeps the last value
-                said, before = first[name]
-                another = "" if said == key else f" (as '{key}')"
-                raise RecipeError(f"'{said}' appears twice in {path}, in lines {before} and {line}{another}.")
-            first[name] = key, line
+            if lines.setdefault(name, line) != line:  # YAML silently keeps the last value
+                where = f"in lines {lines[name]} and {line}, under this or another of its names"
+                raise RecipeError(f"'{key}' appears twice in {path}, {where}.")
             try:
-                read[name] = _typed(self.options[name], value_node, values.get(key))
+                read[name] = _typed(self.options[name], node, values.get(key))
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 raise RecipeError(f"Invalid value {key}: {values.get(key)!r} in {path}:{line}: {error}") from error
         return read
-
-
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
 
 
 def _to_bool(text: str) -> bool:
@@ -224,8 +224,8 @@ _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 _MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
 
 
-def read_yaml(path: Path) -> tuple[Any, dict[str, Any]]:
-    """Return the nodes of a recipe (None if it is empty), which hold its texts and lines, and its keys and values.
+def read_yaml(path: Path) -> tuple[list[tuple[Any, Any]], dict[str, Any]]:
+    """Return the keys and values of a recipe as nodes, which hold their texts and lines, and as YAML reads them.
 
     Raises:
         RecipeError: The recipe is missing, too large, or not flat YAML.
@@ -239,19 +239,15 @@ def read_yaml(path: Path) -> tuple[Any, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
-            raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
+            raise yaml.YAMLError(f"It has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
         values, node = yaml.safe_load(text), yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
-    except RecipeError:
-        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
-    if values is None:
-        return None, {}
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")
-    return node, values
+    return [] if values is None else node.value, values or {}
 
 
 def _typed(option: Mapping[str, Any], node: Any, value: Any) -> Any:
@@ -272,11 +268,9 @@ def _typed(option: Mapping[str, Any], node: Any, value: Any) -> Any:
 
 def _scalar(option: Mapping[str, Any], node: Any, value: Any) -> Any:
     """Convert one value from its text: YAML reads 12:30:45 as 45045, 010 as eight, and yes as true."""
-    text = node.value
-    if not isinstance(text, str):
+    if not isinstance(node.value, str):
         raise ValueError("expected a single value")
-    if node.style in ("|", ">"):
-        text = text.rstrip("\n")
+    text = node.value.rstrip("\n")  # of a block of lines
     names_text = isinstance(value, str) or text in (option["choices"] or ())
     if option["type"] == "str" and not names_text and not re.fullmatch(r"(0|[1-9]\d*)([.-]\d+)*", text):
         raise ValueError(f"expected text, but YAML reads it as {value}; write '{text}' if this text is meant")

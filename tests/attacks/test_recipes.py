@@ -75,7 +75,7 @@ def test_values_that_mean_their_text(tmp_path, line, name, value):
     ("text", "message"),
     [
         ("seed: 1\nseed: 2\n", "'seed' appears twice in .*, in lines 1 and 2"),
-        ("data: a\ndataset_name: b\n", r"'data' appears twice in .*, in lines 1 and 2 \(as 'dataset_name'\)"),
+        ("data: a\ndataset_name: b\n", "'dataset_name' appears twice in .*, in lines 1 and 2"),
         ("<<: {seed: 1}\n", "Unknown key '<<'"), ("? [a, b]\n: c\n", "Unknown key|not valid YAML"),
         ("on: 1\n", "Unknown key 'on'"), ("12: 3\n", "Unknown key '12'"), ("~: 3\n", "Unknown key '~'"),
         ("false\n", "holds a bool"), ("0\n", "holds a int"), ("''\n", "holds a str"), ("---\na: 1\n---\nb: 1\n",
