@@ -680,7 +680,7 @@ def check_weight_files(source) -> None:
     config = folder / "config.json"
     if config.is_file() and b'"quantization_config"' in config.read_bytes():
         return
-    for path in [folder] if folder.is_file() else sorted(folder.glob("*.safetensors")):
+    for path in [folder] if folder.is_file() else sorted(folder.glob("model*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 kind = file.get_slice(key).get_dtype()
