@@ -95,9 +95,7 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _add(parser: Any, option: Mapping[str, Any]) -> None:
-        flags = [
-            flag for name in option["flags"] for flag in dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
-        ]
+        flags = [flag for name in option["flags"] for flag in _spellings(name)]
         how: dict[str, Any] = {"dest": option["name"], "type": _TYPES[option["type"]]}
         how["metavar"] = _METAVARS.get(option["type"]) or option["flags"][0].upper()
         help_text, default = option["help"], option["default"]
@@ -112,13 +110,7 @@ class OptionParser(argparse.ArgumentParser):
         parser.add_argument(*flags, help=help_text.replace("%", "%%"), **how)
         if default is True:
             name = f"no_{option['name']}"
-            parser.add_argument(
-                f"--{name}",
-                f"--{name.replace('_', '-')}",
-                dest=option["name"],
-                action="store_false",
-                help=argparse.SUPPRESS,
-            )
+            parser.add_argument(*_spellings(name), dest=option["name"], action="store_false", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, and exit with status 2."""
@@ -193,6 +185,10 @@ class OptionParser(argparse.ArgumentParser):
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
                 raise RecipeError(f"Invalid value {key}: {values.get(key)!r} in {path}:{line}: {error}") from error
         return read
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _to_bool(text: str) -> bool:
