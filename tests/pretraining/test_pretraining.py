@@ -784,11 +784,6 @@ def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     assert same_state(with_knn.model.state_dict(), without.model.state_dict())
 
 
-def test_online_knn_checks_its_interval():
-    with pytest.raises(ValueError, match="every_steps is 0"):
-        OnlineKNN([], [], image_processor=None, every_steps=0)
-
-
 def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):
     trainer = trained(tmp_path, disable_tqdm=False)
     shown = capsys.readouterr()

@@ -33,17 +33,9 @@ class Observer(TrainerCallback):
     Attributes:
         seconds: Time spent on measurements so far.
         is_main_process: True if this process writes files.
-
-    Raises:
-        ValueError: If `every_steps` is not positive.
     """
 
     def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
-        if not every_steps > 0:
-            raise ValueError(
-                f"every_steps is {every_steps}; expected the number of steps between two measurements (at least 1), "
-                "or a fraction of the run above 0."
-            )
         self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
         self.seconds = 0.0
         self.is_main_process = True

@@ -35,8 +35,8 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import NoSpaceError, apply_umask, check_space, flush, num_bytes, read_json, write_json
-from .distributed import LostProcessError, from_first, lost_processes, num_processes, processes_of_run
+from ..models.saving import apply_umask, check_space, flush, num_bytes, read_json, write_json
+from .distributed import from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
 
@@ -204,7 +204,7 @@ class CheckpointedTrainer(PushingTrainer):
         except RuntimeError as error:
             step, again = self.state.global_step, "Start again with resume_from_checkpoint=last."
             if _LOST_CONNECTION.search(str(error)) and (lost := lost_processes(self._peers)):
-                raise LostProcessError(
+                raise RuntimeError(
                     f"{' and '.join(lost)} ended during the run, so process {self.args.process_index} stopped after "
                     f"step {step}. The reason is in the output of that process; if there is none, it was killed, "
                     f"often because memory ran out. {again}"
@@ -224,21 +224,12 @@ class CheckpointedTrainer(PushingTrainer):
         return result
 
     def _check_space_of_run(self, resumed: Path | None) -> None:
-        """Check before the first step that a checkpoint and the result fit on the disk; raise on every process."""
-        problem = None
-        if self.is_world_process_zero():
-            result = num_bytes(self.model.state_dict().values()) + 2**20
-            trained = num_bytes(value for value in self.model.parameters() if value.requires_grad)
-            saves = self.args.save_strategy != "no" and not (resumed and self._is_last(resumed))
-            try:  # Adam has two moments
-                check_space(self.args.folder, result + (result + 2 * trained) * saves)
-            except NoSpaceError as error:
-                problem = error
-        if (problem := from_first(problem)) is not None:
-            raise problem
-
-    def _is_last(self, checkpoint: Path) -> bool:
-        return checkpoint.name == f"{PREFIX_CHECKPOINT_DIR}-{self.args.max_steps}"
+        """Check before the first step that a checkpoint, with two moments of Adam, and the result fit on the disk."""
+        result = num_bytes(self.model.state_dict().values()) + 2**20
+        trained = num_bytes(value for value in self.model.parameters() if value.requires_grad)
+        is_done = resumed is not None and resumed.name.endswith(f"-{self.args.max_steps}")
+        saves = self.args.save_strategy != "no" and not is_done
+        check_space(self.args.folder, result + (result + 2 * trained) * saves)
 
     @contextlib.contextmanager
     def writing_result(self) -> Iterator[None]:
@@ -246,12 +237,10 @@ class CheckpointedTrainer(PushingTrainer):
         try:
             yield
         except OSError as error:
-            saved = list_checkpoints(self.args.folder)
+            saved = [path.name for path in list_checkpoints(self.args.folder)[-1:]]
             error.add_note(
-                f"All {self.state.global_step} steps are done. To write the result from {saved[-1].name}, free some "
-                "space and start again with resume_from_checkpoint=last."
-                if saved
-                else f"All {self.state.global_step} steps are done, but there is no checkpoint (save_strategy 'no')."
+                f"All {self.state.global_step} steps are done. Free some space, then resume_from_checkpoint=last writes "
+                f"the result from the last checkpoint ({saved[0] if saved else 'there is none'})."
             )
             raise
 

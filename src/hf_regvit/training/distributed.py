@@ -4,7 +4,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -26,16 +26,7 @@ def from_first(value: Any) -> Any:
     return box[0]
 
 
-class LostProcessError(RuntimeError):
-    """Stop because another process of the run has ended; torch reports only that a connection was closed."""
-
-
-class Peer(NamedTuple):
-    """Process of a run: its rank, machine and process id."""
-
-    rank: int
-    machine: str
-    process: int
+Peer = tuple[int, str, int]  # rank, machine and id of a process
 
 
 def processes_of_run() -> list[Peer]:
@@ -44,27 +35,26 @@ def processes_of_run() -> list[Peer]:
         return []
     from accelerate.utils import gather_object
 
-    return gather_object([Peer(dist.get_rank(), socket.gethostname(), os.getpid())])
+    return gather_object([(dist.get_rank(), socket.gethostname(), os.getpid())])
 
 
 def lost_processes(peers: Sequence[Peer], *, seconds: float = 3.0) -> list[str]:
     """Return the names of the processes on this machine that have ended, waiting briefly for one that is ending."""
     import psutil
 
-    def has_ended(peer: Peer) -> bool:
+    def has_ended(process: int) -> bool:
         try:
-            return psutil.Process(peer.process).status() == psutil.STATUS_ZOMBIE
+            return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
-    here = [peer for peer in peers if peer.machine == socket.gethostname()]
+    here = {rank: process for rank, machine, process in peers if machine == socket.gethostname()}
     end = time.monotonic() + seconds
-    while len(here) > 1:
-        lost = [f"Process {peer.rank} of {len(peers)} (id {peer.process})" for peer in here if has_ended(peer)]
-        if lost or time.monotonic() > end:
-            return lost
+    lost: list[str] = []
+    while here and not lost and time.monotonic() < end:
+        lost = [f"Process {rank} of {len(peers)} (id {one})" for rank, one in here.items() if has_ended(one)]
         time.sleep(0.1)
-    return []
+    return lost
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
