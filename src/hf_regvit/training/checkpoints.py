@@ -239,8 +239,8 @@ class CheckpointedTrainer(PushingTrainer):
         except OSError as error:
             saved = [path.name for path in list_checkpoints(self.args.folder)[-1:]]
             error.add_note(
-                f"All {self.state.global_step} steps are done. Free some space, then resume_from_checkpoint=last writes "
-                f"the result from the last checkpoint ({saved[0] if saved else 'there is none'})."
+                f"All {self.state.global_step} steps are done. Free some space, then resume_from_checkpoint=last "
+                f"writes the result from the last checkpoint ({saved[0] if saved else 'there is none'})."
             )
             raise
 
