@@ -86,7 +86,8 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     network = task.model_class(whole)
     processor = task.image_processor(processor, whole)
     if network.regvit.pooler is None:
-        network.config.attention_pooler = False
+        without = {"attention_pooler": False, "pooler_num_heads": None, "pooler_intermediate_size": None}
+        vars(network.config).update(without)
     own = network.regvit.state_dict()
     network.regvit.load_state_dict({name: value for name, value in backbone.state_dict().items() if name in own})
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):
