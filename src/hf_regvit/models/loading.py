@@ -100,8 +100,7 @@ def open_model(
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
         named = checked_source(source)
-        is_file = Path(named).is_file()
-        model = (convert(named) if is_file else load_module(named, config_of(named))[0]).eval()
+        model = convert(named) if Path(named).is_file() else load_module(named, config_of(named))[0].eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
