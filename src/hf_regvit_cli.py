@@ -21,7 +21,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from importlib.util import find_spec
+from importlib.metadata import distribution
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -372,10 +372,8 @@ def parser_of(name: str) -> OptionParser:
 
 def _fields_of_transformers(words: Iterable[str]) -> list[str]:
     """Return the words that the installed transformers declares as training arguments, without importing it."""
-    spec = find_spec("transformers")
-    if spec is None or spec.origin is None:
-        return []
-    text = Path(spec.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    path = Path(str(distribution("transformers").locate_file("transformers/training_args.py")))
+    text = path.read_text(encoding="utf-8")
     return [word for word in words if re.search(rf"^    {re.escape(word)}: ", text, flags=re.MULTILINE)]
 
 
