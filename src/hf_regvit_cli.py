@@ -199,7 +199,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
-_MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
+_MOST_BYTES, _MOST_ALIASES, _MOST_LEVELS = 2**18, 16, 16  # of a recipe; nested aliases multiply their content
 
 
 def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
@@ -216,8 +216,14 @@ def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
         raise RecipeError(f"'{path}' has more than {_MOST_BYTES} bytes. Expected one 'option: value' per line.")
     try:
         text = path.read_text(encoding="utf-8-sig")
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
-            raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
+        aliases = depth = 0
+        for event in yaml.parse(text):  # lazily, because deep nesting takes time in the square of its depth
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if aliases > _MOST_ALIASES or depth > _MOST_LEVELS:
+                raise RecipeError(
+                    f"'{path}' has too many aliases (*name) or levels. Expected one 'option: value' per line."
+                )
         values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error

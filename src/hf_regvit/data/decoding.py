@@ -90,8 +90,8 @@ def printable(name: str) -> str:
 # Errors that Pillow's decoders raise on broken files: PNG alone raises SyntaxError, struct.error, zlib.error and
 # ValueError. The property test in `test_faults_data.py` searches for others.
 _DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 

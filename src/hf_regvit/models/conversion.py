@@ -28,6 +28,7 @@ from .foreign_weights import (
     ForeignModel,
     as_pair,
     find_backbone,
+    first_line,
     local_path,
     pooling_of,
     read_folder,
@@ -309,7 +310,12 @@ def _verify(model: Any, origin: ForeignModel) -> None:
             pixels = torch.randn(2, config.num_channels, *size, generator=generator).to(
                 parameter.device, parameter.dtype
             )
-            kind, expected = _run_source(source, pixels)
+            try:
+                kind, expected = _run_source(source, pixels)
+            except (RuntimeError, AttributeError, TypeError, LookupError) as error:
+                raise ConversionError(
+                    f"'{origin.name}' does not run with its configuration: {first_line(error)}."
+                ) from error
             actual, expected = _run_ours(model.to(parameter.device), pixels, kind).float(), expected.float()
             difference = ((actual - expected).abs().max() / expected.std().clamp(min=1e-6)).item()
             if not difference <= VERIFY_TOLERANCE:
