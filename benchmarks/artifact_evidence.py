@@ -9,6 +9,7 @@ property reported in the paper with its numbers, and writes evidence.json.
 """
 
 import argparse
+import json
 import resource
 import sys
 from pathlib import Path
@@ -125,7 +126,7 @@ def main() -> int:
     for name, layer in (("after the last block", last), ("before the outliers", (whole.emergence_layer or last) - 1)):
         tables[name] = token_probes(reader, train, layer=layer, max_images=args.max_train, **common)
         result[f"probes {name}"] = tables[name].to_dict()
-        print(f"\n{name} (layer {layer})\n{tables[name].table()}", flush=True)
+        print(f"\n{name} (layer {layer})\n{json.dumps(result[f'probes {name}'], indent=1)}", flush=True)
     result["signs"] = signs(whole, *tables.values())
     for name, present, numbers in result["signs"]:
         print(f"{'yes' if present else 'NO '}  {name}: {numbers}")

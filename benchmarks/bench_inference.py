@@ -1,12 +1,13 @@
-"""Compare the speed of RegViT, transformers' Dinov2WithRegistersModel and timm's reg4 ViT with the same weights.
+"""Compare the speed of RegViT, transformers and timm with the same weights: DINOv2 with registers, or DINOv3.
 
     python benchmarks/bench_inference.py                   # all cases on the CPU (long), or the GPU with --device cuda
     python benchmarks/bench_inference.py --models small --sizes 224 --dtypes float32 --batches 1 8
+    python benchmarks/bench_inference.py --family dinov3 --sizes 224 512    # rotary positions
 
 Every case runs the three systems in turn, A B C A B C ..., so that drifting machine speed affects them equally. Prints
 medians in milliseconds, medians of the ratios of each round (above 1: RegViT is faster), and the memory that a forward
 pass adds, measured in a new process per system (peak resident memory on a CPU under Linux, peak of the allocator on a
-GPU). 518 pixels is the native size of the position embeddings; 224 pixels requires resampling.
+GPU). 518 pixels is the native size of the position embeddings of DINOv2; 224 pixels requires resampling.
 """
 
 import argparse
@@ -23,63 +24,98 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 SYSTEMS = ("regvit", "transformers", "timm")
 
 
-def build(system: str, size: str, dtype: torch.dtype, device: str) -> Callable[[torch.Tensor], torch.Tensor]:
+Rules = tuple[tuple[str, str], ...]
+HF_DINOV2: Rules = ((r"^layers\.", "encoder.layer."),)
+HF_DINOV3: Rules = (
+    (r"^layers\.", "model.layer."), (r"\.mlp\.fc1\.", ".mlp.up_proj."), (r"\.mlp\.fc2\.", ".mlp.down_proj."),
+    (r"\.projection\.", "."), (r"^layernorm\.", "norm."),
+)  # fmt: skip
+TIMM: Rules = (
+    (r"^layers\.", "blocks."), (r"\.attention\.qkv", ".attn.qkv"), (r"\.attention\.o_proj", ".attn.proj"),
+    (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"), (r"^layernorm", "norm"),
+    (r"^embeddings\.register_tokens", "reg_token"), (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+)  # fmt: skip
+
+
+def build(
+    system: str, size: str, dtype: torch.dtype, device: str, family: str
+) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a system with the same random weights as a function from pixels to normalized tokens."""
     from hf_regvit import RegViTConfig, RegViTModel
 
+    fields: dict[str, Any] = {"patch_size": 14, "image_size": 518}
+    if family == "dinov3":
+        fields = {"patch_size": 16, "rope_theta": 100, "use_position_embeddings": False, "key_bias": False}
+        fields["layer_norm_eps"] = 1e-5
     torch.manual_seed(0)
-    reference = RegViTModel(RegViTConfig.from_preset(size, patch_size=14, image_size=518, layerscale_value=1.0)).eval()
-    config = reference.config
-    state = reference.state_dict()
+    reference = RegViTModel(RegViTConfig.from_preset(size, layerscale_value=1.0, **fields)).eval()
     if system == "regvit":
         model = reference.to(device, dtype)
         return lambda pixels: model(pixels).last_hidden_state
-    if system == "transformers":
-        from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+    peers = {"transformers": transformers_peer, "timm": timm_peer}
+    peer = peers[system](reference, size, family).eval().to(device, dtype)
+    if system == "timm":
+        return peer.forward_features
+    return lambda pixels: peer(pixels).last_hidden_state
 
-        names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens", "image_size")
-        peer = Dinov2WithRegistersModel(
-            Dinov2WithRegistersConfig(patch_size=14, **{name: getattr(config, name) for name in names})
-        )
-        renamed = {}
-        for key, value in state.items():
-            key = re.sub(r"^layers\.", "encoder.layer.", key)
-            if ".qkv." in key:
-                for name, part in zip("qkv", value.chunk(3)):
-                    renamed[key.replace(".qkv.", f".{name}_proj.")] = part
-            else:
-                renamed[key] = value
-        renamed["embeddings.mask_token"] = torch.zeros(1, config.hidden_size)
-        peer.load_state_dict(renamed)
-        model = peer.eval().to(device, dtype)
-        return lambda pixels: model(pixels).last_hidden_state
-    import timm
 
-    model = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", img_size=518, dynamic_img_size=True)
-    rules = (
-        (r"^layers\.", "blocks."), (r"\.attention\.qkv", ".attn.qkv"), (r"\.attention\.o_proj", ".attn.proj"),
-        (r"\.layer_scale(\d)\.lambda1", r".ls\1.gamma"), (r"^layernorm", "norm"),
-        (r"^embeddings\.register_tokens", "reg_token"),
-        (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"), (r"^embeddings\.cls_token", "cls_token"),
-        (r"^embeddings\.position_embeddings", "pos_embed"),
-    )  # fmt: skip
-    renamed = {}
+def renamed(state: dict[str, torch.Tensor], rules: Rules) -> dict[str, torch.Tensor]:
+    """Return the tensors under the names that the rules, applied in order, give them."""
+    result = {}
     for key, value in state.items():
         for pattern, replacement in rules:
             key = re.sub(pattern, replacement, key)
-        renamed[key] = value
-    table = renamed["pos_embed"]
-    renamed["cls_token"] = renamed["cls_token"] + table[:, :1]
-    renamed["pos_embed"] = table[:, 1:]
-    model.load_state_dict(renamed)
-    model = model.eval().to(device, dtype)
-    return model.forward_features
+        result[key] = value
+    return result
+
+
+def transformers_peer(reference: Any, size: str, family: str) -> Any:
+    """Return the model of transformers with the weights of a RegViT."""
+    import transformers
+
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_register_tokens", "image_size")
+    fields = {name: getattr(reference.config, name) for name in (*names, "patch_size")}
+    if family == "dinov3":
+        fields["intermediate_size"] = reference.config.ffn_hidden_size
+        peer = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**fields))
+    else:
+        peer = transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**fields))
+    state = renamed(reference.state_dict(), HF_DINOV3 if family == "dinov3" else HF_DINOV2)
+    for key in [key for key in state if ".qkv." in key]:
+        for name, part in zip("qkv", state.pop(key).chunk(3)):
+            if family != "dinov3" or (name, key[-4:]) != ("k", "bias"):
+                state[key.replace(".qkv.", f".{name}_proj.")] = part
+    state["embeddings.mask_token"] = torch.zeros_like(peer.embeddings.mask_token)
+    peer.load_state_dict(state)
+    return peer
+
+
+def timm_peer(reference: Any, size: str, family: str) -> Any:
+    """Return the model of timm with the weights of a RegViT."""
+    import timm
+
+    state = renamed(reference.state_dict(), TIMM)
+    if family == "dinov3":
+        state = renamed(state, ((r"\.ls(\d)\.gamma", r".gamma_\1"),))
+        for key in [key for key in state if key.endswith(".qkv.bias")]:
+            query, _, value = state.pop(key).chunk(3)
+            state[key.replace("qkv.bias", "q_bias")], state[key.replace("qkv.bias", "v_bias")] = query, value
+        model = timm.create_model(f"vit_{size}_patch16_dinov3_qkvb", num_classes=0)
+    else:
+        table = state["pos_embed"]
+        state["cls_token"], state["pos_embed"] = state["cls_token"] + table[:, :1], table[:, 1:]
+        model = timm.create_model(f"vit_{size}_patch14_reg4_dinov2", img_size=518, dynamic_img_size=True)
+    model.load_state_dict(state)
+    return model
 
 
 def cpu_name() -> str:
@@ -99,7 +135,7 @@ def time_case(
     args: argparse.Namespace, size: str, pixels: int, batch: int, dtype: torch.dtype
 ) -> dict[str, list[float]]:
     """Return the seconds of every round for each system."""
-    models = {system: build(system, size, dtype, args.device) for system in SYSTEMS}
+    models = {system: build(system, size, dtype, args.device, args.family) for system in SYSTEMS}
     images = torch.randn(batch, 3, pixels, pixels, device=args.device, dtype=dtype)
     outputs = {
         system: model(images).float() for system, model in models.items()
@@ -110,16 +146,17 @@ def time_case(
         if not difference < limit:
             raise SystemExit(f"The outputs of {system} differ from those of RegViT by up to {difference:.1e}.")
     times: dict[str, list[float]] = {system: [] for system in SYSTEMS}
+    clock = time.process_time if args.cpu_time else time.perf_counter
     end = time.perf_counter() + args.seconds
     order = list(SYSTEMS)
     while len(times["timm"]) < args.min_rounds or time.perf_counter() < end:
         order.append(order.pop(0))  # rotate, so that no system always runs first
         for system in order:
             synchronize(args.device)
-            start = time.perf_counter()
+            start = clock()
             models[system](images)
             synchronize(args.device)
-            times[system].append(time.perf_counter() - start)
+            times[system].append(clock() - start)
     return times
 
 
@@ -128,13 +165,13 @@ def resident_kib(field: str) -> int:
     return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
-def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str) -> None:
+def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str, family: str) -> None:
     """Print the MiB that a forward pass adds to a process that holds the model."""
     dtype = getattr(torch, dtype_name)
-    model = build(system, size, dtype, device)
+    model = build(system, size, dtype, device, family)
     images = torch.randn(batch, 3, pixels, pixels, device=device, dtype=dtype)
     with torch.inference_mode():
-        model(images[:1, :, :28, :28])  # load kernels first
+        model(images[:1, :, :112, :112])  # load kernels first
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -151,11 +188,11 @@ def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: st
     print(json.dumps(added / 2**20))
 
 
-def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str) -> dict[str, float]:
+def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str, family: str) -> dict[str, float]:
     """Return the median MiB over three new processes per system."""
     result = {}
     for system in SYSTEMS:
-        command = [sys.executable, __file__, "--child", system, size, str(pixels), str(batch), dtype, device]
+        command = [sys.executable, __file__, "--child", system, size, str(pixels), str(batch), dtype, device, family]
         runs = [
             float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
             for _ in range(3)
@@ -166,6 +203,7 @@ def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", default="dinov2", choices=["dinov2", "dinov3"])
     parser.add_argument("--models", nargs="+", default=["small", "base"], choices=["small", "base", "large"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224, 518], help="sides of the images in pixels")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -173,12 +211,13 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--seconds", type=float, default=20, help="time per case")
     parser.add_argument("--min_rounds", type=int, default=5)
+    parser.add_argument("--cpu_time", action="store_true", help="count processor time, for a machine with other load")
     parser.add_argument("--no_memory", action="store_true")
-    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=7, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        system, size, pixels, batch, dtype, device = args.child
-        memory_child(system, size, int(pixels), int(batch), dtype, device)
+        system, size, pixels, batch, dtype, device, family = args.child
+        memory_child(system, size, int(pixels), int(batch), dtype, device, family)
         return
 
     import timm
@@ -205,7 +244,7 @@ def main() -> None:
     print("\nMiB that a forward pass adds (medians of 3 processes):\n")
     print("| model | pixels | batch | dtype | RegViT | transformers | timm |\n|---|---|---|---|---|---|---|")
     for size, pixels, batch, dtype in cases:
-        memory = memory_case(size, pixels, batch, dtype, args.device)
+        memory = memory_case(size, pixels, batch, dtype, args.device, args.family)
         print(
             f"| {size} | {pixels} | {batch} | {dtype} | {' | '.join(f'{memory[s]:.0f}' for s in SYSTEMS)} |",
             flush=True,

@@ -161,10 +161,10 @@ def main(argv: Sequence[str]) -> int:
     if own and peer:
         print(f"10-NN: {100 * own.value:.1f} %; scikit-learn on the transformers features: {100 * peer:.1f} %")
     apart = [
-        f"{score.name}: {score.show(*score.difference(reference), signed=True)}"
+        f"{score.name}: {score.show(*score.ahead_of(reference), signed=True)}"
         for score, report, reference in table.rows()
         if report.model == "transformers" and reference is not None
-        and not score.difference(reference)[1][0] <= 0 <= score.difference(reference)[1][1]
+        and not score.ahead_of(reference)[1][0] <= 0 <= score.ahead_of(reference)[1][1]
     ]  # fmt: skip
     print("Differences beyond the interval: " + ("; ".join(apart) or "none"))
     notes = {"threads": args.threads, "sklearn_10nn": peer, "beyond_the_interval": apart}

@@ -175,6 +175,38 @@ def randomized(model: Any, *, seed: int = 0, buffers: bool = False) -> Any:
     return model.eval()
 
 
+def with_outliers(model: Any, *, block: int = 2, cells: Sequence[int] = (0, 9), factor: float = 40.0) -> Any:
+    """Multiply the tokens of these patches of a RegViT at the output of a block, counted from 1, and return it."""
+    places = [1 + model.config.num_register_tokens + cell for cell in cells]
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        tokens = (output[0] if isinstance(output, tuple) else output).clone()
+        tokens[:, places] *= factor
+        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
+
+    model.layers[block - 1].register_forward_hook(hook)
+    return model
+
+
+def planted_model() -> RegViTModel:
+    """Plant a neuron that is active only in the first and last cell of the grid, and writes a huge vector there.
+
+    The neuron recognizes these cells by a direction of their position embeddings, whose norm is ordinary.
+    """
+    sizes = {"image_size": 64, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 3}
+    model = tiny_model(num_register_tokens=0, layerscale_value=None, **sizes)
+    direction = torch.randn(48, generator=torch.Generator().manual_seed(3))
+    direction = (direction - direction.mean()) / (direction - direction.mean()).norm()
+    block, neuron = 1, 9
+    with torch.no_grad():
+        model.embeddings.position_embeddings[0, [1, 64]] += 7 * direction
+        mlp = model.layers[block].mlp
+        mlp.fc1.weight[neuron] = 3 * direction
+        mlp.fc1.bias[neuron] = -12
+        mlp.fc2.weight[:, neuron] = 30 * torch.randn(48, generator=torch.Generator().manual_seed(4)) / 48**0.5
+    return model
+
+
 def in_fresh_memory(model: Any) -> Any:
     """Copy the weights to memory that torch allocates, and switch to eval mode.
 

@@ -292,7 +292,8 @@ def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys
     assert result["registers"] == 0
     names = {path.name for path in out.iterdir()}
     assert names == {
-        "config.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py", "modeling_regvit.py"
+        "config.json", "manifest.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py",
+        "modeling_regvit.py",
     }  # fmt: skip
     source = ViTModel.from_pretrained(vit_folder).eval()
     pixels = torch.randn(1, 3, 32, 32)

@@ -8,7 +8,8 @@ import timm
 import torch
 from PIL import Image
 
-from hf_regvit import RegViTConfig, RegViTModel, diagnose
+from builders import save_model, tiny_model
+from hf_regvit import RegViTModel, diagnose
 from hf_regvit.diagnosis.comparison import ComparisonReport, compare_checkpoints
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
 from hf_regvit.diagnosis.report import ArtifactReport
@@ -35,19 +36,15 @@ def image_folder(images, tmp_path_factory):
     return folder
 
 
-def regvit(num_register_tokens=0):
-    torch.manual_seed(0)
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 3, "layerscale_value": None}
-    config = RegViTConfig(image_size=SIDE, patch_size=8, num_register_tokens=num_register_tokens, **sizes)
-    return RegViTModel(config).eval()
+SIZES = {
+    "image_size": SIDE, "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": 3,
+    "num_register_tokens": 0, "layerscale_value": None,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "plain"
-    regvit().save_pretrained(folder)
-    default_image_processor(SIDE).save_pretrained(folder)
-    return folder
+    return save_model(tiny_model(**SIZES), tmp_path_factory.mktemp("models") / "plain")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +81,7 @@ def test_diagnose_takes_a_module_and_a_list_of_images(checkpoint, image_folder, 
     by_name = diagnose(checkpoint, image_folder, progress=False)
     module = RegViTModel.from_pretrained(checkpoint)
     assert measured(diagnose(module, images, progress=False)) == measured(by_name)
-    reader = open_model(regvit(), processor=default_image_processor(SIDE))
+    reader = open_model(tiny_model(**SIZES), processor=default_image_processor(SIDE))
     assert measured(diagnose(reader, images, progress=False)) == measured(by_name)
     assert module.device == torch.device("cpu")  # "auto" leaves a module where it is
 
@@ -128,12 +125,12 @@ def test_compare_checkpoints_takes_names_and_modules(checkpoint, image_folder, t
     assert measured(found.reports["plain"]) == measured(found.reports["plain-2"])
     assert json.loads(found.save(tmp_path).read_text())["rows"] == found.rows
     for twice in ([module, module], [checkpoint, str(checkpoint)]):
-        with pytest.raises(ValueError, match="at least two different checkpoints"):
+        with pytest.raises(ValueError, match="names a model twice"):
             compare_checkpoints(twice, image_folder)
 
 
 def test_without_a_processor_nothing_is_guessed(checkpoint, images):
-    module = regvit()
+    module = tiny_model(**SIZES)
     for call in (diagnose, retrofit, find_register_neurons):
         with pytest.raises(UnknownProcessorError, match="Pass processor="):
             call(module, images)

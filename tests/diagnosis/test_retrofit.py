@@ -2,12 +2,15 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from builders import pixels as random_pixels
+from builders import planted_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -61,10 +64,6 @@ def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
     return model
 
 
-def noise(count: int, *, side: int = 32, seed: int = 1) -> torch.Tensor:
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
-
-
 # --- The forward pass ---
 
 
@@ -112,8 +111,8 @@ def test_the_model_does_it_in_the_named_blocks(fields):
     """Compare the input of the last layer of each MLP with the loop on the unmodified input."""
     plain = build(**fields)
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
-    reading = read_tokens(model, noise(2), layers="all", site="mlp")
-    residual = read_tokens(model, noise(2), layers="all").values
+    reading = read_tokens(model, random_pixels(2, 32, 32), layers="all", site="mlp")
+    residual = read_tokens(model, random_pixels(2, 32, 32), layers="all").values
     for block, layer in enumerate(model.layers):
         silent = copy.deepcopy(layer)
         silent.mlp.register_neurons = []
@@ -131,9 +130,9 @@ def test_the_model_does_it_in_the_named_blocks(fields):
 def test_padded_batch_equals_each_image_alone():
     """Padding with larger activations than the image must not reach the registers."""
     model = add_test_time_registers(build(), NEURONS)
-    small = noise(1, side=16)
+    small = random_pixels(1)
     padded = torch.full((2, 3, 32, 32), 40.0)
-    padded[0, :, :16, :16], padded[1] = small[0], noise(1)[0]
+    padded[0, :, :16, :16], padded[1] = small[0], random_pixels(1, 32, 32)[0]
     mask = torch.zeros(2, 32, 32)
     mask[0, :16, :16] = mask[1] = 1
     with torch.no_grad():
@@ -145,18 +144,18 @@ def test_padded_batch_equals_each_image_alone():
 
 def test_registers_reach_no_head_and_masks_know_them():
     model = add_test_time_registers(build(), NEURONS, num_register_tokens=2)
-    output = model(noise(1))
+    output = model(random_pixels(1, 32, 32))
     assert output.register_tokens.shape == (1, 2, 32)
     assert output.output_mask[0].tolist() == [True, False, False] + [True] * 16
     torch.testing.assert_close(output.register_tokens[:, 0], output.register_tokens[:, 1])  # equal by construction
     model.config.discard_registers = True
-    assert model(noise(1)).last_hidden_state.shape == (1, 17, 32)
+    assert model(random_pixels(1, 32, 32)).last_hidden_state.shape == (1, 17, 32)
 
 
 @pytest.mark.slow
 def test_compiles_into_one_graph():
     model = add_test_time_registers(build(), NEURONS)
-    pixels, mask = noise(2), torch.ones(2, 32, 32)
+    pixels, mask = random_pixels(2, 32, 32), torch.ones(2, 32, 32)
     for kwargs in ({}, {"pixel_mask": mask}):
         compiled = torch.compile(model, fullgraph=not kwargs, backend="eager")
         with torch.no_grad():
@@ -166,8 +165,8 @@ def test_compiles_into_one_graph():
 def test_half_precision():
     model = add_test_time_registers(build(), NEURONS)
     with torch.no_grad():
-        exact = model(noise(2)).patch_tokens
-        rough = model.to(torch.bfloat16)(noise(2)).patch_tokens
+        exact = model(random_pixels(2, 32, 32)).patch_tokens
+        rough = model.to(torch.bfloat16)(random_pixels(2, 32, 32)).patch_tokens
     assert rough.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(exact, rough.float(), dim=-1).min() > 0.97
 
@@ -183,7 +182,7 @@ def test_training_on_with_checkpointing_and_batch_subsets():
             model.gradient_checkpointing_enable({"use_reentrant": False})
         torch.manual_seed(0)
         model.zero_grad()
-        model(noise(4), pixel_mask=torch.ones(4, 32, 32)).patch_tokens.square().sum().backward()
+        model(random_pixels(4, 32, 32), pixel_mask=torch.ones(4, 32, 32)).patch_tokens.square().sum().backward()
         gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-4, rtol=1e-4)
@@ -230,10 +229,10 @@ def test_the_config_is_all_there_is_to_save(tmp_path):
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["register_neurons"] == NEURONS
-    loaded = RegViTModel.from_pretrained(tmp_path)
+    loaded, images = RegViTModel.from_pretrained(tmp_path), random_pixels(2, 32, 32)
     with torch.no_grad():
-        assert torch.equal(loaded(noise(2))[0], model(noise(2))[0])
-        assert not torch.allclose(loaded(noise(2)).patch_tokens, plain(noise(2)).patch_tokens, atol=1e-2)
+        assert torch.equal(loaded(images)[0], model(images)[0])
+        assert not torch.allclose(loaded(images).patch_tokens, plain(images).patch_tokens, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +246,7 @@ def test_models_with_heads(cls):
     assert type(made) is cls
     assert made.regvit.config.num_register_tokens == 2
     with torch.no_grad():
-        ours, theirs = made(noise(1), return_dict=False)[0], model(noise(1), return_dict=False)[0]
+        ours, theirs = (one(random_pixels(1, 32, 32), return_dict=False)[0] for one in (made, model))
     ours, theirs = (x[0] if isinstance(x, tuple) else x for x in (ours, theirs))
     assert ours.shape == theirs.shape
     assert not torch.allclose(ours, theirs)
@@ -269,42 +268,13 @@ def test_what_cannot_get_registers():
 PLANTED = [1, 9]
 
 
-def planted_model() -> RegViTModel:
-    """Plant a neuron that is active only in the first and last cell of the grid, and writes a huge vector there.
-
-    The neuron recognizes these cells by a direction of their position embeddings, whose norm is ordinary.
-    """
-    torch.manual_seed(0)
-    model = RegViTModel(
-        RegViTConfig(
-            image_size=64,
-            patch_size=8,
-            hidden_size=48,
-            num_hidden_layers=4,
-            num_attention_heads=3,
-            num_register_tokens=0,
-            layerscale_value=None,
-        )
-    ).eval()
-    direction = torch.randn(48, generator=torch.Generator().manual_seed(3))
-    direction = (direction - direction.mean()) / (direction - direction.mean()).norm()
-    block, neuron = PLANTED
-    with torch.no_grad():
-        model.embeddings.position_embeddings[0, [1, 64]] += 7 * direction
-        mlp = model.layers[block].mlp
-        mlp.fc1.weight[neuron] = 3 * direction
-        mlp.fc1.bias[neuron] = -12
-        mlp.fc2.weight[:, neuron] = 30 * torch.randn(48, generator=torch.Generator().manual_seed(4)) / 48**0.5
-    return model
-
-
 @pytest.fixture(scope="module")
 def planted() -> RegViTModel:
     return planted_model()
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     rng = np.random.default_rng(0)
     return [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(64)]
 
@@ -314,17 +284,17 @@ def processor():
     return default_image_processor(64, resize=64)
 
 
-def test_scores_equal_a_loop(planted, pictures, processor):
+def test_scores_equal_a_loop(planted, images, processor):
     transform = EvaluationTransform.for_model(planted, processor)
-    images = prepare_images(pictures[:5], transform, batch_size=2)
+    prepared = prepare_images(images[:5], transform, batch_size=2)
     rng = np.random.default_rng(0)
     is_outlier = rng.random((5, 64)) < 0.05
     is_outlier[3] = False  # an image without any does not count
-    pixels = torch.stack([transform(picture) for picture in pictures[:5]])
+    pixels = torch.stack([transform(image) for image in images[:5]])
     activations = read_tokens(planted, pixels, layers="all", site="mlp").values
     for quiet_share, quiet_below in ((0.5, 0.5), (0.98, 0.0), (0.0, 0.0)):
         scores = score_neurons(
-            TokenReader(planted), images, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below
+            TokenReader(planted), prepared, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below
         )
         assert scores.shape == (4, 192)
         for block in range(4):
@@ -341,13 +311,13 @@ def test_scores_equal_a_loop(planted, pictures, processor):
                 assert scores[block, neuron].item() == pytest.approx(total / counted, abs=1e-6)
 
 
-def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(pictures):
+def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(images):
     model = build(image_size=24, use_swiglu_ffn=True)  # ten tokens, and activations far below zero
     transform = EvaluationTransform.for_model(model, default_image_processor(24, resize=24))
-    pixels = torch.stack([transform(picture) for picture in pictures[:4]])
+    pixels = torch.stack([transform(image) for image in images[:4]])
     is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3
     is_outlier[:, 0] = True
-    scores = score_neurons(TokenReader(model), prepare_images(pictures[:4], transform, batch_size=4), is_outlier)
+    scores = score_neurons(TokenReader(model), prepare_images(images[:4], transform, batch_size=4), is_outlier)
     exactly_half = loud_below = 0
     for block, activations in enumerate(read_tokens(model, pixels, layers="all", site="mlp").values):
         for neuron in range(activations.shape[2]):
@@ -365,14 +335,14 @@ def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(pi
     assert loud_below > 0
 
 
-def test_the_planted_neuron_is_found(planted, pictures, processor):
-    found = find_register_neurons(planted, pictures, processor=processor)
+def test_the_planted_neuron_is_found(planted, images, processor):
+    found = find_register_neurons(planted, images, processor=processor)
     assert (found.layer, found.emergence, found.num_images) == (2, 2, 64)
     assert found.outlier_share == pytest.approx(2 / 64)
     assert found.best(1) == [PLANTED]
     assert all(block <= 1 for block, _ in found.best(300))  # only blocks before the first outliers
     assert any(block > 1 for block, _ in found.best(300, highest_block=3))
-    fixed = find_register_neurons(planted, pictures, processor=processor, cutoff=found.cutoff)
+    fixed = find_register_neurons(planted, images, processor=processor, cutoff=found.cutoff)
     assert torch.equal(fixed.scores, found.scores)
 
 
@@ -395,11 +365,9 @@ def test_what_is_told_of_a_variant_equals_its_loop():
     generator = torch.Generator().manual_seed(0)
 
     def seen(registers):
-        def random(*shape):
-            return torch.rand(*shape, generator=generator)
-
-        attention = random(3, 1 + registers + 6).softmax(dim=-1)
-        return _SearchReadings(random(3, 3, 6), random(3, 4) - 0.5, random(3, 6, 4) - 0.5, attention)
+        random = partial(torch.rand, generator=generator)
+        attention = random((3, 1 + registers + 6)).softmax(dim=-1)
+        return _SearchReadings(random((3, 3, 6)), random((3, 4)) - 0.5, random((3, 6, 4)) - 0.5, attention)
 
     before, after = seen(0), seen(2)
     tally = _Tally(1, 0.6, 2)
@@ -430,16 +398,16 @@ def test_what_is_told_of_a_variant_equals_its_loop():
         assert told[name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, pictures, processor):
+def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, images, processor):
     reader = TokenReader(planted, processor)
-    images, parts = prepare_images(pictures, reader.transform, batch_size=16), _divide(64, 3)
-    found = search_neurons(reader, images, read_all_norms(reader, images), "auto", parts["search"])
+    prepared, parts = prepare_images(images, reader.transform, batch_size=16), _divide(64, 3)
+    found = search_neurons(reader, prepared, read_all_norms(reader, prepared), "auto", parts["search"])
     assert sum(mask.astype(int) for mask in parts.values()).tolist() == [1] * 64
-    mine = [picture for picture, here in zip(pictures, parts["search"], strict=True) if here]
+    mine = [image for image, here in zip(images, parts["search"], strict=True) if here]
     alone = find_register_neurons(planted, mine, processor=processor)
     assert found.num_images == len(mine) == 32
     torch.testing.assert_close(found.scores, alone.scores, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(found.scores, find_register_neurons(planted, pictures, processor=processor).scores)
+    assert not torch.allclose(found.scores, find_register_neurons(planted, images, processor=processor).scores)
 
 
 def test_outliers_of_a_given_cutoff_emerge_where_they_stay():
@@ -459,9 +427,9 @@ def test_best_leaves_out_neurons_without_a_score():
     assert found.best(2, highest_block=1) == [[1, 0], [0, 1]]
 
 
-def test_retrofit_moves_the_outliers_and_says_so(planted, pictures, processor, tmp_path):
+def test_retrofit_moves_the_outliers_and_says_so(planted, images, processor, tmp_path):
     before = copy.deepcopy(planted.state_dict())
-    result = retrofit(planted, pictures, processor=processor, progress=False, max_images=60)
+    result = retrofit(planted, images, processor=processor, progress=False, max_images=60)
     model, report = result.model, result.report
     assert result.source is planted
     assert all(torch.equal(before[name], value) for name, value in planted.state_dict().items())
@@ -478,7 +446,7 @@ def test_retrofit_moves_the_outliers_and_says_so(planted, pictures, processor, t
         assert judged[control]["outlier_share"] == pytest.approx(2 / 64)
     assert judged["neurons silenced, no register"]["outlier_share"] == 0
     assert judged["before"]["cls_cosine"] == pytest.approx(1)
-    norms = read_tokens(model, noise(2, side=64), layers=(2,))
+    norms = read_tokens(model, random_pixels(2, 64, 64), layers=(2,))
     assert norms.registers().norm(dim=-1).min() > report.cutoff  # where they went
     assert [record["chosen"] for record in report.tried].count(True) == 1
     assert len(report.summary().splitlines()) == 13
@@ -486,8 +454,8 @@ def test_retrofit_moves_the_outliers_and_says_so(planted, pictures, processor, t
     assert RetrofitReport(**json.loads(path.read_text())) == report
 
 
-def test_what_is_asked_for_is_not_chosen(planted, pictures, processor):
-    result = retrofit(planted, pictures, processor=processor, progress=False, top_k=2, num_register_tokens=3)
+def test_what_is_asked_for_is_not_chosen(planted, images, processor):
+    result = retrofit(planted, images, processor=processor, progress=False, top_k=2, num_register_tokens=3)
     assert len(result.report.tried) == 1
     model = result.model
     assert len(model.config.register_neurons) == 2
@@ -500,27 +468,27 @@ def test_silenced_neurons_say_nothing(planted):
     assert planted.layers[1].mlp.fc2.weight[:, 9].any()
 
 
-def test_nothing_to_move(planted, pictures, processor):
+def test_nothing_to_move(planted, images, processor):
     clean = silence_neurons(planted, [PLANTED])
     with pytest.raises(RetrofitError, match=r"No distinct outlier population \(.*nothing to move"):
-        find_register_neurons(clean, pictures, processor=processor)
+        find_register_neurons(clean, images, processor=processor)
     with pytest.raises(RetrofitError, match=r"No patch has a norm above cutoff=1000000\.0"):
-        find_register_neurons(clean, pictures, processor=processor, cutoff=1e6)
+        find_register_neurons(clean, images, processor=processor, cutoff=1e6)
 
 
-def test_outliers_of_the_positions_cannot_be_moved(planted, pictures, processor):
+def test_outliers_of_the_positions_cannot_be_moved(planted, images, processor):
     born = silence_neurons(copy.deepcopy(planted), [PLANTED])
     with torch.no_grad():
         born.embeddings.position_embeddings[0, [1, 64]] *= 20
     with pytest.raises(RetrofitError, match="before the first block"):
-        find_register_neurons(born, pictures, processor=processor)
+        find_register_neurons(born, images, processor=processor)
 
 
-def test_neurons_that_do_not_carry_the_outliers(planted, pictures, processor):
+def test_neurons_that_do_not_carry_the_outliers(planted, images, processor):
     with pytest.raises(
         RetrofitError, match=r"do not carry the outliers: 3\.12% of the patches are outliers before, and 3\.12% after"
     ):
-        retrofit(planted, pictures, processor=processor, progress=False, highest_block=0)
+        retrofit(planted, images, processor=processor, progress=False, highest_block=0)
 
 
 @pytest.mark.parametrize(
@@ -532,33 +500,33 @@ def test_neurons_that_do_not_carry_the_outliers(planted, pictures, processor):
         ({"highest_block": -1}, r"\[0, 3\]"),
     ],
 )
-def test_settings_out_of_range(planted, pictures, processor, setting, range_):
+def test_settings_out_of_range(planted, images, processor, setting, range_):
     with pytest.raises(RetrofitError, match=f"{next(iter(setting))}=.*out of range.*{range_}"):
-        retrofit(planted, pictures, processor=processor, progress=False, **setting)
+        retrofit(planted, images, processor=processor, progress=False, **setting)
 
 
-def test_too_few_images(planted, pictures, processor):
+def test_too_few_images(planted, images, processor):
     with pytest.raises(RetrofitError, match="31 images can be used"):
-        retrofit(planted, pictures[:31], processor=processor, progress=False)
+        retrofit(planted, images[:31], processor=processor, progress=False)
 
 
-def test_a_figure_needs_both_sides_of_every_picture(pictures):
+def test_a_figure_needs_both_sides_of_every_image(images):
     maps = TokenMaps(torch.rand(1, 8, 8), torch.randn(8, 8, 5), torch.rand(8, 8), torch.zeros(0, 5))
-    assert len(before_after_figure(pictures[:2], [maps] * 2, [maps] * 2).axes) == 14
+    assert len(before_after_figure(images[:2], [maps] * 2, [maps] * 2).axes) == 14
     with pytest.raises(ValueError, match="2 images, 2 maps before and 1 maps after"):
-        before_after_figure(pictures[:2], [maps] * 2, [maps])
+        before_after_figure(images[:2], [maps] * 2, [maps])
 
 
 # --- The command ---
 
 
 @pytest.fixture
-def folders(planted, pictures, processor, tmp_path):
+def folders(planted, images, processor, tmp_path):
     planted.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
-    for number, picture in enumerate(pictures[:40]):
-        picture.save(tmp_path / "images" / f"{number}.png")
+    for number, image in enumerate(images[:40]):
+        image.save(tmp_path / "images" / f"{number}.png")
     return tmp_path
 
 
@@ -587,8 +555,8 @@ def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     assert "already has 1 registers" in capsys.readouterr().err
 
 
-def test_a_published_retrofit_says_what_was_done(planted, pictures, processor, tmp_path):
-    result = retrofit(planted, pictures, processor=processor, progress=False, top_k=1, num_register_tokens=2)
+def test_a_published_retrofit_says_what_was_done(planted, images, processor, tmp_path):
+    result = retrofit(planted, images, processor=processor, progress=False, top_k=1, num_register_tokens=2)
     result.model.save_pretrained(tmp_path / "model")
     processor.save_pretrained(tmp_path / "model")
     result.report.save(tmp_path / "model")

@@ -1,6 +1,7 @@
 """Linear segmentation and linear depth: features, schedules, losses and scores against slow twins and the models."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -185,7 +186,7 @@ def test_the_head_predicts_the_same_inside_the_model(segmented, model):
 def test_one_step_of_segmentation_equals_its_twin(segmented):
     """Batch norm, linear layer, bilinear logits, cross-entropy over labeled pixels, AdamW, written out."""
     _, (features, test), (masks, test_masks), _ = segmented
-    few = DenseFeatures(**{**vars_of(features), "maps": features.maps[:3], "flipped": None, "ids": features.ids[:3]})
+    few = replace(features, maps=features.maps[:3], flipped=None, ids=features.ids[:3])
     settings = SegmentationSettings(num_steps=2, warmup_ratio=0.0, batch_size=3, learning_rate=0.1, weight_decay=0.5)
     result = linear_segmentation(few, masks[:3], test, test_masks, class_names=NAMES, settings=settings, seed=5)
     start = linear_segmentation(
@@ -215,10 +216,6 @@ def test_one_step_of_segmentation_equals_its_twin(segmented):
     torch.testing.assert_close(result.head["classifier.weight"], linear.weight[:, :, 0, 0], atol=1e-4, rtol=1e-3)
     torch.testing.assert_close(result.head["head_norm.running_mean"], norm.running_mean, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(result.head["head_norm.running_var"], norm.running_var, atol=1e-5, rtol=1e-4)
-
-
-def vars_of(features: DenseFeatures) -> dict:
-    return {name: getattr(features, name) for name in features.__dataclass_fields__}
 
 
 def test_same_seed_same_numbers_another_seed_others(segmented):
@@ -360,7 +357,7 @@ def test_the_gradient_of_depth_is_scaled_down_to_its_norm(measured):
 
 def test_the_depth_head_predicts_the_same_inside_the_model(measured, model):
     result, parts, (train_depths, test_depths) = measured
-    alone = DepthSettings(**{**FAST.__dict__, "average_flip": False})
+    alone = replace(FAST, average_flip=False)
     result = linear_depth(parts[0], train_depths, parts[1], test_depths, settings=alone)
     whole = RegViTForDepthEstimation(RegViTConfig(**TINY, num_depth_bins=32, max_depth=10.0)).eval()
     whole.regvit.load_state_dict(model.state_dict(), strict=False)
@@ -440,10 +437,8 @@ def test_the_first_steps_of_depth_see_the_mean_alone(measured):
 def test_the_mirror_image_is_averaged_in_the_test(measured):
     result, parts, (train_depths, test_depths) = measured
     with pytest.raises(ValueError, match="average_flip needs flipped test features"):
-        linear_depth(
-            parts[0], train_depths, DenseFeatures(**{**vars_of(parts[1]), "flipped": None}), test_depths, settings=FAST
-        )
-    alone = DepthSettings(**{**FAST.__dict__, "average_flip": False})
+        linear_depth(parts[0], train_depths, replace(parts[1], flipped=None), test_depths, settings=FAST)
+    alone = replace(FAST, average_flip=False)
     other = linear_depth(parts[0], train_depths, parts[1], test_depths, settings=alone)
     assert other.scores["rmse"] != result.scores["rmse"]
     torch.testing.assert_close(other.head["classifier.weight"], result.head["classifier.weight"], atol=1e-5, rtol=0)

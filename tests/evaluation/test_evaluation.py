@@ -1,6 +1,5 @@
 """Evaluation: scores against the plain functions, cached features, tables of models, reports, cards, errors."""
 
-import io
 import json
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,8 @@ from huggingface_hub.repocard_data import model_index_to_eval_results
 from PIL import Image as Pillow
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from hf_regvit import RegViTConfig, RegViTModel, extract_features
+from builders import encoded, save_model, tiny_model
+from hf_regvit import extract_features
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import evaluate_arguments
 from hf_regvit.app.recipes import RecipeParser
@@ -42,7 +42,7 @@ QUICK = {
 }  # fmt: skip
 
 
-def picture(channel, seed):
+def tinted(channel, seed):
     pixels = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
     pixels[..., channel] += 60
     return Pillow.fromarray(pixels)
@@ -56,19 +56,13 @@ def data(tmp_path_factory):
         for channel, name in enumerate(CLASSES):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                picture(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
+                tinted(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
     return root
-
-
-def new_model(seed=0, **changes):
-    torch.manual_seed(seed)
-    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-    return RegViTModel(RegViTConfig(**config | changes)).eval()
 
 
 @pytest.fixture(scope="module")
 def model():
-    return new_model()
+    return tiny_model()
 
 
 PROCESSOR = default_image_processor(32)
@@ -156,12 +150,14 @@ def test_at_its_own_size_robustness_is_knn(model, data):
     assert scores[0].columns == scores[1].columns
 
 
-def clusters(count, seed, kind="CLS", num_blocks=2):
-    """Features that separate three classes perfectly."""
+def clusters(count, seed, kind="CLS", blur=0.1):
+    """Features of three classes around three unit vectors; with a blur of 0.8 they overlap."""
     labels = torch.arange(count) % 3
     generator = torch.Generator().manual_seed(seed)
-    vectors = 10 * torch.eye(8)[labels][:, None] + torch.rand(count, num_blocks, 8, generator=generator)
-    features = FrozenFeatures(vectors, vectors[:, -1], (1, 2), kind, tuple(f"{seed}/{i}" for i in range(count)), (), 0)
+    vectors = torch.eye(8)[labels][:, None] + blur * torch.randn(count, 2, 8, generator=generator)
+    features = FrozenFeatures(
+        vectors, vectors.mean(1), (1, 2), kind, tuple(f"{seed}/{i}" for i in range(count)), (), 0
+    )
     return LabeledFeatures(features, labels, 3, "clusters")
 
 
@@ -186,7 +182,7 @@ def test_scores_go_through_the_metrics_of_the_package():
     assert score.value == TopKAccuracy().compute(predictions=votes, references=wrong.labels)["top1"] == 0.75
 
 
-def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
+def test_choosing_on_the_test_images_is_said_to_be_optimistic():
     options = QUICK | {"select_on": "test"}
     for score in score_features(clusters(30, 0), clusters(12, 1), tasks=["linear", "logistic"], **options):
         assert "on the test images themselves (official protocol, optimistic)" in score.protocol
@@ -197,24 +193,16 @@ def test_choosing_on_the_judged_images_is_said_to_be_optimistic():
         assert score.settings["num_images_to_choose"] == 3
 
 
-def blurred(count, seed):
-    """Three overlapping classes, so that every detail of a classifier matters."""
-    labels = torch.arange(count) % 3
-    generator = torch.Generator().manual_seed(seed)
-    vectors = torch.eye(8)[labels][:, None] + 0.8 * torch.randn(count, 2, 8, generator=generator)
-    ids = tuple(f"{seed}/{i}" for i in range(count))
-    features = FrozenFeatures(vectors, vectors.mean(1), (1, 2), "CLS", ids, (), 0)
-    return LabeledFeatures(features, labels, 3, "blurred")
-
-
 def test_shots_are_the_official_ones_as_far_as_every_class_has_them():
     for count, shots in ((14, ["n=1"]), (15, ["n=1", "n=5"]), (30, ["n=1", "n=5", "n=10"])):  # of three classes
-        scores = score_features(blurred(count, 0), blurred(6, 1), tasks=["few_shot"], num_tries=1)
+        scores = score_features(
+            clusters(count, 0, blur=0.8), clusters(6, 1, blur=0.8), tasks=["few_shot"], num_tries=1
+        )
         assert [score.variant for score in scores] == shots
 
 
 def test_few_shot_votes_at_the_temperature_that_is_said():
-    train, judged = blurred(30, 0), blurred(150, 1)
+    train, judged = clusters(30, 0, blur=0.8), clusters(150, 1, blur=0.8)
     found = {}
     for temperature in (0.02, 5.0):
         options = {"shots": [4], "num_tries": 1, "temperature": temperature}
@@ -230,7 +218,7 @@ def test_few_shot_votes_at_the_temperature_that_is_said():
 
 
 def test_what_was_chosen_on_a_tenth_is_fitted_again_on_everything():
-    train, judged = blurred(40, 0), blurred(300, 1)
+    train, judged = clusters(40, 0, blur=0.8), clusters(300, 1, blur=0.8)
     grid = LinearGrid((0.05, 1.0), (1, 2), (False, True), 60, 16)
     options = {
         "linear_learning_rates": [0.05, 1.0], "linear_num_blocks": [1, 2], "linear_steps": 60,
@@ -340,7 +328,6 @@ def test_ahead_of_turns_errors_round_and_keeps_its_interval_in_order(metric, sig
     ids = [str(i) for i in range(20)]
     one, two = (Score.measured(rows, ids=ids, data="d", seed=0, seconds=0.0, **what) for rows in (first, second))
     gain, (low, high) = paired_difference(first, second, seed=0)
-    assert two.difference(one) == (gain, (low, high))
     assert low < gain < high
     expected = (gain, (low, high)) if sign > 0 else (-gain, (-high, -low))
     assert two.ahead_of(one)[0] == pytest.approx(expected[0])
@@ -360,7 +347,7 @@ def test_two_segmentations_differ_by_their_mean_iou():
         Score.measured(one, ids=list("abcdefghijkl"), data="d", seed=0, statistic="mean_iou", num_train=3, seconds=0.0,
                        **what) for one in rows
     )  # fmt: skip
-    gain, (low, high) = better.difference(worse)
+    gain, (low, high) = better.ahead_of(worse)
     assert gain == pytest.approx(mean_iou(rows[0]) - mean_iou(rows[1]))
     assert gain == pytest.approx(better.value - worse.value)
     assert low < gain < high
@@ -397,7 +384,7 @@ def test_an_overlap_at_the_threshold_is_a_hit_of_the_report_too():
 @pytest.fixture
 def counted(monkeypatch):
     """A model, and a list of the numbers of images it has processed."""
-    model, seen = new_model(), []
+    model, seen = tiny_model(), []
     model.register_forward_pre_hook(lambda module, args, kwargs: seen.append(len(args[0])), with_kwargs=True)
     return model, seen
 
@@ -436,8 +423,6 @@ def test_what_changed_is_read_again(counted, data, tmp_path):
     again(12, source=source.subset([*range(1, 12), 0]))  # the same images in another order
     again(12, source=replace(source, ids=[f"new/{name}" for name in source.ids]))  # features carry the names
     again(12, size=24)
-    again(12, layers=(-1,))
-    again(0, layers=(1, 2))  # the last four of two
     with torch.no_grad():
         model.layers[1].mlp.fc2.bias[3] += 1e-4
     changed = again(12)
@@ -450,10 +435,10 @@ def test_a_changed_image_is_read_again(counted, tmp_path):
     model, seen = counted
     (tmp_path / "a").mkdir()
     for i in range(3):
-        picture(i, i).save(tmp_path / "a" / f"{i}.png")
+        tinted(i, i).save(tmp_path / "a" / f"{i}.png")
     read(model, load_images(tmp_path / "a"), tmp_path / "cache")
     before = image_digests(load_images(tmp_path / "a"))
-    picture(2, 7).save(tmp_path / "a" / "1.png")
+    tinted(2, 7).save(tmp_path / "a" / "1.png")
     assert image_digests(load_images(tmp_path / "a")) != before
     read(model, load_images(tmp_path / "a"), tmp_path / "cache")
     assert seen == [3, 3]
@@ -475,19 +460,21 @@ def test_a_broken_cache_is_not_used(counted, data, tmp_path, caplog):
 
 
 def test_the_name_of_a_model_is_no_part_of_it(model):
-    other = new_model()
+    other = tiny_model()
     other.config.name_or_path = "somewhere/else"
     assert model_fingerprint(other) == model_fingerprint(model)
-    assert model_fingerprint(new_model(seed=1)) != model_fingerprint(model)
+    assert model_fingerprint(tiny_model(seed=1)) != model_fingerprint(model)
 
 
 def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(model, data):
     source = load_images(data, split="validation")
-    features = read(model, source, None, layers=(1, 2))
+    features = read(model, source, None)
     for block in (1, 2):
         tokens = extract_features(open_model(model, processor=PROCESSOR), source, layer=block)
         torch.testing.assert_close(features.vectors[:, block - 1], tokens.cls)
     torch.testing.assert_close(features.mean_patch, tokens.patches.mean(1))
+    assert repr(tokens) == "TokenFeatures(12 images: cls (12, 32), registers (12, 4, 32), patches (12, 16, 32))"
+    assert "<td>patches</td><td>(12, 16, 32)</td>" in tokens._repr_html_()
 
 
 # --- Reports
@@ -524,8 +511,7 @@ def test_model_index_is_what_the_hub_reads(report, data):
 @pytest.fixture
 def folders(tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
-        new_model(seed).save_pretrained(tmp_path / name)
-        PROCESSOR.save_pretrained(tmp_path / name)
+        save_model(tiny_model(seed=seed), tmp_path / name, PROCESSOR)
     return tmp_path
 
 
@@ -540,7 +526,7 @@ def test_models_are_compared_on_the_same_images(folders, data):
     assert reference is first
     assert report.model == "b"
     hits = [np.array(score.columns[0]) for score in (first, second)]
-    ahead, (low, high) = second.difference(first)
+    ahead, (low, high) = second.ahead_of(first)
     assert ahead == pytest.approx(hits[1].mean() - hits[0].mean()) == pytest.approx(second.value - first.value)
     assert (low, high) == pytest.approx(bootstrap_interval(hits[1] - hits[0], seed=0))
     markdown = table.markdown()
@@ -561,7 +547,7 @@ def test_other_images_are_not_compared(model, data):
         for rows in (range(11), range(1, 12))
     )
     with pytest.raises(ValueError, match="cannot be compared pairwise"):
-        one.difference(two)
+        one.ahead_of(two)
 
 
 @pytest.mark.parametrize(("metric", "shown"), [("rmse", "+0.100 m [+0.100, +0.100]"), ("delta1", "-10.0 % [")])
@@ -573,7 +559,6 @@ def test_the_model_of_smaller_error_is_the_one_ahead(metric, shown):
         score = Score.measured(rows, ids="vwxyz", data="d", seed=0, seconds=1.0, **what)
         reports.append(EvaluationReport(name, "d", 0, {}, (score,)))
     second, first = reports[1].scores[0], reports[0].scores[0]
-    assert second.difference(first)[0] == pytest.approx(-0.1)
     assert second.ahead_of(first)[0] == pytest.approx(0.1 if metric == "rmse" else -0.1)
     assert first.ahead_of(first) == (0.0, (0.0, 0.0))
     markdown = EvaluationTable(tuple(reports)).markdown()
@@ -597,11 +582,6 @@ def dense(tmp_path_factory):
     """Six images with masks, or depths, of their brighter half."""
     root = tmp_path_factory.mktemp("dense")
 
-    def png(array):
-        data = io.BytesIO()
-        Pillow.fromarray(array).save(data, "PNG")
-        return {"bytes": data.getvalue(), "path": None}
-
     for kind in ("mask", "depth"):
         for part, count in (("train", 4), ("validation", 2)):
             rows = {"image": [], kind: []}
@@ -610,10 +590,9 @@ def dense(tmp_path_factory):
                 half = np.zeros((32, 32), dtype=np.uint8)
                 half[:, 16:] = 1
                 pixels[half == 1] += 150
-                rows["image"].append(png(pixels))
-                rows[kind].append(
-                    png(half if kind == "mask" else (1000 + 2000 * half.astype(np.int32)).astype(np.uint16))
-                )
+                rows["image"].append({"bytes": encoded(pixels), "path": None})
+                target = half if kind == "mask" else (1000 + 2000 * half.astype(np.int32)).astype(np.uint16)
+                rows[kind].append({"bytes": encoded(target), "path": None})
             folder = root / kind
             folder.mkdir(exist_ok=True)
             Dataset.from_dict(rows, Features({"image": Image(), kind: Image()})).to_parquet(folder / f"{part}.parquet")
@@ -689,7 +668,7 @@ def test_more_neighbours_than_images(model, data):
 
 def test_images_without_labels(model, tmp_path):
     for i in range(4):
-        picture(0, i).save(tmp_path / f"{i}.png")
+        tinted(0, i).save(tmp_path / f"{i}.png")
     source = load_images(tmp_path)
     with pytest.raises(ValueError, match="has no labels in its training split: 2 images are not in a subfolder"):
         evaluate(model, source.subset([0, 1]), train=source.subset([2, 3]))
@@ -707,12 +686,12 @@ def test_one_class_and_unseen_classes(model, data):
 def test_other_classes_in_the_training_images(model, data, tmp_path):
     for name in ("blue", "yellow"):
         (tmp_path / name).mkdir()
-        picture(0, 1).save(tmp_path / name / "1.png")
+        tinted(0, 1).save(tmp_path / name / "1.png")
     with pytest.raises(ValueError, match=r"has 2 classes without training images: 'green', 'red'"):
         evaluate(model, data, train=tmp_path)
 
 
-def test_judged_folders_that_lack_a_class_are_numbered_by_name(model, data):
+def test_folders_of_test_images_that_lack_a_class_are_numbered_by_name(model, data):
     train = load_images(data / "train", split=None)
     whole = load_images(data / "validation", split=None)
     part = replace(whole.subset(range(4, 12)), labels=[0] * 4 + [1] * 4, label_names=("green", "red"))
@@ -743,7 +722,7 @@ def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
     assert (score.num_train, score.num_images) == (3, 2)  # one training image per class
 
 
-def test_judged_images_that_are_fitted_on(model, data, caplog):
+def test_test_images_that_are_fitted_on(model, data, caplog):
     source = load_images(data, split="validation")
     with pytest.raises(ValueError, match=r"12 of the 12 test images .* are identical to training images"):
         evaluate(model, source, train=source)
@@ -873,7 +852,7 @@ def test_every_option_has_a_help_text_and_a_task():
 
 def test_modules_and_names_are_compared(folders, data, model):
     reader = open_model(model, processor=PROCESSOR)
-    table = compare_backbones([folders / "a", reader, open_model(new_model(1), processor=PROCESSOR)], str(data),
+    table = compare_backbones([folders / "a", reader, open_model(tiny_model(seed=1), processor=PROCESSOR)], str(data),
                               tasks=["knn"], knn_k=[3])  # fmt: skip
     assert table.reports[0].model == "a"
     assert len({report.model for report in table.reports}) == 3

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
+from builders import noise
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.evaluation.boxes import best_iou, box_iou
 from hf_regvit.evaluation.lost import (
@@ -245,11 +246,11 @@ def test_shares_and_similarities_of_exactly_zero_are_not_positive():
 
 def test_padding_goes_by_the_height_and_the_width_of_a_patch(model, processor):
     transform = EvaluationTransform.for_model(model, processor)
-    pixels, scale = _padded(picture(37, 26), transform, (8, 16), 640)
+    pixels, scale = _padded(noise(0, (37, 26)), transform, (8, 16), 640)
     assert (tuple(pixels.shape), scale) == ((3, 32, 48), 1.0)
     assert not pixels[:, 26:].any()
     assert not pixels[:, :, 37:].any()
-    pixels, scale = _padded(picture(37, 26), transform, (8, 16), 20)
+    pixels, scale = _padded(noise(0, (37, 26)), transform, (8, 16), 20)
     assert (tuple(pixels.shape), scale) == ((3, 16, 32), 20 / 37)  # read at 20 x 14
 
 
@@ -292,9 +293,9 @@ def test_the_others_may_hold_all_that_is_not_asked_for():
 
 
 def test_of_equal_parts_the_first_in_reading_order_counts():
-    picture = torch.zeros(4, 6)
-    picture[3, 0] = picture[2, 0] = picture[0, 4] = picture[0, 5] = 1.0
-    assert attention_cells(picture.flatten(), (4, 6), mass=1.0) == (4, 0, 6, 1)
+    attention = torch.zeros(4, 6)
+    attention[3, 0] = attention[2, 0] = attention[0, 4] = attention[0, 5] = 1.0
+    assert attention_cells(attention.flatten(), (4, 6), mass=1.0) == (4, 0, 6, 1)
 
 
 @pytest.mark.parametrize(
@@ -375,12 +376,6 @@ def processor():
     return processor
 
 
-def picture(width, height, seed=0):
-    noise = np.random.default_rng(seed).integers(0, 60, (height, width, 3)).astype(np.uint8)
-    noise[height // 4 : height // 2, width // 3 : 2 * width // 3] += 150
-    return Image.fromarray(noise)
-
-
 def padded(image, width, height):
     """Normalized, then zeros on the right and bottom, pixel by pixel."""
     pixels = torch.zeros(1, 3, height, width)
@@ -392,7 +387,7 @@ def padded(image, width, height):
 
 
 def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor):
-    image = picture(37, 26)
+    image = noise(0, (37, 26))
     pixels = padded(image, 40, 32)
     outputs = model(pixels, output_hidden_states=True)
     for layer in (1, -1):
@@ -407,7 +402,7 @@ def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor
 
 
 def test_queries_keys_and_values_are_the_projections(model, processor):
-    image = picture(32, 24)
+    image = noise(0, (32, 24))
     pixels = padded(image, 32, 24)
     for feature in "qkv":
         tokens = read_tokens(model, pixels, layers=(2,), site=feature).values[0][0, 3:]
@@ -420,7 +415,7 @@ def test_queries_keys_and_values_are_the_projections(model, processor):
 
 
 def test_attention_boxes_read_the_row_of_cls(model, processor):
-    image = picture(37, 26)
+    image = noise(0, (37, 26))
     model.set_attn_implementation("eager")
     attention = model(padded(image, 40, 32), output_attentions=True).attentions[-1][0, :, 0, 3:].detach()
     model.set_attn_implementation("sdpa")
@@ -434,7 +429,7 @@ def test_attention_boxes_read_the_row_of_cls(model, processor):
 
 
 def test_many_methods_in_one_pass_equal_one_by_one(model, processor):
-    images = [picture(37, 26, seed) for seed in range(2)] + [picture(24, 24, 5)]
+    images = [noise(seed, (37, 26)) for seed in range(2)] + [noise(5, (24, 24))]
     methods = [
         LostSettings("v", 1),
         AttentionSettings(1),
@@ -448,7 +443,7 @@ def test_many_methods_in_one_pass_equal_one_by_one(model, processor):
 
 
 def test_large_images_are_read_smaller_and_boxes_refer_to_the_original(model, processor):
-    image = picture(90, 60)
+    image = noise(0, (90, 60))
     (large,) = discover_objects(open_model(model, processor=processor), [image], center="image", max_side=45)
     small = image.resize((45, 30), Image.Resampling.BICUBIC)
     (same,) = discover_objects(open_model(model, processor=processor), [small], center="image")
@@ -458,9 +453,9 @@ def test_large_images_are_read_smaller_and_boxes_refer_to_the_original(model, pr
 
 
 def test_broken_images_are_left_out_and_names_kept(model, processor, tmp_path, caplog):
-    picture(32, 24).save(tmp_path / "a.png")
-    (tmp_path / "b.png").write_bytes(b"not a picture")
-    picture(40, 24).save(tmp_path / "c.png")
+    noise(0, (32, 24)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not an image")
+    noise(0, (40, 24)).save(tmp_path / "c.png")
     found = discover_objects(open_model(model, processor=processor), tmp_path, center="image")
     assert [one.id for one in found] == ["a.png", "c.png"]
     assert [one.image_size for one in found] == [(24, 32), (24, 40)]
@@ -468,25 +463,25 @@ def test_broken_images_are_left_out_and_names_kept(model, processor, tmp_path, c
 
 
 def test_a_degenerate_affinity_is_said_with_numbers(model, processor, caplog):
-    discover_objects(open_model(model, processor=processor), [picture(32, 24)], l2norm=True, bias=2.0)
+    discover_objects(open_model(model, processor=processor), [noise(0, (32, 24))], l2norm=True, bias=2.0)
     assert "1 of 1 images have a degenerate affinity" in caplog.text
     assert "100.0 % of its entries are positive, and 12 patches (median) tie" in caplog.text
     caplog.clear()
-    discover_objects(open_model(model, processor=processor), [picture(32, 24)], center="image")
+    discover_objects(open_model(model, processor=processor), [noise(0, (32, 24))], center="image")
     assert "degenerate" not in caplog.text
 
 
 def test_the_model_is_left_as_it_was(model, processor):
     model.train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    list(propose(open_model(model, processor=processor), [picture(32, 24)], [LostSettings(), AttentionSettings()]))
+    list(propose(open_model(model, processor=processor), [noise(0, (32, 24))], [LostSettings(), AttentionSettings()]))
     assert model.training
     model.eval()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_settings_that_a_model_has_not_are_named(model, processor):
-    image = picture(32, 24)
+    image = noise(0, (32, 24))
     with pytest.raises(ValueError, match="Block 4"):
         discover_objects(open_model(model, processor=processor), [image], layer=4)
     with pytest.raises(ValueError, match=r"head=4 does not exist\. Use 0 to 3"):

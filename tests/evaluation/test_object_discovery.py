@@ -59,7 +59,7 @@ COCO = {"bbox": List(List(Value("float64"))), "iscrowd": List(Value("bool"))}
 def data(tmp_path_factory):
     """Nine images with one box, one with a crowd only, one that is broken."""
     scenes = [scene(seed) for seed in range(10)]
-    rows = [data for data, _ in scenes] + [b"not a picture"]
+    rows = [data for data, _ in scenes] + [b"not an image"]
     boxes = [{"bbox": [box], "iscrowd": [i == 4]} for i, (_, box) in enumerate(scenes)]
     boxes.append({"bbox": [[0, 0, 5, 5]], "iscrowd": [False]})
     return write(tmp_path_factory.mktemp("data") / "scenes.parquet", rows, boxes, COCO, number=list(range(11)))
@@ -220,7 +220,7 @@ def test_bootstrap_interval_is_that_of_a_proportion():
     assert bootstrap_interval(np.ones(5), seed=1) == (1.0, 1.0)
 
 
-def test_settings_chosen_on_one_half_are_judged_on_the_other(data, reader, tmp_path):
+def test_settings_chosen_on_one_half_are_tested_on_the_other(data, reader, tmp_path):
     report = evaluate_backbone(reader, data, seed=1, **OPTIONS)
     lost = report.lost
     source = load_images(data, split=None)
@@ -262,7 +262,7 @@ def test_settings_chosen_on_one_half_are_judged_on_the_other(data, reader, tmp_p
     assert EvaluationReport.load(tmp_path / "new" / "report.json") == report
 
 
-def test_one_setting_is_judged_on_everything(data, reader):
+def test_one_setting_is_tested_on_everything(data, reader):
     one = {"lost_features": ["k"], "lost_layers": [-1], "lost_centers": ["image"], "lost_l2norm": ["false"]}
     report = evaluate_backbone(reader, data, tasks=["lost"], **one)
     assert report.lost.choice is None

@@ -8,33 +8,19 @@ import pytest
 import torch
 from PIL import Image
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import tiny_model
+from hf_regvit import RegViTModel
 from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
 
-
-def tiny_model(**overrides) -> RegViTModel:
-    config = RegViTConfig.from_preset(
-        "tiny",
-        **{
-            "image_size": 32,
-            "patch_size": 8,
-            "hidden_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 3,
-            "layerscale_value": 1.0,
-        }
-        | overrides,
-    )
-    torch.manual_seed(0)
-    return RegViTModel(config)
+SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_register_tokens": 4, "layerscale_value": 1.0}
 
 
 @pytest.fixture(scope="module")
 def model() -> RegViTModel:
-    return tiny_model().eval()
+    return tiny_model(**SIZES)
 
 
 @pytest.fixture
@@ -61,7 +47,7 @@ def random_maps(rows=3, columns=5, registers=4) -> F.TokenMaps:
 @pytest.mark.parametrize("overrides", [{}, {"num_register_tokens": 0}, {"discard_registers": True}])
 def test_maps_equal_the_slow_twin(overrides):
     """One patch at a time, with the token order [CLS | registers | patches] spelled out here and nowhere else."""
-    model = tiny_model(**overrides).eval()
+    model = tiny_model(**SIZES | overrides)
     pixels = torch.randn(2, 3, 24, 40, generator=torch.Generator().manual_seed(1))
     maps = F.read_token_maps(model, pixels)
     model.set_attn_implementation("eager")
@@ -150,14 +136,11 @@ def drawn(figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def titles(figure) -> list[str]:
-    return [axis.get_title() for axis in figure.axes if axis.get_title()]
-
-
 def test_overview_has_one_panel_each(image):
     figure = F.overview_figure(image, random_maps())
     registers = [f"attention of register {i}" for i in range(1, 5)]
-    assert titles(figure) == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
     panels = figure.axes[:8]
     shapes = {axis.get_title(): axis.images[0].get_array().shape for axis in panels}
     assert shapes["attention of register 4"] == shapes["norm of patches"] == (3, 5)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from builders import with_outliers
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.figures.diagnosis_page import report_page
@@ -20,14 +21,7 @@ def report():
     config = RegViTConfig(
         image_size=32, patch_size=4, hidden_size=24, num_hidden_layers=3, num_attention_heads=2, num_register_tokens=2
     )
-    model = RegViTModel(config).eval()
-
-    def blow_up(module, args, output):
-        tokens = (output[0] if isinstance(output, tuple) else output).clone()
-        tokens[:, 3 + 10] *= 100
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-    model.layers[1].register_forward_hook(blow_up)
+    model = with_outliers(RegViTModel(config).eval(), cells=(10,), factor=100)
     images = [Image.effect_noise((48, 40), 60).convert("RGB") for _ in range(12)]
     return diagnose(model, images, processor=default_image_processor(32), progress=False)
 

@@ -38,8 +38,9 @@ def _regvit_is_known():
 class RegViTModelTester:
     """A tiny model and its inputs, with the attributes that the common tests read from their tester."""
 
-    def __init__(self, parent=None):
+    def __init__(self, parent=None, **fields):
         self.parent = parent
+        self.fields = fields
         self.batch_size = 3
         self.image_size = 32
         self.patch_size = 8
@@ -52,7 +53,7 @@ class RegViTModelTester:
         self.num_patches = (self.image_size // self.patch_size) ** 2
         self.num_masks = self.num_patches // 2
         self.mask_length = self.num_patches  # bool_masked_pos has an entry per patch, none for CLS and registers
-        self.seq_length = 1 + 3 + self.num_patches
+        self.seq_length = fields.get("use_cls_token", True) + 3 + self.num_patches
 
     def get_config(self):
         return RegViTConfig(
@@ -65,6 +66,7 @@ class RegViTModelTester:
             num_attention_heads=self.num_attention_heads,
             num_depth_bins=8,
             num_labels=self.num_labels,
+            **self.fields,
         )
 
     def prepare_config_and_inputs_for_common(self):
@@ -73,13 +75,15 @@ class RegViTModelTester:
         return self.get_config(), {"pixel_values": torch.rand(shape, generator=generator).to(torch_device)}
 
 
-class RegViTModelTest(suite.ModelTesterMixin, suite.PipelineTesterMixin, unittest.TestCase):
+class ModelChecks(suite.ModelTesterMixin):
+    """The common tests of models, for the configuration in `fields`."""
+
     all_model_classes = MODEL_CLASSES
-    pipeline_model_mapping = PIPELINES
     test_resize_embeddings = False  # there is no vocabulary
+    fields = {}
 
     def setUp(self):
-        self.model_tester = RegViTModelTester(self)
+        self.model_tester = RegViTModelTester(self, **self.fields)
         # The customary hidden_size=37 of these tests does not divide into heads, which our configuration refuses.
         self.config_tester = suite.ConfigTester(
             self, config_class=RegViTConfig, has_text_modality=False, hidden_size=36, num_attention_heads=4
@@ -140,10 +144,22 @@ class RegViTModelTest(suite.ModelTesterMixin, suite.PipelineTesterMixin, unittes
             with self.subTest(model_class.__name__), tempfile.TemporaryDirectory() as folder:
                 model_class(self.model_tester.get_config()).save_pretrained(folder)
                 safetensors.torch.save_file({"tensor": torch.ones(1)}, f"{folder}/model.safetensors", {"format": "pt"})
-                with pytest.raises(CheckpointError, match=r"cls_token is missing"):
+                with pytest.raises(CheckpointError, match=r"patch_embeddings\.projection\.bias is missing"):
                     model_class.from_pretrained(folder)
         with mock.patch.object(RegViTPreTrainedModel, "_check_loaded", return_value=None):
             super().test_model_weights_reload_no_missing_tied_weights()
+
+
+class RegViTModelTest(ModelChecks, suite.PipelineTesterMixin, unittest.TestCase):
+    pipeline_model_mapping = PIPELINES
+
+
+class RegViTRotaryTest(ModelChecks, unittest.TestCase):
+    fields = {"use_position_embeddings": False, "rope_theta": 100, "key_bias": False, "pos_embed_rescale": 2.0}
+
+
+class RegViTWithoutCLSTest(ModelChecks, unittest.TestCase):
+    fields = {"use_cls_token": False, "attention_pooler": True, "pooling": "cls", "embedding_norm": True}
 
 
 class RegViTBackboneTest(suite.BackboneTesterMixin, unittest.TestCase):

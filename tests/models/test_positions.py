@@ -18,7 +18,7 @@ from hf_regvit import (
     RegViTModel,
 )
 from hf_regvit.models import modeling_regvit
-from hf_regvit.models.modeling_regvit import RegViTLayer, rotate_patches
+from hf_regvit.models.modeling_regvit import RegViTLayer, rotate
 
 ROTARY = {"use_position_embeddings": False, "rope_theta": 100, "key_bias": False, "layerscale_value": 1.0}
 INDEX = {"rope_theta": 100, "rope_coordinates": "index", "rope_grid_offset": 1, "rope_reference_grid": [5, 3]}
@@ -60,21 +60,23 @@ def padded(*sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_rotation_equals_the_loop_over_channel_pairs():
-    tokens, table = noise(2, 7, 2, 3, 8), noise(2, 4, 8, seed=1)
-    rotated = rotate_patches(tokens, table)
+    tokens, table = noise(2, 7, 2, 3, 8), noise(2, 7, 8, seed=1)
+    table[:, :3] = torch.tensor([1.0] * 4 + [0.0] * 4)
+    rotated = rotate(tokens, table)
     assert torch.equal(rotated[:, :3], tokens[:, :3])  # CLS and registers
-    for image, patch, channel in itertools.product(range(2), range(4), range(4)):
-        cos, sin = table[image, patch, channel], table[image, patch, channel + 4]
-        u, v = tokens[image, 3 + patch, :, :, channel], tokens[image, 3 + patch, :, :, channel + 4]
-        torch.testing.assert_close(rotated[image, 3 + patch, :, :, channel], u * cos - v * sin)
-        torch.testing.assert_close(rotated[image, 3 + patch, :, :, channel + 4], v * cos + u * sin)
+    for image, token, channel in itertools.product(range(2), range(7), range(4)):
+        cos, sin = table[image, token, channel], table[image, token, channel + 4]
+        u, v = tokens[image, token, :, :, channel], tokens[image, token, :, :, channel + 4]
+        torch.testing.assert_close(rotated[image, token, :, :, channel], u * cos - v * sin)
+        torch.testing.assert_close(rotated[image, token, :, :, channel + 4], v * cos + u * sin)
 
 
 def test_scores_depend_on_differences_of_positions_only():
     """The scores of equal patches are a function of the offset between them, the point of rotary positions."""
-    table = build(**{**ROTARY, **INDEX}).embeddings.rotary_table(torch.zeros(1, 3, 40, 24))  # the reference grid
+    model = build(**{**ROTARY, **INDEX, **NO_CLS, "num_register_tokens": 0})
+    table = model.embeddings.rotary_table(torch.zeros(1, 3, 40, 24))  # the reference grid
     content = noise(1, 1, 2, 1, 16).expand(1, 15, 2, 1, 16)
-    query, key = rotate_patches(content, table)[0, :, :, 0].unbind(1)  # (15, 16)
+    query, key = rotate(content, table)[0, :, :, 0].unbind(1)  # (15, 16)
     scores = (query @ key.T).reshape(5, 3, 5, 3)
     for (r, c), (dr, dc) in itertools.product(itertools.product(range(4), range(2)), [(0, 1), (1, 0), (1, 1)]):
         torch.testing.assert_close(scores[r, c, r + dr, c + dc], scores[0, 0, dr, dc], atol=1e-4, rtol=0)
@@ -334,7 +336,7 @@ def test_batch_subset_selects_the_rows_of_the_rotary_tables():
     layer.drop_path_mode = "batch_subset"
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
-    states, table = noise(4, 9, 32), noise(4, 8, 16)
+    states, table = noise(4, 9, 32), noise(4, 9, 16)
     seen = []
     layer.attention.register_forward_pre_hook(lambda *call: seen.append(call[2]["rotary"]), with_kwargs=True)
     torch.manual_seed(1)
@@ -401,7 +403,9 @@ def test_augmented_coordinates_are_drawn_once_per_forward():
     pixels, mask = padded((32, 32), (16, 24))
     model(pixels, pixel_mask=mask)  # one draw for all grids of the batch: the same factor
     cos, sin = tables[-1].chunk(2, dim=-1)
-    slow = torch.atan2(sin, cos)[:, :, 3]  # row angles of the longest period, which do not wrap around
+    slow = torch.atan2(sin, cos)[
+        :, model.config.num_prefix_tokens :, 3
+    ]  # row angles of the longest period, which do not wrap around
     first_of_two, second_of_four = slow[1, 1], slow[0, 4 + 1]  # rows at -1 / 2 and -1 / 4
     assert (first_of_two / second_of_four).item() == pytest.approx(2, rel=1e-4)
 

@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 from hf_regvit_cli import COMMANDS, main
 
 from ..models import registration  # noqa: F401
+from ..models.saving import check_space, keeping
 from .recipes import arguments_class
 
 if TYPE_CHECKING:
     from ..data.source import ImageSource
 
 logger = logging.getLogger(__name__)
+
+_REPORT_BYTES = 5_000_000  # space for a report and its figures that is looked for before the work
 
 __all__ = ["COMMANDS", "RUNS", "Outcome", "main", "run"]
 
@@ -112,6 +115,7 @@ def _diagnose(arguments: Any) -> Outcome:
     from ..figures.maps import write_report_figures
 
     settings = arguments.settings()
+    check_space(arguments.output_dir, _REPORT_BYTES)
     images = _opened(arguments.data, arguments.split)
     if len(arguments.model) == 1:
         outcome: Any = diagnose(arguments.model[0], images, **settings)
@@ -119,10 +123,11 @@ def _diagnose(arguments: Any) -> Outcome:
     else:
         outcome = compare_checkpoints(arguments.model, images, **settings)
         reports = outcome.folders()
-    path = outcome.save(arguments.output_dir)
-    for folder, report in reports.items():
-        write_report(report, f"{arguments.output_dir}/{folder}/report.html")
-        write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
+    with keeping(outcome.summary):
+        path = outcome.save(arguments.output_dir)
+        for folder, report in reports.items():
+            write_report(report, f"{arguments.output_dir}/{folder}/report.html")
+            write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
     repair: tuple[str, ...] = ()
     if len(reports) == 1 and outcome.bimodal:
         repair = ("retrofit", "--model", arguments.model[0], "--data", arguments.data, "--output_dir", "repaired")
@@ -139,7 +144,8 @@ def _retrofit(arguments: Any) -> Outcome:
     pictures = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
     path = f"{arguments.output_dir}/before_after.png"
-    save_figure(before_after_figure(pictures, before, after), path)
+    with keeping(result.summary):
+        save_figure(before_after_figure(pictures, before, after), path)
     lines = {"checkpoint": arguments.output_dir, "picture": path}
     show = ("demo", "--model", arguments.output_dir, "--compare", arguments.model)
     return Outcome(result.report.to_dict(), result.report.summary(), lines, following=show)
@@ -163,8 +169,10 @@ def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.run import compare_backbones
 
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
-        table.save(arguments.output_dir)
+        with keeping(table.markdown):
+            table.save(arguments.output_dir)
 
+    check_space(arguments.output_dir, _REPORT_BYTES)
     table = compare_backbones(arguments.model, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
     path = {"report": f"{arguments.output_dir}/report.json"}

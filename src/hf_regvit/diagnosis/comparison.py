@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..models.loading import open_model, short_names
-from ..models.results import Result, markdown_table
+from ..models.loading import distinct_names, open_model
+from ..models.results import Record, Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
 from .report import ArtifactReport
@@ -21,13 +21,13 @@ from .report import ArtifactReport
 class ComparisonReport(Result):
     """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Record]
     reports: dict[str, ArtifactReport]
-    settings: dict[str, Any]
+    settings: Record
 
     file_name: ClassVar = "comparison.json"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return rows and settings; the reports are saved separately."""
         return {"rows": self.rows, "settings": self.settings}
 
@@ -59,7 +59,7 @@ class ComparisonReport(Result):
         """Return the rows as a Markdown table."""
         return markdown_table(self._rows())
 
-    def _rows(self) -> list[list[Any]]:
+    def _rows(self) -> list[list[object]]:
         return [list(self.rows[0]), *(list(row.values()) for row in self.rows)]
 
 
@@ -88,7 +88,10 @@ def compare_checkpoints(
         ValueError: Fewer than two models, or the same one twice.
         UnknownProcessorError: No image processor is given, and a model has none.
     """
-    readers = {name: open_model(model, device=device, processor=processor) for name, model in _named(models).items()}
+    if len(models) < 2:
+        raise ValueError(f"Got {len(models)} models, but a comparison needs at least two different checkpoints.")
+    names = distinct_names(models)
+    readers = {name: open_model(model, device=device, processor=processor) for name, model in zip(names, models)}
     reports = {name: diagnose(reader, images, **settings) for name, reader in readers.items()}
     speeds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(throughput_rounds + 1):
@@ -105,18 +108,7 @@ def compare_checkpoints(
     return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads)
 
 
-def _named(models: Sequence[Any]) -> dict[str, Any]:
-    """Return the models by a short name; a number tells models of the same name apart."""
-    short = iter(short_names([model for model in models if isinstance(model, str | Path)]))
-    keys = [next(short) if isinstance(model, str | Path) else model for model in models]
-    if len(set(keys)) < max(len(models), 2):
-        raise ValueError(f"models={[str(model) for model in models]} must hold at least two different checkpoints.")
-    names = [key if isinstance(key, str) else open_model(key).description.name for key in keys]
-    counts = [names[:i].count(name) for i, name in enumerate(names)]
-    return {f"{name}-{count + 1}" if count else name: model for name, count, model in zip(names, counts, models)}
-
-
-def _row(report: ArtifactReport, first: ArtifactReport) -> dict[str, Any]:
+def _row(report: ArtifactReport, first: ArtifactReport) -> Record:
     attention = report.attention["statistics"] if report.attention else {}
     return {
         "registers": report.model["num_register_tokens"],

@@ -1,6 +1,6 @@
 """Controls for the claim that a model uses its registers: replace them and measure what changes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..evaluation.knn import knn_accuracy
 from ..models.loading import open_model
+from ..models.results import Record
 from ..models.tokens import TokenReader, TokenReading
 from .readings import normalized
 
@@ -41,10 +42,9 @@ def register_controls(
     pixel_values: Tensor,
     *,
     labels: Tensor | None = None,
-    kinds: Sequence[str] = REGISTER_CONTROLS,
     batch_size: int = 32,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Record:
     """Measure the effect of replacing the registers between blocks (at the outputs of blocks 1 to L - 1).
 
     Registers are replaced by their average over the images ("mean"), by those of another image ("shuffle"), by
@@ -57,7 +57,6 @@ def register_controls(
         pixel_values: (n, 3, H, W) pixels of at least two images; their order determines the pairs of "shuffle".
         labels: (n,) class ids. If given, the accuracy of 5 nearest neighbors on CLS is measured too, with each half of
             the images classified by the other half. This needs at least 20 images whose class is in both halves.
-        kinds: Names of the controls.
         batch_size: Number of images per forward pass.
         seed: Random seed for noise and shuffling.
 
@@ -67,7 +66,7 @@ def register_controls(
         unmodified model after the final norm.
 
     Raises:
-        ValueError: A model without registers, fewer than two images, or an unknown kind.
+        ValueError: A model without registers, or fewer than two images.
 
     Source: arXiv 2604.14433.
     """
@@ -77,8 +76,6 @@ def register_controls(
         raise ValueError(f"'{description.name}' has no registers to replace. Use a model with registers.")
     if len(pixel_values) < 2:
         raise ValueError(f"Register controls need at least two images, got {len(pixel_values)}.")
-    if unknown := sorted(set(kinds) - set(REGISTER_CONTROLS)):
-        raise ValueError(f"Unknown kinds {unknown}. Choose from {REGISTER_CONTROLS}.")
     inner, has_cls = range(1, description.num_layers), description.has_cls
     recorded: dict[int, Tensor] = {}  # {layer: (n, R, D)}
     parts = []
@@ -89,12 +86,12 @@ def register_controls(
             recorded[layer] = torch.cat([recorded[layer], found]) if layer in recorded else found
         parts.append(_final_tokens(reader, reading))
     undisturbed = torch.cat(parts)  # (n, T - R, D)
-    result: dict[str, Any] = {
+    result: Record = {
         "num_images": len(pixel_values),
         "blocks": [1, description.num_layers - 1],
         "clean": {"knn": _knn(undisturbed, labels) if has_cls else None},
     }
-    for kind in kinds:
+    for kind in REGISTER_CONTROLS:
         replacement = {layer: _replacement(kind, values, layer, seed) for layer, values in recorded.items()}
         parts = []
         for start in range(0, len(pixel_values), batch_size):

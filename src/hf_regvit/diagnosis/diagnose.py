@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from ..data.loading import load_images
 from ..data.preparation import prepare_images
-from ..evaluation.metrics import effective_rank, register_cosine
 from ..models.loading import open_model, weights_fingerprint
-from ..models.results import Stopwatch, library_versions
+from ..models.results import Record, Stopwatch, library_versions
 from ..models.tokens import Layers, TokenReader
 from .controls import register_controls
 from .outliers import (
@@ -37,8 +36,10 @@ from .outliers import (
     channel_outliers,
     compare_values,
     direction_spread,
+    effective_rank,
     emergence_layer,
     find_cutoff,
+    register_cosine,
     reported_layer,
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
@@ -99,7 +100,7 @@ def diagnose(
     watch = Stopwatch()
     reader = open_model(model, device=device, processor=processor)
     source = load_images(images, split=None) if isinstance(images, str | Path) else images
-    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
     prepared = prepare_images(source, reader.transform, **drawn)
     limits = {"num_details": detail_images, "max_images": max_images}
     readings = read_images(reader, prepared, layers, **limits, progress=progress)
@@ -123,9 +124,9 @@ def diagnose(
 def _report(
     case: "_Case",
     cutoffs: Mapping[int, Cutoff],
-    details: dict[str, Any],
-    asked: dict[str, Any],
-    drawn: dict[str, Any],
+    details: Record,
+    asked: Record,
+    drawn: Record,
     watch: Stopwatch,
 ) -> ArtifactReport:
     reader, readings, chosen = case.reader, case.readings, cutoffs[case.layer].to_dict()
@@ -176,13 +177,13 @@ def _histogram_edges(norms: Mapping[int, NDArray[np.float32]], bins: int = 80) -
     return np.geomspace(low, max(high, 1.001 * low) * 1.001, bins + 1)
 
 
-def _histogram(values: NDArray[Any], edges: NDArray[np.float64]) -> list[int]:
+def _histogram(values: np.ndarray, edges: NDArray[np.float64]) -> list[int]:
     return np.histogram(np.clip(values, edges[0], edges[-1]), bins=edges)[0].tolist()
 
 
-def _layer_record(readings: Readings, layer: int, found: Cutoff, edges: NDArray[np.float64]) -> dict[str, Any]:
+def _layer_record(readings: Readings, layer: int, found: Cutoff, edges: NDArray[np.float64]) -> Record:
     norms = readings.norms[layer]
-    record: dict[str, Any] = {
+    record: Record = {
         "layer": layer,
         "median": float(np.median(norms)),
         "mean": float(norms.mean(dtype=np.float64)),
@@ -198,7 +199,7 @@ def _layer_record(readings: Readings, layer: int, found: Cutoff, edges: NDArray[
     return record
 
 
-def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> dict[str, Any]:
+def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> Record:
     share, counts = is_outlier.mean(axis=0), is_outlier.sum(axis=1)  # (N,), (n,)
     border = np.ones(grid, dtype=bool)
     border[1:-1, 1:-1] = False
@@ -217,7 +218,7 @@ def _outlier_record(is_outlier: NDArray[np.bool_], grid: tuple[int, int]) -> dic
     }
 
 
-def _neighbor_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
+def _neighbor_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.bool_]) -> Record:
     edges = np.linspace(-1, 1, 81)
     return compare_values(similarity, is_outlier) | {
         "site": "output of the patch embedding, before positions",
@@ -227,7 +228,7 @@ def _neighbor_record(similarity: NDArray[np.float32], is_outlier: NDArray[np.boo
     }
 
 
-def _attention_record(case: _Case) -> dict[str, Any] | None:
+def _attention_record(case: _Case) -> Record | None:
     readings = case.readings
     if readings.attention is None:
         return None
@@ -242,7 +243,7 @@ def _attention_record(case: _Case) -> dict[str, Any] | None:
     }
 
 
-def _details(case: _Case) -> dict[str, Any]:
+def _details(case: _Case) -> Record:
     """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
     last = case.reader.description.num_layers
     tokens: list[Tensor] = []
@@ -282,7 +283,7 @@ def _details(case: _Case) -> dict[str, Any]:
     }
 
 
-def _register_record(case: _Case, registers: Tensor) -> dict[str, Any] | None:
+def _register_record(case: _Case, registers: Tensor) -> Record | None:
     """Describe registers after the final norm (n, R, D), and the norms of the raw ones."""
     if not case.readings.register_norms:
         return None
@@ -299,7 +300,7 @@ def _register_record(case: _Case, registers: Tensor) -> dict[str, Any] | None:
     }
 
 
-def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
+def _examples(case: _Case, count: int = 6) -> list[Record]:
     """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
     readings, last, grid = case.readings, case.reader.description.num_layers, case.readings.grid
     examples = []
@@ -327,12 +328,12 @@ def _examples(case: _Case, count: int = 6) -> list[dict[str, Any]]:
     return examples
 
 
-def _map(values: NDArray[Any], grid: tuple[int, int]) -> list[list[float]]:
+def _map(values: np.ndarray, grid: tuple[int, int]) -> list[list[float]]:
     """Convert (N,) values to rows of the grid, rounded to four significant digits."""
     return [[float(f"{value:.4g}") for value in row] for row in values.reshape(grid).tolist()]
 
 
-def _model_record(reader: TokenReader, grid: tuple[int, int]) -> dict[str, Any]:
+def _model_record(reader: TokenReader, grid: tuple[int, int]) -> Record:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(reader.description).items()} | {
         "parameters": sum(parameter.numel() for parameter in reader.tower.parameters()),
         "gmacs": count_macs(reader, grid[0] * grid[1]) / 1e9,
@@ -368,7 +369,7 @@ def _warnings(readings: Readings) -> list[str]:
     return found
 
 
-def _controls(case: _Case, source: object) -> dict[str, Any] | None:
+def _controls(case: _Case, source: object) -> Record | None:
     readings = case.readings
     if not readings.register_norms:
         return None

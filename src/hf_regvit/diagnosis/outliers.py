@@ -10,13 +10,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
+
+from ..models.results import Record
 
 # Conditions for a "distinct outlier population".
 MIN_SEPARATION = 2.0  # Ashman's D
@@ -29,6 +30,7 @@ GATE = {"separation": MIN_SEPARATION, "share": [MIN_SHARE, MAX_SHARE], "ratio": 
 _BINS = 500  # bins of log norms; the mixture is fitted to their counts
 _STARTS = (0.3, 0.1, 0.02, 0.005, 0.001)  # initial shares of the tokens in the upper mode
 _ITERATIONS = 300
+_TOLERANCE = 1e-6  # gain of the mean log likelihood below which the fit stops, in nats
 _MIN_STD = 0.01  # smallest standard deviation of a mode, in log norm; equal tokens (flat images) would have 0
 _LOWEST = 1e-4  # smallest norm relative to the median; smaller ones are raised to it, because zero has no logarithm
 
@@ -94,27 +96,24 @@ class Cutoff:
     reason: str
     modes: TwoModes | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
 
 
-def log_norms(norms: NDArray[Any]) -> NDArray[np.float64]:
+def log_norms(norms: np.ndarray) -> NDArray[np.float64]:
     """Return the natural logarithms of norms (any shape, flattened), raised to at least 1e-4 of their median."""
     flat = np.asarray(norms, dtype=np.float64).ravel()
     return np.log(np.maximum(flat, _LOWEST * np.median(flat)))
 
 
-def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance: float = 1e-6) -> list[TwoModes]:
+def fit_two_modes(values: np.ndarray) -> list[TwoModes]:
     """Fit mixtures of two Gaussians by expectation-maximization, one for each initial share of the upper mode.
 
     The fit uses counts in 500 bins, so its cost hardly depends on the number of values. It is deterministic.
 
     Args:
         values: Log norms, 1-D.
-        share: Initial share of the values in the upper mode, the largest first. Default: one fit for each of five
-            shares from 0.3 down to 0.001.
-        tolerance: Gain of the mean log likelihood below which the fit stops, in nats.
 
     Returns:
         The fits, most likely first; empty if all values are equal.
@@ -126,7 +125,7 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
     counts, edges = np.histogram(values, bins=_BINS)
     centres, weight = ((edges[:-1] + edges[1:]) / 2)[counts > 0], counts[counts > 0] / counts.sum()
     tail = 1 - np.cumsum(weight) + weight  # share of the values in this bin or above
-    upper = np.stack([tail <= max(start, weight[-1]) for start in (_STARTS if share is None else (share,))])
+    upper = np.stack([tail <= max(start, weight[-1]) for start in _STARTS])
     posterior = np.stack((~upper, upper), axis=1).astype(float)  # (starts, 2, bins)
     previous = np.full(len(posterior), -np.inf)
     for _ in range(_ITERATIONS):
@@ -139,7 +138,7 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
         both = top + np.log(np.exp(density - top).sum(axis=1, keepdims=True))  # (starts, 1, bins)
         posterior = np.exp(density - both)
         likelihood = (both[:, 0] * weight).sum(axis=1)
-        if (likelihood - previous < tolerance).all():
+        if (likelihood - previous < _TOLERANCE).all():
             break
         previous = likelihood
     fits = []
@@ -150,7 +149,7 @@ def fit_two_modes(values: NDArray[Any], *, share: float | None = None, tolerance
     return fits
 
 
-def find_cutoff(norms: NDArray[Any], *, cutoff: float | str = "auto") -> Cutoff:
+def find_cutoff(norms: np.ndarray, *, cutoff: float | str = "auto") -> Cutoff:
     """Find the cut-off of one layer, and test whether the tokens above it are a distinct population.
 
     Two Gaussians are fitted to the log norms. They count as two modes if all of these hold: the upper mode has 0.1 %
@@ -272,7 +271,7 @@ def neighbor_similarity(embeddings: Tensor, grid: tuple[int, int]) -> Tensor:
     return (total / count).flatten(1)
 
 
-def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[str, Any]:
+def compare_values(values: np.ndarray, is_outlier: NDArray[np.bool_]) -> Record:
     """Compare a value between outliers and normal patches: medians, Kolmogorov-Smirnov distance, and AUROC.
 
     AUROC is the probability that the value of an outlier exceeds that of a normal patch, with ties counting half; 0.5
@@ -286,7 +285,7 @@ def compare_values(values: NDArray[Any], is_outlier: NDArray[np.bool_]) -> dict[
 
     values, is_outlier = np.asarray(values, dtype=np.float64).ravel(), np.asarray(is_outlier).ravel()
     normal, outlier = values[~is_outlier], values[is_outlier]
-    result: dict[str, Any] = {"num_normal": len(normal), "num_outlier": len(outlier)}
+    result: Record = {"num_normal": len(normal), "num_outlier": len(outlier)}
     for name, group in (("median_normal", normal), ("median_outlier", outlier)):
         result[name] = float(np.median(group)) if len(group) else None
     if not len(normal) or not len(outlier):
@@ -322,7 +321,7 @@ def direction_spread(tokens: Tensor, image: Tensor, *, max_tokens: int = 2000, s
     return (unit @ unit.T).abs()[different].mean().item()
 
 
-def channel_outliers(tokens: Tensor, *, top: int = 5) -> dict[str, Any]:
+def channel_outliers(tokens: Tensor, *, top: int = 5) -> Record:
     """Find channels that are large in all tokens (unlike outlier tokens), and the share of massive activations.
 
     Args:
@@ -377,6 +376,36 @@ def attention_statistics(attention: Tensor, *, num_prefix_tokens: int, num_regis
         "head_entropy": torch.special.entr(heads).sum(dim=-1).mean(dim=1),
         "top_mass": scaled.topk(math.ceil(0.02 * count), dim=1).values.sum(dim=1),
     }
+
+
+def effective_rank(tokens: Tensor) -> Tensor:
+    """Return the effective number of directions of the tokens of an image: exp(entropy of the Gram eigenvalues).
+
+    Tokens are scaled to unit length and not centered. The result is 1 if all tokens are alike, and min(N, D) if they
+    are spread evenly.
+
+    Args:
+        tokens: (B, N, D) tokens, N and D at least 1.
+
+    Returns:
+        (B,) float64.
+
+    Source: Roy and Vetterli 2007 for the effective rank; arXiv 2604.14433 for patches.
+    """
+    unit = F.normalize(tokens.double(), dim=-1)
+    small = unit if unit.shape[1] <= unit.shape[2] else unit.mT  # the smaller Gram matrix has the same eigenvalues
+    eigenvalues = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0)  # (B, min(N, D))
+    weight = eigenvalues / eigenvalues.sum(dim=1, keepdim=True).clamp(min=1e-300)
+    return torch.special.entr(weight).sum(dim=1).exp()
+
+
+def register_cosine(registers: Tensor) -> Tensor:
+    """Return the mean cosine over all pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
+    unit = F.normalize(registers.float(), dim=-1)
+    count = unit.shape[1]
+    if count < 2:
+        raise ValueError(f"Got {count} registers, but at least 2 are needed for a pair.")
+    return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))
 
 
 _PLATEAU = 0.95  # layers whose mode ratio is at least this share of the largest count as equal to it

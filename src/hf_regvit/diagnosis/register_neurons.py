@@ -101,9 +101,9 @@ def find_register_neurons(
 def search_neurons(
     reader: TokenReader,
     images: PreparedImages,
-    norms: dict[int, NDArray[Any]],
+    norms: dict[int, np.ndarray],
     cutoff: float | str,
-    part: NDArray[Any],
+    part: np.ndarray,
 ) -> RegisterNeurons:
     """Search in a part of the images, a mask (n,); `norms` are those of all images, `{layer: (n, N)}`."""
     found, layer, emergence = _find_outliers({i: values[part] for i, values in norms.items()}, cutoff)
@@ -160,7 +160,7 @@ def score_neurons(
     return total / num_counted
 
 
-def read_all_norms(reader: TokenReader, images: PreparedImages, *, progress: bool = False) -> dict[int, NDArray[Any]]:
+def read_all_norms(reader: TokenReader, images: PreparedImages, *, progress: bool = False) -> dict[int, np.ndarray]:
     """Return the norms of the patches at every layer, `{layer: (n, N)}`; layer 0 is the embedding."""
     readings: list[TokenReading] = []
     with tqdm(total=images.total, desc="norms", unit="img", disable=not progress) as bar:

@@ -1,9 +1,9 @@
 """The report of a diagnosis."""
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from ..models.results import Result, show
+from ..models.results import Record, Result, show
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,20 +51,20 @@ class ArtifactReport(Result):
     separation: float
     method: str
     reason: str
-    model: dict[str, Any]
-    layers: list[dict[str, Any]]
+    model: Record
+    layers: list[Record]
     histogram_edges: list[float]
-    outliers: dict[str, Any]
-    neighbours: dict[str, Any]
-    attention: dict[str, Any] | None
-    registers: dict[str, Any] | None
-    patches: dict[str, Any]
-    controls: dict[str, Any] | None
-    probes: dict[str, Any] | None
-    examples: list[dict[str, Any]]
+    outliers: Record
+    neighbours: Record
+    attention: Record | None
+    registers: Record | None
+    patches: Record
+    controls: Record | None
+    probes: Record | None
+    examples: list[Record]
     skipped: list[dict[str, str]]
     warnings: list[str]
-    settings: dict[str, Any]
+    settings: Record
     versions: dict[str, str]
     seconds: dict[str, float]
 

@@ -10,7 +10,7 @@ blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The 
 as in `model.layers`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -26,7 +26,8 @@ from ..data.preparation import PreparedImages, prepare_images
 from ..models.loading import choose_device, open_model, open_regvit
 from ..models.manifest import whole_checkpoint
 from ..models.processing import EvaluationTransform, known_processor
-from ..models.results import Result, Stopwatch, markdown_table
+from ..models.results import Record, Result, Stopwatch, markdown_table
+from ..models.saving import check_space, keeping, num_bytes
 from ..models.tokens import TokenReader
 from .outliers import find_cutoff
 from .readings import read_norms
@@ -78,7 +79,7 @@ class RetrofitReport(Result):
         seconds: Wall time of each step.
     """
 
-    model: dict[str, Any]
+    model: Record
     neurons: list[list[int]]
     scores: list[float]
     num_register_tokens: int
@@ -86,9 +87,9 @@ class RetrofitReport(Result):
     cutoff: float
     emergence: int
     images: dict[str, int]
-    tried: list[dict[str, Any]]
-    judged: dict[str, dict[str, Any]]
-    settings: dict[str, Any]
+    tried: list[Record]
+    judged: dict[str, Record]
+    settings: Record
     seconds: dict[str, float]
 
     file_name: ClassVar = "retrofit_report.json"
@@ -178,7 +179,7 @@ class RetrofitResult:
         """Return a summary for a terminal."""
         return self.report.summary()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the report as plain values for JSON."""
         return self.report.to_dict()
 
@@ -186,10 +187,12 @@ class RetrofitResult:
         """Write a checkpoint with code files, image processor and `retrofit_report.json`; return the folder.
 
         Raises:
+            NoSpaceError: The checkpoint does not fit on the disk.
             FileExistsError: The folder already contains a checkpoint.
         """
         _check_new(folder)
-        with whole_checkpoint(folder) as staged:
+        needed = num_bytes(self.model.state_dict().values())
+        with keeping(self.summary), whole_checkpoint(folder, needed=needed) as staged:
             self.model.save_pretrained(staged)
             if (processor := known_processor(self.model)) is not None:
                 processor.save_pretrained(staged)
@@ -250,9 +253,11 @@ def retrofit(
     _check_new(output_dir)
     watch = Stopwatch()
     reader = _open(model, device, processor)
+    if output_dir is not None:  # before the minutes of the search
+        check_space(output_dir, num_bytes(reader.model.state_dict().values()))
     description, transform = reader.description, reader.transform
     limits = {"num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block}
-    drawn: dict[str, Any] = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
+    drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
     settings = limits | {"cutoff": cutoff} | drawn | {"preprocessing": transform.description}
     _check_ranges(settings, description.num_layers)
     prepared = prepare_images(images, transform, **drawn)
@@ -312,7 +317,7 @@ def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.devic
     return open_model(source, device=device, processor=processor)
 
 
-def _check_ranges(settings: Mapping[str, Any], num_layers: int) -> None:
+def _check_ranges(settings: Record, num_layers: int) -> None:
     limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1)}
     for name, (low, high) in limits.items():
         if settings[name] is not None and not low <= settings[name] <= high:
@@ -382,7 +387,7 @@ class _Tally:
             self.values.setdefault(name, []).append(values)
         self.norms.append(after.norms)
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> Record:
         """Return means over images (over normal patches for `patch_cosine`), and statistics of the norms."""
         norms = torch.cat(self.norms, dim=1).numpy()  # (L + 1, n, N)
         here = norms[self.layer]
@@ -397,12 +402,12 @@ class _Tally:
 
 
 def _try_candidates(
-    reader: TokenReader, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: dict[str, Any]
-) -> list[dict[str, Any]]:
+    reader: TokenReader, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: Record
+) -> list[Record]:
     """Try each number of neurons with one register, then each number of registers with the best number of neurons."""
     before = [_see(reader, batch) for batch in pixels]
     share = float(torch.cat([seen.norms[neurons.layer] for seen in before]).gt(neurons.cutoff).float().mean())
-    tried: list[dict[str, Any]] = []
+    tried: list[Record] = []
 
     def attempt(top_k: int, registers: int) -> None:
         pairs = neurons.best(top_k, highest_block=settings["highest_block"])
@@ -431,7 +436,7 @@ def _try_candidates(
     return tried
 
 
-def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, Any]:
+def _least_change(tried: Sequence[Record], share: float) -> Record:
     """Return the smallest candidate that removes the outliers and changes little, else the one that removes most."""
     removing = [record for record in tried if record["outlier_share"] <= MAX_REMAINING_SHARE * share]
     if removing:
@@ -443,7 +448,7 @@ def _least_change(tried: Sequence[dict[str, Any]], share: float) -> dict[str, An
 
 def _measure_on_test_images(
     reader: TokenReader, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, Record]:
     """Compare the retrofitted model and its controls with the model on the test images."""
     model: Any = reader.model
     registers, pairs = made.config.num_register_tokens, made.config.register_neurons

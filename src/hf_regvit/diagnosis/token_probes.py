@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..evaluation.linear import ridge_regression, softmax_regression
 from ..models.loading import open_model
-from ..models.results import markdown_table
+from ..models.results import Record
 from ..models.tokens import TokenReader
 from .readings import check_grid, labels_of, normalized
 
@@ -72,25 +71,15 @@ class TokenProbeReport:
     that cannot be fitted are absent; `notes` gives the reason.
     """
 
-    position: dict[str, Any]
-    pixels: dict[str, Any]
-    image_class: dict[str, Any]
-    settings: dict[str, Any]
+    position: Record
+    pixels: Record
+    image_class: Record
+    settings: Record
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
-
-    def table(self) -> str:
-        """Return all results as a Markdown table, with one row per group of tokens."""
-        rows = [["probe", "tokens", "result", "test"]]
-        for probe, groups in (("position", self.position), ("pixels", self.pixels), ("class", self.image_class)):
-            for name, metrics in groups.items():
-                found = {metric: value for metric, value in metrics.items() if isinstance(value, dict)}
-                shown = [f"{metric} {value['mean']:.3f} ± {value['std']:.3f}" for metric, value in found.items()]
-                rows.append([probe, name, ", ".join(shown), str(metrics["num_test"])])
-        return markdown_table(rows)
 
 
 @dataclass(eq=False)
@@ -297,7 +286,7 @@ def _over_seeds(runs: Sequence[Mapping[str, float]]) -> dict[str, dict[str, floa
     }
 
 
-def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> tuple[Record, Record]:
     """Run the probes of position and pixels for the existing groups of test patches."""
     masks = {"normal": test.rows["uniform"] & ~test.rows["outlier"], "outlier": test.rows["outlier"]}
     groups = {
@@ -322,12 +311,12 @@ def _local_probes(train: _Sample, test: _Sample, num_seeds: int, seed: int) -> t
     )
 
 
-def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str]) -> dict[str, Any]:
+def _class_probes(train: _Sample, test: _Sample, num_seeds: int, notes: list[str]) -> Record:
     if train.labels is None or test.labels is None:
         notes.append("The images have no labels, so the class probe was skipped.")
         return {}
     num_classes = int(max(train.labels.max(), test.labels.max())) + 1
-    result: dict[str, Any] = {}
+    result: Record = {}
     for name in ("cls", "register", "normal", "outlier"):
         if name not in train.single:
             continue

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..data.decoding import BadImageError
@@ -28,10 +28,12 @@ from ..data.source import ImageSource
 from ..models.configuration_regvit import __version__
 from ..models.loading import model_fingerprint
 from ..models.processing import EvaluationTransform
-from ..models.saving import whole_file
-from ..models.tokens import TokenReader, resolve_layers
+from ..models.saving import read_notes, write_tensors
+from ..models.tokens import TokenReader
 
 logger = logging.getLogger(__name__)
+
+_LAST_BLOCKS = 4  # as many as the heads of the linear evaluation read
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,19 +106,17 @@ def read_features(
     source: ImageSource,
     *,
     transform: EvaluationTransform,
-    layers: Sequence[int] = (-4, -3, -2, -1),
     batch_size: int = 32,
     cache_dir: str | Path | None = None,
     digests: Sequence[bytes] | None = None,
     label: str | None = None,
 ) -> FrozenFeatures:
-    """Read the features of all images in order, from the cache if available.
+    """Read the features of the last four blocks of all images in order, from the cache if available.
 
     Args:
         reader: Reader of the model.
         source: Images.
         transform: Transform of the images.
-        layers: Blocks to read; negative numbers that a shallow model does not have are left out.
         batch_size: Number of images per forward pass.
         cache_dir: Folder of the cache, or None to use no cache.
         digests: Digests of the images, if they are already known; see `image_digests`.
@@ -126,14 +126,14 @@ def read_features(
         ValueError: No image could be used.
     """
     num_layers = reader.description.num_layers
-    resolved = resolve_layers([layer for layer in layers if layer >= -num_layers], num_layers)
+    layers = tuple(range(max(1, num_layers - _LAST_BLOCKS + 1), num_layers + 1))
     path = None
     if cache_dir is not None:
         identity = {
             "model": model_fingerprint(reader.model),
             "data": fingerprint(chain.from_iterable(zip(source.ids, digests or image_digests(source)))),
             "transform": transform.description,
-            "layers": resolved,
+            "layers": layers,
             "device": reader.device.type,
             "versions": [__version__, torch.__version__, transformers.__version__],
         }
@@ -141,7 +141,7 @@ def read_features(
         if path.is_file() and (cached := _load(path)) is not None:
             return cached
     started = time.perf_counter()
-    features = _read(reader, source, transform, resolved, batch_size, label)
+    features = _read(reader, source, transform, layers, batch_size, label)
     features = replace(features, seconds=time.perf_counter() - started)
     if path is not None:
         _save(features, path)
@@ -199,18 +199,18 @@ def _save(features: FrozenFeatures, path: Path) -> None:
         "skipped": [[image.id, image.reason] for image in features.skipped],
         "seconds": features.seconds,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {"vectors": features.vectors, "mean_patch": features.mean_patch}
-    with whole_file(path) as unfinished:
-        save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"vectors": features.vectors, "mean_patch": features.mean_patch}, notes)
+    except OSError as error:  # the scores do not need the cache
+        logger.warning("The features are not cached and will be computed again next time. %s", error)
 
 
 def _load(path: Path) -> FrozenFeatures | None:
     """Load a file written by `_save`; warn and return None if it cannot be read."""
     try:
-        with safe_open(path, framework="pt") as file:
-            notes = json.loads((file.metadata() or {})["hf_regvit"])
-            vectors, mean_patch = file.get_tensor("vectors"), file.get_tensor("mean_patch")
+        notes, tensors = read_notes(path), load_file(path)
+        vectors, mean_patch = tensors["vectors"], tensors["mean_patch"]
     except (SafetensorError, KeyError, OSError) as error:
         logger.warning("The cached features '%s' cannot be read (%s). Computing them again.", path, error)
         return None

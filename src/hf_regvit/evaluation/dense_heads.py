@@ -19,9 +19,9 @@ Source: arXiv 2304.07193 section 7.4 and facebookresearch/dinov2 `eval/segmentat
 
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,10 +30,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..models.modeling_regvit import scale_invariant_log_loss
+from ..models.results import Record
 from ..models.schedules import cosine_with_warmup, poly_with_warmup
 from .dense_features import DenseFeatures
 
-Maps = Sequence[Any]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
+Maps = Sequence[np.ndarray | Tensor]  # (H, W) arrays or tensors by index, of different sizes, possibly read on demand
 
 IGNORE = 255
 _FLIP_DRAWS, _ORDER_DRAWS, _HEAD_DRAWS = 0xF11, 0x0DD, 0x4EAD
@@ -155,7 +156,7 @@ class LinearResult:
     seconds: float
     head: dict[str, Tensor] = field(repr=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return a JSON-serializable dict without the weights."""
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "head"}
         return kept | {"rows": self.rows.tolist(), "settings": asdict(self.settings)}
@@ -197,7 +198,7 @@ def linear_segmentation(
     settings = settings or SegmentationSettings()
     _check_parts(train, train_masks, test, test_masks)
     targets = [_mask_at_input(train, train_masks, i, num_classes) for i in range(len(train))]
-    head = _SegmentationHead(train.width, num_classes, seed)
+    head = _segmentation_head(train.width, num_classes, seed)
 
     def loss(pairs: _Pairs, step: int) -> Tensor:
         summed = []
@@ -229,22 +230,15 @@ def linear_segmentation(
     )
 
 
-class _SegmentationHead(nn.Module):
-    """Batch norm over all patches of a batch, then a linear layer: (patches, F) to (patches, C)."""
-
-    def __init__(self, width: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.head_norm = nn.BatchNorm1d(width)
-        self.classifier = nn.Linear(width, num_classes)
-        generator = torch.Generator().manual_seed(seed + _HEAD_DRAWS)
-        nn.init.normal_(self.classifier.weight, std=0.01, generator=generator)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.classifier(self.head_norm(tokens))
+def _segmentation_head(width: int, num_classes: int, seed: int) -> nn.Module:
+    """Return batch norm over all patches of a batch, then a linear layer: (patches, F) to (patches, C)."""
+    classifier = nn.Linear(width, num_classes)
+    nn.init.normal_(classifier.weight, std=0.01, generator=torch.Generator().manual_seed(seed + _HEAD_DRAWS))
+    nn.init.zeros_(classifier.bias)
+    return nn.Sequential(OrderedDict(head_norm=nn.BatchNorm1d(width), classifier=classifier))
 
 
-def _checked_mask(mask: Any, num_classes: int, name: str) -> Tensor:
+def _checked_mask(mask: np.ndarray | Tensor, num_classes: int, name: str) -> Tensor:
     """Return the mask as (H, W) int64 on the CPU, or raise an error that names the image and the value."""
     values = torch.as_tensor(np.asarray(mask) if not isinstance(mask, Tensor) else mask).cpu()
     if values.ndim != 2 or values.is_floating_point():
@@ -376,7 +370,7 @@ def _predict_depth(
     return depth.clamp(settings.min_depth, settings.max_depth)
 
 
-def _checked_depth(depth: Any, settings: DepthSettings, name: str) -> Tensor:
+def _checked_depth(depth: np.ndarray | Tensor, settings: DepthSettings, name: str) -> Tensor:
     """Return (H, W) float32 meters, 0 where nothing is measured."""
     values = torch.as_tensor(np.asarray(depth) if not isinstance(depth, Tensor) else depth).cpu().float()
     if values.ndim != 2:
@@ -469,8 +463,13 @@ def _map_of(head: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def _facts(
-    train: DenseFeatures, test: DenseFeatures, settings: Any, seed: int, train_loss: float, started: float
-) -> dict[str, Any]:
+    train: DenseFeatures,
+    test: DenseFeatures,
+    settings: SegmentationSettings,
+    seed: int,
+    train_loss: float,
+    started: float,
+) -> Record:
     return {
         "ids": test.ids,
         "num_train": len(train),
@@ -501,7 +500,7 @@ def _check_parts(train: DenseFeatures, train_targets: Maps, test: DenseFeatures,
         )
 
 
-def _protocol(train: DenseFeatures, settings: Any) -> str:
+def _protocol(train: DenseFeatures, settings: SegmentationSettings) -> str:
     height, width = train.input_size(0)
     flips = "with flips" if train.flipped is not None and settings.flip_probability else "without flips"
     return (

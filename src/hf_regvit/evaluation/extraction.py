@@ -7,7 +7,7 @@ written atomically, and their content depends neither on the number of processes
 Shapes: n images, R registers, N patches in a grid of (rows, columns), D width.
 """
 
-import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from PIL import Image
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
 from ..data.preparation import PreparedImages, SkippedImage, prepare_images, report_skipped
 from ..models.configuration_regvit import check_weight_files, shard_of
 from ..models.loading import open_model, weights_fingerprint
-from ..models.saving import read_json, read_object, whole_file, write_json
+from ..models.results import Record, html_table
+from ..models.saving import check_space, read_json, read_notes, read_object, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
 
@@ -53,21 +55,22 @@ class TokenFeatures:
         return len(self.ids)
 
     def __repr__(self) -> str:
-        cls, registers, patches = (
-            None if tokens is None else tuple(tokens.shape) for tokens in (self.cls, self.registers, self.patches)
-        )
-        return f"TokenFeatures({len(self)} images: cls {cls}, registers {registers}, patches {patches})"
+        return f"TokenFeatures({len(self)} images: {', '.join(f'{name} {shape}' for name, shape in self._shapes())})"
+
+    def _repr_html_(self) -> str:
+        return html_table([("tokens", "shape"), *self._shapes(), ("skipped images", len(self.skipped))])
+
+    def _shapes(self) -> list[tuple[str, tuple[int, ...] | None]]:
+        tokens = {"cls": self.cls, "registers": self.registers, "patches": self.patches}
+        return [(name, None if values is None else tuple(values.shape)) for name, values in tokens.items()]
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, whole or not at all."""
         tensors = {"registers": self.registers, "patches": self.patches}
         if self.cls is not None:
             tensors["cls"] = self.cls
-        skipped = [[image.id, image.reason] for image in self.skipped]
-        notes = {"grid": list(self.grid), "ids": list(self.ids), "skipped": skipped}
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        with whole_file(path) as unfinished:
-            save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
+        skipped = [(image.id, image.reason) for image in self.skipped]
+        write_tensors(path, tensors, {"grid": self.grid, "ids": self.ids, "skipped": skipped})
 
     @classmethod
     def load(cls, path: str | Path) -> "TokenFeatures":
@@ -97,11 +100,10 @@ class TokenFeatures:
             raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
 
-def _read_notes(path: Path) -> dict[str, Any]:
+def _read_notes(path: Path) -> Record:
     """Read the metadata of a features file without reading the features."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["hf_regvit"])
+        return read_notes(path)
     except (SafetensorError, KeyError) as error:
         raise ValueError(f"'{path}' contains no token features ({error}). Delete it and extract again.") from error
 
@@ -252,7 +254,7 @@ class ExtractionReport:
     num_shards_written: int
     images_per_second: float
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
 
@@ -284,6 +286,7 @@ def extract_to_folder(
         progress: Whether to show a progress bar (first process only).
 
     Raises:
+        NoSpaceError: The features do not fit on the disk.
         ValueError: The folder contains features of another extraction, or no image could be used.
     """
     from accelerate import PartialState
@@ -298,6 +301,9 @@ def extract_to_folder(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     identity = _identity(reader, prepared, settings)
+    if prepared.total is not None:
+        present = sum(path.stat().st_size for path in folder.glob("features-*.safetensors"))
+        check_space(folder, prepared.total * _bytes_per_image(reader, prepared, settings) - present)
     _claim(folder, identity)
 
     start, num_used, num_written, num_shards = time.perf_counter(), 0, 0, 0
@@ -336,6 +342,14 @@ def _share(total: int | None, shard_size: int, process: int, num_processes: int)
     return sum(min(shard_size, total - start) for start in starts)
 
 
+def _bytes_per_image(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> int:
+    """Return the size of the tokens of an image in the files."""
+    pixels, description = images.transform(Image.new("RGB", (64, 64))), reader.description
+    grid = [side // patch for side, patch in zip(pixels.shape[1:], description.patch_size)]
+    num_tokens = description.num_prefix_tokens + (math.prod(grid) if settings.patches else 0)
+    return num_tokens * description.hidden_size * _DTYPES[settings.dtype].itemsize
+
+
 def _shard_name(index: int) -> str:
     return f"features-{index:05d}.safetensors"
 
@@ -350,7 +364,7 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
     return True
 
 
-def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> dict[str, Any]:
+def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> Record:
     """Collect everything the features depend on: two runs with the same identity write the same files."""
     chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
     return {
@@ -363,7 +377,7 @@ def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionS
     }
 
 
-def _claim(folder: Path, identity: dict[str, Any]) -> None:
+def _claim(folder: Path, identity: Record) -> None:
     """Write the identity of the extraction to the folder, or check that an existing one is the same."""
     path = folder / "extraction.json"
     if not path.is_file():
@@ -376,7 +390,7 @@ def _claim(folder: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"'{folder}' contains features of another extraction ({changes}). Use an empty folder.")
 
 
-def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: str) -> dict[str, Any] | None:
+def _write_index(folder: Path, num_shards: int, identity: Record, name: str) -> Record | None:
     """Write `index.json` and return it, or return None while other processes are still writing shards."""
     found = {path.name for path in folder.glob("features-*.safetensors")}
     expected = [_shard_name(index) for index in range(num_shards)]
@@ -384,8 +398,6 @@ def _write_index(folder: Path, num_shards: int, identity: dict[str, Any], name: 
         raise ValueError(f"'{folder}' has more shards than the source needs, e.g. '{extra[0]}'. Use an empty folder.")
     if not found.issuperset(expected):
         return None
-    for path in folder.glob(".features-*.partial"):  # left by an interrupted run; all shards are finished
-        path.unlink(missing_ok=True)
     shards = [{"file": file, **_read_notes(folder / file)} for file in expected]
     skipped = [SkippedImage(*pair) for shard in shards for pair in shard["skipped"]]
     num_images = sum(len(shard["ids"]) for shard in shards)
@@ -414,7 +426,7 @@ def iterate_shards(folder: str | Path) -> Iterator[TokenFeatures]:
             yield TokenFeatures.load(shard_of(Path(folder), shard["file"]))
 
 
-def _read_index(folder: Path) -> dict[str, Any]:
+def _read_index(folder: Path) -> Record:
     path = folder / "index.json"
     if not path.is_file():
         raise FileNotFoundError(

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..models.results import Record
     from ..models.tokens import TokenReader
     from .report import Score
     from .run import LabeledFeatures, TaskParts
 
-    Measured = tuple[str, str, Tensor, dict[str, Any]]  # variant, metric, contribution of every image, settings
+    Measured = tuple[str, str, Tensor, Record]  # variant, metric, contribution of every image, settings
 
 
 _OFFICIAL_KS = (10, 20, 100, 200)
@@ -104,6 +105,15 @@ class SelectionSettings(VectorSettings):
 # --- Tasks
 
 
+def _run(task: Any, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
+    """Score everything that `task.measure` yields."""
+    train, test = (parts.features(reader, part, task.settings.image_size) for part in ("train", "test"))
+    started = time.perf_counter()
+    measured = list(task.measure(train, test, seed))
+    seconds, words = time.perf_counter() - started, task.protocol(train.features.kind)
+    return [_score(task.name, one, train, test, words, seed, seconds) for one in measured]
+
+
 @dataclass
 class Knn:
     """Weighted votes of the nearest training images."""
@@ -112,12 +122,11 @@ class Knn:
     name, title, hub_type, needs = "knn", "Weighted kNN", "image-classification", "labels"
     Settings = NeighborSettings
 
-    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
-        """Score every k."""
-        words = (
-            f"weighted votes of the k nearest {{kind}} vectors by cosine similarity, T={self.settings.temperature:g}"
-        )
-        return _scores(self, reader, parts, words, seed)
+    run = _run
+
+    def protocol(self, kind: str) -> str:
+        """Return the protocol in one sentence."""
+        return f"weighted votes of the k nearest {kind} vectors by cosine similarity, T={self.settings.temperature:g}"
 
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the hits for every k."""
@@ -146,14 +155,15 @@ class Linear:
     settings: Settings
     name, title, hub_type, needs = "linear", "Linear probe", "image-classification", "labels"
 
-    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
-        """Score the selected head."""
+    run = _run
+
+    def protocol(self, kind: str) -> str:
+        """Return the protocol in one sentence."""
         settings = self.settings
-        words = (
-            f"linear heads on {{kind}}, {settings.linear_steps} SGD steps of {settings.linear_batch_size} images, "
+        return (
+            f"linear heads on {kind}, {settings.linear_steps} SGD steps of {settings.linear_batch_size} images, "
             f"momentum 0.9, cosine schedule to 0, no augmentation; {settings.words()}"
         )
-        return _scores(self, reader, parts, words, seed)
 
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the hits of the selected head."""
@@ -200,13 +210,14 @@ class Logistic:
     settings: Settings
     name, title, hub_type, needs = "logistic", "Logistic regression", "image-classification", "labels"
 
-    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
-        """Score the selected C."""
+    run = _run
+
+    def protocol(self, kind: str) -> str:
+        """Return the protocol in one sentence."""
         from .linear import LOGISTIC_CS
 
         count = len(self.settings.logistic_cs or LOGISTIC_CS)
-        words = f"L-BFGS on unscaled {{kind}} vectors, best of {count} values of C; {self.settings.words()}"
-        return _scores(self, reader, parts, words, seed)
+        return f"L-BFGS on unscaled {kind} vectors, best of {count} values of C; {self.settings.words()}"
 
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the hits of the selected C."""
@@ -244,12 +255,11 @@ class FewShot:
     settings: Settings
     name, title, hub_type, needs = "few_shot", "Few-shot kNN", "image-classification", "labels"
 
-    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
-        """Score every number of images per class."""
-        words = (
-            f"n training images per class, mean of {self.settings.num_tries} draws; kNN with k=n on {{kind}} vectors"
-        )
-        return _scores(self, reader, parts, words, seed)
+    run = _run
+
+    def protocol(self, kind: str) -> str:
+        """Return the protocol in one sentence."""
+        return f"n training images per class, mean of {self.settings.num_tries} draws; kNN with k=n on {kind} vectors"
 
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the mean hits over the draws for every number of images per class."""
@@ -277,13 +287,14 @@ class Retrieval:
     name, title, hub_type, needs = "retrieval", "Retrieval", "image-feature-extraction", "labels"
     Settings = VectorSettings
 
-    def run(self, reader: "TokenReader", parts: "TaskParts", *, seed: int) -> "list[Score]":
-        """Score the mean average precision."""
-        words = (
-            "training images ranked for every test image by cosine similarity of {kind} vectors; images of the same "
+    run = _run
+
+    def protocol(self, kind: str) -> str:
+        """Return the protocol in one sentence."""
+        return (
+            f"training images ranked for every test image by cosine similarity of {kind} vectors; images of the same "
             "class are relevant"
         )
-        return _scores(self, reader, parts, words, seed)
 
     def measure(self, train: "LabeledFeatures", test: "LabeledFeatures", seed: int) -> "Iterator[Measured]":
         """Yield the average precision of every test image."""
@@ -333,7 +344,7 @@ class Robustness:
             right = hits(_votes(train, test, (k,), settings.temperature)[k], test.labels)
             found = {"k": k, "image_size": size, "train_image_size": side}
             seconds = time.perf_counter() - started
-            scores.append(_score(self, (f"{size} px", "top1", right, found), train, test, words, seed, seconds))
+            scores.append(_score(self.name, (f"{size} px", "top1", right, found), train, test, words, seed, seconds))
         return scores
 
 
@@ -359,7 +370,7 @@ def _votes(
     return knn_classify(*vectors, k=ks, temperature=temperature, num_classes=train.num_classes)
 
 
-def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int) -> dict[str, Any]:
+def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int) -> "Record":
     return {
         "chosen": words,
         "select_on": settings.select_on,
@@ -368,17 +379,8 @@ def _chosen(words: str, settings: SelectionSettings, accuracy: float, count: int
     }
 
 
-def _scores(task: Any, reader: "TokenReader", parts: "TaskParts", words: str, seed: int) -> "list[Score]":
-    """Score everything that `task.measure` yields."""
-    train, test = (parts.features(reader, part, task.settings.image_size) for part in ("train", "test"))
-    started = time.perf_counter()
-    measured = list(task.measure(train, test, seed))
-    seconds, words = time.perf_counter() - started, words.format(kind=train.features.kind)
-    return [_score(task, one, train, test, words, seed, seconds) for one in measured]
-
-
 def _score(
-    task: Any,
+    task: str,
     measured: "Measured",
     train: "LabeledFeatures",
     test: "LabeledFeatures",
@@ -394,7 +396,7 @@ def _score(
         ids=test.features.ids,
         data=test.data,
         seed=seed,
-        task=task.name,
+        task=task,
         variant=variant,
         metric=metric,
         protocol=words,

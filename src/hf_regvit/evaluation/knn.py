@@ -64,14 +64,10 @@ def knn_classify(
 
     Source: arXiv 1805.01978; dinov2 `eval/knn.py` for the weights. Slow twin: tests/evaluation/test_probes.py.
     """
-    _check_knn(train_features, train_labels, test_features, k)
+    _check_knn(train_features, test_features, k)
     labels = train_labels.long()
     num_classes = int(labels.max()) + 1 if num_classes is None else num_classes
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"train_labels span [{int(labels.min())}, {int(labels.max())}], expected [0, {num_classes}). "
-            "Check num_classes."
-        )
+    check_labels(labels, len(train_features), num_classes)
     chunks: dict[int, list[Tensor]] = {neighbours: [] for neighbours in k}
     for queries in test_features.split(chunk_size):
         nearest, index = _nearest(queries, train_features, max(k), bank_chunk_size)  # (chunk, K), best first
@@ -111,7 +107,6 @@ def knn_accuracy(
     *,
     k: Sequence[int] = (10, 20),
     temperature: float = 0.07,
-    chunk_size: int = 1024,
 ) -> dict[int, float]:
     """Compute the top-1 accuracy of the test images, in [0, 1], for each k; see `knn_classify` for the arguments.
 
@@ -124,28 +119,32 @@ def knn_accuracy(
         )
     num_classes = int(max(train_labels.max(), test_labels.max())) + 1
     scores = knn_classify(
-        train_features,
-        train_labels,
-        test_features,
-        k=k,
-        temperature=temperature,
-        num_classes=num_classes,
-        chunk_size=chunk_size,
+        train_features, train_labels, test_features, k=k, temperature=temperature, num_classes=num_classes
     )
     truth = test_labels.to(test_features.device)
     return {neighbours: (score.argmax(1) == truth).float().mean().item() for neighbours, score in scores.items()}
 
 
-def _check_knn(train_features: Tensor, train_labels: Tensor, test_features: Tensor, k: Sequence[int]) -> None:
+def check_labels(labels: Tensor, count: int, num_classes: int) -> None:
+    """Raise an error if there is not one label in [0, num_classes) for each of `count` images."""
+    if labels.shape != (count,) or not count:
+        raise ValueError(
+            f"labels have shape {tuple(labels.shape)} for {count} images. Pass one label per image and at least one "
+            "image."
+        )
+    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
+        raise ValueError(
+            f"Labels span [{int(labels.min())}, {int(labels.max())}], but must lie in [0, {num_classes}). Check "
+            "num_classes."
+        )
+
+
+def _check_knn(train_features: Tensor, test_features: Tensor, k: Sequence[int]) -> None:
     shapes = f"train {tuple(train_features.shape)}, test {tuple(test_features.shape)}"
     if train_features.ndim != 2 or test_features.ndim != 2 or train_features.shape[1] != test_features.shape[1]:
         raise ValueError(f"Features have shapes {shapes}, expected (images, width) with the same width.")
     if len(test_features) == 0:
         raise ValueError(f"There are no test features (shapes: {shapes}). Pass at least one test image.")
-    if train_labels.shape != train_features.shape[:1]:
-        raise ValueError(
-            f"train_labels has shape {tuple(train_labels.shape)}, expected one per training image ({shapes})."
-        )
     if not k or min(k) < 1 or max(k) > len(train_features):
         raise ValueError(
             f"k={tuple(k)} is out of range: values must be in [1, {len(train_features)}], up to the number of "

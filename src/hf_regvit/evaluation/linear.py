@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .knn import check_labels
+
 LEARNING_RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 1e-1)
 LOGISTIC_CS = tuple((10.0 ** np.linspace(-6, 5, 45)).tolist())
 
@@ -161,7 +163,7 @@ def train_linear_heads(
     head): tests/evaluation/test_linear_probes.py.
     """
     grid = grid or LinearGrid()
-    _check_labels(labels, len(vectors), num_classes)
+    check_labels(labels, len(vectors), num_classes)
     if mean_patch.shape != vectors[:, 0].shape or max(grid.num_blocks) > vectors.shape[1]:
         raise ValueError(
             f"vectors {tuple(vectors.shape)} and mean_patch {tuple(mean_patch.shape)} do not match heads of "
@@ -208,19 +210,6 @@ def _batches(count: int, batch_size: int, num_steps: int, seed: int) -> Iterator
             left = torch.cat([left, torch.randperm(count, generator=generator)])
         batch, left = left[:batch_size], left[batch_size:]
         yield batch
-
-
-def _check_labels(labels: Tensor, count: int, num_classes: int) -> None:
-    if labels.shape != (count,) or not count:
-        raise ValueError(
-            f"labels have shape {tuple(labels.shape)} for {count} images. Pass one label per image and at least one "
-            "image."
-        )
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise ValueError(
-            f"Labels span [{int(labels.min())}, {int(labels.max())}], but must lie in [0, {num_classes}). Check "
-            "num_classes."
-        )
 
 
 # --- Fits of scikit-learn ---
@@ -280,7 +269,7 @@ def logistic_path(
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    _check_labels(labels, len(features), num_classes)
+    check_labels(labels, len(features), num_classes)
     if list(cs) != sorted(cs) or min(cs) <= 0:
         raise ValueError(f"cs={list(cs)} must be above 0 and in ascending order.")
     x, y = features.double().cpu().numpy(), labels.cpu().numpy()

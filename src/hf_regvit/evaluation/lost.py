@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from ..data.preparation import prepare_images
 from ..models.families import ModelDescription
 from ..models.loading import open_model
 from ..models.processing import EvaluationTransform
+from ..models.results import Record
 from ..models.tokens import Site, TokenReader, TokenReading, resolve_layers
 from .boxes import Box
 
@@ -354,7 +355,7 @@ class DiscoveredObject:
         x1, y1, x2, y2 = self.box
         return f"DiscoveredObject({self.id}: {x1:.0f}, {y1:.0f} to {x2:.0f}, {y2:.0f} of {self.image_size[::-1]})"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return id, image size and box as plain values, without the stages of LOST."""
         return {"id": self.id, "image_size": list(self.image_size), "box": list(self.box)}
 

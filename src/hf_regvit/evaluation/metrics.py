@@ -18,17 +18,23 @@ Shape letters: n and B samples, C classes, H and W pixels, N patches, R register
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, TypedDict, Unpack
 
 import evaluate
 import numpy as np
 import torch
-import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
 
-Array = NDArray[Any]
+Array = np.ndarray
 Batch = Iterable[object]  # predictions or references: a list, an array or a tensor
+
+
+class ProcessOptions(TypedDict, total=False):
+    """Options of every metric; see `evaluate.Metric`."""
+
+    num_process: int
+    process_id: int
+    experiment_id: str | None
+    cache_dir: str | None
 
 
 class _SumsMetric(evaluate.Metric):
@@ -40,21 +46,10 @@ class _SumsMetric(evaluate.Metric):
 
     about: ClassVar[str]  # one sentence, then the inputs
 
-    def __init__(
-        self,
-        *,
-        num_process: int = 1,
-        process_id: int = 0,
-        experiment_id: str | None = None,
-        cache_dir: str | None = None,
-    ) -> None:
-        super().__init__(
-            num_process=num_process,
-            process_id=process_id,
-            experiment_id=experiment_id,
-            cache_dir=cache_dir,
-            keep_in_memory=num_process == 1,
-        )
+    def __init__(self, **options: Unpack[ProcessOptions]) -> None:
+        if unknown := set(options) - ProcessOptions.__annotations__.keys():  # `evaluate` would ignore them in silence
+            raise TypeError(f"{type(self).__name__}() got unknown options: {', '.join(sorted(unknown))}.")
+        super().__init__(keep_in_memory=options.get("num_process", 1) == 1, **options)
 
     def reduce(self, predictions: Batch, references: Batch) -> Array:
         """Reduce a batch to rows of numbers, (rows, numbers)."""
@@ -198,7 +193,7 @@ class TopKAccuracy(_SumsMetric):
         "class ids in [0, C)."
     )
 
-    def __init__(self, *, k: Sequence[int] = (1,), **options: Any) -> None:
+    def __init__(self, *, k: Sequence[int] = (1,), **options: Unpack[ProcessOptions]) -> None:
         if not k or min(k) < 1:
             raise ValueError(f"k={tuple(k)} must be one or more integers of at least 1.")
         self.k = tuple(k)
@@ -264,7 +259,7 @@ class ClassScores(_SumsMetric):
         "integer class ids in [0, C)."
     )
 
-    def __init__(self, *, num_classes: int, **options: Any) -> None:
+    def __init__(self, *, num_classes: int, **options: Unpack[ProcessOptions]) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2.")
         self.num_classes = num_classes
@@ -363,7 +358,7 @@ class MeanIoU(_SumsMetric):
         "different sizes."
     )
 
-    def __init__(self, *, num_classes: int, ignore_index: int | None = 255, **options: Any) -> None:
+    def __init__(self, *, num_classes: int, ignore_index: int | None = 255, **options: Unpack[ProcessOptions]) -> None:
         if num_classes < 2:
             raise ValueError(f"num_classes={num_classes} must be at least 2 (background counts).")
         if ignore_index is not None and 0 <= ignore_index < num_classes:
@@ -426,7 +421,9 @@ class DepthErrors(_SumsMetric):
         "Reference pixels that are 0, negative or not finite count as not measured and are ignored."
     )
 
-    def __init__(self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Any) -> None:
+    def __init__(
+        self, *, min_depth: float = 1e-3, max_depth: float | None = None, **options: Unpack[ProcessOptions]
+    ) -> None:
         if not 0 < min_depth < (np.inf if max_depth is None else max_depth):
             raise ValueError(f"min_depth={min_depth} must be above 0 and below max_depth={max_depth}.")
         self.min_depth, self.max_depth = min_depth, max_depth
@@ -461,36 +458,3 @@ class DepthErrors(_SumsMetric):
     def result(self, rows: Array) -> dict[str, float]:
         """Return the means over images."""
         return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))
-
-
-# --- Tokens
-
-
-def effective_rank(tokens: Tensor) -> Tensor:
-    """Return the effective number of directions of the tokens of an image: exp(entropy of the Gram eigenvalues).
-
-    Tokens are scaled to unit length and not centered. The result is 1 if all tokens are alike, and min(N, D) if they
-    are spread evenly.
-
-    Args:
-        tokens: (B, N, D) tokens, N and D at least 1.
-
-    Returns:
-        (B,) float64.
-
-    Source: Roy and Vetterli 2007 for the effective rank; arXiv 2604.14433 for patches.
-    """
-    unit = F.normalize(tokens.double(), dim=-1)
-    small = unit if unit.shape[1] <= unit.shape[2] else unit.mT  # the smaller Gram matrix has the same eigenvalues
-    eigenvalues = torch.linalg.eigvalsh(small @ small.mT).clamp(min=0)  # (B, min(N, D))
-    weight = eigenvalues / eigenvalues.sum(dim=1, keepdim=True).clamp(min=1e-300)
-    return torch.special.entr(weight).sum(dim=1).exp()
-
-
-def register_cosine(registers: Tensor) -> Tensor:
-    """Return the mean cosine over all pairs of different registers of an image, (B, R, D) -> (B,); R at least 2."""
-    unit = F.normalize(registers.float(), dim=-1)
-    count = unit.shape[1]
-    if count < 2:
-        raise ValueError(f"Got {count} registers, but at least 2 are needed for a pair.")
-    return ((unit @ unit.mT).sum(dim=(1, 2)) - unit.square().sum(dim=(1, 2))) / (count * (count - 1))

@@ -7,14 +7,14 @@ on the other. The result holds the choice, the number of settings compared, and 
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..data.source import ImageSource
-from ..models.results import as_tuples
+from ..models.results import Record, as_tuples
 from ..models.tokens import TokenReader
 from .boxes import Box, best_iou
 from .intervals import bootstrap_interval
@@ -102,7 +102,7 @@ class CorLocScore:
     corloc: float
     interval: tuple[float, float]
     ahead: tuple[float, tuple[float, float]]
-    overlaps: tuple[float, ...]
+    overlaps: tuple[float, ...] = field(repr=False)
     num_degenerate: int | None = None
 
 
@@ -124,9 +124,9 @@ class LostEvaluation:
 
     settings: LostSettings
     scores: dict[str, CorLocScore]
-    choice: dict[str, Any] | None
-    protocol: dict[str, Any]
-    ids: tuple[str, ...]
+    choice: Record | None
+    protocol: Record
+    ids: tuple[str, ...] = field(repr=False)
     num_without_boxes: int
     num_skipped: int
     seconds: float
@@ -137,7 +137,7 @@ class LostEvaluation:
         return self.scores["lost"].corloc
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "LostEvaluation":
+    def from_dict(cls, content: Record) -> "LostEvaluation":
         """Create an evaluation from the result of `dataclasses.asdict`, also after a round trip through JSON."""
         scores = {
             name: CorLocScore(**{key: as_tuples(value) for key, value in score.items()})
@@ -327,7 +327,7 @@ class Choice:
         assert isinstance(self.methods[0], LostSettings)
         return self.methods[0]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON, with the five best settings."""
         best = [{"settings": str(settings), "corloc": corloc} for settings, corloc in self.ranking[:5]]
         return {"num_images": self.num_images, "num_settings": len(self.ranking), "best": best}

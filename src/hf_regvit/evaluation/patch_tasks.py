@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any
 from .image_tasks import option
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import numpy as np
+
     from ..data.maps import DenseSource
     from ..models.tokens import TokenReader
     from .dense_features import DenseFeatures
+    from .dense_heads import LinearResult
     from .lost import LostSettings
     from .object_discovery import LostEvaluation
     from .report import Score
@@ -73,7 +78,7 @@ class Segmentation:
 
         settings = self.settings
         options = {"ignore_values": settings.ignore_values, "reduce_labels": settings.do_reduce_labels}
-        train, test = sources = parts.masks(**options)
+        train, test = sources = parts.maps("masks", **options)
         features = settings.read(reader, sources, parts.sampling.batch_size)
         result = linear_segmentation(
             features[0], train.targets, features[1], test.targets, class_names=train.class_names,
@@ -104,7 +109,7 @@ class Depth:
         from .dense_heads import DepthSettings, linear_depth
 
         settings = self.settings
-        train, test = sources = parts.depth(depth_scale=settings.depth_scale, max_depth=settings.max_depth)
+        train, test = sources = parts.maps("depth", depth_scale=settings.depth_scale, max_depth=settings.max_depth)
         features = settings.read(reader, sources, parts.sampling.batch_size)
         head = DepthSettings(max_depth=settings.max_depth, **settings.head())
         result = linear_depth(features[0], train.targets, features[1], test.targets, settings=head, seed=seed)
@@ -113,7 +118,9 @@ class Depth:
         return _dense_scores(self.name, rows, result, test.name, "mean")
 
 
-def _dense_scores(task: str, metrics: dict[str, Any], result: Any, data: str, statistic: str) -> "list[Score]":
+def _dense_scores(
+    task: str, metrics: "Mapping[str, np.ndarray]", result: "LinearResult", data: str, statistic: str
+) -> "list[Score]":
     from .report import Score
 
     return [

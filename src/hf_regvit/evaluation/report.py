@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..models.results import as_tuples, html_table, markdown_table
+from ..models.results import Record, as_tuples, html_table, markdown_table
 from ..models.saving import read_json, whole_file
 from .cache import fingerprint
 from .intervals import STATISTICS, Rows, bootstrap_interval, paired_difference
@@ -53,7 +53,7 @@ class Score:
     value: float
     interval: tuple[float, float]
     protocol: str
-    settings: dict[str, Any]
+    settings: Record
     data: str
     num_train: int
     num_images: int
@@ -99,8 +99,10 @@ class Score:
         title = TASKS[self.task].title if self.task in TASKS else self.task
         return ", ".join(part for part in (title, self.metric, self.variant) if part)
 
-    def difference(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """Return this score minus another on the same images, with the paired 95 % confidence interval.
+    def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
+        """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
+
+        This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
 
         Raises:
             ValueError: The other score is of another task or of other images.
@@ -111,17 +113,7 @@ class Score:
                 f"images of {other.data} cannot be compared pairwise. Evaluate both models on the same images."
             )
         rows = (np.array(score.columns).T for score in (other, self))
-        return paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
-
-    def ahead_of(self, other: "Score") -> tuple[float, tuple[float, float]]:
-        """Return the improvement over another score on the same images, with the paired 95 % confidence interval.
-
-        This is the difference, with the opposite sign for errors (rmse, abs_rel): above 0 is better for every metric.
-
-        Raises:
-            ValueError: The other score is of another task or of other images.
-        """
-        gain, (low, high) = self.difference(other)
+        gain, (low, high) = paired_difference(*rows, seed=self.seed, statistic=STATISTICS[self.statistic])
         if self.metric in _LOWER_IS_BETTER:
             return 0.0 - gain, (0.0 - high, 0.0 - low)  # avoids "-0.000"
         return gain, (low, high)
@@ -171,12 +163,12 @@ class EvaluationReport:
     def _repr_html_(self) -> str:
         return EvaluationTable((self,))._repr_html_()
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return the report as a JSON-serializable dict."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "EvaluationReport":
+    def from_dict(cls, content: Record) -> "EvaluationReport":
         """Build a report from the output of `to_dict`."""
         scores = tuple(Score(**{key: as_tuples(value) for key, value in score.items()}) for score in content["scores"])
         lost = None if content["lost"] is None else LostEvaluation.from_dict(content["lost"])
@@ -206,7 +198,7 @@ class EvaluationReport:
             raise ValueError(f"'{path}' holds the models {', '.join(names)}; model={model!r} must be one of them.")
         return reports[names.index(model)]
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Record:
         """Return the scores with their settings, without the contributions of single images."""
         return {
             "model": self.model,
@@ -216,39 +208,37 @@ class EvaluationReport:
             "scores": [{k: v for k, v in asdict(score).items() if k != "columns"} for score in self.scores],
         }
 
-    def model_index(self, name: str) -> list[dict[str, Any]]:
+    def model_index(self, name: str) -> list[Record]:
         """Return the `model-index` of a model card: one result per task type and data set, with its metrics.
 
         Args:
             name: Name of the model on its card.
         """
-        results: dict[tuple[str, str], dict[str, Any]] = {}
+        from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+        found = []
         for score in self.scores:
             kind = TASKS[score.task].hub_type if score.task in TASKS else "image-feature-extraction"
-            result = results.setdefault(
-                (kind, score.data),
-                {
-                    "task": {"type": kind, "name": kind.replace("-", " ").capitalize()},
-                    "dataset": {"name": score.data, "type": re.sub(r"[^\w./-]+", "-", score.data)},
-                    "metrics": [],
-                },
+            protocol = {
+                "confidence_interval": [round(bound, 4) for bound in score.interval],
+                "num_train_images": score.num_train,
+                "num_images": score.num_images,
+                "seed": score.seed,
+                "protocol": score.protocol,
+            }
+            found.append(
+                EvalResult(
+                    task_type=kind,
+                    task_name=kind.replace("-", " ").capitalize(),
+                    dataset_name=score.data,
+                    dataset_type=re.sub(r"[^\w./-]+", "-", score.data),
+                    metric_type=_HUB_METRICS.get(score.metric, score.metric),
+                    metric_name=score.name,
+                    metric_value=round(score.value, 4),
+                    metric_args=protocol | score.settings,
+                )
             )
-            result["metrics"].append(
-                {
-                    "type": _HUB_METRICS.get(score.metric, score.metric),
-                    "name": score.name,
-                    "value": round(score.value, 4),
-                    "args": {
-                        "confidence_interval": [round(bound, 4) for bound in score.interval],
-                        "num_train_images": score.num_train,
-                        "num_images": score.num_images,
-                        "seed": score.seed,
-                        "protocol": score.protocol,
-                        **score.settings,
-                    },
-                }
-            )
-        return [{"name": name, "results": list(results.values())}]
+        return eval_results_to_model_index(name, found)
 
 
 @dataclass(frozen=True, repr=False)
@@ -259,13 +249,11 @@ class EvaluationTable:
 
     def rows(self) -> Iterator[tuple[Score, EvaluationReport, Score | None]]:
         """Yield every score with its report and the same score of the first model, grouped by score."""
-        first = {score.key: score for score in self.reports[0].scores}
-        keys = list(dict.fromkeys(score.key for report in self.reports for score in report.scores))
-        for key in keys:
-            for report in self.reports:
-                for score in report.scores:
-                    if score.key == key:
-                        yield score, report, first.get(key) if report is not self.reports[0] else None
+        by_key = [{score.key: score for score in report.scores} for report in self.reports]
+        for key in dict.fromkeys(key for scores in by_key for key in scores):
+            for report, scores in zip(self.reports, by_key):
+                if key in scores:
+                    yield scores[key], report, by_key[0].get(key) if report is not self.reports[0] else None
 
     def cells(self) -> list[list[str]]:
         """Return the table as text: the names of the columns, then one row per score."""
@@ -317,7 +305,7 @@ class EvaluationTable:
     def _repr_html_(self) -> str:
         return html_table(self.cells())
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return all reports as a JSON-serializable dict."""
         return {"reports": [report.to_dict() for report in self.reports]}
 

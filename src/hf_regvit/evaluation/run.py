@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..data.maps import DenseSource
 from ..data.parts import Data, Parts, open_parts
 from ..data.source import ImageSource
-from ..models.loading import open_model, short_names, weights_fingerprint
+from ..models.loading import distinct_names, open_model, weights_fingerprint
 from ..models.results import library_versions
 from ..models.tokens import TokenReader
 from .boxes import Box
@@ -46,7 +46,7 @@ def evaluate_backbone(
     device: str | torch.device = "auto",
     cache_dir: str | Path | None = None,
     seed: int = 0,
-    **options: Any,
+    **options: object,
 ) -> EvaluationReport:
     """Run tasks on the frozen features of one model.
 
@@ -115,23 +115,15 @@ def compare_backbones(
     Raises:
         ValueError: `models` is empty or names a model twice, or an option is invalid; see `evaluate_backbone`.
     """
-    if not models or len({str(one) if isinstance(one, str | Path) else id(one) for one in models}) < len(models):
-        named = [str(one) if isinstance(one, str | Path) else type(one).__name__ for one in models]
-        raise ValueError(f"models={named}: expected at least one model. Name each once.")
+    if not models:
+        raise ValueError("models is empty. Give at least one model.")
     table = EvaluationTable(())
-    for model, name in zip(models, _names(models)):
+    for model, name in zip(models, distinct_names(models)):
         report = evaluate_backbone(model, data, **{"name": name} | options)
         table = EvaluationTable((*table.reports, report))
         if on_report is not None:
             on_report(table)
     return table
-
-
-def _names(models: Sequence[Model]) -> list[str]:
-    """Return short names that tell the models apart."""
-    paths = iter(short_names([one for one in models if isinstance(one, str | Path)]))
-    names = [next(paths) if isinstance(one, str | Path) else open_model(one).description.name for one in models]
-    return [name if names.count(name) == 1 else f"{name} ({i})" for i, name in enumerate(names, start=1)]
 
 
 def score_features(
@@ -140,7 +132,7 @@ def score_features(
     *,
     tasks: Sequence[str] = ("knn", "linear", "logistic", "few_shot", "retrieval"),
     seed: int = 0,
-    **options: Any,
+    **options: object,
 ) -> Iterator[Score]:
     """Score tasks on feature vectors from any source: a model, another library, raw pixels.
 
@@ -159,7 +151,7 @@ def score_features(
         yield from task.run(None, parts, seed=seed)  # type: ignore[arg-type]  # nothing is left to read
 
 
-def _tasks(names: Sequence[str], options: Mapping[str, Any]) -> list[Task]:
+def _tasks(names: Sequence[str], options: Mapping[str, object]) -> list[Task]:
     return [task(settings_from(task.Settings, options)) for task in select_tasks(names)]
 
 
@@ -255,13 +247,9 @@ class TaskParts:
             self._features[part, image_size] = self._read(reader, part, image_size)
         return self._features[part, image_size]
 
-    def masks(self, **options: Any) -> list[DenseSource]:
-        """Return training and test images with masks; `options` are those of `load_masks`."""
-        return self._open("masks", options=options)
-
-    def depth(self, **options: Any) -> list[DenseSource]:
-        """Return training and test images with depth maps; `options` are those of `load_depth`."""
-        return self._open("depth", options=options)
+    def maps(self, kind: Literal["masks", "depth"], **options: object) -> list[DenseSource]:
+        """Return training and test images with maps; `options` are those of `load_masks` or `load_depth`."""
+        return self._open(kind, options=options)
 
     def boxes(self, *, column: str | None, box_format: str) -> tuple[Boxes | None, Boxes]:
         """Return the training images, if they are stored separately, and the test images with their boxes."""
@@ -274,7 +262,7 @@ class TaskParts:
 
         return None if self.train is None else load(self.train), load(self.data)
 
-    def _open(self, kind: Any, *, draw: Any = "in_order", options: dict[str, Any] | None = None) -> list[Any]:
+    def _open(self, kind: Any, *, draw: Any = "in_order", options: dict[str, object] | None = None) -> list[Any]:
         """Open the training and the test images, and note if the test images were held out."""
         for data in (self.data, self.train):
             if kind != "classes" and isinstance(data, ImageSource) and not isinstance(data, DenseSource):

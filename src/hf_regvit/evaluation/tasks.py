@@ -87,13 +87,13 @@ def select_tasks(names: Sequence[str]) -> list[type[Task]]:
     return [task for name, task in TASKS.items() if name in names]
 
 
-def task_options() -> dict[str, tuple[Any, "Field[Any]"]]:
+def task_options() -> dict[str, tuple[object, Field]]:
     """Return type and field of every option of `Sampling` and of the settings of all tasks, by name.
 
     Raises:
         ValueError: Two tasks give one option different defaults.
     """
-    options: dict[str, tuple[Any, Field[Any]]] = {}
+    options: dict[str, tuple[object, Field]] = {}
     for settings in (Sampling, *(task.Settings for task in TASKS.values())):
         hints = get_type_hints(settings)
         for one in fields(settings):
@@ -103,7 +103,7 @@ def task_options() -> dict[str, tuple[Any, "Field[Any]"]]:
     return options
 
 
-def settings_from(kind: type, options: Mapping[str, Any]) -> Any:
+def settings_from(kind: type, options: Mapping[str, object]) -> Any:
     """Create settings of one kind from those options that are its fields.
 
     Raises:

@@ -7,15 +7,16 @@ import os
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..models.results import Record
 from .maps import INK, LINE_COLORS, STYLE, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def metrics_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
+def metrics_lines(path: str | os.PathLike) -> Iterator[Record]:
     """Iterate over the lines of a `metrics.jsonl`, except those that were truncated by a crash or a full disk."""
     with Path(path).open(errors="replace") as file:
         while line := file.readline(2**20):  # a longer line is read in parts, so that no file fills the memory
@@ -25,13 +26,14 @@ def metrics_lines(path: str | os.PathLike) -> Iterator[dict[str, Any]]:
                     yield content
 
 
-def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: str | os.PathLike) -> list[Record]:
     """Read the last 100,000 lines of a `metrics.jsonl`."""
     return list(deque(metrics_lines(path), maxlen=100_000))
 
 
-# Panels of `curves_figure`: title, and keys of the metrics file with their names in the legend.
-_CURVES: tuple[tuple[str, dict[str, str]], ...] = (
+Panels = Sequence[tuple[str, Mapping[str, str]]]  # title, and keys of the metrics file with their names in the legend
+
+_PRETRAINING: Panels = (
     (
         "loss terms",
         {
@@ -65,11 +67,17 @@ _CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 )
 
 
-def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | None = None) -> "Figure":
-    """Draw the learning curves of a run.
+CURVES = "curves.png"
+
+
+def curves_figure(
+    lines: Sequence[Mapping[str, float]], panels: Panels = _PRETRAINING, *, num_prototypes: int | None = None
+) -> "Figure":
+    """Draw the curves of a run, and leave out panels without values.
 
     Args:
         lines: Lines of `metrics.jsonl`, as dictionaries with `step`.
+        panels: Panels; default those of pretraining.
         num_prototypes: Number of prototypes K; adds a line at ln K, the entropy of a uniform target.
 
     Raises:
@@ -78,20 +86,18 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = [
-        (title, {key: [(line["step"], line[key]) for line in lines if key in line] for key in names}, names)
-        for title, names in _CURVES
-    ]
+    drawn = [(title, {key: _points(lines, key) for key in names}, names) for title, names in panels]
     drawn = [entry for entry in drawn if any(entry[1].values())]
     if not drawn:
         raise ValueError(f"None of the {len(lines)} lines has a value to draw. Expected keys such as 'loss'.")
     with matplotlib.rc_context(STYLE | {"axes.grid": True, "grid.color": "#dddddd", "grid.linewidth": 0.5}):
-        rows = -(-len(drawn) // 3)
-        figure = Figure(figsize=(10.5, 2.6 * rows))
+        rows, columns = -(-len(drawn) // 3), min(len(drawn), 3)
+        figure = Figure(figsize=(3.5 * columns, 2.6 * rows))
         # Constrained layout is slow, because it draws everything several times.
-        figure.subplots_adjust(0.05, 0.2 / rows, 0.97, 1 - 0.1 / rows, wspace=0.3, hspace=0.36)
+        left, right = 0.15 / columns, 1 - 0.09 / columns
+        figure.subplots_adjust(left, 0.2 / rows, right, 1 - 0.1 / rows, wspace=0.3, hspace=0.36)
         for index, (title, curves, names) in enumerate(drawn):
-            axis = figure.add_subplot(rows, 3, index + 1)
+            axis = figure.add_subplot(rows, columns, index + 1)
             axis.set_title(title, color=INK)
             for color, (key, points) in zip(LINE_COLORS, curves.items(), strict=False):
                 target = axis
@@ -100,8 +106,9 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
                     target.grid(False)
                     axis.plot([], [], color=color, lw=1.2, label=f"{names[key]} (right)")
                 if points:
-                    steps, values = zip(*points, strict=True)
-                    target.plot(steps, values, color=color, lw=1.2, label=names[key], marker="o", ms=2)
+                    target.plot(
+                        list(points), list(points.values()), color=color, lw=1.2, label=names[key], marker="o", ms=2
+                    )
             if "entropy" in title and num_prototypes:
                 axis.axhline(math.log(num_prototypes), color=INK, lw=0.8, ls="--", label="ln K")
             if axis.get_legend_handles_labels()[0]:
@@ -110,58 +117,30 @@ def curves_figure(lines: Sequence[Mapping[str, Any]], *, num_prototypes: int | N
     return figure
 
 
-CURVES = "curves.png"
-
-
-def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None:
-    """Plot the losses, the metrics `shown` and the learning rate of `metrics.jsonl`; None if nothing was logged."""
-    from matplotlib.figure import Figure
-
-    path = folder / "metrics.jsonl"
-    lines = read_metrics(path) if path.is_file() else []
-    panels: list[tuple[str, dict[str, str]]] = [("loss", {"loss": "training", "eval_loss": "validation"})]
-    panels += [(name, {f"eval_{name}": "validation"}) for name in shown]
-    panels += [("learning rate", {"learning_rate": "maximum over groups"})]
-    curves = [(title, {label: _points(lines, key) for key, label in keys.items()}) for title, keys in panels]
-    curves = [(title, drawn) for title, drawn in curves if any(drawn.values())]
-    if not curves:
-        return None
-    figure = Figure(figsize=(3.6 * len(curves), 3.0))
-    # Constrained layout would draw everything several times, which is slow.
-    figure.subplots_adjust(0.16 / len(curves), 0.16, 1 - 0.06 / len(curves), 0.9, wspace=0.3)
-    for axis, (title, drawn) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves, strict=True):
-        for label, points in drawn.items():
-            if points:
-                axis.plot(*zip(*points, strict=True), marker="o", ms=3, lw=1.3, label=label)
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("step", fontsize=8)
-        axis.grid(color="#dddddd", lw=0.5)
-        axis.tick_params(labelsize=7)
-        axis.legend(fontsize=7)
-    target = folder / CURVES
-    save_figure(figure, target)
-    return target
-
-
-def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
-    """Return (step, value) pairs of a metric, the first value of each step.
+def _points(lines: Sequence[Mapping[str, float]], key: str) -> dict[float, float]:
+    """Return the first value of a metric at each step.
 
     A second value at the last step belongs to the best checkpoint, which is evaluated after the training.
     """
-    values: dict[int, float] = {}
+    values: dict[float, float] = {}
     for line in lines:
         if key in line:
             values.setdefault(line["step"], line[key])
-    return list(values.items())
+    return values
 
 
-def draw_curves(folder: str | Path, *, num_prototypes: int | None = None) -> Path | None:
-    """Draw `curves.png` of a run from its `metrics.jsonl`; return None if the run was too short to log a loss."""
-    from .maps import save_figure
-
-    lines = read_metrics(Path(folder) / "metrics.jsonl")
-    if not any("loss" in line for line in lines):
+def draw_curves(folder: Path, panels: Panels = _PRETRAINING, *, num_prototypes: int | None = None) -> Path | None:
+    """Draw `curves.png` of a run from its `metrics.jsonl`; return None if the run was too short to log a value."""
+    path = folder / "metrics.jsonl"
+    lines = read_metrics(path) if path.is_file() else []
+    if not any(key in line for line in lines for _, names in panels for key in names):
         return None
-    path = Path(folder) / "curves.png"
-    save_figure(curves_figure(lines, num_prototypes=num_prototypes), path)
-    return path
+    save_figure(curves_figure(lines, panels, num_prototypes=num_prototypes), folder / CURVES)
+    return folder / CURVES
+
+
+def draw_finetuning_curves(folder: Path, *, shown: Sequence[str]) -> Path | None:
+    """Draw the losses, the metrics `shown` and the learning rate as `draw_curves` does."""
+    panels = [("loss", {"loss": "training", "eval_loss": "validation"})]
+    panels += [(name, {f"eval_{name}": "validation"}) for name in shown]
+    return draw_curves(folder, [*panels, ("learning rate", {"learning_rate": "maximum over groups"})])

@@ -7,13 +7,15 @@ measured values.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..diagnosis.report import ArtifactReport
+from ..models.results import Record
+from ..models.saving import whole_file
 from .maps import INK, STYLE, attention_limits, colored, layer_norm_figure, norm_ticks, stretch
 from .pages import cell_text, chart, data_url, number_text, render
 
@@ -45,7 +47,8 @@ def write_report(report: ArtifactReport, path: str | Path) -> Path:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(report_page(report), encoding="utf-8")
+    with whole_file(path) as unfinished:
+        unfinished.write_text(report_page(report), encoding="utf-8")
     return path
 
 
@@ -69,7 +72,7 @@ def report_page(report: ArtifactReport) -> str:
 # --- Charts
 
 
-def _charts(report: ArtifactReport) -> dict[str, Any]:
+def _charts(report: ArtifactReport) -> Record:
     import matplotlib
 
     style = STYLE | {"axes.edgecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
@@ -93,7 +96,7 @@ def _axes(height: float) -> tuple["Figure", "Axes"]:
     return figure, figure.add_axes((0.55 / 4.6, 0.4 / height, 3.95 / 4.6, 1 - 0.65 / height))
 
 
-def _histogram(record: Mapping[str, Any], report: ArtifactReport) -> "Figure":
+def _histogram(record: Record, report: ArtifactReport) -> "Figure":
     """Draw the shares of the patch norms of one block. On a linear axis 2% would be invisible beside 98%."""
     from matplotlib.ticker import NullLocator
 
@@ -124,7 +127,7 @@ def _histogram(record: Mapping[str, Any], report: ArtifactReport) -> "Figure":
     return figure
 
 
-def _densities(neighbors: Mapping[str, Any]) -> "Figure":
+def _densities(neighbors: Record) -> "Figure":
     """Draw the similarity to the neighbors, over the occupied bins only, which are often few."""
     figure, axis = _axes(2.3)
     edges = np.asarray(neighbors["histogram_edges"], dtype=float)
@@ -144,7 +147,7 @@ def _densities(neighbors: Mapping[str, Any]) -> "Figure":
 # --- Maps
 
 
-def _map(shade: Tensor, colors: str, label: str, note: str, outliers: Tensor | None = None) -> dict[str, Any]:
+def _map(shade: Tensor, colors: str, label: str, note: str, outliers: Tensor | None = None) -> Record:
     """Return a map for the template; `shade` is in [0, 1], and cells where `outliers` is True get an orange frame."""
     return {
         "label": label,
@@ -155,7 +158,7 @@ def _map(shade: Tensor, colors: str, label: str, note: str, outliers: Tensor | N
     }
 
 
-def _example(example: Mapping[str, Any], report: ArtifactReport) -> list[dict[str, Any]]:
+def _example(example: Record, report: ArtifactReport) -> list[Record]:
     """Return the image, its norms, and the attention of CLS (if any) and of each register."""
     norms = torch.tensor(example["norms"], dtype=torch.float64)
     logs = norms.clamp(min=1e-12).log()
@@ -181,12 +184,12 @@ def _example(example: Mapping[str, Any], report: ArtifactReport) -> list[dict[st
     ]
 
 
-def _attention_map(values: Sequence[Sequence[float]], label: str) -> dict[str, Any]:
+def _attention_map(values: Sequence[Sequence[float]], label: str) -> Record:
     attention = torch.tensor(values, dtype=torch.float64)
     return _map(stretch(attention, *attention_limits(attention)), "magma", label, f"{attention.sum():.0%} on patches")
 
 
-def _positions(report: ArtifactReport) -> list[dict[str, Any]]:
+def _positions(report: ArtifactReport) -> list[Record]:
     """Return where the outliers are, and the mean attention of CLS (if any)."""
     share = torch.tensor(report.outliers["position_map"], dtype=torch.float64)
     most = f"0 to {share.max():.1%} of the images"
@@ -210,7 +213,7 @@ def _attention(report: ArtifactReport) -> list[list[str]]:
     ]
 
 
-def _controls(controls: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _controls(controls: Record) -> tuple[list[str], list[list[str]]]:
     kinds = {kind: entry for kind, entry in controls.items() if isinstance(entry, Mapping)}
     names = {key: name for key, name in _CONTROL_NAMES.items() if any(e.get(key) is not None for e in kinds.values())}
     rows = [[kind, *(number_text(entry.get(key), 4) for key in names)] for kind, entry in kinds.items()]
@@ -218,7 +221,7 @@ def _controls(controls: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["registers", *names.values()], rows
 
 
-def _tables(content: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]]]]:
+def _tables(content: Record) -> list[tuple[list[str], list[list[str]]]]:
     """Return nested results as tables: plain values first, then one table per dictionary of dictionaries."""
     plain, nested = [], []
     for key, value in content.items():

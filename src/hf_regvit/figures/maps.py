@@ -13,15 +13,20 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ..diagnosis.outliers import register_cosine
 from ..models.loading import open_model
+from ..models.saving import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+    from matplotlib.typing import RcKeyType
 
     from ..diagnosis.report import ArtifactReport
     from ..evaluation.lost import LostResult
@@ -35,7 +40,7 @@ _MARK = "#ff7a1a"  # seeds, queries, cut-offs, found boxes
 # Okabe-Ito, safe for color blindness; at least as many as a panel of `curves` has lines.
 LINE_COLORS = ("#222222", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00")
 _DOTS_PER_INCH = 120
-STYLE: dict[Any, Any] = {
+STYLE: "dict[RcKeyType, str | float]" = {
     "font.family": "sans-serif",
     "font.size": 8,
     "text.color": INK,
@@ -68,11 +73,7 @@ class TokenMaps:
 
     def register_similarity(self) -> float | None:
         """Return the mean cosine between two registers (1 if they are identical); None with fewer than two."""
-        count = len(self.registers)
-        if count < 2:
-            return None
-        unit = torch.nn.functional.normalize(self.registers, dim=-1)
-        return ((unit @ unit.T).sum().item() - count) / (count * (count - 1))
+        return register_cosine(self.registers[None]).item() if len(self.registers) > 1 else None
 
 
 def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values: Tensor) -> list[TokenMaps]:
@@ -298,7 +299,6 @@ def layer_norm_figure(report: "ArtifactReport") -> "Figure":
         report: Result of `diagnose`.
     """
     import matplotlib
-    import numpy as np
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
 
@@ -371,13 +371,12 @@ def write_report_figures(report: "ArtifactReport", folder: str | Path) -> list[P
     return paths
 
 
-def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Sequence[float]] = ()) -> "Figure":
+def lost_figure(image: Image.Image, result: "LostResult") -> "Figure":
     """Draw the steps of LOST: seed and inverse degree, similarity to the seed, expansion, mask, box.
 
     Args:
         image: Image padded to whole patches, as LOST received it.
         result: Result of `evaluation.lost.lost_box`.
-        truth: Ground-truth boxes to draw beside the found one, (x1, y1, x2, y2) in pixels.
     """
     from matplotlib.patches import Rectangle
 
@@ -402,16 +401,14 @@ def lost_figure(image: Image.Image, result: "LostResult", *, truth: Sequence[Seq
     for axis in axes[1:5]:
         _mark(axis, (seed_column + 0.5) * width, (seed_row + 0.5) * height)
     x1, y1, x2, y2 = result.box((round(height), round(width)), (image.height, image.width))
-    boxes = [((x1, y1, x2, y2), _MARK, "-"), *((tuple(box), "#ffffff", "--") for box in truth)]
-    for (left, top, right, bottom), color, style in boxes:
-        frame = Rectangle((left, top), right - left, bottom - top, fill=False, ec=color, lw=2, ls=style)
-        axes[5].add_patch(frame)
+    axes[5].add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=_MARK, lw=2))
     return figure
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure as a PNG file."""
-    Path(path).write_bytes(_png(figure))
+    """Write a figure as a PNG file, whole or not at all."""
+    with whole_file(path) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=_DOTS_PER_INCH)
 
 
 # --- Drawing
@@ -447,7 +444,7 @@ def _draw_image(axis: "Axes", image: Image.Image, title: str) -> None:
     axis.set_title(title, fontsize=8, color=INK)
 
 
-def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> Any:
+def _draw_map(axis: "Axes", image: Image.Image, map_: Tensor, title: str, **options: Any) -> "AxesImage":
     """Draw a map over the extent of its image, with smooth upsampling."""
     extent = (0, image.width, image.height, 0)
     axis.set_title(title, fontsize=8, color=INK)
@@ -458,10 +455,8 @@ def _mark(axis: "Axes", x: float, y: float) -> None:
     axis.plot(x, y, marker="s", ms=6, mfc="none", mec=_MARK, mew=1.5)
 
 
-def _smooth(map_: Tensor, image: Image.Image) -> Any:
+def _smooth(map_: Tensor, image: Image.Image) -> np.ndarray:
     """Return a map in [0, 1] at the size of its image, enlarged as in `_draw_map`."""
-    import numpy as np
-
     pixels = Image.fromarray((map_ * 255).round().byte().numpy()).resize(image.size, Image.Resampling.BICUBIC)
     return np.asarray(pixels, dtype=np.float32) / 255
 
@@ -486,9 +481,3 @@ def _draw_norms(figure: "Figure", axis: "Axes", image: Image.Image, norms: Tenso
     bar = figure.add_axes((panel.x1 + 0.05 * inch, panel.y0, 0.07 * inch, panel.height))
     figure.colorbar(drawn, cax=bar).outline.set_linewidth(0.5)
     bar.tick_params(labelsize=6, width=0.5, length=2, pad=1)
-
-
-def _png(figure: "Figure") -> bytes:
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH)
-    return buffer.getvalue()

@@ -1,15 +1,19 @@
 """Figures of masks, depth maps and confusion matrices."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
 from ..data.maps import IGNORE, Array
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-def confusion_figure(matrix: Tensor, names: Sequence[str]) -> Any:
+
+def confusion_figure(matrix: Tensor, names: Sequence[str]) -> "Figure":
     """Plot the shares of each true class as shades of blue, and list the most frequent confusions by name.
 
     Args:
@@ -68,7 +72,7 @@ def class_colors(num_classes: int) -> Array:
     return np.concatenate([base * 0.65**i for i in range(rounds)])[:num_classes].round().astype(np.uint8)
 
 
-def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) -> Any:
+def mask_figure(rows: Sequence[tuple[Image.Image, Array, Array]], names: Sequence[str]) -> "Figure":
     """Plot image, ground truth and prediction side by side, one image per row; ignored pixels are white.
 
     Args:
@@ -93,7 +97,7 @@ def mask_figure(rows: Sequence[tuple[Any, Array, Array]], names: Sequence[str]) 
     return figure
 
 
-def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
+def depth_figure(rows: Sequence[tuple[Image.Image, Array, Array]]) -> "Figure":
     """Plot image, ground truth and prediction side by side, one image per row; unmeasured pixels are white.
 
     Args:
@@ -110,7 +114,7 @@ def depth_figure(rows: Sequence[tuple[Any, Array, Array]]) -> Any:
     return figure
 
 
-def _three_columns(rows: Sequence[tuple[Any, Array, Array]]) -> tuple[Any, Any]:
+def _three_columns(rows: Sequence[tuple[Image.Image, Array, Array]]) -> tuple["Figure", np.ndarray]:
     from matplotlib.figure import Figure
 
     height = sum(3.0 * image.height / image.width for image, _, _ in rows)

@@ -15,6 +15,8 @@ import jinja2
 from markupsafe import Markup
 from PIL import Image
 
+from ..models.results import show
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -85,17 +87,13 @@ def chart(figure: "Figure", label: str) -> Markup:
 
 def cell_text(value: object) -> str:
     """Return a value as the text of a table cell: four digits, `-` for None, and the first 24 entries of a list."""
-    if value is None:
-        return "-"
-    if isinstance(value, float):
-        return f"{value:.4g}"
     if isinstance(value, Mapping):
         return ", ".join(f"{key} {cell_text(entry)}" for key, entry in value.items())
     if isinstance(value, list | tuple):
         return ", ".join(cell_text(entry) for entry in value[:24]) + (" ..." if len(value) > 24 else "")
-    return str(value)
+    return show(value)
 
 
 def number_text(value: float | None, digits: int = 2) -> str:
     """Return a number with a fixed number of decimals, `-` for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return show(value, f".{digits}f")

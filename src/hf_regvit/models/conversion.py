@@ -39,6 +39,7 @@ from .foreign_weights import (
 from .manifest import whole_checkpoint
 from .modeling_regvit import RegViTBackbone, RegViTForImageClassification, RegViTModel
 from .processing import default_image_processor
+from .saving import num_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def convert_to_folder(
     if model.image_processor is None:
         logger.warning("'%s' has no image processor. Using that of DINOv2: center crop, ImageNet statistics.", source)
         cast(Any, model).image_processor = default_image_processor(model.config.image_shape)
-    with whole_checkpoint(output) as staged:
+    with whole_checkpoint(output, needed=num_bytes(model.state_dict().values())) as staged:
         model.save_pretrained(staged)
     return model
 

@@ -248,6 +248,21 @@ def short_names(models: Sequence[str | Path]) -> list[str]:
     return ["/".join(Path(model).resolve().parts[-kept:]) if Path(model).is_dir() else str(model) for model in models]
 
 
+def distinct_names(models: Sequence["TokenReader | nn.Module | str | Path"]) -> list[str]:
+    """Return a short name of each model; a number tells models of the same name apart.
+
+    Raises:
+        ValueError: A model is given twice.
+    """
+    keys = [str(model) if isinstance(model, str | Path) else model for model in models]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"models={[str(key)[:60] for key in keys]} names a model twice. Name each once.")
+    short = iter(short_names([key for key in keys if isinstance(key, str)]))
+    names = [next(short) if isinstance(key, str) else open_model(key).description.name for key in keys]
+    counts = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name}-{count + 1}" if count else name for name, count in zip(names, counts)]
+
+
 def _load_timm(name: str, source: str) -> nn.Module:
     try:
         check_weight_files(source)

@@ -1,14 +1,13 @@
 """Manifest of a checkpoint: the checksum of each file, written last and verified first."""
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
 from .configuration_regvit import CheckpointCorruptError
-from .saving import read_json, whole_folder, write_json
+from .saving import flush, read_json, whole_folder, write_json
 
 MANIFEST = "manifest.json"
 WEIGHTS = "model.safetensors"
@@ -33,15 +32,6 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
 
 
-def flush(path: Path) -> None:
-    """Wait until a file, or the entries of a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json` with size (bytes) and sha256 of every file below `folder`, and flush all of them."""
     files = {}
@@ -64,9 +54,9 @@ def check_archive(path: Path) -> None:
 
 
 @contextmanager
-def whole_checkpoint(output: str | Path) -> Iterator[Path]:
+def whole_checkpoint(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a folder like `whole_folder`, and add a manifest of its files, so that loading notices later changes."""
-    with whole_folder(output) as staged:
+    with whole_folder(output, needed=needed) as staged:
         yield staged
         write_manifest(staged)
 

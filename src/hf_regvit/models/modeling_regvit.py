@@ -205,7 +205,7 @@ class RegViTEmbeddings(nn.Module):
         return self._cached_stamp is not None and self._cached_stamp == (table.data_ptr(), table._version)
 
     def rotary_table(self, pixel_values: Tensor, grids: list[tuple[int, int]] | None = None) -> Tensor | None:
-        """Return the table (B, N, d) for `rotate_patches`, or None if nothing rotates; `grids` as in `forward`."""
+        """Return the table (B, T, d) for `rotate`, or None if nothing rotates; `grids` as in `forward`."""
         config, device = self.config, pixel_values.device
         if config.rope_theta is None:
             return None
@@ -221,10 +221,10 @@ class RegViTEmbeddings(nn.Module):
             with torch.inference_mode(False):  # a table made in inference mode could not be used in training
                 return self._cached(self._cached_rotary, key, lambda: rotary_table(config, own, device))
 
-        if grids is None:
-            return table_of(grid).expand(pixel_values.shape[0], -1, -1)
-        unrotated = torch.tensor([1.0, 0.0], device=device).repeat_interleave(config.head_dim // 2)
-        return tables_of_padded_images(grids, grid, table_of, unrotated)
+        unrotated = torch.tensor([1.0, 0.0], device=device).repeat_interleave(config.head_dim // 2)  # (d,)
+        patches = table_of(grid)[None] if grids is None else tables_of_padded_images(grids, grid, table_of, unrotated)
+        prefix = unrotated.expand(patches.shape[0], config.num_prefix_tokens, -1)
+        return torch.cat([prefix, patches], dim=1).expand(pixel_values.shape[0], -1, -1)
 
     def forward(
         self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, grids: list[tuple[int, int]] | None = None
@@ -263,10 +263,7 @@ class RegViTEmbeddings(nn.Module):
 
     def _mask_patches(self, patches: Tensor, bool_masked_pos: Tensor) -> Tensor:
         if self.mask_token is None:
-            raise ValueError(
-                "bool_masked_pos was given, but the model has no mask token. "
-                "Create or load the model with use_mask_token=True."
-            )
+            raise ValueError("bool_masked_pos needs a mask token. Create or load the model with use_mask_token=True.")
         if bool_masked_pos.shape != patches.shape[:2]:
             raise ValueError(
                 f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, expected (batch, patches) = "
@@ -357,18 +354,16 @@ def rotary_table(
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate_patches(queries_and_keys: Tensor, rotary: Tensor) -> Tensor:
-    """Rotate channel pairs (c, c + d / 2) of patches, at least in float32; CLS and registers stay as they are.
+def rotate(queries_and_keys: Tensor, rotary: Tensor) -> Tensor:
+    """Rotate the channel pairs (c, c + d / 2) of (B, T, 2, heads, d), at least in float32.
 
-    `queries_and_keys` is (B, T, 2, heads, d); `rotary` (B, N, d) holds the `rotary_table` of each image.
+    `rotary` (B, T, d) holds cosines and sines: 1 and 0, which change nothing, for CLS, registers and padding.
     Source: arXiv 2104.09864.
     """
-    num_patches = rotary.shape[1]
-    prefix, patches = queries_and_keys[:, :-num_patches], queries_and_keys[:, -num_patches:]
-    cos, sin = rotary[:, :, None, None].chunk(2, dim=-1)  # (B, N, 1, 1, d / 2)
-    first, second = patches.to(at_least_float32(patches)).chunk(2, dim=-1)
-    rotated = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return torch.cat([prefix, rotated.to(prefix.dtype)], dim=1)
+    cos, sin = rotary[:, :, None, None].chunk(2, dim=-1)  # (B, T, 1, 1, d / 2)
+    first, second = queries_and_keys.to(at_least_float32(queries_and_keys)).chunk(2, dim=-1)
+    rotated = [torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)]
+    return torch.cat(rotated, dim=-1).to(queries_and_keys.dtype)
 
 
 # --- Blocks ---
@@ -432,7 +427,7 @@ class RegViTAttention(nn.Module):
         qkv = self.qkv(hidden_states).view(batch_size, num_tokens, 3, self.num_attention_heads, self.head_dim)
         query, key, value = qkv.unbind(2)  # (B, T, heads, head_dim)
         if rotary is not None:
-            query, key = rotate_patches(qkv[:, :, :2], rotary).unbind(2)
+            query, key = rotate(qkv[:, :, :2], rotary).unbind(2)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))  # (B, heads, T, head_dim)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -544,7 +539,7 @@ class RegViTLayer(GradientCheckpointingLayer):
             tokens: (n,) indices into the flattened (B * T) tokens. Only these tokens (n, D) are computed and returned;
                 all others serve only as keys and values. Pretraining uses this in the last block to save time.
             token_mask: (B, T) bool, False at padding. Only register neurons need it in addition to `attention_mask`.
-            rotary: (B, N, d) from `RegViTEmbeddings.rotary_table`.
+            rotary: (B, T, d) from `RegViTEmbeddings.rotary_table`.
         """
         if tokens is not None:
             return self._forward_tokens(hidden_states, attention_mask, tokens, rotary)
@@ -742,8 +737,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         super()._move_missing_keys_from_meta_to_device(missing_keys, *args, **kwargs)
 
     def _check_loaded(self, source, info: dict, ignore_mismatched_sizes: bool) -> None:
-        config = self.config
-        problems = []
+        config, problems = self.config, []
 
         def report(key: str, problem: str, held: object) -> None:
             if key.endswith("register_tokens"):
@@ -799,11 +793,9 @@ class RegViTPreTrainedModel(PreTrainedModel):
         embeddings.register_tokens = nn.Parameter(tokens.to(like.device, like.dtype)) if num_register_tokens else None
         return self
 
-    def _finish(
-        self, output: ModelOutput, return_dict: bool | None = None, output_hidden_states: bool | None = None, **_
-    ) -> ModelOutput | tuple:
-        """Return the output in the requested form, without the hidden states if only a dense head needed them."""
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+    def _finish(self, output: ModelOutput, return_dict: bool | None, wanted: bool | None) -> ModelOutput | tuple:
+        """Return the output in the requested form, without hidden states that only a dense head wanted."""
+        wanted = self.config.output_hidden_states if wanted is None else wanted
         if output.hidden_states is not None and not wanted:
             output = replace(output, hidden_states=None)
         return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
@@ -1013,19 +1005,22 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> ImageClassifierOutput | tuple:
         """Return logits (B, num_labels), and the loss if `labels` are given.
 
         `labels` has shape (B,) for class ids, or (B, num_labels) for multi-label classification or regression.
         """
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **{**kwargs, "return_dict": True})
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, output_hidden_states, return_dict=True)
         logits = self.classifier(self.pool(output))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         result = ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
 
 class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
@@ -1088,11 +1083,13 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> SemanticSegmenterOutput | tuple:
         """Return logits (B, num_labels, H, W) at the input size, and the loss if `labels` (B, H, W) are given."""
-        options = {**kwargs, "return_dict": True, "output_hidden_states": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         features = self.dense_features(output, with_cls=False)  # (B, N, F)
         valid = output.patch_mask[:, -features.shape[1] :]
         if pixel_mask is None:
@@ -1113,7 +1110,7 @@ class RegViTForSemanticSegmentation(RegViTDensePreTrainedModel):
         result = SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
 
 class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
@@ -1132,14 +1129,16 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_mask: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs,
     ) -> DepthEstimatorOutput | tuple:
         """Return depth (B, H, W) in meters at the input size, and the loss if `labels`, also in meters, are given.
 
         Labels that are <= 0, infinite or NaN are ignored.
         """
-        options = {**kwargs, "return_dict": True, "output_hidden_states": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         # A linear layer and bilinear upsampling commute, so the layer runs on the small grid.
         bins = self.classifier(self.dense_features(output, with_cls=True))  # (B, N, bins)
         depth = self.to_pixels(bins, pixel_values, pixel_mask, self._bins_to_meters)[:, 0]  # (B, H, W)
@@ -1152,7 +1151,7 @@ class RegViTForDepthEstimation(RegViTDensePreTrainedModel):
         result = DepthEstimatorOutput(
             loss=loss, predicted_depth=depth, hidden_states=output.hidden_states, attentions=output.attentions
         )
-        return self._finish(result, **kwargs)
+        return self._finish(result, return_dict, output_hidden_states)
 
     def _bins_to_meters(self, bins: Tensor, size: tuple[int, int]) -> Tensor:
         """Decode (B, bins, rows, columns) to depth (B, 1, H, W), the weighted mean of the bin centers.
@@ -1204,8 +1203,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
         **kwargs,
     ) -> BackboneOutput | tuple:
         """Return feature maps (B, D, rows, columns), or token sequences if `reshape_hidden_states` is False."""
-        options = {"output_attentions": output_attentions, "output_hidden_states": True, "return_dict": True}
-        output = self.regvit(pixel_values, pixel_mask=pixel_mask, **options)
+        output = self.regvit(pixel_values, None, pixel_mask, output_attentions, True, return_dict=True)
         grid = self.regvit.embeddings.patch_embeddings.grid_of(pixel_values)
         feature_maps = []
         for stage, tokens in zip(self.stage_names, output.hidden_states):

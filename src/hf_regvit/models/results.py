@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 from .configuration_regvit import __version__
 from .saving import read_json, write_json
 
+Record = dict[str, Any]  # plain values, as in a JSON file
+
 
 def show(value: object, form: str = ".4g", *, missing: str = "-") -> str:
     """Return a value as text: floats in the given format, None as `missing`."""
@@ -85,7 +87,7 @@ class Result:
         """Return the rows of a table for people."""
         raise NotImplementedError
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON."""
         return asdict(self)
 

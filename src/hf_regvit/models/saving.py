@@ -1,12 +1,21 @@
-"""Write results whole or not at all: JSON files, single files and folders."""
+"""Write results whole or not at all: JSON files, single files and folders. A full disk is an error of one sentence."""
 
+import errno
+import hashlib
 import json
 import os
+import re
+import shutil
+import socket
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 # The file that makes a folder a checkpoint; it is moved last, so that no partial checkpoint is ever found.
 _LAST = "config.json"
@@ -47,22 +56,150 @@ def read_object(path: str | Path) -> dict[str, Any]:
     return content
 
 
+# ---- Space -------------------------------------------------------------------------------------------------------
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoSpaceError(OSError):
+    """Full disk; the message has the file or folder and the bytes that are needed."""
+
+
+def num_bytes(tensors: Iterable[Tensor]) -> int:
+    """Return the size of a file with these tensors, in bytes."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def mebibytes(count: float) -> str:
+    """Return a number of bytes as text, in MiB."""
+    return f"{count / 2**20:,.1f} MiB"
+
+
+def free_bytes(folder: Path) -> int:
+    """Return the number of bytes that are free where a folder is or will be."""
+    return shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.exists())).free
+
+
+def check_space(folder: str | Path, needed: int) -> None:
+    """Check that a disk has space before the work starts.
+
+    Raises:
+        NoSpaceError: Fewer than `needed` bytes are free.
+    """
+    if (free := free_bytes(Path(folder))) < needed:
+        raise NoSpaceError(
+            f"'{folder}' needs about {mebibytes(needed)}, but only {mebibytes(free)} are free. Free some space, or "
+            "choose a folder on another disk."
+        )
+
+
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def _one_sentence(path: Path, unfinished: Path, needed: int) -> Iterator[None]:
+    """Turn the error of a full disk, which safetensors reports as its own type, into a `NoSpaceError`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        found = re.search(r"os error (\d+)", str(error))
+        number = int(found[1]) if found else getattr(error, "errno", None)
+        if number not in _FULL:
+            raise
+        parts = unfinished.rglob("*") if unfinished.is_dir() else [unfinished]
+        written = sum(part.stat().st_size for part in parts if part.is_file())
+        most = f"about {mebibytes(needed)}" if needed > written else f"more than {mebibytes(written)}"
+        raise NoSpaceError(
+            f"'{path}' could not be written ({os.strerror(number)}): it needs {most}, and "
+            f"{mebibytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
+            "run again."
+        ) from error
+
+
+@contextmanager
+def keeping(result: Callable[[], str]) -> Iterator[None]:
+    """Add a result as text to the error if it cannot be written, so that it is shown instead of lost."""
+    try:
+        yield
+    except OSError as error:
+        error.add_note(result())
+        raise
+
+
+# ---- Files and folders -------------------------------------------------------------------------------------------
+
+# Temporary names hold the machine and the process, because several processes may write to one folder.
+_MACHINE = hashlib.blake2b(socket.gethostname().encode(), digest_size=3).hexdigest()
+_LEFTOVER = re.compile(rf"\.unfinished-{_MACHINE}-(\d+)-.*|\..+\.{_MACHINE}-(\d+)\.partial")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files and folders of processes of this machine that have died."""
+    import psutil
+
+    for path in folder.glob(".*"):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found and not psutil.pid_exists(int(found[1] or found[2])):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+@cache
+def _sweep(folder: Path, process: int) -> None:
+    """Remove leftovers once a process and folder: a folder of features may have many files."""
+    remove_leftovers(folder)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the entries of a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def whole_file(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary path beside `path`; the finished file replaces `path` at the end, after it is on the disk.
 
-    If the block raises, `path` is left as it was. The temporary name holds the process id, because several processes
-    may write the same file.
+    If the block raises, `path` is left as it was.
+
+    Args:
+        path: File to write.
+        needed: Size of the file in bytes, if it is known; the error for a full disk has it.
+
+    Raises:
+        NoSpaceError: The disk is full.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _sweep(path.parent, os.getpid())
+    unfinished = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.partial")
     try:
-        yield unfinished
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
+        with _one_sentence(path, unfinished, needed):
+            yield unfinished
+            flush(unfinished)
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], notes: object) -> None:
+    """Write tensors and notes, plain values for JSON, as one safetensors file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    check_space(Path(path).parent, num_bytes(tensors.values()))
+    with whole_file(path, needed=num_bytes(tensors.values())) as unfinished:
+        save_file(tensors, unfinished, metadata={"hf_regvit": json.dumps(notes)})
+
+
+def read_notes(path: str | Path) -> Any:
+    """Return the notes of a file that `write_tensors` wrote, without reading the tensors.
+
+    Raises:
+        SafetensorError: The file is not a safetensors file.
+        KeyError: The file has no notes.
+    """
+    with safe_open(path, framework="pt") as file:
+        return json.loads((file.metadata() or {})["hf_regvit"])
 
 
 def apply_umask(folder: Path) -> None:
@@ -75,16 +212,36 @@ def apply_umask(folder: Path) -> None:
 
 
 @contextmanager
-def whole_folder(output: str | Path) -> Iterator[Path]:
+def whole_folder(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     """Yield a temporary folder inside `output`; its files are moved to `output` at the end, `config.json` last.
 
     Otherwise an interrupted run could leave a configuration without weights, which blocks the next run, or a model
-    without its image processor, which would be used with the wrong statistics.
+    without its image processor, which would be used with the wrong statistics. An earlier result in `output` is
+    replaced: its configuration is removed first, so that its files never form a model together with the new ones.
+
+    Args:
+        output: Folder to write to.
+        needed: Size of the content in bytes, if it is known; it is checked before anything is written.
+
+    Raises:
+        NoSpaceError: The disk is full.
     """
     output = Path(output)
+    check_space(output, needed)
     output.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".unfinished-") as staged:
-        yield Path(staged)
-        apply_umask(Path(staged))
-        for path in sorted(Path(staged).iterdir(), key=lambda path: path.name == _LAST):
+    _sweep(output, os.getpid())
+    with tempfile.TemporaryDirectory(dir=output, prefix=f".unfinished-{_MACHINE}-{os.getpid()}-") as name:
+        staged = Path(name)
+        with _one_sentence(output, staged, needed):
+            yield staged
+            apply_umask(staged)
+            for path in staged.rglob("*"):
+                flush(path)
+        found = sorted(staged.iterdir(), key=lambda path: path.name == _LAST)
+        if found and found[-1].name == _LAST:
+            (output / _LAST).unlink(missing_ok=True)
+            for old in set(output.glob("model*.safetensors*")) - {output / path.name for path in found}:
+                old.unlink()  # weights in another number of files would be read instead of the new ones
+        for path in found:
             path.replace(output / path.name)
+        flush(output)

@@ -659,7 +659,7 @@ class _Collector:
             )  # (B, heads, T, head_dim)
         angles = kwargs.get(self.family.rotary) if self.family.rotary else None
         if angles is not None:
-            if self.family.rotary == "rotary":  # RegViT passes (B, N, head_dim), the cosines of half a head first
+            if self.family.rotary == "rotary":  # RegViT passes (B, T, head_dim), the cosines of half a head first
                 angles = tuple(half.repeat(1, 1, 2).unsqueeze(1) for half in angles.chunk(2, dim=-1))
             query, key = (_rotate_patches(x, angles, halves=_rotates_halves(attention)) for x in (query, key))
         # With fewer key heads than query heads, each key head serves a group of consecutive query heads.

@@ -24,9 +24,9 @@ from ..data.files import stratified_split
 from ..data.parts import heldout_streams, open_parts
 from ..data.source import ImageRecord, ImageSource
 from ..diagnosis.diagnose import artifact_snapshot
+from ..diagnosis.outliers import effective_rank
 from ..evaluation.knn import knn_accuracy
 from ..evaluation.linear import ridge_accuracy
-from ..evaluation.metrics import effective_rank
 from ..models.processing import IMAGENET_MEAN, IMAGENET_STD, default_image_processor
 from ..models.tokens import Reduction, TokenReader
 from ..training.callbacks import Observer
