@@ -37,6 +37,7 @@ def demo(tmp_path, monkeypatch):
 
 def test_a_hostile_visitor(demo):
     process, address, temporary = demo
+    json = {"Content-Type": "application/json"}
     assert not (temporary / "regvit_demo_999999999_left").exists()
     with httpx.Client(base_url=address, timeout=60) as client:
         assert client.get("/").status_code == 200
@@ -52,14 +53,12 @@ def test_a_hostile_visitor(demo):
         assert sent.status_code == 200
         assert sent.json()[0].startswith(str(temporary))
         for body in (b'{"data": "' + b"x" * (150 << 20) + b'"}', b"[" * (30 << 20)):
-            answer = client.post("/gradio_api/queue/join", content=body, headers={"Content-Type": "application/json"})
+            answer = client.post("/gradio_api/queue/join", content=body, headers=json)
             assert answer.status_code == 413
         pieces = (b"x" * (1 << 20) for _ in range(150))  # a body of unknown length
-        answer = client.post("/gradio_api/queue/join", content=pieces, headers={"Content-Type": "application/json"})
+        answer = client.post("/gradio_api/queue/join", content=pieces, headers=json)
         assert answer.status_code == 400
-        deep = client.post(
-            "/gradio_api/queue/join", content=b"[" * 100_000, headers={"Content-Type": "application/json"}
-        )
+        deep = client.post("/gradio_api/queue/join", content=b"[" * 100_000, headers=json)
         assert deep.status_code >= 400
         assert client.get("/").status_code == 200
     started = time.perf_counter()
