@@ -115,11 +115,11 @@ def test_a_hundred_changed_files_of_weights(folder, tmp_path):
     assert 5 <= silent <= 40
 
 
-@pytest.mark.parametrize("part", ["config.json", "preprocessor_config.json", "extra.safetensors"])
+@pytest.mark.parametrize("part", ["config.json", "preprocessor_config.json", "model-extra.safetensors"])
 def test_every_file_that_changes_the_outputs_is_in_the_manifest(folder, tmp_path, part):
     kept = with_manifest(folder, tmp_path / "kept")
     open_model(kept)
-    if part == "extra.safetensors":
+    if part == "model-extra.safetensors":
         save_file({"a": torch.zeros(1)}, kept / part)
     else:
         (kept / part).write_text((kept / part).read_text().replace("1", "2", 1))

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
+from ..models.foreign_weights import refused_pickle
 from ..models.manifest import (
     OPTIMIZER,
     STATE,
@@ -198,6 +200,8 @@ class CheckpointedTrainer(PushingTrainer):
         try:
             with self.signals.listening():
                 result = super().train(None if folder is None else str(folder))
+        except UnpicklingError as error:
+            raise refused_pickle(str(folder), error) from error
         except RuntimeError as error:
             if num_processes() > 1:
                 error.add_note(
