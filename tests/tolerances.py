@@ -39,7 +39,7 @@ def error_share(actual: Any, expected: Any, *, atol: float, rtol: float) -> floa
     with np.errstate(invalid="ignore", divide="ignore"):
         share = np.abs(actual - expected) / (atol + rtol * np.abs(expected))
     same = (actual == expected) | (np.isnan(actual) & np.isnan(expected))
-    return float(np.where(same, 0.0, np.nan_to_num(share, nan=math.inf)).max(initial=0.0))
+    return float(np.where(same, 0.0, np.nan_to_num(share, nan=math.inf, posinf=math.inf)).max(initial=0.0))
 
 
 def _array(value: Any) -> np.ndarray:

@@ -22,6 +22,7 @@ from hf_regvit import RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import ConvertArguments
 from hf_regvit.app.recipes import RecipeError, RecipeParser, options_of_command
+from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.arguments import PretrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -286,7 +287,11 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(values, offline, monkeypat
 
 def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys) -> None:
     out = tmp_path / "out"
-    assert cli.main(["convert", "--model", str(vit_folder), "--output_dir", str(out), "--json"]) == 0
+    args = ["convert", "--model", str(vit_folder), "--output_dir", str(out), "--json"]
+    assert cli.main(args) == 1
+    assert "No image processor is known for" in capsys.readouterr().err
+    default_image_processor(32).save_pretrained(tmp_path / "processor")
+    assert cli.main([*args, "--processor", str(tmp_path / "processor")]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["class"] == "RegViTModel"
     assert result["registers"] == 0
@@ -304,6 +309,7 @@ def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys
 
 
 def test_convert_does_not_overwrite(vit_folder, tmp_path, capsys) -> None:
+    default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     assert cli.main(args) == 0
     assert cli.main(args) == 1
@@ -345,9 +351,11 @@ def test_overrides_reach_convert() -> None:
     args = ["--model", "m", "--output_dir", "o", "--num_attention_heads", "6"]
     args += ["--interpolate_antialias", "False", "--image_size", "32", "48"]
     (parsed,) = RecipeParser(ConvertArguments).parse(args)
-    assert parsed.overrides() == {"num_attention_heads": 6, "interpolate_antialias": False, "image_size": [32, 48]}
+    assert parsed.given() == {
+        "verify": True, "num_attention_heads": 6, "interpolate_antialias": False, "image_size": [32, 48],
+    }  # fmt: skip
     (parsed,) = RecipeParser(ConvertArguments).parse(["--model", "m", "--output_dir", "o", "--image_size", "32"])
-    assert parsed.overrides() == {"image_size": 32}
+    assert parsed.given() == {"verify": True, "image_size": 32}
 
 
 def test_recipe_values_are_defaults_and_flags_win(tmp_path) -> None:
@@ -464,6 +472,7 @@ def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_f
     def stopped(self, folder):
         raise KeyboardInterrupt
 
+    default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
         patched.setattr(BaseImageProcessor, "save_pretrained", stopped)

@@ -39,7 +39,7 @@ from hf_regvit.diagnosis.outliers import (
 )
 from hf_regvit.diagnosis.report import ArtifactReport
 from hf_regvit.models.processing import EvaluationTransform, default_image_processor
-from hf_regvit.models.tokens import TokenReader, read_many
+from hf_regvit.models.tokens import TokenReader
 
 # --- Two modes and a cut-off ---
 
@@ -843,7 +843,7 @@ def test_a_vit_of_transformers_is_read_the_same_way(photos):
 def slow_control(model, pixel_values, values):
     """Run the blocks one after the other and overwrite the registers in between."""
     with torch.no_grad():
-        tokens = read_many(model, pixel_values, {"residual": (0,)})["residual"].at(0)
+        tokens = TokenReader(model).read_many(pixel_values, {"residual": (0,)})["residual"].at(0)
         for layer, block in enumerate(model.layers, start=1):
             output = block(tokens)
             tokens = (output[0] if isinstance(output, tuple) else output).clone()
@@ -855,7 +855,7 @@ def slow_control(model, pixel_values, values):
 @pytest.mark.parametrize("kind", ["zero", "mean", "shuffle"])
 def test_controls_equal_their_slow_twin(kind):
     model, pixels = tiny_model(), random_pixels(6, 64, 64)
-    clean = read_many(model, pixels, {"residual": "all"})["residual"]
+    clean = TokenReader(model).read_many(pixels, {"residual": "all"})["residual"]
     undisturbed = model.layernorm(clean.at(4))
     order = torch.randperm(6, generator=torch.Generator().manual_seed(3)).tolist()
     partner = {order[i]: order[i - 1] for i in range(6)}
@@ -969,7 +969,9 @@ def test_snapshot_agrees_with_the_diagnosis(photos, planted_report):
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-4), name
     assert set(values) == {*expected, "register_norm"}
-    reading = read_many(model, torch.stack([transform(photo) for photo in photos]), {"residual": (2,)})["residual"]
+    reading = TokenReader(model).read_many(torch.stack([transform(photo) for photo in photos]), {"residual": (2,)})[
+        "residual"
+    ]
     norms = reading.registers(2).norm(dim=-1)
     assert values["register_norm"] == pytest.approx(np.median(norms), rel=1e-5)
     assert np.median(norms) != pytest.approx(norms.mean().item(), rel=1e-3)

@@ -192,7 +192,7 @@ def test_a_seed_whose_own_score_is_negative():
         features = torch.randn(12, 3, generator=torch.Generator().manual_seed(seed))
         result = lost_box(features, (3, 4), LostSettings(center="row", bias=-0.5))
         row, column = divmod(result.seed, 4)
-        if len(result.expansion) and not result.foreground[row, column]:
+        if len(result.expansion) and not result.scores[row, column] > 0:
             assert result.cells == (column, row, column + 1, row + 1)
             return
     pytest.fail("no such case among 200 draws; the branch would be untested")
@@ -241,7 +241,7 @@ def test_shares_and_similarities_of_exactly_zero_are_not_positive():
     few = lost_box(features[:5].repeat(1, 1)[[0, 1, 2, 3, 4, 4]], (2, 3), LostSettings(k=2))
     assert few.degrees.flatten().tolist() == [2] * 6
     assert few.expansion.tolist() == [0, 1]
-    assert few.foreground.flatten().tolist() == [True] * 3 + [False] * 3
+    assert (few.scores > 0).flatten().tolist() == [True] * 3 + [False] * 3
 
 
 def test_padding_goes_by_the_height_and_the_width_of_a_patch(model, processor):

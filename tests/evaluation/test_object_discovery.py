@@ -144,7 +144,7 @@ def test_boxes_in_the_wrong_format_are_noticed(tmp_path, reader, caplog):
     assert "In 2 of 2 images, such as 'row/0', a ground-truth box extends beyond the image" in caplog.text
 
 
-# --- Choice and judgement
+# --- Choice and test
 
 
 def table(hits, sizes=None, methods=None):

@@ -87,19 +87,6 @@ def test_model_keeps_its_mode_and_attention(training):
     assert model.config._attn_implementation == implementation
 
 
-def test_register_similarity_equals_the_slow_twin():
-    maps = random_maps()
-    cosines = [
-        torch.cosine_similarity(maps.registers[i], maps.registers[j], dim=0)
-        for i in range(4)
-        for j in range(4)
-        if i != j
-    ]
-    assert maps.register_similarity() == pytest.approx((sum(cosines) / len(cosines)).item(), abs=1e-6)
-    assert random_maps(registers=1).register_similarity() is None
-    assert random_maps(registers=0).register_similarity() is None
-
-
 def test_pca_recovers_known_directions():
     generator = torch.Generator().manual_seed(0)
     basis = torch.linalg.qr(torch.randn(8, 8, generator=generator)).Q[:3]

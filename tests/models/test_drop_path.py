@@ -43,8 +43,8 @@ def full_residual(layer: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 @torch.no_grad()
 def test_batch_subset_keeps_this_many_and_scales_by_their_share(branch, rate, batch_size, kept, scale):
-    layer = one_branch(branch, drop_path_rate=rate, drop_path_mode="batch_subset")
-    tokens = torch.randn(batch_size, 3, 16)
+    layer = one_branch(branch, drop_path_rate=rate, drop_path_mode="batch_subset").double()
+    tokens = torch.randn(batch_size, 3, 16, dtype=torch.float64)
     computed = []
     layer.norm1.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))
     layer.norm2.register_forward_hook(lambda module, args, output: computed.append(len(args[0])))

@@ -35,7 +35,7 @@ from hf_regvit import (
 )
 from hf_regvit.models import modeling_regvit as modeling
 from hf_regvit.models.conversion import convert
-from hf_regvit.models.foreign_weights import ConversionError
+from hf_regvit.models.source_families import ConversionError
 
 CLASSES = [
     RegViTModel,
@@ -500,7 +500,7 @@ def test_f52_broken_config_file(content, reason, folder):
 @pytest.mark.parametrize("content", [b'\xff\xfe{"model_type": "dinov2"}', b"[1, 2]", b"", b'{"model_type": "dinov2"'])
 def test_f52_broken_config_file_of_a_source(content, folder):
     (folder / "config.json").write_bytes(content)
-    with pytest.raises(ConversionError, match=r"config\.json"):
+    with pytest.raises(CheckpointError, match=r"config\.json"):
         convert(folder)
 
 

@@ -26,7 +26,7 @@ from hf_regvit.figures.maps import read_token_maps
 from hf_regvit.models.families import FAMILIES, describe_model, final_norm, find_tower, has_part
 from hf_regvit.models.loading import open_model
 from hf_regvit.models.processing import EvaluationTransform, UnknownProcessorError, default_image_processor
-from hf_regvit.models.tokens import TokenReader, TokenReading, read_many, read_tokens
+from hf_regvit.models.tokens import TokenReader, TokenReading, read_tokens
 
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 WIDE = {**SIZES, "intermediate_size": 40}
@@ -148,7 +148,7 @@ def own_outputs(model, pixel_values):
 def test_residual_and_attention_are_the_models_own(name, size):
     model, pixel_values = build(name).double(), pixels(size).double()  # some towers compute softmax in float32
     expected = own_outputs(model, pixel_values)
-    read = read_many(model, pixel_values, {"residual": "all", "attention": "all"})
+    read = TokenReader(model).read_many(pixel_values, {"residual": "all", "attention": "all"})
     residual, attention = read["residual"], read["attention"]
     assert residual.layers == (0, 1, 2)
     assert attention.layers == (1, 2)
@@ -172,7 +172,7 @@ def rebuilt_block(model, pixel_values, layer):
     block = tower.get_submodule(family.blocks)[layer - 1]
     attention = block.get_submodule(family.attention)
     sites = {"residual": (layer - 1, layer), "attention": (layer,), "v": (layer,), "mlp": (layer,)}
-    read = read_many(model, pixel_values, sites)
+    read = TokenReader(model).read_many(pixel_values, sites)
     heads = describe_model(model).num_heads
     value = read["v"].at(layer)
     mixed = torch.zeros_like(value)
@@ -212,7 +212,7 @@ def test_projections_are_those_of_the_normalised_input(name):
         getattr(block, n) for n in ("norm1", "layernorm_before", "layer_norm1", "rms_norm1") if hasattr(block, n)
     )
     attention = block.get_submodule(FAMILIES[kind].attention)
-    read = read_many(model, pixel_values, {"residual": (0,), "q": (1,), "k": (1,), "v": (1,)})
+    read = TokenReader(model).read_many(pixel_values, {"residual": (0,), "q": (1,), "k": (1,), "v": (1,)})
     x = norm(read["residual"].at(0))
     for i, site in enumerate("qkv"):
         if hasattr(attention, "qkv"):
@@ -251,7 +251,7 @@ def test_timm(name, fused):
     unfused(pixel_values)
     for block in model.blocks:
         block.attn.fused_attn = fused
-    read = read_many(model, pixel_values, {"residual": "all", "attention": "all"})
+    read = TokenReader(model).read_many(pixel_values, {"residual": "all", "attention": "all"})
     prefix = int(TIMM[name].get("class_token", True)) + TIMM[name].get("reg_tokens", 0)
     assert read["residual"].num_prefix_tokens == prefix
     assert read["residual"].num_register_tokens == TIMM[name].get("reg_tokens", 0)
@@ -298,7 +298,7 @@ def test_timm_eva(name):
         block.attn.attn_drop.register_forward_hook(lambda module, args, output: weights.append(output))
         block.attn.register_forward_hook(lambda module, args, output: outputs.append(output))
     unfused(pixel_values)
-    read = read_many(model, pixel_values, {"residual": "all", "attention": "all", "v": "all", "mlp": (2,)})
+    read = TokenReader(model).read_many(pixel_values, {"residual": "all", "attention": "all", "v": "all", "mlp": (2,)})
     registers = changes.get("num_reg_tokens", 0)
     assert read["residual"].num_register_tokens == registers
     assert read["residual"].num_prefix_tokens == registers + int(changes.get("class_token", True))
@@ -384,8 +384,8 @@ def test_patch_embeddings_come_before_positions(name):
 def test_a_batch_of_8_is_8_batches_of_1(name):
     model, batch = build(name), pixels(count=8)
     sites = {"residual": "all", "attention": (-1,), "k": (-1,), "mlp": (1,), "patch_embedding": "all"}
-    together = read_many(model, batch, sites)
-    alone = [read_many(model, image[None], sites) for image in batch]
+    together = TokenReader(model).read_many(batch, sites)
+    alone = [TokenReader(model).read_many(image[None], sites) for image in batch]
     for site in sites:
         for i, values in enumerate(together[site].values):
             expected = torch.cat([reading[site].values[i] for reading in alone])
@@ -461,7 +461,7 @@ def test_layers_are_named_from_both_ends():
 
 def test_half_precision_models_give_half_precision_tokens():
     model = build("regvit").to(torch.bfloat16)
-    reading = read_many(model, pixels(), {"residual": "all", "attention": (-1,)})
+    reading = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (-1,)})
     assert {value.dtype for value in reading["residual"].values} == {torch.bfloat16}
     assert reading["attention"].at(2).dtype == torch.bfloat16
     assert pixels().dtype == torch.float32
@@ -504,7 +504,7 @@ def test_reductions_keep_their_results_only():
         torch.testing.assert_close(reading.at(layer), full.at(layer).norm(dim=-1))
     assert reading.patches(2).shape == (2, 16)
     assert reading.cls(2).shape == (2,)
-    both = read_many(model, pixels(), {"residual": "all", "attention": (1,)}, reduce={"residual": norms})
+    both = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (1,)}, reduce={"residual": norms})
     assert both["attention"].at(1).shape == (2, 3, 17, 17)
 
 
@@ -546,7 +546,7 @@ def test_models_are_left_as_they_were(name):
     modes = {key: module.training for key, module in model.named_modules()}
     before, config = fingerprint(model), model.config.to_dict()
     implementation = model.config._attn_implementation
-    reading = read_many(model, pixels(), SITES)
+    reading = TokenReader(model).read_many(pixels(), SITES)
     assert hooks_of(model) == 0
     assert {key: module.training for key, module in model.named_modules()} == modes
     assert model.config.to_dict() == config
@@ -554,7 +554,9 @@ def test_models_are_left_as_they_were(name):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in part.parameters())
     assert not any(value.requires_grad for site in reading.values() for value in site.values)
-    again = read_many(model.eval(), pixels(), SITES)  # training mode had no effect on the values (dropout, drop path)
+    again = TokenReader(model.eval()).read_many(
+        pixels(), SITES
+    )  # training mode had no effect on the values (dropout, drop path)
     for site in SITES:
         for one, other in zip(reading[site].values, again[site].values):
             torch.testing.assert_close(one, other, atol=0, rtol=0)
@@ -573,10 +575,10 @@ def test_nothing_is_left_behind_after_an_error(name, where):
     if where == "forward":
         tower.get_submodule(FAMILIES[kind].blocks)[1].mlp.forward = fail
         with pytest.raises(RuntimeError, match="on purpose"):
-            read_many(model, pixels(), SITES)
+            TokenReader(model).read_many(pixels(), SITES)
     else:
         with pytest.raises(RuntimeError, match="on purpose"):
-            read_many(model, pixels(), SITES, reduce={"residual": fail})
+            TokenReader(model).read_many(pixels(), SITES, reduce={"residual": fail})
     assert hooks_of(model) == 0
     assert all(module.training for module in model.modules())
     assert model.config.to_dict() == config
@@ -849,17 +851,17 @@ def test_two_threads_in_one_model_read_their_own_pictures():
     """Simulate a server: while one reading is in progress, another thread completes a reading of other images."""
     model, mine, others = build("regvit"), pixels(), pixels() + 1
     sites = {"residual": (0, 1, 2), "attention": (1, 2), "mlp": (1,), "patch_embedding": (0,)}
-    expected = [read_many(model, values, sites) for values in (mine, others)]
+    expected = [TokenReader(model).read_many(values, sites) for values in (mine, others)]
     found = []
 
     def read_others(module, args):
         handle.remove()
-        thread = threading.Thread(target=lambda: found.append(read_many(model, others, sites)))
+        thread = threading.Thread(target=lambda: found.append(TokenReader(model).read_many(others, sites)))
         thread.start()
         thread.join()
 
     handle = model.layers[1].register_forward_pre_hook(read_others)
-    found.append(read_many(model, mine, sites))
+    found.append(TokenReader(model).read_many(mine, sites))
     for readings, wanted in zip(reversed(found), expected, strict=True):
         for site in sites:
             for value, right in zip(readings[site].values, wanted[site].values, strict=True):
@@ -1028,11 +1030,11 @@ def inside_a_compiled_head(model):
 @torch.no_grad()
 def test_wrapped_models_are_read_like_the_model_itself(wrap):
     sites = {"residual": "all", "attention": "all", "q": (1,), "mlp": "all", "patch_embedding": (0,)}
-    expected = read_many(build("regvit"), pixels(), sites)
+    expected = TokenReader(build("regvit")).read_many(pixels(), sites)
     wrapped = wrap(build("regvit"))
     before = wrapped(pixels())  # compiles
     for _ in range(2):
-        for site, reading in read_many(wrapped, pixels(), sites).items():
+        for site, reading in TokenReader(wrapped).read_many(pixels(), sites).items():
             for ours, theirs in zip(reading.values, expected[site].values, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
     torch.testing.assert_close(wrapped(pixels())[0], before[0], atol=0, rtol=0)

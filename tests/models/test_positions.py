@@ -164,7 +164,8 @@ def test_attention_pooler_in_loops():
 
 
 @kinds
-@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+# Flex attention is compiled for each shape, which takes half a minute.
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_padded_images_equal_single_ones(fields, implementation):
     model = build(**fields)
     model.set_attn_implementation(implementation)

@@ -32,7 +32,7 @@ from hf_regvit.models.families import final_norm
 from hf_regvit.models.foreign_weights import first_line
 from hf_regvit.models.loading import open_backbone, open_model, open_regvit, weights_fingerprint
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
-from hf_regvit.models.tokens import TokenReader, read_many, read_tokens
+from hf_regvit.models.tokens import TokenReader, read_tokens
 
 OTHER = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
@@ -66,7 +66,7 @@ def test_a_reader_reads_what_read_tokens_reads(name):
     reader = TokenReader(model)
     assert reader.description.num_layers == 2
     assert reader.family_name == reader.description.family
-    expected = read_many(model, pixels(), {"residual": "all", "attention": (-1,)})
+    expected = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (-1,)})
     found = reader.read_many(pixels(), {"residual": "all", "attention": (-1,)})
     for site in expected:
         for value, right in zip(found[site].values, expected[site].values, strict=True):

@@ -9,17 +9,17 @@ from safetensors.torch import load_file
 from helpers import assert_golden, golden_files, load_golden, requires_shared, shared_dir, sizes_of, subtree
 from hf_regvit import RegViTBackbone, RegViTConfig, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert
-from hf_regvit.models.foreign_weights import ConversionError
+from hf_regvit.models.source_families import ConversionError
 
 pytestmark = requires_shared
 
 # Families outside the plain ViT with CLS: they have to be refused, see below.
 TRANSFORMERS = {
     "dinov2", "dinov2_swiglu", "dinov2_with_registers", "dinov2_with_registers_swiglu", "dinov2_with_registers_cls",
-    "dinov2_with_registers_backbone", "dinov2_with_registers_backbone_raw", "vit",
+    "dinov2_with_registers_backbone", "dinov2_with_registers_backbone_raw", "vit", "dinov3_vit", "dinov3_vit_gated",
+    "clip_vision", "siglip_vision",
 }  # fmt: skip
-REFUSED = {"deit": "distillation_token", "dinov3_vit": "dinov3_vit", "dinov3_vit_gated": "dinov3_vit",
-           "clip_vision": "clip_vision", "siglip_vision": "siglip_vision"}  # fmt: skip
+REFUSED = {"deit": "distillation_token"}
 
 
 def dinov2_overrides(model: dict) -> dict:
@@ -37,8 +37,8 @@ def with_forward(name: str) -> bool:
 
 @pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
 def test_official_dinov2(name: str) -> None:
-    tensors, config = load_golden(name)
-    model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"]))
+    tensors, config = load_golden(name, double=True)
+    model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"])).double()
     assert isinstance(model, RegViTModel)
     assert not model.training
     for size in sizes_of(tensors):
@@ -69,8 +69,8 @@ def test_official_dinov2(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
 def test_official_intermediate_layers(name: str) -> None:
     """Rebuild `get_intermediate_layers` of the official code from `hidden_states`."""
-    tensors, config = load_golden(name)
-    model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"]))
+    tensors, config = load_golden(name, double=True)
+    model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"])).double()
     depth = model.config.num_hidden_layers
     for i, call in enumerate(config["gil"]):
         kwargs = {"norm": True, "reshape": False, "return_class_token": False, **call["kwargs"]}
@@ -90,15 +90,15 @@ def test_official_intermediate_layers(name: str) -> None:
 
 @pytest.mark.parametrize("name", golden_files("cross"))
 def test_same_weights_three_libraries(name: str) -> None:
-    tensors, config = load_golden(name)
+    tensors, config = load_golden(name, double=True)
     overrides = dinov2_overrides(config["model"])
-    official = convert(subtree(tensors, "dinov2.sd."), **overrides)
+    official = convert(subtree(tensors, "dinov2.sd."), **overrides).double()
     # The two others resample as their own code does (golden/README.md, "Where the libraries disagree").
     registers = config["model"]["num_register_tokens"] > 0
     hf_rule = {"interpolate_antialias": registers, "interpolate_offset": 0.0}
-    from_transformers = convert(subtree(tensors, "transformers.sd."), **{**overrides, **hf_rule})
+    from_transformers = convert(subtree(tensors, "transformers.sd."), **{**overrides, **hf_rule}).double()
     timm_rule = {"interpolate_antialias": True, "interpolate_offset": 0.0}
-    from_timm = convert(subtree(tensors, "timm.sd."), **{**overrides, **timm_rule})
+    from_timm = convert(subtree(tensors, "timm.sd."), **{**overrides, **timm_rule}).double()
     for size in sizes_of(tensors):
         pixels = tensors[f"in.pixels.{size}"]
         with torch.no_grad():
@@ -111,7 +111,7 @@ def test_same_weights_three_libraries(name: str) -> None:
 @pytest.mark.parametrize("source", ["folder", "module"])
 def test_transformers(family: str, source: str) -> None:
     folder = shared_dir() / "golden" / "transformers" / family
-    tensors, config = load_golden(f"transformers/{family}/io.safetensors")
+    tensors, config = load_golden(f"transformers/{family}/io.safetensors", double=True)
     if source == "folder":
         model = convert(folder)
     else:
@@ -125,7 +125,7 @@ def test_transformers(family: str, source: str) -> None:
         backbone = RegViTBackbone(model.config)
         backbone.regvit.load_state_dict(model.state_dict())
         model = backbone.eval()
-    model.set_attn_implementation("eager")
+    model.double().set_attn_implementation("eager")
     for call in config["calls"]:
         tag, compared = call["tag"], 0
         kwargs = {key: value for key, value in call.get("kwargs", {}).items() if key.startswith("output_")}
@@ -152,7 +152,7 @@ def test_transformers_families_it_cannot_express_are_refused_by_name(family: str
 @pytest.mark.parametrize("name", golden_files("timm"))
 @pytest.mark.parametrize("source", ["state_dict", "module"])
 def test_timm(name: str, source: str) -> None:
-    tensors, config = load_golden(name)
+    tensors, config = load_golden(name, double=True)
     state = subtree(tensors, "sd.")
     if source == "module":
         timm_vit = pytest.importorskip("timm.models.vision_transformer")
@@ -167,7 +167,7 @@ def test_timm(name: str, source: str) -> None:
         model = convert(module.eval())
     else:
         model = convert(state, num_attention_heads=config["model"]["num_heads"])
-    assert isinstance(model, RegViTForImageClassification)
+    assert isinstance(model.double(), RegViTForImageClassification)
     for size in sizes_of(tensors):
         with torch.no_grad():
             output = model.regvit(tensors[f"in.pixels.{size}"], output_hidden_states=True)

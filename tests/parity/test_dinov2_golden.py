@@ -18,7 +18,7 @@ MASK_FILES = [name for name in VIT_FILES if name.endswith("masks_reg2.safetensor
 
 
 def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViTModel:
-    """Create the model of a golden file; every official tensor is loaded and none of the model is left over."""
+    """Create the model of a golden file in double precision; all official tensors are loaded and none is left over."""
     config = RegViTConfig(
         image_size=arguments["img_size"],
         patch_size=arguments["patch_size"],
@@ -39,7 +39,7 @@ def build(tensors: dict[str, torch.Tensor], arguments: dict, **fields) -> RegViT
     )
     model = RegViTModel(config).eval()
     model.load_state_dict({regvit_name(name): tensor for name, tensor in subtree(tensors, "sd.").items()}, strict=True)
-    return model
+    return model.double()
 
 
 def test_no_file_is_missing():
@@ -50,7 +50,7 @@ def test_no_file_is_missing():
 
 @pytest.mark.parametrize("name", VIT_FILES)
 def test_embedding_at_every_stored_size(name):
-    tensors, config = load_golden(name)
+    tensors, config = load_golden(name, double=True)
     model = build(tensors, config["model"])
     for size in sizes_of(tensors):
         masks = tensors.get(f"in.masks.{size}")
@@ -89,7 +89,7 @@ def test_position_table_at_every_grid(antialias, offset):
 
 @pytest.mark.parametrize("name", MASK_FILES)
 def test_masked_patches(name):
-    tensors, config = load_golden(name)
+    tensors, config = load_golden(name, double=True)
     model = build(tensors, config["model"])
     for size in sizes_of(tensors):
         with torch.no_grad():
@@ -108,7 +108,7 @@ def test_masked_patches(name):
 @pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
 def test_gradient_of_every_parameter(attn_implementation):
     """Compare gradients with masks at a size for which positions are resampled, so gradients pass the resize."""
-    tensors, config = load_golden("dinov2/vit_masks_reg2_grad.safetensors")
+    tensors, config = load_golden("dinov2/vit_masks_reg2_grad.safetensors", double=True)
     size, model = config["grad_size"], build(tensors, config["model"])
     model.set_attn_implementation(attn_implementation)
     masks = tensors[f"in.masks.{size}"].bool()
@@ -131,7 +131,7 @@ def test_gradient_of_every_parameter(attn_implementation):
 
 def test_batch_subset_drop_path(monkeypatch):
     """Use the permutations of the golden file instead of random ones, in the order of the branches."""
-    tensors, config = load_golden("dinov2/vit_droppath_train.safetensors")
+    tensors, config = load_golden("dinov2/vit_droppath_train.safetensors", double=True)
     model = build(tensors, config["model"], drop_path_mode="batch_subset").train()
     permutations = iter(tensors["in.randperm"])
     monkeypatch.setattr(torch, "randperm", lambda size, **_: next(permutations))

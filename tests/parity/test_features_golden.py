@@ -5,7 +5,7 @@ import torch
 
 from helpers import assert_golden, load_golden, requires_shared, shared_dir, subtree
 from hf_regvit.models.families import describe_model, final_norm
-from hf_regvit.models.tokens import read_many, read_tokens
+from hf_regvit.models.tokens import TokenReader, read_tokens
 
 pytestmark = requires_shared
 
@@ -35,15 +35,15 @@ def test_every_golden_model_is_read():
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name):
-    tensors, config = load_golden(f"transformers/{name}/io.safetensors")
-    model = load_reference(name)  # sdpa: the recorded attention weights came from the eager implementation
+    tensors, config = load_golden(f"transformers/{name}/io.safetensors", double=True)
+    model = load_reference(name).double()  # sdpa: the recorded attention weights came from the eager implementation
     num_layers = describe_model(model).num_layers
     compared = 0
     for call in config["calls"]:
         tag = call["tag"]
         if call.get("mask"):
             continue
-        read = read_many(model, tensors[f"in.{tag}.pixel_values"], {"residual": "all", "attention": "all"})
+        read = TokenReader(model).read_many(tensors[f"in.{tag}.pixel_values"], {"residual": "all", "attention": "all"})
         residual, attention = read["residual"], read["attention"]
         assert residual.grid == tuple(call["grid"])
         expected = subtree(tensors, f"out.{tag}.")
@@ -92,13 +92,13 @@ def test_timm(name):
     from timm.layers import SwiGLUPacked
     from timm.models.vision_transformer import VisionTransformer
 
-    tensors, config = load_golden(f"timm/{name}.safetensors")
+    tensors, config = load_golden(f"timm/{name}.safetensors", double=True)
     arguments = dict(config["model"])
     if arguments.pop("swiglu", False):
         arguments |= {"mlp_layer": SwiGLUPacked, "act_layer": torch.nn.SiLU}
     model = VisionTransformer(**arguments)
     model.load_state_dict(subtree(tensors, "sd."), strict=True)
-    model.eval()
+    model.eval().double()
     for key, pixel_values in subtree(tensors, "in.pixels.").items():
         expected = subtree(tensors, f"out.{key}.")
         reading = read_tokens(model, pixel_values, layers="all")

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from helpers import load_golden, regvit_name, requires_shared, shared_dir, subtree
+from helpers import assert_golden, load_golden, regvit_name, requires_shared, shared_dir, subtree
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
@@ -58,7 +58,7 @@ def build(golden: dict, config: dict) -> SelfDistillation:
     )
     network.student.load_state_dict(renamed(golden, "student.sd."), strict=True)
     network.teacher.load_state_dict(renamed(golden, "teacher.sd."), strict=True)
-    return network
+    return network.double()
 
 
 def batch_of(golden: dict, step: int, num_local: int) -> dict:
@@ -76,7 +76,7 @@ def batch_of(golden: dict, step: int, num_local: int) -> dict:
 
 
 def close(actual, expected, *, atol=2e-5, rtol=1e-4):
-    torch.testing.assert_close(actual.detach(), expected.reshape(actual.shape), atol=atol, rtol=rtol)
+    assert_golden(actual.detach(), expected.reshape(actual.shape), atol=atol, rtol=rtol)
 
 
 def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ def without_key_bias(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", FILES)
 def test_targets_and_logits_of_the_first_step(name):
-    golden, config = load_golden(f"ssl/{name}.safetensors")
+    golden, config = load_golden(f"ssl/{name}.safetensors", double=True)
     network = build(golden, config)
     batch = batch_of(golden, 0, config["cfg"]["crops"]["local_crops_number"])
     network.begin_step(config["steps"][0]["teacher_temp"])
@@ -105,7 +105,7 @@ def test_targets_and_logits_of_the_first_step(name):
 
 @pytest.mark.parametrize("name", FILES)
 def test_two_training_steps(name):
-    golden, config = load_golden(f"ssl/{name}.safetensors")
+    golden, config = load_golden(f"ssl/{name}.safetensors", double=True)
     optim = config["cfg"]["optim"]
     network = build(golden, config)
     rules = parameter_rules(

@@ -415,8 +415,9 @@ def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centerin
             adam_epsilon=1e-3,
         )
         states.append(trainer.model.state_dict())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+    for name, gradient in gradients[0].items():  # sums over images and tokens, whose error grows with their size
+        atol = 2e-5 * gradient.abs().max().item()
+        torch.testing.assert_close(gradients[1][name], gradient, atol=atol, rtol=0)
     for name, tensor in states[0].items():
         torch.testing.assert_close(states[1][name], tensor, atol=1e-5, rtol=0)
 

@@ -34,6 +34,8 @@ class ConvertArguments:
     model: str = _model("Model to convert")
     output_dir: str = option(MISSING, "Output folder for the RegViT; must not contain a checkpoint yet.")
     verify: bool = option(True, "Compare the outputs with those of the source model, if it can be run.")
+    processor: str | None = option(None, "Folder or Hub id of the image processor. Default: that of the source.")
+    hidden_act: str | None = option(None, "Activation of the MLP (gelu or quick_gelu), for raw state dicts of CLIP.")
     num_attention_heads: int | None = option(None, "Number of attention heads, for raw state dicts.")
     layer_norm_eps: float | None = option(None, "LayerNorm epsilon, for raw state dicts.")
     interpolate_antialias: bool | None = option(None, "Antialias resampled position embeddings, for raw state dicts.")
@@ -46,9 +48,9 @@ class ConvertArguments:
     pooling: str | None = option(None, "Tokens that a classifier reads: cls, cls_mean_patch or mean_patch.")
     pooler_act: str | None = option(None, "Activation of the pooler (tanh in ViT), for raw state dicts that have one.")
 
-    def overrides(self) -> dict[str, Any]:
-        """Return the config fields that were given."""
-        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir", "verify")]
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given, as arguments of `convert_to_folder`."""
+        names = [f.name for f in fields(self) if f.name not in ("model", "output_dir")]
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         if len(given.get("image_size", [])) == 1:
             given["image_size"] = given["image_size"][0]

@@ -93,7 +93,7 @@ def _data_check(arguments: Any) -> Outcome:
 def _convert(arguments: Any) -> Outcome:
     from ..models.conversion import convert_to_folder
 
-    model = convert_to_folder(arguments.model, arguments.output_dir, verify=arguments.verify, **arguments.overrides())
+    model = convert_to_folder(arguments.model, arguments.output_dir, **arguments.given())
     config = model.config
     return _same(
         {
@@ -141,12 +141,12 @@ def _retrofit(arguments: Any) -> Outcome:
     settings = arguments.settings()
     images = _opened(arguments.data, arguments.split)
     result = retrofit(arguments.model, images, output_dir=arguments.output_dir, **settings)
-    pictures = [result.transform.picture(pixels) for pixels in result.examples]
+    examples = [result.transform.picture(pixels) for pixels in result.examples]
     before, after = (read_token_maps(model, result.examples) for model in (result.source, result.model))
     path = f"{arguments.output_dir}/before_after.png"
     with keeping(result.summary):
-        save_figure(before_after_figure(pictures, before, after), path)
-    lines = {"checkpoint": arguments.output_dir, "picture": path}
+        save_figure(before_after_figure(examples, before, after), path)
+    lines = {"checkpoint": arguments.output_dir, "figure": path}
     show = ("demo", "--model", arguments.output_dir, "--compare", arguments.model)
     return Outcome(result.report.to_dict(), result.report.summary(), lines, following=show)
 

@@ -213,18 +213,8 @@ def _run(app: "gr.Blocks", port: int) -> dict[str, Any]:
 
 @contextmanager
 def _own_files() -> Iterator[None]:
-    """Keep the files of visitors in a folder of this process, and remove it at every exit, also by SIGTERM.
-
-    A killed process cannot clean up, so folders of processes that no longer exist are removed first.
-    """
-    for old in Path(tempfile.gettempdir()).glob("regvit_demo_*_*") if os.name == "posix" else ():
-        try:
-            os.kill(int(old.name.split("_")[2]), 0)  # signal 0 only asks whether the process exists
-        except ProcessLookupError:
-            shutil.rmtree(old, ignore_errors=True)
-        except (ValueError, OverflowError, PermissionError):  # of another program, or of another user
-            continue
-    with tempfile.TemporaryDirectory(prefix=f"regvit_demo_{os.getpid()}_") as folder:
+    """Keep the files of visitors in a folder of this process, and remove it at every exit, also by SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="regvit_demo_") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         try:

@@ -22,7 +22,7 @@ from .labels import (
     number_classes,
     sample_key,
 )
-from .source import ImageSource, Reading, row_name, stored_images
+from .source import ImageSource, Reading, row_name, stored_image
 from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,8 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     labels_, names = number_classes(classes)
     positions = np.array(places, dtype=np.int64)
     encoded, name = partial(_read_member, found.files, positions), str(found.root)
-    return stored_images(
-        name, ids, encoded, partial(row_name, name, ids), reading.limits, labels_, names,
-        problems=tuple(problems), notes=tuple(notes),
-    )  # fmt: skip
+    read = partial(stored_image, encoded, partial(row_name, name, ids), reading.limits)
+    return ImageSource(name, ids, read, labels_, names, encoded=encoded, problems=tuple(problems), notes=tuple(notes))
 
 
 def _is_safe(member: tarfile.TarInfo) -> bool:

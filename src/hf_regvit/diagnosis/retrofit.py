@@ -278,7 +278,7 @@ def retrofit(
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
     judged = _measure_on_test_images(reader, made, chain([first], batches), neurons, seed)
-    watch.lap("judgement")
+    watch.lap("test")
     report = RetrofitReport(
         model={
             "name": Path(model).name if isinstance(model, str | Path) else description.name,
@@ -358,7 +358,7 @@ class _SearchReadings:
     attention: Tensor  # (B, T) attention of CLS in the last block, mean over heads
 
 
-def _see(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
+def _read(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
     read, tokens = read_norms(reader, pixel_values, "all", num_last=len(pixel_values))
     residual, prefix = read["residual"], read["residual"].num_prefix_tokens
     norms = torch.stack([residual.patches(layer) for layer in residual.layers])
@@ -405,7 +405,7 @@ def _try_candidates(
     reader: TokenReader, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: Record
 ) -> list[Record]:
     """Try each number of neurons with one register, then each number of registers with the best number of neurons."""
-    before = [_see(reader, batch) for batch in pixels]
+    before = [_read(reader, batch) for batch in pixels]
     share = float(torch.cat([seen.norms[neurons.layer] for seen in before]).gt(neurons.cutoff).float().mean())
     tried: list[Record] = []
 
@@ -414,7 +414,7 @@ def _try_candidates(
         candidate = TokenReader(with_shared_weights(reader.model, pairs, registers))
         tally = _Tally(neurons.layer, neurons.cutoff, registers)
         for batch, seen in zip(pixels, before, strict=True):
-            tally.add(seen, _see(candidate, batch))
+            tally.add(seen, _read(candidate, batch))
         tried.append({"top_k": len(pairs), "num_register_tokens": registers} | tally.row())
 
     asked_k, asked_registers = settings["top_k"], settings["num_register_tokens"]
@@ -465,9 +465,9 @@ def _measure_on_test_images(
         for name, variant in readers.items()
     }
     for batch in batches:
-        before = _see(reader, batch)
+        before = _read(reader, batch)
         for name, variant in readers.items():
-            tallies[name].add(before, before if variant is reader else _see(variant, batch))
+            tallies[name].add(before, before if variant is reader else _read(variant, batch))
     return {name: tally.row() for name, tally in tallies.items()}
 
 

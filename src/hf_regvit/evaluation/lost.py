@@ -90,9 +90,8 @@ class LostResult:
         seed_similarity: float32 grid: the seed's row of the affinity.
         expansion: (s,) int64, ascending: patches of low degree with a positive similarity to the seed.
         scores: float32 grid: sum of the affinities of a patch to all of `expansion`.
-        foreground: bool grid: `scores` above 0.
-        mask: bool grid: the component of `foreground` that contains the seed, connected by edges; only the seed if its
-            own score is not above 0.
+        mask: bool grid: the component of `scores` above 0 that contains the seed, connected by edges; only the seed if
+            its own score is not above 0.
         cells: Box around `mask` in patches, (x1, y1, x2, y2), the last two exclusive; not clipped.
         positive_share: Share of positive off-diagonal entries, in [0, 1].
         tied_seeds: Number of patches that have the seed's degree, including the seed.
@@ -103,7 +102,6 @@ class LostResult:
     seed_similarity: Tensor
     expansion: Tensor
     scores: Tensor
-    foreground: Tensor
     mask: Tensor
     cells: tuple[int, int, int, int]
     positive_share: float
@@ -227,15 +225,13 @@ def _discover(prepared: Tensor, grid: tuple[int, int], degrees: Tensor, settings
     similar = rows[0, lowest] > 0
     scores = rows[similar].sum(0).view(grid).cpu()
     seed = int(lowest[0])
-    foreground = scores > 0
-    mask = _component_of(foreground, seed)
+    mask = _component_of(scores > 0, seed)
     return LostResult(
         seed=seed,
         degrees=degrees.view(grid).cpu(),
         seed_similarity=rows[0].view(grid).cpu(),
         expansion=lowest[similar].sort().values.cpu(),
         scores=scores,
-        foreground=foreground,
         mask=mask,
         cells=_bounds(mask),
         positive_share=int(degrees.sum()) / max(num_patches * (num_patches - 1), 1),

@@ -17,12 +17,14 @@ no file.
 Shape letters: n and B samples, C classes, H and W pixels, N patches, R registers, D width.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypedDict, Unpack
+from collections.abc import Callable, Iterable, Sequence
+from typing import ClassVar, TypedDict, Unpack
 
 import evaluate
 import numpy as np
 import torch
+
+from ..models.results import Record
 
 Array = np.ndarray
 Batch = Iterable[object]  # predictions or references: a list, an array or a tensor
@@ -55,7 +57,7 @@ class _SumsMetric(evaluate.Metric):
         """Reduce a batch to rows of numbers, (rows, numbers)."""
         raise NotImplementedError
 
-    def result(self, rows: Array) -> Mapping[str, object]:
+    def result(self, rows: Array) -> Record:
         """Return the values of the metric from all rows, (rows, numbers)."""
         raise NotImplementedError
 
@@ -85,7 +87,7 @@ class _SumsMetric(evaluate.Metric):
         given = {"predictions": prediction, "references": reference} | plural
         self.add_batch(predictions=[given["predictions"]], references=[given["references"]])
 
-    def compute(self, *, predictions: Batch | None = None, references: Batch | None = None) -> dict[str, Any] | None:
+    def compute(self, *, predictions: Batch | None = None, references: Batch | None = None) -> Record | None:
         """Return the result over all samples and reset the metric; None in processes other than the first."""
         if predictions is not None or references is not None:
             self.add_batch(predictions=predictions, references=references)
@@ -94,7 +96,7 @@ class _SumsMetric(evaluate.Metric):
             self._init_writer()
         return super().compute()
 
-    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> Mapping[str, object]:
+    def _compute(self, predictions: list[list[float]], references: list[list[float]]) -> Record:
         if not predictions:
             raise ValueError(
                 f"{type(self).__name__} has no data to compute from: no sample was added, or all were ignored. Call "
@@ -228,18 +230,9 @@ class TopKAccuracy(_SumsMetric):
         earlier = np.arange(scores.shape[1]) < truth[:, None]
         return ((scores > own) | ((scores == own) & earlier)).sum(1, keepdims=True)
 
-    def result(self, rows: Array) -> dict[str, float]:
+    def result(self, rows: Array) -> Record:
         """Return the accuracies by name."""
         return {f"top{k}": float((rows[:, 0] < k).mean()) for k in self.k}
-
-
-class ClassResult(TypedDict):
-    """Result of `ClassScores`."""
-
-    mean_class_accuracy: float
-    f1: float
-    per_class: list[float]
-    confusion_matrix: list[list[int]]
 
 
 class ClassScores(_SumsMetric):
@@ -279,7 +272,7 @@ class ClassScores(_SumsMetric):
         _check_ids({"predictions": said, "references": truth}, self.num_classes)
         return np.stack([truth, said], axis=1)
 
-    def result(self, rows: Array) -> ClassResult:
+    def result(self, rows: Array) -> Record:
         """Return the means over classes, the accuracy of each class, and (C, C) counts with true classes as rows."""
         places = rows.astype(np.int64) @ np.array([self.num_classes, 1])
         confusion = np.bincount(places, minlength=self.num_classes**2).reshape(self.num_classes, -1)
@@ -322,22 +315,12 @@ class MeanAveragePrecision(_SumsMetric):
         precision = hits.cumsum(axis=1) / np.arange(1, hits.shape[1] + 1)
         return ((precision * hits).sum(axis=1) / hits.sum(axis=1))[:, None]
 
-    def result(self, rows: Array) -> dict[str, float]:
+    def result(self, rows: Array) -> Record:
         """Return the mean over queries."""
         return {"map": float(rows[:, 0].mean())}
 
 
 # --- Maps
-
-
-class MeanIoUResult(TypedDict):
-    """Result of `MeanIoU`."""
-
-    mean_iou: float
-    mean_accuracy: float
-    overall_accuracy: float
-    per_category_iou: list[float]
-    per_category_accuracy: list[float]
 
 
 class MeanIoU(_SumsMetric):
@@ -382,7 +365,7 @@ class MeanIoU(_SumsMetric):
                 row += np.bincount(classes, minlength=self.num_classes)
         return sums.reshape(1, -1)[: len(pairs)]
 
-    def result(self, rows: Array) -> MeanIoUResult:
+    def result(self, rows: Array) -> Record:
         """Return the means and the values of every class."""
         both, predicted, true = rows.sum(0).reshape(3, self.num_classes)
         if not true.sum():
@@ -455,6 +438,6 @@ class DepthErrors(_SumsMetric):
             )
         return np.asarray(rows).reshape(-1, 5)
 
-    def result(self, rows: Array) -> dict[str, float]:
+    def result(self, rows: Array) -> Record:
         """Return the means over images."""
         return dict(zip(("rmse", "abs_rel", "delta1", "delta2", "delta3"), rows.mean(0).tolist()))

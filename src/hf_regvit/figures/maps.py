@@ -18,7 +18,6 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..diagnosis.outliers import register_cosine
 from ..models.loading import open_model
 from ..models.saving import whole_file
 
@@ -70,10 +69,6 @@ class TokenMaps:
     patch_tokens: Tensor
     norms: Tensor
     registers: Tensor
-
-    def register_similarity(self) -> float | None:
-        """Return the mean cosine between two registers (1 if they are identical); None with fewer than two."""
-        return register_cosine(self.registers[None]).item() if len(self.registers) > 1 else None
 
 
 def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values: Tensor) -> list[TokenMaps]:

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..models.configuration_regvit import CheckpointError
-from ..models.loading import checkpoint_folder, quiet_transformers
+from ..models.foreign_weights import quiet_transformers
+from ..models.loading import checkpoint_folder
 from ..models.saving import read_json, write_json
 from .bundle import read_bundle
 from .clean_process import __file__ as clean_process

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-_TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
+TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
 # Attentions whose weights are the softmax of scaled products of queries and keys, after the norms and the rotation of
 # the family. Others may have the same projections and another formula, such as the differential attention of timm.
 _SOFTMAX_ATTENTIONS = {
@@ -32,8 +32,8 @@ def is_softmax_attention(attention: nn.Module) -> bool:
 def _family_name(module: nn.Module) -> str | None:
     """Return the family key of this module itself, ignoring its submodules."""
     for cls in type(module).__mro__:
-        if cls.__module__.startswith("timm.") and cls.__name__ in _TIMM_CLASSES:
-            return _TIMM_CLASSES[cls.__name__]
+        if cls.__module__.startswith("timm.") and cls.__name__ in TIMM_CLASSES:
+            return TIMM_CLASSES[cls.__name__]
     # Its own attribute only: wrappers such as those of torch.compile and PEFT pass on the attributes of their model.
     model_type = getattr(vars(module).get("config"), "model_type", None)
     return model_type if model_type in FAMILIES else None
@@ -106,7 +106,7 @@ class ModelDescription:
     @property
     def is_timm(self) -> bool:
         """True for timm models, which have their own transforms and resizing options."""
-        return self.family in _TIMM_CLASSES.values()
+        return self.family in TIMM_CLASSES.values()
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -114,7 +114,10 @@ class ModelDescription:
         return int(self.has_cls) + self.num_distillation_tokens + self.num_register_tokens
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+def as_pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Return (height, width) for a size given as one number or as a pair."""
+    if not isinstance(value, int) and len(value) != 2:
+        raise ValueError(f"The size {value} must be one number or a (height, width) pair, e.g. 224.")
     height, width = (value, value) if isinstance(value, int) else value
     return int(height), int(width)
 
@@ -133,7 +136,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
     """Return what `describe_model` returns, for a tower and its family name as returned by `find_tower`."""
     family = FAMILIES[name]
     blocks = tower.get_submodule(family.blocks)
-    if name not in _TIMM_CLASSES.values():
+    if name not in TIMM_CLASSES.values():
         config = tower.config
         return ModelDescription(
             name=_name_of(config.name_or_path) or type(tower).__name__,
@@ -141,13 +144,13 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
             num_layers=len(blocks),
             hidden_size=config.hidden_size,
             num_heads=config.num_attention_heads,
-            patch_size=_pair(config.patch_size),
-            image_size=_pair(config.image_size),
+            patch_size=as_pair(config.patch_size),
+            image_size=as_pair(config.image_size),
             has_cls=bool(family.has_cls) and getattr(config, "use_cls_token", True),
             num_distillation_tokens=family.num_distillation_tokens,
             num_register_tokens=getattr(config, "num_register_tokens", 0),
         )
-    image_size = _pair(tower.patch_embed.img_size)
+    image_size = as_pair(tower.patch_embed.img_size)
     registers = 0 if tower.reg_token is None else tower.reg_token.shape[1]
     has_cls = tower.cls_token is not None
     return ModelDescription(
@@ -157,7 +160,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
         hidden_size=tower.embed_dim,
         num_heads=getattr(getattr(blocks[0], family.attention, None), "num_heads", 0),
         # Do not use `patch_embed.patch_size`: after a CNN stem, its unit is cells of the feature map, not pixels.
-        patch_size=_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
+        patch_size=as_pair([size // cells for size, cells in zip(image_size, tower.patch_embed.grid_size)]),
         image_size=image_size,
         has_cls=has_cls,
         num_distillation_tokens=tower.num_prefix_tokens - registers - int(has_cls),
@@ -241,6 +244,8 @@ FAMILIES: dict[str, Family] = {
     "clip_vision_model": _CLIP,
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, has_cls=False),
+    "tipsv2_vision_model": _DINOV2,
+    "pixio": replace(_VIT, resize_switch=False, num_distillation_tokens=7),
     "aimv2_vision_model": Family(
         "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
     ),

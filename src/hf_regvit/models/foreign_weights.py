@@ -1,4 +1,4 @@
-"""Read the weights of other projects and express them with the names and fields of RegViT."""
+"""Open the models of other projects by name, and find the weights of their vision towers."""
 
 import argparse
 import logging
@@ -6,9 +6,9 @@ import math
 import pickle
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from .configuration_regvit import (
     CheckpointCorruptError,
@@ -26,20 +27,13 @@ from .configuration_regvit import (
     check_weight_files,
     corrupt_weights,
 )
-from .manifest import check_archive
+from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrapped
+from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
+from .source_families import SOURCES, ConversionError, refusal, timm_fields, timm_rotation, transformers_fields
 
 logger = logging.getLogger(__name__)
-
-# Fields that the shapes of a raw state dict do not determine. For families whose code fixes a value, it is filled in.
-NOT_IN_SHAPES = {
-    "num_attention_heads": "hidden_size / 64 in every released DINOv2",
-    "interpolate_antialias": "True for DINOv2 with registers and timm, False for DINOv2 without registers and DINO",
-    "interpolate_offset": "0.0 for DINOv2 with registers and timm, 0.1 for DINOv2 without registers and DINO",
-    "layer_norm_eps": "1e-6 for DINOv2, DINO and timm",
-}
-
 
 # Errors that torch.load raises for text, such as the HTML page of a failed download, and for truncated files.
 _UNREADABLE = (
@@ -49,26 +43,53 @@ _UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, Value
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
-class ConversionError(ValueError):
-    """Raised for a source that RegViT cannot express, or whose outputs differ after the conversion."""
+BACKBONE = "backbone"  # folder in the folder of a pretraining run
+# Models with two towers, of which only the vision tower is loaded.
+_TOWER_CLASSES = {
+    "clip": "CLIPVisionModel",
+    "siglip": "SiglipVisionModel",
+    "metaclip_2": "MetaClip2VisionModel",
+    "tipsv2": "Tipsv2VisionModel",
+    "aimv2": "Aimv2VisionModel",
+}
+_LOADED = {*FAMILIES, *SOURCES, *_TOWER_CLASSES, "timm_wrapper"}
 
 
 @dataclass
 class ForeignModel:
-    """Checkpoint during conversion: tensors with upstream names, known config fields, and a model to compare with.
+    """Vision tower of another project during conversion.
 
-    `load` returns the model, or is None for bare tensors. `processor` is an image processor, the `pretrained_cfg` of a
-    timm model, or None.
+    Args:
+        name: Name for messages.
+        tensors: All tensors of the source.
+        names: Names of the tensors of the tower without its prefix, and their names in `tensors`.
+        fields: Known fields of `RegViTConfig`.
+        load: Function that returns the model to compare with; None for bare tensors.
+        processor: Image processor, the `pretrained_cfg` of a timm model, or None.
+        rotation: Two flags: the rotated channels are neighbors, and those of the columns come first.
+        is_official: True for weights of DINO, DINOv2 and DINOv3, whose images have the statistics of ImageNet.
+        projects: True if the last layer is a projection of CLIP rather than a classifier.
     """
 
     name: str
     tensors: dict[str, Tensor]
+    names: dict[str, str]
     fields: dict[str, Any] = field(default_factory=dict)
     load: Callable[[], nn.Module] | None = None
     processor: Any = None
+    rotation: tuple[bool, bool] = (False, False)
+    is_official: bool = False
+    projects: bool = False
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """Tensors of the tower by their names without its prefix."""
+        return {name: self.tensors[full] for name, full in self.names.items()}
 
     def image_processor(self, config: RegViTConfig) -> Any:
         """Return the image processor of the source for the converted model, or None if none is known."""
+        if self.processor is None and self.is_official:
+            return default_image_processor(config.image_shape)
         return _timm_processor(config, self.processor) if isinstance(self.processor, dict) else self.processor
 
 
@@ -214,89 +235,264 @@ def load_pretrained(model_class: Any, source: str | Path, **options: Any) -> Any
         ) from error
 
 
-def find_backbone(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Find the backbone tensors in a state dict or training checkpoint, preferring those of the teacher."""
-    for key in ("teacher", "state_dict", "model", "student"):
+def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
+    """Read a state dict or a training checkpoint; what the shapes do not tell is left to the caller."""
+    tensors = find_tensors(checkpoint)
+    names = find_tower_names(tensors)
+    fields: dict[str, Any] = {}
+    own = {local: tensors[full] for local, full in names.items()}
+    if "rope_embed.periods" in own:  # DINOv3
+        fields |= _official_rotation(own["rope_embed.periods"], own["cls_token"].shape[-1])
+        fields["key_bias"] = not any(local.endswith(".bias_mask") for local in names)
+    is_eva = {"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"} & names.keys()
+    if is_eva or {"attn_pool.q.weight", "cls_token"} <= names.keys():
+        raise ConversionError(
+            f"'{name}' has the names of an Eva of timm, whose rotary positions are not in its tensors. Pass the model "
+            "of timm itself, its folder, or timm/NAME."
+        )
+    if "class_embedding" in names:  # OpenCLIP
+        fields |= {"layer_norm_eps": 1e-5, "interpolate_antialias": True, "interpolate_offset": 0.0}
+    if "pre_layrnorm.weight" in names:
+        fields |= {"final_norm": "cls", "layer_norm_eps": 1e-5}
+    is_official = bool({"register_tokens", "storage_tokens", "mask_token"} & names.keys())
+    return ForeignModel(name, tensors, names, fields, is_official=is_official)
+
+
+def _official_rotation(periods: Tensor, width: int) -> dict[str, Any]:
+    """Return the fields of the rotary positions of an official DINOv3 checkpoint."""
+    head_dim = 4 * len(periods)
+    exact = 100.0 ** (torch.arange(len(periods)) / len(periods))
+    fields: dict[str, Any] = {"rope_theta": 100.0, "num_attention_heads": width // head_dim, "layer_norm_eps": 1e-5}
+    if not torch.allclose(periods.float(), exact, rtol=1e-6, atol=0):
+        logger.warning("The periods of the rotary positions are rounded; they are kept as rope_periods.")
+        fields["rope_periods"] = periods.float().tolist()
+    return fields
+
+
+def find_tensors(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a state dict or a training checkpoint, preferring those of the teacher."""
+    for key in ("teacher", "model_ema", "ema", "state_dict", "model", "student", "module"):
         if isinstance(checkpoint.get(key), dict):
             if key in ("teacher", "student"):
                 logger.info("The checkpoint is a training state; using its %s.", key)
-            return find_backbone(checkpoint[key])
-    tensors = {key.removeprefix("module."): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
-    for prefix in ("teacher.", "student.", "backbone."):
-        inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-        if inside:
-            rest = {key: value for key, value in tensors.items() if not key.startswith(prefix)}
-            heads = {key: value for key, value in rest.items() if key.startswith("linear_head.")}
-            dropped = sorted({key.split(".")[0] for key in rest} - {"linear_head"})
-            if dropped:
-                logger.info("Using '%s*' and ignoring %s.", prefix, ", ".join(dropped))
-            return find_backbone({**inside, **heads})
+            return find_tensors(checkpoint[key])
+    tensors = {str(key): value for key, value in checkpoint.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ConversionError(
             f"The checkpoint contains no tensors; its entries are {sorted(map(str, checkpoint))[:8]}. Pass the state "
             "dict of the model."
         )
+    _check_plain(tensors, "The checkpoint")
     return tensors
+
+
+def _check_plain(tensors: dict[str, Any], what: str) -> None:
+    """Raise for adapters, and for quantized and sharded weights."""
+    if any(re.search(r"\.(lora_\w+|base_layer|modules_to_save)\.", name) for name in tensors):
+        raise ConversionError(
+            f"{what} has an adapter of PEFT that is not merged. Merge the adapter first: model.merge_and_unload()."
+        )
+    if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+        raise ConversionError(f"{what} is sharded. Gather its full state dict first, and pass it.")
+    is_float = [isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors.values()]
+    if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors.values()) or not any(is_float):
+        raise ConversionError(f"{what} is quantized. Pass the model from which it was made.")
+
+
+# The tensor that every tower has, in all spellings. What precedes it in a name is the prefix of the tower.
+_ANCHOR = re.compile(
+    r"(?:^|\.)(?:patch_embed\.proj|embeddings\.patch_embeddings(?:\.projection)?|embeddings\.patch_embedding|"
+    r"conv1)\.weight$"
+)
+_WRAPPERS = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+_BESIDE = re.compile(r"(?:linear_head|classifier|visual_projection)\.")  # stored beside the tower
+
+
+def find_tower_names(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Return the names of the tensors of the vision tower without its prefix, and their full names."""
+    plain = {_WRAPPERS.sub("", name): name for name in tensors}
+    prefixes = [name[: match.start()] for name in plain if (match := _ANCHOR.search(name))]
+    # A teacher is better than a student, and the average of the weights better than the weights.
+    prefixes.sort(key=lambda prefix: ("teacher" not in prefix, "ema" not in prefix, "momentum" in prefix, len(prefix)))
+    prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
+    inside = {name.removeprefix(prefix): full for name, full in plain.items() if name.startswith(prefix)}
+    if prefix:
+        parent = prefix[: prefix[:-1].rfind(".") + 1]
+        rest = [name for name in plain if not name.startswith(prefix)]
+        beside = {name.removeprefix(parent): plain[name] for name in rest if _BESIDE.match(name.removeprefix(parent))}
+        if dropped := sorted({name.split(".")[0] for name in rest} - {name.split(".")[0] for name in beside}):
+            logger.info("Using '%s*' and ignoring %s.", prefix, ", ".join(dropped))
+        inside |= beside
+    return inside
 
 
 def read_folder(folder: Path) -> ForeignModel:
     """Read a folder of transformers or timm."""
-    config_file = folder / "config.json"
-    try:
-        config = read_object(config_file)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"'{folder}' has no config.json. Pass the weights file itself, together with config overrides."
-        ) from error
-    except ValueError as error:
-        raise ConversionError(str(error)) from error
-    check_config(config, folder)
-    if "model_type" not in config and "architecture" in config:
-        origin = read_module(_timm_module(folder, config))
-        origin.processor = saved_processor(folder) or config.get("pretrained_cfg")
-        return origin
-    if not isinstance(config.get("model_type"), str):
+    config = read_config(folder)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) and "architecture" not in config:
         raise ConversionError(
-            f"'{config_file}' names neither a model_type (transformers) nor an architecture (timm). Pass the folder "
-            "that save_pretrained wrote, or the weights file itself together with config overrides."
+            f"'{folder / 'config.json'}' names neither a model_type (transformers) nor an architecture (timm). Pass "
+            "the folder that save_pretrained wrote, or the weights file itself together with config overrides."
         )
-    if config["model_type"] == "regvit":
-        raise ConversionError(f"'{folder}' is already a RegViT. Load it with AutoModel.from_pretrained.")
-    tensors: dict[str, Tensor] = {}
-    for file in _weight_files(folder):
-        tensors.update(read_weights(file))
-    parts = _transformers_parts(config, tensors)
-    return ForeignModel(str(folder), *parts, partial(_load_folder, folder, config), saved_processor(folder))
+    refuse_quantized(folder, config)
+    if kind and kind not in _LOADED and not isinstance(config.get("vision_config"), dict):
+        raise refusal(kind)
+    module, missing = load_module(str(folder), config, whole=True)
+    origin = read_module(module.eval(), missing)
+    origin.name = str(folder)
+    origin.processor = saved_processor(folder) or origin.processor
+    return origin
 
 
-def _load_folder(folder: Path, config: dict[str, Any]) -> nn.Module:
-    """Load the source model of a transformers folder, to compare its outputs."""
-    from transformers import AutoModel, AutoModelForImageClassification
+def refuse_quantized(source: str | Path, config: Mapping[str, Any]) -> None:
+    """Raise a `CheckpointError` if the weights are quantized: they can be read, but not changed."""
+    if method := (config.get("quantization_config") or {}).get("quant_method"):
+        raise CheckpointError(
+            f"The weights of '{source}' are quantized ({method}). They can be read, e.g. by extract, evaluate and "
+            "diagnose, but not trained, converted or published. Use the checkpoint from which they were made."
+        )
 
-    has_labels = config.get("id2label") != {} and config.get("num_labels") != 0
-    has_head = any("ImageClassification" in name for name in config.get("architectures") or [])
-    auto_class = AutoModelForImageClassification if has_head and has_labels else AutoModel
-    return load_pretrained(auto_class, folder, dtype=torch.float32).eval()
 
+def find_checkpoint(folder: str | Path) -> Path:
+    """Return the checkpoint of a folder: the folder itself, or its `backbone/` if it is a pretraining run.
 
-def _weight_files(folder: Path) -> list[Path]:
-    """Return the weight files of a transformers or timm folder: one file, or the shards named by its index."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = folder / f"{single}.index.json"
-        if index.is_file():
-            check_weight_files(folder)
-            names = sorted(set(read_object(index)["weight_map"].values()))
-            if missing := [name for name in names if not (folder / name).is_file()]:
-                raise FileNotFoundError(
-                    f"'{index}' names {', '.join(missing[:4])}, but the folder lacks them. Download the model again."
-                )
-            return [folder / name for name in names]
-        if (folder / single).is_file():
-            return [folder / single]
-    found = sorted(path.name for path in folder.iterdir())[:8]
+    Raises:
+        FileNotFoundError: The folder does not exist or has no checkpoint.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
+    for candidate in (folder, folder / BACKBONE):
+        if (candidate / "config.json").is_file():
+            return candidate
     raise FileNotFoundError(
-        f"'{folder}' has no model.safetensors or pytorch_model.bin; it contains {found}. Pass the weights file itself."
+        f"'{folder}' has no config.json, and neither has a {BACKBONE}/ in it. Pass the folder that save_pretrained "
+        "wrote, or the folder of a finished run."
     )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of the `config.json` of a folder.
+
+    Raises:
+        CheckpointError: The file is not a JSON object.
+    """
+    try:
+        config = read_object(folder / "config.json")
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    check_config(config, folder)
+    return config
+
+
+def checked_source(source: str | Path) -> str:
+    """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
+    check_source(source)
+    return str(find_checkpoint(source) if Path(source).is_dir() else source)
+
+
+def config_of(source: str) -> dict[str, Any]:
+    """Return the configuration of a checkpoint folder or Hub id."""
+    from transformers import PreTrainedConfig
+
+    if Path(source).is_dir():
+        return read_config(Path(source))
+    if source.startswith("timm/"):
+        return {"architecture": source}
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0]
+    except OSError as error:
+        raise FileNotFoundError(
+            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
+        ) from error
+
+
+def load_module(source: str, config: dict[str, Any], *, whole: bool = False) -> tuple[nn.Module, set[str]]:
+    """Load the model of a folder or Hub id, and return the names of the parameters that its weights lack, too.
+
+    Args:
+        source: Folder or Hub id.
+        config: Its configuration.
+        whole: True to load the text tower too, and to keep the data type of the weights; False for float32.
+
+    Raises:
+        CheckpointError: The weights cannot be read, or a part of the vision tower is missing.
+        ValueError: The family of the model is not known.
+    """
+    is_folder = Path(source).is_dir()
+    if is_folder:
+        check_weights(Path(source))
+    if "architecture" in config and config.get("model_type") in (None, "timm_wrapper"):
+        return _load_timm(f"local-dir:{source}" if is_folder else f"hf-hub:{source}", source), set()
+    return _load_transformers(source, config, whole)
+
+
+def _load_timm(name: str, source: str) -> nn.Module:
+    try:
+        check_weight_files(source)
+        # Allow any image size; at the native size the outputs are unchanged.
+        model = import_timm(source).create_model(name, pretrained=True, dynamic_img_size=True)
+    except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
+        raise unknown_family(source) from error
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
+        raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
+    check_finite(model.state_dict(), source)
+    find_tower(model)
+    return model
+
+
+@contextmanager
+def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
+    """Silence reports of transformers below a level, such as that on the weights of an unused text tower."""
+    from transformers.utils import logging as library_logging
+
+    before = library_logging.get_verbosity()
+    library_logging.set_verbosity(level)
+    try:
+        yield
+    finally:
+        library_logging.set_verbosity(before)
+
+
+def saved_class(config: dict[str, Any], *, whole: bool = False) -> Any:
+    """Return the class that a model was saved from: a backbone class would warn about a pooler that is not used."""
+    import transformers
+
+    from . import modeling_regvit
+
+    kind = config.get("model_type")
+    name = ("" if whole else _TOWER_CLASSES.get(str(kind))) or next(iter(config.get("architectures") or []), "")
+    found: Any = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
+    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    return found if is_model else transformers.AutoModel
+
+
+def _load_transformers(source: str, config: dict[str, Any], whole: bool) -> tuple[nn.Module, set[str]]:
+    vision = config.get("vision_config")
+    if not {str(config.get("model_type")), isinstance(vision, dict) and str(vision.get("model_type"))} & _LOADED:
+        raise unknown_family(str(config.get("model_type")))
+    with quiet_transformers():  # missing weights are checked below
+        options: dict[str, Any] = {"dtype": "auto" if whole else torch.float32, "output_loading_info": True}
+        model, info = load_pretrained(saved_class(config, whole=whole), source, **options)
+    check_finite(model.state_dict(), source)
+    tower, family = find_tower(model)
+    path = next(name for name, module in model.named_modules() if module is tower)
+    needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
+    read = (FAMILIES[family].blocks.split(".")[0], "embeddings", FAMILIES[family].final_norm)
+    gaps = sorted(
+        key
+        for key in needed.intersection(info["missing_keys"])
+        if key.removeprefix(f"{path}.").startswith(read) and not key.endswith("mask_token")
+    )
+    if gaps:
+        raise CheckpointError(
+            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}, so the "
+            "features would be random. Check that config.json and the weights belong together."
+        )
+    return model, set(info["missing_keys"])
 
 
 def import_timm(source: str | Path) -> Any:
@@ -308,205 +504,37 @@ def import_timm(source: str | Path) -> Any:
     return timm
 
 
-def _timm_module(folder: Path, config: dict[str, Any]) -> Any:
-    arguments = config.get("model_args", {})
-    model: Any = import_timm(folder).create_model(config["architecture"], pretrained=False, **arguments)
-    model.reset_classifier(config.get("num_classes", 0))
-    model.load_state_dict({name: t for file in _weight_files(folder) for name, t in read_weights(file).items()})
-    return model.eval()
+def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignModel:
+    """Read a module of transformers or timm; wrappers of `torch.compile` and data parallelism are removed.
 
-
-def read_module(module: Any) -> ForeignModel:
-    """Read a module of transformers or timm."""
-    name = type(module).__name__
-    tensors = {key: value.detach() for key, value in module.state_dict().items()}
-    if hasattr(module, "config") and hasattr(module.config, "model_type"):
-        parts = _transformers_parts(module.config.to_dict(), tensors)
-        return ForeignModel(name, *parts, lambda: module, known_processor(module))
-    if hasattr(module, "num_prefix_tokens") and hasattr(module, "patch_embed"):
-        processor = getattr(module, "image_processor", None) or dict(getattr(module, "pretrained_cfg", None) or {})
-        return ForeignModel(name, tensors, _timm_fields(module), lambda: module, processor or None)
-    raise ConversionError(f"{name} is neither a transformers nor a timm vision transformer. Pass its state_dict().")
-
-
-# --- Configurations of the libraries ---
-
-
-# Families of transformers that RegViT can express, with the input of their classifiers.
-_POOLING = {"vit": "cls", "deit": "cls", "dinov2": "cls_mean_patch", "dinov2_with_registers": "cls_mean_patch"}
-
-
-def _transformers_parts(
-    config: dict[str, Any], tensors: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors (without the model prefix) and the config fields of a transformers model."""
-    model_type = config["model_type"]
-    if model_type not in _POOLING:
-        raise ConversionError(
-            f"model_type '{model_type}' cannot be converted, expected one of {', '.join(_POOLING)}. "
-            "RegViT cannot express rotary positions (DINOv3), models without CLS (SigLIP) or hierarchical models."
-        )
-    tensors = {re.sub(rf"^{model_type}\.", "", key): value for key, value in tensors.items()}
-    names = (
-        "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "mlp_ratio", "hidden_act",
-        "layer_norm_eps", "initializer_range", "image_size", "patch_size", "num_channels", "qkv_bias",
-        "use_swiglu_ffn", "drop_path_rate", "id2label", "label2id", "problem_type", "out_features", "out_indices",
-        "apply_layernorm", "reshape_hidden_states",
-    )  # fmt: skip
-    from transformers import CONFIG_MAPPING
-
-    # Fields missing from the file have the defaults of their family, not those of RegViT.
+    Args:
+        module: Module that is a vision tower or has one.
+        missing: Names of parameters that are random, because the weights of the model lack them.
+    """
+    module = unwrapped(module)
+    name, config = type(module).__name__, getattr(module, "config", None)
+    state: dict[str, Any] = module.state_dict()
+    _check_plain(state, f"The model ({name})")
     try:
-        full = CONFIG_MAPPING[model_type].from_dict(dict(config)).to_dict()
-    except _UNUSABLE as error:
-        raise ConversionError(f"The configuration is not valid for model_type '{model_type}': {error}") from error
-    fields = {name: full[name] for name in names if full.get(name) not in (None, {})}  # without labels: our default
-    with_registers = model_type == "dinov2_with_registers"
-    fields["num_register_tokens"] = full["num_register_tokens"] if with_registers else 0
-    fields["interpolate_antialias"], fields["interpolate_offset"] = with_registers, 0.0
-    fields["pooling"] = _POOLING[model_type]
-    if fields["pooling"] == "cls":
-        fields["pooler_act"] = full["pooler_act"] if "pooler.dense.weight" in tensors else None
-    else:
-        fields["return_register_tokens"] = not full["reshape_hidden_states"]
-    for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-        if full.get(name):
-            logger.warning(
-                "%s=%s has no counterpart in RegViT. Outputs are equal, but further training does not use it.",
-                name,
-                full[name],
-            )
-    return tensors, fields
-
-
-def _timm_fields(module: Any) -> dict[str, Any]:
-    """Return the config fields of a timm VisionTransformer; raise if RegViT lacks one of its features."""
-    block = module.blocks[0]
-    if type(block).__name__ != "Block":
-        raise ConversionError(
-            f"The timm model has blocks of type {type(block).__name__}, which RegViT cannot express. Only 'Block' can "
-            "be converted."
-        )
-    mlp = type(block.mlp).__name__
-    refusals = {
-        "no class token": not module.has_class_token,
-        "no position table": module.pos_embed is None,
-        f"attention {type(block.attn).__name__}": type(block.attn).__name__ != "Attention",
-        f"MLP {mlp}": mlp not in ("Mlp", "GluMlp"),
-        f"a gate with {type(block.mlp.act).__name__}": mlp == "GluMlp"
-        and (not isinstance(block.mlp.act, nn.SiLU) or block.mlp.gate_last),
-        "a norm before the blocks (pre_norm)": not isinstance(module.norm_pre, nn.Identity),
-        "normalized queries and keys (qk_norm)": not isinstance(block.attn.q_norm, nn.Identity),
-        f"global_pool '{module.global_pool}'": module.global_pool not in ("token", "avg", ""),
-        "a classifier on every token": module.global_pool == "" and module.num_classes > 0,
-        "pooling over prefix tokens": getattr(module, "pool_include_prefix", False),
-        "CLS pooling with fc_norm": module.global_pool != "avg" and not isinstance(module.fc_norm, nn.Identity),
-    }
-    if refused := [name for name, applies in refusals.items() if applies]:
-        raise ConversionError(f"The timm model has {' and '.join(refused)}, which RegViT cannot express.")
-    pooled = not isinstance(module.fc_norm, nn.Identity)
-    patch = module.patch_embed.patch_size
-    grid = module.patch_embed.grid_size
-    gelu = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
-    return {
-        "num_attention_heads": block.attn.num_heads,
-        "layer_norm_eps": block.norm1.eps,
-        "hidden_act": "gelu" if mlp != "Mlp" else gelu.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__),
-        "use_swiglu_ffn": mlp != "Mlp",
-        "image_size": [grid[0] * patch[0], grid[1] * patch[1]]
-        if grid[0] != grid[1] or patch[0] != patch[1]
-        else grid[0] * patch[0],
-        "no_embed_class": module.no_embed_class,
-        "interpolate_antialias": True,
-        "interpolate_offset": 0.0,
-        "final_norm": "pooled" if pooled else "tokens",
-        "pooling": "mean_patch" if module.global_pool == "avg" else "cls",
-    }
-
-
-# --- Names and shapes ---
-
-# (pattern, replacement), applied to every name in this order; the first group is for official DINOv2 and timm.
-_RULES = [
-    (r"^blocks\.(?:\d+\.)?(\d+)\.", r"layers.\1."),  # `block_chunks` nests the blocks without renumbering them
-    (r"\.attn\.qkv\.", ".attention.qkv."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.ls([12])\.gamma$", r".layer_scale\1.lambda1"),
-    (r"\.mlp\.(?:w12|weights_in)\.", ".mlp.gate_up_proj."),
-    (r"\.mlp\.(?:w3|weights_out)\.", ".mlp.down_proj."),
-    (r"^(?:norm|fc_norm)\.", "layernorm."),
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^(cls_token|mask_token)$", r"embeddings.\1"),
-    (r"^(?:register_tokens|reg_token)$", "embeddings.register_tokens"),
-    (r"^pos_embed$", "embeddings.position_embeddings"),
-    (r"^(?:head|linear_head)\.", "classifier."),
-    # transformers, both generations of names
-    (r"^(?:encoder\.layer|layer)\.(\d+)\.", r"layers.\1."),
-    (r"\.attention\.attention\.(query|key|value)\.", r".attention.\1."),
-    (r"\.attention\.(?:query|q_proj)\.", ".attention.q."),
-    (r"\.attention\.(?:key|k_proj)\.", ".attention.k."),
-    (r"\.attention\.(?:value|v_proj)\.", ".attention.v."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"^(layers\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"\.mlp\.gate_proj\.", ".mlp.gate."),
-    (r"\.mlp\.up_proj\.", ".mlp.up."),
-]
-# Projections that other models store in separate tensors, in the row order of RegViT.
-_FUSED = {
-    ".attention.qkv.": (".attention.q.", ".attention.k.", ".attention.v."),
-    ".mlp.gate_up_proj.": (".mlp.gate.", ".mlp.up."),
-}
-
-
-def rename_tensors(origin: ForeignModel) -> dict[str, Tensor]:
-    """Rename upstream tensors to RegViT names and fuse projections that are stored in several tensors."""
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in origin.tensors.items():
-        for pattern, replacement in _RULES:
-            name = re.sub(pattern, replacement, name)
-        tensors[name] = tensor
-    for whole, pieces in _FUSED.items():
-        for first in [name for name in tensors if pieces[0] in name]:
-            names = [first.replace(pieces[0], piece) for piece in pieces]
-            if missing := [name for name in names if name not in tensors]:
-                raise ConversionError(
-                    f"'{origin.name}' has {first} but lacks {', '.join(missing)} (RegViT names). Pass all weights."
-                )
-            tensors[first.replace(pieces[0], whole)] = torch.cat([tensors.pop(name) for name in names])
-    for name in [name for name in tensors if re.search(r"\.mlp\.fc1\.", name)]:
-        # timm stores a SwiGLU in fc1, which then has twice as many rows as fc2 has columns.
-        second = re.sub(r"fc1\.\w+$", "fc2.weight", name)
-        if second in tensors and tensors[name].shape[0] == 2 * tensors[second].shape[1]:
-            tensors[name.replace(".mlp.fc1.", ".mlp.gate_up_proj.")] = tensors.pop(name)
-    for name in [name for name in tensors if ".mlp.fc2." in name]:
-        if re.sub(r"fc2\.\w+$", "gate_up_proj.weight", name) in tensors:
-            tensors[name.replace(".mlp.fc2.", ".mlp.down_proj.")] = tensors.pop(name)
-    return tensors
-
-
-def as_pair(name: str, value: Any) -> Any:
-    """Return a size as (height, width), also if it is one number; return other fields unchanged."""
-    if name not in ("patch_size", "image_size"):
-        return value
-    pair = (value, value) if isinstance(value, int) else tuple(value)
-    if len(pair) != 2:
-        raise ConversionError(f"{name}={value} must be one number or a (height, width) pair, e.g. 224.")
-    return pair
-
-
-def pooling_of(classifier: Tensor, width: int, origin: ForeignModel) -> str:
-    """Return the `pooling` of a classifier from the number of its inputs."""
-    pooling = {width: "cls", 2 * width: "cls_mean_patch"}.get(classifier.shape[1])
-    if pooling is None:
-        raise ConversionError(
-            f"The classifier of '{origin.name}' reads {classifier.shape[1]} features, expected {width} (CLS) or "
-            f"{2 * width} (CLS and mean patch). Heads on several blocks cannot be expressed; pass only the backbone."
-        )
-    if "fc_norm.weight" not in origin.tensors and pooling == "cls" and origin.load is None:
-        logger.warning(
-            "Assuming that the classifier of '%s' reads CLS. Pass pooling='mean_patch' if it does not.", origin.name
-        )
-    return pooling
+        tower: Any
+        tower, kind = find_tower(module)
+    except ValueError as error:
+        raise refusal(getattr(config, "model_type", name)) from error
+    if kind == "regvit":
+        raise ConversionError("The model is already a RegViT. Load it with AutoModel.from_pretrained.")
+    is_timm = kind in TIMM_CLASSES.values()
+    if kind not in SOURCES and not is_timm:
+        raise refusal(kind)
+    tensors = {key: value.detach() for key, value in state.items() if key not in missing}
+    names = find_tower_names(tensors)
+    if not is_timm:
+        own = {local: tensors[full] for local, full in names.items()}
+        fields = transformers_fields(tower.config.to_dict(), own)
+        return ForeignModel(name, tensors, names, fields, lambda: module, known_processor(module))
+    settings = dict(getattr(tower, "pretrained_cfg", None) or {})
+    processor = getattr(module, "image_processor", None) or settings
+    is_clip = re.search(r"clip|pe_core", str(settings.get("architecture")))
+    projects = bool(is_clip) and "head.bias" in names and not tensors[names["head.bias"]].any()
+    origin = ForeignModel(name, tensors, names, timm_fields(tower), lambda: module, processor or None)
+    origin.rotation, origin.projects = timm_rotation(tower), projects
+    return origin

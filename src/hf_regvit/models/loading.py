@@ -4,24 +4,30 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from .configuration_regvit import CheckpointError, check_finite, check_weight_files
+from .configuration_regvit import CheckpointError
 from .conversion import convert
-from .families import FAMILIES, find_tower, unknown_family
-from .foreign_weights import check_config, check_source, first_line, import_timm, load_pretrained
+from .families import find_tower
+from .foreign_weights import (
+    checked_source,
+    config_of,
+    find_checkpoint,
+    load_module,
+    load_pretrained,
+    read_config,
+    refuse_quantized,
+    saved_class,
+)
 from .manifest import check_weights
 from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
 from .processing import require_rgb
-from .saving import read_object
 from .tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -46,14 +52,6 @@ def _plain_tensors(tensor: Any) -> Iterator[torch.Tensor]:
         yield tensor
 
 
-def _refuse_quantized(source: str | Path, config: Mapping[str, Any]) -> None:
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
-        raise CheckpointError(
-            f"The weights of '{source}' are quantized ({method}). They can be read, e.g. by extract, evaluate and "
-            "diagnose, but not trained, converted or published. Use the checkpoint from which they were made."
-        )
-
-
 def model_fingerprint(model: nn.Module) -> str:
     """Return 32 hexadecimal digits that change with any weight or configuration field of the vision tower."""
     tower: Any = find_tower(model)[0]
@@ -64,14 +62,7 @@ def model_fingerprint(model: nn.Module) -> str:
     return hashlib.blake2b((weights_fingerprint(model) + text).encode(), digest_size=16).hexdigest()
 
 
-# Models with two towers, of which only the vision tower is loaded.
-_TWO_TOWERS = {
-    "clip": "CLIPVisionModel",
-    "siglip": "SiglipVisionModel",
-    "metaclip_2": "MetaClip2VisionModel",
-    "aimv2": "Aimv2VisionModel",
-}
-BACKBONE, TRAINING = "backbone", "training"  # folders in the folder of a pretraining run
+TRAINING = "training"  # folder in the folder of a pretraining run, beside BACKBONE
 
 
 def open_model(
@@ -108,7 +99,9 @@ def open_model(
     elif isinstance(source, nn.Module):
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
-        model = _load(source).eval()
+        named = checked_source(source)
+        is_file = Path(named).is_file()
+        model = (convert(named) if is_file else load_module(named, config_of(named))[0]).eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
@@ -163,79 +156,10 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
         source = source.model
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
-    source = _checked(source)
-    config = {} if Path(source).is_file() else _config_of(source)
-    _refuse_quantized(source, config)
-    return _load(source) if config.get("model_type") == "regvit" else convert(source)
-
-
-# --- Sources ---
-
-
-def find_checkpoint(folder: str | Path) -> Path:
-    """Return the checkpoint of a folder: the folder itself, or its `backbone/` if it is a pretraining run.
-
-    Raises:
-        FileNotFoundError: The folder does not exist or has no checkpoint.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"'{folder}' is not a folder. Pass a checkpoint or the folder of a run.")
-    for candidate in (folder, folder / BACKBONE):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"'{folder}' has no config.json, and neither has a {BACKBONE}/ in it. Pass the folder that save_pretrained "
-        "wrote, or the folder of a finished run."
-    )
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of the `config.json` of a folder.
-
-    Raises:
-        CheckpointError: The file is not a JSON object.
-    """
-    try:
-        config = read_object(folder / "config.json")
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    check_config(config, folder)
-    return config
-
-
-def _checked(source: str | Path) -> str:
-    """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
-    check_source(source)
-    return str(find_checkpoint(source) if Path(source).is_dir() else source)
-
-
-def _config_of(source: str) -> dict[str, Any]:
-    """Return the configuration of a checkpoint folder or Hub id."""
-    from transformers import PreTrainedConfig
-
-    if Path(source).is_dir():
-        return read_config(Path(source))
-    try:
-        return PreTrainedConfig.get_config_dict(source)[0]
-    except OSError as error:
-        raise FileNotFoundError(
-            f"'{source}' is neither a folder nor a model that can be loaded from the Hub: {error}"
-        ) from error
-
-
-def _load(source: str | Path) -> nn.Module:
-    """Load the model that a name stands for."""
-    source = _checked(source)
-    if Path(source).is_file():
-        return convert(source)
-    if source.startswith("timm/") and not Path(source).is_dir():
-        return _load_timm(f"hf-hub:{source}", source)
-    config = _config_of(source)
-    check_weights(Path(source))
-    if "architecture" in config:
-        return _load_timm(f"local-dir:{source}" if Path(source).is_dir() else f"hf-hub:{source}", source)
-    return _load_transformers(source, config)
+    named = checked_source(source)
+    config = {} if Path(named).is_file() else config_of(named)
+    refuse_quantized(named, config)
+    return load_module(named, config)[0] if config.get("model_type") == "regvit" else convert(named)
 
 
 def short_names(models: Sequence[str | Path]) -> list[str]:
@@ -261,72 +185,6 @@ def distinct_names(models: Sequence["TokenReader | nn.Module | str | Path"]) -> 
     names = [next(short) if isinstance(key, str) else open_model(key).description.name for key in keys]
     counts = [names[:i].count(name) for i, name in enumerate(names)]
     return [f"{name}-{count + 1}" if count else name for name, count in zip(names, counts)]
-
-
-def _load_timm(name: str, source: str) -> nn.Module:
-    try:
-        check_weight_files(source)
-        # Allow any image size; at the native size the outputs are unchanged.
-        model = import_timm(source).create_model(name, pretrained=True, dynamic_img_size=True)
-    except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
-        raise unknown_family(source) from error
-    except (OSError, RuntimeError, SafetensorError) as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        kind = CheckpointError if Path(source).is_dir() else FileNotFoundError
-        raise kind(f"'{source}' cannot be loaded by timm ({reason}). Check the name, or download it again.") from error
-    check_finite(model.state_dict(), source)
-    find_tower(model)
-    return model
-
-
-@contextmanager
-def quiet_transformers(level: int = logging.ERROR) -> Iterator[None]:
-    """Silence reports of transformers below a level, such as that on the weights of an unused text tower."""
-    from transformers.utils import logging as library_logging
-
-    before = library_logging.get_verbosity()
-    library_logging.set_verbosity(level)
-    try:
-        yield
-    finally:
-        library_logging.set_verbosity(before)
-
-
-def _saved_class(config: dict[str, Any]) -> Any:
-    """Return the class that a model was saved from: a backbone class would warn about a pooler that is not used."""
-    import transformers
-
-    from . import modeling_regvit
-
-    kind = config.get("model_type")
-    name = _TWO_TOWERS.get(str(kind)) or next(iter(config.get("architectures") or []), "")
-    found: Any = getattr(modeling_regvit if kind == "regvit" else transformers, name, None)
-    is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
-    return found if is_model else transformers.AutoModel
-
-
-def _load_transformers(source: str, config: dict[str, Any]) -> nn.Module:
-    if config.get("model_type") not in (*FAMILIES, *_TWO_TOWERS, "timm_wrapper"):
-        raise unknown_family(str(config.get("model_type")))
-    with quiet_transformers():  # missing weights are checked below
-        options: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True}
-        model, info = load_pretrained(_saved_class(config), source, **options)
-    check_finite(model.state_dict(), source)
-    tower, family = find_tower(model)
-    path = next(name for name, module in model.named_modules() if module is tower)
-    needed = {f"{path}.{key}".lstrip(".") for key in tower.state_dict()}
-    read = (FAMILIES[family].blocks.split(".")[0], "embeddings", FAMILIES[family].final_norm)
-    gaps = sorted(
-        key
-        for key in needed.intersection(info["missing_keys"])
-        if key.removeprefix(f"{path}.").startswith(read) and not key.endswith("mask_token")
-    )
-    if gaps:
-        raise CheckpointError(
-            f"The weights of '{source}' lack {', '.join(gaps[:5])}{' and more' if len(gaps) > 5 else ''}, so the "
-            "features would be random. Check that config.json and the weights belong together."
-        )
-    return model
 
 
 # --- RegViT ---
@@ -359,12 +217,12 @@ def load_checkpoint(folder: Path) -> Any:
         CheckpointCorruptError: The checksum of the weights differs from the one in manifest.json.
     """
     config = read_config(folder)
-    _refuse_quantized(folder, config)
-    saved_class = _saved_class(config)
-    if config.get("architectures") and not issubclass(saved_class, RegViTPreTrainedModel):
+    refuse_quantized(folder, config)
+    model_class = saved_class(config)
+    if config.get("architectures") and not issubclass(model_class, RegViTPreTrainedModel):
         raise CheckpointError(f"'{folder}' was saved from {config['architectures'][0]}, which is not a RegViT class.")
     check_weights(folder)
-    return load_pretrained(saved_class, folder).eval()
+    return load_pretrained(model_class, folder).eval()
 
 
 def open_backbone(source: str, **changes: Any) -> RegViTModel:

@@ -174,12 +174,9 @@ class TokenReader:
     @cached_property
     def reads_attention(self) -> bool:
         """True if the attention weights of every block can be read."""
-        blocks = self.tower.get_submodule(self.family.blocks).children()
-        paths = [(unwrapped(block), self.family.attention) for block in blocks]
-        return all(
-            has_part(block, path) and is_softmax_attention(unwrapped(block.get_submodule(path)))
-            for block, path in paths
-        )
+        blocks = map(unwrapped, self.tower.get_submodule(self.family.blocks).children())
+        parts = [getattr(block, self.family.attention, None) for block in blocks]  # the path is one name
+        return all(is_softmax_attention(unwrapped(part)) for part in parts)
 
     @cached_property
     def processor(self) -> Any:
@@ -244,11 +241,8 @@ class TokenReader:
         pixel_values = _checked_pixels(tower, description, pixel_values)
         wanted = {site: resolve_layers(layers, description.num_layers, site) for site, layers in sites.items()}
         collector = _Collector(self.family, description, wanted, dict(reduce or {}))
-        with ExitStack() as stack:
-            for context in (torch.no_grad(), _evaluating(tower), _all_patches_in_order(tower, name), _not_compiled()):
-                stack.enter_context(context)
-            stack.enter_context(collector.attached(tower))
-            tower(pixel_values, **_forward_options(name, description, pixel_values))
+        with _evaluating(tower), all_patches_in_order(tower, name), collector.attached(tower):
+            tower(pixel_values, **forward_options(name, description.image_size, description.patch_size, pixel_values))
         return collector.readings()
 
     def embed(self, images: Any, *, normalize: bool = False, batch_size: int = 32) -> np.ndarray:
@@ -380,12 +374,6 @@ def _finite(reading: TokenReading) -> torch.Tensor:
     return values
 
 
-def _reader(model: Any) -> TokenReader:
-    from .loading import open_model
-
-    return open_model(model)
-
-
 def read_tokens(
     model: "TokenReader | nn.Module | str",
     pixel_values: torch.Tensor,
@@ -403,18 +391,9 @@ def read_tokens(
         site: Values to read.
         reduce: Function whose result is kept instead of the values.
     """
-    return _reader(model).read(pixel_values, layers=layers, site=site, reduce=reduce)
+    from .loading import open_model
 
-
-def read_many(
-    model: "TokenReader | nn.Module | str",
-    pixel_values: torch.Tensor,
-    sites: Mapping[Site, Layers],
-    *,
-    reduce: Mapping[Site, Reduction] | None = None,
-) -> dict[Site, TokenReading]:
-    """Read several sites in one forward pass; see `TokenReader.read_many`."""
-    return _reader(model).read_many(pixel_values, sites, reduce=reduce)
+    return open_model(model).read(pixel_values, layers=layers, site=site, reduce=reduce)
 
 
 def resolve_layers(layers: Layers, num_layers: int, site: Site = "residual") -> tuple[int, ...]:
@@ -478,14 +457,16 @@ def _takes_other_sizes(tower: Any, description: ModelDescription) -> bool:
     return getattr(tower.config, "is_native", True)  # AIMv2 has either a position table for one size or no table
 
 
-def _forward_options(name: str, description: ModelDescription, pixel_values: torch.Tensor) -> dict[str, Any]:
+def forward_options(
+    name: str, image_size: tuple[int, int], patch_size: tuple[int, int], pixel_values: torch.Tensor
+) -> dict[str, Any]:
     """Return the arguments with which the tower's forward pass keeps all patches of this image size in order."""
     size = tuple(pixel_values.shape[-2:])
     options: dict[str, Any] = {}
-    if FAMILIES[name].resize_switch and size != description.image_size:
+    if name in FAMILIES and FAMILIES[name].resize_switch and size != image_size:
         options["interpolate_pos_encoding"] = True
     if name == "vit_mae":  # sorts the patches by this noise, which is random by default
-        cells = (size[0] // description.patch_size[0]) * (size[1] // description.patch_size[1])
+        cells = (size[0] // patch_size[0]) * (size[1] // patch_size[1])
         noise = torch.arange(cells, device=pixel_values.device, dtype=torch.float32)
         options["noise"] = noise.expand(len(pixel_values), cells)
     return options
@@ -493,12 +474,13 @@ def _forward_options(name: str, description: ModelDescription, pixel_values: tor
 
 @contextmanager
 def _evaluating(tower: nn.Module) -> Iterator[None]:
-    """Switch to eval mode and restore the mode of each module afterwards; a model may be only partly in training."""
+    """Compute without gradients, in eval mode and without compiled graphs, and restore the mode of each module."""
     training = [module for module in tower.modules() if module.training]
     if training:
         tower.eval()
     try:
-        yield
+        with torch.no_grad(), _not_compiled():
+            yield
     finally:
         for module in training:
             module.training = True
@@ -511,7 +493,7 @@ def _not_compiled() -> AbstractContextManager[None]:
 
 
 @contextmanager
-def _all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
+def all_patches_in_order(tower: Any, name: str) -> Iterator[None]:
     """Set MAE's `mask_ratio` to 0 while reading; otherwise it drops three quarters of the patches."""
     if name != "vit_mae":
         yield

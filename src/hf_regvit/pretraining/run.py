@@ -29,7 +29,8 @@ from ..figures.curves import draw_curves
 from ..hub.card import write_card_file
 from ..hub.facts import pretraining_facts, public_recipe
 from ..models.configuration_regvit import RegViTConfig
-from ..models.loading import BACKBONE, TRAINING
+from ..models.foreign_weights import BACKBONE
+from ..models.loading import TRAINING
 from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor

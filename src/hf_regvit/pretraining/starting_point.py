@@ -9,7 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..models.loading import BACKBONE, TRAINING, fit_positions, open_backbone
+from ..models.foreign_weights import BACKBONE
+from ..models.loading import TRAINING, fit_positions, open_backbone
 from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation

@@ -1,0 +1,186 @@
+"""Full disks and kills under `extract`, `evaluate`, `diagnose` and `retrofit`: one sentence, no half file.
+
+A limit on the size of a file (RLIMIT_FSIZE) fails a write as a full disk does, for an ordinary user too.
+"""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+from contextlib import contextmanager
+
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+from builders import noise, planted_model, save_model
+from hf_regvit.app import cli
+from hf_regvit.models.processing import default_image_processor
+from hf_regvit.models.tokens import TokenReader
+
+pytestmark = pytest.mark.attacks
+
+OPTIONS = {
+    "extract": ["--shard_size", "16"],
+    "evaluate": ["--tasks", "knn", "--knn_k", "3"],
+    "diagnose": [],
+    "retrofit": ["--top_k", "1", "--num_register_tokens", "1"],
+}
+SENTENCE = re.compile(
+    r"'[^']+' (could not be written \([^)]+\): it needs (about|more than) [\d,.]+ MiB, and [\d,.]+ MiB are free\. "
+    r"Free some space, or choose a folder on another disk, and run again"
+    r"|needs about [\d,.]+ MiB, but only [\d,.]+ MiB are free\. Free some space, or choose a folder on another disk)\."
+)
+
+
+@contextmanager
+def files_up_to(num_bytes):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Model with outliers, and 40 images of two classes in class folders."""
+    root = tmp_path_factory.mktemp("inputs")
+    save_model(planted_model(), root / "model", default_image_processor(64, resize=64))
+    for number in range(40):
+        folder = root / "images" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        noise(number, (64, 64)).save(folder / f"{number:02}.png")
+    return root
+
+
+def command(name, inputs, output):
+    files = ["--model", str(inputs / "model"), "--data", str(inputs / "images"), "--output_dir", str(output)]
+    return [name, *files, *OPTIONS[name]]
+
+
+def assert_all_files_are_whole(folder):
+    for path in folder.rglob("*"):
+        assert not path.name.startswith("."), f"{path} is left"
+        if path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".png":
+            Image.open(path).load()
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                assert file.keys()
+        elif path.suffix == ".html":
+            assert path.read_text().endswith("</html>\n")
+
+
+@pytest.mark.parametrize("num_bytes", [0, 3_000, 30_000, 300_000])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_disk_that_fills_up_is_one_sentence_and_leaves_no_half_file(name, num_bytes, inputs, tmp_path, capsys):
+    with files_up_to(num_bytes):
+        status = cli.main(command(name, inputs, tmp_path / "out"))
+    shown = capsys.readouterr()
+    assert_all_files_are_whole(tmp_path)
+    if status:
+        assert "Traceback" not in shown.err
+        (line,) = [line for line in shown.err.splitlines() if line.startswith("error: ")]
+        assert SENTENCE.fullmatch(line.removeprefix("error: ")), line
+        assert str(tmp_path) in line
+        # The numbers that took the time are printed with the error.
+        result = {"evaluate": "| knn ", "diagnose": "verdict ", "retrofit": "verdict "}
+        assert name == "extract" or result[name] in shown.err
+    else:
+        assert num_bytes > 0
+    assert cli.main(command(name, inputs, tmp_path / "out")) == (name == "retrofit" and status == 0)
+    assert_all_files_are_whole(tmp_path)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_space_is_looked_for_before_the_model_runs(name, inputs, tmp_path, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
+    monkeypatch.setattr(TokenReader, "read_many", lambda *args, **options: pytest.fail("the work began"))
+    assert cli.main(command(name, inputs, tmp_path / "out")) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert SENTENCE.fullmatch(line.removeprefix("error: ")), line
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_scores_survive_a_cache_that_cannot_be_written(inputs, tmp_path, caplog):
+    with files_up_to(3_000):  # enough for the report, too little for the features
+        status = cli.main([*command("evaluate", inputs, tmp_path / "out"), "--cache_dir", str(tmp_path / "cache")])
+    assert status == 0
+    assert "The features are not cached and will be computed again next time." in caplog.text
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["reports"][0]["scores"]
+    assert not list((tmp_path / "cache").iterdir())
+
+
+# --- Kills
+
+CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
+KILLS = {"extract": 15, "evaluate": 15, "diagnose": 5, "retrofit": 5}
+
+
+def in_a_fork(arguments, folder, kill_at=None):
+    """Run a command in a fork that is killed before its n-th change below `folder`; return status and changes."""
+    reading, writing = os.pipe()
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def look(event, args):
+            nonlocal count
+            written = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            if event in CHANGES and written and str(args[0]).startswith(str(folder)):
+                count += 1
+                if count == kill_at:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(look)
+        status = 1
+        try:
+            status = cli.main(arguments)
+        finally:
+            os.write(writing, str(count).encode())
+            os._exit(status)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        count = int(pipe.read() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count
+
+
+def contents(folder):
+    """Files by name, as far as they do not depend on time: JSON without seconds, everything else as its size."""
+    found = {}
+    for path in sorted(folder.rglob("*.*")):
+        text = path.read_text() if path.suffix == ".json" else str(path.stat().st_size)
+        text = re.sub(r'("[a-z_]*seconds": )(\{[^}]*\}|[\d.]+)', r"\1", text)
+        found[str(path.relative_to(folder))] = (
+            None if path.suffix in (".html", ".md") or path.name == "manifest.json" else text
+        )
+    return found
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_killed_command_leaves_whole_files_and_the_next_one_finishes_its_work(name, inputs, tmp_path):
+    status, changes = in_a_fork(command(name, inputs, tmp_path / "whole"), tmp_path)
+    assert (status, changes >= 5) == (0, True)
+    for number in range(KILLS[name]):
+        output = tmp_path / f"{number}"
+        kill_at = 1 + number * (changes - 1) // max(KILLS[name] - 1, 1)
+        status, _ = in_a_fork(command(name, inputs, output), tmp_path, kill_at)
+        assert status == -signal.SIGKILL, (kill_at, changes)
+        for path in output.rglob(".*"):  # invisible until the next run
+            assert re.search(r"^\.(unfinished-|.*\.partial$)", path.name)
+        for path in [path for path in output.rglob("*.json") if "/." not in str(path)]:
+            json.loads(path.read_text())
+        if name == "retrofit" and (output / "config.json").exists():  # the model is whole, its figure may be missing
+            assert {path.name for path in (tmp_path / "whole").glob("*.*")} - {
+                path.name for path in output.glob("*.*")
+            } <= {"before_after.png"}
+            continue
+        assert cli.main(command(name, inputs, output)) == 0
+        assert_all_files_are_whole(output)
+        assert contents(output) == contents(tmp_path / "whole"), (kill_at, changes)
