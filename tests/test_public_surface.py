@@ -17,9 +17,9 @@ NAMES = """
     EvaluationTable FinetuningArguments ImageTooSmallError PretrainingArguments RegViTBackbone RegViTConfig
     RegViTForDepthEstimation RegViTForImageClassification RegViTForSemanticSegmentation RegViTModel RegViTModelOutput
     RegisterNeurons RetrofitError RetrofitResult TokenFeatures TokenReader TokenReading UnknownProcessorError
-    __version__ add_test_time_registers check_data compare_backbones convert diagnose discover_objects embed
-    evaluate_backbone extract_features find_register_neurons finetune knn_classify load_images open_model patch_maps
-    pretrain publish read_tokens retrofit
+    __version__ add_test_time_registers check_data compare_backbones convert convert_back diagnose discover_objects
+    embed evaluate_backbone extract_features find_register_neurons finetune knn_classify load_images open_model
+    patch_maps pretrain publish read_tokens retrofit
 """
 
 ORDINARY_USE = """

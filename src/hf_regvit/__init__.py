@@ -42,8 +42,7 @@ if TYPE_CHECKING:
         RegViTConfig,
         __version__,
     )
-    from .models.conversion import convert
-    from .models.foreign_weights import ConversionError
+    from .models.conversion import convert, convert_back
     from .models.loading import embed, open_model, patch_maps
     from .models.modeling_regvit import (
         ImageTooSmallError,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
         RegViTModelOutput,
     )
     from .models.processing import UnknownProcessorError
+    from .models.source_families import ConversionError
     from .models.tokens import TokenReader, TokenReading, read_tokens
     from .pretraining.arguments import PretrainingArguments
     from .pretraining.run import pretrain
@@ -85,7 +85,8 @@ _ON_FIRST_USE = {
     "RegViTConfig": "models.configuration_regvit",
     "__version__": "models.configuration_regvit",
     "convert": "models.conversion",
-    "ConversionError": "models.foreign_weights",
+    "convert_back": "models.conversion",
+    "ConversionError": "models.source_families",
     "embed": "models.loading",
     "open_model": "models.loading",
     "patch_maps": "models.loading",
@@ -147,6 +148,7 @@ __all__ = [
     "check_data",
     "compare_backbones",
     "convert",
+    "convert_back",
     "diagnose",
     "discover_objects",
     "embed",

@@ -546,7 +546,7 @@ def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
     names = {path.name for path in (folders / "out").iterdir()}
     assert names == {
         "config.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py",
-        "modeling_regvit.py", "retrofit_report.json", "before_after.png",
+        "modeling_regvit.py", "manifest.json", "retrofit_report.json", "before_after.png",
     }  # fmt: skip
     assert str(folders) not in (folders / "out" / "retrofit_report.json").read_text()
     assert cli.main(args) == 1

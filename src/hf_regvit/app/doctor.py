@@ -101,13 +101,9 @@ def examine(folder: str | Path = ".", *, self_test: bool = True) -> Diagnosis:
             found = look()
         except (ImportError, OSError, RuntimeError, ValueError, AttributeError, AssertionError) as error:
             # A broken library can fail in any of these ways. Report it and go on with the other checks.
-            found = Finding(_BAD, f"{type(error).__name__}: {_first_line(error)}")
+            found = Finding(_BAD, f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}")
         findings.append(replace(found, name=name))
     return Diagnosis(tuple(findings))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _version(name: str) -> str | None:
@@ -166,7 +162,7 @@ def _torch_pair() -> Finding:
     try:
         import torchvision.ops  # noqa: F401
     except (ImportError, RuntimeError) as error:
-        why = _first_line(error)
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Finding(_BAD, f"{pair} cannot be imported ({why}). {advice}")
     if len({text.partition("+")[2] for text in (torch_version, vision)}) > 1:
         return Finding(_NOTE, f"{pair} are builds for different devices")
@@ -201,7 +197,7 @@ def _opencv() -> Finding:
     try:
         import cv2
     except ImportError as error:
-        why = _first_line(error)
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         return Finding(_BAD, f"cv2 cannot be imported ({why}). {advice}")
     if len(found) > 1:
         return Finding(_NOTE, f"{' and '.join(found)} provide the same module, cv2 {cv2.__version__}. {advice}")

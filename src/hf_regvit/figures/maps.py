@@ -91,8 +91,8 @@ def read_token_maps(model: "TokenReader | nn.Module | str | Path", pixel_values:
     with torch.no_grad():
         final = reader.final_norm(residual.at())  # (B, T, D)
     first = residual.num_prefix_tokens
-    rows = [final.new_zeros(len(final), 1, 0, final.shape[1])] if attention is None else [attention.registers()]
-    if attention is not None and (cls_row := attention.cls()) is not None:
+    rows = [attention.registers() if attention else final.new_zeros(len(final), 1, 0, final.shape[1])]
+    if attention and (cls_row := attention.cls()) is not None:
         rows.insert(0, cls_row[:, :, None])
     maps = torch.cat(rows, dim=2).float().mean(1)[..., first:]  # (B, 1 + R, N)
     norms = residual.patches().float().norm(dim=-1)  # (B, N)

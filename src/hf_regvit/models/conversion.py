@@ -169,6 +169,9 @@ def convert_back(
             f"{tuple(expected[wrong[0]].shape)}. Pass the source of the conversion, or only the backbone "
             "(model.regvit)."
         )
+    if not backbone.config.key_bias:  # its part for the keys has no effect
+        unused = torch.tensor([1, 0, 1]).repeat_interleave(config.hidden_size)
+        ours |= {name: t * unused.to(t) for name, t in ours.items() if name.endswith("attention.qkv.bias")}
     bias = ours[PROJECTION_BIAS]
     if PROJECTION_BIAS not in expected and bias.any():
         if "embeddings.position_embeddings" not in ours:
@@ -338,7 +341,7 @@ def _placed_positions(
         if piece.target == "embeddings.position_embeddings":
             if has_cls:
                 placed.append(replace(piece, count=0, place=0, stop=1))
-            placed.append(replace(piece, count=0, place=1, start=prefix))
+            placed.append(replace(piece, count=0, place=int(has_cls), start=prefix))
         elif piece.target == "embeddings.register_tokens":
             placed.append(replace(piece, added=table[0, int(has_cls) : prefix]))
         else:

@@ -41,15 +41,12 @@ def _family_name(module: nn.Module) -> str | None:
 
 def unwrapped(model: Any) -> Any:
     """Return the module inside the wrappers of `torch.compile`, data parallelism and weight averaging."""
-    while isinstance(model, nn.Module):
-        if "_orig_mod" in model._modules:
-            model = model._orig_mod
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel):
-            model = model.module
-        elif "_fsdp_wrapped_module" in model._modules:
-            model = model._fsdp_wrapped_module
-        else:
-            break
+    inner: str | None = ""
+    while isinstance(model, nn.Module) and inner is not None:
+        model = model.get_submodule(inner)
+        wraps = isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel | AveragedModel)
+        names = ("_orig_mod", "_fsdp_wrapped_module", *["module"] * wraps)
+        inner = next((name for name in names if name in model._modules), None)
     return model
 
 
@@ -245,7 +242,6 @@ FAMILIES: dict[str, Family] = {
     "metaclip_2_vision_model": _CLIP,
     "siglip_vision_model": replace(_CLIP, has_cls=False),
     "tipsv2_vision_model": _DINOV2,
-    "pixio": replace(_VIT, resize_switch=False, num_distillation_tokens=7),
     "aimv2_vision_model": Family(
         "encoder.layers", "embeddings.patch_embed", "rms_norm", mlp_output=("ffn.down_proj",), has_cls=False
     ),

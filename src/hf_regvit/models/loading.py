@@ -100,8 +100,7 @@ def open_model(
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
         named = checked_source(source)
-        is_file = Path(named).is_file()
-        model = (convert(named) if is_file else load_module(named, config_of(named))[0]).eval()
+        model = convert(named) if Path(named).is_file() else load_module(named, config_of(named))[0].eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
@@ -238,17 +237,20 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     model = open_regvit(source)
     require_rgb(model)
     model = getattr(model, "regvit", model)
-    if model.config.final_norm != "tokens":
+    if model.config.final_norm in ("pooled", "none"):
         raise ValueError(
             f"'{source}' has final_norm='{model.config.final_norm}', but the losses need a final norm of each token "
             "(final_norm='tokens'). Start from a model that pools CLS."
         )
     config = copy.deepcopy(model.config)
-    changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None}
+    changes |= {"use_mask_token": True, "discard_registers": False, "pooler_act": None, "attention_pooler": False}
+    changes |= {"pooler_num_heads": None, "pooler_intermediate_size": None, "projection_dim": None}
+    changes["final_norm"] = "tokens"  # the norm of CLS in CLIP models also serves the patches
     for name, value in changes.items():
         setattr(config, name, value)
     backbone = RegViTModel(config, add_pooling_layer=False)
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("pooler.")}
+    poolers = ("pooler.", "projection.")
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(poolers)}
     state.setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))
     backbone.load_state_dict(state)
     # A loaded model is in eval mode, and its parameters may be frozen.

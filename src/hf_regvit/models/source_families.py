@@ -39,23 +39,19 @@ class SourceFamily:
             addition to those that all families have.
         refused: Reasons why a configuration cannot be expressed, with the tests for them.
         has_pooler: True if `pooler.dense` is the pooler of ViT, which reads CLS.
-        compares_pooled: True if the pooled output of the source is that of RegViT.
     """
 
     fields: Mapping[str, Any]
     copied: tuple[str, ...] = ()
     refused: Mapping[str, Callable[[Mapping[str, Any]], bool]] = field(default_factory=dict)
     has_pooler: bool = False
-    compares_pooled: bool = True
 
 
 _PLAIN = {"interpolate_antialias": False, "interpolate_offset": 0.0}
 _VIT = SourceFamily({**_PLAIN, "pooling": "cls"}, has_pooler=True)
 _DINOV2 = SourceFamily({**_PLAIN, "pooling": "cls_mean_patch"}, ("reshape_hidden_states", "apply_layernorm"))
-_WITH_REGISTERS = replace(
-    _DINOV2,
-    fields={**_DINOV2.fields, "interpolate_antialias": True},
-    copied=(*_DINOV2.copied, "num_register_tokens"),
+_WITH_REGISTERS = SourceFamily(
+    {**_DINOV2.fields, "interpolate_antialias": True}, (*_DINOV2.copied, "num_register_tokens")
 )
 _CLIP = SourceFamily({**_PLAIN, "final_norm": "cls", "pooling": "mean_patch"})
 
@@ -81,7 +77,6 @@ SOURCES: dict[str, SourceFamily] = {
     "tipsv2_vision_model": replace(
         _WITH_REGISTERS, fields={**_WITH_REGISTERS.fields, "interpolate_mode": "bilinear", "pooling": "cls"}
     ),
-    "pixio": SourceFamily({**_PLAIN, "pooling": "mean_patch"}, compares_pooled=False),
 }  # fmt: skip
 
 # Fields that every family of transformers has, under the same name and with the same meaning.
@@ -94,6 +89,7 @@ COMMON_FIELDS = (
 _WINDOWS = "it has windows or stages of several resolutions"
 _UNSUITABLE = {
     "aimv2_vision_model": "it normalizes with RMSNorm",
+    "pixio": "it pools eight class tokens",
     "radio": "it normalizes pixels itself",
     "siglip2_vision_model": "it takes packed patches (NaFlex); SigLIP 2 of a fixed resolution can be converted",
     **dict.fromkeys(("beit", "data2vec-vision"), "its attention adds a bias for relative positions"),
@@ -140,8 +136,7 @@ def transformers_fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
         fields["pooler_act"] = full["pooler_act"]
     for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout"):
         if full.get(name):
-            text = f"{name}={full[name]} has no counterpart in RegViT. Outputs are equal, but further training does"
-            logger.warning("%s not use it.", text)
+            logger.warning("%s=%s has no counterpart in RegViT; only further training differs.", name, full[name])
     return fields
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from .source_families import ConversionError
+
 PROJECTION = "embeddings.patch_embeddings.projection.weight"
 TOKENS = {
     "embeddings.cls_token": 3, "embeddings.register_tokens": 3, "embeddings.position_embeddings": 3,
@@ -26,10 +28,7 @@ _NAMES = [
     (r"^(cls_token|mask_token)$", r"embeddings.\1"),
     (r"^(?:reg_token|register_tokens|storage_tokens)$", "embeddings.register_tokens"),
     (r"^(?:embeddings\.position_embedding\.weight|positional_embedding|pos_embed)$", "embeddings.position_embeddings"),
-    (
-        r"^(?:embeddings\.patch_embeddings?|conv1|patch_embed\.proj)\.(weight|bias)$",
-        r"embeddings.patch_embeddings.projection.\1",
-    ),
+    (r"^(?:embeddings\.patch_embeddings?|conv1|patch_embed\.proj)\.(weight|bias)$", rf"{PROJECTION[:-7]}.\1"),
     (r"^(?:pre_layrnorm|ln_pre|norm_pre)\.", "embeddings.layernorm."),
     (r"^(?:post_layernorm|ln_post|norm|fc_norm)\.", "layernorm."),
     (r"^(?:visual_projection\.weight|proj)$", "projection.weight"),
@@ -172,9 +171,6 @@ def find_pieces(tensors: Mapping[str, Tensor], width: int, *, masked_key_bias: b
             kind = target.rpartition(".")[2]
             pieces.append(replace(piece, target=f"pooler.q_proj.{kind}", stop=width))
             pieces.append(replace(piece, target=f"pooler.kv_proj.{kind}", start=width))
-        elif target == "embeddings.cls_token" and tensors[name].numel() > width:  # further tokens act as registers
-            pieces.append(replace(piece, count=0, stop=1))
-            pieces.append(replace(piece, target="embeddings.register_tokens", count=0, start=1))
         else:
             pieces.append(replace(piece, is_transposed=name == "proj"))
     return pieces
@@ -184,12 +180,10 @@ def _parts_of(
     target: str, pieces: list[Piece], tensors: Mapping[str, Tensor], width: int
 ) -> list[tuple[Piece | None, int]]:
     """Return the pieces of one target in their order, with their numbers of rows; None is a part that is 0."""
-    own = sorted((piece for piece in pieces if piece.target == target), key=lambda piece: piece.place)
-    lengths = {piece.place: len(piece.rows_of(tensors[piece.source], width)) for piece in own}
-    if own[0].count == 0:
-        return [(piece, lengths[piece.place]) for piece in own]
-    found = {piece.place: piece for piece in own}
-    return [(found.get(place), lengths[own[0].place]) for place in range(own[0].count)]
+    found = {piece.place: piece for piece in pieces if piece.target == target}
+    lengths = {place: len(piece.rows_of(tensors[piece.source], width)) for place, piece in found.items()}
+    count = next(iter(found.values())).count or len(found)
+    return [(found.get(place), lengths.get(place, max(lengths.values()))) for place in range(count)]
 
 
 def put_together(pieces: list[Piece], tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
@@ -233,5 +227,9 @@ def take_apart(
         for piece, length in _parts_of(target, pieces, tensors, width):
             if piece is not None:
                 piece.write(rows[start : start + length], result[piece.source], width)
+            elif rows[start : start + length].any():
+                raise ConversionError(
+                    f"A part of {target} was trained, for which the source has no place: it is 0 there."
+                )
             start += length
     return result

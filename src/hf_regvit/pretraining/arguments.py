@@ -67,6 +67,13 @@ class PretrainingArguments(RunArguments):
     preset: str = option("small", "Backbone size: tiny, small, base, large or giant. The options below override it.")
     num_register_tokens: int = option(4, "Number of registers. 'Vision Transformers Need Registers' recommends 4.")
     patch_size: int = option(16, "Side of a patch in pixels.")
+    position: str | None = option(
+        None,
+        "Positions of the patches: 'learned' (DINOv2) or 'rotary' (DINOv3); default: learned, or as in init_from.",
+    )
+    pos_embed_rescale: float | None = option(
+        None, "Largest factor by which rotary coordinates are scaled at random in training. DINOv3: 2."
+    )
     hidden_size: int | None = option(None, "Width D of the tokens; default: set by the preset.")
     num_hidden_layers: int | None = option(None, "Number of blocks; default: set by the preset.")
     num_attention_heads: int | None = option(None, "Number of attention heads; default: set by the preset.")
@@ -184,6 +191,12 @@ class PretrainingArguments(RunArguments):
             self._expect(
                 name, getattr(self, name) >= 0, "a number of steps, a fraction of the run, or 0 to disable it"
             )
+        self._expect("position", self.position in (None, "learned", "rotary"), "'learned' or 'rotary'")
+        if self.pos_embed_rescale is not None and self.position != "rotary" and self.init_from is None:
+            raise ValueError(
+                f"pos_embed_rescale is {self.pos_embed_rescale}, but it applies to rotary positions only. Add "
+                "--position rotary or remove it."
+            )
         self._expect("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
         self._expect(
             "lr_scheduler_type",
@@ -249,6 +262,9 @@ class PretrainingArguments(RunArguments):
     def backbone_config(self) -> RegViTConfig:
         """Return the backbone configuration that the arguments describe."""
         sizes = self.subset("hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
+        # The fields of DINOv3: without a table, and without a key bias, which rotated keys would learn.
+        rotary = {"use_position_embeddings": False, "rope_theta": 100.0, "key_bias": False}
+        rotary |= self.subset("pos_embed_rescale")
         return RegViTConfig.from_preset(
             self.preset,
             image_size=self.global_crop_size,
@@ -256,4 +272,5 @@ class PretrainingArguments(RunArguments):
             **self.subset("num_register_tokens", "patch_size", "layerscale_value", "register_init_std"),
             **self.subset("drop_path_rate", "drop_path_mode"),
             **{name: value for name, value in sizes.items() if value is not None},
+            **(rotary if self.position == "rotary" else {}),
         )

@@ -172,6 +172,7 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
         args.init_from,
         image_size=args.global_crop_size,
         **args.subset("num_register_tokens", "register_init_std", "drop_path_rate", "drop_path_mode", "seed"),
+        **args.subset("position", "pos_embed_rescale"),
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))

@@ -46,6 +46,8 @@ def starting_point(
     register_init_std: float = 0.02,
     drop_path_rate: float = 0.0,
     drop_path_mode: str = "batch_subset",
+    position: str | None = None,
+    pos_embed_rescale: float | None = None,
     seed: int = 0,
 ) -> StartingPoint:
     """Open the source given as `--init_from`.
@@ -58,11 +60,13 @@ def starting_point(
         register_init_std: Standard deviation of registers that are added.
         drop_path_rate: Drop path rate of the student in training.
         drop_path_mode: Drop path mode, as in `RegViTConfig`.
+        position: "learned" or "rotary" if the source has to have these positions.
+        pos_embed_rescale: Training range of rotary coordinates, as in `RegViTConfig`; None keeps that of the source.
         seed: Random seed for registers that are added.
 
     Raises:
-        ValueError: If the side is not a multiple of the patch size, the tokens of the model have no final norm, or
-            the source is a checkpoint of an unfinished run.
+        ValueError: If the side is not a multiple of the patch size, the tokens of the model have no final norm, its
+            positions are of another kind, or the source is a checkpoint of an unfinished run.
         OSError: If the source cannot be read.
     """
     folder = Path(source)
@@ -76,6 +80,16 @@ def starting_point(
     teacher = open_backbone(
         str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode
     )
+    config = teacher.config
+    found = "learned" if config.rope_theta is None else "rotary"
+    if position not in (None, found) or (pos_embed_rescale is not None and found == "learned"):
+        given = f"position={position}" if position not in (None, found) else f"pos_embed_rescale={pos_embed_rescale}"
+        raise ValueError(
+            f"'{source}' has {found} positions, which training cannot change, but {given} was given. Remove that "
+            "option, or train from scratch without --init_from."
+        )
+    if pos_embed_rescale is not None:
+        config.pos_embed_rescale = pos_embed_rescale
     training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
     student = teacher
     if training is not None:

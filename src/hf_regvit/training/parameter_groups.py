@@ -21,7 +21,7 @@ def _backbone_depth(name: str, num_layers: int) -> int:
         return 0
     if first == "layers":
         return int(rest[0]) + 1
-    if first == "layernorm":
+    if first in ("layernorm", "pooler"):
         return num_layers + 1
     raise ValueError(
         f"There is no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.* or "

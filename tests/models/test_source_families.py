@@ -1,0 +1,377 @@
+"""Test `convert` and `convert_back` on every family, on wrapped modules, and on state dicts of other projects."""
+
+import copy
+
+import peft
+import pytest
+import timm
+import torch
+import transformers
+from torch import nn
+
+from builders import pixels, randomized, tiny_timm
+from hf_regvit import ConversionError, RegViTForImageClassification, RegViTModel, convert, convert_back, open_model
+from hf_regvit.models.conversion import convert_to_folder
+from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
+
+SIZES = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "intermediate_size": 48,
+}  # fmt: skip
+TEXT = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 99,
+    "projection_size": 32, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+ROPE = {"use_rot_pos_emb": True, "ref_feat_shape": (4, 4)}
+AXIAL = {"attn_type": "rope", "use_rot_pos_emb": True, "rope_grid_indexing": "xy"}
+DINOV3 = {
+    "use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "rope_rotate_half": True,
+    "rope_temperature": 100.0, "num_reg_tokens": 4, "init_values": 0.5, "use_fc_norm": False,
+}  # fmt: skip
+PE = {**AXIAL, "rope_grid_offset": 1.0, "use_pre_transformer_norm": True}
+SWIGLU = {"swiglu_mlp": True, "mlp_ratio": 8 / 3}
+
+# Class of transformers, and fields that differ from `SIZES`.
+TRANSFORMERS = {
+    "vit": ("ViTForImageClassification", {"num_labels": 5}),
+    "vit_of_a_rectangle": ("ViTModel", {"image_size": [32, 48]}),
+    "vit_of_rectangular_patches": ("ViTModel", {"patch_size": [8, 4]}),
+    "mae": ("ViTMAEModel", {}),
+    "msn": ("ViTMSNForImageClassification", {"num_labels": 3}),
+    "ijepa": ("IJepaForImageClassification", {"num_labels": 3}),
+    "dinov2": ("Dinov2WithRegistersForImageClassification", {"num_register_tokens": 3, "num_labels": 4}),
+    "dinov3": ("DINOv3ViTModel", {"num_register_tokens": 2}),
+    "dinov3_gated": ("DINOv3ViTBackbone", {"use_gated_mlp": True, "hidden_act": "silu"}),
+    "dinov3_without_biases": ("DINOv3ViTModel", {"query_bias": False, "value_bias": False}),
+    "dinov3_with_a_bias_of_queries": ("DINOv3ViTModel", {"value_bias": False}),
+    "clip": ("CLIPVisionModel", {}),
+    "clip_with_projection": ("CLIPVisionModelWithProjection", {"projection_dim": 12}),
+    "metaclip_2": ("MetaClip2VisionModel", {}),
+    "siglip": ("SiglipVisionModel", {}),
+    "siglip_without_a_head": ("SiglipVisionModel", {"vision_use_head": False}),
+    "tipsv2": ("Tipsv2VisionModel", {"num_register_tokens": 1}),
+}
+# Two towers.
+TOWERS = ("CLIP", "MetaClip2", "Siglip")
+# Class of timm, and arguments; the name of the architecture where it decides what the last layer is.
+TIMM = {
+    "registers_with_positions": ("VisionTransformer", {"reg_tokens": 2}),
+    "no_cls": ("VisionTransformer", {"class_token": False, "reg_tokens": 2, "global_pool": "avg", "fc_norm": False}),
+    "norm_of_cls": ("VisionTransformer", {"fc_norm": True}),
+    "no_norm": ("VisionTransformer", {"final_norm": False}),
+    "rectangular_patches": ("VisionTransformer", {"img_size": (32, 48), "patch_size": (8, 4)}),
+    "siglip": ("VisionTransformer", {"class_token": False, "global_pool": "map"}),
+    "openclip": ("VisionTransformer", {"pre_norm": True, "architecture": "vit_base_patch16_clip_224"}),
+    "eva": ("Eva", {}),
+    "eva02_small": ("Eva", {**SWIGLU, **ROPE}),
+    "eva02_base": ("Eva", {**SWIGLU, **ROPE, "qkv_fused": False, "scale_mlp": True}),
+    "eva02_clip": (
+        "Eva",
+        {**SWIGLU, **ROPE, "qkv_fused": False, "scale_mlp": True, "scale_attn_inner": True, "global_pool": "token",
+         "architecture": "eva02_base_patch16_clip_224"},
+    ),
+    "dinov3": ("Eva", {**DINOV3, "attn_type": "rope", "qkv_bias": False}),
+    "dinov3_with_biases": ("Eva", DINOV3),
+    "pe_core": ("Eva", {**PE, "ref_feat_shape": (4, 4), "global_pool": "map", "attn_pool_num_heads": 4}),
+    "pe_spatial": ("Eva", {**PE, "ref_feat_shape": (5, 5), "use_post_transformer_norm": False, "use_fc_norm": False}),
+    "rope_vit": ("Eva", {**AXIAL, "use_abs_pos_emb": False, "rope_temperature": 100.0}),
+    "rope_vit_with_a_table": ("Eva", {**AXIAL, "no_embed_class": True}),
+    "sbb_rope": ("Eva", {**ROPE, "class_token": False, "num_reg_tokens": 2}),
+}  # fmt: skip
+
+
+def two_towers(name):
+    config = getattr(transformers, f"{name}Config")(text_config=TEXT, vision_config=SIZES, projection_dim=12)
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def source_of(library, name):
+    """Random model of a family, whose every parameter differs from its initial value."""
+    torch.manual_seed(0)
+    if library == "towers":
+        return randomized(two_towers(name))
+    if library == "transformers":
+        class_name, fields = TRANSFORMERS[name]
+        model_class = getattr(transformers, class_name)
+        return randomized(model_class(model_class.config_class(**{**SIZES, **fields})))
+    kind, changes = TIMM[name]
+    architecture = {**changes}.pop("architecture", None)
+    changes = {key: value for key, value in changes.items() if key != "architecture"}
+    model = randomized(tiny_timm(kind, embed_dim=32, num_heads=2, **changes))
+    if architecture:
+        model.pretrained_cfg = {"architecture": architecture}
+        model.head.bias.data.zero_()
+    return model
+
+
+ALL = [
+    *(("transformers", name) for name in TRANSFORMERS), *(("towers", name) for name in TOWERS),
+    *(("timm", name) for name in TIMM),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("library", "name"), ALL)
+def test_every_family_is_converted_exactly_and_back_bit_for_bit(library, name, caplog):
+    source = source_of(library, name)
+    with caplog.at_level("INFO", logger="hf_regvit.models.conversion_check"):
+        model = convert(source)  # compares the outputs at three sizes
+    said = [record.getMessage() for record in caplog.records if "conversion_check" in record.name]
+    sizes = 1 if "rectang" in name and library != "timm" else 3  # ViT of transformers cannot resample a rectangle
+    assert len([line for line in said if "outputs match" in line]) == sizes
+    state = source.state_dict()
+    back = convert_back(model, like=source)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) and back[key].dtype == value.dtype for key, value in state.items())
+    # Trained values go back to their places, too: the source with them is converted to the trained model.
+    with torch.no_grad():
+        for number, parameter in enumerate(model.parameters()):
+            parameter.add_(0.01 * (number + 1))
+    for key, parameter in model.named_parameters():
+        if key.endswith("qkv.bias") and not model.config.key_bias:  # parts for which the source has no place
+            parameter.data.view(3, -1)[1 : 3 if "bias_of_queries" in name else 2] = 0
+    trained = copy.deepcopy(source)
+    trained.load_state_dict(convert_back(model, like=source))
+    again = convert(trained, verify=False).state_dict()
+    if "embeddings.patch_embeddings.projection.bias" not in again or model.config.embedding_norm:
+        return  # the bias of the patches is in the positions now; the outputs are compared below
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(again[key], value, atol=1e-6, rtol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["clip", "openclip"])
+@torch.no_grad()
+def test_a_trained_bias_of_the_patches_goes_into_the_positions(name):
+    source = source_of("transformers" if name == "clip" else "timm", name)
+    model = convert(source, verify=False)
+    model.embeddings.patch_embeddings.projection.bias.normal_()
+    source.load_state_dict(convert_back(model, like=source))
+    expected = model(pixels(2, 32, 32)).last_hidden_state
+    found = source.forward_features(pixels(2, 32, 32)) if name == "openclip" else source(pixels(2, 32, 32))[0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("library", "name"), [("transformers", "dinov3"), ("towers", "CLIP"), ("timm", "pe_core")])
+def test_registers_can_be_added_but_not_given_back(library, name):
+    source = source_of(library, name)
+    model = convert(source, verify=False)
+    registers = model.config.num_register_tokens
+    model.resize_register_tokens(registers + 2)
+    with pytest.raises(
+        ConversionError, match=rf"has {registers + 2} registers, but .* has {registers}, so there is no"
+    ):
+        convert_back(model, like=source)
+    with pytest.raises(TypeError, match="is a ViTModel, expected a RegViT"):
+        convert_back(source_of("transformers", "vit").vit, like=source)
+
+
+def test_a_trained_part_without_a_place_in_the_source_is_refused():
+    source = source_of("transformers", "dinov3_with_a_bias_of_queries")
+    model = convert(source, verify=False)
+    model.layers[0].attention.qkv.bias.data.view(3, -1)[1] = 1.0  # of the keys: has no effect
+    convert_back(model, like=source)
+    model.layers[0].attention.qkv.bias.data.view(3, -1)[2] = 1.0
+    with pytest.raises(ConversionError, match=r"part of layers\.0\.attention\.qkv\.bias was trained"):
+        convert_back(model, like=source)
+
+
+def test_a_fine_tuned_classifier_gives_its_tower_back():
+    source = source_of("towers", "CLIP")
+    tower = convert(source, verify=False)
+    model = RegViTForImageClassification(copy.deepcopy(tower.config))
+    model.regvit.load_state_dict(tower.state_dict(), strict=False)
+    with torch.no_grad():
+        model.regvit.layers[0].mlp.fc1.weight.zero_()
+    source.load_state_dict(convert_back(model, like=source))
+    assert not source.vision_model.encoder.layers[0].mlp.fc1.weight.any()
+    assert source.visual_projection.weight.any()
+
+
+@pytest.mark.parametrize("name", ["CLIP", "Siglip"])
+def test_folders_of_two_towers(name, tmp_path):
+    source = source_of("towers", name)
+    source.save_pretrained(tmp_path)
+    default_image_processor(32).save_pretrained(tmp_path)
+    model = convert(tmp_path)
+    assert model.image_processor is not None
+    expected = convert(source, verify=False).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    source.load_state_dict(convert_back(model, like=tmp_path))
+
+
+# --- Wrapped modules ---
+
+
+def averaged(model):
+    return torch.optim.swa_utils.AveragedModel(model)
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def with_compiled_blocks(model):
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("wrap", [nn.DataParallel, averaged, compiled, with_compiled_blocks])
+def test_wrappers_are_removed(wrap):
+    source = source_of("transformers", "mae")
+    expected = convert(source).state_dict()
+    found = convert(wrap(source)).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def test_adapters_have_to_be_merged_first():
+    source = source_of("transformers", "vit").vit
+    adapted = peft.get_peft_model(source, peft.LoraConfig(target_modules=["q_proj"]))
+    for unmerged in (adapted, adapted.state_dict()):
+        with pytest.raises(ConversionError, match="Merge the adapter first"):
+            convert(unmerged)
+    assert isinstance(convert(adapted.merge_and_unload()), RegViTModel)
+
+
+def test_quantized_modules_are_refused():
+    source = source_of("transformers", "vit").vit
+    quantized = torch.ao.quantization.quantize_dynamic(source, {nn.Linear}, dtype=torch.qint8)
+    with pytest.raises(ConversionError, match="is quantized"):
+        convert(quantized)
+
+
+# --- State dicts ---
+
+RAW = {"num_attention_heads": 2, "layer_norm_eps": 1e-6, "interpolate_antialias": True, "interpolate_offset": 0.0}
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "model.", "_orig_mod.", "backbone.", "module.base_encoder.", "teacher.backbone.", "module.model.",
+        "visual.trunk.", "encoder.vision_tower.",
+    ],
+)  # fmt: skip
+def test_prefixes_of_state_dicts(prefix):
+    source = tiny_timm(embed_dim=32, num_heads=2, num_classes=0)
+    state = {prefix + name: tensor for name, tensor in randomized(source).state_dict().items()}
+    state |= {f"{prefix}head.0.weight": torch.ones(3, 3)}
+    if prefix != "_orig_mod.":
+        state |= {"projector.weight": torch.ones(3, 3), "step": torch.ones(1)}
+    if prefix.startswith("teacher"):
+        state |= {name.replace("teacher", "student"): torch.zeros_like(value) for name, value in state.items()}
+    expected = convert(source).state_dict()
+    found = convert({"epoch": 3, "model": state}, **RAW).state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+def official_dinov3(source):
+    """State dict with the names of DINOv3's own repository: biases with a mask, periods, and a norm without use."""
+    names = {
+        "embeddings.register_tokens": "storage_tokens", "embeddings.cls_token": "cls_token",
+        "embeddings.patch_embeddings.projection": "patch_embed.proj", "layers.": "blocks.", ".attention.": ".attn.",
+        ".o_proj.": ".proj.", ".layer_scale1.lambda1": ".ls1.gamma", ".layer_scale2.lambda1": ".ls2.gamma",
+        "layernorm.": "norm.", ".mlp.gate_up_proj.": ".mlp.w12.", ".mlp.down_proj.": ".mlp.w3.",
+    }  # fmt: skip
+    state = {}
+    for name, tensor in source.state_dict().items():
+        for ours, theirs in names.items():
+            name = name.replace(ours, theirs)
+        state[name] = tensor.clone()
+        if name.endswith("attn.qkv.bias"):
+            state[name].view(3, -1)[1] = torch.nan  # as it is initialized; the mask hides it
+            state[name.replace("bias", "bias_mask")] = torch.tensor([1.0, 0.0, 1.0]).repeat_interleave(32)
+    periods = 100.0 ** (torch.arange(4) / 4)
+    return state | {"rope_embed.periods": periods, "local_cls_norm.weight": torch.ones(32)}
+
+
+@torch.no_grad()
+def test_official_dinov3(caplog):
+    source = convert(source_of("transformers", "dinov3"), verify=False, use_mask_token=False)
+    state = official_dinov3(source)
+    state.pop("embeddings.mask_token", None)
+    model = convert(state)
+    expected = source(pixels(2, 32, 48)).last_hidden_state
+    torch.testing.assert_close(model(pixels(2, 32, 48)).last_hidden_state, expected, atol=1e-6, rtol=1e-6)
+    assert "rounded" not in caplog.text
+    state["rope_embed.periods"] = state["rope_embed.periods"].bfloat16()
+    assert convert(state).config.rope_periods == pytest.approx(state["rope_embed.periods"].tolist())
+    assert "periods of the rotary positions are rounded" in caplog.text
+    back = convert_back(model, like=state)
+    assert all(torch.equal(back[key].nan_to_num(), value.nan_to_num()) for key, value in state.items())
+
+
+@torch.no_grad()
+def test_openclip_state_dict():
+    """Compare with the tower of transformers, which stores the same numbers under other names."""
+    source = source_of("transformers", "clip_with_projection")
+    state = source.state_dict()
+    names = {
+        "vision_model.": "visual.", "embeddings.class_embedding": "class_embedding", "pre_layrnorm": "ln_pre",
+        "embeddings.position_embedding.weight": "positional_embedding", "post_layernorm": "ln_post",
+        "embeddings.patch_embedding": "conv1", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
+        "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    }  # fmt: skip
+    official = {}
+    for name, tensor in state.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        official[name if name.startswith("visual.") else f"visual.{name}"] = tensor
+    official["visual.proj"] = official.pop("visual.visual_projection.weight").T.contiguous()
+    for block in range(2):
+        for kind in ("weight", "bias"):
+            start = f"visual.transformer.resblocks.{block}.attn."
+            parts = [official.pop(f"{start}{part}_proj.{kind}") for part in "qkv"]
+            official[f"{start}in_proj_{kind}"] = torch.cat(parts)
+    with pytest.raises(ConversionError, match=r"does not specify num_attention_heads, hidden_act\."):
+        convert(official)
+    model = convert(official, num_attention_heads=2, hidden_act="quick_gelu")
+    expected = source(pixels(2, 32, 32)).image_embeds
+    torch.testing.assert_close(model(pixels(2, 32, 32)).image_embeds, expected, atol=1e-5, rtol=1e-5)
+    back = convert_back(model, like=official, num_attention_heads=2, hidden_act="quick_gelu")
+    assert all(torch.equal(back[key], value) for key, value in official.items())
+
+
+# --- Refusals ---
+
+REFUSED = {
+    "aimv2": (lambda: transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES)), "RMSNorm"),
+    "swin": (
+        lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[2])),
+        "windows",
+    ),
+    "gelu_gate": (
+        lambda: transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, use_gated_mlp=True)),
+        "gate with another activation than silu",
+    ),
+    "mixed_rotation": (lambda: tiny_timm("Eva", **AXIAL, rope_type="mixed"), "RotaryEmbeddingMixed"),
+    "post_norm": (lambda: tiny_timm("Eva", use_post_norm=True), "EvaBlockPostNorm"),
+    "grouped_keys": (lambda: tiny_timm("Eva", **AXIAL, qkv_fused=False, num_kv_heads=1), "fewer heads of keys"),
+    "half_a_layer_scale": (lambda: tiny_timm("Eva", init_values=0.1, attn_only_layer_scale=True), "one branch only"),
+    "pool_of_registers": (lambda: tiny_timm("Eva", num_reg_tokens=1, global_pool="map"), "reads registers"),
+    "swin_of_timm": (lambda: timm.create_model("swin_tiny_patch4_window7_224"), "SwinTransformer"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_expressed_is_refused_with_the_reason(name):
+    make, reason = REFUSED[name]
+    with pytest.raises(ConversionError, match=reason):
+        convert(make())
+
+
+def test_a_source_that_cannot_run_itself_says_so():
+    model = transformers.Dinov2Model(transformers.Dinov2Config(**{**SIZES, "image_size": [32, 48]}))
+    with pytest.raises(ConversionError, match=r"itself cannot run at its own size of 32 x 48 .*verify=False"):
+        convert(model)
+    assert convert(model, verify=False).config.grid == (4, 6)
+
+
+def test_weights_of_unknown_statistics_need_a_processor(tmp_path):
+    source = tiny_timm(embed_dim=32, num_heads=2, num_classes=0)
+    torch.save(source.state_dict(), tmp_path / "w.pth")
+    with pytest.raises(UnknownProcessorError, match=r"No image processor is known for .*--processor"):
+        convert_to_folder(tmp_path / "w.pth", tmp_path / "out", **RAW)
+    given = default_image_processor(32)
+    given.image_mean = [0.1, 0.2, 0.3]
+    given.save_pretrained(tmp_path / "given")
+    convert_to_folder(tmp_path / "w.pth", tmp_path / "out", processor=tmp_path / "given", **RAW)
+    assert list(open_model(tmp_path / "out").processor.image_mean) == [0.1, 0.2, 0.3]
