@@ -227,8 +227,6 @@ def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
         values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
-    except RecipeError:
-        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
     if not isinstance(values, dict):

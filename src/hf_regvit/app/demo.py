@@ -190,24 +190,19 @@ def serve(
         app = build_app(
             models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20
         )
-        return _run(app, port)
-
-
-def _run(app: "gr.Blocks", port: int) -> dict[str, Any]:
-    try:
-        _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
-    except OSError as error:
-        if "empty port" not in str(error):
-            raise
-        raise OSError(
-            f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
-            "--port 0 for the first free one."
-        ) from error
-    logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
-    try:
-        app.block_thread()
-    finally:
-        app.close()
+        try:
+            _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+            logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
+            app.block_thread()
+        except OSError as error:
+            if "empty port" not in str(error):
+                raise
+            raise OSError(
+                f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
+                "--port 0 for the first free one."
+            ) from error
+        finally:
+            app.close()
     return {"address": address}
 
 

@@ -8,6 +8,7 @@ import html
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -137,13 +138,6 @@ class _Finding:
     error: BadImageError | None = None
 
 
-def _facts(data: bytes) -> ImageFacts | None:
-    try:
-        return image_facts(data, name="")
-    except BadImageError:
-        return None  # reading the image raises the same error, with its name
-
-
 class _Inspection(Dataset[_Finding]):
     """Results by index over all splits, for worker processes."""
 
@@ -161,7 +155,9 @@ class _Inspection(Dataset[_Finding]):
         try:
             if source.encoded is not None:
                 data = source.encoded(index)
-                digest, facts = hashlib.sha256(data).digest(), _facts(data)
+                digest = hashlib.sha256(data).digest()
+                with suppress(BadImageError):  # reading the image raises the same error, with its name
+                    facts = image_facts(data, name="")
             image = source.read(index)
         except BadImageError as error:
             return _Finding(id, split, facts=facts, error=error)

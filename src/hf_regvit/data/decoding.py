@@ -38,7 +38,7 @@ class ImageLimits:
             were decoded from the file's own data, and crops the other rows.
         value_range: Values (black, white) for images of 32-bit floats or integers, whose range is not defined by their
             format. None rejects such images.
-        max_seconds: Longest time of decoding, as the last resort against files that are made to be slow.
+        max_seconds: Longest time of decoding, as the last resort against slow files; 0 sets no limit.
 
     Raises:
         ValueError: A limit is out of range.
@@ -54,8 +54,6 @@ class ImageLimits:
     def __post_init__(self) -> None:
         if self.min_side < 1:
             raise ValueError(f"min_side={self.min_side} must be at least 1 pixel.")
-        if not self.max_seconds > 0:
-            raise ValueError(f"max_seconds={self.max_seconds} must be above 0.")
         if self.max_aspect < 1:
             raise ValueError(f"max_aspect={self.max_aspect} (longer side / shorter side) must be at least 1.")
         pillow = 2 * (Image.MAX_IMAGE_PIXELS or self.max_pixels)

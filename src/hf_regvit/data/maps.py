@@ -13,7 +13,7 @@ Shape letters: H and W pixels, C classes.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -533,10 +533,6 @@ class TargetReport:
     class_images: dict[str, int]
     counted_share: float
     depth_range: tuple[float, float, float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
     def summary(self) -> str:
         """Return the report as one line."""

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .decoding import BadImageError, lfs_pointer
-from .files import Found, image_suffixes, is_compressed_tar, is_hidden
+from .files import Found, image_suffixes, is_hidden
 from .labels import (
     LABEL_SUFFIXES,
     MOST_LABEL,
@@ -121,7 +121,7 @@ def _index_tar(
     Nothing is unpacked. Links, devices and paths that lead outside the archive are left out, as is everything after a
     damaged header.
     """
-    if is_compressed_tar(file):
+    if file.suffix.lower() != ".tar":
         raise ValueError(
             f"'{file}' is compressed, so its images cannot be read at random. Decompress it to .tar, or stream it."
         )
