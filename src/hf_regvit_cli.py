@@ -221,9 +221,7 @@ def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
             aliases += isinstance(event, yaml.AliasEvent)
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if aliases > _MOST_ALIASES or depth > _MOST_LEVELS:
-                raise RecipeError(
-                    f"'{path}' has too many aliases (*name) or levels. Expected one 'option: value' per line."
-                )
+                raise ValueError("it has too many aliases or levels; expected one 'option: value' per line")
         values, node = yaml.safe_load(text) or {}, yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
