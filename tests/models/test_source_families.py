@@ -9,8 +9,24 @@ import torch
 import transformers
 from torch import nn
 
-from builders import pixels, randomized, tiny_timm
-from hf_regvit import ConversionError, RegViTForImageClassification, RegViTModel, convert, convert_back, open_model
+from builders import noise, pixels, randomized, tiny_timm
+from hf_regvit import (
+    ConversionError,
+    FinetuningArguments,
+    RegViTForImageClassification,
+    RegViTModel,
+    RetrofitError,
+    convert,
+    convert_back,
+    diagnose,
+    evaluate_backbone,
+    extract_features,
+    finetune,
+    load_images,
+    open_model,
+    publish,
+    retrofit,
+)
 from hf_regvit.models.conversion import convert_to_folder
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
 
@@ -375,3 +391,58 @@ def test_weights_of_unknown_statistics_need_a_processor(tmp_path):
     given.save_pretrained(tmp_path / "given")
     convert_to_folder(tmp_path / "w.pth", tmp_path / "out", processor=tmp_path / "given", **RAW)
     assert list(open_model(tmp_path / "out").processor.image_mean) == [0.1, 0.2, 0.3]
+
+
+# --- Commands ---
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for number in range(32):
+        path = root / ("cat" if number % 2 else "dog") / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        noise(number).save(path)
+    return root
+
+
+CONVERTED = [("transformers", "dinov3"), ("towers", "CLIP"), ("towers", "Siglip"), ("timm", "pe_core")]
+
+
+def converted_folder(library, name, folder):
+    model = convert(source_of(library, name))
+    model.image_processor = default_image_processor(32)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name"), CONVERTED)
+def test_every_command_works_on_a_converted_model(library, name, images, tmp_path):
+    folder = converted_folder(library, name, tmp_path / "model")
+    source = load_images(str(images))
+    reader = open_model(folder)
+    assert reader.embed(source.subset(range(3))).shape == (3, 32)
+    assert reader.attention_maps(source.subset(range(2)), query=("patch", 1, 2)).shape == (2, 2, 4, 4)
+    assert diagnose(folder, source, progress=False).num_images == 32
+    assert len(extract_features(reader, source).ids) == 32
+    assert evaluate_backbone(folder, str(images), tasks=("knn",)).scores
+    if not reader.description.num_register_tokens:
+        with pytest.raises(RetrofitError, match="No distinct outlier population"):  # it has run over the images
+            retrofit(folder, source)
+    finetune(
+        FinetuningArguments(
+            model_name_or_path=folder, data=str(images), output_dir=str(tmp_path / "run"), max_steps=1,
+            per_device_train_batch_size=4,
+        )
+    )  # fmt: skip
+    assert open_model(tmp_path / "run").embed(source.subset(range(2))).shape == (2, 32)
+    assert isinstance(transformers.AutoModel.from_pretrained(tmp_path / "run"), RegViTModel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("library", "name"), CONVERTED)
+def test_a_converted_model_is_published_and_loads_without_this_package(library, name, tmp_path):
+    folder = converted_folder(library, name, tmp_path / "model")
+    published = publish(folder, "me/model", output_dir=tmp_path / "bundle", card={"license": "apache-2.0"})
+    assert published.verification is not None  # a clean process loaded it with the code beside the weights

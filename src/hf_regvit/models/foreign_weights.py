@@ -291,8 +291,8 @@ def _check_plain(tensors: dict[str, Any], what: str) -> None:
         )
     if any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         raise ConversionError(f"{what} is sharded. Gather its full state dict first, and pass it.")
-    is_float = [isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors.values()]
-    if not all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors.values()) or not any(is_float):
+    plain = [tensor for tensor in tensors.values() if type(tensor) in (Tensor, nn.Parameter)]
+    if len(plain) < len(tensors) or not any(tensor.is_floating_point() for tensor in plain):
         raise ConversionError(f"{what} is quantized. Pass the model from which it was made.")
 
 
