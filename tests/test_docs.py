@@ -51,6 +51,15 @@ def test_what_is_documented_is_public(name):
     assert hasattr(hf_regvit, attribute)
 
 
+def test_places_that_contributing_names_exist():
+    text = text_of(ROOT / "CONTRIBUTING.md")
+    places = [(ROOT / "src" / "hf_regvit" / path, ROOT / path) for path in re.findall(r"`((?:\w+/)+\w+\.\w+)`", text)]
+    assert [inside for inside, outside in places if not (inside.exists() or outside.exists())] == []
+    for name, path in re.findall(r"`(\w+)` of `([\w/]+\.py)`", text):
+        source = text_of(ROOT / "src" / "hf_regvit" / path)
+        assert re.search(rf"^(def |class )?{name}\b", source, flags=re.MULTILINE), f"{path} has no {name}"
+
+
 def test_every_hyperparameter_has_a_source():
     _, _, rest = text_of(DOCS / "papers.md").partition("## Source of each option")
     table, _, _ = rest.partition("## Evaluation")

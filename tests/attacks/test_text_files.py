@@ -76,7 +76,7 @@ def aliases() -> str:
         ("[" * 100_000, "levels"),
         ("{a: " * 20_000, "levels"),
         ("- " * 100_000, "levels"),
-        ("data: x\n" + "# comment\n" * 100_000, "bytes"),
+        ("data: x\n" + "# comment\n" * 100_000, "too long"),
         ("data: !!python/object/apply:os.system ['true']", "is not valid YAML"),
         ("data: 2024-99-99", "is not valid YAML"),
     ],
