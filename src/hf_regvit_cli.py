@@ -13,6 +13,7 @@ import argparse
 import difflib
 import json
 import logging
+import math
 import os
 import re
 import shlex
@@ -94,7 +95,7 @@ class OptionParser(argparse.ArgumentParser):
 
     @staticmethod
     def _add(parser: Any, option: Mapping[str, Any]) -> None:
-        flags = [flag for name in option["flags"] for flag in dict.fromkeys((f"--{name}", f"--{_dashed(name)}"))]
+        flags = [flag for name in option["flags"] for flag in _spellings(name)]
         how: dict[str, Any] = {"dest": option["name"], "type": _TYPES[option["type"]]}
         how["metavar"] = _METAVARS.get(option["type"]) or option["flags"][0].upper()
         help_text, default = option["help"], option["default"]
@@ -109,9 +110,7 @@ class OptionParser(argparse.ArgumentParser):
         parser.add_argument(*flags, help=help_text.replace("%", "%%"), **how)
         if default is True:
             name = f"no_{option['name']}"
-            parser.add_argument(
-                f"--{name}", f"--{_dashed(name)}", dest=option["name"], action="store_false", help=argparse.SUPPRESS
-            )
+            parser.add_argument(*_spellings(name), dest=option["name"], action="store_false", help=argparse.SUPPRESS)
 
     def error(self, message: str) -> NoReturn:
         """Print one line, and exit with status 2."""
@@ -170,40 +169,59 @@ class OptionParser(argparse.ArgumentParser):
         return values
 
     def _read_recipe(self, path: Path) -> dict[str, Any]:
-        text, values = read_yaml(path)
-        read = {}
-        for key, value in values.items():
-            line = next((i for i, row in enumerate(text.splitlines(), 1) if row.startswith(f"{key}:")), 0)
+        pairs, values = read_yaml(path)
+        read: dict[str, Any] = {}
+        lines: dict[str, int] = {}
+        for key_node, node in pairs:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
             if key not in self.names:
-                raise RecipeError(f"Unknown key '{key}' in {path}:{line}.{suggestion(str(key), self.names)}")
+                raise RecipeError(f"Unknown key '{key}' in {path}:{line}.{suggestion(key, self.names)}")
+            name = self.names[key]
+            if lines.setdefault(name, line) != line:  # YAML silently keeps the last value
+                where = f"in lines {lines[name]} and {line}, under this or another of its names"
+                raise RecipeError(f"'{key}' appears twice in {path}, {where}.")
             try:
-                read[self.names[key]] = _typed(self.options[self.names[key]], value)
+                read[name] = _typed(self.options[name], node, values.get(key))
             except (TypeError, ValueError, argparse.ArgumentTypeError) as error:
-                raise RecipeError(f"Invalid value {key}: {value!r} in {path}:{line}: {error}") from error
+                raise RecipeError(f"Invalid value {key}: {values.get(key)!r} in {path}:{line}: {error}") from error
         return read
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")))
 
 
 def _to_bool(text: str) -> bool:
-    if text.lower() in ("yes", "true", "t", "y", "1"):
+    if text.lower() in ("yes", "true", "t", "y", "on", "1"):
         return True
-    if text.lower() in ("no", "false", "f", "n", "0"):
+    if text.lower() in ("no", "false", "f", "n", "off", "0"):
         return False
     raise argparse.ArgumentTypeError(f"'{text}' is neither true nor false")
 
 
-_TYPES: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": _to_bool, "str": str}
+def _to_int(text: str) -> int:
+    """Read a whole number; Python also accepts 1_000 and digits of other scripts, and YAML 010 for eight."""
+    if not re.fullmatch(r"[+-]?(0|[1-9][0-9]*)", text):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number such as 12")
+    return int(text)
+
+
+def _to_float(text: str) -> float:
+    number = re.fullmatch(r"[+-]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[+-]?[0-9]+)?", text, re.IGNORECASE)
+    if number is None or not math.isfinite(float(text)):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number such as 0.5 or 1e-4")
+    return float(text)
+
+
+_TYPES: dict[str, Callable[[str], Any]] = {"int": _to_int, "float": _to_float, "bool": _to_bool, "str": str}
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
 _MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
 
 
-def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a recipe and its keys and values.
+def read_yaml(path: Path) -> tuple[list[tuple[Any, Any]], dict[str, Any]]:
+    """Return the keys and values of a recipe as nodes, which hold their texts and lines, and as YAML reads them.
 
     Raises:
         RecipeError: The recipe is missing, too large, or not flat YAML.
@@ -217,29 +235,19 @@ def read_yaml(path: Path) -> tuple[str, dict[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
-            raise RecipeError(f"'{path}' has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
-        values, node = yaml.safe_load(text) or {}, yaml.compose(text)
+            raise yaml.YAMLError(f"It has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error
-    except RecipeError:
-        raise
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date that does not exist
         raise RecipeError(f"'{path}' is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise RecipeError(f"'{path}' holds a {type(values).__name__}. Expected one 'option: value' per line.")
-    first: dict[str, int] = {}
-    # YAML silently keeps the last value of a repeated key.
-    for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-        line = key.start_mark.line + 1
-        if first.setdefault(key.value, line) != line:
-            raise RecipeError(
-                f"The key '{key.value}' appears twice in {path}, in lines {first[key.value]} and {line}."
-            )
-    return text, values
+    return [] if values is None else node.value, values or {}
 
 
-def _typed(option: Mapping[str, Any], value: Any) -> Any:
-    """Convert a value of a recipe to the type of the option."""
+def _typed(option: Mapping[str, Any], node: Any, value: Any) -> Any:
+    """Convert a value of a recipe, given as its node and as YAML reads it, to the type of the option."""
     kinds = option["kinds"]
     if value is None:
         if "NoneType" not in kinds:
@@ -249,14 +257,20 @@ def _typed(option: Mapping[str, Any], value: Any) -> Any:
         raise ValueError("expected a single value" + (" or a list" if "list" in kinds else ""))
     if isinstance(value, dict):
         return value
-    if value is False and "no" in (option["choices"] or ()):
-        value = "no"  # YAML reads `save_strategy: no` as false
-    if option["many"] and not isinstance(value, list):
-        value = [value]
-    convert = _TYPES[option["type"]]
     if isinstance(value, list):
-        return [convert(_expand_home(str(item))) for item in value]
-    return convert(_expand_home(str(value)))
+        return [_scalar(option, *one) for one in zip(node.value, value, strict=True)]
+    return [_scalar(option, node, value)] if option["many"] else _scalar(option, node, value)
+
+
+def _scalar(option: Mapping[str, Any], node: Any, value: Any) -> Any:
+    """Convert one value from its text: YAML reads 12:30:45 as 45045, 010 as eight, and yes as true."""
+    if not isinstance(node.value, str):
+        raise ValueError("expected a single value")
+    text = node.value.rstrip("\n")  # of a block of lines
+    names_text = isinstance(value, str) or text in (option["choices"] or ())
+    if option["type"] == "str" and not names_text and not re.fullmatch(r"(0|[1-9]\d*)([.-]\d+)*", text):
+        raise ValueError(f"expected text, but YAML reads it as {value}; write '{text}' if this text is meant")
+    return _TYPES[option["type"]](_expand_home(text))
 
 
 def _expand_home(argument: str) -> str:

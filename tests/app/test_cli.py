@@ -133,7 +133,7 @@ def test_what_needs_no_model_loads_no_torch_and_takes_no_time(args, status, tmp_
         (["diagnose", "--teacher_temp", "1"], "option '--teacher_temp'. Run"),  # no option of this command
         (["extract", "--model", "a", "b"], "Unexpected argument 'b'. Quote values that contain spaces."),
         (["extract", "--model", "a"], "The following options are required: --data, --output_dir"),
-        (["extract", "--layer", "last"], "--layer: invalid int value: 'last'"),
+        (["extract", "--layer", "last"], "--layer: 'last' is not a whole number"),
         (["extract", "--patches", "maybe"], "--patches: 'maybe' is neither true nor false"),
         (["pretrain", "--save_strategy", "never"], "--save_strategy: invalid choice: 'never' (choose from"),
     ],

@@ -1,6 +1,7 @@
 """Tests of `regvit doctor`: every check can fail, and its message says what to do."""
 
 import json
+import re
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -59,10 +60,12 @@ def versions(monkeypatch, **changed):
 
 def test_old_and_missing_packages_are_named(monkeypatch):
     versions(monkeypatch, transformers="4.57.0", accelerate=None)
-    finding = doctor._packages()
+    finding = doctor._together()
     assert finding.state == "bad"
-    assert "transformers 4.57.0 does not satisfy" in finding.text
-    assert "accelerate is not installed" in finding.text
+    assert finding.text.startswith("hf_regvit")
+    for name, number in (("transformers", "4.57.0 is installed"), ("accelerate", "not installed")):
+        assert re.search(rf"needs {name}[^;]*, (but|which is) {number}", finding.text)
+    assert "transformers 4.57.0" in doctor._packages().text
 
 
 def test_a_torchvision_of_another_torch_is_named(monkeypatch):
@@ -242,4 +245,4 @@ def test_the_command_prints_and_exits(capsys, monkeypatch):
     assert cli.main(["doctor", "--no_self_test", "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
     assert not report["healthy"]
-    assert [finding["name"] for finding in report["findings"] if finding["state"] == "bad"] == ["packages"]
+    assert [finding["name"] for finding in report["findings"] if finding["state"] == "bad"] == ["together"]

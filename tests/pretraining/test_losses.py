@@ -82,13 +82,6 @@ def test_half_precision_logits_are_taken_to_float32():
     assert loss.item() == pytest.approx(oracles.dino_loss(student.float(), teacher), rel=1e-5)
 
 
-def test_shapes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        dino_loss(normal(1, 2, 3), probabilities(1, 2, 4))
-    with pytest.raises(ValueError, match=r"\(5, 3\).*\(4,\)"):
-        ibot_loss(normal(5, 3), probabilities(5, 3), torch.ones(4), num_crops=2)
-
-
 # ---- Cross-entropy without logits ----
 
 
@@ -169,14 +162,6 @@ def test_prototype_cross_entropy_takes_half_precision_to_float32():
     assert loss.item() == pytest.approx(oracles.prototype_cross_entropy(**exact, temperature=0.1), rel=1e-5)
 
 
-def test_prototype_cross_entropy_names_shapes_that_do_not_fit():
-    case = prototype_case()
-    with pytest.raises(ValueError, match=r"\(7, 4\).*\(9, 4\).*\(6, 9\)"):
-        prototype_cross_entropy(**{**case, "targets": case["targets"][:6]})
-    with pytest.raises(ValueError, match=r"target_rows \(3,\)"):
-        prototype_cross_entropy(**case, target_rows=torch.zeros(3, dtype=torch.long))
-
-
 # ---- Gram anchoring ----
 
 
@@ -203,11 +188,6 @@ def test_gram_targets_are_constants_and_half_precision_is_taken_to_float32():
     assert student.grad.any()
 
 
-def test_gram_loss_names_grids_that_differ():
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\).*\(2, 6, 4\)"):
-        gram_loss(normal(2, 3, 4), normal(2, 6, 4))
-
-
 # ---- KoLeo ----
 
 
@@ -224,8 +204,6 @@ def test_koleo_of_several_neighbours_equals_its_loop(neighbors):
     for gathered in (False, True):
         actual = koleo_loss(features, neighbors=neighbors, gathered=gathered)
         assert actual.item() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match="neighbors is 9; expected 1 to 8"):
-        koleo_loss(features, neighbors=9)
 
 
 def test_koleo_of_an_orthonormal_batch():
@@ -261,11 +239,6 @@ def test_koleo_gradient_pushes_neighbours_apart():
     moved = (features - 0.01 * features.grad).detach()
     before, after = (F.normalize(x, dim=-1) for x in (features.detach(), moved))
     assert (after[0] - after[1]).norm() > (before[0] - before[1]).norm()
-
-
-def test_koleo_needs_two_rows():
-    with pytest.raises(ValueError, match=r"\(1, 8\).*at least 2"):
-        koleo_loss(normal(1, 8))
 
 
 # ---- Sinkhorn-Knopp ----
@@ -319,11 +292,6 @@ def test_sinkhorn_leaves_its_argument_alone():
     assert torch.equal(logits, before)
 
 
-def test_sinkhorn_refuses_bad_input():
-    with pytest.raises(ValueError, match=r"\(2, 3, 4\)"):
-        sinkhorn_knopp(normal(2, 3, 4), temperature=0.04)
-
-
 # ---- Centering ----
 
 
@@ -373,9 +341,3 @@ def test_a_checkpoint_keeps_what_is_pending():
         center.commit()
     assert first.center.any()
     assert torch.equal(first.center, second.center)
-
-
-@pytest.mark.parametrize("momentum", [-0.1, 1.0])
-def test_center_momentum_is_checked(momentum):
-    with pytest.raises(ValueError, match="The center momentum is"):
-        SoftmaxCenter(4, momentum=momentum)

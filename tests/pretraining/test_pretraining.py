@@ -149,8 +149,8 @@ def test_every_parameter_of_the_network_has_its_rule():
 
 
 def test_an_unknown_parameter_is_refused():
-    with pytest.raises(ValueError, match=r"'pooler\.dense\.weight'"):
-        parameter_rules(["backbone.pooler.dense.weight"], num_layers=2)
+    with pytest.raises(ValueError, match=r"'neck\.weight'"):
+        parameter_rules(["backbone.neck.weight"], num_layers=2)
 
 
 # ---- Self-distillation ----
@@ -306,7 +306,7 @@ def test_separate_clipping_leaves_small_parts_alone():
     assert after["dino_head"] == pytest.approx(0.5, rel=1e-4)
 
 
-def test_bad_networks_and_batches_are_refused():
+def test_bad_networks_are_refused():
     with pytest.raises(ValueError, match="use_mask_token=True"):
         tiny_network(config=tiny_config(use_mask_token=False))
     with pytest.raises(ValueError, match="'center'"):
@@ -315,15 +315,6 @@ def test_bad_networks_and_batches_are_refused():
         tiny_network(koleo_loss_weight=-1.0)
     with pytest.raises(ValueError, match="one above 0"):
         tiny_network(dino_loss_weight=0.0, ibot_loss_weight=0.0, koleo_loss_weight=0.0)
-    network, batch = tiny_network(), tiny_batch()
-    for name, value, message in (
-        ("global_crops", torch.zeros(3, 3, 3, 16, 16), r"\(3, 3, 3, 16, 16\).*\(2, B"),
-        ("local_crops", torch.zeros(2, 4, 3, 8, 8), r"\(2, 4, 3, 8, 8\).*\(L, 3"),
-        ("masks", batch["masks"].float(), "torch.float32"),
-        ("mask_weights", torch.ones(3), r"\(5,\).*\(3,\)"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            network(**{**batch, name: value})
 
 
 # ---- Trainer ----
@@ -782,11 +773,6 @@ def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     assert [line["step"] for line in lines if "eval_knn_1" in line] == [0, 4, 6]
     without = trained(tmp_path / "b")
     assert same_state(with_knn.model.state_dict(), without.model.state_dict())
-
-
-def test_online_knn_checks_its_interval():
-    with pytest.raises(ValueError, match="every_steps is 0"):
-        OnlineKNN([], [], image_processor=None, every_steps=0)
 
 
 def test_progress_bar_shows_loss_and_speed(tmp_path, capsys):

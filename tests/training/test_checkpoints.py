@@ -5,6 +5,7 @@ import json
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from transformers import TrainerCallback
 
 from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.manifest import CheckpointIncompleteError, verify_checkpoint, write_manifest
+from hf_regvit.models.saving import NoSpaceError
 from hf_regvit.pretraining.distillation import HeadShape
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints, newest_checkpoint, rotate_checkpoints
 from hf_regvit.training.samplers import EpochSampler
@@ -233,11 +235,25 @@ def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
 
 def test_f58_space_is_checked_before_writing(tmp_path, monkeypatch, caplog):
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    trainer = trained(tmp_path, **SAVING)
+
+    class OthersFillTheDisk(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+
+    trainer = trained(tmp_path, callbacks=[OthersFillTheDisk()], **SAVING)
     assert trainer.state.global_step == 6
     assert names(tmp_path) == []
-    assert "0 MiB are free" in caplog.text
+    assert re.search(r"needs about \d\.\d MiB, but only 0\.0 MiB are free", caplog.text)
+
+
+def test_f58_space_is_checked_before_the_first_step(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    for free, strategy in ((2**21, "steps"), (2**19, "no")):  # enough for the result alone, and for nothing
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        with pytest.raises(NoSpaceError, match=r"needs about \d\.\d MiB, but only \d\.\d MiB are free"):
+            trained(tmp_path, **SAVING | {"save_strategy": strategy})
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=2**21))
+    assert trained(tmp_path, save_strategy="no").state.global_step == 6
 
 
 def test_f58_the_system_refuses_to_write_a_file(tmp_path, caplog):

@@ -16,7 +16,6 @@ from typing import Any
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 _OK, _NOTE, _BAD = "ok", "note", "bad"
@@ -123,28 +122,9 @@ def _fits(found: str, bounds: str) -> bool:
     return SpecifierSet(bounds).contains(Version(found).base_version, prereleases=True)
 
 
-def _required() -> dict[str, str]:
-    """Return the version bounds of hf_regvit's requirements by package name, without those of extras."""
-    wanted = [Requirement(line) for line in requires("hf_regvit") or ()]
-    return {canonicalize_name(one.name): str(one.specifier) for one in wanted if one.marker is None}
-
-
 def _packages() -> Finding:
-    from ..models.configuration_regvit import __version__
-
-    wrong, found = [], {}
-    for name, bounds in {**dict.fromkeys(_PACKAGES, ""), **_required()}.items():
-        number = _version(name)
-        if number is None:
-            wrong.append(f"{name} is not installed")
-        elif not _fits(number, bounds):
-            wrong.append(f"{name} {number} does not satisfy {bounds}")
-        elif name in _PACKAGES:
-            found[name] = number
-    if wrong:
-        return Finding(_BAD, f"{'; '.join(wrong)}. Run: pip install -U hf_regvit")
-    numbers = ", ".join(f"{name} {number}" for name, number in found.items())
-    return Finding(_OK, f"hf_regvit {__version__}, {numbers}")
+    numbers = [f"{name} {number}" for name in ("hf_regvit", *_PACKAGES) if (number := _version(name))]
+    return Finding(_OK, ", ".join(numbers))
 
 
 def torch_for_torchvision() -> str:
@@ -171,8 +151,8 @@ def _torch_pair() -> Finding:
 
 def _together() -> Finding:
     """Check the requirements of the large packages, as `pip check` does for all packages."""
-    wrong: dict[str, str] = {}  # package name to its unmet requirement
-    packages = [name for name in (*_PACKAGES, *_EXTRAS) if _version(name)]
+    wrong: list[tuple[str, str]] = []  # names of packages and their unmet requirements
+    packages = [name for name in ("hf_regvit", *_PACKAGES, *_EXTRAS) if _version(name)]
     for name in packages:
         for one in map(Requirement, requires(name) or ()):
             if one.marker is not None and not one.marker.evaluate({"extra": ""}):
@@ -181,12 +161,12 @@ def _together() -> Finding:
                 continue  # `_torch_pair` reports it with its own advice
             number = _version(one.name)
             if number is None:
-                wrong[name] = f"needs {one.name}{one.specifier}, which is not installed"
+                wrong.append((name, f"needs {one.name}{one.specifier}, which is not installed"))
             elif not _fits(number, str(one.specifier)):
-                wrong[name] = f"{_version(name)} needs {one.name}{one.specifier}, but {number} is installed"
+                wrong.append((name, f"{_version(name)} needs {one.name}{one.specifier}, but {number} is installed"))
     if wrong:
-        said = "; ".join(f"{name} {text}" for name, text in wrong.items())
-        return Finding(_BAD, f"{said}. Run: pip install -U hf_regvit {' '.join(wrong)}")
+        names = dict.fromkeys(["hf_regvit", *(name for name, _ in wrong)])
+        return Finding(_BAD, f"{'; '.join(map(' '.join, wrong))}. Run: pip install -U {' '.join(names)}")
     return Finding(_OK, f"the requirements of {len(packages)} packages are met")
 
 

@@ -32,7 +32,7 @@ from ..hub.facts import CardFigure, finetuning_facts, public_recipe
 from ..hub.scan import may_be_published
 from ..models.configuration_regvit import RegViTConfig
 from ..models.manifest import whole_checkpoint
-from ..models.saving import write_json
+from ..models.saving import num_bytes, write_json
 from ..training.callbacks import MetricsFile
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError
@@ -107,7 +107,8 @@ def finetune(
         report = _report(trainer, final, started) | {"changes": changes}
         report["parameters"]["result"] = result.num_parameters()
         if trainer.is_world_process_zero():
-            _write_folder(output, result, trainer, report)
+            with trainer.writing_result():
+                _write_folder(output, result, trainer, report)
         trainer.accelerator.wait_for_everyone()
         trainer.push_result(output)  # one process pushes; the others need not wait for the Hub
         return result
@@ -175,7 +176,7 @@ def _report(trainer: FinetuningTrainer, final: Mapping[str, float], started: tup
 def _write_folder(output: Path, result: PreTrainedModel, trainer: FinetuningTrainer, report: dict[str, Any]) -> None:
     """Write model, processor, metrics, figures and card of a finished run."""
     task, args, processor = trainer.task, trainer.args, trainer.image_processor
-    with whole_checkpoint(output) as folder:
+    with whole_checkpoint(output, needed=num_bytes(result.state_dict().values())) as folder:
         result.save_pretrained(folder)
         processor.save_pretrained(folder)
     write_json(output / "metrics.json", report)

@@ -183,7 +183,8 @@ class PretrainingArguments(RunArguments):
         for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
             self._expect_range(name, "two numbers between 0 and 1, the smaller one first", at_most=1)
         self._expect_range("blur_sigma", "two numbers above 0, the smaller one first", above=0)
-        for name in ("teacher_momentum", "teacher_momentum_end", "mask_probability"):
+        probabilities = [f"{what}_probability" for what in ("mask", "jitter", "grayscale", "solarize", "flip")]
+        for name in ("teacher_momentum", "teacher_momentum_end", "center_momentum", "drop_path_rate", *probabilities):
             self._expect(name, 0 <= getattr(self, name) <= 1, "a number from 0 to 1")
         for name in ("student_temperature", "warmup_teacher_temperature", "teacher_temperature"):
             self._expect(name, getattr(self, name) > 0, "a temperature above 0")

@@ -191,22 +191,27 @@ class CollapseAlarms(TrainerCallback):
         if state.global_step and self.metrics is not None and self.metrics.path.exists():
             lines = read_metrics(self.metrics.path)
             self.raised = [Alarm(line["alarm"], line["step"], line["message"]) for line in lines if "alarm" in line]
+            for line in lines:  # continues the counts
+                self._check(line, line["step"], state)
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
     ) -> None:
-        """Check one log line; a line without the values of a rule does not affect its count."""
-        for name, keys, rule, at_once in RULES:
-            if any(key not in (logs or {}) for key in keys) or any(alarm.name == name for alarm in self.raised):
-                continue
-            asked = at_once or state.global_step >= (self.first_step or 0)
-            message = rule(logs or {}, self.recipe) if asked else None
-            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if message else 0
-            if message and self._in_a_row[name] >= PATIENCE:
-                self.record(Alarm(name, state.global_step, message), state)
+        """Check one log line."""
+        self._check(logs or {}, state.global_step, state)
         # Measurements may differ between processes in the last digit.
         if self.stop and from_first(bool(self.raised)):
             control.should_training_stop = True
+
+    def _check(self, values: Mapping[str, float], step: int, state: TrainerState) -> None:
+        """Check the values of one step; if values of a rule are missing, its count does not change."""
+        for name, keys, rule, at_once in RULES:
+            if any(key not in values for key in keys) or any(alarm.name == name for alarm in self.raised):
+                continue
+            message = rule(values, self.recipe) if at_once or step >= (self.first_step or 0) else None
+            self._in_a_row[name] = self._in_a_row.get(name, 0) + 1 if message else 0
+            if message and self._in_a_row[name] >= PATIENCE:
+                self.record(Alarm(name, step, message), state)
 
     def record(self, alarm: Alarm, state: TrainerState) -> None:
         """Keep an alarm for the report, log it and write it to the metrics file."""

@@ -84,8 +84,6 @@ class MultiCropDataset(_SingleThreadedDataset, Dataset[Item]):
         return len(self.source)
 
     def __getitem__(self, key: tuple[int, int]) -> Item:
-        if not isinstance(key, tuple):
-            raise TypeError(f"MultiCropDataset[{key!r}]: expected (epoch, index). Use EpochSampler as the sampler.")
         epoch, index = key
         crops = self.multi_crop(self._usable_image(epoch, index), seed=self.seed, epoch=epoch, sample_id=index)
         return {**crops, "sample_id": index, "epoch": epoch}
@@ -170,11 +168,6 @@ class MultiCropStream(_SingleThreadedDataset, Dataset[Item]):
                 yield record
 
     def __getitem__(self, key: tuple[int, StreamRecord]) -> Item:
-        if not isinstance(key, tuple) or not isinstance(key[1], StreamRecord):
-            raise TypeError(
-                f"MultiCropStream[{key!r}]: expected (pass, StreamRecord), because a stream has no image indices. Use "
-                "its sampler()."
-            )
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[tuple[int, StreamRecord]]) -> list[Item]:

@@ -489,11 +489,7 @@ class SelfDistillation(nn.Module):
             select the same prototype (also collapse). `teacher_student_kl` is KL(teacher || student) of the global
             crops in nats, and `used_prototypes` the number of prototypes that are the largest entry of at least one
             target.
-
-        Raises:
-            ValueError: The shapes of the tensors do not match, or the number of global crops is not 2.
         """
-        self._check_batch(global_crops, local_crops, masks, mask_indices, mask_weights)
         targets = self.teacher_targets(global_crops, mask_indices) if targets is None else targets
         num_global, batch = global_crops.shape[:2]
         patches = mask_indices
@@ -522,30 +518,6 @@ class SelfDistillation(nn.Module):
             used = probabilities.new_zeros(probabilities.shape[-1])
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
         return outputs
-
-    def _check_batch(
-        self, global_crops: Tensor, local_crops: Tensor, masks: Tensor, mask_indices: Tensor, mask_weights: Tensor
-    ) -> None:
-        if global_crops.ndim != 5 or global_crops.shape[0] != 2:
-            raise ValueError(
-                f"global_crops has shape {tuple(global_crops.shape)}; expected (2, B, 3, S, S): two global crops of "
-                "B images, crop-major."
-            )
-        if local_crops.ndim != 5 or (local_crops.shape[0] and local_crops.shape[1] != global_crops.shape[1]):
-            raise ValueError(
-                f"local_crops has shape {tuple(local_crops.shape)}; expected (L, {global_crops.shape[1]}, 3, s, s): "
-                "local crops of the same images, crop-major."
-            )
-        if masks.dtype != torch.bool or masks.shape[:2] != global_crops.shape[:2]:
-            raise ValueError(
-                f"masks has shape {tuple(masks.shape)} and dtype {masks.dtype}; expected bool of shape "
-                f"(2, {global_crops.shape[1]}, N)."
-            )
-        if mask_indices.shape != mask_weights.shape or mask_indices.ndim != 1:
-            raise ValueError(
-                f"mask_indices has shape {tuple(mask_indices.shape)} and mask_weights has shape "
-                f"{tuple(mask_weights.shape)}; expected (M,) for both, one entry per masked patch."
-            )
 
     def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
         """Clip the gradients of the backbone, the DINO head and the iBOT head separately, as in the official code.
@@ -577,8 +549,5 @@ class SelfDistillation(nn.Module):
     @torch.no_grad()
     def refresh_gram_teacher(self) -> None:
         """Copy the current teacher backbone to the Gram teacher."""
-        if self.gram_teacher is None:
-            raise RuntimeError(
-                "There is no Gram teacher to refresh. Build SelfDistillation with gram_loss_weight > 0."
-            )
-        torch._foreach_copy_(list(self.gram_teacher.parameters()), list(self.teacher_backbone.parameters()))
+        gram_teacher = cast(RegViTModel, self.gram_teacher)
+        torch._foreach_copy_(list(gram_teacher.parameters()), list(self.teacher_backbone.parameters()))

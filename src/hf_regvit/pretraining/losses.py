@@ -116,24 +116,7 @@ def prototype_cross_entropy(
 
     Returns:
         The scalar `sum_i w_i H(t_i, s_i)`, and the cross-entropy `(n,)` of each row in nats, without a gradient.
-
-    Raises:
-        ValueError: Shapes do not match.
     """
-    rows = features.shape[0] if target_rows is None else targets.shape[0]
-    if (
-        features.ndim != 2
-        or features.shape[1:] != prototypes.shape[1:]
-        or targets.shape != (rows, prototypes.shape[0])
-        or weights.shape != features.shape[:1]
-        or (target_rows is not None and target_rows.shape != weights.shape)
-    ):
-        raise ValueError(
-            f"The shapes of features {tuple(features.shape)}, prototypes {tuple(prototypes.shape)}, targets "
-            f"{tuple(targets.shape)}, weights {tuple(weights.shape)} and target_rows "
-            f"{None if target_rows is None else tuple(target_rows.shape)} do not match; expected (n, d), (K, d), "
-            "(n, K) and (n,), or any number of targets if target_rows (n,) is given."
-        )
     if chunk_rows is None:
         kind = "cpu" if features.device.type == "cpu" else "other"
         chunk_rows = max(_CHUNK_LOGITS[kind] // prototypes.shape[0], 1)
@@ -169,25 +152,13 @@ def koleo_loss(features: Tensor, *, eps: float = 1e-8, gathered: bool = False, n
     Returns:
         Scalar: `-mean log(|x_i - x_nn(i) + eps| + eps)`, over the rows of this process and their neighbors. Identical
         rows give about 16, not infinity.
-
-    Raises:
-        ValueError: There are too few rows for the number of neighbors.
     """
-    if features.ndim != 2 or features.shape[0] < 2:
-        raise ValueError(
-            f"KoLeo features have shape {tuple(features.shape)}; expected (B, D) with B of at least 2, because every "
-            "image is compared with its nearest neighbor. Raise the batch size or set koleo_loss_weight=0."
-        )
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(_float32(features), dim=-1, eps=eps)
         others, offset = unit, 0
         if gathered and num_processes() > 1:
             others = torch.cat(torch.distributed.nn.functional.all_gather(unit))
             offset = dist.get_rank() * unit.shape[0]
-        if not 1 <= neighbors < others.shape[0]:
-            raise ValueError(
-                f"neighbors is {neighbors}; expected 1 to {others.shape[0] - 1}, the number of other rows."
-            )
         with torch.no_grad():
             similarity = unit @ others.T
             similarity.diagonal(offset).fill_(-1)
@@ -209,21 +180,8 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
     Returns:
         Scalar: the mean squared difference over all entries of all matrices.
 
-    Raises:
-        ValueError: The numbers of crops or patches differ.
-
     Source: Siméoni et al., "DINOv3" (2025), section 4, where this loss has weight 2.
     """
-    if (
-        student_patches.ndim != 3
-        or teacher_patches.ndim != 3
-        or student_patches.shape[:2] != teacher_patches.shape[:2]
-    ):
-        raise ValueError(
-            f"Student patches have shape {tuple(student_patches.shape)} and teacher patches have shape "
-            f"{tuple(teacher_patches.shape)}; expected (crops, P, D) and (crops, P, D') on the same grid. Resample "
-            "the teacher patches first."
-        )
     with torch.autocast(student_patches.device.type, enabled=False):
         student = F.normalize(_float32(student_patches), dim=-1)
         teacher = F.normalize(_float32(teacher_patches.detach()), dim=-1)
@@ -250,12 +208,7 @@ def sinkhorn_knopp(logits: Tensor, *, temperature: float, num_iterations: int = 
 
     Returns:
         Float32 probabilities `(n, K)`; every row sums to 1.
-
-    Raises:
-        ValueError: The logits are not a matrix.
     """
-    if logits.ndim != 2:
-        raise ValueError(f"logits has shape {tuple(logits.shape)}; expected (n, K) with one row per sample.")
     # This is the only new tensor of size (n, K); all further operations modify it in place.
     kernel = _float32(logits) / temperature
     # A process without rows must still take part in the communication; -inf does not change the maximum.
@@ -290,9 +243,6 @@ class SoftmaxCenter(nn.Module):
     Args:
         num_prototypes: Number of prototypes K.
         momentum: Share of the previous center that is kept per step.
-
-    Raises:
-        ValueError: The momentum is outside [0, 1).
     """
 
     center: Tensor
@@ -301,10 +251,6 @@ class SoftmaxCenter(nn.Module):
 
     def __init__(self, num_prototypes: int, *, momentum: float = 0.9) -> None:
         super().__init__()
-        if not 0 <= momentum < 1:
-            raise ValueError(
-                f"The center momentum is {momentum}; expected a number from 0 to below 1. The official value is 0.9."
-            )
         self.momentum = momentum
         # All three are saved in checkpoints: without the pending sums, a resumed run would skip one update.
         self.register_buffer("center", torch.zeros(num_prototypes))

@@ -118,8 +118,6 @@ class Monitor(Observer):
 
     def __init__(self, pixel_values: Tensor, *, every_steps: float = 0.025) -> None:
         super().__init__(every_steps, at_least=20, at_most=100)
-        if len(pixel_values) < 2:
-            raise ValueError(f"The monitor got {len(pixel_values)} images, but it compares images. Pass at least 2.")
         self.pixel_values = pixel_values
 
     def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
@@ -337,9 +335,6 @@ class OnlineKNN(Observer):
         linear_probe: True to also log `eval_linear`, the accuracy of `ridge_accuracy` on the same features.
         is_held_out: True if the images to classify are excluded from training; False if the run trains on them without
             their labels, which reports mention.
-
-    Raises:
-        ValueError: If `every_steps` is not positive.
 
     Source: the k-NN protocol of DINOv2 (votes weighted by softmax of similarity / 0.07).
     """

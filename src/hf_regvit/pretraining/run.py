@@ -34,7 +34,7 @@ from ..models.loading import TRAINING
 from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
 from ..models.processing import default_image_processor
-from ..models.saving import read_json, write_json
+from ..models.saving import check_space, num_bytes, read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
 from ..training.finite import NonFiniteError, peak_memory_mib
@@ -97,7 +97,8 @@ def pretrain(
     with run_lock(args):
         trainer, alarms = _build_trainer(args, model, train_dataset, data_collator, image_processor, callbacks)
         _train(trainer, alarms)
-        return _write_folder(trainer)
+        with trainer.writing_result():
+            return _write_folder(trainer)
 
 
 def _build_trainer(
@@ -150,10 +151,12 @@ def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     state = whole_state(trainer.model)
     backbone = trainer.hub_model(state)
     if trainer.is_world_process_zero():
-        with whole_checkpoint(output / BACKBONE) as folder:
+        size, of_backbone = num_bytes(state.values()), num_bytes(backbone.state_dict().values())
+        check_space(output, size)  # for both folders
+        with whole_checkpoint(output / BACKBONE, needed=of_backbone) as folder:
             backbone.save_pretrained(folder)
             trainer.image_processor.save_pretrained(folder)
-        with whole_checkpoint(output / TRAINING) as folder:
+        with whole_checkpoint(output / TRAINING, needed=size - of_backbone) as folder:
             _save_training_state(state, folder)
         facts = pretraining_facts(
             public_recipe(args.resolved()), read_json(output / "report.json"), run_environment(args)
@@ -212,8 +215,9 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
     if trainer.is_world_process_zero():
         report = _report(trainer, since_start=time.perf_counter() - started)
         report |= {"alarms": [dataclasses.asdict(alarm) for alarm in alarms.raised], "stopped": stopped is not None}
-        write_json(output / "report.json", report)
-        draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
+        with trainer.writing_result():
+            write_json(output / "report.json", report)
+            draw_curves(output, num_prototypes=trainer.args.head_num_prototypes)
     if stopped is not None:
         raise stopped
 

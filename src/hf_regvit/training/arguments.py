@@ -42,6 +42,14 @@ class RunArguments(TrainingArguments):
     dataloader_pin_memory: bool = option(False, "Whether to pin memory in data loaders; for accelerators only.")
     ddp_find_unused_parameters: bool | None = option(False, "Search for unused parameters in DDP. Off: none.")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name, None)
+            numbers = value if isinstance(value, list) else [value]
+            finite = all(math.isfinite(number) for number in numbers if isinstance(number, float))
+            self._expect(item.name, finite, "a finite number")
+
     @property
     def folder(self) -> Path:
         """Folder of the run."""

@@ -33,17 +33,9 @@ class Observer(TrainerCallback):
     Attributes:
         seconds: Time spent on measurements so far.
         is_main_process: True if this process writes files.
-
-    Raises:
-        ValueError: If `every_steps` is not positive.
     """
 
     def __init__(self, every_steps: float = 1, *, at_least: int = 1, at_most: int | None = None) -> None:
-        if not every_steps > 0:
-            raise ValueError(
-                f"every_steps is {every_steps}; expected the number of steps between two measurements (at least 1), "
-                "or a fraction of the run above 0."
-            )
         self.every_steps, self.at_least, self.at_most = every_steps, at_least, at_most
         self.seconds = 0.0
         self.is_main_process = True
@@ -128,13 +120,16 @@ class MetricsFile(TrainerCallback):
     """Append every log line to a JSON Lines file, with `step` as the first key.
 
     Args:
-        path: Path of the file. A resumed run removes the lines after the step it starts from, so that no step occurs
-            twice. If the file cannot be written, for example on a full disk, lines are lost and training continues.
+        path: Path of the file. A resumed run removes the lines after the step it starts from, and does not repeat
+            those of that step. If the file cannot be written, for example on a full disk, lines are lost and training
+            continues.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         self._is_torn = False  # True if the last line may be incomplete
+        # Step and keys of the lines of the step at which a run was resumed.
+        self._known: set[tuple[int, frozenset[str]]] = set()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         """Clear the file; a resumed run keeps the lines up to its step."""
@@ -144,16 +139,24 @@ class MetricsFile(TrainerCallback):
         if not (self.path.exists() and state.global_step):
             self.path.write_text("")
             return
-        lines = metrics_lines(self.path)
         with whole_file(self.path) as unfinished, unfinished.open("w") as file:
-            file.writelines(f"{json.dumps(line)}\n" for line in lines if line["step"] <= state.global_step)
+            for line in metrics_lines(self.path):
+                if line["step"] <= state.global_step:
+                    file.write(f"{json.dumps(line)}\n")
+                if line["step"] == state.global_step:
+                    self._known.add((line["step"], frozenset(line)))
 
     def on_log(
         self, args: Any, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: object
     ) -> None:
-        """Write one log line."""
-        if state.is_world_process_zero and logs:
-            self.append({"step": state.global_step, **logs})
+        """Write one log line, unless a run that was resumed at this step has the line already."""
+        if not state.is_world_process_zero or not logs:
+            return
+        line = {"step": state.global_step, **logs}
+        if (key := (state.global_step, frozenset(line))) in self._known:
+            self._known.remove(key)
+        else:
+            self.append(line)
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line."""

@@ -10,8 +10,8 @@ number of processes and another kind of parallelism. The run folder must be on a
 """
 
 import contextlib
-import errno
 import logging
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,18 +32,19 @@ from ..models.manifest import (
     STATE,
     WEIGHTS,
     CheckpointIncompleteError,
-    flush,
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import apply_umask, read_json, write_json
-from .distributed import from_first, num_processes
+from ..models.saving import apply_umask, check_space, flush, num_bytes, read_json, write_json
+from .distributed import from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"  # folder inside the run folder in which a checkpoint is assembled
 RESUME_STATE = "resume_state.json"
+# Parts of the errors of gloo and NCCL for a process that has ended.
+_LOST_CONNECTION = re.compile(r"gloo|pair\.cc|NCCL|connection (closed|reset)|broken pipe|store", re.IGNORECASE)
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -191,20 +192,25 @@ class CheckpointedTrainer(PushingTrainer):
             TrainingInterrupted: If SIGTERM, SIGUSR1 or Ctrl-C arrived; a checkpoint is saved.
         """
         folder = self._checkpoint_to_resume(resume_from_checkpoint)
+        self._check_space_of_run(folder)
         if folder is not None:
             logger.info("Resuming from %s.", folder)
             saved = folder / RESUME_STATE
             self.check_resume_state(read_json(saved) if saved.is_file() else {})
+        self._peers = processes_of_run()
         try:
             with self.signals.listening():
                 result = super().train(None if folder is None else str(folder))
         except RuntimeError as error:
+            step, again = self.state.global_step, "Start again with resume_from_checkpoint=last."
+            if _LOST_CONNECTION.search(str(error)) and (lost := lost_processes(self._peers)):
+                raise RuntimeError(
+                    f"{' and '.join(lost)} ended during the run, so process {self.args.process_index} stopped after "
+                    f"step {step}. The reason is in the output of that process; if there is none, it was killed, "
+                    f"often because memory ran out. {again}"
+                ) from error
             if num_processes() > 1:
-                error.add_note(
-                    f"Process {self.args.process_index} of {self.args.world_size} failed at step "
-                    f"{self.state.global_step}. The cause is in the error of the process that failed first. Restart "
-                    "with --resume_from_checkpoint last."
-                )
+                error.add_note(f"Process {self.args.process_index} of {self.args.world_size}, step {step}. {again}")
             raise
         finally:
             self.worker_deaths.stop()
@@ -216,6 +222,27 @@ class CheckpointedTrainer(PushingTrainer):
             logger.warning("%s", message)
             raise TrainingInterrupted(message, code=self.signals.exit_code)
         return result
+
+    def _check_space_of_run(self, resumed: Path | None) -> None:
+        """Check before the first step that a checkpoint, with two moments of Adam, and the result fit on the disk."""
+        result = num_bytes(self.model.state_dict().values()) + 2**20
+        trained = num_bytes(value for value in self.model.parameters() if value.requires_grad)
+        is_done = resumed is not None and resumed.name.endswith(f"-{self.args.max_steps}")
+        saves = self.args.save_strategy != "no" and not is_done
+        check_space(self.args.folder, result + (result + 2 * trained) * saves)
+
+    @contextlib.contextmanager
+    def writing_result(self) -> Iterator[None]:
+        """Add to an error that the run is done, and how to write its result without training again."""
+        try:
+            yield
+        except OSError as error:
+            saved = [path.name for path in list_checkpoints(self.args.folder)[-1:]]
+            error.add_note(
+                f"All {self.state.global_step} steps are done. Free some space, then resume_from_checkpoint=last "
+                f"writes the result from the last checkpoint ({saved[0] if saved else 'there is none'})."
+            )
+            raise
 
     def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
         """Initialize the state; a finished run that a scheduler has queued again makes no further step."""
@@ -327,12 +354,8 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _check_free_space(self, model: nn.Module) -> None:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = sum(t.numel() * t.element_size() for t in [*model.state_dict().values(), *states]) + 2**20
-        free = shutil.disk_usage(self._staging or self.args.folder).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC, f"{free / 2**20:.0f} MiB are free, but about {needed / 2**20:.0f} MiB are needed"
-            )
+        needed = num_bytes([*model.state_dict().values(), *states])
+        check_space(self._staging or self.args.folder, needed + 2**20)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():

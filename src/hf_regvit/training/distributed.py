@@ -1,5 +1,9 @@
 """Helpers for several processes: gathered tensors, batch norm over all processes."""
 
+import os
+import socket
+import time
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -20,6 +24,37 @@ def from_first(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+Peer = tuple[int, str, int]  # rank, machine and id of a process
+
+
+def processes_of_run() -> list[Peer]:
+    """Return all processes of the run; a collective. Empty if there is only one."""
+    if num_processes() == 1:
+        return []
+    from accelerate.utils import gather_object
+
+    return gather_object([(dist.get_rank(), socket.gethostname(), os.getpid())])
+
+
+def lost_processes(peers: Sequence[Peer], *, seconds: float = 3.0) -> list[str]:
+    """Return the names of the processes on this machine that have ended, waiting briefly for one that is ending."""
+    import psutil
+
+    def has_ended(process: int) -> bool:
+        try:
+            return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    here = {rank: process for rank, machine, process in peers if machine == socket.gethostname()}
+    end = time.monotonic() + seconds
+    lost: list[str] = []
+    while here and not lost and time.monotonic() < end:
+        lost = [f"Process {rank} of {len(peers)} (id {one})" for rank, one in here.items() if has_ended(one)]
+        time.sleep(0.1)
+    return lost
 
 
 def full_tensor(tensor: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Detect values that are not finite, record the batch, replay it; describe running out of memory."""
 
 import base64
+import logging
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ..models.saving import write_json
+from ..models.saving import num_bytes, whole_file, write_json
 from .checkpoints import list_checkpoints
 from .distributed import full_tensor
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(FloatingPointError):
@@ -114,7 +117,10 @@ class FiniteGuard(TrainerCallback):
         # If every loss is finite, the NaN comes from the backward pass, and all processes have the averaged gradient.
         guilty = in_loss or list(range(len(records)))
         if state.is_world_process_zero:
-            self._write(state, [records[rank] for rank in guilty], in_loss=bool(in_loss), model=model)
+            try:
+                self._write(state, [records[rank] for rank in guilty], in_loss=bool(in_loss), model=model)
+            except OSError as error:  # must not hide the reason for the stop
+                logger.error("ALARM: The batch could not be recorded. %s", error)
         raise NonFiniteError(self._message(args, state, records, guilty, in_loss=bool(in_loss)))
 
     def _record(self, args: Any, state: TrainerState, norms: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -150,7 +156,8 @@ class FiniteGuard(TrainerCallback):
         tensors = model.state_dict()
         if not any(hasattr(tensor, "full_tensor") for tensor in tensors.values()):  # shards cannot be replayed
             weights = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(weights, self.folder / "nan_batch.safetensors", metadata={"format": "pt"})
+            with whole_file(self.folder / "nan_batch.safetensors", needed=num_bytes(weights.values())) as unfinished:
+                save_file(weights, unfinished, metadata={"format": "pt"})
 
     def _message(
         self,

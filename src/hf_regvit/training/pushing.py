@@ -21,7 +21,7 @@ from transformers.trainer_utils import HubStrategy
 from ..hub.card import write_card_file
 from ..hub.scan import public_files, scan
 from ..hub.upload import BackgroundPushes, PermanentPushError, PushError, create_repository, send_folder
-from ..models.manifest import MANIFEST, WEIGHTS, write_manifest
+from ..models.manifest import MANIFEST, WEIGHTS, whole_checkpoint
 from ..models.saving import read_json, write_json
 from .arguments import RunArguments
 from .distributed import from_first
@@ -138,10 +138,10 @@ class PushingTrainer(Trainer):
         shutil.rmtree(folder, ignore_errors=True)
         with torch.random.fork_rng(devices=[]):  # initializing the model must not change the random state of the run
             model = self.hub_model(state)
-        model.save_pretrained(folder)
-        if self.image_processor is not None:
-            self.image_processor.save_pretrained(folder)
-        write_manifest(folder)  # without the card, which may be edited
+        with whole_checkpoint(folder) as staged:  # its manifest is without the card, which may be edited
+            model.save_pretrained(staged)
+            if self.image_processor is not None:
+                self.image_processor.save_pretrained(staged)
         write_card_file(folder, parameters=model.num_parameters(), **self.hub_names(), **self.hub_facts())
         names = public_files(folder)
         scan(folder, names)

@@ -24,7 +24,7 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ..models.saving import write_json
+from ..models.saving import whole_file, write_json
 from .arguments import RunArguments
 from .distributed import from_first
 
@@ -164,7 +164,8 @@ class RunRecord(TrainerCallback):
         """Write both files."""
         if state.is_world_process_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "resolved_recipe.yaml").write_text(yaml.safe_dump(self.recipe, sort_keys=False))
+            with whole_file(self.folder / "resolved_recipe.yaml") as unfinished:
+                unfinished.write_text(yaml.safe_dump(self.recipe, sort_keys=False))
             write_json(self.folder / "environment.json", run_environment(args))
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:

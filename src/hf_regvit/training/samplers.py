@@ -71,8 +71,6 @@ class EpochSampler(Sampler[tuple[int, ...]]):
         self.images_per_epoch = num_samples // images_per_step * images_per_step
         self.start, self.skip = (0, 0), 0
         self.parts = tuple(parts) or (num_samples,)
-        if sum(self.parts) != num_samples:
-            raise ValueError(f"parts={self.parts} must add up to num_samples={num_samples}.")
         self.draws = None
         if weights is not None:
             shares = checked_weights(weights, len(self.parts))
@@ -231,10 +229,6 @@ class StreamSampler(Sampler[tuple[int, StreamRecord]]):
         buffer_size: int = 1000,
         bad_images: BadImages | None = None,
     ) -> None:
-        if not 0 <= rank < world_size or buffer_size < 1:
-            raise ValueError(
-                f"rank={rank} must be below world_size={world_size}, and buffer_size={buffer_size} at least 1."
-            )
         self.weights = None if weights is None else checked_weights(weights, len(streams))
         self.streams = [_join_streams(streams)] if weights is None else list(streams)
         self.seed, self.rank, self.world_size = seed, rank, world_size
