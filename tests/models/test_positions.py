@@ -167,8 +167,8 @@ def test_attention_pooler_in_loops():
 # Flex attention is compiled for each shape, which takes half a minute.
 @pytest.mark.parametrize("implementation", ["sdpa", "eager", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_padded_images_equal_single_ones(fields, implementation):
-    # Once shapes have varied, torch 2.14 compiles flex attention for any shape, which is wrong with AVX2.
-    torch.compiler.reset()
+    if implementation == "flex_attention" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
+        pytest.skip("with AVX2, masked flex attention of torch 2.14 on a CPU is wrong for 24 tokens and others")
     model = build(**fields)
     model.set_attn_implementation(implementation)
     sizes = [(32, 32), (24, 16), (8, 40)]
