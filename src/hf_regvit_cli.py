@@ -217,7 +217,7 @@ _TYPES: dict[str, Callable[[str], Any]] = {"int": _to_int, "float": _to_float, "
 _METAVARS = {"int": "N", "float": "X", "bool": "BOOL"}
 
 
-_MOST_BYTES, _MOST_ALIASES = 2**18, 16  # of a recipe; nested aliases multiply their content
+_MOST_SIGNS, _MOST_ALIASES, _MOST_LEVELS = 2**18, 16, 16  # of a recipe; nested aliases multiply their content
 
 
 def read_yaml(path: Path) -> tuple[list[tuple[Any, Any]], dict[str, Any]]:
@@ -230,12 +230,14 @@ def read_yaml(path: Path) -> tuple[list[tuple[Any, Any]], dict[str, Any]]:
 
     if not path.is_file():
         raise RecipeError(f"The recipe '{path}' does not exist. Check the path after --config.")
-    if path.stat().st_size > _MOST_BYTES:
-        raise RecipeError(f"'{path}' has more than {_MOST_BYTES} bytes. Expected one 'option: value' per line.")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if sum(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)) > _MOST_ALIASES:
-            raise yaml.YAMLError(f"It has more than {_MOST_ALIASES} aliases (*name). Write the values out.")
+        with path.open(encoding="utf-8-sig") as file:
+            text, aliases, depth = file.read(_MOST_SIGNS + 1), 0, 0
+        for event in yaml.parse(text):  # lazily, because deep nesting takes time in the square of its depth
+            aliases += isinstance(event, yaml.AliasEvent)
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if aliases > _MOST_ALIASES or depth > _MOST_LEVELS or len(text) > _MOST_SIGNS:
+                raise ValueError("it is too long, or has too many aliases or levels. Write one value per line")
         values, node = yaml.safe_load(text), yaml.compose(text)
     except UnicodeDecodeError as error:
         raise RecipeError(f"'{path}' is not UTF-8 text ({error}). Save it again as UTF-8.") from error

@@ -441,12 +441,6 @@ def test_normalize_pixels_torchvision(photo):
     torch.testing.assert_close(batch[0, 1], expected, atol=2e-6, rtol=1e-5)
 
 
-def test_normalize_pixels_other_statistics():
-    pixels = torch.full((3, 1, 1), 255, dtype=torch.uint8)
-    actual = A.normalize_pixels(pixels, mean=(0.5, 0.25, 0), std=(0.5, 0.5, 2))
-    torch.testing.assert_close(actual.flatten(), torch.tensor([1.0, 1.5, 0.5]))
-
-
 def test_normalize_pixels_no_local_crops():
     assert A.normalize_pixels(torch.zeros(0, 4, 3, 8, 8, dtype=torch.uint8)).shape == (0, 4, 3, 8, 8)
 

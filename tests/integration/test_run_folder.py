@@ -313,7 +313,7 @@ def test_a_model_without_registers_gets_some(make, tmp_path, caplog):
         teacher = pretrain(args, train_dataset=Crops32())
     assert "no registers; 3 new ones are added" in caplog.text
     assert "The heads are new" in caplog.text
-    assert "Ignored: patch_size 4 (it has 8), hidden_size 16 (it has 32)" in caplog.text
+    assert "Ignored: --patch_size 4 (it has 8), --hidden_size 16 (it has 32)" in caplog.text
     assert teacher.embeddings.register_tokens.shape == (1, 3, 32)
     assert 0.2 < teacher.embeddings.register_tokens.std() < 0.8
     assert teacher.config.use_mask_token

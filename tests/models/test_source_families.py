@@ -27,6 +27,8 @@ from hf_regvit import (
     publish,
     retrofit,
 )
+from hf_regvit.app.demo_page import MapRequest, results_page
+from hf_regvit.app.exploration import Explorer, InputImage
 from hf_regvit.models.conversion import convert_to_folder
 from hf_regvit.models.processing import UnknownProcessorError, default_image_processor
 
@@ -427,6 +429,8 @@ def test_every_command_works_on_a_converted_model(library, name, images, tmp_pat
     assert diagnose(folder, source, progress=False).num_images == 32
     assert len(extract_features(reader, source).ids) == 32
     assert evaluate_backbone(folder, str(images), tasks=("knn",)).scores
+    view = Explorer({"model": reader}).view(InputImage.of(noise(1), "one"), "model", side=32)
+    assert "attention of the selected patch" in results_page({"model": view}, MapRequest(("model",), side=32, layer=2))
     if not reader.description.num_register_tokens:
         with pytest.raises(RetrofitError, match="No distinct outlier population"):  # it has run over the images
             retrofit(folder, source)

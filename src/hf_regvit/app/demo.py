@@ -9,9 +9,12 @@ import importlib.util
 import logging
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -135,19 +138,28 @@ def build_app(
 def launch_options(*, port: int | None = None) -> dict[str, Any]:
     """Return options for `app.launch`: local machine only, no sharing, no files of the disk, no external fonts.
 
-    The variable `GRADIO_SERVER_NAME` selects another address to listen on, as in a Space behind a proxy.
+    Requests for other hosts than this machine are refused, so that a page elsewhere cannot reach the demo through a
+    name that leads here, and so are bodies that are larger than an image may be. The variable `GRADIO_SERVER_NAME`
+    selects another address to listen on; then the host is checked only in a Space, whose name `SPACE_HOST` gives.
 
     Args:
         port: Port to listen on; 0 or None selects the first free one from 7860 on.
     """
     import gradio as gr
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+    address, space = os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), os.environ.get("SPACE_HOST")
+    hosts = ["127.0.0.1", "localhost", space] if space else ["127.0.0.1", "localhost"]
+    if address not in hosts and not space:
+        hosts = ["*"]
+    guards = [Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(_LimitedBody)]
     theme = gr.themes.Default(
         primary_hue="orange", neutral_hue="stone", radius_size="md", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
     return {
-        "server_name": os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"), "server_port": port or None,
+        "server_name": address, "server_port": port or None, "app_kwargs": {"middleware": guards},
         "share": False, "strict_cors": True,
         "allowed_paths": [], "max_file_size": MAX_UPLOAD, "state_session_capacity": 200, "max_threads": 8,
         "show_error": False, "enable_monitoring": False, "ssr_mode": False, "pwa": False, "mcp_server": False,
@@ -174,22 +186,60 @@ def serve(
     names = list(dict.fromkeys([*model, *([compare] if compare else [])]))
     shown = {name: _name_of(name, names) for name in names}
     models = {shown[name]: name for name in names}
-    app = build_app(models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20)
-    try:
-        _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
-    except OSError as error:
-        if "empty port" not in str(error):
-            raise
-        raise OSError(
-            f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
-            "--port 0 for the first free one."
-        ) from error
-    logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
-    try:
-        app.block_thread()
-    finally:
-        app.close()
+    with _own_files():
+        app = build_app(
+            models, device=device, compare=shown[compare] if compare else None, cache_bytes=cache_mib << 20
+        )
+        try:
+            _, address, _ = app.launch(**launch_options(port=port), prevent_thread_lock=True)
+            logger.info("The demo is running at %s. Press Ctrl-C to stop it.", address)
+            app.block_thread()
+        except OSError as error:
+            if "empty port" not in str(error):
+                raise
+            raise OSError(
+                f"Port {port} is already in use, perhaps by another demo. Choose another port with --port, or use "
+                "--port 0 for the first free one."
+            ) from error
+        finally:
+            app.close()
     return {"address": address}
+
+
+@contextmanager
+def _own_files() -> Iterator[None]:
+    """Keep the files of visitors in a folder of this process, and remove it at every exit, also by SIGTERM."""
+    with tempfile.TemporaryDirectory(prefix="regvit_demo_") as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
+class _LimitedBody:
+    """ASGI middleware that answers 413 to a request whose body is larger than an upload may be."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Pass a request on, and count the bytes of its body."""
+        left = 21 << 20  # `MAX_UPLOAD` and the form around it
+        length = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        if scope["type"] == "http" and (not length.isdigit() or int(length) > left):
+            await send({"type": "http.response.start", "status": 413, "headers": []})
+            await send({"type": "http.response.body", "body": b"The request is too large."})
+            return
+
+        async def limited() -> Any:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            return message if left >= 0 else {"type": "http.disconnect"}
+
+        await self.app(scope, limited, send)
 
 
 def _name_of(source: str, others: Sequence[str]) -> str:
@@ -206,7 +256,8 @@ class _Page:
         import gradio as gr
 
         self.explorer = explorer
-        self.downloads = tempfile.TemporaryDirectory(prefix="regvit_demo_")  # removed when the program ends
+        # Removed when the program ends.
+        self.downloads = tempfile.TemporaryDirectory(dir=os.environ.get("GRADIO_TEMP_DIR"))
         chosen = builtin_images()
         self.examples = {name: InputImage.of(chosen[name], name) for name in EXAMPLES}
         # Gradio's copies of uploads and downloads are deleted after an hour.

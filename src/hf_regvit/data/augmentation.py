@@ -256,15 +256,11 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def normalize_pixels(
-    pixels: Tensor, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Tensor:
-    """Normalize crops for a model: (value / 255 - mean) / std, per channel.
+def normalize_pixels(pixels: Tensor) -> Tensor:
+    """Normalize crops for a model: (value / 255 - mean) / std, with the statistics of ImageNet per channel.
 
     Args:
         pixels: (..., 3, H, W) uint8, on any device; a whole batch at once is cheapest.
-        mean: Mean of each channel, relative to white.
-        std: Standard deviation of each channel, relative to white.
 
     Returns:
         (..., 3, H, W) float32 on the same device.
@@ -274,8 +270,8 @@ def normalize_pixels(
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(f"Pixels of type {pixels.dtype} cannot be normalized. Expected torch.uint8, 0 to 255.")
-    shift, scale = (torch.tensor(list(values), device=pixels.device).view(3, 1, 1) for values in (mean, std))
-    return pixels.float().mul_(1 / (255 * scale)).sub_(shift / scale)
+    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device).view(2, 3, 1, 1)
+    return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
 
 
 def distort(pixels: np.ndarray, parameters: ViewParameters, *, blur_kernel_size: int = 9) -> np.ndarray:

@@ -12,29 +12,15 @@ from .files import stratified_split
 from .source import ImageSource, Split
 
 # Images that are part of the two wheels. They are read directly, because `skimage.data` may download files.
-_BUILTIN_IMAGES = {
-    "astronaut": "skimage/data/astronaut.png",
-    "brick": "skimage/data/brick.png",
-    "camera": "skimage/data/camera.png",
-    "cell": "skimage/data/cell.png",
-    "chelsea": "skimage/data/chelsea.png",
-    "coffee": "skimage/data/coffee.png",
-    "coins": "skimage/data/coins.png",
-    "grass": "skimage/data/grass.png",
-    "gravel": "skimage/data/gravel.png",
-    "horse": "skimage/data/horse.png",
-    "hubble": "skimage/data/hubble_deep_field.jpg",
-    "ihc": "skimage/data/ihc.png",
-    "moon": "skimage/data/moon.png",
-    "motorcycle": "skimage/data/motorcycle_left.png",
-    "page": "skimage/data/page.png",
-    "retina": "skimage/data/retina.jpg",
-    "rocket": "skimage/data/rocket.jpg",
-    "text": "skimage/data/text.png",
-    "clock": "skimage/data/clock_motion.png",
-    "china": "sklearn/datasets/images/china.jpg",
-    "flower": "sklearn/datasets/images/flower.jpg",
-}
+_FILES = (
+    *(f"skimage/data/{name}" for name in (
+        "astronaut.png", "brick.png", "camera.png", "cell.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
+        "gravel.png", "horse.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "page.png",
+        "retina.jpg", "rocket.jpg", "text.png", "clock_motion.png",
+    )),
+    "sklearn/datasets/images/china.jpg", "sklearn/datasets/images/flower.jpg",
+)  # fmt: skip
+_BUILTIN_IMAGES = {Path(file).stem.split("_")[0]: file for file in _FILES}
 
 
 def builtin_images() -> dict[str, Image.Image]:

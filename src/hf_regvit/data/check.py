@@ -7,7 +7,8 @@ import hashlib
 import html
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -137,13 +138,6 @@ class _Finding:
     error: BadImageError | None = None
 
 
-def _facts(data: bytes) -> ImageFacts | None:
-    try:
-        return image_facts(data, name="")
-    except BadImageError:
-        return None  # reading the image raises the same error, with its name
-
-
 class _Inspection(Dataset[_Finding]):
     """Results by index over all splits, for worker processes."""
 
@@ -161,7 +155,9 @@ class _Inspection(Dataset[_Finding]):
         try:
             if source.encoded is not None:
                 data = source.encoded(index)
-                digest, facts = hashlib.sha256(data).digest(), _facts(data)
+                digest = hashlib.sha256(data).digest()
+                with suppress(BadImageError):  # reading the image raises the same error, with its name
+                    facts = image_facts(data, name="")
             image = source.read(index)
         except BadImageError as error:
             return _Finding(id, split, facts=facts, error=error)
@@ -354,7 +350,9 @@ def check_data(
         sources = {"train": parts.train} | ({"validation": parts.heldout} if parts.heldout else {})
     except MissingSplitError:
         sources = {"validation": load_images(data, split="validation", **options)}
-    notes, problems = [], [_record(problem) for problem in _problems(sources)]
+    # Each problem once: a folder that cannot be listed appears in every split.
+    once = {problem.path: problem for source in sources.values() for problem in source.problems}
+    notes, problems = [], [_record(problem) for problem in once.values()]
     if isinstance(data, str | Path) and has_masks(data):
         sources = {split: without_masks(source) for split, source in sources.items()}
         try:
@@ -382,11 +380,6 @@ def _record(error: BadImageError) -> dict[str, str]:
     return {"path": error.path, "kind": error.kind, "reason": error.reason}
 
 
-def _problems(sources: dict[str, ImageSource]) -> list[BadImageError]:
-    """Return each problem once; a folder that cannot be listed appears in every split."""
-    return list({problem.path: problem for source in sources.values() for problem in source.problems}.values())
-
-
 def _split_report(split: str, source: ImageSource, findings: Sequence[_Finding]) -> SplitReport:
     classes = None
     if source.labels is not None and source.label_names is not None:
@@ -406,15 +399,11 @@ def _image_record(findings: Sequence[_Finding]) -> dict[str, Any]:
         _BLACK: sum(finding.brightest <= _NEARLY_BLACK for finding in findings if finding.error is None),
     }
     return {
-        "formats": _most_first(fact.format for fact in facts),
-        "modes": _most_first(fact.mode for fact in facts),
-        "bits": _most_first(str(fact.bits) for fact in facts),
+        "formats": dict(Counter(fact.format for fact in facts).most_common()),
+        "modes": dict(Counter(fact.mode for fact in facts).most_common()),
+        "bits": dict(Counter(str(fact.bits) for fact in facts).most_common()),
         "traits": {name: count for name, count in traits.items() if count},
     }
-
-
-def _most_first(names: Iterable[str]) -> dict[str, int]:
-    return dict(Counter(names).most_common())
 
 
 def _sizes(good: Sequence[_Finding]) -> dict[str, Any]:

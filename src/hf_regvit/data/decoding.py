@@ -38,6 +38,7 @@ class ImageLimits:
             were decoded from the file's own data, and crops the other rows.
         value_range: Values (black, white) for images of 32-bit floats or integers, whose range is not defined by their
             format. None rejects such images.
+        max_seconds: Longest time of decoding, as the last resort against slow files; 0 sets no limit.
 
     Raises:
         ValueError: A limit is out of range.
@@ -48,6 +49,7 @@ class ImageLimits:
     max_pixels: int = 89_478_485
     on_truncated: Literal["skip", "salvage"] = "skip"
     value_range: tuple[float, float] | None = None
+    max_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.min_side < 1:
@@ -86,8 +88,8 @@ def printable(name: str) -> str:
 # Errors that Pillow's decoders raise on broken files: PNG alone raises SyntaxError, struct.error, zlib.error and
 # ValueError. The property test in `test_faults_data.py` searches for others.
 _DECODER_ERRORS = (
-    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, struct.error,
-    zlib.error, Image.DecompressionBombError,
+    OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, OverflowError, RuntimeError,
+    struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 
 
@@ -129,10 +131,9 @@ def open_map(data: bytes, *, name: str, limits: ImageLimits | None = None) -> Im
     Raises:
         BadImageError: The file is empty, truncated, corrupt, not an image, or outside `limits`.
     """
-    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
-        if image.format == "PNG":
-            _check_png(data, name)
-        _check_size(image.size, name, limits or ImageLimits())
+    limits = limits or ImageLimits()
+    with _bad_image(data, name, limits), Image.open(BytesIO(data), formats=known_formats()) as image:
+        _check_size(image.size, name, limits)
         image.load()
         return image
 
@@ -166,12 +167,10 @@ def read_bytes(path: str | Path, name: str) -> bytes:
 
 def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLimits) -> Image.Image:
     try:
-        with _bad_image(data, name):
+        with _bad_image(data, name, limits):
             if opened is not None:
                 return _upright_rgb(opened, name, limits)
             with Image.open(BytesIO(data), formats=known_formats()) as image:
-                if image.format == "PNG":
-                    _check_png(data, name)
                 return _upright_rgb(image, name, limits)
     except BadImageError as error:
         if error.kind != "truncated" or limits.on_truncated != "salvage":
@@ -180,11 +179,11 @@ def _guarded(opened: Image.Image | None, data: bytes, name: str, limits: ImageLi
 
 
 @contextmanager
-def _bad_image(data: bytes, name: str) -> Iterator[None]:
+def _bad_image(data: bytes, name: str, limits: ImageLimits) -> Iterator[None]:
     """Limit the time of decoding, and turn every error of Pillow's decoders into a `BadImageError`."""
     _check_cost(data, name)
     try:
-        with _time_limit(name):
+        with _time_limit(name, limits.max_seconds):
             yield
     except Image.UnidentifiedImageError as error:
         raise BadImageError(name, *_describe_unknown(data)) from error
@@ -273,11 +272,14 @@ def _check_png(data: bytes, name: str) -> None:
 
 _MOST_SCANS = 100  # encoders write about 10; each one costs as much as decoding the whole image
 _MOST_COMMENT = 2**18  # bytes; Pillow copies the whole comment for each of its blocks
-_MOST_SECONDS = 60
 
 
 def _check_cost(data: bytes, name: str) -> None:
-    """Refuse small files that would take minutes: a JPEG of many scans, a GIF with a long comment."""
+    """Refuse small files that would take minutes: a JPEG of many scans, a GIF with a long comment, many PNG chunks."""
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        if data[12:16] != b"IHDR":
+            raise BadImageError(name, *_describe_unknown(data))
+        _check_png(data, name)
     if data.startswith(b"\xff\xd8") and (scans := data.count(b"\xff\xda")) > _MOST_SCANS:
         raise BadImageError(name, f"it is a JPEG of {scans} scans, more than {_MOST_SCANS}", "too large")
     if data.startswith(b"GIF8") and _comment_bytes(data) > _MOST_COMMENT:
@@ -303,18 +305,18 @@ def _comment_bytes(data: bytes) -> int:
 
 
 @contextmanager
-def _time_limit(name: str) -> Iterator[None]:
-    """Stop decoding after `_MOST_SECONDS`, where a timer can: in the main thread of a process, and not on Windows."""
+def _time_limit(name: str, seconds: float) -> Iterator[None]:
+    """Stop decoding after some seconds, where a timer can: in the main thread of a process, and not on Windows."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or not hasattr(signal, "setitimer") or signal.getitimer(signal.ITIMER_REAL)[0]:
         yield
         return
 
     def stop(*_: object) -> None:
-        raise BadImageError(name, f"decoding it takes more than {_MOST_SECONDS} s", "too large")
+        raise BadImageError(name, f"decoding it takes more than {seconds:g} s", "too large")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, _MOST_SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
@@ -497,7 +499,7 @@ def image_facts(data: bytes, *, name: str) -> ImageFacts:
     Raises:
         BadImageError: The data is not an image, or its header is damaged.
     """
-    with _bad_image(data, name), Image.open(BytesIO(data), formats=known_formats()) as image:
+    with _bad_image(data, name, ImageLimits()), Image.open(BytesIO(data), formats=known_formats()) as image:
         bits = {"1": 1, "I": 32, "F": 32}.get(image.mode, 8)
         bits = _gray_range(image)[0].bit_length() or _tags(image).get(_BITS, (bits,))[0]
         if image.format == "PNG":

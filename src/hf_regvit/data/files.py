@@ -71,11 +71,6 @@ def kind_of(file: PurePath) -> str:
     return "images" if suffix in image_suffixes() else _CONTAINERS.get(suffix, "other")
 
 
-def is_compressed_tar(file: Path) -> bool:
-    """Return True for a compressed archive, which can only be read from its beginning."""
-    return file.name.lower().endswith(_COMPRESSED_TAR)
-
-
 def is_hidden(name: str | PurePath) -> bool:
     """Return True for names that never hold data: `.hidden`, `._image.jpg`, and `__MACOSX/` in archives from a Mac."""
     parts = str(name).split("/")

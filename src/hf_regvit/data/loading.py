@@ -19,7 +19,7 @@ from .files import (
     split_folders,
 )
 from .labels import LABEL_SUFFIXES, MOST_LABEL, add_label, classes_by_folder, label_of, note_on_names, number_classes
-from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_images
+from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_image
 from .tables import ImageStream, hub_table, parquet_table, table_images, table_stream
 from .tar import stream_tar, tar_source
 
@@ -150,10 +150,11 @@ def _image_folder(found: Found, reading: Reading) -> ImageSource:
         notes.append(f"'{root}': {len(extra)} classes have no training images: {listed(sorted(map(str, extra)))}.")
 
     ids = ["/".join(parts) for parts in parts_below(root, selected)]
-    return stored_images(
-        str(root), ids, partial(_read_file, root, ids), partial(file_name, root, ids), reading.limits, labels, names,
-        problems=found.problems, notes=tuple(notes),
-    )  # fmt: skip
+    encoded = partial(_read_file, root, ids)
+    read = partial(stored_image, encoded, partial(file_name, root, ids), reading.limits)
+    return ImageSource(
+        str(root), ids, read, labels, names, encoded=encoded, problems=found.problems, notes=tuple(notes)
+    )
 
 
 def _why_no_images(found: Found) -> str:

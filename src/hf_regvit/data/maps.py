@@ -10,11 +10,10 @@ from a column of a parquet file or Hub data set, or from a folder next to the im
 Shape letters: H and W pixels, C classes.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from ..models.saving import read_json
 from .decoding import BadImageError, ImageLimits, image_facts, open_map, read_bytes
 from .files import split_meant, splits_of, walk
 from .labels import plain
@@ -464,7 +464,7 @@ def read_class_names(file: str | Path) -> Mapping[int, str] | Sequence[str]:
         FileNotFoundError: The file does not exist.
         ValueError: The file holds something else.
     """
-    content = json.loads(Path(file).read_text(encoding="utf-8"))
+    content = read_json(file)
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         return tuple(content)
     if isinstance(content, dict) and all(key.lstrip("-").isdigit() for key in content):
@@ -533,10 +533,6 @@ class TargetReport:
     class_images: dict[str, int]
     counted_share: float
     depth_range: tuple[float, float, float] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return asdict(self)
 
     def summary(self) -> str:
         """Return the report as one line."""

@@ -154,24 +154,8 @@ def row_name(source: str, ids: Sequence[str], index: int) -> str:
     return f"{source}, {ids[index].replace('row/', 'row ')}"
 
 
-def stored_images(
-    name: str,
-    ids: Sequence[str],
-    encoded: Callable[[int], bytes],
-    called: Callable[[int], str],
-    limits: ImageLimits,
-    labels: Sequence[int] | None,
-    label_names: tuple[str, ...] | None,
-    *,
-    problems: tuple[BadImageError, ...] = (),
-    notes: tuple[str, ...] = (),
-) -> ImageSource:
-    """Create a source whose images are decoded from stored bytes with `open_image`."""
-    read = partial(_decode, encoded, called, limits)
-    return ImageSource(name, ids, read, labels, label_names, encoded=encoded, problems=problems, notes=notes)
-
-
-def _decode(
+def stored_image(
     encoded: Callable[[int], bytes], called: Callable[[int], str], limits: ImageLimits, index: int
 ) -> Image.Image:
+    """Decode stored image `index`, which is named `called(index)` in error messages."""
     return open_image(encoded(index), name=called(index), limits=limits)

@@ -3,7 +3,7 @@
 import glob
 import tarfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .decoding import BadImageError, lfs_pointer, read_bytes, say_once
 from .files import Found, does_not_exist, image_suffixes, split_meant, split_named, without_lonely_test
 from .labels import plain
-from .source import ImageSource, MissingSplitError, Reading, Split, listed, row_name, stored_images
+from .source import ImageSource, MissingSplitError, Reading, Split, listed, row_name, stored_image
 
 if TYPE_CHECKING:
     import datasets
@@ -177,9 +177,9 @@ def table_images(table: "datasets.Dataset", name: str, reading: Reading | None =
         table = table.cast_column(column, ImageFeature(decode=False))
     ids = [f"row/{i}" for i in range(len(table))]
     encoded = partial(_read_row, table.select_columns([column]), column, name, reading.follow_paths)
-    source = stored_images(name, ids, encoded, partial(row_name, name, ids), reading.limits, labels, names)
+    read = partial(stored_image, encoded, partial(row_name, name, ids), reading.limits)
     others = table.remove_columns([column])
-    return replace(source, table=others if others.column_names else None)
+    return ImageSource(name, ids, read, labels, names, others if others.column_names else None, encoded)
 
 
 def _read_row(table: "datasets.Dataset", column: str, name: str, follow_paths: bool, index: int) -> bytes:

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from .decoding import BadImageError, lfs_pointer
-from .files import Found, image_suffixes, is_compressed_tar, is_hidden
+from .files import Found, image_suffixes, is_hidden
 from .labels import (
     LABEL_SUFFIXES,
     MOST_LABEL,
@@ -22,7 +22,7 @@ from .labels import (
     number_classes,
     sample_key,
 )
-from .source import ImageSource, Reading, row_name, stored_images
+from .source import ImageSource, Reading, row_name, stored_image
 from .tables import ImageStream, StreamRecord
 
 logger = logging.getLogger(__name__)
@@ -62,10 +62,8 @@ def tar_source(found: Found, reading: Reading) -> ImageSource:
     labels_, names = number_classes(classes)
     positions = np.array(places, dtype=np.int64)
     encoded, name = partial(_read_member, found.files, positions), str(found.root)
-    return stored_images(
-        name, ids, encoded, partial(row_name, name, ids), reading.limits, labels_, names,
-        problems=tuple(problems), notes=tuple(notes),
-    )  # fmt: skip
+    read = partial(stored_image, encoded, partial(row_name, name, ids), reading.limits)
+    return ImageSource(name, ids, read, labels_, names, encoded=encoded, problems=tuple(problems), notes=tuple(notes))
 
 
 def _is_safe(member: tarfile.TarInfo) -> bool:
@@ -123,7 +121,7 @@ def _index_tar(
     Nothing is unpacked. Links, devices and paths that lead outside the archive are left out, as is everything after a
     damaged header.
     """
-    if is_compressed_tar(file):
+    if file.suffix.lower() != ".tar":
         raise ValueError(
             f"'{file}' is compressed, so its images cannot be read at random. Decompress it to .tar, or stream it."
         )

@@ -109,6 +109,7 @@ _UNFILLED = re.compile(
     r"\{\{|\{%|\}\}|%\}|\bTODO\b|\bFIXME\b|\[?[Mm]ore [Ii]nformation [Nn]eeded|\b(?:None|nan)\b(?=\W*$| *[|%,;\])])",
     flags=re.MULTILINE,
 )
+_REQUIRED = ("license", "pipeline_tag", "library_name", "tags")  # fields of the header
 _CLASS_NAMES = re.compile(r"^(?:\| classes \||- IoU of each class:).*$", flags=re.MULTILINE)
 
 
@@ -126,15 +127,12 @@ def card_snippets(text: str) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
-def check_card(
-    text: str, *, folder: str | Path | None = None, required: Sequence[str] = ("license", "pipeline_tag")
-) -> None:
+def check_card(text: str, *, folder: str | Path | None = None) -> None:
     """Check that a card is complete.
 
     Args:
         text: Text of the card.
         folder: Folder with the figures of the card; None skips the check of the figures.
-        required: Required fields of the header.
 
     Raises:
         CardError: Sections, header fields or figures are missing, or placeholders were not filled in.
@@ -142,7 +140,7 @@ def check_card(
     wrong = []
     header = card_header(text)
     advice = {"license": " (give one, such as --license apache-2.0)"}
-    missing = [name for name in (*required, "library_name", "tags") if not header.get(name)]
+    missing = [name for name in _REQUIRED if not header.get(name)]
     wrong += [f"the header has no '{name}'{advice.get(name, '')}" for name in missing]
     if (license := header.get("license")) and not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", str(license)):
         wrong.append(

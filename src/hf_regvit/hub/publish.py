@@ -27,15 +27,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Publication:
-    """Result of `publish`; `sent` is None if nothing was uploaded.
-
-    `doubtful` are sentences on content that may be private: e-mail addresses, names of hosts, possible keys.
-    """
+    """Result of `publish`; `sent` is None if nothing was uploaded."""
 
     bundle: Bundle
     verification: Verification
     sent: PushResult | None
-    doubtful: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, object]:
         """Return the result as a dict for JSON."""
@@ -45,7 +41,6 @@ class Publication:
             "loaded_without_hf_regvit": self.verification.loaded,
             "largest_difference": self.verification.largest_difference,
             "pipelines_not_run": self.verification.not_run,
-            "doubtful": list(self.doubtful),
             "sent": None if self.sent is None else dataclasses.asdict(self.sent),
         }
 
@@ -60,7 +55,6 @@ class Publication:
             "verified": f"loaded without hf_regvit as {', '.join(self.verification.loaded)}; largest difference "
             f"{self.verification.largest_difference:.1g} over {len(self.verification.compared)} outputs",
             **{f"pipeline not tested, {task}": reason for task, reason in self.verification.not_run.items()},
-            **({"check before an upload": "; ".join(self.doubtful)} if self.doubtful else {}),
             "upload": upload,
         }
 
@@ -125,17 +119,16 @@ def publish(
         else:
             made = bundle(folder, output, **asked)
         verification = verify(output, original=folder)
-    doubtful = tuple(doubtful_content(output, made.names))
+    for sentence in doubtful_content(output, made.names):
+        logger.warning("This may be private, so check it before an upload: %s.", sentence)
     if not push or not repo_id:
-        return Publication(made, verification, None, doubtful)
-    for sentence in doubtful:
-        logger.warning("This is uploaded as well: %s.", sentence)
+        return Publication(made, verification, None)
     message = commit_message or f"Upload {made.model_class} with hf_regvit"
     sent = send_folder(
         output, repo_id, names=made.names, message=message, private=private, accept_public=not private, token=token,
         revision=revision, retry=retry,
     )  # fmt: skip
-    return Publication(made, verification, sent, doubtful)
+    return Publication(made, verification, sent)
 
 
 @contextmanager

@@ -144,9 +144,7 @@ def send_folder(
     return replace(sent, tries=tries)
 
 
-def create_repository(
-    repo_id: str, *, private: bool | None, token: str | None = None, retry: RetryPolicy | None = None
-) -> str:
+def create_repository(repo_id: str, *, private: bool | None, token: str | None = None) -> str:
     """Create a repository if it does not exist, and return its id with the owner.
 
     Raises:
@@ -154,8 +152,7 @@ def create_repository(
         PushError: The Hub cannot be reached.
     """
     attempt = partial(_api(token).create_repo, repo_id, private=private, exist_ok=True)
-    url, _ = with_retries(attempt, what=repo_id, retry=retry or RetryPolicy())
-    return str(url.repo_id)
+    return str(with_retries(attempt, what=repo_id, retry=RetryPolicy())[0].repo_id)
 
 
 def _api(token: str | None) -> HfApi:

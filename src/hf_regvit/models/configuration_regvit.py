@@ -668,19 +668,20 @@ def check_weight_files(source) -> None:
     folder = Path(source or "")
     if not source or not folder.exists():
         return
-    for index in sorted(folder.glob("*.index*.json")):
+    files = [folder] if folder.is_file() else [*folder.glob("model*.safetensors")]
+    for index in folder.glob("*.index*.json"):
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointCorruptError(
                 f"'{index}' is not an index of weights ({type(error).__name__}: {error}). Download it again."
             ) from error
-        for name in names:
-            shard_of(folder, name, ".bin" if index.name.startswith("pytorch_model.") else ".safetensors")
+        suffix = ".bin" if index.name.startswith("pytorch_model.") else ".safetensors"
+        files += [shard_of(folder, name, suffix) for name in names]
     config = folder / "config.json"
     if config.is_file() and b'"quantization_config"' in config.read_bytes():
         return
-    for path in [folder] if folder.is_file() else sorted(folder.glob("model*.safetensors")):
+    for path in sorted({path for path in files if path.suffix == ".safetensors" and path.is_file()}):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 kind = file.get_slice(key).get_dtype()

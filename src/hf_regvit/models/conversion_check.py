@@ -50,7 +50,7 @@ def check_outputs(model: Any, origin: ForeignModel) -> None:
             pixels = pixels.to(parameter.device, parameter.dtype)
             try:
                 expected = _run_source(source, pixels, origin, config)
-            except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            except (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
                 if size == sizes[0]:
                     raise ConversionError(
                         f"'{origin.name}' itself cannot run at its own size of {height} x {width} pixels "

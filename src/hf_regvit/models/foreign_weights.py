@@ -469,7 +469,7 @@ def saved_class(config: dict[str, Any], *, whole: bool = False) -> Any:
 
 def _load_transformers(source: str, config: dict[str, Any], whole: bool) -> tuple[nn.Module, set[str]]:
     vision = config.get("vision_config")
-    if not {config.get("model_type"), isinstance(vision, dict) and vision.get("model_type")} & _LOADED:
+    if not {str(config.get("model_type")), isinstance(vision, dict) and str(vision.get("model_type"))} & _LOADED:
         raise unknown_family(str(config.get("model_type")))
     with quiet_transformers():  # missing weights are checked below
         options: dict[str, Any] = {"dtype": "auto" if whole else torch.float32, "output_loading_info": True}

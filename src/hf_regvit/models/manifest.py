@@ -90,8 +90,11 @@ def check_weights(folder: Path) -> None:
         listed = _listed(folder)
     except CheckpointCorruptError:
         return  # no manifest, or a file of that name from another program
-    for path in (*folder.glob("*.safetensors*"), *(folder / name for name in _SETTINGS)):
-        if path.is_file() and _digest(path) != listed.get(path.name, (0, ""))[1]:  # loading reports a missing file
+    weights = {name for name in listed if name.endswith(".safetensors")}
+    weights |= {path.name for path in folder.glob("model*.safetensors*")}
+    for name in (*sorted(weights), *(name for name in _SETTINGS if name in listed)):
+        path = folder / name
+        if path.is_file() and _digest(path) != listed.get(name, (0, ""))[1]:  # loading reports a missing file
             raise CheckpointCorruptError(
                 f"The sha256 of '{path}' differs from '{folder / MANIFEST}'. Use an intact copy, or remove the "
                 "manifest if you changed the file on purpose."

@@ -236,7 +236,7 @@ def saved_processor(source: str | Path) -> Any:
         return None
     try:
         return AutoImageProcessor.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if file.is_file():
             raise ValueError(
                 f"No image processor can be created from '{file}' ({error}). Correct the file, or remove it and pass "

@@ -16,6 +16,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
+from ..models.foreign_weights import refused_pickle
 from ..models.manifest import (
     OPTIMIZER,
     STATE,
@@ -201,6 +203,8 @@ class CheckpointedTrainer(PushingTrainer):
         try:
             with self.signals.listening():
                 result = super().train(None if folder is None else str(folder))
+        except UnpicklingError as error:
+            raise refused_pickle(str(folder), error) from error
         except RuntimeError as error:
             step, again = self.state.global_step, "Start again with resume_from_checkpoint=last."
             if _LOST_CONNECTION.search(str(error)) and (lost := lost_processes(self._peers)):
