@@ -99,15 +99,15 @@ def test_any_number_of_registers(fields, registers):
 @kinds
 def test_registers_that_nothing_attends_to_change_no_other_token(fields):
     """Registers have no coordinates: with zero values, they move nothing but the share of attention they take."""
-    with_registers = build(**fields, num_register_tokens=2)
-    plain = build(**fields, num_register_tokens=0)
+    with_registers = build(**fields, num_register_tokens=2).double()
+    plain = build(**fields, num_register_tokens=0).double()
     plain.load_state_dict({k: v for k, v in with_registers.state_dict().items() if "register" not in k})
     hidden = {}
     mask = torch.ones(1, 1, 1, with_registers.config.num_prefix_tokens + 12, dtype=torch.bool)
     first = int(with_registers.config.use_cls_token)
     mask[..., first : first + 2] = False
     for name, model in (("with", with_registers), ("without", plain)):
-        pixels = noise(1, 3, 32, 24)
+        pixels = noise(1, 3, 32, 24).double()
         states, table = model.embeddings(pixels), model.embeddings.rotary_table(pixels)
         for layer in model.layers:
             states, _ = layer(states, mask if name == "with" else None, rotary=table)
