@@ -106,7 +106,17 @@ def test_without_neurons_nothing_is_computed():
     assert all(layer.mlp.register_neurons == [] for layer in build().layers)
 
 
-@pytest.mark.parametrize("fields", [{}, {"use_swiglu_ffn": True}], ids=["mlp", "swiglu"])
+KINDS = {
+    "mlp": {},
+    "swiglu": {"use_swiglu_ffn": True},
+    "rotary": {"use_position_embeddings": False, "rope_theta": 100},
+    "no CLS": {"use_cls_token": False, "attention_pooler": True},
+    "EVA-02": {"use_swiglu_ffn": True, "mlp_norm": True, "attention_norm": True},
+}
+kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+
+
+@kinds
 def test_the_model_does_it_in_the_named_blocks(fields):
     """Compare the input of the last layer of each MLP with the loop on the unmodified input."""
     plain = build(**fields)
@@ -117,19 +127,20 @@ def test_the_model_does_it_in_the_named_blocks(fields):
         silent = copy.deepcopy(layer)
         silent.mlp.register_neurons = []
         seen = []
-        last = silent.mlp.down_proj if fields else silent.mlp.fc2
+        last = silent.mlp.down_proj if "use_swiglu_ffn" in fields else silent.mlp.fc2
         last.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(args[0]))
         with torch.no_grad():
-            silent(residual[block])
+            silent(residual[block], rotary=model.embeddings.rotary_table(random_pixels(2, 32, 32)))
         neurons = [neuron for where, neuron in NEURONS if where == block]
         assert bool(neurons) == (block < 3)
         expected = moved_in_loops(seen[0], neurons, model.config, None)
         torch.testing.assert_close(reading.values[block], expected, atol=1e-5, rtol=1e-5)
 
 
-def test_padded_batch_equals_each_image_alone():
+@kinds
+def test_padded_batch_equals_each_image_alone(fields):
     """Padding with larger activations than the image must not reach the registers."""
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(build(**fields), NEURONS)
     small = random_pixels(1)
     padded = torch.full((2, 3, 32, 32), 40.0)
     padded[0, :, :16, :16], padded[1] = small[0], random_pixels(1, 32, 32)[0]

@@ -79,13 +79,13 @@ def open_for_task(args: FinetuningArguments, task: Task, model: RegViTConfig | n
     if args.image_size is not None:
         processor = resized_processor(processor, args.image_size)
     fields = {"use_mask_token": False, "pooler_act": None, "discard_registers": False, "drop_path_mode": "sample"}
+    if not (config.use_cls_token or config.attention_pooler):
+        fields["pooling"] = "mean_patch"  # the only one without CLS, unless another is asked for, which is refused
     fields |= {"projection_dim": None, "drop_path_rate": args.drop_path_rate} | task.config_fields()
     whole = RegViTConfig.from_dict({**config.to_dict(), **fields, "architectures": None})
     set_seed(args.seed)
     network = task.model_class(whole)
     processor = task.image_processor(processor, whole)
-    if network.regvit.pooler is None:
-        vars(network.config).update(attention_pooler=False, pooler_num_heads=None, pooler_intermediate_size=None)
     own = network.regvit.state_dict()
     network.regvit.load_state_dict({name: value for name, value in backbone.state_dict().items() if name in own})
     if head and task.fits_head(head["config"]) and _same_shapes(network, head["state"]):

@@ -474,20 +474,19 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _validate_positions(self) -> None:
         """Check the fields of position tables and rotary positions against each other."""
-        head_dim = self.head_dim
-        if not self.use_position_embeddings:
-            if self.rope_theta is None:
-                reason = "the patches would have no positions"
-                raise self._contradiction("use_position_embeddings", "rope_theta", reason, "rope_theta=100")
-            if name := self._changed("no_embed_class", "interpolate_mode", "interpolate_offset"):
-                default = type(self).__dataclass_fields__[name].default
-                reason = "there is no position table"
-                raise self._contradiction(name, "use_position_embeddings", reason, f"{name}={default!r}")
+        head_dim, has_table, rotates = self.head_dim, self.use_position_embeddings, self.rope_theta is not None
         augmentation = ("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale")
         index_only = ("rope_grid_offset", "rope_reference_grid")
-        if self.rope_theta is None:
-            if name := self._changed("rope_periods", "rope_coordinates", *index_only, *augmentation):
-                raise self._contradiction(name, "rope_theta", "nothing rotates", "rope_theta=100")
+        of_rotation = self._changed("rope_periods", "rope_coordinates", *index_only, *augmentation)
+        of_table = self._changed("no_embed_class", "interpolate_mode", "interpolate_offset")
+        if not has_table and not rotates:
+            raise self._contradiction("use_position_embeddings", "rope_theta", "no positions", "rope_theta=100")
+        if of_table and not has_table:
+            remedy = f"{of_table}={type(self).__dataclass_fields__[of_table].default!r}"
+            raise self._contradiction(of_table, "use_position_embeddings", "there is no position table", remedy)
+        if of_rotation and not rotates:
+            raise self._contradiction(of_rotation, "rope_theta", "nothing rotates", "rope_theta=100")
+        if not rotates:
             return
         if head_dim % 4:
             raise ConfigError(
@@ -500,7 +499,7 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             other = "index" if self.rope_coordinates == "centered" else "centered"
             reason = f"it applies to {other} coordinates only"
             raise self._contradiction(name, "rope_coordinates", reason, f"rope_coordinates={other!r}")
-        if (grid := self.rope_reference_grid) is not None and not (len(grid) == 2 and min(grid) >= 1):
+        if (grid := self.rope_reference_grid) is not None and (len(grid) != 2 or min(grid) < 1):
             raise ConfigError(f"rope_reference_grid={list(grid)} must be [rows, columns], e.g. {list(self.grid)}.")
         if (periods := self.rope_periods) is not None and not (
             len(periods) == head_dim // 4 and all(math.isfinite(period) and period > 0 for period in periods)
@@ -512,26 +511,24 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def _validate_pooling(self) -> None:
         """Check the fields of `pooler_output` against each other."""
-        if not self.use_cls_token:
-            for name, remedy in (("pooler_act", None), ("final_norm", "tokens")):
-                if getattr(self, name) not in (None, "tokens", "pooled", "none"):
-                    raise self._contradiction(name, "use_cls_token", "it reads CLS", f"{name}={remedy!r}")
-        if self.final_norm == "pooled" and self.pooler_act is not None:
-            reason = "it reads CLS, but the pooled output is the mean patch"
-            raise self._contradiction("pooler_act", "final_norm", reason, "pooler_act=None")
-        if self.attention_pooler:
-            if self.pooler_act is not None:
-                reason = "there is one pooled output"
-                raise self._contradiction("pooler_act", "attention_pooler", reason, "pooler_act=None")
-            if self.final_norm in ("cls", "pooled"):
-                reason = "the attention pooler reads normalized tokens"
-                raise self._contradiction("final_norm", "attention_pooler", reason, "final_norm='tokens'")
-            if self.hidden_size % (self.pooler_num_heads or self.num_attention_heads):
-                reason = "the number of heads must divide the width"
-                remedy = f"pooler_num_heads={self.num_attention_heads}"
-                raise self._contradiction("pooler_num_heads", "hidden_size", reason, remedy)
-        elif name := self._changed("pooler_num_heads", "pooler_intermediate_size"):
-            raise self._contradiction(name, "attention_pooler", "there is no such pooler", "attention_pooler=True")
+        norm, attends, unused = self.final_norm, self.attention_pooler, "there is no such pooler"
+        no_cls, one = not self.use_cls_token, "there is one pooled output"
+        act, heads = self.pooler_act is not None, self.pooler_num_heads or self.num_attention_heads
+        for wrong, name, other, reason, remedy in (
+            (no_cls and act, "pooler_act", "use_cls_token", "it reads CLS", "pooler_act=None"),
+            (no_cls and norm == "cls", "final_norm", "use_cls_token", "it reads CLS", "final_norm='tokens'"),
+            (act and norm == "pooled", "pooler_act", "final_norm", one, "pooler_act=None"),
+            (act and attends, "pooler_act", "attention_pooler", one, "pooler_act=None"),
+            (attends and norm in ("cls", "pooled"), "final_norm", "attention_pooler", one, "final_norm='tokens'"),
+            (attends and self.hidden_size % heads, "pooler_num_heads", "hidden_size", "it must divide the width",
+             f"pooler_num_heads={self.num_attention_heads}"),
+            (not attends and self.pooler_num_heads, "pooler_num_heads", "attention_pooler", unused,
+             "attention_pooler=True"),
+            (not attends and self.pooler_intermediate_size, "pooler_intermediate_size", "attention_pooler", unused,
+             "attention_pooler=True"),
+        ):  # fmt: skip
+            if wrong:
+                raise self._contradiction(name, other, reason, remedy)
 
     def num_parameters(self) -> int:
         """Count the parameters of the backbone without creating it."""

@@ -975,10 +975,20 @@ def at_least_float32(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
+def without_pooler(config: RegViTConfig, *, keep_attention: bool = False) -> RegViTConfig:
+    """Return the configuration of a head that does not read `image_embeds`, nor, by default, an attention pooler."""
+    config = copy.deepcopy(config) if config.projection_dim or config.attention_pooler else config
+    config.projection_dim = None
+    if config.attention_pooler and not keep_attention:
+        vars(config).update(attention_pooler=False, pooler_num_heads=None, pooler_intermediate_size=None)
+    return config
+
+
 class RegViTForImageClassification(RegViTPreTrainedModel):
     """Linear classifier on CLS, the mean patch, or both (`config.pooling`); it never reads registers."""
 
     def __init__(self, config: RegViTConfig):
+        config = without_pooler(config, keep_attention=config.pooling != "mean_patch")
         super().__init__(config)
         self.num_labels = config.num_labels
         has_pooled = config.attention_pooler or (config.use_cls_token and config.final_norm != "pooled")
@@ -987,8 +997,7 @@ class RegViTForImageClassification(RegViTPreTrainedModel):
                 f"pooling={config.pooling!r} reads CLS, but the model pools patches: use_cls_token="
                 f"{config.use_cls_token} and final_norm={config.final_norm!r}. Use pooling='mean_patch'."
             )
-        self.regvit = RegViTModel(config, config.attention_pooler and config.pooling != "mean_patch")
-        self.regvit.projection = None
+        self.regvit = RegViTModel(config, add_pooling_layer=config.attention_pooler)
         width = config.hidden_size * (2 if config.pooling == "cls_mean_patch" else 1)
         self.classifier = nn.Linear(width, config.num_labels)
         self.post_init()
@@ -1027,6 +1036,7 @@ class RegViTDensePreTrainedModel(RegViTPreTrainedModel):
     """Base class of the dense heads, which turn normalized tokens of chosen blocks into maps of the input's size."""
 
     def __init__(self, config: RegViTConfig):
+        config = without_pooler(config)
         super().__init__(config)
         if config.final_norm == "pooled":
             raise ValueError("final_norm='pooled' has no norm of patches for dense heads. Use final_norm='tokens'.")
@@ -1188,6 +1198,7 @@ class RegViTBackbone(BackboneMixin, RegViTPreTrainedModel):
     """
 
     def __init__(self, config: RegViTConfig):
+        config = without_pooler(config)
         super().__init__(config)
         self.regvit = RegViTModel(config, add_pooling_layer=False)
         self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)

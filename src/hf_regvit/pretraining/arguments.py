@@ -193,11 +193,8 @@ class PretrainingArguments(RunArguments):
                 name, getattr(self, name) >= 0, "a number of steps, a fraction of the run, or 0 to disable it"
             )
         self._expect("position", self.position in (None, "learned", "rotary"), "'learned' or 'rotary'")
-        if self.pos_embed_rescale is not None and self.position != "rotary" and self.init_from is None:
-            raise ValueError(
-                f"pos_embed_rescale is {self.pos_embed_rescale}, but it applies to rotary positions only. Add "
-                "--position rotary or remove it."
-            )
+        applies = self.pos_embed_rescale is None or self.position == "rotary" or self.init_from is not None
+        self._expect("pos_embed_rescale", applies, "no value without --position rotary")
         self._expect("schedule", self.schedule in ("cosine", "constant"), "'cosine' or 'constant'")
         self._expect(
             "lr_scheduler_type",

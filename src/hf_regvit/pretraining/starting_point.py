@@ -80,16 +80,13 @@ def starting_point(
     teacher = open_backbone(
         str(folder / BACKBONE) if run else str(source), drop_path_rate=drop_path_rate, drop_path_mode=drop_path_mode
     )
-    config = teacher.config
-    found = "learned" if config.rope_theta is None else "rotary"
+    found = "learned" if teacher.config.rope_theta is None else "rotary"
     if position not in (None, found) or (pos_embed_rescale is not None and found == "learned"):
-        given = f"position={position}" if position not in (None, found) else f"pos_embed_rescale={pos_embed_rescale}"
         raise ValueError(
-            f"'{source}' has {found} positions, which training cannot change, but {given} was given. Remove that "
-            "option, or train from scratch without --init_from."
+            f"'{source}' has {found} positions, which training cannot change, but position={position} and "
+            f"pos_embed_rescale={pos_embed_rescale} ask for others. Remove them, or train without --init_from."
         )
-    if pos_embed_rescale is not None:
-        config.pos_embed_rescale = pos_embed_rescale
+    teacher.config.pos_embed_rescale = pos_embed_rescale or teacher.config.pos_embed_rescale
     training = folder / TRAINING if run and (folder / TRAINING / "student.safetensors").is_file() else None
     student = teacher
     if training is not None:

@@ -24,8 +24,8 @@ def _backbone_depth(name: str, num_layers: int) -> int:
     if first in ("layernorm", "pooler"):
         return num_layers + 1
     raise ValueError(
-        f"There is no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.* or "
-        "layernorm.*. Use a plain RegViT backbone without an extra pooler or norm."
+        f"There is no learning-rate rule for the backbone parameter {name!r}; expected embeddings.*, layers.N.*, "
+        "layernorm.* or pooler.*. Use a RegViT backbone without further modules."
     )
 
 
