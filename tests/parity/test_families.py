@@ -447,8 +447,8 @@ def test_golden_files_of_families(name):
     model = RegViTModel(config).eval()
     weights = load_file(shared_dir() / "golden" / folder / "model.safetensors")
     model.load_state_dict(translate(weights, config))
-    model.set_attn_implementation("eager")
-    tensors, _ = load_golden(f"{folder}/io.safetensors")
+    model.double().set_attn_implementation("eager")
+    tensors, _ = load_golden(f"{folder}/io.safetensors", double=True)
     for tag in sorted({key.split(".")[1] for key in tensors if key.startswith("in.")}):
         masked = tensors.get(f"in.{tag}.bool_masked_pos")
         with torch.no_grad():
