@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import numpy as np
@@ -210,6 +211,8 @@ def test_runs_F01_F34_a_run_over_a_folder_with_a_bad_image(tmp_path, pictures):
     assert record["epoch"] in (0, 1)
     # The next run in that folder does not keep records of images that were repaired.
     (tmp_path / "set" / "a" / "004.png").write_bytes(pictures[4])
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
     pretrain(arguments(tmp_path, "run", str(tmp_path / "set"), max_steps=1))
     assert not (tmp_path / "run" / "bad_images.jsonl").exists()
 

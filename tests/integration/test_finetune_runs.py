@@ -208,14 +208,16 @@ def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypat
         files = hub.files("someone/tiny")
         first = hub.repos["someone/tiny"].commits[1].files
     assert set(files) - {".gitattributes"} == {
-        "README.md", "config.json", "configuration_regvit.py", "metrics.json", "model.safetensors",
+        "README.md", "config.json", "configuration_regvit.py", "manifest.json", "metrics.json", "model.safetensors",
         "modeling_regvit.py", "preprocessor_config.json",
     }  # fmt: skip
     assert str(tmp_path).encode() not in b"".join(files.values())
-    check_card(files["README.md"].decode(), required=("pipeline_tag", "model-index"))
+    card = files["README.md"].decode()
+    check_card(card.replace("---\n", "---\nlicense: mit\n", 1))  # only the author can choose a license
+    assert "model-index" in card_header(card)
     assert 'name = "someone/tiny"' in files["README.md"].decode()
     unfinished = first["README.md"].decode()  # of a checkpoint: the same card with what is known by then
-    check_card(unfinished, required=("pipeline_tag",))
+    check_card(unfinished.replace("---\n", "---\nlicense: mit\n", 1))
     assert "The training of this model is not finished." in unfinished
     assert f"| trained weights | {mode} |" in unfinished
     for number, commit in enumerate((first, files)):  # the push of a checkpoint can be loaded as well

@@ -17,8 +17,8 @@ from hf_regvit.pretraining.trainer import DinoTrainer
 from tiny_run import Crops, arguments, trained
 
 MODEL_FILES = {
-    ".gitattributes", "README.md", "config.json", "configuration_regvit.py", "model.safetensors", "modeling_regvit.py",
-    "preprocessor_config.json",
+    ".gitattributes", "README.md", "config.json", "configuration_regvit.py", "manifest.json", "model.safetensors",
+    "modeling_regvit.py", "preprocessor_config.json",
 }  # fmt: skip
 QUICK = upload.RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
 

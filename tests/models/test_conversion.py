@@ -171,7 +171,7 @@ def test_timm_folders_of_either_kind_of_file(tmp_path, safe) -> None:
         ({"global_pool": "map"}, "attention pooling that skips CLS"),
         ({"global_pool": "prr"}, "'prr'"),
         ({"global_pool": ""}, "a classifier on every token"),
-        ({"pos_embed": "none"}, "the patches would have no positions"),
+        ({"pos_embed": "none"}, "no positions"),
         ({"attn_layer": "diff"}, "attention DiffAttention"),
         ({"embed_norm_layer": nn.LayerNorm}, "a norm in the patch embedding"),
     ],

@@ -682,13 +682,13 @@ def check_weight_files(source) -> None:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
                 kind = file.get_slice(key).get_dtype()
-                if kind.startswith(("I", "U", "BOOL")) and not key.endswith(_INTEGERS):
+                if kind.startswith(("I", "U", "BOOL")) and key.endswith(_PARAMETERS):
                     raise CheckpointCorruptError(
                         f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
                     )
 
 
-_INTEGERS = ("position_ids", "num_batches_tracked", "relative_position_index")  # buffers of other families
+_PARAMETERS = (".weight", ".bias", "_token", "_tokens", "_embed", "_embeddings", ".lambda1", ".probe")
 
 
 def check_finite(tensors: dict, source) -> None:

@@ -938,6 +938,12 @@ class RegViTModel(RegViTPreTrainedModel):
                 f"pixel_mask has shape {tuple(pixel_mask.shape)}, expected (batch, height, width) = "
                 f"{(pixel_values.shape[0], *pixel_values.shape[-2:])}."
             )
+        compiles_flex = self.config._attn_implementation == "flex_attention" and pixel_values.device.type == "cpu"
+        if compiles_flex and torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"):
+            raise ValueError(
+                "attn_implementation is 'flex_attention', which torch 2.14 computes wrongly for pixel_mask on CPUs "
+                "without AVX-512. Call model.set_attn_implementation('sdpa')."
+            )
         patch_embeddings = self.embeddings.patch_embeddings
         patch_embeddings.grid_of(pixel_values)
         grids = grids_of_padded_images(pixel_mask, patch_embeddings)

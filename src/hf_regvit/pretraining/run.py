@@ -188,7 +188,7 @@ def _ignored_fields(args: PretrainingArguments, config: RegViTConfig) -> list[st
     """Return the backbone options that were given but differ from the backbone to start from."""
     names = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "use_swiglu_ffn")
     return [
-        f"{name} {value} (it has {getattr(config, name)})"
+        f"--{name} {value} (it has {getattr(config, name)})"
         for name, value in args.subset(*names, "layerscale_value").items()
         if value not in (getattr(PretrainingArguments, name), getattr(config, name))
     ]
