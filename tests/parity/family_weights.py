@@ -20,6 +20,8 @@ RULES = [
     (r"\.(layernorm_after|layer_norm2)\.", ".norm2."),
     (r"\.(attn|self_attn)\.", ".attention."),
     (r"\.attention\.(proj|out_proj)\.", ".attention.o_proj."),
+    (r"\.attention\.attention\.(q|k|v)(uery|ey|alue)\.", r".attention.\1_proj."),  # older transformers
+    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
     (r"\.attention\.q_bias$", ".attention.q_proj.bias"),
     (r"\.attention\.v_bias$", ".attention.v_proj.bias"),
     (r"\.(gamma_|ls)([12])(\.gamma)?$", r".layer_scale\2.lambda1"),
