@@ -14,6 +14,7 @@ from test_resume import RECIPE, assert_same, unbroken  # noqa: F401  (a fixture)
 
 from hf_regvit import FinetuningArguments, PretrainingArguments, finetune, pretrain
 from hf_regvit.models.manifest import verify_checkpoint
+from hf_regvit.models.processing import default_image_processor
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.run_folder import LOCK, RunFolderInUseError, run_lock
 from tiny_finetune import backbone, picture
@@ -110,6 +111,7 @@ def test_ctrl_c_saves_a_fine_tuning_run_too(tmp_path):
         for number in range(12):
             picture(number, label).save(data / name / f"{number}.png")
     backbone().save_pretrained(tmp_path / "model")
+    default_image_processor(32).save_pretrained(tmp_path / "model")
     recipe = {
         "model": tmp_path / "model", "data": data, "use_cpu": True, "per_device_train_batch_size": 8,
         "num_train_epochs": 2000, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no",
