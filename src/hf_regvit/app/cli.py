@@ -217,9 +217,6 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
 
 def run(command: str, values: Mapping[str, Any]) -> Outcome:
     """Run a command with the options that were given; the others have the defaults of its argument class."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()  # of single weights files, within a second
     kind = arguments_class(command)
     if hasattr(kind, "use_cpu"):
         values = _on_device(dict(values))

@@ -92,7 +92,8 @@ class ImageSource:
     def counted(self) -> str:
         """Return a phrase with the numbers of images and classes and the name of the source."""
         images = f"{len(self):,} image{'s' * (len(self) != 1)}"
-        classes = "" if self.labels is None else f" of {len(set(self.labels))} classes"
+        count = None if self.labels is None else len(set(self.labels))
+        classes = "" if count is None else f" of {count} class{'es' * (count != 1)}"
         return f"{images}{classes} from '{self.name}'"
 
     def subset(self, indices: Sequence[int]) -> "ImageSource":
