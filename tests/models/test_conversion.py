@@ -209,6 +209,13 @@ def test_verification_notices_a_wrong_output() -> None:
     convert(source, verify=False)
 
 
+def test_verification_notices_outputs_that_are_not_numbers() -> None:
+    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    source.layernorm.register_forward_hook(lambda module, args, output: output * torch.tensor(float("nan")))
+    with pytest.raises(ConversionError, match="differ from those of .* by nan"):
+        convert(source)
+
+
 def test_verification_leaves_the_source_as_it_was() -> None:
     source = randomise(ViTModel(ViTConfig(**SMALL))).train()
     convert(source)

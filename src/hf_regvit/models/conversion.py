@@ -53,7 +53,7 @@ def convert(
         source: Folder written by `save_pretrained`, Hub id, weights file (`.safetensors`, `.pth`), state dict, or
             module of transformers or timm. Its image processor becomes `model.image_processor`, which
             `save_pretrained` writes beside the weights.
-        verify: Whether to run source and result on the same random images, at the native size and at another one, and
+        verify: Whether to run source and result on the same random images, at the native size and at two others, and
             compare the outputs. If there is no source model to run (state dicts), a warning is logged. Names and
             shapes are always checked.
         config_overrides: Fields of `RegViTConfig`. A raw state dict needs `num_attention_heads`, `layer_norm_eps`,

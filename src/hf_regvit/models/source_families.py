@@ -197,9 +197,7 @@ def timm_fields(model: Any) -> dict[str, Any]:
         raise ConversionError(f"The timm model has {' and '.join(refused)}, which RegViT cannot express.")
     block = model.blocks[0]
     rope: Any = getattr(model, "rope", None)
-    act = (
-        "gelu" if not _is(block.mlp, "Mlp") else _GELU.get(type(block.mlp.act).__name__, type(block.mlp.act).__name__)
-    )
+    act = type(block.mlp.act).__name__ if _is(block.mlp, "Mlp") else "GELU"  # a gate has its own
     (rows, columns), (height, width) = model.patch_embed.grid_size, model.patch_embed.patch_size
     if _has(model.fc_norm):
         final_norm = "pooled" if model.global_pool == "avg" else "cls"
