@@ -212,7 +212,7 @@ def test_verification_notices_a_wrong_output() -> None:
 def test_verification_notices_outputs_that_are_not_numbers() -> None:
     source = randomise(ViTModel(ViTConfig(**SMALL)))
     source.layernorm.register_forward_hook(lambda module, args, output: output * torch.tensor(float("nan")))
-    with pytest.raises(ConversionError, match="differ from those of .* by nan"):
+    with pytest.raises(ConversionError, match=r"differ from those of .* by nan"):
         convert(source)
 
 
