@@ -30,9 +30,10 @@ OPTIONS = {
     "retrofit": ["--top_k", "1", "--num_register_tokens", "1"],
 }
 SENTENCE = re.compile(
-    r"'[^']+' (could not be written \([^)]+\): it needs (about|more than) [\d,.]+ MiB, and [\d,.]+ MiB are free\. "
-    r"Free some space, or choose a folder on another disk, and run again"
-    r"|needs about [\d,.]+ MiB, but only [\d,.]+ MiB are free\. Free some space, or choose a folder on another disk)\."
+    r"'[^']+' (could not be written \([^)]+\): it needs (about|more than) [\d,.]+ [KM]iB, and [\d,.]+ [KM]iB are "
+    r"free\. Free some space, or choose a folder on another disk, and run again"
+    r"|needs about [\d,.]+ [KM]iB, but only [\d,.]+ [KM]iB are free\. "
+    r"Free some space, or choose a folder on another disk)\."
 )
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from hf_regvit.models.saving import (
     NoSpaceError,
+    as_bytes,
     check_space,
     num_bytes,
     read_notes,
@@ -106,3 +107,9 @@ def test_a_dead_process_leaves_nothing_for_long(tmp_path):
         (tmp_path / name).write_text("")
     write_json(tmp_path / "a.json", {})
     assert names_in(tmp_path) == {"a.json", *kept}
+
+
+def test_small_numbers_of_bytes_are_not_shown_as_zero():
+    assert [as_bytes(count) for count in (0, 512, 2**20 - 1, 2**20, 5_000_000_000)] == [
+        "0.0 KiB", "0.5 KiB", "1024.0 KiB", "1.0 MiB", "4,768.4 MiB"
+    ]  # fmt: skip

@@ -71,9 +71,9 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def mebibytes(count: float) -> str:
-    """Return a number of bytes as text, in MiB."""
-    return f"{count / 2**20:,.1f} MiB"
+def as_bytes(count: float) -> str:
+    """Return a number of bytes as text, in MiB, or in KiB below one MiB."""
+    return f"{count / 2**20:,.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
 
 
 def free_bytes(folder: Path) -> int:
@@ -89,7 +89,7 @@ def check_space(folder: str | Path, needed: int) -> None:
     """
     if (free := free_bytes(Path(folder))) < needed:
         raise NoSpaceError(
-            f"'{folder}' needs about {mebibytes(needed)}, but only {mebibytes(free)} are free. Free some space, or "
+            f"'{folder}' needs about {as_bytes(needed)}, but only {as_bytes(free)} are free. Free some space, or "
             "choose a folder on another disk."
         )
 
@@ -106,10 +106,10 @@ def _one_sentence(path: Path, unfinished: Path, needed: int) -> Iterator[None]:
             raise
         parts = unfinished.rglob("*") if unfinished.is_dir() else [unfinished]
         written = sum(part.stat().st_size for part in parts if part.is_file())
-        most = f"about {mebibytes(needed)}" if needed > written else f"more than {mebibytes(written)}"
+        most = f"about {as_bytes(needed)}" if needed > written else f"more than {as_bytes(written)}"
         raise NoSpaceError(
             f"'{path}' could not be written ({os.strerror(number)}): it needs {most}, and "
-            f"{mebibytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
+            f"{as_bytes(free_bytes(path.parent))} are free. Free some space, or choose a folder on another disk, and "
             "run again."
         ) from error
 
