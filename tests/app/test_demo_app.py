@@ -407,6 +407,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
         port = other.getsockname()[1]
         assert cli.main(["demo", "--model", str(tmp_path), "--port", str(port)]) == 1
     assert f"error: Port {port} is already in use" in capsys.readouterr().err
+    assert "GRADIO_TEMP_DIR" not in os.environ  # a later demo in this process would write into a folder that is gone
 
 
 def test_compare_must_be_one_of_the_models():

@@ -216,6 +216,7 @@ def _own_files() -> Iterator[None]:
             yield
         finally:
             signal.signal(signal.SIGTERM, before)
+            del os.environ["GRADIO_TEMP_DIR"]
 
 
 class _LimitedBody:
