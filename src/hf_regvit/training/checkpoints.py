@@ -37,7 +37,7 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import apply_umask, check_space, flush, num_bytes, read_json, write_json
+from ..models.saving import apply_umask, as_bytes, check_space, flush, free_bytes, num_bytes, read_json, write_json
 from .distributed import from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
@@ -158,6 +158,7 @@ class CheckpointedTrainer(PushingTrainer):
         self.worker_deaths = WorkerDeaths()
         self._staging: Path | None = None
         self._write_error: BaseException | None = None
+        self.save_problem = ""  # of the last checkpoint that could not be written: the reason and the space it needs
         super().__init__(**options)
         self.add_callback(self.signals)
         if self.args.fsdp and not self.is_fsdp_enabled:
@@ -324,7 +325,7 @@ class CheckpointedTrainer(PushingTrainer):
                 if self.args.should_save:
                     shutil.rmtree(self._staging, ignore_errors=True)
                     self._staging.mkdir(parents=True)
-                    self._check_free_space(model)
+                    check_space(self._staging, self._checkpoint_bytes(model))
             if self._agree(self._write_error is None):
                 with self._noting_write_errors():
                     super()._save_checkpoint(model, trial)
@@ -338,10 +339,14 @@ class CheckpointedTrainer(PushingTrainer):
             self._staging = None
         if not good:
             self.failed_saves += 1
+            self.save_problem = (
+                f"{self._write_error or 'the reason is in the log of another process'}; it needs about "
+                f"{as_bytes(self._checkpoint_bytes(model))}, and {as_bytes(free_bytes(run))} are free"
+            )
             logger.error(
                 "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
                 "checkpoint is %s. Free some space in %s.",
-                self.state.global_step, self._write_error or "the reason is in the log of another process",
+                self.state.global_step, self.save_problem,
                 max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime), run,
             )  # fmt: skip
         elif self.args.should_save:
@@ -356,10 +361,9 @@ class CheckpointedTrainer(PushingTrainer):
         write_json(staged / RESUME_STATE, self.resume_state())
         publish_checkpoint(staged, final)
 
-    def _check_free_space(self, model: nn.Module) -> None:
+    def _checkpoint_bytes(self, model: nn.Module) -> int:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = num_bytes([*model.state_dict().values(), *states])
-        check_space(self._staging or self.args.folder, needed + 2**20)
+        return num_bytes([*model.state_dict().values(), *states]) + 2**20
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():
