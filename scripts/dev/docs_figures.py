@@ -3,8 +3,8 @@
     make demo
     python scripts/dev/docs_figures.py --model FOLDER_OF_VIT_TINY_WITH_IMAGENET_WEIGHTS
 
-`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG is in full color and smaller than 600 kB. The
-screenshot of the demo page needs Chromium and playwright; without them it is not updated.
+`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG is in full color and smaller
+than 600 kB. The screenshot of the demo page needs Chromium and playwright; without them it is not updated.
 """
 
 import argparse

@@ -261,7 +261,7 @@ class Explorer:
         pixels = transform(image)  # (3, H, W)
         rows, columns = (s // p for s, p in zip(pixels.shape[-2:], description.patch_size))
         first = description.num_prefix_tokens
-        sites: list[Site] = ["residual", "k"] + ["attention"] * reader.reads_attention
+        sites: list[Site] = ["residual", "k", "attention"] if reader.reads_attention else ["residual", "k"]
         of_one = 2 * description.num_heads * (first + rows * columns) ** 2 if reader.reads_attention else 0
         fits = of_one * description.num_layers <= self.cache_bytes // 4
         layers = tuple(range(1, description.num_layers + 1)) if fits else (layer,)
