@@ -3,6 +3,7 @@
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_small_files_that_cost_minutes_are_refused_before_they_are_decoded(name)
     content, started = make(), time.perf_counter()
     with pytest.raises(BadImageError, match=words):
         open_image(content)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(BadImageError, match=words):  # as in the demo
+        threads.submit(open_image, content).result()
     with suppress(BadImageError):
         image_facts(content, name=name)
     assert time.perf_counter() - started < 5
