@@ -1,5 +1,6 @@
 """Damaged and hostile images: each one is decoded within its limits or refused with a `BadImageError`."""
 
+import os
 import struct
 import time
 import zlib
@@ -9,7 +10,8 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from builders import encoded, noise
+from builders import encoded, noise, write
+from hf_regvit import check_data, load_images
 from hf_regvit.data.decoding import BadImageError, ImageLimits, image_facts, open_image
 
 pytestmark = pytest.mark.attacks
@@ -137,3 +139,22 @@ def test_the_last_resort_is_a_time_limit():
     with pytest.raises(BadImageError, match=r"decoding it takes more than 0\.02 s"):
         open_image(content, limits=ImageLimits(max_seconds=0.02))
     assert open_image(content).size == (3000, 2500)  # the timer of the first call is gone
+
+
+def test_pipes_devices_and_huge_files_among_images_are_refused(tmp_path):
+    """A pipe would block forever, and a link to `/dev/zero` would fill the memory."""
+    write(tmp_path / "fine.png", encoded(noise()))
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(3 << 30)
+    source, refused = load_images(tmp_path), []
+    for number, name in enumerate(source.ids):
+        try:
+            source[number]
+        except BadImageError as error:
+            refused.append((name, error.kind))
+    kinds = {"device.png": "not an image", "huge.png": "too large", "pipe.png": "not an image"}
+    assert dict(refused) == kinds
+    assert check_data(tmp_path).verdict
