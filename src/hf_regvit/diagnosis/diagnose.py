@@ -27,7 +27,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, Stopwatch, library_versions
-from ..models.tokens import Layers, TokenReader
+from ..models.tokens import Layers, Site, TokenReader
 from .controls import register_controls
 from .outliers import (
     GATE,
@@ -44,6 +44,7 @@ from .outliers import (
 )
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
 from .report import ArtifactReport
+from .sinks import SinkReader, sink_record
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -107,7 +108,9 @@ def diagnose(
     watch.lap("reading")
     cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
     layer = reported_layer(cutoffs)
-    case = _Case(reader, readings, layer, readings.norms[layer] > cutoffs[layer].cutoff, batch_size, seed)
+    is_outlier = readings.norms[layer] > cutoffs[layer].cutoff
+    distinct = cutoffs[layer].bimodal or cutoff != "auto"
+    case = _Case(reader, readings, layer, is_outlier, distinct, batch_size, seed)
     watch.lap("cut-offs")
     details = _details(case)
     watch.lap("details")
@@ -162,6 +165,7 @@ class _Case:
     readings: Readings
     layer: int
     is_outlier: NDArray[np.bool_]  # (n, N)
+    distinct: bool  # the outliers are a population, or above a cut-off that the caller chose
     batch_size: int
     seed: int
 
@@ -244,13 +248,19 @@ def _attention_record(case: _Case) -> Record | None:
 
 
 def _details(case: _Case) -> Record:
-    """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
-    last = case.reader.description.num_layers
+    """Compute from the kept images what needs whole tokens or attention: direction, rank, registers, sinks."""
+    last, kept, pixels = case.reader.description.num_layers, case.readings.kept, case.readings.pixels
     tokens: list[Tensor] = []
     registers: list[Tensor] = []
     ranks: list[Tensor] = []
-    for batch in case.readings.pixels.split(case.batch_size):
-        reading = case.reader.read(batch, layers=sorted({case.layer, last}))
+    mask = case.is_outlier[kept] if case.distinct else None
+    sinks = SinkReader(case.reader, [case.readings.ids[i] for i in kept], case.is_outlier.shape[1], mask)
+    sites: dict[Site, Layers] = {"residual": sorted({case.layer, last})}
+    sites |= {"v": "all", "attention": "all"} if case.reader.reads_attention else {}
+    size = min(case.batch_size, sinks.max_batch)
+    for start in range(0, len(pixels), size):
+        batch = pixels[start : start + size]
+        reading = case.reader.read_many(batch, sites, reduce=sinks.reductions(start))["residual"]
         tokens.append(reading.patches(case.layer).float().cpu())
         final = normalized(case.reader, reading.at(last))  # (B, T, D)
         prefix = reading.num_prefix_tokens
@@ -258,9 +268,9 @@ def _details(case: _Case) -> Record:
         if sum(map(len, ranks)) < _RANK_IMAGES:
             ranks.append(effective_rank(final[:, prefix:]))
     rank, patches = torch.cat(ranks), torch.cat(tokens)  # (n,), (n, N, D)
-    mask = torch.from_numpy(case.is_outlier[case.readings.kept])
-    image = torch.arange(len(mask))[:, None].expand(mask.shape)
-    groups = {"outlier": mask, "normal": ~mask}
+    outlier = torch.from_numpy(case.is_outlier[kept])
+    image = torch.arange(len(outlier))[:, None].expand(outlier.shape)
+    groups = {"outlier": outlier, "normal": ~outlier}
     return {
         "outliers": {
             "direction": {
@@ -279,6 +289,7 @@ def _details(case: _Case) -> Record:
             }
         },
         "registers": _register_record(case, torch.cat(registers)),
+        "sinks": sink_record(sinks.numbers) if sinks.numbers else None,
         "examples": _examples(case),
     }
 

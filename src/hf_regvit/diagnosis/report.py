@@ -39,6 +39,9 @@ class ArtifactReport(Result):
         settings: All settings, and a description of the preprocessing.
         versions: Versions of the libraries.
         seconds: Wall time of each step.
+        sinks: Attention sinks per block and head, on the images of the details: attention to outliers, registers, CLS
+            and the 2 % most attended tokens, and what the heads do with it. None if the attention cannot be read, and
+            in reports of earlier versions.
     """
 
     cutoff: float
@@ -67,6 +70,7 @@ class ArtifactReport(Result):
     settings: Record
     versions: dict[str, str]
     seconds: dict[str, float]
+    sinks: Record | None = None
 
     file_name: ClassVar = "report.json"
 
