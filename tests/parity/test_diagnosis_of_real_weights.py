@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+import torch
 
 from helpers import requires_shared, shared_dir
 from hf_regvit import add_test_time_registers, convert, diagnose
@@ -34,13 +35,28 @@ def source():
 
 
 @pytest.fixture(scope="module")
-def before(source, images):
-    return diagnose(source, images, progress=False)
+def settings():
+    """The published protocol of this model: the reference numbers were measured with it."""
+    from transformers import BitImageProcessor
+
+    sizes = {"size": {"shortest_edge": 248}, "crop_size": {"height": 224, "width": 224}}
+    return {"processor": BitImageProcessor(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3), "progress": False}
 
 
 @pytest.fixture(scope="module")
-def after(source, images):
-    return diagnose(add_test_time_registers(source, NEURONS, num_register_tokens=4), images, progress=False)
+def before(source, images, settings):
+    return diagnose(source, images, **settings)
+
+
+@pytest.fixture(scope="module")
+def after(source, images, settings):
+    return diagnose(add_test_time_registers(source, NEURONS, num_register_tokens=4), images, **settings)
+
+
+@pytest.fixture(scope="module")
+def random_net(source, images, settings):
+    torch.manual_seed(0)
+    return diagnose(type(source)(source.config).eval(), images, **settings)
 
 
 # Mass per head and the range of the value ratio, over the outliers before and over the registers after.
@@ -76,3 +92,43 @@ def test_number_of_sinks_per_image(before, after):
     assert per_image["registers"]["events"] == pytest.approx(7.7, abs=0.4)
     assert per_image["column"]["events"] == 0
     assert {kind for row in after.sinks["sets"]["registers"]["class"][9:] for kind in row} == {"N"}
+
+
+def test_fixed_patterns_are_the_outliers_and_registers_remove_them(before, after, random_net):
+    found = before.spurious
+    assert found["share"] == pytest.approx(0.0198, abs=0.0004)
+    assert found["flagged"] == found["both"]
+    assert found["both"] >= 0.98 * found["outliers"]
+    assert found["score"]["flagged"] == pytest.approx(0.998, abs=0.002)
+    assert found["score"]["others"] == pytest.approx(0.19, abs=0.03)
+    assert found["hijackers"]["share"] == pytest.approx(0.0201, abs=0.001)
+    assert found["hijackers"]["outliers"] >= 0.98 * found["outliers"]
+    assert after.spurious["flagged"] == random_net.spurious["flagged"] == 0
+    assert after.spurious["judged"]
+    assert random_net.spurious["judged"]
+    assert after.spurious["hijackers"]["share"] == random_net.spurious["hijackers"]["share"] == 0
+    assert after.spurious["hijackers"]["largest"] == pytest.approx(6.5, abs=0.5)
+    proxies = [report.spurious["experimental"]["global_proxy_share"] for report in (before, after, random_net)]
+    assert proxies[0] == pytest.approx(0.0197, abs=0.002)
+    assert proxies[1] == 0
+    assert proxies[2] > 0.05  # a false alarm: the reason why this number gives no verdict
+
+
+POSITION = {"before": (0.999, 0.430, 0.116, 0.111), "after": (0.999, 0.432, 0.126, 0.134)}
+
+
+@pytest.mark.parametrize("name", POSITION)
+def test_position_in_the_tokens(request, name):
+    found = request.getfixturevalue(name).position
+    assert [*(found["r2"][i] for i in (0, 6, 12)), found["final"]] == pytest.approx(POSITION[name], abs=0.03)
+    assert max(map(abs, [*found["r2_permuted"], found["final_permuted"]])) < 0.05
+    assert abs(found["removed"]["r2"]) < 0.01
+    assert found["removed"]["cosine"] == pytest.approx(0.994, abs=0.002)
+    assert found["removed"]["variance"] == pytest.approx(0.990, abs=0.003)
+
+
+def test_a_random_net_knows_cells_without_their_order(random_net):
+    found = random_net.position
+    assert abs(found["final"]) < 0.03
+    assert found["cell_accuracy"] == pytest.approx(0.594, abs=0.05)
+    assert found["removed"]["cell_accuracy"] == pytest.approx(0.589, abs=0.05)
