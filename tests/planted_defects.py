@@ -43,7 +43,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """Images (n, 96, 96, 3 in memory as PIL), their pixels (n, 3, 96, 96), and the changed cells of each kind (n, N)."""
+    """Images, their pixels (n, 3, 96, 96), and a mask (n, N) of the changed cells for each kind."""
 
     images: list[Image.Image]
     pixels: torch.Tensor
@@ -168,6 +168,6 @@ def plant_sink(model: Any, direction: torch.Tensor, *, blocks: tuple[int, ...], 
             layers = (attention.q_proj, attention.k_proj, attention.v_proj)
             query, key, value = ((layer.weight, layer.bias) for layer in layers)
         seen = key[0][rows] @ (96**0.5 * direction)
-        query[1][rows] += 6.0 * 32**0.5 * seen / seen.square().sum()
+        query[1][rows] += 8.0 * 32**0.5 * seen / seen.square().sum()
         if parks:
-            value[0][rows] -= 0.95 * torch.outer(value[0][rows] @ direction, direction)
+            value[0][rows] -= 0.98 * torch.outer(value[0][rows] @ direction, direction)
