@@ -105,7 +105,9 @@ def spurious_record(
     record: Record = {
         "share": float(flagged.mean()),
         "judged": judged,
-        "reason": found.cutoff.reason if judged else "more than 15 % of the tokens repeat in other images: not judged",
+        "reason": found.cutoff.reason
+        if judged
+        else "more than 15 % of the tokens repeat in other images, so no decision is possible",
         "separation": found.cutoff.separation,
         "cosine_cutoff": 1 - 1 / found.cutoff.cutoff if found.cutoff.bimodal else None,
         "flagged": int(flagged.sum()),
