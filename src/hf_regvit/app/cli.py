@@ -187,6 +187,14 @@ def _publish(arguments: Any) -> Outcome:
     return Outcome(done.to_dict(), lines=done.summary())
 
 
+def _export(arguments: Any) -> Outcome:
+    from ..hub.export import export
+
+    done = export(arguments.model, arguments.output_dir, **arguments.settings())
+    check = {"check it anywhere": f"python {arguments.output_dir}/run.py --check"}
+    return Outcome(done.to_dict(), lines=done.summary() | check)
+
+
 def _demo(arguments: Any) -> Outcome:
     from .demo import serve
 
@@ -210,6 +218,7 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
     "extract": _extract,
     "evaluate": _evaluate,
     "publish": _publish,
+    "export": _export,
     "demo": _demo,
     "doctor": _doctor,
 }
