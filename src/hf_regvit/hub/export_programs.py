@@ -134,7 +134,7 @@ def quantize(
         source: Float32 file.
         path: File to write.
         samples: Inputs for the calibration, one image each.
-        smooth: Use of SmoothQuant, which moves the range of outlier channels into the weights; False is for comparisons.
+        smooth: Use of SmoothQuant, which moves outliers of activations into weights; False is for comparisons.
     """
     import nncf
     from transformers.exporters.configs import ExportFormat
