@@ -13,6 +13,7 @@ import torch
 
 import hf_regvit
 from builders import image, pixels, randomized, tiny_model
+from helpers import requires_shared, shared_dir
 from hf_regvit import (
     ExportError,
     RegViTBackbone,
@@ -37,7 +38,7 @@ CLASSES = {
     RegViTForDepthEstimation: {"depth"},
     RegViTBackbone: {"feature_map_1", "feature_map_2"},
 }
-ENGINES = {"onnxruntime": exported._onnxruntime, "openvino": exported._openvino}
+ENGINES = ("onnxruntime", "openvino")
 NEURONS = {"num_register_tokens": 2, "register_neurons": [[0, 3], [1, 7]]}
 STATISTICS = {"scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]}
 
@@ -62,7 +63,7 @@ def converted(network, engine, folder, size, *, any_size=False):
     sample = {network.entry: network.random(2, size, seed=0)}
     with quiet():
         convert_to_file(network, sample, engine, path, any_size=any_size, opset=20)
-    return ENGINES[engine](str(path), 1, "f32", network.entry)
+    return exported.run_file(engine, path, network.entry, threads=1)
 
 
 @pytest.fixture(scope="module")
@@ -501,3 +502,93 @@ def test_transformers_without_exporters_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(export_module, "version", lambda name: "5.23.0")
     with pytest.raises(ImportError, match=r"Exports need transformers >= 5\.24, but 5\.23\.0 is installed"):
         export(with_processor(tiny_model()), tmp_path / "files")
+
+
+# ---- Use by other commands ---------------------------------------------------------------------------------------
+
+
+def test_extract_and_evaluate_read_an_exported_file(folder, classifier, tmp_path):
+    from hf_regvit.app import cli
+    from hf_regvit.hub.exported_reader import ExportedReader, open_exported
+
+    reader = open_exported(str(folder / "onnx" / "model.onnx"))
+    assert isinstance(reader, ExportedReader)
+    images = [image(seed, (60, 80)) for seed in range(3)]
+    own = hf_regvit.open_model(classifier)
+    np.testing.assert_allclose(reader.embed(images), own.embed(images), atol=1e-5)
+    np.testing.assert_allclose(reader.patch_maps(images), own.patch_maps(images), atol=1e-5)
+    assert reader.description.num_register_tokens == 2
+    with pytest.raises(ExportError, match="has only the tokens of its last block, not site='q'"):
+        reader.read(pixels(1, 48, 24), site="q")
+    assert open_exported("facebook/dinov2-small") == "facebook/dinov2-small"
+    for seed in range(24):
+        (tmp_path / "images" / "ab"[seed % 2]).mkdir(parents=True, exist_ok=True)
+        image(seed, (60, 80)).save(tmp_path / "images" / "ab"[seed % 2] / f"{seed}.png")
+    common = ["--model", str(folder), "--data", str(tmp_path / "images")]
+    assert cli.main(["extract", *common, "--output_dir", str(tmp_path / "features")]) == 0
+    features = hf_regvit.TokenFeatures.load(tmp_path / "features")
+    assert (len(features), features.grid, features.registers.shape[1]) == (24, (6, 3), 2)
+    assert cli.main(["extract", *common, "--no_final_norm", "--output_dir", str(tmp_path / "raw")]) == 1
+    words = [*common, "--tasks", "knn", "--knn_k", "3", "--output_dir", str(tmp_path / "evaluation")]
+    assert cli.main(["evaluate", *words]) == 0
+    report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
+    assert report["reports"][0]["model"] == "files/onnx/model.onnx"
+
+
+# ---- int8 --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_int8_is_calibrated_smoothed_and_refused_with_the_costs_of_blocks(tmp_path, monkeypatch):
+    import onnx
+
+    model = with_processor(randomized(tiny_model(num_register_tokens=2)))
+    source = hf_regvit.load_images("photos", split="train").subset(range(64))
+    report = export(model, tmp_path / "files", precision=["int8", "int8-weights"], data=source)
+    assert [file["precision"] for file in report.files] == ["int8", "int8-weights"] * 2
+    calibration = report.files[0]["calibration"]
+    assert calibration == {"data": "photos", "images": 48, "held_out": 16, "seed": 0}
+    nodes = onnx.load(tmp_path / "files" / "onnx" / "model_int8.onnx").graph.node
+    assert [node.name for node in nodes if "smooth_quant" in node.name and node.op_type == "Mul"]
+    assert "nncf_smooth_quant" in (tmp_path / "files" / "openvino" / "openvino_model_int8.xml").read_text()
+    loaded = load_exported(tmp_path / "files", engine="openvino", precision="int8")
+    assert loaded(pixels(2, 32, 32).numpy())["patches"].shape == (2, 16, 32)
+    assert all(row[-1] for row in exported.check(tmp_path / "files"))
+
+    monkeypatch.setitem(BOUNDS, "int8", {"cosine_mean": 0.9999999})
+    with pytest.raises(
+        ExportError, match=r"failed: cosine_mean .* The blocks that add the largest error .* are \d \("
+    ):
+        export(model, tmp_path / "again", format="openvino", precision="int8", data=source)
+    assert [path.name for path in tmp_path.iterdir()] == ["files"]
+    accepted = export(model, tmp_path / "again", format="openvino", precision="int8", data=source, accept="int8")
+    assert not accepted.files[0]["passed"]
+    assert set(accepted.files[0]["block_costs"]) == {"1", "2"}
+
+
+@pytest.mark.slow
+@requires_shared
+def test_int8_of_the_real_vit_tiny_keeps_its_accuracy(tmp_path):
+    data = shared_dir() / "data"
+    calibration = hf_regvit.load_images(data / "caltech101", split="train").subset(range(0, 1600, 10))
+    report = export(
+        data / "vit_tiny_patch16_224", tmp_path / "files", format="openvino", precision=["f32", "int8"],
+        data=calibration, num_calibration=100,
+    )  # fmt: skip
+    sizes = {file["precision"]: sum(file["bytes"].values()) for file in report.files}
+    assert sizes["int8"] < 0.32 * sizes["f32"]
+    samples = hf_regvit.load_images(data / "imagenet_samples", split=None)
+    files = {kind: load_exported(tmp_path / "files", engine="openvino", precision=kind) for kind in ("f32", "int8")}
+    right, classes, cosine = dict.fromkeys(files, 0), {kind: [] for kind in files}, []
+    for record in samples:
+        given = files["f32"].pixels(record.image)
+        outputs = {kind: file(given) for kind, file in files.items()}
+        for kind, found in outputs.items():
+            classes[kind].append(int(found["logits"].argmax()))
+            right[kind] += classes[kind][-1] == record.label
+        cosine.append(cosines("patches", outputs["int8"]["patches"], outputs["f32"]["patches"]).mean())
+    assert len(samples) == 500
+    assert right["f32"] / 5 >= 79.8
+    assert right["int8"] / 5 >= 79.8
+    assert np.mean(np.array(classes["f32"]) == np.array(classes["int8"])) >= 0.94
+    assert np.mean(cosine) >= 0.98

@@ -25,6 +25,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..data.source import ImageSource
 from ..models.loading import open_regvit, weights_fingerprint
+from ..models.modeling_regvit import RegViTForImageClassification
 from ..models.processing import EvaluationTransform, known_processor, require_rgb, resized_processor, unknown_processor
 from ..models.saving import whole_folder, write_json
 from ..models.tokens import TokenReader
@@ -32,7 +33,7 @@ from . import exported
 from .export_network import NamedOutputs, network_for_task
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
-from .exported import ENGINES, ExportError, check_images, difference, preprocess, sha256
+from .exported import ENGINES, ExportError, check_images, difference, preprocess, run_file, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -90,8 +91,8 @@ class _Request:
         return self.network.model.config
 
     @property
-    def is_classifier(self) -> bool:
-        return "ImageClassification" in type(self.network.model).__name__
+    def sides(self) -> tuple[int, int]:
+        return self.size or self.config.image_shape
 
 
 def export(
@@ -200,16 +201,16 @@ def _prepare(
         raise unknown_processor(opened)
     if not hasattr(processor, "to_dict"):
         raise ExportError(f"The image processor is a {type(processor).__name__}, which cannot be saved. Convert it.")
-    own = _size_of(EvaluationTransform.for_model(opened, processor))
+    _, *own = EvaluationTransform.for_model(opened, processor)(Image.new("RGB", (320, 240))).shape
     config = opened.config
-    wanted = _parse_size(size, own, config.image_shape)
+    wanted = _parse_size(size, (own[0], own[1]), config.image_shape)
     rows, columns = config.patch_shape
     if wanted is not None and (wanted[0] % rows or wanted[1] % columns or min(wanted) < 1):
         nearest = "x".join(str(max(1, round(side / p)) * p) for side, p in zip(wanted, config.patch_shape))
         raise ExportError(
             f"size={wanted[0]}x{wanted[1]} is not a multiple of the patch size of {rows} x {columns}. Use {nearest}."
         )
-    if wanted not in (None, own):
+    if wanted and wanted != (own[0], own[1]):
         processor = resized_processor(processor, wanted)
     transform = EvaluationTransform.for_model(opened, processor)
     settings = _settings_of(processor, transform)
@@ -217,11 +218,6 @@ def _prepare(
     statistics = settings if input == "uint8" else None
     network = NamedOutputs(network_for_task(opened, task), statistics)
     return network, transform, wanted, processor, settings
-
-
-def _size_of(transform: EvaluationTransform) -> tuple[int, int]:
-    _, height, width = transform(Image.new("RGB", (320, 240))).shape
-    return height, width
 
 
 def _parse_size(
@@ -250,13 +246,11 @@ def _settings_of(processor: Any, transform: EvaluationTransform) -> dict[str, An
         )
     crop = fields.get("crop_size") or {}
     return {
-        "channels": "RGB",
-        "resize": resize if fields.get("do_resize", True) else None,
+        "channels": "RGB", "resize": resize if fields.get("do_resize", True) else None,
         "crop": [crop["height"], crop["width"]] if fields.get("do_center_crop") else None,
         "scale": fields.get("rescale_factor", 1 / 255) if fields.get("do_rescale", True) else 1.0,
-        "mean": list(transform.mean),
-        "std": list(transform.std),
-    }
+        "mean": list(transform.mean), "std": list(transform.std),
+    }  # fmt: skip
 
 
 def _check_settings(settings: dict[str, Any], transform: EvaluationTransform) -> None:
@@ -324,7 +318,8 @@ def _images_of_user(
 def _labels(request: _Request, source: ImageSource) -> np.ndarray | None:
     """Return the class ids of a source in the order of the classifier, or None if the classes are others."""
     names, labels = source.label_names, source.labels
-    if labels is None or names is None or not request.is_classifier or len(names) != request.config.num_labels:
+    is_classifier = isinstance(request.network.model, RegViTForImageClassification)
+    if labels is None or names is None or not is_classifier or len(names) != request.config.num_labels:
         return None
     own = request.config.label2id
     places = [own[name] for name in names] if set(names) == set(own) else range(len(names))
@@ -338,7 +333,7 @@ def _question(kind: str, network: NamedOutputs, images: Tensor, labels: Any = No
 def _standard_questions(request: _Request, check_levels: np.ndarray) -> list[Question]:
     """Return questions with random pixels and images for every size, and those of `check.npz`."""
     network, config = request.network, request.config
-    levels = check_images(check_levels, request.size or config.image_shape)
+    levels = check_images(check_levels, request.sides)
     normalized = torch.from_numpy(exported.normalize(levels, request.preprocessing))
     questions = [_question("check", network, normalized)]
     images = [request.transform(image) for image in list(builtin_images().values())[2:8]]
@@ -346,21 +341,20 @@ def _standard_questions(request: _Request, check_levels: np.ndarray) -> list[Que
     rows, columns = config.patch_shape
     if not (images[0].shape[1] % rows or images[0].shape[2] % columns):
         questions += [_question("images", network, batch) for batch in [*batches, batches[-1].flip(0)]]
-    for number, size in enumerate(request_sizes(request)):
+    for number, size in enumerate(_sizes_of_proof(request)):
         for batch in (1, 2, 5) if request.size else (1, 3):
             questions.append(Question.ask("random", network, network.random(batch, size, seed=10 * number + batch)))
     return questions
 
 
-def request_sizes(request: _Request) -> list[tuple[int, int]]:
+def _sizes_of_proof(request: _Request) -> list[tuple[int, int]]:
     """Return the image sizes of the proof: that of the file, or five for files of any size."""
     if request.size:
         return [request.size]
     (rows, columns), (height, width) = request.config.grid, request.config.patch_shape
-    small = max(1, min(rows, columns) // 2)
-    large = max(rows, columns) + 2
-    grids = [(rows, columns), (small, small), (large, large), (rows + 2, max(1, columns - 1)),
-             (max(1, rows - 1), columns + 3)]  # fmt: skip
+    small, large = max(1, min(rows, columns) // 2), max(rows, columns) + 2
+    tall, wide = (rows + 2, max(1, columns - 1)), (max(1, rows - 1), columns + 3)
+    grids = ((rows, columns), (small, small), (large, large), tall, wide)
     return [(r * height, c * width) for r, c in grids]
 
 
@@ -377,11 +371,11 @@ def _write_files(
     shutil.copyfile(exported.__file__, staged / "run.py")
     levels = _check_levels(request)
     questions = [*_standard_questions(request, levels), *held_out]
-    _write_check(staged / "check.npz", levels, request.size or config.image_shape, questions[0])
+    _write_check(staged / "check.npz", levels, request.sides, questions[0])
     proof = _describe(request, questions[0])
     network.freeze(request.size)
-    height, width = request.size or ((config.grid[0] + 1) * config.patch_shape[0],
-                                     (config.grid[1] + 2) * config.patch_shape[1])  # fmt: skip
+    # For any size, neither side of the sample may equal the other one or the stored one, or they become constants.
+    height, width = request.size or tuple((n + k) * p for n, k, p in zip(config.grid, (1, 2), config.patch_shape))
     sample = {network.entry: network.random(2, (height, width), seed=0)}
     samples = calibration.pop("samples", [])
     wrong = network.random(1, (height + (config.patch_shape[0] if request.size else 1), width), seed=0).numpy()
@@ -399,10 +393,15 @@ def _write_files(
                 halve_weights(engine, source, path)
             else:
                 quantize(engine, source, path, samples if precision == "int8" else None)
-            entry = _entry(staged, engine, precision, calibration if precision == "int8" else None)
+            entry = _entry(staged, engine, precision)
+            entry |= {"calibration": calibration} if precision == "int8" else {}
             proof["files"].append(entry)
             write_json(staged / "proof.json", proof)
-            _prove(request, staged, entry, questions, wrong)
+            missed = _prove(staged, entry, questions, wrong)
+            if missed and precision == "int8":
+                entry["block_costs"] = _block_costs(request, work, engine, sample, samples, held_out)
+            if missed and precision not in request.accept:
+                raise _refusal(entry, missed)
             write_json(staged / "proof.json", proof)
     (staged / "README.md").write_text(card_section(proof), encoding="utf-8")
     return proof["files"]
@@ -410,119 +409,136 @@ def _write_files(
 
 def _check_levels(request: _Request) -> np.ndarray:
     """Return two images of `check.npz`, thinned out to at most 224 pixels a side."""
-    step = -(-max(request.size or request.config.image_shape) // _CHECK_SIDE)
-    images = [
-        preprocess(image, request.preprocessing)[::step, ::step] for image in list(builtin_images().values())[:2]
-    ]
-    return np.stack(images)
+    step, images = -(-max(request.sides) // _CHECK_SIDE), list(builtin_images().values())[:2]
+    return np.stack([preprocess(image, request.preprocessing)[::step, ::step] for image in images])
 
 
 def _write_check(path: Path, levels: np.ndarray, size: Sequence[int], question: Question) -> None:
     """Write the images of `check.npz` and evenly spaced values of the outputs of PyTorch."""
-    content = {"images": levels, "size": np.array(size)}
-    for name, values in question.expected.items():
-        content[name] = values.ravel()[:: -(-values.size // _CHECK_VALUES)]
-    np.savez_compressed(path, **content)  # type: ignore[arg-type]  # names of arrays
+    outputs = {name: values.ravel()[:: -(-values.size // _CHECK_VALUES)] for name, values in question.expected.items()}
+    np.savez_compressed(path, images=levels, size=np.array(size), **outputs)  # type: ignore[arg-type]
 
 
 def _describe(request: _Request, question: Question) -> dict[str, Any]:
     """Return `proof.json` without files."""
     network, config = request.network, request.config
     sides = list(request.size) if request.size else ["height", "width"]
+    shape, dtype = (["batch", *sides, 3], "uint8") if network.takes_bytes else (["batch", 3, *sides], "float32")
     with network.without_register_neurons():
         without = network.ask(torch.from_numpy(question.pixels))
     effect = max(difference(without[name].numpy(), values)[0] for name, values in question.expected.items())
     settings = {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    source = {
+        "class": type(network.model).__name__, "weights": weights_fingerprint(network.model),
+        "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
+        "registers": config.num_register_tokens, "register_neurons": len(config.register_neurons or ()),
+        "effect_of_register_neurons": effect,
+    }  # fmt: skip
     packages = ("hf_regvit", "torch", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf")
     return {
-        "schema": 1,
-        "source": {
-            "class": type(network.model).__name__,
-            "weights": weights_fingerprint(network.model),
-            "config": hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest(),
-            "registers": config.num_register_tokens,
-            "register_neurons": len(config.register_neurons or ()),
-            "effect_of_register_neurons": effect,
-        },
-        "input": {
-            "name": network.entry,
-            "shape": ["batch", *sides, 3] if network.takes_bytes else ["batch", 3, *sides],
-            "dtype": "uint8" if network.takes_bytes else "float32",
-        },
+        "schema": 1, "source": source, "input": {"name": network.entry, "shape": shape, "dtype": dtype},
         "outputs": {name: ["batch", *values.shape[1:]] for name, values in question.expected.items()},
-        "size": list(request.size) if request.size else "any",
-        "patch": list(config.patch_shape),
+        "size": list(request.size) if request.size else "any", "patch": list(config.patch_shape),
         "preprocessing": request.preprocessing,
         "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
-        "date": datetime.now(UTC).date().isoformat(),
-        "files": [],
-    }
+        "date": datetime.now(UTC).date().isoformat(), "files": [],
+    }  # fmt: skip
 
 
-def _entry(staged: Path, engine: str, precision: str, calibration: dict[str, Any] | None) -> dict[str, Any]:
+def _entry(staged: Path, engine: str, precision: str) -> dict[str, Any]:
     """Return the entry of a file without its proof."""
     path = staged / file_name(engine, precision)
     parts = [path, path.with_suffix(".bin"), path.with_name(f"{path.name}.data")]
     parts = [part for part in parts if part.is_file()]
     return {
-        "file": path.relative_to(staged).as_posix(),
-        "engine": engine,
-        "engine_version": version(ENGINES[engine][1]),
-        "precision": precision,
+        "file": path.relative_to(staged).as_posix(), "engine": engine,
+        "engine_version": version(ENGINES[engine][1]), "precision": precision,
         "sha256": {part.relative_to(staged).as_posix(): sha256(part) for part in parts},
         "bytes": {part.relative_to(staged).as_posix(): part.stat().st_size for part in parts},
         "bounds": BOUNDS[precision],
-        **({"calibration": calibration} if calibration else {}),
-    }
+    }  # fmt: skip
 
 
-def _prove(
-    request: _Request, staged: Path, entry: dict[str, Any], questions: Sequence[Question], wrong: np.ndarray
-) -> None:
-    """Add the comparison with PyTorch to the entry of a file; a number that misses its bound is an error."""
+def _prove(staged: Path, entry: dict[str, Any], questions: Sequence[Question], wrong: np.ndarray) -> list[str]:
+    """Add the comparison with PyTorch to the entry of a file, and return the numbers that miss their bounds."""
     engine, precision = entry["engine"], entry["precision"]
     answers = answers_of(staged, engine, precision, questions, wrong_size=wrong)
-    # int8 is made for the images of its calibration, and random pixels are none of them.
     kinds = {"random", "check", "images", "held-out"}
-    if precision.startswith("int8"):
+    if precision.startswith("int8"):  # it is made for images like those of its calibration
         kinds = {"held-out"} if questions[-1].kind == "held-out" else {"check", "images"}
-    pairs = [pair for pair in zip(questions, answers) if pair[0].kind in kinds]
-    found = compare(*zip(*pairs))
-    entry |= found
-    check = {name: difference(answers[0][name], values)[1] for name, values in questions[0].expected.items()}
-    exact = {"max_error": BOUNDS["f32"]["max_error"]} if precision == "f32" else {}
-    entry["run_check"] = {"cosine": min(0.9999, min(check.values()) - 0.02) if not exact else 0.99999, **exact}
+    found = compare(*zip(*[pair for pair in zip(questions, answers) if pair[0].kind in kinds]))
     missed = failures(precision, found)
-    entry["passed"] = not missed
-    if missed and precision not in request.accept:
-        advice = "Report this, with the versions of the packages: the file must equal the model."
-        if precision.startswith("int8"):
-            advice = "Give more images for the calibration that are like those of the use, or use --precision f16."
-        raise ExportError(f"The proof of {entry['file']} failed: {'; '.join(missed)}. Nothing was written. {advice}")
+    entry |= found | {"passed": not missed}
+    entry["run_check"] = {"max_error": BOUNDS["f32"]["max_error"], "cosine": 0.99999}
+    if precision != "f32":
+        same = [difference(answers[0][name], values)[1] for name, values in questions[0].expected.items()]
+        entry["run_check"] = {"cosine": min(0.9999, min(same) - 0.02)}
+    return missed
+
+
+def _refusal(entry: Mapping[str, Any], missed: Sequence[str]) -> ExportError:
+    advice = "Report this, with the versions of the packages: the file must equal the model."
+    if entry["precision"].startswith("int8"):
+        advice = "Calibrate on more images like those of the use, take --precision f16, or add --accept int8."
+    if costs := entry.get("block_costs"):
+        worst = ", ".join(f"{block} ({100 * cost:.1f} %)" for block, cost in list(costs.items())[:3])
+        advice += f" The blocks that add the largest error to the tokens are {worst}."
+    return ExportError(f"The proof of {entry['file']} failed: {'; '.join(missed)}. Nothing was written. {advice}")
+
+
+def _block_costs(
+    request: _Request,
+    work: Path,
+    engine: str,
+    sample: dict[str, Tensor],
+    samples: Sequence[dict[str, Tensor]],
+    held_out: Sequence[Question],
+) -> dict[str, float]:
+    """Return the error that int8 adds in each block, relative to the tokens and averaged over held-out images.
+
+    The network is converted again with the residual stream after each block as outputs.
+    """
+    network, files = request.network, [work / f"blocks{kind}{Path(file_name(engine, 'f32')).suffix}" for kind in "ab"]
+    network.returns_blocks = True
+    try:
+        convert_to_file(network, sample, engine, files[0], any_size=False, opset=request.opset)
+        quantize(engine, files[0], files[1], samples)
+        answers = run_file(engine, files[1], network.entry)
+        totals: dict[str, list[float]] = {}
+        for question in held_out[:4]:
+            found = answers(question.pixels)
+            for name, tokens in network.ask(torch.from_numpy(question.pixels)).items():
+                wrong = np.linalg.norm(found[name] - tokens.numpy(), axis=-1)
+                totals.setdefault(name, []).append(float((wrong / tokens.norm(dim=-1).numpy()).mean()))
+    finally:
+        network.returns_blocks = False
+    means = {name.removeprefix("block_"): float(np.mean(values)) for name, values in totals.items()}
+    before = [0.0, *list(means.values())[:-1]]
+    costs = {name: value - last for (name, value), last in zip(means.items(), before)}
+    return dict(sorted(costs.items(), key=lambda item: -item[1]))
 
 
 def card_section(proof: Mapping[str, Any]) -> str:
     """Return the description of an export in Markdown."""
     given, size = proof["input"], proof["size"]
     outputs = ", ".join(f"`{name}` {_shown(shape)}" for name, shape in proof["outputs"].items())
-    lines = [
-        "## Exported files",
-        "",
-        f"Input `{given['name']}` {_shown(given['shape'])} of {given['dtype']}; the size of the images is "
-        f"{size if size == 'any' else ' x '.join(map(str, size))}. Outputs: {outputs}.",
-        "",
-        "| file | engine | precision | compared with PyTorch |",
-        "|---|---|---|---|",
+    rows = [
+        f"| `{one['file']}` | {one['engine']} {one['engine_version']} | {one['precision']} | {describe_file(one)} |"
+        for one in proof["files"]
     ]
-    for file in proof["files"]:
-        engine = f"{file['engine']} {file['engine_version']}"
-        lines.append(f"| `{file['file']}` | {engine} | {file['precision']} | {describe_file(file)} |")
-    lines += [
-        "",
-        "`python run.py image.jpg` runs a file with NumPy, Pillow and its engine. `python run.py --check` compares",
-        "the outputs on your machine with those of PyTorch. `proof.json` has all numbers and the preprocessing.",
-    ]
-    return "\n".join(lines) + "\n"
+    shown = size if size == "any" else " x ".join(map(str, size))
+    return f"""## Exported files
+
+Input `{given["name"]}` {_shown(given["shape"])} of {given["dtype"]}; the size of the images is {shown}.
+Outputs: {outputs}.
+
+| file | engine | precision | compared with PyTorch |
+|---|---|---|---|
+{chr(10).join(rows)}
+
+`python run.py image.jpg` runs a file with NumPy, Pillow and its engine. `python run.py --check` compares the outputs
+on your machine with those of PyTorch. `proof.json` has all numbers and the preprocessing.
+"""
 
 
 def _shown(shape: Sequence[Any]) -> str:

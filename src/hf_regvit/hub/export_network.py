@@ -35,6 +35,7 @@ class NamedOutputs(nn.Module):
         copied.to("cpu", torch.float32).requires_grad_(False)
         copied.set_attn_implementation("sdpa")
         self.model: Any = copied
+        self.returns_blocks = False  # True: the residual stream after each block, to find where an error begins
         self.entry = "pixel_values" if statistics is None else "pixels"
         if statistics is not None:
             self.mean, self.std = (nn.Buffer(torch.tensor(statistics[k])[:, None, None]) for k in ("mean", "std"))
@@ -52,6 +53,9 @@ class NamedOutputs(nn.Module):
         if self.takes_bytes:
             given = (given.permute(0, 3, 1, 2).float() * self.scale - self.mean) / self.std  # (B, 3, H, W)
         model = self.model
+        if self.returns_blocks:
+            streams = model.base_model(given, output_hidden_states=True).hidden_states[1:]
+            return {f"block_{block}": tokens for block, tokens in enumerate(streams, 1)}
         if isinstance(model, RegViTModel):
             return _tokens(model(given), model.config)
         if isinstance(model, RegViTForImageClassification):

@@ -132,11 +132,7 @@ def load_exported(
         ImportError: The engine is not installed.
     """
     folder = Path(folder)
-    if not (folder / "proof.json").is_file():
-        raise ExportError(f"'{folder}' has no proof.json. Pass a folder that `regvit export` wrote.")
-    proof = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
-    if proof.get("schema") != 1:
-        raise ExportError(f"'{folder}/proof.json' has schema {proof.get('schema')}, expected 1. Export it again.")
+    proof = load_proof(folder)
     file = _choose(folder, proof["files"], engine, precision)
     if verify:
         for name, digest in file["sha256"].items():
@@ -145,11 +141,19 @@ def load_exported(
                     f"'{folder / name}' is not the file that was proved: it is missing or its checksum differs. "
                     "Download or export it again."
                 )
-    path, count = str(folder / file["file"]), threads or available_threads()
     hint = "bf16" if precision == "bf16" else "f32"
-    start = {"openvino": _openvino, "onnxruntime": _onnxruntime, "torch": _torch}[file["engine"]]
-    run = start(path, count, hint, proof["input"]["name"])
+    run = run_file(file["engine"], folder / file["file"], proof["input"]["name"], threads=threads, hint=hint)
     return ExportedModel(folder, proof, file, run, resize=resize)
+
+
+def load_proof(folder: Path) -> dict[str, Any]:
+    """Return the content of `proof.json`."""
+    if not (folder / "proof.json").is_file():
+        raise ExportError(f"'{folder}' has no proof.json. Pass a folder that `regvit export` wrote.")
+    proof: dict[str, Any] = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
+    if proof.get("schema") != 1:
+        raise ExportError(f"'{folder}/proof.json' has schema {proof.get('schema')}, expected 1. Export it again.")
+    return proof
 
 
 def _choose(folder: Path, files: list[dict[str, Any]], engine: str | None, precision: str | None) -> dict[str, Any]:
@@ -171,6 +175,12 @@ def _choose(folder: Path, files: list[dict[str, Any]], engine: str | None, preci
     if kind not in kinds:
         raise ExportError(f"'{folder}' has no file with precision={kind!r} for {chosen}. It has {listed}.")
     return found[chosen, kind]
+
+
+def run_file(engine: str, path: Path, entry: str, *, threads: int | None = None, hint: str = "f32") -> Run:
+    """Return the function of a file from its input, called `entry`, to its outputs."""
+    start = {"openvino": _openvino, "onnxruntime": _onnxruntime, "torch": _torch}[engine]
+    return start(str(path), threads or available_threads(), hint, entry)
 
 
 def available_threads() -> int:
@@ -290,7 +300,7 @@ def check(folder: str | Path, *, engine: str | None = None) -> list[tuple[str, s
     with np.load(Path(folder, "check.npz")) as stored:
         content = dict(stored)
     images, size = content.pop("images"), content.pop("size").tolist()
-    proof = json.loads(Path(folder, "proof.json").read_text(encoding="utf-8"))
+    proof = load_proof(Path(folder))
     for file in proof["files"]:
         if engine not in (None, file["engine"]) or not importlib.util.find_spec(ENGINES[file["engine"]][0]):
             continue
