@@ -52,17 +52,15 @@ def write_figures(views: Mapping[str, View], image: InputImage, request: MapRequ
     with zipfile.ZipFile(path, "w") as archive:
         for name, view in views.items():
             row, column = cell = view.cell(request.place)
-            heads = torch.stack(
-                [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
-            )
-            maps = view.maps()
             figures = {
-                "overview": overview_figure(view.image, maps),
-                f"patch_{row}_{column}_heads": attention_overlay_figure(
-                    view.image, heads, name=f"patch {row}, {column}", cell=cell
-                ),
+                "overview": overview_figure(view.image, view.maps()),
                 "object": lost_figure(view.image, view.object),
-            }  # fmt: skip
+            }
+            if view.attention is not None:
+                heads = [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
+                figures[f"patch_{row}_{column}_heads"] = attention_overlay_figure(
+                    view.image, torch.stack(heads), name=f"patch {row}, {column}", cell=cell
+                )
             for label, figure in figures.items():
                 file = folder / "figure.png"
                 save_figure(figure, file)
