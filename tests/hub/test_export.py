@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import hf_regvit
-from builders import image, pixels, randomized, tiny_model
+from builders import image, pixels, randomized, save_model, tiny_model
 from helpers import requires_shared, shared_dir
 from hf_regvit import (
     ExportError,
@@ -533,6 +533,24 @@ def test_extract_and_evaluate_read_an_exported_file(folder, classifier, tmp_path
     assert cli.main(["evaluate", *words]) == 0
     report = json.loads((tmp_path / "evaluation" / "report.json").read_text())
     assert report["reports"][0]["model"] == "files/onnx/model.onnx"
+
+
+@pytest.mark.slow
+def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
+    from hf_regvit.hub.publish import publish
+
+    checkpoint = save_model(classifier, tmp_path / "model", classifier.image_processor)
+    options = {"card": {"license": "mit"}, "exported": folder}
+    done = publish(checkpoint, output_dir=tmp_path / "bundle", **options)
+    assert {"onnx/model.onnx", "proof.json", "check.npz", "run.py"} <= set(done.bundle.names)
+    assert "| `onnx/model.onnx` | onnxruntime" in (tmp_path / "bundle" / "README.md").read_text()
+    loaded = load_exported(tmp_path / "bundle")(pixels(1, 48, 24).numpy())
+    assert loaded["logits"].shape == (1, 5)
+    assert all(row[-1] for row in exported.check(tmp_path / "bundle"))
+    other = save_model(randomized(copy.deepcopy(classifier), seed=1), tmp_path / "other", classifier.image_processor)
+    with pytest.raises(ExportError, match="was exported from another model"):
+        publish(other, output_dir=tmp_path / "second", **options)
+    assert not (tmp_path / "second").exists()
 
 
 # ---- int8 --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import logging
 import shutil
 import tempfile
 import time
@@ -33,9 +32,8 @@ from . import exported
 from .export_network import NamedOutputs, network_for_task
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
-from .exported import ENGINES, ExportError, check_images, difference, preprocess, run_file, sha256
-
-logger = logging.getLogger(__name__)
+from .exported import ENGINES, ExportError, check_images, difference, load_proof, preprocess, run_file, sha256
+from .scan import may_be_published
 
 FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 PRECISIONS = ("f32", "f16", "int8", "int8-weights")
@@ -516,6 +514,40 @@ def _block_costs(
     before = [0.0, *list(means.values())[:-1]]
     costs = {name: value - last for (name, value), last in zip(means.items(), before)}
     return dict(sorted(costs.items(), key=lambda item: -item[1]))
+
+
+def add_exported(folder: Path, output: Path, model: Any) -> str:
+    """Add the ONNX and OpenVINO files of an export to a folder, and return their description for a model card.
+
+    Raises:
+        ExportError: A file was changed, or the outputs in `check.npz` are not those of the model.
+    """
+    proof = load_proof(folder)
+    proof["files"] = [file for file in proof["files"] if file["engine"] != "torch"]  # a pickle is never published
+    parts = {name: digest for file in proof["files"] for name, digest in file["sha256"].items()}
+    for name, digest in parts.items():
+        if not may_be_published(name) or not (folder / name).is_file():
+            raise ExportError(f"'{folder}' has no file '{name}' of an export. Export the model again.")
+        (output / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, output / name)
+        if sha256(output / name) != digest:
+            raise ExportError(f"'{folder / name}' is not the file that was proved. Export the model again.")
+    shutil.copyfile(folder / "check.npz", output / "check.npz")
+    shutil.copyfile(exported.__file__, output / "run.py")
+    write_json(output / "proof.json", proof)
+    with np.load(output / "check.npz") as stored:
+        expected = dict(stored)
+    levels = check_images(expected.pop("images"), expected.pop("size").tolist())
+    pixels = torch.from_numpy(exported.normalize(levels, proof["preprocessing"]))
+    task = {"RegViTModel": "features", "RegViTBackbone": "backbone"}.get(proof["source"]["class"])
+    network = NamedOutputs(network_for_task(model, task), None)
+    outputs = {name: values.numpy().ravel() for name, values in network.ask(pixels).items()}
+    if set(outputs) != set(expected) or any(
+        not difference(outputs[name][:: -(-outputs[name].size // len(values))], values)[0] <= 1e-3
+        for name, values in expected.items()
+    ):
+        raise ExportError(f"'{folder}' was exported from another model. Export this one, and name its folder.")
+    return card_section(proof)
 
 
 def card_section(proof: Mapping[str, Any]) -> str:
