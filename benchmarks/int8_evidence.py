@@ -101,11 +101,6 @@ def main() -> None:
     tested = tested.subset(range(min(args.num_samples, len(tested))))
     pixels = torch.stack([reader.transform(record.image) for record in tested])
     labels = np.asarray(tested.labels)
-    neurons = (
-        find_register_neurons(model, source, max_images=min(500, args.num_calibration))
-        if any(args.registers)
-        else None
-    )
     rows = []
     for registers in args.registers:
         changed = model
