@@ -45,7 +45,7 @@ from .source_families import (
 logger = logging.getLogger(__name__)
 
 # Errors that torch.load raises for text, such as the HTML page of a failed download, and for truncated files.
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 _UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError)  # of a wrong configuration
@@ -177,7 +177,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         # DINO checkpoints contain their command line as a Namespace, which runs no code when it is unpickled.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise refused_pickle(path, error) from error
     if not isinstance(loaded, dict):
         raise CheckpointCorruptError(
@@ -186,13 +186,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def refused_pickle(source: str | Path, error: BaseException) -> CheckpointCorruptError:
+_TRUSTED = "If you trust the file, load it in a separate process and save its tensors as safetensors."
+
+
+def refused_pickle(source: str | Path, error: BaseException, *, advice: str = _TRUSTED) -> CheckpointCorruptError:
     """Create the error for a pickle that is not a plain file of tensors, without torch's advice to unpickle anyway."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     reason = f"it needs {refused[1]}" if refused else type(error).__name__
     return CheckpointCorruptError(
-        f"'{source}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
-        "trust the file, load it in a separate process and save its tensors as safetensors."
+        f"'{source}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. {advice}"
     )
 
 
