@@ -414,7 +414,7 @@ def _check_levels(request: _Request) -> np.ndarray:
 def _write_check(path: Path, levels: np.ndarray, size: Sequence[int], question: Question) -> None:
     """Write the images of `check.npz` and evenly spaced values of the outputs of PyTorch."""
     outputs = {name: values.ravel()[:: -(-values.size // _CHECK_VALUES)] for name, values in question.expected.items()}
-    np.savez_compressed(path, images=levels, size=np.array(size), **outputs)  # type: ignore[arg-type]
+    np.savez(path, images=levels, size=np.array(size), **outputs)  # type: ignore[arg-type]
 
 
 def _describe(request: _Request, question: Question) -> dict[str, Any]:

@@ -227,7 +227,7 @@ def _torch(path: str, threads: int, hint: str, entry: str) -> Run:
 
     def run(pixels: np.ndarray) -> Arrays:
         with torch.inference_mode():
-            return {name: value.numpy() for name, value in module(**{entry: torch.from_numpy(pixels)}).items()}
+            return {name: value.numpy() for name, value in module(**{entry: torch.tensor(pixels)}).items()}
 
     return run
 
