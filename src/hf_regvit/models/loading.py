@@ -259,33 +259,35 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
 
 
 @torch.no_grad()
-def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> list[str]:
-    """Resample the stored positions in place to the grid of square images, and describe the change, if any.
+def fit_positions(backbone: RegViTModel, image_size: int | tuple[int, int], *, option: str) -> list[str]:
+    """Resample the stored positions in place to the grid of images of one size, and describe the change, if any.
 
     Args:
         backbone: Backbone of any image size.
-        image_size: Side of the images in pixels.
+        image_size: Side of square images in pixels, or height and width.
         option: Name of the option for the image size, for the error message.
 
     Raises:
-        ValueError: If the side is not a multiple of the patch size.
+        ValueError: If a side is not a multiple of the patch size.
     """
     config, embeddings = backbone.config, backbone.embeddings
     rows, columns = config.patch_shape
-    if image_size % rows or image_size % columns:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % rows or width % columns:
+        nearest = " x ".join(str(max(1, round(side / p)) * p) for side, p in ((height, rows), (width, columns)))
         raise ValueError(
-            f"{option} is {image_size}, but the patches of the model to start from have {rows} x {columns} pixels. "
-            f"Set {option} to a multiple of the patch size."
+            f"{option} is {height} x {width}, but the patches of the model have {rows} x {columns} pixels. Set "
+            f"{option} to a multiple of the patch size, such as {nearest}."
         )
-    grid, before = (image_size // rows, image_size // columns), config.grid
+    grid, before = (height // rows, width // columns), config.grid
     if grid == before:
         return []
     if embeddings.position_embeddings is None:
-        config.image_size = image_size
+        config.image_size = image_size if isinstance(image_size, int) else list(image_size)
         return []
     prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
     table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(table.contiguous())
-    config.image_size = image_size
+    config.image_size = image_size if isinstance(image_size, int) else list(image_size)
     embeddings.train(embeddings.training)  # clears resampled tables that are cached from the old one
     return [f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches."]
