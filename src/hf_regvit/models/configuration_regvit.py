@@ -696,7 +696,8 @@ def check_weight_files(source, options: dict | None = None) -> None:
                         f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
                     )
                 keys.add(key.removeprefix("regvit."))
-    if keys and options is not None and config.is_file():
+    is_regvit = "embeddings.patch_embeddings.projection.weight" in keys  # otherwise, much more is missing
+    if is_regvit and options is not None and config.is_file():
         _check_kind(folder, keys, options)
 
 
