@@ -1,6 +1,7 @@
 """`export` and `load_exported`: files of every class, sizes, the proof, the loader, and every error."""
 
 import copy
+import importlib.util
 import json
 import re
 import subprocess
@@ -390,9 +391,20 @@ def test_a_missing_engine_names_the_package(folder, monkeypatch):
     monkeypatch.setattr(exported.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"engine onnxruntime is not installed\. Run: pip install onnxruntime"):
         load_exported(folder)
-    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs onnx, onnxscript, .* Run: pip install 'hf_regvit\[export\]'"):
         export(tiny_model(), folder / "new")
+
+
+def test_the_folder_of_a_format_is_not_taken_for_its_engine(folder, tmp_path, monkeypatch):
+    (tmp_path / "files" / "engine_of_nobody").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "files")
+    assert importlib.util.find_spec("engine_of_nobody") is not None  # a namespace package
+    assert not exported.is_installed("engine_of_nobody")
+    assert exported.is_installed("onnxruntime")
+    monkeypatch.setitem(exported.ENGINES, "onnxruntime", ("engine_of_nobody", "onnxruntime", "onnx"))
+    with pytest.raises(ImportError, match=r"engine onnxruntime is not installed\. Run: pip install onnxruntime"):
+        load_exported(folder)
+    assert exported.check(folder) == []
 
 
 def test_the_loader_and_the_converters_send_nothing_to_their_makers(folder):
