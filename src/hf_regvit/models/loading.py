@@ -19,7 +19,7 @@ from .foreign_weights import (
     checked_source,
     config_of,
     find_checkpoint,
-    is_open_clip,
+    has_no_config,
     load_module,
     load_pretrained,
     read_config,
@@ -101,7 +101,7 @@ def open_model(
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
         named = checked_source(source)
-        model = convert(named) if _has_no_config(named) else load_module(named, config_of(named))[0].eval()
+        model = convert(named) if has_no_config(named) else load_module(named, config_of(named))[0].eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
@@ -114,11 +114,6 @@ def open_model(
         )
     reader.model.to(None if device == "auto" else device, dtype)
     return reader
-
-
-def _has_no_config(source: str) -> bool:
-    """Return True for weights that only `convert` can open."""
-    return Path(source).is_file() or is_open_clip(Path(source))
 
 
 def embed(
@@ -162,7 +157,7 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
     named = checked_source(source)
-    config = {} if _has_no_config(named) else config_of(named)
+    config = {} if has_no_config(named) else config_of(named)
     refuse_quantized(named, config)
     return load_module(named, config)[0] if config.get("model_type") == "regvit" else convert(named)
 
