@@ -567,6 +567,22 @@ def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
     assert not (tmp_path / "second").exists()
 
 
+def test_no_image_of_the_calibration_is_in_the_proof(tmp_path, monkeypatch):
+    seen = {}
+
+    def keep(request, staged, work, calibration, held_out):
+        seen.update(samples=calibration["samples"], held_out=held_out)
+        return []
+
+    monkeypatch.setattr(export_module, "_write_files", keep)
+    source = hf_regvit.load_images("builtin:photos", split="train").subset(range(0, 1600, 25))
+    export(with_processor(tiny_model()), tmp_path / "files", precision="int8", data=source)
+    calibrated = {entry["pixel_values"].numpy().tobytes() for entry in seen["samples"]}
+    proved = [row[None].tobytes() for question in seen["held_out"] for row in question.pixels]
+    assert (len(calibrated), len(proved)) == (48, 16)
+    assert not calibrated & set(proved)
+
+
 # ---- int8 --------------------------------------------------------------------------------------------------------
 
 

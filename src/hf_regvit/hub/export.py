@@ -310,7 +310,7 @@ def _images_of_user(
     questions: list[Question] = []
     first = 0
     while first < held:
-        chosen = order[first : first + (1, 2, 5)[min(len(questions), 2)]]
+        chosen = order[first : min(held, first + (1, 2, 5)[min(len(questions), 2)])]
         first += len(chosen)
         [(ids, pixels)] = prepare_images(source.subset(chosen), request.transform)
         own = None if labels is None else labels[[place for place in chosen if source.ids[place] in ids]]
