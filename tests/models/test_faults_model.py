@@ -237,7 +237,7 @@ def test_f44_missing_registers_are_never_drawn_at_random(cls, forgiving, tmp_pat
 )
 def test_f44_any_other_missing_tensor_is_named(key, folder):
     rewrite(folder, lambda tensors: tensors.pop(key))
-    with pytest.raises(CheckpointError, match=rf"{key} is missing|hold no tensor {key}"):
+    with pytest.raises(CheckpointError, match=rf"{key} is missing"):
         RegViTModel.from_pretrained(folder)
 
 
