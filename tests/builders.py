@@ -3,15 +3,22 @@
 import io
 import json
 import math
+import os
+import signal
+import struct
 import tarfile
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from transformers import TrainerCallback
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.models.processing import default_image_processor
@@ -30,6 +37,11 @@ def encoded(content: Image.Image | np.ndarray | int = 0, kind: str = "PNG", **op
     stream = io.BytesIO()
     content.save(stream, kind, **options)
     return stream.getvalue()
+
+
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Chunk of a PNG file with its length and checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
 def write(path: Path, content: bytes | str | Image.Image | int = 0) -> Path:
@@ -127,15 +139,18 @@ def tiny_source(class_name: str, *, seed: int = 0, **fields: Any) -> Any:
     return model_class(model_class.config_class(**{**TINY, **fields})).eval()
 
 
-def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, **changes: Any) -> Any:
-    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes, in eval mode."""
+def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, noise: float = 0.0, **changes: Any) -> Any:
+    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes and moved parameters, in eval mode."""
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     torch.manual_seed(seed)
     model_class = {"VisionTransformer": VisionTransformer, "Eva": Eva}[kind]
-    return model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+    model = model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+    for parameter in model.parameters() if noise else ():
+        parameter.data += noise * torch.randn(parameter.shape)
+    return model
 
 
 def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
@@ -149,6 +164,34 @@ def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
 def pixels(count: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
     """Random pixel values (count, 3, height, width)."""
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random normal values of this shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def padded(
+    *sizes: tuple[int, int], seed: int = 1, dtype: torch.dtype = torch.long
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel values of images of these sizes in the top left corner, with noise in the padding, and their mask."""
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixel_mask = torch.zeros(len(sizes), height, width, dtype=dtype)
+    for row, (rows, columns) in zip(pixel_mask, sizes, strict=True):
+        row[:rows, :columns] = 1
+    return pixels(len(sizes), height, width, seed=seed), pixel_mask
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copy of all parameters and buffers of a model."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def gradients_of(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of a loss for all parameters of a model."""
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -215,3 +258,73 @@ def in_fresh_memory(model: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
+
+
+# --- Callbacks of Trainer, and calls that a test watches ---
+
+
+@dataclass
+class StopAt(TrainerCallback):
+    """End a run after a step, as a crash after a checkpoint would."""
+
+    step: int
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@dataclass
+class SignalAt(TrainerCallback):
+    """Signal one process in the middle of the step after `step`, as a scheduler does."""
+
+    step: int
+    number: int = signal.SIGTERM
+    process: int = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == self.process and state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@dataclass
+class PoisonAt(TrainerCallback):
+    """Set the first value of a parameter to NaN at the beginning of the step after `step`."""
+
+    step: int
+    parameter: str
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.get_parameter(self.parameter).data.view(-1)[0] = math.nan
+
+
+@dataclass
+class WreckFrom(TrainerCallback):
+    """Ruin the model with a learning rate of 3 from the step after `step`, so that the best checkpoint is older."""
+
+    step: int
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups if state.global_step >= self.step else ():
+            group["lr"] = 3.0
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Keep the weights at the end of each step and the gradients before each step of the optimizer."""
+
+    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights.append(state_of(model))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def spy(monkeypatch: Any, owner: Any, name: str) -> mock.Mock:
+    """Record the calls of a function or method, which works as before; of a method, the object is the first argument."""
+    watched = mock.create_autospec(getattr(owner, name), side_effect=getattr(owner, name))
+    monkeypatch.setattr(owner, name, watched)
+    return watched

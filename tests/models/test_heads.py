@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from builders import pixels, randomized, tiny_config, tiny_model
+from builders import padded, pixels, randomized, state_of, tiny_config, tiny_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -26,14 +26,6 @@ SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 def build(cls: type, *, seed: int = 0, **fields):
     """Create a model in eval mode in which no parameter or statistic has its initial value."""
     return randomized(tiny_model(cls, **TINY | fields), seed=seed, buffers=True)
-
-
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    height, width = max(h for h, _ in SIZES), max(w for _, w in SIZES)
-    pixel_mask = torch.zeros(len(SIZES), height, width, dtype=torch.long)
-    for i, (h, w) in enumerate(SIZES):
-        pixel_mask[i, :h, :w] = 1
-    return pixels(len(SIZES), height, width), pixel_mask
 
 
 def normed_maps(model, pixel_values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +71,7 @@ def test_a_norm_after_pooling_goes_with_the_mean_patch_only(pooling):
 def test_classifier_in_a_padded_batch(pooling, attn_implementation):
     model = build(RegViTForImageClassification, pooling=pooling)
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     logits = model(pixel_values, pixel_mask=pixel_mask).logits
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).logits[0]
@@ -163,7 +155,7 @@ def test_segmentation_in_training_uses_the_statistics_of_the_batch():
 def test_segmentation_in_a_padded_batch(attn_implementation):
     model = build(RegViTForSemanticSegmentation, head_layers=[0, -1])
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     logits = model(pixel_values, pixel_mask=pixel_mask).logits
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).logits[0]
@@ -173,7 +165,7 @@ def test_segmentation_in_a_padded_batch(attn_implementation):
 
 def test_padding_does_not_enter_the_batch_norm():
     model = build(RegViTForSemanticSegmentation).train()
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     with torch.no_grad():
         features = [
             normed_maps(model, pixel_values[i : i + 1, :, :height, :width], -1)[1][0].flatten(1).T
@@ -212,7 +204,7 @@ def test_segmentation_loss_ignores_one_label(ignore):
 
 def test_segmentation_loss_ignores_padding():
     model = build(RegViTForSemanticSegmentation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     labels = torch.randint(0, 5, tuple(pixel_mask.shape), generator=torch.Generator().manual_seed(2))
     kept = labels.clone()
     output = model(pixel_values, labels=labels, pixel_mask=pixel_mask)
@@ -283,7 +275,7 @@ def test_depth_defaults_are_those_of_the_protocol():
 @torch.no_grad()
 def test_depth_in_a_padded_batch():
     model = build(RegViTForDepthEstimation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     depth = model(pixel_values, pixel_mask=pixel_mask).predicted_depth
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).predicted_depth[0]
@@ -322,7 +314,7 @@ def test_depth_loss_equals_its_twin_and_ignores_invalid_depth():
 
 def test_depth_loss_ignores_padding():
     model = build(RegViTForDepthEstimation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     labels = depth_labels(*pixel_mask.shape)
     output = model(pixel_values, labels=labels, pixel_mask=pixel_mask)
     expected = log_loss_twin(output.predicted_depth, labels.masked_fill(pixel_mask == 0, 0.0))
@@ -405,7 +397,7 @@ def test_backbone_options():
 @torch.no_grad()
 def test_backbone_in_a_padded_batch():
     model = build(RegViTBackbone, out_indices=[1, 3])
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     feature_maps = model(pixel_values, pixel_mask=pixel_mask).feature_maps
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).feature_maps
@@ -547,10 +539,6 @@ def trainer(model, folder, *, data: Photos, **arguments):
         eval_dataset=data,
         compute_metrics=compute_metrics,
     )
-
-
-def state_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, atol: float = 0.0) -> list[str]:
