@@ -44,6 +44,16 @@ def png_chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
 
+@dataclass
+class MakesFolder:
+    """Object whose pickle would make a folder when it is loaded."""
+
+    folder: Path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
 def write(path: Path, content: bytes | str | Image.Image | int = 0) -> Path:
     """Write bytes, text, an image or `image(content)` to a file, in folders that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,6 +69,13 @@ def class_folder(root: Path, suffix: str = ".png", **classes: int) -> Path:
         for number in range(count):
             write(root / name / f"{number}{suffix}", 1000 * place + number)
     return root
+
+
+def save_images(folder: Path, images: Sequence[Image.Image]) -> Path:
+    """Folder with these images as `00.png`, `01.png` and so on."""
+    for number, content in enumerate(images):
+        write(folder / f"{number:02d}.png", content)
+    return folder
 
 
 def plain_images(root: Path, names: Sequence[str], size: tuple[int, int] = (20, 16)) -> Path:
@@ -137,6 +154,62 @@ def tiny_source(class_name: str, *, seed: int = 0, **fields: Any) -> Any:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(seed)
     return model_class(model_class.config_class(**{**TINY, **fields})).eval()
+
+
+def dinov2_state(registers: int = 2, depth: int = 2, width: int = 32, patches: int = 16) -> dict[str, torch.Tensor]:
+    """Random state dict with the names of the official DINOv2, with patches of 8 x 8 pixels."""
+    torch.manual_seed(1)
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + patches, width), "mask_token": (1, width)}
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    shapes |= {"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        shapes |= {f"blocks.{i}.{n}.{p}": (width,) for n in ("norm1", "norm2") for p in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.attn.qkv.weight": (3 * width, width), f"blocks.{i}.attn.qkv.bias": (3 * width,)}
+        shapes |= {f"blocks.{i}.attn.proj.weight": (width, width), f"blocks.{i}.attn.proj.bias": (width,)}
+        shapes |= {f"blocks.{i}.mlp.fc1.weight": (64, width), f"blocks.{i}.mlp.fc1.bias": (64,)}
+        shapes |= {f"blocks.{i}.mlp.fc2.weight": (width, 64), f"blocks.{i}.mlp.fc2.bias": (width,)}
+        shapes |= {f"blocks.{i}.ls{n}.gamma": (width,) for n in (1, 2)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+def wrapped(model: Any, how: str) -> Any:
+    """Compile a model or parts of it, or put it into another one, in one of the ways that users do."""
+    match how:
+        case "compiled":
+            return torch.compile(model, backend="eager")
+        case "compiled_in_place":
+            model.compile(backend="eager")
+        case "compiled_blocks":
+            for block in model.layers:
+                block.compile(backend="eager")
+        case "with_compiled_blocks":
+            model.layers[0] = torch.compile(model.layers[0], backend="eager")
+        case "compiled_forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+        case "compiled_parts":
+            model.layers[1].attention = torch.compile(model.layers[1].attention, backend="eager")
+            model.layers[0] = torch.compile(model.layers[0], backend="eager")
+        case "inside_a_compiled_head":
+            return torch.compile(torch.nn.Sequential(model), backend="eager")
+        case "DataParallel":
+            return torch.nn.DataParallel(model)
+        case "AveragedModel":
+            return torch.optim.swa_utils.AveragedModel(model)
+        case _:
+            raise ValueError(how)
+    return model
+
+
+def two_towers(name: str, vision: dict[str, Any]) -> Any:
+    """Model of transformers with a tiny text tower beside the vision tower, by its family, such as CLIP."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # SigLIP's two towers must end in vectors of one width
+    text |= {"vocab_size": 99, "projection_size": vision["hidden_size"]}
+    config_class = getattr(transformers, f"{name}Config")
+    config = config_class(text_config=text, vision_config=vision, projection_dim=16)
+    return getattr(transformers, f"{name}Model")(config)
 
 
 def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, noise: float = 0.0, **changes: Any) -> Any:
@@ -324,7 +397,7 @@ class Recorder(TrainerCallback):
 
 
 def spy(monkeypatch: Any, owner: Any, name: str) -> mock.Mock:
-    """Record the calls of a function or method, which works as before; of a method, the object is the first argument."""
+    """Record the calls of a function or method, which works as before; the object of a method counts too."""
     watched = mock.create_autospec(getattr(owner, name), side_effect=getattr(owner, name))
     monkeypatch.setattr(owner, name, watched)
     return watched

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,3 +50,17 @@ def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Fake Hub that huggingface_hub uses in this process, with retries that take no time."""
+    import hf_regvit.hub.publish  # noqa: F401  (before the class is replaced, because its annotations name it)
+    from fake_hub import FakeHub, connect
+    from hf_regvit.hub import upload
+
+    quick = upload.RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=5.0)
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(upload, "RetryPolicy", lambda: quick)
+        yield hub

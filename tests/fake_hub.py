@@ -115,6 +115,10 @@ class FakeHub:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return self.repos[repo_id].at(revision).files
 
+    def messages(self, repo_id: str) -> list[str]:
+        """Return the messages of the commits after the first."""
+        return [commit.message for commit in self.repos[repo_id].commits[1:]]
+
     def sent(self, route: str) -> list[int]:
         """Return the body sizes of the requests whose "METHOD path" contains `route`."""
         return [size for path, size in self.requests if route in path]

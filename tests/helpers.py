@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,11 @@ def load_golden(name: str, *, double: bool = False) -> tuple[dict[str, torch.Ten
     if double:
         tensors |= {k: v.double() for k, v in tensors.items() if k.startswith("in.") and v.is_floating_point()}
     return tensors, config
+
+
+def golden_json(name: str) -> Any:
+    """Load a JSON file of `golden/train/`."""
+    return json.loads((shared_dir() / "golden" / "train" / f"{name}.json").read_text())
 
 
 def subtree(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

@@ -44,16 +44,15 @@ class Killer:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work: Callable[[], object], folder: Path, at: int | None = None) -> tuple[int, int]:
-    """Run `work` in a fork; return its exit status, negative for a signal, and the number of changes."""
+def forked(work: Callable[[], int | None], folder: Path, at: int | None = None) -> tuple[int, int]:
+    """Run `work` in a fork; return its status, negative for a signal, and the number of changes below `folder`."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         killer = Killer(folder, at)
         sys.addaudithook(killer)
         status = 1
         try:
-            work()
-            status = 0
+            status = int(work() or 0)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:

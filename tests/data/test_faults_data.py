@@ -5,7 +5,6 @@ Rows about a running training use `MultiCropDataset` and `BadImages` directly; t
 """
 
 import ast
-import errno
 import io
 import json
 import logging
@@ -15,6 +14,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -242,29 +242,27 @@ def test_F07_twelve_bits_in_sixteen_are_told_once(white, told, caplog):
     assert sum("no value above 4095" in message for message in caplog.messages) == told
 
 
-@pytest.fixture
-def values():
-    return np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
+VALUES = np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
 
 
-def test_float_images_F08_float_has_no_defined_range(values):
+def test_float_images_F08_float_has_no_defined_range():
     with pytest.raises(BadImageError, match=r"its mode F.*set value_range") as caught:
-        open_image(encode(Image.fromarray(values), "TIFF"))
+        open_image(encode(Image.fromarray(VALUES), "TIFF"))
     assert caught.value.kind == "value range"
 
 
-def test_float_images_F08_with_a_range_it_is_scaled(values):
-    image = open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
-    assert (np.asarray(image)[:, :, 1] == np.rint(255 * values.astype(np.float64))).all()
+def test_float_images_F08_with_a_range_it_is_scaled():
+    image = open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+    assert (np.asarray(image)[:, :, 1] == np.rint(255 * VALUES.astype(np.float64))).all()
     with pytest.raises(BadImageError, match=r"0 to 1 exceed value_range=\(0, 0.5\)"):
-        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
+        open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_float_images_F21_nan_or_infinite_pixels_are_rejected(values, value):
-    values[3, 4] = value
+def test_float_images_F21_nan_or_infinite_pixels_are_rejected(value):
+    VALUES[3, 4] = value
     with pytest.raises(BadImageError, match="1 of 600 values are NaN or infinite"):
-        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+        open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
@@ -885,10 +883,8 @@ def test_a_record_of_bad_images_that_was_cut_off_does_not_end_the_next_run(tmp_p
 
 
 def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=1000)
-    monkeypatch.setattr("hf_regvit.data.bad_images.os.write", full)
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr("hf_regvit.data.bad_images.os.write", Mock(side_effect=error))
     bad.bad(BadImageError("c.jpg", "truncated", "truncated"), epoch=0, index=3)
     assert "No space left on device" in caplog.text

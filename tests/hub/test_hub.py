@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image, PngImagePlugin
 
 import fake_hub
 from builders import save_model, tiny_model, tiny_source
-from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
+from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN
 from hf_regvit import CheckpointCorruptError, RegViTForImageClassification
 from hf_regvit.hub.bundle import bundle, read_bundle
 from hf_regvit.hub.card import CardError, card_header
@@ -47,13 +48,6 @@ def copy(checkpoint, tmp_path) -> Path:
     for path in checkpoint.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     return folder
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        yield hub
 
 
 # --- What may be published
@@ -455,11 +449,9 @@ def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
     waits = []
     monkeypatch.setattr("hf_regvit.hub.upload.time.sleep", waits.append)
 
-    def attempt():
-        raise ConnectionError("down")
-
+    retry = RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0)
     with pytest.raises(PushError, match="after 6 attempts: ConnectionError: down"):
-        with_retries(attempt, what="x", retry=RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0))
+        with_retries(Mock(side_effect=ConnectionError("down")), what="x", retry=retry)
     assert all(low <= wait <= high for wait, low, high in zip(waits, (1, 2, 4, 6, 6), (1.5, 3, 6, 6, 6), strict=True))
 
 
@@ -586,12 +578,9 @@ def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp
 def test_background_pushes_run_in_order_and_keep_failures(caplog):
     pushes, order = BackgroundPushes(), []
 
-    def fail():
-        raise PushError("the Hub is down")
-
     with caplog.at_level(logging.WARNING):
         pushes.start(lambda: order.append(1), label="one")
-        pushes.start(fail, label="two")
+        pushes.start(Mock(side_effect=PushError("the Hub is down")), label="two")
         pushes.start(lambda: order.append(3), label="three")
         pushes.wait(10)
     assert order == [1, 3]

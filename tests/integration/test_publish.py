@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DPTImageProcessor
 
 from builders import save_model, tiny_model
-from fake_hub import FakeHub, connect, sha256
+from fake_hub import sha256
 from hf_regvit import (
     RegViTForDepthEstimation,
     RegViTForImageClassification,
@@ -25,7 +25,7 @@ from hf_regvit.app import cli
 from hf_regvit.hub import bundle as hub_module
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.card import card_snippets
-from hf_regvit.hub.upload import RetryPolicy, send_folder
+from hf_regvit.hub.upload import send_folder
 from hf_regvit.hub.verify import verify
 from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
@@ -118,18 +118,6 @@ def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "CODE_FILES", ())
     with pytest.raises(CheckpointError, match="cannot be loaded without hf_regvit"):
         verify(tmp_path / "bundle")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    import hf_regvit.hub.publish  # noqa: F401 - before the class is replaced, because its annotations name it
-
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        monkeypatch.setattr(
-            "hf_regvit.hub.upload.RetryPolicy", lambda: RetryPolicy(attempts=3, first_wait=0.01, timeout=5)
-        )
-        yield hub
 
 
 def load_as_stranger(hub, home: Path, revision: str, *, offline: bool = False) -> dict[str, torch.Tensor]:

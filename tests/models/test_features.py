@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from builders import noise, normal, state_of, tiny_timm
+from builders import noise, normal, state_of, tiny_timm, two_towers, wrapped
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -33,15 +33,6 @@ from hf_regvit.models.tokens import TokenReader, TokenReading, read_tokens
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 WIDE = {**SIZES, "intermediate_size": 40}
 NATIVE, RECTANGLE = (32, 32), (16, 48)
-
-
-def with_text(name, vision):
-    import transformers
-
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": 99, "projection_size": 24}  # SigLIP's two towers must end in vectors of one width
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, projection_dim=16)
-    return getattr(transformers, f"{name}Model")(config)
 
 
 def build(name):
@@ -77,9 +68,9 @@ def build(name):
         "vit_classifier": lambda: t.ViTForImageClassification(t.ViTConfig(**WIDE)),
         "deit_teacher": lambda: t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**WIDE)),
         "dinov3_backbone": lambda: t.DINOv3ViTBackbone(t.DINOv3ViTConfig(**WIDE)),
-        "clip": lambda: with_text("CLIP", WIDE),
-        "metaclip_2": lambda: with_text("MetaClip2", WIDE),
-        "siglip": lambda: with_text("Siglip", WIDE),
+        "clip": lambda: two_towers("CLIP", WIDE),
+        "metaclip_2": lambda: two_towers("MetaClip2", WIDE),
+        "siglip": lambda: two_towers("Siglip", WIDE),
         "clip_projection": lambda: t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**WIDE)),
         "mae_pretraining": lambda: t.ViTMAEForPreTraining(
             t.ViTMAEConfig(
@@ -969,30 +960,6 @@ def test_a_processor_without_normalisation():
 
 
 # --- Wrappers and attentions ---
-
-
-def wrapped(model, how):
-    """Compile the model or parts of it, or put it into another one, in one of the ways that users do."""
-    match how:
-        case "compiled":
-            return torch.compile(model, backend="eager")
-        case "compiled_in_place":
-            model.compile(backend="eager")
-        case "compiled_blocks":
-            for block in model.layers:
-                block.compile(backend="eager")
-        case "compiled_forward":
-            model.forward = torch.compile(model.forward, backend="eager")
-        case "compiled_parts":
-            model.layers[1].attention = torch.compile(model.layers[1].attention, backend="eager")
-            model.layers[0] = torch.compile(model.layers[0], backend="eager")
-        case "inside_a_compiled_head":
-            return torch.compile(nn.Sequential(model), backend="eager")
-        case "DataParallel":
-            return nn.DataParallel(model)
-        case "AveragedModel":
-            return torch.optim.swa_utils.AveragedModel(model)
-    return model
 
 
 @pytest.mark.parametrize(

@@ -28,22 +28,21 @@ def names_in(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def full_in_safetensors():
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.parametrize("writing", [full, full_in_safetensors])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["full", "full_in_safetensors"],
+)
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
-def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, writing, whole):
+def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, error, whole):
     target = tmp_path / "result"
     if whole is whole_file:
         target.write_text("before")
     with pytest.raises(NoSpaceError) as caught, whole(target, needed=3_400_000):
-        writing()
+        raise error
     assert re.fullmatch(
         rf"'{target}' could not be written \(No space left on device\): it needs about 3\.2 MiB, and [\d,.]+ MiB are "
         r"free\. Free some space, or choose a folder on another disk, and run again\.",

@@ -87,23 +87,13 @@ TOWERS = {
 QUIET = {"plain": (0.0, 0.0), "sparse": (0.5, 0.5), "last_layer_strict": (0.9, 0.25)}
 
 
-class OneByOne:
-    """The golden images as `prepare_images` would hand them out, in batches of three."""
-
-    def __init__(self, images: torch.Tensor):
-        self.images = images
-
-    def __iter__(self):
-        for start in range(0, len(self.images), 3):
-            batch = self.images[start : start + 3]
-            yield [str(start + i) for i in range(len(batch))], batch
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 def test_the_search_gives_the_published_scores_and_order(tower):
     tensors, config = load_golden(f"ttr/{tower}_search.safetensors")
     model = TOWERS[tower](tensors, config)
-    images = OneByOne(tensors["in.images"])
+    # As `prepare_images` hands them out, in batches of three
+    batches = enumerate(tensors["in.images"].split(3))
+    images = [([str(3 * number + i) for i in range(len(batch))], batch) for number, batch in batches]
     read = TokenReader(model).read_many(tensors["in.images"], {"residual": "all", "mlp": "all"})
     norms = torch.stack([values.norm(dim=-1) for values in read["residual"].values[1:]], dim=1)  # (n, L, T)
     assert_golden(norms, tensors["out.layer_norms"], **TOLERANCE)

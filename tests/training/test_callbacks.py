@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers.trainer_callback import TrainerState
 
+from builders import normal
 from hf_regvit.data import loading as loading_module
 from hf_regvit.data import source as source_module
 from hf_regvit.data import tables as tables_module
@@ -36,11 +37,6 @@ from hf_regvit.pretraining.monitors import (
 from hf_regvit.training.callbacks import MetricsFile, Observer
 from losses_on_logits import student_outputs
 from tiny_run import Crops, arguments, same_state, tiny_batch, tiny_network, trained
-
-
-def pixels_of(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- Schedule ----
 
@@ -164,7 +160,7 @@ def cls_of(backbone, pixels):
 
 
 def test_spread_of_features_equals_its_loop():
-    backbone, pixels = tiny_network().teacher_backbone, pixels_of(5)
+    backbone, pixels = tiny_network().teacher_backbone, normal(5, 3, 16, 16)
     with torch.no_grad():
         rows = [backbone(image[None]).pooler_output[0].double() for image in pixels]
     unit = [[value / math.sqrt(sum(v * v for v in row.tolist())) for value in row.tolist()] for row in rows]
@@ -181,7 +177,7 @@ def test_spread_of_features_equals_its_loop():
 
 def test_spread_is_zero_for_one_image_and_one_for_noise():
     backbone = tiny_network().teacher_backbone
-    same = feature_statistics(cls_of(backbone, pixels_of(1).expand(6, -1, -1, -1)))
+    same = feature_statistics(cls_of(backbone, normal(1, 3, 16, 16).expand(6, -1, -1, -1)))
     assert same["feature_std"] == pytest.approx(0, abs=1e-6)
     assert same["effective_rank"] == pytest.approx(1, abs=1e-6)
     measured = feature_statistics(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)))
@@ -206,7 +202,7 @@ def test_distance_of_teacher_and_student_equals_its_loop():
 
 
 def test_monitor_logs_everything_and_changes_nothing(tmp_path):
-    pixels = pixels_of(12)
+    pixels = normal(12, 3, 16, 16)
     watched = trained(tmp_path / "a", callbacks=[Monitor(pixels, every_steps=3)])
     plain = trained(tmp_path / "b")
     assert same_state(watched.model.state_dict(), plain.model.state_dict())
@@ -224,7 +220,7 @@ def test_monitor_logs_everything_and_changes_nothing(tmp_path):
 
 
 def test_monitors_read_a_compiled_teacher(tmp_path):
-    network, pixels = tiny_network(), pixels_of(3)
+    network, pixels = tiny_network(), normal(3, 3, 16, 16)
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
     labeled = list(zip(shown, range(3), strict=True))
     knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": 1}
@@ -244,7 +240,7 @@ def test_monitors_read_a_compiled_teacher(tmp_path):
 
 def test_panels_are_written_through_the_run(tmp_path):
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
-    trained(tmp_path, callbacks=[Panels(shown, pixels_of(3), folder=tmp_path / "panels", every_steps=4)])
+    trained(tmp_path, callbacks=[Panels(shown, normal(3, 3, 16, 16), folder=tmp_path / "panels", every_steps=4)])
     files = sorted((tmp_path / "panels").iterdir())
     assert [path.name for path in files] == ["step_000000.png", "step_000004.png", "step_000006.png"]
     first, last = (Image.open(path) for path in (files[0], files[-1]))
@@ -257,7 +253,7 @@ def test_f58_a_full_disk_costs_metrics_and_panels_but_not_the_run(tmp_path, capl
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     (tmp_path / "panels").write_text("no folder can be made here")
     shown = [Image.new("RGB", (16, 16))] * 2
-    panels = Panels(shown, pixels_of(2), folder=tmp_path / "panels", every_steps=4)
+    panels = Panels(shown, normal(2, 3, 16, 16), folder=tmp_path / "panels", every_steps=4)
     trainer = trained(tmp_path, callbacks=[MetricsFile(tmp_path / "metrics.jsonl"), panels])
     assert trainer.state.global_step == 6
     assert caplog.text.count("metrics.jsonl' cannot be written ([Errno 28] No space left on device)") == 1
