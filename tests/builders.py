@@ -7,8 +7,9 @@ import os
 import signal
 import struct
 import tarfile
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,22 @@ def class_folder(root: Path, suffix: str = ".png", **classes: int) -> Path:
     for place, (name, count) in enumerate(classes.items()):
         for number in range(count):
             write(root / name / f"{number}{suffix}", 1000 * place + number)
+    return root
+
+
+def tinted(channel: int, seed: int) -> Image.Image:
+    """Noise of 32 x 32 pixels in which one channel is brighter."""
+    values = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
+    values[..., channel] += 60
+    return Image.fromarray(values)
+
+
+def tinted_folder(root: Path, names: Sequence[str] = ("red", "green", "blue"), **parts: int) -> Path:
+    """Class folders of tinted noise in the given parts, such as `train=8, validation=4` images of each class."""
+    for part, count in parts.items():
+        for channel, name in enumerate(names):
+            for i in range(count):
+                write(root / part / name / f"{i}.png", tinted(channel, 100 * channel + 10 * (part == "train") + i))
     return root
 
 
@@ -380,6 +397,32 @@ class WreckFrom(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
         for group in optimizer.param_groups if state.global_step >= self.step else ():
             group["lr"] = 3.0
+
+
+@dataclass
+class WorkerFault:
+    """Kill or block a worker of a DataLoader when it reads an image, `times` times in all; marks are kept in a folder.
+
+    It happens for keys that `applies` to and, unless `worker` is None, in this worker alone.
+    """
+
+    folder: Path
+    how: str
+    times: int
+    applies: Callable[[Any], bool]
+    worker: int | None = None
+
+    def __call__(self, key: Any) -> None:
+        info = torch.utils.data.get_worker_info()
+        if info is None or self.worker not in (None, info.id) or not self.applies(key):
+            return
+        self.folder.mkdir(exist_ok=True)
+        marks = len(list(self.folder.iterdir()))
+        if marks < self.times:
+            (self.folder / str(marks)).touch()
+            if self.how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
 
 
 @dataclass

@@ -1,9 +1,11 @@
 """Helpers shared by several test files: paths of the fixtures, their loading, and numerical tolerances."""
 
+import importlib.util
 import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +26,14 @@ _may_skip = not os.environ.get("CI") or bool(os.environ.get("REGVIT_WITHOUT_SHAR
 requires_shared = pytest.mark.skipif(
     shared_dir() is None and _may_skip, reason="needs ../shared (golden files and data sets), which does not exist"
 )
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a Python file of the repository that is in no package, by its path below the root."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parents[1] / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def golden_files(group: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 from PIL import Image
 
 import hf_regvit
-from helpers import requires_shared, shared_dir
+from helpers import load_script, requires_shared, shared_dir
 from hf_regvit import PretrainingArguments
 from hf_regvit.app import cli
 from hf_regvit_cli import parser_of
@@ -33,17 +32,16 @@ def text_of(page):
     return page.read_text(encoding="utf-8")
 
 
-def documented():
-    return [name for page in PAGES for name in re.findall(r"^::: (\S+)$", text_of(page), flags=re.M)]
+DOCUMENTED = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", text_of(page), flags=re.M)]
 
 
 def test_every_public_name_is_in_the_reference():
-    missing = {f"hf_regvit.{name}" for name in hf_regvit.__all__} - set(documented()) - {"hf_regvit.__version__"}
+    missing = {f"hf_regvit.{name}" for name in hf_regvit.__all__} - set(DOCUMENTED) - {"hf_regvit.__version__"}
     assert not missing, f"Add '::: NAME' for {missing} to a page of docs/reference."
     assert "hf_regvit.__version__" in text_of(DOCS / "reference" / "models.md")
 
 
-@pytest.mark.parametrize("name", documented())
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_what_is_documented_is_public(name):
     package, _, attribute = name.rpartition(".")
     assert package == "hf_regvit", f"document '{attribute}' as hf_regvit.{attribute}"
@@ -78,9 +76,7 @@ def test_every_hyperparameter_has_a_source():
 
 
 def test_every_field_of_the_configuration_is_in_the_table():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "dev" / "docs_hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = load_script("scripts/dev/docs_hooks.py")
     named = set(re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in hooks.config_fields().splitlines())))
     own = {name for name in vars(hf_regvit.RegViTConfig)["__annotations__"] if not name.startswith("_")}
     assert len(own) >= 30

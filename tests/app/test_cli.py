@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -160,13 +161,6 @@ def test_options_of_another_transformers_are_those_that_are_installed(monkeypatc
     assert "optim: adamw_torch" in capsys.readouterr().out
 
 
-def raising(monkeypatch, error: BaseException, command: str = "doctor") -> None:
-    def run(arguments):
-        raise error
-
-    monkeypatch.setitem(cli.RUNS, command, run)
-
-
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -181,7 +175,7 @@ def raising(monkeypatch, error: BaseException, command: str = "doctor") -> None:
     ],
 )  # fmt: skip
 def test_an_error_has_a_text_and_names_options(error, text, monkeypatch, capsys) -> None:
-    raising(monkeypatch, error)
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=error))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == text
 
@@ -189,13 +183,13 @@ def test_an_error_has_a_text_and_names_options(error, text, monkeypatch, capsys)
 def test_notes_of_an_error_are_printed(monkeypatch, capsys) -> None:
     error = RuntimeError("out of memory")
     error.add_note("Try a smaller batch: output_dir is kept.")
-    raising(monkeypatch, error)
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=error))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "error: out of memory\nTry a smaller batch: --output_dir is kept.\n"
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
-    raising(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
@@ -469,13 +463,10 @@ def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_f
     """Once, config.json was left without a processor: it loaded with wrong statistics and blocked the next try."""
     from transformers import BaseImageProcessor
 
-    def stopped(self, folder):
-        raise KeyboardInterrupt
-
     default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
-        patched.setattr(BaseImageProcessor, "save_pretrained", stopped)
+        patched.setattr(BaseImageProcessor, "save_pretrained", Mock(side_effect=KeyboardInterrupt))
         assert cli.main(args) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

@@ -43,7 +43,8 @@ def explorer():
         "registers": tiny_model(**SIZES),
     }
     reference = [noise(seed) for seed in range(20)]
-    return Explorer({name: TokenReader(model, processor) for name, model in models.items()}, reference=reference)
+    models = {name: TokenReader(model, default_image_processor(32)) for name, model in models.items()}
+    return Explorer(models, reference=reference)
 
 
 IMAGE = InputImage.of(noise(99), "noise")

@@ -3,6 +3,7 @@
 import json
 import re
 from importlib.metadata import PackageNotFoundError
+from unittest.mock import Mock
 
 import pytest
 
@@ -229,10 +230,8 @@ def test_the_token_does_not_show(monkeypatch):
 
 
 def test_a_look_that_fails_is_a_finding(monkeypatch):
-    def broken():
-        raise RuntimeError("driver too old")
 
-    monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setattr(doctor, "_devices", Mock(side_effect=RuntimeError("driver too old")))
     diagnosis = doctor.examine(self_test=False)
     assert not diagnosis.healthy
     assert "BAD   devices        RuntimeError: driver too old" in diagnosis.lines()

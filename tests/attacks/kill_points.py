@@ -19,6 +19,8 @@ from hf_regvit.training.checkpoints import list_checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 import builders
 import tiny_finetune
 import tiny_run
@@ -27,18 +29,20 @@ import tiny_run
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.link", "os.chmod", "open")
 
 
+@dataclass
 class Killer:
     """Audit hook that counts the changes below a folder, and kills the process before one of them."""
 
-    def __init__(self, folder: Path, at: int | None = None) -> None:
-        self.folder, self.at, self.count = os.fsencode(folder), at, 0
+    folder: Path
+    at: int | None = None
+    count: int = 0
 
     def __call__(self, event: str, args: tuple) -> None:
         if event not in CHANGES or not args or not isinstance(args[0], str | bytes | os.PathLike):
             return
         if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        if os.fsencode(args[0]).startswith(self.folder):
+        if os.fsencode(args[0]).startswith(os.fsencode(self.folder)):
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -106,10 +110,6 @@ def replacing(folder: Path) -> None:
 WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, replacing)}
 
 
-def model_folder(writer: str, folder: Path) -> Path:
-    return folder / "backbone" if writer == "pretraining" else folder
-
-
 def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:
     """Return what is wrong right after a kill: a broken checkpoint, or a model that is neither absent nor whole."""
     found = []
@@ -118,7 +118,8 @@ def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:
             verify_checkpoint(checkpoint)
         except ValueError as error:
             found.append(str(error))
-    model, expected = model_folder(writer, folder), model_folder(writer, unbroken)
+    inside = "backbone" if writer == "pretraining" else ""
+    model, expected = folder / inside, unbroken / inside
     if not (model / "config.json").exists():
         return found
     numbers = {}

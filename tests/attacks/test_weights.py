@@ -16,6 +16,7 @@ from hf_regvit.evaluation.extraction import TokenFeatures, iterate_shards
 from hf_regvit.models.loading import open_regvit
 from hf_regvit.models.manifest import check_weights, verify_checkpoint, whole_checkpoint
 from hf_regvit.models.modeling_regvit import RegViTPreTrainedModel
+from tiny_run import same_state
 
 pytestmark = pytest.mark.attacks
 
@@ -66,10 +67,6 @@ def changed_weights(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(data)
 
 
-def same_numbers(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-
-
 def test_a_hundred_changed_files_of_weights(folder, tmp_path):
     """Without a manifest, changed numbers of a valid file load, as they would after training. With one, none do."""
     whole = (folder / "model.safetensors").read_bytes()
@@ -84,8 +81,8 @@ def test_a_hundred_changed_files_of_weights(folder, tmp_path):
         except CheckpointError:
             refused += 1
         else:
-            equal += same_numbers(model, intact)
-            if not same_numbers(model, intact):
+            equal += same_state(model.state_dict(), intact)
+            if not same_state(model.state_dict(), intact):
                 silent += 1
                 # Only this explains it: another valid file of the same names, types and shapes, with finite numbers.
                 stored = load_file(folder / "model.safetensors")
@@ -168,7 +165,7 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_hold_links(folder, tmp_path):
         (snapshot / name).symlink_to(blobs / name)
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "part.safetensors")}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert same_numbers(open_model(snapshot).model, state)
+    assert same_state(open_model(snapshot).model.state_dict(), state)
 
 
 def test_an_index_of_features_names_only_files_beside_it(tmp_path):

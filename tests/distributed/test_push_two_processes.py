@@ -1,8 +1,8 @@
 """Two processes that push to a Hub on loopback: one of them asks, every save is one commit, failures are told once."""
 
 import pytest
-import torch
 import two_pushing_processes
+from processes import Runs, start
 from two_pushing_processes import SECOND_TOKEN
 
 from fake_hub import WRITE_TOKEN, FakeHub
@@ -22,13 +22,9 @@ def run(tmp_path_factory):
         # Constants of huggingface_hub are read when a process starts; tests are offline otherwise.
         for key, value in (hub.environment(str(folder / "home")) | {"HF_HUB_OFFLINE": "0"}).items():
             patch.setenv(key, value)
-        two_pushing_processes.start(folder)
+        start(two_pushing_processes.scenarios, folder)
 
-    def results(name):
-        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    results.hub, results.folder = hub, folder
-    return results
+    return Runs(folder, hub=hub)
 
 
 def test_only_the_first_process_asks_the_hub(run):

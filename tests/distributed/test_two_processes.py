@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from processes import Runs, start
 from transformers import AutoModel
 
 from hf_regvit.models.manifest import verify_checkpoint
@@ -26,13 +27,9 @@ def run(tmp_path_factory):
         "softmax": two_processes.outcome(folder / "one", **twice, **saving),
         "sinkhorn": two_processes.outcome(folder / "one_sinkhorn", centering="sinkhorn", **twice),
     }
-    two_processes.start(folder)
+    start(two_processes.scenarios, folder)
 
-    def results(name: str) -> list[dict]:
-        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    results.one, results.folder = one, folder
-    return results
+    return Runs(folder, one)
 
 
 def assert_close(actual: dict, expected: dict, *, atol: float) -> None:

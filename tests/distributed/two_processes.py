@@ -7,14 +7,14 @@ after the other. Each scenario writes `NAME.RANK.pt`.
 import math
 import os
 import signal
-import socket
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
+from builders import SignalAt
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.trainer import DinoTrainer
 from hf_regvit.training.checkpoints import list_checkpoints
@@ -30,13 +30,12 @@ COMMON = {"koleo_loss_weight": 0.0, "adam_epsilon": 1e-3, "warmup_steps": 0, "ma
 IMAGES = 20
 
 
+@dataclass
 class Recorder(TrainerCallback):
-    """Gradients of the first step after clipping, teacher after every step, seeds of the steps."""
+    """Gradients of the first step after clipping, and seeds of the steps."""
 
-    def __init__(self) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.norms: list[float] = []
-        self.seeds: list[int] = []
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seeds.append(torch.initial_seed())
@@ -44,10 +43,6 @@ class Recorder(TrainerCallback):
             self.gradients = {
                 name: full_tensor(parameter.grad).clone() for name, parameter in model.student.named_parameters()
             }
-
-
-def whole_state(model) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
 
 
 def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks=(), **overrides) -> dict:
@@ -62,7 +57,7 @@ def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks
         callbacks=[recorder, *callbacks], resume=resume, **(fields | overrides),
     )  # fmt: skip
     return {
-        "state": whole_state(trainer.model),
+        "state": {name: full_tensor(tensor.detach()).clone() for name, tensor in trainer.model.state_dict().items()},
         "gradients": recorder.gradients,
         "seeds": recorder.seeds,
         "seen": data.seen,
@@ -89,14 +84,6 @@ def sharding(trainer: type = DinoTrainer):
         yield {"fsdp": True}
     finally:
         trainer.create_accelerator_and_postprocess = create
-
-
-class SignalOne(TrainerCallback):
-    """A scheduler that signals a single process, in the middle of the third step."""
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if args.process_index == 1 and state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
 
 
 class UnequalMasks(MasksOfTheImage):
@@ -157,7 +144,7 @@ def scenarios(folder: Path) -> dict:
 
 def interrupted(folder: Path) -> dict:
     try:
-        outcome(folder, callbacks=[SignalOne()])
+        outcome(folder, callbacks=[SignalAt(2, signal.SIGUSR1, process=1)])
     except TrainingInterrupted as stop:
         return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
     return {}
@@ -185,15 +172,7 @@ class NanInOne(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if args.process_index == 1 and state.global_step == 2:
-            model.forward = self.poisoned(model.forward)
-
-    @staticmethod
-    def poisoned(forward):
-        def call(**batch):
-            outputs = forward(**batch)
-            return {**outputs, "loss": outputs["loss"] * math.nan}
-
-        return call
+            model.register_forward_hook(lambda module, args, out: {**out, "loss": out["loss"] * math.nan})
 
 
 def not_finite(folder: Path, **overrides) -> dict:
@@ -213,21 +192,3 @@ def export(folder: Path, **overrides) -> dict:
     )
     teacher = pretrain(args, train_dataset=Crops(IMAGES))
     return {"state": teacher.state_dict()}
-
-
-def _process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    torch.set_num_threads(1)
-    for name, result in scenarios(Path(folder)).items():
-        torch.save(result, Path(folder, f"{name}.{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def start(folder: Path) -> None:
-    """Runs every scenario on two processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(folder)), nprocs=2)

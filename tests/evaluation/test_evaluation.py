@@ -10,10 +10,9 @@ import torch
 from datasets import Dataset, Features, Image
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from PIL import Image as Pillow
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from builders import encoded, save_model, tiny_model
+from builders import encoded, save_model, tinted, tinted_folder, tiny_model
 from hf_regvit import extract_features
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import evaluate_arguments
@@ -43,22 +42,10 @@ QUICK = {
 }  # fmt: skip
 
 
-def tinted(channel, seed):
-    pixels = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
-    pixels[..., channel] += 60
-    return Pillow.fromarray(pixels)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Tinted noise: 24 training and 12 validation images of three classes, in class folders."""
-    root = tmp_path_factory.mktemp("data")
-    for part, count in (("train", 8), ("validation", 4)):
-        for channel, name in enumerate(CLASSES):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                tinted(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
-    return root
+    return tinted_folder(tmp_path_factory.mktemp("data"), CLASSES, train=8, validation=4)
 
 
 MODEL = tiny_model()
@@ -67,8 +54,8 @@ MODEL = tiny_model()
 PROCESSOR = default_image_processor(32)
 
 
-def evaluate(data, **options):
-    return evaluate_backbone(open_model(MODEL, processor=PROCESSOR), data, **QUICK | options)
+def evaluate(model, data, **options):
+    return evaluate_backbone(open_model(model, processor=PROCESSOR), data, **QUICK | options)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +71,9 @@ def score_of(report, task, variant=""):
 # --- Scores
 
 
-def features_of(data, part):
+def features_of(model, data, part):
     source = load_images(data, split=part)
-    return extract_features(open_model(MODEL, processor=PROCESSOR), source).cls, torch.tensor(source.labels)
+    return extract_features(open_model(model, processor=PROCESSOR), source).cls, torch.tensor(source.labels)
 
 
 def test_knn_is_that_of_the_plain_functions(data, report):
@@ -388,8 +375,8 @@ def counted(monkeypatch):
     return model, seen
 
 
-def read(source, cache_dir, size=32, **options):
-    reader = open_model(MODEL, processor=PROCESSOR)
+def read(model, source, cache_dir, size=32, **options):
+    reader = open_model(model, processor=PROCESSOR)
     return read_features(
         reader, source, transform=reader.transform_for(image_size=size), cache_dir=cache_dir, **options
     )
@@ -411,9 +398,9 @@ def test_what_changed_is_read_again(counted, data, tmp_path):
     source = load_images(data, split="validation")
     first = read(model, source, tmp_path)
 
-    def again(expected, source=source, **options):
+    def again(expected, model, source=source, **options):
         before = sum(seen)
-        features = read(MODEL, source, tmp_path, **options)
+        features = read(model, source, tmp_path, **options)
         assert sum(seen) - before == expected
         return features
 

@@ -1,6 +1,5 @@
 """`make demo` from end to end on small folders: table, checkpoint, page, interruption and repetition."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import load_script
 from hf_regvit.data.loading import load_images
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 TINY = """
 preset: tiny
 hidden_size: 24
@@ -34,10 +33,7 @@ seed: 3
 
 @pytest.fixture(scope="module")
 def demo():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("examples/demo.py")
 
 
 @pytest.fixture

@@ -59,9 +59,8 @@ CLEAN_PROCESS = """
 """
 
 
-def dense_processor():
-    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    return DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **statistics)
+STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+DENSE_PROCESSOR = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
 
 
 CHECKPOINTS = {
@@ -69,10 +68,10 @@ CHECKPOINTS = {
         RegViTForImageClassification, None, {"image-feature-extraction", "image-classification"}
     ),
     "RegViTForSemanticSegmentation": (
-        RegViTForSemanticSegmentation, dense_processor(), {"image-feature-extraction", "image-segmentation"}
+        RegViTForSemanticSegmentation, DENSE_PROCESSOR, {"image-feature-extraction", "image-segmentation"}
     ),
     "RegViTForDepthEstimation": (
-        RegViTForDepthEstimation, dense_processor(), {"image-feature-extraction", "depth-estimation"}
+        RegViTForDepthEstimation, DENSE_PROCESSOR, {"image-feature-extraction", "depth-estimation"}
     ),
 }  # fmt: skip
 

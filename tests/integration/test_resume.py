@@ -17,6 +17,7 @@ from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
+from tiny_run import checkpoint_state, same_state
 
 pytestmark = pytest.mark.slow
 
@@ -29,19 +30,6 @@ RECIPE = {
     "learning_rate": 2e-3, "per_device_train_batch_size": 96, "max_steps": 20, "logging_steps": 5,
     "save_strategy": "steps", "save_steps": 7, "use_cpu": True, "disable_tqdm": True, "seed": 3,
 }  # fmt: skip
-
-
-def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint: student, teacher, heads, centers, moments."""
-    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
-    return load_file(checkpoint / "model.safetensors") | flat
-
-
-def assert_same(actual: Path, expected: Path) -> None:
-    first, second = state_of(actual), state_of(expected)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +69,7 @@ def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, step, workers):
         **RECIPE,
     )
     pretrain(args)
-    assert_same(tmp_path / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(tmp_path / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
     exported = [load_file(folder / "backbone" / "model.safetensors") for folder in (tmp_path, unbroken)]
     assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
 
@@ -110,7 +98,7 @@ def test_f57_killed_while_saving(unbroken, tmp_path, caplog):
         pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
     assert f"Resuming from {folder / 'checkpoint-7'}" in caplog.text
     assert not (folder / STAGING).exists()
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 def test_f60_sigterm_saves_and_asks_to_be_queued_again(unbroken, tmp_path):
@@ -130,7 +118,7 @@ def test_f60_sigterm_saves_and_asks_to_be_queued_again(unbroken, tmp_path):
     assert int(checkpoint.name.split("-")[1]) < 20
     assert not (folder / "backbone").exists()
     pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 KILL_ONE_PROCESS = """

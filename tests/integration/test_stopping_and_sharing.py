@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, assert_same, unbroken  # noqa: F401  (a fixture)
+from test_resume import RECIPE, unbroken  # noqa: F401  (a fixture)
 
 from hf_regvit import FinetuningArguments, PretrainingArguments, finetune, pretrain
 from hf_regvit.models.manifest import verify_checkpoint
@@ -18,7 +18,7 @@ from hf_regvit.models.processing import default_image_processor
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.run_folder import LOCK, RunFolderInUseError, run_lock
 from tiny_finetune import backbone, picture
-from tiny_run import Crops, arguments
+from tiny_run import Crops, arguments, checkpoint_state, same_state
 
 # Long enough to be stopped, with measurements and saves that are seldom.
 LONG = RECIPE | {"max_steps": 500, "logging_steps": 1, "save_steps": 1000, "knn_steps": 0, "panel_steps": 0}
@@ -70,7 +70,7 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on_exactly(unbroken, tmp_path, 
     verify_checkpoint(checkpoint)
     assert not (folder / LOCK).exists()
     pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 @pytest.mark.slow

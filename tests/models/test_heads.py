@@ -509,21 +509,11 @@ def test_a_head_has_labels():
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-class Photos(torch.utils.data.Dataset):
-    """Create sixteen fixed noise images with labels."""
-
-    def __init__(self, count: int = 16):
-        self.pixel_values = pixels(count, seed=8)
-        self.labels = torch.arange(count) % 5
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+# Sixteen fixed noise images with labels.
+PHOTOS = [{"pixel_values": image, "labels": torch.tensor(i % 5)} for i, image in enumerate(pixels(16, seed=8))]
 
 
-def trainer(model, folder, *, data: Photos, **arguments):
+def trainer(model, folder, *, data: list[dict[str, torch.Tensor]], **arguments):
     from transformers import Trainer, TrainingArguments
 
     defaults = {
@@ -551,7 +541,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         run = trainer(
-            build(RegViTForImageClassification), tmp_path, data=Photos(8), max_steps=2,
+            build(RegViTForImageClassification), tmp_path, data=PHOTOS[:8], max_steps=2,
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         run.train()
@@ -567,7 +557,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
 
 def test_a_resumed_run_restores_every_tensor_and_ends_where_the_whole_one_does(tmp_path):
     arguments = {
-        "data": Photos(), "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
+        "data": PHOTOS, "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
         "optim": "adamw_torch",
     }  # fmt: skip
     whole = trainer(build(RegViTForImageClassification), tmp_path, **arguments)
@@ -600,7 +590,7 @@ def test_the_best_model_comes_back_with_every_tensor(tmp_path):
         return {"score": 1.0 / len(evaluations)}
 
     run = trainer(
-        build(RegViTForImageClassification), tmp_path, data=Photos(), max_steps=3, per_device_train_batch_size=4,
+        build(RegViTForImageClassification), tmp_path, data=PHOTOS, max_steps=3, per_device_train_batch_size=4,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         metric_for_best_model="score", greater_is_better=True, compute_metrics=first_is_best,
     )  # fmt: skip

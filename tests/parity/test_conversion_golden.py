@@ -31,11 +31,14 @@ def dinov2_overrides(model: dict) -> dict:
     }
 
 
-def with_forward(name: str) -> bool:
-    return not any(part in name for part in ("pos_embed_interp", "droppath", "grad"))
+WITH_FORWARD = [
+    name
+    for name in golden_files("dinov2")
+    if not any(part in name for part in ("pos_embed_interp", "droppath", "grad"))
+]
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
+@pytest.mark.parametrize("name", WITH_FORWARD)
 def test_official_dinov2(name: str) -> None:
     tensors, config = load_golden(name, double=True)
     model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"])).double()
@@ -66,7 +69,7 @@ def test_official_dinov2(name: str) -> None:
             assert_golden(model.embeddings.position_embeddings[:, :1], expected["pos_embed"][:, :1])
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
+@pytest.mark.parametrize("name", WITH_FORWARD)
 def test_official_intermediate_layers(name: str) -> None:
     """Rebuild `get_intermediate_layers` of the official code from `hidden_states`."""
     tensors, config = load_golden(name, double=True)
@@ -243,7 +246,7 @@ def test_key_bias_is_in_its_place() -> None:
         assert torch.equal(layer.attention.qkv.bias, torch.cat(pieces))
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)][:3])
+@pytest.mark.parametrize("name", WITH_FORWARD[:3])
 def test_training_checkpoint(name: str) -> None:
     tensors, config = load_golden(name)
     state = subtree(tensors, "sd.")

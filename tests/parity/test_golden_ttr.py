@@ -13,23 +13,6 @@ pytestmark = requires_shared
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the golden files' own
 
 
-class ClipEmbeddings(nn.Module):
-    """OpenCLIP normalises the tokens before the first block, registers included; RegViT has no such layer."""
-
-    def __init__(self, embeddings: nn.Module, norm: nn.Module):
-        super().__init__()
-        self.inner, self.norm = embeddings, norm
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, *args):
-        return self.norm(self.inner(*args))
-
-
 def dinov2_tower(tensors: dict, config: dict) -> RegViTModel:
     fields = {"num_attention_heads": config["model"]["num_heads"], "layer_norm_eps": 1e-6}
     fields |= {"interpolate_antialias": False, "interpolate_offset": 0.1}
@@ -73,9 +56,11 @@ def clip_tower(tensors: dict, config: dict) -> RegViTModel:
 
 
 def with_clip_norm(model: RegViTModel, tensors: dict) -> RegViTModel:
+    """Normalize the tokens before the first block, registers included, as OpenCLIP does and RegViT does not."""
     norm = nn.LayerNorm(model.config.hidden_size, eps=1e-5)
     norm.load_state_dict(subtree(tensors, "sd.ln_pre."))
-    model.embeddings = ClipEmbeddings(model.embeddings, norm)
+    model.embeddings.ln_pre = norm
+    model.embeddings.register_forward_hook(lambda module, args, output: module.ln_pre(output))
     return model
 
 

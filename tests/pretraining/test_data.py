@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,18 +13,10 @@ from PIL import Image
 from builders import encoded
 from hf_regvit.data import bad_images as bad_images_module
 from hf_regvit.data import decoding as image_guard
-from hf_regvit.data import source as source_module
 from hf_regvit.data import tables
 from hf_regvit.data.augmentation import MultiCrop, normalize_pixels
-from hf_regvit.data.loading import load_images
 from hf_regvit.pretraining import crops as crops_module
 from hf_regvit.training import samplers
-
-
-@pytest.fixture(scope="module")
-def tiles() -> source_module.ImageSource:
-    return load_images("photos")
-
 
 # --- Data set, sampler, masks, collator
 
@@ -241,11 +234,10 @@ def test_stream_f38_the_rest_of_a_broken_shard_is_left_out_and_recorded(tmp_path
 
 
 def test_stream_a_lost_connection_is_no_broken_shard():
-    def open_shard(shard):
-        raise ConnectionError("reset by peer")
 
+    broken = Mock(side_effect=ConnectionError("reset by peer"))
     with pytest.raises(ConnectionError):
-        next(iter(samplers.StreamSampler([tables.ImageStream("s", 1, open_shard)], seed=1)))
+        next(iter(samplers.StreamSampler([tables.ImageStream("s", 1, broken)], seed=1)))
 
 
 def test_stream_nothing_to_read():

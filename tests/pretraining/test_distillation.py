@@ -34,17 +34,14 @@ def test_tokens_read_equal_those_of_the_whole_last_block(mode, rate, training, f
     masks = torch.rand(5, GRID**2) < 0.3
     patches = torch.tensor([3, 17, 16, 79, 40, 41])  # of the flattened (5, 16), in any order
 
-    def whole():
-        output = backbone(pixels, bool_masked_pos=masks)
-        return output.pooler_output, output.patch_tokens.flatten(0, 1)[patches]
-
-    def read():
-        return SelfDistillation._tokens(backbone, pixels, patches, masks)
-
     results = []
-    for run in (whole, read):
+    for whole in (True, False):
         torch.manual_seed(3)  # attention and MLP of the last block then keep unlike samples
-        cls, rows = run()
+        if whole:
+            output = backbone(pixels, bool_masked_pos=masks)
+            cls, rows = output.pooler_output, output.patch_tokens.flatten(0, 1)[patches]
+        else:
+            cls, rows = SelfDistillation._tokens(backbone, pixels, patches, masks)
         weights = torch.linspace(-1, 1, cls.numel() + rows.numel(), dtype=torch.float64)
         loss = (torch.cat([cls, rows]).flatten() * weights).sum()
         results.append((cls, rows, gradients_of(loss, backbone)))
