@@ -76,10 +76,12 @@ def without_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequ
     """Draw no figures of a fine-tuning run, except in `TESTS_OF_FIGURES`: they take ten times as long as the run."""
     from hf_regvit.finetuning import run
     from hf_regvit.finetuning.classification import ImageClassification
+    from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation
 
     if request.node.name not in getattr(request.module, "TESTS_OF_FIGURES", ()):
         monkeypatch.setattr(run, "draw_finetuning_curves", lambda folder, shown: None)
-        monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
+        for task in (ImageClassification, SemanticSegmentation, DepthEstimation):
+            monkeypatch.setattr(task, "write_panels", lambda self, folder, model, processor: {})
 
 
 @pytest.fixture(scope="session")

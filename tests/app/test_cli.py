@@ -453,7 +453,7 @@ def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path,
     args += COMMANDS_THAT_WRITE[command]
     assert cli.main([*args, "--output_dir", str(tmp_path / "file" / "out")]) == 1
     assert f"'{tmp_path}/file' is a file, so '{tmp_path}/file/out' cannot be created" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda place, mode: False)  # root can write anywhere
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root can write anywhere
     assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
     assert f"'{tmp_path}' is not writable" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -29,6 +29,7 @@ SIZES = {
     "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
     "num_register_tokens": 2,
 }  # fmt: skip
+SIZE = (60, 40)  # of the images
 SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
 
 
@@ -42,12 +43,12 @@ def explorer():
         "plain": with_outliers(tiny_model(**SIZES | {"num_register_tokens": 0}), block=3, cells=(9,), factor=100),
         "registers": tiny_model(**SIZES),
     }
-    reference = [noise(seed) for seed in range(20)]
+    reference = [noise(seed, SIZE) for seed in range(20)]
     models = {name: TokenReader(model, default_image_processor(32)) for name, model in models.items()}
     return Explorer(models, reference=reference)
 
 
-IMAGE = InputImage.of(noise(99), "noise")
+IMAGE = InputImage.of(noise(99, SIZE), "noise")
 
 
 # --- Reading ---
@@ -66,9 +67,9 @@ def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer):
 
 
 def test_the_same_name_with_other_pixels_is_another_image(explorer):
-    one, other = InputImage.of(noise(5), "x"), InputImage.of(noise(6), "x")
+    one, other = InputImage.of(noise(5, SIZE), "x"), InputImage.of(noise(6, SIZE), "x")
     assert one.key != other.key
-    assert one.key == InputImage.of(noise(5), "y").key
+    assert one.key == InputImage.of(noise(5, SIZE), "y").key
     first, second = (explorer.view(each, "registers", side=32).tokens for each in (one, other))
     assert not torch.equal(first, second)
 
@@ -118,8 +119,8 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer):
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
-    explorer = Explorer({"m": reader()}, reference=[noise()], cache_bytes=200_000)
-    images = [InputImage.of(noise(seed), str(seed)) for seed in range(6)]
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], cache_bytes=200_000)
+    images = [InputImage.of(noise(seed, SIZE), str(seed)) for seed in range(6)]
     for each in images:
         explorer.view(each, "m", side=32)
     held = sum(view.num_bytes for view in explorer._kept.values())
@@ -132,15 +133,15 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
 
 
 def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
-    explorer = Explorer({"m": reader()}, reference=[noise()], cache_bytes=50_000)
-    explorer.view(InputImage.of(noise(), "x"), "m", side=32, layer=2)
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], cache_bytes=50_000)
+    explorer.view(InputImage.of(noise(0, SIZE), "x"), "m", side=32, layer=2)
     assert [key[-1] for key in explorer._kept] == [2]
 
 
 def test_a_strip_is_read_at_fewer_patches():
-    explorer = Explorer({"m": reader()}, reference=[noise()], max_patches=100)
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], max_patches=100)
     for size in ((60, 40), (400, 24), (24, 400)):
-        view = explorer.view(InputImage.of(noise(*size), "x"), "m", side=128)
+        view = explorer.view(InputImage.of(noise(0, size), "x"), "m", side=128)
         assert view.norms.numel() <= 110, size
 
 
@@ -150,7 +151,7 @@ def test_a_model_without_cls_and_registers():
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
     )
     models = {"siglip": TokenReader(SiglipVisionModel(config).eval(), default_image_processor(32))}
-    explorer, image = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
+    explorer, image = Explorer(models, reference=[noise(0, SIZE)]), InputImage.of(noise(0, SIZE), "x")
     request = MapRequest(("siglip",), side=32, layer=2)
     views = read_views(explorer, image, request)
     page = results_page(views, request)
@@ -162,7 +163,7 @@ def test_nan_is_named():
     model = tiny_model(**SIZES)
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="'broken' produces NaN"):
-        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise()])
+        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise(0, SIZE)])
 
 
 def test_layer_and_empty_models_are_refused(explorer):
@@ -186,7 +187,7 @@ def test_two_models_side_by_side(explorer):
 
 
 def test_names_of_models_are_text_not_markup():
-    explorer = Explorer({"<script>": reader()}, reference=[noise()])
+    explorer = Explorer({"<script>": reader()}, reference=[noise(0, SIZE)])
     request = MapRequest(("<script>",), side=32, layer=3)
     page = results_page(read_views(explorer, IMAGE, request), request)
     assert "<script>" not in page
@@ -198,7 +199,7 @@ def test_a_deeper_model_is_read_as_far_from_the_end():
         "three": reader(),
         "five": reader(num_hidden_layers=5),
     }
-    explorer = Explorer(models, reference=[noise()])
+    explorer = Explorer(models, reference=[noise(0, SIZE)])
     views = read_views(explorer, IMAGE, MapRequest(("three", "five"), side=32, layer=2))
     assert [view.layer for view in views.values()] == [2, 4]
     views = read_views(explorer, IMAGE, MapRequest(("five", "three"), side=32, layer=1))
@@ -223,9 +224,9 @@ def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
     explorer = Explorer(
         {name: reader(num_register_tokens=i) for i, name in enumerate(names)},
-        reference=[noise()],
+        reference=[noise(0, SIZE)],
     )
-    image = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    image = InputImage.of(noise(0, SIZE), "写真" * 100)  # 600 bytes; file systems take 255
     path = write_features(read_views(explorer, image, MapRequest(names, side=32, layer=3)), image, tmp_path)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "out")
@@ -257,7 +258,7 @@ def app():
             "b": reader(num_register_tokens=0),
         },
         compare="b",
-        reference=[noise()],
+        reference=[noise(0, SIZE)],
     )
 
 
@@ -322,7 +323,7 @@ def test_failures_of_the_machine_do_not_reach_the_visitor(app, monkeypatch, capl
 
     monkeypatch.setattr(demo, "read_views", Mock(side_effect=RuntimeError("out of memory at /secret/place")))
     with pytest.raises(Error) as caught:
-        handler(app, "_show")(InputImage.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
+        handler(app, "_show")(InputImage.of(noise(0, SIZE), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
     assert "secret" not in caught.value.message
     assert "secret" in caplog.text
 
@@ -347,7 +348,7 @@ def test_sliders_follow_the_model(app):
 )
 def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
     """The server refuses values outside of the slider, so the page would show nothing at all."""
-    app = build_app({"a": reader(**changes)}, reference=[noise()])
+    app = build_app({"a": reader(**changes)}, reference=[noise(0, SIZE)])
     side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
     assert (side.minimum, side.maximum) == sides
     assert side.minimum <= side.value <= side.maximum
@@ -361,7 +362,7 @@ def test_a_model_of_one_block_has_a_page():
         "one": reader(num_hidden_layers=1),
         "three": reader(),
     }
-    app = build_app(models, reference=[noise()])
+    app = build_app(models, reference=[noise(0, SIZE)])
     layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
     assert (layer.value, layer.interactive) == (1, False)
     _, layer, _ = handler(app, "_adapt")("three", 32)

@@ -6,6 +6,7 @@ from importlib.metadata import PackageNotFoundError
 from unittest.mock import Mock
 
 import pytest
+from huggingface_hub import constants
 
 from hf_regvit.app import cli, doctor
 
@@ -165,7 +166,7 @@ def test_shared_memory(monkeypatch, tmp_path, free, state):
 
 
 def test_a_cache_that_cannot_be_written_to_is_bad(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     assert doctor._cache().state == "ok"
     real = doctor.os.access
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != tmp_path and real(path, mode))
@@ -208,7 +209,7 @@ def test_disk(monkeypatch, tmp_path, free, state):
 
 
 def test_offline_is_noted(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     finding = doctor._hub()
     assert (finding.state, "HF_HUB_OFFLINE" in finding.text) == ("note", True)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from builders import encoded, image_table, mask_folder, noise
 from helpers import requires_shared, shared_dir
+from hf_regvit.data import joint_transform
 from hf_regvit.data.augmentation import adjust_hue, adjust_saturation
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.joint_transform import JointTransform, resize_map
@@ -448,7 +449,7 @@ def test_colours_change_the_image_and_never_the_map():
 def test_the_hue_turns_as_far_as_published(monkeypatch):
     # mmsegmentation adds -18 to 17 to OpenCV hues of 0 to 179: a tenth of the circle in both directions.
     turns = []
-    monkeypatch.setattr("hf_regvit.data.joint_transform.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
+    monkeypatch.setattr(joint_transform, "adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
     for seed in range(400):
         transform._colored(pixels, np.random.default_rng(seed))

@@ -885,6 +885,6 @@ def test_a_record_of_bad_images_that_was_cut_off_does_not_end_the_next_run(tmp_p
 def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog):
     bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=1000)
     error = OSError(28, "No space left on device")
-    monkeypatch.setattr("hf_regvit.data.bad_images.os.write", Mock(side_effect=error))
+    monkeypatch.setattr(os, "write", Mock(side_effect=error))
     bad.bad(BadImageError("c.jpg", "truncated", "truncated"), epoch=0, index=3)
     assert "No space left on device" in caplog.text

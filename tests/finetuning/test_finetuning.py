@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from builders import PoisonAt, StopAt, WreckFrom, class_folder
 from hf_regvit.data.bad_images import TooManyBadImagesError
 from hf_regvit.evaluation.metrics import ClassScores, TopKAccuracy
+from hf_regvit.figures import curves
 from hf_regvit.figures.curves import draw_finetuning_curves
 from hf_regvit.figures.maps import save_figure
 from hf_regvit.figures.masks import mask_figure
@@ -736,7 +737,7 @@ def test_curves_do_not_draw_the_best_checkpoint_at_the_last_step(tmp_path, monke
     lines = [{"step": 3, "eval_loss": 0.2}, {"step": 6, "eval_loss": 0.9}, {"step": 6, "eval_loss": 0.2}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     drawn = []
-    monkeypatch.setattr("hf_regvit.figures.curves.save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: drawn.append(figure))
     draw_finetuning_curves(tmp_path, shown=("accuracy",))
     (axis,) = drawn[0].axes
     assert axis.lines[0].get_xydata().tolist() == [[3, 0.2], [6, 0.9]]

@@ -2,14 +2,17 @@
 
 import json
 import logging
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 
 import fake_hub
+import hf_regvit.hub.publish as publishing
 from builders import save_model, tiny_model, tiny_source
 from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN
 from hf_regvit import CheckpointCorruptError, RegViTForImageClassification
@@ -435,7 +438,7 @@ def test_f65_somebody_elses_commit_in_between_is_kept(hub, folder, monkeypatch):
 
 def test_f65_the_server_says_how_long_to_wait(hub, folder, monkeypatch):
     waits = []
-    monkeypatch.setattr("hf_regvit.hub.upload.time.sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     hub.fail("/commit/", 429, times=1, headers={"Retry-After": "0.7"})
     send(folder)
     assert waits == [pytest.approx(0.7)]
@@ -447,7 +450,7 @@ def test_f65_the_server_says_how_long_to_wait(hub, folder, monkeypatch):
 
 def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
     waits = []
-    monkeypatch.setattr("hf_regvit.hub.upload.time.sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
 
     retry = RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0)
     with pytest.raises(PushError, match="after 6 attempts: ConnectionError: down"):
@@ -478,7 +481,7 @@ def test_f65_tokens_that_may_not_write(hub, folder):
 def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
     with pytest.raises(PermanentPushError, match="'a/b/c' is not a valid Hub repository id"):
         send(folder, name="a/b/c")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PermanentPushError, match="HF_HUB_OFFLINE is set"):
         send(folder)
 
@@ -522,7 +525,7 @@ def test_a_branch_is_made(hub, folder):
 
 
 def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", card=CARD)
     assert done.sent is None
     assert not hub.requests
@@ -536,7 +539,7 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
 
 
 def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     monkeypatch.chdir(tmp_path)
     expected = bundle(checkpoint, tmp_path / "bundle", card=CARD)
     loaded = RegViTForImageClassification.from_pretrained(checkpoint)
@@ -557,7 +560,7 @@ def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, m
 
 
 def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     place = {"output_dir": tmp_path / "bundle"}
     publish(checkpoint, card=CARD, **place)
     publish(checkpoint, **place)  # no new options

@@ -234,10 +234,9 @@ def test_colours_are_all_unlike():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
-def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
+@pytest.mark.usefixtures("without_figures")
+def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, task):
     """Includes batch norm statistics and the seeds of augmentation and drop path; step 2 is within an epoch."""
-    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr("hf_regvit.finetuning.dense._DenseTask.write_panels", lambda *args: {})
     data = masks if task == "semantic-segmentation" else depths
     options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "drop_path_rate": 0.3}
     options |= {"load_best_model_at_end": False}

@@ -6,6 +6,7 @@ import logging
 import pickle
 from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -384,7 +385,7 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
 def test_hub_id_is_downloaded_without_code_or_pickles(name, tmp_path, monkeypatch) -> None:
     randomized(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
     download = Mock(return_value=str(tmp_path))
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert isinstance(convert(name), RegViTModel)
     download.assert_called_once_with(name, allow_patterns=["*.json", "*.safetensors"])
 
@@ -393,7 +394,7 @@ def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     absent = LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore words.")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=absent))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=absent))
     with pytest.raises(FileNotFoundError, match=r"'runs/nope' is neither a local folder .*: Cannot find[^\n]*$"):
         convert("runs/nope")
 

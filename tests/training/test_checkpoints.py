@@ -260,7 +260,7 @@ def test_f58_the_system_refuses_to_write_a_file(tmp_path, caplog):
 
 
 def test_an_error_that_is_not_the_disks_is_not_swallowed(tmp_path, monkeypatch):
-    monkeypatch.setattr("torch.save", Mock(side_effect=RuntimeError("shapes do not fit")))
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         trained(tmp_path, **SAVING)
 
