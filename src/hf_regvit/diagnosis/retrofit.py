@@ -74,7 +74,7 @@ class RetrofitReport(Result):
             silenced, no register", "random neurons". Each has `outlier_share` and `max_norm` at the layer,
             `last_max_norm`, `median_norm`, `layers_with_outliers` (according to a diagnosis of the test images), the
             cosines of CLS and of normal patches with those before, and the share of the attention of CLS on former
-            outliers and on registers.
+            outliers and on registers. Without CLS, `cls_cosine` is that of the mean patch, and no attention is read.
         settings: Settings of the call.
         seconds: Wall time of each step.
     """
@@ -110,6 +110,10 @@ class RetrofitReport(Result):
         return ", ".join(names) + f" and {len(self.neurons) - shown} more" * (len(self.neurons) > shown)
 
     @property
+    def _vector(self) -> str:
+        return "CLS" if "attention_on_outliers" in self.judged["before"] else "mean patch"
+
+    @property
     def card_text(self) -> str:
         """Paragraph for a model card."""
         after = self.judged["after"]
@@ -118,8 +122,8 @@ class RetrofitReport(Result):
             f"the {self.model['num_neurons']:,} MLP neurons ({self._neuron_text(10)}, as block.neuron counted from 0) "
             f"write into {self.num_register_tokens} zero register{'s' * (self.num_register_tokens > 1)} instead of "
             f"into patches. Result on {self.images['judged']} held-out images: {self.verdict} The mean cosine with "
-            f"the base model is {after['cls_cosine']:.3f} for CLS and {after['patch_cosine']:.3f} for patches that "
-            "were not outliers."
+            f"the base model is {after['cls_cosine']:.3f} for {self._vector} and {after['patch_cosine']:.3f} for "
+            "patches that were not outliers."
         )
 
     def summary(self) -> str:
@@ -142,11 +146,12 @@ class RetrofitReport(Result):
         columns = {
             "outliers": ("outlier_share", ".2%"),
             "largest norm": ("max_norm", ".1f"),
-            "cosine CLS": ("cls_cosine", ".3f"),
+            f"cosine {self._vector}": ("cls_cosine", ".3f"),
             "patches": ("patch_cosine", ".3f"),
             "CLS on outliers": ("attention_on_outliers", ".1%"),
             "registers": ("attention_on_registers", ".1%"),
         }
+        columns = {title: column for title, column in columns.items() if column[0] in self.judged["before"]}
         rows = [[name, *(f"{row[key]:{form}}" for key, form in columns.values())] for name, row in self.judged.items()]
         return [[f"{self.images['judged']} held-out images", *columns], *rows]
 
@@ -353,16 +358,18 @@ class _SearchReadings:
     """Readings of a model on a batch."""
 
     norms: Tensor  # (L + 1, B, N) norms of the patches; layer 0 is the embedding
-    cls: Tensor  # (B, D) after the final norm
+    cls: Tensor  # (B, D) after the final norm; the mean patch without CLS
     patches: Tensor  # (B, N, D) after the final norm
-    attention: Tensor  # (B, T) attention of CLS in the last block, mean over heads
+    attention: Tensor | None  # (B, T) attention of CLS, if any, in the last block, mean over heads
 
 
 def _read(reader: TokenReader, pixel_values: Tensor) -> _SearchReadings:
     read, tokens = read_norms(reader, pixel_values, "all", num_last=len(pixel_values))
     residual, prefix = read["residual"], read["residual"].num_prefix_tokens
     norms = torch.stack([residual.patches(layer) for layer in residual.layers])
-    return _SearchReadings(norms, tokens[:, 0], tokens[:, prefix:], read["attention"].at().mean(dim=1))
+    patches, attention = tokens[:, prefix:], read.get("attention")
+    cls = tokens[:, 0] if residual.has_cls else patches.mean(dim=1)
+    return _SearchReadings(norms, cls, patches, None if attention is None else attention.at().mean(dim=1))
 
 
 class _Tally:
@@ -376,13 +383,14 @@ class _Tally:
     def add(self, before: _SearchReadings, after: _SearchReadings) -> None:
         """Add the readings of the model and of the variant on the same batch."""
         outlier = before.norms[self.layer] > self.cutoff  # (B, N)
-        attention = after.attention[:, 1 + self.registers :]
         found = {
             "cls_cosine": F.cosine_similarity(after.cls, before.cls, dim=-1),
             "patch_cosine": F.cosine_similarity(after.patches, before.patches, dim=-1)[~outlier],
-            "attention_on_outliers": (attention * outlier).sum(dim=1),
-            "attention_on_registers": after.attention[:, 1 : 1 + self.registers].sum(dim=1),
         }
+        if after.attention is not None:
+            _, registers, patches = after.attention.split([1, self.registers, outlier.shape[1]], dim=1)
+            found["attention_on_outliers"] = (patches * outlier).sum(dim=1)
+            found["attention_on_registers"] = registers.sum(dim=1)
         for name, values in found.items():
             self.values.setdefault(name, []).append(values)
         self.norms.append(after.norms)
