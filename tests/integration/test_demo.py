@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from builders import write
 from helpers import load_script
 from hf_regvit.data.loading import load_images
 
@@ -36,13 +37,6 @@ def demo():
     return load_script("examples/demo.py")
 
 
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
-
-
 def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) -> Path:
     """Write tiles of the built-in images as a folder of PNG files, like that of a user."""
     source = load_images("photos")
@@ -59,7 +53,8 @@ def files_and_times(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeypatch):
+def test_labelled_folder_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=60, labelled=True)
     (data / "astronaut" / "broken.jpg").write_bytes(b"<html>404</html>")
     run = tmp_path / "run"
@@ -99,8 +94,9 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
 
 
 @pytest.mark.slow
-def test_folder_without_labels(demo, recipe, tmp_path, capsys):
+def test_folder_without_labels(demo, tmp_path, capsys):
     """Fewer images than a batch, no classes: the demo still trains, and says why there is no comparison."""
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
     assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
@@ -127,7 +123,8 @@ class Stop:
 
 
 @pytest.mark.slow
-def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, recipe, tmp_path, capsys, monkeypatch):
+def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, tmp_path, capsys, monkeypatch):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     from safetensors.torch import load_file
 
     data = write_tiles(tmp_path / "tiles", count=20, labelled=False)
@@ -149,7 +146,8 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
 
 
 @pytest.mark.slow
-def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys):
+def test_other_recipe_or_other_images_start_over(demo, tmp_path, capsys):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=18, labelled=False)
     arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
     assert demo.main(arguments) == 0
@@ -166,7 +164,9 @@ def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys)
     assert "reusing" not in capsys.readouterr().out
 
 
-def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
+def test_errors_are_one_line(demo, tmp_path, capsys):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
+
     def error(*arguments: str) -> str:
         assert demo.main(["--config", str(recipe), *arguments]) == 1
         return capsys.readouterr().err

@@ -41,15 +41,11 @@ def unbroken(tmp_path_factory) -> Path:
     return folder
 
 
-def command(folder: Path, **overrides) -> list[str]:
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(RECIPE | overrides))
-    return [str(SCRIPT), "--config", str(recipe), "--output_dir", str(folder)]
-
-
 def start(folder: Path, *, launcher: tuple[str, ...] = (), code: str | None = None, **overrides) -> subprocess.Popen:
     """Run the script in a separate process; `code` runs in it before the script."""
-    arguments = command(folder, **overrides)
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(RECIPE | overrides))
+    arguments = [str(SCRIPT), "--config", str(recipe), "--output_dir", str(folder)]
     if code is not None:
         hook = folder.with_suffix(".py")
         run = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"

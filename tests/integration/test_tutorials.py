@@ -16,8 +16,7 @@ ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.S | re.M)
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def workplace(tmp_path) -> Path:
 def test_tutorial_runs(tutorial, workplace):
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    steps = blocks(tutorial.read_text())
+    steps = BLOCK.findall(tutorial.read_text())
     assert steps
     for language, code in steps:
         command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
@@ -76,7 +75,7 @@ def test_the_quickstart_runs(workplace):
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     save_model(tiny_source("Dinov2WithRegistersModel", image_size=28, patch_size=14), workplace / "dinov2")
     ran = []
-    for language, code in blocks((ROOT / "docs" / "quickstart.md").read_text()):
+    for language, code in BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text()):
         lines = code.replace("\\\n", " ").splitlines()
         code = "\n".join(line for line in lines if not line.startswith(("pip install", "regvit demo")))
         code = re.sub(r"facebook/dinov2[\w-]*", "dinov2", code)

@@ -8,6 +8,7 @@ which must also reject pipelines that are slightly wrong:
 - pixels, unpaired: both pipelines with their own generators, nothing shared but the photographs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -47,7 +48,8 @@ def official_view(view: int, size: int) -> transforms.Compose:
     return transforms.Compose(steps + [transforms.RandomSolarize(threshold=128, p=0.2)] * (view == GLOBAL_1))
 
 
-def embedded_photographs(size: tuple[int, int], count: int) -> list[Image.Image]:
+@functools.cache
+def embedded_photographs(size: tuple[int, int] = (500, 375), count: int = 6) -> list[Image.Image]:
     """Colour photographs from inside scikit-image and scikit-learn."""
     names = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
     return [builtin.builtin_images()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
@@ -138,7 +140,7 @@ def assert_same_distributions(ours: Draws, theirs: Draws) -> None:
         assert same, f"{name}: {flag.mean():.3f}, official {theirs.flags[name].mean():.3f}"
     for name, values in ours.values.items():
         official = theirs.values[name]
-        if len(values) or len(official):
+        if len(values) or len():
             test = stats.ks_2samp(values, official, method="asymp")
             assert test.pvalue > SIGNIFICANCE, f"{name}: mean {values.mean():.4f}, official {official.mean():.4f}"
     classes = np.unique(np.concatenate([ours.orders, theirs.orders]))
@@ -285,11 +287,6 @@ GEOMETRY_BOUNDS = {"bias": 0.01, "mean_difference": 0.03, "spectrum": 0.002}
 ALL_BOUNDS = {"bias": 0.3, "mean_difference": 0.5, "spectrum": 0.01}
 
 
-@pytest.fixture(scope="module")
-def builtin_images() -> list[Image.Image]:
-    return embedded_photographs((500, 375), 6)
-
-
 def resized_otherwise(pixels: np.ndarray, size: int, how: str) -> np.ndarray:
     """Resize with another filter than the specification; OpenCV's are quick, and the spectrum shows what they cost."""
     if how == "area_or_cubic":
@@ -300,19 +297,19 @@ def resized_otherwise(pixels: np.ndarray, size: int, how: str) -> np.ndarray:
     return F.interpolate(batch, (size, size), **options)[0].permute(1, 2, 0).numpy()
 
 
-def test_paired_pixels_geometry(builtin_images):
-    assert_agrees(compare(builtin_images, **GEOMETRY), **GEOMETRY_BOUNDS)
+def test_paired_pixels_geometry():
+    assert_agrees(compare(embedded_photographs(), **GEOMETRY), **GEOMETRY_BOUNDS)
 
 
-def test_paired_pixels_all_operations(builtin_images):
-    assert_agrees(compare(builtin_images), **ALL_BOUNDS)
+def test_paired_pixels_all_operations():
+    assert_agrees(compare(embedded_photographs()), **ALL_BOUNDS)
 
 
 @pytest.mark.parametrize("how", ["without_antialias", "bilinear", "area_or_cubic"])
-def test_paired_pixels_another_filter_is_noticed(builtin_images, monkeypatch, how):
+def test_paired_pixels_another_filter_is_noticed(monkeypatch, how):
     """Even under all the other operations."""
     monkeypatch.setattr(A, "resize", partial(resized_otherwise, how=how))
-    agreement = compare(builtin_images)
+    agreement = compare(embedded_photographs())
     assert np.abs(agreement.spectrum - 1).max() > 5 * ALL_BOUNDS["spectrum"]
     with pytest.raises(AssertionError):
         assert_agrees(agreement, **ALL_BOUNDS)
@@ -329,9 +326,9 @@ def test_paired_pixels_another_filter_is_noticed(builtin_images, monkeypatch, ho
     ],
     ids=["order reversed", "order fixed", "less blur", "amounts off", "box off"],
 )
-def test_paired_pixels_a_wrong_step_is_noticed(builtin_images, change):
+def test_paired_pixels_a_wrong_step_is_noticed(change):
     with pytest.raises(AssertionError):
-        assert_agrees(compare(builtin_images, change), **ALL_BOUNDS)
+        assert_agrees(compare(embedded_photographs(), change), **ALL_BOUNDS)
 
 
 @pytest.mark.slow
@@ -352,10 +349,14 @@ def crop_features(crop: np.ndarray) -> np.ndarray:
     return np.array([*pixels.mean((0, 1)), *pixels.std((0, 1)), saturation, *np.log(band_power(pixels, 6) + 1)])
 
 
-def our_features(builtin_images: list[Image.Image], view: int, draws: int, size: int, **options: object) -> np.ndarray:
-    multi_crop = MultiCrop(global_size=size, local_size=size, num_local_crops=1, **options)
+UNPAIRED_SIZE, UNPAIRED_DRAWS = 48, 60
+
+
+def our_features(view: int, **options: object) -> np.ndarray:
+    sizes = {"global_size": UNPAIRED_SIZE, "local_size": UNPAIRED_SIZE}
+    multi_crop = MultiCrop(**sizes, num_local_crops=1, **options)
     rows = []
-    for i, photo in enumerate(builtin_images * draws):
+    for i, photo in enumerate(embedded_photographs((160, 120), 2) * UNPAIRED_DRAWS):
         whole, views = multi_crop.parameters(photo.size, seed=4, epoch=0, sample_id=i)
         crops = multi_crop.render(photo, whole, views)
         crop = crops["local_crops"][0] if view == LOCAL else crops["global_crops"][view]
@@ -363,10 +364,12 @@ def our_features(builtin_images: list[Image.Image], view: int, draws: int, size:
     return np.array(rows)
 
 
-def official_features(builtin_images: list[Image.Image], view: int, draws: int, size: int) -> np.ndarray:
+@functools.cache
+def official_features(view: int) -> np.ndarray:
     torch.manual_seed(20 + view)
-    transform = official_view(view, size)
-    return np.array([crop_features(np.asarray(transform(photo))) for photo in builtin_images * draws])
+    transform = official_view(view, UNPAIRED_SIZE)
+    photos = embedded_photographs((160, 120), 2) * UNPAIRED_DRAWS
+    return np.array([crop_features(np.asarray(transform(photo))) for photo in photos])
 
 
 def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -376,22 +379,9 @@ def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:
         assert test.pvalue > SIGNIFICANCE, f"feature {i}: mean {a.mean():.3f}, official {b.mean():.3f}"
 
 
-UNPAIRED_SIZE, UNPAIRED_DRAWS = 48, 60
-
-
-@pytest.fixture(scope="module")
-def small() -> list[Image.Image]:
-    return embedded_photographs((160, 120), 2)
-
-
-@pytest.fixture(scope="module")
-def official(small: list[Image.Image]) -> list[np.ndarray]:
-    return [official_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
-
-
 @pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
-def test_unpaired_pixels_official_features(small, official, view):
-    assert_same_features(our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[view])
+def test_unpaired_pixels_official_features(view):
+    assert_same_features(our_features(view), official_features(view))
 
 
 @pytest.mark.parametrize(
@@ -403,13 +393,16 @@ def test_unpaired_pixels_official_features(small, official, view):
         (GLOBAL_1, {"solarize_probability": 0.6}),
     ],
 )
-def test_unpaired_pixels_a_wrong_recipe_is_noticed(small, official, view, options):
-    ours = our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE, **options)
+def test_unpaired_pixels_a_wrong_recipe_is_noticed(view, options):
+    ours = our_features(view, **options)
     with pytest.raises(AssertionError, match="feature"):
-        assert_same_features(ours, official[view])
+        assert_same_features(ours, official_features(view))
 
 
-def test_unpaired_pixels_a_missing_antialias_is_noticed(small, official, monkeypatch):
+def test_unpaired_pixels_a_missing_antialias_is_noticed(monkeypatch):
     monkeypatch.setattr(A, "resize", partial(resized_otherwise, how="without_antialias"))
     with pytest.raises(AssertionError, match="feature"):
-        assert_same_features(our_features(small, GLOBAL_0, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[GLOBAL_0])
+        assert_same_features(
+            our_features(GLOBAL_0),
+            official_features(GLOBAL_0),
+        )

@@ -190,16 +190,14 @@ def test_timm(name: str, source: str) -> None:
             assert_golden(torch.cat([cls_token, registers], dim=1), expected[f"intermediates.{i}.prefix"])
 
 
-def manifests() -> list[str]:
-    root = shared_dir()
-    return (
-        sorted(p.name for p in (root / "golden" / "manifests").glob("*.json") if p.name != "name_map_reg4.json")
-        if root
-        else []
-    )
+MANIFESTS = [
+    path.name
+    for path in sorted((shared_dir() / "golden" / "manifests").glob("*.json") if shared_dir() else ())
+    if path.name != "name_map_reg4.json"
+]
 
 
-@pytest.mark.parametrize("name", manifests())
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_released_architectures(name: str) -> None:
     """Check that every parameter name and shape of the released checkpoints is used, without their weights."""
     manifest = json.loads((shared_dir() / "golden" / "manifests" / name).read_text())

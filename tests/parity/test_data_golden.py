@@ -12,13 +12,11 @@ from hf_regvit.pretraining.crops import batch_masks, block_mask, masked_position
 pytestmark = requires_shared
 
 
-def cases() -> list[tuple[tuple[int, int], int, dict]]:
-    if shared_dir() is None:
-        return []
-    golden = golden_json("masking")
-    square = [(tuple(golden["grid"]), int(golden["max_num_patches"]), entry) for entry in golden["statistics"]]
-    small = golden["small_grid"]
-    return square + [(tuple(small["grid"]), small["max_num_patches"], entry) for entry in small["statistics"]]
+CASES: list[tuple[tuple[int, int], int, dict]] = []  # grid, largest number of masked patches, statistics
+if shared_dir():
+    for part in (golden_json("masking"), golden_json("masking")["small_grid"]):
+        grid, largest = tuple(part["grid"]), int(part["max_num_patches"])
+        CASES += [(grid, largest, entry) for entry in part["statistics"]]
 
 
 def test_seeded_masks_are_those_of_the_official_generator():
@@ -37,7 +35,7 @@ def test_the_default_largest_rectangle_is_half_the_grid():
         assert (default == block_mask(tuple(golden["grid"]), 98, random.Random(seed), **kwargs)).all()
 
 
-@pytest.mark.parametrize(("grid", "largest", "golden"), cases())
+@pytest.mark.parametrize(("grid", "largest", "golden"), CASES)
 def test_statistics_of_masks(grid, largest, golden):
     rng = random.Random(0)
     draws = np.stack([block_mask(grid, golden["requested"], rng, max_patches=largest) for _ in range(golden["draws"])])

@@ -414,16 +414,12 @@ def deaths():
     signal.signal(signal.SIGCHLD, before)
 
 
-def broken_connection():
+def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
-    return ours
-
-
-def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
     threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGCHLD)).start()
     with pytest.raises(RuntimeError, match="pid 1") as failure, deaths.waiting():
-        broken_connection().recv()
+        ours.recv()
     assert isinstance(failure.value.__cause__, EOFError)
     with deaths.waiting():  # the connection and the signal report the same death
         pass
