@@ -9,7 +9,7 @@ import struct
 import tarfile
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -401,20 +401,21 @@ class WreckFrom(TrainerCallback):
 
 @dataclass
 class WorkerFault:
-    """Kill or block a worker of a DataLoader when it reads an image, `times` times in all; marks are kept in a folder.
+    """Kill or block a worker of a DataLoader when it reads an image, `times` times in all, counted in a folder.
 
-    It happens for keys that `applies` to and, unless `worker` is None, in this worker alone.
+    It happens at the image `at` or, for keys (epoch, image), in the epoch `at`, and only in `worker` unless it is None.
     """
 
     folder: Path
     how: str
     times: int
-    applies: Callable[[Any], bool]
+    at: int
     worker: int | None = None
 
     def __call__(self, key: Any) -> None:
         info = torch.utils.data.get_worker_info()
-        if info is None or self.worker not in (None, info.id) or not self.applies(key):
+        place = key[0] if isinstance(key, tuple) else key
+        if info is None or self.worker not in (None, info.id) or place != self.at:
             return
         self.folder.mkdir(exist_ok=True)
         marks = len(list(self.folder.iterdir()))

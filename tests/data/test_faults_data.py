@@ -260,9 +260,10 @@ def test_float_images_F08_with_a_range_it_is_scaled():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_float_images_F21_nan_or_infinite_pixels_are_rejected(value):
-    VALUES[3, 4] = value
+    values = VALUES.copy()
+    values[3, 4] = value
     with pytest.raises(BadImageError, match="1 of 600 values are NaN or infinite"):
-        open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])

@@ -131,7 +131,7 @@ OFTEN = {"eval_strategy": "no", "save_strategy": "no", "gradient_accumulation_st
 def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog, how):
     options = OFTEN | {"per_device_train_batch_size": 4}
     unbroken, _ = run(tmp_path / "a", **options)
-    train = source(24, before=WorkerFault(tmp_path / "marks", how, 1, lambda index: index == 5))
+    train = source(24, before=WorkerFault(tmp_path / "marks", how, 1, at=5))
     result, _ = run(tmp_path / "b", train=train, dataloader_num_workers=1, dataloader_timeout=3, **options)
     assert "Restarting the workers. One of these images was being read: picture/" in caplog.text
     assert same_state(unbroken.state_dict(), result.state_dict())
@@ -139,7 +139,7 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
 
 @pytest.mark.slow
 def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_path):
-    train = source(24, before=WorkerFault(tmp_path / "marks", "dies", 2, lambda index: index == 5))
+    train = source(24, before=WorkerFault(tmp_path / "marks", "dies", 2, at=5))
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         run(tmp_path / "a", train=train, dataloader_num_workers=1, **OFTEN)
     assert "This happened twice. One of these images was being read: " in "".join(failure.value.__notes__)

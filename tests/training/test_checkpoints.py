@@ -383,7 +383,7 @@ def test_f63_the_names_of_the_images_count(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_f64_workers_are_started_again_once(tmp_path, saved, caplog, how):
-    fault = WorkerFault(tmp_path / "marks", how, 1, lambda key: key[0] == 1, worker=1)
+    fault = WorkerFault(tmp_path / "marks", how, 1, at=1, worker=1)
     options = {"dataloader_num_workers": 2, "dataloader_timeout": 4, **SAVING}
     trained(tmp_path / "run", dataset=Crops(before=fault), **options)
     assert "Restarting the workers. One of these images was being read:" in caplog.text
@@ -392,7 +392,7 @@ def test_f64_workers_are_started_again_once(tmp_path, saved, caplog, how):
 
 @pytest.mark.slow
 def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_path):
-    fault = WorkerFault(tmp_path / "marks", "dies", 2, lambda key: key[0] == 1, worker=1)
+    fault = WorkerFault(tmp_path / "marks", "dies", 2, at=1, worker=1)
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
         trained(tmp_path / "run", dataset=Crops(before=fault), dataloader_num_workers=2)
     assert "One of these images was being read" in "".join(failure.value.__notes__)
