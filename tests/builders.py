@@ -403,7 +403,7 @@ class WreckFrom(TrainerCallback):
 class WorkerFault:
     """Kill or block a worker of a DataLoader when it reads an image, `times` times in all, counted in a folder.
 
-    It happens at the image `at` or, for keys (epoch, image), in the epoch `at`, and only in `worker` unless it is None.
+    It happens at the image `at` or, for keys (epoch, image), in the epoch `at`; with `worker`, in this worker alone.
     """
 
     folder: Path
