@@ -195,10 +195,7 @@ def test_names_of_models_are_text_not_markup():
 
 
 def test_a_deeper_model_is_read_as_far_from_the_end():
-    models = {
-        "three": reader(),
-        "five": reader(num_hidden_layers=5),
-    }
+    models = {"three": reader(), "five": reader(num_hidden_layers=5)}
     explorer = Explorer(models, reference=[noise(0, SIZE)])
     views = read_views(explorer, IMAGE, MapRequest(("three", "five"), side=32, layer=2))
     assert [view.layer for view in views.values()] == [2, 4]
@@ -222,10 +219,8 @@ def test_features_are_those_of_extraction(explorer, tmp_path):
 @pytest.mark.parametrize("names", [("owner/vit", "owner_vit"), (f"{'long/' * 20}a", f"{'long/' * 20}b")])
 def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
-    explorer = Explorer(
-        {name: reader(num_register_tokens=i) for i, name in enumerate(names)},
-        reference=[noise(0, SIZE)],
-    )
+    models = {name: reader(num_register_tokens=i) for i, name in enumerate(names)}
+    explorer = Explorer(models, reference=[noise(0, SIZE)])
     image = InputImage.of(noise(0, SIZE), "写真" * 100)  # 600 bytes; file systems take 255
     path = write_features(read_views(explorer, image, MapRequest(names, side=32, layer=3)), image, tmp_path)
     with zipfile.ZipFile(path) as archive:
@@ -252,14 +247,8 @@ def test_figures_are_images(explorer, tmp_path):
 
 @pytest.fixture(scope="module")
 def app():
-    return build_app(
-        {
-            "a": reader(),
-            "b": reader(num_register_tokens=0),
-        },
-        compare="b",
-        reference=[noise(0, SIZE)],
-    )
+    models = {"a": reader(), "b": reader(num_register_tokens=0)}
+    return build_app(models, compare="b", reference=[noise(0, SIZE)])
 
 
 def test_the_server_is_for_this_machine_and_serves_no_files(app):

@@ -354,10 +354,7 @@ def test_f48_harmless_pickle_is_no_checkpoint_of_ours_either(folder):
 
 
 def test_f49_the_command_line_of_a_training_run_is_inert(tmp_path):
-    torch.save(
-        {"model": OFFICIAL, "args": argparse.Namespace(lr=0.1)},
-        tmp_path / "run.pth",
-    )
+    torch.save({"model": OFFICIAL, "args": argparse.Namespace(lr=0.1)}, tmp_path / "run.pth")
     model = convert(tmp_path / "run.pth", **HOW_IT_RUNS)
     assert torch.equal(model.embeddings.register_tokens, OFFICIAL["register_tokens"])
 

@@ -449,9 +449,9 @@ def test_unusual_native_sizes_are_left_to_the_model():
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     model = SiglipVisionModel(SiglipVisionConfig(**{**WIDE, "image_size": 30})).eval()
-    assert read_tokens(model, normal(2, 3, *(30, 30), seed=0)).grid == (3, 3)
+    assert read_tokens(model, normal(2, 3, 30, 30)).grid == (3, 3)
     with pytest.raises(ValueError, match=r"36 x 30 pixels is not a multiple"):
-        read_tokens(model, normal(2, 3, *(36, 30), seed=0))
+        read_tokens(model, normal(2, 3, 36, 30))
 
 
 def test_a_table_of_positions_for_one_size_is_said():
@@ -608,7 +608,7 @@ def test_wrong_requests(options, error, message):
 def test_wrong_pixels():
     model = build("vit")
     with pytest.raises(ValueError, match=r"36 x 32 pixels is not a multiple of the patch size of 8 x 8.*to 32 x 32"):
-        read_tokens(model, normal(2, 3, *(36, 32), seed=0))
+        read_tokens(model, normal(2, 3, 36, 32))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\)"):
         read_tokens(model, normal(2, 3, *NATIVE)[0])
     with pytest.raises(ValueError, match=r"torch.uint8, expected normalized"):

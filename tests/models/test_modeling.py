@@ -415,9 +415,8 @@ def test_register_init_std_is_a_field():
 def test_f47_registers_differ_after_initialisation_and_stay_different():
     model = tiny_model(**TINY, hidden_size=64, layerscale_value=1.0).train()
 
-    assert (
-        torch.pdist(model.embeddings.register_tokens[0]).min() > 0.02
-    )  # expected distance of two draws: sqrt(2 * 64) * 0.02 = 0.23
+    # The expected distance of two draws is sqrt(2 * 64) * 0.02 = 0.23.
+    assert torch.pdist(model.embeddings.register_tokens[0]).min() > 0.02
     before = model.embeddings.register_tokens.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(5):
