@@ -25,7 +25,9 @@ from hf_regvit_cli import parser_of
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-OURS = [page for page in PAGES if page.parent.name != "tutorials"]  # another test executes the tutorials
+SKILL = ROOT / "skills" / "hf-regvit" / "SKILL.md"
+# Another test executes the tutorials.
+OURS = [page for page in [*PAGES, SKILL] if page.parent.name != "tutorials"]
 
 
 def text_of(page):
@@ -111,7 +113,7 @@ def test_commands_of_the_pages_exist_with_their_options():
         assert flags <= known, f"regvit {command} has no {flags - known}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [*PAGES, SKILL], ids=lambda page: page.stem)
 def test_python_of_the_pages_is_python_and_imports_what_there_is(page):
     for block in re.findall(r"^```python\n(.*?)^```", text_of(page), flags=re.S | re.M):
         for node in ast.walk(ast.parse(block.replace('--8<-- "examples/quickstart.py"', ""))):

@@ -321,8 +321,8 @@ def files(*patterns: str) -> list[Path]:
 
 PYTHON = files("src/**/*.py", "scripts/**/*.py", "examples/**/*.py", "benchmarks/**/*.py")
 MARKDOWN = files(
-    "docs/**/*.md", "*.md", "model_cards/*.md", "examples/**/*.md", "benchmarks/**/*.md", "src/**/templates/**/*.md",
-    "src/**/templates/**/*.jinja*", "src/**/templates/**/*.html",
+    "docs/**/*.md", "*.md", "skills/**/*.md", "model_cards/*.md", "examples/**/*.md", "benchmarks/**/*.md",
+    "src/**/templates/**/*.md", "src/**/templates/**/*.jinja*", "src/**/templates/**/*.html",
 )  # fmt: skip
 COMMENTED = files("Makefile", "pyproject.toml", "mkdocs.yml", "examples/**/*.yaml", "examples/**/*.yml")
 SCRIPTS = files("src/**/templates/**/*.js", "src/**/templates/**/*.css", "docs/**/*.css", "docs/**/*.js")

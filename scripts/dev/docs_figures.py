@@ -3,8 +3,8 @@
     make demo
     python scripts/dev/docs_figures.py --model FOLDER_OF_VIT_TINY_WITH_IMAGENET_WEIGHTS
 
-`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG is smaller than 200 kB. The
-screenshot of the demo page needs Chromium and playwright; without them it is not updated.
+`--model` is a ViT without registers that has artifacts, `--registers` a RegViT. Every PNG is in full color and smaller
+than 600 kB. The screenshot of the demo page needs Chromium and playwright; without them it is not updated.
 """
 
 import argparse
@@ -32,18 +32,16 @@ from hf_regvit.models.conversion import convert
 from hf_regvit.models.loading import open_model
 from hf_regvit.models.tokens import TokenReader
 
-LARGEST = 200_000  # bytes
+LARGEST = 600_000  # bytes
 WIDEST = 1400  # pixels
 
 
 def keep(path: Path) -> None:
-    """Reduce the number of colors, and the number of pixels if necessary."""
+    """Reduce the number of pixels if necessary; all colors stay."""
     image = Image.open(path).convert("RGB")
     for width in (min(image.width, WIDEST), 1100, 900, 700):
         smaller = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-        smaller.quantize(256, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.FLOYDSTEINBERG).save(
-            path, optimize=True
-        )
+        smaller.save(path, optimize=True)
         if path.stat().st_size < LARGEST:
             print(f"{path}: {smaller.width} x {smaller.height} pixels, {path.stat().st_size // 1000} kB")
             return

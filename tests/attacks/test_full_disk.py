@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_a_full_disk_is_one_sentence(writer, tmp_path):
         if said == ["done"]:
             continue
         if "The best checkpoint, of step" in said[0]:  # the result of fine-tuning is the best checkpoint
+            assert re.search(r"it needs about [\d.]+ MiB, and [\d.,]+ MiB are free", said[0]), said
             assert "free disk space and run again" in said[0]
             continue
         assert said[0].startswith(f"NoSpaceError: '{tmp_path}"), (size, said)

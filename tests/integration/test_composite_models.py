@@ -1,4 +1,4 @@
-"""RegViT inside composite models of transformers: as backbone of DPT and UperNet, as encoder of a captioning model."""
+"""RegViT and composite models: backbone of DPT and UperNet, encoder of a captioning model, tower of LLaVA and CLIP."""
 
 import pytest
 import torch
@@ -6,8 +6,15 @@ from transformers import (
     AutoBackbone,
     BertConfig,
     BertLMHeadModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
     DPTConfig,
     DPTForDepthEstimation,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
     Trainer,
     TrainingArguments,
     UperNetConfig,
@@ -15,7 +22,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from builders import in_fresh_memory, tiny_config, tiny_model
+from builders import in_fresh_memory, pixels, randomized, tiny_config, tiny_model
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -23,6 +30,8 @@ from hf_regvit import (
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
     RegViTModel,
+    convert,
+    convert_back,
 )
 
 SIZES = [(32, 32), (32, 48), (64, 16)]  # the native square, wide, tall: height and width in pixels
@@ -223,3 +232,82 @@ def test_keywords_of_other_models_are_ignored(model_class):
                        expected[0] if model_class is not RegViTBackbone else expected[0][0])  # fmt: skip
     assert isinstance(model(pixels, return_dict=False, interpolate_pos_encoding=False), tuple)
     assert model.accepts_loss_kwargs is False
+
+
+# --- As the vision tower of a larger model, and back ---
+
+TOWER = {
+    "image_size": 32, "patch_size": 8, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+    "intermediate_size": 48,
+}  # fmt: skip
+
+
+def build_llava(vision) -> LlavaForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=64)
+    without_cls = vision.model_type == "siglip_vision_model"
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=5, vision_feature_layer=-2,
+        vision_feature_select_strategy="full" if without_cls else "default",
+    )  # fmt: skip
+    return randomized(LlavaForConditionalGeneration(config))
+
+
+def fine_tuned(tower: RegViTModel) -> RegViTModel:
+    """The same model after three steps, which change every parameter that the features of LLaVA depend on."""
+    tower = tower.train()
+    optimizer = torch.optim.SGD(tower.parameters(), lr=0.01)
+    for step in range(3):
+        optimizer.zero_grad()
+        output = tower(pixels(4, 32, 32, seed=step), output_hidden_states=True)
+        (output.hidden_states[-2].square().mean() + output.pooler_output.square().mean()).backward()
+        optimizer.step()
+    return tower.eval()
+
+
+@pytest.mark.parametrize(
+    "vision",
+    [CLIPVisionConfig(**TOWER), SiglipVisionConfig(**TOWER), SiglipVisionConfig(**TOWER, vision_use_head=False)],
+    ids=["CLIP", "SigLIP", "SigLIP without a head"],
+)
+def test_a_fine_tuned_tower_goes_back_into_llava(vision, tmp_path):
+    llava = build_llava(vision)
+    llava.save_pretrained(tmp_path / "llava")
+    tower = convert(tmp_path / "llava")  # finds the tower inside, and compares the outputs
+    before = {name: tensor.clone() for name, tensor in llava.state_dict().items()}
+    tower = fine_tuned(tower)
+    llava.load_state_dict(convert_back(tower, like=llava))
+    is_changed = {name.split(".")[1] for name, tensor in llava.state_dict().items() if not tensor.equal(before[name])}
+    assert is_changed == {"vision_tower"}  # the projector and the language model are as they were
+
+    images = pixels(2, 32, 32, seed=9)
+    prompt = torch.tensor([[1, *[5] * 16, 7, 8]] * 2)  # one token for each of the 16 patches
+    with torch.no_grad():
+        tokens = tower(images, output_hidden_states=True).hidden_states[-2][:, -16:]
+        expected = llava.model.multi_modal_projector(tokens)
+        found = torch.stack(list(llava.get_image_features(images).pooler_output))
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+        logits = llava(input_ids=prompt, pixel_values=images).logits
+        embedded = llava.get_input_embeddings()(prompt)
+        embedded[:, 1:17] = expected
+        torch.testing.assert_close(llava(inputs_embeds=embedded).logits, logits, atol=2e-5, rtol=0)
+    llava.save_pretrained(tmp_path / "again")
+    saved = LlavaForConditionalGeneration.from_pretrained(tmp_path / "again")
+    with torch.no_grad():
+        logits_of_saved = in_fresh_memory(saved)(input_ids=prompt, pixel_values=images).logits
+    torch.testing.assert_close(logits_of_saved, logits, atol=2e-5, rtol=0)
+
+
+def test_a_fine_tuned_tower_goes_back_into_clip():
+    torch.manual_seed(0)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = randomized(CLIPModel(CLIPConfig(text_config=text, vision_config=TOWER, projection_dim=12)))
+    tower = fine_tuned(convert(clip))
+    clip.load_state_dict(convert_back(tower, like=clip))
+    images = pixels(2, 32, 32, seed=9)
+    with torch.no_grad():
+        features = clip.get_image_features(images).pooler_output
+        torch.testing.assert_close(features, tower(images).image_embeds, atol=2e-5, rtol=0)
+        output = clip.vision_model(images)
+        torch.testing.assert_close(output.last_hidden_state, tower(images).last_hidden_state, atol=2e-5, rtol=0)

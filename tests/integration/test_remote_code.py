@@ -56,10 +56,20 @@ ALLOWED_IMPORTS = {
 
 AUTO_CLASSES = {
     "model": (RegViTModel, AutoModel),
+    "rotary": (RegViTModel, AutoModel),
+    "clip": (RegViTModel, AutoModel),
     "classifier": (RegViTForImageClassification, AutoModelForImageClassification),
     "segmenter": (RegViTForSemanticSegmentation, AutoModelForSemanticSegmentation),
     "depth": (RegViTForDepthEstimation, AutoModelForDepthEstimation),
 }
+
+FIELDS = {
+    "segmenter": {"register_neurons": [[0, 3], [1, 7]]},  # test-time registers
+    "rotary": {"use_position_embeddings": False, "rope_theta": 100, "key_bias": False, "use_swiglu_ffn": True,
+               "use_cls_token": False, "attention_pooler": True},
+    "clip": {"embedding_norm": True, "final_norm": "cls", "projection_dim": 6, "hidden_act": "quick_gelu",
+             "layerscale_value": None, "num_register_tokens": 0},
+}  # fmt: skip
 
 CHILD = """
     import importlib.abc, json, sys
@@ -146,8 +156,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
     folder = tmp_path_factory.mktemp("saved")
     models = {}
     for name, (model_class, _) in AUTO_CLASSES.items():
-        neurons = [[0, 3], [1, 7]] if name == "segmenter" else None  # test-time registers
-        models[name] = tiny_model(model_class, num_labels=5, register_neurons=neurons)
+        models[name] = tiny_model(model_class, num_labels=5, **FIELDS.get(name, {}))
         with torch.no_grad():  # spread registers and gains, so that a token that is not loaded changes the outputs
             for parameter in models[name].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
@@ -188,7 +197,7 @@ def expected_tensors(saved, name: str) -> dict[str, torch.Tensor]:
     """Return the outputs of the saved models in this process, under the keys that the child uses."""
     folder, models = saved
     pixel_values = PROCESSOR(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
-    base = models[name] if name == "model" else models[name].regvit
+    base = getattr(models[name], "regvit", models[name])
     expected = {f"{name}.pixel_values": pixel_values}
     with torch.inference_mode():
         for label, model in (("own", models[name]), ("base", base)):

@@ -982,6 +982,21 @@ def test_wrapped_models_are_read_like_the_model_itself(how):
     torch.testing.assert_close(model(normal(2, 3, *NATIVE))[0], before[0], atol=0, rtol=0)
 
 
+@torch.no_grad()
+def test_a_model_wrapped_for_several_processes_is_read_like_the_model_itself(tmp_path):
+    expected = TokenReader(build("regvit")).read(normal(2, 3, *NATIVE), layers="all")
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(build("regvit").requires_grad_(True))
+        wrapped(normal(2, 3, *NATIVE))
+        reading = TokenReader(wrapped).read(normal(2, 3, *NATIVE), layers="all")
+    finally:
+        torch.distributed.destroy_process_group()
+    for ours, theirs in zip(reading.values, expected.values, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
 class TalkingHeads(nn.Module):
     """Attention that mixes the weights of its heads, as in CaiT."""
 

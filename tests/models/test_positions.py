@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hf_regvit import (
     RegViTForImageClassification,
     RegViTForSemanticSegmentation,
     RegViTModel,
+    open_model,
 )
 from hf_regvit.models import modeling_regvit
 from hf_regvit.models.modeling_regvit import RegViTLayer, rotate
@@ -397,15 +399,38 @@ def test_augmented_coordinates_are_drawn_once_per_forward():
 # --- Checkpoints ---
 
 
-def test_a_checkpoint_of_another_position_type_names_field_and_remedy(tmp_path):
-    build(**ROTARY).save_pretrained(tmp_path / "rotary")
-    build().save_pretrained(tmp_path / "learned")
-    with pytest.raises(CheckpointError, match=r"use_position_embeddings=True.*Load it without such an override"):
-        RegViTModel.from_pretrained(tmp_path / "rotary", use_position_embeddings=True)
-    with pytest.raises(CheckpointError, match=r"use_position_embeddings=False.*Load it without such an override"):
-        RegViTModel.from_pretrained(tmp_path / "learned", use_position_embeddings=False, rope_theta=100)
-    with pytest.raises(CheckpointError, match=r"embeddings\.cls_token is in the checkpoint but not in the model"):
-        RegViTModel.from_pretrained(tmp_path / "learned", use_cls_token=False)
+@pytest.mark.parametrize("model_class", [RegViTModel, RegViTForImageClassification])
+def test_a_checkpoint_of_another_kind_is_an_error_before_its_weights_are_read(model_class, tmp_path, monkeypatch):
+    remedy = "Load it without such an override, or correct its config.json"
+    for name, fields in (("rotary", ROTARY), ("learned", {}), ("no_cls", {**NO_CLS, "pooling": "mean_patch"})):
+        build(model_class, **fields).save_pretrained(tmp_path / name, max_shard_size="20KB")
+        assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
+        model_class.from_pretrained(tmp_path / name)
+
+    def read_weights(*args, **kwargs):
+        raise AssertionError("the weights were read")
+
+    monkeypatch.setattr(modeling_regvit.PreTrainedModel, "from_pretrained", read_weights)
+    for name, override, reason in (
+        ("rotary", {"use_position_embeddings": True},
+         rf"use_position_embeddings=True, but the weights of '.*rotary' hold no tensor .*_embeddings\. {remedy}: "
+         r"use_position_embeddings=False and rope_theta, e\.g\. 100\."),
+        ("learned", {"use_position_embeddings": False, "rope_theta": 100},
+         rf"=False, but the weights of '.*learned' hold the tensor .*_embeddings\. {remedy}: .*=True\."),
+        ("learned", {"use_cls_token": False},
+         rf"use_cls_token=False, .* hold the tensor embeddings\.cls_token\. {remedy}: use_cls_token=True\."),
+        ("no_cls", {"use_cls_token": True}, "use_cls_token=True, .* hold no tensor embeddings.cls_token"),
+    ):  # fmt: skip
+        with pytest.raises(CheckpointError, match=reason):
+            model_class.from_pretrained(tmp_path / name, **override)
+        config = RegViTConfig.from_pretrained(tmp_path / name, **override)
+        with pytest.raises(CheckpointError, match=reason):
+            model_class.from_pretrained(tmp_path / name, config=config)
+        edited = shutil.copytree(tmp_path / name, tmp_path / "edited", dirs_exist_ok=True)
+        config.save_pretrained(edited)
+        with pytest.raises(CheckpointError, match=reason.replace(name, "edited")):
+            open_model(edited)
+        shutil.rmtree(edited)
 
 
 def test_a_missing_attention_pooler_or_projection_is_an_error(tmp_path):

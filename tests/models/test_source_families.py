@@ -1,9 +1,11 @@
-"""Test `convert` and `convert_back` on every family, on wrapped modules, and on state dicts of other projects."""
+"""Test `convert` and `convert_back` on every family, on wrapped modules, on state dicts and on folders of OpenCLIP."""
 
 import copy
+import json
 
 import peft
 import pytest
+import safetensors.torch
 import timm
 import torch
 import transformers
@@ -303,24 +305,7 @@ def test_official_dinov3(caplog):
 def test_openclip_state_dict():
     """Compare with the tower of transformers, which stores the same numbers under other names."""
     source = source_of("transformers", "clip_with_projection")
-    state = source.state_dict()
-    names = {
-        "vision_model.": "visual.", "embeddings.class_embedding": "class_embedding", "pre_layrnorm": "ln_pre",
-        "embeddings.position_embedding.weight": "positional_embedding", "post_layernorm": "ln_post",
-        "embeddings.patch_embedding": "conv1", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
-        "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
-    }  # fmt: skip
-    official = {}
-    for name, tensor in state.items():
-        for theirs, ours in names.items():
-            name = name.replace(theirs, ours)
-        official[name if name.startswith("visual.") else f"visual.{name}"] = tensor
-    official["visual.proj"] = official.pop("visual.visual_projection.weight").T.contiguous()
-    for block in range(2):
-        for kind in ("weight", "bias"):
-            start = f"visual.transformer.resblocks.{block}.attn."
-            parts = [official.pop(f"{start}{part}_proj.{kind}") for part in "qkv"]
-            official[f"{start}in_proj_{kind}"] = torch.cat(parts)
+    official = open_clip_state(source)
     with pytest.raises(ConversionError, match=r"does not specify num_attention_heads, hidden_act\."):
         convert(official)
     model = convert(official, num_attention_heads=2, hidden_act="quick_gelu")
@@ -330,10 +315,145 @@ def test_openclip_state_dict():
     assert all(torch.equal(back[key], value) for key, value in official.items())
 
 
+@torch.no_grad()
+def test_state_dicts_of_timm_with_the_name_of_the_model(tmp_path):
+    source = randomized(timm.create_model("test_vit2", num_classes=3, dynamic_img_size=True))
+    state = {"epoch": 1, "state_dict": {f"module.{key}": value for key, value in source.state_dict().items()}}
+    torch.save(state, tmp_path / "checkpoint.pth")
+    model = convert_to_folder(tmp_path / "checkpoint.pth", tmp_path / "out", architecture="timm/test_vit2.r160_in1k")
+    torch.testing.assert_close(model(pixels(2, 160, 160)).logits, source(pixels(2, 160, 160)), atol=1e-5, rtol=1e-5)
+    assert open_model(tmp_path / "out").processor.image_mean[0] == 0.5  # of this model, not of ImageNet
+    back = convert_back(model, like=tmp_path / "checkpoint.pth", architecture="test_vit2")
+    assert all(torch.equal(back[f"module.{key}"], value) for key, value in source.state_dict().items())
+
+    for wrong, message in (("test_vit", "Missing key"), ("test_vit99", "Unknown model"), ("resnet18", "'resnet18'")):
+        with pytest.raises(ConversionError, match=message):
+            convert(state, architecture=wrong)
+    with pytest.raises(TypeError, match=r"architecture='test_vit2' is for raw state dicts only"):
+        convert(source, architecture="test_vit2")
+
+
+@pytest.mark.parametrize("name", ["eva", "dinov3", "dinov3_with_biases", "pe_core", "rope_vit"])
+def test_state_dicts_that_do_not_tell_their_rotation_ask_for_the_name(name):
+    with pytest.raises(ConversionError, match=r"names of an Eva of timm.*architecture \(--architecture\), e\.g\."):
+        convert(source_of("timm", name).state_dict())
+
+
+# --- Folders of OpenCLIP ---
+
+
+def open_clip_folder(folder, vision, state, *, quick_gelu=False, file="open_clip_model.safetensors"):
+    config = {
+        "model_cfg": {"embed_dim": 12, "vision_cfg": vision, "text_cfg": {}, "quick_gelu": quick_gelu},
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "interpolation": "bilinear", "resize_mode": "squash"},
+    }
+    folder.mkdir()
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save = safetensors.torch.save_file if file.endswith("safetensors") else torch.save
+    save({**state, "logit_scale": torch.ones(()), "text.ln.weight": torch.ones(3)}, folder / file)
+    return folder
+
+
+def open_clip_state(source):
+    """State dict of a CLIP tower of transformers with the names of OpenCLIP."""
+    names = {
+        "vision_model.": "visual.", "embeddings.class_embedding": "class_embedding", "pre_layrnorm": "ln_pre",
+        "embeddings.position_embedding.weight": "positional_embedding", "post_layernorm": "ln_post",
+        "embeddings.patch_embedding": "conv1", "encoder.layers": "transformer.resblocks", "layer_norm": "ln_",
+        "self_attn": "attn", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    }  # fmt: skip
+    official = {}
+    for name, tensor in source.state_dict().items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        official[name if name.startswith("visual.") else f"visual.{name}"] = tensor
+    official["visual.proj"] = official.pop("visual.visual_projection.weight").T.contiguous()
+    for block in range(2):
+        for kind in ("weight", "bias"):
+            start = f"visual.transformer.resblocks.{block}.attn."
+            parts = [official.pop(f"{start}{part}_proj.{kind}") for part in "qkv"]
+            official[f"{start}in_proj_{kind}"] = torch.cat(parts)
+    return official
+
+
+VISION = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 1.5}
+
+
+@pytest.mark.parametrize("file", ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+@torch.no_grad()
+def test_folders_of_openclip(file, act, tmp_path):
+    source = source_of("transformers", "clip_with_projection")
+    for layer in source.vision_model.encoder.layers:
+        layer.mlp.activation_fn = transformers.activations.ACT2FN[act]
+    state = open_clip_state(source)
+    folder = open_clip_folder(tmp_path / "clip", VISION, state, quick_gelu=act == "quick_gelu", file=file)
+    model = convert(folder)
+    output = model(pixels(2, 32, 32))
+    torch.testing.assert_close(output.image_embeds, source(pixels(2, 32, 32)).image_embeds, atol=1e-5, rtol=1e-5)
+    normed = source.vision_model.post_layernorm(source(pixels(2, 32, 32)).last_hidden_state)  # of all tokens
+    torch.testing.assert_close(output.last_hidden_state, normed, atol=1e-5, rtol=1e-5)
+    back = convert_back(model, like=folder)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
+    reader = open_model(folder)  # and every command
+    assert reader.description.num_layers == 2
+    assert list(reader.processor.image_mean) == [0.1, 0.2, 0.3]
+    assert dict(reader.processor.size) == {"height": 32, "width": 32}
+
+
+@torch.no_grad()
+def test_folders_of_openclip_with_a_tower_of_timm(tmp_path):
+    tower = randomized(timm.create_model("test_vit2", num_classes=0, global_pool="avg", dynamic_img_size=True))
+    projection = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    state = {f"visual.trunk.{key}": value for key, value in tower.state_dict().items()}
+    state["visual.head.proj.weight"] = projection
+    vision = {"image_size": 160, "timm_model_name": "test_vit2", "timm_pool": "avg", "timm_proj": "linear"}
+    model = convert(open_clip_folder(tmp_path / "clip", vision, state))
+    found = model(pixels(2, 160, 160)).image_embeds
+    torch.testing.assert_close(found, tower(pixels(2, 160, 160)) @ projection.T, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"layers": [3, 4, 6, 3]}, "a convolutional network"),
+        ({"attentional_pool": True}, "attentional_pool=True"),
+        ({"pool_type": "avg"}, "pool_type='avg' after the final norm"),
+        ({"qk_norm": True, "scale_heads": True}, "qk_norm=True and scale_heads=True"),
+        ({"act_kwargs": {"beta": 2}}, "act_kwargs={'beta': 2}"),
+        ({"timm_model_name": "test_vit2", "timm_proj": "mlp"}, "timm_proj='mlp'"),
+        ({"timm_model_name": "test_vit2"}, "is not a state dict of the timm model architecture='test_vit2'"),
+    ],
+)
+def test_folders_of_openclip_that_cannot_be_expressed(change, reason, tmp_path):
+    state = open_clip_state(source_of("transformers", "clip_with_projection"))
+    with pytest.raises(ConversionError, match=reason):
+        convert(open_clip_folder(tmp_path / "clip", {**VISION, **change}, state))
+
+
+def test_incomplete_folders_of_openclip(tmp_path):
+    folder = open_clip_folder(tmp_path / "clip", VISION, {"a": torch.ones(1)})
+    (folder / "open_clip_model.safetensors").unlink()
+    for text in ("{}", '{"model_cfg": 3}', (folder / "open_clip_config.json").read_text()):
+        (folder / "open_clip_config.json").write_text(text)
+        with pytest.raises(ConversionError, match=r"is not a folder of OpenCLIP: expected model_cfg\.vision_cfg"):
+            convert(folder)
+
+
 # --- Refusals ---
 
 REFUSED = {
     "aimv2": (lambda: transformers.Aimv2VisionModel(transformers.Aimv2VisionConfig(**SIZES)), "RMSNorm"),
+    "pixio": (lambda: transformers.PixioModel(transformers.PixioConfig(**SIZES)), "mean of several class tokens"),
+    "radio": (
+        lambda: transformers.RadioModel(transformers.RadioConfig(**SIZES, max_img_size=64)),
+        "'radio' cannot be converted: it normalizes its pixels in the model, and its summary is made of several class",
+    ),
+    "naflex": (
+        lambda: transformers.Siglip2VisionModel(transformers.Siglip2VisionConfig(**{**SIZES, "num_patches": 16})),
+        r"packed patches \(NaFlex\); SigLIP 2 of a fixed resolution can be converted",
+    ),
+    "beit": (lambda: transformers.BeitModel(transformers.BeitConfig(**SIZES)), "bias for relative positions"),
     "swin": (
         lambda: transformers.SwinModel(transformers.SwinConfig(embed_dim=12, depths=[1], num_heads=[2])),
         "windows",
@@ -356,6 +476,54 @@ def test_what_cannot_be_expressed_is_refused_with_the_reason(name):
     make, reason = REFUSED[name]
     with pytest.raises(ConversionError, match=reason):
         convert(make())
+
+
+# Models of timm by the names that users know, one for each geometry of a family; None is an exact conversion.
+OF_TIMM = {
+    **dict.fromkeys((
+        "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb", "vit_small_plus_patch16_dinov3",
+        "vit_huge_plus_patch16_dinov3_qkvb", "vit_7b_patch16_dinov3", "vit_tiny_patch16_dinov3_qkvb",  # the last: EUPE
+        "vit_small_patch16_lingbot", "vit_giant_patch16_lingbot", "eva02_tiny_patch14_224", "eva02_base_patch14_448",
+        "eva02_large_patch14_clip_336", "eva_giant_patch14_224", "eva_giant_patch14_clip_224",
+        "vit_pe_core_base_patch16_224", "vit_pe_core_gigantic_patch14_448", "vit_pe_spatial_tiny_patch16_512",
+        "vit_pe_spatial_gigantic_patch14_448", "vit_pe_lang_large_patch14_448", "vit_small_patch16_rope_224",
+        "vit_base_patch16_rope_ape_224", "vit_mediumd_patch16_rope_reg1_gap_256", "vit_base_patch32_clip_224",
+        "vit_base_patch32_clip_quickgelu_224", "vit_base_patch16_siglip_224", "vit_so400m_patch14_siglip_gap_224",
+        "vit_giant_patch16_gap_224", "vit_base_patch14_reg1_tipsv2", "vit_so400m_patch16_radio_v4",
+        "vit_base_patch14_reg4_dinov2", "deit3_small_patch16_224", "beit3_base_patch16_224", "flexivit_small",
+    )),
+    "eva02_enormous_patch14_clip_224": "blocks of type EvaBlockPostNorm",
+    "vit_small_patch16_rope_mixed_224": "positions of type RotaryEmbeddingMixed",
+    "aimv2_large_patch14_224": "norms of type RmsNorm",
+    "vit_base_patch16_xp_224": "blocks of type ParallelScalingBlock",
+    "vit_base_patch16_rpn_224": "blocks of type ResPostBlock",
+    "vit_dwee_patch16_reg1_gap_256": "attention DiffAttention",
+    "vit_small_r26_s32_224": "a patch embedding that is not one convolution",
+    "vit_base_resnet50d_224": "a patch embedding that is not one convolution",
+    "deit_tiny_distilled_patch16_224": "is distilled",
+    "naflexvit_base_patch16_siglip": "it takes packed patches",
+    "beit_base_patch16_224": "bias for relative positions",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_a_model_of_timm_is_converted_exactly_or_refused_with_the_reason(name):
+    """Everything but the sizes is that of the released model, such as the reference grid of its rotation."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0}
+    fixed = "resnet" in name or "_r26_" in name or "beit_" in name or "naflex" in name
+    if not fixed:
+        sizes |= {"img_size": 64, "patch_size": 16, "dynamic_img_size": True}
+    source = randomized(timm.create_model(name, **sizes))
+    if (reason := OF_TIMM[name]) is not None:
+        with pytest.raises(ConversionError, match=reason):
+            convert(source)
+        return
+    model = convert(source)  # compares the outputs
+    state, back = source.state_dict(), convert_back(model, like=source)
+    assert list(back) == list(state)
+    assert all(torch.equal(back[key], value) for key, value in state.items())
 
 
 def test_a_source_that_cannot_run_itself_says_so():

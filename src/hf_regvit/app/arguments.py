@@ -35,6 +35,7 @@ class ConvertArguments:
     output_dir: str = option(MISSING, "Output folder for the RegViT; must not contain a checkpoint yet.")
     verify: bool = option(True, "Compare the outputs with those of the source model, if it can be run.")
     processor: str | None = option(None, "Folder or Hub id of the image processor. Default: that of the source.")
+    architecture: str | None = option(None, "Name of the model in timm, for raw state dicts of timm.")
     hidden_act: str | None = option(None, "Activation of the MLP (gelu or quick_gelu), for raw state dicts of CLIP.")
     num_attention_heads: int | None = option(None, "Number of attention heads, for raw state dicts.")
     layer_norm_eps: float | None = option(None, "LayerNorm epsilon, for raw state dicts.")

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from ..data.builtin import builtin_images
 from ..data.decoding import ImageLimits, open_image
 from ..figures.maps import attention_overlay_figure, lost_figure, overview_figure, save_figure
 from ..figures.pages import data_url, render
+from ..models.saving import NoSpaceError, free_bytes, whole_file
 from ..models.tokens import TokenReader
 from .demo_page import TEMPLATES, MapRequest, read_views, results_page
 from .exploration import Explorer, InputImage, View
@@ -49,20 +51,18 @@ _UPLOAD_LIMITS = ImageLimits(max_pixels=50_000_000)
 def write_figures(views: Mapping[str, View], image: InputImage, request: MapRequest, folder: Path) -> Path:
     """Write the maps as figures for a paper: a ZIP archive of PNG files, drawn by `hf_regvit.figures`."""
     path, names = folder / f"{_file_name(image.name)}_figures.zip", _file_names(views)
-    with zipfile.ZipFile(path, "w") as archive:
+    with whole_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         for name, view in views.items():
             row, column = cell = view.cell(request.place)
-            heads = torch.stack(
-                [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
-            )
-            maps = view.maps()
             figures = {
-                "overview": overview_figure(view.image, maps),
-                f"patch_{row}_{column}_heads": attention_overlay_figure(
-                    view.image, heads, name=f"patch {row}, {column}", cell=cell
-                ),
+                "overview": overview_figure(view.image, view.maps()),
                 "object": lost_figure(view.image, view.object),
-            }  # fmt: skip
+            }
+            if view.attention is not None:
+                heads = [view.attention_from(("patch", *cell), head=i) for i in range(view.description.num_heads)]
+                figures[f"patch_{row}_{column}_heads"] = attention_overlay_figure(
+                    view.image, torch.stack(heads), name=f"patch {row}, {column}", cell=cell
+                )
             for label, figure in figures.items():
                 file = folder / "figure.png"
                 save_figure(figure, file)
@@ -81,7 +81,7 @@ def write_features(views: Mapping[str, View], image: InputImage, folder: Path) -
     if len(paths) == 1:
         return paths[0]
     archive_path = folder / f"{_file_name(image.name)}_features.zip"
-    with zipfile.ZipFile(archive_path, "w") as archive:
+    with whole_file(archive_path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
         for path in paths:
             archive.write(path, path.name)
     return archive_path
@@ -220,7 +220,7 @@ def _own_files() -> Iterator[None]:
 
 
 class _LimitedBody:
-    """ASGI middleware that answers 413 to a request whose body is larger than an upload may be."""
+    """ASGI middleware that refuses a body larger than an upload may be, and uploads when the disk is nearly full."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -229,9 +229,14 @@ class _LimitedBody:
         """Pass a request on, and count the bytes of its body."""
         left = 21 << 20  # `MAX_UPLOAD` and the form around it
         length = dict(scope.get("headers", ())).get(b"content-length", b"0")
+        refused = None
         if scope["type"] == "http" and (not length.isdigit() or int(length) > left):
-            await send({"type": "http.response.start", "status": 413, "headers": []})
-            await send({"type": "http.response.body", "body": b"The request is too large."})
+            refused = 413, b"The request is too large."
+        elif scope["type"] == "http" and scope["path"].endswith("/upload") and _free_for_uploads() < 2 * left:
+            refused = 507, b"The disk of the server is full."  # Gradio would leave half of the file behind
+        if refused:
+            await send({"type": "http.response.start", "status": refused[0], "headers": []})
+            await send({"type": "http.response.body", "body": refused[1]})
             return
 
         async def limited() -> Any:
@@ -241,6 +246,16 @@ class _LimitedBody:
             return message if left >= 0 else {"type": "http.disconnect"}
 
         await self.app(scope, limited, send)
+
+
+def _free_for_uploads() -> int:
+    """Return the free space for uploads in bytes, after those that stopped half-way ten minutes ago are removed."""
+    folder = Path(os.environ.get("GRADIO_TEMP_DIR") or tempfile.gettempdir())
+    if "GRADIO_TEMP_DIR" in os.environ:
+        for part in folder.glob("tmp*"):
+            if part.is_file() and time.time() - part.stat().st_mtime > 600:
+                part.unlink(missing_ok=True)
+    return free_bytes(folder)
 
 
 def _name_of(source: str, others: Sequence[str]) -> str:
@@ -392,18 +407,26 @@ class _Page:
 
     def _figures(self, image: InputImage, place: object, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
-        return str(write_figures(views, image, request, self._folder()))
+        with self._folder() as folder:
+            return str(write_figures(views, image, request, folder))
 
     def _features(self, image: InputImage, place: object, *settings: Any) -> str:
         views, _ = self._views(image, place, *settings)
-        return str(write_features(views, image, self._folder()))
+        with self._folder() as folder:
+            return str(write_features(views, image, folder))
 
-    def _folder(self) -> Path:
-        """Create a folder for a download and delete old ones; Gradio has copied the files that it serves from them."""
+    @contextmanager
+    def _folder(self) -> Iterator[Path]:
+        """Create a folder for a download, which is removed if that fails, and delete old ones."""
         folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-4]:
             shutil.rmtree(old)
-        return Path(tempfile.mkdtemp(dir=self.downloads.name))
+        folder = Path(tempfile.mkdtemp(dir=self.downloads.name))
+        try:
+            yield folder
+        except BaseException:
+            shutil.rmtree(folder)
+            raise
 
 
 def _part(template: str, **values: Any) -> str:
@@ -422,6 +445,9 @@ def _show_errors(title: str, function: Callable[..., Any]) -> Callable[..., Any]
             raise gr.Error(
                 html.escape(f"{title}. {error or type(error).__name__}"), duration=20, print_exception=False
             ) from error
+        except NoSpaceError as error:
+            logger.error("%s. %s", title, error)
+            raise gr.Error(f"{title}. The disk of the server is full.", duration=20, print_exception=False) from error
         except (RuntimeError, OSError, MemoryError) as error:
             logger.exception("%s", title)
             words = f"{title}. The log of the server contains the reason. A lower resolution may help."

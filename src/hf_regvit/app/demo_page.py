@@ -98,6 +98,7 @@ def results_page(views: Mapping[str, View], request: MapRequest) -> str:
 def _summary(name: str, view: View) -> dict[str, Any]:
     """Return the numbers of the card that says how many artifacts one model has in the image."""
     description, outliers, norms = view.description, view.outliers, view.norms
+    has_cls = description.has_cls
     count = int(outliers.sum())
     return {
         "name": name,
@@ -105,7 +106,7 @@ def _summary(name: str, view: View) -> dict[str, Any]:
         "total": outliers.numel(),
         "norm_ratio": (norms[outliers].median() / norms[~outliers].median()).item() if count else None,
         "cutoff": view.cutoff,
-        "share": view.attention_from("cls")[outliers].sum().item() if description.has_cls else None,
+        "share": view.attention_from("cls")[outliers].sum().item() if view.attention is not None and has_cls else None,
         "num_registers": description.num_register_tokens,
         "layer": view.layer,
         "num_layers": description.num_layers,
@@ -139,6 +140,8 @@ def _cls(view: View, request: MapRequest) -> _Panel:
 
 
 def _attention(view: View, request: MapRequest, query: Query, name: str) -> _Panel:
+    if view.attention is None:
+        return _Panel(missing="The attention of this model has a formula that is not known.")
     if request.head > view.description.num_heads:
         return _Panel(missing=f"This model has only {view.description.num_heads} heads.")
     map_ = view.attention_from(query, head=request.head - 1 if request.head else None)

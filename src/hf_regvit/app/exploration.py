@@ -26,7 +26,7 @@ from ..evaluation.lost import LostResult, LostSettings, lost_box
 from ..figures.maps import TokenMaps, pca_colors
 from ..models.families import ModelDescription
 from ..models.loading import open_model
-from ..models.tokens import Query, TokenReader
+from ..models.tokens import Query, Site, TokenReader
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class View:
         grid: (rows, columns).
         tokens: (T, D) output of the block after the final norm of the model, float32.
         norms: (rows, columns) L2 norms of the patches in the raw output of the block.
-        attention: (heads, T, T) attention weights of the block, float16.
+        attention: (heads, T, T) attention weights of the block, float16; None if their formula is not known.
         keys: (N, D) keys of the patches.
         cutoff: Norm above which a patch is an artifact; None if the block has no distinct group of high norms.
     """
@@ -76,7 +76,7 @@ class View:
     grid: tuple[int, int]
     tokens: Tensor
     norms: Tensor
-    attention: Tensor
+    attention: Tensor | None
     keys: Tensor
     cutoff: float | None
 
@@ -103,7 +103,7 @@ class View:
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors in bytes."""
-        return sum(t.nbytes for t in (self.tokens, self.norms, self.attention, self.keys))
+        return sum(t.nbytes for t in (self.tokens, self.norms, self.attention, self.keys) if t is not None)
 
     def cell(self, place: tuple[float, float]) -> tuple[int, int]:
         """Return the (row, column) of the patch at a place."""
@@ -119,7 +119,12 @@ class View:
 
         Returns:
             (rows, columns) float32.
+
+        Raises:
+            ValueError: The model computes attention in a way that is not known.
         """
+        if self.attention is None:
+            raise ValueError("The attention of this model cannot be read, because its formula is not known.")
         kind, *at = (query,) if isinstance(query, str) else query
         if kind == "cls":
             index = 0
@@ -149,6 +154,7 @@ class View:
         """Return the maps that `figures` draws: attention of CLS (if any) and registers is averaged over heads."""
         queries: list[Query] = ["cls"] if self.description.has_cls else []
         queries += [("register", i) for i in range(self.description.num_register_tokens)]
+        queries = [] if self.attention is None else queries
         rows = [self.attention_from(query) for query in queries]
         return TokenMaps(
             attention=torch.stack(rows) if rows else torch.empty(0, *self.grid),
@@ -205,10 +211,13 @@ class Explorer:
     def default_side(self, name: str) -> int:
         """Return the initial length of the shorter side in pixels: 224, or the image size of the model if smaller."""
         step = max(self.descriptions[name].patch_size)
-        return max(round(min(224, *self.descriptions[name].image_size) / step), 1) * step
+        own = min(self.descriptions[name].image_size)
+        return max(round(min(224, own) / step), 1) * step if self.readers[name].takes_other_sizes else own
 
     def short_side(self, image: Image.Image, name: str, side: int) -> int:
         """Return the length of the shorter side at which an image is read: whole patches, at most `max_patches`."""
+        if not self.readers[name].takes_other_sizes:
+            return self.default_side(name)
         patch = self.descriptions[name].patch_size
         step = max(patch)
         aspect = max(image.size) / min(image.size)
@@ -247,17 +256,19 @@ class Explorer:
     def _read(self, image: Image.Image, name: str, side: int, layer: int) -> dict[int, View]:
         """Run one forward pass; return all blocks if their attention fits well into the cache, else only `layer`."""
         reader, description = self.readers[name], self.descriptions[name]
-        transform = reader.transform_for(image_size=side, keep_aspect=True)
+        whole = reader.takes_other_sizes  # else the image is cropped as for every other use of the model
+        transform = reader.transform_for(image_size=side, keep_aspect=True) if whole else reader.transform_for()
         pixels = transform(image)  # (3, H, W)
         rows, columns = (s // p for s, p in zip(pixels.shape[-2:], description.patch_size))
         first = description.num_prefix_tokens
-        of_one = 2 * description.num_heads * (first + rows * columns) ** 2
+        sites: list[Site] = ["residual", "k", "attention"] if reader.reads_attention else ["residual", "k"]
+        of_one = 2 * description.num_heads * (first + rows * columns) ** 2 if reader.reads_attention else 0
         fits = of_one * description.num_layers <= self.cache_bytes // 4
         layers = tuple(range(1, description.num_layers + 1)) if fits else (layer,)
         self.num_passes += 1
         reading = reader.read_many(
             pixels[None],
-            {"residual": layers, "attention": layers, "k": layers},
+            dict.fromkeys(sites, layers),
             reduce={
                 "residual": lambda values, _: values[0].float(),
                 "attention": lambda values, _: values[0].half().cpu(),
@@ -278,7 +289,7 @@ class Explorer:
                 grid=reading["residual"].grid,
                 tokens=tokens,
                 norms=residual[first:].norm(dim=-1).cpu().unflatten(0, reading["residual"].grid),
-                attention=reading["attention"].at(number),
+                attention=reading["attention"].at(number) if reader.reads_attention else None,
                 keys=reading["k"].at(number),
                 cutoff=self._cutoffs[name].get(number),
             )
@@ -289,7 +300,8 @@ class Explorer:
         reader, description = self.readers[name], self.descriptions[name]
         logger.info("Measuring the usual norms of each block on %d reference images in %s.", len(images), name)
         layers = tuple(range(1, description.num_layers + 1))
-        transform = reader.transform_for(image_size=self.default_side(name))
+        side = self.default_side(name) if reader.takes_other_sizes else None
+        transform = reader.transform_for(image_size=side)
         norms: dict[int, list[Tensor]] = {layer: [] for layer in layers}
         first = description.num_prefix_tokens
         keep: Callable = lambda values, _: values[:, first:].float().norm(dim=-1).cpu()  # noqa: E731

@@ -27,7 +27,7 @@ from ..data.loading import load_images
 from ..data.preparation import prepare_images
 from ..models.loading import open_model, weights_fingerprint
 from ..models.results import Record, Stopwatch, library_versions
-from ..models.tokens import Layers, TokenReader
+from ..models.tokens import Layers, Site, TokenReader
 from .controls import register_controls
 from .outliers import (
     GATE,
@@ -42,8 +42,11 @@ from .outliers import (
     register_cosine,
     reported_layer,
 )
+from .position import PositionMoments, position_record
 from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
 from .report import ArtifactReport
+from .sinks import SinkReader, sink_record
+from .spurious import find_fixed_patterns, global_proxy_share, spurious_record
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -107,7 +110,9 @@ def diagnose(
     watch.lap("reading")
     cutoffs = {layer: find_cutoff(norms, cutoff=cutoff) for layer, norms in readings.norms.items()}
     layer = reported_layer(cutoffs)
-    case = _Case(reader, readings, layer, readings.norms[layer] > cutoffs[layer].cutoff, batch_size, seed)
+    is_outlier = readings.norms[layer] > cutoffs[layer].cutoff
+    distinct = cutoffs[layer].bimodal or cutoff != "auto"
+    case = _Case(reader, readings, layer, is_outlier, distinct, batch_size, seed)
     watch.lap("cut-offs")
     details = _details(case)
     watch.lap("details")
@@ -162,6 +167,7 @@ class _Case:
     readings: Readings
     layer: int
     is_outlier: NDArray[np.bool_]  # (n, N)
+    distinct: bool  # the outliers are a population, or above a cut-off that the caller chose
     batch_size: int
     seed: int
 
@@ -244,31 +250,61 @@ def _attention_record(case: _Case) -> Record | None:
 
 
 def _details(case: _Case) -> Record:
-    """Compute from the kept images what needs whole tokens: direction, channels, rank, registers, examples."""
-    last = case.reader.description.num_layers
-    tokens: list[Tensor] = []
-    registers: list[Tensor] = []
-    ranks: list[Tensor] = []
-    for batch in case.readings.pixels.split(case.batch_size):
-        reading = case.reader.read(batch, layers=sorted({case.layer, last}))
-        tokens.append(reading.patches(case.layer).float().cpu())
-        final = normalized(case.reader, reading.at(last))  # (B, T, D)
-        prefix = reading.num_prefix_tokens
-        registers.append(final[:, prefix - reading.num_register_tokens : prefix])
-        if sum(map(len, ranks)) < _RANK_IMAGES:
-            ranks.append(effective_rank(final[:, prefix:]))
-    rank, patches = torch.cat(ranks), torch.cat(tokens)  # (n,), (n, N, D)
-    mask = torch.from_numpy(case.is_outlier[case.readings.kept])
-    image = torch.arange(len(mask))[:, None].expand(mask.shape)
-    groups = {"outlier": mask, "normal": ~mask}
+    """Compute from the kept images what needs whole tokens or attention, in one pass over them."""
+    reader, readings = case.reader, case.readings
+    last, prefix, count = reader.description.num_layers, reader.description.num_prefix_tokens, len(readings.kept)
+    outlier = case.is_outlier[readings.kept]  # (n, N)
+    mask = outlier if case.distinct else None
+    sinks = SinkReader(reader, [readings.ids[i] for i in readings.kept], outlier.shape[1], mask)
+    position = PositionMoments(readings.grid, count, case.seed)
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "final", "embeddings", "registers", "ranks")}
+    sites: dict[Site, Layers] = {"residual": "all", "patch_embedding": (0,)}
+    sites |= {"v": "all", "attention": "all"} if reader.reads_attention else {}
+    size = min(case.batch_size, sinks.max_batch)
+    for start in range(0, count, size):
+
+        def keep(tokens: Tensor, layer: int, start: int = start) -> Tensor:
+            position.add(tokens[:, prefix:], layer, start)
+            return tokens if layer in (case.layer, last) else tokens[:0]
+
+        batch = readings.pixels[start : start + size]
+        read = reader.read_many(batch, sites, reduce={"residual": keep, **sinks.reductions(start)})
+        final = normalized(reader, read["residual"].at(last))  # (B, T, D)
+        position.add(final[:, prefix:], "final", start)
+        parts["tokens"].append(read["residual"].patches(case.layer).float().cpu())
+        parts["registers"].append(final[:, prefix - reader.description.num_register_tokens : prefix])
+        parts["final"].append(_half(final[:, prefix:]))
+        parts["embeddings"].append(_half(read["patch_embedding"].at()))
+        if sum(map(len, parts["ranks"])) < _RANK_IMAGES:
+            parts["ranks"].append(effective_rank(final[:, prefix:]))
+    joined = {name: torch.cat(values) for name, values in parts.items()}
+    return _token_records(case, joined["tokens"], joined["ranks"]) | {
+        "registers": _register_record(case, joined["registers"]),
+        "examples": _examples(case),
+        "sinks": sink_record(sinks.numbers) if sinks.numbers else None,
+        "spurious": _spurious_record(case, joined["final"], joined["embeddings"], sinks),
+        "position": position_record(position, joined["final"], readings.grid),
+    }
+
+
+def _half(tokens: Tensor) -> Tensor:
+    """Return tokens in half precision, in which a few thousand more per image fit into memory."""
+    return tokens.float().cpu().clamp(-6e4, 6e4).half()
+
+
+def _token_records(case: _Case, tokens: Tensor, rank: Tensor) -> Record:
+    """Describe direction and channels of tokens (n, N, D) of the reported layer, and the effective rank (n,)."""
+    outlier = torch.from_numpy(case.is_outlier[case.readings.kept])
+    image = torch.arange(len(outlier))[:, None].expand(outlier.shape)
+    groups = {"outlier": outlier, "normal": ~outlier}
     return {
         "outliers": {
             "direction": {
-                name: direction_spread(patches[chosen], image[chosen], seed=case.seed)
+                name: direction_spread(tokens[chosen], image[chosen], seed=case.seed)
                 for name, chosen in groups.items()
             },
             "channels": {
-                name: channel_outliers(patches[chosen]) if chosen.any() else None for name, chosen in groups.items()
+                name: channel_outliers(tokens[chosen]) if chosen.any() else None for name, chosen in groups.items()
             },
         },
         "patches": {
@@ -278,9 +314,17 @@ def _details(case: _Case) -> Record:
                 "num_images": len(rank),
             }
         },
-        "registers": _register_record(case, torch.cat(registers)),
-        "examples": _examples(case),
     }
+
+
+def _spurious_record(case: _Case, final: Tensor, embeddings: Tensor, sinks: SinkReader) -> Record:
+    readings = case.readings
+    found = find_fixed_patterns(final, embeddings, seed=case.seed)
+    outliers = case.is_outlier[readings.kept] & case.distinct
+    norms = readings.norms[case.layer][readings.kept]
+    record = spurious_record(found, outliers, norms, sinks.received if sinks.numbers else None)
+    proxy = global_proxy_share(case.reader, readings.pixels, batch_size=case.batch_size)
+    return record | {"experimental": {"global_proxy_share": proxy}}
 
 
 def _register_record(case: _Case, registers: Tensor) -> Record | None:

@@ -39,6 +39,13 @@ class ArtifactReport(Result):
         settings: All settings, and a description of the preprocessing.
         versions: Versions of the libraries.
         seconds: Wall time of each step.
+        sinks: Attention sinks per block and head, on the images of the details: attention to outliers, registers, CLS
+            and the 2 % most attended tokens, and what the heads do with it. None if the attention cannot be read, and
+            in reports of earlier versions, which lack the next two fields as well.
+        spurious: Tokens that repeat in unrelated images whatever their norm, tokens that many others attend to, and
+            the experimental share of tokens that describe the whole image.
+        position: R2 with which a linear map reads the position of a patch from its token, per layer, with a permuted
+            control, and the price of removing the position.
     """
 
     cutoff: float
@@ -67,6 +74,9 @@ class ArtifactReport(Result):
     settings: Record
     versions: dict[str, str]
     seconds: dict[str, float]
+    sinks: Record | None = None
+    spurious: Record | None = None
+    position: Record | None = None
 
     file_name: ClassVar = "report.json"
 

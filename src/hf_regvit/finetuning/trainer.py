@@ -126,11 +126,13 @@ class FinetuningTrainer(RunTrainer):
 
         Trainer's own implementation only logs missing tensors, and only process 0 knows the folder.
         """
-        folder = Path(from_first(self.state.best_model_checkpoint))
+        best, problem = from_first((self.state.best_model_checkpoint, self.save_problem))
+        folder = Path(best)
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"The best checkpoint, of step {self.state.best_global_step}, could not be written to {folder}. "
-                "Resume from the last checkpoint in the run folder, or free disk space and run again."
+                f"The best checkpoint, of step {self.state.best_global_step}, could not be written to {folder} "
+                f"({problem or 'it was removed'}). Resume from the last checkpoint in the run folder, or free disk "
+                "space and run again."
             )
         logger.info(
             "The result is %s with %s %.4g.", folder.name, self.args.metric_for_best_model, self.state.best_metric

@@ -27,7 +27,7 @@ from ..models.configuration_regvit import CheckpointCorruptError, CheckpointErro
 from ..models.loading import checkpoint_folder, load_checkpoint, weights_fingerprint
 from ..models.manifest import verify_checkpoint, write_manifest
 from ..models.processing import require_rgb, saved_processor
-from ..models.saving import read_json, whole_folder, write_json
+from ..models.saving import num_bytes, read_json, whole_folder, write_json
 from . import facts as about
 from .card import check_card, write_card_file
 from .facts import TASKS, CardFacts, CardFigure, CardScore, Facts, Json
@@ -127,7 +127,8 @@ def bundle(
             f"'{checkpoint}' has no preprocessor_config.json, so users could not preprocess images for it. Save its "
             "image processor in the folder with processor.save_pretrained(folder)."
         )
-    with whole_folder(output.parent) as parent:  # the finished folder is moved at once
+    needed = num_bytes(model.state_dict().values())
+    with whole_folder(output.parent, needed=needed) as parent:  # the finished folder is moved at once
         staged = parent / output.name
         (staged / "reports").mkdir(parents=True)
         (staged / "figures").mkdir()

@@ -15,6 +15,7 @@ from ..models.configuration_regvit import CheckpointError
 from ..models.loading import open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import unknown_processor
+from ..models.saving import num_bytes, whole_folder
 from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
 from .facts import ANY_FOLDER, Json, is_hub_id
@@ -144,8 +145,9 @@ def _as_folder(model: TokenReader | nn.Module | str | Path) -> Iterator[Path]:
     if reader.processor is None:
         raise unknown_processor(reader.model)
     with tempfile.TemporaryDirectory() as folder:
-        reader.model.save_pretrained(folder)
-        reader.processor.save_pretrained(folder)
+        with whole_folder(folder, needed=num_bytes(reader.model.state_dict().values())) as staged:
+            reader.model.save_pretrained(staged)
+            reader.processor.save_pretrained(staged)
         yield Path(folder)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,14 @@ from torch import Tensor
 from ..models.configuration_regvit import CheckpointError
 from ..models.foreign_weights import quiet_transformers
 from ..models.loading import checkpoint_folder
-from ..models.saving import read_json, write_json
+from ..models.saving import explain_full_disk, keeping, read_json, write_json
 from .bundle import read_bundle
 from .clean_process import __file__ as clean_process
 from .clean_process import outputs_of
 from .facts import TASKS
 
+_BYTES = 2**22  # of images, code and outputs, for models of up to 100 million parameters
+_NOTE = "The check of a bundle writes to the temporary folder, which TMPDIR chooses. The bundle is whole."
 TOLERANCE = 1e-5  # both absolute and relative
 
 
@@ -67,8 +70,9 @@ def verify(bundle_folder: str | Path, *, original: str | Path | None = None, tim
     task = TASKS[made.model_class]
     pipelines, not_run = _pipelines_of(task.pipeline_tag, source)
     questions = {"auto_classes": sorted({"AutoModel", task.auto_class}), "pipelines": pipelines}
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    place = tempfile.TemporaryDirectory()
+    with place, keeping(lambda: _NOTE), explain_full_disk(Path(place.name), Path(place.name), needed=_BYTES):
+        folder = Path(place.name)
         images = {"0.png": _test_image(0, (240, 320)), "1.png": _test_image(1, (300, 225))}
         for name, image in images.items():
             image.save(folder / name)
@@ -128,6 +132,8 @@ def _run_clean_process(bundle_folder: Path, folder: Path, *, timeout: float) -> 
         raise CheckpointError(
             f"Loading '{bundle_folder}' in a clean process took more than {timeout:.0f} s."
         ) from error
+    if full := re.search(r"(?:Errno|os error) (27|28|122)\b", done.stderr):  # the numbers of a full disk
+        raise OSError(int(full[1]), os.strerror(int(full[1])))
     if done.returncode:
         last = "\n".join(done.stderr.strip().splitlines()[-15:])
         raise CheckpointError(f"'{bundle_folder}' cannot be loaded without hf_regvit:\n{last}")

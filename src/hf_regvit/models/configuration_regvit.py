@@ -654,13 +654,18 @@ def shard_of(folder: Path, name, suffix: str = ".safetensors") -> Path:
     return folder / name
 
 
-def check_weight_files(source) -> None:
+def check_weight_files(source, options: dict | None = None) -> None:
     """Check the weights of a folder before they are loaded: names in an index, and types of numbers.
 
     A changed type in the header of a file would be read as other numbers: 0.98 becomes 1065017672.0.
 
+    Args:
+        source: Folder or file.
+        options: Keyword arguments of `from_pretrained`, if a RegViT is about to be loaded; see `_check_kind`.
+
     Raises:
         CheckpointCorruptError: An index is damaged or names another file than one beside it, or weights are integers.
+        CheckpointError: The weights are those of another kind of RegViT.
     """
     folder = Path(source or "")
     if not source or not folder.exists():
@@ -678,6 +683,7 @@ def check_weight_files(source) -> None:
     config = folder / "config.json"
     if config.is_file() and b'"quantization_config"' in config.read_bytes():
         return
+    keys: set[str] = set()
     for path in sorted({path for path in files if path.suffix == ".safetensors" and path.is_file()}):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
@@ -686,6 +692,30 @@ def check_weight_files(source) -> None:
                     raise CheckpointCorruptError(
                         f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
                     )
+                keys.add(key.removeprefix("regvit."))
+    if keys and options is not None and config.is_file():
+        _check_kind(folder, keys, options)
+
+
+def _check_kind(folder: Path, keys: set[str], options: dict) -> None:
+    """Check that a checkpoint has the CLS token and the kind of positions of its configuration.
+
+    Until here, only the headers of the weights are read, so a wrong checkpoint needs no memory. `options` hold a
+    config, or fields that override those of config.json.
+    """
+    saved, config = RegViTConfig._dict_from_json_file(folder / "config.json"), options.get("config")
+    fields = vars(config) if isinstance(config, RegViTConfig) else saved | options
+    if saved.get("model_type") != "regvit":  # part of a larger model
+        return
+    for field, tensor in (("use_position_embeddings", "position_embeddings"), ("use_cls_token", "cls_token")):
+        found = f"embeddings.{tensor}" in keys
+        if fields.get(field, True) != found:
+            also = "" if found or tensor == "cls_token" else " and rope_theta, e.g. 100"
+            raise CheckpointError(
+                f"{field}={not found}, but the weights of '{folder}' hold {'the' if found else 'no'} tensor "
+                f"embeddings.{tensor}. Load it without such an override, or correct its config.json: "
+                f"{field}={found}{also}."
+            )
 
 
 _PARAMETERS = (".weight", ".bias", "_token", "_tokens", "_embed", "_embeddings", ".lambda1", ".probe")

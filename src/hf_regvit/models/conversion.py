@@ -1,8 +1,8 @@
 """Convert the weights of other plain ViTs to RegViT, exactly, or raise an error that says why this is not possible.
 
-Supported sources: modules, folders and Hub ids of transformers and timm, of the families in `source_families`; state
-dicts and training checkpoints of DINO, DINOv2, DINOv3 and OpenCLIP. Every tensor of the source is either used or named
-in an error; no weight stays randomly initialized. `convert_back` goes the other way.
+Supported sources: modules, folders and Hub ids of transformers and timm, of the families in `source_families`; folders
+of OpenCLIP; state dicts and training checkpoints of DINO, DINOv2, DINOv3, OpenCLIP and timm. Every tensor of the
+source is either used or named in an error; no weight stays randomly initialized. `convert_back` goes the other way.
 
 If a library adds positions to its registers (timm with `no_embed_class=False`), they are added to the register tokens,
 which gives the same sum. Source of names and numerics: dinov2 `models/vision_transformer.py`, `hub/backbones.py`;
@@ -26,10 +26,13 @@ from .families import as_pair
 from .foreign_weights import (
     ForeignModel,
     find_checkpoint,
+    is_open_clip,
     local_path,
     read_folder,
     read_module,
+    read_open_clip,
     read_state,
+    read_timm_state,
     read_weights,
 )
 from .manifest import whole_checkpoint
@@ -45,17 +48,23 @@ PROJECTION_BIAS = "embeddings.patch_embeddings.projection.bias"
 
 
 def convert(
-    source: str | Path | nn.Module | dict[str, Any], *, verify: bool = True, **config_overrides: Any
+    source: str | Path | nn.Module | dict[str, Any],
+    *,
+    verify: bool = True,
+    architecture: str | None = None,
+    **config_overrides: Any,
 ) -> RegViTModel | RegViTForImageClassification:
     """Convert another plain ViT to a RegViT with the same outputs.
 
     Args:
-        source: Folder written by `save_pretrained`, Hub id, weights file (`.safetensors`, `.pth`), state dict, or
+        source: Folder of transformers, timm or OpenCLIP, Hub id, weights file (`.safetensors`, `.pth`), state dict, or
             module of transformers or timm. Its image processor becomes `model.image_processor`, which
             `save_pretrained` writes beside the weights.
         verify: Whether to run source and result on the same random images, at the native size and at two others, and
             compare the outputs. If there is no source model to run (state dicts), a warning is logged. Names and
             shapes are always checked.
+        architecture: Name of the model in timm (`eva02_base_patch14_224`) from which a raw state dict was saved. All
+            settings are then known.
         config_overrides: Fields of `RegViTConfig`. A raw state dict needs `num_attention_heads`, `layer_norm_eps`,
             `interpolate_antialias` and `interpolate_offset`, and `image_size` if its position table is not square.
 
@@ -73,7 +82,7 @@ def convert(
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise TypeError(f"convert() got '{name}', which is not a RegViTConfig field. Did you mean '{nearest}'?")
-    origin = _open_source(source)
+    origin = _open_source(source, architecture)
     origin.fields.update(config_overrides)
     config, pieces = _plan(origin)
     tensors = put_together(pieces, origin.own, config.hidden_size)
@@ -104,7 +113,7 @@ def convert_to_folder(
         output_dir: Output folder, new or without a checkpoint.
         verify: Whether to compare the outputs; see `convert`.
         processor: Folder or Hub id of the image processor. Default: that of the source.
-        config_overrides: Fields of `RegViTConfig`; see `convert`.
+        config_overrides: Fields of `RegViTConfig`, or `architecture`; see `convert`.
 
     Raises:
         UnknownProcessorError: No processor is given and none is known, as for most bare weights files.
@@ -130,7 +139,11 @@ def convert_to_folder(
 
 
 def convert_back(
-    model: nn.Module, *, like: str | Path | nn.Module | dict[str, Any], **config_overrides: Any
+    model: nn.Module,
+    *,
+    like: str | Path | nn.Module | dict[str, Any],
+    architecture: str | None = None,
+    **config_overrides: Any,
 ) -> dict[str, Tensor]:
     """Return the tensors of a RegViT under the names of the model from which it was converted.
 
@@ -141,12 +154,13 @@ def convert_back(
     Args:
         model: RegViT of any class.
         like: Source of the conversion, as for `convert`.
+        architecture: Name of the model in timm, if it was given to `convert`.
         config_overrides: Fields that were given to `convert`.
 
     Raises:
         ConversionError: The model has something that the source has no place for, such as added registers.
     """
-    origin = _open_source(like)
+    origin = _open_source(like, architecture)
     origin.fields.update(config_overrides)
     config, pieces = _plan(origin)
     backbone = getattr(model, "regvit", model)
@@ -186,13 +200,19 @@ def convert_back(
 # --- Reading ---
 
 
-def _open_source(source: str | Path | nn.Module | dict[str, Any]) -> ForeignModel:
+def _open_source(source: str | Path | nn.Module | dict[str, Any], architecture: str | None) -> ForeignModel:
+    name = "state dict"
+    if not isinstance(source, nn.Module | dict):
+        source = local_path(source)
+        if source.is_file():
+            name, source = str(source), read_weights(source)
+    if isinstance(source, dict):
+        return read_state(name, source) if architecture is None else read_timm_state(name, source, architecture)
+    if architecture is not None:
+        raise TypeError(f"architecture='{architecture}' is for raw state dicts only. This source names its own.")
     if isinstance(source, nn.Module):
         return read_module(source)
-    if isinstance(source, dict):
-        return read_state("state dict", source)
-    path = local_path(source)
-    return read_state(str(path), read_weights(path)) if path.is_file() else read_folder(find_checkpoint(path))
+    return read_open_clip(source) if is_open_clip(source) else read_folder(find_checkpoint(source))
 
 
 def _plan(origin: ForeignModel) -> tuple[RegViTConfig, list[Piece]]:

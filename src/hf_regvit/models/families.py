@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
@@ -196,6 +196,8 @@ class Family:
             If one fused layer computes all three, it is called `qkv`, and this field is not used.
         mlp_output: Paths from a block to the linear layer that reads the MLP activations; the first that exists is
             used.
+        attention_output: Paths from the attention to its output projection; the first that exists is used.
+        attention_scale: Paths from a block to the LayerScale of its attention, if any.
         has_cls: True if a CLS token comes first, or None if the tower itself provides this information (timm).
         num_distillation_tokens: Number of tokens between CLS and registers.
         rotary: Name of the argument that passes the rotary angles for queries and keys of patches to the attention,
@@ -210,6 +212,8 @@ class Family:
     attention: str = "attention"
     projections: tuple[tuple[str, ...], ...] = (("q_proj",), ("k_proj",), ("v_proj",))
     mlp_output: tuple[str, ...] = ("mlp.fc2", "mlp.down_proj")
+    attention_output: tuple[str, ...] = ("o_proj", "out_proj", "output.dense")
+    attention_scale: tuple[str, ...] = ("layer_scale1.lambda1",)
     has_cls: bool | None = True
     num_distillation_tokens: int = 0
     rotary: Literal["rotary", "position_embeddings", "rope"] | None = None
@@ -226,7 +230,16 @@ _DINOV2 = Family(
     mlp_output=("mlp.fc2", "mlp.down_proj", "mlp.weights_out"),
 )
 _CLIP = Family("encoder.layers", "embeddings.patch_embedding", "post_layernorm", "self_attn", resize_switch=True)
-_TIMM = Family("blocks", "patch_embed.proj", "norm", "attn", has_cls=None, qk_norms=("q_norm", "k_norm"))
+_TIMM = Family(
+    "blocks",
+    "patch_embed.proj",
+    "norm",
+    "attn",
+    attention_output=("proj",),
+    attention_scale=("ls1.gamma", "gamma_1"),
+    has_cls=None,
+    qk_norms=("q_norm", "k_norm"),
+)
 
 FAMILIES: dict[str, Family] = {
     "regvit": Family("layers", "embeddings.patch_embeddings.projection", "layernorm", rotary="rotary"),
@@ -248,3 +261,23 @@ FAMILIES: dict[str, Family] = {
     "timm": _TIMM,
     "timm_eva": replace(_TIMM, rotary="rope"),
 }
+
+
+def attention_output(block: Any, family: Family) -> Tensor | None:
+    """Return the weight (D, heads * head_dim) with which a block adds its heads to the tokens, LayerScale included.
+
+    Returns:
+        None if the output projection is not an ordinary linear layer.
+    """
+    attention = unwrapped(block.get_submodule(family.attention))
+    path = next((path for path in family.attention_output if has_part(attention, path)), None)
+    weight = None if path is None else getattr(attention.get_submodule(path), "weight", None)
+    if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.ndim != 2:
+        return None
+    weight = weight.detach().float()
+    for path in family.attention_scale:
+        owner, _, name = path.rpartition(".")
+        scale = getattr(block.get_submodule(owner), name, None) if has_part(block, owner) else None
+        if scale is not None:
+            weight = weight * scale.detach().float()[:, None]
+    return weight

@@ -17,6 +17,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from .configuration_regvit import (
     CheckpointCorruptError,
@@ -31,12 +32,20 @@ from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrap
 from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
-from .source_families import SOURCES, ConversionError, refusal, timm_fields, timm_rotation, transformers_fields
+from .source_families import (
+    SOURCES,
+    ConversionError,
+    open_clip_fields,
+    refusal,
+    timm_fields,
+    timm_rotation,
+    transformers_fields,
+)
 
 logger = logging.getLogger(__name__)
 
 # Errors that torch.load raises for text, such as the HTML page of a failed download, and for truncated files.
-_UNREADABLE = (
+UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
 _UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError)  # of a wrong configuration
@@ -168,7 +177,7 @@ def read_weights(path: Path) -> dict[str, Any]:
         # DINO checkpoints contain their command line as a Namespace, which runs no code when it is unpickled.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise refused_pickle(path, error) from error
     if not isinstance(loaded, dict):
         raise CheckpointCorruptError(
@@ -177,13 +186,15 @@ def read_weights(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def refused_pickle(source: str | Path, error: BaseException) -> CheckpointCorruptError:
+_TRUSTED = "If you trust the file, load it in a separate process and save its tensors as safetensors."
+
+
+def refused_pickle(source: str | Path, error: BaseException, *, advice: str = _TRUSTED) -> CheckpointCorruptError:
     """Create the error for a pickle that is not a plain file of tensors, without torch's advice to unpickle anyway."""
     refused = re.search(r"GLOBAL (\S+)", str(error))
     reason = f"it needs {refused[1]}" if refused else type(error).__name__
     return CheckpointCorruptError(
-        f"'{source}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. If you "
-        "trust the file, load it in a separate process and save its tensors as safetensors."
+        f"'{source}' is not a plain file of tensors ({reason}). hf_regvit never runs code from a checkpoint. {advice}"
     )
 
 
@@ -241,11 +252,12 @@ def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
     if "rope_embed.periods" in own:  # DINOv3
         fields |= _official_rotation(own["rope_embed.periods"], own["cls_token"].shape[-1])
         fields["key_bias"] = not any(local.endswith(".bias_mask") for local in names)
-    is_eva = {"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight"} & names.keys()
-    if is_eva or {"attn_pool.q.weight", "cls_token"} <= names.keys():
+    is_eva = {"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "blocks.0.gamma_1"} & names.keys()
+    has_no_positions = "patch_embed.proj.weight" in names and not {"pos_embed", "rope_embed.periods"} & names.keys()
+    if is_eva or has_no_positions or {"attn_pool.q.weight", "cls_token"} <= names.keys():
         raise ConversionError(
-            f"'{name}' has the names of an Eva of timm, whose rotary positions are not in its tensors. Pass the model "
-            "of timm itself, its folder, or timm/NAME."
+            f"'{name}' has the names of an Eva of timm, whose rotary positions are not in its tensors. Give the name "
+            "of the model with architecture (--architecture), e.g. 'eva02_base_patch14_224'."
         )
     if "class_embedding" in names:  # OpenCLIP
         fields |= {"layer_norm_eps": 1e-5, "interpolate_antialias": True, "interpolate_offset": 0.0}
@@ -253,6 +265,76 @@ def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
         fields |= {"final_norm": "cls", "layer_norm_eps": 1e-5}
     is_official = bool({"register_tokens", "storage_tokens", "mask_token"} & names.keys())
     return ForeignModel(name, tensors, names, fields, is_official=is_official)
+
+
+def read_timm_state(
+    name: str, checkpoint: dict[str, Any], architecture: str, *, num_classes: int | None = None, **options: Any
+) -> ForeignModel:
+    """Read a state dict of timm together with the model that it belongs to.
+
+    Args:
+        name: Name for messages.
+        checkpoint: State dict or training checkpoint.
+        architecture: Name of the model in timm.
+        num_classes: Number of outputs of its last layer; None for that of the state dict.
+        options: Further arguments of `timm.create_model`.
+    """
+    tensors = find_tensors(checkpoint)
+    names = find_tower_names(tensors)
+    own = {local: tensors[full] for local, full in names.items()}
+    classes = len(own.get("head.weight", ())) if num_classes is None else num_classes
+    try:
+        create = import_timm(name).create_model
+        model = create(architecture.removeprefix("timm/"), num_classes=classes, dynamic_img_size=True, **options)
+        model.load_state_dict(own)
+    except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
+        raise refusal(architecture) from error
+    except RuntimeError as error:
+        raise ConversionError(
+            f"'{name}' is not a state dict of the timm model architecture='{architecture}': "
+            f"{' '.join(str(error).split())[:200]}. Give the name with which timm created the model."
+        ) from error
+    origin = read_module(model.eval())
+    origin.name, origin.tensors, origin.names = name, tensors, names
+    return origin
+
+
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+
+
+def is_open_clip(folder: Path) -> bool:
+    """Return True for a folder of OpenCLIP that has no other configuration."""
+    return (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / "config.json").is_file()
+
+
+def read_open_clip(folder: Path) -> ForeignModel:
+    """Read the vision tower of a folder of OpenCLIP: one of its own, or one of timm."""
+    config = read_object(folder / OPEN_CLIP_CONFIG)
+    model, settings = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
+    vision = model.get("vision_cfg") if isinstance(model, dict) else None
+    weights = [folder / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
+    if not isinstance(vision, dict) or not any(path.is_file() for path in weights):
+        raise ConversionError(
+            f"'{folder}' is not a folder of OpenCLIP: expected model_cfg.vision_cfg in {OPEN_CLIP_CONFIG}, and "
+            f"{weights[0].name} or {weights[1].name}. Download it again."
+        )
+    checkpoint = read_weights(next(path for path in weights if path.is_file()))
+    if architecture := vision.get("timm_model_name"):
+        projection = vision.get("timm_proj", "linear")
+        if projection == "mlp":
+            raise ConversionError(f"'{folder}' has timm_proj='mlp', which RegViT cannot express.")
+        classes = None if not projection else 0
+        pool = vision.get("timm_pool", "avg")
+        origin = read_timm_state(str(folder), checkpoint, architecture, num_classes=classes, global_pool=pool)
+        if (beside := "visual.head.proj.weight") in origin.tensors:
+            origin.names["visual_projection.weight"] = beside
+    else:
+        origin = read_state(str(folder), checkpoint)
+        origin.fields |= open_clip_fields(model)
+    origin.processor = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "crop_pct": 1.0, **settings}
+    mode = settings.get("resize_mode", "shortest")
+    origin.processor["crop_mode"] = {"shortest": "center"}.get(mode, mode)
+    return origin
 
 
 def _official_rotation(periods: Tensor, width: int) -> dict[str, Any]:
@@ -386,7 +468,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def checked_source(source: str | Path) -> str:
     """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
     check_source(source)
-    return str(find_checkpoint(source) if Path(source).is_dir() else source)
+    is_checkpoint = Path(source).is_dir() and not is_open_clip(Path(source))
+    return str(find_checkpoint(source) if is_checkpoint else source)
 
 
 def config_of(source: str) -> dict[str, Any]:

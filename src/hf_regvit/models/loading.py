@@ -19,6 +19,7 @@ from .foreign_weights import (
     checked_source,
     config_of,
     find_checkpoint,
+    is_open_clip,
     load_module,
     load_pretrained,
     read_config,
@@ -100,7 +101,7 @@ def open_model(
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
         named = checked_source(source)
-        model = convert(named) if Path(named).is_file() else load_module(named, config_of(named))[0].eval()
+        model = convert(named) if _has_no_config(named) else load_module(named, config_of(named))[0].eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
@@ -113,6 +114,11 @@ def open_model(
         )
     reader.model.to(None if device == "auto" else device, dtype)
     return reader
+
+
+def _has_no_config(source: str) -> bool:
+    """Return True for weights that only `convert` can open."""
+    return Path(source).is_file() or is_open_clip(Path(source))
 
 
 def embed(
@@ -156,7 +162,7 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
     named = checked_source(source)
-    config = {} if Path(named).is_file() else config_of(named)
+    config = {} if _has_no_config(named) else config_of(named)
     refuse_quantized(named, config)
     return load_module(named, config)[0] if config.get("model_type") == "regvit" else convert(named)
 

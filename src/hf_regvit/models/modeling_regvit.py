@@ -714,7 +714,7 @@ class RegViTPreTrainedModel(PreTrainedModel):
         kwargs.setdefault("use_safetensors", True)  # RegViT never saves pickles, so it did not write a pickle
         kwargs |= {"ignore_mismatched_sizes": True, "output_loading_info": True}
         try:
-            check_weight_files(pretrained_model_name_or_path)
+            check_weight_files(pretrained_model_name_or_path, kwargs)
             model, info = super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise corrupt_weights(pretrained_model_name_or_path, error) from error

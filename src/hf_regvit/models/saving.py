@@ -95,16 +95,30 @@ def check_space(folder: str | Path, needed: int) -> None:
 
 
 @contextmanager
-def _one_sentence(path: Path, unfinished: Path, needed: int) -> Iterator[None]:
-    """Turn the error of a full disk, which safetensors reports as its own type, into a `NoSpaceError`."""
+def explain_full_disk(path: Path, unfinished: Path | None = None, needed: int = 0) -> Iterator[None]:
+    """Turn the error of a full disk into a `NoSpaceError`; safetensors reports it as its own type.
+
+    Args:
+        path: File or folder that the error names, unless the system names a file.
+        unfinished: Temporary file or folder in which `path` is written.
+        needed: Size of the content in bytes, if it is known.
+
+    Raises:
+        NoSpaceError: The disk is full.
+    """
     try:
         yield
+    except NoSpaceError as error:  # of a file in the temporary folder
+        error.args = (str(error).replace(str(unfinished), str(path)),)
+        raise
     except (OSError, SafetensorError) as error:
         found = re.search(r"os error (\d+)", str(error))
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _FULL:
             raise
-        parts = unfinished.rglob("*") if unfinished.is_dir() else [unfinished]
+        if unfinished is None and isinstance(named := getattr(error, "filename", None), str):
+            path = Path(named)
+        parts = unfinished.rglob("*") if unfinished and unfinished.is_dir() else [unfinished or path]
         written = sum(part.stat().st_size for part in parts if part.is_file())
         most = f"about {as_bytes(needed)}" if needed > written else f"more than {as_bytes(written)}"
         raise NoSpaceError(
@@ -173,7 +187,7 @@ def whole_file(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     _sweep(path.parent, os.getpid())
     unfinished = path.with_name(f".{path.name}.{_MACHINE}-{os.getpid()}.partial")
     try:
-        with _one_sentence(path, unfinished, needed):
+        with explain_full_disk(path, unfinished, needed):
             yield unfinished
             flush(unfinished)
         unfinished.replace(path)
@@ -232,7 +246,7 @@ def whole_folder(output: str | Path, *, needed: int = 0) -> Iterator[Path]:
     _sweep(output, os.getpid())
     with tempfile.TemporaryDirectory(dir=output, prefix=f".unfinished-{_MACHINE}-{os.getpid()}-") as name:
         staged = Path(name)
-        with _one_sentence(output, staged, needed):
+        with explain_full_disk(output, staged, needed):
             yield staged
             apply_umask(staged)
             for path in staged.rglob("*"):

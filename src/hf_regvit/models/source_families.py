@@ -89,10 +89,11 @@ COMMON_FIELDS = (
 _WINDOWS = "it has windows or stages of several resolutions"
 _UNSUITABLE = {
     "aimv2_vision_model": "it normalizes with RMSNorm",
-    "pixio": "it pools eight class tokens",
-    "radio": "it normalizes pixels itself",
+    "pixio": "its pooled output is the mean of several class tokens",
+    "radio": "it normalizes its pixels in the model, and its summary is made of several class tokens",
     "siglip2_vision_model": "it takes packed patches (NaFlex); SigLIP 2 of a fixed resolution can be converted",
-    **dict.fromkeys(("beit", "data2vec-vision"), "its attention adds a bias for relative positions"),
+    "NaFlexVit": "it takes packed patches; the models of timm without `naflex` in their name can be converted",
+    **dict.fromkeys(("beit", "data2vec-vision", "Beit"), "its attention adds a bias for relative positions"),
     **dict.fromkeys(("dinov3_convnext", "convnext", "convnextv2", "resnet"), "it is a convolutional network"),
     **dict.fromkeys(("hiera", "swin", "swinv2", "pvt", "sam_vision_model"), _WINDOWS),
 }
@@ -140,6 +141,39 @@ def transformers_fields(config: Mapping[str, Any], tensors: Mapping[str, Tensor]
     return fields
 
 
+# --- OpenCLIP ---
+
+
+def open_clip_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the config fields of a vision transformer of OpenCLIP; raise if RegViT lacks one of its features.
+
+    Args:
+        config: The `model_cfg` of `open_clip_config.json`. Missing entries have the defaults of OpenCLIP.
+
+    Source of names and defaults: open_clip `model.py`, `CLIPVisionCfg`, and `transformer.py`, `VisionTransformer`.
+    """
+    vision = config["vision_cfg"]
+    act, pool = vision.get("act_kwargs") or {}, vision.get("pool_type", "tok")
+    norms = {("tok", False): "tokens", ("tok", True): "cls", ("avg", True): "pooled"}
+    final_norm = norms.get((pool, bool(vision.get("final_ln_after_pool"))))
+    unsuitable = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn", "scale_attn_inner",
+                  "scale_fc")  # fmt: skip
+    refused = [f"{name}={vision[name]}" for name in unsuitable if vision.get(name)]
+    refused += ["a convolutional network"] * isinstance(vision.get("layers"), list)
+    refused += [f"act_kwargs={act}"] * (act not in ({}, {"approximate": "tanh"}))
+    refused += [f"pool_type='{pool}' after the final norm"] * (final_norm is None)
+    if refused:
+        raise ConversionError(f"The OpenCLIP model has {' and '.join(refused)}, which RegViT cannot express.")
+    gelu = "gelu_pytorch_tanh" if act else "gelu"
+    return {
+        "num_attention_heads": vision.get("width", 768) // vision.get("head_width", 64),
+        "hidden_act": "quick_gelu" if config.get("quick_gelu") else gelu,
+        "layer_norm_eps": (vision.get("norm_kwargs") or {}).get("eps", 1e-5),
+        "image_size": vision.get("image_size", 224),
+        "final_norm": final_norm,
+    }
+
+
 # --- timm ---
 
 _GELU = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "QuickGELU": "quick_gelu", "GELUTanh": "gelu_pytorch_tanh"}
@@ -185,7 +219,8 @@ def _timm_refusals(model: Any) -> list[str]:
         "rotary positions in pixels": is_axial and (rope.in_pixels or rope.grid_type != "index"),
         "rotary positions of another scale": is_centered
         and (rope.normalize_coords != "separate" or rope.grid_offset or rope.temperature is None),
-        "a patch embedding that is not one convolution": not isinstance(proj, nn.Conv2d),
+        "a patch embedding that is not one convolution": not isinstance(proj, nn.Conv2d)
+        or hasattr(model.patch_embed, "backbone"),
         "a norm in the patch embedding": _has(getattr(model.patch_embed, "norm", None)),
     }
     return [name for name, applies in refusals.items() if applies]

@@ -171,6 +171,11 @@ class TokenReader:
         """Device of the model."""
         return next(self.tower.parameters()).device
 
+    @property
+    def takes_other_sizes(self) -> bool:
+        """True if images may have another size than that of the position table."""
+        return _takes_other_sizes(self.tower, self.description)
+
     @cached_property
     def reads_attention(self) -> bool:
         """True if the attention weights of every block can be read."""

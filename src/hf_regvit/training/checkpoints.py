@@ -25,10 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from transformers.trainer_callback import TrainerState
+from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError
-from ..models.foreign_weights import refused_pickle
+from ..models.configuration_regvit import CheckpointCorruptError, CheckpointError, check_weight_files
+from ..models.foreign_weights import UNREADABLE, refused_pickle
 from ..models.manifest import (
     OPTIMIZER,
     STATE,
@@ -37,7 +39,7 @@ from ..models.manifest import (
     verify_checkpoint,
     write_manifest,
 )  # fmt: skip
-from ..models.saving import apply_umask, check_space, flush, num_bytes, read_json, write_json
+from ..models.saving import apply_umask, as_bytes, check_space, flush, free_bytes, num_bytes, read_object, write_json
 from .distributed import from_first, lost_processes, num_processes, processes_of_run
 from .pushing import PushingTrainer
 from .signals import TrainingInterrupted, WorkerDeaths
@@ -138,6 +140,31 @@ def _is_write_error(error: BaseException) -> bool:
     )
 
 
+def _unreadable_state(folder: str, error: BaseException) -> CheckpointCorruptError:
+    """Create the error for a state that cannot be loaded; it names the file, if one is not a plain file of tensors."""
+    found: str | Path = folder
+    for path in sorted([*Path(folder).glob("*.pt"), *Path(folder).glob("*.pth")]):
+        try:
+            with safe_globals():
+                torch.load(path, map_location="cpu", weights_only=True)
+        except UNREADABLE as one:
+            found, error = path, one
+            break
+    advice = "Resume from another checkpoint, or start a new run from its weights."
+    return refused_pickle(found, error, advice=advice)
+
+
+@contextlib.contextmanager
+def _reading_state(folder: str | None) -> Iterator[None]:
+    """Turn the errors of a damaged or hostile file of a checkpoint into one that names it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise _unreadable_state(str(folder), error) from error
+
+
 # ---- Trainer -----------------------------------------------------------------------------------------------------
 
 
@@ -158,6 +185,7 @@ class CheckpointedTrainer(PushingTrainer):
         self.worker_deaths = WorkerDeaths()
         self._staging: Path | None = None
         self._write_error: BaseException | None = None
+        self.save_problem = ""  # of the last checkpoint that could not be written: the reason and the space it needs
         super().__init__(**options)
         self.add_callback(self.signals)
         if self.args.fsdp and not self.is_fsdp_enabled:
@@ -197,14 +225,13 @@ class CheckpointedTrainer(PushingTrainer):
         self._check_space_of_run(folder)
         if folder is not None:
             logger.info("Resuming from %s.", folder)
-            saved = folder / RESUME_STATE
-            self.check_resume_state(read_json(saved) if saved.is_file() else {})
+            self._check_files(folder)
         self._peers = processes_of_run()
         try:
             with self.signals.listening():
                 result = super().train(None if folder is None else str(folder))
         except UnpicklingError as error:
-            raise refused_pickle(str(folder), error) from error
+            raise _unreadable_state(str(folder), error) from error
         except RuntimeError as error:
             step, again = self.state.global_step, "Start again with resume_from_checkpoint=last."
             if _LOST_CONNECTION.search(str(error)) and (lost := lost_processes(self._peers)):
@@ -226,6 +253,24 @@ class CheckpointedTrainer(PushingTrainer):
             logger.warning("%s", message)
             raise TrainingInterrupted(message, code=self.signals.exit_code)
         return result
+
+    def _check_files(self, folder: Path) -> None:
+        """Check the types of the weights and the JSON files of a checkpoint before anything is loaded from it."""
+        state, saved = folder / STATE, folder / RESUME_STATE
+        try:
+            check_weight_files(folder)
+            best = TrainerState(**read_object(state)).best_model_checkpoint
+            if best and Path(best).resolve().parent not in (folder.resolve().parent, self.args.folder.resolve()):
+                raise CheckpointCorruptError(
+                    f"'{state}' names the best checkpoint '{best}', which is in another folder and was not read. "
+                    "Resume from a checkpoint of that folder, or start a new run from these weights."
+                )
+            self.check_resume_state(read_object(saved) if saved.is_file() else {})
+        except (SafetensorError, TypeError, LookupError, AttributeError) as error:
+            raise CheckpointCorruptError(
+                f"'{folder}' cannot be resumed from: its {STATE}, {RESUME_STATE} or weights are damaged ({error}). "
+                "Use another checkpoint."
+            ) from error
 
     def _check_space_of_run(self, resumed: Path | None) -> None:
         """Check before the first step that a checkpoint, with two moments of Adam, and the result fit on the disk."""
@@ -324,7 +369,7 @@ class CheckpointedTrainer(PushingTrainer):
                 if self.args.should_save:
                     shutil.rmtree(self._staging, ignore_errors=True)
                     self._staging.mkdir(parents=True)
-                    self._check_free_space(model)
+                    check_space(self._staging, self._checkpoint_bytes(model))
             if self._agree(self._write_error is None):
                 with self._noting_write_errors():
                     super()._save_checkpoint(model, trial)
@@ -338,10 +383,14 @@ class CheckpointedTrainer(PushingTrainer):
             self._staging = None
         if not good:
             self.failed_saves += 1
+            self.save_problem = (
+                f"{self._write_error or 'the reason is in the log of another process'}; it needs about "
+                f"{as_bytes(self._checkpoint_bytes(model))}, and {as_bytes(free_bytes(run))} are free"
+            )
             logger.error(
                 "ALARM: The checkpoint of step %d could not be written (%s). Training continues. The newest "
                 "checkpoint is %s. Free some space in %s.",
-                self.state.global_step, self._write_error or "the reason is in the log of another process",
+                self.state.global_step, self.save_problem,
                 max(list_checkpoints(run), default=None, key=lambda path: path.stat().st_mtime), run,
             )  # fmt: skip
         elif self.args.should_save:
@@ -356,10 +405,9 @@ class CheckpointedTrainer(PushingTrainer):
         write_json(staged / RESUME_STATE, self.resume_state())
         publish_checkpoint(staged, final)
 
-    def _check_free_space(self, model: nn.Module) -> None:
+    def _checkpoint_bytes(self, model: nn.Module) -> int:
         states = [t for state in self.optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        needed = num_bytes([*model.state_dict().values(), *states])
-        check_space(self._staging or self.args.folder, needed + 2**20)
+        return num_bytes([*model.state_dict().values(), *states]) + 2**20
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         with self._noting_write_errors():
@@ -418,7 +466,8 @@ class CheckpointedTrainer(PushingTrainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or not self._shards_with_full_state:
-            super()._load_optimizer_and_scheduler(checkpoint)
+            with _reading_state(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -431,6 +480,14 @@ class CheckpointedTrainer(PushingTrainer):
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
         set_optimizer_state_dict(self.model, self.optimizer, state, options=options)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, "scheduler.pt"), weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _reading_state(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        with _reading_state(checkpoint):
+            super()._load_scaler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raise an error for missing or unexpected tensors, which Trainer would only log."""

@@ -24,7 +24,7 @@ import yaml
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import TrainerControl, TrainerState
 
-from ..models.saving import whole_file, write_json
+from ..models.saving import NoSpaceError, explain_full_disk, whole_file, write_json
 from .arguments import RunArguments
 from .distributed import from_first
 
@@ -84,8 +84,7 @@ def _take_lock(path: Path) -> None:
     }
     while True:
         try:
-            with path.open("x") as file:
-                file.write(json.dumps(own) + "\n")
+            _write_lock(path, json.dumps(own) + "\n")
             return
         except FileExistsError:
             text = _text_of(path)
@@ -105,6 +104,16 @@ def _take_lock(path: Path) -> None:
             if _text_of(aside) != text:  # and has taken the lock already
                 aside.rename(path)
             aside.unlink(missing_ok=True)
+
+
+def _write_lock(path: Path, content: str) -> None:
+    """Create a lock, or leave none if the disk is full."""
+    try:
+        with explain_full_disk(path, needed=len(content)), path.open("x") as file:
+            file.write(content)
+    except NoSpaceError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _text_of(path: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -269,8 +270,9 @@ class RunTrainer(CheckpointedTrainer):
                     f"{name} is {now[name]}, but the checkpoint was written with {saved[name]}. The steps would see "
                     f"other images than in an uninterrupted run. Restore the old value, or pass --{option}."
                 )
-        self._position = tuple(saved["position"]) if "position" in saved else None
-        self._seconds_before = float(saved.get("seconds", 0.0))
+        position = saved.get("position")
+        self._position = (operator.index(position[0]), operator.index(position[1])) if position else None
+        self._seconds_before = 0.0 + saved.get("seconds", 0.0)
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> Any:
         """Return Trainer's initial values, with enough epochs for a resumed run, which ends by its step count."""
