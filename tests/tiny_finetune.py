@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 import builders
-from hf_regvit import RegViTModel
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.arguments import FinetuningArguments
@@ -51,14 +49,9 @@ def source(count, *, start=0, names=NAMES, broken=(), labels=None, before=None):
     return ImageSource("pictures", ids, pictures, labels=labels, label_names=tuple(names))
 
 
-def tiny_config(**overrides):
-    fields = {"hidden_size": 16, "image_size": SIDE, "num_register_tokens": 2, "layerscale_value": 1.0}
-    return builders.tiny_config(**fields | overrides)
-
-
 def backbone(seed=0, **overrides):
-    torch.manual_seed(seed)
-    return RegViTModel(tiny_config(**overrides)).eval()
+    fields = {"hidden_size": 16, "image_size": SIDE, "num_register_tokens": 2, "layerscale_value": 1.0}
+    return builders.tiny_model(seed=seed, **fields | overrides)
 
 
 def arguments(folder, **overrides):

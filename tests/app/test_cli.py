@@ -16,9 +16,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 import transformers
-from transformers import ViTConfig, ViTModel
+from transformers import ViTModel
 
 import hf_regvit_cli
+from builders import tiny_source
 from hf_regvit import RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import ConvertArguments
@@ -28,13 +29,6 @@ from hf_regvit.pretraining.arguments import PretrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-
-
-@pytest.fixture
-def vit_folder(tmp_path):
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(**SMALL)).save_pretrained(tmp_path / "vit")
-    return tmp_path / "vit"
 
 
 def test_usage_and_unknown_command(capsys) -> None:
@@ -279,7 +273,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(values, offline, monkeypat
     assert ("127.0.0.1 does not answer" in caplog.text) == offline
 
 
-def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys) -> None:
+def test_convert_writes_a_checkpoint_with_processor(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     out = tmp_path / "out"
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(out), "--json"]
     assert cli.main(args) == 1
@@ -302,7 +298,9 @@ def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys
         )
 
 
-def test_convert_does_not_overwrite(vit_folder, tmp_path, capsys) -> None:
+def test_convert_does_not_overwrite(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     assert cli.main(args) == 0
@@ -334,7 +332,9 @@ def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_converts_nothing(vit_folder, tmp_path, capsys) -> None:
+def test_dry_run_converts_nothing(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     out = tmp_path / "out"
     assert cli.main(["convert", "--model", str(vit_folder), "--output_dir", str(out), "--dry_run"]) == 0
     assert not out.exists()
@@ -459,8 +459,10 @@ def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_folder, tmp_path, capsys, monkeypatch):
+def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(tmp_path, capsys, monkeypatch):
     """Once, config.json was left without a processor: it loaded with wrong statistics and blocked the next try."""
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     from transformers import BaseImageProcessor
 
     default_image_processor(32).save_pretrained(vit_folder)

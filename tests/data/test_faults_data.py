@@ -552,9 +552,7 @@ def test_F33_names_and_link_loops(tmp_path):
         source[1]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "set", [f"{i:03d}.png" for i in range(40)])
+FORTY = [f"{i:03d}.png" for i in range(40)]
 
 
 def while_training_run(tmp_path, source, **options):
@@ -563,7 +561,8 @@ def while_training_run(tmp_path, source, **options):
     return [dataset[key] for key in samplers.EpochSampler(len(source), seed=0)]
 
 
-def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
+def test_while_training_F34_file_deleted_during_training(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     source = load_images(folder)
     (folder / "007.png").unlink()
     items = while_training_run(tmp_path, source)
@@ -581,14 +580,16 @@ def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
             assert torch.equal(item["global_crops"], others[item["sample_id"]])
 
 
-def test_while_training_F34_file_changed_during_training(folder, tmp_path):
+def test_while_training_F34_file_changed_during_training(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     source = load_images(folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     while_training_run(tmp_path, source)
     assert [record["kind"] for record in json_lines(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
 
-def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
+def test_while_training_F35_permission_denied(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "set", FORTY)
     # The tests may run as root, whom permissions do not stop, so the error is simulated.
     reading = Path.read_bytes
 
@@ -603,7 +604,8 @@ def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
     assert (record["kind"], record["reason"]) == ("permission", "Permission denied")
 
 
-def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monkeypatch, caplog):
+def test_while_training_F35_folder_that_cannot_be_listed(tmp_path, monkeypatch, caplog):
+    folder = make_folder(tmp_path / "set", FORTY)
     make_folder(folder, ["secret/x.png"])
     listing = os.scandir
 
@@ -621,7 +623,8 @@ def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monke
     assert record["path"].endswith("secret")
 
 
-def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_path):
+def test_while_training_F36_too_many_bad_images_stop_with_a_summary(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png", "003.png"):
         (folder / name).write_bytes(b"")
     (folder / "004.png").write_bytes(b"<html>")
@@ -639,7 +642,8 @@ def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_
     assert len(json_lines(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
 
 
-def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp_path):
+def test_while_training_F36_share_zero_is_strict_and_one_never_stops(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     (folder / "001.png").write_bytes(b"")
     with pytest.raises(bad_images_module.TooManyBadImagesError, match="1 of the"):
         while_training_run(tmp_path, load_images(folder), max_bad_share=0.0)
@@ -651,7 +655,8 @@ def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp
 
 
 @pytest.mark.slow  # torch waits five seconds for each worker of an abandoned loader
-def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
+def test_while_training_F36_worker_processes_report_too(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png"):
         (folder / name).write_bytes(b"")
     source = load_images(folder)
@@ -671,7 +676,8 @@ def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_while_training_F36_replacements_do_not_depend_on_workers_or_position(folder, tmp_path):
+def test_while_training_F36_replacements_do_not_depend_on_workers_or_position(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png"):
         (folder / name).write_bytes(b"")
     source = load_images(folder)

@@ -11,18 +11,9 @@ from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, plant_neuron, plant_sink, sample
 
 
-@pytest.fixture(scope="module")
-def seen():
-    return sample(64, seed=0)
-
-
-@pytest.fixture(scope="module")
-def other():
-    return sample(32, seed=1)
-
-
 @pytest.mark.parametrize("family", MODELS)
-def test_a_planted_neuron_is_the_first_of_the_search(family, seen, other):
+def test_a_planted_neuron_is_the_first_of_the_search(family):
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
     plant_neuron(model, seen)
     reader = TokenReader(model)
@@ -39,7 +30,8 @@ def test_a_planted_neuron_is_the_first_of_the_search(family, seen, other):
 # DINOv3 has rotary positions and no bias of the keys; it gets no planted attention.
 @pytest.mark.parametrize("parks", [True, False])
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "dinov3"])
-def test_planted_sinks_have_their_class_and_their_block(family, parks, seen, other):
+def test_planted_sinks_have_their_class_and_their_block(family, parks):
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
     direction = plant_neuron(model, seen, ratio=20.0)
     plant_sink(model, direction, blocks=(3, 4), head=1, parks=parks)
@@ -57,7 +49,8 @@ def test_planted_sinks_have_their_class_and_their_block(family, parks, seen, oth
     assert counted(sink_events(sinks.numbers, "column")["events"]).sum() == 0  # 2 to 4 tokens share the sink
 
 
-def test_a_broadcast_sink_in_a_report(seen, other):
+def test_a_broadcast_sink_in_a_report():
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS["clip"]()
     plant_sink(model, plant_neuron(model, seen), blocks=(3, 4), head=1, parks=False)
     report = diagnose(model, other.images, **QUIET)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from builders import noise, planted_model, save_images, save_model
+from builders import noise, planted_model, randomized, save_images, save_model, tiny_model
 from builders import pixels as random_pixels
 from hf_regvit import (
     ConfigError,
@@ -53,16 +53,6 @@ TINY = {
 NEURONS = [[1, 7], [0, 3], [1, 0], [2, 20]]
 
 
-def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """Return a model in eval mode in which no parameter is near 0."""
-    model = cls(RegViTConfig(**{**TINY, **fields})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
-
-
 # --- The forward pass ---
 
 
@@ -102,7 +92,7 @@ def test_activations_move_as_in_a_loop(num_register_tokens, padded, use_cls_toke
 def test_without_neurons_nothing_is_computed():
     activations = torch.randn(1, 4, 6)
     assert move_to_registers(activations, [], RegViTConfig(), None) is activations
-    assert all(layer.mlp.register_neurons == [] for layer in build().layers)
+    assert all(layer.mlp.register_neurons == [] for layer in randomized(tiny_model(**TINY)).layers)
 
 
 KINDS = {
@@ -118,7 +108,7 @@ kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 @kinds
 def test_the_model_does_it_in_the_named_blocks(fields):
     """Compare the input of the last layer of each MLP with the loop on the unmodified input."""
-    plain = build(**fields)
+    plain = randomized(tiny_model(**TINY | fields))
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
     reading = read_tokens(model, random_pixels(2, 32, 32), layers="all", site="mlp")
     residual = read_tokens(model, random_pixels(2, 32, 32), layers="all").values
@@ -139,7 +129,7 @@ def test_the_model_does_it_in_the_named_blocks(fields):
 @kinds
 def test_padded_batch_equals_each_image_alone(fields):
     """Padding with larger activations than the image must not reach the registers."""
-    model = add_test_time_registers(build(**fields), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY | fields)), NEURONS)
     small = random_pixels(1)
     padded = torch.full((2, 3, 32, 32), 40.0)
     padded[0, :, :16, :16], padded[1] = small[0], random_pixels(1, 32, 32)[0]
@@ -153,7 +143,7 @@ def test_padded_batch_equals_each_image_alone(fields):
 
 
 def test_registers_reach_no_head_and_masks_know_them():
-    model = add_test_time_registers(build(), NEURONS, num_register_tokens=2)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS, num_register_tokens=2)
     output = model(random_pixels(1, 32, 32))
     assert output.register_tokens.shape == (1, 2, 32)
     assert output.output_mask[0].tolist() == [True, False, False] + [True] * 16
@@ -164,7 +154,7 @@ def test_registers_reach_no_head_and_masks_know_them():
 
 @pytest.mark.slow
 def test_compiles_into_one_graph():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     pixels, mask = random_pixels(2, 32, 32), torch.ones(2, 32, 32)
     for kwargs in ({}, {"pixel_mask": mask}):
         compiled = torch.compile(model, fullgraph=not kwargs, backend="eager")
@@ -173,7 +163,7 @@ def test_compiles_into_one_graph():
 
 
 def test_half_precision():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with torch.no_grad():
         exact = model(random_pixels(2, 32, 32)).patch_tokens
         rough = model.to(torch.bfloat16)(random_pixels(2, 32, 32)).patch_tokens
@@ -184,7 +174,9 @@ def test_half_precision():
 def test_training_on_with_checkpointing_and_batch_subsets():
     """A retrofitted model can be trained further: registers and the listed neurons get gradients."""
     model = add_test_time_registers(
-        build(drop_path_rate=0.4, drop_path_mode="batch_subset"), NEURONS, num_register_tokens=2
+        randomized(tiny_model(**TINY, drop_path_rate=0.4, drop_path_mode="batch_subset")),
+        NEURONS,
+        num_register_tokens=2,
     ).train()
     gradients = []
     for checkpointing in (False, True):
@@ -201,7 +193,7 @@ def test_training_on_with_checkpointing_and_batch_subsets():
 
 
 def test_pretraining_blocks_refuse_a_part_of_the_tokens():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with pytest.raises(NotImplementedError, match="must compute all tokens"):
         model.layers[-1](torch.randn(1, 18, 32), tokens=torch.tensor([0]))
 
@@ -221,20 +213,20 @@ def test_pretraining_blocks_refuse_a_part_of_the_tokens():
 )
 def test_neurons_that_do_not_exist_are_refused(neurons, message):
     with pytest.raises(ConfigError, match=message):
-        add_test_time_registers(build(), neurons)
+        add_test_time_registers(randomized(tiny_model(**TINY)), neurons)
 
 
 def test_neurons_need_a_register():
     with pytest.raises(ConfigError, match="num_register_tokens=0"):
         RegViTConfig(**TINY, register_neurons=[[0, 0]])
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with pytest.raises(ConfigError, match="num_register_tokens=0"):
         model.resize_register_tokens(0)
     assert model.config.num_register_tokens == 1
 
 
 def test_the_config_is_all_there_is_to_save(tmp_path):
-    plain = build()
+    plain = randomized(tiny_model(**TINY))
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -250,7 +242,7 @@ def test_the_config_is_all_there_is_to_save(tmp_path):
     [RegViTForImageClassification, RegViTForSemanticSegmentation, RegViTForDepthEstimation, RegViTBackbone],
 )
 def test_models_with_heads(cls):
-    model = build(cls)
+    model = randomized(tiny_model(cls, **TINY))
     before = copy.deepcopy(model.state_dict())
     made = add_test_time_registers(model, NEURONS, num_register_tokens=2)
     assert type(made) is cls
@@ -268,7 +260,7 @@ def test_models_with_heads(cls):
 
 def test_what_cannot_get_registers():
     with pytest.raises(RetrofitError, match=r"already has 4 registers"):
-        add_test_time_registers(build(num_register_tokens=4), NEURONS)
+        add_test_time_registers(randomized(tiny_model(**TINY | {"num_register_tokens": 4})), NEURONS)
     with pytest.raises(TypeError, match=r"model is a Linear.*convert\(\)"):
         add_test_time_registers(torch.nn.Linear(2, 2), NEURONS)
 
@@ -315,7 +307,9 @@ def test_scores_equal_a_loop():
 
 
 def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough():
-    model = build(image_size=24, use_swiglu_ffn=True)  # ten tokens, and activations far below zero
+    model = randomized(
+        tiny_model(**TINY | {"image_size": 24, "use_swiglu_ffn": True})
+    )  # ten tokens, and activations far below zero
     transform = EvaluationTransform.for_model(model, default_image_processor(24, resize=24))
     pixels = torch.stack([transform(image) for image in IMAGES[:4]])
     is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3

@@ -70,20 +70,16 @@ def dense(folder: Path, task: str, **overrides) -> dict:
     return {"state": dict(result.state_dict()), "metrics": seen.metrics}
 
 
-def sharded_dense(folder: Path, **overrides) -> dict:
-    """The head's batch norm and its linear layer are sharded as well."""
-    with sharding(FinetuningTrainer) as fsdp:
-        return {
-            "masks": dense(folder / "sharded_masks", "semantic-segmentation", **fsdp, **overrides),
-            "depth": dense(folder / "sharded_depth", "depth-estimation", **fsdp, **overrides),
-        }
-
-
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     half = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     two = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     registers = backbone(num_register_tokens=0)
+    with sharding(FinetuningTrainer) as fsdp:  # the head's batch norm and its linear layer are sharded as well
+        fsdp_dense = {
+            "masks": dense(folder / "sharded_masks", "semantic-segmentation", **fsdp, **two),
+            "depth": dense(folder / "sharded_depth", "depth-estimation", **fsdp, **two),
+        }
     return {
         "full": outcome(folder / "full", **half),
         "lora": outcome(folder / "lora", mode="lora", **half),
@@ -93,5 +89,5 @@ def scenarios(folder: Path) -> dict:
         "fsdp": sharded(folder / "fsdp", **half),
         "masks": dense(folder / "masks", "semantic-segmentation", **two),
         "depth": dense(folder / "depth", "depth-estimation", **two),
-        "fsdp_dense": sharded_dense(folder, **two),
+        "fsdp_dense": fsdp_dense,
     }

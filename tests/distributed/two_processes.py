@@ -98,6 +98,17 @@ class UnequalMasks(MasksOfTheImage):
         return batch
 
 
+def stopped(folder: Path, callback: TrainerCallback, **overrides) -> dict:
+    """A run that a callback stops: the message of its error and, after a signal, the resumed run."""
+    try:
+        outcome(folder, callbacks=[callback], **overrides)
+    except NonFiniteError as error:
+        return {"message": str(error)}
+    except TrainingInterrupted as stop:
+        return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
+    return {}
+
+
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     saving = {"save_strategy": "steps", "save_steps": 2}
@@ -132,22 +143,14 @@ def scenarios(folder: Path) -> dict:
     results["from_one_process"] = outcome(folder / "from_one", resume=str(folder / "one" / "checkpoint-2"))
     results["unequal_masks"] = outcome(folder / "unequal", collator=UnequalMasks())
     results["drop_path"] = outcome(folder / "drop_path", drop_path_rate=0.5)
-    results["signal"] = interrupted(folder / "signal")
+    results["signal"] = stopped(folder / "signal", SignalAt(2, signal.SIGUSR1, process=1))
     results["disk_full"] = disk_full(folder / "disk_full")
-    results["not_finite"] = not_finite(folder / "not_finite")
+    results["not_finite"] = stopped(folder / "not_finite", NanInOne())
     with sharding() as fsdp:
-        results["not_finite_fsdp"] = not_finite(folder / "not_finite_fsdp", max_grad_norm=0.0, **fsdp)
+        results["not_finite_fsdp"] = stopped(folder / "not_finite_fsdp", NanInOne(), max_grad_norm=0.0, **fsdp)
         results["disk_full_fsdp"] = disk_full(folder / "disk_full_fsdp", **fsdp)
         results["export"] = export(folder / "export", **fsdp)
     return results
-
-
-def interrupted(folder: Path) -> dict:
-    try:
-        outcome(folder, callbacks=[SignalAt(2, signal.SIGUSR1, process=1)])
-    except TrainingInterrupted as stop:
-        return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
-    return {}
 
 
 def disk_full(folder: Path, **overrides) -> dict:
@@ -173,14 +176,6 @@ class NanInOne(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if args.process_index == 1 and state.global_step == 2:
             model.register_forward_hook(lambda module, args, out: {**out, "loss": out["loss"] * math.nan})
-
-
-def not_finite(folder: Path, **overrides) -> dict:
-    try:
-        outcome(folder, callbacks=[NanInOne()], **overrides)
-    except NonFiniteError as error:
-        return {"message": str(error)}
-    return {}
 
 
 def export(folder: Path, **overrides) -> dict:

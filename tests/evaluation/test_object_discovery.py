@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import List, Value
 from PIL import Image as Pillow
 
-from builders import tiny_model
+from builders import image_table, tiny_model
 from hf_regvit.app import cli
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.boxes import best_iou
@@ -45,13 +45,6 @@ def scene(seed):
     return data.getvalue(), [x, y, 20, 16]
 
 
-def write(path, rows, boxes, feature, **columns):
-    features = Features({"image": Image(), "boxes_of": feature, **{name: Value("int64") for name in columns}})
-    table = {"image": [{"bytes": data, "path": None} for data in rows], "boxes_of": boxes, **columns}
-    Dataset.from_dict(table, features=features).rename_column("boxes_of", "objects").to_parquet(path)
-    return path
-
-
 COCO = {"bbox": List(List(Value("float64"))), "iscrowd": List(Value("bool"))}
 
 
@@ -62,7 +55,9 @@ def data(tmp_path_factory):
     rows = [data for data, _ in scenes] + [b"not an image"]
     boxes = [{"bbox": [box], "iscrowd": [i == 4]} for i, (_, box) in enumerate(scenes)]
     boxes.append({"bbox": [[0, 0, 5, 5]], "iscrowd": [False]})
-    return write(tmp_path_factory.mktemp("data") / "scenes.parquet", rows, boxes, COCO, number=list(range(11)))
+    types = {"objects": COCO, "number": Value("int64")}
+    columns = {"image": rows, "objects": boxes, "number": list(range(11))}
+    return image_table(tmp_path_factory.mktemp("data") / "scenes.parquet", types=types, **columns)
 
 
 MODEL = tiny_model()
@@ -101,7 +96,10 @@ def test_crowds_are_no_ground_truth(data):
     ],
 )
 def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
-    source = load_images(write(tmp_path / "a.parquet", [scene(0)[0]] * 2, cells, feature), split=None)
+    source = load_images(
+        image_table(tmp_path / "a.parquet", types={"objects": feature}, image=[scene(0)[0]] * 2, objects=cells),
+        split=None,
+    )
     assert ground_truth_boxes(source, box_format=box_format) == expected
     assert ground_truth_boxes(source.subset([1, 0]), column="objects", box_format=box_format) == expected[::-1]
 
@@ -118,7 +116,10 @@ def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
     ],
 )
 def test_wrong_boxes_are_named(tmp_path, feature, cells, change, message):
-    source = load_images(write(tmp_path / "a.parquet", [scene(0)[0]] * 2, cells, feature), split=None)
+    source = load_images(
+        image_table(tmp_path / "a.parquet", types={"objects": feature}, image=[scene(0)[0]] * 2, objects=cells),
+        split=None,
+    )
     with pytest.raises(ValueError, match=message):
         ground_truth_boxes(source, **change)
 
@@ -131,7 +132,12 @@ def test_folders_of_images_have_no_boxes(tmp_path):
 
 def test_boxes_in_the_wrong_format_are_noticed(tmp_path, caplog):
     corners = [[20, 10, 44, 30], [24, 8, 40, 28]]
-    path = write(tmp_path / "a.parquet", [scene(i)[0] for i in range(2)], corners, List(Value("int64")))
+    path = image_table(
+        tmp_path / "a.parquet",
+        types={"objects": List(Value("int64"))},
+        image=[scene(i)[0] for i in range(2)],
+        objects=corners,
+    )
     source = load_images(path, split=None)
     truth = ground_truth_boxes(source)
     measure_overlaps(READER, source, truth, [LostSettings()])

@@ -36,7 +36,7 @@ from hf_regvit.hub.card import card_header, check_card
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
-from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
+from tiny_finetune import SIDE, arguments, backbone, picture, run, source
 from tiny_run import same_state
 
 pytestmark = pytest.mark.usefixtures("without_figures")
@@ -766,7 +766,7 @@ def test_names_with_commas_and_dollars_in_tables_and_images(tmp_path):
 def test_from_scratch_and_nothing_to_start_from(tmp_path):
     args = arguments(tmp_path, eval_strategy="no", save_strategy="no", num_train_epochs=1)
     task = ImageClassification(args, source(24), source(9))
-    result = finetune(args, model=tiny_config(), task=task)
+    result = finetune(args, model=backbone().config, task=task)
     assert result.config.num_register_tokens == 2
     with pytest.raises(ValueError, match=r"There is no model to start from.*--preset"):
         finetune(args, task=task)

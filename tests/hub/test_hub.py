@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import time
 from pathlib import Path
 from unittest.mock import Mock
@@ -42,15 +43,6 @@ CARD = {"license": "mit"}
 def checkpoint(tmp_path_factory) -> Path:
     model = tiny_model(RegViTForImageClassification, id2label={0: "cat", 1: "dog"})
     return save_model(model, tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
 
 
 # --- What may be published
@@ -193,7 +185,8 @@ def test_large_weights_are_sharded(checkpoint, tmp_path):
     assert made.parameters == whole.parameters
 
 
-def test_what_training_leaves_is_not_bundled(copy, tmp_path):
+def test_what_training_leaves_is_not_bundled(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt"):
         (copy / name).write_bytes(b"x")
     config = json.loads((copy / "config.json").read_text())
@@ -204,7 +197,8 @@ def test_what_training_leaves_is_not_bundled(copy, tmp_path):
     assert not {"use_cache", "_name_or_path"} & set(published)
 
 
-def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
+def test_a_secret_in_the_configuration_leaves_no_bundle(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["id2label"]["1"] = f"{HOME}/dogs"
     (copy / "config.json").write_text(json.dumps(config))
@@ -213,7 +207,8 @@ def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy, tmp_path):
+def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     bundle(copy, tmp_path / "bundle", card=CARD)
     source = tmp_path / "bundle"
     weights = bytearray((source / "model.safetensors").read_bytes())
@@ -230,7 +225,8 @@ def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy,
 @pytest.mark.parametrize(
     ("content", "named"), [("{", "not valid JSON"), ("[]", "holds a list"), ("\ud83d", "not valid JSON")]
 )
-def test_f52_a_broken_configuration_is_named(copy, content, named):
+def test_f52_a_broken_configuration_is_named(checkpoint, tmp_path, content, named):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(CheckpointError, match=rf"config\.json' .*{named}|config\.json' is {named}"):
         checkpoint_folder(copy)
@@ -243,7 +239,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
+def test_broken_files_of_a_run_are_named(checkpoint, tmp_path, name):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content, words = BROKEN[name]
     (copy / name).write_text(content)
     with pytest.raises(CheckpointError, match=words):
@@ -251,7 +248,8 @@ def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_recipe_of_something_else_is_named(copy, tmp_path):
+def test_a_recipe_of_something_else_is_named(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / "resolved_recipe.yaml").write_text("- a list")
     with pytest.raises(CheckpointError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
@@ -288,7 +286,8 @@ def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
         bundle(checkpoint, tmp_path / "bundle", card={"license": "other"})
 
 
-def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
+def test_folders_that_cannot_be_bundled_are_named(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     with pytest.raises(CheckpointError, match="is not a folder"):
         checkpoint_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json, and neither has a backbone"):

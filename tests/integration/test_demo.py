@@ -48,10 +48,6 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
     return folder
 
 
-def files_and_times(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.slow
 def test_labelled_folder_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
     recipe = write(tmp_path / "tiny.yaml", TINY)
@@ -84,12 +80,13 @@ def test_labelled_folder_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
 
     # A second call does not train, score or draw again.
     monkeypatch.setattr(demo, "pretrain", lambda *_, **__: pytest.fail("trained again"))
-    before = files_and_times(run)
+    before = {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert demo.main(arguments) == 0
     again = capsys.readouterr().out
     assert "reusing the finished run" in again
     assert "RegViT, after" in again
-    changed = {path for path, time in files_and_times(run).items() if before.get(path) != time}
+    after = {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    changed = {path for path, time in after.items() if before.get(path) != time}
     assert changed <= {str(backbone / "README.md")}
 
 

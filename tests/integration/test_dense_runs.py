@@ -22,11 +22,11 @@ from hf_regvit.data.joint_transform import resize_map
 from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
 from hf_regvit.figures.masks import class_colors
-from hf_regvit.finetuning.arguments import FinetuningArguments
 from hf_regvit.finetuning.data import class_weights
 from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, typical_size
 from hf_regvit.models.processing import default_image_processor, dense_processor
 from tiny_dense import TINY, dense_run, scene, write_parquet
+from tiny_finetune import arguments
 from tiny_run import same_state
 
 
@@ -55,10 +55,6 @@ def options(backbone: str, data: str, output, **others) -> list[str]:
     for name, value in {**fixed, **others}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def arguments(output, **others) -> FinetuningArguments:
-    return FinetuningArguments(output_dir=str(output), use_cpu=True, report_to="none", **others)
 
 
 # --- Segmentation

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -407,9 +408,7 @@ def test_a_checkpoint_of_another_kind_is_an_error_before_its_weights_are_read(mo
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
         model_class.from_pretrained(tmp_path / name)
 
-    def read_weights(*args, **kwargs):
-        raise AssertionError("the weights were read")
-
+    read_weights = Mock(side_effect=AssertionError("the weights were read"))
     monkeypatch.setattr(modeling_regvit.PreTrainedModel, "from_pretrained", read_weights)
     for name, override, reason in (
         ("rotary", {"use_position_embeddings": True},

@@ -216,14 +216,6 @@ def test_schedules(name, tmp_path):
             assert values[ours] == pytest.approx(golden[theirs][row], rel=1e-6, abs=1e-12), (ours, step)
 
 
-def backbone_names(num_registers: int = 4) -> list[str]:
-    config = RegViTConfig.from_preset(
-        "small", patch_size=14, image_size=518, num_register_tokens=num_registers, use_mask_token=True
-    )
-    with torch.device("meta"):
-        return [f"backbone.{name}" for name, _ in RegViTModel(config).named_parameters()]
-
-
 @pytest.mark.parametrize("case", ["backbone", "backbone_chunked", "dino_head"])
 def test_multipliers_of_every_parameter(case):
     golden = golden_json("param_groups_vits14_reg4")
@@ -238,7 +230,10 @@ def test_multipliers_of_every_parameter(case):
         with torch.device("meta"):
             names = [f"dino_head.{name}" for name, _ in PrototypeHead(384, HeadShape()).named_parameters()]
     else:
-        names = backbone_names()
+        sizes = {"patch_size": 14, "image_size": 518, "num_register_tokens": 4, "use_mask_token": True}
+        config = RegViTConfig.from_preset("small", **sizes)
+        with torch.device("meta"):
+            names = [f"backbone.{name}" for name, _ in RegViTModel(config).named_parameters()]
     rules = parameter_rules(
         names,
         num_layers=12,
