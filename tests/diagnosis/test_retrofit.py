@@ -173,11 +173,8 @@ def test_half_precision():
 
 def test_training_on_with_checkpointing_and_batch_subsets():
     """A retrofitted model can be trained further: registers and the listed neurons get gradients."""
-    model = add_test_time_registers(
-        randomized(tiny_model(**TINY, drop_path_rate=0.4, drop_path_mode="batch_subset")),
-        NEURONS,
-        num_register_tokens=2,
-    ).train()
+    plain = randomized(tiny_model(**TINY, drop_path_rate=0.4, drop_path_mode="batch_subset"))
+    model = add_test_time_registers(plain, NEURONS, num_register_tokens=2).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -307,9 +304,8 @@ def test_scores_equal_a_loop():
 
 
 def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough():
-    model = randomized(
-        tiny_model(**TINY | {"image_size": 24, "use_swiglu_ffn": True})
-    )  # ten tokens, and activations far below zero
+    # Ten tokens, and activations far below zero.
+    model = randomized(tiny_model(**TINY | {"image_size": 24, "use_swiglu_ffn": True}))
     transform = EvaluationTransform.for_model(model, default_image_processor(24, resize=24))
     pixels = torch.stack([transform(image) for image in IMAGES[:4]])
     is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3
