@@ -398,7 +398,7 @@ def test_what_changed_is_read_again(counted, data, tmp_path):
     source = load_images(data, split="validation")
     first = read(model, source, tmp_path)
 
-    def again(expected, model, source=source, **options):
+    def again(expected, model=model, source=source, **options):
         before = sum(seen)
         features = read(model, source, tmp_path, **options)
         assert sum(seen) - before == expected

@@ -48,6 +48,7 @@ def pictures(tmp_path_factory):
 
 
 MODEL = tiny_model(**SIZES, num_register_tokens=2)
+MODEL.image_processor = default_image_processor(32)
 
 
 @pytest.fixture(scope="module")
