@@ -13,7 +13,7 @@ from PIL import Image
 from builders import class_folder, save_model, tiny_model, tiny_source
 
 ROOT = Path(__file__).parents[2]
-TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md")) + [ROOT / "docs" / "how_to" / "export_a_model.md"]
 
 
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)

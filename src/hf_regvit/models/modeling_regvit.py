@@ -962,7 +962,8 @@ class RegViTModel(RegViTPreTrainedModel):
             patch_mask = patch_mask & token_mask
         output_mask = patch_mask | is_cls
         if self.config.discard_registers and self.config.num_register_tokens:
-            return output_mask[:, is_cls | is_patch], patch_mask[:, is_cls | is_patch]
+            parts = [self.split_tokens(mask) for mask in (output_mask, patch_mask)]
+            output_mask, patch_mask = (torch.cat([cls_token, patches], dim=1) for cls_token, _, patches in parts)
         return output_mask, patch_mask
 
 
