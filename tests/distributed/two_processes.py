@@ -149,7 +149,10 @@ def scenarios(folder: Path) -> dict:
     with sharding() as fsdp:
         results["not_finite_fsdp"] = stopped(folder / "not_finite_fsdp", NanInOne(), max_grad_norm=0.0, **fsdp)
         results["disk_full_fsdp"] = disk_full(folder / "disk_full_fsdp", **fsdp)
-        results["export"] = export(folder / "export", **fsdp)
+        # The whole job: every process returns the teacher, the first writes it.
+        short = {**COMMON, "max_steps": 2, "monitor_steps": 1, "panel_steps": 1, "ddp_backend": "gloo", **fsdp}
+        args = arguments(folder / "export", per_device_train_batch_size=PER_PROCESS, **short)
+        results["export"] = {"state": pretrain(args, train_dataset=Crops(IMAGES)).state_dict()}
     return results
 
 
@@ -176,14 +179,3 @@ class NanInOne(TrainerCallback):
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if args.process_index == 1 and state.global_step == 2:
             model.register_forward_hook(lambda module, args, out: {**out, "loss": out["loss"] * math.nan})
-
-
-def export(folder: Path, **overrides) -> dict:
-    """The whole job: every process returns the teacher, the first writes it."""
-    args = arguments(
-        folder,
-        per_device_train_batch_size=PER_PROCESS,
-        **{**COMMON, "max_steps": 2, "ddp_backend": "gloo", "monitor_steps": 1, "panel_steps": 1, **overrides},
-    )
-    teacher = pretrain(args, train_dataset=Crops(IMAGES))
-    return {"state": teacher.state_dict()}

@@ -24,13 +24,11 @@ from tiny_run import Crops, arguments, checkpoint_state, same_state
 LONG = RECIPE | {"max_steps": 500, "logging_steps": 1, "save_steps": 1000, "knn_steps": 0, "panel_steps": 0}
 
 
-def flags_of(recipe) -> list[str]:
-    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
-
-
 def start(folder: Path, recipe=RECIPE, command="pretrain", *, launcher=(), **overrides) -> subprocess.Popen:
     """Run the command line in a process group of its own, as a terminal does."""
-    words = [command, "--output_dir", str(folder), *flags_of(recipe | overrides)]
+    words = [command, "--output_dir", str(folder)]
+    for name, value in (recipe | overrides).items():
+        words += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "hf_regvit", *words], env=environment, stdout=subprocess.PIPE,
@@ -85,7 +83,9 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
         "DinoTrainer.compute_loss = slow\n"
         "from hf_regvit.app.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    words = ["pretrain", "--output_dir", str(folder), *flags_of(LONG)]
+    words = ["pretrain", "--output_dir", str(folder)]
+    for name, value in LONG.items():
+        words += [f"--{name}", str(value)]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_of(folder) >= 2, process)
     time.sleep(1)
