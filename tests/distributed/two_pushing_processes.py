@@ -40,14 +40,6 @@ def pushed(folder: Path, name: str, **overrides) -> dict:
     return {"state": teacher.state_dict(), "log": [record.getMessage() for record in heard.buffer]}
 
 
-def finetuned(folder: Path) -> dict:
-    result, _ = tiny_finetune.run(
-        folder / "finetuned", push_to_hub=True, hub_model_id="someone/finetuned", hub_strategy="every_save",
-        hub_always_push=True, num_train_epochs=1, save_strategy="epoch", ddp_backend="gloo",
-    )  # fmt: skip
-    return {"state": dict(result.state_dict())}
-
-
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to push."""
     if os.environ["RANK"] == "1":
@@ -58,6 +50,10 @@ def scenarios(folder: Path) -> dict:
         results["sharded"] = pushed(folder, "sharded", **fsdp)
         pieces = {**fsdp, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
         results["pieces"] = pushed(folder, "pieces", **pieces)
-    results["finetuned"] = finetuned(folder)
+    finetuned, _ = tiny_finetune.run(
+        folder / "finetuned", push_to_hub=True, hub_model_id="someone/finetuned", hub_strategy="every_save",
+        hub_always_push=True, num_train_epochs=1, save_strategy="epoch", ddp_backend="gloo",
+    )  # fmt: skip
+    results["finetuned"] = {"state": dict(finetuned.state_dict())}
     results["refused"] = pushed(folder, "refused", hub_token=READ_TOKEN)
     return results

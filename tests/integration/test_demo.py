@@ -32,9 +32,7 @@ seed: 3
 """
 
 
-@pytest.fixture(scope="module")
-def demo():
-    return load_script("examples/demo.py")
+demo = load_script("examples/demo.py")
 
 
 def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) -> Path:
@@ -49,7 +47,7 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
 
 
 @pytest.mark.slow
-def test_labelled_folder_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
+def test_labelled_folder_from_end_to_end(tmp_path, capsys, monkeypatch):
     recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=60, labelled=True)
     (data / "astronaut" / "broken.jpg").write_bytes(b"<html>404</html>")
@@ -91,7 +89,7 @@ def test_labelled_folder_from_end_to_end(demo, tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_folder_without_labels(demo, tmp_path, capsys):
+def test_folder_without_labels(tmp_path, capsys):
     """Fewer images than a batch, no classes: the demo still trains, and says why there is no comparison."""
     recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
@@ -120,7 +118,7 @@ class Stop:
 
 
 @pytest.mark.slow
-def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, tmp_path, capsys, monkeypatch):
+def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(tmp_path, capsys, monkeypatch):
     recipe = write(tmp_path / "tiny.yaml", TINY)
     from safetensors.torch import load_file
 
@@ -143,7 +141,7 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, tmp
 
 
 @pytest.mark.slow
-def test_other_recipe_or_other_images_start_over(demo, tmp_path, capsys):
+def test_other_recipe_or_other_images_start_over(tmp_path, capsys):
     recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=18, labelled=False)
     arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
@@ -161,7 +159,7 @@ def test_other_recipe_or_other_images_start_over(demo, tmp_path, capsys):
     assert "reusing" not in capsys.readouterr().out
 
 
-def test_errors_are_one_line(demo, tmp_path, capsys):
+def test_errors_are_one_line(tmp_path, capsys):
     recipe = write(tmp_path / "tiny.yaml", TINY)
 
     def error(*arguments: str) -> str:
@@ -187,13 +185,13 @@ def test_errors_are_one_line(demo, tmp_path, capsys):
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
-def test_images_of_the_default_data_are_whole(demo):
+def test_images_of_the_default_data_are_whole():
     images = demo.shown_images("photos", load_images("photos"))
     assert [image.mode for image in images] == ["RGB"] * 6
     assert images[0].size == (512, 512)
 
 
-def test_names_of_run_folders(demo, tmp_path):
+def test_names_of_run_folders(tmp_path):
     assert demo.slug("photos") == "photos"
     first, second = (demo.slug(str(tmp_path / name / "my images")) for name in ("a", "b"))
     assert first != second

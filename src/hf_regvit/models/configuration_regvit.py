@@ -715,8 +715,8 @@ def _check_kind(folder: Path, keys: set[str], options: dict) -> None:
         if fields.get(field, True) != found:
             also = "" if found or tensor == "cls_token" else " and rope_theta, e.g. 100"
             raise CheckpointError(
-                f"{field}={not found}, but the weights of '{folder}' hold {'the' if found else 'no'} tensor "
-                f"embeddings.{tensor}. Load it without such an override, or correct its config.json: "
+                f"embeddings.{tensor} {'is' if found else 'is missing'} in the weights of '{folder}', but "
+                f"{field}={not found}. Load it without such an override, or correct its config.json: "
                 f"{field}={found}{also}."
             )
 
