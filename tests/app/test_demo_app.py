@@ -159,7 +159,7 @@ def test_a_model_without_cls_and_registers():
     assert "Register 1" not in page
 
 
-def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(image, tmp_path):
+def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(tmp_path):
     pytest.importorskip("timm")
     from timm.layers import DiffAttention
     from timm.models.vision_transformer import VisionTransformer
@@ -171,13 +171,13 @@ def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(im
     models = {"differential": TokenReader(model.eval(), default_image_processor(32)), "registers": reader()}
     explorer = Explorer(models, reference=[noise(0, SIZE)])
     request = MapRequest(("differential", "registers"), side=32, layer=2)
-    views = read_views(explorer, image, request)
+    views = read_views(explorer, IMAGE, request)
     page = results_page(views, request)
     assert page.count("The attention of this model has a formula that is not known.") == 4  # patch, CLS, 2 registers
     assert torch.equal(views["differential"].patches, views["differential"].features("x").patches[0])
     with pytest.raises(ValueError, match="its formula is not known"):
         views["differential"].attention_from("cls")
-    with zipfile.ZipFile(write_figures(views, image, request, tmp_path)) as archive:
+    with zipfile.ZipFile(write_figures(views, IMAGE, request, tmp_path)) as archive:
         assert len(archive.namelist()) == 2 + 3  # no attention of the patch in the first model
 
 
