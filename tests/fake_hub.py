@@ -150,7 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{self.command} {self.path}"
         with self.hub.lock:
             self.hub.requests.append((name, len(self.body)))
-            self.hub.asked[self._token()].append(name)
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            self.hub.asked[token].append(name)
             fault = next((f for f in self.hub.faults if f.route in name and f.times > 0), None)
             if fault is not None:
                 fault.times -= 1
@@ -193,11 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Authorization and routing.
 
-    def _token(self) -> str:
-        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-
     def _role(self) -> str | None:
-        token = self._token()
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         return self.hub.tokens.get(token, "unknown" if token else None)
 
     def _route(self) -> tuple[Any, ...]:

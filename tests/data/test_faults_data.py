@@ -306,25 +306,22 @@ def test_F11_grey_with_alpha(photo):
     assert (np.asarray(open_image(encode(gray, "PNG"))) == np.asarray(photo.convert("L").convert("RGB"))).all()
 
 
-def stored_for(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """Image as a camera stores it: rotated by the inverse of the rotation in the tag."""
-    return {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: upright.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_F12_exif_orientation(photo, orientation, format):
     upright = np.asarray(photo, dtype=int)
-    stored = np.ascontiguousarray(stored_for(upright, orientation)).astype(np.uint8)
+    stored = np.ascontiguousarray(
+        {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: upright.transpose(1, 0, 2)[::-1],
+            7: upright.transpose(1, 0, 2)[::-1, ::-1],
+            8: upright.transpose(1, 0, 2)[:, ::-1],
+        }[orientation]
+    ).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})

@@ -88,8 +88,8 @@ def test_mixture_equals_its_slow_twin(share, ratio):
 def test_fits_come_in_the_order_of_their_likelihood():
     values = np.log(planted(share=0.02, ratio=8))
 
-    def log_likelihood(fit):
-        return np.log(
+    scores = [
+        np.log(
             sum(
                 w / s * np.exp(-(((values - m) / s) ** 2) / 2)
                 for w, m, s in (
@@ -98,8 +98,8 @@ def test_fits_come_in_the_order_of_their_likelihood():
                 )
             )
         ).mean()
-
-    scores = [log_likelihood(fit) for fit in fit_two_modes(values)]
+        for fit in fit_two_modes(values)
+    ]
     assert len(scores) == 5
     assert all(a >= b - 1e-3 for a, b in itertools.pairwise(scores))  # on bins and on values they differ a little
 
