@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from builders import class_folder, save_model, tiny_model, tiny_source
+from builders import save_model, tiny_source
+from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md")) + [ROOT / "docs" / "how_to" / "export_a_model.md"]
@@ -45,8 +47,17 @@ def workplace(tmp_path) -> Path:
         assert count == 1, option
     # One bad file in 49 is above the one percent that a real run tolerates.
     (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\n")
-    class_folder(tmp_path / "my_classes", cats=12, dogs=12, others=12)
-    save_model(tiny_model(), tmp_path / "backbone")
+    # Three classes of twelve small images, cut from three of the embedded ones.
+    for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
+        (tmp_path / "my_classes" / name).mkdir(parents=True)
+        for number in range(12):
+            left, top = 17 * number, 9 * number
+            tile = photos[photo].crop((left, top, left + 96, top + 96))
+            tile.save(tmp_path / "my_classes" / name / f"{number:03d}.png")
+    # An untrained backbone in the layout of `regvit pretrain`
+    torch.manual_seed(0)
+    config = RegViTConfig.from_preset("tiny", num_hidden_layers=2, image_size=32, patch_size=8)
+    save_model(RegViTModel(config), tmp_path / "backbone")
     return tmp_path
 
 
