@@ -15,7 +15,6 @@ from PIL import Image
 from transformers import BitImageProcessor
 
 from builders import tiny_model, tiny_source, tiny_timm
-from hf_regvit.models.families import has_part
 from hf_regvit.models.tokens import TokenReader
 
 SIZES = {
@@ -166,10 +165,7 @@ def plant_sink(model: Any, direction: torch.Tensor, *, blocks: tuple[int, ...], 
                 for i in range(3)
             )
         else:
-            layers = (
-                attention.get_submodule(next(path for path in paths if has_part(attention, path)))
-                for paths in reader.family.projections  # other names in other versions of transformers
-            )
+            layers = (attention.q_proj, attention.k_proj, attention.v_proj)
             query, key, value = ((layer.weight, layer.bias) for layer in layers)
         seen = key[0][rows] @ (96**0.5 * direction)
         query[1][rows] += 8.0 * 32**0.5 * seen / seen.square().sum()
