@@ -7,8 +7,8 @@ All systems compute the tokens of DINOv2 with registers with the same random wei
 so that drifting machine speed affects them equally. Prints medians in milliseconds; the medians over the rounds of the
 time of transformers in float32 divided by that of the system (above 1: faster); and the seconds and the peak memory
 that a new process needs to load the system and run it once (memory under Linux only). int8 is calibrated on tiles of
-the built-in images, which suffice for its speed; its accuracy is measured by int8_evidence.py. The plain exports of the
-peers are for one image. `--threads` sets the threads of all systems.
+the built-in images, which suffice for its speed; its accuracy is measured by int8_evidence.py. The plain exports
+of the peers are for one image. `--threads` sets the threads of all systems.
 """
 
 import argparse
