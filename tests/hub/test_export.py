@@ -615,8 +615,9 @@ def test_int8_of_the_real_vit_tiny_keeps_its_accuracy(tmp_path):
     calibration = hf_regvit.load_images(data / "caltech101", split="train").subset(range(0, 1600, 10))
     report = export(
         data / "vit_tiny_patch16_224", tmp_path / "files", format="openvino", precision=["f32", "int8"],
-        data=calibration, num_calibration=100,
+        data=calibration, num_calibration=100, accept="int8",
     )  # fmt: skip
+    # The classes of caltech101 are not those of the model, which is unsure of them: only 39 of 43 classes are equal.
     sizes = {file["precision"]: sum(file["bytes"].values()) for file in report.files}
     assert sizes["int8"] < 0.32 * sizes["f32"]
     samples = hf_regvit.load_images(data / "imagenet_samples", split=None)
