@@ -5,10 +5,10 @@
 
 All systems compute the tokens of DINOv2 with registers with the same random weights. They run in turn, A B C A B C,
 so that drifting machine speed affects them equally. Prints medians in milliseconds; the medians over the rounds of the
-time of transformers in float32 divided by that of the system (above 1: faster); and the seconds to load and the peak
-memory of a new process that loads the system and runs it once. int8 is calibrated on tiles of the built-in images,
-which suffice for its speed; its accuracy is measured by int8_evidence.py. The plain exports of the peers are for one
-image. `--threads` sets the threads of all systems.
+time of transformers in float32 divided by that of the system (above 1: faster); and the seconds and the peak memory
+that a new process needs to load the system and run it once (memory under Linux only). int8 is calibrated on tiles of
+the built-in images, which suffice for its speed; its accuracy is measured by int8_evidence.py. The plain exports
+of the peers are for one image. `--threads` sets the threads of all systems.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def write_exports(folder: Path, size: str, pixels: int, systems: list[str]) -> N
         engines = [engine for engine in ("onnxruntime", "openvino") if f"{peer} by {engine}" in systems]
         if not engines:
             continue
-        module = Tokens(make(reference_model(size), size, "dinov2").eval(), method)
+        module = Tokens(make(reference_model(size), size, "dinov2"), method).eval()
         sample = torch.randn(1, 3, pixels, pixels)
         path = folder / f"{peer}.onnx"
         with quiet(), torch.no_grad():
@@ -122,14 +121,18 @@ def measure_process(args: argparse.Namespace, system: str, folder: Path, size: s
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+def peak_kib() -> int:
+    """Return the peak memory of this process under Linux; that of `resource` begins with the parent's."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+
+
 def child(system: str, folder: str, size: str, pixels: str, threads: str) -> None:
     torch.set_num_threads(int(threads))
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before, start = peak_kib(), time.perf_counter()
     run = load(system, Path(folder), size, int(threads))
     loaded = time.perf_counter() - start
     run(np.zeros((1, 3, int(pixels), int(pixels)), np.float32))
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps({"load_seconds": round(loaded, 2), "peak_mib": round(peak)}))
+    print(json.dumps({"load_seconds": round(loaded, 2), "peak_mib": round((peak_kib() - before) / 1024)}))
 
 
 def time_case(

@@ -3,15 +3,23 @@
 import io
 import json
 import math
+import os
+import signal
+import struct
 import tarfile
+import time
+import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 import transformers
 from PIL import Image
+from transformers import TrainerCallback
 
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.models.processing import default_image_processor
@@ -32,6 +40,21 @@ def encoded(content: Image.Image | np.ndarray | int = 0, kind: str = "PNG", **op
     return stream.getvalue()
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    """Chunk of a PNG file with its length and checksum."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+@dataclass
+class MakesFolder:
+    """Object whose pickle would make a folder when it is loaded."""
+
+    folder: Path
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.folder),)
+
+
 def write(path: Path, content: bytes | str | Image.Image | int = 0) -> Path:
     """Write bytes, text, an image or `image(content)` to a file, in folders that need not exist."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +70,29 @@ def class_folder(root: Path, suffix: str = ".png", **classes: int) -> Path:
         for number in range(count):
             write(root / name / f"{number}{suffix}", 1000 * place + number)
     return root
+
+
+def tinted(channel: int, seed: int) -> Image.Image:
+    """Noise of 32 x 32 pixels in which one channel is brighter."""
+    values = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
+    values[..., channel] += 60
+    return Image.fromarray(values)
+
+
+def tinted_folder(root: Path, names: Sequence[str] = ("red", "green", "blue"), **parts: int) -> Path:
+    """Class folders of tinted noise in the given parts, such as `train=8, validation=4` images of each class."""
+    for part, count in parts.items():
+        for channel, name in enumerate(names):
+            for i in range(count):
+                write(root / part / name / f"{i}.png", tinted(channel, 100 * channel + 10 * (part == "train") + i))
+    return root
+
+
+def save_images(folder: Path, images: Sequence[Image.Image]) -> Path:
+    """Folder with these images as `00.png`, `01.png` and so on."""
+    for number, content in enumerate(images):
+        write(folder / f"{number:02d}.png", content)
+    return folder
 
 
 def plain_images(root: Path, names: Sequence[str], size: tuple[int, int] = (20, 16)) -> Path:
@@ -127,15 +173,74 @@ def tiny_source(class_name: str, *, seed: int = 0, **fields: Any) -> Any:
     return model_class(model_class.config_class(**{**TINY, **fields})).eval()
 
 
-def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, **changes: Any) -> Any:
-    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes, in eval mode."""
+def dinov2_state(registers: int = 2, depth: int = 2, width: int = 32, patches: int = 16) -> dict[str, torch.Tensor]:
+    """Random state dict with the names of the official DINOv2, with patches of 8 x 8 pixels."""
+    torch.manual_seed(1)
+    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 1 + patches, width), "mask_token": (1, width)}
+    if registers:
+        shapes["register_tokens"] = (1, registers, width)
+    shapes |= {"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)}
+    for i in range(depth):
+        shapes |= {f"blocks.{i}.{n}.{p}": (width,) for n in ("norm1", "norm2") for p in ("weight", "bias")}
+        shapes |= {f"blocks.{i}.attn.qkv.weight": (3 * width, width), f"blocks.{i}.attn.qkv.bias": (3 * width,)}
+        shapes |= {f"blocks.{i}.attn.proj.weight": (width, width), f"blocks.{i}.attn.proj.bias": (width,)}
+        shapes |= {f"blocks.{i}.mlp.fc1.weight": (64, width), f"blocks.{i}.mlp.fc1.bias": (64,)}
+        shapes |= {f"blocks.{i}.mlp.fc2.weight": (width, 64), f"blocks.{i}.mlp.fc2.bias": (width,)}
+        shapes |= {f"blocks.{i}.ls{n}.gamma": (width,) for n in (1, 2)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
+
+
+def wrapped(model: Any, how: str) -> Any:
+    """Compile a model or parts of it, or put it into another one, in one of the ways that users do."""
+    match how:
+        case "compiled":
+            return torch.compile(model, backend="eager")
+        case "compiled_in_place":
+            model.compile(backend="eager")
+        case "compiled_blocks":
+            for block in model.layers:
+                block.compile(backend="eager")
+        case "with_compiled_blocks":
+            model.layers[0] = torch.compile(model.layers[0], backend="eager")
+        case "compiled_forward":
+            model.forward = torch.compile(model.forward, backend="eager")
+        case "compiled_parts":
+            model.layers[1].attention = torch.compile(model.layers[1].attention, backend="eager")
+            model.layers[0] = torch.compile(model.layers[0], backend="eager")
+        case "inside_a_compiled_head":
+            return torch.compile(torch.nn.Sequential(model), backend="eager")
+        case "DataParallel":
+            return torch.nn.DataParallel(model)
+        case "AveragedModel":
+            return torch.optim.swa_utils.AveragedModel(model)
+        case _:
+            raise ValueError(how)
+    return model
+
+
+def two_towers(name: str, vision: dict[str, Any]) -> Any:
+    """Model of transformers with a tiny text tower beside the vision tower, by its family, such as CLIP."""
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    # SigLIP's two towers must end in vectors of one width
+    text |= {"vocab_size": 99, "projection_size": vision["hidden_size"]}
+    config_class = getattr(transformers, f"{name}Config")
+    config = config_class(text_config=text, vision_config=vision, projection_dim=16)
+    return getattr(transformers, f"{name}Model")(config)
+
+
+def tiny_timm(kind: str = "VisionTransformer", *, seed: int = 0, noise: float = 0.0, **changes: Any) -> Any:
+    """Model of timm, `VisionTransformer` or `Eva`, of width 24 with 5 classes and moved parameters, in eval mode."""
     from timm.models.eva import Eva
     from timm.models.vision_transformer import VisionTransformer
 
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
     torch.manual_seed(seed)
     model_class = {"VisionTransformer": VisionTransformer, "Eva": Eva}[kind]
-    return model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+    model = model_class(**{**sizes, "dynamic_img_size": True, **changes}).eval()
+    for parameter in model.parameters() if noise else ():
+        parameter.data += noise * torch.randn(parameter.shape)
+    return model
 
 
 def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
@@ -149,6 +254,34 @@ def save_model(model: Any, folder: Path, processor: Any = None) -> Path:
 def pixels(count: int = 2, height: int = 16, width: int = 16, *, seed: int = 1) -> torch.Tensor:
     """Random pixel values (count, 3, height, width)."""
     return torch.randn(count, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Random normal values of this shape."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def padded(
+    *sizes: tuple[int, int], seed: int = 1, dtype: torch.dtype = torch.long
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixel values of images of these sizes in the top left corner, with noise in the padding, and their mask."""
+    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
+    pixel_mask = torch.zeros(len(sizes), height, width, dtype=dtype)
+    for row, (rows, columns) in zip(pixel_mask, sizes, strict=True):
+        row[:rows, :columns] = 1
+    return pixels(len(sizes), height, width, seed=seed), pixel_mask
+
+
+def state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copy of all parameters and buffers of a model."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def gradients_of(loss: torch.Tensor, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Gradients of a loss for all parameters of a model."""
+    model.zero_grad()
+    loss.backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -215,3 +348,100 @@ def in_fresh_memory(model: Any) -> Any:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model.eval()
+
+
+# --- Callbacks of Trainer, and calls that a test watches ---
+
+
+@dataclass
+class StopAt(TrainerCallback):
+    """End a run after a step, as a crash after a checkpoint would."""
+
+    step: int
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop = state.global_step >= self.step
+
+
+@dataclass
+class SignalAt(TrainerCallback):
+    """Signal one process in the middle of the step after `step`, as a scheduler does."""
+
+    step: int
+    number: int = signal.SIGTERM
+    process: int = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.process_index == self.process and state.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+@dataclass
+class PoisonAt(TrainerCallback):
+    """Set the first value of a parameter to NaN at the beginning of the step after `step`."""
+
+    step: int
+    parameter: str
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            model.get_parameter(self.parameter).data.view(-1)[0] = math.nan
+
+
+@dataclass
+class WreckFrom(TrainerCallback):
+    """Ruin the model with a learning rate of 3 from the step after `step`, so that the best checkpoint is older."""
+
+    step: int
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **kwargs: Any) -> None:
+        for group in optimizer.param_groups if state.global_step >= self.step else ():
+            group["lr"] = 3.0
+
+
+@dataclass
+class WorkerFault:
+    """Kill or block a worker of a DataLoader when it reads an image, `times` times in all, counted in a folder.
+
+    It happens at the image `at` or, for keys (epoch, image), in the epoch `at`; with `worker`, in this worker alone.
+    """
+
+    folder: Path
+    how: str
+    times: int
+    at: int
+    worker: int | None = None
+
+    def __call__(self, key: Any) -> None:
+        info = torch.utils.data.get_worker_info()
+        place = key[0] if isinstance(key, tuple) else key
+        if info is None or self.worker not in (None, info.id) or place != self.at:
+            return
+        self.folder.mkdir(exist_ok=True)
+        marks = len(list(self.folder.iterdir()))
+        if marks < self.times:
+            (self.folder / str(marks)).touch()
+            if self.how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(60)
+
+
+@dataclass
+class Recorder(TrainerCallback):
+    """Keep the weights at the end of each step and the gradients before each step of the optimizer."""
+
+    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    gradients: list[dict[str, torch.Tensor]] = field(default_factory=list)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.weights.append(state_of(model))
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+
+def spy(monkeypatch: Any, owner: Any, name: str) -> mock.Mock:
+    """Record the calls of a function or method, which works as before; the object of a method counts too."""
+    watched = mock.create_autospec(getattr(owner, name), side_effect=getattr(owner, name))
+    monkeypatch.setattr(owner, name, watched)
+    return watched

@@ -2,8 +2,10 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
+# The Arrow copies of `datasets` go into a folder of the test run, not into the user's home.
+_ARROW = tempfile.TemporaryDirectory(prefix="regvit-arrow-")
+os.environ["HF_DATASETS_CACHE"] = _ARROW.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,17 +40,53 @@ def pytest_configure(config: pytest.Config) -> None:
         pytest.exit("../shared is missing. Set REGVIT_WITHOUT_SHARED=1 where that is meant.", returncode=4)
 
 
-# Folders of the unit tests, one a room of the package.
+# Folders of the unit tests, one a room of the package, and the tests of whole runs.
 ROOMS = {
     "models", "data", "evaluation", "diagnosis", "figures", "hub", "training", "pretraining", "finetuning", "app",
+    "integration",
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run unit tests on one thread: two threads only wait for each other on tensors as small as these."""
+    """Run tests in one thread: two threads only wait for each other on tensors as small as these."""
     threads = torch.get_num_threads()
     if request.path.parent.name in ROOMS:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Fake Hub that huggingface_hub uses in this process, with retries that take no time."""
+    import hf_regvit.hub.publish  # noqa: F401  (before the class is replaced, because its annotations name it)
+    from fake_hub import FakeHub, connect
+    from hf_regvit.hub import upload
+
+    quick = upload.RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=5.0)
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(upload, "RetryPolicy", lambda: quick)
+        yield hub
+
+
+@pytest.fixture
+def without_figures(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Draw no figures of a fine-tuning run, except in `TESTS_OF_FIGURES`: they take ten times as long as the run."""
+    from hf_regvit.finetuning import run
+    from hf_regvit.finetuning.classification import ImageClassification
+    from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation
+
+    if request.node.name not in getattr(request.module, "TESTS_OF_FIGURES", ()):
+        monkeypatch.setattr(run, "draw_finetuning_curves", lambda folder, shown: None)
+        for task in (ImageClassification, SemanticSegmentation, DepthEstimation):
+            monkeypatch.setattr(task, "write_panels", lambda self, folder, model, processor: {})
+
+
+@pytest.fixture(scope="session")
+def tiles() -> Any:
+    """Tiles of the built-in photographs, a source of images."""
+    from hf_regvit.data.loading import load_images
+
+    return load_images("builtin:photos")

@@ -115,6 +115,10 @@ class FakeHub:
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         return self.repos[repo_id].at(revision).files
 
+    def messages(self, repo_id: str) -> list[str]:
+        """Return the messages of the commits after the first."""
+        return [commit.message for commit in self.repos[repo_id].commits[1:]]
+
     def sent(self, route: str) -> list[int]:
         """Return the body sizes of the requests whose "METHOD path" contains `route`."""
         return [size for path, size in self.requests if route in path]
@@ -139,11 +143,6 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        self._handle()
-
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-    def _handle(self) -> None:
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Transfer-Encoding") == "chunked":
             self.body = self._chunks()
@@ -151,7 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
         name = f"{self.command} {self.path}"
         with self.hub.lock:
             self.hub.requests.append((name, len(self.body)))
-            self.hub.asked[self._token()].append(name)
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            self.hub.asked[token].append(name)
             fault = next((f for f in self.hub.faults if f.route in name and f.times > 0), None)
             if fault is not None:
                 fault.times -= 1
@@ -171,6 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.close_connection = True
         self.connection.close()
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def _chunks(self) -> bytes:
         parts = []
@@ -192,11 +194,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     # Authorization and routing.
 
-    def _token(self) -> str:
-        return (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-
     def _role(self) -> str | None:
-        token = self._token()
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
         return self.hub.tokens.get(token, "unknown" if token else None)
 
     def _route(self) -> tuple[Any, ...]:

@@ -1,9 +1,12 @@
 """Helpers shared by several test files: paths of the fixtures, their loading, and numerical tolerances."""
 
+import importlib.util
 import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +26,14 @@ _may_skip = not os.environ.get("CI") or bool(os.environ.get("REGVIT_WITHOUT_SHAR
 requires_shared = pytest.mark.skipif(
     shared_dir() is None and _may_skip, reason="needs ../shared (golden files and data sets), which does not exist"
 )
+
+
+def load_script(path: str) -> ModuleType:
+    """Import a Python file of the repository that is in no package, by its path below the root."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, Path(__file__).parents[1] / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def golden_files(group: str) -> list[str]:
@@ -47,6 +58,11 @@ def load_golden(name: str, *, double: bool = False) -> tuple[dict[str, torch.Ten
     if double:
         tensors |= {k: v.double() for k, v in tensors.items() if k.startswith("in.") and v.is_floating_point()}
     return tensors, config
+
+
+def golden_json(name: str) -> Any:
+    """Load a JSON file of `golden/train/`."""
+    return json.loads((shared_dir() / "golden" / "train" / f"{name}.json").read_text())
 
 
 def subtree(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:

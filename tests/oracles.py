@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torchvision.transforms.functional as TF
+from PIL import Image
+
+from hf_regvit.data.augmentation import ViewParameters
 
 
 def softmax(row: Sequence[float]) -> list[float]:
@@ -153,3 +157,19 @@ def ema(teacher: Sequence[float], students: Sequence[Sequence[float]], momenta: 
     for student, momentum in zip(students, momenta, strict=True):
         values = [momentum * t + (1 - momentum) * s for t, s in zip(values, student, strict=True)]
     return values
+
+
+def torchvision_view(image: Image.Image, parameters: ViewParameters, size: int, kernel_size: int = 9) -> Image.Image:
+    """One view in the order of the specification, composed from torchvision's functions on Pillow images."""
+    left, top, right, bottom = parameters.box
+    mode = TF.InterpolationMode.BICUBIC
+    view = TF.resized_crop(image, top, left, bottom - top, right - left, [size, size], mode)
+    if parameters.flip:
+        view = TF.hflip(view)
+    for name, amount in parameters.jitter:
+        view = getattr(TF, f"adjust_{name}")(view, amount)
+    if parameters.grayscale:
+        view = TF.rgb_to_grayscale(view, 3)
+    if parameters.sigma is not None:
+        view = TF.gaussian_blur(view, [kernel_size, kernel_size], [parameters.sigma, parameters.sigma])
+    return TF.solarize(view, 128) if parameters.solarize else view

@@ -5,6 +5,7 @@ of what its MLP receives, and to write a fixed direction there. So models withou
 whose origin is known exactly.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +51,7 @@ class Sample:
     cells: list[np.ndarray]
 
 
+@functools.cache
 def sample(count: int, *, seed: int, kinds: int = 1, pattern: float = 0.0) -> Sample:
     """Make images of noise with 2 to 4 changed cells of each kind: flat at +1 or -1, or noise plus a fixed pattern.
 

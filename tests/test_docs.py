@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import importlib.util
 import io
 import os
 import re
@@ -18,7 +17,7 @@ import yaml
 from PIL import Image
 
 import hf_regvit
-from helpers import requires_shared, shared_dir
+from helpers import load_script, requires_shared, shared_dir
 from hf_regvit import PretrainingArguments
 from hf_regvit.app import cli
 from hf_regvit_cli import parser_of
@@ -35,17 +34,16 @@ def text_of(page):
     return page.read_text(encoding="utf-8")
 
 
-def documented():
-    return [name for page in PAGES for name in re.findall(r"^::: (\S+)$", text_of(page), flags=re.M)]
+DOCUMENTED = [name for page in PAGES for name in re.findall(r"^::: (\S+)$", text_of(page), flags=re.M)]
 
 
 def test_every_public_name_is_in_the_reference():
-    missing = {f"hf_regvit.{name}" for name in hf_regvit.__all__} - set(documented()) - {"hf_regvit.__version__"}
+    missing = {f"hf_regvit.{name}" for name in hf_regvit.__all__} - set(DOCUMENTED) - {"hf_regvit.__version__"}
     assert not missing, f"Add '::: NAME' for {missing} to a page of docs/reference."
     assert "hf_regvit.__version__" in text_of(DOCS / "reference" / "models.md")
 
 
-@pytest.mark.parametrize("name", documented())
+@pytest.mark.parametrize("name", DOCUMENTED)
 def test_what_is_documented_is_public(name):
     package, _, attribute = name.rpartition(".")
     assert package == "hf_regvit", f"document '{attribute}' as hf_regvit.{attribute}"
@@ -80,9 +78,7 @@ def test_every_hyperparameter_has_a_source():
 
 
 def test_every_field_of_the_configuration_is_in_the_table():
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "scripts" / "dev" / "docs_hooks.py")
-    hooks = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(hooks)
+    hooks = load_script("scripts/dev/docs_hooks.py")
     named = set(re.findall(r"`(\w+)`", "".join(row.split(" | ")[0] for row in hooks.config_fields().splitlines())))
     own = {name for name in vars(hf_regvit.RegViTConfig)["__annotations__"] if not name.startswith("_")}
     assert len(own) >= 30
@@ -97,13 +93,6 @@ def commands_in(page):
                 yield words[1:]
 
 
-def help_of(command):
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text):
-        assert cli.main([command, "--help_all"]) == 0
-    return text.getvalue()
-
-
 def test_commands_of_the_pages_exist_with_their_options():
     used = {}
     for page in OURS:
@@ -113,7 +102,10 @@ def test_commands_of_the_pages_exist_with_their_options():
     assert len(used) >= 6
     for command, flags in used.items():
         assert command in cli.COMMANDS
-        known = set(re.findall(r"--\w+", help_of(command))) | {f"--{name}" for name in parser_of(command).names}
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            assert cli.main([command, "--help_all"]) == 0
+        known = set(re.findall(r"--\w+", text.getvalue())) | {f"--{name}" for name in parser_of(command).names}
         assert flags <= known, f"regvit {command} has no {flags - known}"
 
 
@@ -227,10 +219,6 @@ def test_nothing_comes_from_elsewhere():
 class Assets(HTMLParser):
     """Collect what a browser loads with a page, as opposed to links that a reader may follow."""
 
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         if tag in ("script", "img", "iframe", "source"):
@@ -249,6 +237,7 @@ def test_the_site_builds_without_a_warning_and_loads_nothing_from_elsewhere(tmp_
     assert len(pages) > len(PAGES)
     for page in pages:
         reader = Assets()
+        reader.found = []
         reader.feed(page.read_text(encoding="utf-8"))
         assert not [asset for asset in reader.found if re.match(r"(https?:)?//", asset)], page.name
         assert "{{ " not in page.read_text(encoding="utf-8"), page.name

@@ -9,18 +9,12 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import hf_regvit
+from helpers import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def load(path: str):
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-skip_reasons = load("tests/hf_common/skip_reasons.py")
+skip_reasons = load_script("tests/hf_common/skip_reasons.py")
 
 KNOWN = ("test_inputs_embeds", "RegViT takes pixel_values, not inputs_embeds")
 UNKNOWN = ("test_of_the_next_release", "No capability of a name that nobody knows yet")
@@ -57,6 +51,6 @@ def test_a_reason_that_is_right_for_one_test_is_unknown_for_another():
 
 def test_the_tested_version_has_a_digest_and_is_one_that_the_package_accepts():
     tested = skip_reasons.TESTED_VERSION
-    assert tested in load("scripts/dev/get_hf_common_tests.py").DIGESTS
+    assert tested in load_script("scripts/dev/get_hf_common_tests.py").DIGESTS
     requirements = map(Requirement, importlib.metadata.requires(hf_regvit.__name__))
     assert next(r for r in requirements if r.name == "transformers").specifier.contains(Version(tested))

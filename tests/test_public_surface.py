@@ -6,10 +6,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, ViTImageProcessor, pipeline
 
 import hf_regvit
+from builders import noise
 
 # Adding a name is a promise to keep it; removing one breaks the code of users. Both are decisions for the CHANGELOG.
 NAMES = """
@@ -84,30 +84,27 @@ def name(tmp_path_factory):
     return str(folder)
 
 
-@pytest.fixture(scope="module")
-def images():
-    draw = np.random.default_rng(0).integers
-    return [Image.fromarray(draw(0, 256, (30, 40, 3), dtype=np.uint8)) for _ in range(3)]
+IMAGES = [noise(seed) for seed in range(3)]
 
 
-def test_the_lines_that_one_would_guess(name, images, tmp_path):
+def test_the_lines_that_one_would_guess(name, tmp_path):
     reader = hf_regvit.open_model(name)
-    features = reader.embed(images)
+    features = reader.embed(IMAGES)
     assert features.shape == (3, 24)
-    np.testing.assert_allclose(hf_regvit.embed(name, images), features, atol=1e-6)
-    np.testing.assert_allclose(hf_regvit.embed(reader.model, images), features, atol=1e-6)
-    assert hf_regvit.patch_maps(name, images).shape == (3, 4, 4, 24)
-    assert reader.attention_maps(images, query="cls").shape == (3, 3, 4, 4)
-    assert reader.attention_maps(images, query=("register", 0)).shape == (3, 3, 4, 4)
-    pixels = torch.stack([reader.transform(image) for image in images])
+    np.testing.assert_allclose(hf_regvit.embed(name, IMAGES), features, atol=1e-6)
+    np.testing.assert_allclose(hf_regvit.embed(reader.model, IMAGES), features, atol=1e-6)
+    assert hf_regvit.patch_maps(name, IMAGES).shape == (3, 4, 4, 24)
+    assert reader.attention_maps(IMAGES, query="cls").shape == (3, 3, 4, 4)
+    assert reader.attention_maps(IMAGES, query=("register", 0)).shape == (3, 3, 4, 4)
+    pixels = torch.stack([reader.transform(image) for image in IMAGES])
     reading = hf_regvit.read_tokens(name, pixels)
     np.testing.assert_allclose(reader.final_norm(reading.cls()).detach(), features, atol=1e-5)
     assert repr(reading) == "TokenReading(residual of block 2, 3 images, CLS + 2 registers + 4 x 4 patches)"
     # The converted model has the same features, and its folder is enough for a pipeline.
     model = hf_regvit.convert(name)
-    np.testing.assert_allclose(hf_regvit.embed(model, images), features, atol=1e-5)
+    np.testing.assert_allclose(hf_regvit.embed(model, IMAGES), features, atol=1e-5)
     model.save_pretrained(tmp_path)
-    found = pipeline("image-feature-extraction", model=str(tmp_path))(images[0])
+    found = pipeline("image-feature-extraction", model=str(tmp_path))(IMAGES[0])
     np.testing.assert_allclose(np.array(found)[0, 0], features[0], atol=1e-4)
 
 

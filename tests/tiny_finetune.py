@@ -1,13 +1,13 @@
 """A fine-tuning run that takes a tenth of a second: coloured squares, a model of two blocks, and the whole job."""
 
 import colorsys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import torch
 from PIL import Image
 
 import builders
-from hf_regvit import RegViTModel
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.source import ImageSource
 from hf_regvit.finetuning.arguments import FinetuningArguments
@@ -25,32 +25,33 @@ def picture(index, label):
     return Image.fromarray((color + rng.normal(0, 25, (20, 20, 3))).clip(0, 255).astype(np.uint8))
 
 
+@dataclass
 class Pictures:
-    """Reads picture i; those in `broken` cannot be used."""
+    """Reads picture i; those in `broken` cannot be used, and `before` is called with the index of each."""
 
-    def __init__(self, labels, start=0, broken=()):
-        self.labels, self.start, self.broken = labels, start, set(broken)
+    labels: list[int]
+    start: int = 0
+    broken: Sequence[int] = ()
+    before: Callable[[int], None] | None = None
 
     def __call__(self, index):
+        if self.before:
+            self.before(index)
         if index in self.broken:
             raise BadImageError(f"picture/{self.start + index}", "made to fail", "corrupt")
         return picture(self.start + index, self.labels[index])
 
 
-def source(count, *, start=0, names=NAMES, broken=(), labels=None):
+def source(count, *, start=0, names=NAMES, broken=(), labels=None, before=None):
     labels = [(start + i) % len(names) for i in range(count)] if labels is None else labels
     ids = [f"picture/{start + i}" for i in range(count)]
-    return ImageSource("pictures", ids, Pictures(labels, start, broken), labels=labels, label_names=tuple(names))
-
-
-def tiny_config(**overrides):
-    fields = {"hidden_size": 16, "image_size": SIDE, "num_register_tokens": 2, "layerscale_value": 1.0}
-    return builders.tiny_config(**fields | overrides)
+    pictures = Pictures(labels, start, broken, before)
+    return ImageSource("pictures", ids, pictures, labels=labels, label_names=tuple(names))
 
 
 def backbone(seed=0, **overrides):
-    torch.manual_seed(seed)
-    return RegViTModel(tiny_config(**overrides)).eval()
+    fields = {"hidden_size": 16, "image_size": SIDE, "num_register_tokens": 2, "layerscale_value": 1.0}
+    return builders.tiny_model(seed=seed, **fields | overrides)
 
 
 def arguments(folder, **overrides):

@@ -4,6 +4,7 @@ import atexit
 import gc
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import Dataset
 
 import builders
@@ -51,9 +52,9 @@ def tiny_batch(*, seed=0, batch=3, num_local=LOCAL, masked=True):
 class Crops(Dataset):
     """Random crops that depend on (epoch, index) only, as those of the real data set do."""
 
-    def __init__(self, size=10, global_size=GRID * PATCH):
-        self.size = size
-        self.global_size = global_size
+    def __init__(self, size=10, global_size=GRID * PATCH, local_size=8, before=None):
+        self.size, self.global_size, self.local_size = size, global_size, local_size
+        self.before = before  # called with the key of every image before it is made
         self.seen = []
 
     def __len__(self):
@@ -62,10 +63,12 @@ class Crops(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         self.seen.append(key)
+        if self.before:
+            self.before(key)
         generator = torch.Generator().manual_seed(1000 * epoch + index)
         return {
             "global_crops": torch.randn(2, 3, self.global_size, self.global_size, generator=generator),
-            "local_crops": torch.randn(LOCAL, 3, 8, 8, generator=generator),
+            "local_crops": torch.randn(LOCAL, 3, self.local_size, self.local_size, generator=generator),
             "sample_id": index,
             "epoch": epoch,
         }
@@ -123,6 +126,13 @@ def same_state(first, second):
     """Whether two state dicts are equal bit for bit."""
     assert first.keys() == second.keys()
     return [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def checkpoint_state(checkpoint):
+    """All tensors of a checkpoint: student, teacher, heads, centers, and the moments of the optimizer."""
+    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
+    return load_file(checkpoint / "model.safetensors") | flat
 
 
 class MasksOfTheImage:

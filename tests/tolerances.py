@@ -71,10 +71,6 @@ def _test_frames(frame: FrameType | None) -> list[FrameType]:
     return [f for f in frames if f.f_code.co_filename != str(TESTS / "conftest.py")]
 
 
-def _has_reason(path: str, line: int) -> bool:
-    return any(REASON in linecache.getline(path, number) for number in (line, line - 1))
-
-
 class ToleranceRecorder:
     """Wraps the functions that compare with a tolerance, and reports at the end of the session."""
 
@@ -108,7 +104,8 @@ class ToleranceRecorder:
 
     def record(self, share: float, places: list[tuple[str, int]]) -> None:
         """Keep a share under the outermost of its places unless one of them has a reason."""
-        if not any(_has_reason(*place) for place in places):
+        lines = (linecache.getline(path, number) for path, line in places for number in (line, line - 1))
+        if not any(REASON in line for line in lines):
             path, line = places[-1]
             key = f"{Path(path).relative_to(TESTS.parent)}:{line}"
             closeness = 1 / share if share > 1 else share

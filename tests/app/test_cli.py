@@ -11,13 +11,15 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
-from transformers import ViTConfig, ViTModel
+from transformers import ViTModel
 
 import hf_regvit_cli
+from builders import tiny_source
 from hf_regvit import RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import ConvertArguments
@@ -27,13 +29,6 @@ from hf_regvit.pretraining.arguments import PretrainingArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-
-
-@pytest.fixture
-def vit_folder(tmp_path):
-    torch.manual_seed(0)
-    ViTModel(ViTConfig(**SMALL)).save_pretrained(tmp_path / "vit")
-    return tmp_path / "vit"
 
 
 def test_usage_and_unknown_command(capsys) -> None:
@@ -160,13 +155,6 @@ def test_options_of_another_transformers_are_those_that_are_installed(monkeypatc
     assert "optim: adamw_torch" in capsys.readouterr().out
 
 
-def raising(monkeypatch, error: BaseException, command: str = "doctor") -> None:
-    def run(arguments):
-        raise error
-
-    monkeypatch.setitem(cli.RUNS, command, run)
-
-
 @pytest.mark.parametrize(
     ("error", "text"),
     [
@@ -181,7 +169,7 @@ def raising(monkeypatch, error: BaseException, command: str = "doctor") -> None:
     ],
 )  # fmt: skip
 def test_an_error_has_a_text_and_names_options(error, text, monkeypatch, capsys) -> None:
-    raising(monkeypatch, error)
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=error))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == text
 
@@ -189,13 +177,13 @@ def test_an_error_has_a_text_and_names_options(error, text, monkeypatch, capsys)
 def test_notes_of_an_error_are_printed(monkeypatch, capsys) -> None:
     error = RuntimeError("out of memory")
     error.add_note("Try a smaller batch: output_dir is kept.")
-    raising(monkeypatch, error)
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=error))
     assert cli.main(["doctor"]) == 1
     assert capsys.readouterr().err == "error: out of memory\nTry a smaller batch: --output_dir is kept.\n"
 
 
 def test_ctrl_c_is_one_line_and_130(monkeypatch, capsys) -> None:
-    raising(monkeypatch, KeyboardInterrupt())
+    monkeypatch.setitem(cli.RUNS, "doctor", Mock(side_effect=KeyboardInterrupt()))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
@@ -285,7 +273,9 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(values, offline, monkeypat
     assert ("127.0.0.1 does not answer" in caplog.text) == offline
 
 
-def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys) -> None:
+def test_convert_writes_a_checkpoint_with_processor(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     out = tmp_path / "out"
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(out), "--json"]
     assert cli.main(args) == 1
@@ -308,7 +298,9 @@ def test_convert_writes_a_checkpoint_with_processor(vit_folder, tmp_path, capsys
         )
 
 
-def test_convert_does_not_overwrite(vit_folder, tmp_path, capsys) -> None:
+def test_convert_does_not_overwrite(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     assert cli.main(args) == 0
@@ -340,7 +332,9 @@ def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_converts_nothing(vit_folder, tmp_path, capsys) -> None:
+def test_dry_run_converts_nothing(tmp_path, capsys) -> None:
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     out = tmp_path / "out"
     assert cli.main(["convert", "--model", str(vit_folder), "--output_dir", str(out), "--dry_run"]) == 0
     assert not out.exists()
@@ -459,23 +453,22 @@ def test_where_nothing_can_be_written_is_told_before_the_work(command, tmp_path,
     args += COMMANDS_THAT_WRITE[command]
     assert cli.main([*args, "--output_dir", str(tmp_path / "file" / "out")]) == 1
     assert f"'{tmp_path}/file' is a file, so '{tmp_path}/file/out' cannot be created" in capsys.readouterr().err
-    monkeypatch.setattr("os.access", lambda place, mode: False)  # root can write anywhere
+    monkeypatch.setattr(os, "access", lambda place, mode: False)  # root can write anywhere
     assert cli.main([*args, "--output_dir", str(tmp_path / "out")]) == 1
     assert f"'{tmp_path}' is not writable" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(vit_folder, tmp_path, capsys, monkeypatch):
+def test_a_conversion_that_is_stopped_while_it_writes_leaves_no_checkpoint(tmp_path, capsys, monkeypatch):
     """Once, config.json was left without a processor: it loaded with wrong statistics and blocked the next try."""
+    vit_folder = tmp_path / "vit"
+    tiny_source("ViTModel", **SMALL).save_pretrained(vit_folder)
     from transformers import BaseImageProcessor
-
-    def stopped(self, folder):
-        raise KeyboardInterrupt
 
     default_image_processor(32).save_pretrained(vit_folder)
     args = ["convert", "--model", str(vit_folder), "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patched:
-        patched.setattr(BaseImageProcessor, "save_pretrained", stopped)
+        patched.setattr(BaseImageProcessor, "save_pretrained", Mock(side_effect=KeyboardInterrupt))
         assert cli.main(args) == 130
     assert "interrupted" in capsys.readouterr().err
     assert list((tmp_path / "out").iterdir()) == []

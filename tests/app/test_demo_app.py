@@ -8,6 +8,7 @@ import socket
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import yaml
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import noise, tiny_model, with_outliers
 from hf_regvit.app import cli
 from hf_regvit.app.demo import build_app, launch_options, write_features, write_figures
 from hf_regvit.app.demo_page import MapRequest, read_views, results_page
@@ -24,87 +25,71 @@ from hf_regvit.evaluation.extraction import TokenFeatures
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
 
-SIZES = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4}
+SIZES = {
+    "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 32, "patch_size": 4,
+    "num_register_tokens": 2,
+}  # fmt: skip
+SIZE = (60, 40)  # of the images
 SPACE = Path(__file__).resolve().parents[2] / "examples" / "space"
 
 
-def noise(width=60, height=40, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (height // 4, width // 4, 3), generator=generator, dtype=torch.uint8)
-    return Image.fromarray(pixels.numpy()).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def regvit(registers=2, **changes):
-    torch.manual_seed(1)
-    return RegViTModel(RegViTConfig(**SIZES | changes, num_register_tokens=registers)).eval()
-
-
-def with_artifacts():
-    """Return a model with planted outliers: after the last block, one patch in 64 is multiplied by 100."""
-    model = regvit(registers=0)
-
-    def blow_up(module, args, output):
-        tokens = output[0] if isinstance(output, tuple) else output
-        tokens = tokens.clone()
-        tokens[:, 1 + 9] *= 100
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-    model.layers[-1].register_forward_hook(blow_up)
-    return model
+def reader(**changes):
+    return TokenReader(tiny_model(**SIZES | changes), default_image_processor(32))
 
 
 @pytest.fixture(scope="module")
 def explorer():
-    processor = default_image_processor(32)
-    models = {"plain": with_artifacts(), "registers": regvit()}
-    reference = [noise(seed=seed) for seed in range(20)]
-    return Explorer({name: TokenReader(model, processor) for name, model in models.items()}, reference=reference)
+    models = {
+        "plain": with_outliers(tiny_model(**SIZES | {"num_register_tokens": 0}), block=3, cells=(9,), factor=100),
+        "registers": tiny_model(**SIZES),
+    }
+    reference = [noise(seed, SIZE) for seed in range(20)]
+    models = {name: TokenReader(model, default_image_processor(32)) for name, model in models.items()}
+    return Explorer(models, reference=reference)
 
 
-@pytest.fixture(scope="module")
-def image():
-    return InputImage.of(noise(seed=99), "noise")
+IMAGE = InputImage.of(noise(99, SIZE), "noise")
 
 
 # --- Reading ---
 
 
-def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer, image):
+def test_a_model_runs_once_for_all_blocks_heads_and_clicks(explorer):
     before = explorer.num_passes
     for layer in (1, 2, 3, -1):
         for place in ((0.1, 0.1), (0.9, 0.5)):
             for head in (0, 1, 2):
                 request = MapRequest(("registers",), side=32, layer=layer if layer > 0 else 3, head=head, place=place)
-                results_page(read_views(explorer, image, request), request)
+                results_page(read_views(explorer, IMAGE, request), request)
     assert explorer.num_passes == before + 1
-    explorer.view(image, "registers", side=48)
+    explorer.view(IMAGE, "registers", side=48)
     assert explorer.num_passes == before + 2
 
 
 def test_the_same_name_with_other_pixels_is_another_image(explorer):
-    one, other = InputImage.of(noise(seed=5), "x"), InputImage.of(noise(seed=6), "x")
+    one, other = InputImage.of(noise(5, SIZE), "x"), InputImage.of(noise(6, SIZE), "x")
     assert one.key != other.key
-    assert one.key == InputImage.of(noise(seed=5), "y").key
+    assert one.key == InputImage.of(noise(5, SIZE), "y").key
     first, second = (explorer.view(each, "registers", side=32).tokens for each in (one, other))
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize("query", ["cls", ("register", 1), ("patch", 2, 3)])
 @pytest.mark.parametrize("head", [None, 1])
-def test_attention_is_the_one_of_the_figures(explorer, image, query, head):
-    view = explorer.view(image, "registers", side=32, layer=2)
+def test_attention_is_the_one_of_the_figures(explorer, query, head):
+    view = explorer.view(IMAGE, "registers", side=32, layer=2)
     reader = explorer.readers["registers"]
     whole = reader.transform_for(image_size=32, keep_aspect=True)
     reader = TokenReader(reader.model, whole)
-    expected = torch.from_numpy(reader.attention_maps(image.image, query=query, layer=2)[0])
+    expected = torch.from_numpy(reader.attention_maps(IMAGE.image, query=query, layer=2)[0])
     expected = expected.mean(0) if head is None else expected[head]
     torch.testing.assert_close(view.attention_from(query, head=head), expected, atol=1e-3, rtol=1e-3)  # float16 kept
 
 
-def test_similarity_norms_and_place_against_loops(explorer, image):
-    view = explorer.view(image, "registers", side=32)
+def test_similarity_norms_and_place_against_loops(explorer):
+    view = explorer.view(IMAGE, "registers", side=32)
     reader = explorer.readers["registers"]
-    pixels = reader.transform_for(image_size=32, keep_aspect=True)(image.image)[None]
+    pixels = reader.transform_for(image_size=32, keep_aspect=True)(IMAGE.image)[None]
     raw = reader.read(pixels).patches()[0]
     rows, columns = view.grid
     assert (rows, columns) == (8, 12)
@@ -121,12 +106,12 @@ def test_similarity_norms_and_place_against_loops(explorer, image):
             assert view.norms[row, column].item() == pytest.approx(raw[row * columns + column].norm().item(), rel=1e-5)
 
 
-def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, image):
-    view = explorer.view(image, "plain", side=32)
+def test_outliers_are_found_by_what_is_usual_in_the_model(explorer):
+    view = explorer.view(IMAGE, "plain", side=32)
     assert view.outliers.sum() == 1
     assert view.outliers.flatten()[9]
-    assert explorer.view(image, "plain", side=32, layer=2).cutoff is None
-    assert not explorer.view(image, "registers", side=32).outliers.any()
+    assert explorer.view(IMAGE, "plain", side=32, layer=2).cutoff is None
+    assert not explorer.view(IMAGE, "registers", side=32).outliers.any()
     request = MapRequest(("plain",), side=32, layer=3)
     page = results_page({"plain": view}, request)
     assert "1 of 96 patches is an artifact" in page
@@ -134,10 +119,8 @@ def test_outliers_are_found_by_what_is_usual_in_the_model(explorer, image):
 
 
 def test_memory_is_bounded_and_the_oldest_goes_first():
-    explorer = Explorer(
-        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=200_000
-    )
-    images = [InputImage.of(noise(seed=seed), str(seed)) for seed in range(6)]
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], cache_bytes=200_000)
+    images = [InputImage.of(noise(seed, SIZE), str(seed)) for seed in range(6)]
     for each in images:
         explorer.view(each, "m", side=32)
     held = sum(view.num_bytes for view in explorer._kept.values())
@@ -150,19 +133,15 @@ def test_memory_is_bounded_and_the_oldest_goes_first():
 
 
 def test_where_not_all_blocks_fit_only_the_one_asked_for_is_read():
-    explorer = Explorer(
-        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], cache_bytes=50_000
-    )
-    explorer.view(InputImage.of(noise(), "x"), "m", side=32, layer=2)
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], cache_bytes=50_000)
+    explorer.view(InputImage.of(noise(0, SIZE), "x"), "m", side=32, layer=2)
     assert [key[-1] for key in explorer._kept] == [2]
 
 
 def test_a_strip_is_read_at_fewer_patches():
-    explorer = Explorer(
-        {"m": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()], max_patches=100
-    )
+    explorer = Explorer({"m": reader()}, reference=[noise(0, SIZE)], max_patches=100)
     for size in ((60, 40), (400, 24), (24, 400)):
-        view = explorer.view(InputImage.of(noise(*size), "x"), "m", side=128)
+        view = explorer.view(InputImage.of(noise(0, size), "x"), "m", side=128)
         assert view.norms.numel() <= 110, size
 
 
@@ -172,7 +151,7 @@ def test_a_model_without_cls_and_registers():
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8, intermediate_size=32
     )
     models = {"siglip": TokenReader(SiglipVisionModel(config).eval(), default_image_processor(32))}
-    explorer, image = Explorer(models, reference=[noise()]), InputImage.of(noise(), "x")
+    explorer, image = Explorer(models, reference=[noise(0, SIZE)]), InputImage.of(noise(0, SIZE), "x")
     request = MapRequest(("siglip",), side=32, layer=2)
     views = read_views(explorer, image, request)
     page = results_page(views, request)
@@ -180,7 +159,7 @@ def test_a_model_without_cls_and_registers():
     assert "Register 1" not in page
 
 
-def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(image, tmp_path):
+def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(tmp_path):
     pytest.importorskip("timm")
     from timm.layers import DiffAttention
     from timm.models.vision_transformer import VisionTransformer
@@ -189,30 +168,29 @@ def test_a_model_whose_attention_has_an_unknown_formula_shows_everything_else(im
     model = VisionTransformer(
         img_size=32, patch_size=4, embed_dim=24, depth=2, num_heads=2, reg_tokens=2, attn_layer=DiffAttention
     )
-    models = {"differential": TokenReader(model.eval(), default_image_processor(32)), "registers": regvit()}
-    models["registers"] = TokenReader(models["registers"], default_image_processor(32))
-    explorer = Explorer(models, reference=[noise()])
+    models = {"differential": TokenReader(model.eval(), default_image_processor(32)), "registers": reader()}
+    explorer = Explorer(models, reference=[noise(0, SIZE)])
     request = MapRequest(("differential", "registers"), side=32, layer=2)
-    views = read_views(explorer, image, request)
+    views = read_views(explorer, IMAGE, request)
     page = results_page(views, request)
     assert page.count("The attention of this model has a formula that is not known.") == 4  # patch, CLS, 2 registers
     assert torch.equal(views["differential"].patches, views["differential"].features("x").patches[0])
     with pytest.raises(ValueError, match="its formula is not known"):
         views["differential"].attention_from("cls")
-    with zipfile.ZipFile(write_figures(views, image, request, tmp_path)) as archive:
+    with zipfile.ZipFile(write_figures(views, IMAGE, request, tmp_path)) as archive:
         assert len(archive.namelist()) == 2 + 3  # no attention of the patch in the first model
 
 
 def test_nan_is_named():
-    model = regvit()
+    model = tiny_model(**SIZES)
     model.layers[1].mlp.fc1.weight.data[:] = float("nan")
     with pytest.raises(ValueError, match="'broken' produces NaN"):
-        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise()])
+        Explorer({"broken": TokenReader(model, default_image_processor(32))}, reference=[noise(0, SIZE)])
 
 
-def test_layer_and_empty_models_are_refused(explorer, image):
+def test_layer_and_empty_models_are_refused(explorer):
     with pytest.raises(ValueError, match="blocks 1 to 3"):
-        explorer.view(image, "plain", side=32, layer=4)
+        explorer.view(IMAGE, "plain", side=32, layer=4)
     with pytest.raises(ValueError, match="at least one model"):
         Explorer({})
 
@@ -220,9 +198,9 @@ def test_layer_and_empty_models_are_refused(explorer, image):
 # --- The page and the files ---
 
 
-def test_two_models_side_by_side(explorer, image):
+def test_two_models_side_by_side(explorer):
     request = MapRequest(("plain", "registers"), side=32, layer=2, head=2)
-    page = results_page(read_views(explorer, image, request), request)
+    page = results_page(read_views(explorer, IMAGE, request), request)
     assert "models-2" in page
     assert page.count("<article>") == 7 + 2
     assert page.count("<figure>") == 2 * 7 + 2  # registers: only the model that has them
@@ -230,43 +208,42 @@ def test_two_models_side_by_side(explorer, image):
     assert "block 2 of 3" in page
 
 
-def test_names_of_models_are_text_not_markup(image):
-    explorer = Explorer({"<script>": TokenReader(regvit(), default_image_processor(32))}, reference=[noise()])
+def test_names_of_models_are_text_not_markup():
+    explorer = Explorer({"<script>": reader()}, reference=[noise(0, SIZE)])
     request = MapRequest(("<script>",), side=32, layer=3)
-    page = results_page(read_views(explorer, image, request), request)
+    page = results_page(read_views(explorer, IMAGE, request), request)
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
 
 
-def test_a_deeper_model_is_read_as_far_from_the_end(image):
-    processor = default_image_processor(32)
-    models = {"three": TokenReader(regvit(), processor), "five": TokenReader(regvit(num_hidden_layers=5), processor)}
-    explorer = Explorer(models, reference=[noise()])
-    views = read_views(explorer, image, MapRequest(("three", "five"), side=32, layer=2))
+def test_a_deeper_model_is_read_as_far_from_the_end():
+    models = {"three": reader(), "five": reader(num_hidden_layers=5)}
+    explorer = Explorer(models, reference=[noise(0, SIZE)])
+    views = read_views(explorer, IMAGE, MapRequest(("three", "five"), side=32, layer=2))
     assert [view.layer for view in views.values()] == [2, 4]
-    views = read_views(explorer, image, MapRequest(("five", "three"), side=32, layer=1))
+    views = read_views(explorer, IMAGE, MapRequest(("five", "three"), side=32, layer=1))
     assert [view.layer for view in views.values()] == [1, 1]
 
 
-def test_features_are_those_of_extraction(explorer, image, tmp_path):
-    views = read_views(explorer, image, MapRequest(("registers",), side=32, layer=3))
-    path = write_features(views, image, tmp_path)
+def test_features_are_those_of_extraction(explorer, tmp_path):
+    views = read_views(explorer, IMAGE, MapRequest(("registers",), side=32, layer=3))
+    path = write_features(views, IMAGE, tmp_path)
     assert path.suffix == ".safetensors"
     stored = TokenFeatures.load(path)
     assert stored.grid == (8, 12)
     assert stored.registers.shape == (1, 2, 24)
     assert torch.equal(stored.patches[0], views["registers"].patches)
-    both = read_views(explorer, image, MapRequest(("plain", "registers"), side=32, layer=3))
-    with zipfile.ZipFile(write_features(both, image, tmp_path)) as archive:
+    both = read_views(explorer, IMAGE, MapRequest(("plain", "registers"), side=32, layer=3))
+    with zipfile.ZipFile(write_features(both, IMAGE, tmp_path)) as archive:
         assert len(archive.namelist()) == 2
 
 
 @pytest.mark.parametrize("names", [("owner/vit", "owner_vit"), (f"{'long/' * 20}a", f"{'long/' * 20}b")])
 def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
     """Two folders that differ only at the end of a long path: the download used to hold the second one twice."""
-    processor = default_image_processor(32)
-    explorer = Explorer({name: TokenReader(regvit(i), processor) for i, name in enumerate(names)}, reference=[noise()])
-    image = InputImage.of(noise(), "写真" * 100)  # 600 bytes; file systems take 255
+    models = {name: reader(num_register_tokens=i) for i, name in enumerate(names)}
+    explorer = Explorer(models, reference=[noise(0, SIZE)])
+    image = InputImage.of(noise(0, SIZE), "写真" * 100)  # 600 bytes; file systems take 255
     path = write_features(read_views(explorer, image, MapRequest(names, side=32, layer=3)), image, tmp_path)
     with zipfile.ZipFile(path) as archive:
         archive.extractall(tmp_path / "out")
@@ -275,9 +252,9 @@ def test_files_of_two_models_with_names_that_fall_together(names, tmp_path):
 
 
 @pytest.mark.slow
-def test_figures_are_images(explorer, image, tmp_path):
+def test_figures_are_images(explorer, tmp_path):
     request = MapRequest(("plain",), side=32, layer=3)
-    path = write_figures(read_views(explorer, image, request), image, request, tmp_path)
+    path = write_figures(read_views(explorer, IMAGE, request), IMAGE, request, tmp_path)
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         assert len(names) == 3
@@ -292,12 +269,8 @@ def test_figures_are_images(explorer, image, tmp_path):
 
 @pytest.fixture(scope="module")
 def app():
-    processor = default_image_processor(32)
-    return build_app(
-        {"a": TokenReader(regvit(), processor), "b": TokenReader(regvit(0), processor)},
-        compare="b",
-        reference=[noise()],
-    )
+    models = {"a": reader(), "b": reader(num_register_tokens=0)}
+    return build_app(models, compare="b", reference=[noise(0, SIZE)])
 
 
 def test_the_server_is_for_this_machine_and_serves_no_files(app):
@@ -359,12 +332,9 @@ def test_failures_of_the_machine_do_not_reach_the_visitor(app, monkeypatch, capl
 
     from hf_regvit.app import demo
 
-    def fail(*args):
-        raise RuntimeError("out of memory at /secret/place")
-
-    monkeypatch.setattr(demo, "read_views", fail)
+    monkeypatch.setattr(demo, "read_views", Mock(side_effect=RuntimeError("out of memory at /secret/place")))
     with pytest.raises(Error) as caught:
-        handler(app, "_show")(InputImage.of(noise(), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
+        handler(app, "_show")(InputImage.of(noise(0, SIZE), "x"), (0.5, 0.5), "a", "none", 32, 3, 0)
     assert "secret" not in caught.value.message
     assert "secret" in caplog.text
 
@@ -389,7 +359,7 @@ def test_sliders_follow_the_model(app):
 )
 def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
     """The server refuses values outside of the slider, so the page would show nothing at all."""
-    app = build_app({"a": TokenReader(regvit(**changes), default_image_processor(32))}, reference=[noise()])
+    app = build_app({"a": reader(**changes)}, reference=[noise(0, SIZE)])
     side = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "side")
     assert (side.minimum, side.maximum) == sides
     assert side.minimum <= side.value <= side.maximum
@@ -400,10 +370,10 @@ def test_the_resolution_a_model_was_made_for_is_on_the_slider(changes, sides):
 
 def test_a_model_of_one_block_has_a_page():
     models = {
-        "one": TokenReader(regvit(num_hidden_layers=1), default_image_processor(32)),
-        "three": TokenReader(regvit(), default_image_processor(32)),
+        "one": reader(num_hidden_layers=1),
+        "three": reader(),
     }
-    app = build_app(models, reference=[noise()])
+    app = build_app(models, reference=[noise(0, SIZE)])
     layer = next(block for block in app.blocks.values() if getattr(block, "elem_id", None) == "layer")
     assert (layer.value, layer.interactive) == (1, False)
     _, layer, _ = handler(app, "_adapt")("three", 32)
@@ -422,7 +392,7 @@ def test_a_forgotten_image_is_said_to_be(app):
 
 @pytest.mark.slow
 def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
-    regvit().save_pretrained(tmp_path)
+    tiny_model(**SIZES).save_pretrained(tmp_path)
     default_image_processor(32).save_pretrained(tmp_path)
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
@@ -435,7 +405,7 @@ def test_a_port_that_is_taken_is_told_with_what_to_do(tmp_path, capsys):
 
 def test_compare_must_be_one_of_the_models():
     with pytest.raises(ValueError, match=r"compare='c' is not one of the models\. Choose from a"):
-        build_app({"a": TokenReader(regvit(), default_image_processor(32))}, compare="c")
+        build_app({"a": reader()}, compare="c")
 
 
 def test_dry_run_of_the_command(capsys):

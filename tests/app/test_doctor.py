@@ -3,8 +3,10 @@
 import json
 import re
 from importlib.metadata import PackageNotFoundError
+from unittest.mock import Mock
 
 import pytest
+from huggingface_hub import constants
 
 from hf_regvit.app import cli, doctor
 
@@ -164,7 +166,7 @@ def test_shared_memory(monkeypatch, tmp_path, free, state):
 
 
 def test_a_cache_that_cannot_be_written_to_is_bad(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     assert doctor._cache().state == "ok"
     real = doctor.os.access
     monkeypatch.setattr(doctor.os, "access", lambda path, mode: path != tmp_path and real(path, mode))
@@ -207,7 +209,7 @@ def test_disk(monkeypatch, tmp_path, free, state):
 
 
 def test_offline_is_noted(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     finding = doctor._hub()
     assert (finding.state, "HF_HUB_OFFLINE" in finding.text) == ("note", True)
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
@@ -229,10 +231,8 @@ def test_the_token_does_not_show(monkeypatch):
 
 
 def test_a_look_that_fails_is_a_finding(monkeypatch):
-    def broken():
-        raise RuntimeError("driver too old")
 
-    monkeypatch.setattr(doctor, "_devices", broken)
+    monkeypatch.setattr(doctor, "_devices", Mock(side_effect=RuntimeError("driver too old")))
     diagnosis = doctor.examine(self_test=False)
     assert not diagnosis.healthy
     assert "BAD   devices        RuntimeError: driver too old" in diagnosis.lines()

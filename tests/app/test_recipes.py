@@ -1,22 +1,16 @@
 """Tests of the recipes in `examples/`: complete headers, valid options, and the values to which they resolve."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 import yaml
 
+from helpers import load_script
+
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = sorted((ROOT / "examples").glob("*.yaml"))
 GOLDEN = ROOT / "tests" / "golden_recipes"
-
-
-def resolve():
-    spec = importlib.util.spec_from_file_location("resolve_recipes", ROOT / "scripts" / "dev" / "resolve_recipes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.resolved
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -31,7 +25,8 @@ def test_header_says_what_a_reader_needs(recipe):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated")
 def test_recipe_resolves_to_the_reviewed_values(recipe):
     """After a deliberate change, run `python scripts/dev/resolve_recipes.py` and review the difference."""
-    assert resolve()(recipe) == (GOLDEN / f"{recipe.stem}.txt").read_text()
+    resolved = load_script("scripts/dev/resolve_recipes.py").resolved(recipe)
+    assert resolved == (GOLDEN / f"{recipe.stem}.txt").read_text()
 
 
 def test_no_golden_recipe_is_left_over():

@@ -21,6 +21,8 @@ from hf_regvit.training.checkpoints import list_checkpoints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from dataclasses import dataclass
+
 import builders
 import tiny_finetune
 import tiny_run
@@ -29,33 +31,34 @@ import tiny_run
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree", "os.link", "os.chmod", "open")
 
 
+@dataclass
 class Killer:
     """Audit hook that counts the changes below a folder, and kills the process before one of them."""
 
-    def __init__(self, folder: Path, at: int | None = None) -> None:
-        self.folder, self.at, self.count = os.fsencode(folder), at, 0
+    folder: Path
+    at: int | None = None
+    count: int = 0
 
     def __call__(self, event: str, args: tuple) -> None:
         if event not in CHANGES or not args or not isinstance(args[0], str | bytes | os.PathLike):
             return
         if event == "open" and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        if os.fsencode(args[0]).startswith(self.folder):
+        if os.fsencode(args[0]).startswith(os.fsencode(self.folder)):
             self.count += 1
             if self.count == self.at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def forked(work: Callable[[], object], folder: Path, at: int | None = None) -> tuple[int, int]:
-    """Run `work` in a fork; return its exit status, negative for a signal, and the number of changes."""
+def forked(work: Callable[[], int | None], folder: Path, at: int | None = None) -> tuple[int, int]:
+    """Run `work` in a fork; return its status, negative for a signal, and the number of changes below `folder`."""
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         killer = Killer(folder, at)
         sys.addaudithook(killer)
         status = 1
         try:
-            work()
-            status = 0
+            status = int(work() or 0)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}\n".encode())
         finally:
@@ -118,10 +121,6 @@ def replacing(folder: Path) -> None:
 WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, publishing, replacing)}
 
 
-def model_folder(writer: str, folder: Path) -> Path:
-    return folder / {"pretraining": "backbone", "publishing": "bundle"}.get(writer, "")
-
-
 def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:
     """Return what is wrong right after a kill: a broken checkpoint, or a model that is neither absent nor whole."""
     found = []
@@ -130,7 +129,8 @@ def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:
             verify_checkpoint(checkpoint)
         except ValueError as error:
             found.append(str(error))
-    model, expected = model_folder(writer, folder), model_folder(writer, unbroken)
+    inside = {"pretraining": "backbone", "publishing": "bundle"}.get(writer, "")
+    model, expected = folder / inside, unbroken / inside
     if not (model / "config.json").exists():
         return found
     numbers = {}

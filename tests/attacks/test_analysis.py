@@ -1,14 +1,13 @@
 """Full disks and kills under `extract`, `evaluate`, `diagnose` and `retrofit`: one sentence, no half file."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import sys
 
 import pytest
 from full_disks import error_line, files_up_to
+from kill_points import forked
 from PIL import Image
 from safetensors import safe_open
 
@@ -97,35 +96,7 @@ def test_scores_survive_a_cache_that_cannot_be_written(inputs, tmp_path, caplog)
 
 # --- Kills
 
-CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
 KILLS = {"extract": 15, "evaluate": 15, "diagnose": 15, "retrofit": 15}
-
-
-def in_a_fork(arguments, folder, kill_at=None):
-    """Run a command in a fork that is killed before its n-th change below `folder`; return status and changes."""
-    reading, writing = os.pipe()
-    if (child := os.fork()) == 0:
-        count = 0
-
-        def look(event, args):
-            nonlocal count
-            written = event != "open" or (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
-            if event in CHANGES and written and str(args[0]).startswith(str(folder)):
-                count += 1
-                if count == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        sys.addaudithook(look)
-        status = 1
-        try:
-            status = cli.main(arguments)
-        finally:
-            os.write(writing, str(count).encode())
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading) as pipe:
-        count = int(pipe.read() or 0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), count
 
 
 def contents(folder):
@@ -142,12 +113,12 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_a_killed_command_leaves_whole_files_and_the_next_one_finishes_its_work(name, inputs, tmp_path):
-    status, changes = in_a_fork(command(name, inputs, tmp_path / "whole"), tmp_path)
+    status, changes = forked(lambda: cli.main(command(name, inputs, tmp_path / "whole")), tmp_path)
     assert (status, changes >= 5) == (0, True)
     for number in range(KILLS[name]):
         output = tmp_path / f"{number}"
         kill_at = 1 + number * (changes - 1) // max(KILLS[name] - 1, 1)
-        status, _ = in_a_fork(command(name, inputs, output), tmp_path, kill_at)
+        status, _ = forked(lambda output=output: cli.main(command(name, inputs, output)), tmp_path, kill_at)
         assert status == -signal.SIGKILL, (kill_at, changes)
         for path in output.rglob(".*"):  # invisible until the next run
             assert re.search(r"^\.(unfinished-|.*\.partial$)", path.name)

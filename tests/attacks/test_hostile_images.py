@@ -10,7 +10,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 
-from builders import encoded, noise, write
+from builders import encoded, noise, png_chunk, write
 from hf_regvit import check_data, load_images
 from hf_regvit.data.decoding import BadImageError, ImageLimits, image_facts, open_image
 
@@ -63,11 +63,6 @@ def test_thirty_mutations_of_each_format(name):
         assert time.perf_counter() - started < 10
 
 
-def chunk(kind: bytes, content: bytes = b"") -> bytes:
-    """Chunk of a PNG with its length and checksum."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def many_scans() -> bytes:
     """Progressive JPEG whose last scan is repeated 1,200 times."""
     content = encoded(noise(0, (256, 256)), "JPEG", progressive=True)
@@ -87,23 +82,24 @@ SLOW = {
     "a GIF with a long comment": (lambda: long_comment(first=True), "comment of more than"),
     "a GIF with a long comment behind": (lambda: long_comment(first=False), "comment of more than"),
     "a PNG of 500,000 private chunks": (
-        lambda: encoded(noise(), "PNG")[:33] + chunk(b"teSt") * 500_000 + encoded(noise(), "PNG")[33:],
+        lambda: encoded(noise(), "PNG")[:33] + png_chunk(b"teSt", b"") * 500_000 + encoded(noise(), "PNG")[33:],
         "too many small chunks",
     ),
     "a PNG of 500,000 empty parts": (
-        lambda: encoded(noise(), "PNG")[:-12] + chunk(b"IDAT") * 500_000 + chunk(b"IEND"), "too many small chunks"
+        lambda: encoded(noise(), "PNG")[:-12] + png_chunk(b"IDAT", b"") * 500_000 + png_chunk(b"IEND", b""),
+        "too many small chunks"
     ),
     "a PNG of 500,000 texts": (
-        lambda: encoded(noise(), "PNG")[:33] + chunk(b"tEXt", b"a\0b") * 500_000 + encoded(noise(), "PNG")[33:],
+        lambda: encoded(noise(), "PNG")[:33] + png_chunk(b"tEXt", b"a\0b") * 500_000 + encoded(noise(), "PNG")[33:],
         "too many small chunks",
     ),
     "a PNG whose text is a bomb": (
         lambda: encoded(noise(), "PNG")[:33]
-        + chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 9)) + encoded(noise(), "PNG")[33:],
+        + png_chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(200_000_000), 9)) + encoded(noise(), "PNG")[33:],
         "Decompressed data too large",
     ),
     "a PNG of 2^31 pixels": (
-        lambda: encoded(noise(), "PNG")[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 2**16, 2**15, 8, 2, 0, 0, 0))
+        lambda: encoded(noise(), "PNG")[:8] + png_chunk(b"IHDR", struct.pack(">IIBBBBB", 2**16, 2**15, 8, 2, 0, 0, 0))
         + encoded(noise(), "PNG")[33:],
         "pixels",
     ),

@@ -1,11 +1,9 @@
 """Hostile files in a checkpoint that a run resumes from; its manifest is correct, as an attacker would write it."""
 
 import json
-import os
 import pickle
 import shutil
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,22 +11,13 @@ from safetensors.torch import load_file, save_file
 
 import tiny_finetune
 import tiny_run
+from builders import MakesFolder
 from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.manifest import write_manifest
 from hf_regvit.pretraining.run import pretrain
 
 pytestmark = pytest.mark.attacks
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
-
-
-class RunsCode:
-    """Object whose pickle would create a folder when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
 
 
 def pretraining(folder, **options):
@@ -62,7 +51,7 @@ def resumed(request, tmp_path_factory):
 
 
 def pickled(how, name, checkpoint):
-    value, file = {"a": RunsCode(checkpoint.parent / "ran")}, checkpoint / name
+    value, file = {"a": MakesFolder(checkpoint.parent / "ran")}, checkpoint / name
     if how == "pickle":
         file.write_bytes(pickle.dumps(value))
     else:

@@ -3,7 +3,6 @@
 import base64
 import json
 import string
-import struct
 import zlib
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 from PIL import Image, PngImagePlugin
 from safetensors.torch import save_file
 
-from builders import encoded, image, save_model, tiny_model, write
+from builders import encoded, image, png_chunk, save_model, tiny_model, write
 from hf_regvit import CheckpointError
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.scan import PrivateContentError, doubtful_content, scan
@@ -42,11 +41,6 @@ def drawn(kind: int) -> str:
     return kinds[kind % 15]()
 
 
-def chunk(kind: bytes, content: bytes) -> bytes:
-    """Chunk of a PNG with its length and checksum."""
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
 def png_with(secret: str, carrier: str) -> bytes:
     """Return a PNG that holds a text in one of eight places."""
     plain, text = encoded(image()), secret.encode()
@@ -63,10 +57,10 @@ def png_with(secret: str, carrier: str) -> bytes:
     if carrier == "after the end":
         return plain + text
     content = {
-        "tEXt after the pixels": chunk(b"tEXt", b"Comment\0" + text),
-        "zTXt": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text)),
-        "private chunk": chunk(b"prVt", text),
-        "ICC name": chunk(b"iCCP", text[:79] + b"\0\0" + zlib.compress(b"profile")),
+        "tEXt after the pixels": png_chunk(b"tEXt", b"Comment\0" + text),
+        "zTXt": png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(text)),
+        "private chunk": png_chunk(b"prVt", text),
+        "ICC name": png_chunk(b"iCCP", text[:79] + b"\0\0" + zlib.compress(b"profile")),
     }[carrier]
     return plain[:33] + content + plain[33:] if carrier == "ICC name" else plain[:-12] + content + plain[-12:]
 

@@ -31,10 +31,6 @@ bf16: false
 """
 
 
-def parse(path) -> None:
-    RecipeParser(arguments_class("pretrain")).parse(["--config", str(path)])
-
-
 def test_a_hundred_changed_recipes(tmp_path):
     """A recipe is read with its new value, or refused with a sentence that names the file or the option."""
     rng, whole = np.random.default_rng(7), RECIPE.replace("OUTPUT", str(tmp_path / "run"))
@@ -51,7 +47,7 @@ def test_a_hundred_changed_recipes(tmp_path):
             text = text[:place] + signs[int(rng.integers(len(signs)))] + text[place + cut :]
         path, started = write(tmp_path / f"{number}.yaml", text.encode("utf-8", "replace")), time.perf_counter()
         try:
-            parse(path)
+            RecipeParser(arguments_class("pretrain")).parse(["--config", str(path)])
         except (RecipeError, ValueError, SystemExit):
             refused += 1
         else:
@@ -62,17 +58,15 @@ def test_a_hundred_changed_recipes(tmp_path):
     assert read > 5
 
 
-def aliases() -> str:
-    """Nine levels of nine references each: 9^9 values."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
-    return "\n".join([*lines, "data: *a8"])
+# Nine levels of nine references each: 9^9 values.
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+ALIASES += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)) + "data: *a8"
 
 
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (aliases(), "too many aliases"),
+        (ALIASES, "too many aliases"),
         ("[" * 100_000, "levels"),
         ("{a: " * 20_000, "levels"),
         ("- " * 100_000, "levels"),
@@ -85,13 +79,13 @@ def aliases() -> str:
 def test_recipes_that_cost_minutes_are_refused_at_once(tmp_path, text, words):
     started = time.perf_counter()
     with pytest.raises(RecipeError, match=words):
-        parse(write(tmp_path / "recipe.yaml", text))
+        RecipeParser(arguments_class("pretrain")).parse(["--config", str(write(tmp_path / "recipe.yaml", text))])
     assert time.perf_counter() - started < 5
 
 
 def test_a_few_aliases_are_fine(tmp_path):
     lines = ["local_crop_scale: &s [0.1, 0.2]", "global_crop_scale: *s", f"output_dir: {tmp_path}/run", "data: x"]
-    parse(write(tmp_path / "a.yaml", "\n".join(lines)))
+    RecipeParser(arguments_class("pretrain")).parse(["--config", str(write(tmp_path / "a.yaml", "\n".join(lines)))])
 
 
 def test_metrics_of_any_size_take_little_memory(tmp_path):

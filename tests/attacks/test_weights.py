@@ -1,7 +1,6 @@
 """Damaged and hostile weights: refused, or loaded with the numbers of the intact file, or explained."""
 
 import json
-import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -9,14 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 
-from builders import save_model, tiny_model, tiny_source
+from builders import MakesFolder, save_model, tiny_model, tiny_source
 from hf_regvit import CheckpointError, ConversionError, RegViTModel, convert, open_model
 from hf_regvit.evaluation.extraction import TokenFeatures, iterate_shards
 from hf_regvit.models.loading import open_regvit
 from hf_regvit.models.manifest import check_weights, verify_checkpoint, whole_checkpoint
 from hf_regvit.models.modeling_regvit import RegViTPreTrainedModel
+from tiny_run import same_state
 
 pytestmark = pytest.mark.attacks
 
@@ -53,40 +53,24 @@ def changed_weights(content: bytes, rng: np.random.Generator) -> bytes:
     elif way == 4:
         data += rng.bytes(int(rng.integers(1, 100)))
     elif way == 5:  # two tensors of one shape change places
-        tensors = load_file_of(content)
+        tensors = load(content)
         one, other = rng.choice(
             [name for name in sorted(tensors) if name.startswith("layers.") and name.endswith("norm1.bias")], 2, False
         )
         tensors[one], tensors[other] = tensors[other] + 1, tensors[one] + 1
-        return saved(tensors)
+        return save(tensors, {"format": "pt"})
     else:  # NaN or infinity
-        tensors = load_file_of(content)
+        tensors = load(content)
         name = sorted(tensors)[int(rng.integers(len(tensors)))]
         tensors[name].view(-1)[0] = float("nan") if rng.random() < 0.5 else float("inf")
-        return saved(tensors)
+        return save(tensors, {"format": "pt"})
     return bytes(data)
-
-
-def load_file_of(content: bytes) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load
-
-    return load(content)
-
-
-def saved(tensors: dict[str, torch.Tensor]) -> bytes:
-    from safetensors.torch import save
-
-    return save(tensors, {"format": "pt"})
-
-
-def same_numbers(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_a_hundred_changed_files_of_weights(folder, tmp_path):
     """Without a manifest, changed numbers of a valid file load, as they would after training. With one, none do."""
     whole = (folder / "model.safetensors").read_bytes()
-    intact, rng = load_file_of(whole), np.random.default_rng(16)
+    intact, rng = load(whole), np.random.default_rng(16)
     kept = with_manifest(folder, tmp_path / "kept")
     refused = equal = silent = 0
     for _ in range(100):
@@ -97,13 +81,13 @@ def test_a_hundred_changed_files_of_weights(folder, tmp_path):
         except CheckpointError:
             refused += 1
         else:
-            equal += same_numbers(model, intact)
-            if not same_numbers(model, intact):
+            equal += same_state(model.state_dict(), intact)
+            if not same_state(model.state_dict(), intact):
                 silent += 1
                 # Only this explains it: another valid file of the same names, types and shapes, with finite numbers.
                 stored = load_file(folder / "model.safetensors")
                 assert {name: (t.dtype, t.shape) for name, t in stored.items()} == {
-                    name: (t.dtype, t.shape) for name, t in load_file_of(whole).items()
+                    name: (t.dtype, t.shape) for name, t in load(whole).items()
                 }
                 assert all(tensor.isfinite().all() for tensor in stored.values())
         (kept / "model.safetensors").write_bytes(content)
@@ -181,7 +165,7 @@ def test_a_snapshot_in_the_cache_of_the_hub_may_hold_links(folder, tmp_path):
         (snapshot / name).symlink_to(blobs / name)
     index = {"metadata": {}, "weight_map": dict.fromkeys(state, "part.safetensors")}
     (snapshot / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert same_numbers(open_model(snapshot).model, state)
+    assert same_state(open_model(snapshot).model.state_dict(), state)
 
 
 def test_an_index_of_features_names_only_files_beside_it(tmp_path):
@@ -218,25 +202,15 @@ def test_a_manifest_names_only_files_inside(folder, tmp_path, name):
         verify_checkpoint(kept, required=())
 
 
-class RunsCode:
-    """Object whose pickle would create a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 @pytest.mark.parametrize("how", ["pickle", "torch", "zip", "deflated"])
 def test_pickles_run_no_code_and_give_no_advice(tmp_path, how):
     folder = save_model(tiny_source("Dinov2Model"), tmp_path / "model")
     state, file = load_file(folder / "model.safetensors"), folder / "pytorch_model.bin"
     (folder / "model.safetensors").unlink()
     if how == "pickle":
-        file.write_bytes(pickle.dumps({"a": RunsCode(tmp_path / "ran")}))
+        file.write_bytes(pickle.dumps({"a": MakesFolder(tmp_path / "ran")}))
     elif how in ("torch", "zip"):
-        torch.save({"a": RunsCode(tmp_path / "ran")}, file, _use_new_zipfile_serialization=how == "zip")
+        torch.save({"a": MakesFolder(tmp_path / "ran")}, file, _use_new_zipfile_serialization=how == "zip")
     else:
         torch.save(state, tmp_path / "plain")
         with zipfile.ZipFile(tmp_path / "plain") as plain, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as packed:

@@ -6,11 +6,10 @@ import zipfile
 from io import BytesIO
 
 import pytest
-import torch
 from PIL import Image
 from playwright.sync_api import expect
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import tiny_model, with_outliers
 from hf_regvit.app import demo_page as demo
 from hf_regvit.app.demo import build_app, launch_options
 from hf_regvit.evaluation.extraction import TokenFeatures
@@ -22,28 +21,12 @@ pytestmark = pytest.mark.browser
 PATIENCE = 30_000  # ms; the machine may be busy
 
 
-def model(registers, *, artifact=None):
-    """Return a tiny random model; `artifact` is the index of a token to multiply by 100."""
-    torch.manual_seed(registers)
-    config = RegViTConfig(
-        image_size=64, patch_size=8, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
-        num_register_tokens=registers,
-    )  # fmt: skip
-    made = RegViTModel(config).eval()
-
-    def blow_up(module, args, output):
-        tokens = (output[0] if isinstance(output, tuple) else output).clone()
-        tokens[:, artifact] *= 100
-        return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
-
-    if artifact is not None:
-        made.layers[-1].register_forward_hook(blow_up)
-    return TokenReader(made, default_image_processor(64))
-
-
 @pytest.fixture(scope="module")
 def address():
-    models = {"without registers": model(0, artifact=1 + 11), "with registers": model(3)}
+    sizes = {"image_size": 64, "hidden_size": 24, "num_hidden_layers": 3}
+    plain = with_outliers(tiny_model(num_register_tokens=0, **sizes), block=3, cells=(11,), factor=100)
+    models = {"without registers": plain, "with registers": tiny_model(seed=3, num_register_tokens=3, **sizes)}
+    models = {name: TokenReader(model, default_image_processor(64)) for name, model in models.items()}
     app = build_app(models, reference=[Image.effect_noise((64, 64), 60 + i).convert("RGB") for i in range(20)])
     _, url, _ = app.launch(**launch_options(), prevent_thread_lock=True)
     yield url

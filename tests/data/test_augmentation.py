@@ -16,6 +16,7 @@ from hf_regvit.data.augmentation import MultiCrop, ViewParameters
 from hf_regvit.models import processing
 from hf_regvit.pretraining.crops import MultiCropDataset
 from hf_regvit.training.samplers import EpochSampler
+from oracles import torchvision_view
 
 NAMES = ("brightness", "contrast", "saturation", "hue")
 
@@ -156,22 +157,6 @@ def test_colour_operations_leave_their_input_alone(photo):
         changed = A.distort(pixels, ViewParameters(box=(0, 0, 120, 80), **parameters))
         assert (changed != pixels).any()
         assert (pixels == np.asarray(photo)).all()
-
-
-def torchvision_view(image: Image.Image, parameters: ViewParameters, size: int, kernel_size: int = 9) -> Image.Image:
-    """One view in the order of the specification, composed from torchvision's functions on Pillow images."""
-    left, top, right, bottom = parameters.box
-    mode = TF.InterpolationMode.BICUBIC
-    view = TF.resized_crop(image, top, left, bottom - top, right - left, [size, size], mode)
-    if parameters.flip:
-        view = TF.hflip(view)
-    for name, amount in parameters.jitter:
-        view = getattr(TF, f"adjust_{name}")(view, amount)
-    if parameters.grayscale:
-        view = TF.rgb_to_grayscale(view, 3)
-    if parameters.sigma is not None:
-        view = TF.gaussian_blur(view, [kernel_size, kernel_size], [parameters.sigma, parameters.sigma])
-    return TF.solarize(view, 128) if parameters.solarize else view
 
 
 def rendered(multi_crop: MultiCrop, image: Image.Image, parameters: ViewParameters) -> np.ndarray:

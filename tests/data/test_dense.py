@@ -11,6 +11,7 @@ from PIL import Image
 
 from builders import encoded, image_table, mask_folder, noise
 from helpers import requires_shared, shared_dir
+from hf_regvit.data import joint_transform
 from hf_regvit.data.augmentation import adjust_hue, adjust_saturation
 from hf_regvit.data.decoding import BadImageError
 from hf_regvit.data.joint_transform import JointTransform, resize_map
@@ -448,7 +449,7 @@ def test_colours_change_the_image_and_never_the_map():
 def test_the_hue_turns_as_far_as_published(monkeypatch):
     # mmsegmentation adds -18 to 17 to OpenCV hues of 0 to 179: a tenth of the circle in both directions.
     turns = []
-    monkeypatch.setattr("hf_regvit.data.joint_transform.adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
+    monkeypatch.setattr(joint_transform, "adjust_hue", lambda pixels, turn: turns.append(turn) or pixels)
     transform, pixels = JointTransform((4, 4)), np.full((4, 4, 3), 90, dtype=np.uint8)
     for seed in range(400):
         transform._colored(pixels, np.random.default_rng(seed))
@@ -460,16 +461,15 @@ def test_the_hue_turns_as_far_as_published(monkeypatch):
 def test_colours_equal_their_loop(seed):
     pixels = np.random.default_rng(100 + seed).integers(0, 256, (3, 4, 3)).astype(np.uint8)
 
-    def clipped(value):
-        return min(max(round(value), 0), 255)
-
     rng = np.random.default_rng(seed)
     expected = pixels.copy()
     if rng.random() >= 0.5:
         gamma, brightness = rng.uniform(0.9, 1.1), rng.uniform(0.75, 1.25)
         balance = rng.uniform(0.9, 1.1, size=3)
         for place in np.ndindex(pixels.shape):
-            expected[place] = clipped(255 * (pixels[place] / 255) ** gamma * brightness * balance[place[-1]])
+            expected[place] = min(
+                max(round(255 * (pixels[place] / 255) ** gamma * brightness * balance[place[-1]]), 0), 255
+            )
     depth = JointTransform.for_depth((3, 4))
     np.testing.assert_array_equal(depth._colored(pixels, np.random.default_rng(seed)), expected)
 
@@ -480,14 +480,16 @@ def test_colours_equal_their_loop(seed):
     expected = pixels.copy()
     for place in np.ndindex(pixels.shape):
         value = np.float32(pixels[place]) + (np.float32(shift) if chosen[0] else 0)
-        expected[place] = clipped(value * np.float32(contrast) if chosen[1] and contrast_first else value)
+        expected[place] = min(
+            max(round(value * np.float32(contrast) if chosen[1] and contrast_first else value), 0), 255
+        )
     if chosen[2]:
         expected = adjust_saturation(expected, saturation)
     if chosen[3]:
         expected = adjust_hue(expected, turn)
     if chosen[1] and not contrast_first:
         for place in np.ndindex(pixels.shape):
-            expected[place] = clipped(np.float32(expected[place]) * np.float32(contrast))
+            expected[place] = min(max(round(np.float32(expected[place]) * np.float32(contrast)), 0), 255)
     coloured = JointTransform((3, 4))._colored(pixels, np.random.default_rng(seed))
     np.testing.assert_allclose(
         coloured.astype(int), expected.astype(int), atol=1

@@ -5,7 +5,6 @@ Rows about a running training use `MultiCropDataset` and `BadImages` directly; t
 """
 
 import ast
-import errno
 import io
 import json
 import logging
@@ -15,6 +14,7 @@ import struct
 import tarfile
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -242,26 +242,25 @@ def test_F07_twelve_bits_in_sixteen_are_told_once(white, told, caplog):
     assert sum("no value above 4095" in message for message in caplog.messages) == told
 
 
-@pytest.fixture
-def values():
-    return np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
+VALUES = np.linspace(0, 1, 20 * 30, dtype=np.float32).reshape(20, 30)
 
 
-def test_float_images_F08_float_has_no_defined_range(values):
+def test_float_images_F08_float_has_no_defined_range():
     with pytest.raises(BadImageError, match=r"its mode F.*set value_range") as caught:
-        open_image(encode(Image.fromarray(values), "TIFF"))
+        open_image(encode(Image.fromarray(VALUES), "TIFF"))
     assert caught.value.kind == "value range"
 
 
-def test_float_images_F08_with_a_range_it_is_scaled(values):
-    image = open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
-    assert (np.asarray(image)[:, :, 1] == np.rint(255 * values.astype(np.float64))).all()
+def test_float_images_F08_with_a_range_it_is_scaled():
+    image = open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
+    assert (np.asarray(image)[:, :, 1] == np.rint(255 * VALUES.astype(np.float64))).all()
     with pytest.raises(BadImageError, match=r"0 to 1 exceed value_range=\(0, 0.5\)"):
-        open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
+        open_image(encode(Image.fromarray(VALUES), "TIFF"), limits=ImageLimits(value_range=(0, 0.5)))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_float_images_F21_nan_or_infinite_pixels_are_rejected(values, value):
+def test_float_images_F21_nan_or_infinite_pixels_are_rejected(value):
+    values = VALUES.copy()
     values[3, 4] = value
     with pytest.raises(BadImageError, match="1 of 600 values are NaN or infinite"):
         open_image(encode(Image.fromarray(values), "TIFF"), limits=ImageLimits(value_range=(0, 1)))
@@ -307,25 +306,22 @@ def test_F11_grey_with_alpha(photo):
     assert (np.asarray(open_image(encode(gray, "PNG"))) == np.asarray(photo.convert("L").convert("RGB"))).all()
 
 
-def stored_for(upright: np.ndarray, orientation: int) -> np.ndarray:
-    """Image as a camera stores it: rotated by the inverse of the rotation in the tag."""
-    return {
-        1: upright,
-        2: upright[:, ::-1],
-        3: upright[::-1, ::-1],
-        4: upright[::-1],
-        5: upright.transpose(1, 0, 2),
-        6: upright.transpose(1, 0, 2)[::-1],
-        7: upright.transpose(1, 0, 2)[::-1, ::-1],
-        8: upright.transpose(1, 0, 2)[:, ::-1],
-    }[orientation]
-
-
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP", "JPEG"])
 def test_F12_exif_orientation(photo, orientation, format):
     upright = np.asarray(photo, dtype=int)
-    stored = np.ascontiguousarray(stored_for(upright, orientation)).astype(np.uint8)
+    stored = np.ascontiguousarray(
+        {
+            1: upright,
+            2: upright[:, ::-1],
+            3: upright[::-1, ::-1],
+            4: upright[::-1],
+            5: upright.transpose(1, 0, 2),
+            6: upright.transpose(1, 0, 2)[::-1],
+            7: upright.transpose(1, 0, 2)[::-1, ::-1],
+            8: upright.transpose(1, 0, 2)[:, ::-1],
+        }[orientation]
+    ).astype(np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
@@ -553,9 +549,7 @@ def test_F33_names_and_link_loops(tmp_path):
         source[1]
 
 
-@pytest.fixture
-def folder(tmp_path):
-    return make_folder(tmp_path / "set", [f"{i:03d}.png" for i in range(40)])
+FORTY = [f"{i:03d}.png" for i in range(40)]
 
 
 def while_training_run(tmp_path, source, **options):
@@ -564,7 +558,8 @@ def while_training_run(tmp_path, source, **options):
     return [dataset[key] for key in samplers.EpochSampler(len(source), seed=0)]
 
 
-def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
+def test_while_training_F34_file_deleted_during_training(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     source = load_images(folder)
     (folder / "007.png").unlink()
     items = while_training_run(tmp_path, source)
@@ -582,14 +577,16 @@ def test_while_training_F34_file_deleted_during_training(folder, tmp_path):
             assert torch.equal(item["global_crops"], others[item["sample_id"]])
 
 
-def test_while_training_F34_file_changed_during_training(folder, tmp_path):
+def test_while_training_F34_file_changed_during_training(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     source = load_images(folder)
     (folder / "007.png").write_bytes((folder / "007.png").read_bytes()[:60])
     while_training_run(tmp_path, source)
     assert [record["kind"] for record in json_lines(tmp_path / "bad_images.jsonl")] == ["truncated"]
 
 
-def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
+def test_while_training_F35_permission_denied(tmp_path, monkeypatch):
+    folder = make_folder(tmp_path / "set", FORTY)
     # The tests may run as root, whom permissions do not stop, so the error is simulated.
     reading = Path.read_bytes
 
@@ -604,7 +601,8 @@ def test_while_training_F35_permission_denied(folder, tmp_path, monkeypatch):
     assert (record["kind"], record["reason"]) == ("permission", "Permission denied")
 
 
-def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monkeypatch, caplog):
+def test_while_training_F35_folder_that_cannot_be_listed(tmp_path, monkeypatch, caplog):
+    folder = make_folder(tmp_path / "set", FORTY)
     make_folder(folder, ["secret/x.png"])
     listing = os.scandir
 
@@ -622,7 +620,8 @@ def test_while_training_F35_folder_that_cannot_be_listed(folder, tmp_path, monke
     assert record["path"].endswith("secret")
 
 
-def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_path):
+def test_while_training_F36_too_many_bad_images_stop_with_a_summary(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png", "003.png"):
         (folder / name).write_bytes(b"")
     (folder / "004.png").write_bytes(b"<html>")
@@ -640,7 +639,8 @@ def test_while_training_F36_too_many_bad_images_stop_with_a_summary(folder, tmp_
     assert len(json_lines(tmp_path / "bad_images.jsonl")) == 4  # earlier ones are recorded once
 
 
-def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp_path):
+def test_while_training_F36_share_zero_is_strict_and_one_never_stops(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     (folder / "001.png").write_bytes(b"")
     with pytest.raises(bad_images_module.TooManyBadImagesError, match="1 of the"):
         while_training_run(tmp_path, load_images(folder), max_bad_share=0.0)
@@ -652,7 +652,8 @@ def test_while_training_F36_share_zero_is_strict_and_one_never_stops(folder, tmp
 
 
 @pytest.mark.slow  # torch waits five seconds for each worker of an abandoned loader
-def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
+def test_while_training_F36_worker_processes_report_too(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png"):
         (folder / name).write_bytes(b"")
     source = load_images(folder)
@@ -672,7 +673,8 @@ def test_while_training_F36_worker_processes_report_too(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_while_training_F36_replacements_do_not_depend_on_workers_or_position(folder, tmp_path):
+def test_while_training_F36_replacements_do_not_depend_on_workers_or_position(tmp_path):
+    folder = make_folder(tmp_path / "set", FORTY)
     for name in ("001.png", "002.png"):
         (folder / name).write_bytes(b"")
     source = load_images(folder)
@@ -843,19 +845,15 @@ def test_F39_data_set_smaller_than_one_global_batch():
 def test_F41_remote_code_is_never_requested(tmp_path, monkeypatch):
     import datasets
 
-    asked = []
-
-    def load_dataset(*args, **options):
-        asked.append(options)
-        raise RuntimeError("Dataset scripts are no longer supported, but found pets.py")
-
+    error = RuntimeError("Dataset scripts are no longer supported, but found pets.py")
+    load_dataset = Mock(side_effect=error)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"'some-one/pets' cannot be used: Dataset scripts are no longer"):
         load_images("some-one/pets")
     with pytest.raises(ValueError, match="cannot be used: Dataset scripts"):
         loading_module.stream_images("some-one/pets")
-    assert len(asked) == 2
-    assert not any("trust_remote_code" in options for options in asked)
+    assert load_dataset.call_count == 2
+    assert not any("trust_remote_code" in call.kwargs for call in load_dataset.call_args_list)
     calls = [
         keyword.arg
         for path in SOURCE_CODE.rglob("*.py")
@@ -885,10 +883,8 @@ def test_a_record_of_bad_images_that_was_cut_off_does_not_end_the_next_run(tmp_p
 
 
 def test_a_full_disk_costs_the_record_not_the_run(tmp_path, monkeypatch, caplog):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     bad = bad_images_module.BadImages(tmp_path / "bad_images.jsonl", num_images=1000)
-    monkeypatch.setattr("hf_regvit.data.bad_images.os.write", full)
+    error = OSError(28, "No space left on device")
+    monkeypatch.setattr(os, "write", Mock(side_effect=error))
     bad.bad(BadImageError("c.jpg", "truncated", "truncated"), epoch=0, index=3)
     assert "No space left on device" in caplog.text

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from transformers import ResNetConfig, ResNetModel, SiglipVisionConfig, SiglipVisionModel, ViTConfig, ViTModel
 
+from builders import noise, save_images, with_outliers
 from builders import pixels as random_pixels
-from builders import with_outliers
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.diagnosis.comparison import compare_checkpoints
@@ -88,8 +88,8 @@ def test_mixture_equals_its_slow_twin(share, ratio):
 def test_fits_come_in_the_order_of_their_likelihood():
     values = np.log(planted(share=0.02, ratio=8))
 
-    def log_likelihood(fit):
-        return np.log(
+    scores = [
+        np.log(
             sum(
                 w / s * np.exp(-(((values - m) / s) ** 2) / 2)
                 for w, m, s in (
@@ -98,8 +98,8 @@ def test_fits_come_in_the_order_of_their_likelihood():
                 )
             )
         ).mean()
-
-    scores = [log_likelihood(fit) for fit in fit_two_modes(values)]
+        for fit in fit_two_modes(values)
+    ]
     assert len(scores) == 5
     assert all(a >= b - 1e-3 for a, b in itertools.pairwise(scores))  # on bins and on values they differ a little
 
@@ -527,14 +527,7 @@ def tiny_model(registers=2, **changes):
     return model
 
 
-@pytest.fixture(scope="module")
-def photos():
-    generator = np.random.default_rng(0)
-    images = []
-    for _ in range(16):
-        small = generator.integers(0, 255, (8, 8, 3), dtype=np.uint8)
-        images.append(Image.fromarray(small).resize((64, 64), Image.Resampling.BICUBIC))
-    return images
+PHOTOS = [noise(seed, (8, 8)).resize((64, 64), Image.Resampling.BICUBIC) for seed in range(16)]
 
 
 PROCESSOR = default_image_processor(64)
@@ -542,8 +535,8 @@ QUIET = {"processor": PROCESSOR, "progress": False}
 
 
 @pytest.fixture(scope="module")
-def planted_report(photos):
-    return diagnose(with_outliers(tiny_model()), photos, batch_size=7, **QUIET)
+def planted_report():
+    return diagnose(with_outliers(tiny_model()), PHOTOS, batch_size=7, **QUIET)
 
 
 def test_a_planted_population_is_described(planted_report):
@@ -588,8 +581,8 @@ def test_top_level_of_the_report_and_its_ten_lines(planted_report, tmp_path):
 
 
 @pytest.mark.parametrize("registers", [0, 2])
-def test_a_fresh_model_has_no_distinct_outliers(photos, registers):
-    report = diagnose(tiny_model(registers), photos, **QUIET)
+def test_a_fresh_model_has_no_distinct_outliers(registers):
+    report = diagnose(tiny_model(registers), PHOTOS, **QUIET)
     assert not report.bimodal
     assert report.emergence_layer is None
     assert report.layer == 4
@@ -601,15 +594,15 @@ def test_a_fresh_model_has_no_distinct_outliers(photos, registers):
     assert report.summary()
 
 
-def test_the_numbers_are_those_of_the_raw_stream(photos):
+def test_the_numbers_are_those_of_the_raw_stream():
     """Recompute norms, attention and neighbor similarity from the outputs of the model."""
     model = tiny_model()
-    report = diagnose(model, photos, **QUIET)
+    report = diagnose(model, PHOTOS, **QUIET)
     model.set_attn_implementation("eager")
     transform = EvaluationTransform.for_model(model, PROCESSOR)
     with torch.no_grad():
         output = model(
-            torch.stack([transform(photo) for photo in photos]), output_hidden_states=True, output_attentions=True
+            torch.stack([transform(photo) for photo in PHOTOS]), output_hidden_states=True, output_attentions=True
         )
     for record, hidden in zip(report.layers, output.hidden_states, strict=True):
         norms = hidden.norm(dim=-1)
@@ -636,9 +629,9 @@ def test_the_numbers_are_those_of_the_raw_stream(photos):
     assert report.registers["cosine_across_images"] == pytest.approx(np.mean(across), abs=1e-4)
 
 
-def test_details_are_those_of_the_images_they_name(photos):
+def test_details_are_those_of_the_images_they_name():
     """Rectangular images, with an outlier at a different place in each, and details of every fourth image."""
-    model, wide = tiny_model(), [photo.resize((96, 64)) for photo in photos]
+    model, wide = tiny_model(), [photo.resize((96, 64)) for photo in PHOTOS]
 
     def hook(module, args, output):
         tokens = output[0].clone()
@@ -698,9 +691,9 @@ def test_details_are_those_of_the_images_they_name(photos):
             assert np.array(example[name]) == pytest.approx(expected.numpy(), rel=1e-3), name
 
 
-def test_batches_and_repetition_do_not_change_the_report(photos, planted_report):
+def test_batches_and_repetition_do_not_change_the_report(planted_report):
     model = with_outliers(tiny_model())
-    first, (again, other) = planted_report, (diagnose(model, photos, batch_size=size, **QUIET) for size in (7, 5))
+    first, (again, other) = planted_report, (diagnose(model, PHOTOS, batch_size=size, **QUIET) for size in (7, 5))
 
     apart = {"seconds": None, "settings": None}
     assert first.to_dict() | apart == again.to_dict() | apart
@@ -710,34 +703,34 @@ def test_batches_and_repetition_do_not_change_the_report(photos, planted_report)
     assert other.patches["effective_rank"]["mean"] == pytest.approx(first.patches["effective_rank"]["mean"], rel=1e-4)
 
 
-def test_the_model_is_left_as_it_was(photos):
+def test_the_model_is_left_as_it_was():
     model = tiny_model().train()
     before = copy.deepcopy(model.state_dict())
-    diagnose(model, photos, **QUIET)
+    diagnose(model, PHOTOS, **QUIET)
     artifact_snapshot(model, torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_max_images_draws_with_the_seed(photos):
+def test_max_images_draws_with_the_seed():
     model = tiny_model(0)
     ids = [
-        [example["id"] for example in diagnose(model, photos, max_images=9, seed=seed, layers=(2,), **QUIET).examples]
+        [example["id"] for example in diagnose(model, PHOTOS, max_images=9, seed=seed, layers=(2,), **QUIET).examples]
         for seed in (0, 0, 1)
     ]
     assert ids[0] == ids[1] != ids[2]
     assert len(ids[0]) == 6
 
 
-def test_layers_and_cutoff_can_be_given(photos):
-    report = diagnose(with_outliers(tiny_model()), photos, layers=(1, -1), cutoff=0.5, **QUIET)
+def test_layers_and_cutoff_can_be_given():
+    report = diagnose(with_outliers(tiny_model()), PHOTOS, layers=(1, -1), cutoff=0.5, **QUIET)
     assert [record["layer"] for record in report.layers] == [1, 4]
     assert (report.layer, report.cutoff, report.method, report.bimodal) == (4, 0.5, "fixed", True)
 
 
-def test_probe_tables_come_with_the_report(photos):
-    report = diagnose(with_outliers(tiny_model()), photos, probes=True, **QUIET)
+def test_probe_tables_come_with_the_report():
+    report = diagnose(with_outliers(tiny_model()), PHOTOS, probes=True, **QUIET)
     assert set(report.probes["position"]) == {"normal", "outlier"}
     assert report.probes["settings"]["cutoff_layer"] == report.layer
     assert "no labels" in report.probes["notes"][0]
@@ -746,11 +739,11 @@ def test_probe_tables_come_with_the_report(photos):
 # --- Invalid input ---
 
 
-def test_too_few_images(photos):
+def test_too_few_images():
     with pytest.raises(ValueError, match=r"7 images can be used \(0 were skipped\).*at least 8"):
-        diagnose(tiny_model(), photos[:7], **QUIET)
+        diagnose(tiny_model(), PHOTOS[:7], **QUIET)
     with pytest.raises(ValueError, match="max_images=3 at least 8"):
-        diagnose(tiny_model(), photos, max_images=3, **QUIET)
+        diagnose(tiny_model(), PHOTOS, max_images=3, **QUIET)
 
 
 def test_a_folder_of_broken_images(tmp_path):
@@ -760,8 +753,8 @@ def test_a_folder_of_broken_images(tmp_path):
         diagnose(tiny_model(), tmp_path, **QUIET)
 
 
-def test_single_colour_images_are_left_out_and_named(photos, tmp_path):
-    for i, photo in enumerate(photos[:10]):
+def test_single_colour_images_are_left_out_and_named(tmp_path):
+    for i, photo in enumerate(PHOTOS[:10]):
         photo.save(tmp_path / f"photo{i}.png")
     Image.new("RGB", (64, 64), (200, 30, 30)).save(tmp_path / "red.png")
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
@@ -772,9 +765,9 @@ def test_single_colour_images_are_left_out_and_named(photos, tmp_path):
     assert "2 images were skipped" in report.warnings[1]
 
 
-def test_an_image_that_varies_in_one_channel_only_is_used(photos):
+def test_an_image_that_varies_in_one_channel_only_is_used():
     black = Image.new("L", (64, 64))
-    reds = [Image.merge("RGB", (photo.getchannel("R"), black, black)) for photo in photos[:8]]
+    reds = [Image.merge("RGB", (photo.getchannel("R"), black, black)) for photo in PHOTOS[:8]]
     report = diagnose(tiny_model(), reds, **QUIET)
     assert (report.num_images, report.skipped) == (8, [])
 
@@ -785,8 +778,8 @@ def test_nothing_but_single_colours():
         diagnose(tiny_model(), flat, **QUIET)
 
 
-def test_sizes_are_brought_to_one_or_refused(photos):
-    mixed = [photo.resize((64 + 16 * (i % 3), 64)) for i, photo in enumerate(photos)]
+def test_sizes_are_brought_to_one_or_refused():
+    mixed = [photo.resize((64 + 16 * (i % 3), 64)) for i, photo in enumerate(PHOTOS)]
     assert diagnose(tiny_model(), mixed, **QUIET).num_images == 16
     whole = EvaluationTransform.for_model(tiny_model(), PROCESSOR, keep_aspect=True)
     with pytest.raises(
@@ -795,25 +788,25 @@ def test_sizes_are_brought_to_one_or_refused(photos):
         diagnose(tiny_model(), mixed, processor=whole, progress=False)
 
 
-def test_rectangles_of_one_size_keep_their_grid(photos):
-    wide = [photo.resize((96, 64)) for photo in photos]
+def test_rectangles_of_one_size_keep_their_grid():
+    wide = [photo.resize((96, 64)) for photo in PHOTOS]
     whole = EvaluationTransform.for_model(tiny_model(), PROCESSOR, keep_aspect=True)
     report = diagnose(with_outliers(tiny_model(), cells=(12,)), wide, processor=whole, progress=False)
     assert report.outliers["grid"] == [8, 12]
     assert np.array(report.outliers["position_map"])[1, 0] == 1
 
 
-def test_a_family_without_global_patches_is_refused(photos):
+def test_a_family_without_global_patches_is_refused():
     model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic"))
     with pytest.raises(ValueError, match=r"(?s)resnet.*plain vision transformer"):
-        diagnose(model, photos, **QUIET)
+        diagnose(model, PHOTOS, **QUIET)
 
 
-def test_a_model_without_cls_is_diagnosed_without_attention(photos):
+def test_a_model_without_cls_is_diagnosed_without_attention():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
     model = SiglipVisionModel(SiglipVisionConfig(image_size=64, patch_size=8, **sizes)).eval()
-    report = diagnose(model, photos, **QUIET)
+    report = diagnose(model, PHOTOS, **QUIET)
     assert report.attention is None
     assert "cls_norm" not in report.layers[0]
     assert report.examples[0]["attention_cls"] is None
@@ -821,18 +814,18 @@ def test_a_model_without_cls_is_diagnosed_without_attention(photos):
     assert artifact_snapshot(model, torch.randn(2, 3, 64, 64))["effective_rank"] > 1
 
 
-def test_weights_that_are_not_finite_name_image_and_layer(photos):
+def test_weights_that_are_not_finite_name_image_and_layer():
     model = tiny_model()
     with torch.no_grad():
         next(parameter for name, parameter in model.layers[2].named_parameters() if "mlp" in name).fill_(math.nan)
     with pytest.raises(ValueError, match="Image 'image/0' has NaN or infinite tokens at block 3"):
-        diagnose(model, photos, **QUIET)
+        diagnose(model, PHOTOS, **QUIET)
 
 
-def test_a_vit_of_transformers_is_read_the_same_way(photos):
+def test_a_vit_of_transformers_is_read_the_same_way():
     torch.manual_seed(0)
     model = ViTModel(ViTConfig(intermediate_size=64, **TINY), add_pooling_layer=False).eval()
-    report = diagnose(model, photos, **QUIET)
+    report = diagnose(model, PHOTOS, **QUIET)
     assert report.model["family"] == "vit"
     assert not report.bimodal
 
@@ -947,10 +940,10 @@ def test_hooks_are_gone_after_an_error(monkeypatch):
 # --- During training, and several checkpoints ---
 
 
-def test_snapshot_agrees_with_the_diagnosis(photos, planted_report):
+def test_snapshot_agrees_with_the_diagnosis(planted_report):
     model, report = with_outliers(tiny_model()), planted_report
     transform = EvaluationTransform.for_model(model, PROCESSOR)
-    values = artifact_snapshot(model, torch.stack([transform(photo) for photo in photos]))
+    values = artifact_snapshot(model, torch.stack([transform(photo) for photo in PHOTOS]))
     assert all(isinstance(value, float) and math.isfinite(value) for value in values.values())
     expected = {
         "outlier_share": report.outlier_share,
@@ -969,7 +962,7 @@ def test_snapshot_agrees_with_the_diagnosis(photos, planted_report):
     for name, value in expected.items():
         assert values[name] == pytest.approx(value, rel=1e-4), name
     assert set(values) == {*expected, "register_norm"}
-    reading = TokenReader(model).read_many(torch.stack([transform(photo) for photo in photos]), {"residual": (2,)})[
+    reading = TokenReader(model).read_many(torch.stack([transform(photo) for photo in PHOTOS]), {"residual": (2,)})[
         "residual"
     ]
     norms = reading.registers(2).norm(dim=-1)
@@ -996,8 +989,8 @@ def checkpoints(tmp_path):
     return folders
 
 
-def test_several_checkpoints_make_a_table(checkpoints, photos):
-    comparison = compare_checkpoints(checkpoints, photos, progress=False, throughput_rounds=1)
+def test_several_checkpoints_make_a_table(checkpoints):
+    comparison = compare_checkpoints(checkpoints, PHOTOS, progress=False, throughput_rounds=1)
     plain, registers = comparison.rows
     assert (plain["registers"], registers["registers"]) == (0, 2)
     assert plain["cls_to_registers"] == 0
@@ -1013,20 +1006,12 @@ def test_several_checkpoints_make_a_table(checkpoints, photos):
     assert len(table) == 4
     assert len({line.count("|") for line in table}) == 1
     with pytest.raises(ValueError, match="names a model twice"):
-        compare_checkpoints(checkpoints[:1] * 2, photos)
-
-
-@pytest.fixture
-def image_folder(photos, tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, photo in enumerate(photos[:9]):
-        photo.save(folder / f"{i}.png")
-    return folder
+        compare_checkpoints(checkpoints[:1] * 2, PHOTOS)
 
 
 @pytest.mark.slow
-def test_command_writes_report_and_page(checkpoints, image_folder, tmp_path, capsys):
+def test_command_writes_report_and_page(checkpoints, tmp_path, capsys):
+    image_folder = save_images(tmp_path / "images", PHOTOS[:9])
     out = tmp_path / "out"
     args = ["diagnose", "--model", str(checkpoints[1]), "--data", str(image_folder), "--output_dir", str(out)]
     assert cli.main(args) == 0
@@ -1037,14 +1022,16 @@ def test_command_writes_report_and_page(checkpoints, image_folder, tmp_path, cap
 
 
 @pytest.mark.slow
-def test_command_takes_a_cutoff(checkpoints, image_folder, tmp_path, capsys):
+def test_command_takes_a_cutoff(checkpoints, tmp_path, capsys):
+    image_folder = save_images(tmp_path / "images", PHOTOS[:9])
     args = ["diagnose", "--model", str(checkpoints[1]), "--data", str(image_folder), "--output_dir", str(tmp_path)]
     assert cli.main([*args, "--json", "--cutoff", "2.5"]) == 0
     assert json.loads(capsys.readouterr().out)["cutoff"] == 2.5
 
 
 @pytest.mark.slow
-def test_command_compares_models(checkpoints, image_folder, tmp_path, capsys):
+def test_command_compares_models(checkpoints, tmp_path, capsys):
+    image_folder = save_images(tmp_path / "images", PHOTOS[:9])
     out = tmp_path / "out"
     out.mkdir()
     (out / "report.json").write_text("of an earlier diagnosis, of one model")
@@ -1058,7 +1045,8 @@ def test_command_compares_models(checkpoints, image_folder, tmp_path, capsys):
     assert not (out / "report.json").exists()
 
 
-def test_command_with_wrong_values(checkpoints, image_folder, capsys):
+def test_command_with_wrong_values(checkpoints, tmp_path, capsys):
+    image_folder = save_images(tmp_path / "images", PHOTOS[:9])
     args = ["diagnose", "--model", str(checkpoints[0]), "--data", str(image_folder)]
     assert cli.main([*args, "--cutoff", "high"]) == 1
     assert "--cutoff high is not a number" in capsys.readouterr().err

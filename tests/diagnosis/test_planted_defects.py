@@ -18,18 +18,9 @@ from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, Sample, plant_neuron, plant_sink, sample
 
 
-@pytest.fixture(scope="module")
-def seen():
-    return sample(64, seed=0)
-
-
-@pytest.fixture(scope="module")
-def other():
-    return sample(32, seed=1)
-
-
 @pytest.mark.parametrize("family", MODELS)
-def test_a_planted_neuron_is_the_first_of_the_search(family, seen, other):
+def test_a_planted_neuron_is_the_first_of_the_search(family):
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
     plant_neuron(model, seen)
     reader = TokenReader(model)
@@ -46,7 +37,8 @@ def test_a_planted_neuron_is_the_first_of_the_search(family, seen, other):
 # DINOv3 has rotary positions and no bias of the keys; it gets no planted attention.
 @pytest.mark.parametrize("parks", [True, False])
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "dinov3"])
-def test_planted_sinks_have_their_class_and_their_block(family, parks, seen, other):
+def test_planted_sinks_have_their_class_and_their_block(family, parks):
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS[family]()
     direction = plant_neuron(model, seen, ratio=20.0)
     plant_sink(model, direction, blocks=(3, 4), head=1, parks=parks)
@@ -64,7 +56,8 @@ def test_planted_sinks_have_their_class_and_their_block(family, parks, seen, oth
     assert counted(sink_events(sinks.numbers, "column")["events"]).sum() == 0  # 2 to 4 tokens share the sink
 
 
-def test_a_broadcast_sink_in_a_report(seen, other):
+def test_a_broadcast_sink_in_a_report():
+    seen, other = sample(64, seed=0), sample(32, seed=1)
     model = MODELS["clip"]()
     plant_sink(model, plant_neuron(model, seen), blocks=(3, 4), head=1, parks=False)
     report = diagnose(model, other.images, **QUIET)
@@ -87,13 +80,9 @@ def two_populations(family, seen, *, second=True):
     return model
 
 
-@pytest.fixture(scope="module")
-def both_kinds():
-    return sample(96, seed=0, kinds=2)
-
-
 @pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit"])
-def test_two_populations_take_two_passes(family, both_kinds):
+def test_two_populations_take_two_passes(family):
+    both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations(family, both_kinds)
     result = retrofit(model, both_kinds.images, num_register_tokens=4, **QUIET)
     report = result.report
@@ -107,7 +96,8 @@ def test_two_populations_take_two_passes(family, both_kinds):
 
 
 @pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit", "ijepa", "timm"])
-def test_one_register_repairs_a_planted_neuron(family, seen):
+def test_one_register_repairs_a_planted_neuron(family):
+    seen = sample(64, seed=0)
     model = MODELS[family]()
     plant_neuron(model, seen)
     result = retrofit(model, seen.images, num_register_tokens=1, top_k=1, **QUIET)
@@ -120,7 +110,8 @@ def test_one_register_repairs_a_planted_neuron(family, seen):
     torch.testing.assert_close(whole.last_hidden_state, alone, atol=1e-4, rtol=0)
 
 
-def test_one_population_takes_one_pass_and_none_is_refused(both_kinds):
+def test_one_population_takes_one_pass_and_none_is_refused():
+    both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds, second=False)
     report = retrofit(model, both_kinds.images, num_register_tokens=2, **QUIET).report
     assert report.neurons == [[1, 37]]
@@ -130,7 +121,8 @@ def test_one_population_takes_one_pass_and_none_is_refused(both_kinds):
         retrofit(MODELS["regvit"](), both_kinds.images, **QUIET)
 
 
-def test_the_number_of_passes_can_be_limited(both_kinds):
+def test_the_number_of_passes_can_be_limited():
+    both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds)
     report = retrofit(model, both_kinds.images, num_register_tokens=2, max_passes=1, **QUIET).report
     assert report.neurons == [[1, 37]]
@@ -138,7 +130,8 @@ def test_the_number_of_passes_can_be_limited(both_kinds):
     assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
 
 
-def test_a_neuron_that_is_active_everywhere_is_never_chosen(both_kinds):
+def test_a_neuron_that_is_active_everywhere_is_never_chosen():
+    both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations("regvit", both_kinds, second=False)
     with torch.no_grad():
         model.layers[1].mlp.fc1.bias[5] = 50.0
@@ -146,7 +139,8 @@ def test_a_neuron_that_is_active_everywhere_is_never_chosen(both_kinds):
     assert report.neurons == [[1, 37]]
 
 
-def test_a_model_with_registers_keeps_them_and_gets_others(both_kinds):
+def test_a_model_with_registers_keeps_them_and_gets_others():
+    both_kinds = sample(96, seed=0, kinds=2)
     model = MODELS["regvit"]()
     model.resize_register_tokens(2)
     plant_neuron(model, both_kinds)
@@ -189,8 +183,9 @@ def cropping(size):
 
 
 @pytest.mark.parametrize("second", [True, False])
-def test_sizes_are_tested_stored_and_warned_about(seen, second, monkeypatch, tmp_path):
+def test_sizes_are_tested_stored_and_warned_about(second, monkeypatch, tmp_path):
     """At 144 px, the crop shows cells of a second population that the search at 96 px cannot see."""
+    seen = sample(64, seed=0)
     model, large = MODELS["regvit"](), framed(seen, 5)
     plant_neuron(model, seen, block=1, ratio=20.0)
     if second:

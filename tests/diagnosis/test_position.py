@@ -102,13 +102,9 @@ def test_cells_equal_their_slow_twin_and_see_a_code_without_order():
     expected = (((y - mean) / scale @ weight).argmax(axis=1) == labels).mean()
     assert cell_accuracy(tokens) == pytest.approx(expected, abs=1e-9)
     assert expected > 0.8
-    record = position_record(with_final(tokens), tokens, (4, 5))
+    found = moments_of(tokens, (4, 5))
+    found.moments["final"] = found.moments[1]
+    record = position_record(found, tokens, (4, 5))
     assert record["cell_accuracy"] == pytest.approx(expected)
     assert record["layers"] == [1]
     assert record["removed"]["cosine"] < 1
-
-
-def with_final(tokens):
-    found = moments_of(tokens, (4, 5))
-    found.moments["final"] = found.moments[1]
-    return found

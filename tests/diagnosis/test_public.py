@@ -2,13 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
-from builders import save_model, tiny_model
+from builders import noise, save_images, save_model, tiny_model
 from hf_regvit import RegViTModel, diagnose
 from hf_regvit.diagnosis.comparison import ComparisonReport, compare_checkpoints
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
@@ -22,18 +20,12 @@ SIDE, WIDTH, DEPTH = 64, 48, 4
 PLANTED = [1, 9]  # block and neuron
 
 
-@pytest.fixture(scope="module")
-def images():
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (SIDE, SIDE, 3), dtype=np.uint8)) for _ in range(40)]
+IMAGES = [noise(seed, (SIDE, SIDE)) for seed in range(40)]
 
 
 @pytest.fixture(scope="module")
-def image_folder(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    for number, image in enumerate(images):
-        image.save(folder / f"{number:02}.png")
-    return folder
+def image_folder(tmp_path_factory):
+    return save_images(tmp_path_factory.mktemp("images"), IMAGES)
 
 
 SIZES = {
@@ -77,12 +69,12 @@ def test_diagnose_takes_a_name_and_a_folder(checkpoint, image_folder):
     assert measured(diagnose(checkpoint, image_folder, progress=False)) == measured(report)
 
 
-def test_diagnose_takes_a_module_and_a_list_of_images(checkpoint, image_folder, images):
+def test_diagnose_takes_a_module_and_a_list_of_images(checkpoint, image_folder):
     by_name = diagnose(checkpoint, image_folder, progress=False)
     module = RegViTModel.from_pretrained(checkpoint)
-    assert measured(diagnose(module, images, progress=False)) == measured(by_name)
+    assert measured(diagnose(module, IMAGES, progress=False)) == measured(by_name)
     reader = open_model(tiny_model(**SIZES), processor=default_image_processor(SIDE))
-    assert measured(diagnose(reader, images, progress=False)) == measured(by_name)
+    assert measured(diagnose(reader, IMAGES, progress=False)) == measured(by_name)
     assert module.device == torch.device("cpu")  # "auto" leaves a module where it is
 
 
@@ -129,13 +121,13 @@ def test_compare_checkpoints_takes_names_and_modules(checkpoint, image_folder, t
             compare_checkpoints(twice, image_folder)
 
 
-def test_without_a_processor_nothing_is_guessed(checkpoint, images):
+def test_without_a_processor_nothing_is_guessed(checkpoint):
     module = tiny_model(**SIZES)
     for call in (diagnose, retrofit, find_register_neurons):
         with pytest.raises(UnknownProcessorError, match="Pass processor="):
-            call(module, images)
+            call(module, IMAGES)
     with pytest.raises(UnknownProcessorError, match="Pass processor="):
-        compare_checkpoints([checkpoint, module], images)
+        compare_checkpoints([checkpoint, module], IMAGES)
 
 
 def test_results_are_short_in_a_notebook(planted_results):

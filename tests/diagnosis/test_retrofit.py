@@ -7,10 +7,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from builders import noise, planted_model, randomized, save_images, save_model, tiny_model
 from builders import pixels as random_pixels
-from builders import planted_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -54,16 +53,6 @@ TINY = {
 NEURONS = [[1, 7], [0, 3], [1, 0], [2, 20]]
 
 
-def build(cls: type = RegViTModel, *, seed: int = 0, **fields):
-    """Return a model in eval mode in which no parameter is near 0."""
-    model = cls(RegViTConfig(**{**TINY, **fields})).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return model
-
-
 # --- The forward pass ---
 
 
@@ -103,7 +92,7 @@ def test_activations_move_as_in_a_loop(num_register_tokens, padded, use_cls_toke
 def test_without_neurons_nothing_is_computed():
     activations = torch.randn(1, 4, 6)
     assert move_to_registers(activations, [], RegViTConfig(), None) is activations
-    assert all(layer.mlp.register_neurons == [] for layer in build().layers)
+    assert all(layer.mlp.register_neurons == [] for layer in randomized(tiny_model(**TINY)).layers)
 
 
 KINDS = {
@@ -119,7 +108,7 @@ kinds = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 @kinds
 def test_the_model_does_it_in_the_named_blocks(fields):
     """Compare the input of the last layer of each MLP with the loop on the unmodified input."""
-    plain = build(**fields)
+    plain = randomized(tiny_model(**TINY | fields))
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
     reading = read_tokens(model, random_pixels(2, 32, 32), layers="all", site="mlp")
     residual = read_tokens(model, random_pixels(2, 32, 32), layers="all").values
@@ -140,7 +129,7 @@ def test_the_model_does_it_in_the_named_blocks(fields):
 @kinds
 def test_padded_batch_equals_each_image_alone(fields):
     """Padding with larger activations than the image must not reach the registers."""
-    model = add_test_time_registers(build(**fields), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY | fields)), NEURONS)
     small = random_pixels(1)
     padded = torch.full((2, 3, 32, 32), 40.0)
     padded[0, :, :16, :16], padded[1] = small[0], random_pixels(1, 32, 32)[0]
@@ -154,7 +143,7 @@ def test_padded_batch_equals_each_image_alone(fields):
 
 
 def test_registers_reach_no_head_and_masks_know_them():
-    model = add_test_time_registers(build(), NEURONS, num_register_tokens=2)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS, num_register_tokens=2)
     output = model(random_pixels(1, 32, 32))
     assert output.register_tokens.shape == (1, 2, 32)
     assert output.output_mask[0].tolist() == [True, False, False] + [True] * 16
@@ -165,7 +154,7 @@ def test_registers_reach_no_head_and_masks_know_them():
 
 @pytest.mark.slow
 def test_compiles_into_one_graph():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     pixels, mask = random_pixels(2, 32, 32), torch.ones(2, 32, 32)
     for kwargs in ({}, {"pixel_mask": mask}):
         compiled = torch.compile(model, fullgraph=not kwargs, backend="eager")
@@ -174,7 +163,7 @@ def test_compiles_into_one_graph():
 
 
 def test_half_precision():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with torch.no_grad():
         exact = model(random_pixels(2, 32, 32)).patch_tokens
         rough = model.to(torch.bfloat16)(random_pixels(2, 32, 32)).patch_tokens
@@ -184,9 +173,8 @@ def test_half_precision():
 
 def test_training_on_with_checkpointing_and_batch_subsets():
     """A retrofitted model can be trained further: registers and the listed neurons get gradients."""
-    model = add_test_time_registers(
-        build(drop_path_rate=0.4, drop_path_mode="batch_subset"), NEURONS, num_register_tokens=2
-    ).train()
+    plain = randomized(tiny_model(**TINY, drop_path_rate=0.4, drop_path_mode="batch_subset"))
+    model = add_test_time_registers(plain, NEURONS, num_register_tokens=2).train()
     gradients = []
     for checkpointing in (False, True):
         if checkpointing:
@@ -202,7 +190,7 @@ def test_training_on_with_checkpointing_and_batch_subsets():
 
 
 def test_pretraining_blocks_refuse_a_part_of_the_tokens():
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with pytest.raises(NotImplementedError, match="must compute all tokens"):
         model.layers[-1](torch.randn(1, 18, 32), tokens=torch.tensor([0]))
 
@@ -222,20 +210,20 @@ def test_pretraining_blocks_refuse_a_part_of_the_tokens():
 )
 def test_neurons_that_do_not_exist_are_refused(neurons, message):
     with pytest.raises(ConfigError, match=message):
-        add_test_time_registers(build(), neurons)
+        add_test_time_registers(randomized(tiny_model(**TINY)), neurons)
 
 
 def test_neurons_need_a_register():
     with pytest.raises(ConfigError, match="num_register_tokens=0"):
         RegViTConfig(**TINY, register_neurons=[[0, 0]])
-    model = add_test_time_registers(build(), NEURONS)
+    model = add_test_time_registers(randomized(tiny_model(**TINY)), NEURONS)
     with pytest.raises(ConfigError, match="num_register_tokens=0"):
         model.resize_register_tokens(0)
     assert model.config.num_register_tokens == 1
 
 
 def test_the_config_is_all_there_is_to_save(tmp_path):
-    plain = build()
+    plain = randomized(tiny_model(**TINY))
     model = add_test_time_registers(plain, NEURONS, num_register_tokens=2)
     model.save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
@@ -251,7 +239,7 @@ def test_the_config_is_all_there_is_to_save(tmp_path):
     [RegViTForImageClassification, RegViTForSemanticSegmentation, RegViTForDepthEstimation, RegViTBackbone],
 )
 def test_models_with_heads(cls):
-    model = build(cls)
+    model = randomized(tiny_model(cls, **TINY))
     before = copy.deepcopy(model.state_dict())
     made = add_test_time_registers(model, NEURONS, num_register_tokens=2)
     assert type(made) is cls
@@ -268,8 +256,9 @@ def test_models_with_heads(cls):
 
 
 def test_what_cannot_get_registers():
+    fields = {"num_register_tokens": 4, "register_neurons": [[0, 1], [1, 2]]}
     with pytest.raises(RetrofitError, match=r"already has test-time registers, which 2 neurons write into"):
-        add_test_time_registers(build(num_register_tokens=4, register_neurons=[[0, 1], [1, 2]]), NEURONS)
+        add_test_time_registers(randomized(tiny_model(**TINY | fields)), NEURONS)
     with pytest.raises(TypeError, match=r"model is a Linear.*convert\(\)"):
         add_test_time_registers(torch.nn.Linear(2, 2), NEURONS)
 
@@ -279,33 +268,26 @@ def test_what_cannot_get_registers():
 PLANTED = [1, 9]
 
 
-@pytest.fixture(scope="module")
-def planted() -> RegViTModel:
-    return planted_model()
+PLANTED_MODEL = planted_model()
 
 
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(64)]
+IMAGES = [noise(seed, (64, 64)) for seed in range(64)]
 
 
-@pytest.fixture(scope="module")
-def processor():
-    return default_image_processor(64, resize=64)
+PROCESSOR = default_image_processor(64, resize=64)
 
 
-def test_scores_equal_a_loop(planted, images, processor):
-    transform = EvaluationTransform.for_model(planted, processor)
-    prepared = prepare_images(images[:5], transform, batch_size=2)
+def test_scores_equal_a_loop():
+    transform = EvaluationTransform.for_model(PLANTED_MODEL, PROCESSOR)
+    prepared = prepare_images(IMAGES[:5], transform, batch_size=2)
     rng = np.random.default_rng(0)
     is_outlier = rng.random((5, 64)) < 0.05
     is_outlier[3] = False  # an image without any does not count
-    pixels = torch.stack([transform(image) for image in images[:5]])
-    activations = read_tokens(planted, pixels, layers="all", site="mlp").values
+    pixels = torch.stack([transform(image) for image in IMAGES[:5]])
+    activations = read_tokens(PLANTED_MODEL, pixels, layers="all", site="mlp").values
     for quiet_share, quiet_below in ((0.5, 0.5), (0.98, 0.0), (0.0, 0.0)):
         scores = score_neurons(
-            TokenReader(planted), prepared, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below
+            TokenReader(PLANTED_MODEL), prepared, is_outlier, quiet_share=quiet_share, quiet_below=quiet_below
         )
         assert scores.shape == (4, 192)
         for block in range(4):
@@ -322,13 +304,14 @@ def test_scores_equal_a_loop(planted, images, processor):
                 assert scores[block, neuron].item() == pytest.approx(total / counted, abs=1e-6)
 
 
-def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(images):
-    model = build(image_size=24, use_swiglu_ffn=True)  # ten tokens, and activations far below zero
+def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough():
+    # Ten tokens, and activations far below zero.
+    model = randomized(tiny_model(**TINY | {"image_size": 24, "use_swiglu_ffn": True}))
     transform = EvaluationTransform.for_model(model, default_image_processor(24, resize=24))
-    pixels = torch.stack([transform(image) for image in images[:4]])
+    pixels = torch.stack([transform(image) for image in IMAGES[:4]])
     is_outlier = np.random.default_rng(0).random((4, 9)) < 0.3
     is_outlier[:, 0] = True
-    scores = score_neurons(TokenReader(model), prepare_images(images[:4], transform, batch_size=4), is_outlier)
+    scores = score_neurons(TokenReader(model), prepare_images(IMAGES[:4], transform, batch_size=4), is_outlier)
     exactly_half = loud_below = 0
     for block, activations in enumerate(read_tokens(model, pixels, layers="all", site="mlp").values):
         for neuron in range(activations.shape[2]):
@@ -346,14 +329,14 @@ def test_quiet_goes_by_the_signed_activation_and_half_of_the_tokens_is_enough(im
     assert loud_below > 0
 
 
-def test_the_planted_neuron_is_found(planted, images, processor):
-    found = find_register_neurons(planted, images, processor=processor)
+def test_the_planted_neuron_is_found():
+    found = find_register_neurons(PLANTED_MODEL, IMAGES, processor=PROCESSOR)
     assert (found.layer, found.emergence, found.num_images) == (2, 2, 64)
     assert found.outlier_share == pytest.approx(2 / 64)
     assert found.best(1) == [PLANTED]
     assert all(block <= 1 for block, _ in found.best(300))  # only blocks before the first outliers
     assert any(block > 1 for block, _ in found.best(300, highest_block=3))
-    fixed = find_register_neurons(planted, images, processor=processor, cutoff=found.cutoff)
+    fixed = find_register_neurons(PLANTED_MODEL, IMAGES, processor=PROCESSOR, cutoff=found.cutoff)
     assert torch.equal(fixed.scores, found.scores)
 
 
@@ -409,16 +392,16 @@ def test_what_is_told_of_a_variant_equals_its_loop():
         assert told[name] == pytest.approx(value, abs=1e-6), name
 
 
-def test_neurons_are_searched_on_the_images_of_the_search_alone(planted, images, processor):
-    reader = TokenReader(planted, processor)
-    prepared, parts = prepare_images(images, reader.transform, batch_size=16), _divide(64, 3)
+def test_neurons_are_searched_on_the_images_of_the_search_alone():
+    reader = TokenReader(PLANTED_MODEL, PROCESSOR)
+    prepared, parts = prepare_images(IMAGES, reader.transform, batch_size=16), _divide(64, 3)
     found = search_neurons(reader, prepared, read_all_norms(reader, prepared), "auto", parts["search"])
     assert sum(mask.astype(int) for mask in parts.values()).tolist() == [1] * 64
-    mine = [image for image, here in zip(images, parts["search"], strict=True) if here]
-    alone = find_register_neurons(planted, mine, processor=processor)
+    mine = [image for image, here in zip(IMAGES, parts["search"], strict=True) if here]
+    alone = find_register_neurons(PLANTED_MODEL, mine, processor=PROCESSOR)
     assert found.num_images == len(mine) == 32
     torch.testing.assert_close(found.scores, alone.scores, atol=1e-6, rtol=1e-5)
-    assert not torch.allclose(found.scores, find_register_neurons(planted, images, processor=processor).scores)
+    assert not torch.allclose(found.scores, find_register_neurons(PLANTED_MODEL, IMAGES, processor=PROCESSOR).scores)
 
 
 def test_outliers_of_a_given_cutoff_emerge_where_they_stay():
@@ -438,12 +421,12 @@ def test_best_leaves_out_neurons_without_a_score():
     assert found.best(2, highest_block=1) == [[1, 0], [0, 1]]
 
 
-def test_retrofit_moves_the_outliers_and_says_so(planted, images, processor, tmp_path):
-    before = copy.deepcopy(planted.state_dict())
-    result = retrofit(planted, images, processor=processor, progress=False, max_images=60)
+def test_retrofit_moves_the_outliers_and_says_so(tmp_path):
+    before = copy.deepcopy(PLANTED_MODEL.state_dict())
+    result = retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, max_images=60)
     model, report = result.model, result.report
-    assert result.source is planted
-    assert all(torch.equal(before[name], value) for name, value in planted.state_dict().items())
+    assert result.source is PLANTED_MODEL
+    assert all(torch.equal(before[name], value) for name, value in PLANTED_MODEL.state_dict().items())
     assert report.neurons[0] == PLANTED
     assert model.config.register_neurons == report.neurons
     assert report.images == {"search": 30, "choice": 15, "judged": 15}
@@ -465,41 +448,41 @@ def test_retrofit_moves_the_outliers_and_says_so(planted, images, processor, tmp
     assert RetrofitReport(**json.loads(path.read_text())) == report
 
 
-def test_what_is_asked_for_is_not_chosen(planted, images, processor):
-    result = retrofit(planted, images, processor=processor, progress=False, top_k=2, num_register_tokens=3)
+def test_what_is_asked_for_is_not_chosen():
+    result = retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, top_k=2, num_register_tokens=3)
     assert len(result.report.tried) == 1
     model = result.model
     assert len(model.config.register_neurons) == 2
     assert model.config.num_register_tokens == 3
 
 
-def test_silenced_neurons_say_nothing(planted):
-    silent = silence_neurons(planted, [PLANTED])
+def test_silenced_neurons_say_nothing():
+    silent = silence_neurons(PLANTED_MODEL, [PLANTED])
     assert not silent.layers[1].mlp.fc2.weight[:, 9].any()
-    assert planted.layers[1].mlp.fc2.weight[:, 9].any()
+    assert PLANTED_MODEL.layers[1].mlp.fc2.weight[:, 9].any()
 
 
-def test_nothing_to_move(planted, images, processor):
-    clean = silence_neurons(planted, [PLANTED])
+def test_nothing_to_move():
+    clean = silence_neurons(PLANTED_MODEL, [PLANTED])
     with pytest.raises(RetrofitError, match=r"No distinct outlier population \(.*nothing to move"):
-        find_register_neurons(clean, images, processor=processor)
+        find_register_neurons(clean, IMAGES, processor=PROCESSOR)
     with pytest.raises(RetrofitError, match=r"No patch has a norm above cutoff=1000000\.0"):
-        find_register_neurons(clean, images, processor=processor, cutoff=1e6)
+        find_register_neurons(clean, IMAGES, processor=PROCESSOR, cutoff=1e6)
 
 
-def test_outliers_of_the_positions_cannot_be_moved(planted, images, processor):
-    born = silence_neurons(copy.deepcopy(planted), [PLANTED])
+def test_outliers_of_the_positions_cannot_be_moved():
+    born = silence_neurons(copy.deepcopy(PLANTED_MODEL), [PLANTED])
     with torch.no_grad():
         born.embeddings.position_embeddings[0, [1, 64]] *= 20
     with pytest.raises(RetrofitError, match="before the first block"):
-        find_register_neurons(born, images, processor=processor)
+        find_register_neurons(born, IMAGES, processor=PROCESSOR)
 
 
-def test_neurons_that_do_not_carry_the_outliers(planted, images, processor):
+def test_neurons_that_do_not_carry_the_outliers():
     with pytest.raises(
         RetrofitError, match=r"do not carry the outliers: 3\.12% of the patches are outliers before, and 3\.12% after"
     ):
-        retrofit(planted, images, processor=processor, progress=False, highest_block=0)
+        retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, highest_block=0)
 
 
 @pytest.mark.parametrize(
@@ -511,65 +494,57 @@ def test_neurons_that_do_not_carry_the_outliers(planted, images, processor):
         ({"highest_block": -1}, r"\[0, 3\]"),
     ],
 )
-def test_settings_out_of_range(planted, images, processor, setting, range_):
+def test_settings_out_of_range(setting, range_):
     with pytest.raises(RetrofitError, match=f"{next(iter(setting))}=.*out of range.*{range_}"):
-        retrofit(planted, images, processor=processor, progress=False, **setting)
+        retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, **setting)
 
 
-def test_too_few_images(planted, images, processor):
+def test_too_few_images():
     with pytest.raises(RetrofitError, match="31 images can be used"):
-        retrofit(planted, images[:31], processor=processor, progress=False)
+        retrofit(PLANTED_MODEL, IMAGES[:31], processor=PROCESSOR, progress=False)
 
 
-def test_a_figure_needs_both_sides_of_every_image(images):
+def test_a_figure_needs_both_sides_of_every_image():
     maps = TokenMaps(torch.rand(1, 8, 8), torch.randn(8, 8, 5), torch.rand(8, 8), torch.zeros(0, 5))
-    assert len(before_after_figure(images[:2], [maps] * 2, [maps] * 2).axes) == 14
+    assert len(before_after_figure(IMAGES[:2], [maps] * 2, [maps] * 2).axes) == 14
     with pytest.raises(ValueError, match="2 images, 2 maps before and 1 maps after"):
-        before_after_figure(images[:2], [maps] * 2, [maps])
+        before_after_figure(IMAGES[:2], [maps] * 2, [maps])
 
 
 # --- The command ---
 
 
-@pytest.fixture
-def folders(planted, images, processor, tmp_path):
-    planted.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
-    (tmp_path / "images").mkdir()
-    for number, image in enumerate(images[:40]):
-        image.save(tmp_path / "images" / f"{number}.png")
-    return tmp_path
-
-
 @pytest.mark.slow
-def test_the_command_writes_a_checkpoint_and_a_report(folders, capsys):
-    args = ["retrofit", "--model", str(folders / "model"), "--data", str(folders / "images")]
-    args += ["--output_dir", str(folders / "out")]
+def test_the_command_writes_a_checkpoint_and_a_report(tmp_path, capsys):
+    save_model(PLANTED_MODEL, tmp_path / "model", PROCESSOR)
+    save_images(tmp_path / "images", IMAGES[:40])
+    args = ["retrofit", "--model", str(tmp_path / "model"), "--data", str(tmp_path / "images")]
+    args += ["--output_dir", str(tmp_path / "out")]
     assert cli.main([*args, "--dry_run"]) == 0
-    assert not (folders / "out").exists()
+    assert not (tmp_path / "out").exists()
     assert cli.main(args) == 0
     printed = capsys.readouterr().out
     assert "block.neuron counted from 0 (mean activation at outliers): 1.9 (" in printed
     assert "Outliers fell from 3.12% to 0.00% of the patches" in printed
-    model = RegViTModel.from_pretrained(folders / "out")
+    model = RegViTModel.from_pretrained(tmp_path / "out")
     assert model.config.register_neurons[0] == PLANTED
     assert not model.embeddings.register_tokens.any()
-    names = {path.name for path in (folders / "out").iterdir()}
+    names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
         "config.json", "model.safetensors", "preprocessor_config.json", "configuration_regvit.py",
         "modeling_regvit.py", "manifest.json", "retrofit_report.json", "before_after.png",
     }  # fmt: skip
-    assert str(folders) not in (folders / "out" / "retrofit_report.json").read_text()
+    assert str(tmp_path) not in (tmp_path / "out" / "retrofit_report.json").read_text()
     assert cli.main(args) == 1
     assert "already contains a checkpoint" in capsys.readouterr().err
-    assert cli.main(["retrofit", "--model", str(folders / "out"), *args[3:-1], str(folders / "again")]) == 1
+    assert cli.main(["retrofit", "--model", str(tmp_path / "out"), *args[3:-1], str(tmp_path / "again")]) == 1
     assert "already has test-time registers" in capsys.readouterr().err
 
 
-def test_a_published_retrofit_says_what_was_done(planted, images, processor, tmp_path):
-    result = retrofit(planted, images, processor=processor, progress=False, top_k=1, num_register_tokens=2)
+def test_a_published_retrofit_says_what_was_done(tmp_path):
+    result = retrofit(PLANTED_MODEL, IMAGES, processor=PROCESSOR, progress=False, top_k=1, num_register_tokens=2)
     result.model.save_pretrained(tmp_path / "model")
-    processor.save_pretrained(tmp_path / "model")
+    PROCESSOR.save_pretrained(tmp_path / "model")
     result.report.save(tmp_path / "model")
     made = bundle(tmp_path / "model", tmp_path / "bundle", card={"license": "apache-2.0"})
     card = (made.folder / "README.md").read_text()

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from hf_regvit import diagnose
-from hf_regvit.diagnosis.spurious import FixedPatterns, find_fixed_patterns, global_proxy_share, pattern_scores
+from hf_regvit.diagnosis.spurious import find_fixed_patterns, global_proxy_share, pattern_scores
 from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, plant_neuron, sample
 
@@ -83,14 +83,10 @@ def test_defects_of_low_norm_are_found_without_norms(family):
     assert not report.bimodal  # the norms have one mode
     assert report.spurious["share"] * other.cells[0].size >= 0.8 * other.cells[0].sum()
     assert 1.5 < report.spurious["norm_ratio"] < 3
-    found = patterns_of(model, other)
-    assert not (found.flagged & ~other.cells[0]).any()
-
-
-def patterns_of(model, images) -> FixedPatterns:
     reader = TokenReader(model, PROCESSOR)
-    tokens = torch.from_numpy(reader.patch_maps(images.images)).flatten(1, 2)
-    return find_fixed_patterns(tokens, reader.read(images.pixels, site="patch_embedding").at())
+    tokens = torch.from_numpy(reader.patch_maps(other.images)).flatten(1, 2)
+    found = find_fixed_patterns(tokens, reader.read(other.pixels, site="patch_embedding").at())
+    assert not (found.flagged & ~other.cells[0]).any()
 
 
 def test_a_token_of_the_whole_image_is_one_that_both_halves_share():

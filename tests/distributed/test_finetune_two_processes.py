@@ -3,8 +3,10 @@
 import pytest
 import torch
 import two_finetuning_processes
+from processes import Runs, start
 
-from tiny_dense import write_depths, write_masks
+from builders import WreckFrom
+from tiny_dense import write_parquet
 from tiny_finetune import backbone
 from tiny_run import same_state
 
@@ -24,20 +26,16 @@ def run(tmp_path_factory):
         "registers": outcome(
             folder / "one_registers", mode="linear", model=backbone(num_register_tokens=0), num_register_tokens=2
         ),
-        "best": outcome(folder / "one_best", callbacks=[two_finetuning_processes.Wreck()], max_grad_norm=1e9),
+        "best": outcome(folder / "one_best", callbacks=[WreckFrom(3)], max_grad_norm=1e9),
     }
-    write_masks(folder / "semantic-segmentation")
-    write_depths(folder / "depth-estimation")
+    write_parquet(folder / "semantic-segmentation", "mask")
+    write_parquet(folder / "depth-estimation", "depth")
     dense = two_finetuning_processes.dense
     one["masks"] = dense(folder / "one_masks", "semantic-segmentation")
     one["depth"] = dense(folder / "one_depth", "depth-estimation")
-    two_finetuning_processes.start(folder)
+    start(two_finetuning_processes.scenarios, folder)
 
-    def results(name: str) -> list[dict]:
-        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    results.one, results.folder = one, folder
-    return results
+    return Runs(folder, one)
 
 
 @pytest.mark.parametrize("name", ["full", "lora", "registers"])

@@ -1,8 +1,8 @@
 """Two processes that push to a Hub on loopback: one of them asks, every save is one commit, failures are told once."""
 
 import pytest
-import torch
 import two_pushing_processes
+from processes import Runs, start
 from two_pushing_processes import SECOND_TOKEN
 
 from fake_hub import WRITE_TOKEN, FakeHub
@@ -22,17 +22,9 @@ def run(tmp_path_factory):
         # Constants of huggingface_hub are read when a process starts; tests are offline otherwise.
         for key, value in (hub.environment(str(folder / "home")) | {"HF_HUB_OFFLINE": "0"}).items():
             patch.setenv(key, value)
-        two_pushing_processes.start(folder)
+        start(two_pushing_processes.scenarios, folder)
 
-    def results(name):
-        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    results.hub, results.folder = hub, folder
-    return results
-
-
-def messages(hub, name):
-    return [commit.message for commit in hub.repos[f"someone/{name}"].commits[1:]]
+    return Runs(folder, hub=hub)
 
 
 def test_only_the_first_process_asks_the_hub(run):
@@ -43,7 +35,7 @@ def test_only_the_first_process_asks_the_hub(run):
 @pytest.mark.parametrize("name", ["whole", "sharded"])
 def test_every_save_is_one_commit_and_the_last_is_the_teacher(run, name, tmp_path):
     steps = [f"Training in progress, step {step}" for step in (2, 4)]
-    assert messages(run.hub, name) == [*steps, "End of training"]
+    assert run.hub.messages(f"someone/{name}") == [*steps, "End of training"]
     for file, content in run.hub.files(f"someone/{name}").items():
         (tmp_path / file).write_bytes(content)
     loaded = RegViTModel.from_pretrained(tmp_path)
@@ -52,7 +44,7 @@ def test_every_save_is_one_commit_and_the_last_is_the_teacher(run, name, tmp_pat
 
 
 def test_weights_in_pieces_are_not_pushed_before_the_end_and_the_log_says_why(run):
-    assert messages(run.hub, "pieces") == ["End of training"]
+    assert run.hub.messages("someone/pieces") == ["End of training"]
     first, second = (result["log"] for result in run("pieces"))
     told = [line for line in first if line.startswith("This push did not reach the Hub")]
     assert [line.split(": ")[1] for line in told] == ["checkpoint-2", "checkpoint-4"]
@@ -61,7 +53,7 @@ def test_weights_in_pieces_are_not_pushed_before_the_end_and_the_log_says_why(ru
 
 
 def test_f65_a_hub_that_is_down_is_told_once_at_the_end_and_changes_no_weight(run):
-    assert messages(run.hub, "broken") == []
+    assert run.hub.messages("someone/broken") == []
     first, second = run("broken")
     told = [line.split(": ")[1] for line in first["log"] if line.startswith("This push did not reach the Hub")]
     assert told == ["checkpoint-2", "checkpoint-4", "the result"]
@@ -80,7 +72,7 @@ def test_f65_a_refusal_ends_both_processes_before_training(run):
 
 
 def test_a_fine_tuned_model_is_pushed_once_a_save(run, tmp_path):
-    assert messages(run.hub, "finetuned") == ["Training in progress, step 1", "End of training"]
+    assert run.hub.messages("someone/finetuned") == ["Training in progress, step 1", "End of training"]
     for file, content in run.hub.files("someone/finetuned").items():
         (tmp_path / file).write_bytes(content)
     loaded = RegViTForImageClassification.from_pretrained(tmp_path)

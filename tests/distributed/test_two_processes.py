@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from processes import Runs, start
 from transformers import AutoModel
 
 from hf_regvit.models.manifest import verify_checkpoint
@@ -26,21 +27,9 @@ def run(tmp_path_factory):
         "softmax": two_processes.outcome(folder / "one", **twice, **saving),
         "sinkhorn": two_processes.outcome(folder / "one_sinkhorn", centering="sinkhorn", **twice),
     }
-    two_processes.start(folder)
+    start(two_processes.scenarios, folder)
 
-    def results(name: str) -> list[dict]:
-        return [torch.load(folder / f"{name}.{rank}.pt", weights_only=False) for rank in (0, 1)]
-
-    results.one, results.folder = one, folder
-    return results
-
-
-def assert_close(actual: dict, expected: dict, *, atol: float) -> None:
-    assert actual.keys() == expected.keys()
-    for name in actual:
-        torch.testing.assert_close(
-            actual[name], expected[name], atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    return Runs(folder, one)
 
 
 @pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
@@ -48,8 +37,8 @@ def assert_close(actual: dict, expected: dict, *, atol: float) -> None:
 def test_two_processes_equal_one_with_the_doubled_batch(run, kind, centering):
     one = run.one[centering]
     for result in run(f"{kind}_{centering}"):
-        assert_close(result["gradients"], one["gradients"], atol=1e-6)
-        assert_close(result["state"], one["state"], atol=1e-5)
+        torch.testing.assert_close(result["gradients"], one["gradients"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(result["state"], one["state"], atol=1e-5, rtol=0)
         assert result["steps"] == 4
     assert result["sharded"] == {"ddp": "SelfDistillation", "fsdp": "FSDPSelfDistillation"}[kind]
     for half in ("student", "teacher"):  # the runs are not equal because nothing happened
@@ -60,8 +49,8 @@ def test_sharding_does_not_change_the_precision_of_bf16(run):
     """Autocast over float32 parameters in both: what differs is the order of sums, not what is rounded to bf16."""
     one = run.one["softmax"]
     for ddp, fsdp in zip(run("ddp_bf16"), run("fsdp_bf16"), strict=True):
-        assert_close(fsdp["gradients"], ddp["gradients"], atol=1e-5)
-        assert_close(fsdp["state"], ddp["state"], atol=1e-5)
+        torch.testing.assert_close(fsdp["gradients"], ddp["gradients"], atol=1e-5, rtol=0)
+        torch.testing.assert_close(fsdp["state"], ddp["state"], atol=1e-5, rtol=0)
     rounded = max((ddp["gradients"][name] - one["gradients"][name]).abs().max() for name in one["gradients"])
     assert rounded > 1e-3
 
@@ -96,8 +85,8 @@ def test_the_images_of_a_step_are_those_of_one_process(run):
 def test_accumulated_sinkhorn_targets_equal_those_of_one_big_batch(run, name):
     one = run.one["sinkhorn"]
     for result in run(name):
-        assert_close(result["gradients"], one["gradients"], atol=1e-6)
-        assert_close(result["state"], one["state"], atol=1e-5)
+        torch.testing.assert_close(result["gradients"], one["gradients"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(result["state"], one["state"], atol=1e-5, rtol=0)
 
 
 def test_fsdp_resumes_bit_for_bit(run):
@@ -117,7 +106,7 @@ def test_sharded_files_are_verified_and_resume_bit_for_bit(run):
 def test_a_checkpoint_resumes_under_another_kind_of_parallelism(run, name):
     for result in run(name):
         assert result["steps"] == 4
-        assert_close(result["state"], run.one["softmax"]["state"], atol=1e-5)
+        torch.testing.assert_close(result["state"], run.one["softmax"]["state"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["ddp_softmax", "fsdp_softmax"])
@@ -128,7 +117,7 @@ def test_f62_from_two_processes_back_to_one(run, name):
         per_device_train_batch_size=2 * two_processes.PER_PROCESS,
     )
     assert back["seen"] == run.one["softmax"]["seen"][-len(back["seen"]) :]
-    assert_close(back["state"], run.one["softmax"]["state"], atol=1e-5)
+    torch.testing.assert_close(back["state"], run.one["softmax"]["state"], atol=1e-5, rtol=0)
 
 
 def test_drop_path_draws_differ_between_processes_and_steps(run):

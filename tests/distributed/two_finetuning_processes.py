@@ -1,14 +1,13 @@
 """What two processes over gloo do when they fine-tune; `test_finetune_two_processes.py` compares it with one."""
 
 import os
-import socket
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
 from transformers import TrainerCallback
 from two_processes import sharding
 
+from builders import SignalAt, WreckFrom
 from hf_regvit.finetuning.trainer import FinetuningTrainer
 from hf_regvit.training.signals import TrainingInterrupted
 from tiny_dense import dense_run
@@ -22,33 +21,15 @@ COMMON = {
 TRAIN = {"labels": [0] * 12 + [1] * 8 + [2] * 4}
 
 
+@dataclass
 class Seen(TrainerCallback):
     """Metrics of every evaluation, in order."""
 
-    def __init__(self, *names):
-        self.names, self.metrics = names or ("loss", "accuracy", "f1", "mean_class_accuracy"), []
+    names: tuple[str, ...] = ("loss", "accuracy", "f1", "mean_class_accuracy")
+    metrics: list[dict[str, float]] = field(default_factory=list)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         self.metrics.append({f"eval_{name}": metrics[f"eval_{name}"] for name in self.names})
-
-
-class Wreck(TrainerCallback):
-    """Steps of the second epoch that ruin the model, so that the best checkpoint is the first."""
-
-    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-        if state.global_step >= 3:
-            for group in optimizer.param_groups:
-                group["lr"] = 3.0
-
-
-class SignalOne(TrainerCallback):
-    """A scheduler that signals the second process alone, in the second step."""
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if args.process_index == 1 and state.global_step == 1:
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def outcome(folder: Path, *, callbacks=(), model=None, validation=10, **overrides) -> dict:
@@ -64,7 +45,7 @@ def outcome(folder: Path, *, callbacks=(), model=None, validation=10, **override
 
 def interrupted(folder: Path, **overrides) -> dict:
     try:
-        outcome(folder, callbacks=[SignalOne()], **overrides)
+        outcome(folder, callbacks=[SignalAt(1, process=1)], **overrides)
     except TrainingInterrupted as stop:
         return {"message": str(stop), "resumed": outcome(folder, resume_from_checkpoint="last", **overrides)}
     return {}
@@ -81,7 +62,7 @@ def sharded(folder: Path, **overrides) -> dict:
 
 def dense(folder: Path, task: str, **overrides) -> dict:
     """Masks or depth; the data lie beside the folder, under the name of the task."""
-    seen = Seen("mean_iou" if task == "semantic-segmentation" else "rmse")
+    seen = Seen(("mean_iou" if task == "semantic-segmentation" else "rmse",))
     backend = {"ddp_backend": "gloo"} if "RANK" in os.environ else {}
     data = str(folder.parent / task)
     fixed = {"adam_epsilon": 1e-3, "save_strategy": "no", "load_best_model_at_end": False, "save_total_limit": None}
@@ -89,46 +70,24 @@ def dense(folder: Path, task: str, **overrides) -> dict:
     return {"state": dict(result.state_dict()), "metrics": seen.metrics}
 
 
-def sharded_dense(folder: Path, **overrides) -> dict:
-    """The head's batch norm and its linear layer are sharded as well."""
-    with sharding(FinetuningTrainer) as fsdp:
-        return {
-            "masks": dense(folder / "sharded_masks", "semantic-segmentation", **fsdp, **overrides),
-            "depth": dense(folder / "sharded_depth", "depth-estimation", **fsdp, **overrides),
-        }
-
-
 def scenarios(folder: Path) -> dict:
     """Name and result of everything that two processes are asked to do."""
     half = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     two = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     registers = backbone(num_register_tokens=0)
+    with sharding(FinetuningTrainer) as fsdp:  # the head's batch norm and its linear layer are sharded as well
+        fsdp_dense = {
+            "masks": dense(folder / "sharded_masks", "semantic-segmentation", **fsdp, **two),
+            "depth": dense(folder / "sharded_depth", "depth-estimation", **fsdp, **two),
+        }
     return {
         "full": outcome(folder / "full", **half),
         "lora": outcome(folder / "lora", mode="lora", **half),
         "registers": outcome(folder / "registers", mode="linear", model=registers, num_register_tokens=2, **half),
-        "best": outcome(folder / "best", callbacks=[Wreck()], max_grad_norm=1e9, **half),
+        "best": outcome(folder / "best", callbacks=[WreckFrom(3)], max_grad_norm=1e9, **half),
         "signal": interrupted(folder / "signal", **half),
         "fsdp": sharded(folder / "fsdp", **half),
         "masks": dense(folder / "masks", "semantic-segmentation", **two),
         "depth": dense(folder / "depth", "depth-estimation", **two),
-        "fsdp_dense": sharded_dense(folder, **two),
+        "fsdp_dense": fsdp_dense,
     }
-
-
-def _process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    torch.set_num_threads(1)
-    for name, result in scenarios(Path(folder)).items():
-        torch.save(result, Path(folder, f"{name}.{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def start(folder: Path) -> None:
-    """Runs every scenario on two processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(folder)), nprocs=2)

@@ -7,14 +7,14 @@ after the other. Each scenario writes `NAME.RANK.pt`.
 import math
 import os
 import signal
-import socket
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import torch.multiprocessing as mp
 from transformers import TrainerCallback
 
+from builders import SignalAt
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.trainer import DinoTrainer
 from hf_regvit.training.checkpoints import list_checkpoints
@@ -30,13 +30,12 @@ COMMON = {"koleo_loss_weight": 0.0, "adam_epsilon": 1e-3, "warmup_steps": 0, "ma
 IMAGES = 20
 
 
+@dataclass
 class Recorder(TrainerCallback):
-    """Gradients of the first step after clipping, teacher after every step, seeds of the steps."""
+    """Gradients of the first step after clipping, and seeds of the steps."""
 
-    def __init__(self) -> None:
-        self.gradients: dict[str, torch.Tensor] = {}
-        self.norms: list[float] = []
-        self.seeds: list[int] = []
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=list)
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         self.seeds.append(torch.initial_seed())
@@ -44,10 +43,6 @@ class Recorder(TrainerCallback):
             self.gradients = {
                 name: full_tensor(parameter.grad).clone() for name, parameter in model.student.named_parameters()
             }
-
-
-def whole_state(model) -> dict[str, torch.Tensor]:
-    return {name: full_tensor(tensor.detach()).clone() for name, tensor in model.state_dict().items()}
 
 
 def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks=(), **overrides) -> dict:
@@ -62,7 +57,7 @@ def outcome(folder: Path, *, resume: str | None = None, collator=None, callbacks
         callbacks=[recorder, *callbacks], resume=resume, **(fields | overrides),
     )  # fmt: skip
     return {
-        "state": whole_state(trainer.model),
+        "state": {name: full_tensor(tensor.detach()).clone() for name, tensor in trainer.model.state_dict().items()},
         "gradients": recorder.gradients,
         "seeds": recorder.seeds,
         "seen": data.seen,
@@ -91,14 +86,6 @@ def sharding(trainer: type = DinoTrainer):
         trainer.create_accelerator_and_postprocess = create
 
 
-class SignalOne(TrainerCallback):
-    """A scheduler that signals a single process, in the middle of the third step."""
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        if args.process_index == 1 and state.global_step == 2:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
 class UnequalMasks(MasksOfTheImage):
     """The second process gets fewer masked patches than the first."""
 
@@ -109,6 +96,17 @@ class UnequalMasks(MasksOfTheImage):
             for name in ("mask_indices", "mask_weights"):
                 batch[name] = batch[name][keep]
         return batch
+
+
+def stopped(folder: Path, callback: TrainerCallback, **overrides) -> dict:
+    """A run that a callback stops: the message of its error and, after a signal, the resumed run."""
+    try:
+        outcome(folder, callbacks=[callback], **overrides)
+    except NonFiniteError as error:
+        return {"message": str(error)}
+    except TrainingInterrupted as stop:
+        return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
+    return {}
 
 
 def scenarios(folder: Path) -> dict:
@@ -145,22 +143,17 @@ def scenarios(folder: Path) -> dict:
     results["from_one_process"] = outcome(folder / "from_one", resume=str(folder / "one" / "checkpoint-2"))
     results["unequal_masks"] = outcome(folder / "unequal", collator=UnequalMasks())
     results["drop_path"] = outcome(folder / "drop_path", drop_path_rate=0.5)
-    results["signal"] = interrupted(folder / "signal")
+    results["signal"] = stopped(folder / "signal", SignalAt(2, signal.SIGUSR1, process=1))
     results["disk_full"] = disk_full(folder / "disk_full")
-    results["not_finite"] = not_finite(folder / "not_finite")
+    results["not_finite"] = stopped(folder / "not_finite", NanInOne())
     with sharding() as fsdp:
-        results["not_finite_fsdp"] = not_finite(folder / "not_finite_fsdp", max_grad_norm=0.0, **fsdp)
+        results["not_finite_fsdp"] = stopped(folder / "not_finite_fsdp", NanInOne(), max_grad_norm=0.0, **fsdp)
         results["disk_full_fsdp"] = disk_full(folder / "disk_full_fsdp", **fsdp)
-        results["export"] = export(folder / "export", **fsdp)
+        # The whole job: every process returns the teacher, the first writes it.
+        short = {**COMMON, "max_steps": 2, "monitor_steps": 1, "panel_steps": 1, "ddp_backend": "gloo", **fsdp}
+        args = arguments(folder / "export", per_device_train_batch_size=PER_PROCESS, **short)
+        results["export"] = {"state": pretrain(args, train_dataset=Crops(IMAGES)).state_dict()}
     return results
-
-
-def interrupted(folder: Path) -> dict:
-    try:
-        outcome(folder, callbacks=[SignalOne()])
-    except TrainingInterrupted as stop:
-        return {"code": stop.code, "message": str(stop), "resumed": outcome(folder, resume="last")}
-    return {}
 
 
 def disk_full(folder: Path, **overrides) -> dict:
@@ -185,49 +178,4 @@ class NanInOne(TrainerCallback):
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         if args.process_index == 1 and state.global_step == 2:
-            model.forward = self.poisoned(model.forward)
-
-    @staticmethod
-    def poisoned(forward):
-        def call(**batch):
-            outputs = forward(**batch)
-            return {**outputs, "loss": outputs["loss"] * math.nan}
-
-        return call
-
-
-def not_finite(folder: Path, **overrides) -> dict:
-    try:
-        outcome(folder, callbacks=[NanInOne()], **overrides)
-    except NonFiniteError as error:
-        return {"message": str(error)}
-    return {}
-
-
-def export(folder: Path, **overrides) -> dict:
-    """The whole job: every process returns the teacher, the first writes it."""
-    args = arguments(
-        folder,
-        per_device_train_batch_size=PER_PROCESS,
-        **{**COMMON, "max_steps": 2, "ddp_backend": "gloo", "monitor_steps": 1, "panel_steps": 1, **overrides},
-    )
-    teacher = pretrain(args, train_dataset=Crops(IMAGES))
-    return {"state": teacher.state_dict()}
-
-
-def _process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    torch.set_num_threads(1)
-    for name, result in scenarios(Path(folder)).items():
-        torch.save(result, Path(folder, f"{name}.{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def start(folder: Path) -> None:
-    """Runs every scenario on two processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(folder)), nprocs=2)
+            model.register_forward_hook(lambda module, args, out: {**out, "loss": out["loss"] * math.nan})

@@ -5,11 +5,9 @@ The second process has a token of its own, so that the Hub can tell who asked it
 
 import logging
 import os
-import socket
+from logging.handlers import BufferingHandler
 from pathlib import Path
 
-import torch
-import torch.multiprocessing as mp
 from two_processes import COMMON, IMAGES, PER_PROCESS, sharding
 
 import tiny_finetune
@@ -23,17 +21,6 @@ SECOND_TOKEN = "hf_" + "s" * 34
 QUICK = upload.RetryPolicy(attempts=2, first_wait=0.01, longest_wait=1.0, timeout=5.0)
 
 
-class Heard(logging.Handler):
-    """Warnings of a run, as its log has them."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def pushed(folder: Path, name: str, **overrides) -> dict:
     """Four steps with a checkpoint after every second one, everything sent to `someone/NAME`."""
     args = tiny_run.arguments(
@@ -41,7 +28,8 @@ def pushed(folder: Path, name: str, **overrides) -> dict:
         hub_strategy="every_save", hub_always_push=True, save_strategy="steps", save_steps=2, ddp_backend="gloo",
         **COMMON, **overrides,
     )  # fmt: skip
-    heard = Heard()
+    heard = BufferingHandler(capacity=10**6)
+    heard.setLevel(logging.WARNING)
     logging.getLogger("hf_regvit").addHandler(heard)
     try:
         teacher = pretrain(args, train_dataset=tiny_run.Crops(IMAGES), image_processor=default_image_processor(16))
@@ -49,44 +37,23 @@ def pushed(folder: Path, name: str, **overrides) -> dict:
         return {"refused": str(error)}
     finally:
         logging.getLogger("hf_regvit").removeHandler(heard)
-    return {"state": teacher.state_dict(), "log": heard.lines}
-
-
-def finetuned(folder: Path) -> dict:
-    result, _ = tiny_finetune.run(
-        folder / "finetuned", push_to_hub=True, hub_model_id="someone/finetuned", hub_strategy="every_save",
-        hub_always_push=True, num_train_epochs=1, save_strategy="epoch", ddp_backend="gloo",
-    )  # fmt: skip
-    return {"state": dict(result.state_dict())}
+    return {"state": teacher.state_dict(), "log": [record.getMessage() for record in heard.buffer]}
 
 
 def scenarios(folder: Path) -> dict:
+    """Name and result of everything that two processes are asked to push."""
+    if os.environ["RANK"] == "1":
+        os.environ["HF_TOKEN"] = SECOND_TOKEN
+    upload.RetryPolicy = lambda: QUICK
     results = {"whole": pushed(folder, "whole"), "broken": pushed(folder, "broken")}
     with sharding() as fsdp:
         results["sharded"] = pushed(folder, "sharded", **fsdp)
         pieces = {**fsdp, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}}
         results["pieces"] = pushed(folder, "pieces", **pieces)
-    results["finetuned"] = finetuned(folder)
+    finetuned, _ = tiny_finetune.run(
+        folder / "finetuned", push_to_hub=True, hub_model_id="someone/finetuned", hub_strategy="every_save",
+        hub_always_push=True, num_train_epochs=1, save_strategy="epoch", ddp_backend="gloo",
+    )  # fmt: skip
+    results["finetuned"] = {"state": dict(finetuned.state_dict())}
     results["refused"] = pushed(folder, "refused", hub_token=READ_TOKEN)
     return results
-
-
-def _process(rank: int, port: int, folder: str) -> None:
-    os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"
-    )
-    if rank == 1:
-        os.environ["HF_TOKEN"] = SECOND_TOKEN
-    torch.set_num_threads(1)
-    upload.RetryPolicy = lambda: QUICK
-    for name, result in scenarios(Path(folder)).items():
-        torch.save(result, Path(folder, f"{name}.{rank}.pt"))
-    torch.distributed.destroy_process_group()
-
-
-def start(folder: Path) -> None:
-    """Runs every scenario on two processes and waits for them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_process, (port, str(folder)), nprocs=2)

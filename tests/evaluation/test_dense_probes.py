@@ -10,7 +10,8 @@ from PIL import Image
 from torch.nn import functional
 from transformers import ViTConfig, ViTModel
 
-from hf_regvit import RegViTConfig, RegViTForDepthEstimation, RegViTForSemanticSegmentation, RegViTModel, convert
+from builders import tiny_model
+from hf_regvit import RegViTConfig, RegViTForDepthEstimation, RegViTForSemanticSegmentation, convert
 from hf_regvit.evaluation.dense_features import DenseFeatures, four_blocks, read_dense_features
 from hf_regvit.evaluation.dense_heads import (
     DepthSettings,
@@ -42,10 +43,7 @@ class Statistics:
     image_mean, image_std = TRANSFORM["image_mean"], TRANSFORM["image_std"]
 
 
-@pytest.fixture(scope="module")
-def model() -> RegViTModel:
-    torch.manual_seed(0)
-    return RegViTModel(RegViTConfig(**TINY)).eval()
+MODEL = tiny_model(**TINY)
 
 
 def scene(seed: int, size=(32, 32)) -> tuple[Image.Image, np.ndarray]:
@@ -72,14 +70,14 @@ def read(model, images, **options) -> DenseFeatures:
 # --- Features
 
 
-def test_features_are_the_normed_patch_tokens_of_each_block(model):
+def test_features_are_the_normed_patch_tokens_of_each_block():
     images, _ = scenes(range(3))
-    features = read(model, images, layers=(2, -1), batch_size=2)
-    pixels = torch.stack([EvaluationTransform.for_model(model, Statistics(), keep_aspect=True)(i) for i in images])
+    features = read(MODEL, images, layers=(2, -1), batch_size=2)
+    pixels = torch.stack([EvaluationTransform.for_model(MODEL, Statistics(), keep_aspect=True)(i) for i in images])
     for side, values in ((features, pixels), (features.flipped, pixels.flip(-1))):
         with torch.no_grad():
-            states = model(values, output_hidden_states=True).hidden_states
-            tokens = [model.layernorm(states[block]) for block in (2, 4)]
+            states = MODEL(values, output_hidden_states=True).hidden_states
+            tokens = [MODEL.layernorm(states[block]) for block in (2, 4)]
         for i in range(3):
             expected = torch.cat([t[i, 3:].view(4, 4, 16) for t in tokens], dim=-1)
             torch.testing.assert_close(side.maps[i], expected, atol=1e-5, rtol=1e-5)
@@ -87,22 +85,22 @@ def test_features_are_the_normed_patch_tokens_of_each_block(model):
     assert (features.layers, features.width, len(features), features.input_size(0)) == ((2, 4), 32, 3, (32, 32))
 
 
-def test_images_keep_their_proportions(model):
+def test_images_keep_their_proportions():
     images = [scene(0, (64, 32))[0], scene(1, (32, 48))[0], scene(2, (64, 32))[0]]
-    features = read(model, images, flip=False)
+    features = read(MODEL, images, flip=False)
     assert [tuple(m.shape) for m in features.maps] == [(4, 8, 16), (6, 4, 16), (4, 8, 16)]
     assert features.flipped is None
-    pixels = EvaluationTransform.for_model(model, Statistics(), keep_aspect=True)(images[1])[None]
+    pixels = EvaluationTransform.for_model(MODEL, Statistics(), keep_aspect=True)(images[1])[None]
     with torch.no_grad():
-        tokens = model(pixels).last_hidden_state[0, 3:]
+        tokens = MODEL(pixels).last_hidden_state[0, 3:]
     torch.testing.assert_close(features.maps[1].flatten(0, 1), tokens, atol=1e-5, rtol=1e-5)
 
 
-def test_an_image_that_cannot_be_used_is_an_error_because_its_target_would_be_left(model, tmp_path):
+def test_an_image_that_cannot_be_used_is_an_error_because_its_target_would_be_left(tmp_path):
     scene(0)[0].save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not an image")
     with pytest.raises(ValueError, match=r"1 of 2 images cannot be used, first 'b.png'"):
-        read(model, tmp_path)
+        read(MODEL, tmp_path)
 
 
 def test_four_blocks_are_the_published_ones():
@@ -148,10 +146,10 @@ def test_settings_that_cannot_be_meant(make, message):
 
 
 @pytest.fixture(scope="module")
-def segmented(model):
+def segmented():
     train, train_masks = scenes(range(12))
     test, test_masks = scenes(range(50, 56))
-    parts = read(model, train), read(model, test)
+    parts = read(MODEL, train), read(MODEL, test)
     settings = SegmentationSettings(num_steps=60, batch_size=4, learning_rate=1e-2)
     result = linear_segmentation(parts[0], train_masks, parts[1], test_masks, class_names=NAMES, settings=settings)
     return result, parts, (train_masks, test_masks), settings
@@ -167,11 +165,11 @@ def test_the_head_learns_what_is_linear_in_the_patches(segmented):
     assert result.to_dict()["settings"]["num_steps"] == 60
 
 
-def test_the_head_predicts_the_same_inside_the_model(segmented, model):
+def test_the_head_predicts_the_same_inside_the_model(segmented):
     """The probe's weights in RegViTForSemanticSegmentation give the probe's counts."""
     result, _, (_, test_masks), _ = segmented
     whole = RegViTForSemanticSegmentation(RegViTConfig(**TINY, num_labels=2)).eval()
-    whole.regvit.load_state_dict(model.state_dict(), strict=False)
+    whole.regvit.load_state_dict(MODEL.state_dict(), strict=False)
     missing = whole.load_state_dict(result.head, strict=False)
     assert not missing.unexpected_keys and all(key.startswith("regvit.") for key in missing.missing_keys)  # noqa: PT018
     metric = MeanIoU(num_classes=2)
@@ -232,12 +230,12 @@ def test_same_seed_same_numbers_another_seed_others(segmented):
     assert not torch.allclose(other.head["classifier.weight"], result.head["classifier.weight"])
 
 
-def test_images_of_different_sizes_and_masks_of_their_own_size(model):
+def test_images_of_different_sizes_and_masks_of_their_own_size():
     sizes = [(32, 32), (48, 32), (32, 64), (48, 32)]
     pairs = [scene(i, size) for i, size in enumerate(sizes)]
     images, masks = [p[0] for p in pairs], [np.kron(p[1], np.ones((2, 2), dtype=np.uint8)) for p in pairs]
     images = [image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST) for image in images]
-    features = read(model, images, image_size=32)
+    features = read(MODEL, images, image_size=32)
     settings = SegmentationSettings(num_steps=80, batch_size=4, learning_rate=1e-2)
     result = linear_segmentation(features, masks, features, masks, class_names=NAMES, settings=settings)
     assert result.rows[:, 4:].sum(1).tolist() == [float((m != 255).sum()) for m in masks]
@@ -305,10 +303,10 @@ FAST = DepthSettings(num_steps=120, batch_size=4, learning_rate=1e-2, num_bins=3
 
 
 @pytest.fixture(scope="module")
-def measured(model):
+def measured():
     train, train_depths = depth_scenes(range(12))
     test, test_depths = depth_scenes(range(50, 55))
-    parts = read(model, train), read(model, test)
+    parts = read(MODEL, train), read(MODEL, test)
     return (
         linear_depth(parts[0], train_depths, parts[1], test_depths, settings=FAST),
         parts,
@@ -355,12 +353,12 @@ def test_the_gradient_of_depth_is_scaled_down_to_its_norm(measured):
     assert (weight() - start).abs().max() > 1e-3
 
 
-def test_the_depth_head_predicts_the_same_inside_the_model(measured, model):
+def test_the_depth_head_predicts_the_same_inside_the_model(measured):
     result, parts, (train_depths, test_depths) = measured
     alone = replace(FAST, average_flip=False)
     result = linear_depth(parts[0], train_depths, parts[1], test_depths, settings=alone)
     whole = RegViTForDepthEstimation(RegViTConfig(**TINY, num_depth_bins=32, max_depth=10.0)).eval()
-    whole.regvit.load_state_dict(model.state_dict(), strict=False)
+    whole.regvit.load_state_dict(MODEL.state_dict(), strict=False)
     assert not whole.load_state_dict(result.head, strict=False).unexpected_keys
     transform = EvaluationTransform.for_model(whole, Statistics(), keep_aspect=True)
     metric = DepthErrors(max_depth=10)
@@ -371,13 +369,13 @@ def test_the_depth_head_predicts_the_same_inside_the_model(measured, model):
     assert metric.compute()["rmse"] == pytest.approx(result.scores["rmse"], abs=1e-5)
 
 
-def test_the_depth_head_of_several_blocks_is_the_models_too(model):
+def test_the_depth_head_of_several_blocks_is_the_models_too():
     images, depths = depth_scenes(range(4))
-    features = read(model, images, layers=four_blocks(4))
+    features = read(MODEL, images, layers=four_blocks(4))
     settings = DepthSettings(num_steps=4, batch_size=2, num_bins=16, average_flip=False)
     result = linear_depth(features, depths, features, depths, settings=settings)
     whole = RegViTForDepthEstimation(RegViTConfig(**TINY, num_depth_bins=16, head_layers=[0, 1, 2, 3])).eval()
-    whole.regvit.load_state_dict(model.state_dict(), strict=False)
+    whole.regvit.load_state_dict(MODEL.state_dict(), strict=False)
     whole.load_state_dict(result.head, strict=False)
     transform = EvaluationTransform.for_model(whole, Statistics(), keep_aspect=True)
     metric = DepthErrors(max_depth=10)

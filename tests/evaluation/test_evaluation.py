@@ -10,10 +10,9 @@ import torch
 from datasets import Dataset, Features, Image
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
-from PIL import Image as Pillow
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from builders import encoded, save_model, tiny_model
+from builders import encoded, save_model, tinted, tinted_folder, tiny_model
 from hf_regvit import extract_features
 from hf_regvit.app import cli
 from hf_regvit.app.arguments import evaluate_arguments
@@ -43,27 +42,13 @@ QUICK = {
 }  # fmt: skip
 
 
-def tinted(channel, seed):
-    pixels = np.random.default_rng(seed).integers(0, 140, (32, 32, 3)).astype(np.uint8)
-    pixels[..., channel] += 60
-    return Pillow.fromarray(pixels)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Tinted noise: 24 training and 12 validation images of three classes, in class folders."""
-    root = tmp_path_factory.mktemp("data")
-    for part, count in (("train", 8), ("validation", 4)):
-        for channel, name in enumerate(CLASSES):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                tinted(channel, 100 * channel + 10 * (part == "train") + i).save(root / part / name / f"{i}.png")
-    return root
+    return tinted_folder(tmp_path_factory.mktemp("data"), CLASSES, train=8, validation=4)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
+MODEL = tiny_model()
 
 
 PROCESSOR = default_image_processor(32)
@@ -74,8 +59,8 @@ def evaluate(model, data, **options):
 
 
 @pytest.fixture(scope="module")
-def report(model, data):
-    return evaluate(model, data, tasks=["retrieval", "few_shot", "logistic", "linear", "knn", "robustness"], seed=1)
+def report(data):
+    return evaluate(MODEL, data, tasks=["retrieval", "few_shot", "logistic", "linear", "knn", "robustness"], seed=1)
 
 
 def score_of(report, task, variant=""):
@@ -91,8 +76,8 @@ def features_of(model, data, part):
     return extract_features(open_model(model, processor=PROCESSOR), source).cls, torch.tensor(source.labels)
 
 
-def test_knn_is_that_of_the_plain_functions(model, data, report):
-    train, judged = features_of(model, data, "train"), features_of(model, data, "validation")
+def test_knn_is_that_of_the_plain_functions(data, report):
+    train, judged = features_of(MODEL, data, "train"), features_of(MODEL, data, "validation")
     assert [score.variant for score in report.scores if score.task == "knn"] == ["k=10", "k=20", "k=24"]
     for k, accuracy in knn_accuracy(*train, *judged, k=(10, 20, 24)).items():
         score = score_of(report, "knn", f"k={k}")
@@ -102,9 +87,9 @@ def test_knn_is_that_of_the_plain_functions(model, data, report):
         assert score.settings == {"layer": 2, "k": k, "temperature": 0.07}
 
 
-def test_few_shot_is_the_mean_of_its_draws(model, data, report):
-    train, labels = features_of(model, data, "train")
-    judged = features_of(model, data, "validation")
+def test_few_shot_is_the_mean_of_its_draws(data, report):
+    train, labels = features_of(MODEL, data, "train")
+    judged = features_of(MODEL, data, "validation")
     for n in (1, 2):
         tries = []
         for seed in (1, 2):
@@ -116,8 +101,8 @@ def test_few_shot_is_the_mean_of_its_draws(model, data, report):
         assert score.settings["std_over_tries"] == pytest.approx(np.std(tries, ddof=1), abs=1e-4)
 
 
-def test_retrieval_is_the_mean_of_average_precisions(model, data, report):
-    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+def test_retrieval_is_the_mean_of_average_precisions(data, report):
+    (train, labels), (judged, truth) = features_of(MODEL, data, "train"), features_of(MODEL, data, "validation")
     cosines = torch.nn.functional.normalize(judged, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
     expected = []
     for row, label in zip(cosines.tolist(), truth, strict=True):
@@ -130,8 +115,8 @@ def test_retrieval_is_the_mean_of_average_precisions(model, data, report):
     assert score_of(report, "retrieval").value == pytest.approx(np.mean(expected), abs=1e-6)
 
 
-def test_logistic_regression_is_chosen_on_a_tenth_and_fitted_on_everything(model, data, report):
-    (train, labels), (judged, truth) = features_of(model, data, "train"), features_of(model, data, "validation")
+def test_logistic_regression_is_chosen_on_a_tenth_and_fitted_on_everything(data, report):
+    (train, labels), (judged, truth) = features_of(MODEL, data, "train"), features_of(MODEL, data, "validation")
     score = score_of(report, "logistic")
     assert score.settings["num_images_to_choose"] == 3
     c = float(score.settings["chosen"].split()[1])
@@ -145,8 +130,8 @@ def test_sizes_of_robustness(report):
     assert sizes == ["16 px", "24 px", "40 px"]
 
 
-def test_at_its_own_size_robustness_is_knn(model, data):
-    scores = evaluate(model, data, tasks=["knn", "robustness"], image_sizes=[32], knn_k=[5]).scores
+def test_at_its_own_size_robustness_is_knn(data):
+    scores = evaluate(MODEL, data, tasks=["knn", "robustness"], image_sizes=[32], knn_k=[5]).scores
     assert scores[0].value == scores[1].value
     assert scores[0].columns == scores[1].columns
 
@@ -460,18 +445,18 @@ def test_a_broken_cache_is_not_used(counted, data, tmp_path, caplog):
     assert (third.ids, third.layers, third.kind) == (first.ids, (1, 2), "CLS")
 
 
-def test_the_name_of_a_model_is_no_part_of_it(model):
+def test_the_name_of_a_model_is_no_part_of_it():
     other = tiny_model()
     other.config.name_or_path = "somewhere/else"
-    assert model_fingerprint(other) == model_fingerprint(model)
-    assert model_fingerprint(tiny_model(seed=1)) != model_fingerprint(model)
+    assert model_fingerprint(other) == model_fingerprint(MODEL)
+    assert model_fingerprint(tiny_model(seed=1)) != model_fingerprint(MODEL)
 
 
-def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(model, data):
+def test_vectors_are_normed_cls_of_every_block_and_the_mean_patch(data):
     source = load_images(data, split="validation")
-    features = read(model, source, None)
+    features = read(MODEL, source, None)
     for block in (1, 2):
-        tokens = extract_features(open_model(model, processor=PROCESSOR), source, layer=block)
+        tokens = extract_features(open_model(MODEL, processor=PROCESSOR), source, layer=block)
         torch.testing.assert_close(features.vectors[:, block - 1], tokens.cls)
     torch.testing.assert_close(features.mean_patch, tokens.patches.mean(1))
     assert repr(tokens) == "TokenFeatures(12 images: cls (12, 32), registers (12, 4, 32), patches (12, 16, 32))"
@@ -540,11 +525,11 @@ def test_models_are_compared_on_the_same_images(folders, data):
     assert EvaluationReport.load(folders / "out", model="b") == report
 
 
-def test_other_images_are_not_compared(model, data):
+def test_other_images_are_not_compared(data):
     source = load_images(data, split="validation")
     train = load_images(data, split="train")
     one, two = (
-        evaluate(model, source.subset(rows), train=train, tasks=["retrieval"]).scores[0]
+        evaluate(MODEL, source.subset(rows), train=train, tasks=["retrieval"]).scores[0]
         for rows in (range(11), range(1, 12))
     )
     with pytest.raises(ValueError, match="cannot be compared pairwise"):
@@ -600,14 +585,14 @@ def dense(tmp_path_factory):
     return root
 
 
-def test_segmentation_and_depth(model, data, dense):
+def test_segmentation_and_depth(data, dense):
     from hf_regvit.data.maps import load_depth
     from hf_regvit.evaluation.dense_features import read_dense_features
     from hf_regvit.evaluation.dense_heads import DepthSettings, linear_depth
 
     task_data = {"segmentation": dense / "mask", "depth": dense / "depth"}
     options = {"dense_steps": 40, "dense_learning_rate": 0.05, "dense_batch_size": 4, "task_data": task_data}
-    report = evaluate(model, data, tasks=["depth", "segmentation"], **options)
+    report = evaluate(MODEL, data, tasks=["depth", "segmentation"], **options)
     scores = {score.metric: score for score in report.scores}
     assert list(scores) == ["mean_iou", "rmse", "abs_rel", "delta1"]
     assert scores["mean_iou"].value > 0.9
@@ -616,7 +601,7 @@ def test_segmentation_and_depth(model, data, dense):
     assert scores["rmse"].show(0.5, (0.4, 0.6)) == "0.500 m [0.400, 0.600]"
     assert report.reading_seconds > 0
     parts = [load_depth(dense / "depth", split=split) for split in ("train", "validation")]
-    features = [read_dense_features(open_model(model, processor=PROCESSOR), part) for part in parts]
+    features = [read_dense_features(open_model(MODEL, processor=PROCESSOR), part) for part in parts]
     settings = DepthSettings(num_steps=40, learning_rate=0.05, batch_size=4)
     plain = linear_depth(features[0], parts[0].targets, features[1], parts[1].targets, settings=settings)
     for metric in ("rmse", "abs_rel", "delta1"):
@@ -626,16 +611,16 @@ def test_segmentation_and_depth(model, data, dense):
 # --- What cannot be evaluated
 
 
-def test_unknown_tasks_are_answered_with_the_nearest(model, data):
+def test_unknown_tasks_are_answered_with_the_nearest(data):
     with pytest.raises(ValueError, match=r"Unknown task 'linaer'. Did you mean 'linear'\? Choose from knn, linear"):
-        evaluate(model, data, tasks=["linaer"])
+        evaluate(MODEL, data, tasks=["linaer"])
     with pytest.raises(ValueError, match="tasks is empty"):
-        evaluate(model, data, tasks=[])
+        evaluate(MODEL, data, tasks=[])
     with pytest.raises(ValueError, match=r"task_data names \['depth'\]"):
-        evaluate(model, data, tasks=["knn"], task_data={"depth": data})
+        evaluate(MODEL, data, tasks=["knn"], task_data={"depth": data})
 
 
-def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
+def test_an_evaluation_judges_what_a_fine_tuning_held_out(data):
     """With the seed and share of the run, as in the tutorial; any other seed would test on training images."""
     from hf_regvit import FinetuningArguments
     from hf_regvit.finetuning.data import open_data
@@ -644,60 +629,60 @@ def test_an_evaluation_judges_what_a_fine_tuning_held_out(model, data):
     args = FinetuningArguments(output_dir="unused", data=str(folder), use_cpu=True, seed=42, train_val_split=0.25)
     held = open_data(args).heldout
     options = {"train_val_split": 0.25, "knn_k": [3], "tasks": ("knn",)}
-    (score,) = evaluate(model, str(folder), seed=42, **options).scores
+    (score,) = evaluate(MODEL, str(folder), seed=42, **options).scores
     assert score.num_images == len(held)
     assert score.images == fingerprint(held.ids, digest_size=8)
-    (score,) = evaluate(model, str(folder), seed=0, **options).scores
+    (score,) = evaluate(MODEL, str(folder), seed=0, **options).scores
     assert score.images != fingerprint(held.ids, digest_size=8)
 
 
-def test_missing_validation_part(model, data):
+def test_missing_validation_part(data):
     for options, counts in (({"train_val_split": 0.25}, (18, 6)), ({}, (21, 3))):
-        report = evaluate(model, data / "train", tasks=["knn"], knn_k=[3], **options)
+        report = evaluate(MODEL, data / "train", tasks=["knn"], knn_k=[3], **options)
         (score,) = report.scores
         assert (score.num_train, score.num_images) == counts
         assert report.notes[0].startswith(f"Held out: {counts[1]} of 24 training images")
-    assert not evaluate(model, data, tasks=["knn"], knn_k=[3]).notes
+    assert not evaluate(MODEL, data, tasks=["knn"], knn_k=[3]).notes
 
 
-def test_more_neighbours_than_images(model, data):
+def test_more_neighbours_than_images(data):
     with pytest.raises(ValueError, match=r"k=\[5, 25\]: every k must be .* at most 24"):
-        evaluate(model, data, tasks=["knn"], knn_k=[5, 25])
+        evaluate(MODEL, data, tasks=["knn"], knn_k=[5, 25])
     with pytest.raises(ValueError, match="has 8 training images, but 9 per class were requested"):
-        evaluate(model, data, tasks=["few_shot"], shots=[9])
+        evaluate(MODEL, data, tasks=["few_shot"], shots=[9])
 
 
-def test_images_without_labels(model, tmp_path):
+def test_images_without_labels(tmp_path):
     for i in range(4):
         tinted(0, i).save(tmp_path / f"{i}.png")
     source = load_images(tmp_path)
     with pytest.raises(ValueError, match="has no labels in its training split: 2 images are not in a subfolder"):
-        evaluate(model, source.subset([0, 1]), train=source.subset([2, 3]))
+        evaluate(MODEL, source.subset([0, 1]), train=source.subset([2, 3]))
 
 
-def test_one_class_and_unseen_classes(model, data):
+def test_one_class_and_unseen_classes(data):
     train, judged = (load_images(data, split=part) for part in ("train", "validation"))
     of = {label: [i for i, one in enumerate(train.labels) if one == label] for label in range(3)}
     with pytest.raises(ValueError, match=r"all 8 training images are of one class, 'blue'"):
-        evaluate(model, judged.subset(range(4)), train=train.subset(of[0]))
+        evaluate(MODEL, judged.subset(range(4)), train=train.subset(of[0]))
     with pytest.raises(ValueError, match=r"has 1 classes without training images: 'red'"):
-        evaluate(model, judged, train=train.subset(of[0] + of[1]))
+        evaluate(MODEL, judged, train=train.subset(of[0] + of[1]))
 
 
-def test_other_classes_in_the_training_images(model, data, tmp_path):
+def test_other_classes_in_the_training_images(data, tmp_path):
     for name in ("blue", "yellow"):
         (tmp_path / name).mkdir()
         tinted(0, 1).save(tmp_path / name / "1.png")
     with pytest.raises(ValueError, match=r"has 2 classes without training images: 'green', 'red'"):
-        evaluate(model, data, train=tmp_path)
+        evaluate(MODEL, data, train=tmp_path)
 
 
-def test_folders_of_test_images_that_lack_a_class_are_numbered_by_name(model, data):
+def test_folders_of_test_images_that_lack_a_class_are_numbered_by_name(data):
     train = load_images(data / "train", split=None)
     whole = load_images(data / "validation", split=None)
     part = replace(whole.subset(range(4, 12)), labels=[0] * 4 + [1] * 4, label_names=("green", "red"))
-    (score,) = evaluate(model, part, train=train, tasks=["knn"], knn_k=[3]).scores
-    (same,) = evaluate(model, whole.subset(range(4, 12)), train=train, tasks=["knn"], knn_k=[3]).scores
+    (score,) = evaluate(MODEL, part, train=train, tasks=["knn"], knn_k=[3]).scores
+    (same,) = evaluate(MODEL, whole.subset(range(4, 12)), train=train, tasks=["knn"], knn_k=[3]).scores
     assert score.columns == same.columns
 
 
@@ -716,20 +701,20 @@ def test_a_draw_has_so_many_images_and_every_class_that_fits(count):
     assert list(map(int, again)) == drawn
 
 
-def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(model, data):
+def test_f27_a_set_with_one_image_a_class_can_be_drawn_from(data):
     train, judged = (load_images(data, split=part) for part in ("train", "validation"))
     single = judged.subset([0, 4, 8])
-    (score,) = evaluate(model, single, train=train, tasks=["knn"], knn_k=[3], max_images=2).scores
+    (score,) = evaluate(MODEL, single, train=train, tasks=["knn"], knn_k=[3], max_images=2).scores
     assert (score.num_train, score.num_images) == (3, 2)  # one training image per class
 
 
-def test_test_images_that_are_fitted_on(model, data, caplog):
+def test_test_images_that_are_fitted_on(data, caplog):
     source = load_images(data, split="validation")
     with pytest.raises(ValueError, match=r"12 of the 12 test images .* are identical to training images"):
-        evaluate(model, source, train=source)
+        evaluate(MODEL, source, train=source)
     train = load_images(data / "train", split=None)
     joined = join_sources([train, load_images(data / "validation", split=None).subset([0, 4])])
-    report = evaluate(model, load_images(data / "validation", split=None), train=joined, tasks=["retrieval"])
+    report = evaluate(MODEL, load_images(data / "validation", split=None), train=joined, tasks=["retrieval"])
     assert report.notes == ("2 of 12 test images are identical to training images, byte for byte.",)
 
 
@@ -795,9 +780,9 @@ class Centroid:
         return [score]
 
 
-def test_a_task_is_one_class_and_one_entry_in_the_table(model, data, monkeypatch, tmp_path):
+def test_a_task_is_one_class_and_one_entry_in_the_table(data, monkeypatch, tmp_path):
     monkeypatch.setitem(TASKS, Centroid.name, Centroid)
-    report = evaluate(model, data, tasks=["centroid", "knn"], knn_k=[3], centroid_power=2.0, image_size=32)
+    report = evaluate(MODEL, data, tasks=["centroid", "knn"], knn_k=[3], centroid_power=2.0, image_size=32)
     score = score_of(report, "centroid")
     assert score.value > 0.5
     assert score.name == "Nearest mean, top1"
@@ -805,9 +790,9 @@ def test_a_task_is_one_class_and_one_entry_in_the_table(model, data, monkeypatch
     assert "- centroid: nearest mean" in EvaluationTable((report,)).markdown()
     report.save(tmp_path / "report.json")
     with pytest.raises(ValueError, match=r"centroid_power=-1.0 must be above 0"):
-        evaluate(model, data, tasks=["centroid"], centroid_power=-1.0)
+        evaluate(MODEL, data, tasks=["centroid"], centroid_power=-1.0)
     with pytest.raises(ValueError, match=r"Did you mean 'centroid_power'\?"):
-        evaluate(model, data, centroid_pow=1.0)
+        evaluate(MODEL, data, centroid_pow=1.0)
     parser = RecipeParser(evaluate_arguments(), prog="regvit evaluate")
     given = ["--model", "a", "--data", "b", "--tasks", "centroid", "--power", "3"]
     (arguments,) = parser.parse(given)
@@ -851,8 +836,8 @@ def test_every_option_has_a_help_text_and_a_task():
     assert len(TASKS["lost"].Settings().candidates(12)) == 4 * 4 * 3 * (1 + 5)
 
 
-def test_modules_and_names_are_compared(folders, data, model):
-    reader = open_model(model, processor=PROCESSOR)
+def test_modules_and_names_are_compared(folders, data):
+    reader = open_model(MODEL, processor=PROCESSOR)
     table = compare_backbones([folders / "a", reader, open_model(tiny_model(seed=1), processor=PROCESSOR)], str(data),
                               tasks=["knn"], knn_k=[3])  # fmt: skip
     assert table.reports[0].model == "a"

@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
-from builders import noise
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import noise, tiny_model
 from hf_regvit.evaluation.boxes import best_iou, box_iou
 from hf_regvit.evaluation.lost import (
     AttentionSettings,
@@ -244,8 +243,8 @@ def test_shares_and_similarities_of_exactly_zero_are_not_positive():
     assert (few.scores > 0).flatten().tolist() == [True] * 3 + [False] * 3
 
 
-def test_padding_goes_by_the_height_and_the_width_of_a_patch(model, processor):
-    transform = EvaluationTransform.for_model(model, processor)
+def test_padding_goes_by_the_height_and_the_width_of_a_patch():
+    transform = EvaluationTransform.for_model(MODEL, PROCESSOR)
     pixels, scale = _padded(noise(0, (37, 26)), transform, (8, 16), 640)
     assert (tuple(pixels.shape), scale) == ((3, 32, 48), 1.0)
     assert not pixels[:, 26:].any()
@@ -360,20 +359,11 @@ def test_cells_become_pixels():
 # --- On a model
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = RegViTConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=8, num_register_tokens=2
-    )
-    return RegViTModel(config).eval()
+MODEL = tiny_model(num_hidden_layers=3, num_attention_heads=4, num_register_tokens=2)
 
 
-@pytest.fixture(scope="module")
-def processor():
-    processor = default_image_processor(32)
-    processor.image_mean, processor.image_std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
-    return processor
+PROCESSOR = default_image_processor(32)
+PROCESSOR.image_mean, PROCESSOR.image_std = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
 
 def padded(image, width, height):
@@ -386,41 +376,41 @@ def padded(image, width, height):
     return pixels
 
 
-def test_images_keep_their_size_and_are_padded_to_whole_patches(model, processor):
+def test_images_keep_their_size_and_are_padded_to_whole_patches():
     image = noise(0, (37, 26))
     pixels = padded(image, 40, 32)
-    outputs = model(pixels, output_hidden_states=True)
+    outputs = MODEL(pixels, output_hidden_states=True)
     for layer in (1, -1):
         tokens = outputs.hidden_states[layer][0, 3:].detach()  # without CLS and two registers
         expected = lost_box(tokens, (4, 5), LostSettings(center="image", k=6))
         (found,) = discover_objects(
-            open_model(model, processor=processor), [image], feature="out", layer=layer, center="image", k=6
+            open_model(MODEL, processor=PROCESSOR), [image], feature="out", layer=layer, center="image", k=6
         )
         assert found.box == expected.box((8, 8), (26, 37))
         torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-3, rtol=1e-3)
         assert found.image_size == (26, 37)
 
 
-def test_queries_keys_and_values_are_the_projections(model, processor):
+def test_queries_keys_and_values_are_the_projections():
     image = noise(0, (32, 24))
     pixels = padded(image, 32, 24)
     for feature in "qkv":
-        tokens = read_tokens(model, pixels, layers=(2,), site=feature).values[0][0, 3:]
+        tokens = read_tokens(MODEL, pixels, layers=(2,), site=feature).values[0][0, 3:]
         expected = lost_box(tokens, (3, 4), LostSettings(l2norm=True, bias=-0.1))
         (found,) = discover_objects(
-            open_model(model, processor=processor), [image], feature=feature, layer=2, l2norm=True, bias=-0.1
+            open_model(MODEL, processor=PROCESSOR), [image], feature=feature, layer=2, l2norm=True, bias=-0.1
         )
         assert found.result.cells == expected.cells
         torch.testing.assert_close(found.result.scores, expected.scores, atol=1e-4, rtol=1e-4)
 
 
-def test_attention_boxes_read_the_row_of_cls(model, processor):
+def test_attention_boxes_read_the_row_of_cls():
     image = noise(0, (37, 26))
-    model.set_attn_implementation("eager")
-    attention = model(padded(image, 40, 32), output_attentions=True).attentions[-1][0, :, 0, 3:].detach()
-    model.set_attn_implementation("sdpa")
+    MODEL.set_attn_implementation("eager")
+    attention = MODEL(padded(image, 40, 32), output_attentions=True).attentions[-1][0, :, 0, 3:].detach()
+    MODEL.set_attn_implementation("sdpa")
     methods = [AttentionSettings(), AttentionSettings(head=2), AttentionSettings(head=3, mass=0.3)]
-    (proposal,) = propose(open_model(model, processor=processor), [image], methods)
+    (proposal,) = propose(open_model(MODEL, processor=PROCESSOR), [image], methods)
     rows = (attention.mean(0), attention[2], attention[3])
     for method, row, box, mask in zip(methods, rows, proposal.boxes, proposal.results, strict=True):
         cells = attention_cells(row, (4, 5), mass=method.mass)
@@ -428,68 +418,68 @@ def test_attention_boxes_read_the_row_of_cls(model, processor):
         assert torch.equal(mask, attention_mask(row, (4, 5), mass=method.mass))
 
 
-def test_many_methods_in_one_pass_equal_one_by_one(model, processor):
+def test_many_methods_in_one_pass_equal_one_by_one():
     images = [noise(seed, (37, 26)) for seed in range(2)] + [noise(5, (24, 24))]
     methods = [
         LostSettings("v", 1),
         AttentionSettings(1),
         *(LostSettings(f, layer, center="row", bias=0.1) for f in ("q", "out") for layer in (2, -1)),
     ]
-    together = list(propose(open_model(model, processor=processor), images, methods))
+    together = list(propose(open_model(MODEL, processor=PROCESSOR), images, methods))
     assert [proposal.image_size for proposal in together] == [(26, 37), (26, 37), (24, 24)]
     for i, method in enumerate(methods):
-        alone = list(propose(open_model(model, processor=processor), images, [method]))
+        alone = list(propose(open_model(MODEL, processor=PROCESSOR), images, [method]))
         assert [proposal.boxes[i] for proposal in together] == [proposal.boxes[0] for proposal in alone]
 
 
-def test_large_images_are_read_smaller_and_boxes_refer_to_the_original(model, processor):
+def test_large_images_are_read_smaller_and_boxes_refer_to_the_original():
     image = noise(0, (90, 60))
-    (large,) = discover_objects(open_model(model, processor=processor), [image], center="image", max_side=45)
+    (large,) = discover_objects(open_model(MODEL, processor=PROCESSOR), [image], center="image", max_side=45)
     small = image.resize((45, 30), Image.Resampling.BICUBIC)
-    (same,) = discover_objects(open_model(model, processor=processor), [small], center="image")
+    (same,) = discover_objects(open_model(MODEL, processor=PROCESSOR), [small], center="image")
     assert large.image_size == (60, 90)
     assert large.box == tuple(2 * side for side in same.box)
     assert torch.equal(large.result.degrees, same.result.degrees)
 
 
-def test_broken_images_are_left_out_and_names_kept(model, processor, tmp_path, caplog):
+def test_broken_images_are_left_out_and_names_kept(tmp_path, caplog):
     noise(0, (32, 24)).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"not an image")
     noise(0, (40, 24)).save(tmp_path / "c.png")
-    found = discover_objects(open_model(model, processor=processor), tmp_path, center="image")
+    found = discover_objects(open_model(MODEL, processor=PROCESSOR), tmp_path, center="image")
     assert [one.id for one in found] == ["a.png", "c.png"]
     assert [one.image_size for one in found] == [(24, 32), (24, 40)]
     assert "1 of 3 images were skipped" in caplog.text
 
 
-def test_a_degenerate_affinity_is_said_with_numbers(model, processor, caplog):
-    discover_objects(open_model(model, processor=processor), [noise(0, (32, 24))], l2norm=True, bias=2.0)
+def test_a_degenerate_affinity_is_said_with_numbers(caplog):
+    discover_objects(open_model(MODEL, processor=PROCESSOR), [noise(0, (32, 24))], l2norm=True, bias=2.0)
     assert "1 of 1 images have a degenerate affinity" in caplog.text
     assert "100.0 % of its entries are positive, and 12 patches (median) tie" in caplog.text
     caplog.clear()
-    discover_objects(open_model(model, processor=processor), [noise(0, (32, 24))], center="image")
+    discover_objects(open_model(MODEL, processor=PROCESSOR), [noise(0, (32, 24))], center="image")
     assert "degenerate" not in caplog.text
 
 
-def test_the_model_is_left_as_it_was(model, processor):
-    model.train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    list(propose(open_model(model, processor=processor), [noise(0, (32, 24))], [LostSettings(), AttentionSettings()]))
-    assert model.training
-    model.eval()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+def test_the_model_is_left_as_it_was():
+    MODEL.train()
+    before = {name: value.clone() for name, value in MODEL.state_dict().items()}
+    list(propose(open_model(MODEL, processor=PROCESSOR), [noise(0, (32, 24))], [LostSettings(), AttentionSettings()]))
+    assert MODEL.training
+    MODEL.eval()
+    assert all(torch.equal(value, before[name]) for name, value in MODEL.state_dict().items())
 
 
-def test_settings_that_a_model_has_not_are_named(model, processor):
+def test_settings_that_a_model_has_not_are_named():
     image = noise(0, (32, 24))
     with pytest.raises(ValueError, match="Block 4"):
-        discover_objects(open_model(model, processor=processor), [image], layer=4)
+        discover_objects(open_model(MODEL, processor=PROCESSOR), [image], layer=4)
     with pytest.raises(ValueError, match=r"head=4 does not exist\. Use 0 to 3"):
-        list(propose(open_model(model, processor=processor), [image], [AttentionSettings(4)]))
+        list(propose(open_model(MODEL, processor=PROCESSOR), [image], [AttentionSettings(4)]))
     config = SiglipVisionConfig(
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8
     )
     without_cls = SiglipVisionModel(config).eval()
-    assert len(discover_objects(open_model(without_cls, processor=processor), [image])) == 1
+    assert len(discover_objects(open_model(without_cls, processor=PROCESSOR), [image])) == 1
     with pytest.raises(ValueError, match="no CLS token"):
-        list(propose(open_model(without_cls, processor=processor), [image], [AttentionSettings()]))
+        list(propose(open_model(without_cls, processor=PROCESSOR), [image], [AttentionSettings()]))

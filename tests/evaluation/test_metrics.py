@@ -28,11 +28,6 @@ def no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
-@pytest.fixture
-def rng():
-    return np.random.default_rng(0)
-
-
 def in_batches(metric, size, **columns):
     """Pass the same data in several calls."""
     count = len(next(iter(columns.values())))
@@ -44,7 +39,8 @@ def in_batches(metric, size, **columns):
 # --- Slow twins
 
 
-def test_top_k_equals_sorting(rng):
+def test_top_k_equals_sorting():
+    rng = np.random.default_rng(0)
     scores, truth = rng.integers(0, 4, (40, 6)) / 2.0, rng.integers(0, 6, 40)  # many equal scores
     hits = {1: 0, 3: 0}
     for row, label in zip(scores.tolist(), truth.tolist(), strict=True):
@@ -60,7 +56,8 @@ def test_top_k_equals_sorting(rng):
     assert TopKAccuracy().compute(predictions=classes, references=truth)["top1"] == pytest.approx(hits[1] / 40)
 
 
-def test_class_scores_equal_counting(rng):
+def test_class_scores_equal_counting():
+    rng = np.random.default_rng(0)
     truth, said = rng.integers(0, 4, 40), rng.integers(0, 5, 40)  # class 4 does not occur but is predicted
     found, f1 = [], []
     for one in range(4):
@@ -84,7 +81,8 @@ def test_class_scores_equal_counting(rng):
 
 
 @pytest.mark.parametrize("ignore_index", [255, None])
-def test_mean_iou_equals_counting_pixels(rng, ignore_index):
+def test_mean_iou_equals_counting_pixels(ignore_index):
+    rng = np.random.default_rng(0)
     classes = 5
     predicted = [rng.integers(0, classes - 1, shape) for shape in ((4, 6), (3, 3), (5, 2))]
     true = [rng.integers(0, classes - 1, one.shape).astype(np.uint8) for one in predicted]
@@ -113,7 +111,8 @@ def test_mean_iou_equals_counting_pixels(rng, ignore_index):
     assert result["overall_accuracy"] == pytest.approx(right / total)
 
 
-def test_mean_iou_pools_pixels_over_batches(rng):
+def test_mean_iou_pools_pixels_over_batches():
+    rng = np.random.default_rng(0)
     predicted, true = rng.integers(0, 3, (6, 4, 5)), rng.integers(0, 3, (6, 4, 5))
     metric = MeanIoU(num_classes=3)
     whole = metric.compute(predictions=predicted, references=true)
@@ -145,7 +144,8 @@ def test_masks_are_not_kept():
     assert len(metric.buf_writer.getvalue()) < 20_000
 
 
-def test_depth_equals_the_definitions(rng):
+def test_depth_equals_the_definitions():
+    rng = np.random.default_rng(0)
     predicted = rng.uniform(0.5, 9, (3, 4, 5)).astype(np.float32)
     true = rng.uniform(0.5, 9, (3, 4, 5)).astype(np.float32)
     true[0, 0, :3] = (0.0, np.nan, -1.0)  # not measured

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, List, Value
+from datasets import List, Value
 from PIL import Image as Pillow
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import image_table, tiny_model
 from hf_regvit.app import cli
 from hf_regvit.data.loading import load_images
 from hf_regvit.evaluation.boxes import best_iou
@@ -45,13 +45,6 @@ def scene(seed):
     return data.getvalue(), [x, y, 20, 16]
 
 
-def write(path, rows, boxes, feature, **columns):
-    features = Features({"image": Image(), "boxes_of": feature, **{name: Value("int64") for name in columns}})
-    table = {"image": [{"bytes": data, "path": None} for data in rows], "boxes_of": boxes, **columns}
-    Dataset.from_dict(table, features=features).rename_column("boxes_of", "objects").to_parquet(path)
-    return path
-
-
 COCO = {"bbox": List(List(Value("float64"))), "iscrowd": List(Value("bool"))}
 
 
@@ -62,19 +55,15 @@ def data(tmp_path_factory):
     rows = [data for data, _ in scenes] + [b"not an image"]
     boxes = [{"bbox": [box], "iscrowd": [i == 4]} for i, (_, box) in enumerate(scenes)]
     boxes.append({"bbox": [[0, 0, 5, 5]], "iscrowd": [False]})
-    return write(tmp_path_factory.mktemp("data") / "scenes.parquet", rows, boxes, COCO, number=list(range(11)))
+    types = {"objects": COCO, "number": Value("int64")}
+    columns = {"image": rows, "objects": boxes, "number": list(range(11))}
+    return image_table(tmp_path_factory.mktemp("data") / "scenes.parquet", types=types, **columns)
 
 
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = RegViTConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8)
-    return RegViTModel(config).eval()
+MODEL = tiny_model()
 
 
-@pytest.fixture(scope="module")
-def reader(model):
-    return open_model(model, processor=default_image_processor(32))
+READER = open_model(MODEL, processor=default_image_processor(32))
 
 
 OPTIONS = {
@@ -107,7 +96,10 @@ def test_crowds_are_no_ground_truth(data):
     ],
 )
 def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
-    source = load_images(write(tmp_path / "a.parquet", [scene(0)[0]] * 2, cells, feature), split=None)
+    source = load_images(
+        image_table(tmp_path / "a.parquet", types={"objects": feature}, image=[scene(0)[0]] * 2, objects=cells),
+        split=None,
+    )
     assert ground_truth_boxes(source, box_format=box_format) == expected
     assert ground_truth_boxes(source.subset([1, 0]), column="objects", box_format=box_format) == expected[::-1]
 
@@ -124,23 +116,31 @@ def test_forms_of_boxes(tmp_path, feature, cells, box_format, expected):
     ],
 )
 def test_wrong_boxes_are_named(tmp_path, feature, cells, change, message):
-    source = load_images(write(tmp_path / "a.parquet", [scene(0)[0]] * 2, cells, feature), split=None)
+    source = load_images(
+        image_table(tmp_path / "a.parquet", types={"objects": feature}, image=[scene(0)[0]] * 2, objects=cells),
+        split=None,
+    )
     with pytest.raises(ValueError, match=message):
         ground_truth_boxes(source, **change)
 
 
-def test_folders_of_images_have_no_boxes(tmp_path, reader):
+def test_folders_of_images_have_no_boxes(tmp_path):
     (tmp_path / "a.png").write_bytes(scene(0)[0])
     with pytest.raises(ValueError, match="a folder of images has none; use parquet"):
-        evaluate_backbone(reader, tmp_path, tasks=["lost"])
+        evaluate_backbone(READER, tmp_path, tasks=["lost"])
 
 
-def test_boxes_in_the_wrong_format_are_noticed(tmp_path, reader, caplog):
+def test_boxes_in_the_wrong_format_are_noticed(tmp_path, caplog):
     corners = [[20, 10, 44, 30], [24, 8, 40, 28]]
-    path = write(tmp_path / "a.parquet", [scene(i)[0] for i in range(2)], corners, List(Value("int64")))
+    path = image_table(
+        tmp_path / "a.parquet",
+        types={"objects": List(Value("int64"))},
+        image=[scene(i)[0] for i in range(2)],
+        objects=corners,
+    )
     source = load_images(path, split=None)
     truth = ground_truth_boxes(source)
-    measure_overlaps(reader, source, truth, [LostSettings()])
+    measure_overlaps(READER, source, truth, [LostSettings()])
     assert "In 2 of 2 images, such as 'row/0', a ground-truth box extends beyond the image" in caplog.text
 
 
@@ -220,8 +220,8 @@ def test_bootstrap_interval_is_that_of_a_proportion():
     assert bootstrap_interval(np.ones(5), seed=1) == (1.0, 1.0)
 
 
-def test_settings_chosen_on_one_half_are_tested_on_the_other(data, reader, tmp_path):
-    report = evaluate_backbone(reader, data, seed=1, **OPTIONS)
+def test_settings_chosen_on_one_half_are_tested_on_the_other(data, tmp_path):
+    report = evaluate_backbone(READER, data, seed=1, **OPTIONS)
     lost = report.lost
     source = load_images(data, split=None)
     truth = dict(zip(source.ids, ground_truth_boxes(source), strict=True))
@@ -235,14 +235,14 @@ def test_settings_chosen_on_one_half_are_tested_on_the_other(data, reader, tmp_p
     # The number equals that of the public function with these settings, on images not used for choosing.
     chosen = {name: getattr(lost.settings, name) for name in ("feature", "layer", "center", "l2norm", "bias", "k")}
     subset = source.subset([int(name.split("/")[1]) for name in judged])
-    objects = discover_objects(reader, subset, **chosen)
+    objects = discover_objects(READER, subset, **chosen)
     overlaps = best_iou([found.box for found in objects], [truth[name] for name in judged])
     assert lost.corloc == pytest.approx((overlaps >= 0.5).double().mean().item())
     # These settings are the best on the images used for choosing.
     others = source.subset([kept[i] for i in first])
     settings = settings_from(TASKS["lost"].Settings, {k: v for k, v in OPTIONS.items() if k != "tasks"}).candidates(2)
     boxes = [truth[name] for name in others.ids]
-    seen = measure_overlaps(reader, others, boxes, settings)
+    seen = measure_overlaps(READER, others, boxes, settings)
     assert lost.settings == settings[int(seen.corloc().argmax())]
     assert lost.choice["best"][0] == {"settings": str(lost.settings), "corloc": pytest.approx(seen.corloc().max())}
 
@@ -262,24 +262,24 @@ def test_settings_chosen_on_one_half_are_tested_on_the_other(data, reader, tmp_p
     assert EvaluationReport.load(tmp_path / "new" / "report.json") == report
 
 
-def test_one_setting_is_tested_on_everything(data, reader):
+def test_one_setting_is_tested_on_everything(data):
     one = {"lost_features": ["k"], "lost_layers": [-1], "lost_centers": ["image"], "lost_l2norm": ["false"]}
-    report = evaluate_backbone(reader, data, tasks=["lost"], **one)
+    report = evaluate_backbone(READER, data, tasks=["lost"], **one)
     assert report.lost.choice is None
     assert len(report.lost.ids) == 9
     assert report.lost.settings == LostSettings(center="image")
     assert "settings as given" in report.lost.lines(0)[0]
 
 
-def test_training_images_of_their_own(data, reader):
+def test_training_images_of_their_own(data):
     source = load_images(data, split=None)
-    report = evaluate_backbone(reader, source.subset([7, 8, 9]), train=source.subset([0, 1, 2, 3]), **OPTIONS)
+    report = evaluate_backbone(READER, source.subset([7, 8, 9]), train=source.subset([0, 1, 2, 3]), **OPTIONS)
     assert report.lost.ids == ("row/7", "row/8", "row/9")
     assert report.lost.choice["num_images"] == 4
 
 
-def test_vanilla_is_there_to_compare_with(data, reader):
-    scores = evaluate_backbone(reader, data, **OPTIONS).lost.scores
+def test_vanilla_is_there_to_compare_with(data):
+    scores = evaluate_backbone(READER, data, **OPTIONS).lost.scores
     assert list(scores) == ["lost", "vanilla", "attention", "center_box", "full_image"]
     assert scores["vanilla"].method == str(LostSettings())
     assert all(len(score.overlaps) == len(scores["lost"].overlaps) for score in scores.values())
@@ -293,9 +293,9 @@ def test_vanilla_is_there_to_compare_with(data, reader):
         ({"boxes": "number"}, "not a box of four numbers"),
     ],
 )
-def test_what_cannot_be_evaluated_is_named(data, reader, change, message):
+def test_what_cannot_be_evaluated_is_named(data, change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_backbone(reader, data, **OPTIONS | change)
+        evaluate_backbone(READER, data, **OPTIONS | change)
 
 
 def test_layers_that_a_shallow_model_has_not_are_left_out():
@@ -307,9 +307,9 @@ def test_layers_that_a_shallow_model_has_not_are_left_out():
 
 
 @pytest.mark.slow
-def test_two_models_on_the_command_line(data, model, tmp_path, capsys):
+def test_two_models_on_the_command_line(data, tmp_path, capsys):
     for name in ("a", "b"):
-        model.save_pretrained(tmp_path / name)
+        MODEL.save_pretrained(tmp_path / name)
         default_image_processor(32).save_pretrained(tmp_path / name)
     args = ["evaluate", "--model", str(tmp_path / "a"), "--model", str(tmp_path / "b"), "--tasks", "lost", "--data",
             str(data), "--lost_features", "k", "--lost_layers", "-1", "-2", "--lost_centers", "image",
@@ -327,8 +327,8 @@ def test_two_models_on_the_command_line(data, model, tmp_path, capsys):
     assert reports[0]["lost"]["settings"]["center"] == "image"
 
 
-def test_a_bias_without_l2norm_is_one_of_dot_products(data, model, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "a")
+def test_a_bias_without_l2norm_is_one_of_dot_products(data, tmp_path, capsys):
+    MODEL.save_pretrained(tmp_path / "a")
     default_image_processor(32).save_pretrained(tmp_path / "a")
     args = ["evaluate", "--model", str(tmp_path / "a"), "--tasks", "lost", "--data", str(data)]
     args += ["--lost_features", "v", "--lost_layers", "-1", "--lost_centers", "none", "--lost_l2norm", "false"]

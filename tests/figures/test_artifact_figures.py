@@ -1,74 +1,58 @@
 """Attention of any token, maps of any family, layer-by-norm histogram, LOST stages, on rectangular grids."""
 
-import numpy as np
 import pytest
 import timm
 import torch
 from PIL import Image
 from transformers import SiglipVisionConfig, SiglipVisionModel, ViTImageProcessor
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import noise, pixels, tiny_model
 from hf_regvit.diagnosis.diagnose import diagnose
 from hf_regvit.evaluation.lost import lost_box
 from hf_regvit.figures import maps as F
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.models.tokens import TokenReader
 
-
-@pytest.fixture(scope="module")
-def regvit():
-    torch.manual_seed(0)
-    config = RegViTConfig(
-        image_size=32, patch_size=8, hidden_size=24, num_hidden_layers=2, num_attention_heads=3, num_register_tokens=2
-    )
-    return RegViTModel(config).eval()
+MODEL = tiny_model(hidden_size=24, num_attention_heads=3, num_register_tokens=2)
 
 
-@pytest.fixture(scope="module")
-def pixels():
-    return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(1))
+PIXELS = pixels(2, 32, 48)
 
 
-@pytest.fixture(scope="module")
-def reader(regvit):
-    """Reader of images of 32 x 48 pixels, as they are."""
-    processor = ViTImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return TokenReader(regvit, processor)
+# Reader of images of 32 x 48 pixels, as they are.
+READER = TokenReader(MODEL, ViTImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3))
 
 
-@pytest.fixture(scope="module")
-def image():
-    values = np.random.default_rng(1).integers(0, 256, (32, 48, 3), dtype=np.uint8)
-    return Image.fromarray(values)
+IMAGE = noise(1, (48, 32))
 
 
-def test_attention_of_every_kind_of_token(reader, image):
-    model, pixels = reader.model, reader.transform(image)[None]
+def test_attention_of_every_kind_of_token():
+    model, pixels = READER.model, READER.transform(IMAGE)[None]
     model.set_attn_implementation("eager")
     expected = model(pixels, output_attentions=True).attentions[-1].detach()  # (1, heads, T, T), T = 1 + 2 + 4 * 6
     model.set_attn_implementation("sdpa")
     for query, row in (("cls", 0), (("register", 0), 1), (("register", 1), 2), (("patch", 2, 3), 3 + 2 * 6 + 3)):
-        actual = torch.from_numpy(reader.attention_maps(image, query=query))
+        actual = torch.from_numpy(READER.attention_maps(IMAGE, query=query))
         torch.testing.assert_close(actual, expected[:, :, row, 3:].unflatten(-1, (4, 6)), atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     "query", ["register", ("register", 2), ("register", -1), ("patch", 4, 0), ("patch", 0, 6), "patch"]
 )
-def test_attention_of_a_token_that_is_not_there(reader, image, query):
+def test_attention_of_a_token_that_is_not_there(query):
     with pytest.raises(ValueError, match="query="):
-        reader.attention_maps(image, query=query)
+        READER.attention_maps(IMAGE, query=query)
 
 
-def test_maps_of_other_families(pixels):
+def test_maps_of_other_families():
     torch.manual_seed(0)
     vit = timm.create_model(
         "vit_tiny_patch16_224", img_size=(32, 48), patch_size=8, embed_dim=24, depth=2, num_heads=3, num_classes=0
     ).eval()
-    (maps, _) = F.read_token_maps(vit, pixels)
+    (maps, _) = F.read_token_maps(vit, PIXELS)
     assert maps.attention.shape == (1, 4, 6)
     assert maps.registers.shape == (0, 24)
-    expected = vit.forward_features(pixels)[0, 1:].detach()
+    expected = vit.forward_features(PIXELS)[0, 1:].detach()
     torch.testing.assert_close(maps.patch_tokens.flatten(0, 1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -84,8 +68,8 @@ def test_without_cls_the_maps_have_none():
         TokenReader(model, default_image_processor(32)).attention_maps(Image.new("RGB", (32, 32)))
 
 
-def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_image(reader, image):
-    figure = F.attention_overlay_figure(image, torch.from_numpy(reader.attention_maps(image)[0]), name="CLS")
+def test_overlay_has_the_mean_and_every_head_at_the_proportion_of_the_image():
+    figure = F.attention_overlay_figure(IMAGE, torch.from_numpy(READER.attention_maps(IMAGE)[0]), name="CLS")
     shown = [axis.get_title() for axis in figure.axes if axis.get_visible()]
     assert shown == ["image", "CLS, mean over 3 heads", "head 1", "head 2", "head 3"]
     box = figure.axes[1].get_position()
@@ -100,9 +84,9 @@ def test_overlay_marks_the_cell_of_the_query():
     assert (line.get_xdata()[0], line.get_ydata()[0]) == (20, 12)
 
 
-def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
+def test_layer_figure_has_a_row_per_layer_and_its_cut_offs():
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
+    report = diagnose(MODEL, images, processor=default_image_processor(32), progress=False)
     figure = F.layer_norm_figure(report)
     (axis,) = figure.axes
     assert axis.get_ylim() == (-0.5, 2.5)
@@ -111,9 +95,9 @@ def test_layer_figure_has_a_row_per_layer_and_its_cut_offs(regvit):
 
 
 @pytest.mark.slow
-def test_images_of_a_report(regvit, tmp_path):
+def test_images_of_a_report(tmp_path):
     images = [Image.effect_noise((40, 32), 60).convert("RGB") for _ in range(8)]
-    report = diagnose(regvit, images, processor=default_image_processor(32), progress=False)
+    report = diagnose(MODEL, images, processor=default_image_processor(32), progress=False)
     files = F.write_report_figures(report, tmp_path / "figures")
     names = [file.name for file in files]
     assert names == [

@@ -8,30 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from builders import tiny_model
-from hf_regvit import RegViTModel
+from builders import noise, tiny_model
 from hf_regvit.figures import curves as curves_module
 from hf_regvit.figures import maps as F
-from hf_regvit.models.processing import default_image_processor
-from hf_regvit.models.tokens import TokenReader
 
 SIZES = {"hidden_size": 24, "num_attention_heads": 3, "num_register_tokens": 4, "layerscale_value": 1.0}
 
 
-@pytest.fixture(scope="module")
-def model() -> RegViTModel:
-    return tiny_model(**SIZES)
+MODEL = tiny_model(**SIZES)
 
 
-@pytest.fixture
-def reader(model) -> TokenReader:
-    return TokenReader(model, default_image_processor(32))
-
-
-@pytest.fixture
-def image() -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
+IMAGE = noise(0, (40, 24))
 
 
 def random_maps(rows=3, columns=5, registers=4) -> F.TokenMaps:
@@ -123,8 +110,8 @@ def drawn(figure) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
-def test_overview_has_one_panel_each(image):
-    figure = F.overview_figure(image, random_maps())
+def test_overview_has_one_panel_each():
+    figure = F.overview_figure(IMAGE, random_maps())
     registers = [f"attention of register {i}" for i in range(1, 5)]
     titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
     assert titles == ["image", "attention of CLS", *registers, "PCA of patches", "norm of patches"]
@@ -141,15 +128,15 @@ def test_overview_has_one_panel_each(image):
     assert drawn(figure).std() > 10
 
 
-def test_a_map_is_drawn_where_it_belongs(image):
+def test_a_map_is_drawn_where_it_belongs():
     """A single bright patch in the last row and first column lights up the lower left corner of its panel."""
     attention = torch.zeros(5, 3, 5)
     attention[:, 2, 0] = 1
-    figure = F.overview_figure(image, dataclasses.replace(random_maps(), attention=attention))
-    image, axis = drawn(figure).astype(int).sum(-1), figure.axes[1]
+    figure = F.overview_figure(IMAGE, dataclasses.replace(random_maps(), attention=attention))
+    drawing, axis = drawn(figure).astype(int).sum(-1), figure.axes[1]
     box = axis.get_position()
-    height, width = image.shape
-    panel = image[round((1 - box.y1) * height) : round((1 - box.y0) * height), round(box.x0 * width) :]
+    height, width = drawing.shape
+    panel = drawing[round((1 - box.y1) * height) : round((1 - box.y0) * height), round(box.x0 * width) :]
     panel = panel[:, : round(box.width * width)]
     quarter = panel[2 * len(panel) // 3 : -4, 4 : panel.shape[1] // 6]
     rest = panel[4 : len(panel) // 2, panel.shape[1] // 2 : -4]
@@ -157,37 +144,37 @@ def test_a_map_is_drawn_where_it_belongs(image):
     assert axis.get_xlabel() == "100.0% on patches"
 
 
-def test_constant_attention_can_be_drawn(image):
+def test_constant_attention_can_be_drawn():
     maps = dataclasses.replace(random_maps(), attention=torch.full((5, 3, 5), 1 / 20))
-    drawn(F.overview_figure(image, maps))
+    drawn(F.overview_figure(IMAGE, maps))
 
 
-def test_no_global_state(image):
+def test_no_global_state():
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    drawn(F.overview_figure(image, random_maps()))
+    drawn(F.overview_figure(IMAGE, random_maps()))
     assert dict(matplotlib.rcParams) == before
 
 
-def test_progress_of_a_run_in_one_image(image):
+def test_progress_of_a_run_in_one_image():
     """One column per image and three rows, with every map in its place."""
     maps = [random_maps(), random_maps()]
     attention = torch.zeros(5, 3, 5)
     attention[0, 2, 0] = 1  # lower left
     maps[1] = F.TokenMaps(attention, maps[1].patch_tokens, maps[1].norms, maps[1].registers)
-    page = F.progress_figure([image, image], maps, title="step 7")
+    page = F.progress_figure([IMAGE, IMAGE], maps, title="step 7")
     assert page.size == (2 * (300 + 6) + 6, 3 * (180 + 24) + 6)
     pixels = np.asarray(page).astype(int)
     column = pixels[:, 312:612]
     top = column[24:204]
-    expected = np.asarray(image.resize((300, 180), Image.Resampling.BICUBIC)).astype(int)
+    expected = np.asarray(IMAGE.resize((300, 180), Image.Resampling.BICUBIC)).astype(int)
     assert np.array_equal(top, expected)
     below = column[2 * 204 + 24 : 2 * 204 + 204].sum(-1)
     assert below[150:, :30].mean() > 3 * below[:90, 150:].mean()
     assert pixels[2:20, 6:80].min() < 100  # the title
     with pytest.raises(ValueError, match="1 images for 2"):
-        F.progress_figure([image], maps)
+        F.progress_figure([IMAGE], maps)
 
 
 def test_learning_curves_draw_what_was_logged():

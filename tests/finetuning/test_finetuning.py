@@ -13,10 +13,11 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
+from builders import PoisonAt, StopAt, WreckFrom, class_folder
 from hf_regvit.data.bad_images import TooManyBadImagesError
 from hf_regvit.evaluation.metrics import ClassScores, TopKAccuracy
+from hf_regvit.figures import curves
 from hf_regvit.figures.curves import draw_finetuning_curves
 from hf_regvit.figures.maps import save_figure
 from hf_regvit.figures.masks import mask_figure
@@ -35,38 +36,17 @@ from hf_regvit.hub.card import card_header, check_card
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
-from tiny_finetune import SIDE, arguments, backbone, picture, run, source, tiny_config
+from tiny_finetune import SIDE, arguments, backbone, picture, run, source
 from tiny_run import same_state
 
-# Drawing takes ten times as long as a run of two blocks.
+pytestmark = pytest.mark.usefixtures("without_figures")
 TESTS_OF_FIGURES = {
     "test_the_folder_of_a_run_says_what_it_is_in_words_and_images",
     "test_names_with_commas_and_dollars_in_tables_and_images",
 }
 
 
-@pytest.fixture(autouse=True)
-def without_figures(monkeypatch, request):
-    if request.node.name not in TESTS_OF_FIGURES:
-        monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
-        monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
-
-
 # ---- Labels ------------------------------------------------------------------------------------------------------
-
-
-def labeled_parts(args):
-    parts = open_data(args)
-    return parts.train, parts.heldout
-
-
-def folder_of(root, **classes):
-    """Create class folders with the given number of images each."""
-    for name, count in classes.items():
-        (root / name).mkdir(parents=True)
-        for number in range(count):
-            picture(number, 0).save(root / name / f"{number}.png")
-    return root
 
 
 def table_of(path, labels, names=None, column="label"):
@@ -87,99 +67,100 @@ def table_of(path, labels, names=None, column="label"):
 
 
 def test_f27_a_single_class_is_refused_with_its_name(tmp_path):
-    root = folder_of(tmp_path / "one", cat=6)
+    root = class_folder(tmp_path / "one", cat=6)
     with pytest.raises(LabelError, match=r"single class, 'cat'; a classifier needs at least two"):
-        labeled_parts(arguments(tmp_path / "run", data=str(root)))
+        open_data(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_f27_a_single_class_that_is_left_of_several(tmp_path):
-    folder_of(tmp_path / "data", cat=6, dog=6)
+    class_folder(tmp_path / "data", cat=6, dog=6)
     args = arguments(tmp_path / "run", data=str(tmp_path / "data"), max_train_samples=1)
     with pytest.raises(LabelError, match=r"all 1 training images are of one class"):
-        labeled_parts(args)
+        open_data(args)
 
 
 def test_f28_classes_of_validation_that_training_lacks_are_listed(tmp_path):
-    train, validation = folder_of(tmp_path / "a", cat=3, dog=3), folder_of(tmp_path / "b", cat=2, horse=2)
+    train, validation = class_folder(tmp_path / "a", cat=3, dog=3), class_folder(tmp_path / "b", cat=2, horse=2)
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))
     with pytest.raises(
         LabelError,
         match=r"1 classes without training images: 'horse'.*1 training classes are missing from validation: 'dog'"
         r".*ignore_extra",
     ):
-        labeled_parts(args)
+        open_data(args)
     args.ignore_extra_classes = True
-    _, kept = labeled_parts(args)
+    kept = open_data(args).heldout
     assert (kept.labels, kept.label_names) == ([0, 0], ("cat", "dog"))
 
 
 def test_f28_extra_classes_of_a_folder_with_both_parts_are_left_out_too(tmp_path, caplog):
-    folder_of(tmp_path / "train", cat=3, dog=3)
-    folder_of(tmp_path / "validation", ant=1, dog=2)
+    class_folder(tmp_path / "train", cat=3, dog=3)
+    class_folder(tmp_path / "validation", ant=1, dog=2)
     args = arguments(tmp_path / "run", data=str(tmp_path))
     with pytest.raises(ValueError, match=r"1 classes without training images: 'ant'.*--ignore_extra_classes"):
-        labeled_parts(args)
+        open_data(args)
     args.ignore_extra_classes = True
-    _, kept = labeled_parts(args)
+    kept = open_data(args).heldout
     assert (kept.labels, kept.label_names, len(kept)) == ([1, 1], ("cat", "dog"), 2)
     assert "1 validation images of 1 classes without training images are ignored: 'ant'" in caplog.text
     (tmp_path / "validation" / "dog").rename(tmp_path / "validation" / "bee")
     with pytest.raises(LabelError, match="no validation images of the 2 training classes"):
-        labeled_parts(args)
+        open_data(args)
 
 
 def test_f28_class_numbers_follow_the_names_of_training(tmp_path):
-    train, validation = folder_of(tmp_path / "a", ant=2, bee=2, cow=2), folder_of(tmp_path / "b", bee=1, cow=2)
+    train, validation = class_folder(tmp_path / "a", ant=2, bee=2, cow=2), class_folder(tmp_path / "b", bee=1, cow=2)
     args = arguments(tmp_path / "run", train_dir=str(train), validation_dir=str(validation))
-    _, validation = labeled_parts(args)
+    validation = open_data(args).heldout
     assert validation.labels == [1, 2, 2]
 
 
 def test_f29_class_numbers_out_of_range_are_named_with_their_rows(tmp_path):
     path = table_of(tmp_path / "data" / "train.parquet", [0, 1, 2, 1, 7], names=["a", "b"])
     with pytest.raises(LabelError, match=r"2 training images have a class id outside of 0 to 1.*row/2 has 2; row/4"):
-        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        open_data(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_f29_rows_without_a_label_are_named(tmp_path):
     path = table_of(tmp_path / "data" / "train.parquet", [0, -1, 1, 1])
     with pytest.raises(LabelError, match=r"1 of 4 rows of column 'label' are empty or negative, for example row/1"):
-        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        open_data(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_labels_as_text_and_without_a_column(tmp_path):
     path = table_of(tmp_path / "text" / "train.parquet", ["cat", "dog"])
     with pytest.raises(LabelError, match=r"column 'label' holds.*string.*class_encode_column"):
-        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        open_data(arguments(tmp_path / "run", train_dir=str(path)))
     path = table_of(tmp_path / "other" / "train.parquet", [0, 1], column="kind")
     with pytest.raises(LabelError, match=r"there is no column 'label'.*Columns: kind.*--label_column"):
-        labeled_parts(arguments(tmp_path / "run", train_dir=str(path)))
+        open_data(arguments(tmp_path / "run", train_dir=str(path)))
 
 
 def test_images_outside_of_class_folders_are_named(tmp_path):
-    root = folder_of(tmp_path / "data", cat=2, dog=2)
+    root = class_folder(tmp_path / "data", cat=2, dog=2)
     picture(0, 0).save(root / "loose.png")
     with pytest.raises(LabelError, match=r"1 images are not in a subfolder, for example 'loose.png'"):
-        labeled_parts(arguments(tmp_path / "run", data=str(root)))
+        open_data(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_a_class_that_is_called_as_a_part_is_told_so(tmp_path):
-    root = folder_of(tmp_path / "vehicles", bus=2, train=2)
+    root = class_folder(tmp_path / "vehicles", bus=2, train=2)
     with pytest.raises(
         LabelError, match=r"there are no class folders in 'train', whose name is that of a split and not of a class"
     ):
-        labeled_parts(arguments(tmp_path / "run", data=str(root)))
+        open_data(arguments(tmp_path / "run", data=str(root)))
 
 
 def test_a_share_of_every_class_is_held_out_and_the_seed_decides(tmp_path):
-    root = folder_of(tmp_path / "data", cat=20, dog=10)
+    root = class_folder(tmp_path / "data", cat=20, dog=10)
     args = arguments(tmp_path / "run", data=str(root), train_val_split=0.2)
-    train, validation = labeled_parts(args)
+    parts = open_data(args)
+    train, validation = parts.train, parts.heldout
     assert not set(train.ids) & set(validation.ids)
     assert (validation.labels.count(0), validation.labels.count(1), len(train)) == (4, 2, 24)
-    assert labeled_parts(args)[1].ids == validation.ids
+    assert open_data(args).heldout.ids == validation.ids
     args.seed = 6
-    assert labeled_parts(args)[1].ids != validation.ids
+    assert open_data(args).heldout.ids != validation.ids
 
 
 def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
@@ -187,14 +168,15 @@ def test_data_without_a_training_part_names_the_option_that_takes_all(tmp_path):
     with pytest.raises(
         ValueError, match=r"has no train split. .*Use --train_dir instead of --data to train on all images"
     ):
-        labeled_parts(arguments(tmp_path / "run", data=str(tmp_path)))
-    train, validation = labeled_parts(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
+        open_data(arguments(tmp_path / "run", data=str(tmp_path)))
+    parts = open_data(arguments(tmp_path / "run", train_dir=str(path), train_val_split=0.5))
+    train, validation = parts.train, parts.heldout
     assert (len(train), len(validation)) == (2, 2)
 
 
 def test_nothing_to_train_on_says_which_options(tmp_path):
     with pytest.raises(ValueError, match=r"--data .* or --train_dir"):
-        labeled_parts(arguments(tmp_path))
+        open_data(arguments(tmp_path))
 
 
 def test_balanced_weights_are_inverse_to_the_counts_with_mean_one():
@@ -593,16 +575,6 @@ def test_the_model_of_the_caller_stays_as_it_is(tmp_path):
 # ---- Runs --------------------------------------------------------------------------------------------------------
 
 
-class StopAt(TrainerCallback):
-    """End a run after a step, as a crash after a checkpoint would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
 HARD = {
     "drop_path_rate": 0.3, "mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mixup_probability": 0.7, "num_train_epochs": 3,
     "repeated_augmentation": 2, "augmentation": "three_augment", "save_strategy": "steps", "save_steps": 2,
@@ -638,29 +610,19 @@ def test_accumulation_equals_one_large_batch(tmp_path):
     )
     for name, value in large.state_dict().items():
         torch.testing.assert_close(small.state_dict()[name], value, atol=1e-5, rtol=0, msg=name)
-    assert not torch.equal(large.classifier.weight, backbone_head(tmp_path))
-
-
-def backbone_head(tmp_path):
-    return opened(tmp_path)[0].classifier.weight
+    assert not torch.equal(large.classifier.weight, opened(tmp_path)[0].classifier.weight)
 
 
 @pytest.mark.parametrize("mode", ["full", pytest.param("lora", marks=pytest.mark.slow)])
 def test_the_result_is_the_best_checkpoint_in_every_tensor(tmp_path, mode):
     """Simulate divergence: the learning rate explodes after the first epoch."""
 
-    class Wreck(TrainerCallback):
-        def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
-            if state.global_step >= 6:
-                for group in optimizer.param_groups:
-                    group["lr"] = 3.0
-
     result, args = run(
         tmp_path,
         mode=mode,
         num_train_epochs=4,
         learning_rate=1e-2,
-        callbacks=[Wreck()],
+        callbacks=[WreckFrom(6)],
         max_grad_norm=1e9,
         save_only_model=mode == "full",
     )
@@ -697,13 +659,9 @@ def test_early_stopping_counts_over_a_resumed_run(tmp_path):
 
 
 def test_f54_a_loss_that_is_not_finite_stops_before_its_step(tmp_path):
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 1:
-                model.classifier.weight.data[0, 0] = math.nan
 
     with pytest.raises(NonFiniteError, match=r"step 1"):
-        run(tmp_path, callbacks=[Poison()], eval_strategy="no", save_strategy="no")
+        run(tmp_path, callbacks=[PoisonAt(1, "classifier.weight")], eval_strategy="no", save_strategy="no")
     record = json.loads((tmp_path / "nan_batch.json").read_text())
     assert record["step"] == 1
     assert len(record["processes"][0]["micro_batches"][0]["sample_ids"]) == 8
@@ -779,7 +737,7 @@ def test_curves_do_not_draw_the_best_checkpoint_at_the_last_step(tmp_path, monke
     lines = [{"step": 3, "eval_loss": 0.2}, {"step": 6, "eval_loss": 0.9}, {"step": 6, "eval_loss": 0.2}]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     drawn = []
-    monkeypatch.setattr("hf_regvit.figures.curves.save_figure", lambda figure, path: drawn.append(figure))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path: drawn.append(figure))
     draw_finetuning_curves(tmp_path, shown=("accuracy",))
     (axis,) = drawn[0].axes
     assert axis.lines[0].get_xydata().tolist() == [[3, 0.2], [6, 0.9]]
@@ -808,7 +766,7 @@ def test_names_with_commas_and_dollars_in_tables_and_images(tmp_path):
 def test_from_scratch_and_nothing_to_start_from(tmp_path):
     args = arguments(tmp_path, eval_strategy="no", save_strategy="no", num_train_epochs=1)
     task = ImageClassification(args, source(24), source(9))
-    result = finetune(args, model=tiny_config(), task=task)
+    result = finetune(args, model=backbone().config, task=task)
     assert result.config.num_register_tokens == 2
     with pytest.raises(ValueError, match=r"There is no model to start from.*--preset"):
         finetune(args, task=task)

@@ -40,7 +40,7 @@ def pytest_runtest_makereport(item, call):
     """Turn a skip whose reason is unknown into a failure, up to the tested version of transformers."""
     report = yield
     if report.skipped and HERE in item.path.parents and isinstance(report.longrepr, tuple):
-        reason = _reason(report)
+        reason = report.longrepr[2].removeprefix("Skipped: ")
         if verdict(item.name, reason, version=VERSION) == "failed":
             report.outcome = "failed"
             report.longrepr = (
@@ -54,7 +54,7 @@ def pytest_terminal_summary(terminalreporter):
     groups, unknown = Counter(), Counter()
     for report in terminalreporter.stats.get("skipped", []):
         if "hf_common/" in report.nodeid and isinstance(report.longrepr, tuple):
-            test, reason = report.nodeid.rpartition("::")[2], _reason(report)
+            test, reason = report.nodeid.rpartition("::")[2], report.longrepr[2].removeprefix("Skipped: ")
             if verdict(test, reason, version=VERSION) == "listed":
                 unknown[f"{test}: {reason}"] += 1
             else:
@@ -71,7 +71,3 @@ def pytest_terminal_summary(terminalreporter):
         )
         for line, count in unknown.most_common():
             terminalreporter.write_line(f"{count:4d}  {line}")
-
-
-def _reason(report):
-    return report.longrepr[2].removeprefix("Skipped: ")

@@ -2,21 +2,18 @@
 
 import numpy as np
 import pytest
-from PIL import Image
 from transformers import ImageClassificationPipeline, ImageFeatureExtractionPipeline
 
+from builders import noise
 
-def example_images() -> list[Image.Image]:
-    """Three images of different sizes: colour, upright colour, grey."""
-    rng = np.random.default_rng(0)
-    shapes = ((48, 64, 3), (70, 40, 3), (50, 50))
-    return [Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)) for shape in shapes]
+# Three images of different sizes: color, upright color, gray.
+EXAMPLES = [noise(0, (64, 48)), noise(1, (40, 70)), noise(2, (50, 50)).convert("L")]
 
 
 class FeatureExtractionChecks:
     def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32", **unused):
         pipeline = ImageFeatureExtractionPipeline(model=model, image_processor=image_processor, dtype=dtype)
-        return pipeline, example_images()
+        return pipeline, EXAMPLES
 
     def run_pipeline_test(self, pipeline, examples):
         config = pipeline.model.config
@@ -37,7 +34,7 @@ class FeatureExtractionChecks:
 class ClassificationChecks:
     def get_test_pipeline(self, model, tokenizer=None, image_processor=None, dtype="float32", **unused):
         pipeline = ImageClassificationPipeline(model=model, image_processor=image_processor, dtype=dtype, top_k=2)
-        return pipeline, example_images()
+        return pipeline, EXAMPLES
 
     def run_pipeline_test(self, pipeline, examples):
         labels = set(pipeline.model.config.id2label.values())

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -47,10 +48,6 @@ STATISTICS = {"scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.3, 0.25]
 def with_processor(model, processor=None):
     model.image_processor = processor or default_image_processor(model.config.image_shape)
     return model
-
-
-def arrays(outputs):
-    return {name: values.numpy() for name, values in outputs.items()}
 
 
 def largest_error(found, expected):
@@ -220,7 +217,7 @@ def test_files_of_every_class_equal_the_model(model_class, size, registers, tmp_
     model = randomized(tiny_model(model_class, num_register_tokens=registers), buffers=True)
     network = NamedOutputs(model, None)
     batches = [pixels(count, *size, seed=count) for count in (1, 3)]
-    expected = [arrays(network.ask(batch)) for batch in batches]
+    expected = [{name: values.numpy() for name, values in network.ask(batch).items()} for batch in batches]
     network.freeze(size)
     for engine in ENGINES:
         run = converted(network, engine, tmp_path, size)
@@ -251,7 +248,7 @@ def test_files_of_every_class_equal_the_model(model_class, size, registers, tmp_
 )
 def test_files_of_every_kind_of_positions_and_parts_equal_the_model(fields, tmp_path):
     network, images = NamedOutputs(randomized(tiny_model(**fields)), None), pixels(3, 24, 48)
-    expected = arrays(network.ask(images))
+    expected = {name: values.numpy() for name, values in network.ask(images).items()}
     network.freeze((24, 48))
     for engine in ENGINES:
         assert largest_error(converted(network, engine, tmp_path, (24, 48))(images.numpy()), expected) <= 1e-5
@@ -430,10 +427,7 @@ def test_a_file_that_differs_from_the_model_is_not_written(tmp_path, monkeypatch
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
 
-    def killed(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(export_module, "_prove", killed)
+    monkeypatch.setattr(export_module, "_prove", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(with_processor(tiny_model()), tmp_path / "files", format="onnx")
     assert list(tmp_path.iterdir()) == []
@@ -621,8 +615,9 @@ def test_int8_of_the_real_vit_tiny_keeps_its_accuracy(tmp_path):
     calibration = hf_regvit.load_images(data / "caltech101", split="train").subset(range(0, 1600, 10))
     report = export(
         data / "vit_tiny_patch16_224", tmp_path / "files", format="openvino", precision=["f32", "int8"],
-        data=calibration, num_calibration=100,
+        data=calibration, num_calibration=100, accept="int8",
     )  # fmt: skip
+    # The classes of caltech101 are not those of the model, which is unsure of them: only 39 of 43 classes are equal.
     sizes = {file["precision"]: sum(file["bytes"].values()) for file in report.files}
     assert sizes["int8"] < 0.32 * sizes["f32"]
     samples = hf_regvit.load_images(data / "imagenet_samples", split=None)

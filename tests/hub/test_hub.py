@@ -2,15 +2,20 @@
 
 import json
 import logging
+import shutil
+import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image, PngImagePlugin
 
 import fake_hub
+import hf_regvit.hub.publish as publishing
 from builders import save_model, tiny_model, tiny_source
-from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN, FakeHub, connect
+from fake_hub import OWNER, READ_TOKEN, WRITE_TOKEN
 from hf_regvit import CheckpointCorruptError, RegViTForImageClassification
 from hf_regvit.hub.bundle import bundle, read_bundle
 from hf_regvit.hub.card import CardError, card_header
@@ -38,22 +43,6 @@ CARD = {"license": "mit"}
 def checkpoint(tmp_path_factory) -> Path:
     model = tiny_model(RegViTForImageClassification, id2label={0: "cat", 1: "dog"})
     return save_model(model, tmp_path_factory.mktemp("checkpoint"))
-
-
-@pytest.fixture
-def copy(checkpoint, tmp_path) -> Path:
-    folder = tmp_path / "copy"
-    folder.mkdir()
-    for path in checkpoint.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        yield hub
 
 
 # --- What may be published
@@ -196,7 +185,8 @@ def test_large_weights_are_sharded(checkpoint, tmp_path):
     assert made.parameters == whole.parameters
 
 
-def test_what_training_leaves_is_not_bundled(copy, tmp_path):
+def test_what_training_leaves_is_not_bundled(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     for name in ("training_args.bin", "optimizer.pt", "rng_state.pth", "notes.txt"):
         (copy / name).write_bytes(b"x")
     config = json.loads((copy / "config.json").read_text())
@@ -207,7 +197,8 @@ def test_what_training_leaves_is_not_bundled(copy, tmp_path):
     assert not {"use_cache", "_name_or_path"} & set(published)
 
 
-def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
+def test_a_secret_in_the_configuration_leaves_no_bundle(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     config = json.loads((copy / "config.json").read_text())
     config["id2label"]["1"] = f"{HOME}/dogs"
     (copy / "config.json").write_text(json.dumps(config))
@@ -216,7 +207,8 @@ def test_a_secret_in_the_configuration_leaves_no_bundle(copy, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["copy"]
 
 
-def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy, tmp_path):
+def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     bundle(copy, tmp_path / "bundle", card=CARD)
     source = tmp_path / "bundle"
     weights = bytearray((source / "model.safetensors").read_bytes())
@@ -233,7 +225,8 @@ def test_f43_a_flipped_bit_in_the_source_is_found_where_its_sums_were_kept(copy,
 @pytest.mark.parametrize(
     ("content", "named"), [("{", "not valid JSON"), ("[]", "holds a list"), ("\ud83d", "not valid JSON")]
 )
-def test_f52_a_broken_configuration_is_named(copy, content, named):
+def test_f52_a_broken_configuration_is_named(checkpoint, tmp_path, content, named):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / "config.json").write_text(content, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(CheckpointError, match=rf"config\.json' .*{named}|config\.json' is {named}"):
         checkpoint_folder(copy)
@@ -246,7 +239,8 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
+def test_broken_files_of_a_run_are_named(checkpoint, tmp_path, name):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     content, words = BROKEN[name]
     (copy / name).write_text(content)
     with pytest.raises(CheckpointError, match=words):
@@ -254,7 +248,8 @@ def test_broken_files_of_a_run_are_named(copy, tmp_path, name):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_recipe_of_something_else_is_named(copy, tmp_path):
+def test_a_recipe_of_something_else_is_named(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     (copy / "resolved_recipe.yaml").write_text("- a list")
     with pytest.raises(CheckpointError, match="holds a list"):
         bundle(copy, tmp_path / "bundle", card=CARD)
@@ -291,7 +286,8 @@ def test_a_bundle_without_a_licence_is_none(checkpoint, tmp_path):
         bundle(checkpoint, tmp_path / "bundle", card={"license": "other"})
 
 
-def test_folders_that_cannot_be_bundled_are_named(checkpoint, copy, tmp_path):
+def test_folders_that_cannot_be_bundled_are_named(checkpoint, tmp_path):
+    copy = Path(shutil.copytree(checkpoint, tmp_path / "copy"))
     with pytest.raises(CheckpointError, match="is not a folder"):
         checkpoint_folder(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"has no config\.json, and neither has a backbone"):
@@ -441,7 +437,7 @@ def test_f65_somebody_elses_commit_in_between_is_kept(hub, folder, monkeypatch):
 
 def test_f65_the_server_says_how_long_to_wait(hub, folder, monkeypatch):
     waits = []
-    monkeypatch.setattr("hf_regvit.hub.upload.time.sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
     hub.fail("/commit/", 429, times=1, headers={"Retry-After": "0.7"})
     send(folder)
     assert waits == [pytest.approx(0.7)]
@@ -453,13 +449,11 @@ def test_f65_the_server_says_how_long_to_wait(hub, folder, monkeypatch):
 
 def test_waits_double_with_some_chance_up_to_a_bound(monkeypatch):
     waits = []
-    monkeypatch.setattr("hf_regvit.hub.upload.time.sleep", waits.append)
+    monkeypatch.setattr(time, "sleep", waits.append)
 
-    def attempt():
-        raise ConnectionError("down")
-
+    retry = RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0)
     with pytest.raises(PushError, match="after 6 attempts: ConnectionError: down"):
-        with_retries(attempt, what="x", retry=RetryPolicy(attempts=6, first_wait=1.0, longest_wait=6.0))
+        with_retries(Mock(side_effect=ConnectionError("down")), what="x", retry=retry)
     assert all(low <= wait <= high for wait, low, high in zip(waits, (1, 2, 4, 6, 6), (1.5, 3, 6, 6, 6), strict=True))
 
 
@@ -486,7 +480,7 @@ def test_f65_tokens_that_may_not_write(hub, folder):
 def test_offline_and_bad_names_are_told(hub, folder, monkeypatch):
     with pytest.raises(PermanentPushError, match="'a/b/c' is not a valid Hub repository id"):
         send(folder, name="a/b/c")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(PermanentPushError, match="HF_HUB_OFFLINE is set"):
         send(folder)
 
@@ -530,7 +524,7 @@ def test_a_branch_is_made(hub, folder):
 
 
 def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     done = publish(checkpoint, "someone/tiny", output_dir=tmp_path / "bundle", card=CARD)
     assert done.sent is None
     assert not hub.requests
@@ -544,7 +538,7 @@ def test_nothing_is_sent_without_being_asked(hub, checkpoint, tmp_path, monkeypa
 
 
 def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     monkeypatch.chdir(tmp_path)
     expected = bundle(checkpoint, tmp_path / "bundle", card=CARD)
     loaded = RegViTForImageClassification.from_pretrained(checkpoint)
@@ -565,7 +559,7 @@ def test_a_module_and_a_name_are_published_like_a_folder(checkpoint, tmp_path, m
 
 
 def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_regvit.hub.publish.verify", lambda *args, **options: None)
+    monkeypatch.setattr(publishing, "verify", lambda *args, **options: None)
     place = {"output_dir": tmp_path / "bundle"}
     publish(checkpoint, card=CARD, **place)
     publish(checkpoint, **place)  # no new options
@@ -586,12 +580,9 @@ def test_a_bundle_that_was_made_with_other_options_is_not_reused(checkpoint, tmp
 def test_background_pushes_run_in_order_and_keep_failures(caplog):
     pushes, order = BackgroundPushes(), []
 
-    def fail():
-        raise PushError("the Hub is down")
-
     with caplog.at_level(logging.WARNING):
         pushes.start(lambda: order.append(1), label="one")
-        pushes.start(fail, label="two")
+        pushes.start(Mock(side_effect=PushError("the Hub is down")), label="two")
         pushes.start(lambda: order.append(3), label="three")
         pushes.wait(10)
     assert order == [1, 3]

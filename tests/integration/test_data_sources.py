@@ -3,14 +3,13 @@
 import io
 import json
 import shutil
-import tarfile
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file
 
+from builders import image_table, tar_file
 from helpers import requires_shared, shared_dir
 from hf_regvit.app.cli import main
 from hf_regvit.data import bad_images as bad_images_module
@@ -20,25 +19,7 @@ from hf_regvit.data.loading import load_images, stream_images
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training import samplers
-
-
-@pytest.fixture(scope="module", autouse=True)
-def arrow_cache(tmp_path_factory):
-    """Store the Arrow copies of `datasets` in a folder of the test run, not in the user's home."""
-    import datasets
-
-    before, datasets.config.HF_DATASETS_CACHE = datasets.config.HF_DATASETS_CACHE, tmp_path_factory.mktemp("arrow")
-    yield
-    datasets.config.HF_DATASETS_CACHE = before
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use one thread, because more are slower on such small tensors."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tiny_run import same_state
 
 
 @pytest.fixture(scope="module")
@@ -56,23 +37,15 @@ def pictures() -> list[bytes]:
 def write_parquet(path, pictures, *, first=0):
     import datasets
 
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {
-        "image": [{"bytes": picture, "path": None} for picture in pictures],
-        "label": [(first + i) % 2 for i in range(len(pictures))],
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict(rows, features=features).to_parquet(str(path))
+    labels = [(first + i) % 2 for i in range(len(pictures))]
+    image_table(path, types={"label": datasets.ClassLabel(names=["a", "b"])}, image=pictures, label=labels)
 
 
 def write_tar(path, pictures, *, first=0):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for i, picture in enumerate(pictures, first):
-            for name, content in ((f"{i:06d}.png", picture), (f"{i:06d}.cls", b"%d" % (i % 2))):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
+    members = {}
+    for i, picture in enumerate(pictures, first):
+        members |= {f"{i:06d}.png": picture, f"{i:06d}.cls": b"%d" % (i % 2)}
+    tar_file(path, members)
 
 
 def write_folder(root, pictures):
@@ -191,16 +164,6 @@ def arguments(tmp_path, name, source, **options) -> PretrainingArguments:
     return PretrainingArguments(**defaults | options)
 
 
-def weights_of(tmp_path, name):
-    return load_file(tmp_path / name / "backbone" / "model.safetensors")
-
-
-def assert_equal_runs(tmp_path, one, other):
-    first, second = weights_of(tmp_path, one), weights_of(tmp_path, other)
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
 def test_runs_F01_F34_a_run_over_a_folder_with_a_bad_image(tmp_path, pictures):
     write_folder(tmp_path / "set", pictures)
     (tmp_path / "set" / "a" / "004.png").write_bytes(b"<!DOCTYPE html>")
@@ -239,7 +202,8 @@ def test_runs_weighted_sources(tmp_path, pictures):
     sources = [str(tmp_path / "one"), str(tmp_path / "two")]
     pretrain(arguments(tmp_path, "run", sources, data_weights=[1.0, 1.0]))
     pretrain(arguments(tmp_path, "again", sources, data_weights=[1.0, 1.0], dataloader_num_workers=2))
-    assert_equal_runs(tmp_path, "run", "again")
+    first, second = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in ("run", "again"))
+    assert same_state(first, second)
     recipe = yaml.safe_load((tmp_path / "run" / "resolved_recipe.yaml").read_text())
     assert (recipe["data"], recipe["data_weights"]) == (sources, [1.0, 1.0])
     with pytest.raises(ValueError, match=r"data_weights=\[1.0\].*each of the 2 sources"):
@@ -270,7 +234,8 @@ def test_runs_streaming_resumes_bit_for_bit_with_any_number_of_workers(shards, t
     pretrain(arguments(tmp_path, "whole", str(shards), max_steps=12, save_steps=5, **options, **watching))
     options |= {"resume_from_checkpoint": str(tmp_path / "whole" / "checkpoint-5"), "dataloader_num_workers": 2}
     pretrain(arguments(tmp_path, "resumed", str(shards), max_steps=12, save_steps=5, **options))
-    assert_equal_runs(tmp_path, "whole", "resumed")
+    first, second = (load_file(tmp_path / name / "backbone" / "model.safetensors") for name in ("whole", "resumed"))
+    assert same_state(first, second)
     saved = sorted((tmp_path / "whole").glob("checkpoint-*"))
     again = {**options, "max_steps": 12, "save_steps": 5, "resume_from_checkpoint": "last"}
     pretrain(arguments(tmp_path, "whole", str(shards), **again))  # started again after its end

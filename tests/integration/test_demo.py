@@ -1,6 +1,5 @@
 """`make demo` from end to end on small folders: table, checkpoint, page, interruption and repetition."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -8,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from builders import write
+from helpers import load_script
 from hf_regvit.data.loading import load_images
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo.py"
 TINY = """
 preset: tiny
 hidden_size: 24
@@ -32,19 +32,7 @@ seed: 3
 """
 
 
-@pytest.fixture(scope="module")
-def demo():
-    spec = importlib.util.spec_from_file_location("demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def recipe(tmp_path):
-    path = tmp_path / "tiny.yaml"
-    path.write_text(TINY)
-    return path
+demo = load_script("examples/demo.py")
 
 
 def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) -> Path:
@@ -58,12 +46,9 @@ def write_tiles(folder: Path, *, count: int, labelled: bool, every: int = 25) ->
     return folder
 
 
-def files_and_times(folder: Path) -> dict[str, int]:
-    return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.slow
-def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeypatch):
+def test_labelled_folder_from_end_to_end(tmp_path, capsys, monkeypatch):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=60, labelled=True)
     (data / "astronaut" / "broken.jpg").write_bytes(b"<html>404</html>")
     run = tmp_path / "run"
@@ -93,18 +78,20 @@ def test_labelled_folder_from_end_to_end(demo, recipe, tmp_path, capsys, monkeyp
 
     # A second call does not train, score or draw again.
     monkeypatch.setattr(demo, "pretrain", lambda *_, **__: pytest.fail("trained again"))
-    before = files_and_times(run)
+    before = {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     assert demo.main(arguments) == 0
     again = capsys.readouterr().out
     assert "reusing the finished run" in again
     assert "RegViT, after" in again
-    changed = {path for path, time in files_and_times(run).items() if before.get(path) != time}
+    after = {str(path): path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    changed = {path for path, time in after.items() if before.get(path) != time}
     assert changed <= {str(backbone / "README.md")}
 
 
 @pytest.mark.slow
-def test_folder_without_labels(demo, recipe, tmp_path, capsys):
+def test_folder_without_labels(tmp_path, capsys):
     """Fewer images than a batch, no classes: the demo still trains, and says why there is no comparison."""
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=9, labelled=False)
     assert demo.main(["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]) == 0
     output = capsys.readouterr().out
@@ -131,7 +118,8 @@ class Stop:
 
 
 @pytest.mark.slow
-def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, recipe, tmp_path, capsys, monkeypatch):
+def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(tmp_path, capsys, monkeypatch):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     from safetensors.torch import load_file
 
     data = write_tiles(tmp_path / "tiles", count=20, labelled=False)
@@ -153,7 +141,8 @@ def test_interrupted_run_continues_and_ends_where_an_unbroken_one_does(demo, rec
 
 
 @pytest.mark.slow
-def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys):
+def test_other_recipe_or_other_images_start_over(tmp_path, capsys):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
     data = write_tiles(tmp_path / "tiles", count=18, labelled=False)
     arguments = ["--data", str(data), "--config", str(recipe), "--output_dir", str(tmp_path / "run")]
     assert demo.main(arguments) == 0
@@ -170,7 +159,9 @@ def test_other_recipe_or_other_images_start_over(demo, recipe, tmp_path, capsys)
     assert "reusing" not in capsys.readouterr().out
 
 
-def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
+def test_errors_are_one_line(tmp_path, capsys):
+    recipe = write(tmp_path / "tiny.yaml", TINY)
+
     def error(*arguments: str) -> str:
         assert demo.main(["--config", str(recipe), *arguments]) == 1
         return capsys.readouterr().err
@@ -194,13 +185,13 @@ def test_errors_are_one_line(demo, recipe, tmp_path, capsys):
     assert (tmp_path / "thesis" / "chapter.txt").exists()
 
 
-def test_images_of_the_default_data_are_whole(demo):
+def test_images_of_the_default_data_are_whole():
     images = demo.shown_images("photos", load_images("photos"))
     assert [image.mode for image in images] == ["RGB"] * 6
     assert images[0].size == (512, 512)
 
 
-def test_names_of_run_folders(demo, tmp_path):
+def test_names_of_run_folders(tmp_path):
     assert demo.slug("photos") == "photos"
     first, second = (demo.slug(str(tmp_path / name / "my images")) for name in ("a", "b"))
     assert first != second

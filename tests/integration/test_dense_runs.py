@@ -1,6 +1,8 @@
 """Fine-tuning for segmentation and depth through the command line, and loading the result with stock code."""
 
 import json
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,33 +12,32 @@ from transformers import (
     AutoImageProcessor,
     AutoModelForDepthEstimation,
     AutoModelForSemanticSegmentation,
-    TrainerCallback,
     pipeline,
 )
 
-from builders import save_model, tiny_model
+from builders import StopAt, save_model, tiny_model
 from hf_regvit import RegViTModel
 from hf_regvit.app.cli import main
 from hf_regvit.data.joint_transform import resize_map
 from hf_regvit.data.maps import DenseDataError, load_depth, load_masks
 from hf_regvit.evaluation.metrics import DepthErrors, MeanIoU
 from hf_regvit.figures.masks import class_colors
-from hf_regvit.finetuning.arguments import FinetuningArguments
 from hf_regvit.finetuning.data import class_weights
 from hf_regvit.finetuning.dense import DepthEstimation, SemanticSegmentation, typical_size
 from hf_regvit.models.processing import default_image_processor, dense_processor
-from tiny_dense import TINY, dense_run, scene, write_depths, write_masks
+from tiny_dense import TINY, dense_run, scene, write_parquet
+from tiny_finetune import arguments
 from tiny_run import same_state
 
 
 @pytest.fixture(scope="module")
 def masks(tmp_path_factory) -> str:
-    return write_masks(tmp_path_factory.mktemp("data") / "masks")
+    return write_parquet(tmp_path_factory.mktemp("data") / "masks", "mask")
 
 
 @pytest.fixture(scope="module")
 def depths(tmp_path_factory) -> str:
-    return write_depths(tmp_path_factory.mktemp("data") / "depths")
+    return write_parquet(tmp_path_factory.mktemp("data") / "depths", "depth")
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +55,6 @@ def options(backbone: str, data: str, output, **others) -> list[str]:
     for name, value in {**fixed, **others}.items():
         words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return words
-
-
-def arguments(output, **others) -> FinetuningArguments:
-    return FinetuningArguments(output_dir=str(output), use_cpu=True, report_to="none", **others)
 
 
 # --- Segmentation
@@ -127,9 +124,7 @@ def test_training_loss_is_the_mean_of_its_parts(segmentation):
     labels[0, :6] = 255
 
     def loss(part: slice) -> torch.Tensor:
-        def model(pixel_values):
-            return type("Output", (), {"logits": pixel_values})()
-
+        model = Mock(return_value=SimpleNamespace(logits=logits[part]))
         batch = {"pixel_values": logits[part], "labels": labels[part]}
         return segmentation.loss(model, batch, training=True)[0]
 
@@ -149,13 +144,12 @@ def test_evaluation_scores_at_the_size_of_each_mask(segmentation):
     assert batch["labels"].shape == (5, 48, 80)
     assert batch["pixel_values"].shape == (5, 3, 32, 40)
 
-    def model(pixel_values):  # the ground truth itself, as logits at the model's size
-        maps = [
-            torch.from_numpy(resize_map(segmentation.validation.target(i), (32, 40))).long() for i in range(len(items))
-        ]
-        logits = torch.stack([torch.stack([m == 0, m == 1]).float() for m in maps])
-        return type("Output", (), {"logits": logits})()
-
+    # The ground truth itself, as logits at the model's size.
+    maps = [
+        torch.from_numpy(resize_map(segmentation.validation.target(i), (32, 40))).long() for i in range(len(items))
+    ]
+    logits = torch.stack([torch.stack([m == 0, m == 1]).float() for m in maps])
+    model = Mock(return_value=SimpleNamespace(logits=logits))
     segmentation.start_metrics()
     _, outputs = segmentation.loss(model, batch, training=False)
     segmentation.update_metrics(outputs["logits"].numpy(), batch["labels"].numpy())
@@ -234,22 +228,11 @@ def test_colours_are_all_unlike():
     assert len({tuple(c) for c in colors.tolist()}) == 40
 
 
-class StopAt(TrainerCallback):
-    """End a run after a step, as a crash after a checkpoint would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = state.global_step >= self.step
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["semantic-segmentation", "depth-estimation"])
-def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, monkeypatch, task):
+@pytest.mark.usefixtures("without_figures")
+def test_a_resumed_dense_run_equals_the_unbroken_one_bit_for_bit(masks, depths, tmp_path, task):
     """Includes batch norm statistics and the seeds of augmentation and drop path; step 2 is within an epoch."""
-    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr("hf_regvit.finetuning.dense._DenseTask.write_panels", lambda *args: {})
     data = masks if task == "semantic-segmentation" else depths
     options = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "drop_path_rate": 0.3}
     options |= {"load_best_model_at_end": False}
@@ -309,9 +292,7 @@ def test_depth_loss_is_the_mean_over_images(depths, tmp_path):
     truth[1, :4] = 0
 
     def loss(part: slice) -> float:
-        def model(pixel_values):
-            return type("Output", (), {"predicted_depth": pixel_values})()
-
+        model = Mock(return_value=SimpleNamespace(predicted_depth=predicted[part]))
         return float(task.loss(model, {"pixel_values": predicted[part], "labels": truth[part]}, training=True)[0])
 
     slow = []

@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from hf_regvit import RegViTConfig, RegViTModel
+from builders import save_model, tiny_model
+from hf_regvit import RegViTModel
 from hf_regvit.app import cli
 from hf_regvit.evaluation.extraction import (
     ExtractionSettings,
@@ -46,18 +47,13 @@ def pictures(tmp_path_factory):
     return folder
 
 
+MODEL = tiny_model(**SIZES, num_register_tokens=2)
+MODEL.image_processor = default_image_processor(32)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("model")
-    RegViTModel(RegViTConfig(**SIZES, num_register_tokens=2)).save_pretrained(folder)
-    default_image_processor(32).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(checkpoint):
-    return RegViTModel.from_pretrained(checkpoint).eval()
+    return save_model(MODEL, tmp_path_factory.mktemp("model"))
 
 
 SETTINGS = ExtractionSettings(batch_size=3, shard_size=5)
@@ -74,36 +70,36 @@ def assert_same_folder(one, other):
 
 
 @torch.no_grad()
-def test_features_are_the_models_outputs(model, pictures):
-    features = extract_features(model, pictures, batch_size=4)
+def test_features_are_the_models_outputs(pictures):
+    features = extract_features(MODEL, pictures, batch_size=4)
     processor = default_image_processor(32)
     assert len(features) == NUM_IMAGES - 3
     assert features.grid == (4, 4)
     assert {image.id for image in features.skipped} == BAD
     for i, name in enumerate(features.ids):
-        output = model(processor(images=Image.open(pictures / name), return_tensors="pt")["pixel_values"])
+        output = MODEL(processor(images=Image.open(pictures / name), return_tensors="pt")["pixel_values"])
         torch.testing.assert_close(features.cls[i], output.pooler_output[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(features.registers[i], output.register_tokens[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(features.patches[i], output.patch_tokens[0], atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_raw_features_of_another_block(model, pictures):
+def test_raw_features_of_another_block(pictures):
     images = [pictures / "000.png", pictures / "001.png"]
-    raw = extract_features(model, images, layer=1, final_norm=False)
+    raw = extract_features(MODEL, images, layer=1, final_norm=False)
     processor = default_image_processor(32)
     batch = torch.cat([processor(images=Image.open(path), return_tensors="pt")["pixel_values"] for path in images])
-    states = model(batch, output_hidden_states=True).hidden_states
+    states = MODEL(batch, output_hidden_states=True).hidden_states
     torch.testing.assert_close(raw.patches, states[1][:, 3:], atol=1e-5, rtol=1e-5)
-    normed = extract_features(model, images, layer=1)
-    torch.testing.assert_close(normed.cls, model.layernorm(states[1])[:, 0], atol=1e-5, rtol=1e-5)
+    normed = extract_features(MODEL, images, layer=1)
+    torch.testing.assert_close(normed.cls, MODEL.layernorm(states[1])[:, 0], atol=1e-5, rtol=1e-5)
 
 
-def test_shards_hold_what_memory_holds(model, pictures, tmp_path):
-    report = extract_to_folder(model, pictures, tmp_path, settings=SETTINGS, progress=False)
+def test_shards_hold_what_memory_holds(pictures, tmp_path):
+    report = extract_to_folder(MODEL, pictures, tmp_path, settings=SETTINGS, progress=False)
     assert (report.complete, report.num_images, report.num_skipped) == (True, 19, 3)
     assert report.num_shards == report.num_shards_written == 5
-    loaded, expected = TokenFeatures.load(tmp_path), extract_features(model, pictures)
+    loaded, expected = TokenFeatures.load(tmp_path), extract_features(MODEL, pictures)
     assert (loaded.ids, loaded.skipped, loaded.grid) == (expected.ids, expected.skipped, expected.grid)
     for name in ("cls", "registers", "patches"):
         torch.testing.assert_close(getattr(loaded, name), getattr(expected, name), atol=1e-5, rtol=1e-5)
@@ -118,71 +114,71 @@ def test_shards_hold_what_memory_holds(model, pictures, tmp_path):
     }  # fmt: skip
 
 
-def test_an_unfinished_folder_goes_on(model, pictures, tmp_path):
+def test_an_unfinished_folder_goes_on(pictures, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    extract_to_folder(model, pictures, whole, settings=SETTINGS, progress=False)
-    extract_to_folder(model, pictures, broken, settings=SETTINGS, progress=False)
+    extract_to_folder(MODEL, pictures, whole, settings=SETTINGS, progress=False)
+    extract_to_folder(MODEL, pictures, broken, settings=SETTINGS, progress=False)
     (broken / "index.json").unlink()
     (broken / "features-00001.safetensors").unlink()
     (broken / "features-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"no index\.json.*resumes where it stopped"):
         TokenFeatures.load(broken)
-    report = extract_to_folder(model, pictures, broken, settings=SETTINGS, progress=False)
+    report = extract_to_folder(MODEL, pictures, broken, settings=SETTINGS, progress=False)
     assert report.num_shards_written == 2
     assert_same_folder(whole, broken)
     assert not list(broken.glob(".*"))
 
 
-def test_another_extraction_is_not_mixed_in(model, pictures, checkpoint, tmp_path):
-    extract_to_folder(model, pictures, tmp_path, settings=SETTINGS, progress=False)
+def test_another_extraction_is_not_mixed_in(pictures, checkpoint, tmp_path):
+    extract_to_folder(MODEL, pictures, tmp_path, settings=SETTINGS, progress=False)
     with pytest.raises(ValueError, match=r"another extraction \(layer: 2, now 1\)"):
-        extract_to_folder(model, pictures, tmp_path, settings=ExtractionSettings(layer=1, shard_size=5))
+        extract_to_folder(MODEL, pictures, tmp_path, settings=ExtractionSettings(layer=1, shard_size=5))
     torch.manual_seed(1)
-    other = RegViTModel(model.config).eval()
+    other = RegViTModel(MODEL.config).eval()
     with pytest.raises(ValueError, match=r"another extraction \(weights: "):
         extract_to_folder(
             open_model(other, processor=default_image_processor(32)), pictures, tmp_path, settings=SETTINGS
         )
     with pytest.raises(ValueError, match=r"another extraction \(images: "):
-        extract_to_folder(model, [pictures / "000.png"], tmp_path, settings=SETTINGS)
+        extract_to_folder(MODEL, [pictures / "000.png"], tmp_path, settings=SETTINGS)
     # The batch is no part of it: someone who ran out of memory goes on with smaller ones.
-    extract_to_folder(model, pictures, tmp_path, settings=ExtractionSettings(batch_size=1, shard_size=5))
+    extract_to_folder(MODEL, pictures, tmp_path, settings=ExtractionSettings(batch_size=1, shard_size=5))
 
 
-def test_streams_give_the_same_shards(model, pictures, tmp_path):
+def test_streams_give_the_same_shards(pictures, tmp_path):
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 
     rows = {"image": [{"path": None, "bytes": path.read_bytes()} for path in sorted(pictures.iterdir())]}
     table = Dataset.from_dict(rows, features=Features({"image": ImageFeature()}))
     for name, images in {"table": table, "stream": table.to_iterable_dataset()}.items():
-        extract_to_folder(model, images, tmp_path / name, settings=SETTINGS, progress=False)
+        extract_to_folder(MODEL, images, tmp_path / name, settings=SETTINGS, progress=False)
     assert shards_of(tmp_path / "table") == shards_of(tmp_path / "stream")
     again = extract_to_folder(
-        model, table.to_iterable_dataset(), tmp_path / "stream", settings=SETTINGS, progress=False
+        MODEL, table.to_iterable_dataset(), tmp_path / "stream", settings=SETTINGS, progress=False
     )
     assert (again.num_shards_written, again.num_images) == (0, 19)
     with pytest.raises(ValueError, match="contains other images than this part of the source"):
-        extract_to_folder(model, table.to_iterable_dataset().take(8), tmp_path / "stream", settings=SETTINGS)
+        extract_to_folder(MODEL, table.to_iterable_dataset().take(8), tmp_path / "stream", settings=SETTINGS)
     with pytest.raises(ValueError, match="more shards than the source needs"):
-        extract_to_folder(model, table.to_iterable_dataset().take(10), tmp_path / "stream", settings=SETTINGS)
+        extract_to_folder(MODEL, table.to_iterable_dataset().take(10), tmp_path / "stream", settings=SETTINGS)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_types_and_token_kinds(model, pictures, tmp_path, dtype):
+def test_types_and_token_kinds(pictures, tmp_path, dtype):
     settings = ExtractionSettings(dtype=dtype, patches=False, max_images=4)
-    extract_to_folder(model, pictures, tmp_path, settings=settings, progress=False)
+    extract_to_folder(MODEL, pictures, tmp_path, settings=settings, progress=False)
     features = TokenFeatures.load(tmp_path)
     assert features.cls.dtype == getattr(torch, dtype)
     assert features.patches.shape == (4, 0, 32)
-    exact = extract_features(model, [pictures / name for name in features.ids])
+    exact = extract_features(MODEL, [pictures / name for name in features.ids])
     torch.testing.assert_close(features.registers.float(), exact.registers, atol=0.05, rtol=0.01)
 
 
-def test_a_damaged_model_writes_no_features(model, pictures, tmp_path):
+def test_a_damaged_model_writes_no_features(pictures, tmp_path):
     import copy
 
-    damaged = copy.deepcopy(model)
+    damaged = copy.deepcopy(MODEL)
     damaged.layers[0].mlp.fc1.weight.data[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"gives NaN or infinity at block 1\. Check its weights"):
         extract_to_folder(
@@ -192,10 +188,10 @@ def test_a_damaged_model_writes_no_features(model, pictures, tmp_path):
     assert not list(tmp_path.glob("features-*"))
 
 
-def test_numbers_that_do_not_fit_are_an_error(model, pictures, tmp_path):
+def test_numbers_that_do_not_fit_are_an_error(pictures, tmp_path):
     import copy
 
-    large = copy.deepcopy(model)
+    large = copy.deepcopy(MODEL)
     large.layernorm.weight.data *= 1e6
     with pytest.raises(ValueError, match=r"do not fit into float16\. Use bfloat16 or float32"):
         extract_to_folder(
@@ -221,27 +217,27 @@ def test_models_without_cls(pictures, tmp_path):
     assert torch.equal(loaded.patches, features.patches)
 
 
-def test_a_shard_of_bad_images_only(model, pictures, tmp_path):
+def test_a_shard_of_bad_images_only(pictures, tmp_path):
     images = [pictures / "006.png", pictures / "013.png", pictures / "000.png"]
     settings = ExtractionSettings(shard_size=2)
-    report = extract_to_folder(model, images, tmp_path, settings=settings, progress=False)
+    report = extract_to_folder(MODEL, images, tmp_path, settings=settings, progress=False)
     assert (report.num_images, report.num_skipped, report.num_shards) == (1, 2, 2)
     assert len(TokenFeatures.load(tmp_path)) == 1
     assert len(TokenFeatures.load(tmp_path).skipped) == 2
     with pytest.raises(ValueError, match="None of the 2 images"):
-        extract_to_folder(model, images[:2], tmp_path / "bad", settings=settings, progress=False)
+        extract_to_folder(MODEL, images[:2], tmp_path / "bad", settings=settings, progress=False)
     with pytest.raises(ValueError, match="None of the 2 images"):
-        extract_features(model, images[:2])
+        extract_features(MODEL, images[:2])
 
 
-def test_processors_of_many_sizes_are_refused(model, pictures):
+def test_processors_of_many_sizes_are_refused(pictures):
     from transformers import BitImageProcessor
 
     processor = BitImageProcessor(size={"shortest_edge": 32}, do_center_crop=False)
     images = [pictures / "002.png", pictures / "005.png", pictures / "003.png"]
-    reader = open_model(model, processor=processor)
+    reader = open_model(MODEL, processor=processor)
     assert extract_features(reader, images[:2]).grid == (4, 4)
-    other = open_model(model, processor=BitImageProcessor(size={"shortest_edge": 36}, do_center_crop=False))
+    other = open_model(MODEL, processor=BitImageProcessor(size={"shortest_edge": 36}, do_center_crop=False))
     with pytest.raises(ValueError, match="not a multiple of the patch size"):  # 40 x 32 is kept, 64 x 64 is halved
         extract_features(other, [pictures / "001.png", pictures / "007.png"])
     with pytest.raises(ValueError, match=r"different grids of patches, \[\(4, 4\), \(4, 5\)\]"):
@@ -289,7 +285,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.slow
-def test_a_killed_extraction_goes_on(checkpoint, pictures, model, tmp_path):
+def test_a_killed_extraction_goes_on(checkpoint, pictures, tmp_path):
     """SIGKILL after the first shards; the second run computes the others only and the result is that of one run."""
     many = [str(path) for path in sorted(pictures.iterdir()) if path.name not in BAD]
     crowd = tmp_path / "crowd"
@@ -318,12 +314,12 @@ def test_a_killed_extraction_goes_on(checkpoint, pictures, model, tmp_path):
     assert report["num_shards_written"] == total - len(done)
     assert {name: shards_of(out)[name] for name in done} == done
     torch.set_num_threads(1)
-    extract_to_folder(model, crowd, tmp_path / "whole", settings=SETTINGS, progress=False)
+    extract_to_folder(MODEL, crowd, tmp_path / "whole", settings=SETTINGS, progress=False)
     assert_same_folder(out, tmp_path / "whole")
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_writes(checkpoint, pictures, model, tmp_path):
+def test_two_processes_write_what_one_writes(checkpoint, pictures, tmp_path):
     out = tmp_path / "two"
     # Despite its name `--multi_gpu` starts processes on CPUs too; with `--cpu` the launcher would start one only.
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
@@ -335,7 +331,7 @@ def test_two_processes_write_what_one_writes(checkpoint, pictures, model, tmp_pa
     )
     assert finished.returncode == 0, finished.stderr[-2000:]
     torch.set_num_threads(1)
-    extract_to_folder(model, pictures, tmp_path / "one", settings=SETTINGS, progress=False)
+    extract_to_folder(MODEL, pictures, tmp_path / "one", settings=SETTINGS, progress=False)
     assert_same_folder(out, tmp_path / "one")
     written = [int(count) for count in re.findall(r"num_shards_written\W+(\d+)", finished.stdout)]
     assert written, "no process reported the complete folder"

@@ -2,53 +2,33 @@
 
 import errno
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_regvit.data.source import ImageSource
-from hf_regvit.finetuning.classification import ImageClassification
+from builders import PoisonAt, WorkerFault
 from hf_regvit.models.configuration_regvit import CheckpointCorruptError
 from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.models.modeling_regvit import RegViTForImageClassification
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.samplers import EpochSampler
-from tiny_finetune import NAMES, Pictures, run
+from tiny_finetune import run, source
 from tiny_run import same_state
+
+pytestmark = pytest.mark.usefixtures("without_figures")
 
 EVERY_TWO = {
     "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "save_total_limit": None,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    """Drawing takes ten times as long as a run of two blocks."""
-    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Use as many threads as the killed process, because the number of threads affects rounding."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def names(folder: Path) -> list[str]:
-    return [path.name for path in list_checkpoints(folder)]
 
 
 class At(TrainerCallback):
@@ -63,16 +43,13 @@ class At(TrainerCallback):
 
 
 def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_images(tmp_path):
-    def poison(model):
-        model.classifier.weight.data[0, 0] = math.nan
-
     with pytest.raises(NonFiniteError, match=r"step 5.*picture/\d+, picture/\d+.*Resume from checkpoint-4") as stopped:
-        run(tmp_path, callbacks=[At(s5=poison)], **EVERY_TWO)
+        run(tmp_path, callbacks=[PoisonAt(5, "classifier.weight")], **EVERY_TWO)
     (batch,) = json.loads((tmp_path / "nan_batch.json").read_text())["processes"][0]["micro_batches"]
     assert batch["images"] == [f"picture/{index}" for index in batch["sample_ids"]]
     assert len(batch["images"]) == 8
     assert "--learning_rate 0.0015 (now 0.003)" in str(stopped.value)
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4"]
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-4"]
     verify_checkpoint(tmp_path / "checkpoint-4")
     result, _ = run(tmp_path, resume_from_checkpoint="last", **EVERY_TWO)
     assert all(bool(value.isfinite().all()) for value in result.state_dict().values())
@@ -80,18 +57,14 @@ def test_f54_a_nan_keeps_the_last_finite_checkpoint_and_names_the_images(tmp_pat
 
 
 def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, caplog):
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def fill(model):
-        monkeypatch.setattr("torch.save", full)
-
-    def free(model):
-        monkeypatch.setattr("torch.save", torch_save)
-
-    torch_save = torch.save
-    run(tmp_path, callbacks=[At(s3=fill, s4=free)], **EVERY_TWO | {"load_best_model_at_end": False})
-    assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
+    full = Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+    save = torch.save
+    patched = At(
+        s3=lambda model: monkeypatch.setattr(torch, "save", full),
+        s4=lambda model: monkeypatch.setattr(torch, "save", save),
+    )
+    run(tmp_path, callbacks=[patched], **EVERY_TWO | {"load_best_model_at_end": False})
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
     assert not (tmp_path / STAGING).exists()
     assert "ALARM: The checkpoint of step 4" in caplog.text
     assert RegViTForImageClassification.from_pretrained(tmp_path).config.num_labels == 3
@@ -100,10 +73,8 @@ def test_f58_a_full_disk_costs_one_checkpoint_and_no_run(tmp_path, monkeypatch, 
 def test_f58_a_best_checkpoint_that_was_never_written_is_told(tmp_path, monkeypatch):
     """With a full disk there is no best checkpoint to load, and the last weights must not take its place."""
 
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr("torch.save", full)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(torch, "save", Mock(side_effect=full))
     with pytest.raises(FileNotFoundError, match=r"The best checkpoint, of step \d, could not be written"):
         run(tmp_path, **EVERY_TWO)
     assert not (tmp_path / "model.safetensors").exists()
@@ -144,37 +115,12 @@ def test_f57_killed_while_saving_the_run_goes_on_from_the_checkpoint_before(tmp_
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     assert (tmp_path / "b" / STAGING / "checkpoint-4" / "model.safetensors").is_file()
-    assert names(tmp_path / "b") == ["checkpoint-2"]
+    assert [path.name for path in list_checkpoints(tmp_path / "b")] == ["checkpoint-2"]
     options = {"eval_strategy": "no", "save_strategy": "steps", "save_steps": 2, "drop_path_rate": 0.3}
     resumed, _ = run(tmp_path / "b", resume_from_checkpoint="last", **options)
     unbroken, _ = run(tmp_path / "a", **options)
     assert same_state(resumed.state_dict(), unbroken.state_dict())
     assert not (tmp_path / "b" / STAGING).exists()
-
-
-class Failing(Pictures):
-    """Read images; a worker dies or hangs at the fifth, the given number of times."""
-
-    def __init__(self, labels, folder, how, times):
-        super().__init__(labels)
-        self.folder, self.how, self.times = Path(folder), how, times
-
-    def __call__(self, index):
-        if index == 5 and torch.utils.data.get_worker_info() is not None:
-            marks = len(list(self.folder.iterdir()))
-            if marks < self.times:
-                (self.folder / str(marks)).touch()
-                if self.how == "dies":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(60)
-        return super().__call__(index)
-
-
-def failing(folder, how, times) -> ImageSource:
-    folder.mkdir()
-    labels = [i % 3 for i in range(24)]
-    ids = [f"picture/{i}" for i in range(24)]
-    return ImageSource("pictures", ids, Failing(labels, folder, how, times), labels=labels, label_names=NAMES)
 
 
 OFTEN = {"eval_strategy": "no", "save_strategy": "no", "gradient_accumulation_steps": 2, "mixup_alpha": 0.5}
@@ -185,7 +131,7 @@ OFTEN = {"eval_strategy": "no", "save_strategy": "no", "gradient_accumulation_st
 def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog, how):
     options = OFTEN | {"per_device_train_batch_size": 4}
     unbroken, _ = run(tmp_path / "a", **options)
-    train = failing(tmp_path / "marks", how, 1)
+    train = source(24, before=WorkerFault(tmp_path / "marks", how, 1, at=5))
     result, _ = run(tmp_path / "b", train=train, dataloader_num_workers=1, dataloader_timeout=3, **options)
     assert "Restarting the workers. One of these images was being read: picture/" in caplog.text
     assert same_state(unbroken.state_dict(), result.state_dict())
@@ -193,8 +139,9 @@ def test_f64_workers_are_started_again_once_and_nothing_changes(tmp_path, caplog
 
 @pytest.mark.slow
 def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_path):
+    train = source(24, before=WorkerFault(tmp_path / "marks", "dies", 2, at=5))
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
-        run(tmp_path / "a", train=failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=1, **OFTEN)
+        run(tmp_path / "a", train=train, dataloader_num_workers=1, **OFTEN)
     assert "This happened twice. One of these images was being read: " in "".join(failure.value.__notes__)
     assert "picture/5" in "".join(failure.value.__notes__)
 
@@ -213,10 +160,8 @@ def test_the_rest_of_an_epoch_is_what_was_left_of_it():
 
 
 def test_f66_no_memory_says_what_to_change(tmp_path, monkeypatch):
-    def forward(self, **batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
-    monkeypatch.setattr(RegViTForImageClassification, "forward", forward)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(RegViTForImageClassification, "forward", Mock(side_effect=error))
     with pytest.raises(torch.OutOfMemoryError) as stopped:
         run(tmp_path, eval_strategy="no", save_strategy="no", bf16=True)
     message = str(stopped.value)

@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +13,14 @@ import yaml
 from PIL import Image
 from transformers import (
     AutoModelForImageClassification,
-    TrainerCallback,
     ViTConfig,
     ViTForImageClassification,
     pipeline,
 )
 
-from fake_hub import FakeHub, connect
+from builders import SignalAt
 from hf_regvit import RegViTForImageClassification
 from hf_regvit.app.cli import main
-from hf_regvit.finetuning.classification import ImageClassification
-from hf_regvit.hub import upload
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.card import card_header, check_card
 from hf_regvit.models.processing import default_image_processor
@@ -32,16 +28,12 @@ from hf_regvit.training.signals import TrainingInterrupted
 from tiny_finetune import SIDE, backbone, picture, run
 from tiny_run import same_state
 
+pytestmark = pytest.mark.usefixtures("without_figures")
+
 FLAGS = [
     "--use_cpu", "--report_to", "none", "--disable_tqdm", "True", "--per_device_train_batch_size", "8",
     "--num_train_epochs", "1", "--save_strategy", "no", "--load_best_model_at_end", "False", "--learning_rate", "1e-3",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    monkeypatch.setattr("hf_regvit.finetuning.run.draw_finetuning_curves", lambda folder, shown: None)
-    monkeypatch.setattr(ImageClassification, "write_panels", lambda self, folder, model, processor: {})
 
 
 @pytest.fixture(scope="module")
@@ -179,34 +171,25 @@ def test_the_deit3_recipe_trains_from_scratch(classes, tmp_path, capsys):
         assert row in card
 
 
-class SignalAt(TrainerCallback):
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-
 @pytest.mark.slow
 def test_f60_a_signal_saves_and_the_run_goes_on_exactly(tmp_path):
     options = {"eval_strategy": "no", "drop_path_rate": 0.2}
     unbroken, _ = run(tmp_path / "a", **options)
     with pytest.raises(TrainingInterrupted) as stop:
-        run(tmp_path / "b", callbacks=[SignalAt()], **options)
+        run(tmp_path / "b", callbacks=[SignalAt(1)], **options)
     assert stop.value.code == 85
     resumed, _ = run(tmp_path / "b", resume_from_checkpoint="last", **options)
     assert same_state(unbroken.state_dict(), resumed.state_dict())
 
 
 @pytest.mark.parametrize("mode", [pytest.param("full", marks=pytest.mark.slow), "lora"])
-def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, monkeypatch, mode):
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        monkeypatch.setattr(upload, "RetryPolicy", lambda: upload_policy())
-        result, _ = run(
-            tmp_path / "run", mode=mode, num_train_epochs=1, push_to_hub=True, hub_model_id="someone/tiny",
-            hub_strategy="every_save",
-        )  # fmt: skip
-        files = hub.files("someone/tiny")
-        first = hub.repos["someone/tiny"].commits[1].files
+def test_a_push_holds_what_loading_needs_and_nothing_private(tmp_path, hub, mode):
+    result, _ = run(
+        tmp_path / "run", mode=mode, num_train_epochs=1, push_to_hub=True, hub_model_id="someone/tiny",
+        hub_strategy="every_save",
+    )  # fmt: skip
+    files = hub.files("someone/tiny")
+    first = hub.repos["someone/tiny"].commits[1].files
     assert set(files) - {".gitattributes"} == {
         "README.md", "config.json", "configuration_regvit.py", "manifest.json", "metrics.json", "model.safetensors",
         "modeling_regvit.py", "preprocessor_config.json",
@@ -239,10 +222,6 @@ def test_the_card_of_a_run_is_the_one_that_is_published(tmp_path):
     ours, theirs = (card[card.index(start) : card.index(end)] for card in cards)
     assert theirs.replace("\nAll settings are in `recipe.yaml`.\n", "") == ours
     assert "Top-1 accuracy" in ours
-
-
-def upload_policy(policy=upload.RetryPolicy):
-    return policy(attempts=2, first_wait=0.01, longest_wait=1.0, timeout=2.0)
 
 
 @pytest.mark.slow

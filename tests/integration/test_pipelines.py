@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from transformers import BitImageProcessor, DPTImageProcessor, pipeline
 
-from builders import save_model, tiny_model
+from builders import noise, save_model, tiny_model
 from hf_regvit import (
     RegViTForDepthEstimation,
     RegViTForImageClassification,
@@ -22,15 +21,9 @@ STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0
 FIELDS = {"hidden_size": WIDTH, "num_register_tokens": REGISTERS, "num_labels": 5, "layerscale_value": 1.0}
 
 
-def random_image(*shape: int, seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
-
-
-@pytest.fixture(scope="module")
-def processor() -> BitImageProcessor:
-    return BitImageProcessor(
-        size={"shortest_edge": 40}, crop_size={"height": 8 * GRID[0], "width": 8 * GRID[1]}, **STATISTICS
-    )
+PROCESSOR = BitImageProcessor(
+    size={"shortest_edge": 40}, crop_size={"height": 8 * GRID[0], "width": 8 * GRID[1]}, **STATISTICS
+)
 
 
 @pytest.fixture(scope="module")
@@ -43,65 +36,70 @@ def classifier() -> RegViTForImageClassification:
 
 
 @pytest.fixture(scope="module")
-def folder(classifier, processor, tmp_path_factory) -> str:
-    return str(save_model(classifier, tmp_path_factory.mktemp("classifier"), processor))
+def folder(classifier, tmp_path_factory) -> str:
+    return str(save_model(classifier, tmp_path_factory.mktemp("classifier"), PROCESSOR))
 
 
-def test_features_are_the_last_hidden_state(classifier, processor, folder):
+def test_features_are_the_last_hidden_state(classifier, folder):
     # From the folder of a classifier: the pipeline takes the backbone out of it.
-    image = random_image(50, 64, 3)
+    image = noise(0, (64, 50))
     features = pipeline("image-feature-extraction", model=folder)
     assert type(features.model) is RegViTModel
     with torch.inference_mode():
-        expected = classifier.regvit(**processor(image, return_tensors="pt"))
+        expected = classifier.regvit(**PROCESSOR(image, return_tensors="pt"))
     found = features(image, return_tensors=True)
     assert found.shape == (1, 1 + REGISTERS + GRID[0] * GRID[1], WIDTH)
     torch.testing.assert_close(found, expected.last_hidden_state, atol=1e-6, rtol=1e-5)
     assert features(image) == found.tolist()
 
 
-def test_pooled_feature_is_the_pooler_output(classifier, processor, folder):
-    image = random_image(50, 64, 3)
+def test_pooled_feature_is_the_pooler_output(classifier, folder):
+    image = noise(0, (64, 50))
     found = pipeline("image-feature-extraction", model=folder, pool=True)(image, return_tensors=True)
     with torch.inference_mode():
-        expected = classifier.regvit(**processor(image, return_tensors="pt")).pooler_output
+        expected = classifier.regvit(**PROCESSOR(image, return_tensors="pt")).pooler_output
     assert found.shape == (1, WIDTH)
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_features_without_registers(processor):
+def test_features_without_registers():
     torch.manual_seed(0)
     model = tiny_model(**FIELDS, discard_registers=True)
-    found = pipeline("image-feature-extraction", model=model, image_processor=processor)(
-        random_image(50, 64, 3), return_tensors=True
+    found = pipeline("image-feature-extraction", model=model, image_processor=PROCESSOR)(
+        noise(0, (64, 50)), return_tensors=True
     )
     assert found.shape == (1, 1 + GRID[0] * GRID[1], WIDTH)
 
 
-def test_classes_are_the_softmax_of_the_logits(classifier, processor, folder):
-    image = random_image(50, 64, 3)
+def test_classes_are_the_softmax_of_the_logits(classifier, folder):
+    image = noise(0, (64, 50))
     found = pipeline("image-classification", model=folder)(image, top_k=5)
     with torch.inference_mode():
-        probabilities = classifier(**processor(image, return_tensors="pt")).logits[0].softmax(0)
+        probabilities = classifier(**PROCESSOR(image, return_tensors="pt")).logits[0].softmax(0)
     scores = {entry["label"]: entry["score"] for entry in found}
     assert scores == {f"kind {i}": pytest.approx(probabilities[i].item(), abs=1e-6) for i in range(5)}
     assert [entry["score"] for entry in found] == sorted(scores.values(), reverse=True)
     assert probabilities.max() > 2 * probabilities.min()  # or the order would mean nothing
 
 
-def test_several_labels_get_a_sigmoid(processor):
+def test_several_labels_get_a_sigmoid():
     torch.manual_seed(0)
     model = tiny_model(RegViTForImageClassification, **FIELDS, problem_type="multi_label_classification")
-    image = random_image(50, 64, 3)
-    found = pipeline("image-classification", model=model, image_processor=processor)(image, top_k=5)
+    image = noise(0, (64, 50))
+    found = pipeline("image-classification", model=model, image_processor=PROCESSOR)(image, top_k=5)
     with torch.inference_mode():
-        expected = model(**processor(image, return_tensors="pt")).logits[0].sigmoid()
+        expected = model(**PROCESSOR(image, return_tensors="pt")).logits[0].sigmoid()
     assert sorted(entry["score"] for entry in found) == pytest.approx(sorted(expected.tolist()), abs=1e-6)
 
 
 def test_images_of_all_kinds_in_batches(folder, tmp_path):
-    random_image(40, 70, 3, seed=1).save(tmp_path / "image.png")
-    images = [random_image(50, 64, 3), str(tmp_path / "image.png"), random_image(50, 50), random_image(60, 45, 4)]
+    noise(1, (70, 40)).save(tmp_path / "image.png")
+    images = [
+        noise(0, (64, 50)),
+        str(tmp_path / "image.png"),
+        noise(2, (50, 50)).convert("L"),
+        noise(3, (45, 60)).convert("RGBA"),
+    ]
     features = pipeline("image-feature-extraction", model=folder, pool=True)
     classes = pipeline("image-classification", model=folder, top_k=5)
     alone = [(np.array(features(image)), classes(image)) for image in images]
@@ -117,7 +115,7 @@ def test_depth_pipeline():
     torch.manual_seed(0)
     model = tiny_model(RegViTForDepthEstimation, **FIELDS, num_depth_bins=16, min_depth=1, max_depth=9)
     processor = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
-    image = random_image(50, 64, 3)
+    image = noise(0, (64, 50))
     found = pipeline("depth-estimation", model=model, image_processor=processor)(image)
     assert found["depth"].size == image.size
     assert found["predicted_depth"].shape == (50, 64)
@@ -128,7 +126,7 @@ def test_segmentation_pipeline():
     torch.manual_seed(0)
     model = tiny_model(RegViTForSemanticSegmentation, **FIELDS)
     processor = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
-    image = random_image(50, 64, 3)
+    image = noise(0, (64, 50))
     found = pipeline("image-segmentation", model=model, image_processor=processor)(image, subtask="semantic")
     masks = np.stack([np.array(entry["mask"]) for entry in found])
     assert masks.shape == (len(found), 50, 64)

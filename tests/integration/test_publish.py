@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import DPTImageProcessor
 
 from builders import save_model, tiny_model
-from fake_hub import FakeHub, connect, sha256
+from fake_hub import sha256
 from hf_regvit import (
     RegViTForDepthEstimation,
     RegViTForImageClassification,
@@ -25,7 +25,7 @@ from hf_regvit.app import cli
 from hf_regvit.hub import bundle as hub_module
 from hf_regvit.hub.bundle import bundle
 from hf_regvit.hub.card import card_snippets
-from hf_regvit.hub.upload import RetryPolicy, send_folder
+from hf_regvit.hub.upload import send_folder
 from hf_regvit.hub.verify import verify
 from hf_regvit.models.configuration_regvit import CheckpointError
 from hf_regvit.models.processing import default_image_processor
@@ -59,9 +59,8 @@ CLEAN_PROCESS = """
 """
 
 
-def dense_processor():
-    statistics = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
-    return DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **statistics)
+STATISTICS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+DENSE_PROCESSOR = DPTImageProcessor(size={"height": 32, "width": 40}, do_pad=False, **STATISTICS)
 
 
 CHECKPOINTS = {
@@ -69,10 +68,10 @@ CHECKPOINTS = {
         RegViTForImageClassification, None, {"image-feature-extraction", "image-classification"}
     ),
     "RegViTForSemanticSegmentation": (
-        RegViTForSemanticSegmentation, dense_processor(), {"image-feature-extraction", "image-segmentation"}
+        RegViTForSemanticSegmentation, DENSE_PROCESSOR, {"image-feature-extraction", "image-segmentation"}
     ),
     "RegViTForDepthEstimation": (
-        RegViTForDepthEstimation, dense_processor(), {"image-feature-extraction", "depth-estimation"}
+        RegViTForDepthEstimation, DENSE_PROCESSOR, {"image-feature-extraction", "depth-estimation"}
     ),
 }  # fmt: skip
 
@@ -118,18 +117,6 @@ def test_a_bundle_that_strangers_cannot_load_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module, "CODE_FILES", ())
     with pytest.raises(CheckpointError, match="cannot be loaded without hf_regvit"):
         verify(tmp_path / "bundle")
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    import hf_regvit.hub.publish  # noqa: F401 - before the class is replaced, because its annotations name it
-
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        monkeypatch.setattr(
-            "hf_regvit.hub.upload.RetryPolicy", lambda: RetryPolicy(attempts=3, first_wait=0.01, timeout=5)
-        )
-        yield hub
 
 
 def load_as_stranger(hub, home: Path, revision: str, *, offline: bool = False) -> dict[str, torch.Tensor]:
@@ -228,12 +215,6 @@ def shards(hub, tmp_path, monkeypatch):
     return kill_when
 
 
-def send_again(made, hub):
-    hub.faults.clear()
-    hub.requests.clear()
-    return send_folder(made.folder, REPO, names=made.names, message="second", private=True)
-
-
 def test_f65_after_a_kill_in_the_middle_of_an_upload_only_the_rest_is_sent(hub, shards, tmp_path):
     index = json.loads((tmp_path / "bundle" / "model.safetensors.index.json").read_text())
     names = sorted(set(index["weight_map"].values()))
@@ -242,7 +223,9 @@ def test_f65_after_a_kill_in_the_middle_of_an_upload_only_the_rest_is_sent(hub, 
     hub.fail(f"PUT /lfs/{sha256(missing)}", "silence", times=9, seconds=60.0)
     made = shards(lambda: len(hub.objects) == len(names) - 1 and hub.faults[0].times < 9)
     assert len(hub.repos[REPO].commits) == 1  # a partial push is not visible
-    sent = send_again(made, hub)
+    hub.faults.clear()
+    hub.requests.clear()
+    sent = send_folder(made.folder, REPO, names=made.names, message="second", private=True)
     assert sent.changed
     assert hub.sent("PUT /lfs") == [len(missing)]
     assert [commit.message for commit in hub.repos[REPO].commits] == ["initial commit", "second"]
@@ -254,7 +237,9 @@ def test_f65_after_a_kill_in_the_middle_of_an_upload_only_the_rest_is_sent(hub, 
 def test_f65_after_a_kill_while_the_commit_is_made_nothing_is_sent_twice(hub, shards):
     hub.fail("/commit/", "silence", times=1, seconds=60.0, applied=True)
     made = shards(lambda: REPO in hub.repos and len(hub.repos[REPO].commits) == 2)
-    sent = send_again(made, hub)
+    hub.faults.clear()
+    hub.requests.clear()
+    sent = send_folder(made.folder, REPO, names=made.names, message="second", private=True)
     assert (sent.changed, sent.commit) == (False, hub.repos[REPO].commits[-1].oid)
     assert not hub.sent("PUT /lfs")
     assert [commit.message for commit in hub.repos[REPO].commits] == ["initial commit", "first"]

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from builders import write
+
 README = Path(__file__).parents[2] / "README.md"
 
 
@@ -16,16 +18,9 @@ def test_examples_run(tmp_path, monkeypatch) -> None:
     names: dict = {}
     for block in blocks:
         exec(compile(block, str(README), "exec"), names)
-    pooled = names["features"](_picture(tmp_path), pool=True, return_tensors=True)
+    pooled = names["features"](str(write(tmp_path / "noise.png")), pool=True, return_tensors=True)
     assert pooled.shape == (1, 192)
     assert type(names["regvit"]).__name__ == "RegViTModel"
-
-
-def _picture(folder: Path) -> str:
-    from PIL import Image
-
-    Image.effect_noise((48, 40), 50).convert("RGB").save(folder / "noise.png")
-    return str(folder / "noise.png")
 
 
 def test_commands_of_the_readme_exist() -> None:

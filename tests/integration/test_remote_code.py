@@ -142,13 +142,12 @@ CHILD = """
 """
 
 
-def rectangular_processor() -> BitImageProcessor:
-    return BitImageProcessor(
-        size={"shortest_edge": 40},
-        crop_size={"height": 32, "width": 40},
-        image_mean=[0.485, 0.456, 0.406],
-        image_std=[0.229, 0.224, 0.225],
-    )
+PROCESSOR = BitImageProcessor(
+    size={"shortest_edge": 40},
+    crop_size={"height": 32, "width": 40},
+    image_mean=[0.485, 0.456, 0.406],
+    image_std=[0.229, 0.224, 0.225],
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +160,7 @@ def saved(tmp_path_factory) -> tuple[Path, dict[str, torch.nn.Module]]:
         with torch.no_grad():  # spread registers and gains, so that a token that is not loaded changes the outputs
             for parameter in models[name].parameters():
                 parameter.add_(0.1 * torch.randn_like(parameter))
-        save_model(models[name], folder / name, rectangular_processor())
+        save_model(models[name], folder / name, PROCESSOR)
     pixels = np.random.default_rng(0).integers(0, 256, (50, 64, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(folder / "image.png")
     table = {name: auto_class.__name__ for name, (_, auto_class) in AUTO_CLASSES.items()}
@@ -197,7 +196,7 @@ def stranger(saved, tmp_path_factory) -> dict:
 def expected_tensors(saved, name: str) -> dict[str, torch.Tensor]:
     """Return the outputs of the saved models in this process, under the keys that the child uses."""
     folder, models = saved
-    pixel_values = rectangular_processor()(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
+    pixel_values = PROCESSOR(Image.open(folder / "image.png"), return_tensors="pt")["pixel_values"]
     base = getattr(models[name], "regvit", models[name])
     expected = {f"{name}.pixel_values": pixel_values}
     with torch.inference_mode():
@@ -289,7 +288,7 @@ def test_classes_come_from_the_folder(saved, stranger, name):
 @pytest.mark.slow
 def test_pipelines_are_identical_without_the_package(saved, stranger):
     folder, models = saved
-    image, processor = Image.open(folder / "image.png"), rectangular_processor()
+    image, processor = Image.open(folder / "image.png"), PROCESSOR
     tools = {"model": models["classifier"].regvit, "image_processor": processor}
     features = pipeline("image-feature-extraction", **tools)
     assert torch.equal(stranger["tensors"]["features"], features(image, return_tensors=True))

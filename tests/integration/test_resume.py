@@ -17,6 +17,7 @@ from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints
+from tiny_run import checkpoint_state, same_state
 
 pytestmark = pytest.mark.slow
 
@@ -31,19 +32,6 @@ RECIPE = {
 }  # fmt: skip
 
 
-def state_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a checkpoint: student, teacher, heads, centers, moments."""
-    moments = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    flat = {f"{index}.{name}": value for index, entry in moments.items() for name, value in entry.items()}
-    return load_file(checkpoint / "model.safetensors") | flat
-
-
-def assert_same(actual: Path, expected: Path) -> None:
-    first, second = state_of(actual), state_of(expected)
-    assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory) -> Path:
     """A run of 20 steps with checkpoints of the steps 7, 14 and 20; 18 is the end of the first epoch."""
@@ -53,15 +41,11 @@ def unbroken(tmp_path_factory) -> Path:
     return folder
 
 
-def command(folder: Path, **overrides) -> list[str]:
-    recipe = folder.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump(RECIPE | overrides))
-    return [str(SCRIPT), "--config", str(recipe), "--output_dir", str(folder)]
-
-
 def start(folder: Path, *, launcher: tuple[str, ...] = (), code: str | None = None, **overrides) -> subprocess.Popen:
     """Run the script in a separate process; `code` runs in it before the script."""
-    arguments = command(folder, **overrides)
+    recipe = folder.with_suffix(".yaml")
+    recipe.write_text(yaml.safe_dump(RECIPE | overrides))
+    arguments = [str(SCRIPT), "--config", str(recipe), "--output_dir", str(folder)]
     if code is not None:
         hook = folder.with_suffix(".py")
         run = "import runpy, sys\nsys.argv = sys.argv[1:]\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -81,7 +65,7 @@ def test_resumed_run_equals_the_unbroken_one(unbroken, tmp_path, step, workers):
         **RECIPE,
     )
     pretrain(args)
-    assert_same(tmp_path / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(tmp_path / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
     exported = [load_file(folder / "backbone" / "model.safetensors") for folder in (tmp_path, unbroken)]
     assert all(torch.equal(exported[0][name], tensor) for name, tensor in exported[1].items())
 
@@ -110,7 +94,7 @@ def test_f57_killed_while_saving(unbroken, tmp_path, caplog):
         pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
     assert f"Resuming from {folder / 'checkpoint-7'}" in caplog.text
     assert not (folder / STAGING).exists()
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 def test_f60_sigterm_saves_and_asks_to_be_queued_again(unbroken, tmp_path):
@@ -130,7 +114,7 @@ def test_f60_sigterm_saves_and_asks_to_be_queued_again(unbroken, tmp_path):
     assert int(checkpoint.name.split("-")[1]) < 20
     assert not (folder / "backbone").exists()
     pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 KILL_ONE_PROCESS = """

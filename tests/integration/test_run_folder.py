@@ -15,7 +15,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from builders import tiny_source
+from builders import Recorder, tinted_folder, tiny_source
 from helpers import requires_shared, shared_dir
 from hf_regvit import RegViTForImageClassification, RegViTModel
 from hf_regvit.app import cli
@@ -53,25 +53,11 @@ seed: 3
 """
 
 
-def images_folder(root, *, count=12):
-    """Two classes of small images with a validation split."""
-    generator = torch.Generator().manual_seed(0)
-    for split, number in (("train", count), ("validation", 4)):
-        for label in (0, 1):
-            folder = root / split / f"class{label}"
-            folder.mkdir(parents=True)
-            for index in range(number):
-                noise = torch.randint(0, 128, (36, 40, 3), generator=generator)
-                noise[..., 2 * label] += 100
-                Image.fromarray(noise.byte().numpy()).save(folder / f"{index:02d}.png")
-    return root
-
-
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory):
     """A run through the command line, and its output."""
     root = tmp_path_factory.mktemp("run")
-    data = images_folder(root / "pictures")
+    data = tinted_folder(root / "pictures", ("class0", "class1"), train=12, validation=4)
     (root / "recipe.yaml").write_text(RECIPE)
     torch.set_num_threads(1)
     status = cli.main(
@@ -245,16 +231,12 @@ def test_frozen_backbone_stands_still_and_then_moves(tmp_path):
     torch.manual_seed(0)
     RegViTModel(tiny_config(use_mask_token=False)).save_pretrained(tmp_path / "vit")
     before = load_file(tmp_path / "vit" / "model.safetensors")
-    states = []
-
-    class Spy(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            states.append({name: value.detach().clone() for name, value in model.student.named_parameters()})
-
+    recorder = Recorder()
     args = arguments(
         tmp_path / "run", init_from=str(tmp_path / "vit"), freeze_backbone_steps=2, warmup_steps=0, max_steps=4
     )
-    pretrain(args, train_dataset=Crops(), callbacks=[Spy()])
+    pretrain(args, train_dataset=Crops(), callbacks=[recorder])
+    states = [{name.removeprefix("student."): value for name, value in state.items()} for state in recorder.weights]
     for state in states[:2]:
         assert all(torch.equal(state[f"backbone.{name}"], before[name]) for name in before)
     assert not torch.equal(states[1]["dino_head.mlp.0.weight"], states[0]["dino_head.mlp.0.weight"])
@@ -263,18 +245,6 @@ def test_frozen_backbone_stands_still_and_then_moves(tmp_path):
 
 
 # ---- Starting from a third-party model ----
-
-
-def small_vit(folder):
-    model = tiny_source("ViTForImageClassification", num_labels=3)
-    model.save_pretrained(folder)
-    return model.vit
-
-
-def small_dinov2(folder):
-    model = tiny_source("Dinov2Model")
-    model.save_pretrained(folder)
-    return model
 
 
 def small_timm(folder):
@@ -298,19 +268,23 @@ def small_timm(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("make", [small_vit, small_dinov2, small_timm])
-def test_a_model_without_registers_gets_some(make, tmp_path, caplog):
-    source = make(tmp_path / "source")
+@pytest.mark.parametrize("kind", ["small_vit", "small_dinov2", "small_timm"])
+def test_a_model_without_registers_gets_some(kind, tmp_path, caplog):
+    if kind == "small_timm":
+        source = small_timm(tmp_path / "source")
+    else:
+        source = tiny_source({"small_vit": "ViTModel", "small_dinov2": "Dinov2Model"}[kind])
+        source.save_pretrained(tmp_path / "source")
     start = starting_point(tmp_path / "source", num_register_tokens=0, image_size=32)
     pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        tokens = source.forward_features(pixels) if make is small_timm else source(pixels).last_hidden_state
+        tokens = source.forward_features(pixels) if kind == "small_timm" else source(pixels).last_hidden_state
         torch.testing.assert_close(start.teacher.eval()(pixels).last_hidden_state, tokens, atol=2e-5, rtol=1e-4)
     assert start.student is start.teacher
     args = arguments(tmp_path / "run", init_from=str(tmp_path / "source"), global_crop_size=32, local_crop_size=16)
     args.max_steps, args.num_register_tokens, args.register_init_std = 1, 3, 0.5
     with caplog.at_level("INFO"):
-        teacher = pretrain(args, train_dataset=Crops32())
+        teacher = pretrain(args, train_dataset=Crops(global_size=32, local_size=16))
     assert "no registers; 3 new ones are added" in caplog.text
     assert "The heads are new" in caplog.text
     assert "Ignored: --patch_size 4 (it has 8), --hidden_size 16 (it has 32)" in caplog.text
@@ -319,14 +293,6 @@ def test_a_model_without_registers_gets_some(make, tmp_path, caplog):
     assert teacher.config.use_mask_token
     names = teacher.state_dict().keys()
     assert not [name for name in names if "pooler" in name or "classifier" in name]
-
-
-class Crops32(Crops):
-    def __getitem__(self, key):
-        generator = torch.Generator().manual_seed(key[1])
-        sides = {"global_crops": 32, "local_crops": 16}
-        crops = {name: torch.randn(2, 3, side, side, generator=generator) for name, side in sides.items()}
-        return {**crops, "sample_id": key[1], "epoch": key[0]}
 
 
 def test_registers_that_are_there_stay(tmp_path):
@@ -343,7 +309,7 @@ def test_registers_that_are_there_stay(tmp_path):
 
 
 def test_the_same_seed_draws_the_same_registers(tmp_path):
-    small_vit(tmp_path / "source")
+    tiny_source("ViTForImageClassification", num_labels=3).save_pretrained(tmp_path / "source")
     drawn = [
         starting_point(tmp_path / "source", num_register_tokens=2, image_size=32, seed=seed).student.embeddings
         for seed in (1, 1, 2)
@@ -357,7 +323,7 @@ def test_what_cannot_be_started_from_is_said(tmp_path):
         pretrain(arguments(tmp_path, init_from="x"), model=tiny_config(), train_dataset=Crops())
     with pytest.raises(OSError, match="nowhere"):
         pretrain(arguments(tmp_path, init_from=str(tmp_path / "nowhere")), train_dataset=Crops())
-    small_vit(tmp_path / "source")
+    tiny_source("ViTForImageClassification", num_labels=3).save_pretrained(tmp_path / "source")
     with pytest.raises(ValueError, match=r"global_crop_size is 20, .* 8 x 8"):
         starting_point(tmp_path / "source", num_register_tokens=4, image_size=20)
 

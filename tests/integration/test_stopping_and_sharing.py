@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, assert_same, unbroken  # noqa: F401  (a fixture)
+from test_resume import RECIPE, unbroken  # noqa: F401  (a fixture)
 
 from hf_regvit import FinetuningArguments, PretrainingArguments, finetune, pretrain
 from hf_regvit.models.manifest import verify_checkpoint
@@ -18,19 +18,17 @@ from hf_regvit.models.processing import default_image_processor
 from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.run_folder import LOCK, RunFolderInUseError, run_lock
 from tiny_finetune import backbone, picture
-from tiny_run import Crops, arguments
+from tiny_run import Crops, arguments, checkpoint_state, same_state
 
 # Long enough to be stopped, with measurements and saves that are seldom.
 LONG = RECIPE | {"max_steps": 500, "logging_steps": 1, "save_steps": 1000, "knn_steps": 0, "panel_steps": 0}
 
 
-def flags_of(recipe) -> list[str]:
-    return [word for name, value in recipe.items() for word in (f"--{name}", str(value))]
-
-
 def start(folder: Path, recipe=RECIPE, command="pretrain", *, launcher=(), **overrides) -> subprocess.Popen:
     """Run the command line in a process group of its own, as a terminal does."""
-    words = [command, "--output_dir", str(folder), *flags_of(recipe | overrides)]
+    words = [command, "--output_dir", str(folder)]
+    for name, value in (recipe | overrides).items():
+        words += [f"--{name}", str(value)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return subprocess.Popen(
         [sys.executable, *launcher, "-m", "hf_regvit", *words], env=environment, stdout=subprocess.PIPE,
@@ -70,7 +68,7 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on_exactly(unbroken, tmp_path, 
     verify_checkpoint(checkpoint)
     assert not (folder / LOCK).exists()
     pretrain(PretrainingArguments(output_dir=str(folder), resume_from_checkpoint="last", **RECIPE))
-    assert_same(folder / "checkpoint-20", unbroken / "checkpoint-20")
+    assert same_state(checkpoint_state(folder / "checkpoint-20"), checkpoint_state(unbroken / "checkpoint-20"))
 
 
 @pytest.mark.slow
@@ -85,7 +83,9 @@ def test_the_second_ctrl_c_stops_at_once(tmp_path):
         "DinoTrainer.compute_loss = slow\n"
         "from hf_regvit.app.cli import main\nsys.exit(main(sys.argv[1:]))\n"
     )
-    words = ["pretrain", "--output_dir", str(folder), *flags_of(LONG)]
+    words = ["pretrain", "--output_dir", str(folder)]
+    for name, value in LONG.items():
+        words += [f"--{name}", str(value)]
     process = subprocess.Popen([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True)
     wait_for(lambda: steps_of(folder) >= 2, process)
     time.sleep(1)

@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 
-from fake_hub import READ_TOKEN, WRITE_TOKEN, FakeHub, connect
+from fake_hub import READ_TOKEN, WRITE_TOKEN
 from hf_regvit import RegViTModel
 from hf_regvit.hub import upload
 from hf_regvit.hub.card import CardError, check_card
@@ -20,15 +20,6 @@ MODEL_FILES = {
     ".gitattributes", "README.md", "config.json", "configuration_regvit.py", "manifest.json", "model.safetensors",
     "modeling_regvit.py", "preprocessor_config.json",
 }  # fmt: skip
-QUICK = upload.RetryPolicy(attempts=3, first_wait=0.01, longest_wait=1.0, timeout=1.0)
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    with FakeHub() as hub:
-        connect(monkeypatch, hub)
-        monkeypatch.setattr(upload, "RetryPolicy", lambda: QUICK)
-        yield hub
 
 
 def pushed(folder, **overrides):
@@ -37,10 +28,6 @@ def pushed(folder, **overrides):
     return pretrain(
         arguments(folder, **options | overrides), train_dataset=Crops(), image_processor=default_image_processor(16)
     )
-
-
-def messages(hub, name="someone/tiny"):
-    return [commit.message for commit in hub.repos[name].commits[1:]]
 
 
 @pytest.mark.slow
@@ -105,7 +92,7 @@ def test_f65_a_fault_during_a_push_costs_one_try(hub, tmp_path, kind, caplog):
     hub.fail("/commit/", kind, times=1, headers={"Retry-After": "0.01"})
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
-    assert messages(hub) == ["End of training"]
+    assert hub.messages("someone/tiny") == ["End of training"]
     assert "This push did not reach the Hub" not in caplog.text
     assert "Attempt 2 of 3" in caplog.text
 
@@ -131,7 +118,7 @@ def test_f65_a_hub_that_cannot_be_reached_at_the_start_hurts_nothing(hub, tmp_pa
     with caplog.at_level(logging.WARNING, logger="hf_regvit"):
         pushed(tmp_path / "run", max_steps=2, hub_strategy="end")
     assert "Training starts, and pushes will retry." in caplog.text
-    assert messages(hub) == ["End of training"]
+    assert hub.messages("someone/tiny") == ["End of training"]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +139,7 @@ def test_a_push_that_is_slow_is_not_overtaken(hub, tmp_path, caplog, monkeypatch
     with caplog.at_level(logging.INFO, logger="hf_regvit"):
         pushed(tmp_path / "run", hub_strategy="every_save")
     assert "is not pushed, because the previous push is not finished" in caplog.text
-    assert messages(hub) == ["Training in progress, step 2", "End of training"]
+    assert hub.messages("someone/tiny") == ["Training in progress, step 2", "End of training"]
 
 
 def test_a_push_takes_no_random_number_from_the_run(hub, tmp_path):
@@ -163,7 +150,7 @@ def test_a_push_takes_no_random_number_from_the_run(hub, tmp_path):
         states.append(torch.get_rng_state())
     assert torch.equal(*states)
     # The name without an owner was completed.
-    assert messages(hub) == ["Training in progress, step 2", "End of training"]
+    assert hub.messages("someone/tiny") == ["Training in progress, step 2", "End of training"]
 
 
 def test_the_push_of_trainer_itself_is_refused(tmp_path):
@@ -179,4 +166,4 @@ def test_a_checkpoint_with_a_secret_is_not_pushed(hub, tmp_path, caplog, monkeyp
         pushed(tmp_path / "run", hub_strategy="every_save", max_steps=2)
     assert "checkpoint-2: README.md, line" in caplog.text
     assert secret not in caplog.text
-    assert messages(hub) == ["End of training"]
+    assert hub.messages("someone/tiny") == ["End of training"]

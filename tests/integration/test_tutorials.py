@@ -8,14 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+
+from builders import save_model, tiny_source
+from hf_regvit import RegViTConfig, RegViTModel
 
 ROOT = Path(__file__).parents[2]
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md")) + [ROOT / "docs" / "how_to" / "export_a_model.md"]
 
 
-def blocks(text: str) -> list[tuple[str, str]]:
-    return re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.S | re.M)
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.S | re.M)
 
 
 @pytest.fixture
@@ -44,47 +47,18 @@ def workplace(tmp_path) -> Path:
         assert count == 1, option
     # One bad file in 49 is above the one percent that a real run tolerates.
     (tmp_path / "recipe.yaml").write_text(recipe + "max_bad_share: 0.05\n")
-    make_classes(tmp_path / "my_classes")
-    make_backbone(tmp_path / "backbone")
-    return tmp_path
-
-
-def make_classes(root: Path) -> None:
-    """Create three classes of twelve small images, cut from three of the embedded ones."""
-    from hf_regvit.data.builtin import builtin_images
-
-    photos = builtin_images()
+    # Three classes of twelve small images, cut from three of the embedded ones.
     for name, photo in (("cats", "chelsea"), ("dogs", "coffee"), ("others", "rocket")):
-        (root / name).mkdir(parents=True)
+        (tmp_path / "my_classes" / name).mkdir(parents=True)
         for number in range(12):
             left, top = 17 * number, 9 * number
-            photos[photo].crop((left, top, left + 96, top + 96)).save(root / name / f"{number:03d}.png")
-
-
-def make_backbone(folder: Path) -> None:
-    """Save an untrained backbone in the layout of `regvit pretrain`."""
-    import torch
-
-    from hf_regvit import RegViTConfig, RegViTModel
-    from hf_regvit.models.processing import default_image_processor
-
+            tile = photos[photo].crop((left, top, left + 96, top + 96))
+            tile.save(tmp_path / "my_classes" / name / f"{number:03d}.png")
+    # An untrained backbone in the layout of `regvit pretrain`
     torch.manual_seed(0)
     config = RegViTConfig.from_preset("tiny", num_hidden_layers=2, image_size=32, patch_size=8)
-    RegViTModel(config).save_pretrained(folder)
-    default_image_processor(32).save_pretrained(folder)
-
-
-def make_dinov2(folder: Path) -> None:
-    """Save an untrained model of transformers."""
-    from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
-
-    from hf_regvit.models.processing import default_image_processor
-
-    config = Dinov2WithRegistersConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28, patch_size=14
-    )
-    Dinov2WithRegistersModel(config).save_pretrained(folder)
-    default_image_processor(28).save_pretrained(folder)
+    save_model(RegViTModel(config), tmp_path / "backbone")
+    return tmp_path
 
 
 @pytest.mark.slow
@@ -92,7 +66,7 @@ def make_dinov2(folder: Path) -> None:
 def test_tutorial_runs(tutorial, workplace):
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    steps = blocks(tutorial.read_text())
+    steps = BLOCK.findall(tutorial.read_text())
     assert steps
     for language, code in steps:
         code = code.replace("--max_steps 60", "--max_steps 8").replace("--signal=INT 90", "--signal=INT 25")
@@ -111,9 +85,9 @@ def test_the_quickstart_runs(workplace):
     """Run the quickstart without the installation and the demo server, with a local folder in place of Hub ids."""
     bin_folder = Path(sys.executable).parent
     environment = os.environ | {"PATH": f"{bin_folder}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    make_dinov2(workplace / "dinov2")
+    save_model(tiny_source("Dinov2WithRegistersModel", image_size=28, patch_size=14), workplace / "dinov2")
     ran = []
-    for language, code in blocks((ROOT / "docs" / "quickstart.md").read_text()):
+    for language, code in BLOCK.findall((ROOT / "docs" / "quickstart.md").read_text()):
         lines = code.replace("\\\n", " ").splitlines()
         code = "\n".join(line for line in lines if not line.startswith(("pip install", "regvit demo")))
         code = re.sub(r"facebook/dinov2[\w-]*", "dinov2", code)

@@ -42,10 +42,6 @@ AUGMENTED = {
 }  # fmt: skip
 
 
-def warnings_of(caplog) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
 # --- Wrong values ----------------------------------------------------------------------------------------------------
 
 # field, invalid value, valid value that the message must suggest
@@ -236,7 +232,7 @@ def test_fields_that_contradict_each_other_are_named_with_a_remedy_that_works(fi
 )
 def test_unknown_keyword_warns_with_the_nearest_field(keyword, nearest, caplog):
     config = RegViTConfig(**TINY, **{keyword: 7})
-    (message,) = warnings_of(caplog)
+    (message,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert f"'{keyword}'" in message
     assert f"'{nearest}'" in message
     assert getattr(config, nearest) == getattr(RegViTConfig(**TINY), nearest)
@@ -246,7 +242,7 @@ def test_what_transformers_itself_hands_over_is_no_unknown_keyword(tmp_path, cap
     config = RegViTConfig(**TINY, num_labels=3, output_hidden_states=True, out_features=["stage1"], dtype="float16")
     config.save_pretrained(tmp_path)
     RegViTConfig.from_pretrained(tmp_path, attn_implementation="eager", num_labels=3)
-    assert warnings_of(caplog) == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize(
@@ -257,7 +253,8 @@ def test_config_of_a_newer_version_loads_with_a_warning(version, warns, tmp_path
     saved = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**saved, "hf_regvit_version": version}))
     config = RegViTConfig.from_pretrained(tmp_path)
-    messages = [message for message in warnings_of(caplog) if version in message and __version__ in message]
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    messages = [message for message in warnings if version in message and __version__ in message]
     assert bool(messages) == warns
     assert not warns or "pip install -U hf_regvit" in messages[0]
     assert config.to_dict()["hf_regvit_version"] == __version__  # saved by the current version

@@ -4,7 +4,9 @@ import argparse
 import json
 import logging
 import pickle
+from unittest.mock import Mock
 
+import huggingface_hub
 import pytest
 import torch
 from PIL import Image
@@ -20,38 +22,12 @@ from transformers import (
     ViTModel,
 )
 
+from builders import MakesFolder, dinov2_state, randomized
 from hf_regvit import CheckpointCorruptError, CheckpointError, RegViTForImageClassification, RegViTModel
 from hf_regvit.models.conversion import convert, convert_to_folder
 from hf_regvit.models.source_families import ConversionError
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Move every tensor away from its initial value, so that a lost or swapped tensor is detected."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.3)
-    return model.eval()
-
-
-def official_state(registers: int = 2, depth: int = 2, width: int = 32) -> dict[str, torch.Tensor]:
-    """Create a state dict with the names of DINOv2."""
-    torch.manual_seed(1)
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, 17, width), "mask_token": (1, width)}
-    if registers:
-        shapes["register_tokens"] = (1, registers, width)
-    shapes |= {"patch_embed.proj.weight": (width, 3, 8, 8), "patch_embed.proj.bias": (width,)}
-    for i in range(depth):
-        shapes |= {f"blocks.{i}.{n}.{p}": (width,) for n in ("norm1", "norm2") for p in ("weight", "bias")}
-        shapes |= {f"blocks.{i}.attn.qkv.weight": (3 * width, width), f"blocks.{i}.attn.qkv.bias": (3 * width,)}
-        shapes |= {f"blocks.{i}.attn.proj.weight": (width, width), f"blocks.{i}.attn.proj.bias": (width,)}
-        shapes |= {f"blocks.{i}.mlp.fc1.weight": (64, width), f"blocks.{i}.mlp.fc1.bias": (64,)}
-        shapes |= {f"blocks.{i}.mlp.fc2.weight": (width, 64), f"blocks.{i}.mlp.fc2.bias": (width,)}
-        shapes |= {f"blocks.{i}.ls{n}.gamma": (width,) for n in (1, 2)}
-    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
-    return {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
 
 
 RAW = {"num_attention_heads": 4, "interpolate_antialias": True, "interpolate_offset": 0.0, "layer_norm_eps": 1e-6}
@@ -68,7 +44,7 @@ RAW = {"num_attention_heads": 4, "interpolate_antialias": True, "interpolate_off
     ids=lambda m: type(m).__name__,
 )
 def test_transformers_modules_and_folders(source, tmp_path) -> None:
-    randomise(source)
+    randomized(source)
     model = convert(source)  # verify=True compares at two sizes
     source.save_pretrained(tmp_path)
     again = convert(tmp_path)
@@ -80,7 +56,7 @@ def test_transformers_modules_and_folders(source, tmp_path) -> None:
 
 
 def test_result_shares_no_memory_with_its_source() -> None:
-    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    source = randomized(ViTModel(ViTConfig(**SMALL)))
     model = convert(source)
     before = source.embeddings.cls_token.clone()
     with torch.no_grad():
@@ -93,7 +69,7 @@ def test_result_shares_no_memory_with_its_source() -> None:
 def test_labels_survive() -> None:
     names = {0: "cat", 1: "dog", 2: "horse"}
     config = ViTConfig(**SMALL, id2label=names, label2id={v: k for k, v in names.items()})
-    model = convert(randomise(ViTForImageClassification(config)))
+    model = convert(randomized(ViTForImageClassification(config)))
     assert isinstance(model, RegViTForImageClassification)
     assert model.config.id2label == names
     assert model.config.pooling == "cls"
@@ -114,7 +90,7 @@ def test_timm_modules(kwargs) -> None:
         dynamic_img_size=True,
         **kwargs,
     )
-    model = convert(randomise(source))
+    model = convert(randomized(source))
     assert model.config.image_size == [32, 48]  # a rectangular stored table
     pixels = torch.randn(2, 3, 40, 24)
     with torch.no_grad():
@@ -156,7 +132,7 @@ def test_pictures_for_a_model_of_timm_are_prepared_as_by_timm(settings, tmp_path
 def test_timm_folders_of_either_kind_of_file(tmp_path, safe) -> None:
     timm = pytest.importorskip("timm")
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 4}
-    source = randomise(timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval())
+    source = randomized(timm.create_model("vit_tiny_patch16_224", num_classes=3, **sizes).eval())
     timm.models.save_for_hf(source, str(tmp_path), model_args=sizes, safe_serialization=safe)
     assert (tmp_path / "model.safetensors").is_file() == safe
     pixels = torch.randn(1, 3, 32, 32)
@@ -189,7 +165,7 @@ def test_distilled_models_are_refused_by_name() -> None:
     with pytest.raises(ConversionError, match=r"distilled: it has dist_token"):
         convert(source)
     with pytest.raises(ConversionError, match=r"distilled: it has dist_token"):
-        convert(official_state() | {"dist_token": torch.zeros(1, 1, 32)}, **RAW)
+        convert(dinov2_state() | {"dist_token": torch.zeros(1, 1, 32)}, **RAW)
 
 
 def test_other_timm_blocks_are_refused_by_name() -> None:
@@ -202,7 +178,7 @@ def test_other_timm_blocks_are_refused_by_name() -> None:
 
 
 def test_verification_notices_a_wrong_output() -> None:
-    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    source = randomized(ViTModel(ViTConfig(**SMALL)))
     source.layernorm.register_forward_hook(lambda module, args, output: output * 1.01)
     with pytest.raises(ConversionError, match="differ"):
         convert(source)
@@ -210,20 +186,20 @@ def test_verification_notices_a_wrong_output() -> None:
 
 
 def test_verification_notices_outputs_that_are_not_numbers() -> None:
-    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    source = randomized(ViTModel(ViTConfig(**SMALL)))
     source.layernorm.register_forward_hook(lambda module, args, output: output * torch.tensor(float("nan")))
     with pytest.raises(ConversionError, match=r"differ from those of .* by nan"):
         convert(source)
 
 
 def test_verification_leaves_the_source_as_it_was() -> None:
-    source = randomise(ViTModel(ViTConfig(**SMALL))).train()
+    source = randomized(ViTModel(ViTConfig(**SMALL))).train()
     convert(source)
     assert source.training
 
 
 def test_a_raw_state_dict_with_a_pooler_needs_its_activation(tmp_path) -> None:
-    source = randomise(ViTModel(ViTConfig(**SMALL)))
+    source = randomized(ViTModel(ViTConfig(**SMALL)))
     torch.save(source.state_dict(), tmp_path / "vit.pth")
     with pytest.raises(ConversionError, match="pooler_act, 'tanh' in ViT"):
         convert(tmp_path / "vit.pth", **RAW)
@@ -236,7 +212,7 @@ def test_a_raw_state_dict_with_a_pooler_needs_its_activation(tmp_path) -> None:
 
 def test_raw_state_dict_says_that_outputs_were_not_compared(caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="hf_regvit.models.conversion"):
-        model = convert(official_state(), **RAW)
+        model = convert(dinov2_state(), **RAW)
     assert "outputs were not compared" in caplog.text
     assert isinstance(model, RegViTModel)
     assert model.config.image_size == 32
@@ -247,39 +223,39 @@ def test_raw_state_dict_says_that_outputs_were_not_compared(caplog) -> None:
 @pytest.mark.parametrize("missing", sorted(RAW))
 def test_raw_state_dict_needs_what_shapes_cannot_tell(missing) -> None:
     with pytest.raises(ConversionError, match=missing):
-        convert(official_state(), **{key: value for key, value in RAW.items() if key != missing})
+        convert(dinov2_state(), **{key: value for key, value in RAW.items() if key != missing})
 
 
 def test_override_that_is_no_field_names_the_nearest() -> None:
     with pytest.raises(TypeError, match="num_attention_heads"):
-        convert(official_state(), num_attention_head=4)
+        convert(dinov2_state(), num_attention_head=4)
 
 
 def test_override_that_contradicts_the_tensors() -> None:
     with pytest.raises(ConversionError, match=r"num_register_tokens=4 .* imply 2"):
-        convert(official_state(), **RAW, num_register_tokens=4)
+        convert(dinov2_state(), **RAW, num_register_tokens=4)
 
 
 def test_missing_surplus_and_misshapen_tensors_are_named() -> None:
-    state = official_state()
+    state = dinov2_state()
     del state["blocks.1.ls2.gamma"]
     with pytest.raises(ConversionError, match=r"layers\.1\.layer_scale2\.lambda1 is missing"):
         convert(state, **RAW)
     with pytest.raises(ConversionError, match=r"rope\.periods has no place"):
-        convert(official_state() | {"rope.periods": torch.zeros(4)}, **RAW)
-    state = official_state() | {"blocks.0.mlp.fc2.bias": torch.zeros(31)}
+        convert(dinov2_state() | {"rope.periods": torch.zeros(4)}, **RAW)
+    state = dinov2_state() | {"blocks.0.mlp.fc2.bias": torch.zeros(31)}
     with pytest.raises(ConversionError, match=r"layers\.0\.mlp\.fc2\.bias has shape \(31,\), expected \(32,\)"):
         convert(state, **RAW)
 
 
 def test_missing_register_tokens_mean_a_model_without_registers() -> None:
-    state = official_state()
+    state = dinov2_state()
     del state["register_tokens"]
     assert convert(state, **RAW).config.num_register_tokens == 0
 
 
 def test_a_table_that_is_not_square_needs_its_size() -> None:
-    state = official_state() | {"pos_embed": torch.randn(1, 25, 32)}  # ambiguous: 24 patches and CLS, or 25 patches
+    state = dinov2_state() | {"pos_embed": torch.randn(1, 25, 32)}  # ambiguous: 24 patches and CLS, or 25 patches
     model = convert(state, **RAW, image_size=[32, 48])
     assert model.config.grid == (4, 6)
     state["pos_embed"] = torch.randn(1, 24, 32)
@@ -288,7 +264,7 @@ def test_a_table_that_is_not_square_needs_its_size() -> None:
 
 
 def test_linear_classifier_of_the_official_hub_models() -> None:
-    state = {f"backbone.{key}": value for key, value in official_state().items()}
+    state = {f"backbone.{key}": value for key, value in dinov2_state().items()}
     state |= {"linear_head.weight": torch.randn(5, 64), "linear_head.bias": torch.randn(5)}
     model = convert(state, **RAW)
     assert isinstance(model, RegViTForImageClassification)
@@ -300,7 +276,7 @@ def test_linear_classifier_of_the_official_hub_models() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_verification_of_half_precision_is_as_sharp_as_any(dtype, tmp_path) -> None:
-    source = randomise(ViTForImageClassification(ViTConfig(**SMALL, num_labels=3))).to(dtype)
+    source = randomized(ViTForImageClassification(ViTConfig(**SMALL, num_labels=3))).to(dtype)
     model = convert(source)
     assert model.dtype == source.dtype == dtype
     assert not source.training
@@ -313,7 +289,7 @@ def test_verification_of_half_precision_is_as_sharp_as_any(dtype, tmp_path) -> N
 
 @pytest.mark.parametrize("cls", [ViTForImageClassification, Dinov2ForImageClassification])
 def test_a_classifier_without_labels_is_a_backbone(cls, tmp_path) -> None:
-    source = randomise(cls(cls.config_class(**SMALL, num_labels=0)))
+    source = randomized(cls(cls.config_class(**SMALL, num_labels=0)))
     assert type(convert(source)) is RegViTModel
     source.save_pretrained(tmp_path)
     assert type(convert(tmp_path)) is RegViTModel
@@ -321,40 +297,28 @@ def test_a_classifier_without_labels_is_a_backbone(cls, tmp_path) -> None:
 
 def test_sizes_that_cannot_be_meant() -> None:
     with pytest.raises(ValueError, match=r"size \[32, 32, 32\] must be one number or a"):
-        convert(official_state(), **RAW, image_size=[32, 32, 32])
+        convert(dinov2_state(), **RAW, image_size=[32, 32, 32])
     with pytest.raises(ConversionError, match=r"patch_size=16 does not match .* which imply 8"):
-        convert(official_state(), **RAW, patch_size=16)
-    assert convert(official_state(), **RAW, patch_size=[8, 8]).config.patch_size == 8
+        convert(dinov2_state(), **RAW, patch_size=16)
+    assert convert(dinov2_state(), **RAW, patch_size=[8, 8]).config.patch_size == 8
 
 
 def test_files(tmp_path) -> None:
     from safetensors.torch import save_file
 
-    state = official_state()
+    state = dinov2_state()
     torch.save({"teacher": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "a.pth")  # F49: harmless, allowed
     save_file(state, tmp_path / "b.safetensors")
     first, second = (convert(tmp_path / name, **RAW).state_dict() for name in ("a.pth", "b.safetensors"))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-class Payload:
-    """Class that would run a command when unpickled."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        import os
-
-        return os.system, (f"touch {self.target}",)
-
-
 def test_f48_malicious_pickle_is_not_run(tmp_path) -> None:
     bad = tmp_path / "bad.pth"
-    torch.save({"teacher": Payload(tmp_path / "owned")}, bad)
+    torch.save({"teacher": MakesFolder(tmp_path / "owned")}, bad)
     with pytest.raises(CheckpointCorruptError, match=r"bad\.pth"):
         convert(bad, **RAW)
-    (tmp_path / "raw.bin").write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    (tmp_path / "raw.bin").write_bytes(pickle.dumps(MakesFolder(tmp_path / "owned")))
     with pytest.raises(CheckpointCorruptError, match=r"raw\.bin"):
         convert(tmp_path / "raw.bin", **RAW)
     assert not (tmp_path / "owned").exists()
@@ -369,7 +333,7 @@ def test_f42_broken_safetensors_names_the_file(tmp_path, damage) -> None:
     from safetensors.torch import save_file
 
     path = tmp_path / "model.safetensors"
-    save_file(official_state(), path)
+    save_file(dinov2_state(), path)
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
         convert(path, **RAW)
@@ -392,7 +356,7 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
         convert(tmp_path)
     with pytest.raises(ConversionError, match="no tensors"):
         convert({"epoch": 3})
-    randomise(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
+    randomized(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"hidden_size": "32"}))
     with pytest.raises(CheckpointError, match=r"cannot be loaded .*hidden_size"):
@@ -419,30 +383,23 @@ def test_folders_and_paths_that_are_none(tmp_path) -> None:
 
 @pytest.mark.parametrize("name", ["owner/name", "timm/vit_small_patch14_reg4_dinov2.lvd142m", "owner/vit.v1.2"])
 def test_hub_id_is_downloaded_without_code_or_pickles(name, tmp_path, monkeypatch) -> None:
-    randomise(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
-    asked = {}
-
-    def download(repo_id, *, allow_patterns):
-        asked.update(repo_id=repo_id, allow_patterns=allow_patterns)
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    randomized(ViTModel(ViTConfig(**SMALL))).save_pretrained(tmp_path)
+    download = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert isinstance(convert(name), RegViTModel)
-    assert asked == {"repo_id": name, "allow_patterns": ["*.json", "*.safetensors"]}
+    download.assert_called_once_with(name, allow_patterns=["*.json", "*.safetensors"])
 
 
 def test_a_model_that_the_hub_does_not_give_is_named(monkeypatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def refuse(repo_id, *, allow_patterns):
-        raise LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore words.")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    absent = LocalEntryNotFoundError("Cannot find an appropriate cached snapshot folder.\nMore words.")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", Mock(side_effect=absent))
     with pytest.raises(FileNotFoundError, match=r"'runs/nope' is neither a local folder .*: Cannot find[^\n]*$"):
         convert("runs/nope")
 
 
 def test_regvit_folder_is_not_converted_again(tmp_path) -> None:
-    convert(official_state(), **RAW).save_pretrained(tmp_path)
+    convert(dinov2_state(), **RAW).save_pretrained(tmp_path)
     with pytest.raises(ConversionError, match="already a RegViT"):
         convert(tmp_path)

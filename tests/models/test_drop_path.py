@@ -1,11 +1,12 @@
 """Test both forms of stochastic depth: exact scaling, exact expectation, independent draws, padded batches."""
 
 import itertools
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from builders import tiny_model
+from builders import gradients_of, padded, tiny_model
 from hf_regvit import RegViTModel
 
 MODES = ("sample", "batch_subset")
@@ -100,15 +101,10 @@ def test_sample_mode_expects_the_full_residual():
 def test_the_two_branches_draw_on_their_own():
     for mode in MODES:
         layer = tiny(drop_path_rate=0.5, drop_path_mode=mode).layers[0].train()
-        tokens, middle = torch.randn(64, 3, 16), []
-        original = layer._add
-
-        def remember(hidden_states, *args, original=original, middle=middle):
-            middle.append(hidden_states)
-            return original(hidden_states, *args)
-
-        layer._add = remember
+        tokens = torch.randn(64, 3, 16)
+        layer._add = Mock(wraps=layer._add)
         out = layer(tokens)[0]
+        middle = [call.args[0] for call in layer._add.call_args_list]
         by_attention = (middle[1] - middle[0]).flatten(1).abs().amax(1) > 0
         by_mlp = (out - middle[1]).flatten(1).abs().amax(1) > 0
         combinations = {(bool(a), bool(m)) for a, m in zip(by_attention, by_mlp, strict=True)}
@@ -147,26 +143,17 @@ def test_no_effect_in_eval_mode_or_at_rate_zero(mode):
 def test_the_seed_decides(mode):
     model, pixel_values = tiny(drop_path_rate=0.5, drop_path_mode=mode).train(), torch.randn(8, 3, 16, 16)
 
-    def run(seed: int) -> torch.Tensor:
+    outputs = []
+    for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        return model(pixel_values).last_hidden_state
-
-    assert torch.equal(run(1), run(1))
-    assert not torch.equal(run(1), run(2))
+        outputs.append(model(pixel_values).last_hidden_state)
+    assert torch.equal(outputs[0], outputs[1])
+    assert not torch.equal(outputs[0], outputs[2])
 
 
 # --- Padded batches --------------------------------------------------------------------------------------------------
 
 SIZES = [(16, 16), (8, 24), (24, 16), (8, 8), (24, 24)]
-
-
-def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    pixel_values = torch.randn(len(SIZES), 3, 24, 24, generator=generator)  # noise in the padding too
-    pixel_mask = torch.zeros(len(SIZES), 24, 24, dtype=torch.long)
-    for i, (height, width) in enumerate(SIZES):
-        pixel_mask[i, :height, :width] = 1
-    return pixel_values, pixel_mask
 
 
 def slow_twin(model: RegViTModel, pixel_values: torch.Tensor, gains: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -188,7 +175,7 @@ def slow_twin(model: RegViTModel, pixel_values: torch.Tensor, gains: list[torch.
 def test_batch_subset_in_a_padded_batch(attn_implementation, monkeypatch):
     model = tiny(drop_path_rate=0.4, drop_path_mode="batch_subset").train()
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded_batch()
+    pixel_values, pixel_mask = padded(*SIZES, seed=5)
     generator = torch.Generator().manual_seed(6)
     permutations = [torch.randperm(5, generator=generator) for _ in range(4)]
     queue = iter(permutations)
@@ -203,7 +190,7 @@ def test_batch_subset_in_a_padded_batch(attn_implementation, monkeypatch):
 @torch.no_grad()
 def test_sample_mode_in_a_padded_batch(monkeypatch):
     model = tiny(drop_path_rate=0.4).train()
-    pixel_values, pixel_mask = padded_batch()
+    pixel_values, pixel_mask = padded(*SIZES, seed=5)
     draws, bernoulli = [], torch.Tensor.bernoulli_
 
     def remember(tensor, keep):
@@ -223,7 +210,7 @@ def test_batch_subset_refuses_the_one_mask_it_cannot_select_from(monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # others refuse any such mask
     model = tiny(drop_path_rate=0.4, drop_path_mode="batch_subset").train()
     model.set_attn_implementation("flex_attention")
-    pixel_values, pixel_mask = padded_batch()
+    pixel_values, pixel_mask = padded(*SIZES, seed=5)
     # Eager, because compiling the construction of that mask takes fifteen seconds.
     with torch.compiler.set_stance("force_eager"), pytest.raises(NotImplementedError, match=r"batch_subset.*'sample'"):
         model(pixel_values, pixel_mask=pixel_mask)
@@ -237,15 +224,11 @@ def test_batch_subset_refuses_the_one_mask_it_cannot_select_from(monkeypatch):
 def test_checkpointing_repeats_the_same_draws(mode, reentrant):
     model, pixel_values = tiny(drop_path_rate=0.5, drop_path_mode=mode).train(), torch.randn(8, 3, 16, 16)
 
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        torch.manual_seed(3)
-        model(pixel_values).last_hidden_state.square().sum().backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    plain = gradients()
+    torch.manual_seed(3)
+    plain = gradients_of(model(pixel_values).last_hidden_state.square().sum(), model)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for name, gradient in gradients().items():
+    torch.manual_seed(3)
+    for name, gradient in gradients_of(model(pixel_values).last_hidden_state.square().sum(), model).items():
         torch.testing.assert_close(gradient, plain[name], atol=0, rtol=0, msg=name)
 
 

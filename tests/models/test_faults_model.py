@@ -7,7 +7,6 @@ tensor randomly initialized.
 import argparse
 import json
 import logging
-import os
 import pickle
 import resource
 import struct
@@ -20,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from builders import tiny_model
+from builders import MakesFolder, dinov2_state, tiny_model
 from hf_regvit import (
     CheckpointCorruptError,
     CheckpointError,
@@ -46,14 +45,10 @@ CLASSES = [
 ]
 
 
-def build(cls: type = RegViTModel, **fields):
-    return tiny_model(cls, **{"image_size": 16, "num_labels": 5} | fields)
-
-
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Save a checkpoint of a backbone with 4 registers."""
-    build().save_pretrained(tmp_path / "checkpoint")
+    tiny_model(image_size=16, num_labels=5).save_pretrained(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
@@ -78,7 +73,7 @@ def rewrite_config(folder: Path, **fields) -> None:
     [(60, 57, "64 x 56"), (16, 17, "16 x 16"), (9, 16, "8 x 16"), (31, 8, "32 x 8")],
 )
 def test_f22_size_that_is_no_multiple_of_the_patch(cls, height, width, nearest):
-    model = build(cls)
+    model = tiny_model(cls, image_size=16, num_labels=5)
     with pytest.raises(ValueError, match=rf"{height} x {width} pixels.*patch size of 8 x 8.*{nearest}") as error:
         model(torch.zeros(1, 3, height, width))
     assert "pixel_mask" in str(error.value)
@@ -90,7 +85,7 @@ def test_f22_padded_image_that_is_no_multiple_of_the_patch():
     mask = torch.zeros(1, 16, 16)
     mask[:, :12, :16] = 1
     with pytest.raises(ValueError, match=r"12 x 16 pixels.*16 x 16"):
-        build()(torch.zeros(1, 3, 16, 16), pixel_mask=mask)
+        tiny_model(image_size=16, num_labels=5)(torch.zeros(1, 3, 16, 16), pixel_mask=mask)
 
 
 def test_f22_mask_that_is_no_rectangle_in_the_top_left_corner():
@@ -99,32 +94,32 @@ def test_f22_mask_that_is_no_rectangle_in_the_top_left_corner():
     elsewhere[:, 8:, 8:] = 1
     for mask, error in ((hole, "top left corner"), (elsewhere, "top left corner|0 x 0 pixels")):
         with pytest.raises(ValueError, match=error):
-            build()(torch.zeros(1, 3, 16, 16), pixel_mask=mask)
+            tiny_model(image_size=16, num_labels=5)(torch.zeros(1, 3, 16, 16), pixel_mask=mask)
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 24), (2, 16, 16), (1, 4), (1, 3, 16, 16)])
 def test_f22_mask_of_another_shape(shape):
     with pytest.raises(ValueError, match=rf"pixel_mask has shape \({', '.join(map(str, shape))}\).*\(1, 16, 16\)"):
-        build()(torch.zeros(1, 3, 16, 16), pixel_mask=torch.ones(shape))
+        tiny_model(image_size=16, num_labels=5)(torch.zeros(1, 3, 16, 16), pixel_mask=torch.ones(shape))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize(("height", "width"), [(7, 16), (16, 4), (1, 1)])
 def test_f23_image_smaller_than_a_patch(cls, height, width):
     with pytest.raises(ImageTooSmallError, match=rf"{height} x {width} pixels.*8 x 8.*at least 8 x 8"):
-        build(cls)(torch.zeros(1, 3, height, width))
+        tiny_model(cls, image_size=16, num_labels=5)(torch.zeros(1, 3, height, width))
 
 
 def test_f23_padded_image_smaller_than_a_patch():
     with pytest.raises(ImageTooSmallError, match=r"0 x 0 pixels"):
-        build()(torch.zeros(1, 3, 16, 16), pixel_mask=torch.zeros(1, 16, 16))
+        tiny_model(image_size=16, num_labels=5)(torch.zeros(1, 3, 16, 16), pixel_mask=torch.zeros(1, 16, 16))
 
 
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("shape", [(1, 1, 16, 16), (1, 4, 16, 16), (3, 16, 16), (1, 16, 16, 3)])
 def test_f24_wrong_channel_count(cls, shape):
     with pytest.raises(ValueError, match=r"shape \(" + ", ".join(map(str, shape))) as error:
-        build(cls)(torch.zeros(shape))
+        tiny_model(cls, image_size=16, num_labels=5)(torch.zeros(shape))
     assert "(batch, 3, height, width)" in str(error.value)
     assert "num_channels" in str(error.value)
 
@@ -132,42 +127,19 @@ def test_f24_wrong_channel_count(cls, shape):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_no_pixels_at_all(cls):
     with pytest.raises(ValueError, match="pixel_values is missing"):
-        build(cls)()
+        tiny_model(cls, image_size=16, num_labels=5)()
 
 
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-def header_of(raw: bytes) -> tuple[dict, bytes]:
+def with_changed_header(raw: bytes, change: Callable[[dict], None]) -> bytes:
+    """Change the entries of the header of a safetensors file."""
     size = struct.unpack("<Q", raw[:8])[0]
-    return json.loads(raw[8 : 8 + size]), raw[8 + size :]
-
-
-def with_header(header: dict, data: bytes) -> bytes:
+    header = json.loads(raw[8 : 8 + size])
+    change(header)
     text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data
-
-
-def overlapping(raw: bytes) -> bytes:
-    header, data = header_of(raw)
-    header["layernorm.bias"]["data_offsets"] = header["layernorm.weight"]["data_offsets"]
-    return with_header(header, data)
-
-
-def wrong_shape(raw: bytes) -> bytes:
-    header, data = header_of(raw)
-    header["layernorm.bias"]["shape"] = [33]
-    return with_header(header, data)
-
-
-def unknown_type(raw: bytes) -> bytes:
-    header, data = header_of(raw)
-    header["layernorm.bias"]["dtype"] = "F33"
-    return with_header(header, data)
-
-
-def pickle_renamed(raw: bytes) -> bytes:
-    return pickle.dumps({"layernorm.bias": [0.0] * 32})
+    return struct.pack("<Q", len(text)) + text + raw[8 + size :]
 
 
 DAMAGES = {
@@ -177,10 +149,12 @@ DAMAGES = {
     "cut in the data": lambda raw: raw[:-100],
     "no JSON": lambda raw: raw[:8] + b"x" * 200 + raw[208:],
     "huge length": lambda raw: struct.pack("<Q", 2**60) + raw[8:],
-    "overlap": overlapping,
-    "wrong shape": wrong_shape,
-    "unknown type": unknown_type,
-    "pickle renamed": pickle_renamed,
+    "overlap": lambda raw: with_changed_header(
+        raw, lambda header: header["layernorm.bias"].update(data_offsets=header["layernorm.weight"]["data_offsets"])
+    ),
+    "wrong shape": lambda raw: with_changed_header(raw, lambda header: header["layernorm.bias"].update(shape=[33])),
+    "unknown type": lambda raw: with_changed_header(raw, lambda header: header["layernorm.bias"].update(dtype="F33")),
+    "pickle renamed": lambda raw: pickle.dumps({"layernorm.bias": [0.0] * 32}),
     "surplus bytes": lambda raw: raw + b"\0" * 64,
 }
 
@@ -196,7 +170,7 @@ def test_f42_broken_safetensors(damage, folder):
 
 
 def test_f42_broken_shard_is_named(tmp_path):
-    build().save_pretrained(tmp_path, max_shard_size="50KB")
+    tiny_model(image_size=16, num_labels=5).save_pretrained(tmp_path, max_shard_size="50KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 1
     shards[1].write_bytes(shards[1].read_bytes()[:-10])
@@ -205,7 +179,7 @@ def test_f42_broken_shard_is_named(tmp_path):
 
 
 def test_f42_missing_shard_is_named(tmp_path):
-    build().save_pretrained(tmp_path, max_shard_size="50KB")
+    tiny_model(image_size=16, num_labels=5).save_pretrained(tmp_path, max_shard_size="50KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
     with pytest.raises(OSError, match=lost.name):
@@ -221,7 +195,7 @@ def test_f42_renamed_file_and_no_file(folder):
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("forgiving", [False, True])
 def test_f44_missing_registers_are_never_drawn_at_random(cls, forgiving, tmp_path):
-    build(cls).save_pretrained(tmp_path)
+    tiny_model(cls, image_size=16, num_labels=5).save_pretrained(tmp_path)
     prefix = "" if cls is RegViTModel else "regvit."
     rewrite(tmp_path, lambda tensors: tensors.pop(f"{prefix}embeddings.register_tokens"))
     with pytest.raises(CheckpointError) as error:
@@ -277,7 +251,7 @@ def test_f45_wrong_number_in_the_file_itself(folder):
 
 @pytest.mark.parametrize("wanted", [-1, 5000])
 def test_f45_impossible_resize_leaves_the_model_as_it_was(wanted):
-    model = build().eval()
+    model = tiny_model(image_size=16, num_labels=5).eval()
     before = model(torch.zeros(1, 3, 16, 16)).last_hidden_state
     with pytest.raises(ConfigError, match=f"num_register_tokens={wanted}"):
         model.resize_register_tokens(wanted)
@@ -291,7 +265,7 @@ def test_f45_other_sizes_that_do_not_match(folder):
 
 
 def test_f45_head_of_another_size_is_started_anew_only_on_request(tmp_path):
-    build(RegViTForImageClassification).save_pretrained(tmp_path)
+    tiny_model(RegViTForImageClassification, image_size=16, num_labels=5).save_pretrained(tmp_path)
     rewrite_config(tmp_path, id2label={"0": "a", "1": "b"}, label2id={"a": 0, "b": 1})
     with pytest.raises(
         CheckpointError, match=r"classifier\.weight.*\(5, 64\).*\(2, 64\).*ignore_mismatched_sizes=True"
@@ -306,7 +280,7 @@ def test_f45_head_of_another_size_is_started_anew_only_on_request(tmp_path):
 
 @pytest.mark.parametrize("cls", CLASSES)
 def test_f46_registers_into_a_model_without(cls, tmp_path):
-    build(cls).save_pretrained(tmp_path)
+    tiny_model(cls, image_size=16, num_labels=5).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="num_register_tokens=0, but the checkpoint has register tokens"):
         cls.from_pretrained(tmp_path, num_register_tokens=0)
 
@@ -314,7 +288,7 @@ def test_f46_registers_into_a_model_without(cls, tmp_path):
 @pytest.mark.parametrize("wanted", [0, 2, 8])
 def test_f46_conversion_keeps_the_registers_it_finds(wanted):
     with pytest.raises(ConversionError, match="register_tokens"):
-        convert(official_state_dict(), num_register_tokens=wanted, **HOW_IT_RUNS)
+        convert(OFFICIAL, num_register_tokens=wanted, **HOW_IT_RUNS)
 
 
 def test_f44_conversion_never_draws_registers_at_random(tmp_path):
@@ -327,14 +301,14 @@ def test_f44_conversion_never_draws_registers_at_random(tmp_path):
     rewrite(tmp_path, lambda tensors: tensors.pop("embeddings.register_tokens"))
     with pytest.raises((ConversionError, CheckpointError), match="register"):
         convert(tmp_path)
-    state = {name: tensor for name, tensor in official_state_dict().items() if name != "register_tokens"}
+    state = {name: tensor for name, tensor in OFFICIAL.items() if name != "register_tokens"}
     with pytest.raises(ConversionError, match="register_tokens"):
         convert(state, num_register_tokens=4, **HOW_IT_RUNS)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 2000])
 def test_f42_cut_pickle(keep, tmp_path):
-    torch.save(official_state_dict(), tmp_path / "run.pth")
+    torch.save(OFFICIAL, tmp_path / "run.pth")
     (tmp_path / "run.pth").write_bytes((tmp_path / "run.pth").read_bytes()[:keep])
     with pytest.raises(CheckpointCorruptError, match=r"run\.pth"):
         convert(tmp_path / "run.pth", **HOW_IT_RUNS)
@@ -342,40 +316,16 @@ def test_f42_cut_pickle(keep, tmp_path):
 
 # --- Pickles ---------------------------------------------------------------------------------------------------------
 
+OFFICIAL = dinov2_state(registers=4, depth=1, patches=4)
 HOW_IT_RUNS = {
     "num_attention_heads": 2, "layer_norm_eps": 1e-6, "interpolate_antialias": True, "interpolate_offset": 0.0,
     "verify": False,
 }  # fmt: skip
 
 
-def official_state_dict(registers: int = 4) -> dict[str, torch.Tensor]:
-    """Create one block of an official DINOv2 of width 32 with 2 x 2 patches."""
-    shapes = {
-        "cls_token": (1, 1, 32), "pos_embed": (1, 5, 32), "register_tokens": (1, registers, 32), "mask_token": (1, 32),
-        "patch_embed.proj.weight": (32, 3, 8, 8), "patch_embed.proj.bias": (32,), "norm.weight": (32,),
-        "norm.bias": (32,), "blocks.0.norm1.weight": (32,), "blocks.0.norm1.bias": (32,),
-        "blocks.0.attn.qkv.weight": (96, 32), "blocks.0.attn.qkv.bias": (96,), "blocks.0.attn.proj.weight": (32, 32),
-        "blocks.0.attn.proj.bias": (32,), "blocks.0.ls1.gamma": (32,), "blocks.0.norm2.weight": (32,),
-        "blocks.0.norm2.bias": (32,), "blocks.0.mlp.fc1.weight": (128, 32), "blocks.0.mlp.fc1.bias": (128,),
-        "blocks.0.mlp.fc2.weight": (32, 128), "blocks.0.mlp.fc2.bias": (32,), "blocks.0.ls2.gamma": (32,),
-    }  # fmt: skip
-    generator = torch.Generator().manual_seed(0)
-    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-
-
-class Malicious:
-    """Class that writes a file when it is unpickled."""
-
-    def __init__(self, target: Path):
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
 @pytest.mark.parametrize("form", ["torch", "plain pickle"])
 def test_f48_malicious_pickle_is_not_run_by_conversion(form, tmp_path):
-    content = {**official_state_dict(), "epoch": Malicious(tmp_path / "owned")}
+    content = {**OFFICIAL, "epoch": MakesFolder(tmp_path / "owned")}
     file = tmp_path / "weights.pth"
     if form == "torch":
         torch.save(content, file)
@@ -390,7 +340,7 @@ def test_f48_malicious_pickle_is_not_run_by_conversion(form, tmp_path):
 @pytest.mark.parametrize("load", [RegViTModel.from_pretrained, AutoModel.from_pretrained, convert])
 def test_f48_malicious_pickle_in_a_checkpoint_is_not_even_opened(load, folder, tmp_path):
     (folder / "model.safetensors").unlink()
-    torch.save({"layernorm.bias": Malicious(tmp_path / "owned")}, folder / "pytorch_model.bin")
+    torch.save({"layernorm.bias": MakesFolder(tmp_path / "owned")}, folder / "pytorch_model.bin")
     with pytest.raises((OSError, ConversionError), match="checkpoint"):
         load(folder)
     assert not (tmp_path / "owned").exists()
@@ -404,13 +354,13 @@ def test_f48_harmless_pickle_is_no_checkpoint_of_ours_either(folder):
 
 
 def test_f49_the_command_line_of_a_training_run_is_inert(tmp_path):
-    torch.save({"model": official_state_dict(), "args": argparse.Namespace(lr=0.1)}, tmp_path / "run.pth")
+    torch.save({"model": OFFICIAL, "args": argparse.Namespace(lr=0.1)}, tmp_path / "run.pth")
     model = convert(tmp_path / "run.pth", **HOW_IT_RUNS)
-    assert torch.equal(model.embeddings.register_tokens, official_state_dict()["register_tokens"])
+    assert torch.equal(model.embeddings.register_tokens, OFFICIAL["register_tokens"])
 
 
 def test_f49_other_types_are_refused_with_what_to_do(tmp_path):
-    torch.save({"model": official_state_dict(), "score": np.float64(0.5)}, tmp_path / "run.pth")
+    torch.save({"model": OFFICIAL, "score": np.float64(0.5)}, tmp_path / "run.pth")
     with pytest.raises(CheckpointCorruptError, match=r"run\.pth.*save its tensors as safetensors"):
         convert(tmp_path / "run.pth", **HOW_IT_RUNS)
 
@@ -466,7 +416,7 @@ def test_f50_weights_that_do_not_fit_are_refused_before_memory_is_spent(folder):
 
 
 def test_f51_code_in_the_repository_is_never_needed_and_never_run(tmp_path):
-    build(RegViTForImageClassification).save_pretrained(tmp_path / "repo")
+    tiny_model(RegViTForImageClassification, image_size=16, num_labels=5).save_pretrained(tmp_path / "repo")
     for name in ("modeling_regvit.py", "configuration_regvit.py"):
         assert (tmp_path / "repo" / name).is_file()
         (tmp_path / "repo" / name).write_text(f"import os; os.mkdir({str(tmp_path / 'owned')!r})\n")

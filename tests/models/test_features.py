@@ -4,6 +4,7 @@ import copy
 import gc
 import importlib
 import threading
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from builders import noise, normal, state_of, tiny_timm, two_towers, wrapped
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -31,15 +33,6 @@ from hf_regvit.models.tokens import TokenReader, TokenReading, read_tokens
 SIZES = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 32, "patch_size": 8}
 WIDE = {**SIZES, "intermediate_size": 40}
 NATIVE, RECTANGLE = (32, 32), (16, 48)
-
-
-def with_text(name, vision):
-    import transformers
-
-    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text |= {"vocab_size": 99, "projection_size": 24}  # SigLIP's two towers must end in vectors of one width
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, projection_dim=16)
-    return getattr(transformers, f"{name}Model")(config)
 
 
 def build(name):
@@ -75,9 +68,9 @@ def build(name):
         "vit_classifier": lambda: t.ViTForImageClassification(t.ViTConfig(**WIDE)),
         "deit_teacher": lambda: t.DeiTForImageClassificationWithTeacher(t.DeiTConfig(**WIDE)),
         "dinov3_backbone": lambda: t.DINOv3ViTBackbone(t.DINOv3ViTConfig(**WIDE)),
-        "clip": lambda: with_text("CLIP", WIDE),
-        "metaclip_2": lambda: with_text("MetaClip2", WIDE),
-        "siglip": lambda: with_text("Siglip", WIDE),
+        "clip": lambda: two_towers("CLIP", WIDE),
+        "metaclip_2": lambda: two_towers("MetaClip2", WIDE),
+        "siglip": lambda: two_towers("Siglip", WIDE),
         "clip_projection": lambda: t.CLIPVisionModelWithProjection(t.CLIPVisionConfig(**WIDE)),
         "mae_pretraining": lambda: t.ViTMAEForPreTraining(
             t.ViTMAEConfig(
@@ -108,23 +101,6 @@ INSIDE = {
 }  # fmt: skip
 
 
-def build_timm(kind="VisionTransformer", **changes):
-    from timm.models.eva import Eva
-    from timm.models.vision_transformer import VisionTransformer
-
-    torch.manual_seed(0)
-    arguments = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
-    kinds = {"VisionTransformer": VisionTransformer, "Eva": Eva}
-    model = kinds[kind](**arguments | {"dynamic_img_size": True} | changes).eval()
-    for parameter in model.parameters():
-        parameter.data += 0.2 * torch.randn(parameter.shape)
-    return model
-
-
-def pixels(size=NATIVE, count=2, seed=0):
-    return torch.randn(count, 3, *size, generator=torch.Generator().manual_seed(seed))
-
-
 def own_outputs(model, pixel_values):
     """Return the outputs of the model itself, with eager attention, which returns weights."""
     model = copy.deepcopy(model)
@@ -146,7 +122,7 @@ def own_outputs(model, pixel_values):
 @pytest.mark.parametrize("size", [NATIVE, RECTANGLE], ids=["native", "rectangle"])
 @pytest.mark.parametrize("name", TOWERS)
 def test_residual_and_attention_are_the_models_own(name, size):
-    model, pixel_values = build(name).double(), pixels(size).double()  # some towers compute softmax in float32
+    model, pixel_values = build(name).double(), normal(2, 3, *size).double()  # some towers compute softmax in float32
     expected = own_outputs(model, pixel_values)
     read = TokenReader(model).read_many(pixel_values, {"residual": "all", "attention": "all"})
     residual, attention = read["residual"], read["attention"]
@@ -197,7 +173,7 @@ def rebuilt_block(model, pixel_values, layer):
 @pytest.mark.parametrize("name", TOWERS)
 @torch.no_grad()
 def test_a_block_can_be_rebuilt_from_what_was_read(name):
-    rebuilt, expected = rebuilt_block(build(name), pixels(), 2)
+    rebuilt, expected = rebuilt_block(build(name), normal(2, 3, *NATIVE), 2)
     torch.testing.assert_close(rebuilt, expected, atol=5e-5, rtol=1e-5)
 
 
@@ -205,7 +181,7 @@ def test_a_block_can_be_rebuilt_from_what_was_read(name):
 @torch.no_grad()
 def test_projections_are_those_of_the_normalised_input(name):
     """Compare q, k and v with the weights and the block input: right third of a fused projection, right block."""
-    model, pixel_values = build(name), pixels()
+    model, pixel_values = build(name), normal(2, 3, *NATIVE)
     tower, kind = find_tower(model)
     block = tower.get_submodule(FAMILIES[kind].blocks)[0]
     norm = next(
@@ -241,7 +217,7 @@ TIMM = {
 @pytest.mark.parametrize("name", TIMM)
 @torch.no_grad()
 def test_timm(name, fused):
-    model, pixel_values = build_timm(**TIMM[name]), pixels(RECTANGLE)
+    model, pixel_values = tiny_timm(noise=0.2, **TIMM[name]), normal(2, 3, *RECTANGLE)
     expected = model.forward_intermediates(pixel_values, return_prefix_tokens=True, intermediates_only=True)
     seen = []
     unfused = copy.deepcopy(model)
@@ -289,7 +265,7 @@ EVA = {
 def test_timm_eva(name):
     """Compare DINOv3, EVA-02 and related timm models with their own unfused attention."""
     changes = {"global_pool": "avg"} | EVA[name]
-    model, pixel_values = build_timm("Eva", **changes), pixels(RECTANGLE)
+    model, pixel_values = tiny_timm("Eva", noise=0.2, **changes), normal(2, 3, *RECTANGLE)
     expected = model.forward_intermediates(pixel_values, return_prefix_tokens=True, intermediates_only=True)
     weights, outputs = [], []
     unfused = copy.deepcopy(model)
@@ -323,24 +299,22 @@ def test_timm_distilled_and_wrapped_by_transformers():
     from timm.models.deit import VisionTransformerDistilled
 
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 1, "num_heads": 3}
-    reading = read_tokens(VisionTransformerDistilled(**sizes).eval(), pixels())
+    reading = read_tokens(VisionTransformerDistilled(**sizes).eval(), normal(2, 3, *NATIVE))
     assert (reading.has_cls, reading.num_distillation_tokens, reading.num_register_tokens) == (True, 1, 0)
     assert reading.patches().shape == (2, 16, 24)
 
-    class Wrapper(nn.Module):
-        def __init__(self, model):
-            super().__init__()
-            self.timm_model = model
-
-    model = build_timm()
+    model = tiny_timm(noise=0.2)
     torch.testing.assert_close(
-        read_tokens(Wrapper(model), pixels()).at(2), read_tokens(model, pixels()).at(2), atol=0, rtol=0
+        read_tokens(nn.ModuleDict({"timm_model": model}), normal(2, 3, *NATIVE)).at(2),
+        read_tokens(model, normal(2, 3, *NATIVE)).at(2),
+        atol=0,
+        rtol=0,
     )
 
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_towers_are_found_inside_other_models(name):
-    model, pixel_values = build(name).double(), pixels().double()
+    model, pixel_values = build(name).double(), normal(2, 3, *NATIVE).double()
     tower, family = find_tower(model)
     assert family == INSIDE[name]
     assert describe_model(model).num_layers == 2
@@ -354,13 +328,13 @@ def test_towers_are_found_inside_other_models(name):
 @torch.no_grad()
 def test_backbones_give_their_own_feature_maps():
     model = build("regvit_backbone")
-    expected = model(pixels(), output_hidden_states=True).hidden_states
-    reading = read_tokens(model, pixels(), layers="all")
+    expected = model(normal(2, 3, *NATIVE), output_hidden_states=True).hidden_states
+    reading = read_tokens(model, normal(2, 3, *NATIVE), layers="all")
     for layer in (0, 1, 2):
         torch.testing.assert_close(reading.at(layer), expected[layer], atol=2e-5, rtol=1e-5)
     model = build("dinov3_backbone")
-    maps = model(pixels()).feature_maps[-1]
-    patches = final_norm(model)(read_tokens(model, pixels()).at(2))[:, -16:]
+    maps = model(normal(2, 3, *NATIVE)).feature_maps[-1]
+    patches = final_norm(model)(read_tokens(model, normal(2, 3, *NATIVE)).at(2))[:, -16:]
     torch.testing.assert_close(patches.transpose(1, 2).unflatten(2, (4, 4)), maps, atol=2e-5, rtol=1e-5)
 
 
@@ -368,21 +342,21 @@ def test_backbones_give_their_own_feature_maps():
 @torch.no_grad()
 def test_patch_embeddings_come_before_positions(name):
     model = build(name)
-    reading = read_tokens(model, pixels(RECTANGLE), site="patch_embedding")
+    reading = read_tokens(model, normal(2, 3, *RECTANGLE), site="patch_embedding")
     assert reading.layers == (0,)
     assert reading.at(0).shape == (2, 12, 24)
     assert reading.cls() is None
     assert reading.registers().shape == (2, 0, 24)
     conv = find_tower(model)[0].get_submodule(FAMILIES[find_tower(model)[1]].patch_projection)
     row, column = 1, 4
-    patch = pixels(RECTANGLE)[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].flatten(1)
+    patch = normal(2, 3, *RECTANGLE)[:, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].flatten(1)
     expected = patch @ conv.weight.flatten(1).T + (0 if conv.bias is None else conv.bias)
     torch.testing.assert_close(reading.patches()[:, row * 6 + column], expected, atol=2e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["regvit", "deit", "siglip_vision_model", "vit_mae", "dinov3_vit", "clip"])
 def test_a_batch_of_8_is_8_batches_of_1(name):
-    model, batch = build(name), pixels(count=8)
+    model, batch = build(name), normal(8, 3, *NATIVE)
     sites = {"residual": "all", "attention": (-1,), "k": (-1,), "mlp": (1,), "patch_embedding": "all"}
     together = TokenReader(model).read_many(batch, sites)
     alone = [TokenReader(model).read_many(image[None], sites) for image in batch]
@@ -397,7 +371,7 @@ def test_token_kinds():
         "regvit": (1, 0, 3), "dinov2": (1, 0, 0), "dinov2_with_registers": (1, 0, 2), "deit": (1, 1, 0),
         "siglip_vision_model": (0, 0, 0), "ijepa": (0, 0, 0), "dinov3_vit": (1, 0, 2),
     }.items():  # fmt: skip
-        reading = read_tokens(build(name), pixels())
+        reading = read_tokens(build(name), normal(2, 3, *NATIVE))
         tokens = reading.at(2)
         assert reading.num_prefix_tokens == cls + distillation + registers
         assert (reading.cls() is not None) == bool(cls)
@@ -407,7 +381,7 @@ def test_token_kinds():
         torch.testing.assert_close(reading.registers(), tokens[:, first : first + registers], atol=0, rtol=0)
         torch.testing.assert_close(reading.patches(), tokens[:, first + registers :], atol=0, rtol=0)
         assert reading.patches().shape[1] == 16
-    attention = read_tokens(build("regvit"), pixels(), site="attention")
+    attention = read_tokens(build("regvit"), normal(2, 3, *NATIVE), site="attention")
     assert attention.cls().shape == (2, 3, 20)
     assert attention.registers().shape == (2, 3, 3, 20)
     assert attention.patches().shape == (2, 3, 16, 20)
@@ -422,9 +396,9 @@ def test_registers_come_after_a_distillation_token():
 
 def test_regvit_registers_are_the_models_own():
     model = build("regvit")
-    reading = read_tokens(model, pixels())
+    reading = read_tokens(model, normal(2, 3, *NATIVE))
     with torch.no_grad():
-        output = model(pixels())
+        output = model(normal(2, 3, *NATIVE))
     norm = final_norm(model)
     torch.testing.assert_close(norm(reading.registers()), output.register_tokens)
     torch.testing.assert_close(norm(reading.cls()), output.pooler_output)
@@ -435,13 +409,16 @@ def test_pooled_norms_leave_tokens_alone():
     assert isinstance(final_norm(model), nn.Identity)
     with torch.no_grad():
         torch.testing.assert_close(
-            read_tokens(model.eval(), pixels()).at(2), model(pixels()).last_hidden_state, atol=0, rtol=0
+            read_tokens(model.eval(), normal(2, 3, *NATIVE)).at(2),
+            model(normal(2, 3, *NATIVE)).last_hidden_state,
+            atol=0,
+            rtol=0,
         )
 
 
 def test_mae_sees_every_patch_in_order_every_time():
     model = build("vit_mae")
-    first, second = (read_tokens(model, pixels(RECTANGLE)).patches() for _ in range(2))
+    first, second = (read_tokens(model, normal(2, 3, *RECTANGLE)).patches() for _ in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
     assert first.shape == (2, 12, 24)
     assert model.config.mask_ratio == 0.75
@@ -449,22 +426,22 @@ def test_mae_sees_every_patch_in_order_every_time():
 
 def test_layers_are_named_from_both_ends():
     model = build("vit")
-    everything = read_tokens(model, pixels(), layers="all")
-    some = read_tokens(model, pixels(), layers=(-1, 0, -3, 1))
+    everything = read_tokens(model, normal(2, 3, *NATIVE), layers="all")
+    some = read_tokens(model, normal(2, 3, *NATIVE), layers=(-1, 0, -3, 1))
     assert some.layers == (2, 0, 0, 1)
     assert some[1] is some.at(1)
     for layer in (0, 1, 2):
         torch.testing.assert_close(some.at(layer), everything.at(layer), atol=0, rtol=0)
     with pytest.raises(KeyError, match="Block 1 was not read"):
-        read_tokens(model, pixels()).at(1)
+        read_tokens(model, normal(2, 3, *NATIVE)).at(1)
 
 
 def test_half_precision_models_give_half_precision_tokens():
     model = build("regvit").to(torch.bfloat16)
-    reading = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (-1,)})
+    reading = TokenReader(model).read_many(normal(2, 3, *NATIVE), {"residual": "all", "attention": (-1,)})
     assert {value.dtype for value in reading["residual"].values} == {torch.bfloat16}
     assert reading["attention"].at(2).dtype == torch.bfloat16
-    assert pixels().dtype == torch.float32
+    assert normal(2, 3, *NATIVE).dtype == torch.float32
 
 
 def test_unusual_native_sizes_are_left_to_the_model():
@@ -472,18 +449,18 @@ def test_unusual_native_sizes_are_left_to_the_model():
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     model = SiglipVisionModel(SiglipVisionConfig(**{**WIDE, "image_size": 30})).eval()
-    assert read_tokens(model, pixels((30, 30))).grid == (3, 3)
+    assert read_tokens(model, normal(2, 3, 30, 30)).grid == (3, 3)
     with pytest.raises(ValueError, match=r"36 x 30 pixels is not a multiple"):
-        read_tokens(model, pixels((36, 30)))
+        read_tokens(model, normal(2, 3, 36, 30))
 
 
 def test_a_table_of_positions_for_one_size_is_said():
     from transformers import Aimv2VisionConfig, Aimv2VisionModel
 
     model = Aimv2VisionModel(Aimv2VisionConfig(**WIDE, use_head=False)).eval()
-    assert read_tokens(model, pixels()).grid == (4, 4)
+    assert read_tokens(model, normal(2, 3, *NATIVE)).grid == (4, 4)
     with pytest.raises(ValueError, match=r"only accepts images of 32 x 32 pixels, not 16 x 48\. Resize the images"):
-        read_tokens(model, pixels(RECTANGLE))
+        read_tokens(model, normal(2, 3, *RECTANGLE))
 
 
 # --- Reductions and memory ---
@@ -491,26 +468,28 @@ def test_a_table_of_positions_for_one_size_is_said():
 
 def test_reductions_keep_their_results_only():
     model = build("vit")
-    full = read_tokens(model, pixels(), layers="all")
+    full = read_tokens(model, normal(2, 3, *NATIVE), layers="all")
     seen = []
 
     def norms(values, layer):
         seen.append(layer)
         return values.norm(dim=-1)
 
-    reading = read_tokens(model, pixels(), layers="all", reduce=norms)
+    reading = read_tokens(model, normal(2, 3, *NATIVE), layers="all", reduce=norms)
     assert seen == [0, 1, 2]
     for layer in (0, 1, 2):
         torch.testing.assert_close(reading.at(layer), full.at(layer).norm(dim=-1))
     assert reading.patches(2).shape == (2, 16)
     assert reading.cls(2).shape == (2,)
-    both = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (1,)}, reduce={"residual": norms})
+    both = TokenReader(model).read_many(
+        normal(2, 3, *NATIVE), {"residual": "all", "attention": (1,)}, reduce={"residual": norms}
+    )
     assert both["attention"].at(1).shape == (2, 3, 17, 17)
 
 
 def test_only_asked_layers_are_kept():
     model = build("vit")
-    reading = read_tokens(model, pixels(), layers=(1,))
+    reading = read_tokens(model, normal(2, 3, *NATIVE), layers=(1,))
     gc.collect()
     alive = [x for x in gc.get_objects() if type(x) is torch.Tensor and x.shape == (2, 17, 24)]
     assert len(alive) == 1
@@ -519,7 +498,7 @@ def test_only_asked_layers_are_kept():
 
 @pytest.mark.parametrize("site", ["q", "k", "v"])
 def test_a_third_of_a_fused_projection_does_not_keep_the_rest(site):
-    values = read_tokens(build("regvit"), pixels(), site=site).at(2)
+    values = read_tokens(build("regvit"), normal(2, 3, *NATIVE), site=site).at(2)
     assert values.untyped_storage().nbytes() == values.numel() * 4
 
 
@@ -528,10 +507,6 @@ def test_a_third_of_a_fused_projection_does_not_keep_the_rest(site):
 
 def hooks_of(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-
-
-def fingerprint(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 SITES = {"residual": "all", "attention": "all", "q": "all", "mlp": "all", "patch_embedding": "all"}
@@ -544,9 +519,9 @@ def test_models_are_left_as_they_were(name):
     part = next(module for name, module in model.named_modules() if "norm" in name)
     part.eval()  # a model may be in training only in parts
     modes = {key: module.training for key, module in model.named_modules()}
-    before, config = fingerprint(model), model.config.to_dict()
+    before, config = state_of(model), model.config.to_dict()
     implementation = model.config._attn_implementation
-    reading = TokenReader(model).read_many(pixels(), SITES)
+    reading = TokenReader(model).read_many(normal(2, 3, *NATIVE), SITES)
     assert hooks_of(model) == 0
     assert {key: module.training for key, module in model.named_modules()} == modes
     assert model.config.to_dict() == config
@@ -555,7 +530,7 @@ def test_models_are_left_as_they_were(name):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in part.parameters())
     assert not any(value.requires_grad for site in reading.values() for value in site.values)
     again = TokenReader(model.eval()).read_many(
-        pixels(), SITES
+        normal(2, 3, *NATIVE), SITES
     )  # training mode had no effect on the values (dropout, drop path)
     for site in SITES:
         for one, other in zip(reading[site].values, again[site].values):
@@ -569,16 +544,15 @@ def test_nothing_is_left_behind_after_an_error(name, where):
     config = model.config.to_dict()
     tower, kind = find_tower(model)
 
-    def fail(*args, **kwargs):
-        raise RuntimeError("broken on purpose")
+    fail = Mock(side_effect=RuntimeError("broken on purpose"))
 
     if where == "forward":
         tower.get_submodule(FAMILIES[kind].blocks)[1].mlp.forward = fail
         with pytest.raises(RuntimeError, match="on purpose"):
-            TokenReader(model).read_many(pixels(), SITES)
+            TokenReader(model).read_many(normal(2, 3, *NATIVE), SITES)
     else:
         with pytest.raises(RuntimeError, match="on purpose"):
-            TokenReader(model).read_many(pixels(), SITES, reduce={"residual": fail})
+            TokenReader(model).read_many(normal(2, 3, *NATIVE), SITES, reduce={"residual": fail})
     assert hooks_of(model) == 0
     assert all(module.training for module in model.modules())
     assert model.config.to_dict() == config
@@ -588,7 +562,7 @@ def test_nothing_is_left_behind_after_an_error(name, where):
 def test_hooks_of_others_stay():
     model, calls = build("vit"), []
     model.layers[0].register_forward_hook(lambda *args: calls.append(1))
-    read_tokens(model, pixels(), layers="all")
+    read_tokens(model, normal(2, 3, *NATIVE), layers="all")
     assert calls == [1]
     assert hooks_of(model) == 1
 
@@ -606,12 +580,12 @@ def test_families_that_cannot_be_read():
         (nn.Linear(2, 2), "Linear"),
     ):
         with pytest.raises(ValueError, match=rf"model_type '{kind}'.*regvit, dinov2.*Use a plain") as error:
-            read_tokens(model, pixels())
+            read_tokens(model, normal(2, 3, *NATIVE))
         assert all(family in str(error.value) for family in FAMILIES)
     with pytest.raises(TypeError, match="To load a folder or Hub id, use open_model"):
         TokenReader("facebook/dinov2-small")
     with pytest.raises(FileNotFoundError, match="'facebook/dinov2-small' is neither a folder nor a model"):
-        read_tokens("facebook/dinov2-small", pixels())  # a name is opened
+        read_tokens("facebook/dinov2-small", normal(2, 3, *NATIVE))  # a name is opened
 
 
 @pytest.mark.parametrize(
@@ -628,39 +602,35 @@ def test_families_that_cannot_be_read():
 )
 def test_wrong_requests(options, error, message):
     with pytest.raises(error, match=message):
-        read_tokens(build("vit"), pixels(), **options)
+        read_tokens(build("vit"), normal(2, 3, *NATIVE), **options)
 
 
 def test_wrong_pixels():
     model = build("vit")
     with pytest.raises(ValueError, match=r"36 x 32 pixels is not a multiple of the patch size of 8 x 8.*to 32 x 32"):
-        read_tokens(model, pixels((36, 32)))
+        read_tokens(model, normal(2, 3, 36, 32))
     with pytest.raises(ValueError, match=r"shape \(3, 32, 32\)"):
-        read_tokens(model, pixels()[0])
+        read_tokens(model, normal(2, 3, *NATIVE)[0])
     with pytest.raises(ValueError, match=r"torch.uint8, expected normalized"):
         read_tokens(model, torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(0, 3, 32, 32\)"):
-        read_tokens(model, pixels(count=0))
+        read_tokens(model, normal(0, 3, *NATIVE))
     with pytest.raises(TypeError, match="also resizes images of different sizes"):
-        read_tokens(model, [pixels()[0], pixels(RECTANGLE)[0]])
+        read_tokens(model, [normal(2, 3, *NATIVE)[0], normal(2, 3, *RECTANGLE)[0]])
     with pytest.raises(ValueError, match="dynamic_img_size=True"):
-        read_tokens(build_timm(dynamic_img_size=False), pixels(RECTANGLE))
+        read_tokens(tiny_timm(noise=0.2, dynamic_img_size=False), normal(2, 3, *RECTANGLE))
 
 
 def test_blocks_of_another_kind_are_named():
     from timm.models.vision_transformer import ParallelThingsBlock
 
-    model = build_timm(block_fn=ParallelThingsBlock)
-    assert read_tokens(model, pixels()).at(2).shape == (2, 17, 24)
+    model = tiny_timm(noise=0.2, block_fn=ParallelThingsBlock)
+    assert read_tokens(model, normal(2, 3, *NATIVE)).at(2).shape == (2, 17, 24)
     with pytest.raises(ValueError, match=r"no 'attn', so this site cannot be read"):
-        read_tokens(model, pixels(), site="attention")
+        read_tokens(model, normal(2, 3, *NATIVE), site="attention")
 
 
 # --- Images in ---
-
-
-def photo(seed, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
 
 @pytest.fixture
@@ -669,21 +639,19 @@ def folder(tmp_path):
     root = tmp_path / "pictures"
     (root / "deep").mkdir(parents=True)
     for i, size in enumerate([(40, 30), (30, 40), (64, 64), (20, 17)]):
-        photo(i, size).save(root / f"{i}.png")
-    photo(4).convert("L").save(root / "deep" / "grey.png")
+        noise(i, size).save(root / f"{i}.png")
+    noise(4).convert("L").save(root / "deep" / "grey.png")
     (root / "broken.png").write_bytes(b"not a picture")
     (root / "empty.jpg").write_bytes(b"")
-    photo(5, (900, 18)).save(root / "strip.png")
+    noise(5, (900, 18)).save(root / "strip.png")
     return root
 
 
-@pytest.fixture
-def transform():
-    return EvaluationTransform.for_model(build("vit"), default_image_processor(32))
+TRANSFORM = EvaluationTransform.for_model(build("vit"), default_image_processor(32))
 
 
-def test_folders_skip_and_record_bad_images(folder, transform, caplog):
-    prepared = prepare_images(folder, transform, batch_size=3)
+def test_folders_skip_and_record_bad_images(folder, caplog):
+    prepared = prepare_images(folder, TRANSFORM, batch_size=3)
     assert prepared.total == 8
     batches = list(prepared)
     assert [len(ids) for ids, _ in batches] == [3, 2]
@@ -696,7 +664,7 @@ def test_folders_skip_and_record_bad_images(folder, transform, caplog):
     assert len(prepared.skipped) == 3  # counted from scratch, not accumulated
 
 
-def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path):
+def test_every_kind_of_source_gives_the_same_pixels(folder, tmp_path):
     from datasets import Dataset, Features, IterableDataset
     from datasets import Image as ImageFeature
 
@@ -718,10 +686,10 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
     }
     values = [np.asarray(image.convert("RGB")) for image in good]
     sources |= {"arrays": values, "tensors": [torch.tensor(array).movedim(-1, 0) for array in values]}
-    expected = torch.stack([transform(image.convert("RGB")) for image in good])
+    expected = torch.stack([TRANSFORM(image.convert("RGB")) for image in good])
     memory = ("pictures", "arrays", "tensors", "generator")
     for kind, images in sources.items():
-        prepared = prepare_images(images, transform, batch_size=2)
+        prepared = prepare_images(images, TRANSFORM, batch_size=2)
         ids, values = zip(*prepared)
         torch.testing.assert_close(torch.cat(values), expected, atol=0, rtol=0, msg=kind)
         assert len([name for batch in ids for name in batch]) == 3
@@ -731,30 +699,30 @@ def test_every_kind_of_source_gives_the_same_pixels(folder, transform, tmp_path)
         assert prepared.total == dict.fromkeys(("rows", "stream", "generator")).get(kind, 3 if kind in memory else 4)
 
 
-def test_no_image_of_use_is_an_error(tmp_path, transform):
+def test_no_image_of_use_is_an_error(tmp_path):
     (tmp_path / "a.png").write_bytes(b"x")
     (tmp_path / "b.jpg").write_bytes(b"")
     with pytest.raises(ValueError, match=r"None of the 2 images of .* can be used \('a.png': .*Check the files"):
-        list(prepare_images(tmp_path, transform))
+        list(prepare_images(tmp_path, TRANSFORM))
     with pytest.raises(ValueError, match="None of the 0 images of the list"):
-        list(prepare_images([], transform))
+        list(prepare_images([], TRANSFORM))
 
 
-def test_what_is_no_source_of_images(transform):
+def test_what_is_no_source_of_images():
     for images in (3, torch.zeros(2, 3, 32, 32), [b"bytes"], {"train": []}):
         with pytest.raises(TypeError, match="expected a folder, a list of paths"):
-            prepare_images(images, transform)
+            prepare_images(images, TRANSFORM)
     with pytest.raises(ValueError, match="batch_size=0 is too small"):
-        prepare_images([photo(0)], transform, batch_size=0)
+        prepare_images([noise(0)], TRANSFORM, batch_size=0)
     with pytest.raises(ValueError, match="max_images=0 is too small"):
-        prepare_images([photo(0)], transform, max_images=0)
+        prepare_images([noise(0)], TRANSFORM, max_images=0)
 
 
-def test_numbers_of_images(transform):
-    pictures = [photo(i) for i in range(10)]
+def test_numbers_of_images():
+    pictures = [noise(i) for i in range(10)]
 
     def ids(**options):
-        return [name for batch, _ in prepare_images(pictures, transform, **options) for name in batch]
+        return [name for batch, _ in prepare_images(pictures, TRANSFORM, **options) for name in batch]
 
     assert ids(max_images=3) == ["image/0", "image/1", "image/2"]
     drawn = ids(max_images=4, seed=0)
@@ -762,13 +730,13 @@ def test_numbers_of_images(transform):
     assert drawn != ids(max_images=4, seed=1)
     assert len(drawn) == 4
     assert len(ids(max_images=99)) == len(ids(max_images=99, seed=0)) == 10
-    assert prepare_images(pictures, transform, max_images=4, seed=0).total == 4
+    assert prepare_images(pictures, TRANSFORM, max_images=4, seed=0).total == 4
 
 
 def test_a_change_of_size_ends_a_batch():
     model = build("vit")
     transform = EvaluationTransform.for_model(model, default_image_processor(32), keep_aspect=True)
-    pictures = [photo(0, (64, 32)), photo(1, (64, 32)), photo(2, (32, 64)), photo(3, (50, 51)), photo(4, (51, 50))]
+    pictures = [noise(0, (64, 32)), noise(1, (64, 32)), noise(2, (32, 64)), noise(3, (50, 51)), noise(4, (51, 50))]
     shapes = [tuple(values.shape) for _, values in prepare_images(pictures, transform, batch_size=8)]
     assert shapes == [(2, 3, 32, 64), (1, 3, 64, 32), (2, 3, 32, 32)]
     assert read_tokens(model, transform(pictures[0])[None]).grid == (4, 8)
@@ -778,7 +746,7 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
     from transformers import ViTImageProcessor
 
     processor = ViTImageProcessor(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
-    model, image = build("vit"), photo(0)
+    model, image = build("vit"), noise(0)
     expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
     torch.testing.assert_close(EvaluationTransform.for_model(model, processor)(image), expected, atol=0, rtol=0)
 
@@ -806,7 +774,7 @@ def test_the_statistics_are_the_processors(tmp_path, caplog):
 
 
 def test_timm_statistics_come_from_its_own_configuration():
-    model = build_timm()
+    model = tiny_timm(noise=0.2)
     model.pretrained_cfg = {
         "architecture": "vit", "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0, "interpolation": "bilinear",
     }  # fmt: skip
@@ -817,7 +785,7 @@ def test_timm_statistics_come_from_its_own_configuration():
 
 def test_a_transform_gives_its_statistics_where_another_size_is_asked_for():
     """Regression test for timm transforms: image size and keep_aspect were silently ignored."""
-    model = build_timm()
+    model = tiny_timm(noise=0.2)
     model.pretrained_cfg = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "architecture": "vit"}
     transform = EvaluationTransform.for_model(model)
     image = Image.new("RGB", (90, 60), "white")
@@ -844,12 +812,12 @@ def test_processors_that_make_no_single_picture(caplog):
             return "tiles"
 
     with pytest.raises(ValueError, match=r"Tiles returns pixel_values of shape \(1, 4, 3, 32, 32\)"):
-        EvaluationTransform.for_model(build("vit"), Tiles())(photo(0))
+        EvaluationTransform.for_model(build("vit"), Tiles())(noise(0))
 
 
 def test_two_threads_in_one_model_read_their_own_pictures():
     """Simulate a server: while one reading is in progress, another thread completes a reading of other images."""
-    model, mine, others = build("regvit"), pixels(), pixels() + 1
+    model, mine, others = build("regvit"), normal(2, 3, *NATIVE), normal(2, 3, *NATIVE) + 1
     sites = {"residual": (0, 1, 2), "attention": (1, 2), "mlp": (1,), "patch_embedding": (0,)}
     expected = [TokenReader(model).read_many(values, sites) for values in (mine, others)]
     found = []
@@ -880,7 +848,9 @@ def test_models_load_from_folders(name, tmp_path):
     loaded = reader.model
     assert not loaded.training
     assert tuple(reader.processor.image_mean) == (0.485, 0.456, 0.406)
-    torch.testing.assert_close(read_tokens(loaded, pixels()).at(2), read_tokens(model, pixels()).at(2))
+    torch.testing.assert_close(
+        read_tokens(loaded, normal(2, 3, *NATIVE)).at(2), read_tokens(model, normal(2, 3, *NATIVE)).at(2)
+    )
     assert not hasattr(loaded, "text_model")
 
 
@@ -899,8 +869,10 @@ def test_timm_models_load_from_folders(tmp_path):
     reader = open_model(tmp_path)
     loaded = reader.model
     assert reader.transform.mean == (0.5,) * 3
-    torch.testing.assert_close(read_tokens(loaded, pixels()).at(2), read_tokens(model, pixels()).at(2))
-    assert read_tokens(loaded, pixels(RECTANGLE)).grid == (1, 3)
+    torch.testing.assert_close(
+        read_tokens(loaded, normal(2, 3, *NATIVE)).at(2), read_tokens(model, normal(2, 3, *NATIVE)).at(2)
+    )
+    assert read_tokens(loaded, normal(2, 3, *RECTANGLE)).grid == (1, 3)
 
 
 def test_names_that_lead_nowhere(tmp_path):
@@ -990,65 +962,35 @@ def test_a_processor_without_normalisation():
 # --- Wrappers and attentions ---
 
 
-def compiled(model):
-    return torch.compile(model, backend="eager")
-
-
-def compiled_in_place(model):
-    model.compile(backend="eager")
-    return model
-
-
-def compiled_blocks(model):
-    for block in model.layers:
-        block.compile(backend="eager")
-    return model
-
-
-def compiled_forward(model):
-    model.forward = torch.compile(model.forward, backend="eager")
-    return model
-
-
-def compiled_parts(model):
-    model.layers[1].attention = torch.compile(model.layers[1].attention, backend="eager")
-    model.layers[0] = torch.compile(model.layers[0], backend="eager")
-    return model
-
-
-def inside_a_compiled_head(model):
-    return torch.compile(nn.Sequential(model), backend="eager")
-
-
 @pytest.mark.parametrize(
-    "wrap",
+    "how",
     [
-        compiled, compiled_in_place, compiled_blocks, compiled_forward, compiled_parts, inside_a_compiled_head,
-        nn.DataParallel, torch.optim.swa_utils.AveragedModel,
+        "compiled", "compiled_in_place", "compiled_blocks", "compiled_forward", "compiled_parts",
+        "inside_a_compiled_head", "DataParallel", "AveragedModel",
     ],
 )  # fmt: skip
 @torch.no_grad()
-def test_wrapped_models_are_read_like_the_model_itself(wrap):
+def test_wrapped_models_are_read_like_the_model_itself(how):
     sites = {"residual": "all", "attention": "all", "q": (1,), "mlp": "all", "patch_embedding": (0,)}
-    expected = TokenReader(build("regvit")).read_many(pixels(), sites)
-    wrapped = wrap(build("regvit"))
-    before = wrapped(pixels())  # compiles
+    expected = TokenReader(build("regvit")).read_many(normal(2, 3, *NATIVE), sites)
+    model = wrapped(build("regvit"), how)
+    before = model(normal(2, 3, *NATIVE))  # compiles
     for _ in range(2):
-        for site, reading in TokenReader(wrapped).read_many(pixels(), sites).items():
+        for site, reading in TokenReader(model).read_many(normal(2, 3, *NATIVE), sites).items():
             for ours, theirs in zip(reading.values, expected[site].values, strict=True):
                 torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
-    torch.testing.assert_close(wrapped(pixels())[0], before[0], atol=0, rtol=0)
+    torch.testing.assert_close(model(normal(2, 3, *NATIVE))[0], before[0], atol=0, rtol=0)
 
 
 @torch.no_grad()
 def test_a_model_wrapped_for_several_processes_is_read_like_the_model_itself(tmp_path):
-    expected = TokenReader(build("regvit")).read(pixels(), layers="all")
+    expected = TokenReader(build("regvit")).read(normal(2, 3, *NATIVE), layers="all")
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = nn.parallel.DistributedDataParallel(build("regvit").requires_grad_(True))
-        wrapped(pixels())
-        reading = TokenReader(wrapped).read(pixels(), layers="all")
+        wrapped(normal(2, 3, *NATIVE))
+        reading = TokenReader(wrapped).read(normal(2, 3, *NATIVE), layers="all")
     finally:
         torch.distributed.destroy_process_group()
     for ours, theirs in zip(reading.values, expected.values, strict=True):
@@ -1073,16 +1015,16 @@ class TalkingHeads(nn.Module):
 
 @pytest.mark.parametrize("attention", ["diff", TalkingHeads], ids=["differential", "talking_heads"])
 def test_attention_of_an_unknown_formula_is_refused_and_all_else_is_read(attention):
-    model = build_timm(attn_layer=attention, num_heads=2)
+    model = tiny_timm(noise=0.2, attn_layer=attention, num_heads=2)
     reader = TokenReader(model)
     assert not reader.reads_attention
     with pytest.raises(
         ValueError, match=r"weights of (DiffAttention|TalkingHeads) .*formula is not known.*'residual'"
     ):
-        reader.read(pixels(), site="attention")
-    read = reader.read_many(pixels(), {"residual": "all", "q": (1,), "k": (1,), "v": (1,), "mlp": (2,)})
+        reader.read(normal(2, 3, *NATIVE), site="attention")
+    read = reader.read_many(normal(2, 3, *NATIVE), {"residual": "all", "q": (1,), "k": (1,), "v": (1,), "mlp": (2,)})
     assert read["q"].at(1).shape == (2, 17, 24)
-    maps = read_token_maps(model, pixels())
+    maps = read_token_maps(model, normal(2, 3, *NATIVE))
     assert maps[0].attention.shape == (0, 4, 4)
 
 
@@ -1100,9 +1042,9 @@ ATTENTIONS = {
 def with_timm_attention(path, **options):
     """Create a model of timm with an attention of this class, which has options that no argument of the model sets."""
     module, _, name = f"timm.{path}".rpartition(".")
-    model = build_timm("Eva", attn_type="rope", use_rot_pos_emb=True, global_pool="avg")
+    model = tiny_timm("Eva", noise=0.2, attn_type="rope", use_rot_pos_emb=True, global_pool="avg")
     if name == "Attention":
-        model = build_timm()
+        model = tiny_timm(noise=0.2)
     for block in model.blocks:
         block.attn = getattr(importlib.import_module(module), name)(24, 3, norm_layer=nn.LayerNorm, **options)
     return model.eval()
@@ -1117,7 +1059,7 @@ def test_weights_times_values_are_the_output_of_the_attention(name):
     assert reader.reads_attention
     attention = reader.tower.get_submodule(reader.family.blocks)[1].get_submodule(reader.family.attention)
     attention.register_forward_hook(lambda module, args, output: outputs.append((args, output)))
-    read = reader.read_many(pixels(RECTANGLE), {"attention": (2,), "v": (2,)})
+    read = reader.read_many(normal(2, 3, *RECTANGLE), {"attention": (2,), "v": (2,)})
     args, output = outputs[0]
     weights = read["attention"].at(2)
     heads = weights.shape[1]

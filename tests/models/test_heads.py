@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional
 
-from builders import pixels, randomized, tiny_config, tiny_model
+from builders import padded, pixels, randomized, state_of, tiny_config, tiny_model
 from hf_regvit import (
     ConfigError,
     RegViTBackbone,
@@ -26,14 +26,6 @@ SIZES = [(16, 16), (8, 24), (24, 16), (16, 24)]
 def build(cls: type, *, seed: int = 0, **fields):
     """Create a model in eval mode in which no parameter or statistic has its initial value."""
     return randomized(tiny_model(cls, **TINY | fields), seed=seed, buffers=True)
-
-
-def padded() -> tuple[torch.Tensor, torch.Tensor]:
-    height, width = max(h for h, _ in SIZES), max(w for _, w in SIZES)
-    pixel_mask = torch.zeros(len(SIZES), height, width, dtype=torch.long)
-    for i, (h, w) in enumerate(SIZES):
-        pixel_mask[i, :h, :w] = 1
-    return pixels(len(SIZES), height, width), pixel_mask
 
 
 def normed_maps(model, pixel_values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +71,7 @@ def test_a_norm_after_pooling_goes_with_the_mean_patch_only(pooling):
 def test_classifier_in_a_padded_batch(pooling, attn_implementation):
     model = build(RegViTForImageClassification, pooling=pooling)
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     logits = model(pixel_values, pixel_mask=pixel_mask).logits
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).logits[0]
@@ -163,7 +155,7 @@ def test_segmentation_in_training_uses_the_statistics_of_the_batch():
 def test_segmentation_in_a_padded_batch(attn_implementation):
     model = build(RegViTForSemanticSegmentation, head_layers=[0, -1])
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     logits = model(pixel_values, pixel_mask=pixel_mask).logits
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).logits[0]
@@ -173,7 +165,7 @@ def test_segmentation_in_a_padded_batch(attn_implementation):
 
 def test_padding_does_not_enter_the_batch_norm():
     model = build(RegViTForSemanticSegmentation).train()
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     with torch.no_grad():
         features = [
             normed_maps(model, pixel_values[i : i + 1, :, :height, :width], -1)[1][0].flatten(1).T
@@ -212,7 +204,7 @@ def test_segmentation_loss_ignores_one_label(ignore):
 
 def test_segmentation_loss_ignores_padding():
     model = build(RegViTForSemanticSegmentation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     labels = torch.randint(0, 5, tuple(pixel_mask.shape), generator=torch.Generator().manual_seed(2))
     kept = labels.clone()
     output = model(pixel_values, labels=labels, pixel_mask=pixel_mask)
@@ -283,7 +275,7 @@ def test_depth_defaults_are_those_of_the_protocol():
 @torch.no_grad()
 def test_depth_in_a_padded_batch():
     model = build(RegViTForDepthEstimation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     depth = model(pixel_values, pixel_mask=pixel_mask).predicted_depth
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).predicted_depth[0]
@@ -322,7 +314,7 @@ def test_depth_loss_equals_its_twin_and_ignores_invalid_depth():
 
 def test_depth_loss_ignores_padding():
     model = build(RegViTForDepthEstimation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     labels = depth_labels(*pixel_mask.shape)
     output = model(pixel_values, labels=labels, pixel_mask=pixel_mask)
     expected = log_loss_twin(output.predicted_depth, labels.masked_fill(pixel_mask == 0, 0.0))
@@ -405,7 +397,7 @@ def test_backbone_options():
 @torch.no_grad()
 def test_backbone_in_a_padded_batch():
     model = build(RegViTBackbone, out_indices=[1, 3])
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     feature_maps = model(pixel_values, pixel_mask=pixel_mask).feature_maps
     for i, (height, width) in enumerate(SIZES):
         alone = model(pixel_values[i : i + 1, :, :height, :width]).feature_maps
@@ -517,21 +509,11 @@ def test_a_head_has_labels():
 # --- Trainer ---------------------------------------------------------------------------------------------------------
 
 
-class Photos(torch.utils.data.Dataset):
-    """Create sixteen fixed noise images with labels."""
-
-    def __init__(self, count: int = 16):
-        self.pixel_values = pixels(count, seed=8)
-        self.labels = torch.arange(count) % 5
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.pixel_values[index], "labels": self.labels[index]}
+# Sixteen fixed noise images with labels.
+PHOTOS = [{"pixel_values": image, "labels": torch.tensor(i % 5)} for i, image in enumerate(pixels(16, seed=8))]
 
 
-def trainer(model, folder, *, data: Photos, **arguments):
+def trainer(model, folder, *, data: list[dict[str, torch.Tensor]], **arguments):
     from transformers import Trainer, TrainingArguments
 
     defaults = {
@@ -549,10 +531,6 @@ def trainer(model, folder, *, data: Photos, **arguments):
     )
 
 
-def state_of(model) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
 def differing(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], *, atol: float = 0.0) -> list[str]:
     assert set(ours) == set(theirs)
     return [name for name in ours if not torch.allclose(ours[name], theirs[name], atol=atol, rtol=0)]
@@ -563,7 +541,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         run = trainer(
-            build(RegViTForImageClassification), tmp_path, data=Photos(8), max_steps=2,
+            build(RegViTForImageClassification), tmp_path, data=PHOTOS[:8], max_steps=2,
             per_device_train_batch_size=batch_size, gradient_accumulation_steps=accumulation,
         )  # fmt: skip
         run.train()
@@ -579,7 +557,7 @@ def test_accumulation_changes_neither_loss_nor_gradients(tmp_path):
 
 def test_a_resumed_run_restores_every_tensor_and_ends_where_the_whole_one_does(tmp_path):
     arguments = {
-        "data": Photos(), "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
+        "data": PHOTOS, "max_steps": 4, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 2,
         "optim": "adamw_torch",
     }  # fmt: skip
     whole = trainer(build(RegViTForImageClassification), tmp_path, **arguments)
@@ -612,7 +590,7 @@ def test_the_best_model_comes_back_with_every_tensor(tmp_path):
         return {"score": 1.0 / len(evaluations)}
 
     run = trainer(
-        build(RegViTForImageClassification), tmp_path, data=Photos(), max_steps=3, per_device_train_batch_size=4,
+        build(RegViTForImageClassification), tmp_path, data=PHOTOS, max_steps=3, per_device_train_batch_size=4,
         save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True,
         metric_for_best_model="score", greater_is_better=True, compute_metrics=first_is_best,
     )  # fmt: skip

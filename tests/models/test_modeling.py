@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers.utils import logging as hf_logging
 
-from builders import pixels, randomized, tiny_model
+from builders import gradients_of, padded, pixels, randomized, spy, tiny_model
 from hf_regvit import (
     RegViTBackbone,
     RegViTConfig,
@@ -360,14 +360,10 @@ def test_every_class_resizes_its_registers(cls):
 # --- Initialisation --------------------------------------------------------------------------------------------------
 
 
-def fresh(cls: type = RegViTModel, **fields):
-    return tiny_model(cls, **TINY | fields).train()
-
-
 @pytest.mark.parametrize("cls", CLASSES)
 def test_initialisation_reaches_every_tensor(cls):
     with torch.device("meta"):
-        model = fresh(cls, use_mask_token=True, pooler_act="tanh")
+        model = tiny_model(cls, **TINY, use_mask_token=True, pooler_act="tanh").train()
     model.to_empty(device="cpu")
     floats = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     floats = {name: tensor for name, tensor in floats.items() if tensor.is_floating_point()}
@@ -379,7 +375,7 @@ def test_initialisation_reaches_every_tensor(cls):
 
 def test_initialisation_has_the_statistics_of_dinov2():
     """Compare with the initialization of DINOv2, except for the registers, which are N(0, 0.02)."""
-    model = fresh(
+    model = tiny_model(
         hidden_size=256, num_attention_heads=4, num_register_tokens=64, use_mask_token=True, layerscale_value=1e-5,
         image_size=64, num_hidden_layers=1,
     )  # fmt: skip
@@ -406,24 +402,21 @@ def test_initialisation_has_the_statistics_of_dinov2():
 
 def test_layerscale_value_is_a_field():
     for value in (0.3, 1e-5):
-        gains = [p for name, p in fresh(layerscale_value=value).named_parameters() if name.endswith("lambda1")]
+        gains = [p for name, p in tiny_model(layerscale_value=value).named_parameters() if name.endswith("lambda1")]
         assert len(gains) == 4
         assert all(torch.equal(gain, torch.full_like(gain, value)) for gain in gains)
 
 
 def test_register_init_std_is_a_field():
-    assert fresh(num_register_tokens=64, register_init_std=1e-6).embeddings.register_tokens.std() < 2e-6
-    assert fresh(num_register_tokens=64, register_init_std=1.0).embeddings.register_tokens.std() > 0.9
+    assert tiny_model(num_register_tokens=64, register_init_std=1e-6).embeddings.register_tokens.std() < 2e-6
+    assert tiny_model(num_register_tokens=64, register_init_std=1.0).embeddings.register_tokens.std() > 0.9
 
 
 def test_f47_registers_differ_after_initialisation_and_stay_different():
-    model = fresh(hidden_size=64, layerscale_value=1.0)
+    model = tiny_model(**TINY, hidden_size=64, layerscale_value=1.0).train()
 
-    def smallest_distance() -> float:
-        distances = torch.cdist(model.embeddings.register_tokens[0], model.embeddings.register_tokens[0])
-        return distances.fill_diagonal_(torch.inf).min().item()
-
-    assert smallest_distance() > 0.02  # expected distance of two draws: sqrt(2 * 64) * 0.02 = 0.23
+    # The expected distance of two draws is sqrt(2 * 64) * 0.02 = 0.23.
+    assert torch.pdist(model.embeddings.register_tokens[0]).min() > 0.02
     before = model.embeddings.register_tokens.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(5):
@@ -433,22 +426,12 @@ def test_f47_registers_differ_after_initialisation_and_stay_different():
     assert not torch.equal(model.embeddings.register_tokens, before)
     gradient = model.embeddings.register_tokens.grad[0]
     assert torch.pdist(gradient).min() > 0  # identical registers would always get identical gradients
-    assert smallest_distance() > 0.02
+    assert torch.pdist(model.embeddings.register_tokens[0]).min() > 0.02
 
 
 # --- Padded batches --------------------------------------------------------------------------------------------------
 
 SIZES = [(16, 16), (8, 24), (24, 16), (8, 8), (32, 24)]
-
-
-def padded(sizes=SIZES, *, dtype: torch.dtype = torch.long) -> tuple[torch.Tensor, torch.Tensor]:
-    """Create images of these sizes in the top left corner, with noise in the padding, and their mask."""
-    height, width = max(h for h, _ in sizes), max(w for _, w in sizes)
-    pixel_values = pixels(len(sizes), height, width)
-    pixel_mask = torch.zeros(len(sizes), height, width, dtype=dtype)
-    for i, (h, w) in enumerate(sizes):
-        pixel_mask[i, :h, :w] = 1
-    return pixel_values, pixel_mask
 
 
 without_avx512 = pytest.mark.skipif(
@@ -473,7 +456,7 @@ without_avx512 = pytest.mark.skipif(
 def test_every_image_of_a_padded_batch_equals_itself_alone(attn_implementation, fields):
     model = build(**fields)
     model.set_attn_implementation(attn_implementation)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     prefix = model.config.num_prefix_tokens
     # Eager: compiling flex attention takes minutes; the compiled kernel has its own, slow test.
     with torch.compiler.set_stance("force_eager"):
@@ -494,7 +477,7 @@ def test_every_image_of_a_padded_batch_equals_itself_alone(attn_implementation, 
 @torch.no_grad()
 def test_masks_of_a_padded_batch_are_false_at_padding():
     model = build(num_register_tokens=2)
-    pixel_values, pixel_mask = padded([(16, 8), (8, 24)])  # a grid of 2 x 3 patches
+    pixel_values, pixel_mask = padded((16, 8), (8, 24))  # a grid of 2 x 3 patches
     output = model(pixel_values, pixel_mask=pixel_mask)
     patches = [[True, False, False, True, False, False], [True, True, True, False, False, False]]
     assert output.patch_mask.tolist() == [[False] * 3 + row for row in patches]
@@ -510,7 +493,7 @@ def test_masks_of_a_padded_batch_are_false_at_padding():
 @torch.no_grad()
 def test_padding_and_the_type_of_the_mask_do_not_matter(dtype):
     model = build()
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     expected = model(pixel_values, pixel_mask=pixel_mask)
     blank = pixel_values * pixel_mask[:, None]
     output = model(blank, pixel_mask=pixel_mask.to(dtype))
@@ -529,7 +512,7 @@ def test_a_mask_of_ones_changes_nothing():
 
 def test_gradients_of_a_padded_batch_equal_those_of_its_images():
     model = build()
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     output = model(pixel_values, pixel_mask=pixel_mask)
     output.last_hidden_state[output.patch_mask].square().sum().backward()
     together = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -543,7 +526,7 @@ def test_gradients_of_a_padded_batch_equal_those_of_its_images():
 @torch.no_grad()
 def test_masked_patches_in_a_padded_batch():
     model = build(use_mask_token=True)
-    pixel_values, pixel_mask = padded([(16, 8), (16, 16)])
+    pixel_values, pixel_mask = padded((16, 8), (16, 16))
     masked = torch.tensor([[True, False, False, True], [False, True, True, False]])
     output = model(pixel_values, bool_masked_pos=masked, pixel_mask=pixel_mask)
     alone = model(pixel_values[:1, :, :, :8], bool_masked_pos=torch.tensor([[True, False]]))
@@ -555,7 +538,7 @@ def test_flex_attention_of_a_padded_batch_is_refused_where_torch_computes_it_wro
     model = build()
     model.set_attn_implementation("flex_attention")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     with pytest.raises(ValueError, match=r"flex_attention.*set_attn_implementation\('sdpa'\)"):
         model(pixel_values, pixel_mask=pixel_mask)
 
@@ -565,7 +548,7 @@ def test_flex_attention_of_a_padded_batch_is_refused_where_torch_computes_it_wro
 @torch.no_grad()
 def test_compiled_flex_attention_in_a_padded_batch():
     model = build()
-    pixel_values, pixel_mask = padded([(16, 16), (8, 16)])
+    pixel_values, pixel_mask = padded((16, 16), (8, 16))
     expected = model(pixel_values, pixel_mask=pixel_mask)
     model.set_attn_implementation("flex_attention")
     output = model(pixel_values, pixel_mask=pixel_mask)
@@ -645,43 +628,36 @@ def test_rectangular_patches():
     assert model.config.grid == (2, 4)
 
 
-def count_resamples(monkeypatch) -> list[tuple[int, int]]:
-    calls, original = [], RegViTEmbeddings.resample_positions
-
-    def counted(self, grid):
-        if grid != self.config.grid:
-            calls.append(grid)
-        return original(self, grid)
-
-    monkeypatch.setattr(RegViTEmbeddings, "resample_positions", counted)
-    return calls
+def other_grids(resample) -> list[tuple[int, int]]:
+    """Grids of the calls of `resample_positions` that differ from the grid of the model."""
+    return [call.args[1] for call in resample.call_args_list if call.args[1] != call.args[0].config.grid]
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_one_resample_per_grid_outside_training(context, monkeypatch):
-    model, calls = build(), count_resamples(monkeypatch)
+    model, resample = build(), spy(monkeypatch, RegViTEmbeddings, "resample_positions")
     with context():
         for height, width in [(16, 16), (24, 32), (24, 32), (32, 24), (24, 32), (32, 24), (16, 16)]:
             model(pixels(2, height, width))
-        assert calls == [(3, 4), (4, 3)]
-        model(padded()[0])
-        model(padded()[0], pixel_mask=padded()[1])
-    assert len(calls) == len(set(calls))
+        assert other_grids(resample) == [(3, 4), (4, 3)]
+        model(padded(*SIZES)[0])
+        model(padded(*SIZES)[0], pixel_mask=padded(*SIZES)[1])
+    assert len(other_grids(resample)) == len(set(other_grids(resample)))
 
 
 def test_a_frozen_table_is_cached_even_where_gradients_are_on(monkeypatch):
-    model, calls = build(), count_resamples(monkeypatch)
+    model, resample = build(), spy(monkeypatch, RegViTEmbeddings, "resample_positions")
     model.embeddings.position_embeddings.requires_grad_(False)
     for _ in range(3):
         model(pixels(1, 24, 32)).pooler_output.sum().backward()
-    assert calls == [(3, 4)]
+    assert other_grids(resample) == [(3, 4)]
 
 
 def test_every_training_step_resamples(monkeypatch):
-    model, calls = build().train(), count_resamples(monkeypatch)
+    model, resample = build().train(), spy(monkeypatch, RegViTEmbeddings, "resample_positions")
     for _ in range(3):
         model(pixels(1, 24, 32))
-    assert len(calls) == 3
+    assert len(other_grids(resample)) == 3
 
 
 def test_gradients_reach_the_table_at_another_size_in_eval_mode():
@@ -701,52 +677,44 @@ def test_the_cache_forgets_the_oldest_grid_and_stays_small():
     assert len(model.embeddings._cached_positions) == model.embeddings.MAX_CACHED_GRIDS
 
 
-def in_place(model):
-    with torch.no_grad():
-        model.embeddings.position_embeddings.mul_(-1)
-
-
-def through_data(model):
-    model.embeddings.position_embeddings.data.mul_(-1)
-
-
-def new_data(model):
-    model.embeddings.position_embeddings.data = -model.embeddings.position_embeddings.data
-
-
-def optimizer_step(model):
-    optimizer = torch.optim.SGD([model.embeddings.position_embeddings], lr=1.0)
-    model.embeddings.position_embeddings.grad = torch.ones_like(model.embeddings.position_embeddings)
-    optimizer.step()
-
-
-def load_state(model):
-    model.load_state_dict(build(seed=9).state_dict())
-
-
-def new_parameter(model):
-    model.embeddings.position_embeddings = torch.nn.Parameter(-model.embeddings.position_embeddings.detach())
-
-
-def to_half_and_back(model):
-    model.to(torch.bfloat16).to(torch.float32)
-
-
-def in_inference_mode(model):
-    with torch.inference_mode():
-        model.embeddings.position_embeddings.data.mul_(-1)
+def change_table(model, how: str) -> None:
+    """Change the stored positions in one of the ways in which parameters change."""
+    table = model.embeddings.position_embeddings
+    match how:
+        case "in_place":
+            with torch.no_grad():
+                table.mul_(-1)
+        case "through_data":
+            table.data.mul_(-1)
+        case "new_data":
+            table.data = -table.data
+        case "optimizer_step":
+            table.grad = torch.ones_like(table)
+            torch.optim.SGD([table], lr=1.0).step()
+        case "load_state":
+            model.load_state_dict(build(seed=9).state_dict())
+        case "new_parameter":
+            model.embeddings.position_embeddings = torch.nn.Parameter(-table.detach())
+        case "to_half_and_back":
+            model.to(torch.bfloat16).to(torch.float32)
+        case "in_inference_mode":
+            with torch.inference_mode():
+                table.data.mul_(-1)
 
 
 @pytest.mark.parametrize(
-    "change",
-    [in_place, through_data, new_data, optimizer_step, load_state, new_parameter, to_half_and_back, in_inference_mode],
-)
+    "how",
+    [
+        "in_place", "through_data", "new_data", "optimizer_step", "load_state", "new_parameter", "to_half_and_back",
+        "in_inference_mode",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-def test_the_cache_notices_every_change_of_the_table(change, context):
+def test_the_cache_notices_every_change_of_the_table(how, context):
     model, pixel_values = build(), pixels(1, 24, 32)
     with context():
         before = model(pixel_values).last_hidden_state
-    change(model)
+    change_table(model, how)
     with context():
         after = model(pixel_values).last_hidden_state
     clean = build()
@@ -831,19 +799,15 @@ def test_positions_filled_in_inference_mode_serve_a_later_backward():
 @pytest.mark.parametrize("with_padding", [False, True])
 def test_checkpointed_gradients_equal_the_plain_ones(reentrant, with_padding):
     model = build().train()
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
 
-    def gradients() -> dict[str, torch.Tensor]:
-        model.zero_grad()
-        output = model(pixel_values, pixel_mask=pixel_mask if with_padding else None)
-        output.patch_tokens.square().sum().backward()
-        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-    plain = gradients()
+    mask = pixel_mask if with_padding else None
+    plain = gradients_of(model(pixel_values, pixel_mask=mask).patch_tokens.square().sum(), model)
     forwards = []
     model.layers[0].norm1.register_forward_hook(lambda *_: forwards.append(1))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    for name, gradient in gradients().items():
+    found = gradients_of(model(pixel_values, pixel_mask=mask).patch_tokens.square().sum(), model)
+    for name, gradient in found.items():
         assert torch.equal(gradient, plain[name]), name
     assert len(forwards) == 2  # once in the forward and once in the backward pass: checkpointing was on
 
@@ -900,7 +864,7 @@ def test_half_precision_is_close_to_single(dtype, error):
 @torch.no_grad()
 def test_half_precision_in_a_padded_batch():
     model = build().to(torch.bfloat16)
-    pixel_values, pixel_mask = padded()
+    pixel_values, pixel_mask = padded(*SIZES)
     for attn_implementation in ("sdpa", "eager"):
         model.set_attn_implementation(attn_implementation)
         output = model(pixel_values, pixel_mask=pixel_mask)

@@ -3,12 +3,13 @@
 import copy
 import itertools
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 
-from builders import tiny_model
+from builders import normal, padded, spy, tiny_model
 from hf_regvit import (
     CheckpointError,
     RegViTBackbone,
@@ -45,24 +46,11 @@ def build(model_class: type = RegViTModel, **fields):
     return model
 
 
-def noise(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def padded(*sizes: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images of these sizes with noise in the padding, and their pixel mask."""
-    height, width = (max(size[axis] for size in sizes) for axis in (0, 1))
-    pixels, mask = noise(len(sizes), 3, height, width), torch.zeros(len(sizes), height, width, dtype=torch.long)
-    for i, (rows, columns) in enumerate(sizes):
-        mask[i, :rows, :columns] = 1
-    return pixels, mask
-
-
 # --- Rotation ---
 
 
 def test_rotation_equals_the_loop_over_channel_pairs():
-    tokens, table = noise(2, 7, 2, 3, 8), noise(2, 7, 8, seed=1)
+    tokens, table = normal(2, 7, 2, 3, 8), normal(2, 7, 8, seed=1)
     table[:, :3] = torch.tensor([1.0] * 4 + [0.0] * 4)
     rotated = rotate(tokens, table)
     assert torch.equal(rotated[:, :3], tokens[:, :3])  # CLS and registers
@@ -77,7 +65,7 @@ def test_scores_depend_on_differences_of_positions_only():
     """The scores of equal patches are a function of the offset between them, the point of rotary positions."""
     model = build(**{**ROTARY, **INDEX, **NO_CLS, "num_register_tokens": 0})
     table = model.embeddings.rotary_table(torch.zeros(1, 3, 40, 24))  # the reference grid
-    content = noise(1, 1, 2, 1, 16).expand(1, 15, 2, 1, 16)
+    content = normal(1, 1, 2, 1, 16).expand(1, 15, 2, 1, 16)
     query, key = rotate(content, table)[0, :, :, 0].unbind(1)  # (15, 16)
     scores = (query @ key.T).reshape(5, 3, 5, 3)
     for (r, c), (dr, dc) in itertools.product(itertools.product(range(4), range(2)), [(0, 1), (1, 0), (1, 1)]):
@@ -87,7 +75,7 @@ def test_scores_depend_on_differences_of_positions_only():
 @kinds
 @pytest.mark.parametrize("registers", [0, 1, 4, 16])
 def test_any_number_of_registers(fields, registers):
-    output = build(**fields, num_register_tokens=registers)(noise(2, 3, 32, 24))
+    output = build(**fields, num_register_tokens=registers)(normal(2, 3, 32, 24))
     cls_tokens = int(fields.get("use_cls_token", True))
     assert output.last_hidden_state.shape == (2, cls_tokens + registers + 12, 32)
     assert output.register_tokens.shape == (2, registers, 32)
@@ -109,7 +97,7 @@ def test_registers_that_nothing_attends_to_change_no_other_token(fields):
     first = int(with_registers.config.use_cls_token)
     mask[..., first : first + 2] = False
     for name, model in (("with", with_registers), ("without", plain)):
-        pixels = noise(1, 3, 32, 24).double()
+        pixels = normal(1, 3, 32, 24).double()
         states, table = model.embeddings(pixels), model.embeddings.rotary_table(pixels)
         for layer in model.layers:
             states, _ = layer(states, mask if name == "with" else None, rotary=table)
@@ -123,7 +111,7 @@ def test_registers_that_nothing_attends_to_change_no_other_token(fields):
 
 @pytest.mark.parametrize("fields", [NO_CLS, {**ROTARY, **NO_CLS}], ids=["learned", "rotary"])
 def test_pooled_output_without_cls_is_the_mean_of_the_real_patches(fields):
-    pixels, mask = padded((32, 16), (24, 32))
+    pixels, mask = padded((32, 16), (24, 32), seed=0)
     output = build(**fields)(pixels, pixel_mask=mask)
     for i, count in enumerate((8, 12)):
         real = output.last_hidden_state[i, output.patch_mask[i]]
@@ -132,7 +120,7 @@ def test_pooled_output_without_cls_is_the_mean_of_the_real_patches(fields):
 
 
 def test_cls_norm_applies_to_the_pooled_output_only():
-    model, pixels = build(**CLIP), noise(2, 3, 32, 32)
+    model, pixels = build(**CLIP), normal(2, 3, 32, 32)
     output = model(pixels, output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
     assert torch.equal(output.pooler_output, model.layernorm(output.last_hidden_state[:, 0]))
@@ -142,13 +130,13 @@ def test_cls_norm_applies_to_the_pooled_output_only():
 
 def test_without_final_norm_there_are_no_weights_of_it():
     model = build(**BOTH)
-    output = model(noise(1, 3, 32, 32), output_hidden_states=True)
+    output = model(normal(1, 3, 32, 32), output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, output.hidden_states[-1])
     assert not any(name.startswith("layernorm") for name in model.state_dict())
 
 
 def test_attention_pooler_in_loops():
-    model, (pixels, mask) = build(**POOLED, num_register_tokens=3), padded((32, 16), (24, 32))
+    model, (pixels, mask) = build(**POOLED, num_register_tokens=3), padded((32, 16), (24, 32), seed=0)
     with torch.no_grad():
         output = model(pixels, pixel_mask=mask)
         pooler = model.pooler
@@ -174,7 +162,7 @@ def test_padded_images_equal_single_ones(fields, implementation):
     model = build(**fields)
     model.set_attn_implementation(implementation)
     sizes = [(32, 32), (24, 16), (8, 40)]
-    pixels, mask = padded(*sizes)
+    pixels, mask = padded(*sizes, seed=0)
     with torch.no_grad():
         batch = model(pixels, pixel_mask=mask)
         for i, (height, width) in enumerate(sizes):
@@ -188,7 +176,7 @@ def test_padded_images_equal_single_ones(fields, implementation):
 @kinds
 def test_discarded_registers(fields):
     model = build(**fields, num_register_tokens=2)
-    pixels, mask = padded((32, 16), (24, 32))
+    pixels, mask = padded((32, 16), (24, 32), seed=0)
     whole = model(pixels, pixel_mask=mask)
     model.config.discard_registers = True
     output = model(pixels, pixel_mask=mask)
@@ -200,14 +188,14 @@ def test_discarded_registers(fields):
 
 def test_discarded_registers_need_no_values_to_know_their_number():
     """Masks of a fixed length: on the meta device, in one graph, and in an exported program of any size."""
-    model, pixels = build(**ROTARY, num_register_tokens=2, discard_registers=True), noise(2, 3, 32, 24)
+    model, pixels = build(**ROTARY, num_register_tokens=2, discard_registers=True), normal(2, 3, 32, 24)
     expected = model(pixels)
     assert copy.deepcopy(model).to("meta")(pixels.to("meta")).patch_mask.shape == (2, 13)
     sizes = {0: torch.export.Dim.DYNAMIC, 2: 8 * torch.export.Dim("rows", max=64), 3: 24}
     with torch.no_grad():
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels)
         program = torch.export.export(
-            model, (), {"pixel_values": noise(3, 3, 48, 24)}, dynamic_shapes={"pixel_values": sizes}
+            model, (), {"pixel_values": normal(3, 3, 48, 24)}, dynamic_shapes={"pixel_values": sizes}
         ).module()
         for output in (compiled, program(pixel_values=pixels)):
             torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, atol=2e-5, rtol=0)
@@ -218,7 +206,7 @@ def test_discarded_registers_need_no_values_to_know_their_number():
 
 @kinds
 def test_one_block_for_chosen_tokens(fields):
-    model, pixels = build(**fields), noise(3, 3, 32, 24)
+    model, pixels = build(**fields), normal(3, 3, 32, 24)
     states, table = model.embeddings(pixels), model.embeddings.rotary_table(pixels)
     whole, _ = model.layers[0](states, rotary=table)
     tokens = torch.tensor([0, 5, 20, 33])
@@ -231,7 +219,7 @@ def test_one_block_for_chosen_tokens(fields):
 
 @kinds
 def test_heads_train_and_load(fields, tmp_path):
-    pixels, mask = padded((32, 16), (24, 32))
+    pixels, mask = padded((32, 16), (24, 32), seed=0)
     without_cls = not fields.get("use_cls_token", True)
     pooling = "mean_patch" if without_cls and not fields.get("attention_pooler") else "cls_mean_patch"
     for number, (model_class, labels) in enumerate(
@@ -258,7 +246,7 @@ def test_heads_train_and_load(fields, tmp_path):
 @kinds
 def test_backbone_without_reshaping(fields):
     backbone = build(RegViTBackbone, **fields, reshape_hidden_states=False, num_register_tokens=2)
-    pixels, cls_tokens = noise(1, 3, 32, 24), int(fields.get("use_cls_token", True))
+    pixels, cls_tokens = normal(1, 3, 32, 24), int(fields.get("use_cls_token", True))
     assert backbone(pixels).feature_maps[0].shape == (1, cls_tokens + 12, 32)
     backbone.config.return_register_tokens = True
     assert backbone(pixels).feature_maps[0].shape == (1, cls_tokens + 2 + 12, 32)
@@ -277,7 +265,7 @@ def test_a_classifier_that_reads_a_missing_cls_names_the_remedy():
 
 @kinds
 def test_half_precision_keeps_tables_in_float32(fields):
-    model, pixels = build(**fields), noise(2, 3, 40, 24)
+    model, pixels = build(**fields), normal(2, 3, 40, 24)
     with torch.no_grad():
         expected = model(pixels).patch_tokens
         half = copy.deepcopy(model).bfloat16()
@@ -295,7 +283,7 @@ def test_compiled_without_a_graph_break(fields):
     model = build(**fields)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for size in ((32, 32), (40, 24)):
-        pixels = noise(2, 3, *size)
+        pixels = normal(2, 3, *size)
         with torch.no_grad():
             torch.testing.assert_close(
                 compiled(pixels).last_hidden_state, model(pixels).last_hidden_state, atol=2e-5, rtol=0
@@ -310,10 +298,10 @@ def test_exported_with_a_dynamic_batch(fields):
         program = torch.export.export(
             model,
             (),
-            {"pixel_values": noise(2, 3, 32, 48)},
+            {"pixel_values": normal(2, 3, 32, 48)},
             dynamic_shapes={"pixel_values": {0: torch.export.Dim.DYNAMIC}},
         ).module()
-        pixels = noise(5, 3, 32, 48)
+        pixels = normal(5, 3, 32, 48)
         torch.testing.assert_close(
             program(pixel_values=pixels).last_hidden_state, model(pixels).last_hidden_state, atol=2e-5, rtol=0
         )
@@ -329,10 +317,10 @@ def test_rotary_models_are_exported_with_dynamic_sizes(fields):
     }
     with torch.no_grad():
         program = torch.export.export(
-            model, (), {"pixel_values": noise(2, 3, 32, 48)}, dynamic_shapes={"pixel_values": sizes}
+            model, (), {"pixel_values": normal(2, 3, 32, 48)}, dynamic_shapes={"pixel_values": sizes}
         ).module()
         for batch, size in ((2, (32, 48)), (3, (24, 40)), (1, (64, 32))):
-            pixels = noise(batch, 3, *size)
+            pixels = normal(batch, 3, *size)
             torch.testing.assert_close(
                 program(pixel_values=pixels).last_hidden_state, model(pixels).last_hidden_state, atol=2e-5, rtol=0
             )
@@ -346,7 +334,7 @@ def test_checkpointing_repeats_rotations_and_draws(fields, mode):
         model = build(**fields, drop_path_rate=0.4, drop_path_mode=mode).train()
         if checkpointing:
             model.gradient_checkpointing_enable()  # the name that every supported version has
-        pixels, mask = padded((32, 32), (24, 16), (16, 24), (32, 8))
+        pixels, mask = padded((32, 32), (24, 16), (16, 24), (32, 8), seed=0)
         torch.manual_seed(5)
         model(pixels, pixel_mask=mask).last_hidden_state.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
@@ -360,7 +348,7 @@ def test_batch_subset_selects_the_rows_of_the_rotary_tables():
     layer.drop_path_mode = "batch_subset"
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
-    states, table = noise(4, 9, 32), noise(4, 9, 16)
+    states, table = normal(4, 9, 32), normal(4, 9, 16)
     seen = []
     layer.attention.register_forward_pre_hook(lambda *call: seen.append(call[2]["rotary"]), with_kwargs=True)
     torch.manual_seed(1)
@@ -388,29 +376,22 @@ def test_on_the_meta_device_and_with_nan_weights(fields):
 
 
 def test_tables_are_made_once_per_grid(monkeypatch):
-    model, made = build(**ROTARY), []
-    original = modeling_regvit.rotary_table
-
-    def counted(config, grid, *rest):
-        made.append(grid)
-        return original(config, grid, *rest)
-
-    monkeypatch.setattr(modeling_regvit, "rotary_table", counted)
+    model, made = build(**ROTARY), spy(monkeypatch, modeling_regvit, "rotary_table")
     with torch.inference_mode():
         for size in ((32, 32), (40, 24), (32, 32), (40, 24)):
-            model(noise(1, 3, *size))
-    assert made == [(4, 4), (5, 3)]
-    model.train()(noise(1, 3, 32, 32)).last_hidden_state.sum().backward()  # no inference tensor among them
+            model(normal(1, 3, *size))
+    assert [call.args[1] for call in made.call_args_list] == [(4, 4), (5, 3)]
+    model.train()(normal(1, 3, 32, 32)).last_hidden_state.sum().backward()  # no inference tensor among them
     model.config.rope_theta = 50
-    model(noise(1, 3, 32, 32))
-    assert made == [(4, 4), (5, 3), (4, 4)]
+    model(normal(1, 3, 32, 32))
+    assert [call.args[1] for call in made.call_args_list] == [(4, 4), (5, 3), (4, 4)]
     for columns in range(2, 16):
-        model(noise(1, 3, 8, 8 * columns))
+        model(normal(1, 3, 8, 8 * columns))
     assert len(model.embeddings._cached_rotary) == model.embeddings.MAX_CACHED_GRIDS
 
 
 def test_augmented_coordinates_are_drawn_once_per_forward():
-    model, pixels = build(**ROTARY, pos_embed_rescale=2.0), noise(2, 3, 32, 24)
+    model, pixels = build(**ROTARY, pos_embed_rescale=2.0), normal(2, 3, 32, 24)
     tables = []
     for layer in model.layers:
         layer.register_forward_pre_hook(lambda *call: tables.append(call[2]["rotary"]), with_kwargs=True)
@@ -424,7 +405,7 @@ def test_augmented_coordinates_are_drawn_once_per_forward():
     assert all(torch.equal(first, second) for first, second in zip(tables[::2], tables[1::2], strict=True))
     assert torch.equal(tables[0], tables[2])
     assert not torch.equal(tables[0], tables[4])
-    pixels, mask = padded((32, 32), (16, 24))
+    pixels, mask = padded((32, 32), (16, 24), seed=0)
     model(pixels, pixel_mask=mask)  # one draw for all grids of the batch: the same factor
     cos, sin = tables[-1].chunk(2, dim=-1)
     slow = torch.atan2(sin, cos)[
@@ -445,9 +426,7 @@ def test_a_checkpoint_of_another_kind_is_an_error_before_its_weights_are_read(mo
         assert len(list((tmp_path / name).glob("*.safetensors"))) > 1
         model_class.from_pretrained(tmp_path / name)
 
-    def read_weights(*args, **kwargs):
-        raise AssertionError("the weights were read")
-
+    read_weights = Mock(side_effect=AssertionError("the weights were read"))
     monkeypatch.setattr(modeling_regvit.PreTrainedModel, "from_pretrained", read_weights)
     for name, override, reason in (
         ("rotary", {"use_position_embeddings": True},
@@ -478,7 +457,7 @@ def test_a_missing_attention_pooler_or_projection_is_an_error(tmp_path):
     with pytest.raises(CheckpointError, match=r"projection\.weight is missing"):
         RegViTModel.from_pretrained(tmp_path / "plain", projection_dim=3)
     build(**POOLED, projection_dim=3).save_pretrained(tmp_path / "pooled")
-    pixels = noise(1, 3, 32, 32)
+    pixels = normal(1, 3, 32, 32)
     plain = RegViTModel.from_pretrained(tmp_path / "pooled", attention_pooler=False, pooler_num_heads=None,
                                         projection_dim=None)  # fmt: skip
     whole = RegViTModel.from_pretrained(tmp_path / "pooled")
@@ -490,7 +469,7 @@ def test_a_key_bias_that_does_not_apply_stays_zero_in_training():
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for step in range(10):
         optimizer.zero_grad()
-        model(noise(4, 3, 32, 32, seed=step)).last_hidden_state[:, :5].square().sum().backward()
+        model(normal(4, 3, 32, 32, seed=step)).last_hidden_state[:, :5].square().sum().backward()
         optimizer.step()
     for layer in model.layers:
         query, key, value = layer.attention.qkv.bias.chunk(3)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_features import WIDE, build, build_timm, pixels
+from test_features import WIDE, build
 from torch import nn
 from transformers import ViTImageProcessor
 
-from builders import class_folder, tiny_model
+from builders import class_folder, noise, normal, save_model, tiny_model, tiny_timm
 from hf_regvit import (
     FinetuningArguments,
     RegViTConfig,
@@ -41,10 +41,6 @@ def processor_of(**changes):
     return ViTImageProcessor(**{"size": {"height": 32, "width": 32}, **OTHER, **changes})
 
 
-def photo(seed, size=(40, 30)):
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
-
-
 def reader_of(name="regvit", **changes):
     return TokenReader(build(name), processor_of(**changes))
 
@@ -66,19 +62,19 @@ def test_a_reader_reads_what_read_tokens_reads(name):
     reader = TokenReader(model)
     assert reader.description.num_layers == 2
     assert reader.family_name == reader.description.family
-    expected = TokenReader(model).read_many(pixels(), {"residual": "all", "attention": (-1,)})
-    found = reader.read_many(pixels(), {"residual": "all", "attention": (-1,)})
+    expected = TokenReader(model).read_many(normal(2, 3, 32, 32), {"residual": "all", "attention": (-1,)})
+    found = reader.read_many(normal(2, 3, 32, 32), {"residual": "all", "attention": (-1,)})
     for site in expected:
         for value, right in zip(found[site].values, expected[site].values, strict=True):
             assert torch.equal(value, right)
-    assert torch.equal(reader.read(pixels(), layers=(1,)).at(1), expected["residual"].at(1))
-    assert torch.equal(read_tokens(reader, pixels()).at(2), expected["residual"].at(2))
+    assert torch.equal(reader.read(normal(2, 3, 32, 32), layers=(1,)).at(1), expected["residual"].at(1))
+    assert torch.equal(read_tokens(reader, normal(2, 3, 32, 32)).at(2), expected["residual"].at(2))
 
 
 @pytest.mark.parametrize("name", ["regvit", "regvit_classifier", "deit", "dinov3_vit", "siglip_vision_model"])
 def test_embed_is_the_feature_of_extraction(name):
     reader = reader_of(name)
-    images = [photo(i, size) for i, size in enumerate([(40, 30), (30, 40), (64, 64)])]
+    images = [noise(i, size) for i, size in enumerate([(40, 30), (30, 40), (64, 64)])]
     features = extract_features(reader, images)
     expected = features.patches.mean(1) if features.cls is None else features.cls
     found = reader.embed(images, batch_size=2)
@@ -93,14 +89,14 @@ def test_embed_is_the_feature_of_extraction(name):
 @torch.no_grad()
 def test_embed_is_the_pooled_output_of_a_dino():
     reader = reader_of("dinov2_with_registers")
-    values = reader.transform(photo(0))[None]
-    np.testing.assert_allclose(reader.embed(photo(0)), reader.model(values).pooler_output, atol=1e-5)
+    values = reader.transform(noise(0))[None]
+    np.testing.assert_allclose(reader.embed(noise(0)), reader.model(values).pooler_output, atol=1e-5)
 
 
 @pytest.mark.parametrize("layer", [-1, 1, 0])
 def test_patch_maps_are_the_normed_patches_in_place(layer):
     reader = reader_of("deit")
-    images = [photo(i) for i in range(3)]
+    images = [noise(i) for i in range(3)]
     reading = reader.read(torch.stack([reader.transform(image) for image in images]), layers=(layer,))
     expected = final_norm(reader.model)(reading.patches()).detach().unflatten(1, (4, 4))
     found = reader.patch_maps(images, layer=layer, batch_size=2)
@@ -110,7 +106,7 @@ def test_patch_maps_are_the_normed_patches_in_place(layer):
 
 def test_attention_maps_are_rows_of_the_attention():
     reader = reader_of()  # 3 registers
-    images = [photo(i) for i in range(3)]
+    images = [noise(i) for i in range(3)]
     reading = reader.read(torch.stack([reader.transform(image) for image in images]), site="attention")
     for query, row in (("cls", 0), (("register", 0), 1), (("register", 2), 3), (("patch", 2, 1), 4 + 2 * 4 + 1)):
         found = reader.attention_maps(images, query=query, batch_size=2)
@@ -123,19 +119,19 @@ def test_attention_maps_are_rows_of_the_attention():
 )
 def test_queries_that_the_model_does_not_have(query):
     with pytest.raises(ValueError, match=r"no token query=.*CLS \+ 3 registers \+ 4 x 4 patches; expected 'cls', "):
-        reader_of().attention_maps(photo(0), query=query)
+        reader_of().attention_maps(noise(0), query=query)
 
 
 def test_a_model_without_cls_has_no_query_cls():
     with pytest.raises(ValueError, match=r"no token query='cls'.*no CLS \+ 0 registers"):
-        reader_of("siglip_vision_model").attention_maps(photo(0))
+        reader_of("siglip_vision_model").attention_maps(noise(0))
 
 
 def test_sizes_may_differ_in_embed_but_not_in_maps():
     model = build("regvit")
     whole = TokenReader(model, processor_of()).transform_for(keep_aspect=True)
     reader = TokenReader(model, whole)
-    images = [photo(0, (64, 32)), photo(1, (64, 32)), photo(2, (32, 64))]
+    images = [noise(0, (64, 32)), noise(1, (64, 32)), noise(2, (32, 64))]
     alone = np.concatenate([reader.embed(image) for image in images])
     np.testing.assert_allclose(reader.embed(images), alone, atol=1e-5)
     assert reader.patch_maps(images[:2]).shape == (2, 4, 8, 24)
@@ -152,7 +148,7 @@ def test_values_that_are_not_finite_are_an_error():
     reader.tower.layers[1].mlp.fc2.bias.data[0] = float("nan")
     for read in (reader.embed, reader.patch_maps):
         with pytest.raises(ValueError, match="NaN or infinity at block 2"):
-            read(photo(0))
+            read(noise(0))
 
 
 # --- Kinds of images ---
@@ -160,7 +156,7 @@ def test_values_that_are_not_finite_are_an_error():
 
 def test_every_kind_of_image(tmp_path):
     reader = reader_of()
-    images = [photo(i) for i in range(2)]
+    images = [noise(i) for i in range(2)]
     for i, image in enumerate(images):
         image.save(tmp_path / f"{i}.png")
     arrays = [np.asarray(image) for image in images]
@@ -188,7 +184,7 @@ def test_every_kind_of_image(tmp_path):
     [
         (3, TypeError, "images is a int, expected one image or a sequence of Pillow images, paths"),
         ({"image": 3}, TypeError, "images is a dict"),
-        ([photo(0), 3], TypeError, "Image 1 is a int, expected one of Pillow images, paths, arrays"),
+        ([noise(0), 3], TypeError, "Image 1 is a int, expected one of Pillow images, paths, arrays"),
         ([], ValueError, "images is empty"),
         (np.zeros((3, 40, 40)), TypeError, r"Image 0 is a ndarray of shape \(3, 40, 40\) and dtype float64"),
         (np.zeros((40, 40), np.uint8), TypeError, r"shape \(40, 40\) and dtype uint8, expected one of Pillow"),
@@ -215,9 +211,9 @@ def test_a_folder_is_not_an_image(tmp_path):
 
 def test_the_processor_is_the_one_of_the_model(tmp_path):
     model = saved(tmp_path)
-    expected = processor_of()(images=photo(0), return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(open_model(tmp_path).transform(photo(0)), expected)
-    assert torch.equal(TokenReader(type(model).from_pretrained(tmp_path)).transform(photo(0)), expected)
+    expected = processor_of()(images=noise(0), return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(open_model(tmp_path).transform(noise(0)), expected)
+    assert torch.equal(TokenReader(type(model).from_pretrained(tmp_path)).transform(noise(0)), expected)
     given = default_image_processor(32)
     assert open_model(tmp_path, processor=given).processor is given
     assert open_model(open_model(tmp_path), processor=given).processor is given
@@ -228,17 +224,17 @@ def test_the_processor_is_the_one_of_the_model(tmp_path):
 def test_without_a_processor_images_are_refused_and_pixels_are_read(tmp_path):
     model = build("regvit")
     model.save_pretrained(tmp_path)
-    for reader in (TokenReader(model), open_model(tmp_path), TokenReader(build_timm())):
+    for reader in (TokenReader(model), open_model(tmp_path), TokenReader(tiny_timm(noise=0.2))):
         assert reader.processor is None
-        assert reader.read(pixels()).grid == (4, 4)
+        assert reader.read(normal(2, 3, 32, 32)).grid == (4, 4)
         for read in (reader.embed, reader.patch_maps, reader.attention_maps):
             with pytest.raises(UnknownProcessorError, match=r"No image processor was given.*Pass processor=\.\.\."):
-                read(photo(0))
+                read(noise(0))
     assert issubclass(UnknownProcessorError, ValueError)
 
 
 def test_timm_processors_come_from_its_configuration():
-    model = build_timm()
+    model = tiny_timm(noise=0.2)
     model.pretrained_cfg = {"architecture": "vit", "mean": (0.5,) * 3, "std": (0.25,) * 3}
     torch.testing.assert_close(TokenReader(model).transform(Image.new("RGB", (50, 60), "white")).max().item(), 2.0)
 
@@ -259,10 +255,10 @@ def test_modules_stay_as_they_are():
 
 def test_wrappers_are_removed():
     model = build("vit")
-    expected = read_tokens(model, pixels()).at(2)
+    expected = read_tokens(model, normal(2, 3, 32, 32)).at(2)
     for wrapped in (torch.compile(model), nn.DataParallel(model), torch.compile(nn.DataParallel(model))):
         assert TokenReader(wrapped).model is model
-        assert torch.equal(read_tokens(wrapped, pixels()).at(2), expected)
+        assert torch.equal(read_tokens(wrapped, normal(2, 3, 32, 32)).at(2), expected)
 
 
 def test_run_folders_open_their_backbone(tmp_path, caplog):
@@ -271,7 +267,7 @@ def test_run_folders_open_their_backbone(tmp_path, caplog):
         reader = open_model(tmp_path / "run", device="cpu")
     assert f"'{tmp_path / 'run'}' runs on cpu." in caplog.text
     assert not reader.model.training
-    assert torch.equal(reader.read(pixels()).at(2), read_tokens(model, pixels()).at(2))
+    assert torch.equal(reader.read(normal(2, 3, 32, 32)).at(2), read_tokens(model, normal(2, 3, 32, 32)).at(2))
     assert reader.transform.mean == (0.5,) * 3
     assert open_model(str(tmp_path / "run"), dtype=torch.float16).model.dtype == torch.float16
 
@@ -349,26 +345,20 @@ def test_other_models_are_converted_and_keep_their_processor(tmp_path):
     model = open_regvit(tmp_path)
     assert type(model) is RegViTForImageClassification
     assert TokenReader(model).transform.mean == (0.5,) * 3
-    timm_model = build_timm()
+    timm_model = tiny_timm(noise=0.2)
     timm_model.pretrained_cfg = {"architecture": "vit", "mean": (0.5,) * 3, "std": (0.25,) * 3}
     assert TokenReader(convert(timm_model)).transform.std == (0.25,) * 3
-    assert convert(build_timm()).image_processor is None
+    assert convert(tiny_timm(noise=0.2)).image_processor is None
     assert RegViTModel(RegViTConfig(**WIDE)).config.hidden_size == 24
 
 
 # --- Models that images do not fit, and quantized weights ---
 
 
-def folder_of(tmp_path, model_class=RegViTModel, **fields):
-    model = tiny_model(model_class, **fields)
-    model.save_pretrained(tmp_path)
-    default_image_processor(32).save_pretrained(tmp_path)
-    return tmp_path
-
-
 @pytest.mark.parametrize("channels", [1, 2, 12])
 def test_models_of_other_channels_read_pixels_and_say_so_before_the_first_image(tmp_path, channels):
-    folder = str(folder_of(tmp_path / "m", num_channels=channels))
+    folder = str(save_model(tiny_model(num_channels=channels), tmp_path / "m"))
+    plain = save_model(tiny_model(num_channels=channels, num_register_tokens=0), tmp_path / "plain")
     images = load_images(class_folder(tmp_path / "data", cat=6, dog=6))
     reader, own = open_model(folder), torch.randn(2, channels, 32, 32)
     assert reader.read(own).at().shape == (2, 21, 32)
@@ -376,11 +366,11 @@ def test_models_of_other_channels_read_pixels_and_say_so_before_the_first_image(
         model_name_or_path=folder, data=str(tmp_path / "data"), output_dir=str(tmp_path / "o")
     )
     starts = [
-        lambda: reader.embed(photo(0)),
+        lambda: reader.embed(noise(0)),
         lambda: diagnose(folder, images),
         lambda: extract_features(reader, images),
         lambda: evaluate_backbone(folder, str(tmp_path / "data")),
-        lambda: retrofit(folder_of(tmp_path / "plain", num_channels=channels, num_register_tokens=0), images),
+        lambda: retrofit(plain, images),
         lambda: open_for_task(arguments, None),
         lambda: open_backbone(folder),
         lambda: bundle(folder, tmp_path / "bundle"),
@@ -421,7 +411,7 @@ def test_the_fingerprint_of_quantized_weights_is_that_of_their_parts():
 
 
 def test_quantized_checkpoints_are_not_trained_converted_or_published(tmp_path):
-    folder = folder_of(tmp_path)
+    folder = save_model(tiny_model(), tmp_path)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "torchao", "quant_type": "int8_weight_only"}
     (folder / "config.json").write_text(json.dumps(config))

@@ -5,10 +5,9 @@ import json
 import numpy as np
 import pytest
 import torch
-import transformers
 from PIL import Image
 
-from builders import in_fresh_memory, randomized
+from builders import in_fresh_memory, randomized, tiny_source
 from hf_regvit import ConversionError, RegViTModel, convert, convert_back, diagnose, open_model, retrofit
 from hf_regvit.app import cli
 from hf_regvit.models.processing import default_image_processor
@@ -71,23 +70,16 @@ def plant(model: RegViTModel, pixels: torch.Tensor, cells: np.ndarray) -> None:
     last.weight[:, neuron] = RATIO * hidden[:, prefix:].norm(dim=-1).median() / 6 * written
 
 
-def source_of(name: str):
-    class_name, fields = SOURCES[name]
-    torch.manual_seed(0)
-    model_class = getattr(transformers, class_name)
-    return randomized(model_class(model_class.config_class(**{**SIZES, **fields})))
-
-
-def processor_of_64():
-    return default_image_processor(64, resize=64)
+PROCESSOR = default_image_processor(64, resize=64)
 
 
 def planted_source(name: str):
     """Random model of the family with a planted neuron; the tower was changed as a RegViT and given back."""
-    source = source_of(name)
+    class_name, fields = SOURCES[name]
+    source = randomized(tiny_source(class_name, **{**SIZES, **fields}))
     model = convert(source)
     seen, cells = images(64, seed=0)
-    reader = open_model(model, processor=processor_of_64())
+    reader = open_model(model, processor=PROCESSOR)
     plant(model, torch.stack([reader.transform(image) for image in seen]), cells)
     source.load_state_dict(convert_back(model, like=source))
     return source
@@ -99,7 +91,7 @@ def test_the_planted_neuron_of_a_tower_is_found_and_moved(name, tmp_path):
     source = planted_source(name)
     model = convert(source)  # compares the outputs, with the huge patches in them
     seen, cells = images(48, seed=1)
-    reader = open_model(model, processor=processor_of_64())
+    reader = open_model(model, processor=PROCESSOR)
     before = diagnose(reader, seen, progress=False)
     assert (before.layer, before.outlier_share) == (PLANTED[0] + 1, pytest.approx(cells.mean()))
     pixels = torch.stack([reader.transform(image) for image in seen[:4]])
@@ -133,7 +125,7 @@ def test_the_planted_neuron_of_a_tower_is_found_and_moved(name, tmp_path):
 @pytest.mark.slow
 def test_the_command_repairs_a_tower_without_cls(tmp_path):
     model = convert(planted_source("siglip"))
-    model.image_processor = processor_of_64()
+    model.image_processor = PROCESSOR
     model.save_pretrained(tmp_path / "model")
     (tmp_path / "images").mkdir()
     for number, image in enumerate(images(40, seed=1)[0]):

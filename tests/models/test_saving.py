@@ -24,26 +24,21 @@ from hf_regvit.models.saving import (
 )
 
 
-def names_in(folder):
-    return {path.name for path in folder.iterdir()}
-
-
-def full():
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def full_in_safetensors():
-    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-
-@pytest.mark.parametrize("writing", [full, full_in_safetensors])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["full", "full_in_safetensors"],
+)
 @pytest.mark.parametrize("whole", [whole_file, whole_folder])
-def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, writing, whole):
+def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, error, whole):
     target = tmp_path / "result"
     if whole is whole_file:
         target.write_text("before")
     with pytest.raises(NoSpaceError) as caught, whole(target, needed=3_400_000):
-        writing()
+        raise error
     assert re.fullmatch(
         rf"'{target}' could not be written \(No space left on device\): it needs about 3\.2 MiB, and [\d,.]+ MiB are "
         r"free\. Free some space, or choose a folder on another disk, and run again\.",
@@ -51,9 +46,9 @@ def test_a_full_disk_is_one_sentence_with_file_and_bytes(tmp_path, writing, whol
     )
     if whole is whole_file:
         assert target.read_text() == "before"
-        assert names_in(tmp_path) == {"result"}
+        assert {path.name for path in tmp_path.iterdir()} == {"result"}
     else:
-        assert not names_in(target)
+        assert not {path.name for path in target.iterdir()}
 
 
 def test_other_errors_stay_what_they_are(tmp_path):
@@ -71,7 +66,7 @@ def test_space_is_looked_at_before_anything_is_written(tmp_path, monkeypatch):
         check_space(tmp_path / "not" / "there" / "yet", 2**20 + 1)
     with pytest.raises(NoSpaceError, match="weights"), whole_folder(tmp_path / "weights", needed=2_000_000):
         pytest.fail("the work began")
-    assert not names_in(tmp_path)
+    assert not {path.name for path in tmp_path.iterdir()}
 
 
 def test_tensors_and_notes_come_back(tmp_path):
@@ -79,7 +74,7 @@ def test_tensors_and_notes_come_back(tmp_path):
     assert num_bytes(tensors.values()) == 6 * 4 + 2
     write_tensors(tmp_path / "a.safetensors", tensors, {"ids": ("x", "ü")})
     assert read_notes(tmp_path / "a.safetensors") == {"ids": ["x", "ü"]}
-    assert names_in(tmp_path) == {"a.safetensors"}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.safetensors"}
 
 
 def test_a_dead_process_leaves_nothing_for_long(tmp_path):
@@ -93,7 +88,7 @@ def test_a_dead_process_leaves_nothing_for_long(tmp_path):
     )
     killed = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)])
     killed.wait(timeout=120)
-    left = sorted(names_in(tmp_path))
+    left = sorted({path.name for path in tmp_path.iterdir()})
     assert len(left) == 2
     assert all(re.search(rf"[0-9a-f]{{6}}-{killed.pid}\b", name) for name in left)
     machine = re.search(r"([0-9a-f]{6})-\d+", left[0])[1]
@@ -106,7 +101,7 @@ def test_a_dead_process_leaves_nothing_for_long(tmp_path):
     for name in kept:
         (tmp_path / name).write_text("")
     write_json(tmp_path / "a.json", {})
-    assert names_in(tmp_path) == {"a.json", *kept}
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", *kept}
 
 
 def test_small_numbers_of_bytes_are_not_shown_as_zero():

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-from builders import noise, pixels, randomized, tiny_timm
+from builders import class_folder, noise, pixels, randomized, save_model, tiny_timm, two_towers, wrapped
 from hf_regvit import (
     ConversionError,
     FinetuningArguments,
@@ -100,16 +100,11 @@ TIMM = {
 }  # fmt: skip
 
 
-def two_towers(name):
-    config = getattr(transformers, f"{name}Config")(text_config=TEXT, vision_config=SIZES, projection_dim=12)
-    return getattr(transformers, f"{name}Model")(config)
-
-
 def source_of(library, name):
     """Random model of a family, whose every parameter differs from its initial value."""
     torch.manual_seed(0)
     if library == "towers":
-        return randomized(two_towers(name))
+        return randomized(two_towers(name, SIZES))
     if library == "transformers":
         class_name, fields = TRANSFORMERS[name]
         model_class = getattr(transformers, class_name)
@@ -221,24 +216,11 @@ def test_folders_of_two_towers(name, tmp_path):
 # --- Wrapped modules ---
 
 
-def averaged(model):
-    return torch.optim.swa_utils.AveragedModel(model)
-
-
-def compiled(model):
-    return torch.compile(model, backend="eager")
-
-
-def with_compiled_blocks(model):
-    model.layers[0] = torch.compile(model.layers[0], backend="eager")
-    return model
-
-
-@pytest.mark.parametrize("wrap", [nn.DataParallel, averaged, compiled, with_compiled_blocks])
-def test_wrappers_are_removed(wrap):
+@pytest.mark.parametrize("how", ["DataParallel", "AveragedModel", "compiled", "with_compiled_blocks"])
+def test_wrappers_are_removed(how):
     source = source_of("transformers", "mae")
     expected = convert(source).state_dict()
-    found = convert(wrap(source)).state_dict()
+    found = convert(wrapped(source, how)).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in found.items())
 
 
@@ -571,30 +553,14 @@ def test_weights_of_unknown_statistics_need_a_processor(tmp_path):
 # --- Commands ---
 
 
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    root = tmp_path_factory.mktemp("images")
-    for number in range(32):
-        path = root / ("cat" if number % 2 else "dog") / f"{number}.png"
-        path.parent.mkdir(exist_ok=True)
-        noise(number).save(path)
-    return root
-
-
 CONVERTED = [("transformers", "dinov3"), ("towers", "CLIP"), ("towers", "Siglip"), ("timm", "pe_core")]
-
-
-def converted_folder(library, name, folder):
-    model = convert(source_of(library, name))
-    model.image_processor = default_image_processor(32)
-    model.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name"), CONVERTED)
-def test_every_command_works_on_a_converted_model(library, name, images, tmp_path):
-    folder = converted_folder(library, name, tmp_path / "model")
+def test_every_command_works_on_a_converted_model(library, name, tmp_path):
+    images = class_folder(tmp_path / "images", cat=16, dog=16)
+    folder = str(save_model(convert(source_of(library, name)), tmp_path / "model"))
     source = load_images(str(images))
     reader = open_model(folder)
     assert reader.embed(source.subset(range(3))).shape == (3, 32)
@@ -620,6 +586,6 @@ def test_every_command_works_on_a_converted_model(library, name, images, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("library", "name"), CONVERTED)
 def test_a_converted_model_is_published_and_loads_without_this_package(library, name, tmp_path):
-    folder = converted_folder(library, name, tmp_path / "model")
+    folder = str(save_model(convert(source_of(library, name)), tmp_path / "model"))
     published = publish(folder, "me/model", output_dir=tmp_path / "bundle", card={"license": "apache-2.0"})
     assert published.verification is not None  # a clean process loaded it with the code beside the weights

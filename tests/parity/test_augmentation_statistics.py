@@ -8,6 +8,7 @@ which must also reject pipelines that are slightly wrong:
 - pixels, unpaired: both pipelines with their own generators, nothing shared but the photographs.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -25,6 +26,7 @@ from helpers import requires_shared, shared_dir
 from hf_regvit.data import augmentation as A
 from hf_regvit.data import builtin, loading
 from hf_regvit.data.augmentation import MultiCrop, ViewParameters
+from oracles import torchvision_view
 
 GLOBAL_0, GLOBAL_1, LOCAL = 0, 1, 2  # the three kinds of views
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
@@ -45,20 +47,8 @@ def official_view(view: int, size: int) -> transforms.Compose:
     return transforms.Compose(steps + [transforms.RandomSolarize(threshold=128, p=0.2)] * (view == GLOBAL_1))
 
 
-def official_pixels(image: Image.Image, parameters: ViewParameters, size: int) -> np.ndarray:
-    """The same with given parameters, (size, size, 3)."""
-    left, top, right, bottom = parameters.box
-    mode = TF.InterpolationMode.BICUBIC
-    view = TF.resized_crop(image, top, left, bottom - top, right - left, [size, size], mode)
-    view = TF.hflip(view) if parameters.flip else view
-    for name, amount in parameters.jitter:
-        view = getattr(TF, f"adjust_{name}")(view, amount)
-    view = TF.rgb_to_grayscale(view, 3) if parameters.grayscale else view
-    view = view if parameters.sigma is None else TF.gaussian_blur(view, [9, 9], [parameters.sigma] * 2)
-    return np.asarray(TF.solarize(view, 128) if parameters.solarize else view)
-
-
-def embedded_photographs(size: tuple[int, int], count: int) -> list[Image.Image]:
+@functools.cache
+def embedded_photographs(size: tuple[int, int] = (500, 375), count: int = 6) -> list[Image.Image]:
     """Colour photographs from inside scikit-image and scikit-learn."""
     names = ("astronaut", "chelsea", "coffee", "rocket", "china", "flower")
     return [builtin.builtin_images()[name].resize(size, Image.Resampling.BICUBIC) for name in names[:count]]
@@ -264,7 +254,7 @@ def compare(
         crops = multi_crop.render(photo, whole, [change(view) for view in views])
         for crop, view in zip([*crops["global_crops"], *crops["local_crops"]], views, strict=True):
             ours = crop.permute(1, 2, 0).numpy().astype(float)
-            theirs = official_pixels(photo, view, crop.shape[-1]).astype(float)
+            theirs = np.asarray(torchvision_view(photo, view, crop.shape[-1])).astype(float)
             difference = ours - theirs
             if not view.solarize:  # 127 and 128 end 0 and 1 apart, or 127 and 127: rounding is not small there
                 bias.append(difference.mean((0, 1)))
@@ -296,40 +286,29 @@ GEOMETRY_BOUNDS = {"bias": 0.01, "mean_difference": 0.03, "spectrum": 0.002}
 ALL_BOUNDS = {"bias": 0.3, "mean_difference": 0.5, "spectrum": 0.01}
 
 
-@pytest.fixture(scope="module")
-def builtin_images() -> list[Image.Image]:
-    return embedded_photographs((500, 375), 6)
-
-
-def without_antialias(pixels: np.ndarray, size: int) -> np.ndarray:
+def resized_otherwise(pixels: np.ndarray, size: int, how: str) -> np.ndarray:
+    """Resize with another filter than the specification; OpenCV's are quick, and the spectrum shows what they cost."""
+    if how == "area_or_cubic":
+        mode = cv2.INTER_AREA if min(pixels.shape[:2]) >= size else cv2.INTER_CUBIC
+        return cv2.resize(pixels, (size, size), interpolation=mode)
+    options = {"without_antialias": {"mode": "bicubic"}, "bilinear": {"mode": "bilinear", "antialias": True}}[how]
     batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    return F.interpolate(batch, (size, size), mode="bicubic")[0].permute(1, 2, 0).numpy()
+    return F.interpolate(batch, (size, size), **options)[0].permute(1, 2, 0).numpy()
 
 
-def bilinear(pixels: np.ndarray, size: int) -> np.ndarray:
-    batch = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
-    return F.interpolate(batch, (size, size), mode="bilinear", antialias=True)[0].permute(1, 2, 0).numpy()
+def test_paired_pixels_geometry():
+    assert_agrees(compare(embedded_photographs(), **GEOMETRY), **GEOMETRY_BOUNDS)
 
 
-def area_or_cubic(pixels: np.ndarray, size: int) -> np.ndarray:
-    """What is quick in OpenCV, and what the spectrum says about it."""
-    mode = cv2.INTER_AREA if min(pixels.shape[:2]) >= size else cv2.INTER_CUBIC
-    return cv2.resize(pixels, (size, size), interpolation=mode)
+def test_paired_pixels_all_operations():
+    assert_agrees(compare(embedded_photographs()), **ALL_BOUNDS)
 
 
-def test_paired_pixels_geometry(builtin_images):
-    assert_agrees(compare(builtin_images, **GEOMETRY), **GEOMETRY_BOUNDS)
-
-
-def test_paired_pixels_all_operations(builtin_images):
-    assert_agrees(compare(builtin_images), **ALL_BOUNDS)
-
-
-@pytest.mark.parametrize("resize", [without_antialias, bilinear, area_or_cubic])
-def test_paired_pixels_another_filter_is_noticed(builtin_images, monkeypatch, resize):
+@pytest.mark.parametrize("how", ["without_antialias", "bilinear", "area_or_cubic"])
+def test_paired_pixels_another_filter_is_noticed(monkeypatch, how):
     """Even under all the other operations."""
-    monkeypatch.setattr(A, "resize", resize)
-    agreement = compare(builtin_images)
+    monkeypatch.setattr(A, "resize", functools.partial(resized_otherwise, how=how))
+    agreement = compare(embedded_photographs())
     assert np.abs(agreement.spectrum - 1).max() > 5 * ALL_BOUNDS["spectrum"]
     with pytest.raises(AssertionError):
         assert_agrees(agreement, **ALL_BOUNDS)
@@ -346,9 +325,9 @@ def test_paired_pixels_another_filter_is_noticed(builtin_images, monkeypatch, re
     ],
     ids=["order reversed", "order fixed", "less blur", "amounts off", "box off"],
 )
-def test_paired_pixels_a_wrong_step_is_noticed(builtin_images, change):
+def test_paired_pixels_a_wrong_step_is_noticed(change):
     with pytest.raises(AssertionError):
-        assert_agrees(compare(builtin_images, change), **ALL_BOUNDS)
+        assert_agrees(compare(embedded_photographs(), change), **ALL_BOUNDS)
 
 
 @pytest.mark.slow
@@ -369,10 +348,14 @@ def crop_features(crop: np.ndarray) -> np.ndarray:
     return np.array([*pixels.mean((0, 1)), *pixels.std((0, 1)), saturation, *np.log(band_power(pixels, 6) + 1)])
 
 
-def our_features(builtin_images: list[Image.Image], view: int, draws: int, size: int, **options: object) -> np.ndarray:
-    multi_crop = MultiCrop(global_size=size, local_size=size, num_local_crops=1, **options)
+UNPAIRED_SIZE, UNPAIRED_DRAWS = 48, 60
+
+
+def our_features(view: int, **options: object) -> np.ndarray:
+    sizes = {"global_size": UNPAIRED_SIZE, "local_size": UNPAIRED_SIZE}
+    multi_crop = MultiCrop(**sizes, num_local_crops=1, **options)
     rows = []
-    for i, photo in enumerate(builtin_images * draws):
+    for i, photo in enumerate(embedded_photographs((160, 120), 2) * UNPAIRED_DRAWS):
         whole, views = multi_crop.parameters(photo.size, seed=4, epoch=0, sample_id=i)
         crops = multi_crop.render(photo, whole, views)
         crop = crops["local_crops"][0] if view == LOCAL else crops["global_crops"][view]
@@ -380,10 +363,12 @@ def our_features(builtin_images: list[Image.Image], view: int, draws: int, size:
     return np.array(rows)
 
 
-def official_features(builtin_images: list[Image.Image], view: int, draws: int, size: int) -> np.ndarray:
+@functools.cache
+def official_features(view: int) -> np.ndarray:
     torch.manual_seed(20 + view)
-    transform = official_view(view, size)
-    return np.array([crop_features(np.asarray(transform(photo))) for photo in builtin_images * draws])
+    transform = official_view(view, UNPAIRED_SIZE)
+    photos = embedded_photographs((160, 120), 2) * UNPAIRED_DRAWS
+    return np.array([crop_features(np.asarray(transform(photo))) for photo in photos])
 
 
 def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:
@@ -393,22 +378,9 @@ def assert_same_features(ours: np.ndarray, theirs: np.ndarray) -> None:
         assert test.pvalue > SIGNIFICANCE, f"feature {i}: mean {a.mean():.3f}, official {b.mean():.3f}"
 
 
-UNPAIRED_SIZE, UNPAIRED_DRAWS = 48, 60
-
-
-@pytest.fixture(scope="module")
-def small() -> list[Image.Image]:
-    return embedded_photographs((160, 120), 2)
-
-
-@pytest.fixture(scope="module")
-def official(small: list[Image.Image]) -> list[np.ndarray]:
-    return [official_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE) for view in (GLOBAL_0, GLOBAL_1, LOCAL)]
-
-
 @pytest.mark.parametrize("view", [GLOBAL_0, GLOBAL_1, LOCAL])
-def test_unpaired_pixels_official_features(small, official, view):
-    assert_same_features(our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[view])
+def test_unpaired_pixels_official_features(view):
+    assert_same_features(our_features(view), official_features(view))
 
 
 @pytest.mark.parametrize(
@@ -420,13 +392,16 @@ def test_unpaired_pixels_official_features(small, official, view):
         (GLOBAL_1, {"solarize_probability": 0.6}),
     ],
 )
-def test_unpaired_pixels_a_wrong_recipe_is_noticed(small, official, view, options):
-    ours = our_features(small, view, UNPAIRED_DRAWS, UNPAIRED_SIZE, **options)
+def test_unpaired_pixels_a_wrong_recipe_is_noticed(view, options):
+    ours = our_features(view, **options)
     with pytest.raises(AssertionError, match="feature"):
-        assert_same_features(ours, official[view])
+        assert_same_features(ours, official_features(view))
 
 
-def test_unpaired_pixels_a_missing_antialias_is_noticed(small, official, monkeypatch):
-    monkeypatch.setattr(A, "resize", without_antialias)
+def test_unpaired_pixels_a_missing_antialias_is_noticed(monkeypatch):
+    monkeypatch.setattr(A, "resize", functools.partial(resized_otherwise, how="without_antialias"))
     with pytest.raises(AssertionError, match="feature"):
-        assert_same_features(our_features(small, GLOBAL_0, UNPAIRED_DRAWS, UNPAIRED_SIZE), official[GLOBAL_0])
+        assert_same_features(
+            our_features(GLOBAL_0),
+            official_features(GLOBAL_0),
+        )

@@ -31,11 +31,14 @@ def dinov2_overrides(model: dict) -> dict:
     }
 
 
-def with_forward(name: str) -> bool:
-    return not any(part in name for part in ("pos_embed_interp", "droppath", "grad"))
+WITH_FORWARD = [
+    name
+    for name in golden_files("dinov2")
+    if not any(part in name for part in ("pos_embed_interp", "droppath", "grad"))
+]
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
+@pytest.mark.parametrize("name", WITH_FORWARD)
 def test_official_dinov2(name: str) -> None:
     tensors, config = load_golden(name, double=True)
     model = convert(subtree(tensors, "sd."), **dinov2_overrides(config["model"])).double()
@@ -66,7 +69,7 @@ def test_official_dinov2(name: str) -> None:
             assert_golden(model.embeddings.position_embeddings[:, :1], expected["pos_embed"][:, :1])
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)])
+@pytest.mark.parametrize("name", WITH_FORWARD)
 def test_official_intermediate_layers(name: str) -> None:
     """Rebuild `get_intermediate_layers` of the official code from `hidden_states`."""
     tensors, config = load_golden(name, double=True)
@@ -187,16 +190,14 @@ def test_timm(name: str, source: str) -> None:
             assert_golden(torch.cat([cls_token, registers], dim=1), expected[f"intermediates.{i}.prefix"])
 
 
-def manifests() -> list[str]:
-    root = shared_dir()
-    return (
-        sorted(p.name for p in (root / "golden" / "manifests").glob("*.json") if p.name != "name_map_reg4.json")
-        if root
-        else []
-    )
+MANIFESTS = [
+    path.name
+    for path in sorted((shared_dir() / "golden" / "manifests").glob("*.json") if shared_dir() else ())
+    if path.name != "name_map_reg4.json"
+]
 
 
-@pytest.mark.parametrize("name", manifests())
+@pytest.mark.parametrize("name", MANIFESTS)
 def test_released_architectures(name: str) -> None:
     """Check that every parameter name and shape of the released checkpoints is used, without their weights."""
     manifest = json.loads((shared_dir() / "golden" / "manifests" / name).read_text())
@@ -243,7 +244,7 @@ def test_key_bias_is_in_its_place() -> None:
         assert torch.equal(layer.attention.qkv.bias, torch.cat(pieces))
 
 
-@pytest.mark.parametrize("name", [n for n in golden_files("dinov2") if with_forward(n)][:3])
+@pytest.mark.parametrize("name", WITH_FORWARD[:3])
 def test_training_checkpoint(name: str) -> None:
     tensors, config = load_golden(name)
     state = subtree(tensors, "sd.")

@@ -1,33 +1,26 @@
 """Block masks and collation against the official DINOv2 code."""
 
-import json
 import random
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import load_golden, requires_shared, shared_dir
+from helpers import golden_json, load_golden, requires_shared, shared_dir
 from hf_regvit.pretraining.crops import batch_masks, block_mask, masked_positions
 
 pytestmark = requires_shared
 
 
-def masking() -> dict:
-    return json.loads((shared_dir() / "golden" / "train" / "masking.json").read_text())
-
-
-def cases() -> list[tuple[tuple[int, int], int, dict]]:
-    if shared_dir() is None:
-        return []
-    golden = masking()
-    square = [(tuple(golden["grid"]), int(golden["max_num_patches"]), entry) for entry in golden["statistics"]]
-    small = golden["small_grid"]
-    return square + [(tuple(small["grid"]), small["max_num_patches"], entry) for entry in small["statistics"]]
+CASES: list[tuple[tuple[int, int], int, dict]] = []  # grid, largest number of masked patches, statistics
+if shared_dir():
+    for part in (golden_json("masking"), golden_json("masking")["small_grid"]):
+        grid, largest = tuple(part["grid"]), int(part["max_num_patches"])
+        CASES += [(grid, largest, entry) for entry in part["statistics"]]
 
 
 def test_seeded_masks_are_those_of_the_official_generator():
-    golden = masking()
+    golden = golden_json("masking")
     for sample in golden["samples"]:
         rng = random.Random(sample["python_random_seed"])
         mask = block_mask(tuple(golden["grid"]), sample["requested"], rng)
@@ -35,14 +28,14 @@ def test_seeded_masks_are_those_of_the_official_generator():
 
 
 def test_the_default_largest_rectangle_is_half_the_grid():
-    golden = masking()
+    golden = golden_json("masking")
     kwargs = {"max_patches": int(golden["max_num_patches"])}
     for seed in range(20):
         default = block_mask(tuple(golden["grid"]), 98, random.Random(seed))
         assert (default == block_mask(tuple(golden["grid"]), 98, random.Random(seed), **kwargs)).all()
 
 
-@pytest.mark.parametrize(("grid", "largest", "golden"), cases())
+@pytest.mark.parametrize(("grid", "largest", "golden"), CASES)
 def test_statistics_of_masks(grid, largest, golden):
     rng = random.Random(0)
     draws = np.stack([block_mask(grid, golden["requested"], rng, max_patches=largest) for _ in range(golden["draws"])])
@@ -57,11 +50,11 @@ def test_statistics_of_masks(grid, largest, golden):
     assert (np.abs(draws.mean(0) - expected) / standard).max() < 4.5  # the largest of up to 196 cells
 
 
-def collate_cases() -> list[dict]:
-    return masking()["collate"] if shared_dir() else []
-
-
-@pytest.mark.parametrize("golden", collate_cases(), ids=lambda case: f"{case['global_crops']}crops")
+@pytest.mark.parametrize(
+    "golden",
+    golden_json("masking")["collate"] if shared_dir() else [],
+    ids=lambda case: f"{case['global_crops']}crops",
+)
 def test_statistics_of_batches(golden):
     grid, crops = tuple(golden["grid"]), golden["global_crops"]
     rng = random.Random(1)

@@ -1,10 +1,12 @@
 """Diagnosis of the real ViT-Tiny of `shared/data` on 100 images: reference numbers before and after the retrofit."""
 
+import functools
 import io
 
 import numpy as np
 import pytest
 import torch
+from transformers import BitImageProcessor
 
 from helpers import requires_shared, shared_dir
 from hf_regvit import add_test_time_registers, convert, diagnose
@@ -14,7 +16,8 @@ pytestmark = [requires_shared, pytest.mark.slow]
 NEURONS = [[7, 417], [6, 189]]  # those of the retrofit of this model
 
 
-def first_images(count):
+@functools.cache
+def first_images(count=100):
     """First images of the ImageNet samples."""
     import datasets
     from PIL import Image
@@ -25,38 +28,33 @@ def first_images(count):
 
 
 @pytest.fixture(scope="module")
-def images():
-    return first_images(100)
-
-
-@pytest.fixture(scope="module")
 def source():
     return convert(shared_dir() / "data" / "vit_tiny_patch16_224", verify=False)
 
 
-@pytest.fixture(scope="module")
-def settings():
-    """The published protocol of this model: the reference numbers were measured with it."""
-    from transformers import BitImageProcessor
-
-    sizes = {"size": {"shortest_edge": 248}, "crop_size": {"height": 224, "width": 224}}
-    return {"processor": BitImageProcessor(**sizes, image_mean=[0.5] * 3, image_std=[0.5] * 3), "progress": False}
-
-
-@pytest.fixture(scope="module")
-def before(source, images, settings):
-    return diagnose(source, images, **settings)
+# The published protocol of this model: the reference numbers were measured with it.
+SETTINGS = {
+    "processor": BitImageProcessor(
+        size={"shortest_edge": 248}, crop_size={"height": 224, "width": 224}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ),
+    "progress": False,
+}
 
 
 @pytest.fixture(scope="module")
-def after(source, images, settings):
-    return diagnose(add_test_time_registers(source, NEURONS, num_register_tokens=4), images, **settings)
+def before(source):
+    return diagnose(source, first_images(), **SETTINGS)
 
 
 @pytest.fixture(scope="module")
-def random_net(source, images, settings):
+def after(source):
+    return diagnose(add_test_time_registers(source, NEURONS, num_register_tokens=4), first_images(), **SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def random_net(source):
     torch.manual_seed(0)
-    return diagnose(type(source)(source.config).eval(), images, **settings)
+    return diagnose(type(source)(source.config).eval(), first_images(), **SETTINGS)
 
 
 # Mass per head and the range of the value ratio, over the outliers before and over the registers after.

@@ -13,23 +13,6 @@ pytestmark = requires_shared
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}  # the golden files' own
 
 
-class ClipEmbeddings(nn.Module):
-    """OpenCLIP normalises the tokens before the first block, registers included; RegViT has no such layer."""
-
-    def __init__(self, embeddings: nn.Module, norm: nn.Module):
-        super().__init__()
-        self.inner, self.norm = embeddings, norm
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-    def forward(self, *args):
-        return self.norm(self.inner(*args))
-
-
 def dinov2_tower(tensors: dict, config: dict) -> RegViTModel:
     fields = {"num_attention_heads": config["model"]["num_heads"], "layer_norm_eps": 1e-6}
     fields |= {"interpolate_antialias": False, "interpolate_offset": 0.1}
@@ -73,9 +56,11 @@ def clip_tower(tensors: dict, config: dict) -> RegViTModel:
 
 
 def with_clip_norm(model: RegViTModel, tensors: dict) -> RegViTModel:
+    """Normalize the tokens before the first block, registers included, as OpenCLIP does and RegViT does not."""
     norm = nn.LayerNorm(model.config.hidden_size, eps=1e-5)
     norm.load_state_dict(subtree(tensors, "sd.ln_pre."))
-    model.embeddings = ClipEmbeddings(model.embeddings, norm)
+    model.embeddings.ln_pre = norm
+    model.embeddings.register_forward_hook(lambda module, args, output: module.ln_pre(output))
     return model
 
 
@@ -87,23 +72,13 @@ TOWERS = {
 QUIET = {"plain": (0.0, 0.0), "sparse": (0.5, 0.5), "last_layer_strict": (0.9, 0.25)}
 
 
-class OneByOne:
-    """The golden images as `prepare_images` would hand them out, in batches of three."""
-
-    def __init__(self, images: torch.Tensor):
-        self.images = images
-
-    def __iter__(self):
-        for start in range(0, len(self.images), 3):
-            batch = self.images[start : start + 3]
-            yield [str(start + i) for i in range(len(batch))], batch
-
-
 @pytest.mark.parametrize("tower", TOWERS)
 def test_the_search_gives_the_published_scores_and_order(tower):
     tensors, config = load_golden(f"ttr/{tower}_search.safetensors")
     model = TOWERS[tower](tensors, config)
-    images = OneByOne(tensors["in.images"])
+    # As `prepare_images` hands them out, in batches of three
+    batches = enumerate(tensors["in.images"].split(3))
+    images = [([str(3 * number + i) for i in range(len(batch))], batch) for number, batch in batches]
     read = TokenReader(model).read_many(tensors["in.images"], {"residual": "all", "mlp": "all"})
     norms = torch.stack([values.norm(dim=-1) for values in read["residual"].values[1:]], dim=1)  # (n, L, T)
     assert_golden(norms, tensors["out.layer_norms"], **TOLERANCE)

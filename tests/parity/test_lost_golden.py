@@ -29,13 +29,9 @@ def test_every_stage(name):
         torch.testing.assert_close(result.scores.flatten(), golden["out.M"], atol=1e-4, rtol=0)
         assert torch.equal(result.scores > 0, golden["out.positive_map"].bool())
     assert torch.equal(result.mask, golden["out.component"].bool())
-
-    def upstream(cells):
-        x1, y1, x2, y2 = cells
-        return [y1, x1, y2, x2]
-
-    assert upstream(result.cells) == golden["out.box_grid"].tolist()
-    assert upstream(result.seed_cells) == golden["out.seed_box_grid"].tolist()
+    upstream = (1, 0, 3, 2)  # y before x
+    assert [result.cells[i] for i in upstream] == golden["out.box_grid"].tolist()
+    assert [result.seed_cells[i] for i in upstream] == golden["out.seed_box_grid"].tolist()
     assert list(result.box((side, side), (height, width))) == golden["out.box"].tolist()
     assert not result.degenerate
 

@@ -1,11 +1,9 @@
 """Two training steps, schedules and parameter groups against numbers of the official code (`golden/ssl`, `train`)."""
 
-import json
-
 import pytest
 import torch
 
-from helpers import assert_golden, load_golden, regvit_name, requires_shared, shared_dir, subtree
+from helpers import assert_golden, golden_json, load_golden, regvit_name, requires_shared, subtree
 from hf_regvit import RegViTConfig, RegViTModel
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
@@ -165,12 +163,8 @@ def test_two_training_steps(name):
         close(actual, without_key_bias(parameter_name, parameter), rtol=0)
 
 
-def read_json(name: str):
-    return json.loads((shared_dir() / "golden" / "train" / f"{name}.json").read_text())
-
-
 def test_cosine_schedule_tables():
-    for case in read_json("cosine_scheduler"):
+    for case in golden_json("cosine_scheduler"):
         renames = {
             "base_value": "base",
             "final_value": "final",
@@ -186,7 +180,7 @@ def test_cosine_schedule_tables():
 
 @pytest.mark.parametrize("name", ["schedule_vitl16_short", "schedule_vitg14", "schedule_custom_small"])
 def test_schedules(name, tmp_path):
-    golden = read_json(name)
+    golden = golden_json(name)
     hyper, epoch = golden["hyper"], golden["epoch_length"]
     total = golden["total_iterations"]
     # Durations as shares of the run where that is exact, so that the conversion is tested too.
@@ -222,17 +216,9 @@ def test_schedules(name, tmp_path):
             assert values[ours] == pytest.approx(golden[theirs][row], rel=1e-6, abs=1e-12), (ours, step)
 
 
-def backbone_names(num_registers: int = 4) -> list[str]:
-    config = RegViTConfig.from_preset(
-        "small", patch_size=14, image_size=518, num_register_tokens=num_registers, use_mask_token=True
-    )
-    with torch.device("meta"):
-        return [f"backbone.{name}" for name, _ in RegViTModel(config).named_parameters()]
-
-
 @pytest.mark.parametrize("case", ["backbone", "backbone_chunked", "dino_head"])
 def test_multipliers_of_every_parameter(case):
-    golden = read_json("param_groups_vits14_reg4")
+    golden = golden_json("param_groups_vits14_reg4")
     expected = {}
     for name, rule in golden[case]["parameters"].items():
         parts = name.split(".")
@@ -244,7 +230,10 @@ def test_multipliers_of_every_parameter(case):
         with torch.device("meta"):
             names = [f"dino_head.{name}" for name, _ in PrototypeHead(384, HeadShape()).named_parameters()]
     else:
-        names = backbone_names()
+        sizes = {"patch_size": 14, "image_size": 518, "num_register_tokens": 4, "use_mask_token": True}
+        config = RegViTConfig.from_preset("small", **sizes)
+        with torch.device("meta"):
+            names = [f"backbone.{name}" for name, _ in RegViTModel(config).named_parameters()]
     rules = parameter_rules(
         names,
         num_layers=12,
@@ -259,7 +248,7 @@ def test_multipliers_of_every_parameter(case):
 
 
 def test_groups_are_fused_by_rule():
-    golden = read_json("param_groups_vits14_reg4")
+    golden = golden_json("param_groups_vits14_reg4")
     config = RegViTConfig.from_preset("small", patch_size=14, image_size=518, use_mask_token=True)
     with torch.device("meta"):
         student = torch.nn.ModuleDict({"backbone": RegViTModel(config)})

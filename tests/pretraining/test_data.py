@@ -1,48 +1,22 @@
 """Tests of the multi-crop data set, its sampler, block masks and the collator."""
 
 import dataclasses
-import io
 import itertools
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from builders import encoded
 from hf_regvit.data import bad_images as bad_images_module
-from hf_regvit.data import builtin, tables
 from hf_regvit.data import decoding as image_guard
-from hf_regvit.data import source as source_module
+from hf_regvit.data import tables
 from hf_regvit.data.augmentation import MultiCrop, normalize_pixels
-from hf_regvit.data.loading import load_images
 from hf_regvit.pretraining import crops as crops_module
 from hf_regvit.training import samplers
-
-
-@pytest.fixture(scope="module")
-def photo() -> Image.Image:
-    return builtin.builtin_images()["chelsea"].resize((120, 80), Image.Resampling.BICUBIC)
-
-
-@pytest.fixture(scope="module")
-def tiles() -> source_module.ImageSource:
-    return load_images("photos")
-
-
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
-
-
-def make_folder(root, names, size=(20, 16)):
-    for i, name in enumerate(names):
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", size, (i * 20 % 256, 40, 90)).save(path)
-    return root
-
 
 # --- Data set, sampler, masks, collator
 
@@ -183,7 +157,7 @@ def stream_of(num_shards=4, rows=25, name="s", broken=None):
         for row in range(rows):
             if (shard, row) == broken:
                 raise OSError("Truncated file")
-            picture = encode(Image.new("RGB", (16, 16), (shard, row, 0)), "PNG")
+            picture = encoded(Image.new("RGB", (16, 16), (shard, row, 0)), "PNG")
             yield tables.StreamRecord(f"{name}/{shard}#{row}", picture)
 
     return tables.ImageStream(name, num_shards, open_shard)
@@ -260,11 +234,10 @@ def test_stream_f38_the_rest_of_a_broken_shard_is_left_out_and_recorded(tmp_path
 
 
 def test_stream_a_lost_connection_is_no_broken_shard():
-    def open_shard(shard):
-        raise ConnectionError("reset by peer")
 
+    broken = Mock(side_effect=ConnectionError("reset by peer"))
     with pytest.raises(ConnectionError):
-        next(iter(samplers.StreamSampler([tables.ImageStream("s", 1, open_shard)], seed=1)))
+        next(iter(samplers.StreamSampler([tables.ImageStream("s", 1, broken)], seed=1)))
 
 
 def test_stream_nothing_to_read():
@@ -333,7 +306,7 @@ def test_stream_batches_do_not_depend_on_workers(with_bad_ones):
 
 
 def test_stream_bad_images_are_replaced_within_their_batch(tmp_path):
-    record = tables.StreamRecord("a", encode(Image.new("RGB", (16, 16)), "PNG"))
+    record = tables.StreamRecord("a", encoded(Image.new("RGB", (16, 16)), "PNG"))
     bad = bad_images_module.BadImages(tmp_path / "bad.jsonl")
     dataset = stream_dataset(stream_of(), bad_images=bad)
     items = dataset.__getitems__([(0, record), (0, tables.StreamRecord("b", b"<html>"))])
@@ -349,7 +322,7 @@ def test_stream_bad_images_are_replaced_within_their_batch(tmp_path):
 
 
 def test_stream_too_many_bad_images_in_a_stream():
-    record = tables.StreamRecord("good", encode(Image.new("RGB", (16, 16)), "PNG"))
+    record = tables.StreamRecord("good", encoded(Image.new("RGB", (16, 16)), "PNG"))
     dataset = stream_dataset(stream_of(), bad_images=bad_images_module.BadImages(max_bad_share=0.01))
     keys = [[(0, record), (0, tables.StreamRecord(f"bad {i}", b""))] for i in range(11)]
     for pair in keys[:10]:

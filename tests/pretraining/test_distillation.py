@@ -9,6 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 import oracles
+from builders import gradients_of
 from hf_regvit import RegViTModel
 from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation, TeacherTargets
 from hf_regvit.pretraining.losses import koleo_loss
@@ -17,12 +18,6 @@ from tiny_run import GRID, PATCH, SHAPE, same_state, tiny_batch, tiny_config, ti
 
 MODES = [("batch_subset", 0.5), ("sample", 0.4), ("batch_subset", 0.0)]  # of five samples: not a half is kept
 SIZE = GRID * PATCH
-
-
-def gradients(loss, module):
-    module.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in module.named_parameters()}
 
 
 # ---- Tokens that a loss reads ----
@@ -39,20 +34,17 @@ def test_tokens_read_equal_those_of_the_whole_last_block(mode, rate, training, f
     masks = torch.rand(5, GRID**2) < 0.3
     patches = torch.tensor([3, 17, 16, 79, 40, 41])  # of the flattened (5, 16), in any order
 
-    def whole():
-        output = backbone(pixels, bool_masked_pos=masks)
-        return output.pooler_output, output.patch_tokens.flatten(0, 1)[patches]
-
-    def read():
-        return SelfDistillation._tokens(backbone, pixels, patches, masks)
-
     results = []
-    for run in (whole, read):
+    for whole in (True, False):
         torch.manual_seed(3)  # attention and MLP of the last block then keep unlike samples
-        cls, rows = run()
+        if whole:
+            output = backbone(pixels, bool_masked_pos=masks)
+            cls, rows = output.pooler_output, output.patch_tokens.flatten(0, 1)[patches]
+        else:
+            cls, rows = SelfDistillation._tokens(backbone, pixels, patches, masks)
         weights = torch.linspace(-1, 1, cls.numel() + rows.numel(), dtype=torch.float64)
         loss = (torch.cat([cls, rows]).flatten() * weights).sum()
-        results.append((cls, rows, gradients(loss, backbone)))
+        results.append((cls, rows, gradients_of(loss, backbone)))
     for expected, actual in zip(*results, strict=True):
         if isinstance(expected, dict):
             for name, gradient in expected.items():
@@ -156,10 +148,10 @@ def test_step_equals_the_losses_on_stored_logits(centering, ibot_head, num_local
             student.masked_logits, targets.masked, batch["mask_weights"], num_crops=6
         )
     tied = sum(logits[:0].sum() for logits in (student.global_logits, student.masked_logits))
-    reference = gradients(expected + tied, network.student)
+    reference = gradients_of(expected + tied, network.student)
     loss = network(**batch)["loss"]
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)  # targets are float32
-    for name, gradient in gradients(loss, network.student).items():
+    for name, gradient in gradients_of(loss, network.student).items():
         torch.testing.assert_close(gradient, reference[name], atol=1e-8, rtol=1e-5, msg=name)
 
 
@@ -281,13 +273,11 @@ def test_activation_checkpointing_changes_no_bit(drop_path):
     config = tiny_config(drop_path_rate=drop_path, drop_path_mode="batch_subset")
     network, batch = tiny_network(config=config), tiny_batch()
 
-    def run():
-        torch.manual_seed(3)
-        return gradients(network(**batch)["loss"], network.student)
-
-    plain = run()
+    torch.manual_seed(3)
+    plain = gradients_of(network(**batch)["loss"], network.student)
     network.gradient_checkpointing_enable()
-    for name, gradient in run().items():
+    torch.manual_seed(3)
+    for name, gradient in gradients_of(network(**batch)["loss"], network.student).items():
         torch.testing.assert_close(gradient, plain[name], atol=0, rtol=0, msg=name)
 
 
@@ -311,7 +301,7 @@ def test_compiled_blocks_give_the_same_numbers_under_the_same_names():
             network.compile_blocks(backend="aot_eager", fullgraph=True)
         torch.manual_seed(3)
         loss = network(**batch)["loss"]
-        results.append((loss.item(), gradients(loss, network.student)))
+        results.append((loss.item(), gradients_of(loss, network.student)))
     assert list(network.state_dict()) == names
     (plain, expected), (again, actual) = results
     assert again == pytest.approx(plain, rel=1e-5)

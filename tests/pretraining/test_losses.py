@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import oracles
+from builders import normal
 from hf_regvit.pretraining.losses import (
     SoftmaxCenter,
     gram_loss,
@@ -15,10 +16,6 @@ from hf_regvit.pretraining.losses import (
     sinkhorn_knopp,
 )
 from losses_on_logits import dino_loss, ibot_loss
-
-
-def normal(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def probabilities(*shape, seed=1, temperature=0.5):

@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoModel, HfArgumentParser, TrainerCallback
 
 import oracles
+from builders import PoisonAt, Recorder, StopAt, noise, spy
 from hf_regvit import RegViTModel
 from hf_regvit.models.manifest import write_manifest
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.crops import DinoCollator
-from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead
+from hf_regvit.pretraining.distillation import HeadShape, PrototypeHead, SelfDistillation
 from hf_regvit.pretraining.monitors import OnlineKNN, backbone_features
 from hf_regvit.pretraining.run import pretrain
 from hf_regvit.pretraining.schedules import cosine_schedule, parameter_groups, set_rates
@@ -385,17 +386,13 @@ def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centerin
     """2 micro-batches of 3, or one of 6, for two epochs; no KoLeo or drop path, which depend on the micro-batch."""
     states, gradients = [], []
 
-    class Spy(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 0:
-                gradients.append({name: p.grad.clone() for name, p in model.student.named_parameters()})
-
     for pieces in (1, 2):
+        recorder = Recorder()
         trainer = trained(
             tmp_path / str(pieces),
             dataset=Crops(14),
             collator=MasksOfTheImage(),
-            callbacks=[Spy()],
+            callbacks=[recorder],
             options={"centering": centering, "koleo_loss_weight": 0.0},
             centering=centering,
             per_device_train_batch_size=6 // pieces,
@@ -406,6 +403,7 @@ def test_accumulation_with_joint_targets_equals_one_big_batch(tmp_path, centerin
             adam_epsilon=1e-3,
         )
         states.append(trainer.model.state_dict())
+        gradients.append(recorder.gradients[0])
     for name, gradient in gradients[0].items():  # sums over images and tokens, whose error grows with their size
         atol = 2e-5 * gradient.abs().max().item()
         torch.testing.assert_close(gradients[1][name], gradient, atol=atol, rtol=0)
@@ -430,26 +428,15 @@ def test_joint_targets_are_those_of_the_whole_batch():
     assert not torch.allclose(alone.cls, joint[0].cls, rtol=1e-3)
 
 
-class Sizes(TrainerCallback):
-    """Return the sides of the global crops that the student gets in each step."""
-
-    def __init__(self):
-        self.seen = []
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        model.register_forward_pre_hook(
-            lambda module, positional, named: self.seen.append(named["global_crops"].shape[-1]), with_kwargs=True
-        )
-
-
 @pytest.mark.slow
-def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path):
+def test_the_last_steps_see_larger_crops_of_the_images_whose_turn_it_is(tmp_path, monkeypatch):
     """3 steps per epoch; the phase begins with step 4, within the second epoch, and continues in the third."""
-    small, large, sizes, plain = Crops(), Crops(global_size=6 * PATCH), Sizes(), Crops()
+    small, large, plain = Crops(), Crops(global_size=6 * PATCH), Crops()
+    forward = spy(monkeypatch, SelfDistillation, "forward")
     run = {"max_steps": 8, "save_strategy": "steps", "save_steps": 3, "high_resolution_steps": 4}
     larger = (large, DinoCollator((6, 6), mask_probability=1.0, seed=7))
-    whole = trained(tmp_path / "a", dataset=small, high_resolution=larger, callbacks=[sizes], **run)
-    assert sizes.seen == [16] * 4 + [24] * 4
+    whole = trained(tmp_path / "a", dataset=small, high_resolution=larger, **run)
+    assert [call.kwargs["global_crops"].shape[-1] for call in forward.call_args_list] == [16] * 4 + [24] * 4
     trained(tmp_path / "b", dataset=plain, max_steps=8)
     assert large.seen[:12] == plain.seen[12:24]
     name = "embeddings.position_embeddings"
@@ -476,18 +463,12 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
 
 
 def test_last_layer_stands_still_while_it_is_frozen(tmp_path):
-    states = []
-
-    class Spy(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            head = model.student["dino_head"]
-            states.append((head.last_layer.weight_v.clone(), head.mlp[0].weight.clone()))
-
-    start = tiny_network().student["dino_head"]
-    trained(tmp_path, callbacks=[Spy()], freeze_last_layer_steps=3, warmup_steps=0)
-    assert torch.equal(states[2][0], start.last_layer.weight_v)
-    assert not torch.equal(states[2][1], start.mlp[0].weight)
-    assert not torch.equal(states[3][0], start.last_layer.weight_v)
+    recorder, start = Recorder(), tiny_network().student["dino_head"]
+    trained(tmp_path, callbacks=[recorder], freeze_last_layer_steps=3, warmup_steps=0)
+    last, first = "student.dino_head.last_layer.weight_v", "student.dino_head.mlp.0.weight"
+    assert torch.equal(recorder.weights[2][last], start.last_layer.weight_v)
+    assert not torch.equal(recorder.weights[2][first], start.mlp[0].weight)
+    assert not torch.equal(recorder.weights[3][last], start.last_layer.weight_v)
 
 
 def test_schedules_reach_optimizer_teacher_and_log(tmp_path):
@@ -513,14 +494,9 @@ def test_schedules_reach_optimizer_teacher_and_log(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
-    class Poison(TrainerCallback):
-        def on_step_begin(self, args, state, control, model=None, **kwargs):
-            if state.global_step == 2:
-                with torch.no_grad():
-                    model.student["backbone"].layernorm.weight.fill_(math.nan)
 
     with pytest.raises(FloatingPointError, match=r"at step 2 .*koleo_loss"):
-        trained(tmp_path, callbacks=[Poison()])
+        trained(tmp_path, callbacks=[PoisonAt(2, "student.backbone.layernorm.weight")])
 
 
 def test_the_optimizer_moves_the_student_and_only_the_average_the_teacher(tmp_path):
@@ -649,12 +625,8 @@ def test_pretrain_continues_from_a_backbone_without_mask_token(tmp_path):
 def test_pretrain_resumes_from_the_last_checkpoint_and_keeps_one_line_per_step(tmp_path):
     save = {"save_strategy": "steps", "save_steps": 4, "resume_from_checkpoint": "last", "logging_steps": 1}
 
-    class Stop(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            control.should_training_stop = state.global_step == 5
-
     whole = pretrain(arguments(tmp_path / "a", **save), train_dataset=Crops())
-    pretrain(arguments(tmp_path / "b", **save), train_dataset=Crops(), callbacks=[Stop()])
+    pretrain(arguments(tmp_path / "b", **save), train_dataset=Crops(), callbacks=[StopAt(5)])
     resumed = pretrain(arguments(tmp_path / "b", **save), train_dataset=Crops())
     assert same_state(whole.state_dict(), resumed.state_dict())
     lines = [json.loads(line) for line in (tmp_path / "b" / "metrics.jsonl").read_text().splitlines()]
@@ -720,8 +692,8 @@ def test_pretrain_builds_its_own_data(tmp_path):
     assert processor["crop_size"] == {"height": 32, "width": 32}
 
 
-def test_pretrain_ends_on_larger_crops(tmp_path):
-    sizes = Sizes()
+def test_pretrain_ends_on_larger_crops(tmp_path, monkeypatch):
+    forward = spy(monkeypatch, SelfDistillation, "forward")
     args = arguments(
         tmp_path,
         data="digits",
@@ -732,26 +704,18 @@ def test_pretrain_ends_on_larger_crops(tmp_path):
         high_resolution_steps=0.5,
         high_resolution_size=32,
     )
-    pretrain(args, callbacks=[sizes])
-    assert sizes.seen == [24, 24, 32, 32]
+    pretrain(args)
+    assert [call.kwargs["global_crops"].shape[-1] for call in forward.call_args_list] == [24, 24, 32, 32]
     assert json.loads((tmp_path / "backbone" / "preprocessor_config.json").read_text())["crop_size"]["height"] == 32
 
 
 # ---- Observers ----
 
 
-def builtin_images(count, seed=0):
-    from PIL import Image
-
-    generator = torch.Generator().manual_seed(seed)
-    pixels = torch.randint(0, 256, (count, 16, 16, 3), generator=generator, dtype=torch.uint8)
-    return [Image.fromarray(image.numpy()) for image in pixels]
-
-
 def test_features_are_cls_and_mean_patch():
     from hf_regvit.models.processing import default_image_processor
 
-    backbone, images = tiny_network().teacher["backbone"], builtin_images(5)
+    backbone, images = tiny_network().teacher["backbone"], [noise(i, (16, 16)) for i in range(5)]
     processor = default_image_processor(16)
     features = backbone_features(backbone, images, image_processor=processor, batch_size=2)
     outputs = backbone(processor(images=images[3:4], return_tensors="pt")["pixel_values"])
@@ -763,7 +727,7 @@ def test_features_are_cls_and_mean_patch():
 def test_online_knn_logs_the_teacher_and_changes_nothing(tmp_path):
     from hf_regvit.models.processing import default_image_processor
 
-    labeled = list(zip(builtin_images(8), [0, 1] * 4, strict=True))
+    labeled = list(zip([noise(i, (16, 16)) for i in range(8)], [0, 1] * 4, strict=True))
     knn = OnlineKNN(labeled, labeled, image_processor=default_image_processor(16), every_steps=4, k=1)
     with_knn = trained(tmp_path / "a", callbacks=[knn, MetricsFile(tmp_path / "metrics.jsonl")])
     measured = [(entry["step"], entry["eval_knn_1"]) for entry in with_knn.state.log_history if "eval_knn_1" in entry]

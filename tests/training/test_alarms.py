@@ -5,6 +5,7 @@ import json
 import logging
 import math
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -30,10 +31,6 @@ class BadCrops(Crops):
         return item
 
 
-def step_of_image(dataset: Crops, image: int, batch: int = 3) -> int:
-    return next(i for i, (_, index) in enumerate(dataset.seen) if index == image) // batch
-
-
 # ---- NaN and infinity ----
 
 
@@ -41,7 +38,7 @@ def test_f54_a_loss_that_is_nan_stops_the_run_and_names_the_images(tmp_path):
     dataset = BadCrops()
     with pytest.raises(NonFiniteError) as stopped:
         trained(tmp_path, dataset=dataset, save_strategy="steps", save_steps=1, save_total_limit=1)
-    step = step_of_image(dataset, 4)
+    step = next(i for i, (_, index) in enumerate(dataset.seen) if index == 4) // 3
     assert step > 0  # otherwise there would be no checkpoint
     capture = json.loads((tmp_path / "nan_batch.json").read_text())
     assert (capture["step"], capture["where"]) == (step, "loss")
@@ -163,10 +160,7 @@ def test_f54_pretrain_reports_the_alarm(tmp_path):
 def test_f54_the_command_line_says_it_in_one_line(monkeypatch, capsys):
     from hf_regvit.app import cli
 
-    def fail(arguments):
-        raise NonFiniteError("the loss is nan at step 3")
-
-    monkeypatch.setitem(cli.RUNS, "pretrain", fail)
+    monkeypatch.setitem(cli.RUNS, "pretrain", Mock(side_effect=NonFiniteError("the loss is nan at step 3")))
     assert cli.main(["pretrain"]) == 1
     assert capsys.readouterr().err == "error: the loss is nan at step 3\n"
 
@@ -177,10 +171,8 @@ def test_f54_the_command_line_says_it_in_one_line(monkeypatch, capsys):
 def test_f66_out_of_memory_says_what_to_change(tmp_path, monkeypatch):
     from hf_regvit.pretraining.distillation import SelfDistillation
 
-    def forward(self, **batch):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-
-    monkeypatch.setattr(SelfDistillation, "forward", forward)
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    monkeypatch.setattr(SelfDistillation, "forward", Mock(side_effect=error))
     with pytest.raises(torch.OutOfMemoryError) as stopped:
         trained(tmp_path, per_device_train_batch_size=8)
     message = str(stopped.value)

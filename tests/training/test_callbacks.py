@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import IterableDataset
 from transformers.trainer_callback import TrainerState
 
+from builders import normal, tinted_folder
 from hf_regvit.data import loading as loading_module
 from hf_regvit.data import source as source_module
 from hf_regvit.data import tables as tables_module
@@ -36,11 +37,6 @@ from hf_regvit.pretraining.monitors import (
 from hf_regvit.training.callbacks import MetricsFile, Observer
 from losses_on_logits import student_outputs
 from tiny_run import Crops, arguments, same_state, tiny_batch, tiny_network, trained
-
-
-def pixels_of(count: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-
 
 # ---- Schedule ----
 
@@ -158,13 +154,8 @@ def test_targets_equal_their_loops():
     assert outputs["used_prototypes"].item() == len(used)
 
 
-@torch.no_grad()
-def cls_of(backbone, pixels):
-    return backbone(pixels).pooler_output
-
-
 def test_spread_of_features_equals_its_loop():
-    backbone, pixels = tiny_network().teacher_backbone, pixels_of(5)
+    backbone, pixels = tiny_network().teacher_backbone, normal(5, 3, 16, 16)
     with torch.no_grad():
         rows = [backbone(image[None]).pooler_output[0].double() for image in pixels]
     unit = [[value / math.sqrt(sum(v * v for v in row.tolist())) for value in row.tolist()] for row in rows]
@@ -172,7 +163,7 @@ def test_spread_of_features_equals_its_loop():
     for channel in zip(*unit, strict=True):
         mean = sum(channel) / 5
         deviations.append(math.sqrt(sum((value - mean) ** 2 for value in channel) / 5))
-    measured = feature_statistics(cls_of(backbone, pixels))
+    measured = feature_statistics(backbone(pixels).pooler_output.detach())
     assert measured["feature_std"] == pytest.approx(sum(deviations) / 16 * math.sqrt(16), rel=1e-5)
     squares = torch.linalg.svdvals(torch.tensor(unit)).square()
     shares = (squares / squares.sum()).tolist()
@@ -181,7 +172,7 @@ def test_spread_of_features_equals_its_loop():
 
 def test_spread_is_zero_for_one_image_and_one_for_noise():
     backbone = tiny_network().teacher_backbone
-    same = feature_statistics(cls_of(backbone, pixels_of(1).expand(6, -1, -1, -1)))
+    same = feature_statistics(backbone(normal(1, 3, 16, 16).expand(6, -1, -1, -1)).pooler_output.detach())
     assert same["feature_std"] == pytest.approx(0, abs=1e-6)
     assert same["effective_rank"] == pytest.approx(1, abs=1e-6)
     measured = feature_statistics(torch.randn(4000, 64, generator=torch.Generator().manual_seed(0)))
@@ -206,7 +197,7 @@ def test_distance_of_teacher_and_student_equals_its_loop():
 
 
 def test_monitor_logs_everything_and_changes_nothing(tmp_path):
-    pixels = pixels_of(12)
+    pixels = normal(12, 3, 16, 16)
     watched = trained(tmp_path / "a", callbacks=[Monitor(pixels, every_steps=3)])
     plain = trained(tmp_path / "b")
     assert same_state(watched.model.state_dict(), plain.model.state_dict())
@@ -224,7 +215,7 @@ def test_monitor_logs_everything_and_changes_nothing(tmp_path):
 
 
 def test_monitors_read_a_compiled_teacher(tmp_path):
-    network, pixels = tiny_network(), pixels_of(3)
+    network, pixels = tiny_network(), normal(3, 3, 16, 16)
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
     labeled = list(zip(shown, range(3), strict=True))
     knn = {"image_processor": default_image_processor(16), "every_steps": 4, "k": 1}
@@ -244,7 +235,7 @@ def test_monitors_read_a_compiled_teacher(tmp_path):
 
 def test_panels_are_written_through_the_run(tmp_path):
     shown = [Image.new("RGB", (16, 16), (40 * index, 0, 0)) for index in range(3)]
-    trained(tmp_path, callbacks=[Panels(shown, pixels_of(3), folder=tmp_path / "panels", every_steps=4)])
+    trained(tmp_path, callbacks=[Panels(shown, normal(3, 3, 16, 16), folder=tmp_path / "panels", every_steps=4)])
     files = sorted((tmp_path / "panels").iterdir())
     assert [path.name for path in files] == ["step_000000.png", "step_000004.png", "step_000006.png"]
     first, last = (Image.open(path) for path in (files[0], files[-1]))
@@ -257,7 +248,7 @@ def test_f58_a_full_disk_costs_metrics_and_panels_but_not_the_run(tmp_path, capl
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     (tmp_path / "panels").write_text("no folder can be made here")
     shown = [Image.new("RGB", (16, 16))] * 2
-    panels = Panels(shown, pixels_of(2), folder=tmp_path / "panels", every_steps=4)
+    panels = Panels(shown, normal(2, 3, 16, 16), folder=tmp_path / "panels", every_steps=4)
     trainer = trained(tmp_path, callbacks=[MetricsFile(tmp_path / "metrics.jsonl"), panels])
     assert trainer.state.global_step == 6
     assert caplog.text.count("metrics.jsonl' cannot be written ([Errno 28] No space left on device)") == 1
@@ -337,18 +328,6 @@ def test_online_linear_probe_is_logged_beside_knn(tmp_path):
 # ---- Observers of a run ----
 
 
-def images_folder(root, *, with_validation=True, count=12):
-    for split in ("train", "validation") if with_validation else ("train",):
-        for label, color in (("red", 0), ("blue", 2)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count if split == "train" else 4):
-                pixel = [10 * index, 10 * index, 10 * index]
-                pixel[color] = 250
-                Image.new("RGB", (24, 20), tuple(pixel)).save(folder / f"{index:02d}.png")
-    return str(root)
-
-
 def found(tmp_path, data, **overrides):
     args = arguments(
         tmp_path / "run",
@@ -360,8 +339,8 @@ def found(tmp_path, data, **overrides):
 
 
 def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
-    data = images_folder(tmp_path / "data")
-    (tmp_path / "data" / "train" / "blue" / "00.png").write_bytes(b"broken")
+    data = str(tinted_folder(tmp_path / "data", ("red", "blue"), train=12, validation=4))
+    (tmp_path / "data" / "train" / "blue" / "0.png").write_bytes(b"broken")
     monitor, panels, knn = found(tmp_path, data, linear_probe=True)
     assert isinstance(monitor, Monitor)
     assert monitor.pixel_values.shape == (23, 3, 16, 16)  # without the broken one
@@ -377,11 +356,11 @@ def test_a_labelled_folder_gets_monitor_panels_and_knn(tmp_path):
     expected = default_image_processor(16)(images=[record.image], return_tensors="pt")["pixel_values"]
     actual = knn.image_processor(images=[knn.heldout[0][0]], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
-    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0  # two plain colors
+    assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0  # two tints
 
 
 def test_limits_and_switches(tmp_path):
-    data = images_folder(tmp_path / "data")
+    data = str(tinted_folder(tmp_path / "data", ("red", "blue"), train=12, validation=4))
     (knn,) = found(tmp_path, data, monitor_steps=0, panel_steps=0, knn_max_images=16)
     assert (len(knn.neighbors), len(knn.heldout)) == (12, 4)
     assert sorted({label for _, label in knn.neighbors}) == [0, 1]  # evenly spread, so both classes are there
@@ -390,7 +369,7 @@ def test_limits_and_switches(tmp_path):
 
 
 def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_images(tmp_path, caplog):
-    data = images_folder(tmp_path / "data", with_validation=False)
+    data = str(tinted_folder(tmp_path / "data", ("red", "blue"), train=12))
     with caplog.at_level("INFO", logger="hf_regvit"):
         *_, knn = found(tmp_path, data)
     assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
@@ -402,7 +381,7 @@ def test_without_a_validation_part_knn_is_judged_on_a_quarter_of_the_training_im
 
 
 def test_without_labels_or_with_single_images_there_is_no_knn(tmp_path):
-    data = images_folder(tmp_path / "data", with_validation=False)
+    data = str(tinted_folder(tmp_path / "data", ("red", "blue"), train=12))
     for folder in (tmp_path / "data" / "train").iterdir():
         for image in sorted(folder.iterdir())[1:]:
             image.unlink()
@@ -442,6 +421,7 @@ def test_f56_a_stream_is_monitored_on_the_first_images_of_its_shards(tmp_path):
 
 def labelled_tables(folder, parts, names=("dark", "light")):
     """Parquet files `train-0.parquet` and so on, sorted by class as such files often are."""
+    folder.mkdir()
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(names))})
     for part in parts:
         for label, name in enumerate(names):
@@ -461,14 +441,8 @@ def knn_of_stream(tmp_path, *folders, **options):
     return observers(args, dataset, image_processor=processor)
 
 
-@pytest.fixture
-def table_folder(tmp_path):
-    (tmp_path / "tables").mkdir()
-    return tmp_path / "tables"
-
-
-def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folder):
-    data = labelled_tables(table_folder, ("train", "validation"))
+def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path):
+    data = labelled_tables(tmp_path / "tables", ("train", "validation"))
     (knn,) = knn_of_stream(tmp_path, data, knn_max_images=32)
     assert sorted(label for _, label in knn.neighbors) == [0] * 12 + [1] * 12  # every shard gives its share
     assert sorted(label for _, label in knn.heldout) == [0] * 4 + [1] * 4
@@ -478,9 +452,9 @@ def test_a_labelled_stream_gets_knn_on_its_validation_part(tmp_path, table_folde
     assert knn.measure(tiny_network(), 0)["eval_knn_10"] == 1.0
 
 
-def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, table_folder, caplog):
+def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_path, caplog):
     with caplog.at_level("INFO", logger="hf_regvit"):
-        (knn,) = knn_of_stream(tmp_path, labelled_tables(table_folder, ("train",)), knn_max_images=32)
+        (knn,) = knn_of_stream(tmp_path, labelled_tables(tmp_path / "tables", ("train",)), knn_max_images=32)
     assert "evaluated on a quarter of the training images, which the run sees without their labels" in caplog.text
     assert not knn.is_held_out
     assert sorted(label for _, label in knn.heldout) == [0] * 4 + [1] * 4
@@ -489,13 +463,11 @@ def test_a_labelled_stream_without_validation_part_is_judged_on_a_quarter(tmp_pa
     assert not any(image.tobytes() in seen for image, _ in knn.heldout)
 
 
-def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, table_folder, caplog):
-    data = labelled_tables(table_folder, ("train",))
-    other = tmp_path / "other"
-    other.mkdir()
-    labelled_tables(other, ("train",), names=("cat", "dog"))
+def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, caplog):
+    data = labelled_tables(tmp_path / "tables", ("train",))
+    other = labelled_tables(tmp_path / "other", ("train",), names=("cat", "dog"))
     with caplog.at_level("INFO", logger="hf_regvit"):
-        assert knn_of_stream(tmp_path, data, str(other)) == []
+        assert knn_of_stream(tmp_path, data, other) == []
     assert "so class ids are ambiguous" in caplog.text
     bare = tmp_path / "bare"
     bare.mkdir()
@@ -507,7 +479,7 @@ def test_streams_without_labels_or_with_other_classes_have_no_knn(tmp_path, tabl
 
 def test_one_image_of_the_monitors_is_decoded_at_a_time(tmp_path, monkeypatch):
     """1,000 images of 12 megapixels take 36 GB."""
-    data = images_folder(tmp_path / "data")
+    data = str(tinted_folder(tmp_path / "data", ("red", "blue"), train=12, validation=4))
     read, alive = [], []
     inner = source_module.ImageSource.__getitem__
 

@@ -10,14 +10,15 @@ import resource
 import shutil
 import signal
 import threading
-import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from builders import SignalAt, WorkerFault
 from hf_regvit import CheckpointCorruptError, CheckpointError
 from hf_regvit.models.manifest import CheckpointIncompleteError, verify_checkpoint, write_manifest
 from hf_regvit.models.saving import NoSpaceError
@@ -25,7 +26,7 @@ from hf_regvit.pretraining.distillation import HeadShape
 from hf_regvit.training.checkpoints import STAGING, list_checkpoints, newest_checkpoint, rotate_checkpoints
 from hf_regvit.training.samplers import EpochSampler
 from hf_regvit.training.signals import REQUEUE_EXIT_CODE, TrainingInterrupted, WorkerDeaths
-from tiny_run import Crops, arguments, same_state, trained
+from tiny_run import Crops, arguments, checkpoint_state, same_state, trained
 
 SAVING = {"save_strategy": "steps", "save_steps": 2}
 
@@ -49,13 +50,6 @@ def names(run: Path) -> list[str]:
     return [path.name for path in list_checkpoints(run)]
 
 
-def final_state(run: Path) -> dict:
-    """Weights and moments after step 6."""
-    state = load_file(run / "checkpoint-6" / "model.safetensors")
-    moments = torch.load(run / "checkpoint-6" / "optimizer.pt", weights_only=True)["state"]
-    return state | {f"{i}.{key}": value for i, entry in moments.items() for key, value in entry.items()}
-
-
 # ---- Checkpoint files ----
 
 
@@ -69,33 +63,28 @@ def test_a_checkpoint_lists_all_its_files_and_verifies(saved):
         assert {"model.safetensors", "optimizer.pt", "trainer_state.json", "resume_state.json"} <= set(listed)
 
 
-def damage_header(path: Path) -> None:
+def damage(path: Path, how: str) -> None:
+    """Damage a file in one of the ways that happen to files."""
     data = bytearray(path.read_bytes())
-    data[:8] = (2**40).to_bytes(8, "little")
+    match how:
+        case "F42":  # the length of the header
+            data[:8] = (2**40).to_bytes(8, "little")
+        case "F43":  # one bit
+            data[len(data) // 2] ^= 4
+        case "F42cut":
+            data = data[:-100]
+        case "zero":
+            data = b""
     path.write_bytes(data)
-
-
-def flip_bit(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
+    if how == "F59":
+        path.unlink()
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt", "trainer_state.json", "resume_state.json"])
-@pytest.mark.parametrize(
-    "damage", [damage_header, flip_bit, cut, empty, Path.unlink], ids=["F42", "F43", "F42cut", "zero", "F59"]
-)
-def test_damage_is_found_and_the_checkpoint_before_is_taken(run, file, damage, caplog):
+@pytest.mark.parametrize("how", ["F42", "F43", "F42cut", "zero", "F59"])
+def test_damage_is_found_and_the_checkpoint_before_is_taken(run, file, how, caplog):
     path = run / "checkpoint-6" / file
-    damage(path)
+    damage(path, how)
     with pytest.raises(CheckpointCorruptError, match=file):
         verify_checkpoint(run / "checkpoint-6")
     with caplog.at_level(logging.WARNING):
@@ -138,18 +127,18 @@ def test_no_checkpoint_at_all(tmp_path):
 
 
 def test_a_named_checkpoint_that_is_broken_is_refused_and_left_where_it_is(run):
-    flip_bit(run / "checkpoint-4" / "model.safetensors")
+    damage(run / "checkpoint-4" / "model.safetensors", "F43")
     with pytest.raises(CheckpointCorruptError, match=r"checkpoint-4/model\.safetensors.*sha256"):
         trained(run, resume=str(run / "checkpoint-4"), **SAVING)
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
 def test_a_run_resumed_after_damage_ends_like_the_unbroken_one(run, saved):
-    flip_bit(run / "checkpoint-6" / "optimizer.pt")
-    empty(run / "checkpoint-4" / "model.safetensors")
+    damage(run / "checkpoint-6" / "optimizer.pt", "F43")
+    damage(run / "checkpoint-4" / "model.safetensors", "zero")
     trainer = trained(run, resume="last", **SAVING)
     assert trainer.state.global_step == 6
-    assert same_state(final_state(run), final_state(saved))
+    assert same_state(checkpoint_state(run / "checkpoint-6"), checkpoint_state(saved / "checkpoint-6"))
     assert names(run) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
 
@@ -204,10 +193,6 @@ def test_rotation_never_deletes_the_checkpoint_just_written(run):
 # ---- Writing fails ----
 
 
-def full_disk(*args, **kwargs):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.mark.parametrize("what", ["torch.save", "safetensors.torch.save_file", "os.fsync"])
 def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
     """The second of three checkpoints cannot be written: it is removed, the run continues, the others are intact."""
@@ -215,7 +200,7 @@ def test_f58_disk_full_while_saving(tmp_path, monkeypatch, caplog, what):
     class DiskFull(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
             if state.global_step == 3:
-                monkeypatch.setattr(what, full_disk)
+                monkeypatch.setattr(what, Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
             if state.global_step == 4:
                 monkeypatch.undo()
 
@@ -275,10 +260,7 @@ def test_f58_the_system_refuses_to_write_a_file(tmp_path, caplog):
 
 
 def test_an_error_that_is_not_the_disks_is_not_swallowed(tmp_path, monkeypatch):
-    def broken(*args, **kwargs):
-        raise RuntimeError("shapes do not fit")
-
-    monkeypatch.setattr("torch.save", broken)
+    monkeypatch.setattr(torch, "save", Mock(side_effect=RuntimeError("shapes do not fit")))
     with pytest.raises(RuntimeError, match="shapes do not fit"):
         trained(tmp_path, **SAVING)
 
@@ -302,28 +284,20 @@ def test_a_new_run_does_not_mix_its_checkpoints_with_those_of_an_earlier_one(run
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_f60_a_signal_saves_stops_and_the_run_resumes_exactly(tmp_path, saved, number):
-    class Scheduler(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 2:  # within the third step
-                os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match=rf"{number.name} after step 3 of 6") as stop:
-        trained(tmp_path, callbacks=[Scheduler()], **SAVING)
+        trained(tmp_path, callbacks=[SignalAt(2, number)], **SAVING)
     assert stop.value.code == REQUEUE_EXIT_CODE == 85
     assert signal.getsignal(number) == before
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-3"]
     trained(tmp_path, resume="last", **SAVING)
-    assert same_state(final_state(tmp_path), final_state(saved))
+    assert same_state(checkpoint_state(tmp_path / "checkpoint-6"), checkpoint_state(saved / "checkpoint-6"))
 
 
 def test_f60_a_signal_in_the_last_step_changes_nothing(tmp_path):
-    class Scheduler(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            if state.global_step == 5:
-                os.kill(os.getpid(), signal.SIGTERM)
 
-    assert trained(tmp_path, callbacks=[Scheduler()]).state.global_step == 6
+    assert trained(tmp_path, callbacks=[SignalAt(5)]).state.global_step == 6
 
 
 def test_f60_a_run_that_is_through_and_is_queued_again_makes_no_further_step(run, saved, caplog):
@@ -406,40 +380,21 @@ def test_f63_the_names_of_the_images_count(tmp_path):
 # ---- Workers ----
 
 
-class Failing(Crops):
-    """Dataset whose worker dies or hangs at one image, for a limited number of times."""
-
-    def __init__(self, folder: Path, how: str, times: int) -> None:
-        super().__init__()
-        self.folder, self.how, self.times = folder, how, times
-
-    def __getitem__(self, key):
-        if key[0] == 1 and torch.utils.data.get_worker_info() is not None:
-            order = torch.utils.data.get_worker_info().id
-            marks = len(list(self.folder.iterdir()))
-            if order == 1 and marks < self.times:
-                (self.folder / str(marks)).touch()
-                if self.how == "dies":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                time.sleep(60)
-        return super().__getitem__(key)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["dies", "hangs"])
 def test_f64_workers_are_started_again_once(tmp_path, saved, caplog, how):
-    (tmp_path / "marks").mkdir()
+    fault = WorkerFault(tmp_path / "marks", how, 1, at=1, worker=1)
     options = {"dataloader_num_workers": 2, "dataloader_timeout": 4, **SAVING}
-    trained(tmp_path / "run", dataset=Failing(tmp_path / "marks", how, 1), **options)
+    trained(tmp_path / "run", dataset=Crops(before=fault), **options)
     assert "Restarting the workers. One of these images was being read:" in caplog.text
-    assert same_state(final_state(tmp_path / "run"), final_state(saved))
+    assert same_state(checkpoint_state(tmp_path / "run" / "checkpoint-6"), checkpoint_state(saved / "checkpoint-6"))
 
 
 @pytest.mark.slow
 def test_f64_workers_that_fail_twice_end_the_run_and_the_images_are_named(tmp_path):
-    (tmp_path / "marks").mkdir()
+    fault = WorkerFault(tmp_path / "marks", "dies", 2, at=1, worker=1)
     with pytest.raises(RuntimeError, match="DataLoader") as failure:
-        trained(tmp_path / "run", dataset=Failing(tmp_path / "marks", "dies", 2), dataloader_num_workers=2)
+        trained(tmp_path / "run", dataset=Crops(before=fault), dataloader_num_workers=2)
     assert "One of these images was being read" in "".join(failure.value.__notes__)
 
 
@@ -459,20 +414,12 @@ def deaths():
     signal.signal(signal.SIGCHLD, before)
 
 
-def broken_connection():
+def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
     ours, theirs = multiprocessing.Pipe()
     theirs.close()
-    return ours
-
-
-def a_worker_dies(after=0.0):
-    threading.Timer(after, os.kill, (os.getpid(), signal.SIGCHLD)).start()
-
-
-def test_f64_a_connection_that_breaks_is_a_dead_worker(deaths):
-    a_worker_dies(after=0.2)
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGCHLD)).start()
     with pytest.raises(RuntimeError, match="pid 1") as failure, deaths.waiting():
-        broken_connection().recv()
+        ours.recv()
     assert isinstance(failure.value.__cause__, EOFError)
     with deaths.waiting():  # the connection and the signal report the same death
         pass
