@@ -1,14 +1,21 @@
 """Defects with a known origin in random models of eight families: are they found, named and repaired?"""
 
+import math
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import BitImageProcessor
 
 from hf_regvit import diagnose
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
+from hf_regvit.diagnosis.retrofit import RetrofitError, retrofit
 from hf_regvit.diagnosis.sinks import SinkReader, counted, sink_events
+from hf_regvit.models import modeling_regvit
+from hf_regvit.models.processing import EvaluationTransform
 from hf_regvit.models.tokens import TokenReader
-from planted_defects import MODELS, PROCESSOR, QUIET, plant_neuron, plant_sink, sample
+from planted_defects import MODELS, PROCESSOR, QUIET, Sample, plant_neuron, plant_sink, sample
 
 
 @pytest.fixture(scope="module")
@@ -66,3 +73,150 @@ def test_a_broadcast_sink_in_a_report(seen, other):
     assert found["class"][3][1] == "B"
     assert found["per_image"]["broadcast"] == 2
     assert report.spurious["hijackers"]["largest"] > 3  # one head of three, in one of the last two blocks
+
+
+# --- Repair ---
+
+
+def two_populations(family, seen, *, second=True):
+    """Model with a strong population from block 2 on and, by default, a weaker one from block 4 on."""
+    model = MODELS[family]()
+    plant_neuron(model, seen, kind=0, block=1, neuron=37, ratio=20.0)
+    if second:
+        plant_neuron(model, seen, kind=1, block=3, neuron=11, ratio=8.0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def both_kinds():
+    return sample(96, seed=0, kinds=2)
+
+
+@pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit"])
+def test_two_populations_take_two_passes(family, both_kinds):
+    model = two_populations(family, both_kinds)
+    result = retrofit(model, both_kinds.images, num_register_tokens=4, **QUIET)
+    report = result.report
+    assert report.neurons == [[1, 37], [3, 11]]
+    assert [found["layer"] for found in report.passes] == [2, 4]
+    assert [found["share_after"] for found in report.passes] == [0, 0]
+    assert report.stopped.startswith("clean: No distinct outlier population")
+    assert report.judged["after"]["layers_with_outliers"] == []
+    assert "group 2" in report.summary()
+    assert result.model.config.register_sizes == [96]
+
+
+@pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit", "ijepa", "timm"])
+def test_one_register_repairs_a_planted_neuron(family, seen):
+    model = MODELS[family]()
+    plant_neuron(model, seen)
+    result = retrofit(model, seen.images, num_register_tokens=1, top_k=1, **QUIET)
+    assert result.report.neurons == [[2, 37]]
+    after = result.report.judged["after"]
+    assert after["outlier_share"] == 0
+    assert after["patch_cosine"] >= (0.998 if family == "siglip" else 0.999)
+    pixels, model = seen.pixels[:8], result.model.base_model
+    whole, alone = model(pixels), torch.cat([model(x[None]).last_hidden_state for x in pixels])
+    torch.testing.assert_close(whole.last_hidden_state, alone, atol=1e-4, rtol=0)
+
+
+def test_one_population_takes_one_pass_and_none_is_refused(both_kinds):
+    model = two_populations("regvit", both_kinds, second=False)
+    report = retrofit(model, both_kinds.images, num_register_tokens=2, **QUIET).report
+    assert report.neurons == [[1, 37]]
+    assert len(report.passes) == 1
+    assert report.stopped.startswith("clean")
+    with pytest.raises(RetrofitError, match="No distinct outlier population"):
+        retrofit(MODELS["regvit"](), both_kinds.images, **QUIET)
+
+
+def test_the_number_of_passes_can_be_limited(both_kinds):
+    model = two_populations("regvit", both_kinds)
+    report = retrofit(model, both_kinds.images, num_register_tokens=2, max_passes=1, **QUIET).report
+    assert report.neurons == [[1, 37]]
+    assert report.stopped == "max_passes=1 reached"
+    assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
+
+
+def test_a_neuron_that_is_active_everywhere_is_never_chosen(both_kinds):
+    model = two_populations("regvit", both_kinds, second=False)
+    with torch.no_grad():
+        model.layers[1].mlp.fc1.bias[5] = 50.0
+    report = retrofit(model, both_kinds.images, num_register_tokens=2, **QUIET).report
+    assert report.neurons == [[1, 37]]
+
+
+def test_a_model_with_registers_keeps_them_and_gets_others(both_kinds):
+    model = MODELS["regvit"]()
+    model.resize_register_tokens(2)
+    plant_neuron(model, both_kinds)
+    result = retrofit(model, both_kinds.images, num_register_tokens=3, **QUIET)
+    config = result.model.config
+    assert (config.num_register_tokens, config.num_test_time_registers) == (5, 3)
+    assert result.report.num_register_tokens == 3
+    assert torch.equal(result.model.embeddings.register_tokens[:, :2], model.embeddings.register_tokens)
+    assert not result.model.embeddings.register_tokens[:, 2:].any()
+    assert result.report.judged["before"]["layers_with_outliers"] == [3, 4, 5, 6]
+    assert result.report.judged["after"]["layers_with_outliers"] == []
+    norms = TokenReader(result.model).read(both_kinds.pixels[:4], layers=(3,)).registers().norm(dim=-1)
+    assert norms[:, :2].max() < 0.3 * norms[:, 2:].min()  # the neuron writes into the new ones only
+    assert result.model.config.to_dict()["register_sizes"] == [96]
+    with pytest.raises(RetrofitError, match="already has test-time registers"):
+        retrofit(result.model, both_kinds.images, **QUIET)
+
+
+def framed(inner, seed):
+    """The images in the middle of larger ones of noise, whose border has 3 flat cells at -1: a second kind."""
+    rng = np.random.default_rng(seed)
+    count, border = len(inner.images), np.ones((18, 18), dtype=bool)
+    border[3:15, 3:15] = False
+    cells = [np.zeros((count, 18, 18), dtype=bool) for _ in range(2)]
+    cells[0][:, 3:15, 3:15] = inner.cells[0].reshape(count, 12, 12)
+    images = []
+    for image, middle in enumerate(inner.images):
+        values = rng.normal(0, 0.6, (144, 144, 3))
+        for row, column in rng.permutation(np.argwhere(border))[:3]:
+            values[8 * row : 8 * row + 8, 8 * column : 8 * column + 8] = -1.0
+            cells[1][image, row, column] = True
+        images.append(Image.fromarray(np.clip((values * 0.25 + 0.5) * 255, 0, 255).astype(np.uint8)))
+        images[-1].paste(middle, (24, 24))
+    return Sample(images, PROCESSOR(images, return_tensors="pt").pixel_values, [m.reshape(count, -1) for m in cells])
+
+
+def cropping(size):
+    sizes = {"crop_size": {"height": size, "width": size}}
+    return BitImageProcessor(do_resize=False, image_mean=[0.5] * 3, image_std=[0.25] * 3, **sizes)
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_sizes_are_tested_stored_and_warned_about(seen, second, monkeypatch, tmp_path):
+    """At 144 px, the crop shows cells of a second population that the search at 96 px cannot see."""
+    model, large = MODELS["regvit"](), framed(seen, 5)
+    plant_neuron(model, seen, block=1, ratio=20.0)
+    if second:
+        plant_neuron(model, large, kind=1, block=3, neuron=11, ratio=20.0)
+
+    def transform_for(reader, *, image_size=None):
+        return EvaluationTransform.for_model(reader.model, cropping(image_size or 96))
+
+    monkeypatch.setattr(TokenReader, "transform_for", transform_for)
+    settings = {"processor": cropping(96), "progress": False, "num_register_tokens": 1}
+    result = retrofit(model, large.images, image_sizes=[144], **settings)
+    assert result.report.neurons == [[1, 37]]
+    (size,) = result.report.sizes
+    assert size["image_size"] == 144
+    assert size["proved"] == (not second)
+    assert size["suggested_registers"] in (1, math.ceil(size["outliers_per_image"]))
+    assert ("at 144" in result.summary(), size["layers_with_outliers"] == []) == (True, not second)
+    result.model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert loaded.config.register_sizes == ([96] if second else [96, 144])
+    said = []
+    monkeypatch.setattr(modeling_regvit.logger, "warning_once", said.append)
+    loaded(seen.pixels[:1])
+    assert said == []
+    loaded(large.pixels[:1])
+    assert len(said) == second
+    if second:
+        assert "tested on images of [96] pixels, but this image has 144 x 144" in said[0]
+        assert "regvit retrofit --image_sizes 144" in said[0]

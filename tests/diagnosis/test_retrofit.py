@@ -268,8 +268,8 @@ def test_models_with_heads(cls):
 
 
 def test_what_cannot_get_registers():
-    with pytest.raises(RetrofitError, match=r"already has 4 registers"):
-        add_test_time_registers(build(num_register_tokens=4), NEURONS)
+    with pytest.raises(RetrofitError, match=r"already has test-time registers, which 2 neurons write into"):
+        add_test_time_registers(build(num_register_tokens=4, register_neurons=[[0, 1], [1, 2]]), NEURONS)
     with pytest.raises(TypeError, match=r"model is a Linear.*convert\(\)"):
         add_test_time_registers(torch.nn.Linear(2, 2), NEURONS)
 
@@ -382,7 +382,7 @@ def test_what_is_told_of_a_variant_equals_its_loop():
 
     before, after = seen(0), seen(2)
     tally = _Tally(1, 0.6, 2)
-    tally.add(before, after)
+    tally.add(before, after, before.norms[1] > 0.6)
     told = tally.row()
     on_outliers, on_registers, cosines, normal = [], [], [], []
     for image in range(3):

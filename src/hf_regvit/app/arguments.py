@@ -204,13 +204,15 @@ class DiagnoseArguments(_ArtifactArguments):
 class RetrofitArguments(_ArtifactArguments):
     """Options of `regvit retrofit`."""
 
-    model: str = _model("RegViT without registers, or any model that `regvit convert` accepts")
+    model: str = _model("RegViT, or any model that `regvit convert` accepts")
     output_dir: str = option(MISSING, "New output folder for the checkpoint, its report and figures.")
     num_register_tokens: int | None = option(None, "Number of registers to add. Default: the best of 1, 2, 4 and 8.")
     top_k: int | None = option(None, "Number of neurons to move. Default: the best of 1 to 50.")
     highest_block: int | None = option(
         None, "Last block to take neurons from, from 0. Default: the block in which outliers first appear."
     )
+    max_passes: int = option(4, "Maximum number of groups of neurons, each searched in the model repaired so far.")
+    image_sizes: list[int] = option([], "Other image sizes in pixels at which to test the result, e.g. 320 448.")
     max_images: int = option(500, "Maximum number of images, drawn at random with --seed.")
 
 

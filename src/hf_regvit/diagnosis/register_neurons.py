@@ -199,24 +199,24 @@ def _find_outliers(norms: dict[int, NDArray[np.float32]], cutoff: float | str) -
 def add_test_time_registers(
     model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int]], *, num_register_tokens: int = 1
 ) -> Any:
-    """Return a copy of a RegViT with zero registers into which the given neurons write instead of into patches.
+    """Return a copy of a RegViT with more registers, which are zero and into which the given neurons write.
 
     Args:
-        model: RegViT without registers, with or without a head; not modified.
+        model: RegViT, with or without a head; not modified. Registers that it has come first and are not written into.
         neurons: `[block, neuron]` pairs, counted from 0. If empty, registers are added and no output is moved.
-        num_register_tokens: Number of registers R, at least 1.
+        num_register_tokens: Number of registers R to add, at least 1.
 
     Returns:
         Model of the same class, in eval mode.
 
     Raises:
-        RetrofitError: The model already has registers.
+        RetrofitError: The model already has test-time registers.
         ConfigError: A neuron that the model does not have.
         TypeError: `model` is not a RegViT.
     """
     if not isinstance(model, RegViTPreTrainedModel):
         raise TypeError(f"model is a {type(model).__name__}, but a RegViT is required. Convert it with convert().")
-    check_no_registers(model)
+    check_no_neurons(model)
     return copy.deepcopy(with_shared_weights(model, neurons, num_register_tokens))
 
 
@@ -235,28 +235,30 @@ def silence_neurons(model: RegViTPreTrainedModel, neurons: Sequence[Sequence[int
     return made
 
 
-def check_no_registers(model: Any) -> None:
-    """Raise a RetrofitError if a model already has registers."""
-    if model.config.num_register_tokens:
+def check_no_neurons(model: Any) -> None:
+    """Raise a RetrofitError if a model already has test-time registers."""
+    if model.config.register_neurons:
         raise RetrofitError(
-            f"The model already has {model.config.num_register_tokens} registers. Test-time registers are for models "
-            "without registers."
+            f"The model already has test-time registers, which {len(model.config.register_neurons)} neurons write "
+            "into. Apply the retrofit to the model that it was made from; it finds several groups of neurons."
         )
 
 
 def with_shared_weights(model: Any, neurons: Sequence[Sequence[int]], num_register_tokens: int) -> Any:
     """Build the model of `add_test_time_registers` without copying weights, for short-lived models."""
     config = copy.deepcopy(model.config)
-    config.num_register_tokens = num_register_tokens
+    config.num_register_tokens += num_register_tokens
     config.register_neurons = [list(pair) for pair in neurons] or None
+    config.num_test_time_registers = num_register_tokens if neurons and model.config.num_register_tokens else None
     with torch.device("meta"):
         made = type(model)(config)
     state = model.state_dict()
     if num_register_tokens:
         projection = "patch_embeddings.projection.bias"
         name = next(name for name in state if name.endswith(f"embeddings.{projection}"))
-        zeros = state[name].new_zeros(1, num_register_tokens, config.hidden_size)
-        state = state | {name.replace(projection, "register_tokens"): zeros}
+        added = state[name].new_zeros(1, num_register_tokens, config.hidden_size)
+        name = name.replace(projection, "register_tokens")
+        state = state | {name: torch.cat([state[name], added], dim=1) if name in state else added}
     made.load_state_dict(state, assign=True)
     made.image_processor = getattr(model, "image_processor", None)
     return made.eval()

@@ -10,6 +10,7 @@ blocks. Layer i is the output of block i counted from 1, as in a diagnosis. The 
 as in `model.layers`.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -29,13 +30,13 @@ from ..models.processing import EvaluationTransform, known_processor
 from ..models.results import Record, Result, Stopwatch, markdown_table
 from ..models.saving import check_space, keeping, num_bytes
 from ..models.tokens import TokenReader
-from .outliers import find_cutoff
-from .readings import read_norms
+from .outliers import find_cutoff, reported_layer
+from .readings import read_norms, token_norms
 from .register_neurons import (
     RegisterNeurons,
     RetrofitError,
     add_test_time_registers,
-    check_no_registers,
+    check_no_neurons,
     read_all_norms,
     search_neurons,
     silence_neurons,
@@ -50,6 +51,9 @@ REGISTERS = (1, 2, 4, 8)
 MAX_REMAINING_SHARE = 0.05  # largest share of the outliers that may remain if a candidate counts as removing them
 EXAMPLES = 4  # test images that are returned, for figures
 NEGLIGIBLE_COSINE_GAIN = 0.001  # gain in mean cosine that does not justify more neurons or registers
+MAX_COSINE_LOSS = 0.02  # loss of cosine with the source in one more pass that makes the model worse
+MAX_SUGGESTED_REGISTERS = 16
+WORTHWHILE_COSINE_GAIN = 0.005  # gain in mean cosine at a larger image size for which more registers are suggested
 FAILURE_SHARE = 0.5  # if the best candidate leaves a larger share of the outliers, the retrofit fails
 
 
@@ -77,6 +81,10 @@ class RetrofitReport(Result):
             outliers and on registers. Without CLS, `cls_cosine` is that of the mean patch, and no attention is read.
         settings: Settings of the call.
         seconds: Wall time of each step.
+        passes: One record per group of neurons, in the order of the search: layer, cut-off and emergence of its
+            outliers, their share before and after, neurons, and cosines with the source.
+        stopped: Reason why the search ended after the last pass.
+        sizes: Measurements on the test images at other image sizes.
     """
 
     model: Record
@@ -91,6 +99,9 @@ class RetrofitReport(Result):
     judged: dict[str, Record]
     settings: Record
     seconds: dict[str, float]
+    passes: list[Record] | None = None
+    stopped: str | None = None
+    sizes: list[Record] | None = None
 
     file_name: ClassVar = "retrofit_report.json"
 
@@ -137,9 +148,25 @@ class RetrofitReport(Result):
             f"neurons    {len(self.neurons)}, as block.neuron counted from 0 (mean activation at outliers): "
             f"{self._neuron_text(5, scores=True)}",
             f"registers  {self.num_register_tokens}",
+            *self._pass_lines(),
             markdown_table(self._rows()),
         ]
         return "\n".join([*lines, f"verdict    {self.verdict}", f"took       {self.seconds['total']:.0f} s"])
+
+    def _pass_lines(self) -> list[str]:
+        """Return a line for each group of neurons if there are several, and one for each image size."""
+        groups = [
+            f"group {i}    {len(found['neurons'])} neurons; outliers of block {found['layer']} fell from "
+            f"{found['share']:.2%} to {found['share_after']:.2%}"
+            for i, found in enumerate(self.passes or (), start=1)
+        ]
+        sizes = [
+            f"at {found['image_size']:<8}outliers fell from {found['share_before']:.2%} to {found['share_after']:.2%} "
+            f"({found['outliers_per_image']:.1f} per image before); cosine of patches {found['patch_cosine']:.3f}; "
+            f"suggested registers: {found['suggested_registers']}"
+            for found in self.sizes or ()
+        ]
+        return groups * (len(groups) > 1) + sizes
 
     def _rows(self) -> list[list[str]]:
         """Return the measurements on the test images as a table."""
@@ -212,6 +239,8 @@ def retrofit(
     num_register_tokens: int | None = None,
     top_k: int | None = None,
     highest_block: int | None = None,
+    max_passes: int = 4,
+    image_sizes: Sequence[int] = (),
     cutoff: float | str = "auto",
     max_images: int = 500,
     processor: object = None,
@@ -226,18 +255,22 @@ def retrofit(
     The images are split at random: at least half of them serve to search the neurons, up to a quarter (at most 64) to
     choose the numbers of neurons and registers, and a quarter to test the result. Among the candidates that remove
     95 % of the outliers, the choice is the smallest one that changes CLS and normal patches as little as the best one
-    (mean cosine within 0.001): first the number of neurons, then the number of registers. If an image has several
-    outliers, one register may not suffice, because a single token cannot receive the attention of several.
+    (mean cosine within 0.001): first the number of neurons, then the number of registers. One register may not
+    suffice for several outliers in an image.
 
     Args:
-        model: Model without registers, its name, or a reader; see `open_model`. A model of another family is converted
-            to a RegViT.
+        model: Model, its name, or a reader; see `open_model`. A model of another family is converted to a RegViT.
+            Registers that it has remain as they are, and the new ones follow them.
         images: Images as for `diagnose`; at least 32, and 500 for reproducible numbers.
         num_register_tokens: Number of registers R; default chosen among 1, 2, 4 and 8.
         top_k: Number of neurons; default chosen among 1 to 50.
         highest_block: Last block to take neurons from, counted from 0; default the one whose output has the first
             outliers.
-        cutoff: "auto", or the norm above which a patch counts as an outlier.
+        max_passes: Maximum number of groups of neurons. After each group, the search starts again in the repaired
+            model, until its norms have one mode, a group does not help, or it changes the model too much.
+        image_sizes: Other image sizes in pixels at which to test the result. Sizes without outliers are stored in the
+            config as `register_sizes`, and the model warns about images outside of their range.
+        cutoff: "auto", or the norm above which a patch counts as an outlier in the first pass.
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
         processor: Image processor; default the model's own.
         batch_size: Number of images per forward pass.
@@ -249,7 +282,7 @@ def retrofit(
     Raises:
         FileExistsError: `output_dir` already contains a checkpoint.
         RetrofitError: No outliers to move, no neurons that carry at least half of them, too few images, a setting out
-            of range, or a model that already has registers.
+            of range, or a model that already has test-time registers.
         ConversionError: The model cannot be expressed as a RegViT.
         UnknownProcessorError: No image processor is given, and the model has none.
 
@@ -261,49 +294,66 @@ def retrofit(
     if output_dir is not None:  # before the minutes of the search
         check_space(output_dir, num_bytes(reader.model.state_dict().values()))
     description, transform = reader.description, reader.transform
-    limits = {"num_register_tokens": num_register_tokens, "top_k": top_k, "highest_block": highest_block}
+    limits = {"num_register_tokens": num_register_tokens, "top_k": top_k}
+    limits |= {"highest_block": highest_block, "max_passes": max_passes}
     drawn: Record = {"max_images": max_images, "batch_size": batch_size, "seed": seed}
-    settings = limits | {"cutoff": cutoff} | drawn | {"preprocessing": transform.description}
+    settings = (
+        limits
+        | {"cutoff": cutoff, "image_sizes": list(image_sizes)}
+        | drawn
+        | {"preprocessing": transform.description}
+    )
     _check_ranges(settings, description.num_layers)
     prepared = prepare_images(images, transform, **drawn)
     norms = read_all_norms(reader, prepared, progress=progress)
     parts = _divide(len(norms[0]), seed)
-    neurons = search_neurons(reader, prepared, norms, cutoff, parts["search"])
+    search = _Search(reader, prepared, parts, settings)
+    search.run(norms)
     watch.lap("search")
-
-    tried = _try_candidates(reader, list(_rows(prepared, parts["choice"])), neurons, settings)
-    chosen = next(record for record in tried if record["chosen"])
-    pairs, registers = neurons.best(chosen["top_k"], highest_block=highest_block), chosen["num_register_tokens"]
+    tried, registers = search.choose_registers()
     source: Any = reader.model
-    made = add_test_time_registers(source, pairs, num_register_tokens=registers)
+    made = add_test_time_registers(source, search.pairs, num_register_tokens=registers)
     if hasattr(reader.processor, "save_pretrained"):
         made.image_processor = reader.processor
     watch.lap("choice")
-
     batches = _rows(prepared, parts["judged"])
     first = next(batches)
-    judged = _measure_on_test_images(reader, made, chain([first], batches), neurons, seed)
+    judged = _measure_on_test_images(search, made, chain([first], batches), seed)
+    sizes = [
+        _measure_size(search, made, prepare_images(images, reader.transform_for(image_size=size), **drawn), parts)
+        for size in image_sizes
+    ]
+    native = [round((first.shape[-2] * first.shape[-1]) ** 0.5)] * (not judged["after"]["layers_with_outliers"])
+    made.config.register_sizes = sorted({*native, *(size["image_size"] for size in sizes if size["proved"])}) or None
     watch.lap("test")
-    report = RetrofitReport(
-        model={
-            "name": Path(model).name if isinstance(model, str | Path) else description.name,
-            **{name: getattr(description, name) for name in ("num_layers", "hidden_size")},
-            "num_neurons": neurons.scores.numel(),
-        },
-        neurons=pairs,
-        scores=[float(neurons.scores[block, neuron]) for block, neuron in pairs],
-        num_register_tokens=registers,
-        **{name: getattr(neurons, name) for name in ("layer", "cutoff", "emergence")},
-        images={name: int(rows.sum()) for name, rows in parts.items()},
-        tried=tried,
-        judged=judged,
-        settings=settings,
-        seconds=watch.seconds,
-    )
+    name = Path(model).name if isinstance(model, str | Path) else description.name
+    measured = {"tried": tried, "judged": judged, "sizes": sizes, "settings": settings, "seconds": watch.seconds}
+    report = _report(name, search, made, parts, measured)
     result = RetrofitResult(made, source, report, first[:EXAMPLES], transform)
     if output_dir is not None:
         result.save(output_dir)
     return result
+
+
+def _report(
+    name: str, search: "_Search", made: Any, parts: dict[str, NDArray[np.bool_]], measured: Record
+) -> RetrofitReport:
+    description, neurons = search.reader.description, search.populations[0].neurons
+    return RetrofitReport(
+        model={
+            "name": name,
+            **{name: getattr(description, name) for name in ("num_layers", "hidden_size")},
+            "num_neurons": neurons.scores.numel(),
+        },
+        neurons=search.pairs,
+        scores=search.scores,
+        num_register_tokens=made.config.num_register_tokens - description.num_register_tokens,
+        **{name: getattr(neurons, name) for name in ("layer", "cutoff", "emergence")},
+        images={name: int(rows.sum()) for name, rows in parts.items()},
+        passes=search.records,
+        stopped=search.stopped,
+        **measured,
+    )
 
 
 def _check_new(folder: str | Path | None) -> None:
@@ -312,18 +362,19 @@ def _check_new(folder: str | Path | None) -> None:
 
 
 def _open(model: TokenReader | nn.Module | str | Path, device: str | torch.device, processor: object) -> TokenReader:
-    """Open a model as a RegViT without registers."""
+    """Open a model as a RegViT without test-time registers."""
     if isinstance(model, TokenReader):
         processor = model.processor if processor is None else processor
     elif not isinstance(model, nn.Module):  # a name: the RegViT is on the CPU until now
         device = choose_device(device)
     source = open_regvit(model)
-    check_no_registers(source)
+    check_no_neurons(source)
     return open_model(source, device=device, processor=processor)
 
 
 def _check_ranges(settings: Record, num_layers: int) -> None:
     limits = {"num_register_tokens": (1, 1024), "top_k": (1, 10**6), "highest_block": (0, num_layers - 1)}
+    limits |= {"max_passes": (1, 100)}
     for name, (low, high) in limits.items():
         if settings[name] is not None and not low <= settings[name] <= high:
             raise RetrofitError(f"{name}={settings[name]} is out of range. Expected a value in [{low}, {high}].")
@@ -380,9 +431,8 @@ class _Tally:
         self.norms: list[Tensor] = []
         self.values: dict[str, list[Tensor]] = {}
 
-    def add(self, before: _SearchReadings, after: _SearchReadings) -> None:
-        """Add the readings of the model and of the variant on the same batch."""
-        outlier = before.norms[self.layer] > self.cutoff  # (B, N)
+    def add(self, before: _SearchReadings, after: _SearchReadings, outlier: Tensor) -> None:
+        """Add the readings of the model and of the variant on the same batch; `outlier` (B, N) are not normal."""
         found = {
             "cls_cosine": F.cosine_similarity(after.cls, before.cls, dim=-1),
             "patch_cosine": F.cosine_similarity(after.patches, before.patches, dim=-1)[~outlier],
@@ -409,39 +459,145 @@ class _Tally:
         } | {name: float(torch.cat(values).mean()) for name, values in self.values.items()}
 
 
-def _try_candidates(
-    reader: TokenReader, pixels: Sequence[Tensor], neurons: RegisterNeurons, settings: Record
-) -> list[Record]:
-    """Try each number of neurons with one register, then each number of registers with the best number of neurons."""
-    before = [_read(reader, batch) for batch in pixels]
-    share = float(torch.cat([seen.norms[neurons.layer] for seen in before]).gt(neurons.cutoff).float().mean())
-    tried: list[Record] = []
+@dataclass(frozen=True, eq=False)
+class _Population:
+    """Outliers that one pass of the search found in a model, the source itself or a candidate of earlier passes."""
 
-    def attempt(top_k: int, registers: int) -> None:
-        pairs = neurons.best(top_k, highest_block=settings["highest_block"])
-        candidate = TokenReader(with_shared_weights(reader.model, pairs, registers))
-        tally = _Tally(neurons.layer, neurons.cutoff, registers)
-        for batch, seen in zip(pixels, before, strict=True):
-            tally.add(seen, _read(candidate, batch))
-        tried.append({"top_k": len(pairs), "num_register_tokens": registers} | tally.row())
+    reader: TokenReader
+    neurons: RegisterNeurons
 
-    asked_k, asked_registers = settings["top_k"], settings["num_register_tokens"]
-    for top_k in TOP_KS if asked_k is None else (asked_k,):
-        if not tried or len(neurons.best(top_k, highest_block=settings["highest_block"])) > tried[-1]["top_k"]:
-            attempt(top_k, asked_registers or REGISTERS[0])
-    if asked_registers is None:
-        best = _least_change(tried, share)
-        for registers in REGISTERS[1:]:
-            attempt(best["top_k"], registers)
-    chosen = _least_change(tried, share)
-    if chosen["outlier_share"] > FAILURE_SHARE * share:
-        raise RetrofitError(
-            f"The {chosen['top_k']} neurons found do not carry the outliers: {share:.2%} of the patches are outliers "
-            f"before, and {chosen['outlier_share']:.2%} after. Try a higher highest_block or another cut-off."
+    def mask(self, pixel_values: Tensor) -> Tensor:
+        """Return the mask (B, N) of the outliers."""
+        layer, cutoff = self.neurons.layer, self.neurons.cutoff
+        return self.reader.read(pixel_values, layers=(layer,), reduce=token_norms).patches() > cutoff
+
+
+class _Search:
+    """Search for groups of neurons: each pass searches in the source with the groups of earlier passes moved away.
+
+    A second population of outliers may hide under the first one, at another layer and with another cut-off.
+
+    Attributes:
+        pairs: `[block, neuron]` pairs of all passes, best first within a pass.
+        scores: Their scores.
+        populations: One population per pass.
+        records: One record per pass.
+        stopped: Reason of the end.
+
+    Source: two passes by hand in arXiv 2605.05206; the rules that end the search are our own.
+    """
+
+    def __init__(
+        self, reader: TokenReader, images: PreparedImages, parts: dict[str, NDArray[np.bool_]], settings: Record
+    ) -> None:
+        self.reader, self.images, self.part, self.settings = reader, images, parts["search"], settings
+        self.pixels = list(_rows(images, parts["choice"]))
+        self.before = [_read(reader, batch) for batch in self.pixels]
+        self.masks = [torch.zeros_like(seen.norms[0], dtype=torch.bool) for seen in self.before]
+        self.pairs: list[list[int]] = []
+        self.scores: list[float] = []
+        self.populations: list[_Population] = []
+        self.records: list[Record] = []
+        self.tried: list[Record] = []
+        self.stopped = f"max_passes={settings['max_passes']} reached"
+
+    def run(self, norms: dict[int, np.ndarray]) -> None:
+        """Search until nothing more is found; `norms` are those of the source, `{layer: (n, N)}`.
+
+        Raises:
+            RetrofitError: The first pass finds nothing to move.
+        """
+        reader, cutoff = self.reader, self.settings["cutoff"]
+        while len(self.records) < self.settings["max_passes"]:
+            try:
+                neurons = search_neurons(reader, self.images, norms, cutoff, self.part)
+            except RetrofitError as error:
+                if not self.records:
+                    raise
+                self.stopped = f"clean: {str(error).partition(', so ')[0]}"
+                return
+            if (reason := self._add_pass(_Population(reader, neurons))) is not None:
+                self.stopped = reason
+                return
+            reader, cutoff = self._candidate(self.pairs, self._few_registers), "auto"
+            norms = read_all_norms(reader, self.images)
+
+    @property
+    def _few_registers(self) -> int:
+        return self.settings["num_register_tokens"] or REGISTERS[0]
+
+    def _candidate(self, pairs: list[list[int]], registers: int) -> TokenReader:
+        return TokenReader(with_shared_weights(self.reader.model, pairs, registers))
+
+    def _add_pass(self, population: _Population) -> str | None:
+        """Choose the number of neurons of a pass and keep them; return a reason if the search ends without them."""
+        neurons, highest = population.neurons, self.settings["highest_block"]
+        populations = [*self.populations, population]
+        here = [population.mask(batch) for batch in self.pixels]
+        share = float(torch.cat(here).float().mean())
+        masks = [old | new for old, new in zip(self.masks, here)]
+        tried: list[Record] = []
+        for top_k in TOP_KS if self.settings["top_k"] is None else (self.settings["top_k"],):
+            new = [pair for pair in neurons.best(top_k, highest_block=highest) if pair not in self.pairs]
+            if new and (not tried or len(new) > tried[-1]["top_k"]):
+                record = self._attempt([*self.pairs, *new], self._few_registers, populations, masks)
+                tried.append(record | {"top_k": len(new), "pairs": new})
+        if not tried:
+            return "no neurons: none that is quiet elsewhere is active at the outliers"
+        chosen = _least_change(tried, share)
+        if not self.records and chosen["outlier_share"] > FAILURE_SHARE * share:
+            raise RetrofitError(
+                f"The {chosen['top_k']} neurons found do not carry the outliers: {share:.2%} of the patches are "
+                f"outliers before, and {chosen['outlier_share']:.2%} after. Try a higher highest_block or another "
+                "cut-off."
+            )
+        new = chosen.pop("pairs")
+        if self.records:
+            back = any(now > MAX_REMAINING_SHARE * r["share"] for now, r in zip(chosen["earlier"], self.records))
+            if back or chosen["outlier_share"] > MAX_REMAINING_SHARE * share:
+                return f"no progress: the neurons {new} do not remove the next population of outliers"
+            if any(chosen[k] < self.records[-1][k] - MAX_COSINE_LOSS for k in ("cls_cosine", "patch_cosine")):
+                return f"worse: the neurons {new} change CLS or normal patches too much"
+        self.tried = [{name: value for name, value in record.items() if name != "pairs"} for record in tried]
+        self.masks, self.populations = masks, populations
+        self.pairs += new
+        self.scores += [float(neurons.scores[block, neuron]) for block, neuron in new]
+        kept = ("layer", "cutoff", "emergence")
+        self.records.append(
+            {name: getattr(neurons, name) for name in kept}
+            | {"share": share, "share_after": chosen["outlier_share"], "neurons": new}
+            | {name: chosen[name] for name in ("cls_cosine", "patch_cosine")}
         )
-    for record in tried:
-        record["chosen"] = record is chosen
-    return tried
+        return None
+
+    def _attempt(
+        self, pairs: list[list[int]], registers: int, populations: Sequence[_Population], masks: Sequence[Tensor]
+    ) -> Record:
+        """Measure a candidate on the images of the choice, at the layer of the last of the populations."""
+        candidate, neurons = self._candidate(pairs, registers), populations[-1].neurons
+        tally = _Tally(neurons.layer, neurons.cutoff, candidate.description.num_register_tokens)
+        for batch, seen, mask in zip(self.pixels, self.before, masks, strict=True):
+            tally.add(seen, _read(candidate, batch), mask)
+        norms = torch.cat(tally.norms, dim=1)  # (L + 1, n, N)
+        earlier = [float((norms[p.neurons.layer] > p.neurons.cutoff).float().mean()) for p in populations[:-1]]
+        return {"top_k": len(pairs), "num_register_tokens": registers} | tally.row() | {"earlier": earlier}
+
+    def choose_registers(self) -> tuple[list[Record], int]:
+        """Return the candidates of the last pass and of the number of registers, and the chosen number."""
+        share, tried = self.records[-1]["share"], list(self.tried)
+        if self.settings["num_register_tokens"] is None:
+            count = _least_change(tried, share)["top_k"]
+            for registers in REGISTERS[1:]:
+                record = self._attempt(self.pairs, registers, self.populations, self.masks)
+                tried.append(record | {"top_k": count})
+        chosen = _least_change(tried, share)
+        for record in tried:
+            record["chosen"] = record is chosen
+        return tried, chosen["num_register_tokens"]
+
+    def mask(self, pixel_values: Tensor) -> Tensor:
+        """Return the mask (B, N) of the outliers of all populations."""
+        return torch.stack([population.mask(pixel_values) for population in self.populations]).any(dim=0)
 
 
 def _least_change(tried: Sequence[Record], share: float) -> Record:
@@ -454,12 +610,12 @@ def _least_change(tried: Sequence[Record], share: float) -> Record:
     return min(tried, key=lambda record: record["outlier_share"])
 
 
-def _measure_on_test_images(
-    reader: TokenReader, made: Any, batches: Iterable[Tensor], neurons: RegisterNeurons, seed: int
-) -> dict[str, Record]:
+def _measure_on_test_images(search: _Search, made: Any, batches: Iterable[Tensor], seed: int) -> dict[str, Record]:
     """Compare the retrofitted model and its controls with the model on the test images."""
+    reader, neurons = search.reader, search.populations[0].neurons
     model: Any = reader.model
-    registers, pairs = made.config.num_register_tokens, made.config.register_neurons
+    pairs = made.config.register_neurons
+    registers = made.config.num_register_tokens - model.config.num_register_tokens
     random = _random_neurons(pairs, neurons.scores.shape[1], seed)
     variants = {
         "after": made,
@@ -473,10 +629,44 @@ def _measure_on_test_images(
         for name, variant in readers.items()
     }
     for batch in batches:
-        before = _read(reader, batch)
+        before, mask = _read(reader, batch), search.mask(batch)
         for name, variant in readers.items():
-            tallies[name].add(before, before if variant is reader else _read(variant, batch))
+            tallies[name].add(before, before if variant is reader else _read(variant, batch), mask)
     return {name: tally.row() for name, tally in tallies.items()}
+
+
+def _measure_size(search: _Search, made: Any, images: PreparedImages, parts: dict[str, NDArray[np.bool_]]) -> Record:
+    """Measure a retrofitted model on test images of another size, and whether more registers would change it less."""
+    rows = parts["judged"] & (np.cumsum(parts["judged"]) <= CHOICE_IMAGES)
+    pixels = list(_rows(images, rows))
+    before = [_read(search.reader, batch) for batch in pixels]
+    norms = torch.cat([seen.norms for seen in before], dim=1).numpy()  # (L + 1, n, N)
+    cutoffs = {layer: find_cutoff(values) for layer, values in enumerate(norms)}
+    layer = reported_layer(cutoffs)
+    found, added = cutoffs[layer], made.config.num_register_tokens - search.reader.description.num_register_tokens
+
+    def measured(reader: TokenReader) -> Record:
+        tally = _Tally(layer, found.cutoff, reader.description.num_register_tokens)
+        for batch, seen in zip(pixels, before, strict=True):
+            tally.add(seen, _read(reader, batch), seen.norms[layer] > found.cutoff)
+        row = tally.row()
+        return row | {"cosine": (row["cls_cosine"] + row["patch_cosine"]) / 2}
+
+    row, per_image = measured(TokenReader(made)), found.share * norms.shape[2] * found.bimodal
+    wanted = min(MAX_SUGGESTED_REGISTERS, math.ceil(per_image))
+    suggested = added
+    if wanted > added:
+        more = measured(TokenReader(with_shared_weights(search.reader.model, search.pairs, wanted)))
+        suggested = wanted if more["cosine"] >= row["cosine"] + WORTHWHILE_COSINE_GAIN else added
+    return {
+        "image_size": round((pixels[0].shape[-2] * pixels[0].shape[-1]) ** 0.5),
+        "proved": not row["layers_with_outliers"] and row["outlier_share"] <= MAX_REMAINING_SHARE * found.share,
+        "share_before": found.share * found.bimodal,
+        "share_after": row["outlier_share"],
+        "outliers_per_image": per_image,
+        "suggested_registers": suggested,
+        "num_images": int(rows.sum()),
+    } | {name: row[name] for name in ("layers_with_outliers", "cls_cosine", "patch_cosine")}
 
 
 def _random_neurons(pairs: Sequence[Sequence[int]], width: int, seed: int) -> list[list[int]]:

@@ -194,6 +194,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         register_neurons (`list[list[int]]`, *optional*):
             Test-time registers (arXiv 2506.08010): `[block, neuron]` pairs, counted from 0, of MLP neurons whose
             artifacts are moved from the patches to the registers. `hf_regvit.retrofit` finds them.
+        num_test_time_registers (`int`, *optional*):
+            Number of registers, the last ones, that these neurons write into; `None` means all of them.
+        register_sizes (`list[int]`, *optional*):
+            Image sizes in pixels at which these neurons were shown to remove the outliers. Images that are larger or
+            smaller cause a warning.
         pooling (`str`, *optional*, defaults to `"cls_mean_patch"`):
             Input of the image classifier: `"cls"` (the `pooler_output`: CLS or the attention pooler),
             `"cls_mean_patch"` (this and the mean patch, concatenated) or `"mean_patch"`. Registers are never included.
@@ -272,6 +277,8 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
     projection_dim: int | None = None
     discard_registers: bool = False
     register_neurons: list[list[int]] | None = None
+    num_test_time_registers: int | None = None
+    register_sizes: list[int] | None = None
     pooling: str = "cls_mean_patch"
     head_layers: list[int] | tuple[int, ...] = (-1,)
     semantic_loss_ignore_index: int = 255
@@ -461,6 +468,11 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ConfigError(
                 "register_neurons needs a register to write into, but num_register_tokens=0. Use "
                 "num_register_tokens=1 or register_neurons=None."
+            )
+        if not 1 <= (self.num_test_time_registers or self.num_register_tokens) <= self.num_register_tokens:
+            raise ConfigError(
+                f"num_test_time_registers={self.num_test_time_registers} must be between 1 and num_register_tokens="
+                f"{self.num_register_tokens}, or None for all of them."
             )
 
     def _contradiction(self, name: str, other: str, reason: str, remedy: str) -> ConfigError:

@@ -446,9 +446,10 @@ def move_to_registers(
 ) -> Tensor:
     """Move the activations of a few MLP neurons from patches to registers (test-time registers, arXiv 2506.08010).
 
-    `activations` (B, T, H) is the input of the MLP's last linear layer. For each of the S `neurons`, every register
-    gets the neuron's value of largest magnitude over all tokens of the image, every patch gets 0, and CLS keeps its
-    value. The maximum excludes padding, where `token_mask` (B, T) is False. Without neurons, the input is returned.
+    `activations` (B, T, H) is the input of the MLP's last linear layer. For each of the S `neurons`, every test-time
+    register gets the neuron's value of largest magnitude over all tokens of the image, every patch gets 0, and CLS and
+    trained registers keep their values. The maximum excludes padding, where `token_mask` (B, T) is False. Without
+    neurons, the input is returned.
     """
     if not neurons:
         return activations
@@ -456,9 +457,9 @@ def move_to_registers(
     chosen = activations.index_select(2, index)  # (B, T, S)
     seen = chosen if token_mask is None else chosen.masked_fill(~token_mask.unsqueeze(-1), 0)
     largest = seen.gather(1, seen.abs().argmax(dim=1, keepdim=True))  # (B, 1, S), sign kept
-    cls_token, patches = chosen[:, : int(config.use_cls_token)], chosen[:, config.num_prefix_tokens :]
-    registers = largest.expand(-1, config.num_register_tokens, -1)
-    moved = torch.cat([cls_token, registers, torch.zeros_like(patches)], dim=1)  # (B, T, S)
+    count = config.num_test_time_registers or config.num_register_tokens
+    kept, patches = chosen[:, : config.num_prefix_tokens - count], chosen[:, config.num_prefix_tokens :]
+    moved = torch.cat([kept, largest.expand(-1, count, -1), torch.zeros_like(patches)], dim=1)  # (B, T, S)
     return activations.index_copy(2, index, moved)
 
 
@@ -887,6 +888,7 @@ class RegViTModel(RegViTPreTrainedModel):
                 f"attn_implementation='{config._attn_implementation}' does not return attention weights, so "
                 "`attentions` will be empty. Call model.set_attn_implementation('eager') to get them."
             )
+        self._check_proven_size(pixel_values)
 
         grids, token_mask = None, None
         if pixel_mask is not None:
@@ -930,6 +932,17 @@ class RegViTModel(RegViTPreTrainedModel):
             image_embeds=None if self.projection is None else self.projection(pooled),
         )
         return self._finish(output, return_dict, output_hidden_states)
+
+    def _check_proven_size(self, pixel_values: Tensor) -> None:
+        """Warn once if test-time registers were not tested at the size of these images."""
+        sizes, area = self.config.register_sizes, pixel_values.shape[-2] * pixel_values.shape[-1]
+        if not sizes or torch.compiler.is_compiling() or min(sizes) ** 2 <= area <= max(sizes) ** 2:
+            return
+        logger.warning_once(
+            f"The test-time registers of this model were tested on images of {sizes} pixels, but this image has "
+            f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}. Outliers may return, and more registers may be "
+            f"needed. Test this size with: regvit retrofit --image_sizes {round(area**0.5)}"
+        )
 
     def _token_mask(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
         """Return the grid of each image without its padding, and a mask (B, T) that is False at padding."""
