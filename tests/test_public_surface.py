@@ -19,7 +19,7 @@ NAMES = """
     RegisterNeurons RetrofitError RetrofitResult TokenFeatures TokenReader TokenReading UnknownProcessorError
     __version__ add_test_time_registers check_data compare_backbones convert convert_back diagnose discover_objects
     embed evaluate_backbone extract_features find_register_neurons finetune knn_classify load_images open_model
-    patch_maps pretrain publish read_tokens retrofit
+    patch_maps pretrain publish read_tokens remove_position retrofit
 """
 
 ORDINARY_USE = """

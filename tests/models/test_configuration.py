@@ -23,6 +23,8 @@ EVERYTHING = {
     "drop_path_mode": "batch_subset", "drop_path_uniform": False, "use_mask_token": True, "no_embed_class": True,
     "interpolate_antialias": False, "interpolate_offset": 0.1, "pooler_act": "tanh", "discard_registers": True,
     "register_neurons": [[0, 5], [1, 0]],
+    "num_test_time_registers": 1,
+    "register_sizes": [224, 320],
     "pooling": "cls", "head_layers": [0, -1], "semantic_loss_ignore_index": 0, "num_depth_bins": 64,
     "min_depth": 0.5, "max_depth": 80.0, "apply_layernorm": False, "reshape_hidden_states": False,
     "return_register_tokens": True,

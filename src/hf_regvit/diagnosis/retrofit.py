@@ -266,10 +266,10 @@ def retrofit(
         top_k: Number of neurons; default chosen among 1 to 50.
         highest_block: Last block to take neurons from, counted from 0; default the one whose output has the first
             outliers.
-        max_passes: Maximum number of groups of neurons. After each group, the search starts again in the repaired
-            model, until its norms have one mode, a group does not help, or it changes the model too much.
-        image_sizes: Other image sizes in pixels at which to test the result. Sizes without outliers are stored in the
-            config as `register_sizes`, and the model warns about images outside of their range.
+        max_passes: Maximum number of groups of neurons, each searched in the model repaired so far, until no group is
+            left, one does not help, or one changes the model too much.
+        image_sizes: Other image sizes in pixels to test. Those without outliers are stored as `register_sizes`, and
+            the model warns about images outside of their range.
         cutoff: "auto", or the norm above which a patch counts as an outlier in the first pass.
         max_images: Maximum number of images, drawn at random; the first ones of a stream.
         processor: Image processor; default the model's own.
@@ -289,8 +289,7 @@ def retrofit(
     Source: arXiv 2506.08010.
     """
     _check_new(output_dir)
-    watch = Stopwatch()
-    reader = _open(model, device, processor)
+    watch, reader = Stopwatch(), _open(model, device, processor)
     if output_dir is not None:  # before the minutes of the search
         check_space(output_dir, num_bytes(reader.model.state_dict().values()))
     description, transform = reader.description, reader.transform

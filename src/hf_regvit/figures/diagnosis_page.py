@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diagnosis.comparison import ComparisonReport
 from ..diagnosis.findings import findings, next_step
 from ..diagnosis.report import ArtifactReport
 from ..models.results import Record
@@ -71,6 +72,31 @@ def report_page(report: ArtifactReport) -> str:
         settings=[[key, cell_text(value)] for key, value in report.settings.items()],
         skipped=[list(entry.values()) for entry in report.skipped[:50]],
     )
+
+
+def write_comparison(report: ComparisonReport, path: str | Path) -> Path:
+    """Write a page that compares the six numbers of several models, and the attention of the first and the last."""
+    found = {name: findings(each) for name, each in report.reports.items()}
+    measured, attention = report.attention or {}, []
+    for name in ("outliers", "registers") if measured else ():
+        means, change = measured["means"], measured[name]
+        shares = [means[f"{name}, first"], means[f"{name}, last"], change["difference"], *change["interval"]]
+        first, last, difference, low, high = (f"{share:.1%}" for share in shares)
+        attention.append([name, first, last, difference, f"{low} to {high}"])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(
+            render(
+                "comparison.html",
+                report=report,
+                names=list(found),
+                numbers=[[row[0].name, *(each.value for each in row)] for row in zip(*found.values())],
+                attention=attention,
+            ),
+            encoding="utf-8",
+        )
+    return path
 
 
 # --- Charts
