@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from .evaluation.run import compare_backbones, evaluate_backbone
     from .finetuning.arguments import FinetuningArguments
     from .finetuning.run import finetune
+    from .hub.export import ExportReport, export
+    from .hub.exported import ExportedModel, ExportError, load_exported
     from .hub.publish import publish
     from .models.configuration_regvit import (
         CheckpointCorruptError,
@@ -82,6 +84,11 @@ _ON_FIRST_USE = {
     "evaluate_backbone": "evaluation.run",
     "FinetuningArguments": "finetuning.arguments",
     "finetune": "finetuning.run",
+    "ExportReport": "hub.export",
+    "export": "hub.export",
+    "ExportError": "hub.exported",
+    "ExportedModel": "hub.exported",
+    "load_exported": "hub.exported",
     "publish": "hub.publish",
     "ConfigError": "models.configuration_regvit",
     "RegViTConfig": "models.configuration_regvit",
@@ -128,6 +135,9 @@ __all__ = [
     "ConversionError",
     "EvaluationReport",
     "EvaluationTable",
+    "ExportError",
+    "ExportReport",
+    "ExportedModel",
     "FinetuningArguments",
     "ImageTooSmallError",
     "PretrainingArguments",
@@ -155,10 +165,12 @@ __all__ = [
     "discover_objects",
     "embed",
     "evaluate_backbone",
+    "export",
     "extract_features",
     "find_register_neurons",
     "finetune",
     "knn_classify",
+    "load_exported",
     "load_images",
     "open_model",
     "patch_maps",

@@ -218,5 +218,5 @@ def test_sizes_are_tested_stored_and_warned_about(seen, second, monkeypatch, tmp
     loaded(large.pixels[:1])
     assert len(said) == second
     if second:
-        assert "tested on images of [96] pixels, but this image has 144 x 144" in said[0]
+        assert "tested on images of [96] pixels, not on (144, 144)" in said[0]
         assert "regvit retrofit --image_sizes 144" in said[0]

@@ -173,6 +173,7 @@ def test_value_made_wrong_after_construction_is_neither_saved_nor_built(tmp_path
 
 CONTRADICTIONS = [
     ({"use_position_embeddings": False}, "rope_theta=None", {"rope_theta": 100}),
+    ({"interpolate_mode": "radio", "interpolate_offset": 0.1}, "interpolate_offset=0.1", {"interpolate_offset": 0.0}),
     ({"rope_periods": [1.0] * 4}, "rope_theta=None", {"rope_theta": 100}),
     ({"rope_coordinates": "index"}, "rope_theta=None", {"rope_theta": 100}),
     ({"pos_embed_rescale": 2.0}, "rope_theta=None", {"rope_theta": 100}),

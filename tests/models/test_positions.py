@@ -198,6 +198,24 @@ def test_discarded_registers(fields):
     assert torch.equal(output.pooler_output, whole.pooler_output)
 
 
+def test_discarded_registers_need_no_values_to_know_their_number():
+    """Masks of a fixed length: on the meta device, in one graph, and in an exported program of any size."""
+    model, pixels = build(**ROTARY, num_register_tokens=2, discard_registers=True), noise(2, 3, 32, 24)
+    expected = model(pixels)
+    assert copy.deepcopy(model).to("meta")(pixels.to("meta")).patch_mask.shape == (2, 13)
+    sizes = {0: torch.export.Dim.DYNAMIC, 2: 8 * torch.export.Dim("rows", max=64), 3: 24}
+    with torch.no_grad():
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(pixels)
+        program = torch.export.export(
+            model, (), {"pixel_values": noise(3, 3, 48, 24)}, dynamic_shapes={"pixel_values": sizes}
+        ).module()
+        for output in (compiled, program(pixel_values=pixels)):
+            torch.testing.assert_close(output.last_hidden_state, expected.last_hidden_state, atol=2e-5, rtol=0)
+            assert torch.equal(output.output_mask, expected.output_mask)
+            assert torch.equal(output.patch_mask, expected.patch_mask)
+    torch.compiler.reset()
+
+
 @kinds
 def test_one_block_for_chosen_tokens(fields):
     model, pixels = build(**fields), noise(3, 3, 32, 24)

@@ -435,11 +435,14 @@ def test_folders_of_openclip_with_a_tower_of_timm(tmp_path):
     ("change", "reason"),
     [
         ({"layers": [3, 4, 6, 3]}, "a convolutional network"),
-        ({"attentional_pool": True}, "attentional_pool=True"),
         ({"pool_type": "avg"}, "pool_type='avg' after the final norm"),
-        ({"qk_norm": True, "scale_heads": True}, "qk_norm=True and scale_heads=True"),
         ({"act_kwargs": {"beta": 2}}, "act_kwargs={'beta': 2}"),
         ({"timm_model_name": "test_vit2", "timm_proj": "mlp"}, "timm_proj='mlp'"),
+        ({"timm_model_name": "hf-hub:someone/else"}, r"Unknown model \(hf-hub:someone/else\)"),
+        ({"timm_model_name": "test_vit2", "timm_pool": "most"}, "is not a state dict of the timm model"),
+        ({"timm_model_name": 3}, "is not a folder of OpenCLIP with valid"),
+        ({"head_width": 0}, "is not a folder of OpenCLIP with valid .*ZeroDivisionError"),
+        ({"width": "wide"}, "is not a folder of OpenCLIP with valid"),
         ({"timm_model_name": "test_vit2"}, "is not a state dict of the timm model architecture='test_vit2'"),
     ],
 )
@@ -454,7 +457,9 @@ def test_incomplete_folders_of_openclip(tmp_path):
     (folder / "open_clip_model.safetensors").unlink()
     for text in ("{}", '{"model_cfg": 3}', (folder / "open_clip_config.json").read_text()):
         (folder / "open_clip_config.json").write_text(text)
-        with pytest.raises(ConversionError, match=r"is not a folder of OpenCLIP: expected model_cfg\.vision_cfg"):
+        with pytest.raises(
+            ConversionError, match=r"is not a folder of OpenCLIP with valid open_clip_config\.json and"
+        ):
             convert(folder)
 
 

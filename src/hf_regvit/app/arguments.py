@@ -291,6 +291,9 @@ class PublishArguments:
         False, "Include the example figures of the diagnosis, which show images of the data set."
     )
     max_shard_size: str = option("5GB", "Maximum size of a weights file; larger weights are split.")
+    exported: str | None = option(
+        None, "Folder that `regvit export` wrote from this model; its ONNX and OpenVINO files are included."
+    )
     revision: str | None = option(None, "Branch of the repository. Default: main.")
     commit_message: str | None = option(None, "Message of the commit.")
 
@@ -306,6 +309,36 @@ class PublishArguments:
             "card": {name: value for name in card if (value := getattr(self, name))},
             "private": not self.public,
         }
+
+
+@dataclass(kw_only=True)
+class ExportArguments:
+    """Options of `regvit export`, with the defaults of `export`."""
+
+    model: str = _model("RegViT of any class, or a model that `regvit convert` accepts")
+    output_dir: str = option(MISSING, "New or empty folder for the files.")
+    format: list[str] = option(["onnx", "openvino"], "Formats: onnx, openvino, torch.")
+    size: str | None = option(
+        None,
+        "Image size of the files in pixels: 224, 336x448, stored for that of the position table, or any. Images of "
+        "several sizes in one batch (pixel_mask) cannot be exported. Default: set by the model's processor.",
+    )
+    precision: list[str] = option(
+        ["f32"], "Precisions: f32, f16 (of the weights), int8 (needs --data), int8-weights (weights only)."
+    )
+    input: str = option("float", "Input of the files: float for normalized pixels, or uint8.")
+    task: str | None = option(
+        None, "Part of a model with a head: features, or backbone for feature maps. Default: the whole model."
+    )
+    data: str | None = option(None, f"{_IMAGES} For the calibration of int8 and for the proof.", "--images")
+    num_calibration: int = option(300, "Maximum number of images for the calibration of int8.")
+    accept: list[str] = option([], "Precisions to write even if their proof misses its bounds.")
+    opset: int = option(20, "Opset of ONNX files.")
+    seed: int = option(0, "Random seed for the choice of the images.")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `export`."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.name not in ("model", "output_dir")}
 
 
 @dataclass

@@ -155,9 +155,13 @@ def _retrofit(arguments: Any) -> Outcome:
 
 def _extract(arguments: Any) -> Outcome:
     from ..evaluation.extraction import extract_to_folder
+    from ..hub.exported_reader import open_exported
 
+    model = open_exported(arguments.model)
+    if model is not arguments.model and not arguments.final_norm:
+        raise ValueError("An exported file has only tokens after the final norm. Leave out --no_final_norm.")
     report = extract_to_folder(
-        arguments.model,
+        model,
         arguments.images(),
         arguments.output_dir,
         settings=arguments.settings(),
@@ -169,13 +173,15 @@ def _extract(arguments: Any) -> Outcome:
 def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
+    from ..hub.exported_reader import open_exported
 
     def keep(table: EvaluationTable) -> None:  # called after each model, so a later failure loses no earlier result
         with keeping(table.markdown):
             table.save(arguments.output_dir)
 
     check_space(arguments.output_dir, _REPORT_BYTES)
-    table = compare_backbones(arguments.model, arguments.data, on_report=keep, **arguments.settings())
+    models = [open_exported(model) for model in arguments.model]
+    table = compare_backbones(models, arguments.data, on_report=keep, **arguments.settings())
     lost = ["\n  ".join([one.model, *one.lost.lines(one.seed)]) + "\n" for one in table.reports if one.lost]
     path = {"report": f"{arguments.output_dir}/report.json"}
     result = path | {"results": [report.summary() for report in table.reports]}
@@ -187,6 +193,14 @@ def _publish(arguments: Any) -> Outcome:
 
     done = publish(arguments.model, arguments.repo_id, **arguments.settings())
     return Outcome(done.to_dict(), lines=done.summary())
+
+
+def _export(arguments: Any) -> Outcome:
+    from ..hub.export import export
+
+    done = export(arguments.model, arguments.output_dir, **arguments.settings())
+    check = {"check it anywhere": f"python {arguments.output_dir}/run.py --check"}
+    return Outcome(done.to_dict(), lines=done.summary() | check)
 
 
 def _demo(arguments: Any) -> Outcome:
@@ -212,6 +226,7 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
     "extract": _extract,
     "evaluate": _evaluate,
     "publish": _publish,
+    "export": _export,
     "demo": _demo,
     "doctor": _doctor,
 }

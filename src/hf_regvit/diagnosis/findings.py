@@ -18,7 +18,7 @@ _SETS = {"outliers": "outliers", "registers": "registers", "top": "the most atte
 
 @dataclass(frozen=True)
 class Finding:
-    """One number of a report: a name, the value as text, a sentence, and the number itself, if any."""
+    """Number of a report: a name, the value as text, a sentence, and the number itself, if any."""
 
     name: str
     value: str

@@ -30,6 +30,8 @@ from ..models.processing import require_rgb, saved_processor
 from ..models.saving import num_bytes, read_json, whole_folder, write_json
 from . import facts as about
 from .card import check_card, write_card_file
+from .export import add_exported
+from .exported import load_proof
 from .facts import TASKS, CardFacts, CardFigure, CardScore, Facts, Json
 from .scan import CARD, CODE_FILES, MOST_TEXT, may_be_published, scan
 
@@ -93,6 +95,7 @@ def bundle(
     card: Json | None = None,
     example_pictures: bool = False,
     max_shard_size: str = SHARD_SIZE,
+    exported: str | Path | None = None,
 ) -> Bundle:
     """Collect the public files of a checkpoint in a new folder.
 
@@ -107,9 +110,11 @@ def bundle(
         card: Fields of `CardFacts` that the files do not contain, such as `license`.
         example_pictures: Whether to include the example figures of a diagnosis, which show images of the data set.
         max_shard_size: Maximum size of a weights file; larger weights are split.
+        exported: Folder that `regvit export` wrote from this checkpoint; its ONNX and OpenVINO files are added.
 
     Raises:
         CheckpointError: The checkpoint is not a RegViT or has no processor, or a report is invalid.
+        ExportError: The exported files were changed, or are those of another model.
         CardError: The card is incomplete.
         PrivateContentError: A file contains a secret or a local path; the message names file and line.
         FileExistsError: `output_dir` is not empty.
@@ -139,6 +144,8 @@ def bundle(
         facts = _run_facts(Path(model_folder), checkpoint, staged)
         for report in reports:
             _add_report(Path(report), staged, facts, model=model, example_pictures=example_pictures)
+        if exported is not None:
+            facts["exported"] = add_exported(Path(exported), staged, model)
         _write_card(model, staged, {"name": output.name, **facts, **(card or {})}, facts)
         for path in staged.rglob("*.png"):  # anew, from the pixels alone: metadata may hold names, places and secrets
             open_image(path, limits=_ANY_SIZE).save(path, "PNG")
@@ -146,14 +153,21 @@ def bundle(
             if not any(folder.iterdir()):
                 folder.rmdir()
         write_manifest(staged)
-        options = option_hashes(card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size)
+        options = option_hashes(
+            card, reports, example_pictures=example_pictures, max_shard_size=max_shard_size, exported=exported
+        )
         write_json(staged / "manifest.json", {**read_json(staged / "manifest.json"), "options": options})
         read_bundle(staged)
     return read_bundle(output)
 
 
 def option_hashes(
-    card: Json | None, reports: Sequence[str | Path], *, example_pictures: bool, max_shard_size: str
+    card: Json | None,
+    reports: Sequence[str | Path],
+    *,
+    example_pictures: bool,
+    max_shard_size: str,
+    exported: str | Path | None = None,
 ) -> dict[str, str]:
     """Return a short hash of every non-default option, to detect a request for a different bundle."""
     wishes = {
@@ -161,6 +175,7 @@ def option_hashes(
         "reports": [_report_file(Path(report)).read_text(encoding="utf-8") for report in reports],
         "example_pictures": example_pictures,
         "max_shard_size": max_shard_size,
+        "exported": None if exported is None else load_proof(Path(exported))["files"],
     }
     said = {name: value for name, value in wishes.items() if value and value not in (about.ANY_FOLDER, SHARD_SIZE)}
     return {name: hashlib.sha256(repr(value).encode()).hexdigest()[:16] for name, value in sorted(said.items())}

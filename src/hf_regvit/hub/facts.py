@@ -106,6 +106,7 @@ class CardFacts:
         intended_use: Sentences to add to those of every model of this kind.
         limits: Sentences to add to those of every model of this kind.
         environment: Versions and hardware, as text.
+        exported: Section on the exported files, in Markdown.
     """
 
     name: str
@@ -134,6 +135,7 @@ class CardFacts:
     intended_use: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     environment: str = ""
+    exported: str = ""
 
     @property
     def model_class(self) -> str:

@@ -69,6 +69,7 @@ def publish(
     card: Json | None = None,
     example_pictures: bool = False,
     max_shard_size: str = SHARD_SIZE,
+    exported: str | Path | None = None,
     push: bool = False,
     private: bool = True,
     revision: str | None = None,
@@ -89,6 +90,7 @@ def publish(
         card: Additional fields of the card, see `bundle`.
         example_pictures: Whether to include example figures, see `bundle`.
         max_shard_size: Maximum size of a weights file, see `bundle`.
+        exported: Folder of an export of this model to include, see `bundle`.
         push: Whether to upload the bundle. If False, nothing is uploaded.
         private: Whether to make a new repository private. An existing public repository requires False.
         revision: Branch to upload to. Default: main.
@@ -110,7 +112,7 @@ def publish(
     names = {"repo_id": repo_id, "name": repo_id.split("/")[-1]} if repo_id else {"repo_id": ANY_FOLDER}
     asked: dict[str, Any] = {
         "reports": reports, "card": {**names, **(card or {})}, "example_pictures": example_pictures,
-        "max_shard_size": max_shard_size,
+        "max_shard_size": max_shard_size, "exported": exported,
     }  # fmt: skip
     with _as_folder(model) as folder:
         if (output / "manifest.json").is_file():

@@ -18,7 +18,9 @@ CARD = "README.md"
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 _ROOT_FILES = {"config.json", "preprocessor_config.json", CARD, "manifest.json", "recipe.yaml", "LICENSE", *CODE_FILES}
 _ROOT_FILES |= {"metrics.json", "curves.png", "confusion_matrix.png"}  # of fine-tuned models; no images of the data
-_FOLDERS = {"figures": {".png"}, "reports": {".json", ".jsonl"}}
+_ROOT_FILES |= {"proof.json", "check.npz", "run.py"}  # of an export, with its folders; never a pickle of torch
+_FOLDERS = {"figures": {".png"}, "reports": {".json", ".jsonl"}, "onnx": {".onnx", ".data"}}
+_FOLDERS |= {"openvino": {".xml", ".bin"}}
 
 
 # ---- What may be sent --------------------------------------------------------------------------------------------

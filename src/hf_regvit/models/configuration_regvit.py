@@ -496,6 +496,9 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         if of_table and not has_table:
             remedy = f"{of_table}={type(self).__dataclass_fields__[of_table].default!r}"
             raise self._contradiction(of_table, "use_position_embeddings", "there is no position table", remedy)
+        if self.interpolate_mode == "radio" and self.interpolate_offset:
+            reason = "it resamples to a size in patches"
+            raise self._contradiction("interpolate_offset", "interpolate_mode", reason, "interpolate_offset=0.0")
         if of_rotation and not rotates:
             raise self._contradiction(of_rotation, "rope_theta", "nothing rotates", "rope_theta=100")
         if not rotates:

@@ -23,18 +23,7 @@ from torch import Tensor, nn
 from .configuration_regvit import ConfigError, RegViTConfig
 from .conversion_check import check_outputs
 from .families import as_pair
-from .foreign_weights import (
-    ForeignModel,
-    find_checkpoint,
-    is_open_clip,
-    local_path,
-    read_folder,
-    read_module,
-    read_open_clip,
-    read_state,
-    read_timm_state,
-    read_weights,
-)
+from .foreign_weights import ForeignModel, open_source
 from .manifest import whole_checkpoint
 from .modeling_regvit import RegViTForImageClassification, RegViTModel
 from .processing import UnknownProcessorError, saved_processor
@@ -82,7 +71,7 @@ def convert(
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise TypeError(f"convert() got '{name}', which is not a RegViTConfig field. Did you mean '{nearest}'?")
-    origin = _open_source(source, architecture)
+    origin = open_source(source, architecture)
     origin.fields.update(config_overrides)
     config, pieces = _plan(origin)
     tensors = put_together(pieces, origin.own, config.hidden_size)
@@ -160,7 +149,7 @@ def convert_back(
     Raises:
         ConversionError: The model has something that the source has no place for, such as added registers.
     """
-    origin = _open_source(like, architecture)
+    origin = open_source(like, architecture)
     origin.fields.update(config_overrides)
     config, pieces = _plan(origin)
     backbone = getattr(model, "regvit", model)
@@ -198,21 +187,6 @@ def convert_back(
 
 
 # --- Reading ---
-
-
-def _open_source(source: str | Path | nn.Module | dict[str, Any], architecture: str | None) -> ForeignModel:
-    name = "state dict"
-    if not isinstance(source, nn.Module | dict):
-        source = local_path(source)
-        if source.is_file():
-            name, source = str(source), read_weights(source)
-    if isinstance(source, dict):
-        return read_state(name, source) if architecture is None else read_timm_state(name, source, architecture)
-    if architecture is not None:
-        raise TypeError(f"architecture='{architecture}' is for raw state dicts only. This source names its own.")
-    if isinstance(source, nn.Module):
-        return read_module(source)
-    return read_open_clip(source) if is_open_clip(source) else read_folder(find_checkpoint(source))
 
 
 def _plan(origin: ForeignModel) -> tuple[RegViTConfig, list[Piece]]:

@@ -32,15 +32,7 @@ from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrap
 from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
-from .source_families import (
-    SOURCES,
-    ConversionError,
-    open_clip_fields,
-    refusal,
-    timm_fields,
-    timm_rotation,
-    transformers_fields,
-)
+from .source_families import SOURCES, ConversionError, open_clip_fields, refusal, timm_fields, transformers_fields
 
 logger = logging.getLogger(__name__)
 
@@ -243,18 +235,29 @@ def load_pretrained(model_class: Any, source: str | Path, **options: Any) -> Any
         ) from error
 
 
-def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
-    """Read a state dict or a training checkpoint; what the shapes do not tell is left to the caller."""
+def read_state(name: str, checkpoint: dict[str, Any], architecture: str | None = None, **options: Any) -> ForeignModel:
+    """Read a state dict or a training checkpoint; what the shapes do not tell is left to the caller.
+
+    Args:
+        name: Name for messages.
+        checkpoint: State dict or training checkpoint.
+        architecture: Name of the model in timm, which tells everything.
+        options: Arguments of `timm.create_model`.
+    """
     tensors = find_tensors(checkpoint)
     names = find_tower_names(tensors)
     fields: dict[str, Any] = {}
     own = {local: tensors[full] for local, full in names.items()}
+    if architecture is not None:
+        origin = read_module(_load_into_timm(name, own, architecture, options))
+        origin.name, origin.tensors, origin.names = name, tensors, names
+        return origin
     if "rope_embed.periods" in own:  # DINOv3
         fields |= _official_rotation(own["rope_embed.periods"], own["cls_token"].shape[-1])
         fields["key_bias"] = not any(local.endswith(".bias_mask") for local in names)
     is_eva = {"blocks.0.attn.q_bias", "blocks.0.attn.q_proj.weight", "blocks.0.gamma_1"} & names.keys()
-    has_no_positions = "patch_embed.proj.weight" in names and not {"pos_embed", "rope_embed.periods"} & names.keys()
-    if is_eva or has_no_positions or {"attn_pool.q.weight", "cls_token"} <= names.keys():
+    has_positions = {"pos_embed", "rope_embed.periods"} & names.keys() or "patch_embed.proj.weight" not in names
+    if is_eva or not has_positions or {"attn_pool.q.weight", "cls_token"} <= names.keys():
         raise ConversionError(
             f"'{name}' has the names of an Eva of timm, whose rotary positions are not in its tensors. Give the name "
             "of the model with architecture (--architecture), e.g. 'eva02_base_patch14_224'."
@@ -267,73 +270,65 @@ def read_state(name: str, checkpoint: dict[str, Any]) -> ForeignModel:
     return ForeignModel(name, tensors, names, fields, is_official=is_official)
 
 
-def read_timm_state(
-    name: str, checkpoint: dict[str, Any], architecture: str, *, num_classes: int | None = None, **options: Any
-) -> ForeignModel:
-    """Read a state dict of timm together with the model that it belongs to.
-
-    Args:
-        name: Name for messages.
-        checkpoint: State dict or training checkpoint.
-        architecture: Name of the model in timm.
-        num_classes: Number of outputs of its last layer; None for that of the state dict.
-        options: Further arguments of `timm.create_model`.
-    """
-    tensors = find_tensors(checkpoint)
-    names = find_tower_names(tensors)
-    own = {local: tensors[full] for local, full in names.items()}
-    classes = len(own.get("head.weight", ())) if num_classes is None else num_classes
+def _load_into_timm(name: str, tensors: dict[str, Tensor], architecture: str, options: dict[str, Any]) -> nn.Module:
+    """Return the model of timm from which a state dict was saved."""
+    known = architecture.removeprefix("timm/")
+    options = {"num_classes": len(tensors.get("head.weight", ())), "dynamic_img_size": True, **options}
     try:
-        create = import_timm(name).create_model
-        model = create(architecture.removeprefix("timm/"), num_classes=classes, dynamic_img_size=True, **options)
-        model.load_state_dict(own)
+        if not re.fullmatch(r"[\w.]+", known):  # timm would open a repository or a folder
+            raise RuntimeError(f"Unknown model ({architecture})")
+        model = import_timm(name).create_model(known, **options)
+        model.load_state_dict(tensors)
     except TypeError as error:  # not a vision transformer, so dynamic_img_size is not accepted
         raise refusal(architecture) from error
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
         raise ConversionError(
             f"'{name}' is not a state dict of the timm model architecture='{architecture}': "
             f"{' '.join(str(error).split())[:200]}. Give the name with which timm created the model."
         ) from error
-    origin = read_module(model.eval())
-    origin.name, origin.tensors, origin.names = name, tensors, names
-    return origin
+    return model.eval()
 
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
-def is_open_clip(folder: Path) -> bool:
-    """Return True for a folder of OpenCLIP that has no other configuration."""
-    return (folder / OPEN_CLIP_CONFIG).is_file() and not (folder / "config.json").is_file()
+def has_no_config(source: str | Path) -> bool:
+    """Return True for weights that only `convert` can open: a file, or a folder of OpenCLIP."""
+    path = Path(source)
+    return path.is_file() or ((path / OPEN_CLIP_CONFIG).is_file() and not (path / "config.json").is_file())
 
 
 def read_open_clip(folder: Path) -> ForeignModel:
     """Read the vision tower of a folder of OpenCLIP: one of its own, or one of timm."""
-    config = read_object(folder / OPEN_CLIP_CONFIG)
-    model, settings = config.get("model_cfg") or {}, config.get("preprocess_cfg") or {}
-    vision = model.get("vision_cfg") if isinstance(model, dict) else None
-    weights = [folder / name for name in ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")]
-    if not isinstance(vision, dict) or not any(path.is_file() for path in weights):
+    config, weights = read_object(folder / OPEN_CLIP_CONFIG), folder / "open_clip_model.safetensors"
+    weights = weights if weights.is_file() else folder / "open_clip_pytorch_model.bin"
+    try:
+        model, settings = config["model_cfg"], {"resize_mode": "shortest", **config.get("preprocess_cfg", {})}
+        vision, checkpoint = model["vision_cfg"], read_weights(weights)
+        if architecture := vision.get("timm_model_name"):
+            projection, pool = vision.get("timm_proj", "linear"), vision.get("timm_pool", "avg")
+            if projection == "mlp":
+                raise ConversionError(f"'{folder}' has timm_proj='mlp', which RegViT cannot express.")
+            options = {"global_pool": pool} | ({"num_classes": 0} if projection else {})
+            origin = read_state(str(folder), checkpoint, architecture, **options)
+            if (beside := "visual.head.proj.weight") in origin.tensors:
+                origin.names["visual_projection.weight"] = beside
+        else:
+            origin = read_state(str(folder), checkpoint)
+            origin.fields |= open_clip_fields(model)
+    except (FileNotFoundError, LookupError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise ConversionError(
-            f"'{folder}' is not a folder of OpenCLIP: expected model_cfg.vision_cfg in {OPEN_CLIP_CONFIG}, and "
-            f"{weights[0].name} or {weights[1].name}. Download it again."
-        )
-    checkpoint = read_weights(next(path for path in weights if path.is_file()))
-    if architecture := vision.get("timm_model_name"):
-        projection = vision.get("timm_proj", "linear")
-        if projection == "mlp":
-            raise ConversionError(f"'{folder}' has timm_proj='mlp', which RegViT cannot express.")
-        classes = None if not projection else 0
-        pool = vision.get("timm_pool", "avg")
-        origin = read_timm_state(str(folder), checkpoint, architecture, num_classes=classes, global_pool=pool)
-        if (beside := "visual.head.proj.weight") in origin.tensors:
-            origin.names["visual_projection.weight"] = beside
-    else:
-        origin = read_state(str(folder), checkpoint)
-        origin.fields |= open_clip_fields(model)
-    origin.processor = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "crop_pct": 1.0, **settings}
-    mode = settings.get("resize_mode", "shortest")
-    origin.processor["crop_mode"] = {"shortest": "center"}.get(mode, mode)
+            f"'{folder}' is not a folder of OpenCLIP with valid {OPEN_CLIP_CONFIG} and {weights.name} ({error!r}). "
+            "Download it again."
+        ) from error
+    mode = "center" if settings["resize_mode"] == "shortest" else settings["resize_mode"]
+    origin.processor = {
+        "mean": OPENAI_CLIP_MEAN,
+        "std": OPENAI_CLIP_STD,
+        "crop_pct": 1.0,
+        "crop_mode": mode,
+        **settings,
+    }
     return origin
 
 
@@ -405,6 +400,22 @@ def find_tower_names(tensors: dict[str, Tensor]) -> dict[str, str]:
     return inside
 
 
+def open_source(source: str | Path | nn.Module | dict[str, Any], architecture: str | None) -> ForeignModel:
+    """Open the source of a conversion; `architecture` is the name of the model in timm of a raw state dict."""
+    name = "state dict"
+    if not isinstance(source, nn.Module | dict):
+        source = local_path(source)
+        if source.is_file():
+            name, source = str(source), read_weights(source)
+    if isinstance(source, dict):
+        return read_state(name, source, architecture)
+    if architecture is not None:
+        raise TypeError(f"architecture='{architecture}' is for raw state dicts only. This source names its own.")
+    if isinstance(source, nn.Module):
+        return read_module(source)
+    return read_open_clip(source) if has_no_config(source) else read_folder(find_checkpoint(source))
+
+
 def read_folder(folder: Path) -> ForeignModel:
     """Read a folder of transformers or timm."""
     config = read_config(folder)
@@ -468,8 +479,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def checked_source(source: str | Path) -> str:
     """Return the path of a file or checkpoint folder, or a Hub id; raise if the source is none of these."""
     check_source(source)
-    is_checkpoint = Path(source).is_dir() and not is_open_clip(Path(source))
-    return str(find_checkpoint(source) if is_checkpoint else source)
+    return str(find_checkpoint(source) if Path(source).is_dir() and not has_no_config(source) else source)
 
 
 def config_of(source: str) -> dict[str, Any]:
@@ -610,6 +620,7 @@ def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignMode
     processor = getattr(module, "image_processor", None) or settings
     is_clip = re.search(r"clip|pe_core", str(settings.get("architecture")))
     projects = bool(is_clip) and "head.bias" in names and not tensors[names["head.bias"]].any()
-    origin = ForeignModel(name, tensors, names, timm_fields(tower), lambda: module, processor or None)
-    origin.rotation, origin.projects = timm_rotation(tower), projects
+    fields, rotation = timm_fields(tower)
+    origin = ForeignModel(name, tensors, names, fields, lambda: module, processor or None, rotation)
+    origin.projects = projects
     return origin

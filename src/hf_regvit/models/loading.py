@@ -19,7 +19,7 @@ from .foreign_weights import (
     checked_source,
     config_of,
     find_checkpoint,
-    is_open_clip,
+    has_no_config,
     load_module,
     load_pretrained,
     read_config,
@@ -101,7 +101,7 @@ def open_model(
         reader = TokenReader(source, processor)
     elif isinstance(source, str | Path):
         named = checked_source(source)
-        model = convert(named) if _has_no_config(named) else load_module(named, config_of(named))[0].eval()
+        model = convert(named) if has_no_config(named) else load_module(named, config_of(named))[0].eval()
         device = choose_device(device)
         logger.info("'%s' runs on %s.", source, device)
         reader = TokenReader(model, processor)
@@ -114,11 +114,6 @@ def open_model(
         )
     reader.model.to(None if device == "auto" else device, dtype)
     return reader
-
-
-def _has_no_config(source: str) -> bool:
-    """Return True for weights that only `convert` can open."""
-    return Path(source).is_file() or is_open_clip(Path(source))
 
 
 def embed(
@@ -162,7 +157,7 @@ def open_regvit(source: "TokenReader | nn.Module | str | Path") -> Any:
     if isinstance(source, nn.Module):
         return source if isinstance(source, RegViTPreTrainedModel) else convert(source)
     named = checked_source(source)
-    config = {} if _has_no_config(named) else config_of(named)
+    config = {} if has_no_config(named) else config_of(named)
     refuse_quantized(named, config)
     return load_module(named, config)[0] if config.get("model_type") == "regvit" else convert(named)
 
@@ -264,33 +259,35 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
 
 
 @torch.no_grad()
-def fit_positions(backbone: RegViTModel, image_size: int, *, option: str) -> list[str]:
-    """Resample the stored positions in place to the grid of square images, and describe the change, if any.
+def fit_positions(backbone: RegViTModel, image_size: int | tuple[int, int], *, option: str) -> list[str]:
+    """Resample the stored positions in place to the grid of images of one size, and describe the change, if any.
 
     Args:
         backbone: Backbone of any image size.
-        image_size: Side of the images in pixels.
+        image_size: Side of square images in pixels, or height and width.
         option: Name of the option for the image size, for the error message.
 
     Raises:
-        ValueError: If the side is not a multiple of the patch size.
+        ValueError: If a side is not a multiple of the patch size.
     """
     config, embeddings = backbone.config, backbone.embeddings
     rows, columns = config.patch_shape
-    if image_size % rows or image_size % columns:
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height % rows or width % columns:
+        nearest = " x ".join(str(max(1, round(side / p)) * p) for side, p in ((height, rows), (width, columns)))
         raise ValueError(
-            f"{option} is {image_size}, but the patches of the model to start from have {rows} x {columns} pixels. "
-            f"Set {option} to a multiple of the patch size."
+            f"{option} is {height} x {width}, but the patches of the model have {rows} x {columns} pixels. Set "
+            f"{option} to a multiple of the patch size, such as {nearest}."
         )
-    grid, before = (image_size // rows, image_size // columns), config.grid
+    grid, before = (height // rows, width // columns), config.grid
     if grid == before:
         return []
     if embeddings.position_embeddings is None:
-        config.image_size = image_size
+        config.image_size = image_size if isinstance(image_size, int) else list(image_size)
         return []
     prefix = embeddings.position_embeddings[:, : config.num_position_prefix]
     table = torch.cat([prefix, embeddings.resample_positions(grid)], dim=1)
     embeddings.position_embeddings = nn.Parameter(table.contiguous())
-    config.image_size = image_size
+    config.image_size = image_size if isinstance(image_size, int) else list(image_size)
     embeddings.train(embeddings.training)  # clears resampled tables that are cached from the old one
     return [f"Its positions are resampled from {before[0]} x {before[1]} to {grid[0]} x {grid[1]} patches."]

@@ -447,9 +447,8 @@ def move_to_registers(
     """Move the activations of a few MLP neurons from patches to registers (test-time registers, arXiv 2506.08010).
 
     `activations` (B, T, H) is the input of the MLP's last linear layer. For each of the S `neurons`, every test-time
-    register gets the neuron's value of largest magnitude over all tokens of the image, every patch gets 0, and CLS and
-    trained registers keep their values. The maximum excludes padding, where `token_mask` (B, T) is False. Without
-    neurons, the input is returned.
+    register gets the neuron's value of largest magnitude over the tokens of the image, padding excluded (`token_mask`
+    (B, T) is False there), and every patch gets 0. Without neurons, the input is returned.
     """
     if not neurons:
         return activations
@@ -889,7 +888,6 @@ class RegViTModel(RegViTPreTrainedModel):
                 "`attentions` will be empty. Call model.set_attn_implementation('eager') to get them."
             )
         self._check_proven_size(pixel_values)
-
         grids, token_mask = None, None
         if pixel_mask is not None:
             grids, token_mask = self._token_mask(pixel_values, pixel_mask)
@@ -936,13 +934,11 @@ class RegViTModel(RegViTPreTrainedModel):
     def _check_proven_size(self, pixel_values: Tensor) -> None:
         """Warn once if test-time registers were not tested at the size of these images."""
         sizes, area = self.config.register_sizes, pixel_values.shape[-2] * pixel_values.shape[-1]
-        if not sizes or torch.compiler.is_compiling() or min(sizes) ** 2 <= area <= max(sizes) ** 2:
-            return
-        logger.warning_once(
-            f"The test-time registers of this model were tested on images of {sizes} pixels, but this image has "
-            f"{pixel_values.shape[-2]} x {pixel_values.shape[-1]}. Outliers may return, and more registers may be "
-            f"needed. Test this size with: regvit retrofit --image_sizes {round(area**0.5)}"
-        )
+        if sizes and not torch.compiler.is_compiling() and not min(sizes) ** 2 <= area <= max(sizes) ** 2:
+            logger.warning_once(
+                f"The test-time registers were tested on images of {sizes} pixels, not on {tuple(pixel_values.shape[-2:])}. "
+                f"Outliers may return. Test this size with: regvit retrofit --image_sizes {round(area**0.5)}"
+            )
 
     def _token_mask(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
         """Return the grid of each image without its padding, and a mask (B, T) that is False at padding."""
@@ -975,7 +971,8 @@ class RegViTModel(RegViTPreTrainedModel):
             patch_mask = patch_mask & token_mask
         output_mask = patch_mask | is_cls
         if self.config.discard_registers and self.config.num_register_tokens:
-            return output_mask[:, is_cls | is_patch], patch_mask[:, is_cls | is_patch]
+            parts = [self.split_tokens(mask) for mask in (output_mask, patch_mask)]
+            output_mask, patch_mask = (torch.cat([cls_token, patches], dim=1) for cls_token, _, patches in parts)
         return output_mask, patch_mask
 
 

@@ -289,16 +289,17 @@ def dense_processor(processor: Any, size: tuple[int, int]) -> Any:
     )
 
 
-def resized_processor(processor: Any, image_size: int) -> Any:
-    """Return the processor for square images of another size; the margins of a center crop scale along."""
+def resized_processor(processor: Any, image_size: int | tuple[int, int]) -> Any:
+    """Return the processor for images of another size, square or not; the margins of a center crop scale along."""
     fields = processor.to_dict()
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if fields.get("do_center_crop"):
         crop = min(fields["crop_size"]["height"], fields["crop_size"]["width"])
         shortest = fields["size"].get("shortest_edge") or min(fields["size"]["height"], fields["size"]["width"])
-        fields["crop_size"] = {"height": image_size, "width": image_size}
-        fields["size"] = {"shortest_edge": round(shortest * image_size / crop)}
+        fields["crop_size"] = {"height": height, "width": width}
+        fields["size"] = {"shortest_edge": round(shortest * max(height, width) / crop)}
     else:
-        fields["size"] = {"height": image_size, "width": image_size}
+        fields["size"] = {"height": height, "width": width}
     return type(processor)(**{name: value for name, value in fields.items() if name != "image_processor_type"})
 
 

@@ -156,10 +156,7 @@ def open_clip_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     act, pool = vision.get("act_kwargs") or {}, vision.get("pool_type", "tok")
     norms = {("tok", False): "tokens", ("tok", True): "cls", ("avg", True): "pooled"}
     final_norm = norms.get((pool, bool(vision.get("final_ln_after_pool"))))
-    unsuitable = ("attentional_pool", "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn", "scale_attn_inner",
-                  "scale_fc")  # fmt: skip
-    refused = [f"{name}={vision[name]}" for name in unsuitable if vision.get(name)]
-    refused += ["a convolutional network"] * isinstance(vision.get("layers"), list)
+    refused = ["a convolutional network"] * isinstance(vision.get("layers"), list)
     refused += [f"act_kwargs={act}"] * (act not in ({}, {"approximate": "tanh"}))
     refused += [f"pool_type='{pool}' after the final norm"] * (final_norm is None)
     if refused:
@@ -226,8 +223,11 @@ def _timm_refusals(model: Any) -> list[str]:
     return [name for name, applies in refusals.items() if applies]
 
 
-def timm_fields(model: Any) -> dict[str, Any]:
-    """Return the config fields of a plain ViT of timm; raise if RegViT lacks one of its features."""
+def timm_fields(model: Any) -> tuple[dict[str, Any], tuple[bool, bool]]:
+    """Return the config fields of a plain ViT of timm and two flags; raise if RegViT lacks one of its features.
+
+    The flags say whether the channels that rotate together are neighbors, and whether those of the columns come first.
+    """
     if refused := _timm_refusals(model):
         raise ConversionError(f"The timm model has {' and '.join(refused)}, which RegViT cannot express.")
     block = model.blocks[0]
@@ -258,12 +258,4 @@ def timm_fields(model: Any) -> dict[str, Any]:
         reference = None if rope.ref_feat_shape is None else list(rope.ref_feat_shape)
         fields |= {"rope_theta": float(rope.temperature), "rope_coordinates": "index"}
         fields |= {"rope_grid_offset": float(rope.grid_offset), "rope_reference_grid": reference}
-    return fields
-
-
-def timm_rotation(model: Any) -> tuple[bool, bool]:
-    """Return whether the rotated channels are neighbors, and whether those of the columns come first."""
-    rope = getattr(model, "rope", None)
-    if rope is None:
-        return False, False
-    return not model.blocks[0].attn.rotate_half, rope.grid_indexing == "xy"
+    return fields, (rope is not None and not block.attn.rotate_half, rope is not None and rope.grid_indexing == "xy")
