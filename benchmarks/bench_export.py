@@ -72,7 +72,7 @@ def write_exports(folder: Path, size: str, pixels: int, systems: list[str]) -> N
         formats = sorted({"onnx" if system.startswith("onnx") else "openvino" for system in ours})
         report = export(
             model, folder / "ours", format=formats, size=pixels, precision=kinds, accept=["int8"],
-            data="photos" if "int8" in kinds else None, num_calibration=32,
+            data="builtin:photos" if "int8" in kinds else None, num_calibration=32,
         )  # fmt: skip
         print(f"{size} {pixels}: our export took {report.seconds:.0f} s")
     for peer, make, method in (

@@ -435,7 +435,7 @@ def _run(name: str, args: Sequence[str], switches: Mapping[str, bool]) -> int:
             changed = {key: value for key, value in values.items() if value != parser.options[key]["default"]}
             _show(changed, as_json=switches["json"])
             return 0
-        if name not in ("demo", "doctor"):
+        if name not in ("data-check", "demo", "doctor"):
             default = parser.options.get("output_dir", {}).get("default")
             _check_output(values.get("output_dir") or default or ".")
         _go_offline_if_unreachable(values)

@@ -10,7 +10,9 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+from hf_regvit.hub.publish import publish
 from hf_regvit.models.conversion import convert_to_folder
 from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.models.saving import read_json, whole_folder, write_json
@@ -92,6 +94,15 @@ def conversion(folder: Path) -> None:
         convert_to_folder(source, folder)
 
 
+def publishing(folder: Path) -> None:
+    """A bundle of a model from a folder beside; it is not loaded in a clean process, which writes elsewhere."""
+    source = folder.parent / "source"
+    if not source.exists():
+        builders.save_model(builders.tiny_model(), source)
+    with patch("hf_regvit.hub.publish.verify"):
+        publish(source, output_dir=folder / "bundle", card={"license": "mit", "data": "images"})
+
+
 def replacing(folder: Path) -> None:
     """A result is written over another one, with weights in one file instead of two."""
     for number, names in enumerate((("model-1.safetensors", "model-2.safetensors"), ("model.safetensors",))):
@@ -104,11 +115,11 @@ def replacing(folder: Path) -> None:
             write_json(staged / "config.json", {"number": number})
 
 
-WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, replacing)}
+WRITERS = {one.__name__: one for one in (pretraining, finetuning, conversion, publishing, replacing)}
 
 
 def model_folder(writer: str, folder: Path) -> Path:
-    return folder / "backbone" if writer == "pretraining" else folder
+    return folder / {"pretraining": "backbone", "publishing": "bundle"}.get(writer, "")
 
 
 def faults(writer: str, folder: Path, unbroken: Path) -> list[str]:

@@ -98,7 +98,7 @@ def test_scores_survive_a_cache_that_cannot_be_written(inputs, tmp_path, caplog)
 # --- Kills
 
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "open")
-KILLS = {"extract": 15, "evaluate": 15, "diagnose": 5, "retrofit": 5}
+KILLS = {"extract": 15, "evaluate": 15, "diagnose": 15, "retrofit": 15}
 
 
 def in_a_fork(arguments, folder, kill_at=None):

@@ -1,14 +1,17 @@
 """Damaged and hostile images: each one is decoded within its limits or refused with a `BadImageError`."""
 
+import os
 import struct
 import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
 import pytest
 
-from builders import encoded, noise
+from builders import encoded, noise, write
+from hf_regvit import check_data, load_images
 from hf_regvit.data.decoding import BadImageError, ImageLimits, image_facts, open_image
 
 pytestmark = pytest.mark.attacks
@@ -113,6 +116,8 @@ def test_small_files_that_cost_minutes_are_refused_before_they_are_decoded(name)
     content, started = make(), time.perf_counter()
     with pytest.raises(BadImageError, match=words):
         open_image(content)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(BadImageError, match=words):  # as in the demo
+        threads.submit(open_image, content).result()
     with suppress(BadImageError):
         image_facts(content, name=name)
     assert time.perf_counter() - started < 5
@@ -134,3 +139,22 @@ def test_the_last_resort_is_a_time_limit():
     with pytest.raises(BadImageError, match=r"decoding it takes more than 0\.02 s"):
         open_image(content, limits=ImageLimits(max_seconds=0.02))
     assert open_image(content).size == (3000, 2500)  # the timer of the first call is gone
+
+
+def test_pipes_devices_and_huge_files_among_images_are_refused(tmp_path):
+    """A pipe would block forever, and a link to `/dev/zero` would fill the memory."""
+    write(tmp_path / "fine.png", encoded(noise()))
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
+    with (tmp_path / "huge.png").open("wb") as file:
+        file.truncate(3 << 30)
+    source, refused = load_images(tmp_path), []
+    for number, name in enumerate(source.ids):
+        try:
+            source[number]
+        except BadImageError as error:
+            refused.append((name, error.kind))
+    kinds = {"device.png": "not an image", "huge.png": "too large", "pipe.png": "not an image"}
+    assert dict(refused) == kinds
+    assert check_data(tmp_path).verdict

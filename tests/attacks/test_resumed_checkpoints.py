@@ -137,3 +137,15 @@ def test_weights_of_another_type_are_refused(resumed, tmp_path):
 
     with pytest.raises(CheckpointCorruptError, match=r"model\.safetensors"):
         resumed(tmp_path, change)
+
+
+def test_a_sharded_checkpoint_of_another_run_is_refused(resumed, tmp_path):
+    """Torch reads the names of its tensors with a plain `pickle.load`."""
+
+    def change(checkpoint):
+        (checkpoint / "pytorch_model_fsdp_0").mkdir()
+        pickled("pickle", "pytorch_model_fsdp_0/.metadata", checkpoint)
+
+    with pytest.raises(CheckpointError, match="is sharded"):
+        resumed(tmp_path, change)
+    assert not list(tmp_path.rglob("ran"))

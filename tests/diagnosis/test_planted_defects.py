@@ -12,7 +12,7 @@ from hf_regvit import diagnose
 from hf_regvit.diagnosis.register_neurons import find_register_neurons
 from hf_regvit.diagnosis.retrofit import RetrofitError, retrofit
 from hf_regvit.diagnosis.sinks import SinkReader, counted, sink_events
-from hf_regvit.models import modeling_regvit
+from hf_regvit.models import configuration_regvit
 from hf_regvit.models.processing import EvaluationTransform
 from hf_regvit.models.tokens import TokenReader
 from planted_defects import MODELS, PROCESSOR, QUIET, Sample, plant_neuron, plant_sink, sample
@@ -212,7 +212,7 @@ def test_sizes_are_tested_stored_and_warned_about(seen, second, monkeypatch, tmp
     loaded = type(model).from_pretrained(tmp_path)
     assert loaded.config.register_sizes == ([96] if second else [96, 144])
     said = []
-    monkeypatch.setattr(modeling_regvit.logger, "warning_once", said.append)
+    monkeypatch.setattr(configuration_regvit.logger, "warning_once", said.append)
     loaded(seen.pixels[:1])
     assert said == []
     loaded(large.pixels[:1])

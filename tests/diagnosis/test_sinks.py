@@ -16,7 +16,7 @@ from hf_regvit.diagnosis.sinks import (
     sink_events,
     sink_record,
 )
-from hf_regvit.models.families import attention_output
+from hf_regvit.models.families import FAMILIES, attention_output, has_part
 from hf_regvit.models.tokens import TokenReader
 
 
@@ -170,9 +170,11 @@ def test_stable_rank_is_that_of_what_the_head_adds():
     """Compare with the real update of a block whose other head is switched off."""
     model, images = randomized(tiny_source("Dinov2Model", layerscale_value=0.3)), pixels(2, 32, 32)
     block, added = model.encoder.layer[1], []
+    paths = FAMILIES["dinov2"].attention_output  # other names in other versions of transformers
+    projection = block.attention.get_submodule(next(path for path in paths if has_part(block.attention, path)))
     with torch.no_grad():
-        block.attention.o_proj.weight[:, 16:] = 0
-        block.attention.o_proj.bias.zero_()
+        projection.weight[:, 16:] = 0
+        projection.bias.zero_()
     block.layer_scale1.register_forward_hook(lambda module, args, output: added.append(output))
     numbers = read_sinks(model, images, batch=2).numbers
     singular = torch.linalg.svdvals(added[-1].double())  # of (2, T, D)

@@ -1,6 +1,7 @@
 """`export` and `load_exported`: files of every class, sizes, the proof, the loader, and every error."""
 
 import copy
+import importlib.util
 import json
 import re
 import subprocess
@@ -390,9 +391,20 @@ def test_a_missing_engine_names_the_package(folder, monkeypatch):
     monkeypatch.setattr(exported.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"engine onnxruntime is not installed\. Run: pip install onnxruntime"):
         load_exported(folder)
-    monkeypatch.setattr(export_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"needs onnx, onnxscript, .* Run: pip install 'hf_regvit\[export\]'"):
         export(tiny_model(), folder / "new")
+
+
+def test_the_folder_of_a_format_is_not_taken_for_its_engine(folder, tmp_path, monkeypatch):
+    (tmp_path / "files" / "engine_of_nobody").mkdir(parents=True)
+    monkeypatch.syspath_prepend(tmp_path / "files")
+    assert importlib.util.find_spec("engine_of_nobody") is not None  # a namespace package
+    assert not exported.is_installed("engine_of_nobody")
+    assert exported.is_installed("onnxruntime")
+    monkeypatch.setitem(exported.ENGINES, "onnxruntime", ("engine_of_nobody", "onnxruntime", "onnx"))
+    with pytest.raises(ImportError, match=r"engine onnxruntime is not installed\. Run: pip install onnxruntime"):
+        load_exported(folder)
+    assert exported.check(folder) == []
 
 
 def test_the_loader_and_the_converters_send_nothing_to_their_makers(folder):
@@ -553,6 +565,22 @@ def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
     with pytest.raises(ExportError, match="was exported from another model"):
         publish(other, output_dir=tmp_path / "second", **options)
     assert not (tmp_path / "second").exists()
+
+
+def test_no_image_of_the_calibration_is_in_the_proof(tmp_path, monkeypatch):
+    seen = {}
+
+    def keep(request, staged, work, calibration, held_out):
+        seen.update(samples=calibration["samples"], held_out=held_out)
+        return []
+
+    monkeypatch.setattr(export_module, "_write_files", keep)
+    source = hf_regvit.load_images("builtin:photos", split="train").subset(range(0, 1600, 25))
+    export(with_processor(tiny_model()), tmp_path / "files", precision="int8", data=source)
+    calibrated = {entry["pixel_values"].numpy().tobytes() for entry in seen["samples"]}
+    proved = [row[None].tobytes() for question in seen["held_out"] for row in question.pixels]
+    assert (len(calibrated), len(proved)) == (48, 16)
+    assert not calibrated & set(proved)
 
 
 # ---- int8 --------------------------------------------------------------------------------------------------------

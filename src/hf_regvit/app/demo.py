@@ -407,26 +407,18 @@ class _Page:
 
     def _figures(self, image: InputImage, place: object, *settings: Any) -> str:
         views, request = self._views(image, place, *settings)
-        with self._folder() as folder:
-            return str(write_figures(views, image, request, folder))
+        return str(write_figures(views, image, request, self._folder()))
 
     def _features(self, image: InputImage, place: object, *settings: Any) -> str:
         views, _ = self._views(image, place, *settings)
-        with self._folder() as folder:
-            return str(write_features(views, image, folder))
+        return str(write_features(views, image, self._folder()))
 
-    @contextmanager
-    def _folder(self) -> Iterator[Path]:
-        """Create a folder for a download, which is removed if that fails, and delete old ones."""
+    def _folder(self) -> Path:
+        """Create a folder for a download, and delete old ones; the page fetches its file at once."""
         folders = sorted(Path(self.downloads.name).iterdir(), key=lambda folder: folder.stat().st_mtime)
         for old in folders[:-4]:
             shutil.rmtree(old)
-        folder = Path(tempfile.mkdtemp(dir=self.downloads.name))
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder)
-            raise
+        return Path(tempfile.mkdtemp(dir=self.downloads.name))
 
 
 def _part(template: str, **values: Any) -> str:

@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import stat
 import struct
 import threading
 import warnings
@@ -148,6 +149,9 @@ def lfs_pointer(file: Path) -> str | None:
         return _POINTER_ADVICE if stream.read(len(_POINTER)) == _POINTER else None
 
 
+_MOST_BYTES = 2**30  # the largest image that `ImageLimits` allows has 16 bits in 4 channels
+
+
 def read_bytes(path: str | Path, name: str) -> bytes:
     """Return the content of a file.
 
@@ -155,7 +159,14 @@ def read_bytes(path: str | Path, name: str) -> bytes:
         BadImageError: The file cannot be read; the error carries `name`.
     """
     try:
+        status = Path(path).stat()
+        if stat.S_ISREG(status.st_mode) and status.st_size > _MOST_BYTES:
+            raise BadImageError(name, f"it has more than {_MOST_BYTES >> 20} MiB", "too large")
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            raise BadImageError(name, "it is a pipe or a device, not a file", "not an image")
         return Path(path).read_bytes()
+    except BadImageError:  # is a ValueError
+        raise
     except PermissionError as error:
         raise BadImageError(name, f"{error.strerror}", "permission") from error
     except (OSError, ValueError) as error:  # a NUL character in a path raises ValueError

@@ -137,7 +137,7 @@ def _image_folder(found: Found, reading: Reading) -> ImageSource:
     notes = [*found.notes]
     if None not in by_folder:
         notes += note_on_names(str(root), {part for parts in parts_below(root, selected) for part in parts[:-1]})
-    elif sides := [file for file in found.others if file.suffix in LABEL_SUFFIXES]:
+    elif sides := [file for file in found.others if file.suffix in LABEL_SUFFIXES and file.is_file()]:
         beside: dict[str, int | str] = {}
         for side in sides:
             with side.open("rb") as file:

@@ -1,7 +1,6 @@
 """Export a RegViT to files for ONNX Runtime, OpenVINO and torch, each proved before it gets its name."""
 
 import hashlib
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -32,7 +31,17 @@ from . import exported
 from .export_network import NamedOutputs, network_for_task
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
-from .exported import ENGINES, ExportError, check_images, difference, load_proof, preprocess, run_file, sha256
+from .exported import (
+    ENGINES,
+    ExportError,
+    check_images,
+    difference,
+    is_installed,
+    load_proof,
+    preprocess,
+    run_file,
+    sha256,
+)
 from .scan import may_be_published
 
 FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
@@ -184,7 +193,7 @@ def _check_packages(formats: Sequence[str], precisions: Sequence[str]) -> None:
         )
     needed = [package for name in formats for package in _PACKAGES[name]]
     needed += ["nncf"] if any(name.startswith("int8") for name in precisions) else []
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+    if missing := [name for name in needed if not is_installed(name)]:
         raise ImportError(f"This export needs {', '.join(missing)}. Run: pip install 'hf_regvit[export]'")
 
 
@@ -301,7 +310,7 @@ def _images_of_user(
     questions: list[Question] = []
     first = 0
     while first < held:
-        chosen = order[first : first + (1, 2, 5)[min(len(questions), 2)]]
+        chosen = order[first : min(held, first + (1, 2, 5)[min(len(questions), 2)])]
         first += len(chosen)
         [(ids, pixels)] = prepare_images(source.subset(chosen), request.transform)
         own = None if labels is None else labels[[place for place in chosen if source.ids[place] in ids]]
@@ -438,7 +447,7 @@ def _describe(request: _Request, question: Question) -> dict[str, Any]:
         "outputs": {name: ["batch", *values.shape[1:]] for name, values in question.expected.items()},
         "size": list(request.size) if request.size else "any", "patch": list(config.patch_shape),
         "preprocessing": request.preprocessing,
-        "versions": {name: version(name) for name in packages if importlib.util.find_spec(name)},
+        "versions": {name: version(name) for name in packages if is_installed(name)},
         "date": datetime.now(UTC).date().isoformat(), "files": [],
     }  # fmt: skip
 

@@ -165,7 +165,7 @@ def _choose(folder: Path, files: list[dict[str, Any]], engine: str | None, preci
     engines = [name for name in allowed if name in {one["engine"] for one in files}]
     if not engines:
         raise ExportError(f"'{folder}' has no file for engine={engine!r}. It has {listed}.")
-    chosen = next((name for name in engines if importlib.util.find_spec(ENGINES[name][0])), None)
+    chosen = next((name for name in engines if is_installed(ENGINES[name][0])), None)
     if chosen is None:
         raise ImportError(f"The engine {engines[0]} is not installed. Run: pip install {ENGINES[engines[0]][1]}")
     kinds = [kind for name, kind in found if name == chosen]
@@ -181,6 +181,12 @@ def run_file(engine: str, path: Path, entry: str, *, threads: int | None = None,
     """Return the function of a file from its input, called `entry`, to its outputs."""
     start = {"openvino": _openvino, "onnxruntime": _onnxruntime, "torch": _torch}[engine]
     return start(str(path), threads or available_threads(), hint, entry)
+
+
+def is_installed(module: str) -> bool:
+    """Return True for a module that can be imported; a folder such as `openvino` beside `run.py` is none."""
+    spec = importlib.util.find_spec(module)
+    return spec is not None and spec.origin is not None
 
 
 def available_threads() -> int:
@@ -302,7 +308,7 @@ def check(folder: str | Path, *, engine: str | None = None) -> list[tuple[str, s
     images, size = content.pop("images"), content.pop("size").tolist()
     proof = load_proof(Path(folder))
     for file in proof["files"]:
-        if engine not in (None, file["engine"]) or not importlib.util.find_spec(ENGINES[file["engine"]][0]):
+        if engine not in (None, file["engine"]) or not is_installed(ENGINES[file["engine"]][0]):
             continue
         model = load_exported(folder, engine=file["engine"], precision=file["precision"])
         levels = check_images(images, size)

@@ -15,7 +15,7 @@ from ..models.configuration_regvit import CheckpointError
 from ..models.loading import open_model
 from ..models.modeling_regvit import RegViTPreTrainedModel
 from ..models.processing import unknown_processor
-from ..models.saving import num_bytes, whole_folder
+from ..models.saving import num_bytes, remove_leftovers, whole_folder
 from ..models.tokens import TokenReader
 from .bundle import SHARD_SIZE, Bundle, bundle, option_hashes, read_bundle, read_object
 from .facts import ANY_FOLDER, Json, is_hub_id
@@ -114,6 +114,7 @@ def publish(
         "reports": reports, "card": {**names, **(card or {})}, "example_pictures": example_pictures,
         "max_shard_size": max_shard_size, "exported": exported,
     }  # fmt: skip
+    remove_leftovers(output.parent)
     with _as_folder(model) as folder:
         if (output / "manifest.json").is_file():
             made = read_bundle(output)

@@ -350,6 +350,15 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         """Width of an attention head."""
         return self.hidden_size // self.num_attention_heads
 
+    def warn_about_size(self, height: int, width: int) -> None:
+        """Warn once if the test-time registers were not tested on images of this size in pixels."""
+        sizes, area = self.register_sizes or [], height * width
+        if sizes and not min(sizes) ** 2 <= area <= max(sizes) ** 2:
+            logger.warning_once(
+                f"The test-time registers were tested on images of {sizes} pixels, not on {(height, width)}. Outliers "
+                f"may return. Test this size with: regvit retrofit --image_sizes {round(area**0.5)}"
+            )
+
     def register_neurons_of(self, block: int) -> list[int]:
         """Return the neurons of a block (counted from 0) whose activations are moved to the registers."""
         return [neuron for where, neuron in self.register_neurons or () if where == block]
@@ -727,8 +736,8 @@ def _check_kind(folder: Path, keys: set[str], options: dict) -> None:
         if fields.get(field, True) != found:
             also = "" if found or tensor == "cls_token" else " and rope_theta, e.g. 100"
             raise CheckpointError(
-                f"{field}={not found}, but the weights of '{folder}' hold {'the' if found else 'no'} tensor "
-                f"embeddings.{tensor}. Load it without such an override, or correct its config.json: "
+                f"embeddings.{tensor} {'is' if found else 'is missing'} in the weights of '{folder}', but "
+                f"{field}={not found}. Load it without such an override, or correct its config.json: "
                 f"{field}={found}{also}."
             )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -514,8 +515,13 @@ def load_module(source: str, config: dict[str, Any], *, whole: bool = False) -> 
     if is_folder:
         check_weights(Path(source))
     if "architecture" in config and config.get("model_type") in (None, "timm_wrapper"):
-        return _load_timm(f"local-dir:{source}" if is_folder else f"hf-hub:{source}", source), set()
-    return _load_transformers(source, config, whole)
+        found = _load_timm(f"local-dir:{source}" if is_folder else f"hf-hub:{source}", source), set[str]()
+    else:
+        found = _load_transformers(source, config, whole)
+    # The loaders check a folder before they read it; the files of a Hub id are known only after the download.
+    if not is_folder and isinstance(file := try_to_load_from_cache(source, "config.json"), str):
+        check_weight_files(Path(file).parent)
+    return found
 
 
 def _load_timm(name: str, source: str) -> nn.Module:

@@ -887,7 +887,8 @@ class RegViTModel(RegViTPreTrainedModel):
                 f"attn_implementation='{config._attn_implementation}' does not return attention weights, so "
                 "`attentions` will be empty. Call model.set_attn_implementation('eager') to get them."
             )
-        self._check_proven_size(pixel_values)
+        if config.register_sizes and not torch.compiler.is_compiling():
+            config.warn_about_size(*pixel_values.shape[-2:])
         grids, token_mask = None, None
         if pixel_mask is not None:
             grids, token_mask = self._token_mask(pixel_values, pixel_mask)
@@ -930,15 +931,6 @@ class RegViTModel(RegViTPreTrainedModel):
             image_embeds=None if self.projection is None else self.projection(pooled),
         )
         return self._finish(output, return_dict, output_hidden_states)
-
-    def _check_proven_size(self, pixel_values: Tensor) -> None:
-        """Warn once if test-time registers were not tested at the size of these images."""
-        sizes, area = self.config.register_sizes, pixel_values.shape[-2] * pixel_values.shape[-1]
-        if sizes and not torch.compiler.is_compiling() and not min(sizes) ** 2 <= area <= max(sizes) ** 2:
-            logger.warning_once(
-                f"The test-time registers were tested on images of {sizes} pixels, not on {tuple(pixel_values.shape[-2:])}. "
-                f"Outliers may return. Test this size with: regvit retrofit --image_sizes {round(area**0.5)}"
-            )
 
     def _token_mask(self, pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[tuple[int, int]], Tensor]:
         """Return the grid of each image without its padding, and a mask (B, T) that is False at padding."""

@@ -99,7 +99,7 @@ def explain_full_disk(path: Path, unfinished: Path | None = None, needed: int = 
     """Turn the error of a full disk into a `NoSpaceError`; safetensors reports it as its own type.
 
     Args:
-        path: File or folder that the error names, unless the system names a file.
+        path: File or folder that the error names.
         unfinished: Temporary file or folder in which `path` is written.
         needed: Size of the content in bytes, if it is known.
 
@@ -116,8 +116,6 @@ def explain_full_disk(path: Path, unfinished: Path | None = None, needed: int = 
         number = int(found[1]) if found else getattr(error, "errno", None)
         if number not in _FULL:
             raise
-        if unfinished is None and isinstance(named := getattr(error, "filename", None), str):
-            path = Path(named)
         parts = unfinished.rglob("*") if unfinished and unfinished.is_dir() else [unfinished or path]
         written = sum(part.stat().st_size for part in parts if part.is_file())
         most = f"about {as_bytes(needed)}" if needed > written else f"more than {as_bytes(written)}"

@@ -257,6 +257,11 @@ class CheckpointedTrainer(PushingTrainer):
     def _check_files(self, folder: Path) -> None:
         """Check the types of the weights and the JSON files of a checkpoint before anything is loaded from it."""
         state, saved = folder / STATE, folder / RESUME_STATE
+        if any(folder.rglob(".metadata")) and folder.resolve().parent != self.args.folder.resolve():
+            raise CheckpointError(
+                f"'{folder}' is sharded, which torch reads as a pickle that could run code, so it is only resumed in "
+                f"the folder of its own run. If you trust it, set output_dir to '{folder.parent}'."
+            )
         try:
             check_weight_files(folder)
             best = TrainerState(**read_object(state)).best_model_checkpoint
@@ -484,10 +489,6 @@ class CheckpointedTrainer(PushingTrainer):
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with _reading_state(checkpoint):
             super()._load_rng_state(checkpoint)
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        with _reading_state(checkpoint):
-            super()._load_scaler(checkpoint)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raise an error for missing or unexpected tensors, which Trainer would only log."""

@@ -1,0 +1,80 @@
+"""Models of a Hub id whose files lie; the Hub is a fake one on this machine."""
+
+import itertools
+import json
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import load_file, save, save_file
+
+from builders import save_model, tiny_model, tiny_source
+from fake_hub import FakeHub, Repo, _commit, connect
+from hf_regvit import CheckpointCorruptError, CheckpointError, ConversionError, open_model
+from hf_regvit.models.loading import open_regvit
+
+pytestmark = pytest.mark.attacks
+MAKERS = {"regvit": tiny_model, "dinov2": lambda: tiny_source("Dinov2Model"), "vit": lambda: tiny_source("ViTModel")}
+NUMBERS = itertools.count()  # huggingface_hub remembers the commit of a name
+READERS = [open_model, open_regvit]  # the second converts what is not a RegViT
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with FakeHub() as hub:
+        connect(monkeypatch, hub)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield hub
+
+
+@pytest.fixture(params=MAKERS)
+def files(request, tmp_path):
+    folder = save_model(MAKERS[request.param](), tmp_path / "model")
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def serve(hub, files):
+    name = f"owner/model-{next(NUMBERS)}"
+    hub.repos[name] = Repo(private=False, commits=[_commit("x", files)])
+    return name
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_changed_types_of_a_hub_model_are_refused(read, files, hub, tmp_path):
+    read(serve(hub, files))
+    for kind in (b'"I32"', b'"U32"'):
+        header, rest = files["model.safetensors"].split(b"}}", 1)
+        changed = header.replace(b'"F32"', kind) + b"}}" + rest
+        with pytest.raises(CheckpointError, match=r"model\.safetensors' holds .* expected floating-point"):
+            read(serve(hub, files | {"model.safetensors": changed}))
+
+
+@pytest.mark.parametrize(
+    "name", ["../outside.safetensors", "../../../../outside.safetensors", "OUTSIDE", "x/../y.safetensors"]
+)
+@pytest.mark.parametrize("read", READERS)
+def test_an_index_of_a_hub_model_reads_no_file_of_this_machine(read, name, files, hub, tmp_path):
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    for place in (tmp_path, tmp_path / "cache", tmp_path / "cache" / "models--owner--x"):
+        place.mkdir(parents=True, exist_ok=True)
+        save_file(state, place / "outside.safetensors", {"format": "pt"})
+    name = str(tmp_path / "outside.safetensors") if name == "OUTSIDE" else name
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, name)}
+    lying = {key: value for key, value in files.items() if key != "model.safetensors"}
+    lying["model.safetensors.index.json"] = json.dumps(index).encode()
+    with pytest.raises((CheckpointError, ConversionError, OSError)):
+        read(serve(hub, lying))
+
+
+def test_nan_in_a_hub_model_is_refused(files, hub):
+    state = {name: tensor.fill_(float("nan")) for name, tensor in load_bytes(files["model.safetensors"]).items()}
+    with pytest.raises(CheckpointCorruptError, match="NaN"):
+        open_model(serve(hub, files | {"model.safetensors": save(state, {"format": "pt"})}))
+
+
+def load_bytes(content):
+    from safetensors.torch import load
+
+    return {name: tensor.clone() for name, tensor in load(content).items() if torch.is_floating_point(tensor)}
