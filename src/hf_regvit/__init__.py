@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.check import check_data
     from .data.loading import load_images
     from .diagnosis.diagnose import diagnose
+    from .diagnosis.position import remove_position
     from .diagnosis.register_neurons import (
         RegisterNeurons,
         RetrofitError,
@@ -65,6 +66,7 @@ _ON_FIRST_USE = {
     "check_data": "data.check",
     "load_images": "data.loading",
     "diagnose": "diagnosis.diagnose",
+    "remove_position": "diagnosis.position",
     "RegisterNeurons": "diagnosis.register_neurons",
     "RetrofitError": "diagnosis.register_neurons",
     "add_test_time_registers": "diagnosis.register_neurons",
@@ -175,5 +177,6 @@ __all__ = [
     "pretrain",
     "publish",
     "read_tokens",
+    "remove_position",
     "retrofit",
 ]

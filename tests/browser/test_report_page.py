@@ -40,7 +40,11 @@ def test_page_renders_without_errors(browser, screenshots, report, tmp_path, nam
     assert [each for each in requests if not each.startswith("data:")] == [url], (
         "the page requests something from outside"
     )
-    assert page.locator("h2").all_inner_texts()[:2] == ["Norms by block", "Example images"]
+    sections = ["Norms by block", "Attention sinks", "Position", "Example images"]
+    assert page.locator("h2").all_inner_texts()[:4] == sections
+    assert page.locator(".findings .card").count() == 6
+    assert page.locator(".heads").count() == 3  # registers, CLS, the most attended tokens
+    assert page.locator(".heads").first.locator("g").count() == 3 * 2  # blocks and heads
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "the page scrolls sideways"
     broken = page.evaluate("[...document.images].filter(i => !i.complete || !i.naturalWidth).length")
     assert broken == 0

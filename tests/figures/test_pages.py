@@ -106,8 +106,8 @@ def test_the_report_page_says_what_the_report_says(report):
         assert text in page
     headings = re.findall(r"<h2>(.*?)</h2>", page)
     assert headings == [
-        "Norms by block", "Example images", "Positions of the outliers", "Properties of the outliers", "Registers",
-        "Information in single tokens", "Method",
+        "Norms by block", "Attention sinks", "Position", "Example images", "Positions of the outliers",
+        "Properties of the outliers", "Registers", "Information in single tokens", "Method",
     ]  # fmt: skip
     assert re.findall(r'class="layer chart" data-layer="(\d)"', page) == ["0", "1", "2", "3"]
     assert page.count(" hidden>") == 3

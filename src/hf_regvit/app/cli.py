@@ -111,7 +111,7 @@ def _convert(arguments: Any) -> Outcome:
 def _diagnose(arguments: Any) -> Outcome:
     from ..diagnosis.comparison import compare_checkpoints
     from ..diagnosis.diagnose import diagnose
-    from ..figures.diagnosis_page import write_report
+    from ..figures.diagnosis_page import write_comparison, write_report
     from ..figures.maps import write_report_figures
 
     settings = arguments.settings()
@@ -128,6 +128,8 @@ def _diagnose(arguments: Any) -> Outcome:
         for folder, report in reports.items():
             write_report(report, f"{arguments.output_dir}/{folder}/report.html")
             write_report_figures(report, f"{arguments.output_dir}/{folder}/figures")
+        if len(reports) > 1:
+            write_comparison(outcome, f"{arguments.output_dir}/comparison.html")
     repair: tuple[str, ...] = ()
     if len(reports) == 1 and outcome.bimodal:
         repair = ("retrofit", "--model", arguments.model[0], "--data", arguments.data, "--output_dir", "repaired")

@@ -8,28 +8,51 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from ..data.loading import load_images
+from ..data.preparation import prepare_images
+from ..evaluation.intervals import paired_difference
 from ..models.loading import distinct_names, open_model
 from ..models.results import Record, Result, markdown_table
 from ..models.tokens import TokenReader
 from .diagnose import diagnose
+from .findings import relocation
+from .readings import token_norms
 from .report import ArtifactReport
+from .sinks import SinkReader, last_quarter
 
 
 @dataclass(frozen=True, repr=False)
 class ComparisonReport(Result):
-    """Diagnoses of several checkpoints on the same images: one table row each, and the full reports."""
+    """Diagnoses of several checkpoints on the same images: one table row each, and the full reports.
+
+    Attributes:
+        rows: One record per checkpoint.
+        reports: Report of each checkpoint, by name.
+        settings: Settings of the diagnoses.
+        attention: Attention in the last quarter of the blocks to the outliers of the first checkpoint, to the same
+            patches of the last one, and to registers, with the differences and their 95 % intervals; None if it
+            cannot be compared.
+    """
 
     rows: list[Record]
     reports: dict[str, ArtifactReport]
     settings: Record
+    attention: Record | None = None
 
     file_name: ClassVar = "comparison.json"
 
     def to_dict(self) -> Record:
-        """Return rows and settings; the reports are saved separately."""
-        return {"rows": self.rows, "settings": self.settings}
+        """Return rows, settings and attention; the reports are saved separately."""
+        return {"rows": self.rows, "settings": self.settings, "attention": self.attention}
+
+    @property
+    def conclusion(self) -> str | None:
+        """Sentence on the attention that registers took over from outliers; None if they did not."""
+        first, *_, last = self.reports.values()
+        return relocation(first, last)
 
     def folders(self) -> dict[str, ArtifactReport]:
         """Return the reports by folder name: number and last part of the name of the checkpoint."""
@@ -53,7 +76,8 @@ class ComparisonReport(Result):
 
     def summary(self) -> str:
         """Return the table, followed by the verdict on each checkpoint."""
-        return "\n".join([self.table(), *(f"{name}: {report.verdict}" for name, report in self.reports.items())])
+        verdicts = [f"{name}: {report.verdict}" for name, report in self.reports.items()]
+        return "\n".join([self.table(), *verdicts, *filter(None, [self.conclusion])])
 
     def table(self) -> str:
         """Return the rows as a Markdown table."""
@@ -105,7 +129,51 @@ def compare_checkpoints(
         for name, report in reports.items()
     ]
     threads = {"threads": torch.get_num_threads(), "throughput_batch": 8, "throughput_rounds": throughput_rounds}
-    return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads)
+    attention = compare_attention(list(readers.values()), images, first, list(reports.values())[-1])
+    return ComparisonReport(rows=rows, reports=reports, settings=first.settings | threads, attention=attention)
+
+
+def compare_attention(
+    readers: Sequence[TokenReader], images: object, first: ArtifactReport, last: ArtifactReport
+) -> Record | None:
+    """Compare the attention in the last quarter of the blocks of the first and of the last model on the same images.
+
+    Args:
+        readers: Readers of the models.
+        images: Images of the diagnoses.
+        first: Report of the first model, whose outliers are the set for both models.
+        last: Report of the last model.
+
+    Returns:
+        None if the first model has no outliers, the grids differ, or attention cannot be read.
+    """
+    if not first.bimodal or first.outliers["grid"] != last.outliers["grid"] or not (first.sinks and last.sinks):
+        return None
+    settings, (rows, columns) = first.settings, first.outliers["grid"]
+    source = load_images(images, split=None) if isinstance(images, str | Path) else images
+    drawn = {"max_images": first.sinks["num_images"], "seed": settings["seed"]}
+    masses: dict[str, NDArray[np.float64]] = {}
+    mask: NDArray[np.bool_] | None = None
+    for place, reader in (("first", readers[0]), ("last", readers[-1])):
+        prepared = list(prepare_images(source, reader.transform, batch_size=settings["batch_size"], **drawn))
+        ids = [name for names, _ in prepared for name in names]
+        if mask is None:
+            norms = [reader.read(x, layers=(first.layer,), reduce=token_norms).patches() for _, x in prepared]
+            mask = (torch.cat(norms) > first.cutoff).numpy()
+        sinks, start = SinkReader(reader, ids, rows * columns, mask), 0
+        for pixels in (part for _, x in prepared for part in x.split(sinks.max_batch)):
+            reader.read_many(pixels, {"v": "all", "attention": "all"}, reduce=sinks.reductions(start))
+            start += len(pixels)
+        for name in ("outliers", "registers"):
+            numbers = sinks.numbers.get(f"{name}.mass", torch.zeros(len(ids), 1, 1))
+            quarter = numbers[:, -last_quarter(reader.description.num_layers) :]
+            masses[f"{name}, {place}"] = quarter.mean(dim=(1, 2)).double().numpy()
+    found: Record = {"num_images": len(ids), "means": {name: float(mass.mean()) for name, mass in masses.items()}}
+    for name in ("outliers", "registers"):
+        pair = (masses[f"{name}, {place}"][:, None] for place in ("first", "last"))
+        difference, interval = paired_difference(*pair, seed=0)
+        found[name] = {"difference": difference, "interval": list(interval)}
+    return found
 
 
 def _row(report: ArtifactReport, first: ArtifactReport) -> Record:

@@ -43,10 +43,20 @@ from .outliers import (
     reported_layer,
 )
 from .position import PositionMoments, position_record
-from .readings import ENOUGH_IMAGES, MIN_IMAGES, Readings, first_reason, labels_of, normalized, read_images, read_norms
+from .readings import (
+    ENOUGH_IMAGES,
+    MIN_IMAGES,
+    Array,
+    Readings,
+    first_reason,
+    labels_of,
+    normalized,
+    read_images,
+    read_norms,
+)
 from .report import ArtifactReport
 from .sinks import SinkReader, sink_record
-from .spurious import find_fixed_patterns, global_proxy_share, spurious_record
+from .spurious import FixedPatterns, find_fixed_patterns, global_proxy_share, spurious_record
 from .token_probes import token_probes
 
 logger = logging.getLogger(__name__)
@@ -278,11 +288,12 @@ def _details(case: _Case) -> Record:
         if sum(map(len, parts["ranks"])) < _RANK_IMAGES:
             parts["ranks"].append(effective_rank(final[:, prefix:]))
     joined = {name: torch.cat(values) for name, values in parts.items()}
+    patterns = find_fixed_patterns(joined["final"], joined["embeddings"], seed=case.seed)
     return _token_records(case, joined["tokens"], joined["ranks"]) | {
         "registers": _register_record(case, joined["registers"]),
-        "examples": _examples(case),
+        "examples": _examples(case, patterns.score, sinks.received.numpy() if sinks.numbers else None),
         "sinks": sink_record(sinks.numbers) if sinks.numbers else None,
-        "spurious": _spurious_record(case, joined["final"], joined["embeddings"], sinks),
+        "spurious": _spurious_record(case, patterns, sinks),
         "position": position_record(position, joined["final"], readings.grid),
     }
 
@@ -317,9 +328,8 @@ def _token_records(case: _Case, tokens: Tensor, rank: Tensor) -> Record:
     }
 
 
-def _spurious_record(case: _Case, final: Tensor, embeddings: Tensor, sinks: SinkReader) -> Record:
+def _spurious_record(case: _Case, found: FixedPatterns, sinks: SinkReader) -> Record:
     readings = case.readings
-    found = find_fixed_patterns(final, embeddings, seed=case.seed)
     outliers = case.is_outlier[readings.kept] & case.distinct
     norms = readings.norms[case.layer][readings.kept]
     record = spurious_record(found, outliers, norms, sinks.received if sinks.numbers else None)
@@ -344,8 +354,11 @@ def _register_record(case: _Case, registers: Tensor) -> Record | None:
     }
 
 
-def _examples(case: _Case, count: int = 6) -> list[Record]:
-    """Return a few images as the model received them (JPEG, base64), with norm and attention maps on the grid."""
+def _examples(case: _Case, repetition: Array, received: Array | None, count: int = 6) -> list[Record]:
+    """Return a few images as the model received them (JPEG, base64), with maps on the grid.
+
+    `repetition` and `received` (n, N) are those of the kept images.
+    """
     readings, last, grid = case.readings, case.reader.description.num_layers, case.readings.grid
     examples = []
     for place in np.unique(np.linspace(0, len(readings.kept) - 1, count).astype(int)).tolist():
@@ -367,6 +380,8 @@ def _examples(case: _Case, count: int = 6) -> list[Record]:
                 "norms_last": _map(readings.norms[last][index], grid) if last in readings.norms else None,
                 "attention_cls": None if readings.attention is None else _map(readings.attention[index], grid),
                 "attention_registers": [_map(row, grid) for row in registers],
+                "repetition": _map(repetition[place], grid),
+                "received": None if received is None else _map(received[place], grid),
             }
         )
     return examples
@@ -382,6 +397,8 @@ def _model_record(reader: TokenReader, grid: tuple[int, int]) -> Record:
         "parameters": sum(parameter.numel() for parameter in reader.tower.parameters()),
         "gmacs": count_macs(reader, grid[0] * grid[1]) / 1e9,
         "weights": weights_fingerprint(reader.tower),
+        "test_time_registers": bool(getattr(getattr(reader.tower, "config", None), "register_neurons", None)),
+        "register_sizes": getattr(getattr(reader.tower, "config", None), "register_sizes", None),
     }
 
 

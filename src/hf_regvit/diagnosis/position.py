@@ -7,13 +7,18 @@ Shape letters: n images, B images of a batch, N patches in a grid of (rows, colu
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..data.preparation import prepare_images
+from ..models.loading import open_model
 from ..models.results import Record
+from ..models.tokens import TokenReader
+from .readings import check_grid, normalized
 from .sinks import rounded
 
 RIDGE = 1e-3  # on standardized features
@@ -104,8 +109,51 @@ class PositionRemoval:
         return tokens - (tokens - mean) @ projection.T
 
 
+def remove_position(
+    model: TokenReader | nn.Module | str | Path,
+    images: object,
+    *,
+    max_images: int = 500,
+    batch_size: int = 32,
+    seed: int = 0,
+    processor: object = None,
+    device: str | torch.device = "auto",
+) -> PositionRemoval:
+    """Fit a map that removes what a linear map can read of the position from the patch tokens after the final norm.
+
+    It suits matching and clustering, where the position is a nuisance. With scenes of a fixed layout it removes useful
+    information, so compare before you use it. A diagnosis reports how much the position is and what its removal costs.
+
+    Args:
+        model: Model, its name, or a reader; see `open_model`.
+        images: Images as for `diagnose`; all on one grid.
+        max_images: Maximum number of images, drawn at random; the first ones of a stream.
+        batch_size: Number of images per forward pass.
+        seed: Random seed of the draw.
+        processor: Image processor; default the model's own.
+        device: Device to compute on; see `open_model`.
+
+    Example:
+    ```python
+    >>> removal = remove_position("facebook/dinov2-small", "photos")
+    >>> maps = removal(torch.from_numpy(patch_maps("facebook/dinov2-small", ["a.jpg"])))
+    ```
+    """
+    reader = open_model(model, device=device, processor=processor)
+    prepared = prepare_images(images, reader.transform, batch_size=batch_size, max_images=max_images, seed=seed)
+    total, grid = torch.zeros(()), (0, 0)
+    for ids, pixels in prepared:
+        reading = reader.read(pixels)
+        grid = grid if total.ndim else reading.grid
+        check_grid(ids[0], reading.grid, grid)
+        found = PositionMoments(grid, len(ids))
+        found.add(normalized(reader, reading.at())[:, reading.num_prefix_tokens :], "final", 0)
+        total = total + found.moments["final"].sum(dim=0)
+    return fit_position_removal(total[None], grid)
+
+
 def fit_position_removal(moments: Tensor, grid: tuple[int, int]) -> PositionRemoval:
-    """Fit the removal to the even images of `PositionMoments.moments` of one layer.
+    """Fit the removal to the first of the moments of one layer, those of the even images.
 
     On the images of the fit, the R2 of a linear map is exactly 0 afterwards, and no other map of this kind changes the
     tokens less in the metric of their covariance.

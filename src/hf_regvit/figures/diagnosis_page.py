@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..diagnosis.comparison import ComparisonReport
+from ..diagnosis.findings import findings, next_step
 from ..diagnosis.report import ArtifactReport
 from ..models.results import Record
 from ..models.saving import whole_file
@@ -57,6 +59,9 @@ def report_page(report: ArtifactReport) -> str:
     return render(
         "diagnosis.html",
         report=report,
+        findings=findings(report),
+        next_step=next_step(report),
+        heads=_heads(report.sinks) if report.sinks else [],
         charts=_charts(report),
         neighbors=report.neighbours,
         examples=[{"id": example["id"], "panels": _example(example, report)} for example in report.examples],
@@ -67,6 +72,31 @@ def report_page(report: ArtifactReport) -> str:
         settings=[[key, cell_text(value)] for key, value in report.settings.items()],
         skipped=[list(entry.values()) for entry in report.skipped[:50]],
     )
+
+
+def write_comparison(report: ComparisonReport, path: str | Path) -> Path:
+    """Write a page that compares the six numbers of several models, and the attention of the first and the last."""
+    found = {name: findings(each) for name, each in report.reports.items()}
+    measured, attention = report.attention or {}, []
+    for name in ("outliers", "registers") if measured else ():
+        means, change = measured["means"], measured[name]
+        shares = [means[f"{name}, first"], means[f"{name}, last"], change["difference"], *change["interval"]]
+        first, last, difference, low, high = (f"{share:.1%}" for share in shares)
+        attention.append([name, first, last, difference, f"{low} to {high}"])
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(
+            render(
+                "comparison.html",
+                report=report,
+                names=list(found),
+                numbers=[[row[0].name, *(each.value for each in row)] for row in zip(*found.values())],
+                attention=attention,
+            ),
+            encoding="utf-8",
+        )
+    return path
 
 
 # --- Charts
@@ -83,6 +113,7 @@ def _charts(report: ArtifactReport) -> Record:
                 record["layer"]: chart(_histogram(record, report), f"patch norms of block {record['layer']}")
                 for record in report.layers
             },
+            "position": report.position and chart(_position(report.position), "position in the tokens of every block"),
             "neighbors": report.neighbours["auroc"] is not None
             and chart(_densities(report.neighbours), "neighbor similarity of outliers and other patches"),
         }
@@ -127,6 +158,16 @@ def _histogram(record: Record, report: ArtifactReport) -> "Figure":
     return figure
 
 
+def _position(found: Record) -> "Figure":
+    """Draw the R2 of the position per layer, with the permuted control."""
+    figure, axis = _axes(2.3)
+    for key, color, name in (("r2", _NORMAL, "position"), ("r2_permuted", INK, "permuted positions")):
+        axis.plot(found["layers"], found[key], color=color, marker="o", ms=3, label=name)
+    axis.set(xlabel="block", ylim=(min(-0.1, *found["r2_permuted"]), 1.05))
+    axis.legend(loc="upper right", frameon=False)
+    return figure
+
+
 def _densities(neighbors: Record) -> "Figure":
     """Draw the similarity to the neighbors, over the occupied bins only, which are often few."""
     figure, axis = _axes(2.3)
@@ -142,6 +183,28 @@ def _densities(neighbors: Record) -> "Figure":
     axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
     axis.legend(loc="upper left", frameon=False)
     return figure
+
+
+_SETS = {"outliers": "Attention to outliers", "registers": "Attention to registers", "cls": "Attention to CLS",
+         "top": "Attention to the top 2 % of the tokens"}  # fmt: skip
+_CLASSES = {"N": "parking place", "B": "notice board", "m": "mixed", "": "no sink"}
+
+
+def _heads(sinks: Record) -> list[Record]:
+    """Return a map of blocks and heads for each set of tokens."""
+    return [
+        {
+            "title": title,
+            "size": (len(found["mass"]), len(found["mass"][0])),
+            "cells": [
+                {"block": block, "head": head, "mass": mass, "kind": found["class"][block][head],
+                 "text": f"block {block + 1}, head {head + 1}: {mass:.0%} of the attention, value "
+                 f"{number_text(found['ratio'][block][head])} of normal, {_CLASSES[found['class'][block][head]]}"}
+                for block, row in enumerate(found["mass"]) for head, mass in enumerate(row)
+            ],
+        }
+        for name, title in _SETS.items() if (found := sinks["sets"].get(name))
+    ]  # fmt: skip
 
 
 # --- Maps
@@ -162,6 +225,14 @@ def _example(example: Record, report: ArtifactReport) -> list[Record]:
     """Return the image, its norms, and the attention of CLS (if any) and of each register."""
     norms = torch.tensor(example["norms"], dtype=torch.float64)
     logs = norms.clamp(min=1e-12).log()
+    beyond = [
+        _map(stretch(torch.tensor(values, dtype=torch.float64), 0, high), "viridis", label, note)
+        for key, high, label, note in (
+            ("repetition", 1.0, "repetition", "cosine in other images"),
+            ("received", 10.0, "received attention", "bright: 10 times uniform"),
+        )
+        if (values := example.get(key)) is not None
+    ]
     maps = {f"register {i + 1} attention": values for i, values in enumerate(example["attention_registers"])}
     if example["attention_cls"] is not None:
         maps = {"CLS attention": example["attention_cls"], **maps}
@@ -180,6 +251,7 @@ def _example(example: Record, report: ArtifactReport) -> list[Record]:
             f"{norms.min():.3g} to {norms.max():.3g}",
             norms > report.cutoff if report.bimodal else None,
         ),
+        *beyond,
         *(_attention_map(values, label) for label, values in maps.items()),
     ]
 
