@@ -21,12 +21,11 @@ ENVIRONMENTS = ROOT / ".cache" / "environments"
 
 
 def requirements() -> list[str]:
-    """Return the requirements of the project, without those of extras that are not installed here."""
+    """Return the requirements of the project apart from transformers, without extras that are not installed here."""
     found = [Requirement(line) for line in importlib.metadata.requires("hf_regvit") or []]
     installed = {canonicalize_name(distribution.name) for distribution in importlib.metadata.distributions()}
-    return [
-        f"{r.name}{r.specifier}" for r in found if canonicalize_name(r.name) in installed and r.name != "hf-regvit"
-    ]
+    wanted = installed - {"hf-regvit", "transformers"}  # the extra `export` needs a newer transformers than the others
+    return [f"{r.name}{r.specifier}" for r in found if canonicalize_name(r.name) in wanted]
 
 
 def make(version: str, folder: Path) -> Path:
