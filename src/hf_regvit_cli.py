@@ -499,7 +499,8 @@ def _main(args: Sequence[str]) -> int:
     rest = [argument for argument in rest if argument not in ("--dry_run", "--json", "--debug")]
     level = os.environ.get("REGVIT_LOG", "INFO" if os.environ.get("RANK", "0") == "0" else "WARNING")
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "PIL", "matplotlib", "timm"):
+    # A half imported torch, which has not set its own level yet, prints statistics when it is interrupted.
+    for chatty in ("httpx", "httpx2", "httpcore", "httpcore2", "urllib3", "PIL", "matplotlib", "timm", "torch"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     return _run(name, rest, switches)
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -274,9 +275,13 @@ def fit_positions(backbone: RegViTModel, image_size: int | tuple[int, int], *, o
     rows, columns = config.patch_shape
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
     if height % rows or width % columns:
-        nearest = " x ".join(str(max(1, round(side / p)) * p) for side, p in ((height, rows), (width, columns)))
+        sides = (
+            [(height, math.lcm(rows, columns))] if isinstance(image_size, int) else [(height, rows), (width, columns)]
+        )
+        given = " x ".join(str(side) for side, _ in sides)
+        nearest = " x ".join(str(max(1, round(side / patch)) * patch) for side, patch in sides)
         raise ValueError(
-            f"{option} is {height} x {width}, but the patches of the model have {rows} x {columns} pixels. Set "
+            f"{option} is {given}, but the patches of the model have {rows} x {columns} pixels. Set "
             f"{option} to a multiple of the patch size, such as {nearest}."
         )
     grid, before = (height // rows, width // columns), config.grid
