@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import BitImageProcessor
 
 from builders import tiny_model, tiny_source, tiny_timm
+from hf_regvit.models.families import has_part
 from hf_regvit.models.tokens import TokenReader
 
 SIZES = {
@@ -167,7 +168,10 @@ def plant_sink(model: Any, direction: torch.Tensor, *, blocks: tuple[int, ...], 
                 for i in range(3)
             )
         else:
-            layers = (attention.q_proj, attention.k_proj, attention.v_proj)
+            layers = (
+                attention.get_submodule(next(path for path in paths if has_part(attention, path)))
+                for paths in reader.family.projections  # other names in other versions of transformers
+            )
             query, key, value = ((layer.weight, layer.bias) for layer in layers)
         seen = key[0][rows] @ (96**0.5 * direction)
         query[1][rows] += 8.0 * 32**0.5 * seen / seen.square().sum()
