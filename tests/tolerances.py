@@ -132,18 +132,16 @@ class ToleranceRecorder:
         elif self.too_large and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        terminalreporter.section("errors as a share of their tolerance")
-        lines = self.too_large
-        terminalreporter.line(
-            f"{len(self.shares)} comparisons; {len(lines)} errors above {self.limit:g} of the tolerance"
-        )
-        for line in lines:
-            terminalreporter.line(line)
-
     def pytest_unconfigure(self) -> None:
         for owner, name, original in reversed(self._originals):
             setattr(owner, name, original)
+        if not hasattr(self.config, "workeroutput"):  # after the list of skipped tests, which would hide it
+            lines = self.too_large
+            print(
+                f"{len(self.shares)} comparisons; {len(lines)} errors above {self.limit:g} of the tolerance",
+                *lines,
+                sep="\n",
+            )
 
 
 def _share_of_assert_close(actual: Any, expected: Any, *, atol: Any = None, rtol: Any = None, **_: Any) -> float:
