@@ -137,6 +137,16 @@ def test_the_last_resort_is_a_time_limit():
     assert open_image(content).size == (3000, 2500)  # the timer of the first call is gone
 
 
+@pytest.mark.parametrize("name", ["data.tar", "data.parquet", "train/0.tar"])
+def test_pipes_among_containers_are_left_out_by_name(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=rf"pipes or devices, not files, and are left out: '{name}'"):
+        load_images(tmp_path)
+    write(tmp_path / "fine.png", encoded(noise()))
+    assert load_images(tmp_path).ids == ["fine.png"]
+
+
 def test_pipes_devices_and_huge_files_among_images_are_refused(tmp_path):
     """A pipe would block forever, and a link to `/dev/zero` would fill the memory."""
     write(tmp_path / "fine.png", encoded(noise()))
