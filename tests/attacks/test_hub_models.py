@@ -7,10 +7,11 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save, save_file
+from transformers import PreTrainedModel
 
 from builders import save_model, tiny_model, tiny_source
 from fake_hub import FakeHub, Repo, _commit, connect
-from hf_regvit import CheckpointCorruptError, CheckpointError, ConversionError, open_model
+from hf_regvit import CheckpointCorruptError, CheckpointError, ConversionError, RegViTModel, open_model
 from hf_regvit.models.loading import open_regvit
 
 pytestmark = pytest.mark.attacks
@@ -66,6 +67,44 @@ def test_an_index_of_a_hub_model_reads_no_file_of_this_machine(read, name, files
     lying["model.safetensors.index.json"] = json.dumps(index).encode()
     with pytest.raises((CheckpointError, ConversionError, OSError)):
         read(serve(hub, lying))
+
+
+def changed_type(files):
+    header, rest = files["model.safetensors"].split(b"}}", 1)
+    return files | {"model.safetensors": header.replace(b'"F32"', b'"I32"') + b"}}" + rest}
+
+
+def rotary_config(files):
+    config = json.loads(files["config.json"]) | {"use_position_embeddings": False, "rope_theta": 100.0}
+    return files | {"config.json": json.dumps(config).encode()}
+
+
+def save_files(folder, **options):
+    tiny_model().save_pretrained(folder, **options)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+OTHER_POSITIONS = r"embeddings\.position_embeddings is in the weights of .*use_position_embeddings=False"
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        ({}, changed_type, r"model\.safetensors' holds .* expected floating-point"),
+        ({}, rotary_config, OTHER_POSITIONS),
+        ({"max_shard_size": "20KB"}, rotary_config, OTHER_POSITIONS),
+    ],
+)
+def test_from_pretrained_checks_the_headers_of_a_hub_model_before_it_reads_the_weights(
+    options, change, message, hub, tmp_path, monkeypatch
+):
+    files = save_files(tmp_path / "model", **options)
+    assert ("model.safetensors" in files) == (not options)
+    RegViTModel.from_pretrained(serve(hub, files))
+    name = serve(hub, change(files))
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", None)  # which creates the model and reads the weights
+    with pytest.raises(CheckpointError, match=message):
+        RegViTModel.from_pretrained(name)
 
 
 def test_nan_in_a_hub_model_is_refused(files, hub):

@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldVal
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 
 logger = logging.get_logger(__name__)
 
@@ -603,13 +603,10 @@ class RegViTConfig(BackboneConfigMixin, PreTrainedConfig):
         try:
             config = super()._dict_from_json_file(json_file)
         except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"'{json_file}' is not UTF-8 text (byte {error.start}). Save it again as UTF-8."
-            ) from error
+            raise ConfigError(f"'{json_file}' is not UTF-8 text (byte {error.start}). Save it as UTF-8.") from error
         except json.JSONDecodeError as error:
-            raise ConfigError(
-                f"'{json_file}', line {error.lineno}: not valid JSON ({error.msg}). Correct that line."
-            ) from error
+            where = f"'{json_file}', line {error.lineno}"
+            raise ConfigError(f"{where}: not valid JSON ({error.msg}). Correct that line.") from error
         if not isinstance(config, dict):
             raise ConfigError(
                 f"'{json_file}' holds a {type(config).__name__}, expected an object such as "
@@ -684,7 +681,7 @@ def check_weight_files(source, options: dict | None = None) -> None:
     A changed type in the header of a file would be read as other numbers: 0.98 becomes 1065017672.0.
 
     Args:
-        source: Folder or file.
+        source: Folder, file, or Hub id, whose weights are downloaded.
         options: Keyword arguments of `from_pretrained`, if a RegViT is about to be loaded; see `_check_kind`.
 
     Raises:
@@ -692,12 +689,19 @@ def check_weight_files(source, options: dict | None = None) -> None:
         CheckpointError: The weights are those of another kind of RegViT.
     """
     folder = Path(source or "")
+    if source and options is not None and not folder.exists():
+        known = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+        hub = {name: options[name] for name in known if name in options}
+        names = ("config.json", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names]
+        folder = Path(found[0]).parent if found[0] else folder  # without one, transformers explains what is missing
     if not source or not folder.exists():
         return
-    files = [folder] if folder.is_file() else [*folder.glob("model*.safetensors")]
+    files, keys = [folder] if folder.is_file() else [*folder.glob("model*.safetensors")], set()
     for index in folder.glob("*.index*.json"):
         try:
-            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names, keys = set(weight_map.values()), keys | set(weight_map)
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointCorruptError(
                 f"'{index}' is not an index of weights ({type(error).__name__}: {error}). Download it again."
@@ -707,7 +711,6 @@ def check_weight_files(source, options: dict | None = None) -> None:
     config = folder / "config.json"
     if config.is_file() and b'"quantization_config"' in config.read_bytes():
         return
-    keys: set[str] = set()
     for path in sorted({path for path in files if path.suffix == ".safetensors" and path.is_file()}):
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118
@@ -716,9 +719,10 @@ def check_weight_files(source, options: dict | None = None) -> None:
                     raise CheckpointCorruptError(
                         f"'{path}' holds '{key}' as {kind}, expected floating-point numbers. Download the file again."
                     )
-                keys.add(key.removeprefix("regvit."))
-    is_regvit = "embeddings.patch_embeddings.projection.weight" in keys  # otherwise, much more is missing
-    if is_regvit and options is not None and config.is_file():
+                keys.add(key)
+    keys = {key.removeprefix("regvit.") for key in keys}
+    # Without the weights of the patches, it is no RegViT, and much more is missing.
+    if "embeddings.patch_embeddings.projection.weight" in keys and options is not None and config.is_file():
         _check_kind(folder, keys, options)
 
 
