@@ -37,7 +37,7 @@ def run(tmp_path_factory):
 def test_two_processes_equal_one_with_the_doubled_batch(run, kind, centering):
     one = run.one[centering]
     for result in run(f"{kind}_{centering}"):
-        torch.testing.assert_close(result["gradients"], one["gradients"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(result["gradients"], one["gradients"], atol=5e-6, rtol=0)
         torch.testing.assert_close(result["state"], one["state"], atol=1e-5, rtol=0)
         assert result["steps"] == 4
     assert result["sharded"] == {"ddp": "SelfDistillation", "fsdp": "FSDPSelfDistillation"}[kind]
@@ -85,7 +85,7 @@ def test_the_images_of_a_step_are_those_of_one_process(run):
 def test_accumulated_sinkhorn_targets_equal_those_of_one_big_batch(run, name):
     one = run.one["sinkhorn"]
     for result in run(name):
-        torch.testing.assert_close(result["gradients"], one["gradients"], atol=1e-6, rtol=0)
+        torch.testing.assert_close(result["gradients"], one["gradients"], atol=5e-6, rtol=0)
         torch.testing.assert_close(result["state"], one["state"], atol=1e-5, rtol=0)
 
 

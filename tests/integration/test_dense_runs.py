@@ -280,7 +280,7 @@ def test_depth_through_the_command_line(depths, backbone, tmp_path):
         found = measure(picture)
         assert found["depth"].size == picture.size
         metric.add(prediction=found["predicted_depth"], reference=validation.target(index))
-    # The pipeline upsamples bicubically, the report bilinearly.
+    # tolerance: the pipeline upsamples bicubically, the report bilinearly
     assert metric.compute()["abs_rel"] == pytest.approx(report["abs_rel"], rel=0.05)
 
 

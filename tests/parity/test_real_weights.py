@@ -47,7 +47,8 @@ def test_logits_and_top1_equal_the_source() -> None:
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
     top1 = [(logits.argmax(1) == labels).float().mean().item() for logits in (ours, theirs)]
     assert top1[0] == top1[1]
-    assert top1[0] == pytest.approx(0.806, abs=0.004)  # the data sheet's figure, by its own processor
+    # tolerance: the data sheet's figure comes from another resampling of the images
+    assert top1[0] == pytest.approx(0.806, abs=0.004)
 
 
 def test_it_shows_the_artifacts_of_the_paper() -> None:
@@ -63,5 +64,5 @@ def test_it_shows_the_artifacts_of_the_paper() -> None:
     share = (norms > 100).float().mean(dim=(1, 2))
     assert share[:8].max() == 0
     assert 0.015 < share[-1] < 0.025
-    assert norms[-1].median() == pytest.approx(19, abs=1)
+    assert norms[-1].median() == pytest.approx(19, abs=1)  # tolerance: the published figure has two digits
     assert norms[-1].max() > 400
