@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
-_UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError)  # of a wrong configuration
+# Errors of a wrong configuration; a width of 0 is an ArithmeticError.
+_UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
@@ -195,12 +196,19 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
     """Check the fields of a configuration that decide which code runs.
 
     Raises:
-        CheckpointError: The model classes are not a list of names, or the attention is a kernel of the Hub.
+        CheckpointError: The model classes are not a list of names, the quantization is not an object, or the attention
+            is a kernel of the Hub.
     """
     classes = config.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(
             f"The config.json of '{source}' has architectures={str(classes)[:80]}, expected a list of class names."
+        )
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping | None):
+        raise CheckpointError(
+            f"The config.json of '{source}' has quantization_config={str(quantization)[:80]!r}, expected an object. "
+            "Correct the file, or download it again."
         )
     for name in ("attn_implementation", "_attn_implementation"):
         attention = config.get(name)
