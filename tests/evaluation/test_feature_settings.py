@@ -169,7 +169,7 @@ def test_the_ridge_is_that_of_scikit_learn():
 
 @pytest.mark.parametrize("kind", ["masks", "depth"])
 def test_a_choice_is_made_on_one_half_and_compared_on_the_other(tmp_path, kind):
-    maps = TASK_MASKS if kind == "masks" else [(1000 + 500 * mask).astype(np.uint16) for mask in TASK_MASKS]
+    maps = TASK_MASKS if kind == "masks" else [(1000 + 500 * mask.astype(np.uint16)) for mask in TASK_MASKS]
     data = mask_folder(tmp_path, maps, kind=kind)
     source = load_masks(data) if kind == "masks" else load_depth(data)
     reader = reader_of()

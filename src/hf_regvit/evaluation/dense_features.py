@@ -31,7 +31,7 @@ _VIEWS = ((False, 0), (True, 0), (False, 1), (True, 1))
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """Which patch features of a model to read; `regvit dense` chooses them and writes them to a file.
+    """Settings of the patch features to read from a model; `regvit dense` chooses them and writes them to a file.
 
     Args:
         layer: Block to read: 1 to the depth, 0 for the embedding, negative numbers to count from the end.
@@ -99,13 +99,8 @@ class FeatureSettings:
 def model_sizes(reader: TokenReader) -> dict[str, Any]:
     """Return the sizes of a model that settings depend on."""
     d = reader.description
-    return {
-        "family": reader.family_name,
-        "num_layers": d.num_layers,
-        "hidden_size": d.hidden_size,
-        "patch_size": list(d.patch_size),
-        "image_size": list(d.image_size),
-    }
+    sizes = {"num_layers": d.num_layers, "hidden_size": d.hidden_size}
+    return sizes | {"patch_size": list(d.patch_size), "image_size": list(d.image_size), "family": reader.family_name}
 
 
 def settings_for(settings: FeatureSettings | str | Path | None, reader: TokenReader, **given: Any) -> FeatureSettings:
@@ -466,32 +461,22 @@ def choose_features(
     chosen = max(range(len(rows)), key=lambda index: sign * candidates[index]["choice"])
     difference, interval = paired_difference(rows[0][judged], rows[chosen][judged], seed=seed, statistic=statistic)
     values = {one.name: candidates[chosen][one.name] for one in fields(FeatureSettings)}
-    return FeatureChoice(
-        task="segmentation" if test.kind == "masks" else "depth",
-        metric="mean_iou" if test.kind == "masks" else "rmse",
-        settings=FeatureSettings(**values | {"model": model_sizes(reader)}),
-        candidates=tuple(candidates),
-        chosen=chosen,
-        difference=difference,
-        interval=interval,
-        counts=(len(train), len(choice), len(judged)),
-        seed=seed,
+    task, metric = ("segmentation", "mean_iou") if test.kind == "masks" else ("depth", "rmse")
+    settings, counts = (
+        FeatureSettings(**values | {"model": model_sizes(reader)}),
+        (len(train), len(choice), len(judged)),
     )
+    return FeatureChoice(task, metric, settings, tuple(candidates), chosen, difference, interval, counts, seed)
 
 
 def _probe_rows(
-    reader: TokenReader,
-    train: DenseSource,
-    test: DenseSource,
-    blocks: tuple[int, ...],
-    settings: FeatureSettings,
-    batch_size: int,
+    reader: TokenReader, train: DenseSource, test: DenseSource, blocks: Sequence[int], *how: Any
 ) -> tuple[dict[int, np.ndarray], float]:
     """Fit a ridge probe per block on the training images; return its rows on the test images and seconds per image."""
     width, num_classes = reader.description.hidden_size, len(train.class_names) if train.kind == "masks" else 1
     metric: Any = MeanIoU(num_classes=num_classes) if train.kind == "masks" else DepthErrors()
     sums = {block: torch.zeros(width + 1, width + 1 + num_classes, dtype=torch.float64) for block in blocks}
-    for reading, target, index in _readings(reader, train, blocks, settings, batch_size):
+    for reading, target, index in _readings(reader, train, blocks, *how):
         cells, weights = _cell_targets(target, num_classes, reading.grid, is_mask=train.kind == "masks")
         for block in blocks:
             tokens = reading.patches(block)[index].double()
@@ -500,20 +485,19 @@ def _probe_rows(
     probes = {block: _ridge(total) for block, total in sums.items()}
     found: dict[int, list[np.ndarray]] = {block: [] for block in blocks}
     started, probing = time.perf_counter(), 0.0
-    for reading, target, index in _readings(reader, test, blocks, settings, batch_size):
+    for reading, target, index in _readings(reader, test, blocks, *how):
         before = time.perf_counter()
         for block, (weight, bias) in probes.items():
             scores = (reading.patches(block)[index].double() @ weight + bias).T.unflatten(1, reading.grid)[None]
             scores = F.interpolate(scores.float(), size=target.shape, mode="bilinear", align_corners=False)[0]
             found[block].append(metric.reduce([scores.argmax(0) if train.kind == "masks" else scores[0]], [target]))
         probing += time.perf_counter() - before
-    return {block: np.concatenate(one) for block, one in found.items()}, (
-        time.perf_counter() - started - probing
-    ) / len(test)
+    seconds = (time.perf_counter() - started - probing) / len(test)
+    return {block: np.concatenate(one) for block, one in found.items()}, seconds
 
 
 def _readings(
-    reader: TokenReader, source: DenseSource, blocks: tuple[int, ...], settings: FeatureSettings, batch_size: int
+    reader: TokenReader, source: DenseSource, blocks: Sequence[int], settings: FeatureSettings, batch_size: int
 ) -> Iterator[tuple[TokenReading, np.ndarray, int]]:
     """Yield the reading of a batch, a map, and the row of its image in the batch, in the order of the images."""
     transform = reader.transform_for(image_size=settings.image_size, keep_aspect=True)
