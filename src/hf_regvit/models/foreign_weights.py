@@ -29,7 +29,7 @@ from .configuration_regvit import (
     check_weight_files,
     corrupt_weights,
 )
-from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrapped
+from .families import FAMILIES, IN_PLACE, TIMM_CLASSES, find_tower, unknown_family, unwrapped
 from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
@@ -621,6 +621,8 @@ def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignMode
         raise refusal(getattr(config, "model_type", name)) from error
     if kind == "regvit":
         raise ConversionError("The model is already a RegViT. Load it with AutoModel.from_pretrained.")
+    if any(IN_PLACE in vars(part) for part in tower.modules()):
+        raise ConversionError("The model has test-time registers in place. Call undo() of the repair first.")
     is_timm = kind in TIMM_CLASSES.values()
     if kind not in SOURCES and not is_timm:
         raise refusal(kind)
