@@ -1,4 +1,4 @@
-"""Choose the block, views and image size of a model's patch features on half of the images and compare them on the rest.
+"""Choose block, views and image size of a model's patch features on half of the images; compare on the other half.
 
     python benchmarks/dense_features.py --model ../shared/data/vit_tiny_patch16_224 \
         --data ../shared/data/camvid --ignore 11 --image_sizes 224 448 --output_dir runs/dense_features
