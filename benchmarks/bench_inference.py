@@ -5,14 +5,12 @@
     python benchmarks/bench_inference.py --family dinov3 --sizes 224 512    # rotary positions
 
 Every case runs the three systems in turn, A B C A B C ..., so that drifting machine speed affects them equally. Prints
-medians in milliseconds, medians of the ratios of each round (above 1: RegViT is faster), and the memory that a forward
-pass adds, measured in a new process per system (peak resident memory on a CPU under Linux, peak of the allocator on a
-GPU). 518 pixels is the native size of the position embeddings of DINOv2; 224 pixels requires resampling.
+medians in milliseconds, medians of the ratios of each round (above 1: RegViT is faster), and the peak of the memory
+that torch allocates during a forward pass, which does not depend on what the allocator of the system keeps. 518
+pixels is the native size of the position embeddings of DINOv2; 224 pixels requires resampling.
 """
 
 import argparse
-import ctypes
-import gc
 import itertools
 import json
 import os
@@ -27,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 SYSTEMS = ("regvit", "transformers", "timm")
 
@@ -160,11 +159,6 @@ def time_case(
     return times
 
 
-def resident_kib(field: str) -> int:
-    """Return the resident memory of this process, current (VmRSS) or peak (VmHWM); Linux only."""
-    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
 def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: str, device: str, family: str) -> None:
     """Print the MiB that a forward pass adds to a process that holds the model."""
     dtype = getattr(torch, dtype_name)
@@ -178,26 +172,20 @@ def memory_child(system: str, size: str, pixels: int, batch: int, dtype_name: st
             model(images)
             added = torch.cuda.max_memory_allocated() - before
         else:
-            # Building the model had a peak of its own, and left free pages that the forward pass would reuse unseen.
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            before = resident_kib("VmRSS")
-            model(images)
-            added = (resident_kib("VmHWM") - before) * 1024
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                model(images)
+            events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+            added = max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     print(json.dumps(added / 2**20))
 
 
 def memory_case(size: str, pixels: int, batch: int, dtype: str, device: str, family: str) -> dict[str, float]:
-    """Return the median MiB over three new processes per system."""
+    """Return the MiB of each system, measured in a new process."""
     result = {}
     for system in SYSTEMS:
         command = [sys.executable, __file__, "--child", system, size, str(pixels), str(batch), dtype, device, family]
-        runs = [
-            float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
-            for _ in range(3)
-        ]
-        result[system] = statistics.median(runs)
+        child = subprocess.run(command, check=True, capture_output=True, text=True)
+        result[system] = float(child.stdout.splitlines()[-1])
     return result
 
 
@@ -241,7 +229,7 @@ def main() -> None:
         print(f"| {size} | {pixels} | {batch} | {dtype} | {' | '.join(cells)} | {len(times['timm'])} |", flush=True)
     if args.no_memory:
         return
-    print("\nMiB that a forward pass adds (medians of 3 processes):\n")
+    print("\nPeak of what torch allocates during a forward pass, in MiB:\n")
     print("| model | pixels | batch | dtype | RegViT | transformers | timm |\n|---|---|---|---|---|---|---|")
     for size, pixels, batch, dtype in cases:
         memory = memory_case(size, pixels, batch, dtype, args.device, args.family)

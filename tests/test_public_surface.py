@@ -20,7 +20,8 @@ NAMES = """
     TokenFeatures TokenReader TokenReading UnknownProcessorError __version__ add_test_time_registers check_data
     compare_backbones convert convert_back diagnose discover_objects embed evaluate_backbone export
     extract_features find_register_neurons finetune knn_classify load_exported load_images open_model patch_maps
-    pretrain publish read_tokens remove_position retrofit
+    pretrain publish read_tokens remove_position repair_in_place
+    retrofit
 """
 
 ORDINARY_USE = """

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .data.check import check_data
     from .data.loading import load_images
     from .diagnosis.diagnose import diagnose
+    from .diagnosis.in_place import repair_in_place
     from .diagnosis.position import remove_position
     from .diagnosis.register_neurons import (
         RegisterNeurons,
@@ -66,6 +67,7 @@ _ON_FIRST_USE = {
     "check_data": "data.check",
     "load_images": "data.loading",
     "diagnose": "diagnosis.diagnose",
+    "repair_in_place": "diagnosis.in_place",
     "remove_position": "diagnosis.position",
     "RegisterNeurons": "diagnosis.register_neurons",
     "RetrofitError": "diagnosis.register_neurons",
@@ -178,5 +180,6 @@ __all__ = [
     "publish",
     "read_tokens",
     "remove_position",
+    "repair_in_place",
     "retrofit",
 ]

@@ -1,5 +1,6 @@
 """Damaged and hostile configurations of models: each loads as it says, or is refused with a typed error."""
 
+import itertools
 import json
 import time
 from contextlib import suppress
@@ -7,6 +8,7 @@ from contextlib import suppress
 import numpy as np
 import pytest
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 
 from builders import save_model, tiny_model, tiny_source
 from hf_regvit import CheckpointError, convert, open_model
@@ -42,6 +44,43 @@ def test_fifty_changed_configurations(tmp_path, family):
             with suppress(*TYPED):
                 read(folder)
         assert time.perf_counter() - started < 20, changes
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [*itertools.product(["quantization_config"], ["x", [], ["x"], 3]),
+     *itertools.product(["hidden_size", "num_attention_heads"], [0, 10**19])],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["RegViTModel", "Dinov2Model", "CLIPVisionModel", "SiglipVisionModel"])
+def test_fields_of_a_wrong_kind_or_size_are_refused(tmp_path, family, field, value):
+    folder = save_model(tiny_model() if family == "RegViTModel" else tiny_source(family), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    for read in (open_model, convert):
+        with pytest.raises(TYPED):
+            read(folder)
+
+
+SIDES = [
+    {"height": 10**9, "width": 10**9}, {"height": -1, "width": 16}, {"height": 16.5, "width": 16},
+    {"height": "16", "width": "16"}, {"height": None, "width": None}, {"shortest_edge": 0}, {"shortest_edge": 10**7},
+]  # fmt: skip
+STATISTICS = [None, [0.5, 0.5], [0.5, 0.5, float("nan")], [[0.5] * 3], ["a", "b", "c"]]
+FIELDS = {
+    "size": [*SIDES, True, [0.5, 0.5]], "crop_size": [*SIDES, {"shortest_edge": 16}, 10**30], "image_mean": STATISTICS,
+    "image_std": [*STATISTICS, [0, 0, 0], [-1, 1, 1]], "rescale_factor": [0, "x", [1], float("inf"), -1],
+    "resample": [-1, 99, 10**30], "do_resize": ["x", [], {"a": 1}], "do_normalize": [[1], 3], "do_rescale": ["", {}],
+    "device": ["cuda:99", -1, [], "x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in FIELDS.items() for value in values])
+def test_fields_of_an_image_processor_with_which_no_image_can_be_made_are_refused_by_name(tmp_path, field, value):
+    folder = save_model(tiny_model(), tmp_path / "model")
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    with pytest.raises(ValueError, match=rf"{field}|has a (mean|std) of 2 channels"):
+        open_model(folder).embed(Image.new("RGB", (20, 24)))
 
 
 TEXTS = [

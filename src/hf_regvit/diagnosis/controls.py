@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..evaluation.knn import knn_accuracy
+from ..models.families import IN_PLACE, join_registers, part_registers
 from ..models.loading import open_model
 from ..models.results import Record
 from ..models.tokens import TokenReader, TokenReading
@@ -26,8 +27,11 @@ def _registers_replaced(reader: TokenReader, values: Mapping[int, Tensor]) -> It
     start = stop - reader.description.num_register_tokens
 
     def replace(module: nn.Module, args: tuple, output: Any, *, layer: int) -> Any:
-        tokens = output[0] if isinstance(output, tuple) else output  # (B, T, D)
+        tokens = output[0] if isinstance(output, tuple) else output
+        own, in_place, _ = vars(module).get(IN_PLACE, (0, 0, False))
+        tokens = join_registers(tokens, own)  # (B, T, D)
         tokens = torch.cat((tokens[:, :start], values[layer].to(tokens), tokens[:, stop:]), dim=1)
+        tokens = part_registers(tokens, own, in_place) if in_place else tokens
         return (tokens, *output[1:]) if isinstance(output, tuple) else tokens
 
     blocks: Any = reader.tower.get_submodule(reader.family.blocks)

@@ -10,9 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+IN_PLACE = "test_time_registers"  # attribute of repaired blocks, and of the tokens that they pass on
 TIMM_CLASSES = {"VisionTransformer": "timm", "Eva": "timm_eva"}
 # Attentions whose weights are the softmax of scaled products of queries and keys, after the norms and the rotation of
 # the family. Others may have the same projections and another formula, such as the differential attention of timm.
@@ -133,6 +135,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
     """Return what `describe_model` returns, for a tower and its family name as returned by `find_tower`."""
     family = FAMILIES[name]
     blocks = tower.get_submodule(family.blocks)
+    in_place = vars(unwrapped(blocks[0])).get(IN_PLACE, (0, 0))[1]
     if name not in TIMM_CLASSES.values():
         config = tower.config
         return ModelDescription(
@@ -145,7 +148,7 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
             image_size=as_pair(config.image_size),
             has_cls=bool(family.has_cls) and getattr(config, "use_cls_token", True),
             num_distillation_tokens=family.num_distillation_tokens,
-            num_register_tokens=getattr(config, "num_register_tokens", 0),
+            num_register_tokens=getattr(config, "num_register_tokens", 0) + in_place,
         )
     image_size = as_pair(tower.patch_embed.img_size)
     registers = 0 if tower.reg_token is None else tower.reg_token.shape[1]
@@ -161,8 +164,21 @@ def describe_tower(tower: Any, name: str) -> ModelDescription:
         image_size=image_size,
         has_cls=has_cls,
         num_distillation_tokens=tower.num_prefix_tokens - registers - int(has_cls),
-        num_register_tokens=registers,
+        num_register_tokens=registers + in_place,
     )
+
+
+def join_registers(tokens: Tensor, prefix: int) -> Tensor:
+    """Insert registers that a repaired block passes on beside its tokens (B, T, D) behind the first `prefix` ones."""
+    registers = getattr(tokens, IN_PLACE, None)
+    return tokens if registers is None else torch.cat([tokens[:, :prefix], registers, tokens[:, prefix:]], dim=1)
+
+
+def part_registers(tokens: Tensor, prefix: int, count: int) -> Tensor:
+    """Undo `join_registers`."""
+    rest = torch.cat([tokens[:, :prefix], tokens[:, prefix + count :]], dim=1)
+    setattr(rest, IN_PLACE, tokens[:, prefix : prefix + count])
+    return rest
 
 
 def _name_of(source: str) -> str:

@@ -29,7 +29,7 @@ from .configuration_regvit import (
     check_weight_files,
     corrupt_weights,
 )
-from .families import FAMILIES, TIMM_CLASSES, find_tower, unknown_family, unwrapped
+from .families import FAMILIES, IN_PLACE, TIMM_CLASSES, find_tower, unknown_family, unwrapped
 from .manifest import check_archive, check_weights
 from .processing import default_image_processor, known_processor, saved_processor
 from .saving import read_object
@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 UNREADABLE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, struct.error,
 )  # fmt: skip
-_UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError)  # of a wrong configuration
+# Errors of a wrong configuration; a width of 0 is an ArithmeticError.
+_UNUSABLE = (StrictDataclassError, LookupError, TypeError, AttributeError, ValueError, ArithmeticError)
 _WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar", ".pkl", ".npz")
 
 
@@ -195,12 +196,19 @@ def check_config(config: Mapping[str, Any], source: str | Path) -> None:
     """Check the fields of a configuration that decide which code runs.
 
     Raises:
-        CheckpointError: The model classes are not a list of names, or the attention is a kernel of the Hub.
+        CheckpointError: The model classes are not a list of names, the quantization is not an object, or the attention
+            is a kernel of the Hub.
     """
     classes = config.get("architectures") or []
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise CheckpointError(
             f"The config.json of '{source}' has architectures={str(classes)[:80]}, expected a list of class names."
+        )
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, Mapping | None):
+        raise CheckpointError(
+            f"The config.json of '{source}' has quantization_config={str(quantization)[:80]!r}, expected an object. "
+            "Correct the file, or download it again."
         )
     for name in ("attn_implementation", "_attn_implementation"):
         attention = config.get(name)
@@ -613,6 +621,8 @@ def read_module(module: nn.Module, missing: Collection[str] = ()) -> ForeignMode
         raise refusal(getattr(config, "model_type", name)) from error
     if kind == "regvit":
         raise ConversionError("The model is already a RegViT. Load it with AutoModel.from_pretrained.")
+    if any(IN_PLACE in vars(part) for part in tower.modules()):
+        raise ConversionError("The model has test-time registers in place. Call undo() of the repair first.")
     is_timm = kind in TIMM_CLASSES.values()
     if kind not in SOURCES and not is_timm:
         raise refusal(kind)

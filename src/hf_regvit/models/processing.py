@@ -1,6 +1,7 @@
 """Image processors and the evaluation transform."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import BitImageProcessor
 
 logger = logging.getLogger(__name__)
+
+
+_LONGEST_SIDE = 9459  # the square of it is `ImageLimits.max_pixels`
 
 
 class UnknownProcessorError(ValueError):
@@ -105,6 +109,14 @@ class EvaluationTransform:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     description: str
+
+    def __post_init__(self) -> None:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (1, 3):
+                raise ValueError(
+                    f"The image processor has a {name} of {len(values)} channels, {list(values)}, expected 3. Correct "
+                    "its file, or pass processor=..."
+                )
 
     def __call__(self, image: Image.Image) -> torch.Tensor:
         """Return the normalized pixels (3, H, W), float32."""
@@ -235,7 +247,9 @@ def saved_processor(source: str | Path) -> Any:
     if Path(source).is_dir() and not file.is_file():
         return None
     try:
-        return AutoImageProcessor.from_pretrained(source)
+        processor = AutoImageProcessor.from_pretrained(source)
+        _check_fields(processor.to_dict())
+        return processor
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         if file.is_file():
             raise ValueError(
@@ -244,6 +258,37 @@ def saved_processor(source: str | Path) -> Any:
             ) from error
         logger.debug("No image processor in '%s': %s", source, error)
         return None
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Raise a ValueError for a field of an image processor with which no image, or only a huge one, can be made."""
+    for name, value in fields.items():
+        is_statistic = name in ("image_mean", "image_std")
+        if (is_statistic and not fields.get("do_normalize", True)) or (value is None and not is_statistic):
+            continue
+        if name in ("size", "crop_size", "pad_size"):
+            sides = [side for side in dict(value).values() if side is not None]
+            fits = all(type(side) is int and 0 < side <= _LONGEST_SIDE for side in sides)
+            fits = fits and bool(sides) and (name == "size" or {"height", "width"} <= {*value})
+            wanted = f"whole sides from 1 to {_LONGEST_SIDE} pixels, e.g. {{'height': 224, 'width': 224}}"
+        elif is_statistic:
+            fits = isinstance(value, list | tuple) and bool(value) and all(_is_number(part) for part in value)
+            fits = fits and (name == "image_mean" or min(value) > 0)
+            wanted = "one number per channel, e.g. [0.5, 0.5, 0.5]"
+        elif name == "rescale_factor":
+            fits, wanted = _is_number(value) and value > 0, "a positive number, e.g. 0.00392156862745098 (1/255)"
+        elif name == "resample":
+            fits, wanted = value in list(Image.Resampling), "a filter of Pillow from 0 to 5, e.g. 3 (bicubic)"
+        elif name.startswith("do_"):
+            fits, wanted = isinstance(value, bool), "true or false"
+        else:
+            fits, wanted = name != "device", "no such field"
+        if not fits:
+            raise ValueError(f"{name} is {str(value)[:80]!r}, expected {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def unknown_processor(model: nn.Module) -> UnknownProcessorError:

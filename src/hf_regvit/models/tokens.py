@@ -23,6 +23,7 @@ from torch import nn
 
 from .families import (
     FAMILIES,
+    IN_PLACE,
     Family,
     ModelDescription,
     describe_tower,
@@ -30,6 +31,7 @@ from .families import (
     find_tower,
     has_part,
     is_softmax_attention,
+    join_registers,
     unwrapped,
 )
 from .processing import EvaluationTransform, known_processor, open_images
@@ -589,11 +591,17 @@ class _Collector:
             self._keep("patch_embedding", 0, output.flatten(2).transpose(1, 2))  # (B, N, D)
 
     def _see_embedding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._keep("residual", 0, args[0] if args else kwargs["hidden_states"])
+        tokens = args[0] if args else kwargs["hidden_states"]
+        prefix, count, _ = vars(module).get(IN_PLACE, (0, 0, True))
+        if count:  # registers in place are zero here
+            registers = tokens.new_zeros(len(tokens), count, tokens.shape[-1])
+            tokens = torch.cat([tokens[:, :prefix], registers, tokens[:, prefix:]], dim=1)
+        self._keep("residual", 0, tokens)
 
     def _see_block(self, layer: int) -> Callable:
         def see(module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-            self._keep("residual", layer, output[0] if isinstance(output, tuple) else output)
+            tokens = output[0] if isinstance(output, tuple) else output
+            self._keep("residual", layer, join_registers(tokens, vars(module).get(IN_PLACE, (0,))[0]))
 
         return see
 
