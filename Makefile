@@ -16,7 +16,7 @@ ERROR_SHARE := --max-error-share 0.2
 TRANSFORMERS := 5.15.0 5.23.0 5.24.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-processors test-transformers check format docs bench clean
+.PHONY: help demo test test-all test-attacks test-processors test-transformers check format docs bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 26
@@ -46,6 +46,9 @@ test-all: $(VENV)/installed-dev ## run all tests: fast, slow, remote code, the c
 	$(BIN)/python scripts/dev/get_hf_common_tests.py
 	$(PYTEST) -m "not gpu" $(ERROR_SHARE) --ignore $(ENGINES)
 	$(PYTEST) -m "not gpu" $(ERROR_SHARE) $(ENGINES)
+
+test-attacks: $(VENV)/installed-dev ## run the attacks: full disks, killed writers, hostile files (under 5 minutes on two idle cores)
+	$(PYTEST) -m attacks tests/attacks
 
 test-processors: $(VENV)/installed-dev ## run the numeric tests as on processors without AVX-512 and without AVX2
 	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 $(PYTEST) $(ERROR_SHARE) $(NUMERIC)
