@@ -34,6 +34,7 @@ del _REGVIT["intermediate_size"]
 MODELS: dict[str, Callable[[], Any]] = {
     "regvit": lambda: tiny_model(**_REGVIT, layerscale_value=1.0),
     "dinov2": lambda: tiny_source("Dinov2Model", **SIZES),
+    "gated": lambda: tiny_source("Dinov2Model", **SIZES, use_swiglu_ffn=True),
     "vit": lambda: tiny_source("ViTModel", **SIZES),
     "ijepa": lambda: tiny_source("IJepaModel", **SIZES),
     "clip": lambda: tiny_source("CLIPVisionModel", **SIZES),
@@ -86,7 +87,11 @@ def _block(model: Any, block: int) -> Any:
 
 
 def _first_and_last_linear(mlp: Any) -> tuple[Any, Any]:
-    first = next(getattr(mlp, name) for name in ("fc1", "gate_up_proj", "weights_in", "up_proj") if hasattr(mlp, name))
+    first = next(
+        getattr(mlp, name)
+        for name in ("fc1", "gate_proj", "gate_up_proj", "weights_in", "up_proj")
+        if hasattr(mlp, name)
+    )
     last = next(getattr(mlp, name) for name in ("fc2", "down_proj", "weights_out") if hasattr(mlp, name))
     return first, last
 
@@ -136,12 +141,16 @@ def plant_neuron(
     weight = torch.linalg.solve(covariance, planted.mean(dim=0) - rest.mean(dim=0))
     high, low = (planted @ weight).median(), (rest @ weight).median()
     middle = (high + low) / 2
-    gain = 6.0 / (high - middle)
+    hidden = last.weight.shape[1]
+    fused, gated = first.weight.shape[0] == 2 * hidden, hasattr(target.mlp, "gate_proj")
+    # SiLU is not zero below its threshold, so a gate is twice as steep, and what it lets pass is halved.
+    gain = (12.0 if fused or gated else 6.0) / (high - middle)
     first.weight[neuron] = (gain * weight).float()
     first.bias[neuron] = (-gain * middle).float()
-    hidden = last.weight.shape[1]
-    if first.weight.shape[0] == 2 * hidden:  # a gated MLP in one layer: the gates come first
-        first.weight[hidden + neuron], first.bias[hidden + neuron] = 0.0, 1.0
+    if fused:  # a gated MLP in one layer: the gates come first
+        first.weight[hidden + neuron], first.bias[hidden + neuron] = 0.0, 0.5
+    elif gated:
+        target.mlp.up_proj.weight[neuron], target.mlp.up_proj.bias[neuron] = 0.0, 0.5
     written = direction_of(1000 + 7 * block + kind) * ratio * norms.median() / 6.0
     last.weight[:, neuron] = written / _scale_of(target, ("layer_scale2.lambda1", "ls2.gamma"))
     return written / written.norm()

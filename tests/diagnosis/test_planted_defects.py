@@ -1,4 +1,4 @@
-"""Defects with a known origin in random models of eight families: are they found, named and repaired?"""
+"""Defects with a known origin in random models of nine kinds: are they found, named and repaired?"""
 
 import math
 
@@ -80,7 +80,7 @@ def two_populations(family, seen, *, second=True):
     return model
 
 
-@pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit"])
+@pytest.mark.parametrize("family", ["regvit", "dinov2", "gated", "clip", "siglip", "dinov3", "vit"])
 def test_two_populations_take_two_passes(family):
     both_kinds = sample(96, seed=0, kinds=2)
     model = two_populations(family, both_kinds)
@@ -95,7 +95,7 @@ def test_two_populations_take_two_passes(family):
     assert result.model.config.register_sizes == [96]
 
 
-@pytest.mark.parametrize("family", ["regvit", "dinov2", "clip", "siglip", "dinov3", "vit", "ijepa", "timm"])
+@pytest.mark.parametrize("family", MODELS)
 def test_one_register_repairs_a_planted_neuron(family):
     seen = sample(64, seed=0)
     model = MODELS[family]()
@@ -128,6 +128,26 @@ def test_the_number_of_passes_can_be_limited():
     assert report.neurons == [[1, 37]]
     assert report.stopped == "max_passes=1 reached"
     assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
+
+
+def test_a_pass_that_does_not_remove_its_outliers_is_dropped():
+    both_kinds = sample(96, seed=0, kinds=2)
+    model = two_populations("regvit", both_kinds)  # the neuron of the second population is in block 3
+    report = retrofit(model, both_kinds.images, num_register_tokens=2, highest_block=1, **QUIET).report
+    assert report.stopped.startswith("no progress: the neurons [[")
+    assert report.neurons == [[1, 37]]
+    assert len(report.passes) == 1
+    assert report.judged["after"]["layers_with_outliers"] == [4, 5, 6]
+
+
+def test_a_pass_that_changes_the_model_too_much_is_dropped(monkeypatch):
+    both_kinds = sample(96, seed=0, kinds=2)
+    model = two_populations("regvit", both_kinds)
+    monkeypatch.setattr("hf_regvit.diagnosis.retrofit.MAX_COSINE_LOSS", -1.0)  # no pass raises the cosines by 1
+    report = retrofit(model, both_kinds.images, num_register_tokens=2, **QUIET).report
+    assert report.stopped == "worse: the neurons [[3, 11]] change CLS or normal patches too much"
+    assert report.neurons == [[1, 37]]
+    assert len(report.passes) == 1
 
 
 def test_a_neuron_that_is_active_everywhere_is_never_chosen():

@@ -26,7 +26,7 @@ from hf_regvit import (
     load_exported,
 )
 from hf_regvit.hub import export as export_module
-from hf_regvit.hub import exported
+from hf_regvit.hub import export_page, exported
 from hf_regvit.hub.export import export
 from hf_regvit.hub.export_network import NamedOutputs, network_for_task
 from hf_regvit.hub.export_programs import convert_to_file, quiet
@@ -125,6 +125,25 @@ def test_pooled_outputs_have_a_name_of_their_own():
     assert set(NamedOutputs(clip, None).ask(pixels(1, 32, 32))) == {"cls", "patches", "pooled", "image_embeds"}
     no_cls = tiny_model(num_register_tokens=0, use_cls_token=False)
     assert set(NamedOutputs(no_cls, None).ask(pixels(1, 32, 32))) == {"patches", "pooled"}
+
+
+def test_a_network_for_the_page_has_the_norms_and_the_attention_of_the_last_block():
+    for fields in ({}, NEURONS, {"discard_registers": True, "num_register_tokens": 2}, {"use_cls_token": False}):
+        model, images = randomized(tiny_model(**({"num_register_tokens": 1} | fields))), pixels(2, 32, 32)
+        found = NamedOutputs(model, None, for_page=True).ask(images)
+        model.set_attn_implementation("eager")
+        with torch.inference_mode():
+            output = model(images, output_attentions=True, output_hidden_states=True)
+        tokens = output.hidden_states[-1][:, -16:]
+        np.testing.assert_allclose(found["norms"], tokens.square().sum(-1).sqrt(), rtol=1e-5)
+        prefix = output.attentions[-1].shape[-1] - 16
+        assert prefix == model.config.use_cls_token + model.config.num_register_tokens
+        mean = sum(output.attentions[-1].unbind(1)) / model.config.num_attention_heads
+        np.testing.assert_allclose(found["attention"], mean[:, :prefix, -16:], rtol=1e-4, atol=1e-7)
+    with pytest.raises(ExportError, match=r"a RegViTForDepthEstimation has not\. Add --task features"):
+        NamedOutputs(tiny_model(RegViTForDepthEstimation), None, for_page=True)
+    with pytest.raises(ExportError, match="the model has neither"):
+        NamedOutputs(tiny_model(use_cls_token=False, num_register_tokens=0), None, for_page=True)
 
 
 def test_a_task_takes_the_backbone_of_a_model_with_a_head():
@@ -481,7 +500,7 @@ def test_wishes_that_cannot_be_fulfilled(tmp_path):
     for options, message in (
         ({"size": 30}, "size=30x30 is not a multiple of the patch size of 8 x 8. Use 32x32."),
         ({"size": "large"}, "size='large' is not an image size. Use 224, 336x448, stored or any."),
-        ({"format": "tflite"}, "format='tflite' is unknown. Choose from onnx, openvino, torch."),
+        ({"format": "tflite"}, "format='tflite' is unknown. Choose from onnx, openvino, torch, web."),
         ({"precision": "fp16"}, "precision='fp16' is unknown. Choose from f32, f16, int8, int8-weights."),
         ({"input": "bytes"}, "input='bytes' is unknown. Choose from float, uint8."),
         ({"precision": "int8"}, "needs images for its calibration. Add data, or use 'int8-weights'."),
@@ -499,6 +518,25 @@ def test_wishes_that_cannot_be_fulfilled(tmp_path):
     with pytest.raises(hf_regvit.UnknownProcessorError, match="No image processor was given"):
         export(tiny_model(), tmp_path / "files")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_page_without_its_runtime_says_how_to_get_it(tmp_path, monkeypatch):
+    model = with_processor(tiny_model())
+    for options in ({"size": "any"}, {"precision": "f16"}):
+        with pytest.raises(ExportError, match="A page runs the f32 file of one image size"):
+            export(model, tmp_path / "page", format="web", **options)
+    remedy = r".*Run `npm pack onnxruntime-web@.*--web_runtime"
+    with pytest.raises(ExportError, match=r"has no dist/ort\.wasm\.min\.mjs\. " + remedy[2:]):
+        export(model, tmp_path / "page", format="web", web_runtime=tmp_path)
+    monkeypatch.setattr(export_page.shutil, "which", lambda name: None)
+    with pytest.raises(ExportError, match="npm is not installed" + remedy):
+        export(model, tmp_path / "page", format="web")
+    monkeypatch.setattr(export_page.shutil, "which", lambda name: "npm")
+    failed = Mock(return_value=Mock(returncode=1, stderr="npm error code ENOTFOUND\nnpm error network\n"))
+    monkeypatch.setattr(export_page.subprocess, "run", failed)
+    with pytest.raises(ExportError, match="could not download onnxruntime-web@.*: npm error network" + remedy):
+        export(model, tmp_path / "page", format="web")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_processor_that_run_py_cannot_repeat_is_refused(tmp_path):

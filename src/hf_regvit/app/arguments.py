@@ -356,7 +356,7 @@ class ExportArguments:
 
     model: str = _model("RegViT of any class, or a model that `regvit convert` accepts")
     output_dir: str = option(MISSING, "New or empty folder for the files.")
-    format: list[str] = option(["onnx", "openvino"], "Formats: onnx, openvino, torch.")
+    format: list[str] = option(["onnx", "openvino"], "Formats: onnx, openvino, torch, web (a page).")
     size: str | None = option(
         None,
         "Image size of the files in pixels: 224, 336x448, stored for that of the position table, or any. Images of "
@@ -373,6 +373,9 @@ class ExportArguments:
     num_calibration: int = option(300, "Maximum number of images for the calibration of int8.")
     accept: list[str] = option([], "Precisions to write even if their proof misses its bounds.")
     opset: int = option(20, "Opset of ONNX files.")
+    web_runtime: str | None = option(
+        None, "Folder of the unpacked npm package onnxruntime-web for a page. Default: npm downloads it."
+    )
     seed: int = option(0, "Random seed for the choice of the images.")
 
     def settings(self) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ..models.saving import whole_folder, write_json
 from ..models.tokens import TokenReader
 from . import exported
 from .export_network import NamedOutputs, network_for_task
+from .export_page import write_page
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
 from .exported import (
@@ -44,10 +45,11 @@ from .exported import (
 )
 from .scan import may_be_published
 
-FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
+FORMATS = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch", "web": "onnxruntime"}
 PRECISIONS = ("f32", "f16", "int8", "int8-weights")
 INPUTS = ("float", "uint8")
-_PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch": ()}
+_ONNX = ("onnx", "onnxscript", "onnxruntime")
+_PACKAGES = {"onnx": _ONNX, "openvino": ("openvino",), "torch": (), "web": _ONNX}
 _TRANSFORMERS = "5.24"  # the first release with complete exporters
 _FEWEST_CALIBRATION, _FEWEST_HELD_OUT, _MOST_HELD_OUT = 32, 16, 100  # images
 _CHECK_VALUES, _CHECK_SIDE = 20_000, 224  # of check.npz, which stays below 1 MB
@@ -92,6 +94,7 @@ class _Request:
     accept: tuple[str, ...]
     opset: int
     processor: Any
+    web_runtime: str | Path | None
 
     @property
     def config(self) -> Any:
@@ -115,6 +118,7 @@ def export(
     task: str | None = None,
     accept: str | Sequence[str] = (),
     opset: int = 20,
+    web_runtime: str | Path | None = None,
     seed: int = 0,
 ) -> ExportReport:
     """Export a model to files that need neither torch nor this package, and prove every file.
@@ -127,7 +131,9 @@ def export(
     Args:
         model: RegViT of any class, or a model that `convert` accepts: a name, a module or a reader. It is not changed.
         folder: New or empty folder.
-        format: "onnx", "openvino", "torch", or several of them. A torch file is for float32 only.
+        format: "onnx", "openvino", "torch", "web", or several of them. A torch file is for float32 only. "web" is a
+            page that shows norms, attention and PCA of an image in the browser; its ONNX file has the outputs `norms`
+            and `attention`, too.
         size: Side of the images in pixels, (height, width) or "336x448"; "stored" for the size of the position table;
             "any" for files that take every size. Default: the size that the image processor produces.
         precision: "f32", "f16" (of the weights), "int8", "int8-weights" (weights only), or several of them.
@@ -137,6 +143,7 @@ def export(
         task: "features" for the backbone of a model with a head, or "backbone" for feature maps. Default: the model.
         accept: Precisions to write even if they miss their bounds.
         opset: Opset of ONNX files.
+        web_runtime: Folder of the unpacked npm package onnxruntime-web for a page. Default: npm downloads it.
         seed: Random seed for the choice of the images.
 
     Raises:
@@ -157,8 +164,14 @@ def export(
         raise ExportError("precision='int8' needs images for its calibration. Add data, or use 'int8-weights'.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"'{folder}' is not an empty folder. Choose a new folder for the export.")
-    network, transform, wanted, processor, settings = _prepare(model, size, input, task)
-    request = _Request(network, transform, settings, wanted, formats, precisions, accepted, opset, processor)
+    for_page = "web" in formats
+    if for_page and (size == "any" or "f32" not in precisions):
+        raise ExportError("A page runs the f32 file of one image size. Name a size, such as 224, and add f32.")
+    formats = tuple(dict.fromkeys("onnx" if name == "web" else name for name in formats))
+    network, transform, wanted, processor, settings = _prepare(model, size, input, task, for_page=for_page)
+    request = _Request(
+        network, transform, settings, wanted, formats, precisions, accepted, opset, processor, web_runtime
+    )
     if wanted is None and "int8" in precisions:
         raise ExportError("int8 is calibrated for one image size, but size is 'any'. Name a size, such as 224.")
     calibration, held_out = _images_of_user(request, data, num_calibration, seed)
@@ -198,7 +211,7 @@ def _check_packages(formats: Sequence[str], precisions: Sequence[str]) -> None:
 
 
 def _prepare(
-    model: Any, size: Any, input: str, task: str | None
+    model: Any, size: Any, input: str, task: str | None, *, for_page: bool
 ) -> tuple[NamedOutputs, EvaluationTransform, tuple[int, int] | None, Any, dict[str, Any]]:
     """Open the model and return its network, transform, image size, processor and the numbers of its processor."""
     opened = open_regvit(model)
@@ -223,7 +236,7 @@ def _prepare(
     settings = _settings_of(processor, transform)
     _check_settings(settings, transform)
     statistics = settings if input == "uint8" else None
-    network = NamedOutputs(network_for_task(opened, task), statistics)
+    network = NamedOutputs(network_for_task(opened, task), statistics, for_page=for_page)
     return network, transform, wanted, processor, settings
 
 
@@ -373,13 +386,14 @@ def _write_files(
 ) -> list[dict[str, Any]]:
     """Write all files of an export to a folder, prove them, and return their entries."""
     config, network = request.config, request.network
+    page = {"page": write_page(staged, request.web_runtime)} if network.for_page else {}
     write_json(staged / "config.json", {k: v for k, v in config.to_dict().items() if k != "_name_or_path"})
     request.processor.save_pretrained(staged)
     shutil.copyfile(exported.__file__, staged / "run.py")
     levels = _check_levels(request)
     questions = [*_standard_questions(request, levels), *held_out]
     _write_check(staged / "check.npz", levels, request.sides, questions[0])
-    proof = _describe(request, questions[0])
+    proof = _describe(request, questions[0]) | page
     network.freeze(request.size)
     # For any size, neither side of the sample may equal the other one or the stored one, or they become constants.
     height, width = request.size or tuple((n + k) * p for n, k, p in zip(config.grid, (1, 2), config.patch_shape))
@@ -549,7 +563,7 @@ def add_exported(folder: Path, output: Path, model: Any) -> str:
     levels = check_images(expected.pop("images"), expected.pop("size").tolist())
     pixels = torch.from_numpy(exported.normalize(levels, proof["preprocessing"]))
     task = {"RegViTModel": "features", "RegViTBackbone": "backbone"}.get(proof["source"]["class"])
-    network = NamedOutputs(network_for_task(model, task), None)
+    network = NamedOutputs(network_for_task(model, task), None, for_page="norms" in expected)
     outputs = {name: values.numpy().ravel() for name, values in network.ask(pixels).items()}
     if set(outputs) != set(expected) or any(
         not difference(outputs[name][:: -(-outputs[name].size // len(values))], values)[0] <= 1e-3

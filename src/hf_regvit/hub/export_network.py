@@ -27,13 +27,25 @@ class NamedOutputs(nn.Module):
         model: RegViT, which is not changed.
         statistics: `scale`, `mean` and `std` of the pixels, for an input `pixels` (B, H, W, 3) of uint8. None: the
             input is `pixel_values`, normalized pixels (B, 3, H, W).
+        for_page: True for two more outputs: `norms` (B, N) of the patches before the final norm, and `attention`
+            (B, T, N) of CLS and registers to the patches in the last block, the mean over heads.
+
+    Raises:
+        ExportError: The model has a head for maps, or none of CLS and registers, but `for_page` is set.
     """
 
-    def __init__(self, model: RegViTPreTrainedModel, statistics: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, model: RegViTPreTrainedModel, statistics: Mapping[str, Any] | None, *, for_page: bool = False
+    ) -> None:
         super().__init__()
         copied: Any = copy.deepcopy(model)
         copied.to("cpu", torch.float32).requires_grad_(False)
-        copied.set_attn_implementation("sdpa")
+        if for_page and not isinstance(model, RegViTModel | RegViTForImageClassification):
+            raise ExportError(f"The page shows tokens, which a {type(model).__name__} has not. Add --task features.")
+        if for_page and not model.config.num_prefix_tokens:
+            raise ExportError("The page shows the attention of CLS and registers, but the model has neither.")
+        copied.set_attn_implementation("eager" if for_page else "sdpa")
+        self.for_page = for_page
         self.model: Any = copied
         self.returns_blocks = False  # True: the residual stream after each block, to find where an error begins
         self.entry = "pixel_values" if statistics is None else "pixels"
@@ -56,10 +68,11 @@ class NamedOutputs(nn.Module):
         if self.returns_blocks:
             streams = model.base_model(given, output_hidden_states=True).hidden_states[1:]
             return {f"block_{block}": tokens for block, tokens in enumerate(streams, 1)}
-        if isinstance(model, RegViTModel):
-            return _tokens(model(given), model.config)
-        if isinstance(model, RegViTForImageClassification):
-            output = model.regvit(given)
+        if isinstance(model, RegViTModel | RegViTForImageClassification):
+            more = {"output_attentions": True, "output_hidden_states": True} if self.for_page else {}
+            output = model.base_model(given, **more)
+            if isinstance(model, RegViTModel):
+                return _tokens(output, model.config)
             return {"logits": model.classifier(model.pool(output)), **_tokens(output, model.config)}
         output = model(given)
         if isinstance(model, RegViTBackbone):
@@ -143,6 +156,10 @@ def _tokens(output: Any, config: Any) -> dict[str, Tensor]:
         outputs["pooled"] = output.pooler_output
     if output.image_embeds is not None:
         outputs["image_embeds"] = output.image_embeds
+    if output.attentions:
+        prefix = config.num_prefix_tokens
+        outputs["norms"] = output.hidden_states[-1][:, prefix:].norm(dim=-1)
+        outputs["attention"] = output.attentions[-1].mean(1)[:, :prefix, prefix:]
     return outputs
 
 
