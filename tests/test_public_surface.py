@@ -14,11 +14,11 @@ from builders import noise
 # Adding a name is a promise to keep it; removing one breaks the code of users. Both are decisions for the CHANGELOG.
 NAMES = """
     ArtifactReport CheckpointCorruptError CheckpointError ConfigError ConversionError EvaluationReport
-    EvaluationTable ExportError ExportReport ExportedModel FinetuningArguments ImageTooSmallError
+    EvaluationTable ExportError ExportReport ExportedModel FeatureSettings FinetuningArguments ImageTooSmallError
     PretrainingArguments RegViTBackbone RegViTConfig RegViTForDepthEstimation RegViTForImageClassification
     RegViTForSemanticSegmentation RegViTModel RegViTModelOutput RegisterNeurons RetrofitError RetrofitResult
     TokenFeatures TokenReader TokenReading UnknownProcessorError __version__ add_test_time_registers check_data
-    compare_backbones convert convert_back diagnose discover_objects embed evaluate_backbone export
+    choose_features compare_backbones convert convert_back diagnose discover_objects embed evaluate_backbone export
     extract_features find_register_neurons finetune knn_classify load_exported load_images open_model patch_maps
     pretrain publish read_tokens remove_position repair_in_place
     retrofit

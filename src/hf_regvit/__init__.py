@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     )
     from .diagnosis.report import ArtifactReport
     from .diagnosis.retrofit import RetrofitResult, retrofit
+    from .evaluation.dense_features import FeatureSettings, choose_features, patch_maps
     from .evaluation.extraction import TokenFeatures, extract_features
     from .evaluation.knn import knn_classify
     from .evaluation.lost import discover_objects
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
         __version__,
     )
     from .models.conversion import convert, convert_back
-    from .models.loading import embed, open_model, patch_maps
+    from .models.loading import embed, open_model
     from .models.modeling_regvit import (
         ImageTooSmallError,
         RegViTBackbone,
@@ -76,6 +77,8 @@ _ON_FIRST_USE = {
     "ArtifactReport": "diagnosis.report",
     "RetrofitResult": "diagnosis.retrofit",
     "retrofit": "diagnosis.retrofit",
+    "FeatureSettings": "evaluation.dense_features",
+    "choose_features": "evaluation.dense_features",
     "TokenFeatures": "evaluation.extraction",
     "extract_features": "evaluation.extraction",
     "knn_classify": "evaluation.knn",
@@ -100,7 +103,7 @@ _ON_FIRST_USE = {
     "ConversionError": "models.source_families",
     "embed": "models.loading",
     "open_model": "models.loading",
-    "patch_maps": "models.loading",
+    "patch_maps": "evaluation.dense_features",
     "CheckpointCorruptError": "models.configuration_regvit",
     "CheckpointError": "models.configuration_regvit",
     "ImageTooSmallError": "models.modeling_regvit",
@@ -140,6 +143,7 @@ __all__ = [
     "ExportError",
     "ExportReport",
     "ExportedModel",
+    "FeatureSettings",
     "FinetuningArguments",
     "ImageTooSmallError",
     "PretrainingArguments",
@@ -160,6 +164,7 @@ __all__ = [
     "__version__",
     "add_test_time_registers",
     "check_data",
+    "choose_features",
     "compare_backbones",
     "convert",
     "convert_back",

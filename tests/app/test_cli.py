@@ -441,7 +441,8 @@ def test_flags_replace_a_list_of_the_recipe(tmp_path, capsys) -> None:
 
 COMMANDS_THAT_WRITE = {
     "convert": [], "diagnose": ["--data", "digits"], "retrofit": ["--data", "digits"], "extract": ["--data", "digits"],
-    "evaluate": ["--data", "digits"], "finetune": ["--data", "digits"], "pretrain": ["--data", "digits"],
+    "dense": ["--data", "digits"], "evaluate": ["--data", "digits"], "finetune": ["--data", "digits"],
+    "pretrain": ["--data", "digits"],
 }  # fmt: skip
 
 

@@ -84,6 +84,9 @@ class ExtractArguments(_ImageArguments):
     shard_size: int = option(256, "Number of images per file, also held in memory, per process.")
     image_size: int | None = option(None, "Side of the square input in pixels. Default: set by the model's processor.")
     max_images: int | None = option(None, "Read at most this many images, from the first one on. Default: all.")
+    dense_settings: str | None = option(
+        None, "File of `regvit dense` that sets --layer, --image_size, the views and the pooling."
+    )
 
     def images(self) -> Any:
         """Return the images for `extract_to_folder`, as a source or a stream."""
@@ -95,9 +98,45 @@ class ExtractArguments(_ImageArguments):
 
     def settings(self) -> Any:
         """Return the `ExtractionSettings` among the arguments."""
+        from ..evaluation.dense_features import FeatureSettings
         from ..evaluation.extraction import ExtractionSettings
 
-        return ExtractionSettings(**{f.name: getattr(self, f.name) for f in fields(ExtractionSettings)})
+        names = [one.name for one in fields(ExtractionSettings) if one.name != "dense"]
+        dense = None if self.dense_settings is None else FeatureSettings.load(self.dense_settings)
+        return ExtractionSettings(**{name: getattr(self, name) for name in names}, dense=dense)
+
+
+@dataclass(kw_only=True)
+class DenseArguments:
+    """Options of `regvit dense`."""
+
+    model: str = _model("Model")
+    data: str = option(MISSING, "Images with masks or depth maps, as for the tasks of `regvit evaluate`.")
+    train_data: str | None = option(None, "Training images, if they are stored separately.")
+    task: str = option("segmentation", "Task of the probe: segmentation (with masks) or depth (with depth maps).")
+    layers: list[int] | None = option(None, "Blocks to compare, from 1 to the depth. Default: all.")
+    views: list[int] = option(lambda: [1, 4], "Numbers of flipped and shifted views to compare, among 1 and 4.")
+    image_sizes: list[int] | None = option(
+        None, "Shorter image sides to compare in pixels. Default: the model's image size."
+    )
+    pool_to_grid: bool = option(False, "Average the patches of larger images down to the grid of the model's size.")
+    ignore_values: list[int] | None = option(None, "Mask values to ignore. Default: 255.")
+    max_images: int | None = option(None, "Maximum number of images per split. Default: all.")
+    output_dir: str = option("dense", "Output folder for dense_settings.json and dense_features.json.")
+    batch_size: int = option(8, "Number of images per forward pass.")
+    device: str = option("auto", _DEVICE)
+    seed: int = option(0, "Random seed for the halves of the test images and the interval.")
+
+    def __post_init__(self) -> None:
+        if self.task not in ("segmentation", "depth"):
+            raise ValueError(f"Unknown task '{self.task}'. Choose from segmentation, depth.")
+        if self.task == "depth" and self.ignore_values is not None:
+            raise ValueError("ignore_values are values of masks, but task='depth' reads depth maps. Leave it out.")
+
+    def settings(self) -> dict[str, Any]:
+        """Return the keyword arguments of `choose_features`."""
+        names = ("views", "image_sizes", "pool_to_grid", "batch_size", "seed")
+        return {"layers": self.layers or "all"} | {name: getattr(self, name) for name in names}
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from hf_regvit_cli import COMMANDS, main
@@ -165,6 +165,24 @@ def _extract(arguments: Any) -> Outcome:
     return replace(_same(report.to_dict()), shown=report.complete)  # true in the process that finished last
 
 
+def _dense(arguments: Any) -> Outcome:
+    from ..evaluation.dense_features import choose_features
+    from ..evaluation.run import TaskParts
+    from ..evaluation.tasks import Sampling
+    from ..models.loading import open_model
+
+    check_space(arguments.output_dir, _REPORT_BYTES)
+    sampling = Sampling(max_images=arguments.max_images)
+    parts = TaskParts(arguments.data, arguments.train_data, sampling, seed=arguments.seed)
+    options = {"ignore_values": arguments.ignore_values} if arguments.task == "segmentation" else {}
+    train, test = parts.maps("masks" if arguments.task == "segmentation" else "depth", **options)
+    choice = choose_features(open_model(arguments.model, device=arguments.device), train, test, **arguments.settings())
+    with keeping(choice.summary):
+        path = str(choice.save(arguments.output_dir))
+    use = ("extract", "--model", arguments.model, "--data", "IMAGES", "--dense_settings", path)
+    return Outcome(asdict(choice), choice.summary(), {"settings": path}, following=use)
+
+
 def _evaluate(arguments: Any) -> Outcome:
     from ..evaluation.report import EvaluationTable
     from ..evaluation.run import compare_backbones
@@ -219,6 +237,7 @@ RUNS: dict[str, Callable[[Any], Outcome]] = {
     "diagnose": _diagnose,
     "retrofit": _retrofit,
     "extract": _extract,
+    "dense": _dense,
     "evaluate": _evaluate,
     "publish": _publish,
     "export": _export,

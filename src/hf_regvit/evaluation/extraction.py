@@ -27,6 +27,7 @@ from ..models.results import Record, html_table
 from ..models.saving import check_space, read_json, read_notes, read_object, write_json, write_tensors
 from ..models.tokens import TokenReader, resolve_layers
 from .cache import fingerprint
+from .dense_features import FeatureSettings, pooled_grid, read_views, settings_for
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -146,6 +147,7 @@ class ExtractionSettings:
         shard_size: Number of images per file, including skipped ones; each process holds one shard in memory.
         image_size: Side of the input image in pixels, or None for the size of the processor.
         max_images: Maximum number of images, counted from the first, or None for all.
+        dense: Settings that `regvit dense` has chosen, which set `layer` and `image_size`, or None.
     """
 
     layer: int = -1
@@ -156,6 +158,7 @@ class ExtractionSettings:
     shard_size: int = 256
     image_size: int | None = None
     max_images: int | None = None
+    dense: FeatureSettings | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in _DTYPES:
@@ -166,10 +169,9 @@ class ExtractionSettings:
 
 def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings, bar: Any) -> TokenFeatures:
     """Read the features of all images of a part in order; there may be none."""
-    norm, dtype = reader.final_norm if settings.final_norm else nn.Identity(), _DTYPES[settings.dtype]
+    dense, dtype = settings.dense or FeatureSettings(), _DTYPES[settings.dtype]
 
     def keep(tokens: torch.Tensor, layer: int) -> torch.Tensor:
-        tokens = norm(tokens)
         if not tokens.isfinite().all():
             raise ValueError(
                 f"The model gives NaN or infinity at block {layer}. Check its weights. If it runs in float16, large "
@@ -180,11 +182,14 @@ def _read(reader: TokenReader, images: PreparedImages, settings: ExtractionSetti
             raise ValueError(
                 f"Features up to {tokens.abs().max():.3g} do not fit into {settings.dtype}. Use bfloat16 or float32."
             )
-        return kept.cpu()
+        return kept
 
     parts, reported = [], 0
     for ids, pixel_values in images.batches():
-        reading = reader.read(pixel_values, layers=(settings.layer,), reduce=keep)
+        grid = pooled_grid(reader, pixel_values, dense.image_size, dense.pool_to_grid)
+        options: dict[str, Any] = {"views": dense.views, "grid": grid, "final_norm": settings.final_norm}
+        reading = read_views(reader, pixel_values, (settings.layer,), **options)
+        reading = replace(reading, values=(keep(reading.at(), reading.layers[0]),))
         patches = reading.patches() if settings.patches else reading.patches()[:, :0]
         parts.append(TokenFeatures(reading.cls(), reading.registers(), patches, reading.grid, tuple(ids)))
         bar.update(len(ids) + len(images.skipped) - reported)
@@ -296,6 +301,10 @@ def extract_to_folder(
     if device == "auto" and (state.num_processes > 1 or isinstance(model, str | Path)):
         device = state.device
     reader = open_model(model, device=device)
+    if settings.dense is not None:
+        given = {"layer": None if settings.layer == -1 else settings.layer, "image_size": settings.image_size}
+        dense = settings_for(settings.dense, reader, **given)
+        settings = replace(settings, layer=dense.layer, image_size=dense.image_size, dense=dense)
     transform = reader.transform_for(image_size=settings.image_size)
     prepared = prepare_images(images, transform, batch_size=settings.batch_size, max_images=settings.max_images)
     folder = Path(output_dir)
@@ -367,6 +376,8 @@ def _is_done(path: Path, part: PreparedImages) -> bool:
 def _identity(reader: TokenReader, images: PreparedImages, settings: ExtractionSettings) -> Record:
     """Collect everything the features depend on: two runs with the same identity write the same files."""
     chosen = {key: value for key, value in asdict(settings).items() if key not in ("batch_size", "image_size")}
+    if settings.dense is None:
+        del chosen["dense"]
     return {
         **chosen,
         "layer": resolve_layers((settings.layer,), reader.description.num_layers)[0],

@@ -37,10 +37,15 @@ class DenseSettings:
         None, "Shorter image side for segmentation and depth in pixels. Default: the model's image size."
     )
     num_dense_blocks: int = option(1, "Number of blocks that segmentation and depth read: 1 (the last one) or 4.")
+    dense_settings: str | None = option(
+        None, "File of `regvit dense` that sets the block, views and image size of segmentation and depth."
+    )
 
     def __post_init__(self) -> None:
         if self.num_dense_blocks not in (1, 4):
             raise ValueError(f"num_dense_blocks={self.num_dense_blocks} must be 1 or 4.")
+        if self.dense_settings is not None and self.num_dense_blocks != 1:
+            raise ValueError("dense_settings names one block, so num_dense_blocks must be 1. Leave out one of them.")
 
     def head(self) -> dict[str, Any]:
         """Return the training settings of the head that were given."""
@@ -49,11 +54,15 @@ class DenseSettings:
 
     def read(self, reader: "TokenReader", parts: "list[DenseSource]", batch_size: int) -> "list[DenseFeatures]":
         """Read the patch tokens of the training and the test images."""
-        from .dense_features import four_blocks, read_dense_features
+        from .dense_features import four_blocks, read_dense_features, settings_for
 
         layers = (-1,) if self.num_dense_blocks == 1 else four_blocks(reader.description.num_layers)
-        options: dict[str, Any] = {"image_size": self.dense_image_size, "batch_size": batch_size}
-        return [read_dense_features(reader, part, layers=layers, **options) for part in parts]
+        options: dict[str, Any] = {"layers": layers, "image_size": self.dense_image_size, "batch_size": batch_size}
+        if self.dense_settings is not None:
+            chosen = settings_for(self.dense_settings, reader, image_size=self.dense_image_size)
+            options |= {"layers": (chosen.layer,), "image_size": chosen.image_size}
+            options |= {"views": chosen.views, "pool_to_grid": chosen.pool_to_grid}
+        return [read_dense_features(reader, part, **options) for part in parts]
 
 
 @dataclass

@@ -124,13 +124,6 @@ def embed(
     return open_model(model).embed(images, normalize=normalize, batch_size=batch_size)
 
 
-def patch_maps(
-    model: "TokenReader | nn.Module | str | Path", images: Any, *, layer: int = -1, batch_size: int = 32
-) -> np.ndarray:
-    """Return the patches of one block, (n, rows, columns, D) float32; see `TokenReader.patch_maps`."""
-    return open_model(model).patch_maps(images, layer=layer, batch_size=batch_size)
-
-
 def choose_device(device: str | torch.device = "auto") -> torch.device:
     """Return a device; "auto" is the first of cuda, mps, xpu and cpu that exists."""
     if device != "auto":

@@ -273,8 +273,8 @@ class TokenReader:
             chosen = tokens[:, :1] if self.description.has_cls else tokens[:, prefix:]
             return self.final_norm(chosen).mean(dim=1)
 
-        batches = self._batches(images, batch_size)
-        vectors = torch.cat([_finite(self.read(pixels, reduce=keep)) for pixels in batches])  # (n, D)
+        batches = self.batches(images, batch_size)
+        vectors = torch.cat([finite_values(self.read(pixels, reduce=keep)) for pixels in batches])  # (n, D)
         return (nn.functional.normalize(vectors, dim=1) if normalize else vectors).numpy()
 
     def patch_maps(self, images: Any, *, layer: int = -1, batch_size: int = 32) -> np.ndarray:
@@ -291,9 +291,9 @@ class TokenReader:
             BadImageError: An image cannot be used.
         """
         prefix, maps = self.description.num_prefix_tokens, []
-        for pixels in self._batches(images, batch_size, one_size=True):
+        for pixels in self.batches(images, batch_size, one_size=True):
             reading = self.read(pixels, layers=(layer,), reduce=lambda tokens, _: self.final_norm(tokens[:, prefix:]))
-            maps.append(_finite(reading).unflatten(1, reading.grid))
+            maps.append(finite_values(reading).unflatten(1, reading.grid))
         return torch.cat(maps).numpy()
 
     def attention_maps(
@@ -315,7 +315,7 @@ class TokenReader:
             BadImageError: An image cannot be used.
         """
         prefix, maps = self.description.num_prefix_tokens, []
-        for pixels in self._batches(images, batch_size, one_size=True):
+        for pixels in self.batches(images, batch_size, one_size=True):
             rows, columns = (side // step for side, step in zip(pixels.shape[-2:], self.description.patch_size))
             token = self._token_of(query, (rows, columns))
 
@@ -323,7 +323,7 @@ class TokenReader:
                 return weights[:, :, token, prefix:]
 
             reading = self.read(pixels, layers=(layer,), site="attention", reduce=keep)
-            maps.append(_finite(reading).unflatten(2, reading.grid))
+            maps.append(finite_values(reading).unflatten(2, reading.grid))
         return torch.cat(maps).numpy()
 
     def _token_of(self, query: Query, grid: tuple[int, int]) -> int:
@@ -342,11 +342,13 @@ class TokenReader:
         first = {"cls": 0, "register": d.num_prefix_tokens - d.num_register_tokens, "patch": d.num_prefix_tokens}
         return first[kind] + (place[0] * grid[1] + place[1] if kind == "patch" else place[0])
 
-    def _batches(self, images: Any, batch_size: int, *, one_size: bool = False) -> Iterator[torch.Tensor]:
+    def batches(
+        self, images: Any, batch_size: int, *, one_size: bool = False, image_size: int | None = None
+    ) -> Iterator[torch.Tensor]:
         """Yield pixels (b, 3, H, W) in the order of the images; a change of size starts a new batch."""
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size} is too small. Use at least 1.")
-        transform = self.transform
+        transform = self.transform if image_size is None else self.transform_for(image_size=image_size)
         batch: list[torch.Tensor] = []
         for image in open_images(images):
             pixels = transform(image)
@@ -370,7 +372,7 @@ class TokenReader:
         )
 
 
-def _finite(reading: TokenReading) -> torch.Tensor:
+def finite_values(reading: TokenReading) -> torch.Tensor:
     """Return the values of the only block, float32 on the CPU."""
     values = reading.at().float().cpu()
     if not values.isfinite().all():
