@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load, load_file, save, save_file
 from transformers import PreTrainedModel
 
 from builders import save_model, tiny_model, tiny_source
@@ -79,11 +79,6 @@ def rotary_config(files):
     return files | {"config.json": json.dumps(config).encode()}
 
 
-def save_files(folder, **options):
-    tiny_model().save_pretrained(folder, **options)
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 OTHER_POSITIONS = r"embeddings\.position_embeddings is in the weights of .*use_position_embeddings=False"
 
 
@@ -98,7 +93,8 @@ OTHER_POSITIONS = r"embeddings\.position_embeddings is in the weights of .*use_p
 def test_from_pretrained_checks_the_headers_of_a_hub_model_before_it_reads_the_weights(
     options, change, message, hub, tmp_path, monkeypatch
 ):
-    files = save_files(tmp_path / "model", **options)
+    tiny_model().save_pretrained(tmp_path / "model", **options)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     assert ("model.safetensors" in files) == (not options)
     RegViTModel.from_pretrained(serve(hub, files))
     name = serve(hub, change(files))
@@ -108,12 +104,6 @@ def test_from_pretrained_checks_the_headers_of_a_hub_model_before_it_reads_the_w
 
 
 def test_nan_in_a_hub_model_is_refused(files, hub):
-    state = {name: tensor.fill_(float("nan")) for name, tensor in load_bytes(files["model.safetensors"]).items()}
+    state = {name: torch.full_like(tensor, torch.nan) for name, tensor in load(files["model.safetensors"]).items()}
     with pytest.raises(CheckpointCorruptError, match="NaN"):
         open_model(serve(hub, files | {"model.safetensors": save(state, {"format": "pt"})}))
-
-
-def load_bytes(content):
-    from safetensors.torch import load
-
-    return {name: tensor.clone() for name, tensor in load(content).items() if torch.is_floating_point(tensor)}

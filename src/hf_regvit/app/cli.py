@@ -160,13 +160,8 @@ def _extract(arguments: Any) -> Outcome:
     model = open_exported(arguments.model)
     if model is not arguments.model and not arguments.final_norm:
         raise ValueError("An exported file has only tokens after the final norm. Leave out --no_final_norm.")
-    report = extract_to_folder(
-        model,
-        arguments.images(),
-        arguments.output_dir,
-        settings=arguments.settings(),
-        device=arguments.device,
-    )
+    settings, device = arguments.settings(), arguments.device
+    report = extract_to_folder(model, arguments.images(), arguments.output_dir, settings=settings, device=device)
     return replace(_same(report.to_dict()), shown=report.complete)  # true in the process that finished last
 
 

@@ -8,16 +8,7 @@ from pathlib import Path
 
 from .builtin import builtin_source
 from .decoding import ImageLimits, read_bytes, say_once
-from .files import (
-    BUILTIN,
-    BUILTIN_SETS,
-    Found,
-    find_files,
-    image_suffixes,
-    outermost,
-    parts_below,
-    split_folders,
-)
+from .files import BUILTIN, BUILTIN_SETS, Found, find_files, image_suffixes, outermost, parts_below, split_folders
 from .labels import LABEL_SUFFIXES, MOST_LABEL, add_label, classes_by_folder, label_of, note_on_names, number_classes
 from .source import ImageSource, MissingSplitError, Reading, Split, file_name, join_sources, listed, stored_image
 from .tables import ImageStream, hub_table, parquet_table, table_images, table_stream

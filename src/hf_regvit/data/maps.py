@@ -289,12 +289,6 @@ def _load(data: str | Path, kind: Kind, split: Split | None, reading: Reading) -
     return _from_table(source, kind, reading.label_column)
 
 
-def _dense(
-    source: ImageSource, kind: Kind, stored: Callable[[int], Array], map_name: Callable[[int], str]
-) -> DenseSource:
-    return DenseSource(**vars(source), kind=kind, stored=stored, map_name=map_name)
-
-
 # Folders
 
 
@@ -356,7 +350,7 @@ def _from_folder(root: Path, kind: Kind, split: Split | None, reading: Reading) 
     # The folders "images" and "masks" are not classes; maps, which may be .npy files, are not left out.
     notes = tuple(note for note in source.notes if not note.startswith(f"'{root}' is read as a folder of"))
     source = replace(source, labels=None, label_names=None, notes=notes)
-    return _dense(source, kind, partial(_read_file_map, files), files.__getitem__)
+    return DenseSource(**vars(source), kind=kind, stored=partial(_read_file_map, files), map_name=files.__getitem__)
 
 
 def _parts_by_key(root: Path, keys: Sequence[str]) -> dict[str, str | None]:
@@ -407,7 +401,8 @@ def _from_table(source: ImageSource, kind: Kind, column: str | None) -> DenseSou
         table = table.cast_column(column, ImageFeature(decode=False))
     table = table.select_columns([column])
     called = partial(_name_of_row, source.name, column, tuple(source.ids))
-    return _dense(source, kind, partial(_read_cell_map, table, column, called), called)
+    stored = partial(_read_cell_map, table, column, called)
+    return DenseSource(**vars(source), kind=kind, stored=stored, map_name=called)
 
 
 def _name_of_row(source: str, column: str, ids: Sequence[str], index: int) -> str:

@@ -8,7 +8,7 @@ Shape letters: B images, C classes, (h, w) input of the model, (H, W) pixels of 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -19,15 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..data.joint_transform import JointTransform, resize_map
-from ..data.maps import (
-    IGNORE,
-    Array,
-    DenseSource,
-    TargetReport,
-    check_targets,
-    image_size,
-    read_class_names,
-)
+from ..data.maps import IGNORE, Array, DenseSource, TargetReport, check_targets, image_size, read_class_names
 from ..data.source import ImageRecord
 from ..evaluation.intervals import bootstrap_interval
 from ..figures.masks import depth_figure, mask_figure
@@ -139,14 +131,6 @@ class DenseEvalItem:
         }
 
 
-def _at_own_size(maps: Tensor, sizes: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-    """Yield for every image of (B, C, h, w) its map resized to (C, H, W), and (H, W)."""
-    for one, size in zip(maps, sizes.tolist()):
-        height, width = int(size[0]), int(size[1])
-        own = F.interpolate(one[None].float(), size=(height, width), mode="bilinear", align_corners=False)[0]
-        yield own, (height, width)
-
-
 # ---- Common base of both tasks -----------------------------------------------------------------------------------
 
 
@@ -227,8 +211,9 @@ class _DenseTask(Task, Protocol):
         if training:
             return self._training_loss(maps, labels), {"logits": maps}
         predicted, losses = torch.zeros_like(labels), []
-        for i, (own, (height, width)) in enumerate(_at_own_size(maps, batch["sizes"])):
-            one, loss = self._scored(own, labels[i, :height, :width])
+        for i, (height, width) in enumerate(batch["sizes"].tolist()):
+            own = F.interpolate(maps[i, None].float(), size=(height, width), mode="bilinear", align_corners=False)
+            one, loss = self._scored(own[0], labels[i, :height, :width])
             predicted[i, :height, :width] = one.to(labels.dtype)
             losses.append(loss)
         return torch.stack(losses).mean(), {"logits": predicted}

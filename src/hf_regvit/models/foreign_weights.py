@@ -331,13 +331,8 @@ def read_open_clip(folder: Path) -> ForeignModel:
             "Download it again."
         ) from error
     mode = "center" if settings["resize_mode"] == "shortest" else settings["resize_mode"]
-    origin.processor = {
-        "mean": OPENAI_CLIP_MEAN,
-        "std": OPENAI_CLIP_STD,
-        "crop_pct": 1.0,
-        "crop_mode": mode,
-        **settings,
-    }
+    defaults = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "crop_pct": 1.0, "crop_mode": mode}
+    origin.processor = defaults | settings
     return origin
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -88,7 +88,8 @@ class TrainingProgress(ProgressCallback):
 
     def __init__(self, metric: str | None = None) -> None:
         super().__init__()
-        self.metric, self._shown = metric, cast(dict[str, str], {})
+        self.metric = metric
+        self._shown: dict[str, str] = {}
 
     def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Open the bar at the step at which the run starts."""

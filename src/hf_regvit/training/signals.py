@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -116,7 +116,8 @@ class WorkerDeaths:
 
     def __init__(self) -> None:
         self._inner: Any = None
-        self._waiting, self._error = False, cast(RuntimeError | None, None)
+        self._waiting = False
+        self._error: RuntimeError | None = None
 
     def _handle(self, number: int, frame: Any) -> None:
         try:
