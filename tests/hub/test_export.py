@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -76,6 +77,14 @@ def folder(classifier, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "files"
     export(classifier, folder, format="onnx")
     return folder
+
+
+@pytest.mark.slow
+def test_the_converters_are_quiet_at_the_level_of_the_command_line(classifier, tmp_path, caplog, capfd):
+    with caplog.at_level(logging.INFO):
+        export(classifier, tmp_path / "files", format=["onnx", "openvino"], precision=["f32", "int8-weights"])
+    assert [record.getMessage() for record in caplog.records if not record.name.startswith("hf_regvit")] == []
+    assert capfd.readouterr().out == ""
 
 
 # ---- Network -----------------------------------------------------------------------------------------------------

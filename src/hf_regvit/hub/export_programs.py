@@ -26,7 +26,8 @@ _ONE_FILE = 1_500_000_000  # bytes of weights; protobuf ends at 2 GB
 def quiet() -> Iterator[None]:
     """Keep the progress of the converters off stdout, their warnings off stderr, and their telemetry off."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # both fall back to a stub
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "nncf")]
+    names = ("torch.onnx", "onnxscript", "onnx_ir", "nncf", "torch.utils.cpp_extension")
+    loggers = [logging.getLogger(name) for name in names]
     before = [logger.level for logger in loggers]
     try:
         for logger in loggers:
