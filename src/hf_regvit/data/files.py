@@ -134,7 +134,7 @@ def _in_folder(root: Path, split: Split | None) -> Found:
     every, problems, notes = walk(root)
     kinds = [kind_of(file) for file in every]
     # A pipe or a device never ends. Among images it is a bad image, which keeps its place in the report.
-    special = [file for file, kind in zip(every, kinds) if kind != "images" and file.exists() and not file.is_file()]
+    special = {file for file, kind in zip(every, kinds) if kind != "images" and file.exists() and not file.is_file()}
     if special:
         names = listed([str(file.relative_to(root)) for file in sorted(special)])
         notes.append(f"'{root}': these are pipes or devices, not files, and are left out: {names}.")

@@ -6,7 +6,6 @@ them out again. The rest of the model never sees them, so a CLIPModel or a LLaVA
 Shapes: B images, R registers, T tokens without them, H neurons of an MLP, D width.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from ..models.families import IN_PLACE, join_registers, part_registers, unwrapped
 from ..models.modeling_regvit import RegViTPreTrainedModel, move_to_registers
+from ..models.saving import read_object, write_json
 from ..models.tokens import TokenReader
 from .register_neurons import RetrofitError
 from .retrofit import RetrofitReport, RetrofitResult
@@ -91,7 +91,7 @@ class InPlaceRepair:
         path = Path(folder, FILE_NAME)
         path.parent.mkdir(parents=True, exist_ok=True)
         values = {"neurons": self.neurons, "num_register_tokens": self.num_register_tokens}
-        path.write_text(json.dumps(values) + "\n")
+        write_json(path, values)
         return path
 
 
@@ -145,8 +145,7 @@ def _neurons_of(neurons: Any) -> tuple[list[list[int]], int]:
     neurons = getattr(neurons, "report", neurons)
     if isinstance(neurons, str | Path):
         path = Path(neurons)
-        values = json.loads((path / FILE_NAME if path.is_dir() else path).read_text())
-        neurons = SimpleNamespace(**values)
+        neurons = SimpleNamespace(**read_object(path / FILE_NAME if path.is_dir() else path))
     count = getattr(neurons, "num_register_tokens", 1)
     return [[int(i) for i in pair] for pair in getattr(neurons, "neurons", neurons)], count
 

@@ -689,12 +689,12 @@ def check_weight_files(source, options: dict | None = None) -> None:
         CheckpointError: The weights are those of another kind of RegViT.
     """
     folder = Path(source or "")
-    if source and options is not None and not folder.exists():
+    if source and options is not None and not options.get("variant") and not folder.exists():
         known = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
         hub = {name: options[name] for name in known if name in options}
         names = ("config.json", SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
-        found = [cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names]
-        folder = Path(found[0]).parent if found[0] else folder  # without one, transformers explains what is missing
+        found = (cached_file(source, name, _raise_exceptions_for_missing_entries=False, **hub) for name in names)
+        folder = Path(saved).parent if (saved := next(found)) and any(found) else folder  # no index beside one file
     if not source or not folder.exists():
         return
     files, keys = [folder] if folder.is_file() else [*folder.glob("model*.safetensors")], set()
