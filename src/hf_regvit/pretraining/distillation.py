@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
 from ..training.distributed import full_tensor
+from ..training.lora import merged_state
 from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
 
 # ---- Projection head ---------------------------------------------------------------------------------------------
@@ -151,6 +152,7 @@ class SelfDistillation(nn.Module):
         koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
         gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
             teacher backbone that changes only through `refresh_gram_teacher`.
+        lora_scale: Factor of the low-rank updates, if the backbone has some.
 
     Raises:
         ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens; the centering is
@@ -183,15 +185,12 @@ class SelfDistillation(nn.Module):
         koleo_gathered: bool = False,
         koleo_neighbours: int = 1,
         gram_loss_weight: float = 0.0,
+        lora_scale: float | None = None,
     ) -> None:
         super().__init__()
         if not backbone.config.use_mask_token:
             raise ValueError(
                 "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
-            )
-        if not backbone.config.use_cls_token:
-            raise ValueError(
-                "The backbone has no CLS token, which the DINO loss reads. Build it with use_cls_token=True."
             )
         if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
             raise ValueError(
@@ -209,7 +208,7 @@ class SelfDistillation(nn.Module):
             )
         self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
         self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
-        self.student_temperature = student_temperature
+        self.student_temperature, self.lora_scale = student_temperature, lora_scale
         self.teacher_temperature = 0.07
         width = backbone.config.hidden_size
         self.student = nn.ModuleDict({"backbone": backbone, "dino_head": PrototypeHead(width, dino_head)})
@@ -235,14 +234,22 @@ class SelfDistillation(nn.Module):
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone, or a whole copy if it is sharded; all processes must then call this method."""
+        """Return the teacher backbone, or a plain copy if it is sharded or has low-rank updates.
+
+        If it is sharded, all processes must call this method.
+        """
         teacher = self.teacher_backbone
-        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
+        if not is_sharded and self.lora_scale is None:
             return teacher
         whole = RegViTModel(teacher.config).eval()
         whole.to(device=next(teacher.parameters()).device)
-        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
+        whole.load_state_dict(self.plain({name: full_tensor(value) for name, value in teacher.state_dict().items()}))
         return whole
+
+    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a part of this network with its low-rank updates, if any, merged."""
+        return dict(state) if self.lora_scale is None else merged_state(state, scale=self.lora_scale)
 
     def train(self, mode: bool = True) -> "SelfDistillation":
         """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
@@ -355,7 +362,8 @@ class SelfDistillation(nn.Module):
         """Compute the tokens that the losses read, after the final norm.
 
         The last block computes only these tokens and uses the others as keys and values. If half of the crops are
-        masked, this saves most of the computation in that block.
+        masked, this saves most of the computation in that block. It computes all tokens if it has register neurons,
+        or if there is no CLS token: the mean of the patch tokens then takes its place.
 
         Args:
             backbone: Backbone of the student or the teacher.
@@ -364,7 +372,7 @@ class SelfDistillation(nn.Module):
             masks: Boolean masks `(crops, N)`.
 
         Returns:
-            CLS tokens `(crops, D)` and patch tokens `(m, D)`.
+            CLS tokens, or means of the patches, `(crops, D)`, and patch tokens `(m, D)`.
         """
         hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
         rotary = backbone.embeddings.rotary_table(pixels)
@@ -373,6 +381,11 @@ class SelfDistillation(nn.Module):
             hidden_states, _ = block(hidden_states, rotary=rotary)
         num_crops, num_tokens, _ = hidden_states.shape
         prefix = backbone.config.num_prefix_tokens
+        if backbone.config.register_neurons_of(len(blocks)) or not backbone.config.use_cls_token:
+            tokens = backbone.layernorm(last(hidden_states, rotary=rotary)[0])  # (crops, T, D)
+            rest = tokens[:, prefix:]
+            image = tokens[:, 0] if backbone.config.use_cls_token else rest.mean(dim=1)
+            return image, rest.flatten(0, 1).index_select(0, patches)
         first = torch.arange(num_crops, device=pixels.device) * num_tokens
         behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
         rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]), rotary=rotary)[0])
@@ -539,9 +552,10 @@ class SelfDistillation(nn.Module):
 
         Also reduces the centers over the processes, so that all processes hold the same state between steps.
         """
-        student = dict(self.student.named_parameters())
+        trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
         teacher = dict(self.teacher.named_parameters())
-        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+        values = [value.detach() for value in trained.values()]
+        torch._foreach_lerp_([teacher[name] for name in trained], values, 1 - momentum)
         for center in (self.dino_center, self.ibot_center):
             if center is not None:
                 center.reduce()
