@@ -1,0 +1,121 @@
+"""Student and teacher backbones of a pretraining run: what every objective needs, whatever its losses."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..models.modeling_regvit import RegViTModel
+from ..training.distributed import full_tensor
+
+
+class StudentAndTeacher(nn.Module):
+    """Student that is trained, and teacher that follows it as a moving average and is exported.
+
+    Subclasses set the children `student` and `teacher`, which have a `backbone` each, and implement `forward`, which
+    returns a dictionary with `loss` and the scalars to log. The teacher has no gradients, stays in eval mode and
+    changes only through `update_teacher`.
+
+    Args:
+        backbone: Student backbone, which is checked.
+
+    Raises:
+        ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens.
+    """
+
+    # Without this, Trainer guesses from the signature whether the loss is already divided by the accumulation steps.
+    accepts_loss_kwargs = False
+    # Modules that FSDP2 shards as one group each, in student and teacher; all other parameters form another group.
+    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
+
+    student: nn.ModuleDict
+    teacher: nn.ModuleDict
+    gram_teacher: RegViTModel | None
+    joins_targets = False  # True if the targets of all micro-batches of a step have to be computed together
+
+    def __init__(self, backbone: RegViTModel) -> None:
+        super().__init__()
+        if not backbone.config.use_mask_token:
+            raise ValueError(
+                "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
+            )
+        if not backbone.config.use_cls_token:
+            raise ValueError("The backbone has no CLS token, which the losses read. Build it with use_cls_token=True.")
+        if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
+            raise ValueError(
+                f"The backbone has final_norm={backbone.config.final_norm!r} and "
+                f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
+                "Build it with final_norm='tokens' and add_pooling_layer=False."
+            )
+        self.gram_teacher = None
+
+    @property
+    def student_backbone(self) -> RegViTModel:
+        """Backbone that is trained."""
+        return cast(RegViTModel, self.student["backbone"])
+
+    @property
+    def teacher_backbone(self) -> RegViTModel:
+        """Backbone that is exported: the moving average of the student backbone."""
+        return cast(RegViTModel, self.teacher["backbone"])
+
+    def whole_teacher_backbone(self) -> RegViTModel:
+        """Return the teacher backbone, or a whole copy if it is sharded; all processes must then call this method."""
+        teacher = self.teacher_backbone
+        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+            return teacher
+        whole = RegViTModel(teacher.config).eval()
+        whole.to(device=next(teacher.parameters()).device)
+        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
+        return whole
+
+    def train(self, mode: bool = True) -> "StudentAndTeacher":
+        """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
+        super().train(mode)
+        self.teacher.eval()
+        if self.gram_teacher is not None:
+            self.gram_teacher.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Enable recomputation of the student blocks in the backward pass. Arguments are those of transformers."""
+        self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
+
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Enable gradient checkpointing under the name that newer releases of transformers use."""
+        self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile the blocks of all backbones in place, so that parameter names and checkpoints do not change.
+
+        Args:
+            **options: Keyword arguments of `torch.compile`.
+        """
+        for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
+            for layer in [] if backbone is None else backbone.layers:
+                layer.compile(**options)
+
+    def begin_step(self, teacher_temperature: float) -> None:
+        """Prepare an optimizer step; called once before its first forward pass."""
+
+    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
+        """Clip the gradients of the backbone and of every head separately, as in the official code.
+
+        Args:
+            max_norm: Largest gradient norm of each submodule.
+
+        Returns:
+            Gradient norm of each submodule before clipping, by name; over all shards if parameters are sharded.
+        """
+        return {
+            name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
+            for name, part in self.student.items()
+        }
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step."""
+        student = dict(self.student.named_parameters())
+        teacher = dict(self.teacher.named_parameters())
+        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
