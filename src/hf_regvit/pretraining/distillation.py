@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
-from ..training.distributed import full_tensor
-from ..training.lora import merged_state
 from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
+from .network import StudentAndTeacher
 
 # ---- Projection head ---------------------------------------------------------------------------------------------
 
@@ -128,7 +127,7 @@ class TeacherTargets(NamedTuple):
     masked: Tensor  # (M, K')
 
 
-class SelfDistillation(nn.Module):
+class SelfDistillation(StudentAndTeacher):
     """Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
 
     Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
@@ -159,16 +158,9 @@ class SelfDistillation(nn.Module):
             unknown; a weight is negative; or all weights are 0.
     """
 
-    # Without this, Trainer guesses from the signature whether the loss is already divided by the accumulation steps.
-    accepts_loss_kwargs = False
-    # Modules that FSDP2 shards as one group each, in student and teacher; all other parameters form another group.
-    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
-
-    student: nn.ModuleDict
-    teacher: nn.ModuleDict
+    needs_cls = False
     dino_center: SoftmaxCenter | None
     ibot_center: SoftmaxCenter | None
-    gram_teacher: RegViTModel | None
 
     def __init__(
         self,
@@ -187,17 +179,7 @@ class SelfDistillation(nn.Module):
         gram_loss_weight: float = 0.0,
         lora_scale: float | None = None,
     ) -> None:
-        super().__init__()
-        if not backbone.config.use_mask_token:
-            raise ValueError(
-                "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
-            )
-        if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
-            raise ValueError(
-                f"The backbone has final_norm={backbone.config.final_norm!r} and "
-                f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
-                "Build it with final_norm='tokens' and add_pooling_layer=False."
-            )
+        super().__init__(backbone, lora_scale=lora_scale)
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
         weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
@@ -208,7 +190,8 @@ class SelfDistillation(nn.Module):
             )
         self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
         self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
-        self.student_temperature, self.lora_scale = student_temperature, lora_scale
+        self.joins_targets = centering == "sinkhorn"
+        self.student_temperature = student_temperature
         self.teacher_temperature = 0.07
         width = backbone.config.hidden_size
         self.student = nn.ModuleDict({"backbone": backbone, "dino_head": PrototypeHead(width, dino_head)})
@@ -222,60 +205,6 @@ class SelfDistillation(nn.Module):
             self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)
             self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
         self.train()
-
-    @property
-    def student_backbone(self) -> RegViTModel:
-        """Backbone that is trained."""
-        return cast(RegViTModel, self.student["backbone"])
-
-    @property
-    def teacher_backbone(self) -> RegViTModel:
-        """Backbone that is exported: the moving average of the student backbone."""
-        return cast(RegViTModel, self.teacher["backbone"])
-
-    def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone, or a plain copy if it is sharded or has low-rank updates.
-
-        If it is sharded, all processes must call this method.
-        """
-        teacher = self.teacher_backbone
-        is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
-        if not is_sharded and self.lora_scale is None:
-            return teacher
-        whole = RegViTModel(teacher.config).eval()
-        whole.to(device=next(teacher.parameters()).device)
-        whole.load_state_dict(self.plain({name: full_tensor(value) for name, value in teacher.state_dict().items()}))
-        return whole
-
-    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the tensors of a part of this network with its low-rank updates, if any, merged."""
-        return dict(state) if self.lora_scale is None else merged_state(state, scale=self.lora_scale)
-
-    def train(self, mode: bool = True) -> "SelfDistillation":
-        """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
-        super().train(mode)
-        self.teacher.eval()
-        if self.gram_teacher is not None:
-            self.gram_teacher.eval()
-        return self
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable recomputation of the student blocks in the backward pass. Arguments are those of transformers."""
-        self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing under the name that newer releases of transformers use."""
-        self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks of all backbones in place, so that parameter names and checkpoints do not change.
-
-        Args:
-            **options: Keyword arguments of `torch.compile`.
-        """
-        for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
-            for layer in [] if backbone is None else backbone.layers:
-                layer.compile(**options)
 
     def begin_step(self, teacher_temperature: float) -> None:
         """Set the teacher temperature and commit the centers; call once before the first forward of every step."""
@@ -532,30 +461,13 @@ class SelfDistillation(nn.Module):
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
         return outputs
 
-    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
-        """Clip the gradients of the backbone, the DINO head and the iBOT head separately, as in the official code.
-
-        Args:
-            max_norm: Largest gradient norm of each submodule.
-
-        Returns:
-            Gradient norm of each submodule before clipping, by name; over all shards if parameters are sharded.
-        """
-        return {
-            name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
-            for name, part in self.student.items()
-        }
-
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step.
 
         Also reduces the centers over the processes, so that all processes hold the same state between steps.
         """
-        trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
-        teacher = dict(self.teacher.named_parameters())
-        values = [value.detach() for value in trained.values()]
-        torch._foreach_lerp_([teacher[name] for name in trained], values, 1 - momentum)
+        super().update_teacher(momentum)
         for center in (self.dino_center, self.ibot_center):
             if center is not None:
                 center.reduce()

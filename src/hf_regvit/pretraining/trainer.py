@@ -154,7 +154,7 @@ class DinoTrainer(RunTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """Return the micro-batches of one step; with Sinkhorn, their targets are computed jointly."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._micro_batches = batches if len(batches) > 1 and self.args.centering == "sinkhorn" else []
+        self._micro_batches = batches if len(batches) > 1 and self.model.joins_targets else []
         return batches, count
 
     def data_facts(self) -> dict[str, Any]:
