@@ -1,4 +1,4 @@
-"""Compare block, views and image size of patch features before and after a retrofit, chosen and judged on two halves.
+"""Compare block, views and image size of patch features before and after a retrofit, on a half not used to choose.
 
     python benchmarks/dense_features.py --model ../shared/data/vit_tiny_patch16_224 --data ../shared/data/camvid \
         --ignore 11 --image_sizes 224 448 --register_neurons 7:417 6:189 --output_dir runs/dense_features
@@ -70,7 +70,7 @@ def main() -> None:
     np.savez_compressed(args.output_dir / "rows.npz", **{" | ".join(map(str, key)): row for key, row in rows.items()})
 
     order = np.random.default_rng(args.seed).permutation(len(next(iter(rows.values()))))
-    choice, judged = order[: len(order) // 2], order[len(order) // 2 :]
+    choice, tested = order[: len(order) // 2], order[len(order) // 2 :]
     statistic = STATISTICS["mean_iou" if args.task == "segmentation" else "mean"]
     sign = 1 if args.task == "segmentation" else -1
 
@@ -86,17 +86,17 @@ def main() -> None:
         ["model", "views", "size", "block", "choice half", "test half", "95 %", "minus default", "95 %", "chosen"]
     ]
     for key in sorted(set(shown), key=lambda k: (models.index(k[0]), k[2], k[1], k[3])):
-        scores = statistic(rows[key][choice]), statistic(rows[key][judged])
-        interval = bootstrap_interval(rows[key][judged], seed=args.seed, statistic=statistic)
-        gain = paired_difference(rows[default][judged], rows[key][judged], seed=args.seed, statistic=statistic)
+        scores = statistic(rows[key][choice]), statistic(rows[key][tested])
+        interval = bootstrap_interval(rows[key][tested], seed=args.seed, statistic=statistic)
+        gain = paired_difference(rows[default][tested], rows[key][tested], seed=args.seed, statistic=statistic)
         cells = [*scores, interval, gain[0], gain[1]]
         table.append([*key, *(np.round(cell, 4).tolist() for cell in cells), key == chosen[key[0]]])
-    print(f"{len(choice)} images to choose, {len(judged)} to judge\n{markdown_table(table)}")
+    print(f"{len(choice)} images for the choice, {len(tested)} test images\n{markdown_table(table)}")
     if len(models) > 1:
         for key in dict.fromkeys(
             k[1:] for k in [*shown, *chosen.values()] if k[0] == models[0] or k in chosen.values()
         ):
-            pair = (rows[(model, *key)][judged] for model in models)
+            pair = (rows[(model, *key)][tested] for model in models)
             difference, (low, high) = paired_difference(*pair, seed=args.seed, statistic=statistic)
             print(f"{models[1]} minus original, views, size, block {key}: {difference:+.4f} [{low:+.4f}, {high:+.4f}]")
     write_json(args.output_dir / "results.json", {"table": table, "threads": torch.get_num_threads()})

@@ -79,7 +79,8 @@ def read_images(
     used: list[str] = []
     flat: list[SkippedImage] = []
     first: TokenReading | None = None
-    norms, others, pixels, kept = Rows(), Rows(), Rows(), []
+    norms, others, pixels = Rows(), Rows(), Rows()
+    kept: list[int] = []
     with tqdm(total=images.total, desc="images", unit="img", disable=not progress) as bar:
         for names, batch in images:
             bar.update(len(names))
