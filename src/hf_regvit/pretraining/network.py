@@ -8,6 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
 from ..training.distributed import full_tensor
+from .losses import SoftmaxCenter
 
 
 class StudentAndTeacher(nn.Module):
@@ -31,6 +32,8 @@ class StudentAndTeacher(nn.Module):
 
     student: nn.ModuleDict
     teacher: nn.ModuleDict
+    dino_center: SoftmaxCenter | None
+    ibot_center: SoftmaxCenter | None
     gram_teacher: RegViTModel | None
     joins_targets = False  # True if the targets of all micro-batches of a step have to be computed together
 
@@ -48,7 +51,7 @@ class StudentAndTeacher(nn.Module):
                 f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
                 "Build it with final_norm='tokens' and add_pooling_layer=False."
             )
-        self.gram_teacher = None
+        self.gram_teacher = self.dino_center = self.ibot_center = None
 
     @property
     def student_backbone(self) -> RegViTModel:

@@ -13,7 +13,7 @@ from ..models.foreign_weights import BACKBONE
 from ..models.loading import TRAINING, fit_positions, open_backbone
 from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
-from .distillation import SelfDistillation
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def starting_point(
     return StartingPoint(student, teacher, training, tuple(changes))
 
 
-def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
+def restore_training(network: StudentAndTeacher, start: StartingPoint) -> None:
     """Load teacher, heads and centers of a starting point into a network that was built from its student.
 
     The Gram teacher is set to the loaded teacher instead of the student.
@@ -118,7 +118,7 @@ def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
     """
     network.teacher_backbone.load_state_dict(start.teacher.state_dict())
     if network.gram_teacher is not None:
-        network.refresh_gram_teacher()
+        network.gram_teacher.load_state_dict(start.teacher.state_dict())
     if start.training is None:
         return
     student = load_file(start.training / "student.safetensors")
