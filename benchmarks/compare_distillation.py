@@ -6,8 +6,8 @@ Both arms use `examples/own_images_cpu.yaml`: the same student, images, global c
 student of the teacher has no local crops and no masks, as in `examples/distill_cpu.yaml`. Crops are smaller than in
 the recipe, so that a few minutes are enough for hundreds of steps. Every run uses one thread and the same processor
 time, data loading included, which does not depend on other load: the time of a step is measured first, and the number
-of steps follows from it. The k-NN and linear accuracy of the exported backbone are those of `regvit evaluate`; two more
-rows give the untrained student and the teacher.
+of steps follows from it. The k-NN and linear accuracy of the exported backbone are those of `regvit evaluate`. Two
+more rows give the untrained student and the teacher.
 """
 
 import argparse

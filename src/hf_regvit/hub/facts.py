@@ -234,6 +234,8 @@ def pretraining_facts(recipe: Json, report: Json | None = None, environment: Jso
     }
     if recipe.get("init_from"):
         facts["base_model"] = public_name(recipe["init_from"])
+    if (mode := recipe.get("mode", "full")) != "full":
+        rows.append(("trained parts", str(mode)))
     if report is None:
         return {**facts, "data": f"{data}, without labels.", "recipe": tuple(rows), "limits": _UNFINISHED}
     seen, epochs = report["images_seen"], report.get("epochs")

@@ -151,11 +151,14 @@ class SelfDistillation(StudentAndTeacher):
         koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
         gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
             teacher backbone that changes only through `refresh_gram_teacher`.
+        lora_scale: Factor of the low-rank updates, if the backbone has some.
 
     Raises:
         ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens; the centering is
             unknown; a weight is negative; or all weights are 0.
     """
+
+    needs_cls = False
 
     def __init__(
         self,
@@ -172,8 +175,9 @@ class SelfDistillation(StudentAndTeacher):
         koleo_gathered: bool = False,
         koleo_neighbours: int = 1,
         gram_loss_weight: float = 0.0,
+        lora_scale: float | None = None,
     ) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, lora_scale=lora_scale)
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
         weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
@@ -284,7 +288,8 @@ class SelfDistillation(StudentAndTeacher):
         """Compute the tokens that the losses read, after the final norm.
 
         The last block computes only these tokens and uses the others as keys and values. If half of the crops are
-        masked, this saves most of the computation in that block.
+        masked, this saves most of the computation in that block. It computes all tokens if it has register neurons,
+        or if there is no CLS token: the mean of the patch tokens then takes its place.
 
         Args:
             backbone: Backbone of the student or the teacher.
@@ -293,7 +298,7 @@ class SelfDistillation(StudentAndTeacher):
             masks: Boolean masks `(crops, N)`.
 
         Returns:
-            CLS tokens `(crops, D)` and patch tokens `(m, D)`.
+            CLS tokens, or means of the patches, `(crops, D)`, and patch tokens `(m, D)`.
         """
         hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
         rotary = backbone.embeddings.rotary_table(pixels)
@@ -302,6 +307,11 @@ class SelfDistillation(StudentAndTeacher):
             hidden_states, _ = block(hidden_states, rotary=rotary)
         num_crops, num_tokens, _ = hidden_states.shape
         prefix = backbone.config.num_prefix_tokens
+        if backbone.config.register_neurons_of(len(blocks)) or not backbone.config.use_cls_token:
+            tokens = backbone.layernorm(last(hidden_states, rotary=rotary)[0])  # (crops, T, D)
+            rest = tokens[:, prefix:]
+            image = tokens[:, 0] if backbone.config.use_cls_token else rest.mean(dim=1)
+            return image, rest.flatten(0, 1).index_select(0, patches)
         first = torch.arange(num_crops, device=pixels.device) * num_tokens
         behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
         rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]), rotary=rotary)[0])

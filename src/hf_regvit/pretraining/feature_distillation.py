@@ -115,6 +115,7 @@ class FeatureDistillation(StudentAndTeacher):
         teachers: Frozen teachers. Their losses are averaged.
         cls_weight: Weight of the loss of CLS.
         patch_weight: Weight of the loss of the patches.
+        lora_scale: Factor of the student's low-rank updates, if it has some.
 
     Raises:
         ValueError: The backbone cannot be used, a weight is negative, or both are 0.
@@ -127,8 +128,9 @@ class FeatureDistillation(StudentAndTeacher):
         *,
         cls_weight: float = 1.0,
         patch_weight: float = 1.0,
+        lora_scale: float | None = None,
     ) -> None:
-        super().__init__(backbone)
+        super().__init__(backbone, lora_scale=lora_scale)
         if min(cls_weight, patch_weight) < 0 or not cls_weight + patch_weight:
             raise ValueError(
                 f"The weights of CLS and patches are {cls_weight} and {patch_weight}; expected none below 0 and at "

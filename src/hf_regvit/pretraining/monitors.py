@@ -287,12 +287,16 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
 
 
 def _cls_and_patches(reader: TokenReader) -> Reduction:
-    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D)."""
-    prefix = reader.description.num_prefix_tokens
+    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D).
+
+    Without CLS, both are the mean patch token.
+    """
+    prefix, has_cls = reader.description.num_prefix_tokens, reader.description.has_cls
 
     def reduce(tokens: Tensor, layer: int) -> Tensor:
         normed = reader.final_norm(tokens)  # (B, T, D)
-        return torch.stack([normed[:, 0], normed[:, prefix:].mean(dim=1)], dim=1)
+        mean = normed[:, prefix:].mean(dim=1)
+        return torch.stack([normed[:, 0] if has_cls else mean, mean], dim=1)
 
     return reduce
 

@@ -1,5 +1,6 @@
 """Student and teacher backbones of a pretraining run: what every objective needs, whatever its losses."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -8,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
 from ..training.distributed import full_tensor
+from ..training.lora import merged_state
 from .losses import SoftmaxCenter
 
 
@@ -20,6 +22,7 @@ class StudentAndTeacher(nn.Module):
 
     Args:
         backbone: Student backbone, which is checked.
+        lora_scale: Factor of its low-rank updates, if it has some.
 
     Raises:
         ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens.
@@ -35,15 +38,16 @@ class StudentAndTeacher(nn.Module):
     dino_center: SoftmaxCenter | None
     ibot_center: SoftmaxCenter | None
     gram_teacher: RegViTModel | None
+    needs_cls = True  # False if the losses also read a backbone without CLS
     joins_targets = False  # True if the targets of all micro-batches of a step have to be computed together
 
-    def __init__(self, backbone: RegViTModel) -> None:
+    def __init__(self, backbone: RegViTModel, *, lora_scale: float | None = None) -> None:
         super().__init__()
         if not backbone.config.use_mask_token:
             raise ValueError(
                 "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
             )
-        if not backbone.config.use_cls_token:
+        if self.needs_cls and not backbone.config.use_cls_token:
             raise ValueError("The backbone has no CLS token, which the losses read. Build it with use_cls_token=True.")
         if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
             raise ValueError(
@@ -52,6 +56,7 @@ class StudentAndTeacher(nn.Module):
                 "Build it with final_norm='tokens' and add_pooling_layer=False."
             )
         self.gram_teacher = self.dino_center = self.ibot_center = None
+        self.lora_scale = lora_scale
 
     @property
     def student_backbone(self) -> RegViTModel:
@@ -64,14 +69,22 @@ class StudentAndTeacher(nn.Module):
         return cast(RegViTModel, self.teacher["backbone"])
 
     def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone, or a whole copy if it is sharded; all processes must then call this method."""
+        """Return the teacher backbone, or a plain copy if it is sharded or has low-rank updates.
+
+        If it is sharded, all processes must call this method.
+        """
         teacher = self.teacher_backbone
-        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
+        is_sharded = any(isinstance(parameter, DTensor) for parameter in teacher.parameters())
+        if not is_sharded and self.lora_scale is None:
             return teacher
         whole = RegViTModel(teacher.config).eval()
         whole.to(device=next(teacher.parameters()).device)
-        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
+        whole.load_state_dict(self.plain({name: full_tensor(value) for name, value in teacher.state_dict().items()}))
         return whole
+
+    def plain(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of a part of this network with its low-rank updates, if any, merged."""
+        return dict(state) if self.lora_scale is None else merged_state(state, scale=self.lora_scale)
 
     def train(self, mode: bool = True) -> "StudentAndTeacher":
         """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
@@ -119,6 +132,7 @@ class StudentAndTeacher(nn.Module):
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step."""
-        student = dict(self.student.named_parameters())
+        trained = {name: value for name, value in self.student.named_parameters() if value.requires_grad}
         teacher = dict(self.teacher.named_parameters())
-        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+        values = [value.detach() for value in trained.values()]
+        torch._foreach_lerp_([teacher[name] for name in trained], values, 1 - momentum)

@@ -57,7 +57,11 @@ class _StepRules(StepSeeds):
     def on_optimizer_step(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         kwargs["model"].update_teacher(self.values.teacher_momentum)
         # global_step does not include the step that ends here yet.
-        if args.gram_loss_weight and (state.global_step + 1) % args.gram_refresh_steps == 0:
+        if (
+            args.gram_loss_weight
+            and args.gram_refresh_steps
+            and (state.global_step + 1) % args.gram_refresh_steps == 0
+        ):
             kwargs["model"].refresh_gram_teacher()
 
 
@@ -84,6 +88,7 @@ class DinoTrainer(RunTrainer):
 
     model: StudentAndTeacher
     args: PretrainingArguments
+    fixed_options = ("mode", "num_trained_blocks", "lora_r", "lora_target_modules")
 
     def __init__(
         self,
@@ -286,7 +291,7 @@ class DinoTrainer(RunTrainer):
 
     def hub_model(self, state: Mapping[str, Tensor]) -> RegViTModel:
         """Return the teacher backbone from the tensors of a checkpoint."""
-        return teacher_of(self.model.student_backbone.config, state)
+        return teacher_of(self.model.student_backbone.config, self.model.plain(state))
 
     def hub_facts(self) -> dict[str, Any]:
         """Return the recipe as fields of the model card."""
