@@ -28,7 +28,7 @@ from hf_regvit import (
 )
 from hf_regvit.hub import export as export_module
 from hf_regvit.hub import export_page, exported
-from hf_regvit.hub.export import export
+from hf_regvit.hub.export import add_exported, export
 from hf_regvit.hub.export_network import NamedOutputs, network_for_task
 from hf_regvit.hub.export_programs import convert_to_file, quiet
 from hf_regvit.hub.export_proof import BOUNDS, Question, compare, cosines, failures
@@ -609,6 +609,55 @@ def test_a_bundle_takes_the_exported_files_along(folder, classifier, tmp_path):
     with pytest.raises(ExportError, match="was exported from another model"):
         publish(other, output_dir=tmp_path / "second", **options)
     assert not (tmp_path / "second").exists()
+
+
+@pytest.fixture(scope="module")
+def page(classifier, tmp_path_factory):
+    """Export with a page, whose runtime is not the real one."""
+    folder = tmp_path_factory.mktemp("page")
+    (folder / "package" / "dist").mkdir(parents=True)
+    for name in export_page._RUNTIME:
+        (folder / "package" / "dist" / name).write_text(f"// {name}")
+    (folder / "package" / "package.json").write_text('{"version": "1.30.0"}')
+    formats = ["web", "openvino", "torch"]
+    export(classifier, folder / "files", format=formats, precision=["f32", "f16"], web_runtime=folder / "package")
+    return folder / "files"
+
+
+@pytest.mark.slow
+def test_a_bundle_takes_the_page_along_and_the_files_of_every_engine_but_torch(page, classifier, tmp_path):
+    from hf_regvit.hub.publish import publish
+
+    checkpoint = save_model(classifier, tmp_path / "model", classifier.image_processor)
+    done = publish(checkpoint, output_dir=tmp_path / "bundle", card={"license": "mit"}, exported=page)
+    wanted = {path.relative_to(page).as_posix() for path in page.rglob("*") if path.is_file()} - {"torch/model.pt2"}
+    assert {"index.html", "page.js", "page.css", "runtime/LICENSE.txt", "openvino/openvino_model_f16.bin"} <= wanted
+    assert len([name for name in wanted if name.startswith("runtime/")]) == 4
+    assert wanted <= set(done.bundle.names)
+    for name in wanted - {"README.md", "config.json", "preprocessor_config.json", "proof.json"}:
+        assert (tmp_path / "bundle" / name).read_bytes() == (page / name).read_bytes(), name
+    proof = json.loads((tmp_path / "bundle" / "proof.json").read_text())
+    assert proof["page"] == json.loads((page / "proof.json").read_text())["page"]
+    assert {file["engine"] for file in proof["files"]} == {"onnxruntime", "openvino"}
+    assert "`index.html` shows norms" in (tmp_path / "bundle" / "README.md").read_text()
+    again = publish(checkpoint, output_dir=tmp_path / "bundle", card={"license": "mit"}, exported=page)
+    assert again.bundle.names == done.bundle.names
+
+
+@pytest.mark.slow
+def test_a_bundle_takes_no_other_runtime_and_no_file_of_torch_alone(page, classifier, tmp_path):
+    import shutil
+
+    changed = shutil.copytree(page, tmp_path / "changed")
+    (changed / "runtime" / "ort.wasm.min.mjs").write_text("another program")
+    (tmp_path / "output").mkdir()
+    with pytest.raises(ExportError, match=r"ort\.wasm\.min\.mjs' is not the file that was proved"):
+        add_exported(changed, tmp_path / "output", classifier)
+    proof = json.loads((changed / "proof.json").read_text())
+    proof["files"] = [file for file in proof["files"] if file["engine"] == "torch"]
+    (changed / "proof.json").write_text(json.dumps(proof))
+    with pytest.raises(ExportError, match=r"has only a file of torch, .* Export the model with --format onnx"):
+        add_exported(changed, tmp_path / "output", classifier)
 
 
 def test_no_image_of_the_calibration_is_in_the_proof(tmp_path, monkeypatch):

@@ -29,7 +29,7 @@ from ..models.saving import whole_folder, write_json
 from ..models.tokens import TokenReader
 from . import exported
 from .export_network import NamedOutputs, network_for_task
-from .export_page import write_page
+from .export_page import write_page, write_static_files
 from .export_programs import convert_to_file, file_name, halve_weights, quantize, quiet
 from .export_proof import BOUNDS, Question, answers_of, compare, failures
 from .exported import (
@@ -53,6 +53,10 @@ _PACKAGES = {"onnx": _ONNX, "openvino": ("openvino",), "torch": (), "web": _ONNX
 _TRANSFORMERS = "5.24"  # the first release with complete exporters
 _FEWEST_CALIBRATION, _FEWEST_HELD_OUT, _MOST_HELD_OUT = 32, 16, 100  # images
 _CHECK_VALUES, _CHECK_SIDE = 20_000, 224  # of check.npz, which stays below 1 MB
+_PAGE = """
+`index.html` shows norms, attention and PCA of an image in the browser. Any static host can serve this folder, such as
+`python -m http.server`.
+"""
 _MEAN_LEVELS, _LEVELS = 1.0, 16.0  # bounds of the difference between run.py and the image processor, gray levels
 
 
@@ -540,14 +544,22 @@ def _block_costs(
 
 
 def add_exported(folder: Path, output: Path, model: Any) -> str:
-    """Add the ONNX and OpenVINO files of an export to a folder, and return their description for a model card.
+    """Add the ONNX and OpenVINO files and the page of an export to a folder, and return their description for a card.
 
     Raises:
-        ExportError: A file was changed, or the outputs in `check.npz` are not those of the model.
+        ExportError: A file was changed, none may be published, or the outputs in `check.npz` are not the model's.
     """
     proof = load_proof(folder)
-    proof["files"] = [file for file in proof["files"] if file["engine"] != "torch"]  # a pickle is never published
+    proof["files"] = [file for file in proof["files"] if file["engine"] != "torch"]
+    if not proof["files"]:
+        raise ExportError(
+            f"'{folder}' has only a file of torch, which can run any code when it is loaded and is never published. "
+            "Export the model with --format onnx or openvino."
+        )
     parts = {name: digest for file in proof["files"] for name, digest in file["sha256"].items()}
+    if "page" in proof:
+        write_static_files(output)
+        parts |= proof["page"]["sha256"]
     for name, digest in parts.items():
         if not may_be_published(name) or not (folder / name).is_file():
             raise ExportError(f"'{folder}' has no file '{name}' of an export. Export the model again.")
@@ -593,7 +605,7 @@ Outputs: {outputs}.
 
 `python run.py image.jpg` runs a file with NumPy, Pillow and its engine. `python run.py --check` compares the outputs
 on your machine with those of PyTorch. `proof.json` has all numbers and the preprocessing.
-"""
+{_PAGE if "page" in proof else ""}"""
 
 
 def _shown(shape: Sequence[Any]) -> str:
