@@ -52,7 +52,7 @@ def convert_to_file(
     """Trace a network with named outputs for any number of images, and save it in float32.
 
     Args:
-        network: Module that takes the tensor in `sample` and returns a dict of tensors.
+        network: `NamedOutputs` that takes the tensor in `sample`.
         sample: Name and example of the input, at least two images.
         engine: Engine of the file.
         path: File to write.
@@ -77,7 +77,8 @@ def convert_to_file(
         torch.export.save(program, path)
     elif engine == "onnxruntime":
         config = OnnxConfig(dynamic_shapes=shapes, opset_version=opset)
-        _save_onnx(OnnxExporter().export_program(network, sample, config)[0], path)
+        with network.for_onnxruntime():
+            _save_onnx(OnnxExporter().export_program(network, sample, config)[0], path)
     else:
         import openvino
 
