@@ -32,7 +32,7 @@ def write_page(folder: Path, runtime: str | Path | None) -> dict[str, Any]:
     """
     write_static_files(folder)
     target = folder / "runtime"
-    with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
         package = Path(runtime) if runtime else _download(Path(work))
         if missing := [name for name in _RUNTIME if not (package / "dist" / name).is_file()]:
             raise ExportError(
