@@ -17,7 +17,7 @@ def resolved(recipe: Path) -> str:
     from hf_regvit.pretraining.arguments import PretrainingArguments
 
     values = yaml.safe_load(recipe.read_text())
-    arguments_class = FinetuningArguments if "mode" in values else PretrainingArguments
+    arguments_class = PretrainingArguments if "global_crop_size" in values else FinetuningArguments
     # Without a GPU, transformers rejects bfloat16 unless --use_cpu is set. Nothing else depends on the machine.
     flags = ["--config", str(recipe), "--output_dir", "runs/x", "--use_cpu", "--report_to", "none"]
     (arguments,) = RecipeParser(arguments_class).parse(flags)

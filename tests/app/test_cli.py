@@ -326,7 +326,7 @@ def test_misuse_is_2(capsys) -> None:
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
 def test_dry_run_shows_every_recipe_on_a_machine_without_its_gpu(recipe, tmp_path, capsys) -> None:
-    command = "finetune" if "mode:" in recipe.read_text() else "pretrain"
+    command = "pretrain" if "global_crop_size:" in recipe.read_text() else "finetune"
     assert cli.main([command, "--config", str(recipe), "--output_dir", str(tmp_path / "run"), "--dry_run"]) == 0
     assert "output_dir" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

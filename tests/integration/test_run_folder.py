@@ -149,6 +149,7 @@ def test_a_run_starts_from_another_one_bit_for_bit(tmp_path):
     expected = {f"student.{name}": tensor for name, tensor in student.items()}
     expected |= {f"teacher.backbone.{name}": tensor for name, tensor in teacher.items()}
     expected |= {f"teacher.{name}": tensor for name, tensor in heads.items()} | centers
+    expected |= {f"gram_teacher.{name}": tensor for name, tensor in teacher.items()}
     assert same_state(before, expected)
     # Student and teacher must differ for a meaningful test.
     name = "backbone.layers.0.mlp.fc1.weight"

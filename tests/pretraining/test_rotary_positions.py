@@ -125,8 +125,3 @@ def test_a_clip_tower_normalizes_all_tokens_for_the_losses(tmp_path):
     tiny_model(**{**tiny_config().to_diff_dict(), **clip}).save_pretrained(tmp_path)
     student = starting_point(tmp_path, num_register_tokens=4, image_size=16).student
     assert (student.config.final_norm, student.config.projection_dim, student.projection) == ("tokens", None, None)
-
-
-def test_a_backbone_without_cls_is_refused():
-    with pytest.raises(ValueError, match=r"no CLS token.*use_cls_token=True"):
-        tiny_network(config=tiny_config(use_cls_token=False))

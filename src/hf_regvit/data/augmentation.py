@@ -256,11 +256,15 @@ def random_crop_box(
     return left, top, left + w, top + h
 
 
-def normalize_pixels(pixels: Tensor) -> Tensor:
-    """Normalize crops for a model: (value / 255 - mean) / std, with the statistics of ImageNet per channel.
+def normalize_pixels(
+    pixels: Tensor, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Tensor:
+    """Normalize crops for a model: (value / 255 - mean) / std per channel.
 
     Args:
         pixels: (..., 3, H, W) uint8, on any device; a whole batch at once is cheapest.
+        mean: Mean of each channel. Default: that of ImageNet.
+        std: Standard deviation of each channel. Default: that of ImageNet.
 
     Returns:
         (..., 3, H, W) float32 on the same device.
@@ -270,8 +274,8 @@ def normalize_pixels(pixels: Tensor) -> Tensor:
     """
     if pixels.dtype != torch.uint8:
         raise TypeError(f"Pixels of type {pixels.dtype} cannot be normalized. Expected torch.uint8, 0 to 255.")
-    mean, std = torch.tensor([IMAGENET_MEAN, IMAGENET_STD], device=pixels.device).view(2, 3, 1, 1)
-    return pixels.float().mul_(1 / (255 * std)).sub_(mean / std)
+    shift, scale = torch.tensor([[*mean], [*std]], device=pixels.device).view(2, 3, 1, 1)
+    return pixels.float().mul_(1 / (255 * scale)).sub_(shift / scale)
 
 
 def distort(pixels: np.ndarray, parameters: ViewParameters, *, blur_kernel_size: int = 9) -> np.ndarray:

@@ -88,13 +88,6 @@ class FinetuningArguments(RunArguments):
 
     # Trained parameters
     mode: str = option("full", "Trained parameters: all (full), low-rank updates and head (lora), head only (linear).")
-    lora_r: int = option(8, "Rank of the low-rank updates.")
-    lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
-    lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
-    lora_target_modules: list[str] = option(
-        ["qkv", "o_proj"],
-        "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj.",
-    )
     layer_decay: float = option(1.0, "Learning rate factor for each block further from the head. BEiT: 0.65.")
     head_learning_rate_multiplier: float = option(1.0, "Learning rate factor of the head.")
     drop_path_rate: float = option(0.0, "Drop path rate of the last block, per image; it rises linearly with depth.")

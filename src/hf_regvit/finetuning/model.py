@@ -18,6 +18,7 @@ from ..models.processing import (
     resized_processor,
     unknown_processor,
 )
+from ..training.lora import inject_lora, merged_state
 from .arguments import FinetuningArguments
 from .tasks import Task
 
@@ -145,7 +146,7 @@ def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registe
         return network
     network.requires_grad_(False)
     if args.mode == "lora":
-        network = inject_lora(network, args)
+        network = inject_lora(network, args, blocks="regvit.layers")
     for name, parameter in network.named_parameters():
         is_head = not name.startswith("regvit.")
         if is_head or (new_registers and name.endswith("register_tokens")):
@@ -153,52 +154,10 @@ def choose_trained(network: nn.Module, args: FinetuningArguments, *, new_registe
     return network
 
 
-def inject_lora(network: nn.Module, args: FinetuningArguments) -> nn.Module:
-    """Insert low-rank updates into the selected linear layers, in place; the class of the network does not change."""
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise ImportError("--mode lora needs peft. Run: pip install 'hf_regvit[peft]'") from error
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in network.named_modules()
-        if name.startswith("regvit.layers.") and isinstance(module, nn.Linear)
-    }
-    if unknown := sorted(set(args.lora_target_modules) - linear):
-        raise ValueError(
-            f"lora_target_modules names {unknown}, which the blocks do not have. Choose from {sorted(linear)}."
-        )
-    names = "|".join(args.lora_target_modules)
-    config = LoraConfig(
-        r=args.lora_r,
-        lora_alpha=cast(int, args.lora_alpha),
-        lora_dropout=args.lora_dropout,
-        target_modules=rf"regvit\.layers\..*\.({names})",
-    )
-    return inject_adapter_in_model(config, network)
-
-
-def merge_lora(network: nn.Module) -> nn.Module:
-    """Merge the low-rank updates into their linear layers and remove the adapters, in place."""
-    from peft.tuners.lora import LoraLayer
-
-    for name, module in list(network.named_modules()):
-        if isinstance(module, LoraLayer):
-            module.merge(safe_merge=True)
-            parent, _, child = name.rpartition(".")
-            setattr(network.get_submodule(parent), child, module.get_base_layer())
-    return network.requires_grad_(True)
-
-
 def whole_model(
     state: Mapping[str, Tensor], trained: nn.Module, task: Task, args: FinetuningArguments
 ) -> PreTrainedModel:
     """Return a plain model with the tensors of a trained one, low-rank updates merged."""
     result = task.model_class(copy.deepcopy(cast(Any, trained).config))
-    if args.mode != "lora":
-        result.load_state_dict(state)
-        return result.eval()
-    inject_lora(result, args)
-    result.load_state_dict(state)
-    merge_lora(result)
+    result.load_state_dict(merged_state(state, scale=args.lora_alpha / args.lora_r))
     return result.eval()

@@ -29,7 +29,7 @@ from .foreign_weights import (
 )
 from .manifest import check_weights
 from .modeling_regvit import RegViTModel, RegViTPreTrainedModel
-from .processing import require_rgb
+from .processing import known_processor, require_rgb
 from .tokens import TokenReader
 
 logger = logging.getLogger(__name__)
@@ -220,7 +220,7 @@ def load_checkpoint(folder: Path) -> Any:
 
 
 def open_backbone(source: str, **changes: Any) -> RegViTModel:
-    """Open a model as the backbone of a pretraining run; heads and poolers are dropped.
+    """Open a model as the backbone of a pretraining run; heads and poolers are dropped, its image processor is kept.
 
     Args:
         source: Model as for `open_regvit`.
@@ -248,6 +248,7 @@ def open_backbone(source: str, **changes: Any) -> RegViTModel:
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(poolers)}
     state.setdefault("embeddings.mask_token", torch.zeros(1, config.hidden_size))
     backbone.load_state_dict(state)
+    backbone.image_processor = known_processor(model)
     # A loaded model is in eval mode, and its parameters may be frozen.
     return backbone.train().requires_grad_(True)
 

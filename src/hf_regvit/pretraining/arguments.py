@@ -7,14 +7,26 @@ from typing import Any, cast
 
 from ..evaluation.image_tasks import option
 from ..models.configuration_regvit import RegViTConfig
+from ..models.loading import TRAINING
 from ..training.arguments import RunArguments, plain
 from .schedules import Schedules
+
+MODES = ("full", "lora", "last_blocks")
+# Defaults from scratch (the published recipe) and with --init_from. Sources: docs/papers.md, "Continued pretraining".
+_DEFAULTS = {
+    "gram_loss_weight": (0.0, 2.0),
+    "gram_refresh_steps": (10000, 0),
+    "weight_decay_end": (0.4, 0.04),
+    "teacher_momentum": (0.992, 0.998),
+}
+_LEARNING_RATES = {"full": 1e-4, "lora": 1e-3, "last_blocks": 1e-4}
 
 
 @dataclass
 class PretrainingArguments(RunArguments):
     """Arguments of a pretraining run, in addition to those of `RunArguments` and `transformers.TrainingArguments`.
 
+    Some defaults are more careful with `init_from`, which starts from a trained model; help texts name both values.
     Durations named `*_steps` count optimizer steps; a value below 1 is a fraction of the run, so a recipe scales with
     the length of the run. Defaults are the published ViT-L/16 recipe ("short", ImageNet-1k) unless a help text says
     otherwise.
@@ -31,7 +43,7 @@ class PretrainingArguments(RunArguments):
     streaming: bool = option(False, "Read parquet, tar or Hub data in order, without a copy; requires max_steps.")
     global_crop_size: int = option(224, "Side of the global crops in pixels, a multiple of patch_size. Official: 224.")
     local_crop_size: int = option(96, "Side of the local crops in pixels. Official: 96 (98 for patch size 14).")
-    num_local_crops: int = option(8, "Number of local crops per image. Official: 8.")
+    num_local_crops: int = option(None, "Number of local crops per image; default: 8, with --teacher 0. Official: 8.")
     high_resolution_steps: float = option(0.0, "Final steps (or share) with larger crops; 0: none. DINOv2: 10,000.")
     high_resolution_size: int = option(518, "Side of the high-resolution global crops in pixels. DINOv2: 518.")
     high_resolution_local_size: int | None = option(
@@ -57,7 +69,9 @@ class PretrainingArguments(RunArguments):
     share_jitter: bool = option(False, "Apply one color jitter to all crops of an image. DINOv3 only; DINOv2: False.")
     locals_from_globals: bool = option(False, "Cut local crops out of the global ones. DINOv3 only; DINOv2: False.")
     mask_ratio: list[float] = option([0.1, 0.5], "Range of the masked share of a masked crop. Official: 0.1 0.5.")
-    mask_probability: float = option(0.5, "Share of the global crops that are masked. Official: 0.5.")
+    mask_probability: float = option(
+        None, "Share of the global crops that are masked; default: 0.5, with --teacher 0. Official: 0.5."
+    )
 
     evaluation_size: int | None = option(
         None, "Side in pixels of the saved image processor; default: global_crop_size, resized with a margin of 1/7."
@@ -94,6 +108,16 @@ class PretrainingArguments(RunArguments):
     ibot_head_num_prototypes: int = option(65536, "Prototypes of a separate iBOT head. Official full recipe: 131072.")
     ibot_head_bottleneck_size: int = option(256, "Bottleneck width of a separate iBOT head. Official: 256.")
 
+    # Frozen teachers, whose features replace the losses and targets below
+    teacher: list[str] = option(
+        [], "Frozen models of any family: the student learns their CLS token and patches instead of its own targets."
+    )
+    teacher_image_size: int | None = option(
+        None, "Side of the global crops for the teachers, in pixels; default: as many patches as the student has."
+    )
+    teacher_cls_weight: float = option(1.0, "Weight of the teachers' CLS token.")
+    teacher_patch_weight: float = option(1.0, "Weight of the teachers' patches.")
+
     # Losses and targets
     dino_loss_weight: float = option(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
     ibot_loss_weight: float = option(1.0, "Weight of the iBOT term; 0 disables it. Official: 1.")
@@ -101,11 +125,15 @@ class PretrainingArguments(RunArguments):
     koleo_gathered: bool = option(False, "Search the KoLeo neighbors in all processes. DINOv3 only; DINOv2: False.")
     koleo_neighbours: int = option(1, "Number of neighbors that KoLeo pushes each image away from. Official: 1.")
     gram_loss_weight: float = option(
-        0.0,
-        "Weight of Gram anchoring to the patch similarities of an earlier teacher, for the last part of a long run, "
-        "with --init_from. DINOv3: 2; DINOv2: 0.",
+        None,
+        "Weight of Gram anchoring to the patch similarities of the starting model or an earlier teacher. Default: 0, "
+        "or 2 with --init_from. DINOv3: 2; DINOv2: 0.",
     )
-    gram_refresh_steps: int = option(10000, "Steps after which Gram anchoring takes the new teacher. DINOv3: 10000.")
+    gram_refresh_steps: int = option(
+        None,
+        "Steps after which Gram anchoring takes the new teacher; 0: never. Default: 10000, as in DINOv3, or 0 with "
+        "--init_from.",
+    )
     centering: str = option("softmax", "Teacher targets: 'softmax' (official short) or 'sinkhorn' (official full).")
     center_momentum: float = option(0.9, "Share of the previous center that is kept per step. Official: 0.9.")
     student_temperature: float = option(0.1, "Temperature of the student softmax. Official: 0.1.")
@@ -116,7 +144,11 @@ class PretrainingArguments(RunArguments):
     )
 
     # Optimization
-    learning_rate: float = option(4e-3, "Rate, scaled by sqrt(batch / learning_rate_reference_batch). Official: 4e-3.")
+    learning_rate: float = option(
+        None,
+        "Rate, scaled by sqrt(batch / learning_rate_reference_batch). Default: 4e-3 (official), or with --init_from "
+        "1e-4 (lora: 1e-3).",
+    )
     learning_rate_reference_batch: int = option(
         1024, "Number of images per step that learning_rate refers to; 0 disables the scaling. Official: 1024."
     )
@@ -129,11 +161,18 @@ class PretrainingArguments(RunArguments):
     warmup_steps: float = option(0.1, "Steps (or fraction of the run) of the learning-rate warm-up. Official: 0.1.")
     freeze_last_layer_steps: float = option(0.01, "Steps (or share) with frozen prototypes at first. Official: 0.01.")
     freeze_backbone_steps: float = option(
-        0.0, "Initial steps (or fraction of the run) with a frozen backbone, for new heads on a trained backbone."
+        None,
+        "Initial steps (or fraction of the run) with a frozen backbone, until the heads are trained. Default: 0, or "
+        "0.1 with --init_from and new heads.",
     )
     weight_decay: float = option(0.04, "AdamW weight decay at the start. Official: 0.04.")
-    weight_decay_end: float = option(0.4, "AdamW weight decay at the end. Official: 0.4 (0.2 in the full recipe).")
-    teacher_momentum: float = option(0.992, "EMA momentum at the start. Official: 0.992; 0.9 to 0.99 for short runs.")
+    weight_decay_end: float = option(
+        None, "AdamW weight decay at the end. Default: 0.4 (official; full recipe: 0.2), or 0.04 with --init_from."
+    )
+    teacher_momentum: float = option(
+        None,
+        "EMA momentum at the start. Default: 0.992 (official), or 0.998 with --init_from; 0.9 to 0.99 for short runs.",
+    )
     teacher_momentum_end: float = option(1.0, "EMA momentum at the end. Official: 1.")
     layer_decay: float = option(0.9, "Learning-rate factor per block toward the input. Official: 0.9 (full: 1).")
     patch_embed_lr_multiplier: float = option(0.2, "Extra learning-rate factor of the patch embedding. Official: 0.2.")
@@ -168,6 +207,12 @@ class PretrainingArguments(RunArguments):
         "Start from a run folder (with its heads and centers), a RegViT, or any ViT that `regvit convert` reads; "
         "registers are added to a model without them.",
     )
+    mode: str = option(
+        "full",
+        "Trained parts of the backbone: all (full), low-rank updates of all blocks (lora), or the last blocks and the "
+        "final norm (last_blocks). Heads and added registers are always trained.",
+    )
+    num_trained_blocks: int = option(4, "Number of blocks that --mode last_blocks trains, counted from the end.")
     ddp_timeout: int = option(600, "Seconds after which a process stops waiting for another process.")
 
     # Defaults that differ from those of Trainer
@@ -178,6 +223,8 @@ class PretrainingArguments(RunArguments):
     lr_scheduler_type: str = option("constant", "Must stay 'constant': pretraining has its own --schedule.")
 
     def __post_init__(self) -> None:
+        self._expect("mode", self.mode in MODES, f"one of {', '.join(MODES)}")
+        self._set_defaults()
         super().__post_init__()
         self.data = [str(self.data)] if isinstance(self.data, str | Path) else [str(one) for one in self.data]
         for name in ("global_crop_scale", "local_crop_scale", "mask_ratio"):
@@ -222,12 +269,32 @@ class PretrainingArguments(RunArguments):
             "'steps': pretraining has no evaluation, so 'best' would never save a checkpoint",
         )
         self._expect("max_steps", self.max_steps != 0, "at least 1, or -1 to derive it from num_train_epochs")
-        self._expect("gram_refresh_steps", self.gram_refresh_steps >= 1, "at least 1")
-        if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
+        self._expect("gram_loss_weight", not (self.teacher and self.gram_loss_weight), "0 with --teacher")
+        self._expect(
+            "teacher_image_size", bool(self.teacher) or not self.teacher_image_size, "no value without --teacher"
+        )
+        self._expect("gram_refresh_steps", self.gram_refresh_steps >= 0, "at least 1, or 0 for never")
+        for name in ("num_trained_blocks", "lora_r"):
+            self._expect(name, getattr(self, name) >= 1, "at least 1")
+        if self.koleo_loss_weight and not self.teacher and self.per_device_train_batch_size < 2:
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size}, but KoLeo compares the images of "
                 "a batch and needs at least 2. Raise it or set koleo_loss_weight=0."
             )
+
+    def _set_defaults(self) -> None:
+        """Set the options that were not given and whose default depends on the start of the run."""
+        continued = self.init_from is not None
+        defaults = {name: values[continued] for name, values in _DEFAULTS.items()}
+        defaults["learning_rate"] = _LEARNING_RATES[self.mode] if continued else 4e-3
+        has_heads = continued and Path(str(self.init_from), TRAINING, "student.safetensors").is_file()
+        defaults["freeze_backbone_steps"] = 0.1 if continued and not has_heads else 0.0
+        defaults |= {"num_local_crops": 8, "mask_probability": 0.5}
+        if self.teacher:
+            defaults |= {"num_local_crops": 0, "mask_probability": 0.0, "gram_loss_weight": 0.0}
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def schedules(self, total_steps: int) -> Schedules:
         """Return the schedules of a run of `total_steps` optimizer steps."""

@@ -26,6 +26,7 @@ from ..data.bad_images import BadImages, TooManyBadImagesError
 from ..data.decoding import BadImageError, ImageLimits, open_image
 from ..data.source import ImageRecord, ImageSource
 from ..data.tables import ImageStream, StreamRecord
+from ..models.processing import IMAGENET_MEAN, IMAGENET_STD
 from ..training.samplers import REPLACEMENTS, StreamSampler, first_usable, stream_sample_id
 
 logger = logging.getLogger(__name__)
@@ -305,17 +306,22 @@ class DinoCollator:
         mask_ratio: Smallest and largest share of patches hidden in a masked crop.
         mask_probability: Share of global crops that are masked.
         seed: Random seed of the run.
+        mean: Mean of each channel, which is subtracted from 8-bit crops.
+        std: Standard deviation of each channel.
     """
 
     grid: tuple[int, int]
     mask_ratio: Sequence[float] = (0.1, 0.5)
     mask_probability: float = 0.5
     seed: int = 0
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __call__(self, samples: Sequence[Item]) -> dict[str, Tensor]:
         """Collate B items into one batch."""
-        global_crops = _stack_crops(samples, "global_crops")  # (2, B, 3, S, S)
-        local_crops = _stack_crops(samples, "local_crops")  # (L, B, 3, s, s)
+        statistics = self.mean, self.std
+        global_crops = _stack_crops(samples, "global_crops", *statistics)  # (2, B, 3, S, S)
+        local_crops = _stack_crops(samples, "local_crops", *statistics)  # (L, B, 3, s, s)
         num_crops, batch_size = global_crops.shape[:2]
         entropy = [self.seed, samples[0]["epoch"], *(sample["sample_id"] for sample in samples)]
         rng = random.Random(int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]))
@@ -336,7 +342,7 @@ class DinoCollator:
         }
 
 
-def _stack_crops(samples: Sequence[Item], name: str) -> Tensor:
+def _stack_crops(samples: Sequence[Item], name: str, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Stack crop-major to (n, B, 3, H, W) float32; 8-bit crops are normalized here, once for the batch."""
     crops = torch.stack([sample[name] for sample in samples], dim=1)
-    return normalize_pixels(crops) if crops.dtype == torch.uint8 else crops
+    return normalize_pixels(crops, mean, std) if crops.dtype == torch.uint8 else crops

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..models.modeling_regvit import RegViTModel
-from ..training.distributed import full_tensor
 from .losses import SoftmaxCenter, gram_loss, koleo_loss, prototype_cross_entropy, sinkhorn_knopp
+from .network import StudentAndTeacher
 
 # ---- Projection head ---------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class TeacherTargets(NamedTuple):
     masked: Tensor  # (M, K')
 
 
-class SelfDistillation(nn.Module):
+class SelfDistillation(StudentAndTeacher):
     """Student, EMA teacher, projection heads and losses of DINOv2 in one module with one forward.
 
     Children: `student` and `teacher`, each with `backbone`, `dino_head` and, unless the heads are tied, `ibot_head`;
@@ -151,22 +151,14 @@ class SelfDistillation(nn.Module):
         koleo_neighbours: Number of nearest neighbors that KoLeo pushes each feature away from.
         gram_loss_weight: Weight of Gram anchoring. If above 0, there is also a `gram_teacher`, a frozen copy of the
             teacher backbone that changes only through `refresh_gram_teacher`.
+        lora_scale: Factor of the low-rank updates, if the backbone has some.
 
     Raises:
         ValueError: The backbone has no mask token, has a pooler, or does not normalize all tokens; the centering is
             unknown; a weight is negative; or all weights are 0.
     """
 
-    # Without this, Trainer guesses from the signature whether the loss is already divided by the accumulation steps.
-    accepts_loss_kwargs = False
-    # Modules that FSDP2 shards as one group each, in student and teacher; all other parameters form another group.
-    _no_split_modules = ["RegViTLayer", "PrototypeHead"]
-
-    student: nn.ModuleDict
-    teacher: nn.ModuleDict
-    dino_center: SoftmaxCenter | None
-    ibot_center: SoftmaxCenter | None
-    gram_teacher: RegViTModel | None
+    needs_cls = False
 
     def __init__(
         self,
@@ -183,22 +175,9 @@ class SelfDistillation(nn.Module):
         koleo_gathered: bool = False,
         koleo_neighbours: int = 1,
         gram_loss_weight: float = 0.0,
+        lora_scale: float | None = None,
     ) -> None:
-        super().__init__()
-        if not backbone.config.use_mask_token:
-            raise ValueError(
-                "The backbone has no mask token, which the student needs. Build it with use_mask_token=True."
-            )
-        if not backbone.config.use_cls_token:
-            raise ValueError(
-                "The backbone has no CLS token, which the DINO loss reads. Build it with use_cls_token=True."
-            )
-        if backbone.config.final_norm != "tokens" or backbone.pooler is not None:
-            raise ValueError(
-                f"The backbone has final_norm={backbone.config.final_norm!r} and "
-                f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
-                "Build it with final_norm='tokens' and add_pooling_layer=False."
-            )
+        super().__init__(backbone, lora_scale=lora_scale)
         if centering not in ("softmax", "sinkhorn"):
             raise ValueError(f"centering is {centering!r}; expected 'softmax' or 'sinkhorn'.")
         weights = (dino_loss_weight, ibot_loss_weight, koleo_loss_weight, gram_loss_weight)
@@ -209,6 +188,7 @@ class SelfDistillation(nn.Module):
             )
         self.dino_loss_weight, self.ibot_loss_weight, self.koleo_loss_weight, self.gram_loss_weight = weights
         self.koleo_gathered, self.koleo_neighbours = koleo_gathered, koleo_neighbours
+        self.joins_targets = centering == "sinkhorn"
         self.student_temperature = student_temperature
         self.teacher_temperature = 0.07
         width = backbone.config.hidden_size
@@ -217,58 +197,11 @@ class SelfDistillation(nn.Module):
             self.student["ibot_head"] = PrototypeHead(width, ibot_head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.gram_teacher = copy.deepcopy(self.teacher_backbone) if gram_loss_weight else None
-        self.dino_center = self.ibot_center = None
         if centering == "softmax":
             masked_head = dino_head if ibot_head is None else ibot_head
             self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)
             self.ibot_center = SoftmaxCenter(masked_head.num_prototypes, momentum=center_momentum)
         self.train()
-
-    @property
-    def student_backbone(self) -> RegViTModel:
-        """Backbone that is trained."""
-        return cast(RegViTModel, self.student["backbone"])
-
-    @property
-    def teacher_backbone(self) -> RegViTModel:
-        """Backbone that is exported: the moving average of the student backbone."""
-        return cast(RegViTModel, self.teacher["backbone"])
-
-    def whole_teacher_backbone(self) -> RegViTModel:
-        """Return the teacher backbone, or a whole copy if it is sharded; all processes must then call this method."""
-        teacher = self.teacher_backbone
-        if not any(isinstance(parameter, DTensor) for parameter in teacher.parameters()):
-            return teacher
-        whole = RegViTModel(teacher.config).eval()
-        whole.to(device=next(teacher.parameters()).device)
-        whole.load_state_dict({name: full_tensor(tensor) for name, tensor in teacher.state_dict().items()})
-        return whole
-
-    def train(self, mode: bool = True) -> "SelfDistillation":
-        """Set the mode of the student only; the teacher stays in eval mode, so stochastic depth never affects it."""
-        super().train(mode)
-        self.teacher.eval()
-        if self.gram_teacher is not None:
-            self.gram_teacher.eval()
-        return self
-
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable recomputation of the student blocks in the backward pass. Arguments are those of transformers."""
-        self.student_backbone.gradient_checkpointing_enable(*args, **kwargs)
-
-    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing under the name that newer releases of transformers use."""
-        self.student_backbone.activation_checkpointing_enable(*args, **kwargs)
-
-    def compile_blocks(self, **options: Any) -> None:
-        """Compile the blocks of all backbones in place, so that parameter names and checkpoints do not change.
-
-        Args:
-            **options: Keyword arguments of `torch.compile`.
-        """
-        for backbone in (self.student_backbone, self.teacher_backbone, self.gram_teacher):
-            for layer in [] if backbone is None else backbone.layers:
-                layer.compile(**options)
 
     def begin_step(self, teacher_temperature: float) -> None:
         """Set the teacher temperature and commit the centers; call once before the first forward of every step."""
@@ -355,7 +288,8 @@ class SelfDistillation(nn.Module):
         """Compute the tokens that the losses read, after the final norm.
 
         The last block computes only these tokens and uses the others as keys and values. If half of the crops are
-        masked, this saves most of the computation in that block.
+        masked, this saves most of the computation in that block. It computes all tokens if it has register neurons,
+        or if there is no CLS token: the mean of the patch tokens then takes its place.
 
         Args:
             backbone: Backbone of the student or the teacher.
@@ -364,7 +298,7 @@ class SelfDistillation(nn.Module):
             masks: Boolean masks `(crops, N)`.
 
         Returns:
-            CLS tokens `(crops, D)` and patch tokens `(m, D)`.
+            CLS tokens, or means of the patches, `(crops, D)`, and patch tokens `(m, D)`.
         """
         hidden_states = backbone.embeddings(pixels, masks)  # (crops, T, D)
         rotary = backbone.embeddings.rotary_table(pixels)
@@ -373,6 +307,11 @@ class SelfDistillation(nn.Module):
             hidden_states, _ = block(hidden_states, rotary=rotary)
         num_crops, num_tokens, _ = hidden_states.shape
         prefix = backbone.config.num_prefix_tokens
+        if backbone.config.register_neurons_of(len(blocks)) or not backbone.config.use_cls_token:
+            tokens = backbone.layernorm(last(hidden_states, rotary=rotary)[0])  # (crops, T, D)
+            rest = tokens[:, prefix:]
+            image = tokens[:, 0] if backbone.config.use_cls_token else rest.mean(dim=1)
+            return image, rest.flatten(0, 1).index_select(0, patches)
         first = torch.arange(num_crops, device=pixels.device) * num_tokens
         behind = patches + (patches // (num_tokens - prefix) + 1) * prefix
         rows = backbone.layernorm(last(hidden_states, tokens=torch.cat([first, behind]), rotary=rotary)[0])
@@ -519,29 +458,13 @@ class SelfDistillation(nn.Module):
             outputs["used_prototypes"] = used.index_fill(0, probabilities.argmax(-1), 1.0).sum()
         return outputs
 
-    def clip_gradients(self, max_norm: float) -> dict[str, Tensor]:
-        """Clip the gradients of the backbone, the DINO head and the iBOT head separately, as in the official code.
-
-        Args:
-            max_norm: Largest gradient norm of each submodule.
-
-        Returns:
-            Gradient norm of each submodule before clipping, by name; over all shards if parameters are sharded.
-        """
-        return {
-            name: full_tensor(nn.utils.clip_grad_norm_(part.parameters(), max_norm))
-            for name, part in self.student.items()
-        }
-
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Set `teacher = momentum * teacher + (1 - momentum) * student`; call once after every optimizer step.
 
         Also reduces the centers over the processes, so that all processes hold the same state between steps.
         """
-        student = dict(self.student.named_parameters())
-        teacher = dict(self.teacher.named_parameters())
-        torch._foreach_lerp_(list(teacher.values()), [student[name].detach() for name in teacher], 1 - momentum)
+        super().update_teacher(momentum)
         for center in (self.dino_center, self.ibot_center):
             if center is not None:
                 center.reduce()

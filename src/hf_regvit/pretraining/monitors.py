@@ -33,7 +33,7 @@ from ..training.callbacks import Observer
 from ..training.distributed import full_tensor
 from .arguments import PretrainingArguments
 from .crops import MultiCropStream
-from .distillation import SelfDistillation
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def artifact_statistics(backbone: TokenReader | nn.Module, pixel_values: Tensor)
 
 
 @torch.no_grad()
-def network_statistics(network: SelfDistillation) -> dict[str, float]:
+def network_statistics(network: StudentAndTeacher) -> dict[str, float]:
     """Measure the distance between teacher and student and the norm of the DINO center.
 
     Returns:
@@ -120,7 +120,7 @@ class Monitor(Observer):
         super().__init__(every_steps, at_least=20, at_most=100)
         self.pixel_values = pixel_values
 
-    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
         reader = TokenReader(model.whole_teacher_backbone())
         tokens = [reader.read(pixels, reduce=_cls_and_patches(reader)) for pixels in self.pixel_values.split(BATCH)]
@@ -147,7 +147,7 @@ class Panels(Observer):
         super().__init__(every_steps, at_most=5000)
         self.images, self.pixel_values, self.folder = images, pixel_values, Path(folder)
 
-    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Save a panel; return no measurements."""
         from ..figures.maps import progress_figure, read_token_maps
 
@@ -287,12 +287,16 @@ def _stream_parts(args: PretrainingArguments, dataset: MultiCropStream, cropped:
 
 
 def _cls_and_patches(reader: TokenReader) -> Reduction:
-    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D)."""
-    prefix = reader.description.num_prefix_tokens
+    """Reduce the tokens of the last block to CLS and the mean patch token after the final norm, (B, 2, D).
+
+    Without CLS, both are the mean patch token.
+    """
+    prefix, has_cls = reader.description.num_prefix_tokens, reader.description.has_cls
 
     def reduce(tokens: Tensor, layer: int) -> Tensor:
         normed = reader.final_norm(tokens)  # (B, T, D)
-        return torch.stack([normed[:, 0], normed[:, prefix:].mean(dim=1)], dim=1)
+        mean = normed[:, prefix:].mean(dim=1)
+        return torch.stack([normed[:, 0] if has_cls else mean, mean], dim=1)
 
     return reduce
 

@@ -33,7 +33,13 @@ from ..models.foreign_weights import BACKBONE
 from ..models.loading import TRAINING
 from ..models.manifest import whole_checkpoint
 from ..models.modeling_regvit import RegViTModel
-from ..models.processing import default_image_processor
+from ..models.processing import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvaluationTransform,
+    default_image_processor,
+    known_processor,
+)
 from ..models.saving import check_space, num_bytes, read_json, write_json
 from ..training.callbacks import MetricsFile, Observer
 from ..training.distributed import whole_state
@@ -42,11 +48,14 @@ from ..training.run_folder import BAD_IMAGES, RunRecord, run_environment, run_lo
 from ..training.samplers import EpochSampler
 from .arguments import PretrainingArguments
 from .collapse import Alarm, CollapseAlarms, CollapseError
+from .continuation import ADAPTER, choose_trained, write_adapter
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
+from .feature_distillation import FeatureDistillation, FrozenTeacher
 from .monitors import OnlineKNN, observers
+from .network import StudentAndTeacher
 from .starting_point import StartingPoint, restore_training, starting_point
-from .trainer import DinoTrainer
+from .trainer import EXPORTED, DinoTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -111,10 +120,14 @@ def _build_trainer(
 ) -> tuple[DinoTrainer, CollapseAlarms]:
     set_seed(args.seed)
     start = _starting_point(args, model)
-    network = _build_network(args, start.student if start else model)
+    network = _build_network(
+        args, start.student if start else model, new_registers=bool(start and start.new_registers)
+    )
     if start:
         restore_training(network, start)
     config = network.student_backbone.config
+    if image_processor is None:
+        image_processor = _image_processor(args, start)
     if train_dataset is None:
         train_dataset = _build_dataset(args, config)
     if isinstance(train_dataset, MultiCropStream) and args.max_steps <= 0:
@@ -123,12 +136,8 @@ def _build_trainer(
             "--max_steps to at least 1."
         )
     if data_collator is None:
-        data_collator = _build_collator(args, config, args.global_crop_size)
-    high_resolution = _enlarged(args, config, train_dataset) if args.high_resolution_steps else None
-    if image_processor is None:
-        size = args.evaluation_size
-        last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
-        image_processor = default_image_processor(size or last, resize=size)
+        data_collator = _build_collator(args, config, args.global_crop_size, image_processor)
+    high_resolution = _enlarged(args, config, train_dataset, image_processor) if args.high_resolution_steps else None
     output = args.folder
     watching = observers(args, train_dataset, image_processor=image_processor)
     metrics = MetricsFile(output / "metrics.jsonl")
@@ -145,11 +154,33 @@ def _build_trainer(
     return trainer, alarms
 
 
+def _image_processor(args: PretrainingArguments, start: StartingPoint | None) -> Any:
+    """Return the image processor that is saved with the backbone, with the statistics of the starting model."""
+    size = args.evaluation_size
+    last = args.high_resolution_size if args.high_resolution_steps else args.global_crop_size
+    processor = default_image_processor(size or last, resize=size)
+    if start is None:
+        return processor
+    if (source := known_processor(start.teacher)) is not None:
+        transform = EvaluationTransform.for_model(start.teacher, source)
+        processor.image_mean, processor.image_std = list(transform.mean), list(transform.std)
+    elif args.process_index == 0:
+        logger.warning(
+            "'%s' has no image processor, so the mean and standard deviation of ImageNet are used. If it was trained "
+            "with others, save its image processor beside the weights.", args.init_from
+        )  # fmt: skip
+    return processor
+
+
 def _write_folder(trainer: DinoTrainer) -> RegViTModel:
     """Write teacher, training state and card of a finished run, push the teacher and return it."""
     args, output = trainer.args, trainer.args.folder
     state = whole_state(trainer.model)
     backbone = trainer.hub_model(state)
+    if args.mode == "lora" and trainer.is_world_process_zero():
+        trained = [name for name, value in trainer.model.student_backbone.named_parameters() if value.requires_grad]
+        write_adapter(output / ADAPTER, {name: state[f"{EXPORTED}{name}"] for name in trained}, args)
+    state = trainer.model.plain(state)
     if trainer.is_world_process_zero():
         size, of_backbone = num_bytes(state.values()), num_bytes(backbone.state_dict().values())
         check_space(output, size)  # for both folders
@@ -175,7 +206,7 @@ def _starting_point(args: PretrainingArguments, model: RegViTConfig | RegViTMode
         args.init_from,
         image_size=args.global_crop_size,
         **args.subset("num_register_tokens", "register_init_std", "drop_path_rate", "drop_path_mode", "seed"),
-        **args.subset("position", "pos_embed_rescale"),
+        **args.subset("position", "pos_embed_rescale", "mode"),
     )
     if args.process_index == 0:
         logger.info("Starting from '%s'. %s", args.init_from, " ".join(start.changes))
@@ -222,22 +253,19 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
         raise stopped
 
 
-def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel | None) -> SelfDistillation:
-    """Build the network, with the student from a configuration, a backbone or the arguments."""
-    if isinstance(model, RegViTModel):
-        backbone = copy.deepcopy(model)
-        if not model.config.use_mask_token:
-            backbone = RegViTModel(_with_mask_token(model.config))
-            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
-            if missing != ["embeddings.mask_token"] or unexpected:
-                raise ValueError(
-                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
-                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
-                )
-        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
-        backbone.train().requires_grad_(True)
-    else:
-        backbone = RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
+def _build_network(
+    args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool = False
+) -> StudentAndTeacher:
+    """Build the losses around a student backbone: frozen teachers or self-distillation."""
+    backbone = _build_backbone(args, model, new_registers=new_registers)
+    lora_scale = args.lora_alpha / args.lora_r if args.mode == "lora" else None
+    if args.teacher:
+        teachers = [
+            FrozenTeacher(name, image_size=args.teacher_image_size, device=args.device) for name in args.teacher
+        ]
+        logger.info("The student learns %s.", " and ".join(map(str, teachers)))
+        weights = {"cls_weight": args.teacher_cls_weight, "patch_weight": args.teacher_patch_weight}
+        return FeatureDistillation(backbone, teachers, **weights, lora_scale=lora_scale)
     shape = HeadShape(args.head_num_prototypes, args.head_hidden_size, args.head_bottleneck_size, args.head_num_layers)
     ibot_shape = dataclasses.replace(
         shape, num_prototypes=args.ibot_head_num_prototypes, bottleneck_size=args.ibot_head_bottleneck_size
@@ -255,7 +283,32 @@ def _build_network(args: PretrainingArguments, model: RegViTConfig | RegViTModel
         ibot_head=ibot_shape if args.separate_ibot_head else None,
         **args.subset("centering", "center_momentum", "student_temperature", "dino_loss_weight", "ibot_loss_weight"),
         **args.subset("koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight"),
+        lora_scale=lora_scale,
     )
+
+
+def _build_backbone(
+    args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool
+) -> RegViTModel:
+    """Build the student backbone from a configuration, a backbone or the arguments."""
+    if isinstance(model, RegViTModel):
+        backbone = copy.deepcopy(model)
+        if not model.config.use_mask_token:
+            backbone = RegViTModel(_with_mask_token(model.config))
+            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
+            if missing != ["embeddings.mask_token"] or unexpected:
+                raise ValueError(
+                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
+                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
+                )
+        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
+        return choose_trained(backbone.train().requires_grad_(True), args, new_registers=new_registers)
+    if args.mode != "full":
+        raise ValueError(
+            f"mode is '{args.mode}', which trains only a part of a trained backbone, but none was given. Add "
+            "--init_from, or set --mode full."
+        )
+    return RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
 
 
 def _with_mask_token(config: RegViTConfig) -> RegViTConfig:
@@ -296,14 +349,21 @@ def _build_multi_crop(
     )
 
 
-def _build_collator(args: PretrainingArguments, config: RegViTConfig, global_size: int) -> DinoCollator:
+def _build_collator(
+    args: PretrainingArguments, config: RegViTConfig, global_size: int, processor: Any
+) -> DinoCollator:
     rows, columns = (global_size // side for side in config.patch_shape)
     return DinoCollator(
-        (rows, columns), mask_ratio=args.mask_ratio, mask_probability=args.mask_probability, seed=args.seed
+        (rows, columns),
+        mean=tuple(getattr(processor, "image_mean", IMAGENET_MEAN)),
+        std=tuple(getattr(processor, "image_std", IMAGENET_STD)),
+        **args.subset("mask_ratio", "mask_probability", "seed"),
     )
 
 
-def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset) -> tuple[Dataset, DinoCollator]:
+def _enlarged(
+    args: PretrainingArguments, config: RegViTConfig, dataset: Dataset, processor: Any
+) -> tuple[Dataset, DinoCollator]:
     """Return a dataset of the same images, and its collator, with the crops of the high-resolution steps."""
     if not isinstance(dataset, MultiCropDataset):
         raise ValueError(
@@ -313,7 +373,7 @@ def _enlarged(args: PretrainingArguments, config: RegViTConfig, dataset: Dataset
     size, local_size = args.high_resolution_size, args.high_resolution_local_size or args.local_crop_size
     larger = copy.copy(dataset)  # shares the cache of decoded images
     larger.multi_crop = _build_multi_crop(args, config, size, local_size)
-    return larger, _build_collator(args, config, size)
+    return larger, _build_collator(args, config, size, processor)
 
 
 def _save_training_state(state: dict[str, Tensor], folder: Path) -> None:

@@ -14,6 +14,7 @@ from ..models.loading import TRAINING, fit_positions, open_backbone
 from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,14 @@ class StartingPoint:
         teacher: Teacher backbone; the same object if the source has no separate student.
         training: Folder `training/` of the previous run, with heads and centers; None if the heads are new.
         changes: Sentences that describe the changes made to the source.
+        new_registers: True if registers were added.
     """
 
     student: RegViTModel
     teacher: RegViTModel
     training: Path | None
     changes: tuple[str, ...]
+    new_registers: bool = False
 
 
 def starting_point(
@@ -48,6 +51,7 @@ def starting_point(
     drop_path_mode: str = "batch_subset",
     position: str | None = None,
     pos_embed_rescale: float | None = None,
+    mode: str = "full",
     seed: int = 0,
 ) -> StartingPoint:
     """Open the source given as `--init_from`.
@@ -62,6 +66,8 @@ def starting_point(
         drop_path_mode: Drop path mode, as in `RegViTConfig`.
         position: "learned" or "rotary" if the source has to have these positions.
         pos_embed_rescale: Training range of rotary coordinates, as in `RegViTConfig`; None keeps that of the source.
+        mode: Trained parts of the backbone, as in `PretrainingArguments`. Unless it is "full", the student backbone
+            also starts from the teacher, because both share what is not trained.
         seed: Random seed for registers that are added.
 
     Raises:
@@ -91,9 +97,11 @@ def starting_point(
     student = teacher
     if training is not None:
         check_weights(training)
+    if training is not None and mode == "full":
         student = copy.deepcopy(teacher)
         _load_part(student, load_file(training / "student.safetensors"), "backbone.", str(training))
     changes: list[str] = []
+    new_registers = not teacher.config.num_register_tokens and num_register_tokens > 0
     for backbone in [student] if student is teacher else [student, teacher]:
         config, changes = backbone.config, []
         if not config.num_register_tokens and num_register_tokens:
@@ -102,13 +110,15 @@ def starting_point(
             changes.append(f"It has no registers; {num_register_tokens} new ones are added (--num_register_tokens).")
         elif config.num_register_tokens != num_register_tokens:
             changes.append(f"It keeps its {config.num_register_tokens} registers; --num_register_tokens is ignored.")
+        if config.register_neurons:
+            changes.append(f"{len(config.register_neurons)} of its neurons keep writing into test-time registers.")
         changes += fit_positions(backbone, image_size, option="global_crop_size")
     if training is None:
-        changes.append("The heads are new; use --freeze_backbone_steps to freeze the backbone until they are trained.")
-    return StartingPoint(student, teacher, training, tuple(changes))
+        changes.append("The heads are new; the backbone is frozen for --freeze_backbone_steps until they are trained.")
+    return StartingPoint(student, teacher, training, tuple(changes), new_registers)
 
 
-def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
+def restore_training(network: StudentAndTeacher, start: StartingPoint) -> None:
     """Load teacher, heads and centers of a starting point into a network that was built from its student.
 
     The Gram teacher is set to the loaded teacher instead of the student.
@@ -116,8 +126,9 @@ def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
     Raises:
         ValueError: If the sizes of the heads differ from the network.
     """
-    network.teacher_backbone.load_state_dict(start.teacher.state_dict())
-    if network.gram_teacher is not None:
+    if start.teacher is not start.student:
+        network.teacher_backbone.load_state_dict(start.teacher.state_dict())
+    if isinstance(network, SelfDistillation) and network.gram_teacher is not None:
         network.refresh_gram_teacher()
     if start.training is None:
         return

@@ -33,6 +33,14 @@ class RunArguments(TrainingArguments):
         False, "Whether to resume with another number of images per step, in steps unlike those of the earlier run."
     )
     allow_data_change: bool = option(False, "Whether to resume with a different list of images than the checkpoint.")
+    # Used with --mode lora
+    lora_r: int = option(8, "Rank of the low-rank updates.")
+    lora_alpha: float = option(16.0, "Scaling numerator of the low-rank updates; the scale is lora_alpha / lora_r.")
+    lora_dropout: float = option(0.0, "Dropout probability of the inputs of the low-rank updates.")
+    lora_target_modules: list[str] = option(
+        ["qkv", "o_proj"],
+        "Linear layers that receive low-rank updates: qkv, o_proj, fc1, fc2, gate_up_proj, down_proj.",
+    )
     dataloader_timeout: int = option(600, "Seconds to wait for a batch before the workers are restarted, once.")
 
     # Options of Trainer with other defaults

@@ -1,0 +1,291 @@
+"""Continued pretraining: the families it starts from, what each mode trains, adapters, resuming, and defaults."""
+
+import json
+import shutil
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import CLIPImageProcessor, TrainerCallback
+
+from builders import Recorder, save_model, tiny_model, tiny_source
+from hf_regvit import RegViTModel, convert, pretrain
+from hf_regvit.pretraining.continuation import choose_trained
+from hf_regvit.pretraining.distillation import SelfDistillation
+from hf_regvit.pretraining.starting_point import starting_point
+from tiny_run import CROPS, GRID, PATCH, SHAPE, Crops, arguments, checkpoint_state, same_state, tiny_config
+
+MODES = ("full", "lora", "last_blocks")
+FAMILIES = (
+    "ViTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "DINOv3ViTModel",
+    "CLIPVisionModel",
+    "SiglipVisionModel",
+)
+FAST = {"mode": "lora", "max_steps": 2, "warmup_steps": 0, "freeze_backbone_steps": 0, "learning_rate": 1e-2}
+
+
+def continued(folder, source, **overrides):
+    """Continue a model with crops of the tiny run; `source` has 4 x 4 patches of 4 pixels."""
+    args = arguments(folder, init_from=str(source), **{**FAST, "teacher_momentum": 0.5, **overrides})
+    return pretrain(args, train_dataset=Crops())
+
+
+def own_model(folder, **fields):
+    """Folder with a RegViT that has two registers and a trained mask token."""
+    model = tiny_model(**tiny_config(**{"num_register_tokens": 2, **fields}).to_diff_dict())
+    torch.nn.init.normal_(model.embeddings.mask_token)
+    return save_model(model, folder)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_continued_in_every_mode(family, mode, tmp_path):
+    tiny_source(family, image_size=16, patch_size=4, hidden_size=16).save_pretrained(tmp_path / "source")
+    start = starting_point(tmp_path / "source", num_register_tokens=4, image_size=16).teacher
+    result = continued(tmp_path / "run", tmp_path / "source", mode=mode, num_trained_blocks=1)
+    assert isinstance(result, RegViTModel)
+    moved = {name for name, tensor in result.state_dict().items() if not torch.equal(tensor, start.state_dict()[name])}
+    if mode == "full":  # a key without a bias has none that could move
+        assert moved == set(start.state_dict())
+    elif mode == "lora":
+        linear = {f"layers.{block}.attention.{part}.weight" for block in (0, 1) for part in ("qkv", "o_proj")}
+        assert moved - {"embeddings.register_tokens"} == {*linear, "embeddings.mask_token"}
+    else:
+        last = {name for name in start.state_dict() if name.startswith(("layers.1.", "layernorm."))}
+        assert moved - {"embeddings.register_tokens"} == last
+    had_registers = family == "Dinov2WithRegistersModel"
+    assert ("embeddings.register_tokens" in moved) == (mode == "full" or not had_registers)
+    pixels = torch.randn(2, 3, 16, 16)
+    loaded = RegViTModel.from_pretrained(tmp_path / "run" / "backbone").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(pixels).last_hidden_state, result(pixels).last_hidden_state)
+
+
+def test_without_cls_the_losses_read_the_mean_patch():
+    backbone = tiny_model(**tiny_config(use_cls_token=False, num_register_tokens=2).to_diff_dict())
+    pixels, patches = torch.randn(3, 3, GRID * PATCH, GRID * PATCH), torch.tensor([0, 5, 17, 47])
+    with torch.no_grad():
+        image, rows = SelfDistillation._tokens(backbone, pixels, patches)
+        output = backbone(pixels)
+    torch.testing.assert_close(image, output.pooler_output)
+    torch.testing.assert_close(rows, output.patch_tokens.flatten(0, 1)[patches])
+
+
+def test_test_time_registers_of_any_block_are_continued(tmp_path):
+    neurons = {"register_neurons": [[0, 3], [1, 5]], "num_register_tokens": 1, "num_test_time_registers": 1}
+    model = tiny_model(**tiny_config(**neurons).to_diff_dict())
+    pixels, patches = torch.randn(2, 3, GRID * PATCH, GRID * PATCH), torch.arange(2 * GRID**2)
+    with torch.no_grad():
+        cls, rows = SelfDistillation._tokens(model, pixels, patches)
+        output = model(pixels)
+        torch.testing.assert_close(cls, output.pooler_output)
+        torch.testing.assert_close(rows, output.patch_tokens.flatten(0, 1))
+    source = save_model(model, tmp_path / "source")
+    assert "2 of its neurons keep writing" in " ".join(
+        starting_point(source, num_register_tokens=4, image_size=16).changes
+    )
+    assert continued(tmp_path / "run", source, mode="full").config.register_neurons == [[0, 3], [1, 5]]
+
+
+# --- Modes ---
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_only_what_is_trained_has_an_optimizer_state_and_a_moving_teacher(mode, tmp_path):
+    recorder = Recorder()
+    args = arguments(
+        tmp_path / "run", init_from=str(own_model(tmp_path / "source")), mode=mode, num_trained_blocks=1, max_steps=2,
+        save_strategy="steps", save_steps=2,
+    )  # fmt: skip
+    pretrain(args, train_dataset=Crops(), callbacks=[recorder])
+    state = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    moments = torch.load(tmp_path / "run" / "checkpoint-2" / "optimizer.pt", weights_only=True)["state"]
+    trained = {name for name in state if name.startswith("student.backbone.")}
+    if mode == "lora":
+        trained = {name for name in trained if "lora_" in name or "mask_token" in name}
+    elif mode == "last_blocks":
+        trained = {
+            name for name in trained if name.startswith(("student.backbone.layers.1.", "student.backbone.layernorm"))
+        }
+    heads = {name for name in state if name.startswith("student.dino_head.")}
+    assert len(moments) == len(trained) + len(heads)
+
+
+def test_the_teacher_averages_the_updates_and_not_the_merged_weights():
+    torch.manual_seed(0)
+    args = arguments("unused", mode="lora", init_from="source", lora_r=2, lora_alpha=4)
+    backbone = choose_trained(RegViTModel(tiny_config()), args, new_registers=False)
+    network = SelfDistillation(backbone, dino_head=SHAPE, lora_scale=2.0)
+    name = "layers.0.attention.qkv.lora_{}.default.weight"
+    half = {part: network.student_backbone.get_parameter(name.format(part)) for part in "AB"}
+    before = {part: value.detach().clone() for part, value in half.items()}
+    with torch.no_grad():
+        for value in half.values():
+            value.add_(torch.randn_like(value))
+    network.update_teacher(0.75)
+    mean = {part: 0.75 * before[part] + 0.25 * half[part].detach() for part in "AB"}
+    for part in "AB":
+        torch.testing.assert_close(network.teacher_backbone.get_parameter(name.format(part)).detach(), mean[part])
+    base = network.teacher_backbone.layers[0].attention.qkv.base_layer.weight
+    merged = network.whole_teacher_backbone().layers[0].attention.qkv.weight
+    torch.testing.assert_close(merged, base + 2.0 * mean["B"] @ mean["A"])
+
+
+@pytest.mark.parametrize("family", [None, "DINOv3ViTModel", "CLIPVisionModel"])
+def test_merged_updates_equal_the_adapter_that_peft_loads(family, tmp_path):
+    """In the published form, `backbone/`, in the network itself, and from the adapter of a few kilobytes."""
+    source = tmp_path / "source"
+    if family is None:
+        own_model(source)
+    else:
+        tiny_source(family, image_size=16, patch_size=4, hidden_size=16).save_pretrained(source)
+    targets = ["qkv", "o_proj", "fc1"]
+    result = continued(tmp_path / "run", source, lora_target_modules=targets, max_steps=4)
+    base = RegViTModel.from_pretrained(source) if family is None else convert(source)
+    if not base.config.num_register_tokens:
+        assert "base.resize_register_tokens(4)" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+        base.resize_register_tokens(4)
+    pixels = torch.randn(2, 3, 16, 16)
+    with torch.no_grad():
+        before = base.eval()(pixels, output_hidden_states=True)
+        loaded = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+        unmerged = loaded(pixels, output_hidden_states=True).hidden_states[-1]
+        merged = result(pixels, output_hidden_states=True).hidden_states[-1]
+    assert (unmerged - before.hidden_states[-1]).abs().max() > 1e-3
+    assert (unmerged - merged).abs().max() < 1e-5
+    files = {path.name for path in (tmp_path / "run" / "adapter").iterdir()}
+    assert files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all("lora_" in name or "register_tokens" in name for name in saved)
+    assert json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())["r"] == 8
+
+
+def test_the_result_of_updates_can_be_continued_with_all_parameters(tmp_path):
+    first = tmp_path / "first"
+    continued(first, own_model(tmp_path / "source"))
+    start = starting_point(first, num_register_tokens=2, image_size=16)
+    assert start.training is not None
+    assert start.student.state_dict().keys() == start.teacher.state_dict().keys()
+    second = continued(tmp_path / "second", first, mode="full")
+    assert not any("lora" in name for name in second.state_dict())
+
+
+@pytest.mark.parametrize("mode", ["lora", "last_blocks"])
+def test_what_is_frozen_is_shared_by_student_and_teacher(mode, tmp_path):
+    """Also if the run to continue from has a student of its own, whose frozen part the teacher could not follow."""
+    first = tmp_path / "first"
+    continued(first, own_model(tmp_path / "source"), mode="full", teacher_momentum=0.9)
+    start = starting_point(first, num_register_tokens=2, image_size=16, mode=mode)
+    assert start.student is start.teacher
+    assert not same_state(
+        starting_point(first, num_register_tokens=2, image_size=16).student.state_dict(), start.student.state_dict()
+    )
+    result = continued(tmp_path / "second", first, mode=mode, num_trained_blocks=1)
+    frozen = "layers.0.mlp.fc1.weight"
+    assert torch.equal(result.state_dict()[frozen], start.teacher.state_dict()[frozen])
+
+
+@pytest.mark.parametrize(
+    "mode", ["lora", pytest.param("last_blocks", marks=pytest.mark.slow), pytest.param("full", marks=pytest.mark.slow)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(mode, tmp_path):
+    source = own_model(tmp_path / "source", drop_path_rate=0.2)
+    options = {
+        "max_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "num_trained_blocks": 1,
+        "mode": mode,
+        "lora_dropout": 0.1,
+    }
+    whole = continued(tmp_path / "a", source, **options)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "checkpoint-4")
+    resumed = continued(tmp_path / "b", source, resume_from_checkpoint="last", **options)
+    assert same_state(whole.state_dict(), resumed.state_dict())
+    assert same_state(*(checkpoint_state(tmp_path / run / "checkpoint-4") for run in "ab"))
+    other = "full" if mode != "full" else "lora"
+    with pytest.raises(ValueError, match=r"mode is .*but the checkpoint was written with"):
+        continued(tmp_path / "a", source, resume_from_checkpoint="last", **{**options, "mode": other, "max_steps": 6})
+
+
+def test_a_mode_that_cannot_be_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"mode is 'linear'; expected one of full, lora, last_blocks"):
+        arguments(tmp_path, mode="linear")
+    with pytest.raises(ValueError, match=r"mode is 'lora'.*none was given\. Add --init_from"):
+        pretrain(arguments(tmp_path, mode="lora"), train_dataset=Crops())
+    source = own_model(tmp_path / "source")
+    with pytest.raises(ValueError, match=r"num_trained_blocks is 4, but the backbone has 2 blocks"):
+        continued(tmp_path / "a", source, mode="last_blocks")
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    with pytest.raises(ImportError, match=r"--mode lora needs peft\. Run: pip install 'hf_regvit\[peft\]'"):
+        continued(tmp_path / "b", source)
+
+
+# --- Defaults and statistics of the pixels ---
+
+
+def test_defaults_are_careful_with_a_trained_model_and_options_win(tmp_path):
+    def chosen(**options):
+        options = {"learning_rate": None, **options}
+        args = arguments(tmp_path / "run", **options)
+        names = ("learning_rate", "teacher_momentum", "gram_loss_weight", "gram_refresh_steps", "weight_decay_end")
+        return tuple(getattr(args, name) for name in (*names, "freeze_backbone_steps"))
+
+    assert chosen() == (4e-3, 0.992, 0.0, 10000, 0.4, 0.0)
+    assert chosen(init_from="x") == (1e-4, 0.998, 2.0, 0, 0.04, 0.1)
+    assert chosen(init_from="x", mode="lora")[0] == 1e-3
+    given = {"learning_rate": 1e-5, "teacher_momentum": 0.9, "gram_loss_weight": 0.0, "gram_refresh_steps": 7}
+    given |= {"weight_decay_end": 0.3, "freeze_backbone_steps": 5.0}
+    assert chosen(init_from="x", **given) == (1e-5, 0.9, 0.0, 7, 0.3, 5.0)
+    continued(tmp_path / "first", own_model(tmp_path / "source"), mode="full")
+    assert chosen(init_from=str(tmp_path / "first"))[-1] == 0.0  # its heads are trained
+
+
+def test_gram_anchoring_keeps_the_starting_model(tmp_path):
+    source = own_model(tmp_path / "source")
+    saving = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3}
+    result = continued(tmp_path / "run", source, mode="full", **saving)
+    state = load_file(tmp_path / "run" / "checkpoint-3" / "model.safetensors")
+    start = load_file(source / "model.safetensors")
+    assert all(torch.equal(state[f"gram_teacher.{name}"], tensor) for name, tensor in start.items())
+    assert not same_state(result.state_dict(), start)
+
+
+@pytest.mark.parametrize("family", ["CLIPVisionModel", None])
+def test_pixels_are_normalized_as_the_starting_model_expects(family, tmp_path, caplog):
+    source = tmp_path / "source"
+    if family:
+        tiny_source(family, image_size=16, patch_size=4, hidden_size=16).save_pretrained(source)
+        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(source)
+        mean, std = CLIPImageProcessor().image_mean, CLIPImageProcessor().image_std
+    else:
+        tiny_model(**tiny_config().to_diff_dict()).save_pretrained(source)
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    seen = []
+
+    class Raw(Crops):
+        def __getitem__(self, key):
+            item = super().__getitem__(key)
+            return {
+                **item,
+                **{name: torch.full_like(item[name], 51, dtype=torch.uint8) for name in CROPS},
+            }
+
+    def look(module, args, kwargs, output):
+        seen.append(kwargs["global_crops"][0, 0, :, 0, 0])
+
+    class Hook(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            model.register_forward_hook(look, with_kwargs=True)
+
+    args = arguments(tmp_path / "run", init_from=str(source), max_steps=1)
+    pretrain(args, train_dataset=Raw(), callbacks=[Hook()])
+    torch.testing.assert_close(seen[0], (51 / 255 - torch.tensor(mean)) / torch.tensor(std))
+    saved = json.loads((tmp_path / "run" / "backbone" / "preprocessor_config.json").read_text())
+    assert saved["image_mean"] == pytest.approx(mean)
+    assert ("has no image processor, so the mean" in caplog.text) == (family is None)
