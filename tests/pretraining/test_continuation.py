@@ -17,12 +17,14 @@ from hf_regvit import RegViTModel, convert, pretrain
 from hf_regvit.models.processing import default_image_processor
 from hf_regvit.pretraining.collapse import CollapseAlarms
 from hf_regvit.pretraining.comparison import BestTeacher, masked_patches, mirror_agreement, patch_labels, score
-from hf_regvit.pretraining.continuation import choose_trained
+from hf_regvit.pretraining.continuation import choose_trained, memory_of_step
+from hf_regvit.pretraining.crops import DinoCollator
 from hf_regvit.pretraining.distillation import SelfDistillation
 from hf_regvit.pretraining.monitors import observers
 from hf_regvit.pretraining.run import _build_dataset
 from hf_regvit.pretraining.starting_point import starting_point
 from hf_regvit.training.callbacks import MetricsFile
+from hf_regvit.training.finite import without_ids
 from tiny_run import (
     CROPS,
     GRID,
@@ -430,3 +432,63 @@ def test_patches_are_classified_where_the_data_has_masks(tmp_path):
     values = comparison.measure(SimpleNamespace(whole_teacher_backbone=lambda: start), 0)
     assert values["eval_patch_knn_5"] > 0.8
     assert values["patch_drift"] == pytest.approx(0, abs=1e-5)
+
+
+# --- Memory ---
+
+
+def kept_for_backward(network, batch):
+    """Bytes of the tensors that autograd keeps, without the weights, and the loss."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = network(**batch)["loss"]
+    return sum(size for size, _ in kept.values()), loss
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
+@pytest.mark.parametrize("fields", [{}, {"use_swiglu_ffn": True}, {"checkpointing": True}])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_memory_that_is_stated_is_that_of_the_tensors(mode, fields, tmp_path):
+    """By the difference of two depths, because the last block and the heads keep other tensors."""
+    fields, counted, stated = dict(fields), [], []
+    checkpointing = fields.pop("checkpointing", False)
+    item = {"global_crops": normal(2, 3, 32, 32), "local_crops": normal(2, 3, 8, 8), "epoch": 0}
+    samples = [{**item, "sample_id": index} for index in range(4)]
+    batch = without_ids(DinoCollator((8, 8), mask_probability=1.0)(samples))
+    args = arguments(tmp_path, mode=mode, init_from="x", global_crop_size=32, per_device_train_batch_size=4)
+    for depth in (6, 12):
+        args.num_trained_blocks = depth - 2
+        config = tiny_config(hidden_size=48, num_hidden_layers=depth, image_size=32, num_attention_heads=1, **fields)
+        backbone = choose_trained(RegViTModel(config), args, new_registers=False)
+        network = SelfDistillation(backbone, dino_head=SHAPE, lora_scale=2.0 if mode == "lora" else None)
+        if checkpointing:
+            network.activation_checkpointing_enable()
+        total, loss = kept_for_backward(network, batch)
+        counted.append(total)
+        stated.append(memory_of_step(network, args))
+        loss.backward()
+        gradients = sum(one.grad.numel() * 4 for one in network.parameters() if one.grad is not None)
+        assert stated[-1]["gradients and optimizer"] == 3 * gradients
+        assert stated[-1]["weights"] == sum(tensor.numel() * 4 for tensor in network.state_dict().values())
+    difference = stated[1]["activations"] - stated[0]["activations"]
+    assert difference == pytest.approx(counted[1] - counted[0], rel=0.25)
+
+
+def test_memory_is_stated_before_the_first_step_and_advice_follows_if_it_is_short(tmp_path, caplog, monkeypatch):
+    caplog.set_level("INFO", logger="hf_regvit")
+    source = own_model(tmp_path / "source")
+    continued(tmp_path / "a", source, max_steps=1)
+    assert "Memory of a process, estimated: weights " in caplog.text
+    assert "Memory will probably run out" not in caplog.text
+    monkeypatch.setattr("hf_regvit.pretraining.trainer.free_memory", lambda device: 1000)
+    continued(tmp_path / "b", source, max_steps=1, mode="full")
+    assert "Memory will probably run out. Try, in this order: --" in caplog.text
+    assert "--mode lora or last_blocks (fewer moments of Adam)" in caplog.text
