@@ -190,6 +190,34 @@ def test_a_choice_is_made_on_one_half_and_compared_on_the_other(tmp_path, kind):
         choose_features(reader, source, source.subset(range(3)), views=(1,))
 
 
+def test_the_score_of_depth_is_the_rmse_alone(tmp_path):
+    """Recompute one candidate with scikit-learn; the other errors of depth grow with the quality, or have no unit."""
+    from sklearn.linear_model import Ridge
+
+    rng = np.random.default_rng(0)
+    maps = [rng.integers(500, 4000, (20, 24)).astype(np.uint16) for _ in range(8)]
+    source, reader = load_depth(mask_folder(tmp_path, maps, kind="depth")), reader_of()
+    choice = choose_features(reader, source, source, layers=(2,), views=(1,), image_sizes=[32])
+    features = read_dense_features(reader, source, layers=(2,), flip=False)
+    cells = [
+        _cell_targets(depth, 1, one.shape[:2], is_mask=False) for one, depth in zip(features.maps, source.targets)
+    ]
+    inputs = torch.cat([one.flatten(0, 1) for one in features.maps]).double().numpy()
+    means, weights = (torch.cat([pair[i] for pair in cells]).numpy() for i in (0, 1))
+    centered = inputs - np.average(inputs, axis=0, weights=weights)
+    variance = np.average(centered**2, axis=0, weights=weights).mean()
+    probe = Ridge(alpha=1e-3 * variance * weights.sum()).fit(inputs, means[:, 0], sample_weight=weights)
+    errors = []
+    for one, depth in zip(features.maps, source.targets):
+        low = torch.from_numpy(probe.predict(one.flatten(0, 1).double().numpy()).reshape(1, 1, *one.shape[:2])).float()
+        high = functional.interpolate(low, size=depth.shape, mode="bilinear", align_corners=False)[0, 0].numpy()
+        errors.append(np.sqrt(np.square(high.clip(1e-3) - depth)[depth > 0].mean()))
+    order = np.random.default_rng(0).permutation(8)
+    found = next(one for one in choice.candidates if one["layer"] == 2)
+    assert found["choice"] == pytest.approx(np.mean(np.array(errors)[order[:4]]), rel=1e-4)
+    assert found["test"] == pytest.approx(np.mean(np.array(errors)[order[4:]]), rel=1e-4)
+
+
 def test_the_command_writes_settings_that_evaluate_takes(tmp_path):
     for split in ("train", "validation"):
         mask_folder(tmp_path / "data", TASK_MASKS, split=split)

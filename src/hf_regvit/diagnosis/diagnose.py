@@ -48,6 +48,7 @@ from .readings import (
     MIN_IMAGES,
     Array,
     Readings,
+    Rows,
     first_reason,
     labels_of,
     normalized,
@@ -267,7 +268,7 @@ def _details(case: _Case) -> Record:
     mask = outlier if case.distinct else None
     sinks = SinkReader(reader, [readings.ids[i] for i in readings.kept], outlier.shape[1], mask)
     position = PositionMoments(readings.grid, count, case.seed)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("tokens", "final", "embeddings", "registers", "ranks")}
+    parts, ranks = Rows(), Rows()
     sites: dict[Site, Layers] = {"residual": "all", "patch_embedding": (0,)}
     sites |= {"v": "all", "attention": "all"} if reader.reads_attention else {}
     size = min(case.batch_size, sinks.max_batch)
@@ -281,15 +282,17 @@ def _details(case: _Case) -> Record:
         read = reader.read_many(batch, sites, reduce={"residual": keep, **sinks.reductions(start)})
         final = normalized(reader, read["residual"].at(last))  # (B, T, D)
         position.add(final[:, prefix:], "final", start)
-        parts["tokens"].append(read["residual"].patches(case.layer).float().cpu())
-        parts["registers"].append(final[:, prefix - reader.description.num_register_tokens : prefix])
-        parts["final"].append(_half(final[:, prefix:]))
-        parts["embeddings"].append(_half(read["patch_embedding"].at()))
-        if sum(map(len, parts["ranks"])) < _RANK_IMAGES:
-            parts["ranks"].append(effective_rank(final[:, prefix:]))
-    joined = {name: torch.cat(values) for name, values in parts.items()}
+        parts.add({
+            "tokens": read["residual"].patches(case.layer).float().cpu(),
+            "registers": final[:, prefix - reader.description.num_register_tokens : prefix],
+            "final": _half(final[:, prefix:]),
+            "embeddings": _half(read["patch_embedding"].at()),
+        })  # fmt: skip
+        if ranks.count < _RANK_IMAGES:
+            ranks.add({"ranks": effective_rank(final[:, prefix:])})
+    joined = parts.joined()
     patterns = find_fixed_patterns(joined["final"], joined["embeddings"], seed=case.seed)
-    return _token_records(case, joined["tokens"], joined["ranks"]) | {
+    return _token_records(case, joined["tokens"], ranks.joined()["ranks"]) | {
         "registers": _register_record(case, joined["registers"]),
         "examples": _examples(case, patterns.score, sinks.received.numpy() if sinks.numbers else None),
         "sinks": sink_record(sinks.numbers) if sinks.numbers else None,

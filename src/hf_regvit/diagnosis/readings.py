@@ -1,7 +1,8 @@
 """Read norms, attention and directions of tokens for a diagnosis, batch by batch."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,9 +78,9 @@ def read_images(
     stride = max(1, min(images.total or max_images, max_images) // num_details)
     used: list[str] = []
     flat: list[SkippedImage] = []
-    residual: list[TokenReading] = []
-    others: list[dict[str, Tensor]] = []
-    details: dict[int, Tensor] = {}
+    first: TokenReading | None = None
+    norms, others, pixels = Rows(), Rows(), Rows()
+    kept: list[int] = []
     with tqdm(total=images.total, desc="images", unit="img", disable=not progress) as bar:
         for names, batch in images:
             bar.update(len(names))
@@ -89,39 +90,56 @@ def read_images(
             if not ids:
                 continue
             reading, values = _read_batch(reader, batch, ids, layers)
-            residual.append(reading)
-            others.append(values)
-            check_grid(ids[0], reading.grid, residual[0].grid)
-            for i, pixels in enumerate(batch, start=len(used)):
-                if i % stride == 0 and len(details) < num_details:
-                    details[i] = pixels.clone()  # a view would keep the whole batch in memory
+            first = first or replace(reading, values=())
+            check_grid(ids[0], reading.grid, first.grid)
+            norms.add(dict(zip(reading.layers, reading.values)))
+            others.add(values)
+            chosen = [i for i in range(len(ids)) if (len(used) + i) % stride == 0][: num_details - len(kept)]
+            pixels.add({"pixels": batch[chosen]})
+            kept += [len(used) + i for i in chosen]
             used += ids
     skipped = [*images.skipped, *flat]
-    if len(used) < MIN_IMAGES:
+    if first is None or len(used) < MIN_IMAGES:
         raise ValueError(
             f"{len(used)} images can be used ({len(skipped)} were skipped{first_reason(skipped)}). A diagnosis needs "
             f"at least {MIN_IMAGES} images, and {ENOUGH_IMAGES} for reproducible numbers. Add more images."
         )
-
-    def joined(part: Callable[[TokenReading, int], Tensor]) -> dict[int, Array]:
-        return {
-            layer: torch.cat([part(reading, layer) for reading in residual]).numpy() for layer in residual[0].layers
-        }
-
-    values_of_all = {name: torch.cat([values[name] for values in others]).numpy() for name in others[0]}
+    of_layer = {layer: rows.numpy() for layer, rows in norms.joined().items()}  # (n, T)
+    prefix, registers = first.num_prefix_tokens, first.num_register_tokens
+    values_of_all = {name: rows.numpy() for name, rows in others.joined().items()}
     return Readings(
         ids=used,
-        grid=residual[0].grid,
-        norms=joined(TokenReading.patches),
-        cls_norms=joined(lambda reading, layer: reading.at(layer)[:, 0]) if residual[0].has_cls else {},
-        register_norms=joined(TokenReading.registers) if residual[0].num_register_tokens else {},
+        grid=first.grid,
+        norms={layer: rows[:, prefix:] for layer, rows in of_layer.items()},
+        cls_norms={layer: rows[:, 0] for layer, rows in of_layer.items()} if first.has_cls else {},
+        register_norms={k: rows[:, prefix - registers : prefix] for k, rows in of_layer.items()} if registers else {},
         neighbors=values_of_all.pop("neighbors"),
         attention=values_of_all.pop("attention", None),
         attention_statistics=values_of_all,
-        kept=list(details),
-        pixels=torch.stack(list(details.values())),
+        kept=kept,
+        pixels=pixels.joined()["pixels"],
         skipped=skipped,
     )
+
+
+class Rows:
+    """Rows of many images by name, in buffers that double: small tensors kept apart would fragment the memory."""
+
+    def __init__(self) -> None:
+        self.count, self.buffers = 0, dict[Any, Tensor]()
+
+    def add(self, values: Mapping[Any, Tensor]) -> None:
+        """Append tensors (B, ...) to the buffers."""
+        start, self.count = self.count, self.count + len(next(iter(values.values())))
+        for name, rows in values.items():
+            buffer = self.buffers.setdefault(name, torch.empty(128, *rows.shape[1:], dtype=rows.dtype))
+            if len(buffer) < self.count:
+                buffer.resize_(max(2 * len(buffer), self.count), *buffer.shape[1:])  # keeps the rows
+            buffer[start : self.count] = rows
+
+    def joined(self) -> dict[Any, Tensor]:
+        """Return the rows (n, ...) by name."""
+        return {name: buffer[: self.count] for name, buffer in self.buffers.items()}
 
 
 def labels_of(source: object, ids: Sequence[str]) -> Tensor | None:

@@ -445,7 +445,7 @@ def choose_features(
     candidates: list[dict[str, Any]] = []
     rows: list[np.ndarray] = []
     for one in options:
-        scored, seconds = _probe_rows(reader, train, test, blocks, one, batch_size)
+        scored, seconds = probe_rows(reader, train, test, blocks, one, batch_size)
         for block in blocks:
             candidates.append(asdict(replace(one, layer=block)) | {"seconds": round(seconds, 4)})
             rows.append(scored[block])
@@ -469,7 +469,7 @@ def choose_features(
     return FeatureChoice(task, metric, settings, tuple(candidates), chosen, difference, interval, counts, seed)
 
 
-def _probe_rows(
+def probe_rows(
     reader: TokenReader, train: DenseSource, test: DenseSource, blocks: Sequence[int], *how: Any
 ) -> tuple[dict[int, np.ndarray], float]:
     """Fit a ridge probe per block on the training images; return its rows on the test images and seconds per image."""
@@ -490,7 +490,8 @@ def _probe_rows(
         for block, (weight, bias) in probes.items():
             scores = (reading.patches(block)[index].double() @ weight + bias).T.unflatten(1, reading.grid)[None]
             scores = F.interpolate(scores.float(), size=target.shape, mode="bilinear", align_corners=False)[0]
-            found[block].append(metric.reduce([scores.argmax(0) if train.kind == "masks" else scores[0]], [target]))
+            row = metric.reduce([scores.argmax(0) if train.kind == "masks" else scores[0]], [target])
+            found[block].append(row if train.kind == "masks" else row[:, :1])  # of the errors of depth, only the rmse
         probing += time.perf_counter() - before
     seconds = (time.perf_counter() - started - probing) / len(test)
     return {block: np.concatenate(one) for block, one in found.items()}, seconds
