@@ -32,6 +32,24 @@ def dino_loss(student: torch.Tensor, teacher: torch.Tensor, temperature: float =
     return total
 
 
+def feature_loss(predictions: torch.Tensor, targets: torch.Tensor) -> float:
+    """Compute the mean over the rows of 0.9 (1 - cosine) + 0.1 smooth L1, where smooth L1 is a mean over channels."""
+    total = 0.0
+    for row, target in zip(predictions.tolist(), targets.tolist(), strict=True):
+        dot = sum(x * y for x, y in zip(row, target, strict=True))
+        norms = math.sqrt(sum(x * x for x in row)) * math.sqrt(sum(y * y for y in target))
+        gaps = [abs(x - y) for x, y in zip(row, target, strict=True)]
+        smooth = sum(gap * gap / 2 if gap < 1 else gap - 0.5 for gap in gaps) / len(gaps)
+        total += 0.9 * (1 - dot / norms) + 0.1 * smooth
+    return total / len(predictions)
+
+
+def layer_norm(row: Sequence[float]) -> list[float]:
+    mean = sum(row) / len(row)
+    variance = sum((value - mean) ** 2 for value in row) / len(row)
+    return [(value - mean) / math.sqrt(variance + 1e-5) for value in row]
+
+
 def ibot_loss(student: torch.Tensor, teacher: torch.Tensor, masks: torch.Tensor, temperature: float = 0.1) -> float:
     """Compute the mean over the masked patches of each crop, then the mean over crops; crops without masks count as 0.
 

@@ -6,12 +6,14 @@ import gc
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset
+from transformers import ViTImageProcessorFast
 
 import builders
 from hf_regvit import RegViTModel
 from hf_regvit.pretraining.arguments import PretrainingArguments
 from hf_regvit.pretraining.crops import DinoCollator, masked_positions
 from hf_regvit.pretraining.distillation import HeadShape, SelfDistillation
+from hf_regvit.pretraining.feature_distillation import FeatureDistillation, FrozenTeacher
 from hf_regvit.pretraining.trainer import DinoTrainer
 
 # Trainer collects garbage at the start of every run; without the imported modules that is a tenth of the work.
@@ -31,6 +33,20 @@ def tiny_config(**overrides):
 def tiny_network(*, seed=0, config=None, **options):
     torch.manual_seed(seed)
     return SelfDistillation(RegViTModel(config or tiny_config()), **{"dino_head": SHAPE} | options)
+
+
+def frozen_teacher(*, seed=5, **fields):
+    """A teacher of another width, patch size and normalization than the student of `tiny_network`."""
+    model = builders.randomized(builders.tiny_model(hidden_size=24, image_size=32, patch_size=8, **fields), seed=seed)
+    model.image_processor = ViTImageProcessorFast(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.25, 0.5, 0.75]
+    )
+    return FrozenTeacher(model)
+
+
+def feature_network(*, seed=0, teachers=None, **options):
+    torch.manual_seed(seed)
+    return FeatureDistillation(RegViTModel(tiny_config()), teachers or [frozen_teacher()], **options)
 
 
 def tiny_batch(*, seed=0, batch=3, num_local=LOCAL, masked=True):
@@ -107,11 +123,11 @@ def arguments(folder, **overrides):
 
 def trained(
     folder, *, callbacks=(), config=None, dataset=None, collator=None, resume=None, options=None, high_resolution=None,
-    **overrides,
+    network=None, **overrides,
 ):  # fmt: skip
-    """A trainer after its run, with the network of `tiny_network`."""
+    """A trainer after its run, by default with the network of `tiny_network`."""
     trainer = DinoTrainer(
-        tiny_network(config=config, **(options or {})),
+        network or tiny_network(config=config, **(options or {})),
         arguments(folder, **overrides),
         train_dataset=dataset or Crops(),
         data_collator=collator or DinoCollator((GRID, GRID), mask_probability=1.0, seed=7),

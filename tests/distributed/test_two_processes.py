@@ -11,7 +11,7 @@ from transformers import AutoModel
 
 from hf_regvit.models.manifest import verify_checkpoint
 from hf_regvit.training.checkpoints import list_checkpoints
-from tiny_run import same_state
+from tiny_run import feature_network, same_state
 
 pytestmark = pytest.mark.slow
 
@@ -26,21 +26,23 @@ def run(tmp_path_factory):
     one = {
         "softmax": two_processes.outcome(folder / "one", **twice, **saving),
         "sinkhorn": two_processes.outcome(folder / "one_sinkhorn", centering="sinkhorn", **twice),
+        "teacher": two_processes.outcome(folder / "one_teacher", network=feature_network(), **twice),
     }
     start(two_processes.scenarios, folder)
 
     return Runs(folder, one)
 
 
-@pytest.mark.parametrize("centering", ["softmax", "sinkhorn"])
+@pytest.mark.parametrize("objective", ["softmax", "sinkhorn", "teacher"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_equal_one_with_the_doubled_batch(run, kind, centering):
-    one = run.one[centering]
-    for result in run(f"{kind}_{centering}"):
+def test_two_processes_equal_one_with_the_doubled_batch(run, kind, objective):
+    one = run.one[objective]
+    for result in run(f"{kind}_{objective}"):
         torch.testing.assert_close(result["gradients"], one["gradients"], atol=5e-6, rtol=0)
         torch.testing.assert_close(result["state"], one["state"], atol=1e-5, rtol=0)
         assert result["steps"] == 4
-    assert result["sharded"] == {"ddp": "SelfDistillation", "fsdp": "FSDPSelfDistillation"}[kind]
+    name = "FeatureDistillation" if objective == "teacher" else "SelfDistillation"
+    assert result["sharded"] == {"ddp": name, "fsdp": f"FSDP{name}"}[kind]
     for half in ("student", "teacher"):  # the runs are not equal because nothing happened
         assert (one["state"][f"{half}.backbone.layernorm.weight"] - 1).abs().max() > 1e-4
 

@@ -21,7 +21,7 @@ from hf_regvit.training.checkpoints import list_checkpoints
 from hf_regvit.training.distributed import full_tensor
 from hf_regvit.training.finite import NonFiniteError
 from hf_regvit.training.signals import TrainingInterrupted
-from tiny_run import Crops, MasksOfTheImage, arguments, tiny_config, trained
+from tiny_run import Crops, MasksOfTheImage, arguments, feature_network, tiny_config, trained
 
 PER_PROCESS = 3
 # Adam divides a gradient by its own size, so the rounding of a gradient near zero would become a whole step. With this
@@ -140,6 +140,9 @@ def scenarios(folder: Path) -> dict:
             folder / "sharded_resumed", resume=str(folder / "sharded" / "checkpoint-2"), **sharded
         )
     results["ddp_from_fsdp"] = outcome(folder / "ddp_from_fsdp", resume=str(folder / "fsdp_softmax" / "checkpoint-2"))
+    results["ddp_teacher"] = outcome(folder / "ddp_teacher", network=feature_network())
+    with sharding() as fsdp:
+        results["fsdp_teacher"] = outcome(folder / "fsdp_teacher", network=feature_network(), **fsdp)
     results["from_one_process"] = outcome(folder / "from_one", resume=str(folder / "one" / "checkpoint-2"))
     results["unequal_masks"] = outcome(folder / "unequal", collator=UnequalMasks())
     results["drop_path"] = outcome(folder / "drop_path", drop_path_rate=0.5)

@@ -53,6 +53,15 @@ _PRETRAINING: Panels = (
             "teacher_student_kl": "KL(teacher || student)",
         },
     ),
+    (
+        "teachers",
+        {
+            "cls_loss": "loss of CLS",
+            "patch_loss": "loss of patches",
+            "cls_cosine": "cosine of CLS",
+            "patch_cosine": "cosine of patches",
+        },
+    ),
     ("accuracy on labeled images", {"eval_knn_10": "10-NN", "eval_linear": "linear"}),
     ("spread of CLS", {"feature_std": "std (1 = evenly spread)", "effective_rank": "effective rank"}),
     (

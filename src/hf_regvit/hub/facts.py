@@ -38,6 +38,8 @@ TASKS = {
 ORIGINS = {
     "pretrained": "pretrained without labels with the DINOv2 losses (the weights are the moving average of the "
     "student)",
+    "distilled": "distilled without labels from the features of frozen teachers (the weights are the moving average "
+    "of the student)",
     "finetuned": "fine-tuned on labeled images",
     "converted": "converted from another implementation with the same outputs",
     "retrofitted": "made by adding registers to an existing model",
@@ -151,7 +153,7 @@ class CardFacts:
 # ---- Facts of a run ----------------------------------------------------------------------------------------------
 
 _PRIVATE = ("output_dir", "logging_dir", "hub_token", "push_to_hub_token", "resume_from_checkpoint", "run_name")
-_PATH_FIELDS = ("data", "init_from", "model_name_or_path", "train_dir", "validation_dir", "processor")
+_PATH_FIELDS = ("data", "init_from", "teacher", "model_name_or_path", "train_dir", "validation_dir", "processor")
 _UNFINISHED = ("The training of this model is not finished.",)
 
 
@@ -213,17 +215,23 @@ _PRETRAINING = {
     "crops": "2 of {global_crop_size} and {num_local_crops} of {local_crop_size} pixels",
     "batch": "{per_device_train_batch_size} images per process",
     "learning rate": "{learning_rate:g}",
-    "prototypes": "{head_num_prototypes:,}",
-    "targets": "{centering}",
     "seed": "{seed}",
 }
+_OBJECTIVE = {"prototypes": "{head_num_prototypes:,}", "targets": "{centering}"}
 
 
 def pretraining_facts(recipe: Json, report: Json | None = None, environment: Json | None = None) -> Facts:
     """Collect the fields of `CardFacts` from the files of a pretraining run. An unfinished run has no report."""
-    rows = [(name, text.format_map({"seed": 42, **recipe})) for name, text in _PRETRAINING.items()]
+    is_distilled = bool(recipe.get("teacher"))
+    texts = _PRETRAINING | ({} if is_distilled else _OBJECTIVE)
+    rows = [(name, text.format_map({"seed": 42, **recipe})) for name, text in texts.items()]
+    if is_distilled:
+        rows.append(("teachers", _names(recipe, "teacher")))
     data = _names(recipe, "data")
-    facts: Facts = {"origin": "pretrained", "environment": _describe_environment(environment or {})}
+    facts: Facts = {
+        "origin": "distilled" if is_distilled else "pretrained",
+        "environment": _describe_environment(environment or {}),
+    }
     if recipe.get("init_from"):
         facts["base_model"] = public_name(recipe["init_from"])
     if (mode := recipe.get("mode", "full")) != "full":

@@ -43,7 +43,7 @@ class PretrainingArguments(RunArguments):
     streaming: bool = option(False, "Read parquet, tar or Hub data in order, without a copy; requires max_steps.")
     global_crop_size: int = option(224, "Side of the global crops in pixels, a multiple of patch_size. Official: 224.")
     local_crop_size: int = option(96, "Side of the local crops in pixels. Official: 96 (98 for patch size 14).")
-    num_local_crops: int = option(8, "Number of local crops per image. Official: 8.")
+    num_local_crops: int = option(None, "Number of local crops per image; default: 8, with --teacher 0. Official: 8.")
     high_resolution_steps: float = option(0.0, "Final steps (or share) with larger crops; 0: none. DINOv2: 10,000.")
     high_resolution_size: int = option(518, "Side of the high-resolution global crops in pixels. DINOv2: 518.")
     high_resolution_local_size: int | None = option(
@@ -69,7 +69,9 @@ class PretrainingArguments(RunArguments):
     share_jitter: bool = option(False, "Apply one color jitter to all crops of an image. DINOv3 only; DINOv2: False.")
     locals_from_globals: bool = option(False, "Cut local crops out of the global ones. DINOv3 only; DINOv2: False.")
     mask_ratio: list[float] = option([0.1, 0.5], "Range of the masked share of a masked crop. Official: 0.1 0.5.")
-    mask_probability: float = option(0.5, "Share of the global crops that are masked. Official: 0.5.")
+    mask_probability: float = option(
+        None, "Share of the global crops that are masked; default: 0.5, with --teacher 0. Official: 0.5."
+    )
 
     evaluation_size: int | None = option(
         None, "Side in pixels of the saved image processor; default: global_crop_size, resized with a margin of 1/7."
@@ -105,6 +107,16 @@ class PretrainingArguments(RunArguments):
     separate_ibot_head: bool = option(False, "Separate head for masked patches. Official: False (short), True (full).")
     ibot_head_num_prototypes: int = option(65536, "Prototypes of a separate iBOT head. Official full recipe: 131072.")
     ibot_head_bottleneck_size: int = option(256, "Bottleneck width of a separate iBOT head. Official: 256.")
+
+    # Frozen teachers, whose features replace the losses and targets below
+    teacher: list[str] = option(
+        [], "Frozen models of any family: the student learns their CLS token and patches instead of its own targets."
+    )
+    teacher_image_size: int | None = option(
+        None, "Side of the global crops for the teachers, in pixels; default: as many patches as the student has."
+    )
+    teacher_cls_weight: float = option(1.0, "Weight of the teachers' CLS token.")
+    teacher_patch_weight: float = option(1.0, "Weight of the teachers' patches.")
 
     # Losses and targets
     dino_loss_weight: float = option(1.0, "Weight of the DINO terms; 0 disables them. Official: 1.")
@@ -257,10 +269,14 @@ class PretrainingArguments(RunArguments):
             "'steps': pretraining has no evaluation, so 'best' would never save a checkpoint",
         )
         self._expect("max_steps", self.max_steps != 0, "at least 1, or -1 to derive it from num_train_epochs")
+        self._expect("gram_loss_weight", not (self.teacher and self.gram_loss_weight), "0 with --teacher")
+        self._expect(
+            "teacher_image_size", bool(self.teacher) or not self.teacher_image_size, "no value without --teacher"
+        )
         self._expect("gram_refresh_steps", self.gram_refresh_steps >= 0, "at least 1, or 0 for never")
         for name in ("num_trained_blocks", "lora_r"):
             self._expect(name, getattr(self, name) >= 1, "at least 1")
-        if self.koleo_loss_weight and self.per_device_train_batch_size < 2:
+        if self.koleo_loss_weight and not self.teacher and self.per_device_train_batch_size < 2:
             raise ValueError(
                 f"per_device_train_batch_size is {self.per_device_train_batch_size}, but KoLeo compares the images of "
                 "a batch and needs at least 2. Raise it or set koleo_loss_weight=0."
@@ -273,6 +289,9 @@ class PretrainingArguments(RunArguments):
         defaults["learning_rate"] = _LEARNING_RATES[self.mode] if continued else 4e-3
         has_heads = continued and Path(str(self.init_from), TRAINING, "student.safetensors").is_file()
         defaults["freeze_backbone_steps"] = 0.1 if continued and not has_heads else 0.0
+        defaults |= {"num_local_crops": 8, "mask_probability": 0.5}
+        if self.teacher:
+            defaults |= {"num_local_crops": 0, "mask_probability": 0.0, "gram_loss_weight": 0.0}
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)

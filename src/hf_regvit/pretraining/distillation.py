@@ -159,8 +159,6 @@ class SelfDistillation(StudentAndTeacher):
     """
 
     needs_cls = False
-    dino_center: SoftmaxCenter | None
-    ibot_center: SoftmaxCenter | None
 
     def __init__(
         self,
@@ -199,7 +197,6 @@ class SelfDistillation(StudentAndTeacher):
             self.student["ibot_head"] = PrototypeHead(width, ibot_head)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.gram_teacher = copy.deepcopy(self.teacher_backbone) if gram_loss_weight else None
-        self.dino_center = self.ibot_center = None
         if centering == "softmax":
             masked_head = dino_head if ibot_head is None else ibot_head
             self.dino_center = SoftmaxCenter(dino_head.num_prototypes, momentum=center_momentum)

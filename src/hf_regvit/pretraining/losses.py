@@ -1,4 +1,4 @@
-"""Self-supervised losses of DINOv2 and DINOv3: DINO, iBOT, KoLeo and Gram anchoring, and two kinds of teacher targets.
+"""Losses of pretraining: DINO, iBOT, KoLeo and Gram anchoring, two kinds of teacher targets, and feature distillation.
 
 All computations run in float32, whatever the dtype of the inputs: at a temperature of 0.04, the rounding of a bf16
 logit alone changes a target by 0.1 nat, and the KoLeo epsilon underflows in fp16.
@@ -186,6 +186,31 @@ def gram_loss(student_patches: Tensor, teacher_patches: Tensor) -> Tensor:
         student = F.normalize(_float32(student_patches), dim=-1)
         teacher = F.normalize(_float32(teacher_patches.detach()), dim=-1)
         return F.mse_loss(student @ student.mT, teacher @ teacher.mT)
+
+
+# Share of the cosine in `feature_loss`, as in AM-RADIO; the rest is smooth L1.
+_COSINE_SHARE = 0.9
+
+
+def feature_loss(predictions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute how far predicted features are from those of a teacher, by direction and by value.
+
+    Args:
+        predictions: Predictions `(..., E)` of a student.
+        targets: Features `(..., E)` of the teacher with variance 1 over the channels, so that no token counts more
+            because its norm is large; without a gradient.
+
+    Returns:
+        Scalars: `mean(0.9 * (1 - cosine) + 0.1 * smooth L1)`, where smooth L1 is the mean over the channels, and the
+        mean cosine without a gradient.
+
+    Source: Ranzinger et al., "AM-RADIO" (arXiv 2312.06709).
+    """
+    with torch.autocast(predictions.device.type, enabled=False):
+        predictions, targets = _float32(predictions), _float32(targets.detach())
+        cosine = F.cosine_similarity(predictions, targets, dim=-1).mean()
+        distance = F.smooth_l1_loss(predictions, targets)
+        return _COSINE_SHARE * (1 - cosine) + (1 - _COSINE_SHARE) * distance, cosine.detach()
 
 
 @torch.no_grad()

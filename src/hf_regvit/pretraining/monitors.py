@@ -36,7 +36,7 @@ from ..training.distributed import full_tensor
 from .arguments import PretrainingArguments
 from .comparison import MaskedPatches, StartComparison, masked_patches
 from .crops import MultiCropStream
-from .distillation import SelfDistillation
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def artifact_statistics(backbone: TokenReader | nn.Module, pixel_values: Tensor)
 
 
 @torch.no_grad()
-def network_statistics(network: SelfDistillation) -> dict[str, float]:
+def network_statistics(network: StudentAndTeacher) -> dict[str, float]:
     """Measure the distance between teacher and student and the norm of the DINO center.
 
     Returns:
@@ -124,7 +124,7 @@ class Monitor(Observer):
         super().__init__(every_steps, at_least=20, at_most=100)
         self.pixel_values = pixel_values
 
-    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Return the values of `feature_statistics`, `artifact_statistics` and `network_statistics`."""
         reader = TokenReader(model.whole_teacher_backbone())
         tokens = [reader.read(pixels, reduce=_cls_and_patches(reader)) for pixels in self.pixel_values.split(BATCH)]
@@ -151,7 +151,7 @@ class Panels(Observer):
         super().__init__(every_steps, at_most=5000)
         self.images, self.pixel_values, self.folder = images, pixel_values, Path(folder)
 
-    def measure(self, model: SelfDistillation, step: int) -> dict[str, float]:
+    def measure(self, model: StudentAndTeacher, step: int) -> dict[str, float]:
         """Save a panel; return no measurements."""
         from ..figures.maps import progress_figure, read_token_maps
 

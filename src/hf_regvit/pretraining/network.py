@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from ..models.modeling_regvit import RegViTModel
 from ..training.distributed import full_tensor
 from ..training.lora import merged_state
+from .losses import SoftmaxCenter
 
 
 class StudentAndTeacher(nn.Module):
@@ -34,6 +35,8 @@ class StudentAndTeacher(nn.Module):
 
     student: nn.ModuleDict
     teacher: nn.ModuleDict
+    dino_center: SoftmaxCenter | None
+    ibot_center: SoftmaxCenter | None
     gram_teacher: RegViTModel | None
     needs_cls = True  # False if the losses also read a backbone without CLS
     joins_targets = False  # True if the targets of all micro-batches of a step have to be computed together
@@ -52,7 +55,8 @@ class StudentAndTeacher(nn.Module):
                 f"{'no' if backbone.pooler is None else 'a'} pooler, but the losses read tokens after the final norm. "
                 "Build it with final_norm='tokens' and add_pooling_layer=False."
             )
-        self.gram_teacher, self.lora_scale = None, lora_scale
+        self.gram_teacher = self.dino_center = self.ibot_center = None
+        self.lora_scale = lora_scale
 
     @property
     def student_backbone(self) -> RegViTModel:

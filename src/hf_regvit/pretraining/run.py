@@ -53,7 +53,9 @@ from .comparison import BestTeacher
 from .continuation import ADAPTER, choose_trained, write_adapter
 from .crops import DinoCollator, MultiCropDataset, MultiCropStream
 from .distillation import HeadShape, SelfDistillation
+from .feature_distillation import FeatureDistillation, FrozenTeacher
 from .monitors import OnlineKNN, observers
+from .network import StudentAndTeacher
 from .starting_point import StartingPoint, restore_training, starting_point
 from .trainer import EXPORTED, DinoTrainer
 
@@ -257,27 +259,17 @@ def _train(trainer: DinoTrainer, alarms: CollapseAlarms) -> None:
 
 def _build_network(
     args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool = False
-) -> SelfDistillation:
-    """Build the network, with the student from a configuration, a backbone or the arguments."""
-    if isinstance(model, RegViTModel):
-        backbone = copy.deepcopy(model)
-        if not model.config.use_mask_token:
-            backbone = RegViTModel(_with_mask_token(model.config))
-            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
-            if missing != ["embeddings.mask_token"] or unexpected:
-                raise ValueError(
-                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
-                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
-                )
-        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
-        backbone = choose_trained(backbone.train().requires_grad_(True), args, new_registers=new_registers)
-    elif args.mode != "full":
-        raise ValueError(
-            f"mode is '{args.mode}', which trains only a part of a trained backbone, but none was given. Add "
-            "--init_from, or set --mode full."
-        )
-    else:
-        backbone = RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
+) -> StudentAndTeacher:
+    """Build the losses around a student backbone: frozen teachers or self-distillation."""
+    backbone = _build_backbone(args, model, new_registers=new_registers)
+    lora_scale = args.lora_alpha / args.lora_r if args.mode == "lora" else None
+    if args.teacher:
+        teachers = [
+            FrozenTeacher(name, image_size=args.teacher_image_size, device=args.device) for name in args.teacher
+        ]
+        logger.info("The student learns %s.", " and ".join(map(str, teachers)))
+        weights = {"cls_weight": args.teacher_cls_weight, "patch_weight": args.teacher_patch_weight}
+        return FeatureDistillation(backbone, teachers, **weights, lora_scale=lora_scale)
     shape = HeadShape(args.head_num_prototypes, args.head_hidden_size, args.head_bottleneck_size, args.head_num_layers)
     ibot_shape = dataclasses.replace(
         shape, num_prototypes=args.ibot_head_num_prototypes, bottleneck_size=args.ibot_head_bottleneck_size
@@ -295,8 +287,32 @@ def _build_network(
         ibot_head=ibot_shape if args.separate_ibot_head else None,
         **args.subset("centering", "center_momentum", "student_temperature", "dino_loss_weight", "ibot_loss_weight"),
         **args.subset("koleo_loss_weight", "koleo_gathered", "koleo_neighbours", "gram_loss_weight"),
-        lora_scale=args.lora_alpha / args.lora_r if args.mode == "lora" else None,
+        lora_scale=lora_scale,
     )
+
+
+def _build_backbone(
+    args: PretrainingArguments, model: RegViTConfig | RegViTModel | None, *, new_registers: bool
+) -> RegViTModel:
+    """Build the student backbone from a configuration, a backbone or the arguments."""
+    if isinstance(model, RegViTModel):
+        backbone = copy.deepcopy(model)
+        if not model.config.use_mask_token:
+            backbone = RegViTModel(_with_mask_token(model.config))
+            missing, unexpected = backbone.load_state_dict(model.state_dict(), strict=False)
+            if missing != ["embeddings.mask_token"] or unexpected:
+                raise ValueError(
+                    f"The backbone to continue from has missing tensors {missing} and unexpected tensors "
+                    f"{unexpected}; expected a plain RegViTModel without an extra pooler."
+                )
+        # from_pretrained leaves a model in eval mode, and the caller may have frozen parts of it.
+        return choose_trained(backbone.train().requires_grad_(True), args, new_registers=new_registers)
+    if args.mode != "full":
+        raise ValueError(
+            f"mode is '{args.mode}', which trains only a part of a trained backbone, but none was given. Add "
+            "--init_from, or set --mode full."
+        )
+    return RegViTModel(args.backbone_config() if model is None else _with_mask_token(model))
 
 
 def _with_mask_token(config: RegViTConfig) -> RegViTConfig:

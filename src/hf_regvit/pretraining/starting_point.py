@@ -14,6 +14,7 @@ from ..models.loading import TRAINING, fit_positions, open_backbone
 from ..models.manifest import check_weights
 from ..models.modeling_regvit import RegViTModel
 from .distillation import SelfDistillation
+from .network import StudentAndTeacher
 
 logger = logging.getLogger(__name__)
 
@@ -117,7 +118,7 @@ def starting_point(
     return StartingPoint(student, teacher, training, tuple(changes), new_registers)
 
 
-def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
+def restore_training(network: StudentAndTeacher, start: StartingPoint) -> None:
     """Load teacher, heads and centers of a starting point into a network that was built from its student.
 
     The Gram teacher is set to the loaded teacher instead of the student.
@@ -127,7 +128,7 @@ def restore_training(network: SelfDistillation, start: StartingPoint) -> None:
     """
     if start.teacher is not start.student:
         network.teacher_backbone.load_state_dict(start.teacher.state_dict())
-    if network.gram_teacher is not None:
+    if isinstance(network, SelfDistillation) and network.gram_teacher is not None:
         network.refresh_gram_teacher()
     if start.training is None:
         return

@@ -26,6 +26,8 @@ from .arguments import PretrainingArguments
 from .continuation import memory_of_step
 from .crops import MultiCropStream
 from .distillation import SelfDistillation, TeacherTargets
+from .feature_distillation import FeatureDistillation
+from .network import StudentAndTeacher
 from .schedules import Schedules, StepValues, parameter_groups, set_rates
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,8 @@ class _StepRules(StepSeeds):
         self.schedules = args.schedules(state.max_steps)
         self.values = self.schedules.at(state.global_step)
         model = kwargs["model"]
-        if isinstance(model, FSDPModule):  # `joint_targets` runs outside `forward` and also needs gathered parameters
+        # `joint_targets` runs outside `forward` and also needs gathered parameters.
+        if isinstance(model, FSDPModule) and isinstance(model, SelfDistillation):
             register_fsdp_forward_method(cast(nn.Module, model), "joint_targets")
 
     def on_step_begin(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -65,7 +68,7 @@ class _StepRules(StepSeeds):
 
 
 class DinoTrainer(RunTrainer):
-    """`RunTrainer` for `SelfDistillation`; connects the recipe, which other modules implement, to Trainer.
+    """`RunTrainer` for one of the two objectives; connects the recipe, which other modules implement, to Trainer.
 
     A checkpoint holds the whole module (student, teacher, heads and centers), the optimizer and the position in the
     data. A stream is reread from the start of its epoch up to the position.
@@ -75,7 +78,7 @@ class DinoTrainer(RunTrainer):
         args: Arguments of the run.
         train_dataset: Map-style dataset with a length, indexed by `(epoch, index)`; see
             `hf_regvit.data.MultiCropDataset`.
-        data_collator: Function that makes the keyword arguments of `SelfDistillation.forward` from a list of items.
+        data_collator: Function that makes the keyword arguments of `model.forward` from a list of items.
         high_resolution: Dataset and collator of the last `args.high_resolution_steps`, with the same images. The
             position table is resampled in every forward pass; the optimizer and all schedules continue.
         callbacks: Observers.
@@ -85,13 +88,13 @@ class DinoTrainer(RunTrainer):
         ValueError: If one process has several GPUs (`DataParallel`).
     """
 
-    model: SelfDistillation
+    model: StudentAndTeacher
     args: PretrainingArguments
     fixed_options = ("mode", "num_trained_blocks", "lora_r", "lora_target_modules")
 
     def __init__(
         self,
-        model: SelfDistillation,
+        model: StudentAndTeacher,
         args: PretrainingArguments,
         *,
         train_dataset: Dataset,
@@ -181,13 +184,26 @@ class DinoTrainer(RunTrainer):
         return 0
 
     def resume_state(self) -> dict[str, Any]:
-        """Return the state of every run and, for a stream, the number of processes that read it."""
-        is_stream = isinstance(self.sampler, StreamSampler)
-        return super().resume_state() | ({"processes": self.args.world_size} if is_stream else {})
+        """Return the state of every run; for a stream, the number of processes; for distillation, the teachers."""
+        state = super().resume_state()
+        if isinstance(self.sampler, StreamSampler):
+            state["processes"] = self.args.world_size
+        if isinstance(self.model, FeatureDistillation):
+            state["teachers"] = self.model.digests
+        return state
 
     def check_resume_state(self, saved: dict[str, Any]) -> None:
-        """Check the state of every run, and warn if a stream is read by another number of processes."""
+        """Check the state of every run; warn if a stream is read by another number of processes.
+
+        Raises:
+            ValueError: The frozen teachers have other weights, or what the base class checks.
+        """
         super().check_resume_state(saved)
+        if isinstance(self.model, FeatureDistillation) and saved.get("teachers") != self.model.digests:
+            raise ValueError(
+                f"The weights of teacher={self.args.teacher} differ from those of the run that wrote the checkpoint. "
+                "Restore the old teachers, or start a new run from its backbone with --init_from."
+            )
         if saved.get("processes", self.args.world_size) != self.args.world_size:
             logger.warning(
                 "The stream was read by %d processes and is now read by %d. Images of the current pass may be "
@@ -256,7 +272,7 @@ class DinoTrainer(RunTrainer):
             batches = [self._prepare_inputs(without_ids(batch)) for batch in self._micro_batches]
             self._micro_batches = []
             with self.accelerator.autocast():
-                self._targets = self.model.joint_targets(batches)
+                self._targets = cast(SelfDistillation, self.model).joint_targets(batches)
         if self._targets:
             tensors = {**tensors, "targets": self._targets.pop(0)}
         with self.accelerator.autocast():
